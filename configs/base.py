@@ -1,1 +1,106 @@
-"""Base."""
+"""Every field of an experiment, with its unit and the default of the paper.
+
+The values are those of the paper's CIFAR-10 experiment (Wei, Zhu and Zhang, 2023,
+Section 5.1, and its PyTorch code where the paper is silent). A config file starts from
+`base_config()`, changes what differs, and ends with `finish(config, row)`. On the
+command line: `--config.training.epochs=2`.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    """Returns the unlocked base config."""
+    config = ConfigDict()
+
+    # What is trained; set by the row, as in `configs/cifar10.py:sam,rho=0.2`.
+    config.row = ""
+    config.label = ""
+    # Every random number is a function of the seed and the step.
+    config.seed = 0
+    # The paper's accuracies in percent for this row, printed beside ours.
+    config.paper = ConfigDict()
+
+    config.data = ConfigDict()
+    config.data.name = "cifar10"  # cifar10, cifar100 or digits
+    # Where TFDS datasets lie; None: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+    config.data.data_dir = config_dict.placeholder(str)
+    # Where an official archive was put by hand; None: <data_dir>/downloads/manual.
+    config.data.manual_dir = config_dict.placeholder(str)
+    # Training examples held out, to choose by; the test set is for the result alone.
+    config.data.validation_size = 0
+    # Numbers of examples; None: all that are left.
+    config.data.train_size = config_dict.placeholder(int)
+    config.data.test_size = config_dict.placeholder(int)
+    # Seed of the choice of held-out and kept examples; the same for all runs.
+    config.data.split_seed = 0
+    # Augmentation: reflect-pad by this many pixels and crop at random; 0: none.
+    config.data.padding = 4
+    config.data.flip = True  # mirror left-right at random
+
+    config.model = ConfigDict()
+    config.model.width = 64  # channels of the first stage, doubled in each further one
+    config.model.blocks = (2, 2, 2, 2)  # blocks in each stage; this is PreActResNet-18
+    config.model.dtype = "float32"  # of convolutions and activations; or bfloat16
+
+    config.training = ConfigDict()
+    config.training.epochs = 100
+    config.training.batch_size = 128  # over all devices
+    # Whether an incomplete last batch of an epoch is left out.
+    config.training.drop_remainder = False
+    config.training.learning_rate = 0.1
+    config.training.schedule = "step"  # or cosine (to 0)
+    # For `step`: fractions of the epochs after which the rate is multiplied by:
+    config.training.milestones = (0.75, 0.9)
+    config.training.decay_factor = 0.1
+    config.training.momentum = 0.9
+    # Coupled, on all parameters: normalisation and biases too.
+    config.training.weight_decay = 5e-4
+    # Steps in one call of the device (`lax.scan`); 0: 1 on CPU, 25 on GPU and TPU.
+    config.training.steps_per_call = 0
+
+    # The attack in training (AT rows); epsilon 0: none.
+    config.attack = ConfigDict()
+    config.attack.norm = "linf"  # or l2
+    config.attack.epsilon = 0.0  # radius, in 1/255; set by the row
+    # A step as a fraction of epsilon, by norm; `step_size` (in 1/255) follows.
+    config.attack.relative_step_size = ConfigDict({"linf": 0.25, "l2": 0.125})
+    config.attack.step_size = 0.0
+    config.attack.num_steps = 10
+    config.attack.random_start = True
+    config.attack.restarts = 1  # each example keeps its worst case
+    config.attack.loss = "cross_entropy"  # or margin
+    config.attack.judge = "final"  # iterate handed in; or any
+    # How the attacked network normalises: by the batch (train) or running statistics.
+    config.attack.batch_norm = "train"
+    # Added to the norm of an example's gradient in l2 steps; the reference code's
+    # 1e-10 on the gradient of the mean loss, times its batch of 128.
+    config.attack.gradient_floor = 128e-10
+
+    config.sam = ConfigDict()
+    config.sam.rho = 0.0  # radius in the l2 norm of all parameters; set by the row
+    # Value of rho at the end of training, reached linearly; None: constant.
+    config.sam.rho_end = config_dict.placeholder(float)
+    # Which of the two passes updates BatchNorm's running statistics: first (at w),
+    # second (at w + e), or both, as in the reference code.
+    config.sam.batch_stats = "both"
+
+    config.evaluation = ConfigDict()
+    config.evaluation.linf = (1.0, 2.0)  # radii, in 1/255
+    config.evaluation.l2 = (16.0, 32.0)  # radii, in 1/255
+    config.evaluation.linf_step = 0.25  # step size as a fraction of the radius
+    config.evaluation.l2_step = 0.125
+    config.evaluation.num_steps = 10
+    config.evaluation.random_start = True
+    config.evaluation.restarts = 1  # each example keeps its worst case
+    config.evaluation.loss = "cross_entropy"  # or margin
+    config.evaluation.judge = "final"  # iterate judged; or any
+    config.evaluation.gradient_floor = 1024e-10  # as above, at its batch of 1024
+    config.evaluation.batch_size = 500  # over all devices
+    config.evaluation.split = "test"  # or validation, to choose hyper-parameters
+    config.evaluation.checkpoint = "last"  # or best (on the validation examples)
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.minutes = 5.0  # time between checkpoints; a kill costs no more
+    config.checkpoint.keep = 2  # newest ones kept
+    return config

@@ -1,0 +1,25 @@
+"""Attacks on image classifiers, in JAX, for any `logits_fn`.
+
+    attack = pgd(linf(8 / 255), step_size=2 / 255, num_steps=10)
+    adversarial = attack(logits_fn, images, labels, key=key)
+
+An attack is a pure function: configuration at construction, data at call; it works
+inside and outside `jax.jit`, with models of Flax, Equinox or plain functions. Images
+are [B, ...] with pixels in [0, 1], radii in pixel units. Normalisation belongs into
+`logits_fn`. Out of scope: training, data sets, accuracy (see `samrobust.evaluation`).
+"""
+
+from samrobust.attacks.balls import Ball, l2, linf
+from samrobust.attacks.pgd import JUDGES, identity, pgd
+from samrobust.objectives import cross_entropy, margin
+
+__all__ = [
+    "JUDGES",
+    "Ball",
+    "cross_entropy",
+    "identity",
+    "l2",
+    "linf",
+    "margin",
+    "pgd",
+]

@@ -1,0 +1,184 @@
+"""Projected gradient descent: the attack of the paper, in training and evaluation.
+
+`x <- clip(x0 + project(x + step_size * steepest_ascent(grad loss) - x0))`, the paper's
+equation (4), as a pure function: configuration at construction, data at call. The
+steps run in `lax.fori_loop`, restarts too, so that the compiled size does not depend
+on their numbers. Only gradients of the images are computed, never of the parameters.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from samrobust.attacks.balls import Ball
+from samrobust.checks import check, check_choice
+from samrobust.objectives import cross_entropy
+from samrobust.types import Array, Attack, LogitsFn, LossFn
+
+__all__ = ["JUDGES", "identity", "pgd"]
+
+JUDGES = ("final", "any")
+
+_Carry = TypeVar("_Carry")
+
+
+class _Worst(NamedTuple):
+    """The most damaging images so far and how damaging: [B, ...] and [B]."""
+
+    images: Array
+    score: Array
+
+
+def identity(logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array) -> Array:
+    """The attack that changes nothing: standard training and natural accuracy."""
+    del logits_fn, labels, key
+    return images
+
+
+def pgd(
+    ball: Ball,
+    *,
+    step_size: float,
+    num_steps: int,
+    random_start: bool = True,
+    restarts: int = 1,
+    loss: LossFn = cross_entropy,
+    judge: str = "final",
+    box: tuple[float, float] = (0.0, 1.0),
+) -> Attack:
+    """Projected gradient descent on `loss` within a ball and a box.
+
+    Args:
+      ball: the allowed perturbations, from `linf` or `l2`.
+      step_size: the length of a step in the ball's norm and pixel units, > 0 (any
+        value if the radius or `num_steps` is 0).
+      num_steps: number of gradient steps, >= 0.
+      random_start: start at a random point of the ball instead of the image itself.
+      restarts: number of independent runs, >= 1; needs a random start if > 1.
+      loss: what is maximised, per example; `cross_entropy` or `margin`.
+      judge: which images a run hands in: its `final` iterate (the reference code), or
+        the first misclassified one of `any` iterates, the start included, and the one
+        of highest loss where there is none.
+      box: the range of pixel values, clipped to after every step.
+
+    Returns:
+      `attack(logits_fn, images, labels, *, key) -> images` on images [B, ...] in the
+      box and labels int [B].
+
+      **Guarantees.** Shape and dtype of the images are kept. The result lies in the
+      box, and in the ball up to a few units in the last place of float32. Radius 0
+      returns the images unchanged. With several restarts each example gets its own
+      worst case: a misclassified one wherever a run found one, so that more restarts
+      never raise the accuracy. No gradient flows through the result.
+
+    Raises:
+      ValueError: if an argument is outside its range.
+
+    Reference: Madry et al. (2018), arXiv 1706.06083. *Our deviation* from the paper's
+    code: the gradient is that of the sum of the losses, so that an example's steps do
+    not depend on the batch it is in (see `l2` for the code's numerical floor).
+
+    >>> attack = pgd(linf(8 / 255), step_size=2 / 255, num_steps=10)
+    >>> weights = jnp.array([[1.0, -1.0], [0.5, 0.0]])
+    >>> adversarial = attack(
+    ...     lambda x: x @ weights, jnp.full([1, 2], 0.5), jnp.array([0]),
+    ...     key=jax.random.key(0))
+    >>> jnp.round((adversarial - 0.5) * 255)
+    Array([[-8., -8.]], dtype=float32)
+    """
+    check(num_steps >= 0, "num_steps >= 0", num_steps=num_steps)
+    check(
+        step_size > 0 or ball.radius == 0 or num_steps == 0,
+        "0 < step_size",
+        step_size=step_size,
+    )
+    check(restarts >= 1, "restarts >= 1", restarts=restarts)
+    check(
+        restarts == 1 or random_start,
+        "random_start when restarts > 1",
+        "Without one all restarts are the same.",
+        restarts=restarts,
+        random_start=random_start,
+    )
+    check_choice(JUDGES, judge=judge)
+    check(box[0] < box[1], "box[0] < box[1]", box=box)
+    if ball.radius == 0:
+        return identity
+
+    def run(logits_fn: LogitsFn, images: Array, labels: Array, key: Array) -> _Worst:
+        """One run from a start: its judged images and their score."""
+
+        def into_set(candidates: Array) -> Array:
+            return jnp.clip(images + ball.project(candidates - images), *box)
+
+        def total_loss(current: Array) -> tuple[Array, tuple[Array, Array]]:
+            logits = logits_fn(current)
+            losses = loss(logits, labels)
+            return jnp.sum(losses), (losses, logits)
+
+        def ascend(current: Array) -> tuple[Array, Array]:
+            """One step, and the score of the images it started from."""
+            gradient, (losses, logits) = jax.grad(total_loss, has_aux=True)(current)
+            step = step_size * ball.steepest_ascent(gradient.astype(jnp.float32))
+            return into_set(current + step), _score(losses, logits, labels)
+
+        def scored(current: Array) -> _Worst:
+            _, (losses, logits) = total_loss(current)
+            return _Worst(current, _score(losses, logits, labels))
+
+        start = images
+        if random_start:
+            start = into_set(images + ball.sample(key, images.shape))
+
+        if judge == "final":
+            final = _repeat(num_steps, lambda current: ascend(current)[0], start)
+            if restarts == 1:  # nothing to compare: spare the forward pass
+                return _Worst(final, jnp.zeros(images.shape[0]))
+            return scored(final)
+
+        def ascend_and_judge(carry: tuple[Array, _Worst]) -> tuple[Array, _Worst]:
+            current, worst = carry
+            following, score = ascend(current)
+            return following, _worse(worst, _Worst(current, score))
+
+        unseen = _Worst(start, jnp.full(images.shape[0], -jnp.inf))
+        final, worst = _repeat(num_steps, ascend_and_judge, (start, unseen))
+        return _worse(worst, scored(final))
+
+    def attack(
+        logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
+    ) -> Array:
+        exact = images.astype(jnp.float32)
+        worst = run(logits_fn, exact, labels, jax.random.fold_in(key, 0))
+
+        def restart(index: Array, worst: _Worst) -> _Worst:
+            fresh_key = jax.random.fold_in(key, index)
+            return _worse(worst, run(logits_fn, exact, labels, fresh_key))
+
+        if restarts > 1:
+            worst = jax.lax.fori_loop(1, restarts, restart, worst)
+        return jax.lax.stop_gradient(worst.images).astype(images.dtype)
+
+    return attack
+
+
+def _repeat(
+    num_steps: int, function: Callable[[_Carry], _Carry], start: _Carry
+) -> _Carry:
+    return jax.lax.fori_loop(0, num_steps, lambda _, carry: function(carry), start)
+
+
+def _score(losses: Array, logits: Array, labels: Array) -> Array:
+    """Orders outcomes: every misclassification above all else, then by the loss."""
+    wrong = jnp.argmax(logits, axis=-1) != labels
+    return jnp.where(wrong, jnp.inf, jnp.where(jnp.isnan(losses), -jnp.inf, losses))
+
+
+def _worse(first: _Worst, second: _Worst) -> _Worst:
+    """Per example the more damaging of two; the first where they tie."""
+    take = second.score > first.score
+    shape = take.shape + (1,) * (first.images.ndim - 1)
+    images = jnp.where(take.reshape(shape), second.images, first.images)
+    return _Worst(images, jnp.where(take, second.score, first.score))

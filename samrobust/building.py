@@ -1,0 +1,142 @@
+"""From a config's fields to the objects they describe.
+
+The one place where radii turn from 1/255 units into pixel units, and names into
+functions. Out of scope: validation, see `samrobust.validation`.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from samrobust import attacks, sharpness
+from samrobust.data import Dataset, load_dataset
+from samrobust.models import PreActResNet
+from samrobust.objectives import LOSSES
+from samrobust.types import Attack, PyTree
+
+__all__ = [
+    "evaluation_attacks",
+    "learning_rate_schedule",
+    "load_data",
+    "make_ball",
+    "make_model",
+    "make_optimizer",
+    "resolve_steps_per_call",
+    "training_attack",
+    "validation_attacks",
+]
+
+
+def load_data(config: ConfigDict) -> Dataset:
+    """The data set of `config.data`."""
+    fields = ("data_dir", "manual_dir", "validation_size", "train_size", "test_size")
+    options = {name: config.data[name] for name in (*fields, "split_seed")}
+    return load_dataset(config.data.name, **options)
+
+
+def make_model(config: ConfigDict, dataset: Dataset) -> PreActResNet:
+    """The network of `config.model`, normalising by the data set's mean and std."""
+    return PreActResNet(
+        num_classes=dataset.num_classes,
+        width=config.model.width,
+        blocks=tuple(config.model.blocks),
+        mean=dataset.mean,
+        std=dataset.std,
+        dtype=jnp.dtype(config.model.dtype),
+    )
+
+
+def make_ball(norm: str, epsilon: float, gradient_floor: float = 0.0) -> attacks.Ball:
+    """A ball of radius `epsilon` in 1/255 units."""
+    if norm == "l2":
+        return attacks.l2(epsilon / 255, gradient_floor=gradient_floor)
+    return attacks.linf(epsilon / 255)
+
+
+def training_attack(config: ConfigDict) -> Attack:
+    """The attack of `config.attack`: the identity where its radius is 0."""
+    attack = config.attack
+    return attacks.pgd(
+        make_ball(attack.norm, attack.epsilon, attack.gradient_floor),
+        step_size=attack.step_size / 255,
+        num_steps=attack.num_steps,
+        random_start=attack.random_start,
+        restarts=attack.restarts,
+        loss=LOSSES[attack.loss],
+        judge=attack.judge,
+    )
+
+
+def evaluation_attacks(config: ConfigDict) -> dict[str, Attack]:
+    """The table's columns in order: `natural`, `linf 1/255`, ..., and their attacks."""
+    evaluation = config.evaluation
+    columns: dict[str, Attack] = {"natural": attacks.identity}
+    for norm, relative in (("linf", "linf_step"), ("l2", "l2_step")):
+        for radius in evaluation[norm]:
+            columns[f"{norm} {radius:g}/255"] = attacks.pgd(
+                make_ball(norm, radius, evaluation.gradient_floor),
+                step_size=radius * evaluation[relative] / 255,
+                num_steps=evaluation.num_steps,
+                random_start=evaluation.random_start,
+                restarts=evaluation.restarts,
+                loss=LOSSES[evaluation.loss],
+                judge=evaluation.judge,
+            )
+    return columns
+
+
+def validation_attacks(config: ConfigDict) -> dict[str, Attack]:
+    """How a state is judged on held-out images: as its own row means to be.
+
+    `natural`; with an attack in training also `robust`, under the same ball, step size
+    and number of steps.
+    """
+    columns: dict[str, Attack] = {"natural": attacks.identity}
+    if config.attack.epsilon:
+        columns["robust"] = training_attack(config)
+    return columns
+
+
+def learning_rate_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate as a function of the step."""
+    training = config.training
+    if training.schedule == "cosine":
+        total_steps = training.epochs * steps_per_epoch
+        return optax.cosine_decay_schedule(training.learning_rate, total_steps)
+    boundaries = {}
+    for milestone in training.milestones:
+        step = int(milestone * training.epochs) * steps_per_epoch
+        boundaries[step] = boundaries.get(step, 1.0) * training.decay_factor
+    return optax.piecewise_constant_schedule(training.learning_rate, boundaries)
+
+
+def make_optimizer(
+    config: ConfigDict, steps_per_epoch: int, batch_stats: PyTree
+) -> optax.GradientTransformationExtraArgs:
+    """SAM, coupled weight decay and SGD with momentum, in this order.
+
+    Args:
+      config: the whole config.
+      steps_per_epoch: for the schedules.
+      batch_stats: the structure of BatchNorm's statistics, which leave SAM's second
+        pass as its auxiliary output.
+    """
+    rho = config.sam.rho
+    if config.sam.rho_end is not None:
+        total_steps = config.training.epochs * steps_per_epoch
+        rho = optax.linear_schedule(rho, config.sam.rho_end, total_steps)
+    return optax.chain(
+        sharpness.sam(rho, aux=batch_stats),
+        optax.add_decayed_weights(config.training.weight_decay),
+        optax.sgd(
+            learning_rate_schedule(config, steps_per_epoch),
+            momentum=config.training.momentum or None,
+        ),
+    )
+
+
+def resolve_steps_per_call(config: ConfigDict) -> int:
+    """Steps in one call; a loop over steps pays on accelerators, not on the CPU."""
+    default = 1 if jax.default_backend() == "cpu" else 25
+    return config.training.steps_per_call or default

@@ -1,0 +1,132 @@
+"""The `samrobust` command: subcommands and flags, nothing else.
+
+Exit codes: 0 done; 1 a run failed; 2 bad input; 75 stopped by SIGTERM, 130 by Ctrl-C,
+both to be started again with the same command.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from samrobust import __version__
+
+__all__ = ["main"]
+
+_CONFIG = "configs/digits.py"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand and returns the exit code."""
+    arguments, overrides = _parse(sys.argv[1:] if argv is None else list(argv))
+    from samrobust import commands  # JAX and Flax load here: --help stays quick
+
+    return commands.execute(arguments, overrides)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"samrobust: error: {message}\nSee `{self.prog} --help`.\n")
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of a subcommand, and the overrides `--config.FIELD=VALUE`."""
+    parser = _make_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    overrides = [item for item in unknown if item.startswith("--config.")]
+    for item in unknown:
+        if item not in overrides:
+            parser.error(f"unknown argument {item!r}")
+        if "=" not in item:
+            parser.error(f"write {item}=VALUE, with an equals sign")
+    return arguments, overrides
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="samrobust",
+        allow_abbrev=False,
+        description="Train image classifiers that hold up under attack (standard "
+        "training, SAM, PGD adversarial training) and measure what they are worth.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+    )
+    _add_table(commands)
+    _add_train(commands)
+    _add_evaluate(commands)
+    return parser
+
+
+def _add_table(commands: argparse._SubParsersAction) -> None:
+    table = commands.add_parser(
+        "table",
+        allow_abbrev=False,
+        help="all rows of a config, trained, attacked and printed as a table",
+        description="Trains and attacks every row of a config's table. Can be killed "
+        "and started again: finished runs are kept, the others go on.",
+        epilog="Any field: --config.training.epochs=2. See configs/base.py.",
+    )
+    table.add_argument("--config", default=_CONFIG, metavar="FILE", help="%(default)s")
+    table.add_argument(
+        "--workdir", metavar="DIR", help="default: runs/NAME for configs/NAME.py"
+    )
+    table.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="runs a row: 0 .. N-1"
+    )
+    table.add_argument(
+        "--rows",
+        action="append",
+        metavar="ROW",
+        help="only these, as in --rows=st --rows=sam,rho=0.2; or separated by ';'",
+    )
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    train = commands.add_parser(
+        "train",
+        allow_abbrev=False,
+        help="one row: train, attack, write result.json",
+        description="Trains and attacks one row. Goes on where it was stopped.",
+        epilog="Any field: --config.training.epochs=2. See configs/base.py.",
+    )
+    train.add_argument(
+        "--config", required=True, metavar="FILE:ROW", help="configs/digits.py:st"
+    )
+    train.add_argument("--workdir", required=True, metavar="DIR", help="of this run")
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        allow_abbrev=False,
+        help="attack a trained run again, under other attacks",
+        description="Attacks the network of a finished or stopped run. Prints the "
+        "accuracies and adds them to evaluations.jsonl in its workdir.",
+    )
+    add = evaluate.add_argument
+    add("--workdir", required=True, metavar="DIR", help="of the run")
+    add("--attack", choices=("pgd",), default="pgd", help="%(default)s")
+    add("--norm", choices=("linf", "l2"), action="append", help="default: both")
+    add(
+        "--epsilon",
+        type=float,
+        action="append",
+        metavar="E",
+        help="radius in 1/255, needs --norm; repeat for several; default: the run's",
+    )
+    add("--step-size", type=float, metavar="A", help="in 1/255; default as in the run")
+    add("--num-steps", type=int, metavar="N", help="default: the run's")
+    add("--restarts", type=int, metavar="N", help="default: the run's")
+    add("--loss", choices=("cross_entropy", "margin"), help="default: the run's")
+    add("--judge", choices=("final", "any"), help="iterate judged; default: the run's")
+    add("--checkpoint", choices=("last", "best"), help="default: the run's")
+    add("--batch-size", type=int, metavar="N", help="default: the run's")
+    add(
+        "--seed", type=int, metavar="N", help="of the random starts; default: the run's"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

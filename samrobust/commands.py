@@ -1,0 +1,256 @@
+"""What the subcommands do: read, run, show. See `samrobust.cli` for their flags."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.markup import escape
+
+from samrobust import building, configuration, reporting
+from samrobust.checks import check
+from samrobust.data import Dataset, DatasetUnavailableError
+from samrobust.experiments import PlannedRun, evaluate_run, run, run_all, work
+from samrobust.provenance import provenance
+from samrobust.reporting.progress import ProgressDisplay
+from samrobust.runtime import StopRequest, enable_compilation_cache
+from samrobust.training import Interrupted, TrainingDiverged
+from samrobust.training.checkpoint import CheckpointError
+from samrobust.validation import validate
+from samrobust.workdir import WorkdirError, append_json_line, read_json
+
+__all__ = ["execute"]
+
+_EVALUATION_FLAGS = (
+    "num_steps",
+    "restarts",
+    "loss",
+    "judge",
+    "checkpoint",
+    "batch_size",
+)
+_FAILED, _BAD_INPUT, _TERMINATED, _CTRL_C = 1, 2, 75, 130
+
+
+def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Runs a subcommand; turns the errors a user can mend into a line and a code."""
+    enable_compilation_cache()
+    command = {"table": _table, "train": _train, "evaluate": _evaluate}
+    stop = StopRequest()
+    try:
+        with stop.listening():
+            return command[arguments.command](arguments, overrides, stop)
+    except Interrupted as error:
+        print(f"samrobust: {error}", file=sys.stderr)
+        return _CTRL_C if stop.signal and stop.signal.name == "SIGINT" else _TERMINATED
+    except KeyboardInterrupt:
+        return _CTRL_C
+    except (ValueError, WorkdirError, DatasetUnavailableError) as error:
+        print(f"samrobust: error: {error}", file=sys.stderr)
+        return _BAD_INPUT
+    except (TrainingDiverged, CheckpointError, OSError) as error:
+        print(f"samrobust: error: {error}", file=sys.stderr)
+        return _FAILED
+
+
+def _table(
+    arguments: argparse.Namespace, overrides: Sequence[str], stop: StopRequest
+) -> int:
+    check(arguments.seeds >= 1, "--seeds >= 1", seeds=arguments.seeds)
+    console = Console()
+    name = pathlib.Path(arguments.config).stem
+    workdir = pathlib.Path(arguments.workdir or f"runs/{name}")
+    rows = _rows(arguments.rows) or configuration.load_rows(arguments.config)
+    configs = {
+        row: configuration.load_config(f"{arguments.config}:{row}", overrides)
+        for row in rows
+    }
+    runs = []
+    for seed in range(arguments.seeds):  # the whole table first, then its spread
+        for row, config in configs.items():
+            folder = workdir / row / f"seed{seed}"
+            runs.append(PlannedRun(_with_seed(config, seed), folder))
+    results, failures = _run_all(runs, console, stop)
+    for planned, error in failures:
+        console.print(f"[red]failed[/red] {planned.name}: {escape(str(error))}")
+    if results:
+        table = _summarise(results, configs)
+        paths = reporting.write_table(table, workdir)
+        console.print(reporting.to_rich(table))
+        files = ", ".join(path.name for path in paths)
+        console.print(f"Written to {workdir}: {files}", highlight=False)
+    return _FAILED if failures else 0
+
+
+def _run_all(
+    runs: Sequence[PlannedRun], console: Console, stop: StopRequest
+) -> tuple[list[dict[str, Any]], list[tuple[PlannedRun, Exception]]]:
+    dataset = building.load_data(runs[0].config)
+    works = {planned.workdir: work(planned.config, dataset) for planned in runs}
+    display = ProgressDisplay(console, sum(sum(w) for w in works.values()))
+    failures: list[tuple[PlannedRun, Exception]] = []
+    with display.live():
+        results = run_all(
+            runs,
+            dataset,
+            lambda planned: display.run(planned.name, *works[planned.workdir]),
+            on_failure=lambda planned, error: failures.append((planned, error)),
+            should_stop=stop,
+        )
+    return results, failures
+
+
+def _summarise(
+    results: list[dict[str, Any]], configs: dict[str, ConfigDict]
+) -> reporting.Table:
+    config = next(iter(configs.values()))
+    paper = {row: dict(c.paper) for row, c in configs.items() if c.paper}
+    return reporting.summarise(
+        results,
+        rows=[(row, c.label) for row, c in configs.items()],
+        paper=paper,
+        title=f"Natural and robust accuracy on {config.data.name}",
+        caption=_caption(config),
+    )
+
+
+def _caption(config: ConfigDict) -> str:
+    model, evaluation, training = config.model, config.evaluation, config.training
+    blocks = "-".join(str(count) for count in model.blocks)
+    restarts = f" x {evaluation.restarts}" if evaluation.restarts > 1 else ""
+    size = config.data.train_size
+    images = f"{size:,} training images, " if size is not None else ""
+    return (
+        f"{config.data.name}, {images}{evaluation.split} set; PreActResNet of width "
+        f"{model.width} and {blocks} blocks, {training.epochs} epochs, {model.dtype}; "
+        f"PGD-{evaluation.num_steps}{restarts} on the {evaluation.loss} loss, "
+        f"{evaluation.judge} iterate judged, {evaluation.checkpoint} checkpoint."
+    )
+
+
+def _rows(values: Sequence[str] | None) -> list[str]:
+    parts = [row.strip() for value in values or () for row in value.split(";")]
+    rows = [row for row in parts if row]
+    for row in rows:
+        configuration.parse_row(row)
+    return list(dict.fromkeys(rows))
+
+
+def _with_seed(config: ConfigDict, seed: int) -> ConfigDict:
+    copy = config.copy_and_resolve_references()
+    copy.seed = seed
+    return copy
+
+
+def _train(
+    arguments: argparse.Namespace, overrides: Sequence[str], stop: StopRequest
+) -> int:
+    console = Console()
+    config = configuration.load_config(arguments.config, overrides)
+    planned = PlannedRun(config, pathlib.Path(arguments.workdir))
+    dataset = building.load_data(config)
+    works = work(config, dataset)
+    display = ProgressDisplay(console, sum(works))
+    with display.live():
+        observer = display.run(planned.name, *works)
+        result = run(
+            config, planned.workdir, observer, dataset=dataset, should_stop=stop
+        )
+    _print_accuracies(console, planned.name, result["accuracy"])
+    console.print(f"Written to {planned.workdir}: result.json", highlight=False)
+    return 0
+
+
+def _print_accuracies(console: Console, name: str, accuracy: dict[str, float]) -> None:
+    cells = ", ".join(f"{column} {value:.2f}" for column, value in accuracy.items())
+    console.print(f"{name}: {cells} (accuracy in %)", highlight=False)
+
+
+def _evaluate(
+    arguments: argparse.Namespace, overrides: Sequence[str], stop: StopRequest
+) -> int:
+    check(
+        not overrides,
+        "no --config overrides for evaluate",
+        "The run's own config is used; see `samrobust evaluate --help`.",
+        overrides=list(overrides),
+    )
+    workdir = pathlib.Path(arguments.workdir)
+    config = _evaluation_config(workdir, arguments)
+    console = Console()
+    dataset: Dataset = building.load_data(config)
+    attacks = building.evaluation_attacks(config)
+    works = work(config, dataset)
+    display = ProgressDisplay(console, works[1])
+    with display.live():
+        accuracy = evaluate_run(
+            config,
+            workdir,
+            display.run(config.label, 0.0, works[1]),
+            dataset=dataset,
+            attacks=attacks,
+            should_stop=stop,
+        )
+    line = {
+        "accuracy": accuracy,
+        "evaluation": config.evaluation.to_dict(),
+        "seed": config.seed,
+        "provenance": provenance(),
+    }
+    append_json_line(workdir / "evaluations.jsonl", line)
+    _print_accuracies(console, config.label, accuracy)
+    console.print(f"Added to {workdir / 'evaluations.jsonl'}", highlight=False)
+    return 0
+
+
+def _evaluation_config(
+    workdir: pathlib.Path, arguments: argparse.Namespace
+) -> ConfigDict:
+    """The run's config with the flags written into its `evaluation` section."""
+    stored = read_json(workdir / "config.json")
+    check(
+        stored is not None,
+        "a run's --workdir, with a config.json",
+        "Train it first: `samrobust train`.",
+        workdir=str(workdir),
+    )
+    config = ConfigDict(stored, type_safe=False)
+    evaluation = config.evaluation
+    for name in _EVALUATION_FLAGS:
+        value = getattr(arguments, name)
+        if value is not None:
+            evaluation[name] = value
+    if arguments.seed is not None:
+        config.seed = arguments.seed
+    _set_radii(evaluation, arguments)
+    validate(config)
+    return config
+
+
+def _set_radii(evaluation: ConfigDict, arguments: argparse.Namespace) -> None:
+    norms, epsilons = arguments.norm or ["linf", "l2"], arguments.epsilon
+    check(
+        epsilons is None or len(norms) == 1,
+        "one --norm with --epsilon",
+        "For several norms call the command once for each.",
+        norm=arguments.norm,
+        epsilon=epsilons,
+    )
+    for norm in ("linf", "l2"):
+        if norm not in norms:
+            evaluation[norm] = ()
+        elif epsilons is not None:
+            evaluation[norm] = tuple(epsilons)
+    step_size = arguments.step_size
+    if step_size is not None:
+        radii = [r for norm in norms for r in evaluation[norm]]
+        check(
+            len(radii) == 1,
+            "one --norm and one --epsilon with --step-size",
+            step_size=step_size,
+            radii=radii,
+        )
+        evaluation[f"{norms[0]}_step"] = step_size / radii[0]

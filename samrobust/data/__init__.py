@@ -1,0 +1,29 @@
+"""Image datasets as uint8 arrays, and the random access and augmentation of them.
+
+`load_dataset` gives NumPy arrays in a fixed order; `take_batch`, `epoch_permutation`
+and `random_crop_and_flip` are pure functions for the inside of a compiled step.
+Images are `[N, H, W, C]`: uint8 at rest, float32 in [0, 1] in a batch.
+"""
+
+from samrobust.data.archive import DatasetUnavailableError
+from samrobust.data.augment import random_crop_and_flip
+from samrobust.data.batches import (
+    epoch_permutation,
+    evaluation_batches,
+    steps_per_epoch,
+    take_batch,
+)
+from samrobust.data.datasets import DATASETS, Dataset, Split, load_dataset
+
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "DatasetUnavailableError",
+    "Split",
+    "epoch_permutation",
+    "evaluation_batches",
+    "load_dataset",
+    "random_crop_and_flip",
+    "steps_per_epoch",
+    "take_batch",
+]

@@ -1,0 +1,202 @@
+"""The official archive of a data set: from a directory or a server, and verified.
+
+Nothing is used before its SHA-256 is right. A download that breaks is taken up where
+it broke, in this process or a later one.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import pathlib
+import time
+
+from samrobust.checks import check
+
+__all__ = ["Archive", "DatasetUnavailableError", "ResumingDownloader", "find_archive"]
+
+logger = logging.getLogger(__name__)
+
+
+class DatasetUnavailableError(RuntimeError):
+    """The data are not there; the message says what to put where."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """A file that everybody can download: its name, address, size and hash."""
+
+    name: str
+    url: str
+    num_bytes: int
+    sha256: str
+
+
+def find_archive(
+    archive: Archive,
+    downloads: pathlib.Path,
+    manual_dir: pathlib.Path | None = None,
+) -> pathlib.Path:
+    """Returns the path of the verified archive, downloading it if need be.
+
+    It is looked for in manual_dir, `<downloads>/manual` and downloads, in this order.
+
+    Args:
+      archive: which one.
+      downloads: the directory for downloads.
+      manual_dir: a directory where the user put the archive.
+
+    Returns:
+      Where it lies. **Guarantees**: the file's SHA-256 is the archive's.
+
+    Raises:
+      DatasetUnavailableError: if a file of that name in one of the first two
+        directories has another hash, or the archive is in none of the three and cannot
+        be downloaded.
+    """
+    for directory in (manual_dir, downloads / "manual"):
+        if directory is not None and (directory / archive.name).is_file():
+            _verify(archive, directory / archive.name)
+            return directory / archive.name
+    try:
+        return _download(archive, downloads)
+    except (OSError, ValueError) as error:  # a broken line or disk; a wrong hash
+        raise DatasetUnavailableError(
+            f"Expected {archive.name}, got no such file and no download ({error}). "
+            f"Put {archive.name} ({archive.num_bytes} bytes, sha256 {archive.sha256}) "
+            f"from {archive.url} into {manual_dir or downloads / 'manual'}."
+        ) from error
+
+
+def _verify(archive: Archive, path: pathlib.Path) -> None:
+    """Refuses a file with another hash than the archive's."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != archive.sha256:
+        raise DatasetUnavailableError(
+            f"Expected sha256={archive.sha256} ({archive.num_bytes} bytes) of {path}, "
+            f"got sha256={found} ({path.stat().st_size} bytes). Delete the file, or "
+            f"replace it by {archive.url}."
+        )
+
+
+def _download(archive: Archive, downloads: pathlib.Path) -> pathlib.Path:
+    """Downloads the archive unless it is there already; verified either way."""
+    import pooch  # with requests, a third of a second to import
+
+    registry = pooch.create(
+        path=downloads,
+        base_url="",
+        registry={archive.name: f"sha256:{archive.sha256}"},
+        urls={archive.name: archive.url},
+        retry_if_failed=1,  # after a wrong hash: what was resumed may have been damaged
+    )
+    downloader = ResumingDownloader(downloads / f"{archive.name}.part")
+    fetched = registry.fetch(
+        archive.name,
+        downloader=downloader,  # pyright: ignore[reportArgumentType] - misnamed in pooch
+    )
+    return pathlib.Path(fetched)
+
+
+class ResumingDownloader:
+    """A pooch downloader that goes on where a broken download stopped.
+
+    The bytes gather in a file of their own, which outlives the call and the process.
+    Each attempt asks for the rest with an HTTP Range header; a server that ignores the
+    header sends, and we take, everything anew.
+    """
+
+    def __init__(
+        self,
+        partial: pathlib.Path,
+        *,
+        max_attempts: int = 5,
+        backoff: float = 1.0,
+        timeout: float = 30.0,
+    ):
+        """Configures the downloader.
+
+        Args:
+          partial: the file in which the bytes gather.
+          max_attempts: attempts in a row that may bring no byte before we give up.
+          backoff: seconds before the second of them; doubled for each further one.
+          timeout: seconds of silence after which the connection counts as broken.
+        """
+        check(max_attempts >= 1, "1 <= max_attempts", max_attempts=max_attempts)
+        self.partial = partial
+        self.max_attempts = max_attempts
+        self.backoff = backoff
+        self.timeout = timeout
+
+    def __call__(
+        self,
+        url: str,
+        output_file: str,
+        pooch: object,  # noqa: ARG002 - the signature of a pooch downloader
+    ) -> None:
+        """Downloads the address into output_file.
+
+        Raises:
+          ConnectionError: if the server refuses, or too many attempts bring nothing.
+        """
+        import requests
+
+        failures = 0
+        while True:
+            size_before = self._size()
+            try:
+                self._fetch_rest(url)
+                break
+            except requests.RequestException as error:
+                failures = 1 if self._size() > size_before else failures + 1
+                if failures >= self.max_attempts or _is_final(error.response):
+                    # A requests error would make pooch call us again.
+                    raise ConnectionError(str(error)) from error
+                logger.warning("The download broke and goes on: %s", error)
+                time.sleep(self.backoff * 2 ** (failures - 1))
+        self.partial.replace(output_file)
+
+    def _size(self) -> int:
+        """Returns how many bytes there are by now."""
+        return self.partial.stat().st_size if self.partial.exists() else 0
+
+    def _fetch_rest(self, url: str) -> None:
+        """Appends what is missing, or raises when the connection breaks."""
+        import requests
+        import tqdm
+
+        size = self._size()
+        headers = {"Accept-Encoding": "identity"}
+        if size:
+            headers["Range"] = f"bytes={size}-"
+        with requests.get(
+            url, headers=headers, stream=True, timeout=self.timeout
+        ) as response:
+            if response.status_code == requests.codes.requested_range_not_satisfiable:
+                return  # nothing is missing; if that is wrong, the hash will tell
+            response.raise_for_status()
+            resumed = response.status_code == requests.codes.partial_content
+            start = size if resumed else 0
+            length = int(response.headers.get("Content-Length", 0))
+            with (
+                self.partial.open("ab" if resumed else "wb") as file,
+                tqdm.tqdm(
+                    total=start + length or None,
+                    initial=start,
+                    unit="B",
+                    unit_scale=True,
+                    desc=pathlib.Path(url).name,
+                    disable=None,  # where there is no terminal
+                ) as progress,
+            ):
+                for chunk in response.iter_content(1 << 16):
+                    file.write(chunk)
+                    progress.update(len(chunk))
+
+
+def _is_final(response) -> bool:
+    """Returns whether asking again is of no use: a refusal, except "later, please"."""
+    if response is None:
+        return False
+    code = response.status_code
+    return 400 <= code < 500 and code not in (408, 425, 429)

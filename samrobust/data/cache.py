@@ -1,0 +1,126 @@
+"""A checked cache of decoded arrays: .npy files, memory-mapped, with their hashes.
+
+Decoding a data set takes seconds and mapping it takes none. A manifest beside the
+arrays holds the SHA-256 of each file and says what they were decoded from, so that
+damage and a changed source are noticed, and the arrays decoded anew.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import uuid
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+__all__ = ["cached_arrays", "default_cache_dir"]
+
+Arrays = dict[str, np.ndarray]
+
+
+def default_cache_dir() -> pathlib.Path:
+    """Returns `$XDG_CACHE_HOME/samrobust/data`, by default below `~/.cache`."""
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(root).expanduser() / "samrobust" / "data"
+
+
+def cached_arrays(
+    directory: pathlib.Path,
+    stem: str,
+    source: Mapping[str, Any],
+    decode: Callable[[], Arrays],
+) -> Arrays:
+    """Returns `decode()`, or the same arrays from an intact cache of it.
+
+    The files are `<stem>-<name>.npy`, one an array, and the manifest `<stem>.json`.
+    They are replaced atomically, the manifest last: neither a process that is killed
+    nor several at the same time leave a cache that passes for another one.
+
+    Args:
+      directory: of the cache; made where it is missing.
+      stem: start of the file names.
+      source: identity of what is decoded, as JSON values. Another one is another cache.
+      decode: makes the arrays.
+
+    Returns:
+      Read-only arrays by name, memory-mapped wherever the directory can be written.
+
+    Warns:
+      UserWarning: if a cache is there but damaged or of another source (it is rebuilt),
+        or if the cache cannot be written (the arrays stay in memory).
+    """
+    manifest = directory / f"{stem}.json"
+    if manifest.exists():
+        try:
+            return _read(manifest, source)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warnings.warn(
+                f"The cache {manifest} cannot be used and is rebuilt: {error}",
+                stacklevel=2,
+            )
+    arrays = decode()
+    try:
+        return _write(manifest, source, arrays)
+    except OSError as error:
+        warnings.warn(
+            f"The cache {directory} cannot be written ({error}): the arrays are kept "
+            "in memory, and decoded again next time. Set cache_dir to a directory that "
+            "can be written.",
+            stacklevel=2,
+        )
+    for array in arrays.values():
+        array.flags.writeable = False
+    return arrays
+
+
+def _read(manifest: pathlib.Path, source: Mapping[str, Any]) -> Arrays:
+    """Maps the arrays of a manifest, or raises an error that says what is wrong."""
+    content = json.loads(manifest.read_text())
+    if content["source"] != source:
+        raise ValueError("the data that it was made from have changed")
+    arrays = {}
+    for name, sha256 in content["sha256"].items():
+        path = _array_path(manifest, name)
+        if _sha256(path) != sha256:
+            raise ValueError(f"{path.name} is damaged (its hash differs)")
+        arrays[name] = np.load(path, mmap_mode="r")
+    return arrays
+
+
+def _write(manifest: pathlib.Path, source: Mapping[str, Any], arrays: Arrays) -> Arrays:
+    """Writes the arrays, then the manifest; returns the arrays, mapped."""
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    unique = f".{uuid.uuid4().hex}.tmp"
+    mapped, hashes = {}, {}
+    temporary = manifest.with_name(manifest.name + unique)
+    try:
+        for name, array in arrays.items():
+            path = _array_path(manifest, name)
+            temporary = path.with_name(path.name + unique)
+            with temporary.open("xb") as file:
+                np.save(file, array)
+            # Mapped before it gets its name, so that it is this file and not the one of
+            # another process that is doing the same.
+            mapped[name] = np.load(temporary, mmap_mode="r")
+            hashes[name] = _sha256(temporary)
+            temporary.replace(path)
+        temporary = manifest.with_name(manifest.name + unique)
+        temporary.write_text(json.dumps({"source": source, "sha256": hashes}, indent=1))
+        temporary.replace(manifest)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return mapped
+
+
+def _array_path(manifest: pathlib.Path, name: str) -> pathlib.Path:
+    """Returns the file of one array of a manifest."""
+    return manifest.with_name(f"{manifest.stem}-{name}.npy")
+
+
+def _sha256(path: pathlib.Path) -> str:
+    """Returns the hash of a file; 150 MB take 0.1 s."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

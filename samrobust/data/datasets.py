@@ -1,0 +1,227 @@
+"""Image classification data sets as uint8 arrays: one door for all of them.
+
+A data set is three splits of NumPy arrays in a fixed order. The official test split is
+never touched; a validation split, if any, is taken from the official training split.
+Normalisation belongs to the model: images stay uint8, `mean` and `std` travel along.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from samrobust.checks import check, check_choice
+from samrobust.data.cache import default_cache_dir
+from samrobust.data.cifar import CIFAR10, CIFAR100, default_data_dir, load_cifar
+from samrobust.data.digits import load_digits
+
+__all__ = ["DATASETS", "Dataset", "Split", "load_dataset"]
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """Images uint8 `[N, H, W, C]` and their labels int32 `[N]`."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set.
+
+    Attributes:
+      name: as given to `load_dataset`.
+      num_classes: labels are in 0..num_classes - 1.
+      mean: of each channel over the official training images, of pixels in [0, 1].
+      std: standard deviation, likewise.
+      train: to train on.
+      validation: held out from the official training images; may be empty.
+      test: from the official test images.
+    """
+
+    name: str
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Split
+    validation: Split
+    test: Split
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        height, width, channels = self.train.images.shape[1:]
+        return height, width, channels
+
+
+def load_dataset(
+    name: str,
+    *,
+    data_dir: PathLike | None = None,
+    manual_dir: PathLike | None = None,
+    cache_dir: PathLike | None = None,
+    validation_size: int = 0,
+    train_size: int | None = None,
+    test_size: int | None = None,
+    split_seed: int = 0,
+) -> Dataset:
+    """Loads a data set; the first time it is downloaded, prepared and cached.
+
+    Args:
+      name: one of `DATASETS`.
+      data_dir: TFDS's directory of prepared data; by default `TFDS_DATA_DIR` or
+        ~/tensorflow_datasets, as in TFDS. Prepared data in it are used as they are.
+      manual_dir: where to look for the official archive before downloading it; in any
+        case it is looked for in `<data_dir>/downloads/manual`.
+      cache_dir: for the decoded arrays; by default `$XDG_CACHE_HOME/samrobust/data`.
+      validation_size: training examples that are held out.
+      train_size: training examples that are kept; None for all that are not held out.
+      test_size: test examples that are kept, spread evenly over the official order;
+        None for all.
+      split_seed: chooses which examples these are.
+
+    Returns:
+      The data set. **Guarantees**: the same arguments give the same arrays; no example
+      is in two splits; each split keeps the official order; the held-out examples do
+      not depend on train_size, nor the test examples on the other sizes; a smaller
+      train_size keeps a subset of a larger one's. The arrays are read-only.
+
+    Raises:
+      ValueError: if the name is unknown or a size is out of range.
+      DatasetUnavailableError: if the data are not there and cannot be downloaded.
+
+    >>> digits = load_dataset("digits", validation_size=97)
+    >>> len(digits.train), len(digits.validation), len(digits.test)
+    (1200, 97, 500)
+    >>> digits.image_shape
+    (8, 8, 1)
+    """
+    check_choice(DATASETS, name=name)
+    check(split_seed >= 0, "0 <= split_seed", split_seed=split_seed)
+    dataset = DATASETS[name](
+        default_data_dir() if data_dir is None else _expand(data_dir),
+        None if manual_dir is None else _expand(manual_dir),
+        default_cache_dir() if cache_dir is None else _expand(cache_dir),
+    )
+    kept, held_out = _choose_train(
+        len(dataset.train), validation_size, train_size, split_seed
+    )
+    return dataclasses.replace(
+        dataset,
+        train=_select(dataset.train, kept),
+        validation=_select(dataset.train, held_out),
+        test=_select(
+            dataset.test, _choose_test(len(dataset.test), test_size, split_seed)
+        ),
+    )
+
+
+def _expand(path: PathLike) -> pathlib.Path:
+    """Returns the path with ~ replaced by the home directory."""
+    return pathlib.Path(path).expanduser()
+
+
+def _choose_train(
+    available: int, validation_size: int, train_size: int | None, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the sorted positions of the training and of the validation examples."""
+    check(
+        0 <= validation_size < available,
+        f"0 <= validation_size < {available}",
+        f"There are {available} training examples, and training needs one at least.",
+        validation_size=validation_size,
+    )
+    if train_size is None:
+        train_size = available - validation_size
+    check(
+        train_size >= 1 and train_size + validation_size <= available,
+        f"1 <= train_size and train_size + validation_size <= {available}",
+        "None takes all that are not held out.",
+        train_size=train_size,
+        validation_size=validation_size,
+    )
+    # The raw stream of a bit generator is fixed for ever; Generator's methods are not.
+    keys = np.random.PCG64([seed, 0]).random_raw(available)
+    permutation = np.argsort(keys, kind="stable")
+    held_out = permutation[available - validation_size :]
+    return np.sort(permutation[:train_size]), np.sort(held_out)
+
+
+def _choose_test(available: int, size: int | None, seed: int) -> np.ndarray:
+    """Returns one random position out of each of `size` equal stretches."""
+    if size is None:
+        size = available
+    check(
+        1 <= size <= available,
+        f"1 <= test_size <= {available}",
+        "None takes all.",
+        test_size=size,
+    )
+    edges = np.arange(size + 1) * available // size
+    keys = np.random.PCG64([seed, 1]).random_raw(size)
+    return edges[:-1] + (keys % np.diff(edges).astype(np.uint64)).astype(np.int64)
+
+
+def _select(split: Split, positions: np.ndarray) -> Split:
+    """Returns the examples at sorted positions, without a copy if these are all."""
+    if len(positions) == len(split):
+        return split
+    images, labels = split.images[positions], split.labels[positions]
+    images.flags.writeable = labels.flags.writeable = False
+    return Split(images, labels)
+
+
+def _cifar10(
+    data_dir: pathlib.Path, manual_dir: pathlib.Path | None, cache_dir: pathlib.Path
+) -> Dataset:
+    """CIFAR-10, with the mean and deviation that the literature uses."""
+    splits = load_cifar(CIFAR10, data_dir, manual_dir, cache_dir)
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+    return _full("cifar10", 10, mean, std, splits)
+
+
+def _cifar100(
+    data_dir: pathlib.Path, manual_dir: pathlib.Path | None, cache_dir: pathlib.Path
+) -> Dataset:
+    """CIFAR-100, with the mean and deviation that the literature uses."""
+    splits = load_cifar(CIFAR100, data_dir, manual_dir, cache_dir)
+    mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    return _full("cifar100", 100, mean, std, splits)
+
+
+def _digits(*_: pathlib.Path | None) -> Dataset:
+    """scikit-learn's digits, which come with it: the directories are not used."""
+    splits = load_digits()
+    for array in (array for arrays in splits.values() for array in arrays):
+        array.flags.writeable = False
+    pixels = splits["train"][0] / 255
+    return _full("digits", 10, (float(pixels.mean()),), (float(pixels.std()),), splits)
+
+
+def _full(
+    name: str,
+    num_classes: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    splits: dict[str, tuple[np.ndarray, np.ndarray]],
+) -> Dataset:
+    """Makes the data set of the official splits, with nothing held out."""
+    train, test = Split(*splits["train"]), Split(*splits["test"])
+    nothing = Split(train.images[:0], train.labels[:0])
+    return Dataset(name, num_classes, mean, std, train, nothing, test)
+
+
+# Each takes data_dir, manual_dir and cache_dir, and returns the official splits.
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+    "digits": _digits,
+}

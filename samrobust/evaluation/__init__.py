@@ -1,0 +1,5 @@
+"""What a trained network is worth: natural accuracy and accuracy under attack."""
+
+from samrobust.evaluation.evaluate import Evaluator, accuracies, make_evaluator
+
+__all__ = ["Evaluator", "accuracies", "make_evaluator"]

@@ -1,0 +1,253 @@
+"""Experiments: a run (train, evaluate, `result.json`), and a grid of runs (a table).
+
+Everything here can be killed at any moment and started again with the same call:
+finished runs are read, the others go on from their last checkpoint.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+from ml_collections import ConfigDict
+
+from samrobust import building
+from samrobust.data import Dataset, Split
+from samrobust.evaluation import accuracies, make_evaluator
+from samrobust.provenance import provenance
+from samrobust.training import (
+    Interrupted,
+    Progress,
+    TrainingDiverged,
+    TrainState,
+    load_variables,
+    train,
+)
+from samrobust.types import Attack
+from samrobust.workdir import claim, read_json, settle_config, write_json
+
+__all__ = ["Observer", "PlannedRun", "evaluate_run", "run", "run_all", "work"]
+
+# Evaluation keys must not coincide with those of training: another branch of the seed.
+_EVALUATION_STREAM, _VALIDATION_STREAM = 1, 2
+
+
+class Observer(Protocol):
+    """Is told how a run proceeds; shows it."""
+
+    def on_progress(self, progress: Progress) -> None:
+        """Called after each call of the device in training."""
+
+    def on_batch(self, done: int, num_examples: int) -> None:
+        """Called after each evaluated batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """A row of a table with a seed, and where its files go."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+
+    @property
+    def name(self) -> str:
+        """For messages: `SAM (rho = 0.2), seed 1`."""
+        return f"{self.config.label}, seed {self.config.seed}"
+
+
+def work(config: ConfigDict, dataset: Dataset) -> tuple[float, float]:
+    """The predicted cost of training and of evaluation, for an ETA.
+
+    Returns:
+      Both in forward and backward passes with weight gradients on one example: a
+      forward pass is 1/3, an attack step 2/3.
+    """
+    attack, evaluation = config.attack, config.evaluation
+    step = 2.0 if config.sam.rho else 1.0
+    if attack.epsilon:
+        step += attack.restarts * attack.num_steps * 2 / 3
+    attacks = len(evaluation.linf) + len(evaluation.l2)
+    attacked = evaluation.restarts * evaluation.num_steps * 2 / 3
+    judged = (1 + attacks) / 3 + attacks * attacked
+    examples = len(_evaluated_split(config, dataset))
+    return config.training.epochs * len(dataset.train) * step, examples * judged
+
+
+def run(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    observer: Observer,
+    *,
+    dataset: Dataset,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Trains and evaluates one row, or goes on where that was stopped.
+
+    Args:
+      config: validated.
+      workdir: receives config.json, metrics.jsonl, checkpoints/ and result.json.
+      observer: is told of progress.
+      dataset: that of `config.data`.
+      should_stop: asked now and then; see `samrobust.training.train`.
+
+    Returns:
+      The content of `result.json`.
+
+    Raises:
+      Interrupted: after `should_stop`; the same call goes on.
+      TrainingDiverged: if the loss stops being finite.
+      WorkdirError: if the workdir is taken, or holds another run.
+    """
+    with claim(workdir):
+        settle_config(workdir, _as_dict(config))
+        result = read_json(workdir / "result.json")
+        if result is None:
+            outcome = train(
+                config,
+                dataset,
+                workdir,
+                validate=_make_validate(config, dataset),
+                on_progress=observer.on_progress,
+                should_stop=should_stop,
+            )
+            accuracy = _evaluate(config, dataset, workdir, observer, should_stop)
+            result = {
+                "dataset": config.data.name,
+                "row": config.row,
+                "label": config.label,
+                "seed": config.seed,
+                "accuracy": accuracy,
+                "num_test": len(_evaluated_split(config, dataset)),
+                "split": config.evaluation.split,
+                "checkpoint": config.evaluation.checkpoint,
+                "training_seconds": outcome.seconds,
+                "step_seconds": outcome.step_seconds,
+                "provenance": provenance() | {"seconds": outcome.seconds},
+            }
+            write_json(workdir / "result.json", result)
+        return result
+
+
+def run_all(
+    runs: Sequence[PlannedRun],
+    dataset: Dataset,
+    observe: Callable[[PlannedRun], Observer],
+    *,
+    on_failure: Callable[[PlannedRun, Exception], None],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]]:
+    """Runs one after another; one that fails does not stop the others.
+
+    Returns:
+      The results of those that finished, in order.
+
+    Raises:
+      Interrupted: after `should_stop`.
+    """
+    results = []
+    for planned in runs:
+        failure = planned.workdir / "failure.json"
+        try:
+            result = run(
+                planned.config,
+                planned.workdir,
+                observe(planned),
+                dataset=dataset,
+                should_stop=should_stop,
+            )
+        except Interrupted:
+            raise
+        except (RuntimeError, OSError, ValueError) as error:
+            on_failure(planned, error)
+            if planned.workdir.is_dir() and isinstance(error, TrainingDiverged):
+                write_json(failure, {"error": str(error), **provenance()})
+        else:
+            failure.unlink(missing_ok=True)
+            results.append(result)
+    return results
+
+
+def evaluate_run(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    observer: Observer,
+    *,
+    dataset: Dataset,
+    attacks: dict[str, Attack],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Evaluates the network of a run under other attacks.
+
+    Args:
+      config: of the run; `config.evaluation` says which checkpoint, split and batch.
+      workdir: of the run.
+      observer: is told of progress.
+      dataset: that of `config.data`.
+      attacks: by name.
+      should_stop: asked after every batch.
+
+    Returns:
+      Accuracies in percent, by the attacks' names.
+
+    Raises:
+      CheckpointError: if the run has no intact checkpoint of that kind.
+    """
+    return _evaluate(config, dataset, workdir, observer, should_stop, attacks)
+
+
+def _evaluate(
+    config: ConfigDict,
+    dataset: Dataset,
+    workdir: pathlib.Path,
+    observer: Observer,
+    should_stop: Callable[[], bool],
+    attacks: dict[str, Attack] | None = None,
+) -> dict[str, float]:
+    def on_batch(done: int, num_examples: int) -> None:
+        observer.on_batch(done, num_examples)
+        if should_stop() and done < num_examples:
+            message = (
+                f"Stopped during evaluation. The same command redoes it: {workdir}"
+            )
+            raise Interrupted(message)
+
+    variables = load_variables(config, dataset, workdir, config.evaluation.checkpoint)
+    evaluate = make_evaluator(
+        building.make_model(config, dataset),
+        attacks or building.evaluation_attacks(config),
+        batch_size=config.evaluation.batch_size,
+    )
+    key = jax.random.fold_in(jax.random.key(config.seed), _EVALUATION_STREAM)
+    split = _evaluated_split(config, dataset)
+    return accuracies(evaluate(variables, split, key, on_batch=on_batch))
+
+
+def _evaluated_split(config: ConfigDict, dataset: Dataset) -> Split:
+    return dataset.test if config.evaluation.split == "test" else dataset.validation
+
+
+def _make_validate(
+    config: ConfigDict, dataset: Dataset
+) -> Callable[[TrainState], dict[str, float]] | None:
+    """Accuracy on the held-out images; its `score` is robust accuracy in AT rows."""
+    if len(dataset.validation) == 0:
+        return None
+    attacks = building.validation_attacks(config)
+    evaluate = make_evaluator(
+        building.make_model(config, dataset),
+        attacks,
+        batch_size=min(config.evaluation.batch_size, len(dataset.validation)),
+    )
+    key = jax.random.fold_in(jax.random.key(config.seed), _VALIDATION_STREAM)
+
+    def validate(state: TrainState) -> dict[str, float]:
+        accuracy = accuracies(evaluate(state.variables, dataset.validation, key))
+        return {**accuracy, "score": accuracy.get("robust", accuracy["natural"])}
+
+    return validate
+
+
+def _as_dict(config: ConfigDict) -> dict[str, Any]:
+    return json.loads(config.to_json_best_effort())

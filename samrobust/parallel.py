@@ -1,0 +1,44 @@
+"""Placement on devices: a one-dimensional mesh, the batch split, all else replicated.
+
+Under `jax.jit` a computation on these arrays means the same on one device as on many:
+sums and BatchNorm statistics run over the global batch.
+"""
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from samrobust.checks import check
+from samrobust.types import PyTree
+
+__all__ = ["data_mesh", "replicated", "shard_batch", "sharded"]
+
+_AXIS = "data"
+
+
+def data_mesh(num_devices: int | None = None) -> Mesh:
+    """A mesh over the first `num_devices` devices; all of them by default."""
+    devices = jax.devices()
+    count = len(devices) if num_devices is None else num_devices
+    check(
+        1 <= count <= len(devices),
+        f"1 <= num_devices <= {len(devices)} (the devices JAX sees)",
+        num_devices=count,
+    )
+    return jax.make_mesh(
+        (count,), (_AXIS,), devices=devices[:count], axis_types=(AxisType.Auto,)
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def sharded(mesh: Mesh) -> NamedSharding:
+    """The first axis is split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(_AXIS))
+
+
+def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """Inside `jit`: splits the first axis of every array over the mesh."""
+    return jax.lax.with_sharding_constraint(batch, sharded(mesh))

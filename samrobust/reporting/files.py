@@ -1,0 +1,42 @@
+"""The files of a table: table.md, table.csv, table.json and table.png."""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from samrobust.reporting.plot import plot
+from samrobust.reporting.render import to_csv, to_json, to_markdown
+from samrobust.reporting.table import Table
+
+__all__ = ["write_table"]
+
+
+def write_table(table: Table, directory: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """Writes a table in all its forms, and makes the directory if needed.
+
+    Returns:
+      The paths of table.md, table.csv, table.json and table.png. **Guarantees**: a
+      reader finds each file complete, the old one or the new one, at any moment.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    texts = {"md": to_markdown, "csv": to_csv, "json": to_json}
+    paths = []
+    for suffix, render in texts.items():
+        paths.append(directory / f"table.{suffix}")
+        text = render(table).encode()
+        _atomically(paths[-1], functools.partial(Path.write_bytes, data=text))
+    paths.append(directory / "table.png")
+    _atomically(paths[-1], functools.partial(plot, table))
+    return tuple(paths)
+
+
+def _atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` write a file beside `path`, then puts it in place of `path`."""
+    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

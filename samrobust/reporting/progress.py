@@ -1,0 +1,112 @@
+"""A live progress bar over a grid of runs; plain lines where there is no terminal."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+__all__ = ["ProgressDisplay", "RunDisplay"]
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class ProgressDisplay:
+    """Shows how far a grid of runs is, in units of predicted work.
+
+    Args:
+      console: a terminal gets a live bar with an ETA, anything else a line now and
+        then.
+      total_work: of all runs together, in any unit.
+    """
+
+    def __init__(self, console: Console, total_work: float):
+        self._console, self._total = console, total_work
+        self._done, self._started, self._last_line = 0.0, time.monotonic(), 0.0
+        self._text = ""
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=120,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task: TaskID = self._progress.add_task("", total=total_work)
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator["ProgressDisplay"]:
+        """Shows the bar inside the context."""
+        with self._progress:
+            yield self
+
+    def run(
+        self, name: str, training_work: float, evaluation_work: float
+    ) -> "RunDisplay":
+        """The display of the next run; the runs' work adds up to the total."""
+        start = self._done
+        self._done += training_work + evaluation_work
+        return RunDisplay(self, name, start, training_work, evaluation_work)
+
+    def print(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(text, highlight=False)
+
+    def show(self, text: str, done: float) -> None:
+        """Moves the bar to `done` units of work and says what is going on."""
+        self._progress.update(self._task, completed=done, description=text)
+        now = time.monotonic()
+        if self._console.is_terminal or now - self._last_line < _SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        share = done / self._total
+        elapsed = now - self._started
+        eta = f"{elapsed * (1 - share) / share:.0f} s" if share > 0.02 else "-"
+        self.print(f"{share:4.0%}  {text}  (elapsed {elapsed:.0f} s, eta {eta})")
+
+
+class RunDisplay:
+    """One run's part of a `ProgressDisplay`."""
+
+    def __init__(
+        self,
+        display: ProgressDisplay,
+        name: str,
+        start: float,
+        training_work: float,
+        evaluation_work: float,
+    ):
+        self._display, self._name, self._start = display, name, start
+        self._training, self._evaluation = training_work, evaluation_work
+
+    def on_progress(self, progress: Any) -> None:
+        """Shows a `samrobust.training.Progress`."""
+        share = progress.step / progress.num_steps
+        parts = [self._name, f"{progress.phase} {share:.0%}"]
+        if progress.metrics:
+            parts += [
+                f"epoch {progress.metrics['epoch']}",
+                f"loss {progress.metrics['loss']:.3f}",
+                f"accuracy {progress.metrics['accuracy']:.1f} %",
+            ]
+        self._display.show(" · ".join(parts), self._start + share * self._training)
+
+    def on_batch(self, done: int, num_examples: int) -> None:
+        """Shows how many examples were attacked."""
+        share = done / num_examples
+        text = f"{self._name} · attacked {done:,} of {num_examples:,} images"
+        work = self._start + self._training + share * self._evaluation
+        self._display.show(text, work)

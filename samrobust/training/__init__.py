@@ -1,0 +1,25 @@
+"""Training: the state, the one step, the compiled epoch, checkpoints, the loop."""
+
+from samrobust.training.loop import (
+    Interrupted,
+    Outcome,
+    Progress,
+    TrainingDiverged,
+    train,
+)
+from samrobust.training.setup import load_variables
+from samrobust.training.state import TrainState, init_state
+from samrobust.training.step import TrainStep, make_train_step
+
+__all__ = [
+    "Interrupted",
+    "Outcome",
+    "Progress",
+    "TrainState",
+    "TrainStep",
+    "TrainingDiverged",
+    "init_state",
+    "load_variables",
+    "make_train_step",
+    "train",
+]

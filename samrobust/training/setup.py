@@ -1,0 +1,118 @@
+"""What a training is made of, from its config: the plan, the state, the step."""
+
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from samrobust import building
+from samrobust.checks import check
+from samrobust.data import Dataset
+from samrobust.training.checkpoint import CheckpointError, Checkpoints
+from samrobust.training.epoch import EpochPlan, Totals, zero_totals
+from samrobust.training.state import TrainState, init_state
+from samrobust.training.step import TrainStep, make_train_step
+from samrobust.types import Array, PyTree
+
+__all__ = ["Parts", "checkpoint_folder", "load_variables", "make_parts", "make_plan"]
+
+
+class Parts(NamedTuple):
+    """The pure functions of a training, and its metrics before the first step.
+
+    Attributes:
+      init: a key to the initial state.
+      train_step: see `make_train_step`.
+      zero_totals: see `samrobust.training.epoch`.
+    """
+
+    init: Callable[[Array], TrainState]
+    train_step: TrainStep
+    zero_totals: Totals
+
+
+def make_plan(config: ConfigDict, num_examples: int) -> EpochPlan:
+    """Cuts an epoch into batches.
+
+    Raises:
+      ValueError: if there is not one batch, or a batch is not divisible by the devices.
+    """
+    batch_size = config.training.batch_size
+    plan = EpochPlan(
+        num_examples,
+        batch_size,
+        building.resolve_steps_per_call(config),
+        config.training.drop_remainder,
+    )
+    check(
+        plan.num_steps > 0,
+        f"training.batch_size <= {num_examples} (the training examples)",
+        **{"training.batch_size": batch_size},
+    )
+    count = jax.device_count()
+    for size in filter(None, (batch_size, plan.remainder)):
+        check(
+            size % count == 0,
+            f"batches divisible by the {count} devices",
+            "Choose another training.batch_size, or set training.drop_remainder.",
+            batch_size=size,
+        )
+    return plan
+
+
+def make_parts(config: ConfigDict, dataset: Dataset, steps_per_epoch: int) -> Parts:
+    """Builds the pure functions of a training; computes nothing yet."""
+    model = building.make_model(config, dataset)
+    image = jax.ShapeDtypeStruct((1, *dataset.image_shape), "float32")
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, image)
+    tx = building.make_optimizer(config, steps_per_epoch, variables["batch_stats"])
+    train_step = make_train_step(
+        model,
+        tx,
+        attack=building.training_attack(config),
+        sam_batch_stats=config.sam.batch_stats,
+        attack_batch_norm=config.attack.batch_norm,
+    )
+
+    def init(key: Array) -> TrainState:
+        return init_state(model, tx, dataset.image_shape, key)
+
+    label = jax.ShapeDtypeStruct((1,), "int32")
+    state = jax.eval_shape(init, key)
+    _, metrics = jax.eval_shape(train_step, state, image, label, key)
+    return Parts(init, train_step, zero_totals(metrics))
+
+
+def checkpoint_folder(workdir: pathlib.Path, which: str) -> pathlib.Path:
+    """Where the checkpoints of a kind, `last` or `best`, lie."""
+    return workdir / "checkpoints" / which
+
+
+def load_variables(
+    config: ConfigDict, dataset: Dataset, workdir: pathlib.Path, which: str
+) -> dict[str, PyTree]:
+    """The trained network of a run: parameters and statistics, for `model.apply`.
+
+    Args:
+      config: of the run.
+      dataset: that of `config.data`.
+      workdir: of the run.
+      which: `last`, or `best` on the validation images.
+
+    Raises:
+      CheckpointError: if there is no intact checkpoint of that kind.
+    """
+    parts = make_parts(config, dataset, make_plan(config, len(dataset.train)).num_steps)
+    state = jax.eval_shape(parts.init, jax.eval_shape(lambda: jax.random.key(0)))
+    folder = checkpoint_folder(workdir, which)
+    with Checkpoints(folder) as checkpoints:
+        restored = checkpoints.restore_latest(
+            {"state": state, "totals": parts.zero_totals}
+        )
+    if restored is None:
+        message = f"Expected a checkpoint in {folder}, got none. Run `samrobust train`."
+        raise CheckpointError(message)
+    return restored.state["state"].variables

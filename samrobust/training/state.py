@@ -1,0 +1,58 @@
+"""The state of training: arrays alone. Configuration is closed over by the step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from samrobust.types import Array, PyTree
+
+__all__ = ["TrainState", "init_state"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+      step: int32 scalar, the number of steps taken.
+      params: float32 parameters.
+      batch_stats: BatchNorm's running statistics, float32.
+      opt_state: of the optax chain.
+    """
+
+    step: Array
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: optax.OptState
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """What `model.apply` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def init_state(
+    model: nn.Module,
+    tx: optax.GradientTransformationExtraArgs,
+    image_shape: tuple[int, ...],
+    key: Array,
+) -> TrainState:
+    """A fresh state; a pure function of the key, which is consumed.
+
+    Args:
+      model: called as `model.init(key, images, train=False)`.
+      tx: the optimizer.
+      image_shape: (H, W, C).
+      key: of the parameters' initialisation.
+    """
+    variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+    return TrainState(
+        step=jnp.zeros([], jnp.int32),
+        params=variables["params"],
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=tx.init(variables["params"]),
+    )

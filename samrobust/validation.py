@@ -1,0 +1,170 @@
+"""Checks of a config's values and combinations, by the fields' full names.
+
+Types and unknown fields are refused by `ml_collections`; here are the ranges. One
+function a section of `configs/base.py`, one check a rule.
+"""
+
+from ml_collections import ConfigDict
+
+from samrobust.checks import check, check_choice
+
+__all__ = ["validate"]
+
+
+def validate(config: ConfigDict) -> None:
+    """Refuses values out of range and impossible combinations.
+
+    Raises:
+      ValueError: `Expected <condition>, got <field>=<value>.`
+    """
+    check(config.seed >= 0, "0 <= seed", seed=config.seed)
+    _validate_data(config.data)
+    _validate_model(config.model)
+    _validate_training(config.training)
+    _validate_attack(config.attack)
+    _validate_sam(config.sam)
+    _validate_evaluation(config)
+    _validate_checkpoint(config.checkpoint)
+
+
+def _within(section: str, fields: ConfigDict, low: float, *names: str) -> None:
+    for name in names:
+        field = f"{section}.{name}"
+        holds = low <= fields[name] < float("inf")
+        check(holds, f"{low:g} <= {field}", **{field: fields[name]})
+
+
+def _positive(section: str, fields: ConfigDict, *names: str) -> None:
+    for name in names:
+        field = f"{section}.{name}"
+        holds = 0 < fields[name] < float("inf")
+        check(holds, f"0 < {field}", **{field: fields[name]})
+
+
+def _choice(section: str, fields: ConfigDict, **choices: tuple[str, ...]) -> None:
+    for name, options in choices.items():
+        check_choice(options, **{f"{section}.{name}": fields[name]})
+
+
+def _validate_data(data: ConfigDict) -> None:
+    _choice("data", data, name=("cifar10", "cifar100", "digits"))
+    _within("data", data, 0, "validation_size", "padding", "split_seed")
+    for name in ("train_size", "test_size"):
+        if data[name] is not None:
+            _within("data", data, 1, name)
+
+
+def _validate_model(model: ConfigDict) -> None:
+    _within("model", model, 1, "width")
+    check(
+        len(model.blocks) >= 1 and all(count >= 1 for count in model.blocks),
+        "at least one block in each stage",
+        **{"model.blocks": tuple(model.blocks)},
+    )
+    _choice("model", model, dtype=("float32", "bfloat16"))
+
+
+def _validate_training(training: ConfigDict) -> None:
+    _within("training", training, 1, "epochs", "batch_size")
+    _within("training", training, 0, "weight_decay", "steps_per_call")
+    _positive("training", training, "learning_rate")
+    _choice("training", training, schedule=("step", "cosine"))
+    momentum = training.momentum
+    check(0 <= momentum < 1, "0 <= momentum < 1", **{"training.momentum": momentum})
+    milestones = tuple(training.milestones)
+    check(
+        all(0 < m < 1 for m in milestones) and list(milestones) == sorted(milestones),
+        "increasing fractions of the training between 0 and 1",
+        "The paper's are (0.75, 0.9).",
+        **{"training.milestones": milestones},
+    )
+    _positive("training", training, "decay_factor")
+
+
+def _validate_attack(attack: ConfigDict) -> None:
+    _choice(
+        "attack",
+        attack,
+        norm=("linf", "l2"),
+        loss=("cross_entropy", "margin"),
+        judge=("final", "any"),
+        batch_norm=("train", "eval"),
+    )
+    _within("attack", attack, 0, "epsilon", "gradient_floor")
+    _within("attack", attack, 1, "num_steps", "restarts")
+    if attack.epsilon > 0:
+        _positive("attack", attack, "step_size")
+    _check_restarts("attack", attack)
+    if attack.norm == "linf":
+        _check_unit("attack.epsilon", attack.epsilon)
+
+
+def _check_unit(field: str, radius: float) -> None:
+    check(
+        radius <= 255,
+        f"{field} <= 255",
+        "Radii in configs are in 1/255 units: 8 means 8/255.",
+        **{field: radius},
+    )
+
+
+def _check_restarts(section: str, attack: ConfigDict) -> None:
+    check(
+        attack.restarts == 1 or attack.random_start,
+        f"{section}.random_start when {section}.restarts > 1",
+        **{f"{section}.restarts": attack.restarts},
+    )
+
+
+def _validate_sam(sam: ConfigDict) -> None:
+    _within("sam", sam, 0, "rho")
+    if sam.rho_end is not None:
+        _within("sam", sam, 0, "rho_end")
+        check(
+            sam.rho > 0 or sam.rho_end == 0,
+            "sam.rho > 0 when sam.rho_end is set",
+            "Use a SAM row: a schedule needs a start above 0.",
+            **{"sam.rho": sam.rho, "sam.rho_end": sam.rho_end},
+        )
+    _choice("sam", sam, batch_stats=("first", "second", "both"))
+
+
+def _validate_evaluation(config: ConfigDict) -> None:
+    evaluation = config.evaluation
+    _within("evaluation", evaluation, 1, "batch_size", "num_steps", "restarts")
+    _within("evaluation", evaluation, 0, "gradient_floor")
+    _positive("evaluation", evaluation, "linf_step", "l2_step")
+    _choice(
+        "evaluation",
+        evaluation,
+        loss=("cross_entropy", "margin"),
+        judge=("final", "any"),
+        split=("test", "validation"),
+        checkpoint=("last", "best"),
+    )
+    _check_restarts("evaluation", evaluation)
+    for name in ("linf", "l2"):
+        radii, field = tuple(evaluation[name]), f"evaluation.{name}"
+        holds = all(0 < r < float("inf") for r in radii) and len(set(radii)) == len(
+            radii
+        )
+        check(holds, f"different radii > 0 in {field}", **{field: radii})
+    for radius in evaluation.linf:
+        _check_unit("evaluation.linf", radius)
+    needs_validation = {
+        "evaluation.split": evaluation.split == "validation",
+        "evaluation.checkpoint": evaluation.checkpoint == "best",
+    }
+    for field, needs in needs_validation.items():
+        check(
+            not needs or config.data.validation_size > 0,
+            f"data.validation_size > 0 for {field}",
+            "Set --config.data.validation_size, the number of training examples to "
+            "hold out; the test set is never used to choose.",
+            **{"data.validation_size": config.data.validation_size},
+        )
+
+
+def _validate_checkpoint(checkpoint: ConfigDict) -> None:
+    _within("checkpoint", checkpoint, 0, "minutes")
+    _within("checkpoint", checkpoint, 1, "keep")

@@ -1,0 +1,526 @@
+"""Tables and plots: numbers by hand, files that parse, pictures that exist."""
+
+import csv
+import io
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from samrobust.reporting import (
+    notes,
+    plot,
+    summarise,
+    to_csv,
+    to_json,
+    to_markdown,
+    to_rich,
+    write_table,
+)
+from samrobust.reporting.names import family, short_label
+from samrobust.reporting.notes import tail_probability
+
+ROWS = [
+    ("st", "ST"),
+    ("sam,rho=0.2", "SAM (rho = 0.2)"),
+    ("sam,rho=0.4", "SAM (rho = 0.4)"),
+    ("at,norm=linf,eps=8", "AT (linf, eps = 8/255)"),
+    ("at,norm=l2,eps=128", "AT (l2, eps = 128/255)"),
+]
+COLUMNS = ["natural", "linf 1/255", "linf 2/255", "l2 16/255", "l2 32/255"]
+ACCURACIES = {  # the paper's Table 2
+    "st": (94.6, 39.6, 8.9, 76.1, 51.7),
+    "sam,rho=0.2": (95.5, 48.9, 10.2, 82.9, 58.8),
+    "sam,rho=0.4": (94.7, 56.1, 15.6, 84.0, 64.4),
+    "at,norm=linf,eps=8": (84.2, 81.5, 78.4, 82.5, 80.8),
+    "at,norm=l2,eps=128": (90.2, 85.7, 78.4, 89.6, 87.1),
+}
+PAPER = {
+    row: dict(zip(COLUMNS, values, strict=True)) for row, values in ACCURACIES.items()
+}
+SECONDS = {"st": 0.01, "sam": 0.02, "at": 0.11}
+SHIFTS = (0.5, -0.25, 0.125)  # of a seed, the same in all rows and columns
+
+
+def run(row, seed=0, accuracy=None, **changes):
+    values = {c: v + SHIFTS[seed] for c, v in PAPER[row].items()}
+    result = {
+        "dataset": "cifar10",
+        "row": row,
+        "label": dict(ROWS)[row],
+        "seed": seed,
+        "accuracy": accuracy or values,
+        "training_seconds": 512.3,
+        "step_seconds": SECONDS[row.split(",")[0]],
+        "num_test": 10000,
+        "provenance": {"commit": "abc123", "jax": "0.10.0", "device": "CPU"},
+    }
+    return result | changes
+
+
+def natural_runs(row, *accuracies, **changes):
+    """Runs of seeds 0, 1, ... that measured the natural accuracy only."""
+    return [run(row, i, {"natural": a}, **changes) for i, a in enumerate(accuracies)]
+
+
+def grid(seeds=3, rows=ROWS, **options):
+    results = [run(name, seed) for name, _ in rows for seed in range(seeds)]
+    return summarise(results, rows=ROWS, **options)
+
+
+def printed(table, width, **options):
+    out = io.StringIO()
+    Console(file=out, width=width, **options).print(to_rich(table))
+    return out.getvalue()
+
+
+def difference(table, row, column="natural"):
+    found = table.rows[row].cells[column].difference
+    assert found is not None
+    return found
+
+
+def line(text, start):
+    return next(part for part in text.splitlines() if part.startswith(start))
+
+
+class TestSummarise:
+    def test_mean_and_std_are_those_of_the_statistics_module(self):
+        values = [99.2, 98.6, 99.6, 97.0]
+        fourth = run("st", 0, {"natural": values[3]}) | {"seed": 3}
+        results = [*natural_runs("st", *values[:3]), fourth]
+        cell = summarise(results, rows=ROWS).rows[0].cells["natural"]
+        assert cell.values == tuple(values)
+        assert cell.mean == pytest.approx(statistics.mean(values), abs=1e-12)
+        assert cell.std == pytest.approx(statistics.stdev(values), abs=1e-12)
+
+    def test_one_seed_has_no_std(self):
+        cell = grid(seeds=1).rows[0].cells["natural"]
+        assert cell.mean == 95.1
+        assert cell.std is None
+
+    def test_columns_are_natural_then_linf_then_l2_by_radius(self):
+        names = ["l2 128/255", "linf 16/255", "l2 64/255", "natural", "linf 8/255"]
+        accuracy = dict.fromkeys(names, 50.0)
+        table = summarise([run("st", accuracy=accuracy)], rows=ROWS)
+        expected = ("natural", "linf 8/255", "linf 16/255", "l2 64/255", "l2 128/255")
+        assert table.columns == expected
+
+    def test_the_order_of_the_results_does_not_matter(self):
+        results = [run(name, seed) for name, _ in ROWS for seed in range(3)]
+        table = summarise(results, rows=ROWS)
+        assert summarise(results[::-1], rows=ROWS) == table
+
+    def test_rows_without_results_are_missing_and_keep_their_place(self):
+        table = grid(rows=[ROWS[0], ROWS[2]])
+        assert [row.name for row in table.rows] == [name for name, _ in ROWS]
+        expected = ["sam,rho=0.2", "at,norm=linf,eps=8", "at,norm=l2,eps=128"]
+        assert [row.name for row in table.missing] == expected
+        cell = table.rows[1].cells["natural"]
+        assert (cell.values, cell.mean, cell.std) == ((), None, None)
+
+    def test_cost_is_the_ratio_of_mean_step_seconds_to_st(self):
+        assert [row.cost for row in grid().rows] == pytest.approx([1, 2, 2, 11, 11])
+
+    def test_cost_is_unknown_without_st_or_without_step_seconds(self):
+        assert {row.cost for row in grid(rows=ROWS[1:]).rows} == {None}
+        results = [run("st", step_seconds=None), run("sam,rho=0.2")]
+        assert {row.cost for row in summarise(results, rows=ROWS).rows} == {None}
+
+    def test_the_paper_is_beside_its_rows_and_columns_only(self):
+        paper = {"sam,rho=0.4": {"natural": 94.7, "linf 8/255": 1.0}, "awp": {}}
+        table = grid(paper=paper)
+        assert table.has_paper
+        assert table.rows[2].cells["natural"].paper == 94.7
+        assert table.rows[2].cells["linf 1/255"].paper is None
+        assert table.rows[1].cells["natural"].paper is None
+        assert not grid().has_paper
+
+    def test_rows_that_tie_in_print_are_all_best(self):
+        results = natural_runs("st", 95.01) + natural_runs("sam,rho=0.2", 94.99)
+        table = summarise(results, rows=ROWS)
+        assert table.best("natural") == {"st", "sam,rho=0.2"}
+
+    def test_a_single_row_is_not_best(self):
+        assert grid(rows=ROWS[:1]).best("natural") == frozenset()
+
+    @pytest.mark.parametrize(
+        ("results", "message"),
+        [
+            ([], r"at least one finished run, got results=\[\]"),
+            ([{"row": "st"}], r"a result with the key 'dataset', got keys=\['row'\]"),
+            ([run("st"), run("st")], "one run a row and seed, got row='st', seed=0"),
+            (
+                [run("st"), run("st", 1, dataset="digits")],
+                "same dataset in every run, 'cifar10' .* got row='st', seed=1, dataset",
+            ),
+            (
+                [run("st"), run("st", 1, num_test=500)],
+                "same num_test in every run, 10000 .* num_test=500",
+            ),
+            (
+                [run("st"), run("st", 1, {"natural": 9.0})],
+                r"the same accuracies .* accuracy=\['natural'\]\. Evaluate all runs",
+            ),
+            ([run("st", accuracy={"natural": math.nan})], "column='natural'"),
+            ([run("st", accuracy={"natural": 100.5})], "percentages.* accuracy=100.5"),
+            ([run("st", accuracy={"linf 8": 1.0})], "got column='linf 8'. Name it"),
+            ([run("st") | {"row": "awp"}], "a row of .* got row='awp'. Add it"),
+            ([run("st") | {"accuracy": {}}], "at least one accuracy"),
+            ([run("st", step_seconds=math.nan)], "0 < step_seconds < inf, .*=nan"),
+        ],
+    )
+    def test_results_that_make_no_table_are_refused(self, results, message):
+        with pytest.raises(ValueError, match=f"^Expected .*{message}"):
+            summarise(results, rows=ROWS)
+
+    def test_rows_with_one_name_are_refused(self):
+        with pytest.raises(ValueError, match="Expected distinct rows, got rows="):
+            summarise([run("st")], rows=[*ROWS, ROWS[0]])
+
+    def test_a_paper_number_that_is_no_percentage_is_refused(self):
+        with pytest.raises(ValueError, match=r"percentages.*accuracy=nan, paper='st'"):
+            grid(paper={"st": {"natural": math.nan}})
+
+
+class TestComparison:
+    def test_the_difference_is_paired_over_the_shared_seeds(self):
+        # Seeds 0 and 1 are shared: differences 2 and 5, mean 3.5, std 3 / sqrt(2),
+        # standard error 3 / 2.
+        results = natural_runs("st", 90.0, 80.0)
+        results += natural_runs("sam,rho=0.2", 92.0, 85.0, 10.0)
+        found = difference(summarise(results, rows=ROWS), 1)
+        assert (found.num_seeds, found.mean) == (2, 3.5)
+        assert found.standard_error == pytest.approx(1.5)
+        assert found.significant
+
+    def test_a_common_shift_of_the_seeds_leaves_no_standard_error(self):
+        found = difference(grid(), 1, "linf 1/255")
+        assert found.mean == pytest.approx(48.9 - 39.6)
+        assert found.standard_error == pytest.approx(0, abs=1e-9)
+
+    def test_no_difference_at_all_is_not_significant(self):
+        results = natural_runs("st", 90.0, 91.0) + natural_runs("sam,rho=0.2", 90, 91)
+        found = difference(summarise(results, rows=ROWS), 1)
+        assert (found.mean, found.standard_error) == (0, 0)
+        assert found.significant is False
+
+    def test_st_and_rows_without_shared_seeds_have_no_difference(self):
+        table = summarise([run("st", 0), run("sam,rho=0.2", 1)], rows=ROWS)
+        assert all(row.cells["natural"].difference is None for row in table.rows)
+        assert not any("over" in note for note in notes(table))
+
+    def test_the_notes_compare_the_last_sam_row_whatever_its_result(self):
+        said = [note for note in notes(grid()) if " - ST over " in note]
+        assert len(said) == 3
+        assert all(n.startswith("SAM (rho = 0.4) - ST over 3 seeds: ") for n in said)
+
+    def test_a_note_gives_mean_standard_error_and_verdict(self):
+        results = natural_runs("st", 90.0, 80.0, 85.0)
+        results += natural_runs("sam,rho=0.4", 92.0, 85.0, 86.0)
+        # Differences 2, 5, 1: mean 8/3, standard error sqrt(13/3) / sqrt(3) = 1.2.
+        assert notes(summarise(results, rows=ROWS))[0] == (
+            "SAM (rho = 0.4) - ST over 3 seeds: natural +2.7 ± 1.2 points; "
+            "larger than two standard errors."
+        )
+
+    def test_a_note_names_the_columns_that_count(self):
+        def runs(row, *pairs):
+            names = ("linf 1/255", "linf 2/255")
+            accuracies = [dict(zip(names, pair, strict=True)) for pair in pairs]
+            return [run(row, i, accuracy) for i, accuracy in enumerate(accuracies)]
+
+        results = runs("st", (50.0, 50.0), (50.0, 50.0))
+        results += runs("sam,rho=0.4", (56.0, 49.0), (58.0, 51.0))
+        assert notes(summarise(results, rows=ROWS))[0].endswith(
+            "linf 1/255 +7.0 ± 1.0, linf 2/255 +0.0 ± 1.0 points; "
+            "only linf 1/255 larger than two standard errors."
+        )
+
+    def test_one_seed_cannot_say(self):
+        said = [note for note in notes(grid(seeds=1)) if " - ST over 1 seed: " in note]
+        assert len(said) == 3
+        assert all("one seed cannot say whether that is chance" in n for n in said)
+
+    def test_the_sampling_error_is_that_of_the_cell_nearest_to_half(self):
+        results = natural_runs("st", 90.0, num_test=500)
+        results += natural_runs("sam,rho=0.2", 40.0, num_test=500)
+        # 100 sqrt(0.4 * 0.6 / 500) = 2.19
+        expected = "Sampling error: 500 test images leave up to ±2.2 points"
+        assert any(n.startswith(expected) for n in notes(summarise(results, rows=ROWS)))
+
+    @pytest.mark.parametrize("num_seeds", [2, 3, 4, 5, 6, 10, 31])
+    def test_the_tail_is_that_of_students_t(self, num_seeds):
+        stats = pytest.importorskip("scipy.stats")
+        expected = 2 * stats.t.sf(2.0, num_seeds - 1)
+        assert tail_probability(num_seeds) == pytest.approx(expected, rel=1e-12)
+
+    def test_one_seed_has_no_tail(self):
+        with pytest.raises(
+            ValueError, match="Expected 2 <= num_seeds, got num_seeds=1"
+        ):
+            tail_probability(1)
+
+    def test_the_notes_name_what_is_missing_and_what_the_runs_ran_on(self):
+        said = notes(grid(rows=ROWS[:3]))
+        assert "missing: AT (linf, eps = 8/255), AT (l2, eps = 128/255)." in said
+        assert said[-1] == "Measured at commit abc123 on CPU with jax 0.10.0."
+
+    def test_costs_of_several_devices_are_doubted(self):
+        results = [run("st"), run("sam,rho=0.2", provenance={"device": "TPU"})]
+        said = notes(summarise(results, rows=ROWS))
+        assert "The runs used several devices: the costs may not compare." in said
+
+
+class TestMarkdown:
+    def test_every_line_of_the_table_has_the_same_cells(self):
+        lines = to_markdown(grid(paper=PAPER, title="CIFAR-10")).splitlines()
+        assert lines[:2] == ["### CIFAR-10", ""]
+        table = lines[2 : lines.index("", 2)]
+        assert len(table) == 2 + len(ROWS)
+        assert all(part.startswith("| ") and part.endswith(" |") for part in table)
+        assert {part.count("|") for part in table} == {len(COLUMNS) + 4}
+        assert table[1] == "| :--- |" + " ---: |" * (len(COLUMNS) + 2)
+
+    def test_a_cell_is_mean_spread_and_paper_and_the_best_is_bold(self):
+        text = to_markdown(grid(paper=PAPER))
+        # The shifts 0.5, -0.25, 0.125 have mean 0.125 and std 0.375.
+        assert "| ST | 3 | 94.7 ±0.4 (94.6) | 39.7 ±0.4 (39.6) |" in text
+        assert "| SAM (rho = 0.2) | 3 | **95.6** ±0.4 (95.5) |" in text
+
+    def test_ties_are_all_bold(self):
+        # Both AT rows have 78.4 in the paper.
+        assert to_markdown(grid()).count("**78.5** ±0.4") == 2
+
+    def test_a_missing_row_has_dashes_and_a_note(self):
+        text = to_markdown(grid(rows=ROWS[:4]))
+        assert line(text, "| AT (l2") == (
+            "| AT (l2, eps = 128/255) | 0 | - | - | - | - | - | - |"
+        )
+        assert "* missing: AT (l2, eps = 128/255)." in text
+
+    def test_one_seed_has_no_spread(self):
+        text = to_markdown(grid(seeds=1))
+        assert line(text, "| ST").startswith("| ST | 1 | 95.1 | 40.1 |")
+        assert "one seed" in text
+
+    def test_the_caption_is_there(self):
+        assert "\n\nPGD with 10 steps.\n\n" in to_markdown(
+            grid(caption="PGD with 10 steps.")
+        )
+
+    def test_a_label_cannot_break_the_table(self):
+        table = summarise([run("st")], rows=[("st", "a | b\nc")])
+        assert line(to_markdown(table), "| a ").startswith(r"| a \| b c | 1 | 95.1 |")
+
+    def test_the_differences_of_all_rows_are_folded_below(self):
+        results = natural_runs("st", 90.0, 80.0) + natural_runs("sam,rho=0.2", 92, 85)
+        results += natural_runs("sam,rho=0.4", 91.0, 79.0)
+        text = to_markdown(summarise(results, rows=ROWS))
+        below = text[text.index("<details>") :]
+        assert "| SAM (rho = 0.2) | **+3.5** ± 1.5 |" in below
+        assert "| SAM (rho = 0.4) | +0.0 ± 1.0 |" in below
+        assert below.endswith("</details>\n")
+
+
+class TestCsvAndJson:
+    def test_csv_is_tidy_and_exact(self):
+        table = grid(rows=ROWS[:4], paper=PAPER)
+        lines = list(csv.DictReader(io.StringIO(to_csv(table))))
+        assert list(lines[0]) == ["row", "label", "column", "n", "mean", "std", "paper"]
+        assert len(lines) == len(ROWS) * len(COLUMNS)
+        first, last = lines[0], lines[-1]
+        assert (first["row"], first["label"], first["n"]) == ("st", "ST", "3")
+        assert float(first["mean"]) == table.rows[0].cells["natural"].mean
+        assert float(first["std"]) == table.rows[0].cells["natural"].std
+        assert last["label"] == "AT (l2, eps = 128/255)"
+        assert (last["n"], last["mean"], last["std"]) == ("0", "", "")
+        assert float(last["paper"]) == 87.1
+
+    def test_json_holds_every_value_of_every_seed(self):
+        table = grid(paper=PAPER, caption="A caption.", title="A title")
+        content = json.loads(to_json(table))
+        assert (content["title"], content["caption"]) == ("A title", "A caption.")
+        assert content["notes"] == list(notes(table))
+        assert content["columns"] == COLUMNS
+        assert content["missing"] == []
+        assert [row["name"] for row in content["rows"]] == [name for name, _ in ROWS]
+        row = content["rows"][1]
+        assert (row["seeds"], row["n"], row["cost"]) == ([0, 1, 2], 3, 2.0)
+        cell = row["cells"]["natural"]
+        assert cell["values"] == [96.0, 95.25, 95.625]
+        assert cell["mean"] == statistics.mean(cell["values"])
+        assert cell["std"] == statistics.stdev(cell["values"])
+        assert cell["paper"] == 95.5
+        assert cell["difference"]["num_seeds"] == 3
+
+    def test_json_holds_the_provenance_of_every_run(self):
+        content = json.loads(to_json(grid()))
+        assert len(content["runs"]) == 3 * len(ROWS)
+        assert content["runs"][0] == {
+            "row": "st",
+            "seed": 0,
+            "training_seconds": 512.3,
+            "step_seconds": 0.01,
+            "provenance": {"commit": "abc123", "jax": "0.10.0", "device": "CPU"},
+        }
+
+    def test_json_says_null_for_what_is_not_known(self):
+        result = run("st")
+        del result["provenance"], result["step_seconds"], result["training_seconds"]
+        content = json.loads(to_json(summarise([result], rows=ROWS)))
+        assert content["runs"][0]["provenance"] is None
+        assert content["rows"][0]["cost"] is None
+        assert content["rows"][0]["cells"]["natural"]["std"] is None
+
+
+class TestTerminal:
+    @pytest.mark.parametrize("width", [80, 100, 130])
+    @pytest.mark.parametrize("seeds", [1, 3])
+    def test_each_row_is_one_line_that_fits_and_loses_nothing(self, width, seeds):
+        text = printed(grid(seeds=seeds, paper=PAPER), width)
+        lines = text.splitlines()
+        assert max(map(len, lines)) <= width
+        assert "…" not in text
+        table = lines[2 : lines.index("", 2)]
+        filled = [part for part in table if part.strip()]
+        assert len(filled) == 2 + len(ROWS)
+        for row in ROWS:
+            shown = [
+                part for part in filled if short_label(row[1]) in short_label(part)
+            ]
+            assert len(shown) == 1
+            assert all(f"({v:.1f})" in shown[0] for v in ACCURACIES[row[0]])
+
+    def test_a_wide_terminal_shows_everything(self):
+        text = printed(grid(paper=PAPER), 130)
+        assert "linf 1/255" in text
+        first = line(text, "ST ")
+        assert "94.7 ±0.4 (94.6)" in first
+        assert first.rstrip().endswith("1.0x")
+
+    def test_a_hundred_columns_keep_the_std_and_the_paper(self):
+        text = printed(grid(paper=PAPER), 100)
+        assert "94.7±0.4 (94.6)" in line(text, "ST ")
+        assert "radii in 1/255" in text.splitlines()[0]
+
+    def test_eighty_columns_say_the_largest_std_once(self):
+        text = " ".join(printed(grid(paper=PAPER), 80).split())
+        assert "94.7 (94.6)" in text
+        assert "standard deviation at most 0.4" in text
+
+    def test_without_the_paper_a_hundred_columns_show_the_spaced_cells(self):
+        assert "94.7 ±0.4" in line(printed(grid(), 100), "ST ")
+
+    def test_the_families_are_apart(self):
+        lines = printed(grid(), 130).splitlines()
+        table = lines[4 : lines.index("", 4)]
+        shape = [part.split()[0] if part.strip() else "" for part in table]
+        assert shape == ["ST", "", "SAM", "SAM", "", "AT", "AT"]
+
+    def test_the_best_is_bold_and_the_paper_dim(self):
+        colours = {"force_terminal": True, "color_system": "standard"}
+        text = printed(grid(paper=PAPER), 130, **colours)
+        assert "\x1b[1m95.6\x1b[0m" in text
+        assert "\x1b[2m (95.5)\x1b[0m" in text
+
+    def test_the_number_of_seeds_is_a_column_only_where_it_differs(self):
+        results = [run("st", 0), run("st", 1), run("sam,rho=0.2")]
+        text = printed(summarise(results, rows=ROWS), 130)
+        assert line(text, "ST ").split()[1] == "2"
+        assert line(text, "SAM (rho = 0.2)").split()[4] == "1"
+        assert line(printed(grid(), 130), "ST ").split()[1] == "94.7"
+
+    def test_a_missing_row_has_dashes(self):
+        text = printed(grid(rows=ROWS[:4]), 130)
+        assert line(text, "AT (l2").split(")")[1].split() == ["-"] * 6
+        assert "missing: AT (l2, eps = 128/255)." in text
+
+    def test_a_label_is_never_markup(self):
+        table = summarise([run("st")], rows=[("st", "[bold]ST[/bold]")])
+        assert "[bold]ST[/bold]" in printed(table, 100)
+
+    def test_a_terminal_without_unicode_gets_ascii(self, tmp_path):
+        with open(tmp_path / "out.txt", "w", encoding="ascii") as file:
+            Console(file=file, width=100).print(to_rich(grid(paper=PAPER)))
+        assert "94.7+-0.4 (94.6)" in (tmp_path / "out.txt").read_text()
+
+
+class TestPlot:
+    @pytest.mark.parametrize(
+        "table",
+        [
+            grid(paper=PAPER, title="CIFAR-10"),
+            grid(seeds=1, rows=ROWS[:2]),
+            summarise(natural_runs("at,norm=l2,eps=128", 100.0), rows=ROWS),
+            summarise(
+                [run("st") | {"row": "trades"}], rows=[("trades", "$a$ < TRADES_x")]
+            ),
+            grid(title="A very long title of a table. " * 5),
+        ],
+        ids=["all", "missing", "one column", "other family", "long title"],
+    )
+    def test_the_picture_has_a_sensible_size(self, table, tmp_path):
+        plot(table, tmp_path / "table.png")
+        with open(tmp_path / "table.png", "rb") as file:
+            header = file.read(24)
+        assert header[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = (int.from_bytes(header[i : i + 4]) for i in (16, 20))
+        assert 850 <= width <= 1100
+        assert 200 <= height <= 800
+
+    def test_another_suffix_is_another_format(self, tmp_path):
+        plot(grid(), tmp_path / "table.svg")
+        assert "<svg" in (tmp_path / "table.svg").read_text()
+
+
+class TestWriteTable:
+    def test_it_writes_four_files_and_nothing_else(self, tmp_path):
+        table = grid(paper=PAPER)
+        directory = tmp_path / "new" / "place"
+        paths = write_table(table, directory)
+        names = ["table.md", "table.csv", "table.json", "table.png"]
+        assert [path.name for path in paths] == names
+        assert sorted(os.listdir(directory)) == sorted(names)
+        assert (directory / "table.md").read_text("utf-8") == to_markdown(table)
+        assert (directory / "table.csv").read_text("utf-8") == to_csv(table)
+        assert (directory / "table.json").read_text("utf-8") == to_json(table)
+
+    def test_it_replaces_an_older_table(self, tmp_path):
+        write_table(grid(seeds=1), tmp_path)
+        write_table(grid(seeds=3), tmp_path)
+        assert json.loads((tmp_path / "table.json").read_text())["rows"][0]["n"] == 3
+
+    def test_a_failure_leaves_the_older_file_and_no_rubbish(
+        self, tmp_path, monkeypatch
+    ):
+        write_table(grid(seeds=1), tmp_path)
+        before = (tmp_path / "table.png").read_bytes()
+
+        def fail(_, path):
+            path.write_bytes(b"half a picture")
+            raise OSError("disk full")
+
+        monkeypatch.setattr("samrobust.reporting.files.plot", fail)
+        with pytest.raises(OSError, match="disk full"):
+            write_table(grid(seeds=3), tmp_path)
+        assert (tmp_path / "table.png").read_bytes() == before
+        assert len(os.listdir(tmp_path)) == 4
+
+
+def test_families_follow_the_names_of_rows():
+    names = ["st", "sam,rho=0.2", "at,norm=l2,eps=8", "at+sam,norm=linf,eps=8,rho=1"]
+    assert [family(n) for n in names] == ["ST", "SAM", "AT l2", "AT+SAM linf"]
+
+
+def test_importing_the_package_imports_neither_jax_nor_matplotlib():
+    code = (
+        "import sys, samrobust.reporting; "
+        "assert not {'jax', 'matplotlib', 'scipy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
