@@ -6,6 +6,7 @@ Section 5.1, and its PyTorch code where the paper is silent). A config file star
 command line: `--config.training.epochs=2`.
 """
 
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 from ml_collections import ConfigDict, config_dict
 
 

@@ -10,6 +10,7 @@ Robustness", arXiv 2305.05392: PreActResNet-18, 100 epochs, batch 128, SGD.
 from ml_collections import ConfigDict
 
 from samrobust.configuration import base_config, finish
+from samrobust.types import Config
 
 COLUMNS = ("natural", "linf 1/255", "linf 2/255", "l2 16/255", "l2 32/255")
 
@@ -31,7 +32,7 @@ PAPER = {
 ROWS = list(PAPER)
 
 
-def get_config(row: str = "st") -> ConfigDict:
+def get_config(row: str = "st") -> Config:
     """Returns the locked config of one row."""
     config = base_config()
     config.data.name = "cifar100"

@@ -9,9 +9,8 @@ were chosen on held-out training images (`--config.data.validation_size=297
 --config.evaluation.split=validation`), never on the test images.
 """
 
-from ml_collections import ConfigDict
-
 from samrobust.configuration import base_config, finish
+from samrobust.types import Config
 
 ROWS = [
     "st",
@@ -22,7 +21,7 @@ ROWS = [
 ]
 
 
-def get_config(row: str = "st") -> ConfigDict:
+def get_config(row: str = "st") -> Config:
     """Returns the locked config of one row."""
     config = base_config()
     config.data.name = "digits"

@@ -4,16 +4,17 @@ The one place where radii turn from 1/255 units into pixel units, and names into
 functions. Out of scope: validation, see `samrobust.validation`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 from samrobust import attacks, sharpness
 from samrobust.data import Dataset, load_dataset
 from samrobust.models import PreActResNet
 from samrobust.objectives import LOSSES
-from samrobust.types import Attack, PyTree
+from samrobust.types import Attack, Config, PyTree
 
 __all__ = [
     "evaluation_attacks",
@@ -28,14 +29,14 @@ __all__ = [
 ]
 
 
-def load_data(config: ConfigDict) -> Dataset:
+def load_data(config: Config) -> Dataset:
     """The data set of `config.data`."""
     fields = ("data_dir", "manual_dir", "validation_size", "train_size", "test_size")
     options = {name: config.data[name] for name in (*fields, "split_seed")}
     return load_dataset(config.data.name, **options)
 
 
-def make_model(config: ConfigDict, dataset: Dataset) -> PreActResNet:
+def make_model(config: Config, dataset: Dataset) -> PreActResNet:
     """The network of `config.model`, normalising by the data set's mean and std."""
     return PreActResNet(
         num_classes=dataset.num_classes,
@@ -54,7 +55,7 @@ def make_ball(norm: str, epsilon: float, gradient_floor: float = 0.0) -> attacks
     return attacks.linf(epsilon / 255)
 
 
-def training_attack(config: ConfigDict) -> Attack:
+def training_attack(config: Config) -> Attack:
     """The attack of `config.attack`: the identity where its radius is 0."""
     attack = config.attack
     return attacks.pgd(
@@ -68,7 +69,7 @@ def training_attack(config: ConfigDict) -> Attack:
     )
 
 
-def evaluation_attacks(config: ConfigDict) -> dict[str, Attack]:
+def evaluation_attacks(config: Config) -> dict[str, Attack]:
     """The table's columns in order: `natural`, `linf 1/255`, ..., and their attacks."""
     evaluation = config.evaluation
     columns: dict[str, Attack] = {"natural": attacks.identity}
@@ -86,7 +87,7 @@ def evaluation_attacks(config: ConfigDict) -> dict[str, Attack]:
     return columns
 
 
-def validation_attacks(config: ConfigDict) -> dict[str, Attack]:
+def validation_attacks(config: Config) -> dict[str, Attack]:
     """How a state is judged on held-out images: as its own row means to be.
 
     `natural`; with an attack in training also `robust`, under the same ball, step size
@@ -98,7 +99,7 @@ def validation_attacks(config: ConfigDict) -> dict[str, Attack]:
     return columns
 
 
-def learning_rate_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
+def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     """The learning rate as a function of the step."""
     training = config.training
     if training.schedule == "cosine":
@@ -112,7 +113,7 @@ def learning_rate_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Sc
 
 
 def make_optimizer(
-    config: ConfigDict, steps_per_epoch: int, batch_stats: PyTree
+    config: Config, steps_per_epoch: int, batch_stats: PyTree
 ) -> optax.GradientTransformationExtraArgs:
     """SAM, coupled weight decay and SGD with momentum, in this order.
 
@@ -122,12 +123,8 @@ def make_optimizer(
       batch_stats: the structure of BatchNorm's statistics, which leave SAM's second
         pass as its auxiliary output.
     """
-    rho = config.sam.rho
-    if config.sam.rho_end is not None:
-        total_steps = config.training.epochs * steps_per_epoch
-        rho = optax.linear_schedule(rho, config.sam.rho_end, total_steps)
     return optax.chain(
-        sharpness.sam(rho, aux=batch_stats),
+        sharpness.sam(_rho(config, steps_per_epoch), aux=batch_stats),
         optax.add_decayed_weights(config.training.weight_decay),
         optax.sgd(
             learning_rate_schedule(config, steps_per_epoch),
@@ -136,7 +133,15 @@ def make_optimizer(
     )
 
 
-def resolve_steps_per_call(config: ConfigDict) -> int:
+def _rho(config: Config, steps_per_epoch: int) -> Any:
+    """SAM's radius, or its schedule."""
+    start, end = config.sam.rho, config.sam.rho_end
+    if end is None:
+        return start
+    return optax.linear_schedule(start, end, config.training.epochs * steps_per_epoch)
+
+
+def resolve_steps_per_call(config: Config) -> int:
     """Steps in one call; a loop over steps pays on accelerators, not on the CPU."""
     default = 1 if jax.default_backend() == "cpu" else 25
     return config.training.steps_per_call or default

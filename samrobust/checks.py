@@ -11,7 +11,7 @@ from typing import Any
 __all__ = ["check", "check_choice"]
 
 
-def check(holds: bool, condition: str, fix: str = "", **values: Any) -> None:
+def check(holds: bool, condition: str, fix: str = "", /, **values: Any) -> None:
     """Raises `ValueError` with the field's usual message unless `holds`.
 
     Args:

@@ -17,8 +17,9 @@ from samrobust.experiments import PlannedRun, evaluate_run, run, run_all, work
 from samrobust.provenance import provenance
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import StopRequest, enable_compilation_cache
-from samrobust.training import Interrupted, TrainingDiverged
+from samrobust.training import InterruptedRunError, TrainingDivergedError
 from samrobust.training.checkpoint import CheckpointError
+from samrobust.types import Config
 from samrobust.validation import validate
 from samrobust.workdir import WorkdirError, append_json_line, read_json
 
@@ -43,7 +44,7 @@ def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     try:
         with stop.listening():
             return command[arguments.command](arguments, overrides, stop)
-    except Interrupted as error:
+    except InterruptedRunError as error:
         print(f"samrobust: {error}", file=sys.stderr)
         return _CTRL_C if stop.signal and stop.signal.name == "SIGINT" else _TERMINATED
     except KeyboardInterrupt:
@@ -51,7 +52,7 @@ def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     except (ValueError, WorkdirError, DatasetUnavailableError) as error:
         print(f"samrobust: error: {error}", file=sys.stderr)
         return _BAD_INPUT
-    except (TrainingDiverged, CheckpointError, OSError) as error:
+    except (TrainingDivergedError, CheckpointError, OSError) as error:
         print(f"samrobust: error: {error}", file=sys.stderr)
         return _FAILED
 
@@ -104,7 +105,7 @@ def _run_all(
 
 
 def _summarise(
-    results: list[dict[str, Any]], configs: dict[str, ConfigDict]
+    results: list[dict[str, Any]], configs: dict[str, Config]
 ) -> reporting.Table:
     config = next(iter(configs.values()))
     paper = {row: dict(c.paper) for row, c in configs.items() if c.paper}
@@ -117,7 +118,7 @@ def _summarise(
     )
 
 
-def _caption(config: ConfigDict) -> str:
+def _caption(config: Config) -> str:
     model, evaluation, training = config.model, config.evaluation, config.training
     blocks = "-".join(str(count) for count in model.blocks)
     restarts = f" x {evaluation.restarts}" if evaluation.restarts > 1 else ""
@@ -139,7 +140,7 @@ def _rows(values: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(rows))
 
 
-def _with_seed(config: ConfigDict, seed: int) -> ConfigDict:
+def _with_seed(config: Config, seed: int) -> Config:
     copy = config.copy_and_resolve_references()
     copy.seed = seed
     return copy
@@ -206,9 +207,7 @@ def _evaluate(
     return 0
 
 
-def _evaluation_config(
-    workdir: pathlib.Path, arguments: argparse.Namespace
-) -> ConfigDict:
+def _evaluation_config(workdir: pathlib.Path, arguments: argparse.Namespace) -> Config:
     """The run's config with the flags written into its `evaluation` section."""
     stored = read_json(workdir / "config.json")
     check(
@@ -217,8 +216,8 @@ def _evaluation_config(
         "Train it first: `samrobust train`.",
         workdir=str(workdir),
     )
-    config = ConfigDict(stored, type_safe=False)
-    evaluation = config.evaluation
+    config: Config = ConfigDict(stored, type_safe=False)
+    evaluation: Config = config.evaluation
     for name in _EVALUATION_FLAGS:
         value = getattr(arguments, name)
         if value is not None:
@@ -230,7 +229,7 @@ def _evaluation_config(
     return config
 
 
-def _set_radii(evaluation: ConfigDict, arguments: argparse.Namespace) -> None:
+def _set_radii(evaluation: Config, arguments: argparse.Namespace) -> None:
     norms, epsilons = arguments.norm or ["linf", "l2"], arguments.epsilon
     check(
         epsilons is None or len(norms) == 1,

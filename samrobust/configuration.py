@@ -18,17 +18,18 @@ from collections.abc import Sequence
 from importlib import util
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from samrobust.checks import check, check_choice
+from samrobust.types import Config
 from samrobust.validation import validate
 
 __all__ = [
     "Row",
     "base_config",
     "differences",
-    "finish",
     "find_config_file",
+    "finish",
     "load_config",
     "load_rows",
     "parse_row",
@@ -83,7 +84,7 @@ def parse_row(row: str) -> Row:
     """
     method, *items = row.split(",")
     check_choice(tuple(_OPTIONS), method=method)
-    options = dict(item.partition("=")[::2] for item in items)
+    options = {name: value for name, _, value in (i.partition("=") for i in items)}
     wanted = _OPTIONS[method]
     check(
         sorted(options) == sorted(wanted) and len(items) == len(wanted),
@@ -109,7 +110,7 @@ def _number(options: dict[str, str], name: str, row: str) -> float:
         raise ValueError(message) from None
 
 
-def finish(config: ConfigDict, row: str) -> ConfigDict:
+def finish(config: Config, row: str) -> Config:
     """Writes a row into an unlocked config and locks it; the end of `get_config`.
 
     The attack's `step_size` is a reference to its `epsilon`, and follows when that is
@@ -127,7 +128,7 @@ def finish(config: ConfigDict, row: str) -> ConfigDict:
     return config.lock()
 
 
-def base_config() -> ConfigDict:
+def base_config() -> Config:
     """The fields of `configs/base.py`, unlocked: where every config begins."""
     return _load_module(find_config_file("configs/base.py")).get_config()
 
@@ -163,7 +164,7 @@ def load_rows(path: str) -> list[str]:
     return [str(row) for row in rows or ()]
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """Loads, overrides and validates a config.
 
     Args:
@@ -192,7 +193,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
-def _check_row(config: ConfigDict) -> None:
+def _check_row(config: Config) -> None:
     """Refuses overrides that would make the row's name and label untrue."""
     row = parse_row(config.row)
     for field, named, value in (
@@ -234,7 +235,8 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
 
 def _load_module(file: pathlib.Path) -> types.ModuleType:
     spec = util.spec_from_file_location(f"samrobust_config_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

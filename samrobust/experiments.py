@@ -11,21 +11,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
-from ml_collections import ConfigDict
 
 from samrobust import building
 from samrobust.data import Dataset, Split
 from samrobust.evaluation import accuracies, make_evaluator
 from samrobust.provenance import provenance
 from samrobust.training import (
-    Interrupted,
+    InterruptedRunError,
     Progress,
-    TrainingDiverged,
+    TrainingDivergedError,
     TrainState,
     load_variables,
     train,
 )
-from samrobust.types import Attack
+from samrobust.types import Attack, Config
 from samrobust.workdir import claim, read_json, settle_config, write_json
 
 __all__ = ["Observer", "PlannedRun", "evaluate_run", "run", "run_all", "work"]
@@ -48,7 +47,7 @@ class Observer(Protocol):
 class PlannedRun:
     """A row of a table with a seed, and where its files go."""
 
-    config: ConfigDict
+    config: Config
     workdir: pathlib.Path
 
     @property
@@ -57,7 +56,7 @@ class PlannedRun:
         return f"{self.config.label}, seed {self.config.seed}"
 
 
-def work(config: ConfigDict, dataset: Dataset) -> tuple[float, float]:
+def work(config: Config, dataset: Dataset) -> tuple[float, float]:
     """The predicted cost of training and of evaluation, for an ETA.
 
     Returns:
@@ -76,7 +75,7 @@ def work(config: ConfigDict, dataset: Dataset) -> tuple[float, float]:
 
 
 def run(
-    config: ConfigDict,
+    config: Config,
     workdir: pathlib.Path,
     observer: Observer,
     *,
@@ -96,8 +95,8 @@ def run(
       The content of `result.json`.
 
     Raises:
-      Interrupted: after `should_stop`; the same call goes on.
-      TrainingDiverged: if the loss stops being finite.
+      InterruptedRunError: after `should_stop`; the same call goes on.
+      TrainingDivergedError: if the loss stops being finite.
       WorkdirError: if the workdir is taken, or holds another run.
     """
     with claim(workdir):
@@ -144,7 +143,7 @@ def run_all(
       The results of those that finished, in order.
 
     Raises:
-      Interrupted: after `should_stop`.
+      InterruptedRunError: after `should_stop`.
     """
     results = []
     for planned in runs:
@@ -157,11 +156,11 @@ def run_all(
                 dataset=dataset,
                 should_stop=should_stop,
             )
-        except Interrupted:
+        except InterruptedRunError:
             raise
         except (RuntimeError, OSError, ValueError) as error:
             on_failure(planned, error)
-            if planned.workdir.is_dir() and isinstance(error, TrainingDiverged):
+            if planned.workdir.is_dir() and isinstance(error, TrainingDivergedError):
                 write_json(failure, {"error": str(error), **provenance()})
         else:
             failure.unlink(missing_ok=True)
@@ -170,7 +169,7 @@ def run_all(
 
 
 def evaluate_run(
-    config: ConfigDict,
+    config: Config,
     workdir: pathlib.Path,
     observer: Observer,
     *,
@@ -198,7 +197,7 @@ def evaluate_run(
 
 
 def _evaluate(
-    config: ConfigDict,
+    config: Config,
     dataset: Dataset,
     workdir: pathlib.Path,
     observer: Observer,
@@ -211,7 +210,7 @@ def _evaluate(
             message = (
                 f"Stopped during evaluation. The same command redoes it: {workdir}"
             )
-            raise Interrupted(message)
+            raise InterruptedRunError(message)
 
     variables = load_variables(config, dataset, workdir, config.evaluation.checkpoint)
     evaluate = make_evaluator(
@@ -224,12 +223,12 @@ def _evaluate(
     return accuracies(evaluate(variables, split, key, on_batch=on_batch))
 
 
-def _evaluated_split(config: ConfigDict, dataset: Dataset) -> Split:
+def _evaluated_split(config: Config, dataset: Dataset) -> Split:
     return dataset.test if config.evaluation.split == "test" else dataset.validation
 
 
 def _make_validate(
-    config: ConfigDict, dataset: Dataset
+    config: Config, dataset: Dataset
 ) -> Callable[[TrainState], dict[str, float]] | None:
     """Accuracy on the held-out images; its `score` is robust accuracy in AT rows."""
     if len(dataset.validation) == 0:
@@ -249,5 +248,5 @@ def _make_validate(
     return validate
 
 
-def _as_dict(config: ConfigDict) -> dict[str, Any]:
+def _as_dict(config: Config) -> dict[str, Any]:
     return json.loads(config.to_json_best_effort())

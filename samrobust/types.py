@@ -9,16 +9,20 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 
-__all__ = ["Array", "Attack", "LogitsFn", "LossFn", "PyTree"]
+__all__ = ["Array", "Attack", "Config", "LogitsFn", "LossFn", "PyTree"]
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
+# An `ml_collections.ConfigDict`; type checkers cannot see its fields.
+Config: TypeAlias = Any
 
 
 class LogitsFn(Protocol):
-    """A classifier with its parameters closed over: [B, ...] images to [B, K] logits."""
+    """A classifier, its parameters closed over: images [B, ...] to logits [B, K]."""
 
-    def __call__(self, images: Array, /) -> Array: ...
+    def __call__(self, images: Array, /) -> Array:
+        """See the class."""
+        ...
 
 
 class LossFn(Protocol):
@@ -27,7 +31,9 @@ class LossFn(Protocol):
     An attack maximises it, training minimises its mean.
     """
 
-    def __call__(self, logits: Array, labels: Array, /) -> Array: ...
+    def __call__(self, logits: Array, labels: Array, /) -> Array:
+        """See the class."""
+        ...
 
 
 class Attack(Protocol):
@@ -38,4 +44,6 @@ class Attack(Protocol):
 
     def __call__(
         self, logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
-    ) -> Array: ...
+    ) -> Array:
+        """See the class."""
+        ...

@@ -4,14 +4,13 @@ Types and unknown fields are refused by `ml_collections`; here are the ranges. O
 function a section of `configs/base.py`, one check a rule.
 """
 
-from ml_collections import ConfigDict
-
 from samrobust.checks import check, check_choice
+from samrobust.types import Config
 
 __all__ = ["validate"]
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: Config) -> None:
     """Refuses values out of range and impossible combinations.
 
     Raises:
@@ -27,26 +26,26 @@ def validate(config: ConfigDict) -> None:
     _validate_checkpoint(config.checkpoint)
 
 
-def _within(section: str, fields: ConfigDict, low: float, *names: str) -> None:
+def _within(section: str, fields: Config, low: float, *names: str) -> None:
     for name in names:
         field = f"{section}.{name}"
         holds = low <= fields[name] < float("inf")
         check(holds, f"{low:g} <= {field}", **{field: fields[name]})
 
 
-def _positive(section: str, fields: ConfigDict, *names: str) -> None:
+def _positive(section: str, fields: Config, *names: str) -> None:
     for name in names:
         field = f"{section}.{name}"
         holds = 0 < fields[name] < float("inf")
         check(holds, f"0 < {field}", **{field: fields[name]})
 
 
-def _choice(section: str, fields: ConfigDict, **choices: tuple[str, ...]) -> None:
+def _choice(section: str, fields: Config, **choices: tuple[str, ...]) -> None:
     for name, options in choices.items():
         check_choice(options, **{f"{section}.{name}": fields[name]})
 
 
-def _validate_data(data: ConfigDict) -> None:
+def _validate_data(data: Config) -> None:
     _choice("data", data, name=("cifar10", "cifar100", "digits"))
     _within("data", data, 0, "validation_size", "padding", "split_seed")
     for name in ("train_size", "test_size"):
@@ -54,7 +53,7 @@ def _validate_data(data: ConfigDict) -> None:
             _within("data", data, 1, name)
 
 
-def _validate_model(model: ConfigDict) -> None:
+def _validate_model(model: Config) -> None:
     _within("model", model, 1, "width")
     check(
         len(model.blocks) >= 1 and all(count >= 1 for count in model.blocks),
@@ -64,7 +63,7 @@ def _validate_model(model: ConfigDict) -> None:
     _choice("model", model, dtype=("float32", "bfloat16"))
 
 
-def _validate_training(training: ConfigDict) -> None:
+def _validate_training(training: Config) -> None:
     _within("training", training, 1, "epochs", "batch_size")
     _within("training", training, 0, "weight_decay", "steps_per_call")
     _positive("training", training, "learning_rate")
@@ -81,7 +80,7 @@ def _validate_training(training: ConfigDict) -> None:
     _positive("training", training, "decay_factor")
 
 
-def _validate_attack(attack: ConfigDict) -> None:
+def _validate_attack(attack: Config) -> None:
     _choice(
         "attack",
         attack,
@@ -108,7 +107,7 @@ def _check_unit(field: str, radius: float) -> None:
     )
 
 
-def _check_restarts(section: str, attack: ConfigDict) -> None:
+def _check_restarts(section: str, attack: Config) -> None:
     check(
         attack.restarts == 1 or attack.random_start,
         f"{section}.random_start when {section}.restarts > 1",
@@ -116,7 +115,7 @@ def _check_restarts(section: str, attack: ConfigDict) -> None:
     )
 
 
-def _validate_sam(sam: ConfigDict) -> None:
+def _validate_sam(sam: Config) -> None:
     _within("sam", sam, 0, "rho")
     if sam.rho_end is not None:
         _within("sam", sam, 0, "rho_end")
@@ -129,7 +128,7 @@ def _validate_sam(sam: ConfigDict) -> None:
     _choice("sam", sam, batch_stats=("first", "second", "both"))
 
 
-def _validate_evaluation(config: ConfigDict) -> None:
+def _validate_evaluation(config: Config) -> None:
     evaluation = config.evaluation
     _within("evaluation", evaluation, 1, "batch_size", "num_steps", "restarts")
     _within("evaluation", evaluation, 0, "gradient_floor")
@@ -165,6 +164,6 @@ def _validate_evaluation(config: ConfigDict) -> None:
         )
 
 
-def _validate_checkpoint(checkpoint: ConfigDict) -> None:
+def _validate_checkpoint(checkpoint: Config) -> None:
     _within("checkpoint", checkpoint, 0, "minutes")
     _within("checkpoint", checkpoint, 1, "keep")

@@ -30,7 +30,7 @@ _MAY_CHANGE = ("data.data_dir", "data.manual_dir", "checkpoint.", "paper.")
 
 
 class WorkdirError(RuntimeError):
-    """The workdir cannot be used for this run; the message says why, and the way out."""
+    """The workdir cannot be used for this run; the message says why and what to do."""
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -140,6 +140,7 @@ def test_an_empty_permutation_is_refused():
         epoch_permutation(KEY, 0, 0)
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(st.integers(1, 300), st.integers(1, 300))
 def test_steps_per_epoch_counts_the_slices_of_a_list(num_examples, batch_size):
     slices = [
@@ -163,6 +164,7 @@ def test_empty_epochs_and_batches_are_refused(num_examples, batch_size):
         evaluation_batches(num_examples, batch_size)
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(st.integers(1, 300), st.integers(1, 300))
 def test_evaluation_visits_every_example_exactly_once(num_examples, batch_size):
     visited = []

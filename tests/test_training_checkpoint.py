@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from samrobust.training.checkpoint import CheckpointError, Checkpoints
+from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
 
 
 @jax.tree_util.register_dataclass
@@ -75,23 +75,27 @@ def save_all(directory, *steps, keep=10):
             checkpoints.save(step, small(step), {"saved": step})
 
 
-def assert_restores(directory, step):
-    restored = Checkpoints(directory).restore_latest(small(0))
+def restore(directory, like) -> Restored:
+    restored = Checkpoints(directory).restore_latest(like)
     assert restored is not None
+    return restored
+
+
+def assert_restores(directory, step):
+    restored = restore(directory, small(0))
     assert (restored.step, restored.metadata) == (step, {"saved": step})
     assert_same(restored.state, small(step))
 
 
-def flip(path: pathlib.Path, position: int | None = None):
+def flip(path: pathlib.Path):
     content = bytearray(path.read_bytes())
-    content[len(content) // 2 if position is None else position] ^= 4
+    content[len(content) // 2] ^= 4
     path.write_bytes(content)
 
 
-def data_file(step_directory: pathlib.Path) -> pathlib.Path:
-    """The file that holds the bytes of `w`."""
-    files = [path for path in step_directory.rglob("d/*") if path.is_file()]
-    return max(files, key=lambda path: path.stat().st_size)
+def data_files(step_directory: pathlib.Path) -> list[pathlib.Path]:
+    """The files that hold the arrays, of which Orbax leaves some without use."""
+    return [path for path in step_directory.glob("**/d/*") if path.is_file()]
 
 
 def names(directory: pathlib.Path) -> list[str]:
@@ -104,11 +108,16 @@ def run_python(code: str, *args, **env) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
 
+def read_line(process: subprocess.Popen) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
 def test_a_state_comes_back_bit_for_bit(tmp_path):
     state = make_state(3)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, state)
-        restored = checkpoints.restore_latest(state)
+    restored = restore(tmp_path, state)
     assert restored.step == 3
     assert_same(restored.state, state)
     assert isinstance(restored.state, State)
@@ -119,7 +128,7 @@ def test_a_target_of_shapes_restores_the_same_state(tmp_path):
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, state, wait=True)
-    assert_same(Checkpoints(tmp_path).restore_latest(like).state, state)
+    assert_same(restore(tmp_path, like).state, state)
 
 
 def test_metadata_comes_back(tmp_path):
@@ -132,9 +141,9 @@ def test_metadata_comes_back(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, small(1), metadata)
         checkpoints.save(2, small(2), {3: ()})
-        assert checkpoints.restore_latest(small(0)).metadata == {"3": []}
+    assert restore(tmp_path, small(0)).metadata == {"3": []}
     shutil.rmtree(tmp_path / "2")
-    assert Checkpoints(tmp_path).restore_latest(small(0)).metadata == metadata
+    assert restore(tmp_path, small(0)).metadata == metadata
 
 
 def test_metadata_that_json_cannot_hold_is_refused(tmp_path):
@@ -142,7 +151,7 @@ def test_metadata_that_json_cannot_hold_is_refused(tmp_path):
         Checkpoints(tmp_path).save(1, small(1), {"x": np.float32(1)})
 
 
-@pytest.mark.parametrize("leaf", [1.5, jax.random.key(0), np.float64([1.0])])
+@pytest.mark.parametrize("leaf", [1.5, jax.random.key(0), np.zeros(1)])
 def test_a_leaf_that_would_not_come_back_as_it_was_is_refused(tmp_path, leaf):
     with pytest.raises(TypeError, match=r"got state\['x'\]="):
         Checkpoints(tmp_path).save(1, {"x": leaf})
@@ -168,7 +177,7 @@ def test_numpy_arrays_may_be_overwritten_right_after_save(tmp_path):
 
 def test_a_restored_state_may_be_donated(tmp_path):
     save_all(tmp_path, 1)
-    state = Checkpoints(tmp_path).restore_latest(small(0)).state
+    state = restore(tmp_path, small(0)).state
     step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     expected = jax.tree.map(lambda x: x + 1, small(1))
     assert_same(step(state), expected)
@@ -184,14 +193,15 @@ def test_an_empty_or_absent_directory_has_no_checkpoint(tmp_path):
 
 def test_a_flipped_byte_in_the_data_falls_back_with_a_warning(tmp_path):
     save_all(tmp_path, 1, 2)
-    flip(data_file(tmp_path / "2"))
-    with pytest.warns(UserWarning, match=f"{tmp_path / '2'}: .*checksum|decod|corrupt"):
+    for path in data_files(tmp_path / "2"):
+        flip(path)
+    with pytest.warns(UserWarning, match=f"Skipping the damaged .*{tmp_path / '2'}: "):
         assert_restores(tmp_path, 1)
 
 
 def test_a_flipped_byte_anywhere_never_restores_a_wrong_state(tmp_path):
     save_all(tmp_path / "good", 1, 2)
-    fallbacks = 0
+    reasons = []
     for path in sorted((tmp_path / "good" / "2").rglob("*")):
         if path.is_dir() or not path.stat().st_size:
             continue
@@ -200,26 +210,34 @@ def test_a_flipped_byte_anywhere_never_restores_a_wrong_state(tmp_path):
         flip(copy / path.relative_to(tmp_path / "good"))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            damaged = Checkpoints(copy).restore_latest(small(0)).step == 1
+            damaged = restore(copy, small(0)).step == 1
             assert_restores(copy, 1 if damaged else 2)
-        assert damaged == any("Skipping" in str(item.message) for item in caught)
-        fallbacks += damaged
+        skipped = [str(x.message) for x in caught if "Skipping" in str(x.message)]
+        assert damaged == bool(skipped)
+        reasons += skipped
         shutil.rmtree(copy)
-    assert fallbacks >= 3
+    assert any("the checksum of state['w']" in reason for reason in reasons)
 
 
 def truncate(step_directory):
-    path = data_file(step_directory)
-    path.write_bytes(path.read_bytes()[:-100])
+    for path in data_files(step_directory):
+        path.write_bytes(path.read_bytes()[:-20])
+
+
+def change_metadata(step_directory):
+    path = step_directory / "metadata" / "metadata"
+    content = path.read_text()
+    assert '"saved": 2' in content
+    path.write_text(content.replace('"saved": 2', '"saved": 3'))
 
 
 DAMAGES = {
     "truncated data": truncate,
-    "no data file": lambda path: data_file(path).unlink(),
+    "no data file": lambda path: [file.unlink() for file in data_files(path)],
     "no manifest of the data": lambda path: (path / "state/manifest.ocdbt").unlink(),
     "no state": lambda path: shutil.rmtree(path / "state"),
     "no metadata": lambda path: shutil.rmtree(path / "metadata"),
-    "metadata changed": lambda path: flip(path / "metadata/metadata", -4),
+    "metadata changed": change_metadata,
     "empty": lambda path: (shutil.rmtree(path), path.mkdir()),
     "of another step": lambda path: (
         shutil.rmtree(path),
@@ -242,7 +260,7 @@ def test_if_all_are_damaged_the_message_names_the_directory(tmp_path):
     save_all(tmp_path, 1, 2)
     for step in "12":
         truncate(tmp_path / step)
-    message = f"Expected an intact checkpoint in {tmp_path}, .*{r'steps=\[1, 2\]'}"
+    message = rf"Expected an intact checkpoint in {tmp_path}, .*steps=\[1, 2\]"
     with (
         pytest.warns(UserWarning, match="Skipping"),
         pytest.raises(CheckpointError, match=message),
@@ -329,9 +347,11 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+# Orbax closes its event loop while other writes are under way; they raise in threads
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("surfaces_at", ["wait", "save", "restore", "close"])
 def test_a_failed_background_write_surfaces_and_loses_nothing(
-    tmp_path, surfaces_at, full_disk, capfd
+    tmp_path, surfaces_at, full_disk, caplog
 ):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, small(1), {"saved": 1}, wait=True)
@@ -349,7 +369,7 @@ def test_a_failed_background_write_surfaces_and_loses_nothing(
     resource.setrlimit(
         resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     )
-    assert "Traceback" not in capfd.readouterr().err
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
     assert_restores(tmp_path, 1)
     checkpoints.save(4, small(4), {"saved": 4})
     checkpoints.close()
@@ -361,7 +381,7 @@ def test_a_directory_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         Checkpoints(tmp_path / "file") as checkpoints,
-        pytest.raises(CheckpointError, match="Expected to write .* step 1 to .*file"),
+        pytest.raises(CheckpointError, match=r"Expected to write .* step 1 to .*file"),
     ):
         checkpoints.save(1, small(1))
 
@@ -384,13 +404,13 @@ while True:
 def test_a_writer_killed_at_any_moment_leaves_an_intact_checkpoint(tmp_path):
     like = {"w": jax.ShapeDtypeStruct((100_000,), jnp.float32)}
     delays = np.random.default_rng(0).uniform(0.0, 0.3, size=4)
-    for delay in delays:
+    for delay in delays.tolist():
         writer = run_python(WRITER, tmp_path)
-        printed = [writer.stdout.readline() for _ in range(3)]
+        printed = [read_line(writer) for _ in range(3)]
         time.sleep(delay)
         writer.send_signal(signal.SIGKILL)
         writer.communicate()
-        restored = Checkpoints(tmp_path).restore_latest(like)
+        restored = restore(tmp_path, like)
         assert restored.step >= int(printed[1])  # save waits for the write before it
         assert restored.metadata == {"saved": restored.step}
         rng = np.random.default_rng(restored.step)
@@ -428,7 +448,7 @@ def test_a_checkpoint_moves_between_one_device_and_two(tmp_path):
     reader = run_python(READER, tmp_path, JAX_NUM_CPU_DEVICES="2")
     reader.communicate()
     assert reader.returncode == 0
-    restored = Checkpoints(tmp_path).restore_latest(small(0))
+    restored = restore(tmp_path, small(0))
     assert restored.step == 3
     assert_same(restored.state, small(2))
 
@@ -438,5 +458,5 @@ def test_an_uncommitted_target_stays_uncommitted(tmp_path):
     like = small(0)
     pinned = jax.device_put(like, jax.devices()[0])
     for target in (like, pinned):
-        state = Checkpoints(tmp_path).restore_latest(target).state
+        state = restore(tmp_path, target).state
         assert state["w"].committed == target["w"].committed

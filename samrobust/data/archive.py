@@ -152,7 +152,7 @@ class ResumingDownloader:
                 if failures >= self.max_attempts or _is_final(error.response):
                     # A requests error would make pooch call us again.
                     raise ConnectionError(str(error)) from error
-                logger.warning("The download broke and goes on: %s", error)
+                logger.warning("The download failed and is tried again: %s", error)
                 time.sleep(self.backoff * 2 ** (failures - 1))
         self.partial.replace(output_file)
 

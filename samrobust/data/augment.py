@@ -63,5 +63,5 @@ def random_crop_and_flip(
 def _window(key: jax.Array, count: int, length: int, padding: int) -> jax.Array:
     """Returns the `[count, length]` source positions of random windows of one axis."""
     shift = jax.random.randint(key, (count, 1), -padding, padding + 1)
-    before = jnp.abs(jnp.arange(length) + shift)  # reflects at the first pixel
+    before = jnp.abs(jnp.arange(length)[None, :] + shift)  # reflects at the first pixel
     return (length - 1) - jnp.abs((length - 1) - before)  # and at the last

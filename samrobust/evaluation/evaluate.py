@@ -6,6 +6,7 @@ percentages.
 """
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def make_evaluator(
         batch_images, batch_labels = shard_batch(batch, mesh)
 
         def logits_fn(images: Array) -> Array:
-            return model.apply(variables, images, train=False)
+            return cast(Array, model.apply(variables, images, train=False))
 
         correct = {}
         for i, (name, attack) in enumerate(attacks.items()):
@@ -74,7 +75,7 @@ def make_evaluator(
         split: Split,
         key: Array,
         *,
-        on_batch: Callable[[int, int], None] = lambda done, num_examples: None,
+        on_batch: Callable[[int, int], None] = lambda *_: None,
     ) -> dict[str, np.ndarray]:
         num_examples = len(split)
         check(num_examples > 0, "a split with examples", num_examples=num_examples)

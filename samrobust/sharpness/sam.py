@@ -49,12 +49,12 @@ class SamState(NamedTuple):
     """The state of `sam`; holds no copy of the parameters.
 
     Attributes:
-      count: int32 scalar, the number of updates so far (what a schedule is given).
+      step: int32 scalar, the number of updates so far (what a schedule is given).
       metrics: of the last update.
       aux: the auxiliary output of the last second pass, or None.
     """
 
-    count: Array
+    step: Array
     metrics: SamMetrics
     aux: PyTree
 
@@ -66,7 +66,7 @@ def sam(
 
     Args:
       rho: the radius in the l2 norm of all parameters together, >= 0, or a schedule
-        from the int32 count of updates to it.
+        from the number of updates so far, int32, to it.
       aux: None if `grad_fn` returns gradients alone; else the structure of the second
         thing it returns (arrays or `jax.ShapeDtypeStruct`). The last value is then
         kept in the state: that is how BatchNorm statistics leave the second pass
@@ -113,7 +113,7 @@ def sam(
 
     def update(
         updates: PyTree,
-        state: SamState,
+        state: PyTree,
         params: PyTree | None = None,
         *,
         grad_fn: GradFn | None = None,
@@ -122,7 +122,7 @@ def sam(
         del extra_args
         _check_present(params=params, grad_fn=grad_fn)
         assert grad_fn is not None  # for the type checker
-        radius = jnp.asarray(schedule(state.count), jnp.float32)
+        radius = jnp.asarray(schedule(state.step), jnp.float32)
         norm = _norm(updates)
         moves = (norm > 0) & (radius > 0)
         scale = jnp.where(moves, radius / jnp.where(norm > 0, norm, 1.0), 0.0)
@@ -142,8 +142,8 @@ def sam(
         perturbed = jax.tree.map(
             lambda g, p: jnp.where(moves, p, g).astype(g.dtype), updates, perturbed
         )
-        count = optax.safe_increment(state.count)
-        return perturbed, SamState(count, metrics, new_aux)
+        step = jnp.asarray(optax.safe_increment(state.step))
+        return perturbed, SamState(step, metrics, new_aux)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -1,10 +1,10 @@
 """Training: the state, the one step, the compiled epoch, checkpoints, the loop."""
 
 from samrobust.training.loop import (
-    Interrupted,
+    InterruptedRunError,
     Outcome,
     Progress,
-    TrainingDiverged,
+    TrainingDivergedError,
     train,
 )
 from samrobust.training.setup import load_variables
@@ -12,12 +12,12 @@ from samrobust.training.state import TrainState, init_state
 from samrobust.training.step import TrainStep, make_train_step
 
 __all__ = [
-    "Interrupted",
+    "InterruptedRunError",
     "Outcome",
     "Progress",
     "TrainState",
     "TrainStep",
-    "TrainingDiverged",
+    "TrainingDivergedError",
     "init_state",
     "load_variables",
     "make_train_step",

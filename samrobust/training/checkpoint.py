@@ -14,6 +14,7 @@ write to a directory; others may read it. Typed PRNG keys are out of scope: save
 `jax.random.key_data(key)`.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -122,10 +123,8 @@ metadata={'epoch': 2})
         self.wait()
         if step in self._steps() and self._is_intact(step):
             return
-        leaves = {
-            name: np.asarray(leaf)
-            for name, leaf in _named_leaves(jax.device_get(_check_arrays(state)))
-        }
+        leaves = jax.device_get(_named_leaves(state))
+        leaves = {name: np.asarray(leaf) for name, leaf in leaves.items()}
         manifest = _make_manifest(step, leaves, metadata or {})
         later = [other for other in self._steps() if other > step]
         if later:
@@ -167,27 +166,26 @@ metadata={'epoch': 2})
         """
         self.wait()
         steps = self._steps()
-        models = dict(_named_leaves(_check_arrays(like)))
-        for step in reversed(steps):
-            try:
-                manifest = self._read_manifest(step)
-                mismatch = _find_mismatch(manifest["leaves"], models)
-                leaves = {} if mismatch else self._read_leaves(step, manifest)
-            except Exception as error:  # Orbax raises many kinds on damaged files
-                warnings.warn(
-                    f"Skipping the damaged checkpoint {self._path(step)}: "
-                    f"{_summary(error)}",
-                    stacklevel=2,
-                )
-                continue
-            if mismatch:
-                raise CheckpointError(
-                    f"Expected {mismatch} in {self._path(step)}. Resume with the "
-                    "configuration that wrote it, or use another directory."
-                )
-            placed = [_place(leaves[name], model) for name, model in models.items()]
-            state = jax.tree.unflatten(jax.tree.structure(like), placed)
-            return Restored(step, state, manifest["metadata"])
+        models = _named_leaves(like)
+        with _Reader() as reader:
+            for step in reversed(steps):
+                path = self._path(step)
+                try:
+                    manifest = reader.read_manifest(path, step)
+                    mismatch = _find_mismatch(manifest["leaves"], models)
+                    leaves = {} if mismatch else reader.read_leaves(path, manifest)
+                except Exception as error:  # Orbax raises many kinds on damaged files
+                    message = f"Skipping the damaged checkpoint {path}: "
+                    warnings.warn(message + _summary(error), stacklevel=2)
+                    continue
+                if mismatch:
+                    raise CheckpointError(
+                        f"Expected {mismatch} in {path}. Resume with the "
+                        "configuration that wrote it, or use another directory."
+                    )
+                placed = [_place(leaves[name], model) for name, model in models.items()]
+                state = jax.tree.unflatten(jax.tree.structure(like), placed)
+                return Restored(step, state, manifest["metadata"])
         if steps:
             raise CheckpointError(
                 f"Expected an intact checkpoint in {self._directory}, got only damaged "
@@ -258,20 +256,46 @@ metadata={'epoch': 2})
                 "kept. Check the free space and the permissions there, then save again."
             ) from error
 
-    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            return reader.restore(self._path(step), args=ocp.args.Composite(**items))
+    def _is_intact(self, step: int) -> bool:
+        with _Reader() as reader:
+            try:
+                path = self._path(step)
+                reader.read_leaves(path, reader.read_manifest(path, step))
+            except Exception:  # Orbax raises many kinds on damaged files
+                return False
+        return True
 
-    def _read_manifest(self, step: int) -> dict[str, Any]:
-        manifest = self._read(step, metadata=ocp.args.JsonRestore())["metadata"]
+
+class _Reader(ocp.Checkpointer):
+    """Reads and verifies; made before the `try`, so no bug passes for damage."""
+
+    def __init__(self):
+        handlers = ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, _PatientNumpyHandler()),
+            (jax.Array, ocp.type_handlers.ArrayHandler()),  # else Orbax logs a warning
+        )
+        super().__init__(
+            ocp.CompositeCheckpointHandler(
+                state=ocp.PyTreeCheckpointHandler(type_handler_registry=handlers),
+                metadata=ocp.JsonCheckpointHandler(),
+            )
+        )
+
+    def read_manifest(self, path: str, step: int) -> dict[str, Any]:
+        """Returns the verified JSON item."""
+        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        manifest = self.restore(path, args=args)["metadata"]
         crc32 = manifest.pop("crc32")
-        if crc32 != _json_crc32(manifest) or manifest["step"] != step:
+        if crc32 != _json_crc32(manifest):
             raise CheckpointError("the checksum of its metadata does not match.")
+        if manifest["step"] != step:
+            raise CheckpointError(f"it was saved as step {manifest['step']}.")
         return manifest
 
-    def _read_leaves(self, step: int, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Reads the leaves as NumPy arrays and verifies each against the manifest."""
-        leaves = self._read(step, state=ocp.args.StandardRestore())["state"]
+    def read_leaves(self, path: str, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Returns the leaves as NumPy arrays, each verified against the manifest."""
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore())
+        leaves = self.restore(path, args=args)["state"]
         for name, expected in manifest["leaves"].items():
             if 0 in expected["shape"]:
                 leaves[name] = np.empty(expected["shape"], expected["dtype"])
@@ -279,12 +303,28 @@ metadata={'epoch': 2})
                 raise CheckpointError(f"the checksum of {name} does not match.")
         return leaves
 
-    def _is_intact(self, step: int) -> bool:
-        try:
-            self._read_leaves(step, self._read_manifest(step))
-        except Exception:  # Orbax raises many kinds on damaged files
-            return False
-        return True
+
+class _PatientNumpyHandler(ocp.type_handlers.NumpyHandler):
+    """Lets all reads end before it raises the error of one.
+
+    Orbax closes the event loop at the first error; a read that outlives its loop
+    raises once more, in a thread where nobody can catch it.
+    """
+
+    async def deserialize(self, infos: Sequence[Any], args: Any = None):
+        """Reads the arrays one by one, concurrently."""
+        read = super().deserialize
+        args = args or [None] * len(infos)
+        reads = [
+            read([info], None if arg is None else [arg])
+            for info, arg in zip(infos, args, strict=True)
+        ]
+        arrays: list[np.ndarray] = []
+        for result in await asyncio.gather(*reads, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
+            arrays += result
+        return arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,15 +341,11 @@ class _KeepNewest:
         return [step in kept for step in steps]
 
 
-def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    """Lists the leaves with their paths, as in `state.params['kernel']`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [("state" + jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
-
-
-def _check_arrays(tree: PyTree) -> PyTree:
-    """Returns the tree if all its leaves are arrays that JAX holds without a cast."""
-    for name, leaf in _named_leaves(tree):
+def _named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Keys the leaves by path; refuses what would not come back as it was."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = "state" + jax.tree_util.keystr(path)
         dtype = getattr(leaf, "dtype", None)
         is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
         if dtype is None or is_key or jax.dtypes.canonicalize_dtype(dtype) != dtype:
@@ -318,7 +354,8 @@ def _check_arrays(tree: PyTree) -> PyTree:
                 f"jax_enable_x64, got {name}={leaf!r}. Convert it with `jnp.asarray` "
                 "or `jax.random.key_data`."
             )
-    return tree
+        leaves[name] = leaf
+    return leaves
 
 
 def _describe(leaf: np.ndarray) -> dict[str, Any]:

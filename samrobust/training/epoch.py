@@ -13,15 +13,29 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from samrobust.data import random_crop_and_flip, take_batch
-from samrobust.parallel import shard_batch
+from samrobust.data import Split, epoch_permutation, random_crop_and_flip, take_batch
+from samrobust.parallel import replicated, shard_batch
 from samrobust.training.state import TrainState
 from samrobust.training.step import TrainStep
 from samrobust.types import Array
 
-__all__ = ["Call", "EpochPlan", "Totals", "make_run_steps", "zero_totals"]
+__all__ = ["Call", "Carry", "EpochPlan", "EpochRunner", "Totals", "zero_totals"]
 
 Totals: TypeAlias = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """What goes from call to call, and into checkpoints.
+
+    Attributes:
+      state: of the training.
+      totals: of the current epoch's metrics, see `zero_totals`.
+    """
+
+    state: TrainState
+    totals: Totals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +88,7 @@ def zero_totals(metrics: Iterable[str]) -> Totals:
     """Sums over no step at all of metrics of these names."""
     return {
         "examples": jnp.zeros([], jnp.float32),
-        "first_bad_step": jnp.full([], -1, jnp.int32),
+        "first_bad_step": jnp.full([], -1, jnp.int32),  # with a loss that is not finite
         "sums": {name: jnp.zeros([], jnp.float32) for name in metrics},
     }
 
@@ -92,63 +106,101 @@ def _add(totals: Totals, metrics: dict[str, Array], size: int, step: Array) -> T
     }
 
 
-def make_run_steps(
-    train_step: TrainStep, plan: EpochPlan, *, padding: int, flip: bool, mesh: Mesh
-) -> Callable[[Call], Callable]:
-    """Builds the function of a call, to be jitted with the first two donated.
+class EpochRunner:
+    """Runs the calls of an epoch on data that stay on the device.
 
     Args:
       train_step: the pure step.
       plan: of the epoch.
+      split: the training images, copied to every device once.
       padding: of the random crop, in pixels.
       flip: mirror at random.
-      mesh: over which the batch is split.
-
-    Returns:
-      `run_steps(call)(state, totals, images, labels, permutation, key) ->
-      (state, totals, done)`: images uint8 [N, H, W, C], labels int32 [N], the epoch's
-      permutation int32 [N], the run's key. `done` is ready when the call is.
+      mesh: over which batches are split; all else is replicated.
+      key: of all batches, augmentations and attacks of the run.
     """
 
-    def run_steps(call: Call) -> Callable:
-        def one_step(
-            state: TrainState,
-            totals: Totals,
-            data: tuple[Array, Array, Array],
-            key: Array,
-        ) -> tuple[TrainState, Totals]:
-            images, labels, permutation = data
-            start = (state.step % plan.num_steps) * plan.batch_size
-            batch = take_batch(images, labels, permutation, start, call.batch_size)
-            batch_images, batch_labels = shard_batch(batch, mesh)
-            crop_key, attack_key = jax.random.split(jax.random.fold_in(key, state.step))
-            batch_images = random_crop_and_flip(
-                batch_images, padding=padding, flip=flip, key=crop_key
-            )
-            new_state, metrics = train_step(
-                state, batch_images, batch_labels, attack_key
-            )
-            return new_state, _add(totals, metrics, call.batch_size, state.step)
+    def __init__(
+        self,
+        train_step: TrainStep,
+        plan: EpochPlan,
+        split: Split,
+        *,
+        padding: int,
+        flip: bool,
+        mesh: Mesh,
+        key: Array,
+    ):
+        self._train_step, self._plan, self._mesh = train_step, plan, mesh
+        self._augmentation = {"padding": padding, "flip": flip}
+        self._placement = replicated(mesh)
+        images_and_labels = (split.images, split.labels)
+        self._data = jax.device_put(images_and_labels, self._placement)
+        self._shuffle_key, self._step_key = jax.random.split(key)
+        self._permute = jax.jit(
+            lambda epoch: epoch_permutation(self._shuffle_key, epoch, len(split)),
+            out_shardings=self._placement,
+        )
+        self._compiled: dict[Call, Callable[..., Any]] = {}
 
-        def run(
-            state: TrainState,
-            totals: Totals,
-            images: Array,
-            labels: Array,
-            permutation: Array,
-            key: Array,
-        ) -> tuple[TrainState, Totals, Array]:
-            data = (images, labels, permutation)
+    def permutation(self, epoch: int) -> Array:
+        """The order of the examples in an epoch, int32 [N]."""
+        return self._permute(epoch)
+
+    def run(self, call: Call, carry: Carry, permutation: Array) -> tuple[Carry, Array]:
+        """Runs a call without waiting for it.
+
+        Args:
+          call: compiled at its first use.
+          carry: donated: must not be used afterwards.
+          permutation: of the epoch.
+
+        Returns:
+          The new carry, and an array that is ready when the call is done.
+        """
+        return self.compile(call, carry)(
+            carry, *self._data, permutation, self._step_key
+        )
+
+    def compile(self, call: Call, carry: Carry) -> Callable[..., Any]:
+        """The compiled function of a call."""
+        if call not in self._compiled:
+            jitted = jax.jit(
+                self._make_run(call), donate_argnums=0, out_shardings=self._placement
+            )
+            labels = self._data[1]
+            permutation = jax.ShapeDtypeStruct(
+                labels.shape, labels.dtype, sharding=self._placement
+            )
+            lowered = jitted.lower(carry, *self._data, permutation, self._step_key)
+            self._compiled[call] = lowered.compile()
+        return self._compiled[call]
+
+    def _make_run(self, call: Call) -> Callable[..., Any]:
+        def one_step(
+            carry: Carry, images: Array, labels: Array, permutation: Array, key: Array
+        ) -> Carry:
+            step = carry.state.step
+            start = (step % self._plan.num_steps) * self._plan.batch_size
+            batch = take_batch(images, labels, permutation, start, call.batch_size)
+            batch_images, batch_labels = shard_batch(batch, self._mesh)
+            crop_key, attack_key = jax.random.split(jax.random.fold_in(key, step))
+            batch_images = random_crop_and_flip(
+                batch_images, **self._augmentation, key=crop_key
+            )
+            state, metrics = self._train_step(
+                carry.state, batch_images, batch_labels, attack_key
+            )
+            return Carry(state, _add(carry.totals, metrics, call.batch_size, step))
+
+        def run(carry: Carry, *data_and_key: Array) -> tuple[Carry, Array]:
             if call.num_steps == 1:  # no loop: XLA's CPU compiler is better outside one
-                state, totals = one_step(state, totals, data, key)
+                carry = one_step(carry, *data_and_key)
             else:
-                (state, totals), _ = jax.lax.scan(
-                    lambda carry, _: (one_step(*carry, data, key), None),
-                    (state, totals),
+                carry, _ = jax.lax.scan(
+                    lambda carry, _: (one_step(carry, *data_and_key), None),
+                    carry,
                     length=call.num_steps,
                 )
-            return state, totals, state.step + 0
+            return carry, carry.state.step + 0  # a copy: the carry is donated next
 
         return run
-
-    return run_steps

@@ -13,31 +13,34 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
+import jax.numpy as jnp
 
 from samrobust import building
-from samrobust.data import Dataset, epoch_permutation
+from samrobust.data import Dataset
 from samrobust.parallel import data_mesh, replicated
 from samrobust.training.checkpoint import Checkpoints
-from samrobust.training.epoch import Call, make_run_steps
+from samrobust.training.epoch import Carry, EpochRunner, Totals
 from samrobust.training.setup import checkpoint_folder, make_parts, make_plan
 from samrobust.training.state import TrainState
+from samrobust.types import Config
 from samrobust.workdir import MetricsLog
 
 __all__ = [
-    "Interrupted",
+    "InterruptedRunError",
     "Outcome",
     "Progress",
-    "TrainingDiverged",
+    "TrainingDivergedError",
     "train",
 ]
 
+Validate = Callable[[TrainState], dict[str, float]]
 
-class TrainingDiverged(RuntimeError):
+
+class TrainingDivergedError(RuntimeError):
     """The loss or the gradient stopped being finite."""
 
 
-class Interrupted(RuntimeError):
+class InterruptedRunError(RuntimeError):
     """The run was asked to stop, saved its state and can go on."""
 
 
@@ -73,11 +76,8 @@ class Outcome:
     step_seconds: float
 
 
-Validate = Callable[[TrainState], dict[str, float]]
-
-
 def train(
-    config: ConfigDict,
+    config: Config,
     dataset: Dataset,
     workdir: pathlib.Path,
     *,
@@ -89,7 +89,7 @@ def train(
 
     Args:
       config: validated.
-      dataset: with images of one shape.
+      dataset: that of `config.data`.
       workdir: receives `metrics.jsonl` and `checkpoints/`; claimed by the caller.
       validate: called after each epoch with the state; its `score` (higher is better)
         decides which state is kept as the best one.
@@ -97,206 +97,188 @@ def train(
       should_stop: asked as often; if true, the state is saved and the run stops.
 
     Raises:
-      TrainingDiverged: with the step and the last good checkpoint.
-      Interrupted: after `should_stop`.
+      TrainingDivergedError: with the step and the last good checkpoint.
+      InterruptedRunError: after `should_stop`.
       CheckpointError: if there are checkpoints and none is intact.
     """
-    run = _Run(config, dataset, workdir, validate, on_progress, should_stop)
-    with run.checkpoints, run.best:
-        run.prepare()
-        while run.epoch < config.training.epochs:
-            run.train_epoch()
-        run.save(wait=True)
-        seconds = [line["seconds"] for line in run.log.lines]
-        per_step = [s / run.plan.num_steps for s in seconds]
-        return Outcome(run.state, sum(seconds), statistics.median(per_step))
+    plan = make_plan(config, len(dataset.train))
+    parts = make_parts(config, dataset, plan.num_steps)
+    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    mesh = data_mesh()
+    on_progress(Progress("compiling", 0, plan.num_steps * config.training.epochs, {}))
+    runner = EpochRunner(
+        parts.train_step,
+        plan,
+        dataset.train,
+        padding=config.data.padding,
+        flip=config.data.flip,
+        mesh=mesh,
+        key=run_key,
+    )
+    init = jax.jit(lambda key: Carry(parts.init(key), parts.zero_totals))
+    fresh = jax.device_put(init(init_key), replicated(mesh))
+    folder = checkpoint_folder(workdir, "last")
+    with (
+        Checkpoints(folder, keep=config.checkpoint.keep) as checkpoints,
+        Checkpoints(checkpoint_folder(workdir, "best"), keep=1) as best,
+    ):
+        history = _History(config, workdir, checkpoints, best)
+        run = _Run(config, runner, history, validate, on_progress, should_stop)
+        return run.to_the_end(history.restore(fresh), plan)
 
 
-class _Run:
-    """What a training holds on to between calls of the device."""
+class _History:
+    """What a run leaves behind: checkpoints, the best score, the metrics' log."""
 
     def __init__(
         self,
-        config: ConfigDict,
-        dataset: Dataset,
+        config: Config,
         workdir: pathlib.Path,
-        validate: Validate | None,
-        on_progress: Callable[[Progress], None],
-        should_stop: Callable[[], bool],
+        checkpoints: Checkpoints,
+        best: Checkpoints,
     ):
-        self.config, self.dataset, self.workdir = config, dataset, workdir
-        self.validate, self.on_progress = validate, on_progress
-        self.should_stop = should_stop
-        self.plan = make_plan(config, len(dataset.train))
-        self.num_steps = self.plan.num_steps * config.training.epochs
-        keep = config.checkpoint.keep
-        self.checkpoints = Checkpoints(checkpoint_folder(workdir, "last"), keep=keep)
-        self.best = Checkpoints(checkpoint_folder(workdir, "best"), keep=1)
-        self.best_score = float("-inf")
-        self.epoch_seconds = 0.0  # spent in the current epoch before this process
-        self.saved_step, self.saved_at = -1, time.monotonic()
+        self._minutes = config.checkpoint.minutes
+        self._workdir = workdir
+        self._checkpoints, self._best = checkpoints, best
+        self._best_score: float | None = None
+        self._saved_step, self._saved_at = -1, time.monotonic()
+        self.earlier_seconds = 0.0  # of the current epoch, spent before this process
+        self.log: MetricsLog
 
-    @property
-    def epoch(self) -> int:
-        return self.step // self.plan.num_steps
-
-    def prepare(self) -> None:
-        """Puts data and state on the device, restores, compiles."""
-        self.report("compiling", step=0)
-        mesh = data_mesh()
-        placement = replicated(mesh)
-        init_key, self.shuffle_key, self.step_key = jax.random.split(
-            jax.random.key(self.config.seed), 3
-        )
-        train_split = self.dataset.train
-        self.images = jax.device_put(train_split.images, placement)
-        self.labels = jax.device_put(train_split.labels, placement)
-        parts = make_parts(self.config, self.dataset, self.plan.num_steps)
-        self.zero_totals = jax.device_put(parts.zero_totals, placement)
-        state = jax.jit(parts.init, out_shardings=placement)(init_key)
-        self._restore({"state": state, "totals": self.zero_totals})
-        augmentation = {n: self.config.data[n] for n in ("padding", "flip")}
-        self._run_steps = make_run_steps(
-            parts.train_step, self.plan, mesh=mesh, **augmentation
-        )
-        self._permute = jax.jit(
-            lambda key, epoch: epoch_permutation(key, epoch, len(train_split)),
-            out_shardings=placement,
-        )
-        self._placement = placement
-        self._compiled: dict[Call, Callable] = {}
-        if self.step < self.num_steps:
-            for call in dict.fromkeys(self.plan.calls()):
-                self._compile(call)
-
-    def _restore(self, like: dict[str, Any]) -> None:
-        restored = self.checkpoints.restore_latest(like)
-        tree = like if restored is None else restored.state
-        self.state = tree["state"]
-        self.totals = jax.tree.map(jax.numpy.copy, tree["totals"])  # to be donated
-        self.step = 0 if restored is None else restored.step
+    def restore(self, fresh: Carry) -> Carry:
+        """The newest intact state, or the fresh one."""
+        restored = self._checkpoints.restore_latest(fresh)
         if restored is not None:
-            self.epoch_seconds = restored.metadata["epoch_seconds"]
-            best_score = restored.metadata["best_score"]
-            self.best_score = float("-inf") if best_score is None else best_score
-            self.saved_step = restored.step
-        self.log = MetricsLog(self.workdir / "metrics.jsonl", last_step=self.step)
+            self.earlier_seconds = restored.metadata["epoch_seconds"]
+            self._best_score = restored.metadata["best_score"]
+            self._saved_step = restored.step
+        last_step = 0 if restored is None else restored.step
+        self.log = MetricsLog(self._workdir / "metrics.jsonl", last_step=last_step)
+        return fresh if restored is None else restored.state
 
-    def _compile(self, call: Call) -> Callable:
-        """The compiled function of a call; a new shape is compiled once."""
-        if call not in self._compiled:
-            jitted = jax.jit(
-                self._run_steps(call),
-                donate_argnums=(0, 1),
-                out_shardings=self._placement,
+    def is_due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return time.monotonic() - self._saved_at >= 60 * self._minutes
+
+    def save(self, carry: Carry, step: int, epoch_seconds: float, wait: bool) -> None:
+        """Saves the state, unless this step is saved or its numbers are not finite."""
+        if step != self._saved_step:
+            self.check_finite(jax.device_get(carry.totals))
+            metadata = {
+                "epoch_seconds": epoch_seconds,
+                "best_score": self._best_score,
+            }
+            self._checkpoints.save(step, carry, metadata)
+            self._saved_step = step
+        self._saved_at = time.monotonic()
+        if wait:
+            self._checkpoints.wait()
+
+    def keep_best(self, carry: Carry, step: int, scores: dict[str, float]) -> None:
+        """Saves the state apart if its score is the best so far."""
+        if self._best_score is None or scores["score"] > self._best_score:
+            self._best_score = scores["score"]
+            self._best.save(step, carry, {"validation": scores}, wait=True)
+
+    def check_finite(self, totals: Totals) -> None:
+        """Raises `TrainingDivergedError` if a step of this epoch was not finite."""
+        bad_step = int(totals["first_bad_step"])
+        if bad_step >= 0:
+            good = self._checkpoints.latest_step()
+            where = "none was saved before" if good is None else f"step {good}"
+            message = (
+                f"The loss or its gradient is not finite at step {bad_step}. Last good "
+                f"checkpoint: {where} ({checkpoint_folder(self._workdir, 'last')}). "
+                "Lower training.learning_rate or sam.rho and use a new --workdir."
             )
-            arguments = (self.state, self.totals, self.images, self.labels)
-            permutation = jax.ShapeDtypeStruct(
-                self.labels.shape, "int32", sharding=self._placement
-            )
-            lowered = jitted.lower(*arguments, permutation, self.step_key)
-            self._compiled[call] = lowered.compile()
-        return self._compiled[call]
+            raise TrainingDivergedError(message)
 
-    def report(self, phase: str, step: int | None = None) -> None:
-        done = self.step if step is None else step
-        metrics = self.log.lines[-1] if step is None and self.log.lines else {}
-        self.on_progress(Progress(phase, done, self.num_steps, metrics))
 
-    def train_epoch(self) -> None:
-        """From the current step to the end of its epoch, its metrics and validation."""
-        started = time.monotonic()
-        permutation = self._permute(self.shuffle_key, self.epoch)
+@dataclasses.dataclass
+class _Run:
+    """The loop over epochs and calls."""
+
+    config: Config
+    runner: EpochRunner
+    history: _History
+    validate: Validate | None
+    on_progress: Callable[[Progress], None]
+    should_stop: Callable[[], bool]
+
+    def to_the_end(self, carry: Carry, plan: Any) -> Outcome:
+        """Trains what is left."""
+        self.plan = plan
+        self.num_steps = plan.num_steps * self.config.training.epochs
+        step = int(carry.state.step)
+        if step < self.num_steps:
+            for call in dict.fromkeys(plan.calls()):
+                self.runner.compile(call, carry)
+        while step < self.num_steps:
+            carry, step = self._epoch(carry, step)
+        self.history.save(carry, step, 0.0, wait=True)
+        seconds = [line["seconds"] for line in self.history.log.lines]
+        per_step = [epoch_seconds / plan.num_steps for epoch_seconds in seconds]
+        return Outcome(carry.state, sum(seconds), statistics.median(per_step))
+
+    def _epoch(self, carry: Carry, step: int) -> tuple[Carry, int]:
+        """From a step to the end of its epoch; then its metrics and validation."""
+        epoch = step // self.plan.num_steps
+        started = time.monotonic() - self.history.earlier_seconds
+        self.history.earlier_seconds = 0.0
+        permutation = self.runner.permutation(epoch)
         previous = None
-        for call in self.plan.calls(self.step % self.plan.num_steps):
-            self.state, self.totals, done = self._compile(call)(
-                self.state,
-                self.totals,
-                self.images,
-                self.labels,
-                permutation,
-                self.step_key,
-            )
-            self.step += call.num_steps
+        for call in self.plan.calls(step % self.plan.num_steps):
+            carry, done = self.runner.run(call, carry, permutation)
+            step += call.num_steps
             # At most two calls in flight: a signal is heard soon, the ETA is true.
             jax.block_until_ready(previous)
             previous = done
-            self.report("training")
-            if self.step % self.plan.num_steps:
-                self._pause_within_epoch(started)
-        epoch = self.step // self.plan.num_steps - 1
-        line = self._summarise(epoch, started)
+            self._report("training", step)
+            if step % self.plan.num_steps:
+                self._pause(carry, step, time.monotonic() - started)
+        totals = jax.device_get(carry.totals)
+        self.history.check_finite(totals)
+        line = self._summarise(totals, step, time.monotonic() - started)
+        carry = Carry(carry.state, jax.tree.map(jnp.zeros_like, carry.totals))
+        carry.totals["first_bad_step"] -= 1
         if self.validate is not None:
-            self.report("validating")
-            line |= self._keep_best(self.validate(self.state))
-        self.log.append(line)
-        self.totals = jax.tree.map(jax.numpy.copy, self.zero_totals)  # to be donated
-        self.epoch_seconds = 0.0
-        self.report("training")
-        self._pause_within_epoch(time.monotonic())
+            self._report("validating", step)
+            scores = self.validate(carry.state)
+            self.history.keep_best(carry, step, scores)
+            line |= {f"validation_{name}": score for name, score in scores.items()}
+        self.history.log.append(line)
+        self._report("training", step)
+        self._pause(carry, step, 0.0)
+        return carry, step
 
-    def _pause_within_epoch(self, started: float) -> None:
+    def _pause(self, carry: Carry, step: int, epoch_seconds: float) -> None:
         """Saves when it is time to, or when the run is asked to stop."""
         stop = self.should_stop()
-        minutes = (time.monotonic() - self.saved_at) / 60
-        if stop or minutes >= self.config.checkpoint.minutes:
-            spent = self.epoch_seconds + time.monotonic() - started
-            self.save(wait=stop, epoch_seconds=spent)
-        if stop and self.step < self.num_steps:
+        if stop or self.history.is_due():
+            self.history.save(carry, step, epoch_seconds, wait=stop)
+        if stop and step < self.num_steps:
             message = (
-                f"Stopped at step {self.step} of {self.num_steps}; the state is saved in "
-                f"{self.workdir}. The same command goes on."
+                f"Stopped at step {step} of {self.num_steps}; the state is saved. "
+                "The same command goes on."
             )
-            raise Interrupted(message)
+            raise InterruptedRunError(message)
 
-    def _summarise(self, epoch: int, started: float) -> dict[str, Any]:
-        totals = jax.device_get(self.totals)
-        self._check_finite(totals)
-        seconds = self.epoch_seconds + time.monotonic() - started
+    def _summarise(self, totals: Totals, step: int, seconds: float) -> dict[str, Any]:
+        """The epoch's line of `metrics.jsonl`."""
         examples = float(totals["examples"])
         means = {name: float(v) / examples for name, v in totals["sums"].items()}
         schedule = building.learning_rate_schedule(self.config, self.plan.num_steps)
         return {
-            "step": self.step,
-            "epoch": epoch + 1,
+            "step": step,
+            "epoch": step // self.plan.num_steps,
             **means,
             "accuracy": 100 * means["accuracy"],
-            "learning_rate": float(schedule(self.step - 1)),
+            "learning_rate": float(jnp.asarray(schedule(step - 1))),
             "examples_per_second": examples / seconds,
             "seconds": seconds,
         }
 
-    def _check_finite(self, totals: dict[str, Any]) -> None:
-        bad_step = int(totals["first_bad_step"])
-        if bad_step >= 0:
-            good = self.checkpoints.latest_step()
-            where = "none was saved before" if good is None else f"step {good}"
-            message = (
-                f"The loss or its gradient is not finite at step {bad_step}. Last good "
-                f"checkpoint: {where} ({checkpoint_folder(self.workdir, 'last')}). Lower "
-                "training.learning_rate or sam.rho and start in a new --workdir."
-            )
-            raise TrainingDiverged(message)
-
-    def _keep_best(self, scores: dict[str, float]) -> dict[str, float]:
-        if scores["score"] > self.best_score:
-            self.best_score = scores["score"]
-            tree = {"state": self.state, "totals": self.zero_totals}
-            self.best.save(self.step, tree, {"validation": scores}, wait=True)
-        return {f"validation_{name}": value for name, value in scores.items()}
-
-    def save(self, *, wait: bool, epoch_seconds: float = 0.0) -> None:
-        """Saves the state, unless this step is saved or its numbers are not finite."""
-        if self.step != self.saved_step:
-            self._check_finite(jax.device_get(self.totals))
-            has_best = self.best_score > float("-inf")
-            metadata = {
-                "epoch_seconds": epoch_seconds,
-                "best_score": self.best_score if has_best else None,
-            }
-            tree = {"state": self.state, "totals": self.totals}
-            self.checkpoints.save(self.step, tree, metadata)
-            self.saved_step = self.step
-        self.saved_at = time.monotonic()
-        if wait:
-            self.checkpoints.wait()
+    def _report(self, phase: str, step: int) -> None:
+        lines = self.history.log.lines
+        metrics = lines[-1] if lines else {}
+        self.on_progress(Progress(phase, step, self.num_steps, metrics))

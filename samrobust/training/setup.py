@@ -5,16 +5,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
 from samrobust import building
 from samrobust.checks import check
 from samrobust.data import Dataset
 from samrobust.training.checkpoint import CheckpointError, Checkpoints
-from samrobust.training.epoch import EpochPlan, Totals, zero_totals
+from samrobust.training.epoch import Carry, EpochPlan, Totals, zero_totals
 from samrobust.training.state import TrainState, init_state
 from samrobust.training.step import TrainStep, make_train_step
-from samrobust.types import Array, PyTree
+from samrobust.types import Array, Config, PyTree
 
 __all__ = ["Parts", "checkpoint_folder", "load_variables", "make_parts", "make_plan"]
 
@@ -33,7 +32,7 @@ class Parts(NamedTuple):
     zero_totals: Totals
 
 
-def make_plan(config: ConfigDict, num_examples: int) -> EpochPlan:
+def make_plan(config: Config, num_examples: int) -> EpochPlan:
     """Cuts an epoch into batches.
 
     Raises:
@@ -62,7 +61,7 @@ def make_plan(config: ConfigDict, num_examples: int) -> EpochPlan:
     return plan
 
 
-def make_parts(config: ConfigDict, dataset: Dataset, steps_per_epoch: int) -> Parts:
+def make_parts(config: Config, dataset: Dataset, steps_per_epoch: int) -> Parts:
     """Builds the pure functions of a training; computes nothing yet."""
     model = building.make_model(config, dataset)
     image = jax.ShapeDtypeStruct((1, *dataset.image_shape), "float32")
@@ -92,7 +91,7 @@ def checkpoint_folder(workdir: pathlib.Path, which: str) -> pathlib.Path:
 
 
 def load_variables(
-    config: ConfigDict, dataset: Dataset, workdir: pathlib.Path, which: str
+    config: Config, dataset: Dataset, workdir: pathlib.Path, which: str
 ) -> dict[str, PyTree]:
     """The trained network of a run: parameters and statistics, for `model.apply`.
 
@@ -109,10 +108,8 @@ def load_variables(
     state = jax.eval_shape(parts.init, jax.eval_shape(lambda: jax.random.key(0)))
     folder = checkpoint_folder(workdir, which)
     with Checkpoints(folder) as checkpoints:
-        restored = checkpoints.restore_latest(
-            {"state": state, "totals": parts.zero_totals}
-        )
+        restored = checkpoints.restore_latest(Carry(state, parts.zero_totals))
     if restored is None:
         message = f"Expected a checkpoint in {folder}, got none. Run `samrobust train`."
         raise CheckpointError(message)
-    return restored.state["state"].variables
+    return restored.state.state.variables

@@ -7,7 +7,7 @@ The maximisation over the inputs is the `attack`, the one over the weights is th
 and no SAM; nothing here asks which method it is.
 """
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,9 @@ class TrainStep(Protocol):
 
     def __call__(
         self, state: TrainState, images: Array, labels: Array, key: Array
-    ) -> tuple[TrainState, dict[str, Array]]: ...
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """See the class."""
+        ...
 
 
 def make_train_step(
@@ -77,9 +79,8 @@ def make_train_step(
         state: TrainState, images: Array, labels: Array, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
         def attacked(images: Array) -> Array:
-            return model.apply(
-                state.variables, images, train=attack_batch_norm == "train"
-            )
+            by_batch = attack_batch_norm == "train"
+            return cast(Array, model.apply(state.variables, images, train=by_batch))
 
         images = attack(attacked, images, labels, key=key)
 
