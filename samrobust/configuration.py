@@ -178,19 +178,27 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
       ValueError: for a file, row, field or value that is not valid; names the field.
     """
     name, _, row = path.partition(":")
-    located = f"{find_config_file(name)}:{row}" if row else str(find_config_file(name))
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    try:
-        values(["samrobust", f"--config={located}", *overrides])
-        config = values.config
-    except (flags.Error, AttributeError, KeyError, TypeError) as error:
-        reason = str(error).strip("'\"")
-        message = f"Expected valid overrides of {path}, got {list(overrides)}: {reason}"
-        raise ValueError(message) from error
+    get_config = _load_module(find_config_file(name)).get_config
+    config = _override(get_config(row) if row else get_config(), overrides)
     validate(config)
     _check_row(config)
     return config
+
+
+def _override(config: Config, overrides: Sequence[str]) -> Config:
+    """Sets fields as `ml_collections` does on the command line, types checked."""
+    values = flags.FlagValues()
+    argv = ["samrobust", *overrides]
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=argv
+        )
+        values(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).replace("\\n", " ").split()).strip("'\"")
+        message = f"Expected valid fields and values, got {list(overrides)}: {reason}"
+        raise ValueError(message) from error
+    return values.config
 
 
 def _check_row(config: Config) -> None:

@@ -1,0 +1,223 @@
+"""Small experiments for the tests of training and evaluation.
+
+The networks are so small that compiling them takes nearly all the time, so compiled
+programs are shared by all tests of a session and by the processes they start.
+"""
+
+import atexit
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from samrobust import building, configuration
+from samrobust.data import Dataset, Split
+from samrobust.models import PreActResNet
+from samrobust.validation import validate
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = {
+    "model.width": 2,
+    "model.blocks": (1,),
+    "data.train_size": 96,
+    "data.test_size": 48,
+    "training.batch_size": 32,
+    "training.epochs": 2,
+    "attack.num_steps": 2,
+    "evaluation.num_steps": 2,
+    "evaluation.linf": (16.0,),
+    "evaluation.l2": (),
+    "evaluation.batch_size": 48,
+}
+
+
+def _share_compiled_programs() -> None:
+    folder = tempfile.mkdtemp(prefix="samrobust-xla-")
+    owner = os.getpid()
+    atexit.register(
+        lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True)
+    )
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+_share_compiled_programs()
+
+
+class Silent:
+    """An observer that looks away."""
+
+    def on_progress(self, progress: Any) -> None:
+        pass
+
+    def on_batch(self, done: int, num_examples: int) -> None:
+        pass
+
+
+def make_config(row: str = "st", overrides: dict[str, Any] | None = None) -> Any:
+    """A row of configs/digits.py, made tiny; overrides are by dotted names."""
+    with warnings.catch_warnings():
+        # ml_collections loads config files by a method that Python deprecates.
+        warnings.filterwarnings("ignore", message="the load_module.. method")
+        config = configuration.load_config(f"{ROOT}/configs/digits.py:{row}")
+    config.update_from_flattened_dict({**TINY, **(overrides or {})})
+    validate(config)
+    return config
+
+
+def make_flags(overrides: dict[str, Any] | None = None) -> list[str]:
+    """The same overrides for the command line."""
+    values = {**TINY, **(overrides or {})}
+    return [f"--config.{name}={value}" for name, value in values.items()]
+
+
+def load_data(config: Any) -> Dataset:
+    return building.load_data(config)
+
+
+def make_split(num_examples: int, *, seed: int = 0, side: int = 8) -> Split:
+    """Random images uint8 [N, side, side, 1] and random labels of ten classes."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (num_examples, side, side, 1)).astype(np.uint8)
+    return Split(images, rng.integers(0, 10, num_examples).astype(np.int32))
+
+
+def make_network(*, width: int = 2, seed: int = 0) -> tuple[PreActResNet, Any]:
+    """A small network and its variables."""
+    model = PreActResNet(width=width, blocks=(1,))
+    return model, init_variables(model, seed=seed)
+
+
+def init_variables(model: Any, *, seed: int = 0, side: int = 8) -> Any:
+    """Parameters, and running statistics that are not those of a fresh network."""
+    init_key, key = jax.random.split(jax.random.key(seed))
+
+    @jax.jit
+    def init():
+        variables = model.init(init_key, jnp.zeros((1, side, side, 1)), train=False)
+        images = jax.random.uniform(key, (16, side, side, 1))
+        _, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return {"params": variables["params"], **updated}
+
+    return init()
+
+
+def plain_accuracy(config: Any, dataset: Dataset, variables: Any) -> float:
+    """Natural accuracy on the test images in percent, one image at a time."""
+    model = building.make_model(config, dataset)
+
+    @jax.jit
+    def predict(image):
+        return jnp.argmax(model.apply(variables, image[None], train=False)[0])
+
+    pixels = dataset.test.images.astype(np.float32) / np.float32(255)
+    predictions = [int(predict(image)) for image in pixels]
+    return 100 * float(np.mean(predictions == dataset.test.labels))
+
+
+def as_bits(tree: Any) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """The leaves by path, as dtype, shape and bytes."""
+    return {
+        jax.tree_util.keystr(path): _bits(np.asarray(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _bits(array: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
+    return str(array.dtype), array.shape, array.tobytes()
+
+
+def assert_same_bits(tree: Any, expected: Any) -> None:
+    """Every leaf equals its partner bit for bit; names those that do not."""
+    bits, expected_bits = as_bits(tree), as_bits(expected)
+    assert bits.keys() == expected_bits.keys()
+    assert [name for name in bits if bits[name] != expected_bits[name]] == []
+
+
+def assert_close(tree: Any, expected: Any, *, atol: float, rtol: float = 0.0) -> None:
+    """Every leaf is close to its partner."""
+    expected_leaves = dict(jax.tree_util.tree_leaves_with_path(expected))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        np.testing.assert_allclose(
+            leaf,
+            expected_leaves[path],
+            atol=atol,
+            rtol=rtol,
+            err_msg=jax.tree_util.keystr(path),
+        )
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def without_timings(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl without what differs between equal runs."""
+    return {k: v for k, v in line.items() if "second" not in k}
+
+
+def checkpoint_steps(workdir: pathlib.Path, which: str = "last") -> list[int]:
+    """The steps of the finished checkpoints of a run, in order."""
+    folder = workdir / "checkpoints" / which
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def read_checkpoint(
+    workdir: pathlib.Path, which: str = "last", step: int | None = None
+) -> dict[str, np.ndarray]:
+    """All leaves of a checkpoint by their names, read by Orbax; by default the newest.
+
+    This does not go through `samrobust.training.checkpoint`.
+    """
+    if step is None:
+        step = checkpoint_steps(workdir, which)[-1]
+    folder = workdir.absolute() / "checkpoints" / which / str(step) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        names = reader.metadata(folder).item_metadata.tree
+        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+        return reader.restore(
+            folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
+        )
+
+
+def start_command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Starts the `samrobust` command of this tree."""
+    paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
+    return subprocess.Popen(
+        [sys.executable, "-m", "samrobust.cli", *arguments],
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish_command(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Waits for a command: its exit code, and its output as one line of words."""
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, " ".join(output.split()), " ".join(errors.split())
+
+
+def run_command(*arguments: str, **environment: str) -> tuple[int, str, str]:
+    """Runs the `samrobust` command; as `finish_command`."""
+    return finish_command(start_command(*arguments, **environment))

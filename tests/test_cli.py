@@ -1,0 +1,95 @@
+"""The command line: help, errors in one line, exit codes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from samrobust.cli import main
+
+
+def samrobust(*arguments):
+    command = [sys.executable, "-m", "samrobust.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_help_names_the_commands_and_loads_no_jax():
+    script = (
+        "import sys\nfrom samrobust.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit('jax' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    for command in ("table", "train", "evaluate"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", ["table", "train", "evaluate"])
+def test_each_command_explains_its_flags(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert "--workdir" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tabel"], "invalid choice: 'tabel'"),
+        (["table", "--sedes=3"], "unknown argument '--sedes=3'"),
+        (["table", "--config.training.epochs", "2"], "--config.training.epochs=VALUE"),
+        (["train", "--config=configs/digits.py:st"], "--workdir"),
+    ],
+)
+def test_wrong_flags_are_refused_with_exit_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table", "--seeds=0"], "Expected --seeds >= 1, got seeds=0"),
+        (["table", "--rows=sma,rho=1"], "method in {st, sam, at, at+sam}"),
+        (["table", "--config.training.epoch=2"], "Did you mean"),
+        (["table", "--config=configs/none.py"], "Expected an existing config file"),
+        (["train", "--config=configs/digits.py:sam,rho=-1"], "0 <= sam.rho"),
+        (
+            ["train", "--config=configs/digits.py:st", "--config.data.train_size=9999"],
+            "train_size",
+        ),
+        (
+            ["train", "--config=configs/digits.py:st"]
+            + ["--config.training.batch_size=2000"],
+            "training.batch_size <= 1297",
+        ),
+        (["evaluate"], "a run's --workdir"),
+        (["evaluate", "--epsilon=8"], "Expected"),
+    ],
+)
+def test_bad_input_gives_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert main([*arguments, f"--workdir={workdir}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("samrobust: error: ")
+    assert error.count("\n") == 1
+    assert not (workdir / "checkpoints").exists()
+
+
+def test_unprepared_data_offline_says_what_to_put_where(tmp_path):
+    done = samrobust(
+        "train",
+        "--config=configs/cifar10.py:st",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.manual_dir={tmp_path}",
+        f"--config.data.data_dir={tmp_path}",
+    )
+    assert done.returncode == 2
+    assert "cifar-10-binary.tar.gz" in done.stderr
+    assert str(tmp_path) in done.stderr

@@ -1,0 +1,117 @@
+"""The losses against SciPy, in float64, and their documented properties."""
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+from samrobust.objectives import LOSSES, cross_entropy, margin
+
+settings = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+logits_and_labels = st.tuples(
+    hnp.arrays(np.float32, (4, 3), elements=st.floats(-80, 80, width=32)),
+    hnp.arrays(np.int32, 4, elements=st.integers(0, 2)),
+)
+compiled = {name: jax.jit(loss) for name, loss in LOSSES.items()}
+
+
+def reference(name, logits, labels):
+    logits = np.asarray(logits, np.float64)
+    rows = np.arange(len(labels))
+    of_label = logits[rows, labels]
+    if name == "cross_entropy":
+        return special.logsumexp(logits, axis=-1) - of_label
+    others = logits.copy()
+    others[rows, labels] = -np.inf
+    return others.max(-1) - of_label
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@hypothesis.given(case=logits_and_labels)
+@settings
+def test_the_losses_are_those_of_scipy(name, case):
+    logits, labels = case
+    np.testing.assert_allclose(
+        compiled[name](logits, labels),
+        reference(name, logits, labels),
+        rtol=1e-6,
+        atol=3e-5,
+    )
+
+
+@hypothesis.given(case=logits_and_labels)
+@settings
+def test_the_cross_entropy_is_not_negative(case):
+    logits, labels = case
+    assert np.all(compiled["cross_entropy"](logits, labels) >= 0)
+
+
+@hypothesis.given(case=logits_and_labels)
+@settings
+def test_the_margin_is_positive_only_where_the_example_is_misclassified(case):
+    logits, labels = case
+    losses = np.asarray(compiled["margin"](logits, labels))
+    wrong = logits.argmax(-1) != labels
+    assert np.all(wrong[losses > 0])
+    assert not np.any(wrong[losses < 0])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_the_losses_are_float32_and_exact_for_the_logits_given(name, dtype):
+    logits = jax.random.normal(jax.random.key(0), [16, 5]).astype(dtype) * 3
+    labels = np.arange(16) % 5
+    losses = LOSSES[name](logits, jnp.asarray(labels))
+    assert losses.shape == (16,)
+    assert losses.dtype == jnp.float32
+    np.testing.assert_allclose(
+        losses, reference(name, logits.astype(jnp.float32), labels), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_losses_do_not_change_when_all_logits_shift(name):
+    logits = jnp.arange(12.0).reshape(3, 4) % 5
+    labels = jnp.array([0, 1, 2])
+    shifted = LOSSES[name](logits + 64.0, labels)
+    np.testing.assert_allclose(LOSSES[name](logits, labels), shifted, rtol=5e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_losses_and_their_gradients_are_finite_for_huge_logits(name):
+    logits = jnp.array([[1e30, -1e30, 0.0], [0.0, 3e4, -3e4]])
+    labels = jnp.array([1, 0])
+    gradient = jax.grad(lambda z: jnp.sum(LOSSES[name](z, labels)))(logits)
+    assert np.all(np.isfinite(LOSSES[name](logits, labels)))
+    assert np.all(np.isfinite(gradient))
+
+
+def test_the_gradient_of_the_cross_entropy_is_softmax_minus_one_hot():
+    logits = jax.random.normal(jax.random.key(1), [6, 4]) * 2
+    labels = np.arange(6) % 4
+    gradient = jax.grad(lambda z: jnp.sum(cross_entropy(z, jnp.asarray(labels))))
+    expected = special.softmax(np.asarray(logits, np.float64), -1) - np.eye(4)[labels]
+    np.testing.assert_allclose(gradient(logits), expected, atol=1e-6)
+
+
+def test_the_gradient_of_the_margin_does_not_vanish_where_the_classifier_is_sure():
+    logits, labels = jnp.array([[200.0, 0.0, 1.0]]), jnp.array([0])
+
+    def gradient(loss):
+        return np.asarray(jax.grad(lambda z: jnp.sum(loss(z, labels)))(logits))
+
+    np.testing.assert_array_equal(gradient(margin), [[-1.0, 0.0, 1.0]])
+    assert np.abs(gradient(cross_entropy)).max() < 1e-30
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_jit_does_not_change_the_losses(name):
+    logits = jax.random.normal(jax.random.key(2), [8, 3])
+    labels = jnp.arange(8) % 3
+    np.testing.assert_allclose(
+        compiled[name](logits, labels), LOSSES[name](logits, labels), rtol=1e-6
+    )

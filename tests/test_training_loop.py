@@ -1,0 +1,453 @@
+"""The training loop: batches, metrics, schedules, the best state, divergence."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from samrobust.data import Dataset, Split, epoch_permutation, take_batch
+from samrobust.experiments import run
+from samrobust.training import (
+    InterruptedRunError,
+    TrainingDivergedError,
+    load_variables,
+    train,
+)
+from samrobust.training.epoch import Call, EpochPlan
+from tests import helpers
+
+FIELDS = {
+    *("step", "epoch", "loss", "accuracy", "learning_rate"),
+    *("examples_per_second", "seconds"),
+}
+# The network is left as it is, for all practical purposes.
+FROZEN = {"training.learning_rate": 1e-30, "training.weight_decay": 0.0}
+
+
+@functools.cache
+def trained(row: str = "st", **overrides: Any):
+    """A run in a folder of its own: its outcome, the folder, config and data."""
+    names = {name.replace("__", "."): value for name, value in overrides.items()}
+    config = helpers.make_config(row, names)
+    dataset = helpers.load_data(config)
+    workdir = Path(tempfile.mkdtemp(prefix="samrobust-loop-"))
+    outcome = train(config, dataset, workdir)
+    return outcome, workdir, config, dataset
+
+
+def ten_equal_images() -> Dataset:
+    """Ten images of one colour, labelled 0 to 9.
+
+    Batch normalisation makes the network's logits the same for all of them, so that
+    the loss of an example depends on its label alone.
+    """
+    images = np.full((10, 8, 8, 1), 100, np.uint8)
+    split = Split(images, np.arange(10, dtype=np.int32))
+    nothing = Split(images[:0], split.labels[:0])
+    return Dataset("digits", 10, (0.3,), (0.4,), split, nothing, split)
+
+
+def train_frozen(workdir: Path, **overrides: Any) -> list[dict[str, Any]]:
+    """Trains on the ten equal images without any progress; the lines of its log."""
+    names = {name.replace("__", "."): value for name, value in overrides.items()}
+    names = {"training.batch_size": 4, "training.drop_remainder": False} | names
+    config = helpers.make_config("st", {**FROZEN, **names})
+    train(config, ten_equal_images(), workdir)
+    return helpers.read_lines(workdir / "metrics.jsonl")
+
+
+# The plan of an epoch.
+
+
+@pytest.mark.parametrize("drop_remainder", [False, True])
+@pytest.mark.parametrize("steps_per_call", [1, 3, 100])
+@pytest.mark.parametrize(("num_examples", "batch_size"), [(20, 4), (23, 4), (3, 5)])
+def test_an_epoch_visits_every_example_exactly_once(
+    num_examples, batch_size, steps_per_call, drop_remainder
+):
+    plan = EpochPlan(num_examples, batch_size, steps_per_call, drop_remainder)
+    labels = np.arange(num_examples, dtype=np.int32)
+    images = np.zeros((num_examples, 1, 1, 1), np.uint8)
+    permutation = np.asarray(epoch_permutation(jax.random.key(0), 2, num_examples))
+    seen, step = [], 0
+    for call in plan.calls():
+        assert 1 <= call.num_steps <= steps_per_call
+        for _ in range(call.num_steps):
+            start = step * batch_size
+            _, batch = take_batch(images, labels, permutation, start, call.batch_size)
+            seen += batch.tolist()
+            step += 1
+    left_out = num_examples % batch_size if drop_remainder else 0
+    assert step == plan.num_steps
+    assert len(seen) == num_examples - left_out
+    assert seen == permutation[: len(seen)].tolist()
+
+
+@pytest.mark.parametrize("drop_remainder", [False, True])
+def test_the_calls_from_any_step_are_the_rest_of_the_epoch(drop_remainder):
+    plan = EpochPlan(23, 4, 3, drop_remainder)
+    sizes = [
+        size for call in plan.calls() for size in [call.batch_size] * call.num_steps
+    ]
+    assert sizes == [4] * 5 + [3] * (not drop_remainder)
+    for start in range(plan.num_steps + 1):
+        rest = [
+            size
+            for call in plan.calls(start)
+            for size in [call.batch_size] * call.num_steps
+        ]
+        assert rest == sizes[start:]
+
+
+def test_the_calls_of_an_epoch_are_as_long_as_allowed():
+    calls = EpochPlan(29, 4, 3, drop_remainder=False).calls()
+    assert calls == [Call(3, 4), Call(3, 4), Call(1, 4), Call(1, 1)]
+
+
+def test_an_epoch_without_drop_remainder_trains_on_every_label_once(tmp_path):
+    lines = train_frozen(tmp_path, training__epochs=20)
+    assert [line["step"] for line in lines] == list(range(3, 61, 3))
+    losses = [line["loss"] for line in lines]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+    # One of ten labels is the one that is always predicted.
+    np.testing.assert_allclose([line["accuracy"] for line in lines], 10.0, rtol=1e-6)
+    bias = helpers.read_checkpoint(tmp_path)["state.state.params['head']['bias']"]
+    assert bias.shape == (10,)
+
+
+def test_an_epoch_with_drop_remainder_leaves_out_other_examples_each_time(tmp_path):
+    lines = train_frozen(tmp_path, training__epochs=20, training__drop_remainder=True)
+    assert [line["step"] for line in lines] == list(range(2, 41, 2))
+    # The predicted label is among the eight of ten, or it is not.
+    accuracies = {round(line["accuracy"], 4) for line in lines}
+    assert accuracies == {0.0, 12.5}
+    assert len({round(line["loss"], 4) for line in lines}) > 5
+
+
+# The log.
+
+
+def test_the_log_has_a_line_an_epoch_with_the_promised_fields():
+    _, workdir, _, _ = trained()
+    lines = helpers.read_lines(workdir / "metrics.jsonl")
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 3), (2, 6)]
+    for line in lines:
+        assert line.keys() >= FIELDS
+        assert all(math.isfinite(value) for value in line.values())
+        assert 0 <= line["accuracy"] <= 100
+        rate = 96 / line["seconds"]
+        assert line["examples_per_second"] == pytest.approx(rate)
+
+
+def test_the_log_of_sam_says_that_it_is_on():
+    _, workdir, _, _ = trained("sam,rho=0.2")
+    for line in helpers.read_lines(workdir / "metrics.jsonl"):
+        assert line["rho"] == pytest.approx(0.2)
+        assert -1 <= line["cosine"] < 1
+        assert line["gradient_norm"] > 0
+
+
+def test_the_outcome_is_the_final_state_and_the_time_of_all_epochs():
+    outcome, workdir, _, _ = trained()
+    lines = helpers.read_lines(workdir / "metrics.jsonl")
+    assert int(outcome.state.step) == 6
+    assert outcome.seconds == pytest.approx(sum(line["seconds"] for line in lines))
+    times = [line["seconds"] / 3 for line in lines]
+    assert outcome.step_seconds == pytest.approx(sum(times) / 2)  # median of two
+
+
+def test_progress_is_reported_after_every_call(tmp_path):
+    config = helpers.make_config()
+    reports = []
+    train(config, helpers.load_data(config), tmp_path, on_progress=reports.append)
+    assert reports[0].phase == "compiling"
+    assert {report.num_steps for report in reports} == {6}
+    steps = [report.step for report in reports if report.phase == "training"]
+    assert sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
+    assert steps == sorted(steps)
+    assert reports[-1].metrics["epoch"] == 2
+
+
+# Schedules.
+
+
+def test_the_step_schedule_drops_at_three_quarters_and_nine_tenths(tmp_path):
+    lines = train_frozen(tmp_path, training__epochs=20)
+    rates = [line["learning_rate"] / 1e-30 for line in lines]
+    expected = [1.0] * 15 + [0.1] * 3 + [0.01] * 2
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_the_cosine_schedule_falls_to_zero(tmp_path):
+    schedule: dict[str, Any] = {"training__schedule": "cosine"}
+    lines = train_frozen(tmp_path, training__epochs=5, **schedule)
+    last_steps = np.arange(3, 16, 3) - 1  # of each epoch, of 15 in all
+    expected = (1 + np.cos(np.pi * last_steps / 15)) / 2
+    rates = [line["learning_rate"] / 1e-30 for line in lines]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_the_learning_rate_of_the_log_is_the_one_that_was_used(tmp_path):
+    """One step on equal images moves the bias of the head by rate times gradient."""
+    config = helpers.make_config(
+        "st",
+        {
+            **{"training.epochs": 1, "training.batch_size": 10},
+            **{"training.momentum": 0.0, "training.weight_decay": 0.0},
+            **{"training.learning_rate": 0.5, "checkpoint.minutes": 0.0},
+        },
+    )
+    outcome = train(config, ten_equal_images(), tmp_path)
+    (line,) = helpers.read_lines(tmp_path / "metrics.jsonl")
+    assert line["learning_rate"] == 0.5
+    norm_of_step = 0.5 * line["gradient_norm"]
+    config.training.learning_rate = 1e-30
+    start = train(config, ten_equal_images(), tmp_path / "frozen")
+    difference = jax.tree.map(
+        lambda a, b: np.sum(np.square(np.asarray(a) - np.asarray(b))),
+        outcome.state.params,
+        start.state.params,
+    )
+    total = math.sqrt(sum(jax.tree.leaves(difference)))
+    assert total == pytest.approx(norm_of_step, rel=1e-4)
+
+
+# Ways to the same parameters, and to others.
+
+
+def test_several_steps_a_call_end_at_the_same_parameters():
+    """Seven steps an epoch in calls of 3, 3 and 1; equal to 1e-5, for XLA orders sums
+    otherwise inside a loop."""
+    options: dict[str, Any] = {"data__train_size": 56, "training__batch_size": 8}
+    one, *_ = trained(training__steps_per_call=1, **options)
+    three, *_ = trained(training__steps_per_call=3, **options)
+    assert int(one.state.step) == int(three.state.step) == 14
+    helpers.assert_close(three.state.params, one.state.params, atol=1e-5)
+    helpers.assert_close(three.state.batch_stats, one.state.batch_stats, atol=1e-5)
+
+
+def test_the_same_config_gives_the_same_bits_and_another_seed_does_not(tmp_path):
+    outcome, _, config, dataset = trained()
+    again = train(config, dataset, tmp_path / "again")
+    helpers.assert_same_bits(again.state, outcome.state)
+    other, *_ = trained(seed=1)
+    bits, other_bits = (
+        helpers.as_bits(state.params) for state in (outcome.state, other.state)
+    )
+    weights = [name for name in bits if "kernel" in name]
+    assert weights
+    assert all(bits[name] != other_bits[name] for name in weights)
+
+
+@pytest.mark.parametrize("row", ["st", "at+sam,norm=l2,eps=32,rho=0.1"])
+def test_bfloat16_trains_with_parameters_and_statistics_in_float32(row):
+    outcome, workdir, _, _ = trained(row, model__dtype="bfloat16")
+    state = outcome.state
+    leaves = jax.tree.leaves((state.params, state.batch_stats))
+    assert {str(leaf.dtype) for leaf in leaves} == {"float32"}
+    losses = [line["loss"] for line in helpers.read_lines(workdir / "metrics.jsonl")]
+    assert all(1 < loss < 4 for loss in losses)
+
+
+def test_bfloat16_is_near_float32_but_not_the_same():
+    losses = {
+        dtype: helpers.read_lines(trained(model__dtype=dtype)[1] / "metrics.jsonl")[0][
+            "loss"
+        ]
+        for dtype in ("float32", "bfloat16")
+    }
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+    assert losses["bfloat16"] != losses["float32"]
+
+
+def test_training_learns_digits():
+    outcome, workdir, *_ = trained(model__width=4, training__epochs=15)
+    lines = helpers.read_lines(workdir / "metrics.jsonl")
+    assert lines[-1]["accuracy"] > 60
+    assert lines[-1]["loss"] < lines[0]["loss"] / 1.5
+    assert int(outcome.state.step) == 45
+
+
+# The best state.
+
+
+class Judge:
+    """Gives the scores of a list, one an epoch, and remembers the parameters."""
+
+    def __init__(self, *scores: float):
+        self._scores, self.seen = iter(scores), []
+
+    def __call__(self, state):
+        self.seen.append(jax.tree.map(np.array, state.params))
+        return {"score": next(self._scores)}
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [((1.0, 3.0, 2.0), 2), ((5.0, 5.0, 4.0), 1), ((0.0, 1.0, 2.0), 3)],
+)
+def test_the_best_checkpoint_is_that_of_the_highest_score(tmp_path, scores, best):
+    config = helpers.make_config("st", {"training.epochs": 3})
+    dataset, judge = helpers.load_data(config), Judge(*scores)
+    train(config, dataset, tmp_path, validate=judge)
+    assert helpers.checkpoint_steps(tmp_path, "best") == [3 * best]
+    variables = load_variables(config, dataset, tmp_path, "best")
+    helpers.assert_same_bits(variables["params"], judge.seen[best - 1])
+    lines = helpers.read_lines(tmp_path / "metrics.jsonl")
+    assert tuple(line["validation_score"] for line in lines) == scores
+
+
+def test_validation_does_not_change_the_training(tmp_path):
+    outcome, _, config, dataset = trained()
+    judged = train(config, dataset, tmp_path, validate=Judge(2.0, 1.0))
+    helpers.assert_same_bits(judged.state, outcome.state)
+
+
+def test_the_best_score_survives_an_interruption(tmp_path):
+    config = helpers.make_config("st", {"training.epochs": 4})
+    dataset = helpers.load_data(config)
+    judge = Judge(1.0, 3.0, 2.0, 2.5)
+    stops = iter([False] * 9)
+    with pytest.raises(InterruptedRunError, match="step 7 of 12"):
+        train(
+            config,
+            dataset,
+            tmp_path,
+            validate=judge,
+            should_stop=lambda: next(stops, True),
+        )
+    train(config, dataset, tmp_path, validate=judge)
+    assert helpers.checkpoint_steps(tmp_path, "best") == [6]
+
+
+def test_the_best_checkpoint_is_evaluated_where_the_config_says_so(tmp_path):
+    overrides = {
+        "data.validation_size": 40,
+        "training.epochs": 6,
+        "training.learning_rate": 0.3,
+        "model.width": 4,
+    }
+    last = helpers.make_config("st", {**overrides, "evaluation.checkpoint": "last"})
+    best = helpers.make_config("st", {**overrides, "evaluation.checkpoint": "best"})
+    dataset = helpers.load_data(last)
+    results = []
+    for name, config in (("last", last), ("best", best)):
+        workdir = tmp_path / name
+        # The first epoch is the best, says this judge; then evaluate the run.
+        train(config, dataset, workdir, validate=Judge(6, 5, 4, 3, 2, 1))
+        results.append(run(config, workdir, helpers.Silent(), dataset=dataset))
+    assert [result["checkpoint"] for result in results] == ["last", "best"]
+    for result, which in zip(results, ("last", "best"), strict=True):
+        variables = load_variables(last, dataset, tmp_path / which, which)
+        natural = helpers.plain_accuracy(last, dataset, variables)
+        assert result["accuracy"]["natural"] == pytest.approx(natural)
+    assert results[0]["accuracy"] != results[1]["accuracy"]
+
+
+def test_a_run_validates_on_the_held_out_images(tmp_path):
+    overrides = {"data.validation_size": 40, "checkpoint.keep": 10}
+    config = helpers.make_config("at,norm=linf,eps=16", overrides)
+    dataset = helpers.load_data(config)
+    run(config, tmp_path, helpers.Silent(), dataset=dataset)
+    lines = helpers.read_lines(tmp_path / "metrics.jsonl")
+    for line in lines:
+        assert line["validation_score"] == line["validation_robust"]
+        assert line["validation_robust"] <= line["validation_natural"]
+    held_out = dataclasses.replace(dataset, test=dataset.validation)
+    variables = load_variables(config, dataset, tmp_path, "last")
+    natural = helpers.plain_accuracy(config, held_out, variables)
+    assert lines[-1]["validation_natural"] == pytest.approx(natural)
+
+
+# Divergence.
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_good_checkpoint(
+    tmp_path,
+):
+    overrides = {
+        "training.learning_rate": 1e20,
+        "training.epochs": 4,
+        "checkpoint.minutes": 0.0,
+        "checkpoint.keep": 100,
+    }
+    config = helpers.make_config("st", overrides)
+    dataset = helpers.load_data(config)
+    messages = []
+    for _ in range(2):  # a restart ends in the same way
+        with pytest.raises(TrainingDivergedError, match="not finite") as error:
+            train(config, dataset, tmp_path)
+        messages.append(str(error.value))
+    steps = helpers.checkpoint_steps(tmp_path)
+    assert steps
+    assert f"checkpoint: step {steps[-1]} " in messages[0]
+    assert f"at step {steps[-1]}. " in messages[0]  # steps before it are done
+    assert messages[1] == messages[0]
+    for step in steps:
+        leaves = helpers.read_checkpoint(tmp_path, step=step)
+        bad = [name for name, leaf in leaves.items() if not np.isfinite(leaf).all()]
+        assert bad == []
+
+
+def test_without_a_checkpoint_the_message_of_a_divergence_says_so(tmp_path):
+    overrides = {"training.learning_rate": 1e20, "training.epochs": 4}
+    config = helpers.make_config("st", overrides)
+    with pytest.raises(TrainingDivergedError, match="none was saved before"):
+        train(config, helpers.load_data(config), tmp_path)
+    assert helpers.checkpoint_steps(tmp_path) == []
+
+
+def test_parameters_that_overflow_in_the_very_last_step_stop_the_run_too(tmp_path):
+    """The loss and the gradient of that step are finite; what it leaves is not."""
+    overrides = {
+        "training.learning_rate": 3e38,
+        "training.epochs": 1,
+        "training.batch_size": 96,
+        "training.weight_decay": 100.0,
+    }
+    config = helpers.make_config("st", overrides)
+    with pytest.raises(TrainingDivergedError):
+        train(config, helpers.load_data(config), tmp_path)
+    assert helpers.checkpoint_steps(tmp_path) == []
+
+
+def test_a_second_pass_of_sam_that_is_not_finite_stops_the_run(tmp_path):
+    overrides = {"training.epochs": 1, "training.batch_size": 96}
+    config = helpers.make_config("sam,rho=1e30", overrides)
+    with pytest.raises(TrainingDivergedError):
+        train(config, helpers.load_data(config), tmp_path)
+    assert helpers.checkpoint_steps(tmp_path) == []
+
+
+def test_every_line_of_the_log_is_json_that_any_reader_takes(tmp_path):
+    config = helpers.make_config("sam,rho=0.2", {"training.learning_rate": 1e10})
+    with contextlib.suppress(TrainingDivergedError):
+        train(config, helpers.load_data(config), tmp_path)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))
+
+
+# What is refused.
+
+
+def test_a_batch_larger_than_the_data_is_refused_where_remainders_are_dropped(tmp_path):
+    config = helpers.make_config("st", {"training.batch_size": 97})
+    message = r"Expected training.batch_size <= 96 .*, got training.batch_size=97\."
+    with pytest.raises(ValueError, match=message):
+        train(config, helpers.load_data(config), tmp_path)
+
+
+def test_the_weights_of_a_run_that_saved_none_are_refused(tmp_path):
+    config = helpers.make_config()
+    dataset = helpers.load_data(config)
+    for which in ("last", "best"):
+        with pytest.raises(RuntimeError, match=r"Expected a checkpoint in .*got none"):
+            load_variables(config, dataset, tmp_path, which)
