@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from samrobust import building, configuration
+from samrobust import building, cli, configuration
 from samrobust.data import Dataset, Split
 from samrobust.models import PreActResNet
 from samrobust.validation import validate
@@ -32,7 +32,7 @@ TINY = {
     "data.train_size": 96,
     "data.test_size": 48,
     "training.batch_size": 32,
-    "training.epochs": 2,
+    "training.epochs": 4,
     "attack.num_steps": 2,
     "evaluation.num_steps": 2,
     "evaluation.linf": (16.0,),
@@ -77,10 +77,19 @@ def make_config(row: str = "st", overrides: dict[str, Any] | None = None) -> Any
     return config
 
 
+def make_folder(path: pathlib.Path) -> pathlib.Path:
+    path.mkdir(parents=True)
+    return path
+
+
 def make_flags(overrides: dict[str, Any] | None = None) -> list[str]:
     """The same overrides for the command line."""
     values = {**TINY, **(overrides or {})}
     return [f"--config.{name}={value}" for name, value in values.items()]
+
+
+def make_model(config: Any, dataset: Dataset) -> PreActResNet:
+    return building.make_model(config, dataset)
 
 
 def load_data(config: Any) -> Dataset:
@@ -193,6 +202,14 @@ def read_checkpoint(
         return reader.restore(
             folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
         )
+
+
+def main(*arguments: str) -> int:
+    """The command inside this process: for what is refused before any work."""
+    try:
+        return cli.main(arguments)
+    except SystemExit as error:
+        return int(error.code or 0)
 
 
 def start_command(*arguments: str, **environment: str) -> subprocess.Popen[str]:

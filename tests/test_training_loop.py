@@ -202,15 +202,15 @@ def test_the_learning_rate_of_the_log_is_the_one_that_was_used(tmp_path):
         {
             **{"training.epochs": 1, "training.batch_size": 10},
             **{"training.momentum": 0.0, "training.weight_decay": 0.0},
-            **{"training.learning_rate": 0.5, "checkpoint.minutes": 0.0},
+            **{"training.learning_rate": 0.5, "training.milestones": ()},
         },
     )
-    outcome = train(config, ten_equal_images(), tmp_path)
-    (line,) = helpers.read_lines(tmp_path / "metrics.jsonl")
+    outcome = train(config, ten_equal_images(), helpers.make_folder(tmp_path / "1"))
+    (line,) = helpers.read_lines(tmp_path / "1" / "metrics.jsonl")
     assert line["learning_rate"] == 0.5
     norm_of_step = 0.5 * line["gradient_norm"]
     config.training.learning_rate = 1e-30
-    start = train(config, ten_equal_images(), tmp_path / "frozen")
+    start = train(config, ten_equal_images(), helpers.make_folder(tmp_path / "2"))
     difference = jax.tree.map(
         lambda a, b: np.sum(np.square(np.asarray(a) - np.asarray(b))),
         outcome.state.params,
@@ -236,7 +236,7 @@ def test_several_steps_a_call_end_at_the_same_parameters():
 
 def test_the_same_config_gives_the_same_bits_and_another_seed_does_not(tmp_path):
     outcome, _, config, dataset = trained()
-    again = train(config, dataset, tmp_path / "again")
+    again = train(config, dataset, tmp_path)
     helpers.assert_same_bits(again.state, outcome.state)
     other, *_ = trained(seed=1)
     bits, other_bits = (
@@ -266,14 +266,6 @@ def test_bfloat16_is_near_float32_but_not_the_same():
     }
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
     assert losses["bfloat16"] != losses["float32"]
-
-
-def test_training_learns_digits():
-    outcome, workdir, *_ = trained(model__width=4, training__epochs=15)
-    lines = helpers.read_lines(workdir / "metrics.jsonl")
-    assert lines[-1]["accuracy"] > 60
-    assert lines[-1]["loss"] < lines[0]["loss"] / 1.5
-    assert int(outcome.state.step) == 45
 
 
 # The best state.
@@ -315,7 +307,7 @@ def test_the_best_score_survives_an_interruption(tmp_path):
     config = helpers.make_config("st", {"training.epochs": 4})
     dataset = helpers.load_data(config)
     judge = Judge(1.0, 3.0, 2.0, 2.5)
-    stops = iter([False] * 9)
+    stops = iter([False] * 6)
     with pytest.raises(InterruptedRunError, match="step 7 of 12"):
         train(
             config,
@@ -340,7 +332,7 @@ def test_the_best_checkpoint_is_evaluated_where_the_config_says_so(tmp_path):
     dataset = helpers.load_data(last)
     results = []
     for name, config in (("last", last), ("best", best)):
-        workdir = tmp_path / name
+        workdir = helpers.make_folder(tmp_path / name)
         # The first epoch is the best, says this judge; then evaluate the run.
         train(config, dataset, workdir, validate=Judge(6, 5, 4, 3, 2, 1))
         results.append(run(config, workdir, helpers.Silent(), dataset=dataset))
@@ -409,6 +401,7 @@ def test_parameters_that_overflow_in_the_very_last_step_stop_the_run_too(tmp_pat
     """The loss and the gradient of that step are finite; what it leaves is not."""
     overrides = {
         "training.learning_rate": 3e38,
+        "training.milestones": (),
         "training.epochs": 1,
         "training.batch_size": 96,
         "training.weight_decay": 100.0,
@@ -427,8 +420,15 @@ def test_a_second_pass_of_sam_that_is_not_finite_stops_the_run(tmp_path):
     assert helpers.checkpoint_steps(tmp_path) == []
 
 
+@pytest.mark.parametrize("rho", ["1e10", "1e30"])
+def test_running_statistics_are_finite_in_a_run_that_ends(rho, tmp_path):
+    config = helpers.make_config(f"sam,rho={rho}", {"training.epochs": 2})
+    with pytest.raises(TrainingDivergedError):
+        train(config, helpers.load_data(config), tmp_path)
+
+
 def test_every_line_of_the_log_is_json_that_any_reader_takes(tmp_path):
-    config = helpers.make_config("sam,rho=0.2", {"training.learning_rate": 1e10})
+    config = helpers.make_config("sam,rho=1e30", {"training.batch_size": 96})
     with contextlib.suppress(TrainingDivergedError):
         train(config, helpers.load_data(config), tmp_path)
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():

@@ -1,0 +1,291 @@
+"""Accuracy under attack: every example once, whatever the batch; `evaluate`."""
+
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from samrobust.attacks import identity, l2, linf, pgd
+from samrobust.data import Split
+from samrobust.evaluation import accuracies, make_evaluator
+from samrobust.experiments import run
+from samrobust.training import load_variables
+from tests import helpers
+
+KEY = jax.random.key(3)
+NUM_EXAMPLES = 23
+
+
+@functools.cache
+def network() -> tuple[Any, Any, Split]:
+    """A network, untrained, and a split that it classifies half rightly."""
+    model, variables = helpers.make_network()
+    split = helpers.make_split(NUM_EXAMPLES)
+    predictions = [predict(model, variables, image) for image in split.images]
+    keep = np.arange(NUM_EXAMPLES) % 2 == 0
+    labels = np.where(keep, predictions, (np.array(predictions) + 1) % 10)
+    return model, variables, Split(split.images, labels.astype(np.int32))
+
+
+@functools.cache
+def predictor(model):
+    return jax.jit(
+        lambda variables, images: jnp.argmax(
+            model.apply(variables, images, train=False), axis=-1
+        )
+    )
+
+
+def predict(model, variables, image) -> int:
+    pixels = image[None].astype(np.float32) / np.float32(255)
+    return int(predictor(model)(variables, pixels)[0])
+
+
+@functools.cache
+def evaluate(batch_size: int = NUM_EXAMPLES, *, random_start=False):
+    """The outcome of several attacks on the untrained network."""
+    model, variables, split = network()
+    attacks = {
+        "natural": identity,
+        "radius 0": pgd(linf(0.0), step_size=0.1, num_steps=3),
+        "linf": pgd(linf(0.1), step_size=0.03, num_steps=2, random_start=random_start),
+        "any": pgd(
+            l2(0.5), step_size=0.2, num_steps=2, random_start=random_start, judge="any"
+        ),
+    }
+    evaluator = make_evaluator(model, attacks, batch_size=batch_size)
+    return evaluator(variables, split, KEY)
+
+
+# The evaluator.
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, NUM_EXAMPLES, 64])
+def test_natural_accuracy_is_that_of_a_plain_loop_whatever_the_batch(batch_size):
+    model, variables, split = network()
+    expected = [
+        predict(model, variables, image) == label
+        for image, label in zip(split.images, split.labels, strict=True)
+    ]
+    correct = evaluate(batch_size)["natural"]
+    assert correct.dtype == bool
+    assert correct.tolist() == expected
+    assert expected == [i % 2 == 0 for i in range(NUM_EXAMPLES)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_without_a_random_start_attacks_do_not_depend_on_the_batch(batch_size):
+    for name, correct in evaluate(batch_size).items():
+        assert correct.tolist() == evaluate()[name].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, NUM_EXAMPLES, 64])
+def test_every_example_is_reported_once(batch_size):
+    model, variables, split = network()
+    reports = []
+    make_evaluator(model, {"natural": identity}, batch_size=batch_size)(
+        variables,
+        split,
+        KEY,
+        on_batch=lambda done, total: reports.append((done, total)),
+    )
+    sizes = np.diff([0, *(done for done, _ in reports)])
+    assert sizes.sum() == NUM_EXAMPLES
+    assert sizes.max() == min(batch_size, NUM_EXAMPLES)
+    assert {total for _, total in reports} == {NUM_EXAMPLES}
+
+
+def test_radius_zero_is_natural_accuracy():
+    outcome = evaluate()
+    np.testing.assert_array_equal(outcome["radius 0"], outcome["natural"])
+
+
+def test_a_random_start_judged_at_any_iterate_never_helps_the_network():
+    """Not a theorem, for the image itself is not among the iterates: an example that
+    is misclassified may become classified. So of those classified rightly only."""
+    outcome = evaluate(random_start=True)
+    for name in ("linf", "any"):
+        assert outcome[name].sum() <= outcome["natural"].sum()
+
+
+def test_the_same_key_gives_the_same_outcome():
+    model, variables, split = network()
+    attack = pgd(linf(0.05), step_size=0.05, num_steps=0)  # a random point of the ball
+    evaluator = make_evaluator(model, {"noise": attack}, batch_size=NUM_EXAMPLES)
+    seen = [evaluator(variables, split, jax.random.key(s))["noise"] for s in (1, 1)]
+    np.testing.assert_array_equal(*seen)
+
+
+def test_the_network_is_judged_by_its_running_statistics():
+    """Alone in its batch, an image is judged as among others."""
+    model, variables, split = network()
+    one = Split(split.images[4:5], split.labels[4:5])
+    evaluator = make_evaluator(model, {"natural": identity}, batch_size=NUM_EXAMPLES)
+    correct = evaluator(variables, one, KEY)["natural"]
+    assert correct.tolist() == evaluate()["natural"][4:5].tolist()
+
+
+def test_accuracies_are_percentages():
+    outcome = {"natural": np.array([True, True, True, False])}
+    assert accuracies(outcome) == {"natural": 75.0}
+
+
+def test_a_batch_of_no_examples_is_refused():
+    model, _, _ = network()
+    with pytest.raises(ValueError, match=r"Expected batch_size >= 1, got .*=0\."):
+        make_evaluator(model, {"natural": identity}, batch_size=0)
+
+
+def test_an_empty_split_is_refused():
+    model, variables, split = network()
+    empty = Split(split.images[:0], split.labels[:0])
+    evaluator = make_evaluator(model, {"natural": identity}, batch_size=4)
+    with pytest.raises(ValueError, match="Expected a split with examples"):
+        evaluator(variables, empty, KEY)
+
+
+# A trained network, and the command.
+
+TRAINED = {
+    "model.width": 8,
+    "data.train_size": 640,
+    "data.test_size": 150,
+    "training.epochs": 8,
+    "evaluation.linf": (16.0, 255.0),
+    "evaluation.l2": (64.0,),
+    "evaluation.num_steps": 4,
+    "evaluation.batch_size": 64,
+}
+
+
+@functools.cache
+def finished() -> tuple[Path, Any, Any, dict[str, Any]]:
+    """A run of standard training that is worth attacking."""
+    config = helpers.make_config("st", TRAINED)
+    dataset = helpers.load_data(config)
+    workdir = Path(tempfile.mkdtemp(prefix="samrobust-evaluation-"))
+    return (
+        workdir,
+        config,
+        dataset,
+        run(config, workdir, helpers.Silent(), dataset=dataset),
+    )
+
+
+@pytest.fixture
+def workdir(tmp_path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished()[0], tmp_path / "run"))
+
+
+def evaluate_command(workdir: Path, *flags: str) -> dict[str, Any]:
+    """What `samrobust evaluate` adds to evaluations.jsonl."""
+    code, output, errors = helpers.run_command(
+        "evaluate", f"--workdir={workdir}", *flags
+    )
+    assert (code, errors) == (0, "")
+    assert "evaluations.jsonl" in output
+    return helpers.read_lines(workdir / "evaluations.jsonl")[-1]
+
+
+def test_training_learns_digits_and_a_large_radius_undoes_it():
+    accuracy = finished()[3]["accuracy"]
+    assert accuracy.keys() == {*("natural", "linf 16/255", "linf 255/255", "l2 64/255")}
+    assert accuracy["natural"] > 80
+    assert accuracy["linf 16/255"] < accuracy["natural"]
+    assert accuracy["l2 64/255"] < accuracy["natural"]
+    assert accuracy["linf 255/255"] < 5
+
+
+def test_the_result_says_what_was_measured():
+    workdir, config, dataset, result = finished()
+    assert result == json.loads((workdir / "result.json").read_text())
+    assert (result["dataset"], result["row"], result["seed"]) == ("digits", "st", 0)
+    assert (result["label"], result["num_test"]) == ("ST", 150)
+    assert result["provenance"].keys() >= {
+        *("commit", "jax", "device", "command", "seconds")
+    }
+    variables = load_variables(config, dataset, workdir, "last")
+    natural = helpers.plain_accuracy(config, dataset, variables)
+    assert result["accuracy"]["natural"] == pytest.approx(natural)
+
+
+def test_evaluate_without_flags_reproduces_the_result(workdir):
+    before = (workdir / "result.json").read_bytes()
+    line = evaluate_command(workdir)
+    assert line["accuracy"] == finished()[3]["accuracy"]
+    assert (workdir / "result.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_evaluate_attacks_as_its_flags_say(workdir):
+    natural = finished()[3]["accuracy"]["natural"]
+    margin = evaluate_command(
+        workdir,
+        *("--norm=l2", "--epsilon=64", "--epsilon=96", "--num-steps=3"),
+        *("--loss=margin", "--judge=any", "--batch-size=50"),
+    )
+    accuracy = margin["accuracy"]
+    assert accuracy.keys() == {"natural", "l2 64/255", "l2 96/255"}
+    assert accuracy["natural"] == natural
+    assert accuracy["l2 96/255"] <= accuracy["l2 64/255"] < natural
+    stated = {
+        **{"num_steps": 3, "loss": "margin", "judge": "any", "batch_size": 50},
+        **{"l2": [64.0, 96.0], "linf": [], "restarts": 1},
+    }
+    assert {name: margin["evaluation"][name] for name in stated} == stated
+
+    weak = ("--norm=linf", "--epsilon=12", "--num-steps=1", "--step-size=3")
+    once = evaluate_command(workdir, *weak)
+    often = evaluate_command(workdir, *weak, "--restarts=8")
+    assert often["accuracy"]["linf 12/255"] <= once["accuracy"]["linf 12/255"]
+    assert len(helpers.read_lines(workdir / "evaluations.jsonl")) == 3
+
+
+def test_more_restarts_never_raise_the_accuracy():
+    workdir, config, dataset, _ = finished()
+    variables = load_variables(config, dataset, workdir, "last")
+    model = helpers.make_model(config, dataset)
+    attacks = {
+        str(restarts): pgd(
+            linf(14 / 255), step_size=7 / 255, num_steps=1, restarts=restarts
+        )
+        for restarts in (1, 8)
+    }
+    sums = {}
+    for name, attack in attacks.items():  # alone: the key of a start is by the place
+        evaluator = make_evaluator(model, {name: attack}, batch_size=150)
+        sums[name] = evaluator(variables, dataset.test, KEY)[name]
+    assert not np.any(sums["8"] & ~sums["1"])
+    assert sums["8"].sum() < sums["1"].sum()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epsilon=8"], "Expected one --norm with --epsilon"),
+        (["--norm=linf", "--epsilon=300"], "Expected evaluation.linf <= 255"),
+        (["--restarts=0"], "Expected 1 <= evaluation.restarts"),
+        (["--checkpoint=best"], "data.validation_size"),
+        (["--config.seed=1"], "no --config overrides"),
+        (["--step-size=1"], "one --norm and one --epsilon"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_with_a_reason(
+    workdir, flags, message, capsys
+):
+    assert helpers.main("evaluate", f"--workdir={workdir}", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (workdir / "evaluations.jsonl").exists()
+
+
+def test_evaluating_what_was_never_trained_is_refused(tmp_path, capsys):
+    assert helpers.main("evaluate", f"--workdir={tmp_path}") == 2
+    assert "Train it first" in capsys.readouterr().err

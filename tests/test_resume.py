@@ -1,0 +1,365 @@
+"""A run that is stopped, killed or damaged ends bit-identical to one that was not."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from samrobust.experiments import run
+from samrobust.training import InterruptedRunError, train
+from samrobust.workdir import WorkdirError, claim
+from tests import helpers
+
+ROWS = {"sam": "sam,rho=0.2", "at": "at,norm=linf,eps=16"}
+STEPS_PER_EPOCH, NUM_STEPS = 16, 160
+# A checkpoint whenever 60 ms have passed; a few steps take that long.
+LONG = {
+    "data.train_size": 256,
+    "data.validation_size": 64,
+    "training.batch_size": 16,
+    "training.epochs": 10,
+    "checkpoint.minutes": 0.001,
+    "evaluation.checkpoint": "best",
+}
+
+
+@dataclasses.dataclass
+class Start:
+    """One start of the command: how it was ended, and what it left."""
+
+    signal: signal.Signals | None
+    began_at: int
+    steps: list[int]
+    code: int
+    output: str
+    errors: str
+
+
+@dataclasses.dataclass
+class Chain:
+    """All starts of a run until its end."""
+
+    workdir: Path
+    starts: list[Start]
+
+
+def newest(workdir: Path) -> int:
+    return max(helpers.checkpoint_steps(workdir), default=0)
+
+
+def wait_for(process: subprocess.Popen, condition) -> bool:
+    """Polls until the condition holds; false if the process ends before."""
+    while process.poll() is None:
+        with contextlib.suppress(OSError):  # a checkpoint is removed as we look
+            if condition():
+                return True
+        time.sleep(0.002)
+    return False
+
+
+def damage_newest(workdir: Path) -> None:
+    """Flips a bit in the arrays of the newest checkpoint."""
+    folder = workdir / "checkpoints" / "last" / str(newest(workdir)) / "state"
+    for path in folder.glob("**/d/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+
+
+def run_chain(name: str, folder: Path, ends: list[str], seed: int) -> Chain:
+    """Starts the same command again and again and ends it as `ends` say."""
+    rng = random.Random(seed)
+    workdir = folder / "run"
+    arguments = (
+        "train",
+        f"--config=configs/digits.py:{ROWS[name]}",
+        f"--workdir={workdir}",
+        *helpers.make_flags(LONG),
+    )
+    # A process killed as it writes to the cache of compiled programs must not
+    # damage that of other tests.
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
+    chain = Chain(workdir, [])
+    for end in ends:
+        start = newest(workdir)
+        process = helpers.start_command(*arguments, **environment)
+        sent = None
+        more, sleep = rng.randint(1, 20), rng.uniform(0, 0.1)
+        if end in ("kill", "term"):
+            ready = lambda: newest(workdir) >= start + more  # noqa: B023, E731
+        else:
+            ready = lambda: newest(workdir) == NUM_STEPS  # noqa: E731
+        if end != "none" and wait_for(process, ready):
+            time.sleep(sleep)
+            sent = signal.SIGTERM if end == "term" else signal.SIGKILL
+            process.send_signal(sent)
+        code, output, errors = helpers.finish_command(process)
+        steps = helpers.checkpoint_steps(workdir)
+        chain.starts.append(Start(sent, start, steps, code, output, errors))
+    return chain
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory) -> dict[str, tuple[Chain, Chain]]:
+    """For each row a run that was never disturbed, and one that was."""
+    disturbed = {
+        "sam": ["kill", "term", "kill", "evaluation", "none"],
+        "at": ["kill", "kill", "term", "none"],
+    }
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        whole = {
+            name: pool.submit(
+                run_chain, name, tmp_path_factory.mktemp(name), ["none"], 0
+            )
+            for name in ROWS
+        }
+        broken = {
+            name: pool.submit(
+                run_chain, name, tmp_path_factory.mktemp(name), disturbed[name], seed
+            )
+            for seed, name in enumerate(ROWS)
+        }
+        return {name: (whole[name].result(), broken[name].result()) for name in ROWS}
+
+
+each_row = pytest.mark.parametrize("name", ROWS)
+
+
+@pytest.mark.slow
+@each_row
+def test_a_run_that_is_never_disturbed_ends_without_a_word_of_warning(chains, name):
+    (start,) = chains[name][0].starts
+    assert (start.code, start.errors) == (0, "")
+
+
+@each_row
+def test_the_runs_were_disturbed_as_planned_and_within_epochs_too(chains, name):
+    starts = chains[name][1].starts
+    assert sum(start.signal is not None for start in starts) == len(starts) - 1
+    assert starts[-1].code == 0
+    positions = {start.began_at % STEPS_PER_EPOCH for start in starts[1:]}
+    assert positions - {0}, "no start was in the middle of an epoch"
+
+
+@each_row
+def test_a_run_killed_at_random_moments_ends_bit_identical(chains, name):
+    whole, broken = chains[name]
+    for which in ("last", "best"):
+        assert (
+            helpers.checkpoint_steps(broken.workdir, which)[-1:]
+            == helpers.checkpoint_steps(whole.workdir, which)[-1:]
+        )
+        expected = helpers.read_checkpoint(whole.workdir, which)
+        assert len(expected) > 20
+        helpers.assert_same_bits(
+            helpers.read_checkpoint(broken.workdir, which), expected
+        )
+
+
+@each_row
+def test_a_run_killed_at_random_moments_has_the_same_result(chains, name):
+    whole, broken = (
+        json.loads((chain.workdir / "result.json").read_text())
+        for chain in chains[name]
+    )
+    assert broken["accuracy"] == whole["accuracy"]
+    assert broken.keys() == whole.keys()
+
+
+@each_row
+def test_the_log_of_a_killed_run_has_each_epoch_once_and_equal(chains, name):
+    whole, broken = (
+        helpers.read_lines(chain.workdir / "metrics.jsonl") for chain in chains[name]
+    )
+    assert [line["epoch"] for line in broken] == list(range(1, 11))
+    assert list(map(helpers.without_timings, broken)) == list(
+        map(helpers.without_timings, whole)
+    )
+    assert all(line["seconds"] > 0 for line in broken)
+
+
+@each_row
+def test_sigterm_saves_the_state_and_says_how_to_go_on(chains, name):
+    starts = chains[name][1].starts
+    (index,) = (i for i, x in enumerate(starts) if x.signal == signal.SIGTERM)
+    stopped, following = starts[index], starts[index + 1]
+    assert stopped.code == 75
+    step = stopped.steps[-1]
+    assert f"samrobust: Stopped at step {step} of {NUM_STEPS}" in stopped.errors
+    assert stopped.errors.endswith("The same command goes on.")
+    assert following.began_at == step
+
+
+@each_row
+def test_no_kill_leaves_temporary_files_behind(chains, name):
+    workdir = chains[name][1].workdir
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {
+        *("config.json", "metrics.jsonl", "result.json", "checkpoints", ".lock")
+    }
+    for which in ("last", "best"):
+        folder = workdir / "checkpoints" / which
+        assert all(path.name.isdigit() for path in folder.iterdir())
+
+
+# The same without processes: quicker, and at chosen moments.
+
+
+def stop_after(calls: int):
+    """A `should_stop` that says yes once it was asked often enough."""
+    answers = iter([False] * calls)
+    return lambda: next(answers, True)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> tuple[Any, Any, Path, Any]:
+    """Twelve steps of SAM, never disturbed: config, data, workdir, outcome."""
+    config = helpers.make_config("sam,rho=0.2", {"checkpoint.minutes": 0.0})
+    dataset = helpers.load_data(config)
+    workdir = tmp_path_factory.mktemp("short")
+    return config, dataset, workdir, train(config, dataset, workdir)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 3, 7])
+def test_a_run_stopped_anywhere_goes_on_and_ends_bit_identical(short, tmp_path, calls):
+    config, dataset, _, expected = short
+    with pytest.raises(InterruptedRunError, match=f"step {calls + 1} of 12"):
+        train(config, dataset, tmp_path, should_stop=stop_after(calls))
+    assert newest(tmp_path) == calls + 1
+    outcome = train(config, dataset, tmp_path)
+    helpers.assert_same_bits(outcome.state, expected.state)
+
+
+def test_a_run_stopped_after_each_step_ends_bit_identical(short, tmp_path):
+    config, dataset, workdir, expected = short
+    for _ in range(11):
+        with pytest.raises(InterruptedRunError):
+            train(config, dataset, tmp_path, should_stop=lambda: True)
+    outcome = train(config, dataset, tmp_path, should_stop=lambda: True)
+    helpers.assert_same_bits(outcome.state, expected.state)
+    ours, theirs = (
+        list(map(helpers.without_timings, helpers.read_lines(path / "metrics.jsonl")))
+        for path in (tmp_path, workdir)
+    )
+    assert ours == theirs
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(short, tmp_path):
+    config, dataset, workdir, expected = short
+    with pytest.raises(InterruptedRunError):
+        train(config, dataset, tmp_path, should_stop=stop_after(7))
+    damaged = newest(tmp_path)
+    assert damaged == 8
+    damage_newest(tmp_path)
+    with pytest.warns(UserWarning, match=f"Skipping the damaged .*last/{damaged}"):
+        outcome = train(config, dataset, tmp_path)
+    helpers.assert_same_bits(outcome.state, expected.state)
+    ours, theirs = (
+        list(map(helpers.without_timings, helpers.read_lines(path / "metrics.jsonl")))
+        for path in (tmp_path, workdir)
+    )
+    assert ours == theirs
+
+
+def test_a_log_cut_off_by_a_kill_is_mended(short, tmp_path):
+    config, dataset, workdir, _ = short
+    with pytest.raises(InterruptedRunError):
+        train(config, dataset, tmp_path, should_stop=stop_after(4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "epo')
+    train(config, dataset, tmp_path)
+    ours, theirs = (
+        list(map(helpers.without_timings, helpers.read_lines(path / "metrics.jsonl")))
+        for path in (tmp_path, workdir)
+    )
+    assert ours == theirs
+
+
+class Forbidden:
+    """An observer that must not be told of any work."""
+
+    def on_progress(self, progress):
+        pytest.fail(f"unexpected {progress}")
+
+    def on_batch(self, done, num_examples):
+        pytest.fail(f"unexpected {done} of {num_examples}")
+
+
+def modification_times(workdir: Path) -> dict[str, int]:
+    return {
+        str(path): path.stat().st_mtime_ns
+        for path in workdir.rglob("*")
+        if path.is_file() and path.name not in (".lock", "config.json")
+    }
+
+
+def test_a_finished_run_is_read_and_not_run_again(short, tmp_path):
+    config, dataset, *_ = short
+    result = run(config, tmp_path, helpers.Silent(), dataset=dataset)
+    before = modification_times(tmp_path)
+    assert run(config, tmp_path, Forbidden(), dataset=dataset) == result
+    assert modification_times(tmp_path) == before
+
+
+def test_a_finished_training_is_evaluated_without_training_again(short):
+    config, dataset, workdir, expected = short
+    reports = []
+    outcome = train(config, dataset, workdir, on_progress=reports.append)
+    assert {report.phase for report in reports} <= {"compiling"}
+    helpers.assert_same_bits(outcome.state, expected.state)
+    assert outcome.seconds == expected.seconds
+
+
+def test_a_workdir_of_another_config_is_refused_and_the_field_is_named(short, tmp_path):
+    config, dataset, *_ = short
+    run(config, tmp_path, helpers.Silent(), dataset=dataset)
+    other = helpers.make_config(
+        "sam,rho=0.2", {"training.momentum": 0.5, "checkpoint.minutes": 1.0}
+    )
+    message = r"another config: training\.momentum was 0\.9, is 0\.5\. Choose another"
+    with pytest.raises(WorkdirError, match=message):
+        run(other, tmp_path, helpers.Silent(), dataset=dataset)
+
+
+def test_a_second_process_on_a_workdir_is_refused(tmp_path):
+    flags = helpers.make_flags()
+    with claim(tmp_path):
+        code, _, errors = helpers.run_command(
+            "train", "--config=configs/digits.py:st", f"--workdir={tmp_path}", *flags
+        )
+    assert code == 2
+    assert errors.startswith(
+        f"samrobust: error: Another process is working in {tmp_path}."
+    )
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(short, tmp_path):
+    config, dataset, *_ = short
+    (tmp_path / "file").touch()
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(WorkdirError, match="Expected a writable directory, got"):
+            run(config, workdir, helpers.Silent(), dataset=dataset)
+
+
+def test_a_run_that_diverges_exits_with_1_and_names_step_and_checkpoint(tmp_path):
+    overrides = {"training.learning_rate": 1e20, "training.epochs": 4}
+    code, output, errors = helpers.run_command(
+        "train",
+        "--config=configs/digits.py:st",
+        f"--workdir={tmp_path}",
+        *helpers.make_flags(overrides),
+    )
+    assert code == 1
+    assert "error: The loss or its gradient is not finite at step" in errors
+    assert "Last good checkpoint: none was saved before" in errors
+    assert "Traceback" not in output + errors
+    assert not (tmp_path / "result.json").exists()

@@ -1,0 +1,442 @@
+"""SAM on functions whose perturbed gradient is known, and in optax's machinery."""
+
+import warnings
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from samrobust.sharpness import SamMetrics, SamState, last_aux, last_metrics, sam
+
+RHO = 0.3
+ROOT = np.random.default_rng(0).standard_normal((4, 4))
+A = (ROOT @ ROOT.T + np.eye(4)).astype(np.float32)
+# A point where the perturbation turns the gradient: g(W) is not an eigenvector.
+W = np.linalg.solve(A, np.float32([1.0, -2.0, 0.5, 3.0]))
+
+
+def quadratic(w):
+    return 0.5 * w @ A @ w
+
+
+gradient = jax.grad(quadratic)
+
+
+def numpy_sam(w, rho, matrix=A):
+    """g(w) and g(w + rho g / ||g||) of the quadratic, in float64."""
+    matrix, w = matrix.astype(np.float64), np.asarray(w, np.float64)
+    g = matrix @ w
+    return g, matrix @ (w + rho * g / np.linalg.norm(g))
+
+
+def never(params):
+    raise AssertionError(params)
+
+
+def apply_sam(tx, w, state=None, grad_fn=gradient):
+    w = jnp.asarray(w)
+    return tx.update(
+        gradient(w), tx.init(w) if state is None else state, w, grad_fn=grad_fn
+    )
+
+
+def assert_same_bits(first, second):
+    leaves, treedef = jax.tree.flatten(first)
+    others, other_treedef = jax.tree.flatten(second)
+    assert treedef == other_treedef
+    for leaf, other in zip(leaves, others, strict=True):
+        assert leaf.dtype == other.dtype
+        assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes()
+
+
+def signature(tree):
+    """All that jit compares: structure, shapes, dtypes and weak types."""
+    return jax.tree.map(lambda leaf: jax.typeof(jnp.asarray(leaf)), tree)
+
+
+# The update
+
+
+@pytest.mark.parametrize("rho", [1e-3, 0.05, 1.0, 20.0])
+def test_sam_gives_the_gradient_at_the_perturbed_point_of_a_quadratic(rho):
+    updates, _ = apply_sam(sam(rho), W)
+    np.testing.assert_allclose(updates, numpy_sam(W, rho)[1], rtol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_the_perturbation_does_not_depend_on_the_scale_of_the_loss(scale):
+    tx, w = sam(RHO), jnp.asarray(W)
+    points = []
+
+    def grad_fn(params):
+        points.append(params)
+        return params
+
+    tx.update(gradient(w) * scale, tx.init(w), w, grad_fn=grad_fn)
+    np.testing.assert_allclose(np.linalg.norm(points[0] - w), RHO, rtol=1e-5)
+    g = numpy_sam(W, RHO)[0]
+    np.testing.assert_allclose((points[0] - w) / RHO, g / np.linalg.norm(g), atol=1e-6)
+
+
+def test_there_is_one_norm_over_all_leaves_of_any_pytree():
+    params = {
+        "kernel": (jnp.ones([2, 3]), 2 * jnp.ones(2)),
+        "nothing": None,
+        "scalar": jnp.float32(3.0),
+    }
+
+    def loss(params):
+        return 0.5 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
+    tx = sam(RHO)
+    updates, state = tx.update(
+        jax.grad(loss)(params), tx.init(params), params, grad_fn=jax.grad(loss)
+    )
+    norm = np.sqrt(6 * 1 + 2 * 4 + 9)
+    expected = jax.tree.map(lambda leaf: leaf * (1 + RHO / norm), params)
+    assert signature(updates) == signature(params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected
+    )
+    np.testing.assert_allclose(state.metrics.gradient_norm, norm, rtol=1e-6)
+
+
+def test_sam_of_zero_hands_the_gradient_through_and_never_calls_grad_fn():
+    w = jnp.asarray(W)
+    updates, _ = apply_sam(sam(0.0), w, grad_fn=never)
+    assert_same_bits(updates, gradient(w))
+
+
+def test_sam_of_zero_trains_as_no_sam_bit_for_bit():
+    def train(tx, **extra):
+        w, state = jnp.asarray(W), tx.init(jnp.asarray(W))
+        for _ in range(3):
+            updates, state = tx.update(gradient(w), state, w, **extra)
+            w = optax.apply_updates(w, updates)
+        return w
+
+    descent = optax.sgd(0.05, momentum=0.9)
+    assert_same_bits(
+        train(optax.chain(sam(0.0), descent), grad_fn=never), train(descent)
+    )
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_zero_gradient_gives_a_zero_perturbation_and_no_nan(jit):
+    tx, w = sam(RHO), jnp.zeros(4)
+
+    def update(w):
+        return apply_sam(tx, w)
+
+    updates, state = (jax.jit(update) if jit else update)(w)
+    assert_same_bits(updates, jnp.zeros(4))
+    assert_same_bits(state.metrics, SamMetrics(*map(jnp.float32, (RHO, 0, 0, 0))))
+
+
+def test_a_schedule_is_followed_by_the_number_of_updates():
+    tx = sam(lambda step: 0.1 * (step + 1))
+    state = tx.init(jnp.asarray(W))
+    for i in range(3):
+        assert int(state.step) == i
+        updates, state = apply_sam(tx, W, state)
+        np.testing.assert_allclose(updates, numpy_sam(W, 0.1 * (i + 1))[1], rtol=2e-6)
+        np.testing.assert_allclose(state.metrics.rho, 0.1 * (i + 1), rtol=1e-6)
+
+
+def test_a_schedule_that_gives_zero_gives_the_plain_gradient_bit_for_bit():
+    tx = sam(optax.piecewise_constant_schedule(0.0, {2: 1.0}))
+    updates, state = jax.jit(lambda w: apply_sam(tx, w))(jnp.asarray(W))
+    assert_same_bits(updates, jax.jit(gradient)(jnp.asarray(W)))
+    assert float(state.metrics.rho) == 0
+
+
+def test_a_constant_schedule_equals_the_constant():
+    constant, _ = apply_sam(sam(RHO), W)
+    scheduled, _ = apply_sam(sam(optax.constant_schedule(RHO)), W)
+    assert_same_bits(constant, scheduled)
+
+
+def test_the_metrics_are_those_of_numpy():
+    _, state = apply_sam(sam(RHO), W)
+    g, perturbed = numpy_sam(W, RHO)
+    norms = np.linalg.norm(g), np.linalg.norm(perturbed)
+    expected = SamMetrics(RHO, *norms, g @ perturbed / np.prod(norms))
+    np.testing.assert_allclose(state.metrics, expected, rtol=1e-6)
+    assert 0.5 < expected.cosine < 0.9999
+    assert all(metric.dtype == jnp.float32 for metric in state.metrics)
+
+
+def test_the_state_holds_no_copy_of_the_parameters():
+    size = sum(leaf.size for leaf in jax.tree.leaves(sam(RHO).init(jnp.ones(1000))))
+    assert size == 1 + len(SamMetrics._fields)
+
+
+def test_bfloat16_parameters_keep_their_dtype_and_the_norm_is_float32():
+    w = jnp.ones(10000, jnp.bfloat16)  # a bfloat16 sum of 10000 ones ends at 256
+    points = []
+
+    def grad_fn(params):
+        points.append(params)
+        return params
+
+    tx = sam(100.0)
+    updates, state = tx.update(w, tx.init(w), w, grad_fn=grad_fn)
+    assert updates.dtype == points[0].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(points[0].astype(jnp.float32), 2.0)
+    assert float(state.metrics.gradient_norm) == 100
+    assert state.metrics.gradient_norm.dtype == jnp.float32
+
+
+def test_mixed_dtypes_are_kept():
+    params = {"low": jnp.ones(3, jnp.bfloat16), "high": jnp.ones(2)}
+    tx = sam(RHO)
+    updates, _ = tx.update(params, tx.init(params), params, grad_fn=lambda p: p)
+    assert signature(updates) == signature(params)
+
+
+def test_unknown_extra_arguments_are_accepted():
+    for rho in (RHO, 0.0):
+        tx, w = sam(rho), jnp.asarray(W)
+        tx.update(
+            gradient(w), tx.init(w), w, grad_fn=gradient, value=1.0, anything=None
+        )
+
+
+# The auxiliary output
+
+AUX = {"mean": jnp.zeros(4), "steps": jnp.zeros([], jnp.int32)}
+
+
+def grad_and_aux(w):
+    return gradient(w), {"mean": w, "steps": jnp.int32(7)}
+
+
+def test_the_last_aux_is_that_of_the_perturbed_point():
+    tx = sam(RHO, aux=AUX)
+    updates, state = apply_sam(tx, W, grad_fn=grad_and_aux)
+    g, perturbed = numpy_sam(W, RHO)
+    np.testing.assert_allclose(updates, perturbed, rtol=2e-6)
+    aux = last_aux(state)
+    np.testing.assert_allclose(aux["mean"], W + RHO * g / np.linalg.norm(g), rtol=1e-6)
+    assert int(aux["steps"]) == 7
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_the_state_has_the_same_signature_before_and_after_an_update(abstract):
+    aux = jax.eval_shape(lambda: AUX) if abstract else AUX
+    tx = sam(RHO, aux=aux)
+    state = tx.init(jnp.asarray(W))
+    _, after = apply_sam(tx, W, state, grad_and_aux)
+    assert signature(state) == signature(after)
+
+
+def test_metrics_and_aux_are_found_in_a_nested_chain():
+    w = jnp.asarray(W)
+    inner = optax.chain(sam(RHO, aux=AUX), optax.sgd(0.1, momentum=0.9))
+    masked = optax.masked(optax.add_decayed_weights(1e-3), mask=True)
+    tx = optax.chain(optax.chain(optax.identity(), inner), masked)
+    _, state = tx.update(gradient(w), tx.init(w), w, grad_fn=grad_and_aux)
+    g, _ = numpy_sam(W, RHO)
+    metrics = last_metrics(state)
+    assert list(metrics) == list(SamMetrics._fields)
+    np.testing.assert_allclose(metrics["gradient_norm"], np.linalg.norm(g), rtol=1e-6)
+    assert int(last_aux(state)["steps"]) == 7
+
+
+def test_without_sam_there_are_no_metrics_and_the_default_aux():
+    for tx in (optax.sgd(0.1), sam(0.0), optax.chain(sam(0.0), optax.sgd(0.1))):
+        state = tx.init(jnp.asarray(W))
+        assert last_metrics(state) == {}
+        assert last_aux(state) is None
+        assert last_aux(state, default="clean") == "clean"
+    assert last_aux(sam(RHO).init(jnp.asarray(W)), default="clean") == "clean"
+
+
+# In optax's and JAX's machinery
+
+
+def momentum_loop(num_steps, rho, decay=0.01, rate=0.05, clip=np.inf):
+    """SAM, clipping, weight decay at w, momentum and the learning rate, in NumPy."""
+    w, trace = W.astype(np.float64), 0
+    for _ in range(num_steps):
+        perturbed = numpy_sam(w, rho)[1]
+        perturbed = perturbed * min(1, clip / np.linalg.norm(perturbed))
+        trace = 0.9 * trace + perturbed + decay * w
+        w = w - rate * trace
+    return w
+
+
+def full_chain(clip=1e9, aux=None):
+    return optax.chain(
+        sam(RHO, aux=aux),
+        optax.clip_by_global_norm(clip),
+        optax.add_decayed_weights(0.01),
+        optax.sgd(0.05, momentum=0.9),
+    )
+
+
+def make_step(tx, grad_fn=gradient):
+    def step(w, state):
+        updates, state = tx.update(gradient(w), state, w, grad_fn=grad_fn)
+        return optax.apply_updates(w, updates), state
+
+    return step
+
+
+@pytest.mark.parametrize("clip", [1.0, 1e9])
+def test_a_chain_with_clipping_decay_and_momentum_acts_at_the_restored_weights(clip):
+    tx = full_chain(clip)
+    step = jax.jit(make_step(tx))
+    w, state = jnp.asarray(W), tx.init(jnp.asarray(W))
+    for _ in range(4):
+        w, state = step(w, state)
+    np.testing.assert_allclose(w, momentum_loop(4, RHO, clip=clip), rtol=2e-5)
+
+
+def test_a_chain_with_adam_gets_the_perturbed_gradient():
+    tx, adam = optax.chain(sam(RHO), optax.adam(0.1)), optax.adam(0.1)
+    w = jnp.asarray(W)
+    updates, _ = tx.update(gradient(w), tx.init(w), w, grad_fn=gradient)
+    perturbed = jnp.asarray(numpy_sam(W, RHO)[1], jnp.float32)
+    expected, _ = adam.update(perturbed, adam.init(w), w)
+    np.testing.assert_allclose(updates, expected, rtol=1e-5)
+
+
+def test_parameter_groups_after_sam_get_their_part_of_one_perturbed_gradient():
+    w = {"fast": jnp.asarray(W[:2]), "slow": jnp.asarray(W[2:])}
+
+    def loss(w):
+        return quadratic(jnp.concatenate([w["fast"], w["slow"]]))
+
+    groups = optax.multi_transform(
+        {"a": optax.sgd(1.0), "b": optax.sgd(0.1)}, {"fast": "a", "slow": "b"}
+    )
+    tx = optax.chain(sam(RHO), groups)
+    updates, _ = tx.update(jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
+    _, perturbed = numpy_sam(W, RHO)
+    np.testing.assert_allclose(updates["fast"], -perturbed[:2], rtol=2e-6)
+    np.testing.assert_allclose(updates["slow"], -0.1 * perturbed[2:], rtol=2e-6)
+
+
+def test_accumulation_over_micro_batches_equals_the_large_batch():
+    targets = jax.random.normal(jax.random.key(0), [2, 6, 4])
+
+    def loss(w, batch):
+        return quadratic(w) + jnp.mean(jnp.sum(jnp.cos(batch * w), -1))
+
+    whole = targets.reshape(12, 4)
+
+    def grad_fn(w):
+        return jax.grad(loss)(w, whole)
+
+    w, chain = jnp.asarray(W), full_chain()
+    updates, _ = chain.update(grad_fn(w), chain.init(w), w, grad_fn=grad_fn)
+    expected = optax.apply_updates(w, updates)
+
+    tx = optax.MultiSteps(chain, every_k_schedule=2)
+    state, current = tx.init(w), w
+
+    @jax.jit
+    def micro_step(current, state, batch):
+        grads = jax.grad(loss)(current, batch)
+        updates, state = tx.update(grads, state, current, grad_fn=grad_fn)
+        return optax.apply_updates(current, updates), state
+
+    for batch in targets:
+        assert_same_bits(current, w)
+        current, state = micro_step(current, state, batch)
+    np.testing.assert_allclose(current, expected, rtol=1e-6)
+    assert int(last_metrics(state)["rho"] > 0) == 1
+
+
+def test_jit_does_not_change_the_step_and_traces_it_once():
+    tx = full_chain(aux=AUX)
+    traces = []
+
+    def step(w, state):
+        traces.append(1)
+        return make_step(tx, grad_and_aux)(w, state)
+
+    w, state = jnp.asarray(W), tx.init(jnp.asarray(W))
+    eager, _ = step(w, state)
+    jitted = jax.jit(step)
+    traces.clear()
+    first, state = jitted(w, state)
+    np.testing.assert_allclose(first, eager, rtol=1e-6)
+    jitted(*jitted(first, state))
+    assert len(traces) == 1
+
+
+def test_a_scan_over_steps_equals_the_loop():
+    tx = full_chain(aux=AUX)
+    step = make_step(tx, grad_and_aux)
+
+    @jax.jit
+    def train(w):
+        def body(carry, _):
+            return step(*carry), last_metrics(carry[1])["cosine"]
+
+        return jax.lax.scan(body, (w, tx.init(w)), length=4)
+
+    (w, state), cosines = train(jnp.asarray(W))
+    np.testing.assert_allclose(w, momentum_loop(4, RHO), rtol=2e-5)
+    assert int(state[0].step) == 4
+    assert np.all(np.asarray(cosines[1:]) > 0)
+
+
+def test_the_step_may_be_donated_its_parameters_and_state():
+    """JAX warns of donated buffers that it cannot use."""
+    tx = full_chain(aux=AUX)
+    w = jnp.array(W)
+    state = tx.init(w)
+    step = jax.jit(make_step(tx, grad_and_aux), donate_argnums=(0, 1))
+    donated = (w, state[0].step, state[-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        w, state = step(w, state)
+        w, state = step(w, state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
+    np.testing.assert_allclose(w, momentum_loop(2, RHO), rtol=2e-5)
+
+
+def test_the_state_survives_flax_serialization_bit_for_bit():
+    tx = full_chain(aux=AUX)
+    w, state = make_step(tx, grad_and_aux)(jnp.asarray(W), tx.init(jnp.asarray(W)))
+    stored = flax.serialization.to_bytes(state)
+    restored = flax.serialization.from_bytes(tx.init(w), stored)
+    assert isinstance(restored[0], SamState)
+    assert_same_bits(restored, state)
+
+
+def test_training_resumes_from_an_orbax_checkpoint_bit_for_bit(tmp_path):
+    tx = full_chain(aux=AUX)
+    step = jax.jit(make_step(tx, grad_and_aux))
+    w, state = step(jnp.asarray(W), tx.init(jnp.asarray(W)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", (w, state))
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", (w, tx.init(w)))
+    assert_same_bits(restored, (w, state))
+    assert_same_bits(step(*restored), step(w, state))
+
+
+# Messages
+
+
+@pytest.mark.parametrize("rho", [-0.1, float("inf"), float("nan")])
+def test_sam_rejects_a_negative_or_infinite_rho(rho):
+    with pytest.raises(ValueError, match=rf"Expected 0 <= rho < inf, got rho={rho}\."):
+        sam(rho)
+
+
+def test_an_update_without_params_or_grad_fn_says_how_to_call_it():
+    tx, w = sam(RHO), jnp.asarray(W)
+    fix = r"Call `tx\.update\(grads, opt_state, params, grad_fn=grad_fn\)`"
+    with pytest.raises(ValueError, match=rf"params in sam's update, .*None\. {fix}"):
+        tx.update(gradient(w), tx.init(w), grad_fn=gradient)
+    with pytest.raises(ValueError, match=rf"grad_fn in sam's update, .*None\. {fix}"):
+        tx.update(gradient(w), tx.init(w), w)
