@@ -5,6 +5,7 @@ programs are shared by all tests of a session and by the processes they start.
 """
 
 import atexit
+import functools
 import json
 import os
 import pathlib
@@ -12,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 from typing import Any
 
 import jax
@@ -39,6 +39,8 @@ TINY = {
     "evaluation.l2": (),
     "evaluation.batch_size": 48,
 }
+# Environment of processes that compile more than they compute.
+QUICK_COMPILATION = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def _share_compiled_programs() -> None:
@@ -68,10 +70,7 @@ class Silent:
 
 def make_config(row: str = "st", overrides: dict[str, Any] | None = None) -> Any:
     """A row of configs/digits.py, made tiny; overrides are by dotted names."""
-    with warnings.catch_warnings():
-        # ml_collections loads config files by a method that Python deprecates.
-        warnings.filterwarnings("ignore", message="the load_module.. method")
-        config = configuration.load_config(f"{ROOT}/configs/digits.py:{row}")
+    config = configuration.load_config(f"{ROOT}/configs/digits.py:{row}")
     config.update_from_flattened_dict({**TINY, **(overrides or {})})
     validate(config)
     return config
@@ -88,7 +87,7 @@ def make_flags(overrides: dict[str, Any] | None = None) -> list[str]:
     return [f"--config.{name}={value}" for name, value in values.items()]
 
 
-def make_model(config: Any, dataset: Dataset) -> PreActResNet:
+def make_model(config: Any, dataset: Dataset) -> Any:
     return building.make_model(config, dataset)
 
 
@@ -123,16 +122,19 @@ def init_variables(model: Any, *, seed: int = 0, side: int = 8) -> Any:
     return init()
 
 
-def plain_accuracy(config: Any, dataset: Dataset, variables: Any) -> float:
-    """Natural accuracy on the test images in percent, one image at a time."""
-    model = building.make_model(config, dataset)
-
-    @jax.jit
-    def predict(image):
+@functools.cache
+def _make_predict(model: Any) -> Any:
+    def predict(variables, image):
         return jnp.argmax(model.apply(variables, image[None], train=False)[0])
 
+    return jax.jit(predict)
+
+
+def plain_accuracy(config: Any, dataset: Dataset, variables: Any) -> float:
+    """Natural accuracy on the test images in percent, one image at a time."""
+    predict = _make_predict(make_model(config, dataset))
     pixels = dataset.test.images.astype(np.float32) / np.float32(255)
-    predictions = [int(predict(image)) for image in pixels]
+    predictions = [int(predict(variables, image)) for image in pixels]
     return 100 * float(np.mean(predictions == dataset.test.labels))
 
 
@@ -214,18 +216,17 @@ def main(*arguments: str) -> int:
 
 def start_command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     """Starts the `samrobust` command of this tree."""
-    paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
     return subprocess.Popen(
         [sys.executable, "-m", "samrobust.cli", *arguments],
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             **environment,
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=ROOT,
     )
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ def test_second_derivatives_are_those_of_xla(stride):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_conv2d_is_the_correlation_of_scipy(stride):
     images, kernel = conv_inputs(3, (7, 6))
-    outputs = conv2d(images, kernel, stride, 1)
+    outputs: Any = conv2d(images, kernel, stride, 1)
     x, k = np.asarray(images, np.float64), np.asarray(kernel, np.float64)
     expected = np.zeros((2, 7, 6, 3))
     for b, c, d in np.ndindex(2, 2, 3):
@@ -125,7 +126,10 @@ def test_bfloat16_stays_bfloat16_and_near_float32(stride):
 
     @quick_jit
     def results(images, kernel):
-        values, vjp = jax.vjp(lambda x, k: conv2d(x, k, stride, 1), images, kernel)
+        def outputs(images, kernel) -> Any:
+            return conv2d(images, kernel, stride, 1)
+
+        values, vjp = jax.vjp(outputs, images, kernel)
         return values, vjp(jnp.ones_like(values))
 
     low = results(images, kernel)
@@ -160,7 +164,7 @@ def test_in_a_loop_on_the_cpu_every_convolution_of_the_input_gradient_is_canonic
 
     with jax.default_device(jax.devices("cpu")[0]):
         compiled = jax.jit(ascend).lower(*two_kernels()).compile().as_text()
-    labels = re.findall(r"dim_labels=(\w+->\w+)", compiled)
+    labels = re.findall(r"dim_labels=(\w+->\w+)", compiled or "")
     assert len(labels) == 4  # two forward, two backward
     assert set(labels) == {"b01f_01io->b01f"}
 
@@ -180,7 +184,7 @@ def test_lowered_for_an_accelerator_the_convolutions_are_the_native_ones(platfor
 # BatchNorm
 
 
-def batch_norm(inputs, train, variables=None, **options):
+def batch_norm(inputs, train, variables: Any = None, **options) -> tuple[Any, Any]:
     model = BatchNorm(**options)
     variables = variables or model.init(KEY, inputs, train=False)
     return model.apply(variables, inputs, train=train, mutable=["batch_stats"])

@@ -1,6 +1,7 @@
 """SAM on functions whose perturbed gradient is known, and in optax's machinery."""
 
 import warnings
+from typing import Any
 
 import flax.serialization
 import jax
@@ -16,7 +17,7 @@ RHO = 0.3
 ROOT = np.random.default_rng(0).standard_normal((4, 4))
 A = (ROOT @ ROOT.T + np.eye(4)).astype(np.float32)
 # A point where the perturbation turns the gradient: g(W) is not an eigenvector.
-W = np.linalg.solve(A, np.float32([1.0, -2.0, 0.5, 3.0]))
+W = np.linalg.solve(A, np.array([1, -2, 0.5, 3], np.float32))
 
 
 def quadratic(w):
@@ -37,7 +38,7 @@ def never(params):
     raise AssertionError(params)
 
 
-def apply_sam(tx, w, state=None, grad_fn=gradient):
+def apply_sam(tx: Any, w, state=None, grad_fn=gradient) -> tuple[Any, Any]:
     w = jnp.asarray(w)
     return tx.update(
         gradient(w), tx.init(w) if state is None else state, w, grad_fn=grad_fn
@@ -64,12 +65,13 @@ def signature(tree):
 @pytest.mark.parametrize("rho", [1e-3, 0.05, 1.0, 20.0])
 def test_sam_gives_the_gradient_at_the_perturbed_point_of_a_quadratic(rho):
     updates, _ = apply_sam(sam(rho), W)
-    np.testing.assert_allclose(updates, numpy_sam(W, rho)[1], rtol=2e-6)
+    np.testing.assert_allclose(updates, numpy_sam(W, rho)[1], rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_the_perturbation_does_not_depend_on_the_scale_of_the_loss(scale):
-    tx, w = sam(RHO), jnp.asarray(W)
+    tx: Any = sam(RHO)
+    w = jnp.asarray(W)
     points = []
 
     def grad_fn(params):
@@ -92,7 +94,7 @@ def test_there_is_one_norm_over_all_leaves_of_any_pytree():
     def loss(params):
         return 0.5 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
 
-    tx = sam(RHO)
+    tx: Any = sam(RHO)
     updates, state = tx.update(
         jax.grad(loss)(params), tx.init(params), params, grad_fn=jax.grad(loss)
     )
@@ -127,7 +129,8 @@ def test_sam_of_zero_trains_as_no_sam_bit_for_bit():
 
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_zero_gradient_gives_a_zero_perturbation_and_no_nan(jit):
-    tx, w = sam(RHO), jnp.zeros(4)
+    tx: Any = sam(RHO)
+    w = jnp.zeros(4)
 
     def update(w):
         return apply_sam(tx, w)
@@ -138,17 +141,20 @@ def test_a_zero_gradient_gives_a_zero_perturbation_and_no_nan(jit):
 
 
 def test_a_schedule_is_followed_by_the_number_of_updates():
-    tx = sam(lambda step: 0.1 * (step + 1))
+    tx: Any = sam(lambda step: 0.1 * (step + 1))
     state = tx.init(jnp.asarray(W))
     for i in range(3):
         assert int(state.step) == i
         updates, state = apply_sam(tx, W, state)
-        np.testing.assert_allclose(updates, numpy_sam(W, 0.1 * (i + 1))[1], rtol=2e-6)
+        np.testing.assert_allclose(
+            updates, numpy_sam(W, 0.1 * (i + 1))[1], rtol=2e-6, atol=1e-6
+        )
         np.testing.assert_allclose(state.metrics.rho, 0.1 * (i + 1), rtol=1e-6)
 
 
 def test_a_schedule_that_gives_zero_gives_the_plain_gradient_bit_for_bit():
-    tx = sam(optax.piecewise_constant_schedule(0.0, {2: 1.0}))
+    schedule: Any = optax.piecewise_constant_schedule(0.0, {2: 1.0})
+    tx = sam(schedule)
     updates, state = jax.jit(lambda w: apply_sam(tx, w))(jnp.asarray(W))
     assert_same_bits(updates, jax.jit(gradient)(jnp.asarray(W)))
     assert float(state.metrics.rho) == 0
@@ -156,7 +162,8 @@ def test_a_schedule_that_gives_zero_gives_the_plain_gradient_bit_for_bit():
 
 def test_a_constant_schedule_equals_the_constant():
     constant, _ = apply_sam(sam(RHO), W)
-    scheduled, _ = apply_sam(sam(optax.constant_schedule(RHO)), W)
+    schedule: Any = optax.constant_schedule(RHO)
+    scheduled, _ = apply_sam(sam(schedule), W)
     assert_same_bits(constant, scheduled)
 
 
@@ -164,9 +171,10 @@ def test_the_metrics_are_those_of_numpy():
     _, state = apply_sam(sam(RHO), W)
     g, perturbed = numpy_sam(W, RHO)
     norms = np.linalg.norm(g), np.linalg.norm(perturbed)
-    expected = SamMetrics(RHO, *norms, g @ perturbed / np.prod(norms))
-    np.testing.assert_allclose(state.metrics, expected, rtol=1e-6)
-    assert 0.5 < expected.cosine < 0.9999
+    cosine = float(g @ perturbed / np.prod(norms))
+    expected = np.array([RHO, *norms, cosine])
+    np.testing.assert_allclose(np.stack(state.metrics), expected, rtol=1e-6)
+    assert 0.5 < cosine < 0.9999
     assert all(metric.dtype == jnp.float32 for metric in state.metrics)
 
 
@@ -183,7 +191,7 @@ def test_bfloat16_parameters_keep_their_dtype_and_the_norm_is_float32():
         points.append(params)
         return params
 
-    tx = sam(100.0)
+    tx: Any = sam(100.0)
     updates, state = tx.update(w, tx.init(w), w, grad_fn=grad_fn)
     assert updates.dtype == points[0].dtype == jnp.bfloat16
     np.testing.assert_array_equal(points[0].astype(jnp.float32), 2.0)
@@ -193,14 +201,15 @@ def test_bfloat16_parameters_keep_their_dtype_and_the_norm_is_float32():
 
 def test_mixed_dtypes_are_kept():
     params = {"low": jnp.ones(3, jnp.bfloat16), "high": jnp.ones(2)}
-    tx = sam(RHO)
+    tx: Any = sam(RHO)
     updates, _ = tx.update(params, tx.init(params), params, grad_fn=lambda p: p)
     assert signature(updates) == signature(params)
 
 
 def test_unknown_extra_arguments_are_accepted():
     for rho in (RHO, 0.0):
-        tx, w = sam(rho), jnp.asarray(W)
+        tx: Any = sam(rho)
+        w = jnp.asarray(W)
         tx.update(
             gradient(w), tx.init(w), w, grad_fn=gradient, value=1.0, anything=None
         )
@@ -216,7 +225,7 @@ def grad_and_aux(w):
 
 
 def test_the_last_aux_is_that_of_the_perturbed_point():
-    tx = sam(RHO, aux=AUX)
+    tx: Any = sam(RHO, aux=AUX)
     updates, state = apply_sam(tx, W, grad_fn=grad_and_aux)
     g, perturbed = numpy_sam(W, RHO)
     np.testing.assert_allclose(updates, perturbed, rtol=2e-6)
@@ -228,7 +237,7 @@ def test_the_last_aux_is_that_of_the_perturbed_point():
 @pytest.mark.parametrize("abstract", [False, True])
 def test_the_state_has_the_same_signature_before_and_after_an_update(abstract):
     aux = jax.eval_shape(lambda: AUX) if abstract else AUX
-    tx = sam(RHO, aux=aux)
+    tx: Any = sam(RHO, aux=aux)
     state = tx.init(jnp.asarray(W))
     _, after = apply_sam(tx, W, state, grad_and_aux)
     assert signature(state) == signature(after)
@@ -238,7 +247,7 @@ def test_metrics_and_aux_are_found_in_a_nested_chain():
     w = jnp.asarray(W)
     inner = optax.chain(sam(RHO, aux=AUX), optax.sgd(0.1, momentum=0.9))
     masked = optax.masked(optax.add_decayed_weights(1e-3), mask=True)
-    tx = optax.chain(optax.chain(optax.identity(), inner), masked)
+    tx: Any = optax.chain(optax.chain(optax.identity(), inner), masked)
     _, state = tx.update(gradient(w), tx.init(w), w, grad_fn=grad_and_aux)
     g, _ = numpy_sam(W, RHO)
     metrics = last_metrics(state)
@@ -270,7 +279,7 @@ def momentum_loop(num_steps, rho, decay=0.01, rate=0.05, clip=np.inf):
     return w
 
 
-def full_chain(clip=1e9, aux=None):
+def full_chain(clip=1e9, aux=None) -> Any:
     return optax.chain(
         sam(RHO, aux=aux),
         optax.clip_by_global_norm(clip),
@@ -279,7 +288,7 @@ def full_chain(clip=1e9, aux=None):
     )
 
 
-def make_step(tx, grad_fn=gradient):
+def make_step(tx: Any, grad_fn=gradient) -> Any:
     def step(w, state):
         updates, state = tx.update(gradient(w), state, w, grad_fn=grad_fn)
         return optax.apply_updates(w, updates), state
@@ -289,7 +298,7 @@ def make_step(tx, grad_fn=gradient):
 
 @pytest.mark.parametrize("clip", [1.0, 1e9])
 def test_a_chain_with_clipping_decay_and_momentum_acts_at_the_restored_weights(clip):
-    tx = full_chain(clip)
+    tx: Any = full_chain(clip)
     step = jax.jit(make_step(tx))
     w, state = jnp.asarray(W), tx.init(jnp.asarray(W))
     for _ in range(4):
@@ -298,11 +307,12 @@ def test_a_chain_with_clipping_decay_and_momentum_acts_at_the_restored_weights(c
 
 
 def test_a_chain_with_adam_gets_the_perturbed_gradient():
-    tx, adam = optax.chain(sam(RHO), optax.adam(0.1)), optax.adam(0.1)
+    tx: Any = optax.chain(sam(RHO), optax.adam(0.1))
+    adam = optax.adam(0.1)
     w = jnp.asarray(W)
     updates, _ = tx.update(gradient(w), tx.init(w), w, grad_fn=gradient)
     perturbed = jnp.asarray(numpy_sam(W, RHO)[1], jnp.float32)
-    expected, _ = adam.update(perturbed, adam.init(w), w)
+    expected: Any = adam.update(perturbed, adam.init(w), w)[0]
     np.testing.assert_allclose(updates, expected, rtol=1e-5)
 
 
@@ -315,7 +325,7 @@ def test_parameter_groups_after_sam_get_their_part_of_one_perturbed_gradient():
     groups = optax.multi_transform(
         {"a": optax.sgd(1.0), "b": optax.sgd(0.1)}, {"fast": "a", "slow": "b"}
     )
-    tx = optax.chain(sam(RHO), groups)
+    tx: Any = optax.chain(sam(RHO), groups)
     updates, _ = tx.update(jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
     _, perturbed = numpy_sam(W, RHO)
     np.testing.assert_allclose(updates["fast"], -perturbed[:2], rtol=2e-6)
@@ -335,9 +345,9 @@ def test_accumulation_over_micro_batches_equals_the_large_batch():
 
     w, chain = jnp.asarray(W), full_chain()
     updates, _ = chain.update(grad_fn(w), chain.init(w), w, grad_fn=grad_fn)
-    expected = optax.apply_updates(w, updates)
+    expected: Any = optax.apply_updates(w, updates)
 
-    tx = optax.MultiSteps(chain, every_k_schedule=2)
+    tx: Any = optax.MultiSteps(chain, every_k_schedule=2)
     state, current = tx.init(w), w
 
     @jax.jit
@@ -350,11 +360,11 @@ def test_accumulation_over_micro_batches_equals_the_large_batch():
         assert_same_bits(current, w)
         current, state = micro_step(current, state, batch)
     np.testing.assert_allclose(current, expected, rtol=1e-6)
-    assert int(last_metrics(state)["rho"] > 0) == 1
+    assert float(last_metrics(state)["rho"]) == np.float32(RHO)
 
 
 def test_jit_does_not_change_the_step_and_traces_it_once():
-    tx = full_chain(aux=AUX)
+    tx: Any = full_chain(aux=AUX)
     traces = []
 
     def step(w, state):
@@ -372,7 +382,7 @@ def test_jit_does_not_change_the_step_and_traces_it_once():
 
 
 def test_a_scan_over_steps_equals_the_loop():
-    tx = full_chain(aux=AUX)
+    tx: Any = full_chain(aux=AUX)
     step = make_step(tx, grad_and_aux)
 
     @jax.jit
@@ -390,7 +400,7 @@ def test_a_scan_over_steps_equals_the_loop():
 
 def test_the_step_may_be_donated_its_parameters_and_state():
     """JAX warns of donated buffers that it cannot use."""
-    tx = full_chain(aux=AUX)
+    tx: Any = full_chain(aux=AUX)
     w = jnp.array(W)
     state = tx.init(w)
     step = jax.jit(make_step(tx, grad_and_aux), donate_argnums=(0, 1))
@@ -404,16 +414,16 @@ def test_the_step_may_be_donated_its_parameters_and_state():
 
 
 def test_the_state_survives_flax_serialization_bit_for_bit():
-    tx = full_chain(aux=AUX)
+    tx: Any = full_chain(aux=AUX)
     w, state = make_step(tx, grad_and_aux)(jnp.asarray(W), tx.init(jnp.asarray(W)))
     stored = flax.serialization.to_bytes(state)
-    restored = flax.serialization.from_bytes(tx.init(w), stored)
+    restored: Any = flax.serialization.from_bytes(tx.init(w), stored)
     assert isinstance(restored[0], SamState)
     assert_same_bits(restored, state)
 
 
 def test_training_resumes_from_an_orbax_checkpoint_bit_for_bit(tmp_path):
-    tx = full_chain(aux=AUX)
+    tx: Any = full_chain(aux=AUX)
     step = jax.jit(make_step(tx, grad_and_aux))
     w, state = step(jnp.asarray(W), tx.init(jnp.asarray(W)))
     with ocp.StandardCheckpointer() as checkpointer:
@@ -434,7 +444,8 @@ def test_sam_rejects_a_negative_or_infinite_rho(rho):
 
 
 def test_an_update_without_params_or_grad_fn_says_how_to_call_it():
-    tx, w = sam(RHO), jnp.asarray(W)
+    tx: Any = sam(RHO)
+    w = jnp.asarray(W)
     fix = r"Call `tx\.update\(grads, opt_state, params, grad_fn=grad_fn\)`"
     with pytest.raises(ValueError, match=rf"params in sam's update, .*None\. {fix}"):
         tx.update(gradient(w), tx.init(w), grad_fn=gradient)

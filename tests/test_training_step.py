@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,6 @@ from samrobust.attacks import identity, linf, pgd
 from samrobust.models import BatchNorm
 from samrobust.sharpness import sam
 from samrobust.training import TrainState, init_state, make_train_step
-from tests import helpers
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, RHO = 0.1, 0.9, 0.05, 0.3
 BATCH_SIZE, NUM_STEPS = 8, 4
@@ -276,7 +276,7 @@ def test_the_attacked_network_normalises_as_it_is_told(mode):
     by_batch, _ = logits_and_stats(
         variables["params"], variables["batch_stats"], images
     )
-    by_running = model.apply(variables, images, train=False)
+    by_running: Any = model.apply(variables, images, train=False)
     expected = by_batch if mode == "train" else by_running
     np.testing.assert_allclose(logits[0], expected, atol=1e-6)
     assert np.abs(by_batch - by_running).max() > 0.01

@@ -2,6 +2,7 @@
 
 import json
 
+import helpers
 import pytest
 
 from samrobust.workdir import (
@@ -14,7 +15,6 @@ from samrobust.workdir import (
     write_json,
     write_text,
 )
-from tests import helpers
 
 
 def names(folder):

@@ -14,6 +14,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 __all__ = ["ProgressDisplay", "RunDisplay"]
 
@@ -34,13 +35,17 @@ class ProgressDisplay:
         self._done, self._started, self._last_line = 0.0, time.monotonic(), 0.0
         self._text = ""
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
+            TextColumn(
+                "{task.description}",
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
+            BarColumn(bar_width=16),
+            TextColumn("{task.percentage:>3.0f}%", table_column=_fixed(4)),
+            TimeElapsedColumn(table_column=_fixed(8)),
+            TextColumn("eta", table_column=_fixed(3)),
+            TimeRemainingColumn(table_column=_fixed(8)),
             console=console,
+            expand=True,
             speed_estimate_period=120,
             disable=not console.is_terminal,
             transient=True,
@@ -78,6 +83,10 @@ class ProgressDisplay:
         self.print(f"{share:4.0%}  {text}  (elapsed {elapsed:.0f} s, eta {eta})")
 
 
+def _fixed(width: int) -> Column:
+    return Column(no_wrap=True, min_width=width)
+
+
 class RunDisplay:
     """One run's part of a `ProgressDisplay`."""
 
@@ -95,18 +104,15 @@ class RunDisplay:
     def on_progress(self, progress: Any) -> None:
         """Shows a `samrobust.training.Progress`."""
         share = progress.step / progress.num_steps
-        parts = [self._name, f"{progress.phase} {share:.0%}"]
+        text = f"{self._name}: {progress.phase} {share:.0%}"
         if progress.metrics:
-            parts += [
-                f"epoch {progress.metrics['epoch']}",
-                f"loss {progress.metrics['loss']:.3f}",
-                f"accuracy {progress.metrics['accuracy']:.1f} %",
-            ]
-        self._display.show(" · ".join(parts), self._start + share * self._training)
+            loss, accuracy = progress.metrics["loss"], progress.metrics["accuracy"]
+            text += f", loss {loss:.3f}, accuracy {accuracy:.1f} %"
+        self._display.show(text, self._start + share * self._training)
 
     def on_batch(self, done: int, num_examples: int) -> None:
         """Shows how many examples were attacked."""
         share = done / num_examples
-        text = f"{self._name} · attacked {done:,} of {num_examples:,} images"
+        text = f"{self._name}: attacked {done:,} of {num_examples:,} images"
         work = self._start + self._training + share * self._evaluation
         self._display.show(text, work)

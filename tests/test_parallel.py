@@ -1,0 +1,165 @@
+"""One device or several: the same numbers.
+
+Devices are virtual ones on the CPU, which JAX makes as it starts: so in processes of
+their own, which run this file as a script.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import helpers
+import jax
+import numpy as np
+import pytest
+
+from samrobust.experiments import run
+from samrobust.parallel import data_mesh, replicated, shard_batch, sharded
+from samrobust.training import InterruptedRunError, train
+
+ST, SAM, AT = "st", "sam,rho=0.2", "at,norm=linf,eps=16"
+ROWS = {1: [ST, SAM, AT], 2: [ST, SAM, AT], 4: [SAM]}  # by the number of devices
+# Sums over a batch are taken in another order, and BatchNorm and the steps of PGD
+# make the differences grow; over 12 steps they stay far below this.
+TOLERANCE = 1e-4
+
+
+def work(folder: pathlib.Path) -> None:
+    """What a process does: trains all rows; goes on with a run of one device."""
+    count = jax.device_count()
+    for row in ROWS[count]:
+        config = helpers.make_config(row, {"evaluation.batch_size": 47})
+        dataset = helpers.load_data(config)
+        workdir = helpers.make_folder(folder / str(count) / row)
+        if row == SAM:
+            run(config, workdir, helpers.Silent(), dataset=dataset)
+        else:
+            train(config, dataset, workdir)
+    config = helpers.make_config(SAM)
+    dataset = helpers.load_data(config)
+    if count == 1:
+        for others in (2, 4):
+            answers = iter([False] * 4)
+            with contextlib.suppress(InterruptedRunError):
+                train(
+                    config,
+                    dataset,
+                    helpers.make_folder(folder / f"to {others}"),
+                    should_stop=functools.partial(next, answers, True),
+                )
+    else:
+        train(config, dataset, folder / f"to {count}")
+    messages = []
+    for size, examples in ((33, 66), (32, 65)):
+        odd = {"training.batch_size": size, "data.train_size": examples}
+        config = helpers.make_config("st", {**odd, "training.drop_remainder": False})
+        try:
+            train(config, helpers.load_data(config), folder / "refused")
+        except (ValueError, OSError) as error:
+            messages.append(str(error))
+    (folder / f"messages {count}.json").write_text(json.dumps(messages))
+
+
+def start(folder: pathlib.Path, num_devices: int) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        **{"JAX_NUM_CPU_DEVICES": str(num_devices), "JAX_PLATFORMS": "cpu"},
+        **helpers.QUICK_COMPILATION,
+    }
+    command = [sys.executable, "-W", "error", __file__, str(folder)]
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, cwd=helpers.ROOT
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """The runs on one, two and four devices."""
+    folder = tmp_path_factory.mktemp("parallel")
+    for counts in ((1,), (2, 4)):
+        processes = [start(folder, count) for count in counts]
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    return folder
+
+
+def assert_equal_runs(workdir: pathlib.Path, expected: pathlib.Path) -> None:
+    helpers.assert_close(
+        helpers.read_checkpoint(workdir),
+        helpers.read_checkpoint(expected),
+        atol=TOLERANCE,
+        rtol=TOLERANCE,
+    )
+    lines, expected_lines = (
+        helpers.read_lines(path / "metrics.jsonl") for path in (workdir, expected)
+    )
+    assert len(lines) == len(expected_lines) == 4
+    for line, other in zip(lines, expected_lines, strict=True):
+        metrics, others = map(helpers.without_timings, (line, other))
+        assert metrics == pytest.approx(others, abs=TOLERANCE, rel=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "row"), [(count, row) for count in (2, 4) for row in ROWS[count]]
+)
+def test_several_devices_train_to_the_same_numbers(folder, count, row):
+    assert_equal_runs(folder / str(count) / row, folder / "1" / row)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_devices_measure_the_same_accuracy(folder, count):
+    """But for one of the 48 images, which may lie on the border of its class."""
+    result, expected = (
+        json.loads((folder / str(n) / SAM / "result.json").read_text())
+        for n in (count, 1)
+    )
+    assert result["provenance"]["num_devices"] == count
+    assert result["accuracy"] == pytest.approx(expected["accuracy"], abs=100.1 / 48)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_run_moves_from_one_device_to_several(folder, count):
+    assert_equal_runs(folder / f"to {count}", folder / "1" / SAM)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_batch_that_cannot_be_split_evenly_is_refused(folder, count):
+    messages = json.loads((folder / f"messages {count}.json").read_text())
+    assert messages == [
+        f"Expected batches divisible by the {count} devices, got batch_size={size}. "
+        "Choose another training.batch_size, or set training.drop_remainder."
+        for size in (33, 1)
+    ]
+
+
+# On the one device of this process.
+
+
+def test_the_mesh_holds_the_devices_asked_for():
+    assert data_mesh().devices.size == jax.device_count()
+    assert data_mesh(1).devices.tolist() == jax.devices()[:1]
+
+
+@pytest.mark.parametrize("count", [0, 1000])
+def test_devices_that_are_not_there_are_refused(count):
+    with pytest.raises(ValueError, match=f"Expected 1 <= num_devices .*={count}"):
+        data_mesh(count)
+
+
+def test_a_batch_keeps_its_values_when_it_is_split():
+    mesh = data_mesh(1)
+    batch = {"x": np.arange(8.0), "y": np.ones((8, 2))}
+    split = jax.jit(lambda batch: shard_batch(batch, mesh))(batch)
+    helpers.assert_close(split, batch, atol=0)
+    assert split["x"].sharding.is_equivalent_to(sharded(mesh), 1)
+    assert replicated(mesh).is_fully_replicated
+
+
+if __name__ == "__main__":
+    work(pathlib.Path(sys.argv[1]))
