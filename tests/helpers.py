@@ -5,6 +5,7 @@ programs are shared by all tests of a session and by the processes they start.
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,7 +42,7 @@ TINY = {
     "evaluation.batch_size": 48,
 }
 # Environment of processes that compile more than they compute.
-QUICK_COMPILATION = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+QUICK_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def _share_compiled_programs() -> None:
@@ -56,6 +58,16 @@ def _share_compiled_programs() -> None:
 
 
 _share_compiled_programs()
+
+
+@contextlib.contextmanager
+def quick_compilation() -> Iterator[None]:
+    """The same inside this process."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
 
 
 class Silent:

@@ -539,6 +539,17 @@ def test_attacking_a_batch_equals_attacking_its_halves(ball, judge):
     np.testing.assert_allclose(whole, jnp.concatenate(halves), atol=1e-6)
 
 
+def test_an_examples_steps_do_not_depend_on_its_batch_with_a_gradient_floor_either():
+    """The gradient is that of the sum of the losses, not of their mean."""
+    logits_fn, images, labels = random_problem()
+    ball = l2(0.5, gradient_floor=1.0)
+    attack = pgd(ball, step_size=0.1, num_steps=2, random_start=False)
+    whole = run(attack, logits_fn, images, labels)
+    alone = run(attack, logits_fn, images[:1], labels[:1])
+    np.testing.assert_allclose(alone, whole[:1], atol=1e-6)
+    assert norms("l2", whole - images).max() < 0.19  # shorter than two full steps
+
+
 @functools.cache
 def outcome(ball, judge, restarts):
     """Which of 200 examples a weak attack fools, and the losses it leaves."""

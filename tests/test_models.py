@@ -295,6 +295,27 @@ def small():
     return model, {**variables, "batch_stats": adapted(variables, images_of(16) ** 2)}
 
 
+def reference_logits(variables, images, strides):
+    """The network written out, in evaluation, with the convolution of XLA."""
+    params, batch_stats = variables["params"], variables["batch_stats"]
+
+    def norm_relu(inputs, params, running):
+        unit = (inputs - running["mean"]) / jnp.sqrt(running["var"] + 1e-5)
+        return jnp.maximum(unit * params["scale"] + params["bias"], 0)
+
+    hidden = native(images, params["stem"]["kernel"], 1, 1)
+    for name, stride in strides.items():
+        block, running = params[name], batch_stats[name]
+        active = norm_relu(hidden, block["norm1"], running["norm1"])
+        if "shortcut" in block:
+            hidden = native(active, block["shortcut"]["kernel"], stride, 0)
+        inner = native(active, block["conv1"]["kernel"], stride, 1)
+        inner = norm_relu(inner, block["norm2"], running["norm2"])
+        hidden = hidden + native(inner, block["conv2"]["kernel"], 1, 1)
+    hidden = norm_relu(hidden, params["norm"], batch_stats["norm"])
+    return hidden.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
+
+
 def num_parameters(model, channels=3):
     shapes = jax.eval_shape(
         lambda: model.init(KEY, jnp.zeros([1, 8, 8, channels]), train=False)
@@ -434,6 +455,23 @@ def test_only_training_with_mutable_statistics_updates_them(small):
     jax.tree.map(np.testing.assert_array_equal, evaluated["batch_stats"], before)
     old, new = jax.tree.leaves(before), jax.tree.leaves(updated["batch_stats"])
     assert all(np.any(a != b) for a, b in zip(old, new, strict=True))
+
+
+def test_the_logits_are_those_of_the_network_written_out(small):
+    model, variables = small
+    # Scales and biases of the norms are not left at 1 and 0.
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.3 * normal(leaf.shape), variables["params"]
+    )
+    variables = {**variables, "params": params}
+    images = images_of(3)
+    strides = {"stage1_block1": 1, "stage2_block1": 2}
+    expected = quick_jit(
+        lambda variables, images: reference_logits(variables, images, strides)
+    )(variables, images)
+    np.testing.assert_allclose(
+        evaluate(model, variables, images), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_the_pixels_are_normalised_inside(small):

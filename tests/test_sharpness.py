@@ -160,6 +160,12 @@ def test_a_schedule_that_gives_zero_gives_the_plain_gradient_bit_for_bit():
     assert float(state.metrics.rho) == 0
 
 
+def test_where_a_schedule_gives_zero_the_second_pass_does_not_count():
+    """Not even where it is random, as with dropout."""
+    updates, _ = apply_sam(sam(lambda _: 0.0), W, grad_fn=lambda w: gradient(w) + 1)
+    assert_same_bits(updates, gradient(jnp.asarray(W)))
+
+
 def test_a_constant_schedule_equals_the_constant():
     constant, _ = apply_sam(sam(RHO), W)
     schedule: Any = optax.constant_schedule(RHO)

@@ -33,6 +33,12 @@ FIELDS = {
 FROZEN = {"training.learning_rate": 1e-30, "training.weight_decay": 0.0}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly():
+    with helpers.quick_compilation():
+        yield
+
+
 @functools.cache
 def trained(row: str = "st", **overrides: Any):
     """A run in a folder of its own: its outcome, the folder, config and data."""
@@ -120,8 +126,6 @@ def test_an_epoch_without_drop_remainder_trains_on_every_label_once(tmp_path):
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
     # One of ten labels is the one that is always predicted.
     np.testing.assert_allclose([line["accuracy"] for line in lines], 10.0, rtol=1e-6)
-    bias = helpers.read_checkpoint(tmp_path)["state.state.params['head']['bias']"]
-    assert bias.shape == (10,)
 
 
 def test_an_epoch_with_drop_remainder_leaves_out_other_examples_each_time(tmp_path):
@@ -193,37 +197,13 @@ def test_the_step_schedule_drops_at_three_quarters_and_nine_tenths(tmp_path):
 
 
 def test_the_cosine_schedule_falls_to_zero(tmp_path):
-    schedule: dict[str, Any] = {"training__schedule": "cosine"}
-    lines = train_frozen(tmp_path, training__epochs=5, **schedule)
-    last_steps = np.arange(3, 16, 3) - 1  # of each epoch, of 15 in all
-    expected = (1 + np.cos(np.pi * last_steps / 15)) / 2
+    options: dict[str, Any] = {"training__schedule": "cosine"}
+    options |= {"training__drop_remainder": True, "training__epochs": 5}
+    lines = train_frozen(tmp_path, **options)
+    last_steps = np.arange(2, 11, 2) - 1  # of each epoch, of 10 in all
+    expected = (1 + np.cos(np.pi * last_steps / 10)) / 2
     rates = [line["learning_rate"] / 1e-30 for line in lines]
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
-
-
-def test_the_learning_rate_of_the_log_is_the_one_that_was_used(tmp_path):
-    """One step on equal images moves the bias of the head by rate times gradient."""
-    config = helpers.make_config(
-        "st",
-        {
-            **{"training.epochs": 1, "training.batch_size": 10},
-            **{"training.momentum": 0.0, "training.weight_decay": 0.0},
-            **{"training.learning_rate": 0.5, "training.milestones": ()},
-        },
-    )
-    outcome = train(config, ten_equal_images(), helpers.make_folder(tmp_path / "1"))
-    (line,) = helpers.read_lines(tmp_path / "1" / "metrics.jsonl")
-    assert line["learning_rate"] == 0.5
-    norm_of_step = 0.5 * line["gradient_norm"]
-    config.training.learning_rate = 1e-30
-    start = train(config, ten_equal_images(), helpers.make_folder(tmp_path / "2"))
-    difference = jax.tree.map(
-        lambda a, b: np.sum(np.square(np.asarray(a) - np.asarray(b))),
-        outcome.state.params,
-        start.state.params,
-    )
-    total = math.sqrt(sum(jax.tree.leaves(difference)))
-    assert total == pytest.approx(norm_of_step, rel=1e-4)
 
 
 # Ways to the same parameters, and to others.
@@ -253,8 +233,8 @@ def test_the_same_config_gives_the_same_bits_and_another_seed_does_not(tmp_path)
     assert all(bits[name] != other_bits[name] for name in weights)
 
 
-@pytest.mark.parametrize("row", ["st", "at+sam,norm=l2,eps=32,rho=0.1"])
-def test_bfloat16_trains_with_parameters_and_statistics_in_float32(row):
+def test_bfloat16_trains_with_parameters_and_statistics_in_float32():
+    row = "at+sam,norm=l2,eps=32,rho=0.1"
     outcome, workdir, _, _ = trained(row, model__dtype="bfloat16")
     state = outcome.state
     leaves = jax.tree.leaves((state.params, state.batch_stats))
