@@ -51,7 +51,8 @@ def get_config() -> ConfigDict:
     config.training.drop_remainder = False
     config.training.learning_rate = 0.1
     config.training.schedule = "step"  # or cosine (to 0)
-    # For `step`: fractions of the epochs after which the rate is multiplied by:
+    # For `step`: fractions of the epochs, rounded down to whole ones but never to 0,
+    # after which the rate is multiplied by `decay_factor`.
     config.training.milestones = (0.75, 0.9)
     config.training.decay_factor = 0.1
     config.training.momentum = 0.9

@@ -107,7 +107,7 @@ def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedu
         return optax.cosine_decay_schedule(training.learning_rate, total_steps)
     boundaries = {}
     for milestone in training.milestones:
-        step = int(milestone * training.epochs) * steps_per_epoch
+        step = max(1, int(milestone * training.epochs)) * steps_per_epoch
         boundaries[step] = boundaries.get(step, 1.0) * training.decay_factor
     return optax.piecewise_constant_schedule(training.learning_rate, boundaries)
 

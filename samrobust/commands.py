@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ _FAILED, _BAD_INPUT, _TERMINATED, _CTRL_C = 1, 2, 75, 130
 def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Runs a subcommand; turns the errors a user can mend into a line and a code."""
     enable_compilation_cache()
+    warnings.formatwarning = lambda message, *_: f"samrobust: warning: {message}\n"
     command = {"table": _table, "train": _train, "evaluate": _evaluate}
     stop = StopRequest()
     try:

@@ -34,7 +34,8 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 def margin(logits: Array, labels: Array) -> Array:
     """The margin loss `max_{k != y} z_k - z_y` of each example.
 
-    Positive exactly where the example is misclassified. Its gradient does not vanish
+    Positive where the example is misclassified, negative where it is not, 0 where two
+    logits tie. Its gradient does not vanish
     when the classifier is confident, as that of the cross entropy does.
 
     Args:

@@ -51,17 +51,27 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def append_json_line(path: pathlib.Path, value: Any) -> None:
     """Adds an object to a JSON-lines file; durable on return."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")
+        file.write(json.dumps(value, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_json(path: pathlib.Path) -> Any | None:
-    """The value in a JSON file; None if there is no such file."""
+    """The value in a JSON file; None if there is no such file.
+
+    Raises:
+      WorkdirError: if the file is damaged; names it.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        message = (
+            f"Expected JSON in {path}, got a damaged file ({error}). Restore it, or "
+            "remove it to start anew."
+        )
+        raise WorkdirError(message) from error
 
 
 @contextlib.contextmanager

@@ -379,11 +379,10 @@ RUNS = [(1, False), (1, True), (3, True)]
 @pytest.mark.parametrize(("restarts", "random_start"), RUNS)
 @pytest.mark.parametrize("judge", JUDGES)
 @pytest.mark.parametrize("ball", BALLS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_result_keeps_shape_and_dtype_and_lies_in_the_ball_and_the_box(
-    ball, judge, restarts, random_start, dtype
+    ball, judge, restarts, random_start
 ):
-    logits_fn, images, labels = random_problem(dtype=dtype)
+    logits_fn, images, labels = random_problem()
     radius = 0.11
     attack = pgd(
         BALLS[ball](radius), step_size=0.06, num_steps=4, restarts=restarts,
@@ -397,18 +396,17 @@ def test_the_result_keeps_shape_and_dtype_and_lies_in_the_ball_and_the_box(
     assert pixels.max() <= 1
     delta = pixels - np.asarray(images, np.float64)
     assert norms(ball, delta).max() > radius / 4
-    half_a_step = EPS if dtype == jnp.float32 else 2.0**-9  # of pixels in [1/2, 1]
-    slack = 4 * half_a_step * (1 if ball == "linf" else 8**0.5)
+    slack = 4 * EPS * (1 if ball == "linf" else 8**0.5)
     assert np.all(norms(ball, delta) <= radius + slack)
 
 
-@pytest.mark.parametrize("ball", BALLS)
-def test_bfloat16_images_stay_in_the_ball_as_exactly_as_float32_ones(ball):
-    logits_fn, images, labels = random_problem((64, 2, 2, 2), jnp.bfloat16)
-    attack = pgd(BALLS[ball](0.11), step_size=0.06, num_steps=4)
-    adversarial = run(attack, logits_fn, images, labels)
-    delta = np.asarray(adversarial, np.float64) - np.asarray(images, np.float64)
-    assert np.all(norms(ball, delta) <= 0.11 + 4 * EPS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.uint8])
+@pytest.mark.parametrize("radius", [0.0, 0.11])
+def test_images_of_too_little_precision_are_refused(dtype, radius):
+    logits_fn, images, labels = random_problem(dtype=dtype)
+    attack = pgd(linf(radius), step_size=0.06, num_steps=4)
+    with pytest.raises(ValueError, match=f"float32 images.*got dtype='{dtype.dtype}'"):
+        attack(logits_fn, images, labels, key=KEY)
 
 
 @pytest.mark.parametrize("ball", BALLS)
@@ -445,17 +443,15 @@ def test_the_result_lies_in_another_box():
     assert adversarial.max() == 1
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("ball", BALLS)
-def test_radius_zero_returns_the_images_bit_for_bit(ball, dtype):
-    logits_fn, images, labels = random_problem(dtype=dtype)
+def test_radius_zero_returns_the_images_bit_for_bit(ball):
+    logits_fn, images, labels = random_problem()
     for restarts, random_start in RUNS:
         attack = pgd(
             BALLS[ball](0.0), step_size=0.0, num_steps=3, restarts=restarts,
             random_start=random_start, judge="any",
         )  # fmt: skip
         adversarial = run(attack, logits_fn, images, labels)
-        assert adversarial.dtype == dtype
         assert np.asarray(adversarial).tobytes() == np.asarray(images).tobytes()
 
 
@@ -786,9 +782,15 @@ def test_pgd_raises_the_loss_of_models_of_any_library(make_logits_fn):
 GOOD = {"step_size": 0.1, "num_steps": 3}
 BAD = {
     "negative steps": ({"num_steps": -1}, r"num_steps >= 0, got num_steps=-1\."),
-    "no step size": ({"step_size": 0.0}, r"0 < step_size, got step_size=0\.0\."),
-    "negative step size": ({"step_size": -0.1}, r"0 < step_size, got step_size=-0\.1"),
-    "NaN step size": ({"step_size": float("nan")}, "0 < step_size, got step_size=nan"),
+    "no step size": ({"step_size": 0.0}, r"0 < step_size < inf, got step_size=0\.0\."),
+    "negative step size": (
+        {"step_size": -0.1},
+        r"0 < step_size < inf, got step_size=-0\.1",
+    ),
+    "NaN step size": (
+        {"step_size": float("nan")},
+        "0 < step_size < inf, got step_size=nan",
+    ),
     "no run": ({"restarts": 0}, r"restarts >= 1, got restarts=0\."),
     "equal restarts": (
         {"restarts": 2, "random_start": False},

@@ -64,8 +64,11 @@ def test_wrong_flags_are_refused_with_exit_code_2(arguments, message, capsys):
             "train_size",
         ),
         (
-            ["train", "--config=configs/digits.py:st"]
-            + ["--config.training.batch_size=2000"],
+            [
+                "train",
+                "--config=configs/digits.py:st",
+                "--config.training.batch_size=2000",
+            ],
             "training.batch_size <= 1297",
         ),
         (["evaluate"], "a run's --workdir"),

@@ -146,7 +146,7 @@ def test_a_wrong_value_is_refused_with_the_fields_name(overrides, message):
 
 
 def test_a_negative_rho_is_refused():
-    with pytest.raises(ValueError, match="0 <= sam.rho, got sam.rho=-0.1"):
+    with pytest.raises(ValueError, match=r"0 <= sam\.rho, got sam\.rho=-0\.1"):
         load(row="sam,rho=-0.1")
 
 
@@ -156,7 +156,9 @@ def test_a_radius_in_pixel_units_above_255_is_refused():
 
 
 def test_an_unknown_config_file_is_refused_and_the_known_ones_named():
-    with pytest.raises(ValueError, match=r"got config='configs/svhn.py'.*cifar100.py"):
+    with pytest.raises(
+        ValueError, match=r"got config='configs/svhn\.py'.*cifar100\.py"
+    ):
         configuration.load_config("configs/svhn.py:st")
 
 

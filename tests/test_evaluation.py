@@ -271,9 +271,9 @@ def test_more_restarts_never_raise_the_accuracy():
         for restarts in (1, 8)
     }
     sums = {}
-    for name, attack in attacks.items():  # alone: the key of a start is by the place
-        evaluator = make_evaluator(model, {name: attack}, batch_size=150)
-        sums[name] = evaluator(variables, dataset.test, KEY)[name]
+    for name, attack in attacks.items():  # the key of a start is by the attack's name
+        evaluator = make_evaluator(model, {"pgd": attack}, batch_size=150)
+        sums[name] = evaluator(variables, dataset.test, KEY)["pgd"]
     assert not np.any(sums["8"] & ~sums["1"])
     assert sums["8"].sum() < sums["1"].sum()
 

@@ -98,7 +98,7 @@ def test_a_row_that_fails_does_not_stop_the_others(table, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert helpers.main(*make_arguments(workdir, [DIVERGING, *ROWS], seeds=1)) == 1
     output = " ".join(capsys.readouterr().out.split())
-    assert "failed SAM (rho = 1e+30), seed 0: The loss or its gradient is not" in output
+    assert "failed SAM (rho = 1e+30), seed 0: The loss, a gradient or" in output
     content = (workdir / "table.md").read_text()
     assert "| ST |" in content
     assert "| SAM (rho = 0.2) |" in content

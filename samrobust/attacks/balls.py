@@ -23,7 +23,7 @@ class Ball(NamedTuple):
       project: perturbations [B, ...] to the nearest ones in the ball.
       sample: `sample(key, shape)` draws perturbations in the ball; key is consumed.
       steepest_ascent: gradients [B, ...] to the directions of unit norm that increase
-        the loss fastest; a zero gradient gives a zero direction.
+        the loss fastest; a gradient of zero or NaN gives a zero direction.
       norm: perturbations [B, ...] to their norms [B].
       radius: the radius, in pixel units.
     """
@@ -61,7 +61,10 @@ def linf(radius: float) -> Ball:
     def norm(delta: Array) -> Array:
         return jnp.max(jnp.abs(delta), axis=_example_axes(delta))
 
-    return Ball(project, sample, jnp.sign, norm, radius)
+    def steepest_ascent(gradient: Array) -> Array:
+        return jnp.sign(jnp.where(jnp.isnan(gradient), 0.0, gradient))
+
+    return Ball(project, sample, steepest_ascent, norm, radius)
 
 
 def l2(radius: float, *, gradient_floor: float = 0.0) -> Ball:
@@ -97,11 +100,8 @@ def l2(radius: float, *, gradient_floor: float = 0.0) -> Ball:
         return _norm(delta).reshape(delta.shape[0])
 
     def project(delta: Array) -> Array:
-        # Not delta * min(1, radius / norm): inside the ball the bits must not change.
         length = _norm(delta)
-        outside = length > radius
-        scale = radius / jnp.where(outside, length, 1.0)
-        return jnp.where(outside, delta * scale, delta)
+        return delta * jnp.minimum(1.0, radius / jnp.where(length > 0, length, 1.0))
 
     def sample(key: Array, shape: tuple[int, ...]) -> Array:
         direction_key, length_key = jax.random.split(key)

@@ -6,6 +6,7 @@ steps run in `lax.fori_loop`, restarts too, so that the compiled size does not d
 on their numbers. Only gradients of the images are computed, never of the parameters.
 """
 
+import operator
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -65,7 +66,8 @@ def pgd(
 
     Returns:
       `attack(logits_fn, images, labels, *, key) -> images` on images [B, ...] in the
-      box and labels int [B].
+      box, float32 (or float64), and labels int [B]. Wrap it in `jax.jit`, alone or with
+      what is around it: outside it compiles at every call.
 
       **Guarantees.** Shape and dtype of the images are kept. The result lies in the
       box, and in the ball up to a few units in the last place of float32. Radius 0
@@ -74,12 +76,14 @@ def pgd(
       never raise the accuracy. No gradient flows through the result.
 
     Raises:
-      ValueError: if an argument is outside its range.
+      ValueError: if an argument is outside its range; when called, if the images are of
+        another dtype: 8/255 cannot be told from 9/255 in bfloat16.
 
     Reference: Madry et al. (2018), arXiv 1706.06083. *Our deviation* from the paper's
     code: the gradient is that of the sum of the losses, so that an example's steps do
     not depend on the batch it is in (see `l2` for the code's numerical floor).
 
+    >>> from samrobust.attacks import linf
     >>> attack = pgd(linf(8 / 255), step_size=2 / 255, num_steps=10)
     >>> weights = jnp.array([[1.0, -1.0], [0.5, 0.0]])
     >>> adversarial = attack(
@@ -88,10 +92,11 @@ def pgd(
     >>> jnp.round((adversarial - 0.5) * 255)
     Array([[-8., -8.]], dtype=float32)
     """
+    num_steps, restarts = operator.index(num_steps), operator.index(restarts)
     check(num_steps >= 0, "num_steps >= 0", num_steps=num_steps)
     check(
-        step_size > 0 or ball.radius == 0 or num_steps == 0,
-        "0 < step_size",
+        0 < step_size < float("inf") or ball.radius == 0 or num_steps == 0,
+        "0 < step_size < inf",
         step_size=step_size,
     )
     check(restarts >= 1, "restarts >= 1", restarts=restarts)
@@ -104,8 +109,6 @@ def pgd(
     )
     check_choice(JUDGES, judge=judge)
     check(box[0] < box[1], "box[0] < box[1]", box=box)
-    if ball.radius == 0:
-        return identity
 
     def run(logits_fn: LogitsFn, images: Array, labels: Array, key: Array) -> _Worst:
         """One run from a start: its judged images and their score."""
@@ -121,7 +124,7 @@ def pgd(
         def ascend(current: Array) -> tuple[Array, Array]:
             """One step, and the score of the images it started from."""
             gradient, (losses, logits) = jax.grad(total_loss, has_aux=True)(current)
-            step = step_size * ball.steepest_ascent(gradient.astype(jnp.float32))
+            step = step_size * ball.steepest_ascent(gradient)
             return into_set(current + step), _score(losses, logits, labels)
 
         def scored(current: Array) -> _Worst:
@@ -150,16 +153,24 @@ def pgd(
     def attack(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
     ) -> Array:
-        exact = images.astype(jnp.float32)
-        worst = run(logits_fn, exact, labels, jax.random.fold_in(key, 0))
+        check(
+            images.dtype in (jnp.float32, jnp.float64),
+            "float32 images with pixels in the box",
+            dtype=str(images.dtype),
+        )
+        if ball.radius == 0:
+            return jax.lax.stop_gradient(images)
 
-        def restart(index: Array, worst: _Worst) -> _Worst:
+        def restart(index: Array | int, worst: _Worst) -> _Worst:
             fresh_key = jax.random.fold_in(key, index)
-            return _worse(worst, run(logits_fn, exact, labels, fresh_key))
+            return _worse(worst, run(logits_fn, images, labels, fresh_key))
 
-        if restarts > 1:
-            worst = jax.lax.fori_loop(1, restarts, restart, worst)
-        return jax.lax.stop_gradient(worst.images).astype(images.dtype)
+        unseen = _Worst(images, jnp.full(images.shape[0], -jnp.inf))
+        if restarts == 1:
+            worst = restart(0, unseen)
+        else:
+            worst = jax.lax.fori_loop(0, restarts, restart, unseen)
+        return jax.lax.stop_gradient(worst.images)
 
     return attack
 

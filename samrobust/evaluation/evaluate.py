@@ -5,6 +5,7 @@ precision it was made with. All attacks run in one pass over the data. Accuracie
 percentages.
 """
 
+import zlib
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -41,7 +42,7 @@ def make_evaluator(
 
       **Guarantees.** Each example is judged exactly once; an incomplete last batch is
       padded and the padding ignored. The random start of an attack depends on the key,
-      its place among the attacks and the batch alone.
+      the attack's name and the batch alone.
 
     Raises:
       ValueError: if batch_size < 1 or the split is empty.
@@ -62,10 +63,9 @@ def make_evaluator(
             return cast(Array, model.apply(variables, images, train=False))
 
         correct = {}
-        for i, (name, attack) in enumerate(attacks.items()):
-            attacked = attack(
-                logits_fn, batch_images, batch_labels, key=jax.random.fold_in(key, i)
-            )
+        for name, attack in attacks.items():
+            own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            attacked = attack(logits_fn, batch_images, batch_labels, key=own_key)
             predictions = jnp.argmax(logits_fn(attacked), axis=-1)
             correct[name] = predictions == batch_labels
         return correct

@@ -24,7 +24,6 @@ __all__ = ["conv2d"]
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv2d(images: Array, kernel: Array, stride: int, padding: int) -> Array:
     """Cross-correlation of images with a kernel, as `torch.nn.functional.conv2d`.
 
@@ -41,6 +40,11 @@ def conv2d(images: Array, kernel: Array, stride: int, padding: int) -> Array:
     Differentiable in reverse mode, to any order; forward mode (`jax.jvp`) is not
     supported.
     """
+    return _conv2d(images, kernel, stride, padding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv2d(images: Array, kernel: Array, stride: int, padding: int) -> Array:
     return _convolve(images, kernel, stride, padding)
 
 
@@ -101,4 +105,4 @@ def _input_gradient(
     )
 
 
-conv2d.defvjp(_forward, _backward)
+_conv2d.defvjp(_forward, _backward)

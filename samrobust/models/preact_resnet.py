@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from samrobust.checks import check
 from samrobust.models.conv import conv2d
 from samrobust.types import Array
 
@@ -158,6 +159,7 @@ class PreActResNet(nn.Module):
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
         """Logits float32 [B, K] of images [B, H, W, C] with pixels in [0, 1]."""
+        self._check(images.shape[-1])
         mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
         hidden = (images.astype(jnp.float32) - mean) / std
         hidden = Conv(self.width, dtype=self.dtype, name="stem")(hidden)
@@ -176,3 +178,12 @@ class PreActResNet(nn.Module):
             name="head",
         )
         return head(features)
+
+    def _check(self, channels: int) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            check(
+                len(values) in (1, channels),
+                f"one {name} or one a channel ({channels})",
+                **{name: values},
+            )
+        check(min(self.std) > 0, "std > 0", std=self.std)

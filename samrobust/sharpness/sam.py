@@ -60,17 +60,17 @@ class SamState(NamedTuple):
 
 
 def sam(
-    rho: float | Callable[[Array], Array | float], *, aux: PyTree = None
+    rho: float | Array | optax.Schedule, *, aux: PyTree = None
 ) -> optax.GradientTransformationExtraArgs:
     """SAM: replaces the gradient at w by the gradient at w + rho g / ||g||.
 
     Args:
       rho: the radius in the l2 norm of all parameters together, >= 0, or a schedule
-        from the number of updates so far, int32, to it.
+        from the number of updates so far, int32, to it (negative values count as 0).
       aux: None if `grad_fn` returns gradients alone; else the structure of the second
         thing it returns (arrays or `jax.ShapeDtypeStruct`). The last value is then
         kept in the state: that is how BatchNorm statistics leave the second pass
-        without a side effect. Read it with `last_aux`.
+        without a side effect. Read it with `last_aux`; zeros before the first update.
 
     Returns:
       A transformation whose `update` takes the extra argument
@@ -78,13 +78,16 @@ def sam(
       SAME batch (and the same augmentation, adversarial images, dropout key) that gave
       the incoming updates.
 
+      It needs all gradients: put masks and per-group transformations after it.
+
       **Guarantees.** `sam(0.0)` hands the gradient through bit for bit and never calls
       `grad_fn`. A zero gradient gives a zero perturbation, not NaN. Norms are taken in
       float32; gradients keep their dtypes. The state has a fixed structure: it works
       in `jit`, `lax.scan`, `optax.MultiSteps`, donation and checkpoints.
 
     Raises:
-      ValueError: if rho < 0; in `update`, if `params` or `grad_fn` is missing.
+      ValueError: if rho < 0; in `update`, if `params` or `grad_fn` is missing, or
+        `grad_fn` returns something else than said.
 
     Reference: Foret et al. (2021), arXiv 2010.01412. As in the PyTorch implementation
     the paper uses, there is one norm over all parameters and no weight decay in the
@@ -99,7 +102,7 @@ def sam(
     >>> optax.apply_updates(w, updates).round(4)
     Array([2.34, 3.12], dtype=float32)
     """
-    if not callable(rho):
+    if isinstance(rho, int | float):  # a traced rho cannot be checked
         check(0 <= rho < float("inf"), "0 <= rho < inf", rho=rho)
         if rho == 0:
             return optax.with_extra_args_support(optax.identity())
@@ -122,7 +125,7 @@ def sam(
         del extra_args
         _check_present(params=params, grad_fn=grad_fn)
         assert grad_fn is not None  # for the type checker
-        radius = jnp.asarray(schedule(state.step), jnp.float32)
+        radius = jnp.maximum(jnp.asarray(schedule(state.step), jnp.float32), 0.0)
         norm = _norm(updates)
         moves = (norm > 0) & (radius > 0)
         scale = jnp.where(moves, radius / jnp.where(norm > 0, norm, 1.0), 0.0)
@@ -131,14 +134,9 @@ def sam(
             params,
             updates,
         )
-        output = grad_fn(perturbed_params)
-        perturbed, new_aux = (output, None) if aux is None else output
-        metrics = SamMetrics(
-            rho=radius,
-            gradient_norm=norm,
-            perturbed_gradient_norm=_norm(perturbed),
-            cosine=_cosine(updates, perturbed),
-        )
+        perturbed, new_aux = _unpack(grad_fn(perturbed_params), updates, aux)
+        norms = (norm, _norm(perturbed))
+        metrics = SamMetrics(radius, *norms, _cosine(updates, perturbed, norms))
         perturbed = jax.tree.map(
             lambda g, p: jnp.where(moves, p, g).astype(g.dtype), updates, perturbed
         )
@@ -186,19 +184,41 @@ def _check_present(**values: Any) -> None:
         )
 
 
-def _dot(first: PyTree, second: PyTree) -> Array:
+def _unpack(output: Any, grads: PyTree, aux: PyTree) -> tuple[PyTree, PyTree]:
+    """The gradients and the auxiliary output that `grad_fn` returned."""
+    pair = (output, None) if aux is None else output
+    expected = "(grads, None)" if aux is None else "(grads, aux)"
+    structure = jax.tree.structure((grads, aux))
+    check(
+        isinstance(pair, tuple) and jax.tree.structure(pair) == structure,
+        "grad_fn to return gradients alone with sam(rho), and (gradients, aux) with "
+        "sam(rho, aux=...), of the structure of the parameters and of aux",
+        expected=expected,
+        structure=str(jax.tree.structure(output)),
+    )
+    return pair
+
+
+def _norm(tree: PyTree) -> Array:
+    """The l2 norm of all leaves together; squares can neither under- nor overflow."""
+    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
+    if not leaves:
+        return jnp.zeros([], jnp.float32)
+    largest = [jnp.max(jnp.abs(leaf), initial=0.0) for leaf in leaves]
+    scale = jnp.max(jnp.stack(largest))
+    safe = jnp.where(scale > 0, scale, 1.0)
+    squares = [jnp.sum(jnp.square(leaf / safe)) for leaf in leaves]
+    return scale * jnp.sqrt(jnp.sum(jnp.stack(squares)))
+
+
+def _cosine(first: PyTree, second: PyTree, norms: tuple[Array, Array]) -> Array:
+    """The cosine between two trees with these norms; 0 if either is zero."""
+    one, other = (jnp.where(norm > 0, norm, 1.0) for norm in norms)
     products = jax.tree.map(
-        lambda a, b: jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)),
+        lambda a, b: jnp.sum(
+            (a.astype(jnp.float32) / one) * (b.astype(jnp.float32) / other)
+        ),
         first,
         second,
     )
     return jax.tree.reduce(jnp.add, products, jnp.zeros([], jnp.float32))
-
-
-def _norm(tree: PyTree) -> Array:
-    return jnp.sqrt(_dot(tree, tree))
-
-
-def _cosine(first: PyTree, second: PyTree) -> Array:
-    norms = _norm(first) * _norm(second)
-    return jnp.where(norms > 0, _dot(first, second) / jnp.where(norms > 0, norms, 1), 0)

@@ -88,13 +88,18 @@ def zero_totals(metrics: Iterable[str]) -> Totals:
     """Sums over no step at all of metrics of these names."""
     return {
         "examples": jnp.zeros([], jnp.float32),
-        "first_bad_step": jnp.full([], -1, jnp.int32),  # with a loss that is not finite
+        "first_bad_step": jnp.full([], -1, jnp.int32),  # that is not finite
         "sums": {name: jnp.zeros([], jnp.float32) for name in metrics},
     }
 
 
-def _add(totals: Totals, metrics: dict[str, Array], size: int, step: Array) -> Totals:
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+def _add(
+    totals: Totals, metrics: dict[str, Array], state: TrainState, size: int
+) -> Totals:
+    """Adds a step's metrics, and notes the first step whose outcome is not finite."""
+    step = state.step - 1  # the one that led to this state
+    outcome = jax.tree.leaves((state.variables, metrics))
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in outcome]))
     is_first = ~finite & (totals["first_bad_step"] < 0)
     sums = {
         name: total + size * metrics[name] for name, total in totals["sums"].items()
@@ -190,7 +195,7 @@ class EpochRunner:
             state, metrics = self._train_step(
                 carry.state, batch_images, batch_labels, attack_key
             )
-            return Carry(state, _add(carry.totals, metrics, call.batch_size, step))
+            return Carry(state, _add(carry.totals, metrics, state, call.batch_size))
 
         def run(carry: Carry, *data_and_key: Array) -> tuple[Carry, Array]:
             if call.num_steps == 1:  # no loop: XLA's CPU compiler is better outside one

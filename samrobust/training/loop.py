@@ -37,7 +37,7 @@ Validate = Callable[[TrainState], dict[str, float]]
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss or the gradient stopped being finite."""
+    """The loss, a gradient or the parameters stopped being finite."""
 
 
 class InterruptedRunError(RuntimeError):
@@ -105,7 +105,7 @@ def train(
     parts = make_parts(config, dataset, plan.num_steps)
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     mesh = data_mesh()
-    on_progress(Progress("compiling", 0, plan.num_steps * config.training.epochs, {}))
+    workdir.mkdir(parents=True, exist_ok=True)
     runner = EpochRunner(
         parts.train_step,
         plan,
@@ -184,12 +184,14 @@ class _History:
         """Raises `TrainingDivergedError` if a step of this epoch was not finite."""
         bad_step = int(totals["first_bad_step"])
         if bad_step >= 0:
+            self._checkpoints.wait()
             good = self._checkpoints.latest_step()
             where = "none was saved before" if good is None else f"step {good}"
+            folder = checkpoint_folder(self._workdir, "last")
             message = (
-                f"The loss or its gradient is not finite at step {bad_step}. Last good "
-                f"checkpoint: {where} ({checkpoint_folder(self._workdir, 'last')}). "
-                "Lower training.learning_rate or sam.rho and use a new --workdir."
+                "The loss, a gradient or the parameters are not finite at step "
+                f"{bad_step}. Last good checkpoint: {where} ({folder}). Lower "
+                "training.learning_rate or sam.rho and use a new --workdir."
             )
             raise TrainingDivergedError(message)
 
@@ -211,6 +213,7 @@ class _Run:
         self.num_steps = plan.num_steps * self.config.training.epochs
         step = int(carry.state.step)
         if step < self.num_steps:
+            self._report("compiling", step)
             for call in dict.fromkeys(plan.calls()):
                 self.runner.compile(call, carry)
         while step < self.num_steps:

@@ -47,7 +47,7 @@ def make_train_step(
 
     Args:
       model: `apply(variables, images, train=..., mutable=...)` as in
-        `samrobust.models`.
+        `samrobust.models`; `train=True` without `mutable` must work too.
       tx: the optimizer; receives `grad_fn`, which a `sam` in it calls.
       attack: makes the images that are trained on, at the current parameters.
       objective: loss per example; its mean is minimised.
