@@ -19,8 +19,8 @@ __all__ = ["StopRequest", "cache_folder", "enable_compilation_cache"]
 
 def cache_folder() -> pathlib.Path:
     """`$XDG_CACHE_HOME/samrobust`, by default `~/.cache/samrobust`."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "samrobust"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(base).expanduser() / "samrobust"
 
 
 def enable_compilation_cache() -> None:

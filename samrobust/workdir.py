@@ -98,6 +98,8 @@ def claim(workdir: pathlib.Path) -> Iterator[None]:
                 "another --workdir."
             )
             raise WorkdirError(message) from None
+        for left_by_a_kill in workdir.glob(".*.tmp"):
+            left_by_a_kill.unlink()
         yield
 
 

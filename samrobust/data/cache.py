@@ -7,7 +7,6 @@ damage and a changed source are noticed, and the arrays decoded anew.
 
 import hashlib
 import json
-import os
 import pathlib
 import uuid
 import warnings
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from samrobust.runtime import cache_folder
+
 __all__ = ["cached_arrays", "default_cache_dir"]
 
 Arrays = dict[str, np.ndarray]
@@ -23,8 +24,7 @@ Arrays = dict[str, np.ndarray]
 
 def default_cache_dir() -> pathlib.Path:
     """Returns `$XDG_CACHE_HOME/samrobust/data`, by default below `~/.cache`."""
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(root).expanduser() / "samrobust" / "data"
+    return cache_folder() / "data"
 
 
 def cached_arrays(

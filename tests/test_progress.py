@@ -1,0 +1,69 @@
+"""The progress display: a bar with an ETA on a terminal, lines elsewhere."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from samrobust.reporting import progress as progress_module
+from samrobust.reporting.progress import ProgressDisplay
+from samrobust.training import Progress
+
+METRICS = {"epoch": 3, "loss": 0.25, "accuracy": 91.5}
+
+
+def make(terminal, total=10.0):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=100)
+    return ProgressDisplay(console, total), file
+
+
+def test_without_a_terminal_a_line_says_share_metrics_and_eta():
+    display, file = make(terminal=False)
+    with display.live():
+        run = display.run("ST, seed 0", 8.0, 2.0)
+        run.on_progress(Progress("training", 5, 10, METRICS))
+    line = file.getvalue()
+    assert " 40%  ST, seed 0: training 50%, loss 0.250, accuracy 91.5 %" in line
+    assert "eta" in line
+
+
+def test_without_a_terminal_lines_are_rare():
+    display, file = make(terminal=False)
+    with display.live():
+        run = display.run("ST, seed 0", 8.0, 2.0)
+        for step in range(10):
+            run.on_progress(Progress("training", step, 10, {}))
+    assert file.getvalue().count("training") == 1
+
+
+def test_on_a_terminal_a_bar_shows_the_run_and_an_eta():
+    display, file = make(terminal=True)
+    with display.live():
+        display.run("SAM", 8.0, 2.0).on_progress(Progress("training", 5, 10, METRICS))
+    assert "SAM: training 50%, loss 0.250, accuracy 91.5 %" in file.getvalue()
+    assert "eta" in file.getvalue()
+
+
+def test_runs_share_the_bar_in_proportion_to_their_work(monkeypatch):
+    monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_LINES", 0.0)
+    display, file = make(terminal=False, total=20.0)
+    with display.live():
+        display.run("first", 8.0, 2.0).on_batch(500, 500)
+        display.run("second", 8.0, 2.0).on_batch(250, 500)
+    lines = [line for line in file.getvalue().splitlines() if "attacked" in line]
+    assert lines[0].startswith(" 50%  first: attacked 500 of 500 images")
+    assert lines[1].startswith(" 95%  second: attacked 250 of 500 images")
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_the_bar_fits_its_terminal(width):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=width, color_system=None)
+    display = ProgressDisplay(console, 10.0)
+    with display.live():
+        run = display.run("AT (linf, eps = 16/255) + SAM (rho = 0.2), seed 0", 8.0, 2.0)
+        run.on_progress(Progress("validating", 5, 10, METRICS))
+    bars = [line for line in file.getvalue().split("\r") if "eta" in line]
+    assert bars
+    assert all("0:00:00" in line for line in bars)
