@@ -17,7 +17,7 @@ from samrobust.attacks import JUDGES, cross_entropy, identity, l2, linf, margin,
 
 KEY = jax.random.key(3)
 BALLS = {"linf": linf, "l2": l2}
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICK = {"xla_backend_optimization_level": 0}
 EPS = float(np.finfo(np.float32).eps)
 
 settings = hypothesis.settings(max_examples=30, deadline=None, derandomize=True)

@@ -14,7 +14,7 @@ from scipy import signal, stats
 from samrobust.models import BatchNorm, PreActResNet, conv2d
 
 KEY = jax.random.key(0)
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICK = {"xla_backend_optimization_level": 0}
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
