@@ -19,7 +19,7 @@ from samrobust import building
 from samrobust.data import Dataset
 from samrobust.parallel import data_mesh, replicated
 from samrobust.training.checkpoint import Checkpoints
-from samrobust.training.epoch import Carry, EpochRunner, Totals
+from samrobust.training.epoch import Carry, EpochPlan, EpochRunner, Totals
 from samrobust.training.setup import checkpoint_folder, make_parts, make_plan
 from samrobust.training.state import TrainState
 from samrobust.types import Config
@@ -117,14 +117,18 @@ def train(
     )
     init = jax.jit(lambda key: Carry(parts.init(key), parts.zero_totals))
     fresh = jax.device_put(init(init_key), replicated(mesh))
+    zeros = jax.tree.map(jnp.copy, fresh.totals)  # fresh itself is donated
     folder = checkpoint_folder(workdir, "last")
     with (
         Checkpoints(folder, keep=config.checkpoint.keep) as checkpoints,
         Checkpoints(checkpoint_folder(workdir, "best"), keep=1) as best,
     ):
         history = _History(config, workdir, checkpoints, best)
-        run = _Run(config, runner, history, validate, on_progress, should_stop)
-        return run.to_the_end(history.restore(fresh), plan)
+        carry = history.restore(fresh)
+        run = _Run(
+            config, plan, runner, zeros, history, validate, on_progress, should_stop
+        )
+        return run.to_the_end(carry)
 
 
 class _History:
@@ -201,27 +205,31 @@ class _Run:
     """The loop over epochs and calls."""
 
     config: Config
+    plan: EpochPlan
     runner: EpochRunner
+    zero_totals: Totals
     history: _History
     validate: Validate | None
     on_progress: Callable[[Progress], None]
     should_stop: Callable[[], bool]
 
-    def to_the_end(self, carry: Carry, plan: Any) -> Outcome:
+    @property
+    def num_steps(self) -> int:
+        return self.plan.num_steps * self.config.training.epochs
+
+    def to_the_end(self, carry: Carry) -> Outcome:
         """Trains what is left."""
-        self.plan = plan
-        self.num_steps = plan.num_steps * self.config.training.epochs
         step = int(carry.state.step)
         if step < self.num_steps:
             self._report("compiling", step)
-            for call in dict.fromkeys(plan.calls()):
+            for call in dict.fromkeys(self.plan.calls()):
                 self.runner.compile(call, carry)
         while step < self.num_steps:
             carry, step = self._epoch(carry, step)
         self.history.save(carry, step, 0.0, wait=True)
         seconds = [line["seconds"] for line in self.history.log.lines]
-        per_step = [epoch_seconds / plan.num_steps for epoch_seconds in seconds]
-        return Outcome(carry.state, sum(seconds), statistics.median(per_step))
+        step_seconds = statistics.median(seconds) / self.plan.num_steps
+        return Outcome(carry.state, sum(seconds), step_seconds)
 
     def _epoch(self, carry: Carry, step: int) -> tuple[Carry, int]:
         """From a step to the end of its epoch; then its metrics and validation."""
@@ -242,8 +250,7 @@ class _Run:
         totals = jax.device_get(carry.totals)
         self.history.check_finite(totals)
         line = self._summarise(totals, step, time.monotonic() - started)
-        carry = Carry(carry.state, jax.tree.map(jnp.zeros_like, carry.totals))
-        carry.totals["first_bad_step"] -= 1
+        carry = Carry(carry.state, jax.tree.map(jnp.copy, self.zero_totals))
         if self.validate is not None:
             self._report("validating", step)
             scores = self.validate(carry.state)
