@@ -110,45 +110,7 @@ def pgd(
     check_choice(JUDGES, judge=judge)
     check(box[0] < box[1], "box[0] < box[1]", box=box)
 
-    def run(logits_fn: LogitsFn, images: Array, labels: Array, key: Array) -> _Worst:
-        """One run from a start: its judged images and their score."""
-
-        def into_set(candidates: Array) -> Array:
-            return jnp.clip(images + ball.project(candidates - images), *box)
-
-        def total_loss(current: Array) -> tuple[Array, tuple[Array, Array]]:
-            logits = logits_fn(current)
-            losses = loss(logits, labels)
-            return jnp.sum(losses), (losses, logits)
-
-        def ascend(current: Array) -> tuple[Array, Array]:
-            """One step, and the score of the images it started from."""
-            gradient, (losses, logits) = jax.grad(total_loss, has_aux=True)(current)
-            step = step_size * ball.steepest_ascent(gradient)
-            return into_set(current + step), _score(losses, logits, labels)
-
-        def scored(current: Array) -> _Worst:
-            _, (losses, logits) = total_loss(current)
-            return _Worst(current, _score(losses, logits, labels))
-
-        start = images
-        if random_start:
-            start = into_set(images + ball.sample(key, images.shape))
-
-        if judge == "final":
-            final = _repeat(num_steps, lambda current: ascend(current)[0], start)
-            if restarts == 1:  # nothing to compare: spare the forward pass
-                return _Worst(final, jnp.zeros(images.shape[0]))
-            return scored(final)
-
-        def ascend_and_judge(carry: tuple[Array, _Worst]) -> tuple[Array, _Worst]:
-            current, worst = carry
-            following, score = ascend(current)
-            return following, _worse(worst, _Worst(current, score))
-
-        unseen = _Worst(start, jnp.full(images.shape[0], -jnp.inf))
-        final, worst = _repeat(num_steps, ascend_and_judge, (start, unseen))
-        return _worse(worst, scored(final))
+    settings = _Settings(ball, step_size, num_steps, random_start, loss, judge, box)
 
     def attack(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
@@ -160,19 +122,91 @@ def pgd(
         )
         if ball.radius == 0:
             return jax.lax.stop_gradient(images)
+        problem = _Problem(settings, logits_fn, images, labels)
 
         def restart(index: Array | int, worst: _Worst) -> _Worst:
-            fresh_key = jax.random.fold_in(key, index)
-            return _worse(worst, run(logits_fn, images, labels, fresh_key))
+            return _worse(worst, problem.run(jax.random.fold_in(key, index)))
 
         unseen = _Worst(images, jnp.full(images.shape[0], -jnp.inf))
-        if restarts == 1:
-            worst = restart(0, unseen)
-        else:
+        if restarts > 1:
             worst = jax.lax.fori_loop(0, restarts, restart, unseen)
+        elif judge == "final":  # nothing to compare: spare the forward pass
+            return jax.lax.stop_gradient(problem.last(jax.random.fold_in(key, 0)))
+        else:
+            worst = restart(0, unseen)
         return jax.lax.stop_gradient(worst.images)
 
     return attack
+
+
+class _Settings(NamedTuple):
+    """The arguments of `pgd` that a single run needs."""
+
+    ball: Ball
+    step_size: float
+    num_steps: int
+    random_start: bool
+    loss: LossFn
+    judge: str
+    box: tuple[float, float]
+
+
+class _Problem(NamedTuple):
+    """Settings and data: what a run from a random start depends on beside its key."""
+
+    settings: _Settings
+    logits_fn: LogitsFn
+    images: Array
+    labels: Array
+
+    def run(self, key: Array) -> _Worst:
+        """The images that a run hands in, and their score."""
+        if self.settings.judge == "final":
+            return self.scored(self.last(key))
+
+        def ascend_and_judge(carry: tuple[Array, _Worst]) -> tuple[Array, _Worst]:
+            current, worst = carry
+            following, score = self.ascend(current)
+            return following, _worse(worst, _Worst(current, score))
+
+        start = self.start(key)
+        unseen = _Worst(start, jnp.full(start.shape[0], -jnp.inf))
+        steps = self.settings.num_steps
+        final, worst = _repeat(steps, ascend_and_judge, (start, unseen))
+        return _worse(worst, self.scored(final))
+
+    def last(self, key: Array) -> Array:
+        """The final iterate of a run."""
+        start = self.start(key)
+        return _repeat(self.settings.num_steps, lambda x: self.ascend(x)[0], start)
+
+    def start(self, key: Array) -> Array:
+        """A random point of the ball and the box, or the images themselves."""
+        if not self.settings.random_start:
+            return self.images
+        noise = self.settings.ball.sample(key, self.images.shape)
+        return self.into_set(self.images + noise)
+
+    def into_set(self, candidates: Array) -> Array:
+        """The projection onto the ball, then onto the box."""
+        delta = self.settings.ball.project(candidates - self.images)
+        return jnp.clip(self.images + delta, *self.settings.box)
+
+    def ascend(self, current: Array) -> tuple[Array, Array]:
+        """One step, and the score of the images it started from."""
+        gradient, score = jax.grad(self.total_loss, has_aux=True)(current)
+        direction = self.settings.ball.steepest_ascent(gradient)
+        return self.into_set(current + self.settings.step_size * direction), score
+
+    def scored(self, current: Array) -> _Worst:
+        """Images with their score."""
+        return _Worst(current, self.total_loss(current)[1])
+
+    def total_loss(self, current: Array) -> tuple[Array, Array]:
+        """The sum of the losses, and the scores [B]."""
+        logits = self.logits_fn(current)
+        losses = self.settings.loss(logits, self.labels)
+        return jnp.sum(losses), _score(losses, logits, self.labels)
 
 
 def _repeat(
