@@ -18,17 +18,18 @@ lint: $(VENV)/.installed-dev
 
 # A virtual environment leaves a Python that the distribution manages alone.
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "samrobust needs Python 3.11+: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'No venv? On Debian and Ubuntu: apt install python3-venv'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "samrobust needs Python 3.11+: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'No venv? On Debian and Ubuntu: apt install python3-venv'; exit 1; }
 
 $(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
+	@echo 'Installing into $(VENV), about a minute'
 	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
-	touch $@
+	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements-dev.lock
-	touch $@
+	@touch $@
 
 # After a change of the dependencies in pyproject.toml; needs uv.
 lock:

@@ -80,7 +80,9 @@ def _table(
     for planned, error in failures:
         console.print(f"[red]failed[/red] {planned.name}: {escape(str(error))}")
     if results:
-        table = _summarise(results, configs)
+        changed = ", ".join(item.removeprefix("--config.") for item in overrides)
+        note = f" Changed from {arguments.config}: {changed}." if changed else ""
+        table = _summarise(results, configs, note)
         paths = reporting.write_table(table, workdir)
         console.print(reporting.to_rich(table))
         files = ", ".join(path.name for path in paths)
@@ -107,7 +109,7 @@ def _run_all(
 
 
 def _summarise(
-    results: list[dict[str, Any]], configs: dict[str, Config]
+    results: list[dict[str, Any]], configs: dict[str, Config], note: str
 ) -> reporting.Table:
     config = next(iter(configs.values()))
     paper = {row: dict(c.paper) for row, c in configs.items() if c.paper}
@@ -116,7 +118,7 @@ def _summarise(
         rows=[(row, c.label) for row, c in configs.items()],
         paper=paper,
         title=f"Natural and robust accuracy on {config.data.name}",
-        caption=_caption(config),
+        caption=_caption(config) + note,
     )
 
 

@@ -79,6 +79,13 @@ def test_the_files_of_the_table_agree_with_the_results(table):
     assert (workdir / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_caption_says_what_was_changed_from_the_config(table):
+    text = (table[0] / "table.md").read_text()
+    assert "Changed from configs/digits.py: " in text
+    for flag in helpers.make_flags():
+        assert flag.removeprefix("--config.") in text
+
+
 def test_a_second_call_is_quick_and_gives_the_same_table(table, capsys):
     workdir, _ = table
     names = ["table.md", "table.csv"]
