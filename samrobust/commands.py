@@ -94,7 +94,12 @@ def _run_all(
     runs: Sequence[PlannedRun], console: Console, stop: StopRequest
 ) -> tuple[list[dict[str, Any]], list[tuple[PlannedRun, Exception]]]:
     dataset = building.load_data(runs[0].config)
-    works = {planned.workdir: work(planned.config, dataset) for planned in runs}
+    works = {
+        planned.workdir: (0.0, 0.0)
+        if (planned.workdir / "result.json").exists()
+        else work(planned.config, dataset)
+        for planned in runs
+    }
     display = ProgressDisplay(console, sum(sum(w) for w in works.values()))
     failures: list[tuple[PlannedRun, Exception]] = []
     with display.live():

@@ -18,14 +18,28 @@ def make(terminal, total=10.0):
     return ProgressDisplay(console, total), file
 
 
-def test_without_a_terminal_a_line_says_share_metrics_and_eta():
+def test_without_a_terminal_a_line_says_share_metrics_and_eta(monkeypatch):
     display, file = make(terminal=False)
     with display.live():
         run = display.run("ST, seed 0", 8.0, 2.0)
+        monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_LINES", 0.0)
+        run.on_progress(Progress("compiling", 0, 10, {}))
         run.on_progress(Progress("training", 5, 10, METRICS))
     line = file.getvalue()
     assert " 40%  ST, seed 0: training 50%, loss 0.250, accuracy 91.5 %" in line
     assert "eta" in line
+
+
+def test_the_share_of_a_run_that_goes_on_is_of_the_work_that_was_left(monkeypatch):
+    monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_LINES", 0.0)
+    display, file = make(terminal=False)
+    with display.live():
+        run = display.run("ST, seed 0", 8.0, 2.0)
+        run.on_progress(Progress("compiling", 5, 10, {}))  # 4 of 10 units done before
+        run.on_progress(Progress("training", 10, 10, {}))  # 4 of 6 done here
+    compiling, training = file.getvalue().splitlines()
+    assert compiling.startswith("  0%")
+    assert training.startswith(" 67%")
 
 
 def test_without_a_terminal_lines_are_rare():

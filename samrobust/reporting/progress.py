@@ -33,7 +33,7 @@ class ProgressDisplay:
     def __init__(self, console: Console, total_work: float):
         self._console, self._total = console, total_work
         self._done, self._started, self._last_line = 0.0, time.monotonic(), 0.0
-        self._text = ""
+        self._skipped = 0.0
         self._progress = Progress(
             TextColumn(
                 "{task.description}",
@@ -66,21 +66,24 @@ class ProgressDisplay:
         self._done += training_work + evaluation_work
         return RunDisplay(self, name, start, training_work, evaluation_work)
 
-    def print(self, text: str) -> None:
-        """Prints a line above the bar."""
-        self._console.print(text, highlight=False)
+    def skip(self, work: float) -> None:
+        """Leaves out work that was done before, lest the ETA promise its speed."""
+        self._skipped += work
+        self._progress.update(self._task, total=self._total - self._skipped)
 
     def show(self, text: str, done: float) -> None:
         """Moves the bar to `done` units of work and says what is going on."""
+        done -= self._skipped
         self._progress.update(self._task, completed=done, description=text)
         now = time.monotonic()
         if self._console.is_terminal or now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
-        share = done / self._total
+        share = done / (self._total - self._skipped)
         elapsed = now - self._started
         eta = f"{elapsed * (1 - share) / share:.0f} s" if share > 0.02 else "-"
-        self.print(f"{share:4.0%}  {text}  (elapsed {elapsed:.0f} s, eta {eta})")
+        line = f"{share:4.0%}  {text}  (elapsed {elapsed:.0f} s, eta {eta})"
+        self._console.print(line, highlight=False)
 
 
 def _fixed(width: int) -> Column:
@@ -100,10 +103,12 @@ class RunDisplay:
     ):
         self._display, self._name, self._start = display, name, start
         self._training, self._evaluation = training_work, evaluation_work
+        self._goes_on = False
 
     def on_progress(self, progress: Any) -> None:
         """Shows a `samrobust.training.Progress`."""
         share = progress.step / progress.num_steps
+        self._skip_once(share * self._training)
         text = f"{self._name}: {progress.phase} {share:.0%}"
         if progress.metrics:
             loss, accuracy = progress.metrics["loss"], progress.metrics["accuracy"]
@@ -112,7 +117,14 @@ class RunDisplay:
 
     def on_batch(self, done: int, num_examples: int) -> None:
         """Shows how many examples were attacked."""
+        self._skip_once(self._training)
         share = done / num_examples
         text = f"{self._name}: attacked {done:,} of {num_examples:,} images"
         work = self._start + self._training + share * self._evaluation
         self._display.show(text, work)
+
+    def _skip_once(self, work: float) -> None:
+        """Leaves out what an earlier process did, known at the first call."""
+        if not self._goes_on:
+            self._goes_on = True
+            self._display.skip(work)
