@@ -63,8 +63,10 @@ def test_runs_share_the_bar_in_proportion_to_their_work(monkeypatch):
     monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_LINES", 0.0)
     display, file = make(terminal=False, total=20.0)
     with display.live():
-        display.run("first", 8.0, 2.0).on_batch(500, 500)
-        display.run("second", 8.0, 2.0).on_batch(250, 500)
+        for name, done in (("first", 500), ("second", 250)):
+            run = display.run(name, 8.0, 2.0)
+            run.on_progress(Progress("compiling", 0, 10, {}))
+            run.on_batch(done, 500)
     lines = [line for line in file.getvalue().splitlines() if "attacked" in line]
     assert lines[0].startswith(" 50%  first: attacked 500 of 500 images")
     assert lines[1].startswith(" 95%  second: attacked 250 of 500 images")
