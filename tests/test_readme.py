@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shlex
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +41,7 @@ def commands():
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_line_is_accepted(command):
-    arguments, overrides = cli._parse(command.split()[1:])
+    arguments, overrides = cli._parse(shlex.split(command)[1:])
     if getattr(arguments, "config", None):
         config = configuration.load_config(arguments.config, overrides)
         assert config.is_locked
