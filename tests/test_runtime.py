@@ -19,9 +19,14 @@ def compilation_cache(**environment):
         "import jax\nfrom samrobust.runtime import enable_compilation_cache\n"
         "enable_compilation_cache()\nprint(jax.config.jax_compilation_cache_dir)"
     )
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "JAX_COMPILATION_CACHE_DIR"
+    }
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, **environment},
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
         check=True,
