@@ -58,15 +58,7 @@ def make_ball(norm: str, epsilon: float, gradient_floor: float = 0.0) -> attacks
 def training_attack(config: Config) -> Attack:
     """The attack of `config.attack`: the identity where its radius is 0."""
     attack = config.attack
-    return attacks.pgd(
-        make_ball(attack.norm, attack.epsilon, attack.gradient_floor),
-        step_size=attack.step_size / 255,
-        num_steps=attack.num_steps,
-        random_start=attack.random_start,
-        restarts=attack.restarts,
-        loss=LOSSES[attack.loss],
-        judge=attack.judge,
-    )
+    return _pgd(attack, attack.norm, attack.epsilon, attack.step_size)
 
 
 def evaluation_attacks(config: Config) -> dict[str, Attack]:
@@ -75,16 +67,23 @@ def evaluation_attacks(config: Config) -> dict[str, Attack]:
     columns: dict[str, Attack] = {"natural": attacks.identity}
     for norm, relative in (("linf", "linf_step"), ("l2", "l2_step")):
         for radius in evaluation[norm]:
-            columns[f"{norm} {radius:g}/255"] = attacks.pgd(
-                make_ball(norm, radius, evaluation.gradient_floor),
-                step_size=radius * evaluation[relative] / 255,
-                num_steps=evaluation.num_steps,
-                random_start=evaluation.random_start,
-                restarts=evaluation.restarts,
-                loss=LOSSES[evaluation.loss],
-                judge=evaluation.judge,
-            )
+            step_size = radius * evaluation[relative]
+            attack = _pgd(evaluation, norm, radius, step_size)
+            columns[f"{norm} {radius:g}/255"] = attack
     return columns
+
+
+def _pgd(options: Config, norm: str, epsilon: float, step_size: float) -> Attack:
+    """PGD with radius and step size in 1/255, and the rest from a config's section."""
+    return attacks.pgd(
+        make_ball(norm, epsilon, options.gradient_floor),
+        step_size=step_size / 255,
+        num_steps=options.num_steps,
+        random_start=options.random_start,
+        restarts=options.restarts,
+        loss=LOSSES[options.loss],
+        judge=options.judge,
+    )
 
 
 def validation_attacks(config: Config) -> dict[str, Attack]:

@@ -192,7 +192,6 @@ def _evaluate(
     config = _evaluation_config(workdir, arguments)
     console = Console()
     dataset: Dataset = building.load_data(config)
-    attacks = building.evaluation_attacks(config)
     works = work(config, dataset)
     display = ProgressDisplay(console, works[1])
     with display.live():
@@ -201,7 +200,6 @@ def _evaluate(
             workdir,
             display.run(config.label, 0.0, works[1]),
             dataset=dataset,
-            attacks=attacks,
             should_stop=stop,
         )
     line = {

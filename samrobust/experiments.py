@@ -24,7 +24,7 @@ from samrobust.training import (
     load_variables,
     train,
 )
-from samrobust.types import Attack, Config
+from samrobust.types import Config, PyTree
 from samrobust.workdir import claim, read_json, settle_config, write_json
 
 __all__ = ["Observer", "PlannedRun", "evaluate_run", "run", "run_all", "work"]
@@ -111,7 +111,11 @@ def run(
                 on_progress=observer.on_progress,
                 should_stop=should_stop,
             )
-            accuracy = _evaluate(config, dataset, workdir, observer, should_stop)
+            if config.evaluation.checkpoint == "last":
+                variables = outcome.state.variables
+            else:
+                variables = load_variables(config, dataset, workdir, "best")
+            accuracy = _evaluate(config, dataset, variables, observer, should_stop)
             result = {
                 "dataset": config.data.name,
                 "row": config.row,
@@ -174,17 +178,15 @@ def evaluate_run(
     observer: Observer,
     *,
     dataset: Dataset,
-    attacks: dict[str, Attack],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Evaluates the network of a run under other attacks.
+    """Evaluates the network of a run again, under other attacks if one likes.
 
     Args:
-      config: of the run; `config.evaluation` says which checkpoint, split and batch.
+      config: of the run; its `evaluation` may differ from what the run was made with.
       workdir: of the run.
       observer: is told of progress.
       dataset: that of `config.data`.
-      attacks: by name.
       should_stop: asked after every batch.
 
     Returns:
@@ -193,29 +195,26 @@ def evaluate_run(
     Raises:
       CheckpointError: if the run has no intact checkpoint of that kind.
     """
-    return _evaluate(config, dataset, workdir, observer, should_stop, attacks)
+    variables = load_variables(config, dataset, workdir, config.evaluation.checkpoint)
+    return _evaluate(config, dataset, variables, observer, should_stop)
 
 
 def _evaluate(
     config: Config,
     dataset: Dataset,
-    workdir: pathlib.Path,
+    variables: PyTree,
     observer: Observer,
     should_stop: Callable[[], bool],
-    attacks: dict[str, Attack] | None = None,
 ) -> dict[str, float]:
     def on_batch(done: int, num_examples: int) -> None:
         observer.on_batch(done, num_examples)
         if should_stop() and done < num_examples:
-            message = (
-                f"Stopped during evaluation. The same command redoes it: {workdir}"
-            )
+            message = "Stopped during evaluation. The same command redoes it."
             raise InterruptedRunError(message)
 
-    variables = load_variables(config, dataset, workdir, config.evaluation.checkpoint)
     evaluate = make_evaluator(
         building.make_model(config, dataset),
-        attacks or building.evaluation_attacks(config),
+        building.evaluation_attacks(config),
         batch_size=config.evaluation.batch_size,
     )
     key = jax.random.fold_in(jax.random.key(config.seed), _EVALUATION_STREAM)

@@ -11,7 +11,6 @@ from samrobust.data import (
     epoch_permutation,
     evaluation_batches,
     random_crop_and_flip,
-    steps_per_epoch,
     take_batch,
 )
 
@@ -140,26 +139,8 @@ def test_an_empty_permutation_is_refused():
         epoch_permutation(KEY, 0, 0)
 
 
-@hypothesis.settings(deadline=None)
-@hypothesis.given(st.integers(1, 300), st.integers(1, 300))
-def test_steps_per_epoch_counts_the_slices_of_a_list(num_examples, batch_size):
-    slices = [
-        range(num_examples)[start : start + batch_size]
-        for start in range(0, num_examples, batch_size)
-    ]
-    assert steps_per_epoch(num_examples, batch_size, False) == len(slices)
-    full = sum(len(part) == batch_size for part in slices)
-    if full:
-        assert steps_per_epoch(num_examples, batch_size, True) == full
-    else:
-        with pytest.raises(ValueError, match="batch_size <= num_examples"):
-            steps_per_epoch(num_examples, batch_size, True)
-
-
 @pytest.mark.parametrize(("num_examples", "batch_size"), [(0, 1), (1, 0)])
-def test_empty_epochs_and_batches_are_refused(num_examples, batch_size):
-    with pytest.raises(ValueError, match="Expected 1 <= "):
-        steps_per_epoch(num_examples, batch_size, False)
+def test_empty_data_and_batches_are_refused(num_examples, batch_size):
     with pytest.raises(ValueError, match="Expected 1 <= "):
         evaluation_batches(num_examples, batch_size)
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import hypothesis
 import jax
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from samrobust.data import Dataset, Split, epoch_permutation, take_batch
 from samrobust.experiments import run
@@ -96,6 +98,18 @@ def test_an_epoch_visits_every_example_exactly_once(
     assert step == plan.num_steps
     assert len(seen) == num_examples - left_out
     assert seen == permutation[: len(seen)].tolist()
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.integers(1, 300), st.integers(1, 300))
+def test_the_steps_of_an_epoch_are_the_slices_of_a_list(num_examples, batch_size):
+    slices = [
+        range(num_examples)[start : start + batch_size]
+        for start in range(0, num_examples, batch_size)
+    ]
+    full = sum(len(part) == batch_size for part in slices)
+    assert EpochPlan(num_examples, batch_size, 1, False).num_steps == len(slices)
+    assert EpochPlan(num_examples, batch_size, 1, True).num_steps == full
 
 
 @pytest.mark.parametrize("drop_remainder", [False, True])

@@ -10,7 +10,6 @@ from samrobust.data.augment import random_crop_and_flip
 from samrobust.data.batches import (
     epoch_permutation,
     evaluation_batches,
-    steps_per_epoch,
     take_batch,
 )
 from samrobust.data.datasets import DATASETS, Dataset, Split, load_dataset
@@ -24,6 +23,5 @@ __all__ = [
     "evaluation_batches",
     "load_dataset",
     "random_crop_and_flip",
-    "steps_per_epoch",
     "take_batch",
 ]

@@ -14,7 +14,7 @@ from jax import lax
 
 from samrobust.checks import check
 
-__all__ = ["epoch_permutation", "evaluation_batches", "steps_per_epoch", "take_batch"]
+__all__ = ["epoch_permutation", "evaluation_batches", "take_batch"]
 
 # XLA turns a division by 255 into a multiplication by 1/255, which is off by one unit
 # in the last place for 126 of the 256 values. A table is exact on every backend.
@@ -45,36 +45,6 @@ def epoch_permutation(
     check(num_examples >= 1, "1 <= num_examples", num_examples=num_examples)
     indices = jnp.arange(num_examples, dtype=jnp.int32)
     return jax.random.permutation(jax.random.fold_in(key, epoch), indices)
-
-
-def steps_per_epoch(num_examples: int, batch_size: int, drop_remainder: bool) -> int:
-    """Returns the number of batches in an epoch.
-
-    Args:
-      num_examples: size of the data set.
-      batch_size: examples in a batch.
-      drop_remainder: whether a last, smaller batch is left out.
-
-    Returns:
-      A count of at least 1.
-
-    Raises:
-      ValueError: if a size is below 1, or no batch would be left.
-
-    >>> steps_per_epoch(50_000, 128, True), steps_per_epoch(50_000, 128, False)
-    (390, 391)
-    """
-    _check_sizes(num_examples, batch_size)
-    check(
-        not drop_remainder or batch_size <= num_examples,
-        "batch_size <= num_examples with drop_remainder",
-        "Use smaller batches, or every batch is dropped.",
-        batch_size=batch_size,
-        num_examples=num_examples,
-    )
-    return (
-        num_examples // batch_size if drop_remainder else -(-num_examples // batch_size)
-    )
 
 
 def take_batch(
@@ -140,7 +110,8 @@ def evaluation_batches(
     >>> [(i.tolist(), m.tolist()) for i, m in evaluation_batches(3, 2)]
     [([0, 1], [True, True]), ([2, 0], [True, False])]
     """
-    _check_sizes(num_examples, batch_size)
+    check(num_examples >= 1, "1 <= num_examples", num_examples=num_examples)
+    check(batch_size >= 1, "1 <= batch_size", batch_size=batch_size)
 
     def batch(start: int) -> tuple[np.ndarray, np.ndarray]:
         positions = np.arange(start, start + batch_size, dtype=np.int32)
@@ -148,9 +119,3 @@ def evaluation_batches(
         return np.where(mask, positions, np.int32(0)), mask
 
     return map(batch, range(0, num_examples, batch_size))
-
-
-def _check_sizes(num_examples: int, batch_size: int) -> None:
-    """Refuses an empty data set and an empty batch."""
-    check(num_examples >= 1, "1 <= num_examples", num_examples=num_examples)
-    check(batch_size >= 1, "1 <= batch_size", batch_size=batch_size)
