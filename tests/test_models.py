@@ -139,14 +139,20 @@ def test_bfloat16_stays_bfloat16_and_near_float32(stride):
     assert_close(raised, high, 2.0**-7)
 
 
-def input_gradient(conv):
+def gradients(conv, argnums: Any = 0):
     """Of a net of two convolutions, one of them with a stride."""
 
     def energy(images, first, second):
         hidden = jnp.tanh(conv(images, first, 1, 1))
         return jnp.sum(jnp.tanh(conv(hidden, second, 2, 1)))
 
-    return jax.grad(energy)
+    return jax.grad(energy, argnums)
+
+
+def compile_on_the_cpu(function, *arguments):
+    """The optimised program, as text."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        return jax.jit(function).lower(*arguments).compile().as_text() or ""
 
 
 def two_kernels():
@@ -159,25 +165,67 @@ def test_in_a_loop_on_the_cpu_every_convolution_of_the_input_gradient_is_canonic
     """XLA computes others by a naive loop: 20 to 100 times slower."""
 
     def ascend(images, first, second):
-        gradient = input_gradient(conv2d)
+        gradient = gradients(conv2d)
         return lax.fori_loop(0, 3, lambda _, x: x + gradient(x, first, second), images)
 
-    with jax.default_device(jax.devices("cpu")[0]):
-        compiled = jax.jit(ascend).lower(*two_kernels()).compile().as_text()
-    labels = re.findall(r"dim_labels=(\w+->\w+)", compiled or "")
+    compiled = compile_on_the_cpu(ascend, *two_kernels())
+    labels = re.findall(r"dim_labels=(\w+->\w+)", compiled)
     assert len(labels) == 4  # two forward, two backward
     assert set(labels) == {"b01f_01io->b01f"}
+
+
+def test_in_a_loop_on_the_cpu_training_too_has_canonical_convolutions_alone():
+    def descend(images, first, second):
+        gradient = gradients(conv2d, argnums=(1, 2))
+
+        def step(_, kernels):
+            moved = gradient(images, *kernels)
+            return jax.tree.map(lambda k, g: k - 0.1 * g, kernels, moved)
+
+        return lax.fori_loop(0, 3, step, (first, second))
+
+    compiled = compile_on_the_cpu(descend, *two_kernels())
+    labels = re.findall(r"dim_labels=(\w+->\w+)", compiled)
+    assert len(labels) == 5  # two forward, one to the first layer, two to the kernels
+    assert set(labels) == {"b01f_01io->b01f"}
+
+
+def test_the_kernels_of_an_attack_are_flipped_once_and_not_at_every_step():
+    def ascend(images, first, second):
+        gradient = gradients(conv2d)
+        return lax.fori_loop(0, 3, lambda _, x: x + gradient(x, first, second), images)
+
+    compiled = compile_on_the_cpu(ascend, *two_kernels())
+    compiled = re.sub(r", metadata=\{[^}]*\}", "", compiled)
+    body = re.search(r"\bwhile\(.*body=%?([\w.]+)", compiled)
+    assert body is not None
+    (inside,) = re.findall(
+        rf"^%{re.escape(body.group(1))} .*?^}}", compiled, re.MULTILINE | re.DOTALL
+    )
+    assert "convolution(" in inside
+    assert " call(" not in inside
+    entry = compiled[compiled.index("ENTRY") :]
+    assert len(re.findall(r" call\(.*to_apply=%?_flip", entry)) == 2
+
+
+def test_the_gradient_of_a_one_by_one_kernel_is_that_of_xla():
+    images, kernel = conv_inputs(1, (7, 6))
+
+    def of(conv):
+        return jax.grad(lambda k: jnp.sum(jnp.sin(conv(images, k, 2, 0))))(kernel)
+
+    assert_close(of(conv2d), of(native))
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_lowered_for_an_accelerator_the_convolutions_are_the_native_ones(platform):
     def convolutions(conv):
-        traced = jax.jit(input_gradient(conv)).trace(*two_kernels())
+        traced = jax.jit(gradients(conv, argnums=(0, 1, 2))).trace(*two_kernels())
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         pattern = r"stablehlo\.convolution\(.*?\) (dim_numbers.*)"
         return sorted(re.findall(pattern, text))
 
-    assert len(convolutions(native)) == 4
+    assert len(convolutions(native)) == 6
     assert convolutions(conv2d) == convolutions(native)
 
 

@@ -3,15 +3,17 @@
 import json
 import os
 import pathlib
+import platform
 import signal
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from samrobust.provenance import provenance
-from samrobust.runtime import StopRequest, cache_folder
+from samrobust.runtime import StopRequest, cache_folder, compiler_options
 
 
 def compilation_cache(**environment):
@@ -52,6 +54,78 @@ def test_the_cache_folder_is_in_the_home_by_default(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/home/somebody")
     assert cache_folder() == pathlib.Path("/home/somebody/.cache/samrobust")
+
+
+def in_a_fresh_process(script, **environment):
+    """What a script prints, with no XLA or malloc settings but those given."""
+    foreign = ("XLA_FLAGS", "MALLOC_", "GLIBC_TUNABLES")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+OPTIONS = (
+    "from samrobust.runtime import compiler_options; import os\n"
+    "print(bool(compiler_options()), os.environ.get('XLA_FLAGS'))"
+)
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="options of the CPU")
+
+
+@on_cpu
+def test_the_compiler_options_take_convolutions_away_from_ynnpack():
+    images, kernel = jnp.ones((8, 16, 16, 16)), jnp.ones((3, 3, 16, 16))
+
+    def convolve(images, kernel):
+        return jax.lax.conv_general_dilated(
+            images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    program = jax.jit(convolve, compiler_options=compiler_options())
+    text = program.lower(images, kernel).compile().as_text()
+    assert "ynn_fusion" not in (text or "")
+
+
+@on_cpu
+def test_the_compiler_options_leave_the_environment_as_it_is():
+    assert in_a_fresh_process(OPTIONS) == "True None"
+
+
+@on_cpu
+def test_the_users_own_choice_among_xlas_flags_wins():
+    flags = "--xla_cpu_experimental_ynn_fusion_type=individual_dot"
+    assert in_a_fresh_process(OPTIONS, XLA_FLAGS=flags) == f"False {flags}"
+
+
+KEEP = """
+from samrobust.runtime import keep_freed_memory
+import numpy as np, resource
+kept = keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**23)  # 64 MiB, written to and freed
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(kept, faults() < 100)
+"""
+on_glibc = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's"
+)
+
+
+@on_glibc
+def test_freed_memory_is_used_again_without_page_faults():
+    assert in_a_fresh_process(KEEP) == "True True"
+
+
+@on_glibc
+def test_the_users_own_settings_of_malloc_win():
+    assert in_a_fresh_process(KEEP, MALLOC_ARENA_MAX="2") == "False False"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

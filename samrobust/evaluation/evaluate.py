@@ -5,6 +5,7 @@ precision it was made with. All attacks run in one pass over the data. Accuracie
 percentages.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from typing import cast
@@ -17,6 +18,7 @@ from flax import linen as nn
 from samrobust.checks import check
 from samrobust.data import Split, evaluation_batches, take_batch
 from samrobust.parallel import data_mesh, replicated, shard_batch
+from samrobust.runtime import compiler_options
 from samrobust.types import Array, Attack, PyTree
 
 __all__ = ["Evaluator", "accuracies", "make_evaluator"]
@@ -52,7 +54,7 @@ def make_evaluator(
     num_devices = mesh.devices.size
     batch_size = -(-batch_size // num_devices) * num_devices
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def judge(
         variables: PyTree, images: Array, labels: Array, indices: Array, key: Array
     ) -> dict[str, Array]:

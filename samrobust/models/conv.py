@@ -1,21 +1,25 @@
-"""A 2-D convolution whose input gradient stays fast inside loops on the CPU.
+"""A 2-D convolution whose gradients are fast on the CPU, inside loops and outside.
 
 XLA's CPU compiler brings convolutions into its fast form in the entry computation
-alone. The input gradient as JAX derives it needs that rewriting, and so it falls to a
-naive loop inside `lax.fori_loop`, `scan` or `cond`: where PGD computes it. Written as
-a forward convolution of the output gradient with the flipped kernel it is fast
-everywhere. The choice is made when a function is lowered for its platform: on GPU and
-TPU nothing changes. The weight gradient stays native on all platforms: no attack needs
-it, and in the entry computation native is the fastest.
+alone, and merges the transpositions that this takes with the elementwise work around
+them, into loops that stride through memory. So the gradients as JAX derives them are
+slow in the entry computation, and naive loops inside `lax.fori_loop`, `scan` or `cond`:
+where PGD computes them. Here both gradients are written as forward convolutions, fast
+everywhere, and their transpositions stand in functions of their own, which XLA
+neither merges nor repeats: those of the kernels leave the loop of an attack altogether.
+The choice is made when a function is lowered for its platform: on GPU and TPU the
+gradients are JAX's own.
 
 Conventions: NHWC images, HWIO kernels, symmetric padding as in PyTorch.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from samrobust.types import Array
 
@@ -68,26 +72,51 @@ def _backward(
     stride: int, padding: int, residuals: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Array]:
     images, kernel = residuals
+    options = {"stride": stride, "padding": padding}
 
-    def native(cotangent: Array, kernel: Array) -> Array:
-        _, vjp = jax.vjp(lambda x: _convolve(x, kernel, stride, padding), images)
+    def native_image(cotangent: Array, kernel: Array) -> Array:
+        _, vjp = jax.vjp(lambda x: _convolve(x, kernel, **options), images)
         return vjp(cotangent)[0]
 
-    def canonical(cotangent: Array, kernel: Array) -> Array:
-        return _input_gradient(cotangent, kernel, images.shape, stride, padding)
+    def native_kernel(cotangent: Array, images: Array) -> Array:
+        _, vjp = jax.vjp(lambda k: _convolve(images, k, **options), kernel)
+        return vjp(cotangent)[0]
 
-    image_gradient = lax.platform_dependent(
-        cotangent, kernel, cpu=canonical, default=native
+    image_gradient = functools.partial(_image_gradient, shape=images.shape, **options)
+    kernel_gradient = functools.partial(
+        _kernel_gradient, window=kernel.shape[:2], **options
     )
-    _, vjp = jax.vjp(lambda k: _convolve(images, k, stride, padding), kernel)
-    return image_gradient, vjp(cotangent)[0]
+    return (
+        lax.platform_dependent(
+            cotangent, kernel, cpu=image_gradient, default=native_image
+        ),
+        lax.platform_dependent(
+            cotangent, images, cpu=_apart(kernel_gradient), default=native_kernel
+        ),
+    )
 
 
-def _input_gradient(
-    cotangent: Array, kernel: Array, shape: tuple[int, ...], stride: int, padding: int
+def _apart(function: Callable[..., Array]) -> Callable[..., Array]:
+    """A function that XLA keeps as a computation of its own, called with arrays."""
+    jitted = jax.jit(function)
+
+    def call(*arrays: Array) -> Array:
+        with set_xla_metadata(inlineable="false"):
+            return jitted(*arrays)
+
+    return call
+
+
+def _image_gradient(
+    cotangent: Array,
+    kernel: Array,
+    *,
+    shape: tuple[int, ...],
+    stride: int,
+    padding: int,
 ) -> Array:
     """The transpose of `_convolve` in its first argument, as a forward convolution."""
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    flipped = _apart(_flip)(kernel)
 
     def pads(axis: int) -> tuple[int, int]:
         window = kernel.shape[axis - 1]
@@ -103,6 +132,42 @@ def _input_gradient(
         lhs_dilation=(stride, stride),
         dimension_numbers=_DIMENSIONS,
     )
+
+
+def _flip(kernel: Array) -> Array:
+    return jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+
+
+def _kernel_gradient(
+    cotangent: Array,
+    images: Array,
+    *,
+    window: tuple[int, ...],
+    stride: int,
+    padding: int,
+) -> Array:
+    """The transpose of `_convolve` in its second argument, as a forward convolution.
+
+    The channels take the place of the batch, and the batch that of the channels.
+    """
+    if window == (1, 1) and padding == 0:  # a plain matrix product
+        images = images[:, ::stride, ::stride]
+        examples = (0, 1, 2)
+        return jnp.tensordot(images, cotangent, (examples, examples))[None, None]
+
+    def pads(axis: int) -> tuple[int, int]:
+        dilated = (cotangent.shape[axis] - 1) * stride + 1
+        return padding, window[axis - 1] + dilated - 1 - images.shape[axis] - padding
+
+    gradient = lax.conv_general_dilated(
+        images.transpose(3, 1, 2, 0),
+        cotangent.transpose(1, 2, 0, 3),
+        window_strides=(1, 1),
+        padding=(pads(1), pads(2)),
+        rhs_dilation=(stride, stride),
+        dimension_numbers=_DIMENSIONS,
+    )
+    return gradient.transpose(1, 2, 0, 3)
 
 
 _conv2d.defvjp(_forward, _backward)

@@ -12,9 +12,11 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.stages import Lowered
 
 from samrobust.data import Split, epoch_permutation, random_crop_and_flip, take_batch
 from samrobust.parallel import replicated, shard_batch
+from samrobust.runtime import compiler_options
 from samrobust.training.state import TrainState
 from samrobust.training.step import TrainStep
 from samrobust.types import Array
@@ -169,16 +171,20 @@ class EpochRunner:
     def compile(self, call: Call, carry: Carry) -> Callable[..., Any]:
         """The compiled function of a call."""
         if call not in self._compiled:
-            jitted = jax.jit(
-                self._make_run(call), donate_argnums=0, out_shardings=self._placement
-            )
-            labels = self._data[1]
-            permutation = jax.ShapeDtypeStruct(
-                labels.shape, labels.dtype, sharding=self._placement
-            )
-            lowered = jitted.lower(carry, *self._data, permutation, self._step_key)
-            self._compiled[call] = lowered.compile()
+            lowered = self.lower(call, carry)
+            self._compiled[call] = lowered.compile(compiler_options())
         return self._compiled[call]
+
+    def lower(self, call: Call, carry: Carry) -> Lowered:
+        """The function of a call, traced but not compiled."""
+        jitted = jax.jit(
+            self._make_run(call), donate_argnums=0, out_shardings=self._placement
+        )
+        labels = self._data[1]
+        permutation = jax.ShapeDtypeStruct(
+            labels.shape, labels.dtype, sharding=self._placement
+        )
+        return jitted.lower(carry, *self._data, permutation, self._step_key)
 
     def _make_run(self, call: Call) -> Callable[..., Any]:
         def one_step(
