@@ -97,6 +97,8 @@ def get_config() -> ConfigDict:
     config.evaluation.restarts = 1  # each example keeps its worst case
     config.evaluation.loss = "cross_entropy"  # or margin
     config.evaluation.judge = "final"  # iterate judged; or any
+    # Leave broken examples out of further steps; for judge=any, where nothing changes.
+    config.evaluation.early_stop = False
     config.evaluation.gradient_floor = 1024e-10  # as above, at its batch of 1024
     config.evaluation.batch_size = 500  # over all devices
     config.evaluation.split = "test"  # or validation, to choose hyper-parameters

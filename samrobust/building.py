@@ -24,6 +24,7 @@ __all__ = [
     "make_model",
     "make_optimizer",
     "resolve_steps_per_call",
+    "staged_attacks",
     "training_attack",
     "validation_attacks",
 ]
@@ -58,32 +59,49 @@ def make_ball(norm: str, epsilon: float, gradient_floor: float = 0.0) -> attacks
 def training_attack(config: Config) -> Attack:
     """The attack of `config.attack`: the identity where its radius is 0."""
     attack = config.attack
-    return _pgd(attack, attack.norm, attack.epsilon, attack.step_size)
+    ball, options = _pgd_options(attack, attack.norm, attack.epsilon, attack.step_size)
+    return attacks.pgd(ball, judge=attack.judge, **options)
 
 
 def evaluation_attacks(config: Config) -> dict[str, Attack]:
     """The table's columns in order: `natural`, `linf 1/255`, ..., and their attacks."""
-    evaluation = config.evaluation
     columns: dict[str, Attack] = {"natural": attacks.identity}
-    for norm, relative in (("linf", "linf_step"), ("l2", "l2_step")):
-        for radius in evaluation[norm]:
-            step_size = radius * evaluation[relative]
-            attack = _pgd(evaluation, norm, radius, step_size)
-            columns[f"{norm} {radius:g}/255"] = attack
+    for name, (ball, options) in _evaluation_columns(config).items():
+        columns[name] = attacks.pgd(ball, judge=config.evaluation.judge, **options)
     return columns
 
 
-def _pgd(options: Config, norm: str, epsilon: float, step_size: float) -> Attack:
-    """PGD with radius and step size in 1/255, and the rest from a config's section."""
-    return attacks.pgd(
-        make_ball(norm, epsilon, options.gradient_floor),
-        step_size=step_size / 255,
-        num_steps=options.num_steps,
-        random_start=options.random_start,
-        restarts=options.restarts,
-        loss=LOSSES[options.loss],
-        judge=options.judge,
-    )
+def staged_attacks(config: Config) -> dict[str, attacks.StagedPgd]:
+    """The same columns in stages, for an evaluation that stops early."""
+    return {
+        name: attacks.staged_pgd(ball, **options)
+        for name, (ball, options) in _evaluation_columns(config).items()
+    }
+
+
+def _evaluation_columns(config: Config) -> dict[str, tuple[attacks.Ball, dict]]:
+    """Ball and options of every column under attack, by its name, in order."""
+    evaluation = config.evaluation
+    return {
+        f"{norm} {radius:g}/255": _pgd_options(
+            evaluation, norm, radius, radius * evaluation[relative]
+        )
+        for norm, relative in (("linf", "linf_step"), ("l2", "l2_step"))
+        for radius in evaluation[norm]
+    }
+
+
+def _pgd_options(
+    section: Config, norm: str, epsilon: float, step_size: float
+) -> tuple[attacks.Ball, dict[str, Any]]:
+    """PGD's arguments: radius and step size in 1/255, the rest from a section."""
+    return make_ball(norm, epsilon, section.gradient_floor), {
+        "step_size": step_size / 255,
+        "num_steps": section.num_steps,
+        "random_start": section.random_start,
+        "restarts": section.restarts,
+        "loss": LOSSES[section.loss],
+    }
 
 
 def validation_attacks(config: Config) -> dict[str, Attack]:

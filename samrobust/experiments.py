@@ -14,7 +14,11 @@ import jax
 
 from samrobust import building
 from samrobust.data import Dataset, Split
-from samrobust.evaluation import accuracies, make_evaluator
+from samrobust.evaluation import (
+    accuracies,
+    make_early_stop_evaluator,
+    make_evaluator,
+)
 from samrobust.provenance import provenance
 from samrobust.training import (
     InterruptedRunError,
@@ -212,11 +216,13 @@ def _evaluate(
             message = "Stopped during evaluation. The same command redoes it."
             raise InterruptedRunError(message)
 
-    evaluate = make_evaluator(
-        building.make_model(config, dataset),
-        building.evaluation_attacks(config),
-        batch_size=config.evaluation.batch_size,
-    )
+    model, size = building.make_model(config, dataset), config.evaluation.batch_size
+    if config.evaluation.early_stop:
+        stages = building.staged_attacks(config)
+        evaluate = make_early_stop_evaluator(model, stages, batch_size=size)
+    else:
+        attacks = building.evaluation_attacks(config)
+        evaluate = make_evaluator(model, attacks, batch_size=size)
     key = jax.random.fold_in(jax.random.key(config.seed), _EVALUATION_STREAM)
     split = _evaluated_split(config, dataset)
     return accuracies(evaluate(variables, split, key, on_batch=on_batch))

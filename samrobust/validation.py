@@ -142,6 +142,12 @@ def _validate_evaluation(config: Config) -> None:
         checkpoint=("last", "best"),
     )
     _check_restarts("evaluation", evaluation)
+    check(
+        evaluation.judge == "any" or not evaluation.early_stop,
+        "evaluation.judge=any with evaluation.early_stop",
+        "A final iterate can be right again after a broken one.",
+        **{"evaluation.judge": evaluation.judge},
+    )
     for name in ("linf", "l2"):
         radii, field = tuple(evaluation[name]), f"evaluation.{name}"
         holds = all(0 < r < float("inf") for r in radii) and len(set(radii)) == len(

@@ -11,15 +11,18 @@ are [B, ...] with pixels in [0, 1], radii in pixel units. Normalisation belongs 
 
 from samrobust.attacks.balls import Ball, l2, linf
 from samrobust.attacks.pgd import JUDGES, identity, pgd
+from samrobust.attacks.staged import StagedPgd, staged_pgd
 from samrobust.objectives import cross_entropy, margin
 
 __all__ = [
     "JUDGES",
     "Ball",
+    "StagedPgd",
     "cross_entropy",
     "identity",
     "l2",
     "linf",
     "margin",
     "pgd",
+    "staged_pgd",
 ]

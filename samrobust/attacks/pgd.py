@@ -18,7 +18,7 @@ from samrobust.checks import check, check_choice
 from samrobust.objectives import cross_entropy
 from samrobust.types import Array, Attack, LogitsFn, LossFn
 
-__all__ = ["JUDGES", "identity", "pgd"]
+__all__ = ["JUDGES", "Problem", "Settings", "check_settings", "identity", "pgd"]
 
 JUDGES = ("final", "any")
 
@@ -93,24 +93,8 @@ def pgd(
     Array([[-8., -8.]], dtype=float32)
     """
     num_steps, restarts = operator.index(num_steps), operator.index(restarts)
-    check(num_steps >= 0, "num_steps >= 0", num_steps=num_steps)
-    check(
-        0 < step_size < float("inf") or ball.radius == 0 or num_steps == 0,
-        "0 < step_size < inf",
-        step_size=step_size,
-    )
-    check(restarts >= 1, "restarts >= 1", restarts=restarts)
-    check(
-        restarts == 1 or random_start,
-        "random_start when restarts > 1",
-        "Without one all restarts are the same.",
-        restarts=restarts,
-        random_start=random_start,
-    )
-    check_choice(JUDGES, judge=judge)
-    check(box[0] < box[1], "box[0] < box[1]", box=box)
-
-    settings = _Settings(ball, step_size, num_steps, random_start, loss, judge, box)
+    settings = Settings(ball, step_size, num_steps, random_start, loss, judge, box)
+    check_settings(settings, restarts)
 
     def attack(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
@@ -122,7 +106,7 @@ def pgd(
         )
         if ball.radius == 0:
             return jax.lax.stop_gradient(images)
-        problem = _Problem(settings, logits_fn, images, labels)
+        problem = Problem(settings, logits_fn, images, labels)
 
         def restart(index: Array | int, worst: _Worst) -> _Worst:
             return _worse(worst, problem.run(jax.random.fold_in(key, index)))
@@ -139,7 +123,7 @@ def pgd(
     return attack
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     """The arguments of `pgd` that a single run needs."""
 
     ball: Ball
@@ -151,10 +135,31 @@ class _Settings(NamedTuple):
     box: tuple[float, float]
 
 
-class _Problem(NamedTuple):
+def check_settings(settings: Settings, restarts: int) -> None:
+    """Refuses what `pgd` cannot mean; see there."""
+    step_size, num_steps = settings.step_size, settings.num_steps
+    check(num_steps >= 0, "num_steps >= 0", num_steps=num_steps)
+    check(
+        0 < step_size < float("inf") or settings.ball.radius == 0 or num_steps == 0,
+        "0 < step_size < inf",
+        step_size=step_size,
+    )
+    check(restarts >= 1, "restarts >= 1", restarts=restarts)
+    check(
+        restarts == 1 or settings.random_start,
+        "random_start when restarts > 1",
+        "Without one all restarts are the same.",
+        restarts=restarts,
+        random_start=settings.random_start,
+    )
+    check_choice(JUDGES, judge=settings.judge)
+    check(settings.box[0] < settings.box[1], "box[0] < box[1]", box=settings.box)
+
+
+class Problem(NamedTuple):
     """Settings and data: what a run from a random start depends on beside its key."""
 
-    settings: _Settings
+    settings: Settings
     logits_fn: LogitsFn
     images: Array
     labels: Array

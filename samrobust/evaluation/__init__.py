@@ -1,5 +1,6 @@
 """What a trained network is worth: natural accuracy and accuracy under attack."""
 
+from samrobust.evaluation.early_stop import make_early_stop_evaluator
 from samrobust.evaluation.evaluate import Evaluator, accuracies, make_evaluator
 
-__all__ = ["Evaluator", "accuracies", "make_evaluator"]
+__all__ = ["Evaluator", "accuracies", "make_early_stop_evaluator", "make_evaluator"]
