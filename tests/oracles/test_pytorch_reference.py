@@ -1,0 +1,379 @@
+"""The PyTorch benchmark: what it prints, what it refuses, and that its steps are right.
+
+The parity file is made by our network and training step, so that its gate is held to
+what it is there for. The steps are held to the oracle in `torch_twin`.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import samrobust
+from samrobust.models import PreActResNet
+from samrobust.objectives import cross_entropy
+from samrobust.training import init_state, make_train_step
+
+torch = pytest.importorskip("torch")
+twin = pytest.importorskip("torch_twin")
+benchmark = pytest.importorskip("pytorch_reference")
+spec_module = pytest.importorskip("torch_spec")
+steps = pytest.importorskip("torch_steps")
+
+SCRIPT = pathlib.Path(samrobust.__file__).parents[1] / "benchmarks/pytorch_reference.py"
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+SGD = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+SPEC = {
+    "method": "st",
+    "variant": "reference",
+    "batch_size": 4,
+    "precision": "float32",
+    "float32_matmul": "highest",
+    "device": "cpu",
+    "width": 8,
+    "blocks": [1, 1],
+    "image_shape": [8, 8, 3],
+    "num_classes": 10,
+    "mean": MEAN,
+    "std": STD,
+    "norm": "linf",
+    "epsilon": 8 / 255,
+    "step_size": 2 / 255,
+    "num_steps": 2,
+    "rho": 0.1,
+    **SGD,
+    "repeats": 2,
+    "min_seconds": 0.01,
+    "seed": 0,
+}
+VARIANTS = ["reference", "tuned"]
+
+
+def flatten(name, tree):
+    """`{"b": {"c": x}}` as `{"a/b/c": x}`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        "/".join([name, *(key.key for key in path)]): np.asarray(leaf)
+        for path, leaf in leaves
+    }
+
+
+def make_parity() -> dict[str, Any]:
+    """The content of a parity file, by our network and one of our training steps."""
+    model = PreActResNet(width=8, blocks=(1, 1), mean=MEAN, std=STD)
+    tx = optax.chain(
+        optax.with_extra_args_support(optax.add_decayed_weights(SGD["weight_decay"])),
+        optax.sgd(SGD["learning_rate"], momentum=SGD["momentum"]),
+    )
+    state = init_state(model, tx, (8, 8, 3), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    images = rng.uniform(size=(4, 8, 8, 3)).astype(np.float32)
+    labels = jnp.asarray(rng.integers(0, 10, 4))
+
+    def loss(images) -> Any:
+        logits: Any = model.apply(state.variables, images, train=True)
+        return jnp.sum(cross_entropy(logits, labels)), logits
+
+    gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(images)
+    step = make_train_step(model, tx)
+    updated, _ = jax.jit(step)(state, images, labels, jax.random.key(1))
+    return {
+        **flatten("params", state.params),
+        **flatten("batch_stats", state.batch_stats),
+        **flatten("updated", updated.params),
+        "images": images,
+        "labels": np.asarray(labels),
+        "logits": np.asarray(logits),
+        "image_gradient": np.asarray(gradient),
+        **SGD,
+    }
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return make_parity()
+
+
+@pytest.fixture(scope="module")
+def parity_file(arrays, tmp_path_factory):
+    path = tmp_path_factory.mktemp("parity") / "parity.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def run_script(parity_file, **changes):
+    flags = [f"--spec={json.dumps(SPEC | changes)}", f"--parity={parity_file}"]
+    command = [sys.executable, str(SCRIPT), *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def make_spec(**changes):
+    return spec_module.parse_spec(json.dumps(SPEC | changes))
+
+
+# --- the script -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "st", "variant": "reference"},
+        {"method": "sam", "variant": "resident"},
+        {"method": "at", "variant": "reference", "norm": "l2", "epsilon": 0.5},
+        {"method": "at", "variant": "tuned"},
+        {"method": "sam", "variant": "tuned", "precision": "bfloat16"},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_the_last_line_holds_the_results(changes, parity_file):
+    done = run_script(parity_file, **changes)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    results = json.loads(line)
+    assert results.keys() == {
+        "seconds_per_step",
+        "steps_per_repeat",
+        "warmup_seconds",
+        "peak_memory_bytes",
+        "parity",
+        "versions",
+        "device",
+        "num_threads",
+        "float32_matmul",
+    }
+    assert len(results["seconds_per_step"]) == len(results["steps_per_repeat"]) == 2
+    assert min(results["seconds_per_step"]) > 0
+    assert min(results["steps_per_repeat"]) >= 1
+    assert results["warmup_seconds"] >= 1
+    assert results["peak_memory_bytes"] > 2**20
+    assert results["parity"].keys() == {"logits", "image_gradient", "update"}
+    assert max(results["parity"].values()) < 1e-4
+    assert results["versions"]["torch"] == torch.__version__
+
+
+def test_another_network_is_refused_with_its_deviation(arrays, tmp_path):
+    path = tmp_path / "perturbed.npz"
+    kernel = arrays["params/stage2_block1/conv1/kernel"].copy()
+    kernel[0, 0, 0, 0] += 0.01
+    np.savez(path, **arrays | {"params/stage2_block1/conv1/kernel": kernel})
+    done = run_script(path)
+    assert done.returncode == 1
+    assert not done.stdout
+    message = done.stderr.strip().splitlines()[-1]
+    assert "Expected deviations from the parity file logits <= 1e-05" in message
+    assert float(message.split("got logits=")[1].split(",")[0]) > 1e-5
+
+
+def test_a_bad_spec_ends_the_script_with_its_message(parity_file):
+    done = run_script(parity_file, method="trades")
+    assert done.returncode == 1
+    assert not done.stdout
+    assert "Expected method in [st, sam, at], got method='trades'." in done.stderr
+
+
+# --- what is refused ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("variant", "fast"),
+        ("batch_size", 0),
+        ("width", 8.0),
+        ("repeats", True),
+        ("num_steps", -1),
+        ("blocks", []),
+        ("image_shape", [8, 8]),
+        ("mean", [0.5]),
+        ("std", [0.5, 0.5, 0.0]),
+        ("epsilon", float("nan")),
+        ("min_seconds", 0),
+        ("precision", "bfloat16"),
+    ],
+)
+def test_a_field_outside_its_range_is_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=rf"Expected .* got .*{field}="):
+        make_spec(**{field: value})
+
+
+def test_unknown_and_missing_fields_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"unknown=\['colour'\]"):
+        make_spec(colour="red")
+    fields = {name: value for name, value in SPEC.items() if name != "rho"}
+    with pytest.raises(ValueError, match=r"missing=\['rho'\]"):
+        spec_module.parse_spec(json.dumps(fields))
+    with pytest.raises(ValueError, match="to be JSON"):
+        spec_module.parse_spec("method=st")
+
+
+def test_a_parity_file_of_another_network_is_refused(arrays):
+    with pytest.raises(ValueError, match="stage3_block1"):
+        benchmark.parity(make_spec(blocks=[1, 1, 1]), arrays)
+    with pytest.raises(ValueError, match="shape"):
+        benchmark.parity(make_spec(width=16), arrays)
+    rest = {name: value for name, value in arrays.items() if name != "logits"}
+    with pytest.raises(ValueError, match="missing='logits'"):
+        benchmark.parity(make_spec(), rest)
+
+
+# --- the steps ------------------------------------------------------------------------
+
+
+def make_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.uniform(size=(8, 3, 8, 8)).astype(np.float32)
+    delta = rng.uniform(-8 / 255, 8 / 255, images.shape).astype(np.float32)
+    labels = torch.from_numpy(rng.integers(0, 10, 8))
+    return torch.from_numpy(images), labels, torch.from_numpy(delta)
+
+
+def make_model(spec):
+    """The spec's network with every ReLU away from its kink, see test_against_torch."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = steps.make_model(spec)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.fill_(0.3)
+                module.bias.copy_(torch.sign(torch.randn_like(module.bias)) * 2.0)
+    return model
+
+
+def train(steps_taken=2, *, compiled=False, **changes):
+    """Variables after a few steps on one batch, from a fixed start of the attack."""
+    spec = make_spec(**changes)
+    trainer = steps.make_trainer(spec, make_model(spec), compiled=compiled)
+    images, labels, delta = make_batch()
+    for _ in range(steps_taken):
+        trainer.step(*trainer.place(images, labels), start=delta)
+    return twin.to_jax(trainer.model)
+
+
+def train_by_the_oracle(method, norm, epsilon, steps_taken=2):
+    model = make_model(make_spec(method=method))
+    optimizer = twin.sgd(model.parameters(), *SGD.values())
+    images, labels, delta = make_batch()
+    ball = epsilon, SPEC["step_size"], SPEC["num_steps"]
+    # The reference's 1e-10 on the mean loss's gradient, on that of the sum.
+    floor = {"l2": {"floor": len(labels) * 1e-10}}
+    pgd = {"linf": twin.pgd_linf, "l2": twin.pgd_l2}[norm]
+
+    def attack(model, images, labels):
+        start = (images + delta).clamp(0, 1)
+        options = {"start": start, "train": True, "update_statistics": True}
+        options |= floor.get(norm, {})
+        return pgd(model, images, labels, *ball, **options)
+
+    for _ in range(steps_taken):
+        if method == "sam":
+            twin.train_step_sam(model, optimizer, images, labels, SPEC["rho"])
+        elif method == "at":
+            twin.train_step_at(model, optimizer, images, labels, attack)
+        else:
+            twin.train_step_st(model, optimizer, images, labels)
+    return twin.to_jax(model)
+
+
+def largest_difference(first, second):
+    gaps = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), first, second)
+    return max(jax.tree.leaves(gaps))
+
+
+METHODS = {
+    "st": ("st", "linf", 8 / 255),
+    "sam": ("sam", "linf", 8 / 255),
+    "at linf": ("at", "linf", 8 / 255),
+    "at l2": ("at", "l2", 0.5),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", METHODS)
+def test_steps_reach_the_parameters_of_the_oracle(name, variant):
+    method, norm, epsilon = METHODS[name]
+    ours = train(method=method, norm=norm, epsilon=epsilon, variant=variant)
+    expected = train_by_the_oracle(method, norm, epsilon)
+    assert largest_difference(ours["params"], expected["params"]) <= 1e-5
+    start = twin.to_jax(make_model(make_spec()))
+    assert largest_difference(ours["params"], start["params"]) > 1e-2
+
+
+def test_only_the_reference_updates_running_statistics_in_the_attack():
+    expected = train_by_the_oracle("at", "linf", 8 / 255)
+    published, tuned = (train(method="at", variant=variant) for variant in VARIANTS)
+    gap = largest_difference(published["batch_stats"], expected["batch_stats"])
+    assert gap <= 1e-5
+    gap = largest_difference(published["batch_stats"], tuned["batch_stats"])
+    assert gap > 1e-3
+    gap = largest_difference(published["params"], tuned["params"])
+    assert gap <= 1e-5
+
+
+def test_only_the_tuned_attack_leaves_the_gradients_of_the_weights_alone():
+    images, labels, delta = make_batch()
+    for variant in VARIANTS:
+        spec = make_spec(method="at", variant=variant)
+        trainer = steps.make_trainer(spec, make_model(spec))
+        trainer.perturbation(*trainer.place(images, labels), delta)
+        computed = [x.grad is not None for x in trainer.model.parameters()]
+        assert set(computed) == {variant == "reference"}
+        assert all(x.requires_grad for x in trainer.model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the compiler's own imports
+def test_compiled_steps_reach_the_parameters_of_the_reference(monkeypatch):
+    # Traced and differentiated as ever, but without Inductor's half a minute.
+    quick = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", quick)
+    options = {"method": "at", "blocks": [1]}
+    compiled = train(variant="compiled", compiled=True, **options)
+    expected = train(variant="reference", **options)
+    assert largest_difference(compiled["params"], expected["params"]) <= 1e-5
+
+
+@pytest.mark.parametrize(("norm", "order"), [("linf", float("inf")), ("l2", 2.0)])
+def test_random_starts_lie_in_the_ball_and_the_images_in_the_box(norm, order):
+    spec = make_spec(method="at", norm=norm, epsilon=0.5, num_steps=0)
+    trainer = steps.make_trainer(spec, make_model(spec))
+    images, labels, _ = make_batch()
+    delta = trainer.perturbation(images, labels)
+    length = torch.linalg.vector_norm(delta.flatten(1), order, dim=1)
+    assert length.max() <= 0.5 + 1e-6
+    assert length.max() > 0.1
+    assert (images + delta).min() >= 0
+    assert (images + delta).max() <= 1
+
+
+# --- the batches ----------------------------------------------------------------------
+
+
+def test_the_pool_has_four_batches_like_the_data_and_repeats_with_its_seed(arrays):
+    spec = make_spec(batch_size=64)
+    first, again = (benchmark.make_pool(spec, arrays) for _ in range(2))
+    for batch, same in zip(first, again, strict=True):
+        np.testing.assert_array_equal(batch[0], same[0])
+        np.testing.assert_array_equal(batch[1], same[1])
+    images = np.concatenate([images for images, _ in first])
+    assert images.shape == (256, 3, 8, 8)
+    assert images.dtype == np.float32
+    assert 0 <= images.min() < images.max() <= 1
+    np.testing.assert_allclose(images.mean(axis=(0, 2, 3)), MEAN, atol=0.02)
+    np.testing.assert_allclose(images.std(axis=(0, 2, 3)), STD, atol=0.05)
+    other = benchmark.make_pool(dataclasses.replace(spec, seed=1), arrays)
+    assert np.any(other[0][0] != first[0][0])
+
+
+def test_the_pool_takes_the_images_of_the_parity_file_if_there_are_enough(arrays):
+    pool = benchmark.make_pool(make_spec(batch_size=1), arrays)
+    images = np.concatenate([images for images, _ in pool])
+    np.testing.assert_array_equal(images.transpose(0, 2, 3, 1), arrays["images"])
+    np.testing.assert_array_equal([label for _, (label,) in pool], arrays["labels"])
