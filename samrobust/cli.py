@@ -56,6 +56,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_table(commands)
     _add_train(commands)
     _add_evaluate(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -121,11 +122,92 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--restarts", type=int, metavar="N", help="default: the run's")
     add("--loss", choices=("cross_entropy", "margin"), help="default: the run's")
     add("--judge", choices=("final", "any"), help="iterate judged; default: the run's")
+    add(
+        "--early-stop",
+        action="store_const",
+        const=True,
+        help="leave broken images out of further steps; for --judge=any, same outcome",
+    )
     add("--checkpoint", choices=("last", "best"), help="default: the run's")
     add("--batch-size", type=int, metavar="N", help="default: the run's")
     add(
         "--seed", type=int, metavar="N", help="of the random starts; default: the run's"
     )
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser(
+        "bench",
+        allow_abbrev=False,
+        help="how fast training is here, beside its FLOPs, the paper and PyTorch",
+        description="Times training steps, epochs and evaluations, each row in a "
+        "process of its own, and projects the hours of the config's table. Images are "
+        "made up: nothing is downloaded.",
+        epilog="Any field: --config.model.width=16. See configs/base.py.",
+    )
+    add = bench.add_argument
+    add("--config", default="configs/cifar10.py", metavar="FILE", help="%(default)s")
+    add("--workdir", default="runs/bench", metavar="DIR", help="%(default)s")
+    add(
+        "--measure",
+        type=_words,
+        default=("step", "epoch", "evaluation"),
+        metavar="KINDS",
+        help="of step, epoch, evaluation, unrolled (AT with its loop written out); "
+        "default: step,epoch,evaluation",
+    )
+    add(
+        "--methods",
+        type=_words,
+        default=("st", "sam", "at"),
+        metavar="NAMES",
+        help="of st, sam, at, at+sam; default: st,sam,at",
+    )
+    add(
+        "--batch-sizes", type=_numbers, default=(), metavar="N,...", help="the config's"
+    )
+    add("--precisions", type=_words, default=(), metavar="float32,bfloat16")
+    add(
+        "--devices",
+        type=_numbers,
+        default=(0,),
+        metavar="N,...",
+        help="how many (virtual ones on a CPU); default: all",
+    )
+    add(
+        "--steps-per-call",
+        type=_numbers,
+        default=(0,),
+        metavar="N,...",
+        help="default: as in training",
+    )
+    add(
+        "--xla-flags",
+        action="append",
+        metavar="FLAGS",
+        help="added to XLA_FLAGS; repeat for variants to compare; '' adds none",
+    )
+    add(
+        "--compare",
+        choices=("pytorch",),
+        help="time the same steps in PyTorch, in between; needs torch and a checkout",
+    )
+    add("--repeats", type=int, default=5, metavar="N", help="a process; %(default)s")
+    add("--rounds", type=int, default=2, metavar="N", help="processes; %(default)s")
+    add("--min-seconds", type=float, default=2.0, metavar="S", help="of a repeat; 2")
+    add(
+        "--profile",
+        action="store_true",
+        help="write perfetto traces, one a row, instead of measuring",
+    )
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in _words(text))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the subcommands do: read, run, show. See `samrobust.cli` for their flags."""
 
 import argparse
+import json
 import pathlib
 import sys
 import warnings
@@ -12,12 +13,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from samrobust import building, configuration, reporting
+from samrobust.bench.command import bench_command
+from samrobust.bench.suite import StoppedError
 from samrobust.checks import check
 from samrobust.data import Dataset, DatasetUnavailableError
 from samrobust.experiments import PlannedRun, evaluate_run, run, run_all, work
 from samrobust.provenance import provenance
 from samrobust.reporting.progress import ProgressDisplay
-from samrobust.runtime import StopRequest, enable_compilation_cache
+from samrobust.runtime import (
+    StopRequest,
+    enable_compilation_cache,
+    keep_freed_memory,
+)
 from samrobust.training import InterruptedRunError, TrainingDivergedError
 from samrobust.training.checkpoint import CheckpointError
 from samrobust.types import Config
@@ -31,6 +38,7 @@ _EVALUATION_FLAGS = (
     "restarts",
     "loss",
     "judge",
+    "early_stop",
     "checkpoint",
     "batch_size",
 )
@@ -40,13 +48,19 @@ _FAILED, _BAD_INPUT, _TERMINATED, _CTRL_C = 1, 2, 75, 130
 def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Runs a subcommand; turns the errors a user can mend into a line and a code."""
     enable_compilation_cache()
+    keep_freed_memory()
     warnings.formatwarning = lambda message, *_: f"samrobust: warning: {message}\n"
-    command = {"table": _table, "train": _train, "evaluate": _evaluate}
+    command = {
+        "table": _table,
+        "train": _train,
+        "evaluate": _evaluate,
+        "bench": bench_command,
+    }
     stop = StopRequest()
     try:
         with stop.listening():
             return command[arguments.command](arguments, overrides, stop)
-    except InterruptedRunError as error:
+    except (InterruptedRunError, StoppedError) as error:
         print(f"samrobust: {error}", file=sys.stderr)
         return _CTRL_C if stop.signal and stop.signal.name == "SIGINT" else _TERMINATED
     except KeyboardInterrupt:
@@ -223,7 +237,9 @@ def _evaluation_config(workdir: pathlib.Path, arguments: argparse.Namespace) -> 
         "Train it first: `samrobust train`.",
         workdir=str(workdir),
     )
-    config: Config = ConfigDict(stored, type_safe=False)
+    defaults = configuration.base_config().to_json_best_effort()
+    config: Config = ConfigDict(json.loads(defaults), type_safe=False)
+    config.update(stored)  # a run of an older version lacks the newest fields
     evaluation: Config = config.evaluation
     for name in _EVALUATION_FLAGS:
         value = getattr(arguments, name)

@@ -20,6 +20,7 @@ LAYERS = [
     {"building", "workdir"},
     {"training", "evaluation"},
     {"experiments", "reporting"},
+    {"bench"},
     {"commands"},
     {"cli"},
 ]

@@ -9,7 +9,7 @@ from samrobust.reporting.plot import plot
 from samrobust.reporting.render import to_csv, to_json, to_markdown
 from samrobust.reporting.table import Table
 
-__all__ = ["write_table"]
+__all__ = ["atomically", "write_table"]
 
 
 def write_table(table: Table, directory: str | os.PathLike[str]) -> tuple[Path, ...]:
@@ -26,13 +26,13 @@ def write_table(table: Table, directory: str | os.PathLike[str]) -> tuple[Path, 
     for suffix, render in texts.items():
         paths.append(directory / f"table.{suffix}")
         text = render(table).encode()
-        _atomically(paths[-1], functools.partial(Path.write_bytes, data=text))
+        atomically(paths[-1], functools.partial(Path.write_bytes, data=text))
     paths.append(directory / "table.png")
-    _atomically(paths[-1], functools.partial(plot, table))
+    atomically(paths[-1], functools.partial(plot, table))
     return tuple(paths)
 
 
-def _atomically(path: Path, write: Callable[[Path], object]) -> None:
+def atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` write a file beside `path`, then puts it in place of `path`."""
     beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:

@@ -1,0 +1,106 @@
+"""`samrobust bench`: plans, measures, shows and writes as it goes."""
+
+import argparse
+import collections
+import functools
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from samrobust.bench.plan import Options, Task, plan, spec_of
+from samrobust.bench.process import Launcher
+from samrobust.bench.report import to_rich, write_report
+from samrobust.bench.results import Report, summarise
+from samrobust.bench.suite import run_suite
+from samrobust.reporting.progress import ProgressDisplay
+
+__all__ = ["bench_command"]
+
+
+def bench_command(
+    arguments: argparse.Namespace,
+    overrides: Sequence[str],
+    should_stop: Callable[[], bool],
+) -> int:
+    """Runs the bench of a command line; returns the exit code, 1 if a row failed.
+
+    What is measured is written after every process, so that nothing is lost when the
+    bench is stopped.
+    """
+    options = Options(
+        config=arguments.config,
+        overrides=tuple(overrides),
+        measure=arguments.measure,
+        methods=arguments.methods,
+        batch_sizes=arguments.batch_sizes,
+        precisions=arguments.precisions,
+        devices=arguments.devices,
+        steps_per_call=arguments.steps_per_call,
+        xla_flags=tuple(arguments.xla_flags or ("",)),
+        compare=arguments.compare,
+        repeats=arguments.repeats,
+        rounds=arguments.rounds,
+        min_seconds=arguments.min_seconds,
+    )
+    tasks = plan(options)
+    console, workdir = Console(), pathlib.Path(arguments.workdir)
+    if arguments.profile:
+        return _profile(tasks, options, workdir, console, should_stop)
+    outcomes: dict[Task, list[dict[str, Any]]] = collections.defaultdict(list)
+    ceilings: dict[str, dict[str, Any]] = {}
+
+    def report() -> Report:
+        made = summarise(tasks, outcomes, ceilings, options)
+        command = shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
+        made.provenance["command"] = command
+        return made
+
+    def on_outcome(task: Task, outcome: dict[str, Any]) -> None:
+        if task.kind == "ceilings":
+            ceilings[task.precision] = outcome
+        else:
+            outcomes[task].append(outcome)
+        write_report(report(), workdir)
+
+    precisions = len({task.precision for task in tasks})
+    display = ProgressDisplay(console, precisions + options.rounds * len(tasks))
+    with display.live():
+        run_suite(
+            tasks,
+            options,
+            on_outcome=on_outcome,
+            on_start=lambda name, number, _: display.show(name, float(number)),
+            should_stop=should_stop,
+        )
+    final = report()
+    console.print(to_rich(final))
+    paths = ", ".join(path.name for path in write_report(final, workdir))
+    console.print(f"Written to {workdir}: {paths}", highlight=False)
+    return 1 if final.failures else 0
+
+
+def _profile(
+    tasks: Sequence[Task],
+    options: Options,
+    workdir: pathlib.Path,
+    console: Console,
+    should_stop: Callable[[], bool],
+) -> int:
+    """Writes a trace of every row of our own."""
+    launch = Launcher(workdir, should_stop)
+    failed = False
+    own = [task for task in tasks if task.kind != "pytorch"]
+    for task in own:
+        folder = workdir / "traces" / task.name.replace(", ", "-").replace(" ", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        spec = spec_of(task, options) | {"trace": True, "path": str(folder)}
+        outcome = launch.worker(spec, task)
+        error = outcome.get("error")
+        failed = failed or error is not None
+        show = functools.partial(console.print, highlight=False)
+        show(f"{task.name}: {error}" if error else f"{task.name}: {folder}")
+    return 1 if failed else 0

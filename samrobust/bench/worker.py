@@ -1,0 +1,100 @@
+"""One measurement in a process of its own: `python -m samrobust.bench.worker`.
+
+Reads a `Spec` as JSON from standard input and prints the outcome as JSON, alone on the
+last line of standard output. A process a measurement: peak memory counts from its
+start, and neither the compiler's caches nor the allocator know another row.
+"""
+
+import dataclasses
+import json
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from samrobust import configuration
+from samrobust.bench import ceilings, programs
+from samrobust.bench.timing import Protocol
+from samrobust.provenance import provenance
+from samrobust.runtime import enable_compilation_cache, keep_freed_memory
+
+__all__ = ["Spec", "main"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a worker measures.
+
+    Attributes:
+      kind: `ceilings`, `step`, `unrolled`, `epoch`, `evaluation` or `parity`.
+      config: a config file and its row.
+      overrides: of the config, as on the command line.
+      repeats: see `Protocol`.
+      min_seconds: see `Protocol`.
+      path: where `parity` writes its file, and a traced run its trace.
+      trace: measure nothing, write a trace of a few calls instead.
+    """
+
+    kind: str
+    config: str
+    overrides: tuple[str, ...] = ()
+    repeats: int = 5
+    min_seconds: float = 2.0
+    path: str = ""
+    trace: bool = False
+
+    @property
+    def protocol(self) -> Protocol:
+        """How long to measure; accelerators get a longer warm-up."""
+        warmup = 2 if jax.default_backend() == "cpu" else 10
+        return Protocol(self.repeats, self.min_seconds, warmup)
+
+
+def main() -> None:
+    """Measures what standard input asks for."""
+    enable_compilation_cache()
+    keep_freed_memory()
+    spec = Spec(**json.load(sys.stdin))
+    config = configuration.load_config(spec.config, spec.overrides)
+    kinds: dict[str, Callable[..., dict[str, Any]]] = {
+        "ceilings": _ceilings,
+        "step": programs.step,
+        "unrolled": programs.unrolled,
+        "epoch": programs.epoch,
+        "evaluation": programs.evaluation,
+        "parity": programs.parity,
+    }
+    outcome = kinds[spec.kind](config, spec)
+    outcome |= {
+        "platform": jax.default_backend(),
+        "num_devices": jax.device_count(),
+        "peak_memory": _peak_memory(),
+        "provenance": provenance(),
+        "matmul_precision": jax.config.values["jax_default_matmul_precision"],
+    }
+    print(json.dumps(outcome))
+
+
+def _ceilings(config: Any, spec: Spec) -> dict[str, Any]:
+    protocol = dataclasses.replace(
+        spec.protocol, min_seconds=min(spec.min_seconds, 0.5)
+    )
+    return {
+        "matmul": ceilings.matmul_rate(config.model.dtype, protocol),
+        "copy": ceilings.copy_bandwidth(protocol),
+    }
+
+
+def _peak_memory() -> int:
+    """Bytes: of the first device, or resident in the host where it keeps no count."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    main()

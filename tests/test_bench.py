@@ -1,0 +1,360 @@
+"""The bench: analytic counts, the plan, processes, rows, and the command."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+
+import helpers
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from samrobust import configuration
+from samrobust.bench.counts import Work, count
+from samrobust.bench.images import image_shape, make_dataset
+from samrobust.bench.plan import Options, plan
+from samrobust.bench.process import Launcher, StoppedError
+from samrobust.bench.report import to_markdown, write_report
+from samrobust.bench.results import summarise
+from samrobust.bench.timing import Protocol, measure, spread
+from samrobust.data import load_dataset
+from samrobust.models import PreActResNet
+
+DIGITS = f"{helpers.ROOT}/configs/digits.py"
+CIFAR = f"{helpers.ROOT}/configs/cifar10.py"
+
+
+# Counts.
+
+
+def test_the_counts_are_those_of_the_paper_network():
+    counts, st = count(), Work()
+    assert counts.macs == 555_422_720
+    assert counts.flops(Work(passes=2)) == 2 * counts.flops(st)
+    attacked = counts.flops(Work(attack_steps=10)) / counts.flops(st)
+    wasteful = Work(attack_steps=10, attack_weight_gradients=True)
+    assert round(attacked, 2) == 7.67
+    assert round(counts.flops(wasteful) / counts.flops(st), 2) == 11.01
+
+
+@pytest.mark.parametrize(
+    ("width", "blocks", "shape"),
+    [(64, (2, 2, 2, 2), (32, 32, 3)), (16, (1, 1, 1), (8, 8, 1)), (4, (3,), (9, 6, 2))],
+)
+def test_the_counts_are_those_of_the_model_itself(width, blocks, shape):
+    """Multiply-adds of every convolution and product in the traced forward pass."""
+    model = PreActResNet(num_classes=7, width=width, blocks=blocks)
+    image = jnp.zeros((1, *shape))
+    variables = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), image, train=False)
+    )
+    jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(
+        variables, image
+    )
+    assert multiply_adds(jaxpr.jaxpr) == count(width, blocks, shape, 7).macs
+
+
+def multiply_adds(jaxpr):
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
+            kernel, output = equation.invars[1].aval, equation.outvars[0].aval
+            total += kernel.size * output.size // output.shape[-1]
+        for inner in jex.core.jaxprs_in_params(equation.params):
+            total += multiply_adds(inner)
+    return total
+
+
+def test_an_attack_that_throws_gradients_away_costs_more_memory_traffic_too():
+    counts = count()
+    lean, wasteful = Work(10), Work(10, attack_weight_gradients=True)
+    assert counts.traffic(Work()) < counts.traffic(lean) < counts.traffic(wasteful)
+
+
+# Images.
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "digits"])
+def test_the_made_up_images_are_of_the_shape_and_contrast_of_the_data_set(name):
+    dataset = make_dataset(name, 64, 32)
+    shape, num_classes = image_shape(name)
+    assert dataset.train.images.shape == (64, *shape)
+    assert dataset.train.images.dtype == np.uint8
+    assert (len(dataset.test), dataset.num_classes) == (32, num_classes)
+    pixels = dataset.train.images / 255
+    np.testing.assert_allclose(pixels.mean((0, 1, 2)), dataset.mean, atol=0.1)
+    assert (pixels.std((1, 2)) > 0.05).all()
+    again = make_dataset(name, 64, 32)
+    np.testing.assert_array_equal(again.train.images, dataset.train.images)
+
+
+def test_the_made_up_digits_have_the_shape_of_the_real_ones():
+    real = load_dataset("digits")
+    assert image_shape("digits") == (real.image_shape, real.num_classes)
+
+
+# Timing.
+
+
+def test_a_repeat_is_as_many_calls_as_fill_its_time():
+    calls = []
+
+    def call():
+        calls.append(time.perf_counter())
+        time.sleep(0.01)
+        return jnp.zeros(())
+
+    seconds = measure(call, Protocol(repeats=3, min_seconds=0.1, warmup_calls=1))
+    assert len(seconds) == 3
+    assert all(value >= 0.01 for value in seconds)
+    warmup = [when for when in calls if when < calls[0] + 1.0]
+    repeats = (len(calls) - len(warmup)) / 3
+    assert 2 <= repeats <= 11
+
+
+def test_the_spread_is_the_interquartile_range():
+    assert spread([3.0]) == (3.0, 0.0)
+    assert spread([1, 2, 3, 4, 100]) == (3, 2)
+
+
+@pytest.mark.parametrize("options", [{"repeats": 0}, {"min_seconds": 0.0}])
+def test_a_protocol_without_time_is_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Protocol(**options)
+
+
+# The plan.
+
+
+def test_the_plan_has_a_row_for_every_combination_and_each_method_its_config_row():
+    options = Options(
+        CIFAR,
+        batch_sizes=(64, 128),
+        precisions=("float32", "bfloat16"),
+        methods=("at",),
+    )
+    tasks = plan(options)
+    steps = [task for task in tasks if task.kind == "step"]
+    assert {(t.batch_size, t.precision) for t in steps} == {
+        (size, dtype) for size in (64, 128) for dtype in ("float32", "bfloat16")
+    }
+    assert {task.row for task in steps} == {"at,norm=linf,eps=1"}
+    evaluations = [task for task in tasks if task.kind == "evaluation"]
+    assert len(evaluations) == 2  # one a precision, whatever the training batch
+
+
+def test_pytorch_has_all_variants_in_float32_and_the_fast_ones_in_bfloat16():
+    precisions = ("float32", "bfloat16")
+    options = Options(CIFAR, compare="pytorch", methods=("st",), precisions=precisions)
+    variants = [(t.precision, t.variant) for t in plan(options) if t.kind == "pytorch"]
+    assert variants == [
+        ("float32", "reference"),
+        ("float32", "resident"),
+        ("float32", "tuned"),
+        ("float32", "compiled"),
+        ("bfloat16", "tuned"),
+        ("bfloat16", "compiled"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ("trades",)}, "method"),
+        ({"measure": ("speed",)}, "measure"),
+        ({"precisions": ("float8",)}, r"model\.dtype"),
+        ({"batch_sizes": (0,)}, "batch-sizes"),
+        ({"rounds": 0}, "rounds"),
+        ({"overrides": ("--config.model.depth=3",)}, "depth"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_refused_before_anything_starts(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(Options(DIGITS, **options))
+
+
+# Rows.
+
+
+def fake(seconds, **more):
+    return {"seconds": seconds, "peak_memory": 10**9, **more}
+
+
+def epoch_of(seconds):
+    return fake([seconds], checkpoint_seconds=1.0, pipeline_seconds=seconds / 100)
+
+
+OPTIONS = Options(CIFAR, rounds=2)
+CEILINGS = {"float32": {"matmul": 2e11, "copy": 4e10, "provenance": {"jax": "1"}}}
+
+
+def fake_report():
+    tasks = plan(dataclasses.replace(OPTIONS, compare="pytorch"))
+    seconds = {"st": 1.0, "sam": 2.1, "at": 8.0, "": 5.0}
+    outcomes = {}
+    for task in tasks:
+        base = seconds[task.method]
+        if task.kind == "pytorch":
+            values = [[1.5 * base], [2.5 * base]]
+            outcomes[task] = [
+                {
+                    "seconds_per_step": value,
+                    "peak_memory_bytes": 1,
+                    "parity": {},
+                    "versions": {},
+                }
+                for value in values
+            ]
+        elif task.kind == "epoch":
+            outcomes[task] = [epoch_of(base)] * 2
+        else:
+            compiled = {"lower_seconds": 1.0, "compile_seconds": 9.0}
+            cached = {"lower_seconds": 1.0, "compile_seconds": 0.5}
+            outcomes[task] = [
+                fake([base, base], **compiled),
+                fake([base, base], **cached),
+            ]
+    return summarise(tasks, outcomes, CEILINGS, OPTIONS)
+
+
+def find(report, kind, method, variant=""):
+    wanted = (kind, method, variant)
+    (row,) = [
+        r for r in report.rows if (r["kind"], r["method"], r["variant"]) == wanted
+    ]
+    return row
+
+
+def test_a_row_has_rates_fractions_and_costs():
+    report = fake_report()
+    row = find(report, "step", "at")
+    flops = count().flops(Work(10))
+    assert row["images_per_second"] == pytest.approx(128 / 8.0)
+    assert row["tflops"] == pytest.approx(16 * flops / 1e12)
+    assert row["matmul_fraction"] == pytest.approx(16 * flops / 2e11)
+    assert (row["cost"], round(row["flop_cost"], 2), row["paper_cost"]) == (8, 7.67, 11)
+    assert (row["compile_cold"], row["compile_cached"]) == (10.0, 1.5)
+
+
+def test_the_ratios_to_pytorch_are_taken_round_by_round():
+    row = find(fake_report(), "pytorch", "sam", "tuned")
+    assert row["ratio"] == pytest.approx(2.0)
+    assert (row["ratio_low"], row["ratio_high"]) == pytest.approx((1.5, 2.5))
+    reference = find(fake_report(), "pytorch", "at", "reference")
+    assert round(reference["flop_cost"], 2) == 11.01
+
+
+def test_the_hours_of_the_tables_are_those_of_their_epochs_and_evaluations():
+    """Per table and seed: 1 ST, 3 SAM and 8 AT rows of 100 epochs of 391 steps."""
+    report = fake_report()
+    methods = [
+        configuration.parse_row(r).method for r in configuration.load_rows(CIFAR)
+    ]
+    seconds = {"st": 1.0, "sam": 2.1, "at": 8.0}
+    training = sum(100 * (391 * seconds[m] + 1.0) for m in methods)
+    evaluation = len(methods) * 5.0 / 500 * 10_000
+    assert report.projection is not None
+    assert report.projection["models"] == 72
+    hours = 2 * 3 * (training + evaluation) / 3600
+    assert report.projection["hours"] == pytest.approx(hours)
+    evaluated = find(report, "evaluation", "")
+    assert evaluated["st_epochs"] == pytest.approx(100 / 392)
+
+
+def test_a_failed_row_is_reported_and_the_others_stand():
+    tasks = plan(Options(CIFAR, measure=("step",)))
+    outcomes = {tasks[0]: [{"error": "out of memory"}], tasks[1]: [fake([2.0])]}
+    report = summarise(tasks, outcomes, CEILINGS, OPTIONS)
+    assert report.failures == [("st step, batch 128, float32", "out of memory")]
+    assert [row["method"] for row in report.rows] == ["sam"]
+    assert "failed: st step, batch 128, float32: out of memory" in to_markdown(report)
+
+
+def test_the_files_of_a_report_are_complete_and_say_what_was_measured(tmp_path):
+    report = fake_report()
+    paths = write_report(report, tmp_path)
+    assert [path.name for path in paths] == ["bench.json", "bench.md", "bench.png"]
+    stored = json.loads(paths[0].read_text())
+    assert len(stored["rows"]) == len(report.rows)
+    text = paths[1].read_text()
+    assert "| at step | 128 | 8000 ±0 | 16 |" in text
+    assert "| sam tuned | 128 |" in text
+    assert "2.00 (1.50 to 2.50)" in text
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+# Processes and the command.
+
+
+def worker(launcher, kind, **overrides):
+    flags = [f"--config.{name}={value}" for name, value in overrides.items()]
+    spec = {"kind": kind, "config": f"{DIGITS}:at,norm=linf,eps=16"}
+    spec |= {"overrides": [*helpers.make_flags(), *flags]}
+    return launcher.worker(spec | {"repeats": 1, "min_seconds": 0.01})
+
+
+def test_a_worker_that_fails_leaves_its_complaint(tmp_path):
+    outcome = worker(Launcher(tmp_path, lambda: False), "step", **{"model.width": -1})
+    assert re.search(r"exit code 1: .*model\.width", outcome["error"])
+
+
+def test_a_bench_that_is_stopped_ends_its_worker_at_once(tmp_path):
+    started = time.monotonic()
+    launcher = Launcher(tmp_path, lambda: time.monotonic() - started > 1.0)
+    with pytest.raises(StoppedError, match="kept"):
+        worker(launcher, "step")
+    assert time.monotonic() - started < 5.0
+
+
+def bench(tmp_path, *flags):
+    command = [sys.executable, "-m", "samrobust.cli", "bench", f"--config={DIGITS}"]
+    command += [f"--workdir={tmp_path}", *helpers.make_flags(), *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_measures_writes_and_shows(tmp_path):
+    flags = ("--repeats=2", "--rounds=2", "--min-seconds=0.01", "--methods=st,at")
+    done = bench(tmp_path, *flags, "--measure=step,epoch,evaluation,unrolled")
+    assert done.returncode == 0, done.stderr
+    assert "Speed" in done.stdout
+    report = json.loads((tmp_path / "bench.json").read_text())
+    rows = {f"{r['method']} {r['kind']}".strip(): r for r in report["rows"]}
+    assert list(rows) == [
+        *("st step", "at step", "st epoch", "at epoch"),
+        *("evaluation", "at unrolled"),
+    ]
+    assert all(len(row["seconds"]) == 2 for row in rows.values())
+    assert rows["at step"]["cost"] > 1
+    assert rows["at step"]["compile_cached"] < rows["at step"]["compile_cold"]
+    assert 0 < rows["at epoch"]["pipeline_share"] < 1
+    assert report["projection"] is None  # no SAM row was measured
+    assert report["provenance"]["command"].startswith("cli.py bench")
+
+
+def test_several_devices_and_steps_per_call_are_rows_of_their_own(tmp_path):
+    flags = ("--repeats=1", "--rounds=1", "--min-seconds=0.01", "--methods=st")
+    done = bench(
+        tmp_path, *flags, "--measure=step", "--devices=1,2", "--steps-per-call=1,3"
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "bench.json").read_text())
+    settings = [(r["devices"], r["steps_per_call"]) for r in report["rows"]]
+    assert settings == [(1, 1), (1, 3), (2, 1), (2, 3)]
+
+
+def test_a_profile_is_a_perfetto_trace_and_no_measurement(tmp_path):
+    done = bench(tmp_path, "--profile", "--methods=st", "--measure=step")
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("traces/st_step*/**/perfetto_trace.json.gz"))
+    assert not (tmp_path / "bench.json").exists()
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    done = bench(tmp_path, "--methods=fgsm")
+    assert done.returncode == 2
+    assert done.stderr.startswith("samrobust: error: Expected method")
