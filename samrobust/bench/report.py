@@ -192,7 +192,8 @@ def _notes(report: Report) -> list[str]:
             "PyTorch: reference as the paper's code runs (weight gradients in the "
             "attack, batches from the host, metrics read at every step); resident "
             "with the data on the device; tuned with channels_last and input gradients "
-            "alone; compiled by torch.compile on top. Ratios round by round: median (lowest to highest)."
+            "alone; compiled by torch.compile on top. Ratios round by round: median "
+            "(lowest to highest)."
         )
     provenance = report.provenance
     if provenance:
