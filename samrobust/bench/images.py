@@ -9,7 +9,14 @@ import numpy as np
 
 from samrobust.data import Dataset, Split
 
-__all__ = ["image_shape", "make_dataset"]
+__all__ = ["NUM_EXAMPLES", "image_shape", "make_dataset"]
+
+# Official training and test images; of digits, those that samrobust.data makes.
+NUM_EXAMPLES = {
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "digits": (1_297, 500),
+}
 
 # (classes, shape, mean and standard deviation of the pixels) of the official images.
 _KINDS = {

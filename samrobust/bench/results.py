@@ -7,7 +7,7 @@ from typing import Any
 
 from samrobust import configuration
 from samrobust.bench.counts import Counts, Work, count
-from samrobust.bench.images import image_shape
+from samrobust.bench.images import NUM_EXAMPLES, image_shape
 from samrobust.bench.plan import Options, Task, task_overrides, work_of
 from samrobust.bench.timing import spread
 
@@ -133,12 +133,14 @@ def _row(
     )
     counts = _counts(config)
     if task.kind == "evaluation":
-        row["test_set_seconds"] = median / task.batch_size * 10_000
+        num_test = NUM_EXAMPLES[config.data.name][1]
+        row["num_test"] = num_test
+        row["test_set_seconds"] = median / task.batch_size * num_test
         return row
     work = work_of(task, options)
     _add_rates(row, task, counts, work, ceilings.get(task.precision, {}))
     if task.kind == "epoch":
-        steps = -(-_NUM_TRAIN[config.data.name] // task.batch_size)
+        steps = -(-NUM_EXAMPLES[config.data.name][0] // task.batch_size)
         saving = statistics.median(raw["checkpoint_seconds"] for raw in good)
         pipeline = statistics.median(raw["pipeline_seconds"] for raw in good)
         row["epoch_seconds"] = steps * median + saving
@@ -148,9 +150,6 @@ def _row(
         row["parity"] = good[0]["parity"]
         row["versions"] = good[0]["versions"]
     return row
-
-
-_NUM_TRAIN = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1_297}
 
 
 def _counts(config: Any) -> Counts:

@@ -48,7 +48,7 @@ class Spec:
     @property
     def protocol(self) -> Protocol:
         """How long to measure; accelerators get a longer warm-up."""
-        warmup = 2 if jax.default_backend() == "cpu" else 10
+        warmup = 3 if jax.default_backend() == "cpu" else 10
         return Protocol(self.repeats, self.min_seconds, warmup)
 
 
