@@ -1,10 +1,9 @@
-"""The programs that are measured: a step, an epoch, an evaluation; and parity's file.
+"""The programs that are measured: a step, an epoch, an evaluation.
 
 All of them are the package's own: the same train step, loop and evaluator as a run
 uses, compiled with the same options.
 """
 
-import dataclasses
 import itertools
 import math
 import pathlib
@@ -18,7 +17,6 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from samrobust import building
@@ -26,16 +24,15 @@ from samrobust.bench import timing
 from samrobust.bench.images import make_dataset
 from samrobust.data import Dataset, random_crop_and_flip, take_batch
 from samrobust.evaluation import make_evaluator
-from samrobust.objectives import cross_entropy
 from samrobust.parallel import data_mesh, replicated, sharded
 from samrobust.runtime import compiler_options
 from samrobust.training.checkpoint import Checkpoints
 from samrobust.training.epoch import Carry, EpochPlan, EpochRunner
 from samrobust.training.setup import Parts, make_parts
 from samrobust.training.state import TrainState
-from samrobust.types import Array, Config, PyTree
+from samrobust.types import Array, Config
 
-__all__ = ["epoch", "evaluation", "parity", "step", "unrolled"]
+__all__ = ["epoch", "evaluation", "initial_state", "step", "unrolled"]
 
 _POOL = 4  # different batches, so that no step sees the one before it again
 _EPOCH_STEPS = 16  # of the shortened epoch that is measured
@@ -73,7 +70,7 @@ def step(config: Config, spec: _Spec) -> dict[str, Any]:
         return state
 
     jitted = jax.jit(run, donate_argnums=0, out_shardings=replicated(data_mesh()))
-    state = _initial(parts)
+    state = initial_state(parts)
     arguments = (*pool, jax.random.key(1))
     program, compilation = _compile(lambda: jitted.lower(state, *arguments))
 
@@ -120,7 +117,7 @@ def epoch(config: Config, spec: _Spec) -> dict[str, Any]:
         mesh=data_mesh(),
         key=jax.random.key(1),
     )
-    carry = Carry(_initial(parts), parts.zero_totals)
+    carry = Carry(initial_state(parts), parts.zero_totals)
     carry = jax.device_put(carry, replicated(data_mesh()))
     _, compilation = _compile(lambda: runner.lower(plan.calls()[0], carry))
     calls = itertools.chain.from_iterable(
@@ -148,7 +145,7 @@ def evaluation(config: Config, spec: _Spec) -> dict[str, Any]:
     model = building.make_model(config, dataset)
     attacks = building.evaluation_attacks(config)
     evaluate = make_evaluator(model, attacks, batch_size=batch_size)
-    variables = _initial(make_parts(config, dataset, 1)).variables
+    variables = initial_state(make_parts(config, dataset, 1)).variables
     key = jax.random.key(1)
     started = time.perf_counter()
     evaluate(variables, dataset.test, key)
@@ -164,77 +161,10 @@ def evaluation(config: Config, spec: _Spec) -> dict[str, Any]:
     return outcome | {"num_images": batch_size}
 
 
-def parity(config: Config, spec: _Spec) -> dict[str, Any]:
-    """Writes weights, a batch and what they lead to, for another framework to repeat.
-
-    Logits and the gradient of the summed loss in the images by batch statistics, and
-    the parameters after one step of standard training; see
-    `benchmarks/pytorch_reference.py` for the names. BatchNorm's parameters are moved
-    so that no activation is near the kink of a ReLU: there rounding alone decides a
-    gradient.
-    """
-    size = min(16, config.training.batch_size)
-    dataset = make_dataset(config.data.name, size, 1)
-    model = building.make_model(config, dataset)
-    parts = make_parts(config, dataset, steps_per_epoch=1)
-    state = _initial(parts)
-    state = dataclasses.replace(state, params=_off_kinks(state.params))
-    images, labels = take_batch(
-        dataset.train.images, dataset.train.labels, np.arange(size), 0, size
-    )
-
-    def logits_fn(images: Array) -> Any:
-        return model.apply(state.variables, images, train=True)
-
-    def loss(images: Array) -> Array:
-        return jnp.sum(cross_entropy(logits_fn(images), labels))
-
-    with jax.default_matmul_precision("highest"):
-        updated, _ = jax.jit(parts.train_step)(state, images, labels, jax.random.key(1))
-        logits = jax.jit(logits_fn)(images)
-        image_gradient = jax.jit(jax.grad(loss))(images)
-    trees = {
-        "params": state.params,
-        "batch_stats": state.batch_stats,
-        "updated": updated.params,
-    }
-    arrays = traverse_util.flatten_dict(trees, sep="/") | {
-        "images": images,
-        "labels": labels,
-        "logits": logits,
-        "image_gradient": image_gradient,
-        **{
-            name: config.training[name]
-            for name in ("learning_rate", "momentum", "weight_decay")
-        },
-    }
-    contents: Any = {name: np.asarray(array) for name, array in arrays.items()}
-    np.savez(pathlib.Path(spec.path), **contents)
-    return {
-        "mean": dataset.mean,
-        "std": dataset.std,
-        "image_shape": dataset.image_shape,
-        "num_classes": dataset.num_classes,
-    }
-
-
-def _initial(parts: Parts) -> TrainState:
+def initial_state(parts: Parts) -> TrainState:
     """A fresh state on all devices."""
     state = jax.jit(parts.init)(jax.random.key(0))
     return jax.device_put(state, replicated(data_mesh()))
-
-
-def _off_kinks(params: PyTree) -> PyTree:
-    """Every BatchNorm's scale at 0.3, its biases at 2 and -2 in turn."""
-
-    def move(path: tuple[Any, ...], leaf: Array) -> Array:
-        layer, name = path[-2].key, path[-1].key
-        if not layer.startswith("norm"):
-            return leaf
-        signs = 1 - 2 * (jnp.arange(leaf.size) % 2)
-        return jnp.full_like(leaf, 0.3) if name == "scale" else 2.0 * signs
-
-    return jax.tree_util.tree_map_with_path(move, params)
 
 
 def _on_device(dataset: Dataset, batch_size: int) -> tuple[Array, Array]:

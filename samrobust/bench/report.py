@@ -164,7 +164,7 @@ _UNROLLED: list[Column] = [
     ("compile s", _number("compile_cold", ".1f")),
 ]
 _EVALUATION: list[Column] = [
-    ("images", _number("num_test", ",")),
+    ("images", _number("num_test", ",.0f")),
     ("seconds", _number("test_set_seconds", ",.1f")),
     ("in ST epochs", _number("st_epochs", ".2f")),
 ]

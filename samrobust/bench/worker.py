@@ -16,6 +16,7 @@ import jax
 
 from samrobust import configuration
 from samrobust.bench import ceilings, programs
+from samrobust.bench.parity import parity
 from samrobust.bench.timing import Protocol
 from samrobust.provenance import provenance
 from samrobust.runtime import enable_compilation_cache, keep_freed_memory
@@ -64,7 +65,7 @@ def main() -> None:
         "unrolled": programs.unrolled,
         "epoch": programs.epoch,
         "evaluation": programs.evaluation,
-        "parity": programs.parity,
+        "parity": parity,
     }
     outcome = kinds[spec.kind](config, spec)
     outcome |= {
