@@ -2,10 +2,10 @@
 
 import argparse
 import collections
-import functools
 import pathlib
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,16 +91,25 @@ def _profile(
     should_stop: Callable[[], bool],
 ) -> int:
     """Writes a trace of every row of our own."""
-    launch = Launcher(workdir, should_stop)
-    failed = False
     own = [task for task in tasks if task.kind != "pytorch"]
-    for task in own:
-        folder = workdir / "traces" / task.name.replace(", ", "-").replace(" ", "_")
-        folder.mkdir(parents=True, exist_ok=True)
-        spec = spec_of(task, options) | {"trace": True, "path": str(folder)}
-        outcome = launch.worker(spec, task)
-        error = outcome.get("error")
-        failed = failed or error is not None
-        show = functools.partial(console.print, highlight=False)
-        show(f"{task.name}: {error}" if error else f"{task.name}: {folder}")
-    return 1 if failed else 0
+    with tempfile.TemporaryDirectory(prefix="samrobust-bench-") as cache:
+        launch = Launcher(pathlib.Path(cache), should_stop)
+        failed = [_trace(task, options, workdir, console, launch) for task in own]
+    return 1 if any(failed) else 0
+
+
+def _trace(
+    task: Task,
+    options: Options,
+    workdir: pathlib.Path,
+    console: Console,
+    launch: Launcher,
+) -> bool:
+    """Writes the trace of a row; whether that failed."""
+    folder = workdir / "traces" / task.name.replace(", ", "-").replace(" ", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = spec_of(task, options) | {"trace": True, "path": str(folder)}
+    error = launch.worker(spec, task).get("error")
+    outcome = f"{task.name}: {error or folder}"
+    console.print(outcome, highlight=False, markup=False)
+    return error is not None

@@ -44,6 +44,8 @@ class Launcher:
         environment["JAX_COMPILATION_CACHE_DIR"] = str(self._folder / "cache")
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         if task is not None:
+            if task.devices and not self._platform:
+                self.worker({**spec, "kind": "probe"})
             environment |= self._devices(task, environment)
         command = [sys.executable, "-m", "samrobust.bench.worker"]
         outcome = self._run(command, environment, json.dumps(spec))

@@ -29,7 +29,8 @@ class Spec:
     """What a worker measures.
 
     Attributes:
-      kind: `ceilings`, `step`, `unrolled`, `epoch`, `evaluation` or `parity`.
+      kind: `ceilings`, `step`, `unrolled`, `epoch`, `evaluation`, `parity`, or `probe`
+        for nothing but what every outcome says.
       config: a config file and its row.
       overrides: of the config, as on the command line.
       repeats: see `Protocol`.
@@ -60,6 +61,7 @@ def main() -> None:
     spec = Spec(**json.load(sys.stdin))
     config = configuration.load_config(spec.config, spec.overrides)
     kinds: dict[str, Callable[..., dict[str, Any]]] = {
+        "probe": lambda *_: {},
         "ceilings": _ceilings,
         "step": programs.step,
         "unrolled": programs.unrolled,
