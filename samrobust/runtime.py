@@ -32,6 +32,8 @@ _CPU_OPTIONS: dict[str, str | bool] = {_YNN_FLAG: "LIBRARY_FUSION_TYPE_REDUCE"}
 
 # mallopt's parameters, from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_RESERVE, _HUGE_PAGE = 2**32, 2**21  # bytes; huge pages as on x86-64
+_MADV_HUGEPAGE = 14  # from Linux's mman.h
 
 
 def cache_folder() -> pathlib.Path:
@@ -89,7 +91,27 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # no glibc
         return False
     settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1))
-    return all(mallopt(name, value) == 1 for name, value in settings)
+    if not all(mallopt(name, value) == 1 for name, value in settings):
+        return False
+    _prepare_heap()
+    return True
+
+
+def _prepare_heap() -> None:
+    """Marks the heap that is still to come for huge pages: fewer faults, fewer misses.
+
+    Reserved and freed untouched, it takes no memory before it is used.
+    """
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes = [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    block = libc.malloc(_RESERVE)
+    if block:
+        start = -(-block // _HUGE_PAGE) * _HUGE_PAGE
+        libc.madvise(start, block + _RESERVE - start, _MADV_HUGEPAGE)
+        libc.free(block)
 
 
 class StopRequest:
