@@ -192,6 +192,13 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         choices=("pytorch",),
         help="time the same steps in PyTorch, in between; needs torch and a checkout",
     )
+    add(
+        "--variants",
+        type=_words,
+        default=("reference", "resident", "tuned", "compiled"),
+        metavar="NAMES",
+        help="of PyTorch; default: reference,resident,tuned,compiled",
+    )
     add("--repeats", type=int, default=5, metavar="N", help="a process; %(default)s")
     add("--rounds", type=int, default=2, metavar="N", help="processes; %(default)s")
     add("--min-seconds", type=float, default=2.0, metavar="S", help="of a repeat; 2")

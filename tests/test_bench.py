@@ -167,6 +167,7 @@ def test_pytorch_has_all_variants_in_float32_and_the_fast_ones_in_bfloat16():
     [
         ({"methods": ("trades",)}, "method"),
         ({"measure": ("speed",)}, "measure"),
+        ({"variants": ("fastest",)}, "variants"),
         ({"precisions": ("float8",)}, r"model\.dtype"),
         ({"batch_sizes": (0,)}, "batch-sizes"),
         ({"rounds": 0}, "rounds"),

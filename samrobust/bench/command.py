@@ -42,6 +42,7 @@ def bench_command(
         steps_per_call=arguments.steps_per_call,
         xla_flags=tuple(arguments.xla_flags or ("",)),
         compare=arguments.compare,
+        variants=arguments.variants,
         repeats=arguments.repeats,
         rounds=arguments.rounds,
         min_seconds=arguments.min_seconds,

@@ -8,10 +8,19 @@ from samrobust import configuration
 from samrobust.bench.counts import Work
 from samrobust.checks import check, check_choice
 
-__all__ = ["KINDS", "Options", "Task", "plan", "spec_of", "task_overrides", "work_of"]
+__all__ = [
+    "KINDS",
+    "VARIANTS",
+    "Options",
+    "Task",
+    "plan",
+    "spec_of",
+    "task_overrides",
+    "work_of",
+]
 
 KINDS = ("step", "epoch", "evaluation", "unrolled")
-_VARIANTS = ("reference", "resident", "tuned", "compiled")
+VARIANTS = ("reference", "resident", "tuned", "compiled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Options:
       steps_per_call: 0: the default of the device.
       xla_flags: flags added to `XLA_FLAGS`, one string a variant; "" adds none.
       compare: `pytorch`, or nothing.
+      variants: of PyTorch.
       repeats: in every process.
       rounds: processes for each row.
       min_seconds: of a repeat.
@@ -44,6 +54,7 @@ class Options:
     steps_per_call: tuple[int, ...] = (0,)
     xla_flags: tuple[str, ...] = ("",)
     compare: str | None = None
+    variants: tuple[str, ...] = VARIANTS
     repeats: int = 5
     rounds: int = 2
     min_seconds: float = 2.0
@@ -51,6 +62,8 @@ class Options:
     def __post_init__(self) -> None:
         for kind in self.measure:
             check_choice(KINDS, measure=kind)
+        for variant in self.variants:
+            check_choice(VARIANTS, variants=variant)
         for name in ("repeats", "rounds"):
             value = getattr(self, name)
             check(value >= 1, f"--{name} >= 1", **{name: value})
@@ -146,7 +159,7 @@ def plan(options: Options) -> list[Task]:
             tasks += [
                 Task("pytorch", method, first[method], *setting[:2], variant=variant)
                 for method in options.methods
-                for variant in _VARIANTS
+                for variant in options.variants
                 if setting[1] == "float32" or variant in ("tuned", "compiled")
             ]
     tasks = list(dict.fromkeys(tasks))
