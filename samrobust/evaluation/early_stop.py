@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from samrobust.attacks import StagedPgd
-from samrobust.checks import check
+from samrobust.attacks import StagedPgd, identity
 from samrobust.data import Split, evaluation_batches, take_batch
-from samrobust.evaluation.evaluate import Evaluator
+from samrobust.evaluation.evaluate import (
+    Evaluator,
+    divisible_batch_size,
+    make_evaluator,
+)
 from samrobust.parallel import data_mesh, replicated, shard_batch
 from samrobust.runtime import compiler_options
 from samrobust.types import Array, PyTree
@@ -45,14 +47,12 @@ def make_early_stop_evaluator(
     Raises:
       ValueError: if batch_size < 1 or the split is empty.
     """
-    check(batch_size >= 1, "batch_size >= 1", batch_size=batch_size)
-    num_devices = data_mesh().devices.size
-    batch_size = -(-batch_size // num_devices) * num_devices
+    batch_size = divisible_batch_size(batch_size)
     pursuits = {
         name: _Pursuit(model, attack, name, batch_size)
         for name, attack in attacks.items()
     }
-    natural = _make_natural(model, batch_size)
+    natural = make_evaluator(model, {"natural": identity}, batch_size=batch_size)
 
     def evaluate(
         variables: PyTree,
@@ -61,14 +61,10 @@ def make_early_stop_evaluator(
         *,
         on_batch: Callable[[int, int], None] = lambda *_: None,
     ) -> dict[str, np.ndarray]:
+        outcome = natural(variables, split, key)
         num_examples = len(split)
-        check(num_examples > 0, "a split with examples", num_examples=num_examples)
         placement = replicated(data_mesh())
         data = jax.device_put((variables, split.images, split.labels), placement)
-        outcome = {"natural": np.zeros(num_examples, bool)}
-        for indices, mask in evaluation_batches(num_examples, batch_size):
-            correct = jax.device_get(natural(*data, indices))
-            outcome["natural"][indices[mask]] = correct[mask]
         for number, (name, pursuit) in enumerate(pursuits.items()):
             start = number * num_examples // len(pursuits)
             share = num_examples / len(pursuits)
@@ -81,21 +77,6 @@ def make_early_stop_evaluator(
         return outcome
 
     return evaluate
-
-
-def _make_natural(model: nn.Module, batch_size: int) -> Callable[..., Array]:
-    """Whether the examples of a batch are classified rightly."""
-
-    @functools.partial(jax.jit, compiler_options=compiler_options())
-    def natural(
-        variables: PyTree, images: Array, labels: Array, indices: Array
-    ) -> Array:
-        batch = take_batch(images, labels, indices, 0, batch_size)
-        batch_images, batch_labels = shard_batch(batch, data_mesh())
-        logits = model.apply(variables, batch_images, train=False)
-        return jnp.argmax(cast(Array, logits), axis=-1) == batch_labels
-
-    return natural
 
 
 class _Pursuit:

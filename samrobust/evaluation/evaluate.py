@@ -21,7 +21,7 @@ from samrobust.parallel import data_mesh, replicated, shard_batch
 from samrobust.runtime import compiler_options
 from samrobust.types import Array, Attack, PyTree
 
-__all__ = ["Evaluator", "accuracies", "make_evaluator"]
+__all__ = ["Evaluator", "accuracies", "divisible_batch_size", "make_evaluator"]
 
 Evaluator = Callable[..., dict[str, np.ndarray]]
 
@@ -49,10 +49,7 @@ def make_evaluator(
     Raises:
       ValueError: if batch_size < 1 or the split is empty.
     """
-    check(batch_size >= 1, "batch_size >= 1", batch_size=batch_size)
-    mesh = data_mesh()
-    num_devices = mesh.devices.size
-    batch_size = -(-batch_size // num_devices) * num_devices
+    mesh, batch_size = data_mesh(), divisible_batch_size(batch_size)
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
     def judge(
@@ -95,6 +92,13 @@ def make_evaluator(
         return outcome
 
     return evaluate
+
+
+def divisible_batch_size(batch_size: int) -> int:
+    """`batch_size`, which must be >= 1, rounded up to a multiple of the devices."""
+    check(batch_size >= 1, "batch_size >= 1", batch_size=batch_size)
+    num_devices = data_mesh().devices.size
+    return -(-batch_size // num_devices) * num_devices
 
 
 def accuracies(outcome: Mapping[str, np.ndarray]) -> dict[str, float]:
