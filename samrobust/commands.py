@@ -4,15 +4,17 @@ import argparse
 import json
 import pathlib
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.markup import escape
 
-from samrobust import building, configuration, reporting
+from samrobust import building, configuration, parallel, reporting
 from samrobust.bench.command import bench_command
 from samrobust.bench.suite import StoppedError
 from samrobust.checks import check
@@ -42,7 +44,7 @@ _EVALUATION_FLAGS = (
     "checkpoint",
     "batch_size",
 )
-_FAILED, _BAD_INPUT, _TERMINATED, _CTRL_C = 1, 2, 75, 130
+_FAILED, _BAD_INPUT, _LOST_PEER, _TERMINATED, _CTRL_C = 1, 2, 69, 75, 130
 
 
 def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -59,18 +61,60 @@ def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     stop = StopRequest()
     try:
         with stop.listening():
-            return command[arguments.command](arguments, overrides, stop)
+            code = command[arguments.command](arguments, overrides, stop)
     except (InterruptedRunError, StoppedError) as error:
-        print(f"samrobust: {error}", file=sys.stderr)
-        return _CTRL_C if stop.signal and stop.signal.name == "SIGINT" else _TERMINATED
+        _say(str(error), error)
+        code = _CTRL_C if stop.signal and stop.signal.name == "SIGINT" else _TERMINATED
     except KeyboardInterrupt:
-        return _CTRL_C
-    except (ValueError, WorkdirError, DatasetUnavailableError) as error:
-        print(f"samrobust: error: {error}", file=sys.stderr)
+        code = _CTRL_C
+    except Exception as error:
+        code = _code_of(error)
+        if code is None and not parallel.is_joined():
+            raise
+        if code is None:
+            traceback.print_exc()
+            code = _FAILED
+        message = f"{_LOST} ({error})" if code == _LOST_PEER else str(error)
+        _say(f"error: {message}", error)
+        if parallel.is_joined():
+            parallel.leave(code, message)
+    parallel.part()
+    return code
+
+
+_LOST = (
+    "Another process of this run is gone. Start all of them again with the same "
+    "command: the run goes on from its last checkpoint."
+)
+
+
+def _code_of(error: Exception) -> int | None:
+    """The exit code of an error that the user can mend; None for any other."""
+    if parallel.lost_a_peer(error):
+        return _LOST_PEER
+    if isinstance(error, ValueError | WorkdirError | DatasetUnavailableError):
         return _BAD_INPUT
-    except (TrainingDivergedError, CheckpointError, OSError) as error:
-        print(f"samrobust: error: {error}", file=sys.stderr)
+    if isinstance(
+        error,
+        TrainingDivergedError | CheckpointError | parallel.DistributedError | OSError,
+    ):
         return _FAILED
+    return None
+
+
+def _say(text: str, error: BaseException) -> None:
+    """Says it once, where all processes have the same to say."""
+    if not parallel.is_joined() or parallel.is_primary():
+        print(f"samrobust: {text}", file=sys.stderr)
+    elif not (parallel.is_shared(error) or isinstance(error, InterruptedRunError)):
+        print(f"samrobust (process {jax.process_index()}): {text}", file=sys.stderr)
+
+
+def _join(stop: StopRequest) -> tuple[Console, parallel.AgreedStop]:
+    """Joins the other processes of the run, if any; process 0 alone shows things."""
+    parallel.initialize()
+    parallel.watch_for_failures()
+    return Console(quiet=not parallel.is_primary()), parallel.AgreedStop(stop)
 
 
 def _table(
@@ -172,8 +216,8 @@ def _with_seed(config: Config, seed: int) -> Config:
 def _train(
     arguments: argparse.Namespace, overrides: Sequence[str], stop: StopRequest
 ) -> int:
-    console = Console()
     config = configuration.load_config(arguments.config, overrides)
+    console, should_stop = _join(stop)
     planned = PlannedRun(config, pathlib.Path(arguments.workdir))
     dataset = building.load_data(config)
     works = work(config, dataset)
@@ -181,7 +225,7 @@ def _train(
     with display.live():
         observer = display.run(planned.name, *works)
         result = run(
-            config, planned.workdir, observer, dataset=dataset, should_stop=stop
+            config, planned.workdir, observer, dataset=dataset, should_stop=should_stop
         )
     _print_accuracies(console, planned.name, result["accuracy"])
     console.print(f"Written to {planned.workdir}: result.json", highlight=False)
@@ -203,8 +247,8 @@ def _evaluate(
         overrides=list(overrides),
     )
     workdir = pathlib.Path(arguments.workdir)
-    config = _evaluation_config(workdir, arguments)
-    console = Console()
+    console, should_stop = _join(stop)
+    config = parallel.from_primary(lambda: _evaluation_config(workdir, arguments))
     dataset: Dataset = building.load_data(config)
     works = work(config, dataset)
     display = ProgressDisplay(console, works[1])
@@ -214,7 +258,7 @@ def _evaluate(
             workdir,
             display.run(config.label, 0.0, works[1]),
             dataset=dataset,
-            should_stop=stop,
+            should_stop=should_stop,
         )
     line = {
         "accuracy": accuracy,
@@ -222,9 +266,10 @@ def _evaluate(
         "seed": config.seed,
         "provenance": provenance(),
     }
-    append_json_line(workdir / "evaluations.jsonl", line)
+    path = workdir / "evaluations.jsonl"
+    parallel.from_primary(lambda: append_json_line(path, line))
     _print_accuracies(console, config.label, accuracy)
-    console.print(f"Added to {workdir / 'evaluations.jsonl'}", highlight=False)
+    console.print(f"Added to {path}", highlight=False)
     return 0
 
 

@@ -4,6 +4,7 @@ Everything here can be killed at any moment and started again with the same call
 finished runs are read, the others go on from their last checkpoint.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -19,6 +20,7 @@ from samrobust.evaluation import (
     make_early_stop_evaluator,
     make_evaluator,
 )
+from samrobust.parallel import from_primary
 from samrobust.provenance import provenance
 from samrobust.training import (
     InterruptedRunError,
@@ -103,38 +105,54 @@ def run(
       TrainingDivergedError: if the loss stops being finite.
       WorkdirError: if the workdir is taken, or holds another run.
     """
-    with claim(workdir):
-        settle_config(workdir, _as_dict(config))
-        result = read_json(workdir / "result.json")
+    with contextlib.ExitStack() as held:
+
+        def begin() -> dict[str, Any] | None:
+            held.enter_context(claim(workdir))
+            settle_config(workdir, _as_dict(config))
+            return read_json(workdir / "result.json")
+
+        result = from_primary(begin)
         if result is None:
-            outcome = train(
-                config,
-                dataset,
-                workdir,
-                validate=_make_validate(config, dataset),
-                on_progress=observer.on_progress,
-                should_stop=should_stop,
-            )
-            if config.evaluation.checkpoint == "last":
-                variables = outcome.state.variables
-            else:
-                variables = load_variables(config, dataset, workdir, "best")
-            accuracy = _evaluate(config, dataset, variables, observer, should_stop)
-            result = {
-                "dataset": config.data.name,
-                "row": config.row,
-                "label": config.label,
-                "seed": config.seed,
-                "accuracy": accuracy,
-                "num_test": len(_evaluated_split(config, dataset)),
-                "split": config.evaluation.split,
-                "checkpoint": config.evaluation.checkpoint,
-                "training_seconds": outcome.seconds,
-                "step_seconds": outcome.step_seconds,
-                "provenance": provenance() | {"seconds": outcome.seconds},
-            }
-            write_json(workdir / "result.json", result)
+            result = _run(config, workdir, observer, dataset, should_stop)
+            from_primary(lambda: write_json(workdir / "result.json", result))
         return result
+
+
+def _run(
+    config: Config,
+    workdir: pathlib.Path,
+    observer: Observer,
+    dataset: Dataset,
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """Trains and evaluates in a workdir that is claimed."""
+    outcome = train(
+        config,
+        dataset,
+        workdir,
+        validate=_make_validate(config, dataset),
+        on_progress=observer.on_progress,
+        should_stop=should_stop,
+    )
+    if config.evaluation.checkpoint == "last":
+        variables = outcome.state.variables
+    else:
+        variables = load_variables(config, dataset, workdir, "best")
+    accuracy = _evaluate(config, dataset, variables, observer, should_stop)
+    return {
+        "dataset": config.data.name,
+        "row": config.row,
+        "label": config.label,
+        "seed": config.seed,
+        "accuracy": accuracy,
+        "num_test": len(_evaluated_split(config, dataset)),
+        "split": config.evaluation.split,
+        "checkpoint": config.evaluation.checkpoint,
+        "training_seconds": outcome.seconds,
+        "step_seconds": outcome.step_seconds,
+        "provenance": provenance() | {"seconds": outcome.seconds},
+    }
 
 
 def run_all(

@@ -21,8 +21,8 @@ def provenance() -> dict[str, Any]:
 
     Returns:
       `commit` (None outside a git checkout; `+changes` if files differ from it),
-      the versions of the packages, `python`, `device`, `num_devices`, `platform`,
-      `command` and `date` (UTC, ISO 8601).
+      the versions of the packages, `python`, `device`, `num_devices`, `num_processes`,
+      `platform`, `command` and `date` (UTC, ISO 8601).
     """
     device = jax.devices()[0]
     return {
@@ -31,6 +31,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "device": _processor() if device.platform == "cpu" else device.device_kind,
         "num_devices": jax.device_count(),
+        "num_processes": jax.process_count(),
         "platform": platform.platform(),
         "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

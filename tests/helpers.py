@@ -5,12 +5,15 @@ programs are shared by all tests of a session and by the processes they start.
 """
 
 import atexit
+import concurrent.futures
 import contextlib
 import functools
 import json
 import os
 import pathlib
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -240,6 +243,54 @@ def start_command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         text=True,
         cwd=ROOT,
     )
+
+
+def start_group(
+    count: int, command: list[str], *, devices: int = 1, **environment: str
+) -> list[subprocess.Popen[str]]:
+    """Starts a command as several processes of one run, on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "SAMROBUST_HEARTBEAT_SECONDS": "10",
+        **environment,
+    }
+    return [
+        subprocess.Popen(
+            command,
+            env={**common, "JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for index in range(count)
+    ]
+
+
+def start_command_group(
+    count: int, *arguments: str, devices: int = 1, **environment: str
+) -> list[subprocess.Popen[str]]:
+    """Starts the `samrobust` command as several processes of one run."""
+    command = [sys.executable, "-m", "samrobust.cli", *arguments]
+    return start_group(count, command, devices=devices, **environment)
+
+
+def finish_group(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Waits for all processes; as `finish_command`, but without gloo's greeting."""
+    with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
+        outcomes = list(pool.map(finish_command, processes))
+    greeting = r"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. [^:]* : \d+"
+    return [
+        (code, output, re.sub(greeting, "", errors).strip())
+        for code, output, errors in outcomes
+    ]
 
 
 def finish_command(process: subprocess.Popen[str]) -> tuple[int, str, str]:

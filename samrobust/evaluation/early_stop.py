@@ -22,7 +22,7 @@ from samrobust.evaluation.evaluate import (
     divisible_batch_size,
     make_evaluator,
 )
-from samrobust.parallel import data_mesh, replicated, shard_batch
+from samrobust.parallel import data_mesh, replicate, replicated, shard_batch
 from samrobust.runtime import compiler_options
 from samrobust.types import Array, PyTree
 
@@ -63,8 +63,7 @@ def make_early_stop_evaluator(
     ) -> dict[str, np.ndarray]:
         outcome = natural(variables, split, key)
         num_examples = len(split)
-        placement = replicated(data_mesh())
-        data = jax.device_put((variables, split.images, split.labels), placement)
+        data = replicate((variables, split.images, split.labels), data_mesh())
         for number, (name, pursuit) in enumerate(pursuits.items()):
             start = number * num_examples // len(pursuits)
             share = num_examples / len(pursuits)
@@ -85,7 +84,11 @@ class _Pursuit:
     def __init__(self, model: nn.Module, attack: StagedPgd, name: str, size: int):
         self._attack, self._size = attack, size
         self._stream = zlib.crc32(name.encode())
-        jit = functools.partial(jax.jit, compiler_options=compiler_options())
+        jit = functools.partial(
+            jax.jit,
+            compiler_options=compiler_options(),
+            out_shardings=replicated(data_mesh()),
+        )
 
         def start(
             images: Array, labels: Array, indices: Array, key: Array, restart: Array

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from samrobust.checks import check
 from samrobust.data import Split, evaluation_batches, take_batch
-from samrobust.parallel import data_mesh, replicated, shard_batch
+from samrobust.parallel import data_mesh, replicate, replicated, shard_batch
 from samrobust.runtime import compiler_options
 from samrobust.types import Array, Attack, PyTree
 
@@ -51,7 +51,11 @@ def make_evaluator(
     """
     mesh, batch_size = data_mesh(), divisible_batch_size(batch_size)
 
-    @functools.partial(jax.jit, compiler_options=compiler_options())
+    @functools.partial(
+        jax.jit,
+        compiler_options=compiler_options(),
+        out_shardings=replicated(mesh),  # so that every process can read it
+    )
     def judge(
         variables: PyTree, images: Array, labels: Array, indices: Array, key: Array
     ) -> dict[str, Array]:
@@ -79,7 +83,7 @@ def make_evaluator(
         num_examples = len(split)
         check(num_examples > 0, "a split with examples", num_examples=num_examples)
         data = (variables, split.images, split.labels)
-        variables, images, labels = jax.device_put(data, replicated(mesh))
+        variables, images, labels = replicate(data, mesh)
         outcome = {name: np.zeros(num_examples, bool) for name in attacks}
         done = 0
         for indices, mask in evaluation_batches(num_examples, batch_size):

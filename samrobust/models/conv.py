@@ -91,7 +91,7 @@ def _backward(
             cotangent, kernel, cpu=image_gradient, default=native_image
         ),
         lax.platform_dependent(
-            cotangent, images, cpu=_apart(kernel_gradient), default=native_kernel
+            cotangent, images, cpu=kernel_gradient, default=native_kernel
         ),
     )
 
@@ -159,15 +159,22 @@ def _kernel_gradient(
         dilated = (cotangent.shape[axis] - 1) * stride + 1
         return padding, window[axis - 1] + dilated - 1 - images.shape[axis] - padding
 
+    # The convolution itself is not apart: summed over a batch that is split over
+    # processes it ends in a message, and gloo needs all messages in one order, which
+    # the CPU's executor keeps within a computation only.
     gradient = lax.conv_general_dilated(
-        images.transpose(3, 1, 2, 0),
-        cotangent.transpose(1, 2, 0, 3),
+        _transpose(images, 3, 1, 2, 0),
+        _transpose(cotangent, 1, 2, 0, 3),
         window_strides=(1, 1),
         padding=(pads(1), pads(2)),
         rhs_dilation=(stride, stride),
         dimension_numbers=_DIMENSIONS,
     )
-    return gradient.transpose(1, 2, 0, 3)
+    return _transpose(gradient, 1, 2, 0, 3)
+
+
+def _transpose(array: Array, *axes: int) -> Array:
+    return _apart(lambda x: x.transpose(axes))(array)
 
 
 _conv2d.defvjp(_forward, _backward)

@@ -1,5 +1,42 @@
 """Many devices, many processes: a data mesh, and what the processes agree upon."""
 
-from samrobust.parallel.mesh import data_mesh, replicated, shard_batch, sharded
+from samrobust.parallel.agreement import (
+    AgreedStop,
+    broadcast,
+    from_primary,
+    is_joined,
+    is_primary,
+    is_shared,
+    leave,
+    lost_a_peer,
+    part,
+    watch_for_failures,
+)
+from samrobust.parallel.mesh import (
+    data_mesh,
+    replicate,
+    replicated,
+    shard_batch,
+    sharded,
+)
+from samrobust.parallel.start import DistributedError, initialize
 
-__all__ = ["data_mesh", "replicated", "shard_batch", "sharded"]
+__all__ = [
+    "AgreedStop",
+    "DistributedError",
+    "broadcast",
+    "data_mesh",
+    "from_primary",
+    "initialize",
+    "is_joined",
+    "is_primary",
+    "is_shared",
+    "leave",
+    "lost_a_peer",
+    "part",
+    "replicate",
+    "replicated",
+    "shard_batch",
+    "sharded",
+    "watch_for_failures",
+]

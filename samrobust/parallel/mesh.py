@@ -4,13 +4,16 @@ Under `jax.jit` a computation on these arrays means the same on one device as on
 sums and BatchNorm statistics run over the global batch.
 """
 
+from typing import Any
+
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from samrobust.checks import check
 from samrobust.types import PyTree
 
-__all__ = ["data_mesh", "replicated", "shard_batch", "sharded"]
+__all__ = ["data_mesh", "replicate", "replicated", "shard_batch", "sharded"]
 
 _AXIS = "data"
 
@@ -32,6 +35,27 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Puts a whole copy of every array on every device, of other processes too.
+
+    Args:
+      tree: arrays that are the same in all processes, which is not checked; those that
+        lie there already are left alone.
+      mesh: of all devices.
+    """
+    placement = replicated(mesh)
+    if placement.is_fully_addressable:
+        return jax.device_put(tree, placement)
+
+    def put(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding == placement:
+            return leaf
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, placement, lambda i: host[i])
+
+    return jax.tree.map(put, tree)
 
 
 def sharded(mesh: Mesh) -> NamedSharding:

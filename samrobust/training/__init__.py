@@ -1,12 +1,7 @@
 """Training: the state, the one step, the compiled epoch, checkpoints, the loop."""
 
-from samrobust.training.loop import (
-    InterruptedRunError,
-    Outcome,
-    Progress,
-    TrainingDivergedError,
-    train,
-)
+from samrobust.training.history import TrainingDivergedError
+from samrobust.training.loop import InterruptedRunError, Outcome, Progress, train
 from samrobust.training.setup import load_variables
 from samrobust.training.state import TrainState, init_state
 from samrobust.training.step import TrainStep, make_train_step

@@ -8,10 +8,9 @@ directory into place when all of it is written, so that a killed process leaves 
 checkpoints as they were. The checksums find what Orbax does not: it restores a file
 with a flipped byte without a word.
 
-Several processes may write one checkpoint together if each calls `save` with the same
-replicated state on a shared file system: process 0 writes. Only one job at a time may
-write to a directory; others may read it. Typed PRNG keys are out of scope: save
-`jax.random.key_data(key)`.
+Of several processes one alone uses this, process 0: it holds a copy of the whole state.
+Only one job at a time may write to a directory; others may read it. Typed PRNG keys are
+out of scope: save `jax.random.key_data(key)`.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ from samrobust.training.manifest import (
     named_leaves,
     place,
 )
-from samrobust.training.reader import Reader
+from samrobust.training.reader import ALONE, Reader
 from samrobust.types import PyTree
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored"]
@@ -228,9 +227,12 @@ metadata={'epoch': 2})
         if self._manager is None:
             # Made by the first save, for it removes the temporary directories of
             # killed writers: a reader must not do this to a run in progress.
+            os.makedirs(self._directory, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
+                    create=False,
+                    multiprocessing_options=ALONE,
                     preservation_policy=_KeepNewest(self._keep),
                     cleanup_tmp_directories=True,
                     lightweight_initialize=True,

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.stages import Lowered
 
 from samrobust.data import Split, epoch_permutation, random_crop_and_flip, take_batch
-from samrobust.parallel import replicated, shard_batch
+from samrobust.parallel import replicate, replicated, shard_batch
 from samrobust.runtime import compiler_options
 from samrobust.training.state import TrainState
 from samrobust.training.step import TrainStep
@@ -141,7 +141,7 @@ class EpochRunner:
         self._augmentation = {"padding": padding, "flip": flip}
         self._placement = replicated(mesh)
         images_and_labels = (split.images, split.labels)
-        self._data = jax.device_put(images_and_labels, self._placement)
+        self._data = replicate(images_and_labels, mesh)
         self._shuffle_key, self._step_key = jax.random.split(key)
         self._permute = jax.jit(
             lambda epoch: epoch_permutation(self._shuffle_key, epoch, len(split)),

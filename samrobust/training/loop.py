@@ -18,12 +18,11 @@ import jax.numpy as jnp
 from samrobust import building
 from samrobust.data import Dataset
 from samrobust.parallel import data_mesh, replicated
-from samrobust.training.checkpoint import Checkpoints
 from samrobust.training.epoch import Carry, EpochPlan, EpochRunner, Totals
-from samrobust.training.setup import checkpoint_folder, make_parts, make_plan
+from samrobust.training.history import History, TrainingDivergedError
+from samrobust.training.setup import make_parts, make_plan
 from samrobust.training.state import TrainState
 from samrobust.types import Config
-from samrobust.workdir import MetricsLog
 
 __all__ = [
     "InterruptedRunError",
@@ -34,10 +33,6 @@ __all__ = [
 ]
 
 Validate = Callable[[TrainState], dict[str, float]]
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss, a gradient or the parameters stopped being finite."""
 
 
 class InterruptedRunError(RuntimeError):
@@ -90,11 +85,13 @@ def train(
     Args:
       config: validated.
       dataset: that of `config.data`.
-      workdir: receives `metrics.jsonl` and `checkpoints/`; claimed by the caller.
+      workdir: receives `metrics.jsonl` and `checkpoints/`; claimed by the caller. Of
+        several processes, 0 alone sees it.
       validate: called after each epoch with the state; its `score` (higher is better)
         decides which state is kept as the best one.
       on_progress: called after each call of the device.
-      should_stop: asked as often; if true, the state is saved and the run stops.
+      should_stop: asked as often; if true, the state is saved and the run stops. Of
+        several processes all must get the same answer, see `AgreedStop`.
 
     Raises:
       TrainingDivergedError: with the step and the last good checkpoint.
@@ -105,7 +102,6 @@ def train(
     parts = make_parts(config, dataset, plan.num_steps)
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     mesh = data_mesh()
-    workdir.mkdir(parents=True, exist_ok=True)
     runner = EpochRunner(
         parts.train_step,
         plan,
@@ -115,89 +111,18 @@ def train(
         mesh=mesh,
         key=run_key,
     )
-    init = jax.jit(lambda key: Carry(parts.init(key), parts.zero_totals))
-    fresh = jax.device_put(init(init_key), replicated(mesh))
+    init = jax.jit(
+        lambda key: Carry(parts.init(key), parts.zero_totals),
+        out_shardings=replicated(mesh),
+    )
+    fresh = init(init_key)
     zeros = jax.tree.map(jnp.copy, fresh.totals)  # fresh itself is donated
-    folder = checkpoint_folder(workdir, "last")
-    with (
-        Checkpoints(folder, keep=config.checkpoint.keep) as checkpoints,
-        Checkpoints(checkpoint_folder(workdir, "best"), keep=1) as best,
-    ):
-        history = _History(config, workdir, checkpoints, best)
-        carry = history.restore(fresh)
+    with History(config, workdir) as history:
+        carry = history.restore(fresh, mesh)
         run = _Run(
             config, plan, runner, zeros, history, validate, on_progress, should_stop
         )
         return run.to_the_end(carry)
-
-
-class _History:
-    """What a run leaves behind: checkpoints, the best score, the metrics' log."""
-
-    def __init__(
-        self,
-        config: Config,
-        workdir: pathlib.Path,
-        checkpoints: Checkpoints,
-        best: Checkpoints,
-    ):
-        self._minutes = config.checkpoint.minutes
-        self._workdir = workdir
-        self._checkpoints, self._best = checkpoints, best
-        self._best_score: float | None = None
-        self._saved_step, self._saved_at = -1, time.monotonic()
-        self.earlier_seconds = 0.0  # of the current epoch, spent before this process
-        self.log: MetricsLog
-
-    def restore(self, fresh: Carry) -> Carry:
-        """The newest intact state, or the fresh one."""
-        restored = self._checkpoints.restore_latest(fresh)
-        if restored is not None:
-            self.earlier_seconds = restored.metadata["epoch_seconds"]
-            self._best_score = restored.metadata["best_score"]
-            self._saved_step = restored.step
-        last_step = 0 if restored is None else restored.step
-        self.log = MetricsLog(self._workdir / "metrics.jsonl", last_step=last_step)
-        return fresh if restored is None else restored.state
-
-    def is_due(self) -> bool:
-        """Whether it is time for a checkpoint."""
-        return time.monotonic() - self._saved_at >= 60 * self._minutes
-
-    def save(self, carry: Carry, step: int, epoch_seconds: float, wait: bool) -> None:
-        """Saves the state, unless this step is saved or its numbers are not finite."""
-        if step != self._saved_step:
-            self.check_finite(jax.device_get(carry.totals))
-            metadata = {
-                "epoch_seconds": epoch_seconds,
-                "best_score": self._best_score,
-            }
-            self._checkpoints.save(step, carry, metadata)
-            self._saved_step = step
-        self._saved_at = time.monotonic()
-        if wait:
-            self._checkpoints.wait()
-
-    def keep_best(self, carry: Carry, step: int, scores: dict[str, float]) -> None:
-        """Saves the state apart if its score is the best so far."""
-        if self._best_score is None or scores["score"] > self._best_score:
-            self._best_score = scores["score"]
-            self._best.save(step, carry, {"validation": scores}, wait=True)
-
-    def check_finite(self, totals: Totals) -> None:
-        """Raises `TrainingDivergedError` if a step of this epoch was not finite."""
-        bad_step = int(totals["first_bad_step"])
-        if bad_step >= 0:
-            self._checkpoints.wait()
-            good = self._checkpoints.latest_step()
-            where = "none was saved before" if good is None else f"step {good}"
-            folder = checkpoint_folder(self._workdir, "last")
-            message = (
-                "The loss, a gradient or the parameters are not finite at step "
-                f"{bad_step}. Last good checkpoint: {where} ({folder}). Lower "
-                "training.learning_rate or sam.rho and use a new --workdir."
-            )
-            raise TrainingDivergedError(message)
 
 
 @dataclasses.dataclass
@@ -208,7 +133,7 @@ class _Run:
     plan: EpochPlan
     runner: EpochRunner
     zero_totals: Totals
-    history: _History
+    history: History
     validate: Validate | None
     on_progress: Callable[[Progress], None]
     should_stop: Callable[[], bool]
@@ -226,8 +151,8 @@ class _Run:
                 self.runner.compile(call, carry)
         while step < self.num_steps:
             carry, step = self._epoch(carry, step)
-        self.history.save(carry, step, 0.0, wait=True)
-        seconds = [line["seconds"] for line in self.history.log.lines]
+        self.history.save(carry, step, 0.0)
+        seconds = [line["seconds"] for line in self.history.lines]
         step_seconds = statistics.median(seconds) / self.plan.num_steps
         return Outcome(carry.state, sum(seconds), step_seconds)
 
@@ -256,7 +181,7 @@ class _Run:
             scores = self.validate(carry.state)
             self.history.keep_best(carry, step, scores)
             line |= {f"validation_{name}": score for name, score in scores.items()}
-        self.history.log.append(line)
+        self.history.append(line)
         self._report("training", step)
         self._pause(carry, step, 0.0)
         return carry, step
@@ -264,8 +189,10 @@ class _Run:
     def _pause(self, carry: Carry, step: int, epoch_seconds: float) -> None:
         """Saves when it is time to, or when the run is asked to stop."""
         stop = self.should_stop()
-        if stop or self.history.is_due():
-            self.history.save(carry, step, epoch_seconds, wait=stop)
+        if stop:
+            self.history.save(carry, step, epoch_seconds)
+        else:
+            self.history.save_if_due(carry, step, epoch_seconds)
         if stop and step < self.num_steps:
             message = (
                 f"Stopped at step {step} of {self.num_steps}; the state is saved. "
@@ -289,6 +216,6 @@ class _Run:
         }
 
     def _report(self, phase: str, step: int) -> None:
-        lines = self.history.log.lines
+        lines = self.history.lines
         metrics = lines[-1] if lines else {}
         self.on_progress(Progress(phase, step, self.num_steps, metrics))

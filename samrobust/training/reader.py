@@ -14,7 +14,10 @@ import orbax.checkpoint as ocp
 
 from samrobust.training.manifest import describe, json_crc32
 
-__all__ = ["DamagedError", "Reader"]
+__all__ = ["ALONE", "DamagedError", "Reader"]
+
+# Process 0 reads and writes without waiting for the others.
+ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
 
 class DamagedError(RuntimeError):
@@ -33,7 +36,8 @@ class Reader(ocp.Checkpointer):
             ocp.CompositeCheckpointHandler(
                 state=ocp.PyTreeCheckpointHandler(type_handler_registry=handlers),
                 metadata=ocp.JsonCheckpointHandler(),
-            )
+            ),
+            multiprocessing_options=ALONE,
         )
 
     def read_manifest(self, path: str, step: int) -> dict[str, Any]:

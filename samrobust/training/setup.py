@@ -2,20 +2,30 @@
 
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from samrobust import building
 from samrobust.checks import check
 from samrobust.data import Dataset
-from samrobust.training.checkpoint import CheckpointError, Checkpoints
+from samrobust.parallel import broadcast, data_mesh, from_primary
+from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
 from samrobust.training.epoch import Carry, EpochPlan, Totals, zero_totals
 from samrobust.training.state import TrainState, init_state
 from samrobust.training.step import TrainStep, make_train_step
 from samrobust.types import Array, Config, PyTree
 
-__all__ = ["Parts", "checkpoint_folder", "load_variables", "make_parts", "make_plan"]
+__all__ = [
+    "Parts",
+    "checkpoint_folder",
+    "load_variables",
+    "make_parts",
+    "make_plan",
+    "restore",
+]
 
 
 class Parts(NamedTuple):
@@ -105,11 +115,41 @@ def load_variables(
       CheckpointError: if there is no intact checkpoint of that kind.
     """
     parts = make_parts(config, dataset, make_plan(config, len(dataset.train)).num_steps)
-    state = jax.eval_shape(parts.init, jax.eval_shape(lambda: jax.random.key(0)))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    like = jax.eval_shape(lambda key: Carry(parts.init(key), parts.zero_totals), key)
     folder = checkpoint_folder(workdir, which)
-    with Checkpoints(folder) as checkpoints:
-        restored = checkpoints.restore_latest(Carry(state, parts.zero_totals))
+    restored = restore(folder, like, data_mesh())
     if restored is None:
         message = f"Expected a checkpoint in {folder}, got none. Run `samrobust train`."
         raise CheckpointError(message)
     return restored.state.state.variables
+
+
+def restore(folder: pathlib.Path, like: PyTree, mesh: Mesh) -> Restored | None:
+    """The newest intact checkpoint, read by process 0 and replicated over all devices.
+
+    Args:
+      folder: of the checkpoints; process 0 alone needs to see it.
+      like: the structure, shapes and dtypes of the state.
+      mesh: of all devices, whatever their number was when the state was saved.
+
+    Raises:
+      CheckpointError: as `Checkpoints.restore_latest`.
+    """
+    found: list[Restored] = []
+
+    def read() -> tuple[int, dict[str, Any]] | None:
+        with Checkpoints(folder) as checkpoints:
+            restored = checkpoints.restore_latest(like)
+        found.extend([] if restored is None else [restored])
+        return None if restored is None else (restored.step, restored.metadata)
+
+    known = from_primary(read)
+    if known is None:
+        return None
+    here = found[0].state if found else jax.tree.map(_zeros, like)
+    return Restored(known[0], broadcast(here, mesh), known[1])
+
+
+def _zeros(model: jax.ShapeDtypeStruct) -> np.ndarray:
+    return np.zeros(model.shape, model.dtype)

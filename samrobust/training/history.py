@@ -1,0 +1,149 @@
+"""What a run leaves behind: checkpoints, the best score, the log of its epochs.
+
+Of several processes, 0 alone reads and writes files. A checkpoint that falls due is its
+business; what all must know, such as a failed write at the end, reaches all of them.
+"""
+
+import contextlib
+import pathlib
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from samrobust.parallel import from_primary, is_primary
+from samrobust.training.checkpoint import Checkpoints
+from samrobust.training.epoch import Carry, Totals
+from samrobust.training.setup import checkpoint_folder, restore
+from samrobust.types import Config
+from samrobust.workdir import MetricsLog
+
+__all__ = ["History", "TrainingDivergedError"]
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss, a gradient or the parameters stopped being finite."""
+
+
+class History(contextlib.AbstractContextManager):
+    """The files of a training run; a context manager.
+
+    Args:
+      config: of the run.
+      workdir: receives `metrics.jsonl` and `checkpoints/`.
+
+    Attributes:
+      earlier_seconds: of the current epoch, spent before this process.
+      lines: of `metrics.jsonl`, an epoch each.
+    """
+
+    def __init__(self, config: Config, workdir: pathlib.Path):
+        self._minutes = config.checkpoint.minutes
+        self._workdir = workdir
+        self._folder = checkpoint_folder(workdir, "last")
+        self._checkpoints = Checkpoints(self._folder, keep=config.checkpoint.keep)
+        self._best = Checkpoints(checkpoint_folder(workdir, "best"), keep=1)
+        self._best_score: float | None = None
+        self._saved_step, self._saved_at = -1, time.monotonic()
+        self._log: MetricsLog | None = None  # of process 0
+        self.earlier_seconds = 0.0
+        self.lines: list[dict[str, Any]] = []
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self._checkpoints, self._best:  # waits for both
+            pass
+
+    def restore(self, fresh: Carry, mesh: Mesh) -> Carry:
+        """The newest intact state, or the fresh one, and what is known beside it."""
+        restored = restore(self._folder, _abstract(fresh), mesh)
+        if restored is not None:
+            self.earlier_seconds = restored.metadata["epoch_seconds"]
+            self._best_score = restored.metadata["best_score"]
+            self._saved_step = restored.step
+        last_step = 0 if restored is None else restored.step
+
+        def open_log() -> list[dict[str, Any]]:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            path = self._workdir / "metrics.jsonl"
+            self._log = MetricsLog(path, last_step=last_step)
+            return list(self._log.lines)
+
+        self.lines = from_primary(open_log)
+        return fresh if restored is None else restored.state
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds an epoch to the log."""
+        self.lines.append(line)
+        if self._log is not None:
+            self._log.append(line)
+
+    def save(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+        """Saves the state and waits until it is written, in all processes.
+
+        Raises:
+          TrainingDivergedError: if its numbers are not finite.
+          CheckpointError: if it cannot be written.
+        """
+        self.check_finite(jax.device_get(carry.totals))
+
+        def write() -> None:
+            self._begin_to_save(carry, step, epoch_seconds)
+            self._checkpoints.wait()
+
+        from_primary(write)
+
+    def save_if_due(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+        """Process 0: begins to save the state where the last checkpoint is old enough.
+
+        A state that is not finite is not saved; one process says so at once, several
+        do so together when the epoch ends.
+        """
+        due = time.monotonic() - self._saved_at >= 60 * self._minutes
+        if not due or not is_primary():
+            return
+        totals = jax.device_get(carry.totals)
+        if jax.process_count() == 1:
+            self.check_finite(totals)
+        if int(totals["first_bad_step"]) < 0:
+            self._begin_to_save(carry, step, epoch_seconds)
+
+    def keep_best(self, carry: Carry, step: int, scores: dict[str, float]) -> None:
+        """Saves the state apart if its score is the best so far."""
+        if self._best_score is None or scores["score"] > self._best_score:
+            self._best_score = scores["score"]
+            metadata = {"validation": scores}
+            from_primary(lambda: self._best.save(step, carry, metadata, wait=True))
+
+    def check_finite(self, totals: Totals) -> None:
+        """Raises `TrainingDivergedError` if a step of this epoch was not finite."""
+        bad_step = int(totals["first_bad_step"])
+        if bad_step < 0:
+            return
+
+        def last_good() -> int | None:
+            self._checkpoints.wait()
+            return self._checkpoints.latest_step()
+
+        good = from_primary(last_good)
+        where = "none was saved before" if good is None else f"step {good}"
+        raise TrainingDivergedError(
+            "The loss, a gradient or the parameters are not finite at step "
+            f"{bad_step}. Last good checkpoint: {where} ({self._folder}). Lower "
+            "training.learning_rate or sam.rho and use a new --workdir."
+        )
+
+    def _begin_to_save(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+        """Saves in the background, unless this step is saved."""
+        if step != self._saved_step:
+            metadata = {
+                "epoch_seconds": epoch_seconds,
+                "best_score": self._best_score,
+            }
+            self._checkpoints.save(step, carry, metadata)
+            self._saved_step = step
+        self._saved_at = time.monotonic()
+
+
+def _abstract(carry: Carry) -> Carry:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), carry)
