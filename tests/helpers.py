@@ -288,7 +288,7 @@ def finish_group(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str,
         outcomes = list(pool.map(finish_command, processes))
     greeting = r"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. [^:]* : \d+"
     return [
-        (code, output, re.sub(greeting, "", errors).strip())
+        (code, re.sub(greeting, "", output).strip(), errors)
         for code, output, errors in outcomes
     ]
 
