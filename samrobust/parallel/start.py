@@ -11,9 +11,12 @@ they are one run. Which environment they were started in is read from its variab
 Anything else, or `SAMROBUST_DISTRIBUTED=off`, is a single process.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -53,7 +56,9 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
 
     Call it once the arguments are checked and before anything asks JAX for a device.
     A second call does nothing. `SAMROBUST_HEARTBEAT_SECONDS` (default 100) is how long
-    a process may be silent before the others give it up for dead.
+    a process may be silent before the others give it up for dead,
+    `SAMROBUST_MEETING_SECONDS` (default 600) how long they wait for each other here;
+    JAX then ends the process, after words of ours about what to check.
 
     Args:
       environ: the environment variables, see the module.
@@ -64,39 +69,59 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
     """
     if jax.distributed.is_initialized():
         return
-    heartbeat = _integer(environ, "SAMROBUST_HEARTBEAT_SECONDS", "100")
-    check(heartbeat >= 1, "1 <= heartbeat", SAMROBUST_HEARTBEAT_SECONDS=heartbeat)
+    heartbeat = _seconds(environ, "SAMROBUST_HEARTBEAT_SECONDS", "100")
+    meeting = _seconds(environ, "SAMROBUST_MEETING_SECONDS", "600")
     settings = find_settings(environ)
     if settings is not None:
         # Two programs at once could take each other's messages: gloo, which connects
         # CPUs, tells them apart by their order alone.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     timeouts = {
+        "initialization_timeout": meeting,
         "heartbeat_timeout_seconds": heartbeat,
         "shutdown_timeout_seconds": heartbeat,
     }
+    at = f" at {settings.address}" if settings else ""
     try:
-        if settings is not None:
-            jax.distributed.initialize(
-                *settings[:3],
-                local_device_ids=settings.local_device_ids,
-                cluster_detection_method="deactivate",
-                **timeouts,
-            )
-        elif _on_cloud_tpu(environ):
-            jax.distributed.initialize(**timeouts)
-        if jax.distributed.is_initialized():
-            # Connects the devices while all processes are at the same place: later one
-            # may compile for minutes, and the others would not wait for it.
-            multihost_utils.sync_global_devices("samrobust")
+        with _impatience(at, meeting):
+            if settings is not None:
+                jax.distributed.initialize(
+                    *settings[:3],
+                    local_device_ids=settings.local_device_ids,
+                    cluster_detection_method="deactivate",
+                    **timeouts,
+                )
+            elif _on_cloud_tpu(environ):
+                jax.distributed.initialize(**timeouts)
+            if jax.distributed.is_initialized():
+                # Connects the devices while all processes are at the same place: later
+                # one may compile for minutes, and the others would not wait for it.
+                multihost_utils.sync_global_devices("samrobust")
     except RuntimeError as error:
-        at = f" at {settings.address}" if settings else ""
-        message = (
-            f"Expected to meet the other processes of the run{at}, got: "
-            f"{str(error).splitlines()[0]} Check that all of them were started, with "
-            "the same address and number, and that nothing blocks the port."
-        )
-        raise DistributedError(message) from error
+        first_line = str(error).splitlines()[0]
+        message = f"Expected to meet the other processes of the run{at}, got: "
+        raise DistributedError(f"{message}{first_line} {_REMEDY}") from error
+
+
+_REMEDY = (
+    "Check that all of them were started, with the same address and number, and that "
+    "the port is free there and nothing blocks it."
+)
+
+
+@contextlib.contextmanager
+def _impatience(at: str, limit: int) -> Iterator[None]:
+    """Says what a process waits for, well before JAX gives up and ends it."""
+    words = f"Still waiting for the other processes{at}, {limit} s at most. {_REMEDY}"
+    timer = threading.Timer(
+        min(30, limit / 2), lambda: print(f"samrobust: {words}", file=sys.stderr)
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def find_settings(environ: Mapping[str, str]) -> Settings | None:
@@ -206,6 +231,12 @@ def _device_ids(environ: Mapping[str, str]) -> tuple[int, ...] | None:
         JAX_LOCAL_DEVICE_IDS=text,
     )
     return tuple(map(int, text.split(","))) if text else None
+
+
+def _seconds(environ: Mapping[str, str], name: str, default: str) -> int:
+    seconds = _integer(environ, name, default)
+    check(seconds >= 1, f"1 <= {name}", **{name: seconds})
+    return seconds
 
 
 def _integer(environ: Mapping[str, str], name: str, default: str = "") -> int:

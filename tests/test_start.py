@@ -1,0 +1,144 @@
+"""In which environments a process is one of several, and which one."""
+
+import helpers
+import jax
+import pytest
+
+from samrobust.parallel.start import DistributedError, Settings, find_settings
+from samrobust.parallel.start import initialize as start
+
+EXPLICIT = {
+    "JAX_COORDINATOR_ADDRESS": "node1:1234",
+    "JAX_NUM_PROCESSES": "4",
+    "JAX_PROCESS_ID": "3",
+}
+SLURM = {
+    "SLURM_JOB_ID": "8193",
+    "SLURM_STEP_NODELIST": "gpu[07-09]",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"},  # a batch script, outside srun
+        {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # a shell
+        {**EXPLICIT, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
+        {**EXPLICIT, **SLURM, "SAMROBUST_DISTRIBUTED": "off"},
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+    ],
+)
+def test_a_process_that_is_alone_stays_so(environ):
+    assert find_settings(environ) is None
+
+
+def test_explicit_variables_win():
+    environ = {**SLURM, **EXPLICIT, "JAX_LOCAL_DEVICE_IDS": "0,2"}
+    assert find_settings(environ) == Settings("node1:1234", 4, 3, (0, 2))
+
+
+def test_a_slurm_step_needs_no_variable_of_ours():
+    assert find_settings(SLURM) == Settings("gpu07:61441", 6, 3, (1,))
+
+
+def test_two_slurm_jobs_meet_at_different_ports():
+    addresses = {
+        find_settings({**SLURM, "SLURM_JOB_ID": job}).address  # type: ignore[union-attr]
+        for job in ("1", "2", "4095")
+    }
+    assert len(addresses) == 3
+    assert all(61440 <= int(a.rpartition(":")[2]) < 65536 for a in addresses)
+
+
+@pytest.mark.parametrize(
+    ("more", "address"),
+    [
+        ({"JAX_COORDINATOR_PORT": "999"}, "gpu07:999"),
+        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.7:5"}, "10.0.0.7:5"),
+    ],
+)
+def test_where_slurm_tasks_meet_can_be_chosen(more, address):
+    settings = find_settings({**SLURM, **more})
+    assert settings is not None
+    assert settings.address == address
+
+
+@pytest.mark.parametrize(
+    ("more", "devices"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x6)"}, None),  # a task a node: all GPUs
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, (1,)),  # a GPU a task
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, (2, 3)),
+        ({"CUDA_VISIBLE_DEVICES": "5"}, (0,)),  # bound by --gpus-per-task
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2"}, (1,)),
+        ({"JAX_LOCAL_DEVICE_IDS": "0,1,2,3"}, (0, 1, 2, 3)),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2,1,3"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1,4(x2)", "SLURM_LOCALID": "3"}, (3,)),
+    ],
+)
+def test_the_gpus_of_a_node_are_shared_among_its_tasks(more, devices):
+    settings = find_settings({**SLURM, **more})
+    assert settings is not None
+    assert settings.local_device_ids == devices
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, r"Expected all of JAX_.*, got given=\['JAX_NUM"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "or none outside a SLURM step"),
+        (
+            {**EXPLICIT, "JAX_PROCESS_ID": "4"},
+            "0 <= process < processes, got process=4",
+        ),
+        ({**EXPLICIT, "JAX_PROCESS_ID": "x"}, "a whole number, got JAX_PROCESS_ID='x'"),
+        ({**EXPLICIT, "JAX_COORDINATOR_ADDRESS": "node1"}, "Expected HOST:PORT"),
+        ({**EXPLICIT, "JAX_LOCAL_DEVICE_IDS": "0;1"}, "numbers separated by commas"),
+        ({"SAMROBUST_HEARTBEAT_SECONDS": "0"}, "1 <= SAMROBUST_HEARTBEAT_SECONDS"),
+        ({"SAMROBUST_HEARTBEAT_SECONDS": "1.5"}, "a whole number"),
+    ],
+)
+def test_variables_that_contradict_each_other_are_refused(environ, message):
+    with pytest.raises(ValueError, match=message):
+        start(environ)
+
+
+def test_a_meeting_that_fails_says_where_and_what_to_check(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out.\nAnd much more.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    with pytest.raises(
+        DistributedError, match=r"at node1:1234, got: DEADLINE.*blocks it\.$"
+    ):
+        start(EXPLICIT)
+
+
+def test_no_second_meeting(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    start({**EXPLICIT, "JAX_PROCESS_ID": "not read"})
+
+
+def test_a_process_that_waits_in_vain_says_for_whom_and_what_to_check():
+    group = helpers.start_command_group(
+        2,
+        *("train", "--config=configs/digits.py:st", "--workdir=/nowhere"),
+        SAMROBUST_MEETING_SECONDS="4",
+    )[:1]
+    group[0].kill()
+    (lonely,) = helpers.start_command_group(
+        2,
+        *("train", "--config=configs/digits.py:st", "--workdir=/nowhere"),
+        SAMROBUST_MEETING_SECONDS="4",
+    )[1:]
+    code, _, errors = helpers.finish_command(lonely)
+    assert code != 0
+    assert "Still waiting for the other processes at 127.0.0.1:" in errors
+    assert "Check that all of them were started" in errors
