@@ -137,7 +137,7 @@ def make_step(case: Case, mesh: Any, *, rho: float = RHO, group_size: int) -> An
     def step(state, images, labels):
         traces.append(images.shape)
         batch = shard_batch((images, labels), mesh)
-        return train_step(state, *batch, step_key(state.step))
+        return train_step(state, batch[0], batch[1], step_key(state.step))
 
     params, batch_stats = start["params"], start["batch_stats"]
     state = TrainState(jnp.int32(0), params, batch_stats, tx.init(params))
@@ -154,7 +154,8 @@ def trained(case: Case, **options: Any) -> dict[str, np.ndarray]:
     def loop(state, *batches):
         return jax.lax.scan(lambda state, batch: step(state, *batch), state, batches)
 
-    run = jax.jit(loop if case.scan else step, out_shardings=replicated(mesh))
+    run: Any = jax.jit(loop if case.scan else step, out_shardings=replicated(mesh))
+    metrics: Any = None
     if case.scan:
         state, metrics = run(state, *make_batches())
         metrics = jax.tree.map(lambda leaf: leaf[-1], metrics)
@@ -172,7 +173,7 @@ def convolution_shapes(case: Case) -> set[str]:
     step, state, _ = make_step(case, mesh, group_size=case.m)
     batch = jax.tree.map(lambda leaf: leaf[0], make_batches())
     jitted = jax.jit(step, out_shardings=replicated(mesh))
-    text = jitted.lower(state, *batch).compile().as_text()
+    text = str(jitted.lower(state, *batch).compile().as_text())
     assert "feature_group_count" not in text
     assert "batch_group_count" not in text
     return set(re.findall(r"= f32\[(\d+,8,8,2)\]\S* convolution\(", text))
@@ -213,7 +214,7 @@ def gradient_of(model: Any) -> Any:
 
 
 def crafted(case: Case, params: Any, batch_stats: Any, images, labels, step: int):
-    def logits_fn(images):
+    def logits_fn(images) -> Any:
         state = {"params": params, "batch_stats": batch_stats}
         return case.model.apply(state, images, train=True)
 
@@ -306,12 +307,16 @@ def by_google(model: Any) -> dict[str, np.ndarray]:
 # Processes
 
 
+def save(path: pathlib.Path, arrays: dict[str, Any]) -> None:
+    np.savez(path, **arrays)
+
+
 def work(folder: pathlib.Path) -> None:
     """What a process does: all its cases, and google-research/sam's step."""
     count = jax.device_count()
     for name in CASES_ON[count]:
-        np.savez(folder / f"{count} {name}", **trained(CASES[name]))
-    np.savez(folder / f"{count} google", **by_google(Dense()))
+        save(folder / f"{count} {name}", trained(CASES[name]))
+    save(folder / f"{count} google", by_google(Dense()))
     if count == 4:
         shapes = sorted(convolution_shapes(CASES["AT, BatchNorm over 3"]))
         (folder / "shapes").write_text("; ".join(shapes))
