@@ -43,6 +43,9 @@ def get_config() -> ConfigDict:
     config.model.width = 64  # channels of the first stage, doubled in each further one
     config.model.blocks = (2, 2, 2, 2)  # blocks in each stage; this is PreActResNet-18
     config.model.dtype = "float32"  # of convolutions and activations; or bfloat16
+    # Examples over which BatchNorm normalises in training, consecutive ones of a batch;
+    # divides `training.batch_size`. 0: the global batch, over all devices.
+    config.model.batch_norm_group = 0
 
     config.training = ConfigDict()
     config.training.epochs = 100
@@ -86,6 +89,11 @@ def get_config() -> ConfigDict:
     # Which of the two passes updates BatchNorm's running statistics: first (at w),
     # second (at w + e), or both, as in the reference code.
     config.sam.batch_stats = "both"
+    # m of m-sharpness: every m consecutive examples of a batch have an ascent direction
+    # of their own. Divides `training.batch_size`, and `model.batch_norm_group` must
+    # divide it: set both to the batch of one device for the code of the SAM paper.
+    # 0: the global batch.
+    config.sam.m = 0
 
     config.evaluation = ConfigDict()
     config.evaluation.linf = (1.0, 2.0)  # radii, in 1/255

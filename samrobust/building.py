@@ -24,6 +24,7 @@ __all__ = [
     "make_model",
     "make_optimizer",
     "resolve_steps_per_call",
+    "sam_group_size",
     "staged_attacks",
     "training_attack",
     "validation_attacks",
@@ -46,7 +47,18 @@ def make_model(config: Config, dataset: Dataset) -> PreActResNet:
         mean=dataset.mean,
         std=dataset.std,
         dtype=jnp.dtype(config.model.dtype),
+        batch_norm_group=_below_the_batch(config, config.model.batch_norm_group),
     )
+
+
+def sam_group_size(config: Config) -> int:
+    """Examples with an ascent direction of their own, `sam.m`; 0: the whole batch."""
+    return _below_the_batch(config, config.sam.m)
+
+
+def _below_the_batch(config: Config, size: int) -> int:
+    """A group's size; 0 where it is the batch, an incomplete last one too."""
+    return 0 if size == config.training.batch_size else size
 
 
 def make_ball(norm: str, epsilon: float, gradient_floor: float = 0.0) -> attacks.Ball:
@@ -141,7 +153,11 @@ def make_optimizer(
         pass as its auxiliary output.
     """
     return optax.chain(
-        sharpness.sam(_rho(config, steps_per_epoch), aux=batch_stats),
+        sharpness.sam(
+            _rho(config, steps_per_epoch),
+            aux=batch_stats,
+            grouped=sam_group_size(config) > 0,
+        ),
         optax.add_decayed_weights(config.training.weight_decay),
         optax.sgd(
             learning_rate_schedule(config, steps_per_epoch),

@@ -22,6 +22,7 @@ def validate(config: Config) -> None:
     _validate_training(config.training)
     _validate_attack(config.attack)
     _validate_sam(config.sam)
+    _validate_groups(config)
     _validate_evaluation(config)
     _validate_checkpoint(config.checkpoint)
 
@@ -126,6 +127,37 @@ def _validate_sam(sam: Config) -> None:
             **{"sam.rho": sam.rho, "sam.rho_end": sam.rho_end},
         )
     _choice("sam", sam, batch_stats=("first", "second", "both"))
+
+
+def _validate_groups(config: Config) -> None:
+    """m-sharpness and BatchNorm's groups; the last batch is checked with the data."""
+    _within("sam", config.sam, 0, "m")
+    _within("model", config.model, 0, "batch_norm_group")
+    batch_size, m = config.training.batch_size, config.sam.m
+    group = config.model.batch_norm_group
+    for field, size in (("sam.m", m), ("model.batch_norm_group", group)):
+        check(
+            size == 0 or batch_size % size == 0,
+            f"{field} to divide training.batch_size",
+            "0 means the global batch.",
+            **{field: size, "training.batch_size": batch_size},
+        )
+    if m == 0:
+        return
+    check(
+        config.sam.rho > 0,
+        "sam.rho > 0 when sam.m is set",
+        "Use a SAM row, as in --config=FILE.py:sam,rho=0.2; without SAM there is no "
+        "ascent direction.",
+        **{"sam.rho": config.sam.rho, "sam.m": m},
+    )
+    check(
+        m == batch_size or (group > 0 and m % group == 0),
+        "model.batch_norm_group > 0 that divides sam.m",
+        f"BatchNorm cannot reach across groups of {m} that have parameters of their "
+        f"own: set --config.model.batch_norm_group={m}, or a divisor of it.",
+        **{"model.batch_norm_group": group, "sam.m": m},
+    )
 
 
 def _validate_evaluation(config: Config) -> None:

@@ -130,6 +130,14 @@ def test_the_step_size_follows_the_rows_radius():
         (["attack.restarts=2", "attack.random_start=False"], "random_start when"),
         (["sam.batch_stats=none"], "sam.batch_stats in {first, second, both}"),
         (["sam.rho_end=0.1"], "sam.rho > 0 when sam.rho_end is set"),
+        (["sam.m=-1"], "0 <= sam.m, got sam.m=-1"),
+        (["sam.m=16"], "sam.rho > 0 when sam.m is set, .*sam.m=16. Use a SAM row"),
+        (["model.batch_norm_group=-1"], "0 <= model.batch_norm_group"),
+        (
+            ["model.batch_norm_group=48"],
+            "model.batch_norm_group to divide training.batch_size, got "
+            "model.batch_norm_group=48, training.batch_size=64. 0 means the global",
+        ),
         (["evaluation.linf=(2.0,2.0)"], "different radii > 0 in evaluation.linf"),
         (["evaluation.linf=(300.0,)"], "evaluation.linf <= 255"),
         (["evaluation.checkpoint=best"], "data.validation_size > 0"),
@@ -143,6 +151,40 @@ def test_the_step_size_follows_the_rows_radius():
 def test_a_wrong_value_is_refused_with_the_fields_name(overrides, message):
     with pytest.raises(ValueError, match=message):
         load(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sam.m=48"], "sam.m to divide training.batch_size, got sam.m=48"),
+        (
+            ["sam.m=16"],
+            "model.batch_norm_group > 0 that divides sam.m, got "
+            "model.batch_norm_group=0, sam.m=16. .*--config.model.batch_norm_group=16",
+        ),
+        (
+            ["sam.m=16", "model.batch_norm_group=32"],
+            "model.batch_norm_group > 0 that divides sam.m",
+        ),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load(*overrides, row="sam,rho=0.2")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sam.m=64"],
+        ["sam.m=16", "model.batch_norm_group=16"],
+        ["sam.m=16", "model.batch_norm_group=4"],
+        ["sam.m=64", "model.batch_norm_group=32"],
+        ["model.batch_norm_group=64"],
+    ],
+)
+def test_groups_within_groups_are_accepted(overrides):
+    load(*overrides, row="sam,rho=0.2")
 
 
 def test_a_negative_rho_is_refused():

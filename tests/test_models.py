@@ -4,6 +4,7 @@ import functools
 import re
 from typing import Any
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -307,6 +308,86 @@ def test_batch_norm_in_bfloat16_keeps_float32_statistics():
     np.testing.assert_allclose(updated["batch_stats"]["var"], variance, rtol=1e-4)
 
 
+def random_batch_norm(seed=0) -> Any:
+    rng = np.random.default_rng(seed)
+
+    def draw():
+        return jnp.asarray(rng.uniform(0.5, 2, 5), jnp.float32)
+
+    return {
+        "params": {"scale": draw(), "bias": draw()},
+        "batch_stats": {"mean": draw(), "var": draw()},
+    }
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 6])
+def test_each_group_of_examples_is_normalised_as_a_batch_of_its_own(group):
+    inputs = 3 + 2 * normal([6, 3, 2, 5])
+    variables = random_batch_norm()
+    outputs, updated = batch_norm(inputs, True, variables, batch_norm_group=group)
+    alone = [
+        batch_norm(inputs[i : i + group], True, variables) for i in range(0, 6, group)
+    ]
+    expected = np.concatenate([outputs for outputs, _ in alone])
+    np.testing.assert_allclose(outputs, expected, atol=1e-6)
+    mean_of_groups = jax.tree.map(
+        lambda *leaves: np.mean(leaves, axis=0), *[moved for _, moved in alone]
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        updated,
+        mean_of_groups,
+    )
+
+
+def test_with_groups_the_running_variance_is_the_mean_of_the_unbiased_ones():
+    inputs = jnp.asarray([[0.0], [2.0], [10.0], [16.0]])
+    _, updated = batch_norm(inputs, True, batch_norm_group=2)
+    moved = updated["batch_stats"]
+    np.testing.assert_allclose(moved["mean"], [0.1 * (1 + 13) / 2], rtol=1e-6)
+    np.testing.assert_allclose(moved["var"], [0.9 + 0.1 * (2 + 18) / 2], rtol=1e-6)
+
+
+def test_the_groups_shape_the_gradient():
+    inputs = normal([6, 5])
+
+    def loss(inputs, group):
+        outputs, _ = batch_norm(
+            inputs, True, random_batch_norm(), batch_norm_group=group
+        )
+        return jnp.sum(outputs**3)
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    grouped = gradient(inputs, 3)
+    alone = [gradient(inputs[i : i + 3], 0) for i in (0, 3)]
+    np.testing.assert_allclose(grouped, np.concatenate(alone), atol=1e-4, rtol=1e-4)
+    assert np.abs(grouped - gradient(inputs, 0)).max() > 0.01
+
+
+def test_a_group_as_large_as_the_batch_is_the_batch_bit_for_bit():
+    inputs = normal([6, 3, 2, 5])
+    whole = batch_norm(inputs, True, random_batch_norm())
+    group = batch_norm(inputs, True, random_batch_norm(), batch_norm_group=6)
+    helpers.assert_same_bits(group, whole)
+
+
+def test_evaluation_knows_no_groups():
+    inputs = normal([7, 5])
+    outputs, _ = batch_norm(inputs, False, random_batch_norm())
+    grouped, _ = batch_norm(inputs, False, random_batch_norm(), batch_norm_group=2)
+    helpers.assert_same_bits(grouped, outputs)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_batch_that_the_groups_do_not_divide_is_refused(size):
+    message = (
+        "Expected a batch divisible by batch_norm_group, got batch_norm_group=2, "
+        rf"batch_size={size}\. Choose a group"
+    )
+    with pytest.raises(ValueError, match=message):
+        batch_norm(normal([size, 5]), True, batch_norm_group=2)
+
+
 # PreActResNet
 
 
@@ -597,3 +678,30 @@ def test_images_of_any_size_are_classified(size):
         jax.ShapeDtypeStruct((2, size, size, 1), jnp.float32),
     )
     assert logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_network_with_groups_is_initialised_with_one_image(train):
+    plain = PreActResNet(width=2, blocks=(1,))
+    grouped = PreActResNet(width=2, blocks=(1,), batch_norm_group=4)
+
+    def make(model):
+        return quick_jit(lambda image: model.init(KEY, image, train=train))(
+            images_of(1)
+        )
+
+    helpers.assert_same_bits(make(grouped), make(plain))
+
+
+def test_every_layer_of_a_network_normalises_by_groups():
+    plain = PreActResNet(width=2, blocks=(1, 1))
+    grouped = PreActResNet(width=2, blocks=(1, 1), batch_norm_group=3)
+    images = images_of(6)
+    variables = init(plain, images)
+
+    def logits(model, images):
+        return quick_jit(lambda v, x: model.apply(v, x, train=True))(variables, images)
+
+    alone = np.concatenate([logits(plain, images[:3]), logits(plain, images[3:])])
+    np.testing.assert_allclose(logits(grouped, images), alone, atol=1e-5)
+    assert np.abs(alone - logits(plain, images)).max() > 1e-3

@@ -457,3 +457,144 @@ def test_an_update_without_params_or_grad_fn_says_how_to_call_it():
         tx.update(gradient(w), tx.init(w), grad_fn=gradient)
     with pytest.raises(ValueError, match=rf"grad_fn in sam's update, .*None\. {fix}"):
         tx.update(gradient(w), tx.init(w), w)
+
+
+# Groups: m-sharpness
+
+MATRICES = np.stack([A, A @ A / 4, np.eye(4, dtype=np.float32)])
+
+
+def group_gradients(w):
+    """Of the quadratics of three groups; w is [4], or [3, 4]: of each its own."""
+    return jnp.einsum("gij,gj->gi", MATRICES, jnp.broadcast_to(w, (3, 4)))
+
+
+def apply_grouped(tx: Any, w, grad_fn=group_gradients, grads=None) -> tuple[Any, Any]:
+    w = jnp.asarray(w)
+    grads = group_gradients(w) if grads is None else grads
+    return tx.update(grads, tx.init(w), w, grad_fn=grad_fn)
+
+
+def numpy_groups(w, rho):
+    """What `numpy_sam` says of each group, stacked."""
+    pairs = [numpy_sam(w, rho, matrix) for matrix in MATRICES]
+    return tuple(np.stack(each) for each in zip(*pairs, strict=True))
+
+
+@pytest.mark.parametrize("rho", [1e-3, 1.0])
+def test_every_group_is_perturbed_along_its_own_gradient_and_the_mean_descends(rho):
+    updates, state = apply_grouped(sam(rho, grouped=True), W)
+    g, perturbed = numpy_groups(W, rho)
+    np.testing.assert_allclose(updates, perturbed.mean(0), rtol=2e-6, atol=1e-6)
+    norms = np.linalg.norm(g, axis=1), np.linalg.norm(perturbed, axis=1)
+    cosines = np.sum(g * perturbed, axis=1) / np.prod(norms, axis=0)
+    expected = [rho, norms[0].mean(), norms[1].mean(), cosines.mean()]
+    np.testing.assert_allclose(np.stack(state.metrics), expected, rtol=1e-6)
+
+
+def test_a_single_group_is_sam_without_groups():
+    grouped, state = apply_grouped(
+        sam(RHO, grouped=True),
+        W,
+        grad_fn=lambda w: gradient(w[0])[None],
+        grads=gradient(jnp.asarray(W))[None],
+    )
+    plain, plain_state = apply_sam(sam(RHO), W)
+    np.testing.assert_allclose(grouped, plain, rtol=1e-6)
+    np.testing.assert_allclose(
+        np.stack(state.metrics), np.stack(plain_state.metrics), rtol=1e-6
+    )
+
+
+def test_sam_of_zero_hands_the_mean_of_the_groups_through():
+    updates, _ = apply_grouped(sam(0.0, grouped=True), W, grad_fn=never)
+    assert_same_bits(updates, jnp.mean(group_gradients(jnp.asarray(W)), axis=0))
+
+
+def test_where_a_schedule_gives_zero_the_mean_of_the_groups_descends():
+    tx = sam(lambda _: 0.0, grouped=True)
+    updates, _ = apply_grouped(tx, W, grad_fn=lambda w: group_gradients(w) + 1)
+    assert_same_bits(updates, jnp.mean(group_gradients(jnp.asarray(W)), axis=0))
+
+
+def test_a_group_whose_gradient_is_zero_stays_where_it_is():
+    grads = group_gradients(jnp.asarray(W)).at[1].set(0)
+    points = []
+
+    def grad_fn(params):
+        points.append(params)
+        return group_gradients(params).at[1].set(jnp.nan)
+
+    updates, _ = apply_grouped(sam(RHO, grouped=True), W, grad_fn, grads)
+    np.testing.assert_array_equal(points[0][1], W)
+    _, perturbed = numpy_groups(W, RHO)
+    expected = (perturbed[0] + perturbed[2]) / 3
+    np.testing.assert_allclose(updates, expected, rtol=2e-6)
+    lengths = np.linalg.norm(points[0] - W, axis=1)
+    np.testing.assert_allclose(lengths, [RHO, 0, RHO], rtol=1e-5)
+
+
+def test_a_group_has_one_norm_over_all_leaves_and_keeps_their_dtypes():
+    params = {"a": jnp.ones([2, 3]), "b": jnp.ones(4, jnp.bfloat16)}
+    grads = jax.tree.map(lambda w: jnp.stack([w, 3 * w]), params)
+    points = []
+
+    def grad_fn(params):
+        points.append(params)
+        return params
+
+    tx: Any = sam(RHO, grouped=True)
+    updates, state = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+    step = 1 + RHO / np.sqrt(
+        10
+    )  # of both groups: the length of a gradient is no matter
+    np.testing.assert_allclose(points[0]["a"], np.full([2, 2, 3], step), rtol=1e-6)
+    np.testing.assert_allclose(points[0]["b"].astype(float), step, rtol=1e-2)
+    assert signature(updates) == signature(params)
+    np.testing.assert_allclose(state.metrics.gradient_norm, 2 * np.sqrt(10), rtol=1e-6)
+
+
+def test_the_aux_of_groups_is_kept_as_it_comes():
+    tx: Any = sam(RHO, aux=AUX, grouped=True)
+
+    def grad_fn(params):
+        return group_gradients(params), {"mean": params[2], "steps": jnp.int32(7)}
+
+    _, state = apply_grouped(tx, W, grad_fn)
+    assert signature(state) == signature(tx.init(jnp.asarray(W)))
+    g = numpy_groups(W, RHO)[0][2]
+    expected = W + RHO * g / np.linalg.norm(g)
+    np.testing.assert_allclose(last_aux(state)["mean"], expected, rtol=1e-6)
+
+
+def test_a_chain_over_groups_decays_and_moves_the_parameters_themselves():
+    tx: Any = optax.chain(
+        sam(RHO, grouped=True),
+        optax.add_decayed_weights(0.01),
+        optax.sgd(0.05, momentum=0.9),
+    )
+
+    @jax.jit
+    def step(w, state):
+        updates, state = tx.update(
+            group_gradients(w), state, w, grad_fn=group_gradients
+        )
+        return optax.apply_updates(w, updates), state
+
+    w, state = jnp.asarray(W), tx.init(jnp.asarray(W))
+    expected, trace = W.astype(np.float64), 0
+    for _ in range(4):
+        w, state = step(w, state)
+        descent = numpy_groups(expected, RHO)[1].mean(0)
+        trace = 0.9 * trace + descent + 0.01 * expected
+        expected = expected - 0.05 * trace
+    np.testing.assert_allclose(w, expected, rtol=2e-5)
+
+
+def test_gradients_without_an_axis_of_groups_are_refused():
+    message = (
+        r"Expected a gradient \[G, \.\.\.\] of G groups for every parameter \[\.\.\.\] "
+        r"with grouped=True, got shapes=\[\(4,\)\]\. Stack the gradients"
+    )
+    with pytest.raises(ValueError, match=message):
+        apply_sam(sam(RHO, grouped=True), W)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from samrobust import building
 from samrobust.data import Dataset, Split, epoch_permutation, take_batch
 from samrobust.experiments import run
 from samrobust.parallel import data_mesh, replicated
@@ -24,6 +25,7 @@ from samrobust.training import (
     InterruptedRunError,
     TrainingDivergedError,
     load_variables,
+    make_train_step,
     train,
 )
 from samrobust.training.epoch import Call, Carry, EpochPlan, EpochRunner
@@ -133,6 +135,68 @@ def test_the_calls_from_any_step_are_the_rest_of_the_epoch(drop_remainder):
 def test_the_calls_of_an_epoch_are_as_long_as_allowed():
     calls = EpochPlan(29, 4, 3, drop_remainder=False).calls()
     assert calls == [Call(3, 4), Call(3, 4), Call(1, 4), Call(1, 1)]
+
+
+GROUPS = {"sam.m": 8, "model.batch_norm_group": 4}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remainder", "field"),
+    [
+        (GROUPS, 12, r"sam\.m, got sam\.m=8"),
+        ({"model.batch_norm_group": 4}, 6, r"model\.batch_norm_group, got .*=4"),
+    ],
+)
+def test_a_last_batch_that_the_groups_do_not_divide_is_refused(
+    overrides, remainder, field
+):
+    options = {"training.drop_remainder": False, **overrides}
+    config = helpers.make_config("sam,rho=0.2", options)
+    message = (
+        f"Expected the last batch of an epoch, {remainder} of {64 + remainder} "
+        rf"examples, divisible by {field}\. Set training\.drop_remainder"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_plan(config, 64 + remainder)
+    assert make_plan(config, 64 + 8).remainder == 8
+    dropped = {**options, "training.drop_remainder": True}
+    assert make_plan(helpers.make_config("sam,rho=0.2", dropped), 64 + remainder)
+
+
+def lowered_step(config: Any, **options: Any) -> str:
+    """The program of a config's step; with options, of the step they make."""
+    dataset = helpers.load_data(config)
+    parts = make_parts(config, dataset, 3)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(parts.init, key)
+    step = parts.train_step
+    if options:
+        model = helpers.make_model(config, dataset)
+        tx = building.make_optimizer(config, 3, state.batch_stats)
+        step = make_train_step(
+            model.clone(batch_norm_group=options.pop("batch_norm_group")),
+            tx,
+            **options,
+        )
+    images = jax.ShapeDtypeStruct((32, *dataset.image_shape), "float32")
+    labels = jax.ShapeDtypeStruct((32,), "int32")
+    return jax.jit(step).lower(state, images, labels, key).as_text()
+
+
+def test_the_groups_of_a_config_are_those_of_its_step():
+    config = helpers.make_config("sam,rho=0.2", GROUPS)
+    expected = lowered_step(config, group_size=8, batch_norm_group=4)
+    assert lowered_step(config) == expected
+    assert lowered_step(config, group_size=8, batch_norm_group=8) != expected
+
+
+def test_groups_as_large_as_the_batch_are_no_groups():
+    """Not in an incomplete last batch either."""
+    sizes = {"sam.m": 32, "model.batch_norm_group": 32}
+    options = {"training.drop_remainder": False, **sizes}
+    config = helpers.make_config("sam,rho=0.2", options)
+    assert make_plan(config, 65).remainder == 1
+    assert lowered_step(config) == lowered_step(helpers.make_config("sam,rho=0.2"))
 
 
 def test_an_epoch_without_drop_remainder_trains_on_every_label_once(tmp_path):

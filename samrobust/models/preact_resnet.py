@@ -9,6 +9,7 @@ Reference: He et al. (2016), "Identity Mappings in Deep Residual Networks",
 arXiv 1603.05027.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -61,45 +62,76 @@ class Conv(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, as in PyTorch.
 
-    Statistics are taken in float32 over the whole batch, over all devices under `jit`.
-    The running variance is the unbiased one, as PyTorch keeps it and Flax does not.
+    Statistics are taken in float32 over the whole batch, over all devices under `jit`,
+    or over groups of consecutive examples of it, each normalised by its own. The
+    running variance is the unbiased one, as PyTorch keeps it and Flax does not. With
+    groups, running statistics move towards the mean over groups of the means and of
+    the unbiased variances: what averaging the statistics of devices gives, that each
+    keep those of one group.
 
     Attributes:
       momentum: share of the old running statistics kept in an update.
       epsilon: added to the variance.
       dtype: of the result.
+      batch_norm_group: examples over which a batch is normalised in training; 0: all.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
+    batch_norm_group: int = 0
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> Array:
-        """Normalises with the batch's statistics if `train`, else the running ones."""
+        """Normalises with the batch's statistics if `train`, else the running ones.
+
+        Raises:
+          ValueError: in training, if the groups do not divide the batch.
+        """
         channels = inputs.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
         running_mean = self.variable("batch_stats", "mean", zeros, None, channels)
         running_var = self.variable("batch_stats", "var", ones, None, channels)
-        if train:
-            exact = inputs.astype(jnp.float32)
-            axes = tuple(range(inputs.ndim - 1))
-            mean = jnp.mean(exact, axes)
-            var = jnp.mean(jnp.square(exact - mean), axes)
+
+        def normalise(inputs: Array, mean: Array, var: Array) -> Array:
+            multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
+            normalised = inputs.astype(jnp.float32) * multiplier + (
+                bias - mean * multiplier
+            )
+            return normalised.astype(self.dtype)
+
+        if not train:
+            return normalise(inputs, running_mean.value, running_var.value)
+        num_groups = self._num_groups(len(inputs))
+        if num_groups == 1:
+            mean, var = _statistics(inputs)
             self._update(running_mean, running_var, mean, var, inputs.size)
-        else:
-            mean, var = running_mean.value, running_var.value
-        multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
-        normalised = inputs.astype(jnp.float32) * multiplier + (
-            bias - mean * multiplier
+            return normalise(inputs, mean, var)
+        groups = inputs.reshape(num_groups, -1, *inputs.shape[1:])
+        means, variances = jax.vmap(_statistics)(groups)
+        mean, var = jnp.mean(means, axis=0), jnp.mean(variances, axis=0)
+        self._update(running_mean, running_var, mean, var, groups[0].size)
+        return jax.vmap(normalise)(groups, means, variances).reshape(inputs.shape)
+
+    def _num_groups(self, size: int) -> int:
+        group = self.batch_norm_group
+        if group == 0 or self.is_initializing():
+            return 1
+        check(
+            group > 0 and size % group == 0,
+            "a batch divisible by batch_norm_group",
+            "Choose a group that divides every batch, or 0 for the whole batch.",
+            batch_norm_group=group,
+            batch_size=size,
         )
-        return normalised.astype(self.dtype)
+        return size // group
 
     def _update(
         self, running_mean: Any, running_var: Any, mean: Array, var: Array, size: int
     ) -> None:
+        """Moves the running statistics towards those of `size` inputs."""
         if self.is_initializing() or not self.is_mutable_collection("batch_stats"):
             return
         count = size // mean.size
@@ -109,24 +141,36 @@ class BatchNorm(nn.Module):
         running_var.value = old * running_var.value + new * unbiased
 
 
+def _statistics(inputs: Array) -> tuple[Array, Array]:
+    """Mean and biased variance over all axes but the last, in float32."""
+    exact = inputs.astype(jnp.float32)
+    axes = tuple(range(inputs.ndim - 1))
+    mean = jnp.mean(exact, axes)
+    return mean, jnp.mean(jnp.square(exact - mean), axes)
+
+
 class Block(nn.Module):
     """A pre-activation basic block: (BN, ReLU, 3x3) twice, plus the shortcut."""
 
     features: int
     stride: int
     dtype: Any
+    batch_norm_group: int
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> Array:
         """[B, H, W, C] to [B, H / stride, W / stride, features]."""
-        hidden = nn.relu(BatchNorm(dtype=self.dtype, name="norm1")(inputs, train=train))
+        norm = functools.partial(
+            BatchNorm, dtype=self.dtype, batch_norm_group=self.batch_norm_group
+        )
+        hidden = nn.relu(norm(name="norm1")(inputs, train=train))
         shortcut = inputs
         if self.stride != 1 or inputs.shape[-1] != self.features:
             project = Conv(self.features, 1, self.stride, self.dtype, name="shortcut")
             shortcut = project(hidden)
         conv1 = Conv(self.features, 3, self.stride, self.dtype, name="conv1")
         hidden = conv1(hidden)
-        hidden = nn.relu(BatchNorm(dtype=self.dtype, name="norm2")(hidden, train=train))
+        hidden = nn.relu(norm(name="norm2")(hidden, train=train))
         conv2 = Conv(self.features, 3, 1, self.dtype, name="conv2")
         return conv2(hidden) + shortcut
 
@@ -142,6 +186,8 @@ class PreActResNet(nn.Module):
       std: of the pixels, per channel, > 0; divided by.
       dtype: of convolutions and activations, float32 or bfloat16. Parameters, running
         statistics, their computation and the logits are float32 always.
+      batch_norm_group: examples over which BatchNorm normalises in training; 0: the
+        whole batch. See `BatchNorm`.
 
     `init(key, images, train=False)` makes `{"params": ..., "batch_stats": ...}`;
     `apply(variables, images, train=True, mutable=["batch_stats"])` also returns the
@@ -155,11 +201,13 @@ class PreActResNet(nn.Module):
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     dtype: Any = jnp.float32
+    batch_norm_group: int = 0
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
         """Logits float32 [B, K] of images [B, H, W, C] with pixels in [0, 1]."""
         self._check(images.shape[-1])
+        group = self.batch_norm_group
         mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
         hidden = (images.astype(jnp.float32) - mean) / std
         hidden = Conv(self.width, dtype=self.dtype, name="stem")(hidden)
@@ -167,9 +215,10 @@ class PreActResNet(nn.Module):
             for j in range(count):
                 stride = 2 if i > 0 and j == 0 else 1
                 name = f"stage{i + 1}_block{j + 1}"
-                block = Block(self.width * 2**i, stride, self.dtype, name=name)
+                block = Block(self.width * 2**i, stride, self.dtype, group, name=name)
                 hidden = block(hidden, train=train)
-        hidden = BatchNorm(dtype=self.dtype, name="norm")(hidden, train=train)
+        norm = BatchNorm(dtype=self.dtype, batch_norm_group=group, name="norm")
+        hidden = norm(hidden, train=train)
         features = jnp.mean(nn.relu(hidden).astype(jnp.float32), axis=(1, 2))
         head = nn.Dense(
             self.num_classes,

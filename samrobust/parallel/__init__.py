@@ -12,6 +12,7 @@ from samrobust.parallel.agreement import (
     part,
     watch_for_failures,
 )
+from samrobust.parallel.groups import map_groups
 from samrobust.parallel.mesh import (
     data_mesh,
     replicate,
@@ -33,6 +34,7 @@ __all__ = [
     "is_shared",
     "leave",
     "lost_a_peer",
+    "map_groups",
     "part",
     "replicate",
     "replicated",

@@ -7,11 +7,14 @@ and act at w:
     tx = optax.chain(sam(rho=0.2), optax.add_decayed_weights(5e-4), optax.sgd(0.1))
     updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
 
-Which pass updates BatchNorm's running statistics is the business of `grad_fn` and of
-what is done with its auxiliary output, see `last_aux`. Out of scope: m-sharpness over
-devices, adaptive and sparse variants.
+With `grouped=True` every group of examples has an ascent direction of its own
+(m-sharpness): gradients then carry a leading axis of groups until SAM averages them.
+Which examples make a group, and on which device, is the business of the caller and of
+`grad_fn`; so is which pass updates BatchNorm's running statistics, see `last_aux`. Out
+of scope: adaptive and sparse variants.
 
-Reference: Foret et al. (2021), arXiv 2010.01412, equations (2) and (3).
+Reference: Foret et al. (2021), arXiv 2010.01412, equations (2) and (3), and Section
+4.1 for m-sharpness.
 """
 
 from collections.abc import Callable
@@ -31,6 +34,8 @@ GradFn: TypeAlias = Callable[[PyTree], Any]
 
 class SamMetrics(NamedTuple):
     """What the last update did, each a float32 scalar: SAM that is off shows here.
+
+    With groups all but `rho` are means over the groups.
 
     Attributes:
       rho: the radius used.
@@ -60,7 +65,7 @@ class SamState(NamedTuple):
 
 
 def sam(
-    rho: float | Array | optax.Schedule, *, aux: PyTree = None
+    rho: float | Array | optax.Schedule, *, aux: PyTree = None, grouped: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """SAM: replaces the gradient at w by the gradient at w + rho g / ||g||.
 
@@ -71,6 +76,11 @@ def sam(
         thing it returns (arrays or `jax.ShapeDtypeStruct`). The last value is then
         kept in the state: that is how BatchNorm statistics leave the second pass
         without a side effect. Read it with `last_aux`; zeros before the first update.
+      grouped: every group of examples has a perturbation of its own. All leaves of the
+        incoming updates are then [G, ...], the gradient of each group's mean loss at w;
+        `grad_fn` is called once with perturbed parameters [G, ...] and returns
+        gradients [G, ...] (aux has no such axis: it is kept as it comes). What goes
+        down the chain is the mean over the groups, of the parameters' shapes.
 
     Returns:
       A transformation whose `update` takes the extra argument
@@ -80,19 +90,22 @@ def sam(
 
       It needs all gradients: put masks and per-group transformations after it.
 
-      **Guarantees.** `sam(0.0)` hands the gradient through bit for bit and never calls
-      `grad_fn`. A zero gradient gives a zero perturbation, not NaN. Norms are taken in
-      float32; gradients keep their dtypes. The state has a fixed structure: it works
+      **Guarantees.** `sam(0.0)` hands the gradient (of groups: their mean) through bit
+      for bit and never calls `grad_fn`. A zero gradient gives a zero perturbation, not
+      NaN, group by group. Norms are taken in float32; gradients keep their dtypes. The
+      state has a fixed structure: it works
       in `jit`, `lax.scan`, `optax.MultiSteps`, donation and checkpoints.
 
     Raises:
-      ValueError: if rho < 0; in `update`, if `params` or `grad_fn` is missing, or
-        `grad_fn` returns something else than said.
+      ValueError: if rho < 0; in `update`, if `params` or `grad_fn` is missing, the
+        updates have no axis of groups where they should, or `grad_fn` returns something
+        else than said.
 
-    Reference: Foret et al. (2021), arXiv 2010.01412. As in the PyTorch implementation
-    the paper uses, there is one norm over all parameters and no weight decay in the
-    ascent direction. *Our deviation*: no 1e-12 is added to the norm, zero is treated
-    exactly instead.
+    Reference: Foret et al. (2021), arXiv 2010.01412; with the batch of a device as a
+    group also their code, google-research/sam, which averages g(w + e) over devices. As
+    in the PyTorch implementation the paper uses, there is one norm over all parameters
+    and no weight decay in the ascent direction. *Our deviation*: no 1e-12 is added to
+    the norm, zero is treated exactly instead.
 
     >>> loss = lambda w: jnp.sum(w**2)
     >>> w = jnp.array([3.0, 4.0])
@@ -105,8 +118,11 @@ def sam(
     if isinstance(rho, int | float):  # a traced rho cannot be checked
         check(0 <= rho < float("inf"), "0 <= rho < inf", rho=rho)
         if rho == 0:
-            return optax.with_extra_args_support(optax.identity())
+            plain = optax.stateless(_mean_of_groups) if grouped else optax.identity()
+            return optax.with_extra_args_support(plain)
     schedule = rho if callable(rho) else lambda _: rho
+    ascend = jax.vmap(_ascend, (None, 0, None)) if grouped else _ascend
+    compare = jax.vmap(_compare) if grouped else _compare
 
     def init(params: PyTree) -> SamState:
         del params
@@ -125,25 +141,57 @@ def sam(
         del extra_args
         _check_present(params=params, grad_fn=grad_fn)
         assert grad_fn is not None  # for the type checker
+        if grouped:
+            _check_groups(updates, params)
         radius = jnp.maximum(jnp.asarray(schedule(state.step), jnp.float32), 0.0)
-        norm = _norm(updates)
-        moves = (norm > 0) & (radius > 0)
-        scale = jnp.where(moves, radius / jnp.where(norm > 0, norm, 1.0), 0.0)
-        perturbed_params = jax.tree.map(
-            lambda w, g: w + (scale * g.astype(jnp.float32)).astype(w.dtype),
-            params,
-            updates,
-        )
+        perturbed_params, ascent = ascend(params, updates, radius)
         perturbed, new_aux = _unpack(grad_fn(perturbed_params), updates, aux)
-        norms = (norm, _norm(perturbed))
-        metrics = SamMetrics(radius, *norms, _cosine(updates, perturbed, norms))
-        perturbed = jax.tree.map(
-            lambda g, p: jnp.where(moves, p, g).astype(g.dtype), updates, perturbed
-        )
+        outcome, shown = compare(updates, perturbed, ascent)
+        if grouped:
+            outcome = _mean_of_groups(outcome)
+            shown = jax.tree.map(jnp.mean, shown)
         step = jnp.asarray(optax.safe_increment(state.step))
-        return perturbed, SamState(step, metrics, new_aux)
+        return outcome, SamState(step, SamMetrics(radius, *shown), new_aux)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Ascent(NamedTuple):
+    """Of one group: the norm of its gradient, and whether it is perturbed at all."""
+
+    norm: Array
+    moves: Array
+
+
+def _ascend(params: PyTree, grads: PyTree, radius: Array) -> tuple[PyTree, _Ascent]:
+    """The parameters moved by `radius` along a gradient."""
+    norm = _norm(grads)
+    moves = (norm > 0) & (radius > 0)
+    scale = jnp.where(moves, radius / jnp.where(norm > 0, norm, 1.0), 0.0)
+    perturbed_params = jax.tree.map(
+        lambda w, g: w + (scale * g.astype(jnp.float32)).astype(w.dtype), params, grads
+    )
+    return perturbed_params, _Ascent(norm, moves)
+
+
+def _compare(
+    grads: PyTree, perturbed: PyTree, ascent: _Ascent
+) -> tuple[PyTree, tuple[Array, Array, Array]]:
+    """The gradient to descend by, and the metrics: both norms and the cosine."""
+    norms = (ascent.norm, _norm(perturbed))
+    cosine = _cosine(grads, perturbed, norms)
+    outcome = jax.tree.map(
+        lambda g, p: jnp.where(ascent.moves, p, g).astype(g.dtype), grads, perturbed
+    )
+    return outcome, (*norms, cosine)
+
+
+def _mean_of_groups(grads: PyTree, params: PyTree = None) -> PyTree:
+    """The mean over the first axis of every leaf, taken in float32."""
+    del params
+    return jax.tree.map(
+        lambda g: jnp.mean(g.astype(jnp.float32), axis=0).astype(g.dtype), grads
+    )
 
 
 def last_metrics(opt_state: PyTree) -> dict[str, Array]:
@@ -182,6 +230,18 @@ def _check_present(**values: Any) -> None:
             "Call `tx.update(grads, opt_state, params, grad_fn=grad_fn)`.",
             **{name: value},
         )
+
+
+def _check_groups(grads: PyTree, params: PyTree) -> None:
+    """Refuses gradients that have no axis of groups before the parameters' axes."""
+    leaves, shapes = jax.tree.leaves(grads), [w.shape for w in jax.tree.leaves(params)]
+    check(
+        [g.shape[1:] for g in leaves] == shapes
+        and len({g.shape[:1] for g in leaves}) <= 1,
+        "a gradient [G, ...] of G groups for every parameter [...] with grouped=True",
+        "Stack the gradients of the groups' mean losses along a new first axis.",
+        shapes=[g.shape for g in leaves],
+    )
 
 
 def _unpack(output: Any, grads: PyTree, aux: PyTree) -> tuple[PyTree, PyTree]:

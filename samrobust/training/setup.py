@@ -46,7 +46,8 @@ def make_plan(config: Config, num_examples: int) -> EpochPlan:
     """Cuts an epoch into batches.
 
     Raises:
-      ValueError: if there is not one batch, or a batch is not divisible by the devices.
+      ValueError: if there is not one batch, or the devices do not divide a full one, or
+        the groups of m-sharpness or BatchNorm the incomplete last one.
     """
     batch_size = config.training.batch_size
     plan = EpochPlan(
@@ -61,12 +62,23 @@ def make_plan(config: Config, num_examples: int) -> EpochPlan:
         **{"training.batch_size": batch_size},
     )
     count = jax.device_count()
-    for size in filter(None, (batch_size, plan.remainder)):
+    check(
+        batch_size % count == 0,
+        f"training.batch_size divisible by the {count} devices",
+        "Choose another size: with this one devices would do the same work twice.",
+        **{"training.batch_size": batch_size},
+    )
+    groups = {
+        "sam.m": config.sam.m,
+        "model.batch_norm_group": config.model.batch_norm_group,
+    }
+    for field, size in groups.items():
         check(
-            size % count == 0,
-            f"batches divisible by the {count} devices",
-            "Choose another training.batch_size, or set training.drop_remainder.",
-            batch_size=size,
+            size in (0, batch_size) or plan.remainder % size == 0,
+            f"the last batch of an epoch, {plan.remainder} of {num_examples} examples, "
+            f"divisible by {field}",
+            "Set training.drop_remainder, or choose a size that divides it.",
+            **{field: size},
         )
     return plan
 
@@ -74,9 +86,10 @@ def make_plan(config: Config, num_examples: int) -> EpochPlan:
 def make_parts(config: Config, dataset: Dataset, steps_per_epoch: int) -> Parts:
     """Builds the pure functions of a training; computes nothing yet."""
     model = building.make_model(config, dataset)
-    image = jax.ShapeDtypeStruct((1, *dataset.image_shape), "float32")
+    batch_size = config.training.batch_size
+    images = jax.ShapeDtypeStruct((batch_size, *dataset.image_shape), "float32")
     key = jax.eval_shape(lambda: jax.random.key(0))
-    variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, image)
+    variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, images)
     tx = building.make_optimizer(config, steps_per_epoch, variables["batch_stats"])
     train_step = make_train_step(
         model,
@@ -84,14 +97,16 @@ def make_parts(config: Config, dataset: Dataset, steps_per_epoch: int) -> Parts:
         attack=building.training_attack(config),
         sam_batch_stats=config.sam.batch_stats,
         attack_batch_norm=config.attack.batch_norm,
+        group_size=building.sam_group_size(config),
+        mesh=data_mesh(),
     )
 
     def init(key: Array) -> TrainState:
         return init_state(model, tx, dataset.image_shape, key)
 
-    label = jax.ShapeDtypeStruct((1,), "int32")
+    labels = jax.ShapeDtypeStruct((batch_size,), "int32")
     state = jax.eval_shape(init, key)
-    _, metrics = jax.eval_shape(train_step, state, image, label, key)
+    _, metrics = jax.eval_shape(train_step, state, images, labels, key)
     return Parts(init, train_step, zero_totals(metrics))
 
 

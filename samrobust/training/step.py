@@ -4,20 +4,22 @@
 
 The maximisation over the inputs is the `attack`, the one over the weights is the
 `samrobust.sharpness.sam` in the optimizer. Standard training is the identity attack
-and no SAM; nothing here asks which method it is.
+and no SAM; nothing here asks which method it is. Whether a pass runs over the batch or
+over groups of it is the business of `samrobust.training.passes`.
 """
 
 from typing import Protocol, cast
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from samrobust.attacks import identity
 from samrobust.checks import check_choice
 from samrobust.objectives import cross_entropy
 from samrobust.sharpness import last_aux, last_metrics
+from samrobust.training.passes import make_passes
 from samrobust.training.state import TrainState
 from samrobust.types import Array, Attack, LossFn, PyTree
 
@@ -42,6 +44,8 @@ def make_train_step(
     objective: LossFn = cross_entropy,
     sam_batch_stats: str = "both",
     attack_batch_norm: str = "train",
+    group_size: int = 0,
+    mesh: Mesh | None = None,
 ) -> TrainStep:
     """Builds the training step.
 
@@ -55,25 +59,36 @@ def make_train_step(
         `first` (at w), `second` (at w + e) or `both`, one after the other.
       attack_batch_norm: `train`: the attacked network normalises by its batch;
         `eval`: by the running statistics. Neither updates them.
+      group_size: examples in a group with an ascent direction of its own, m of
+        m-sharpness: both passes then run over each group apart, BatchNorm included,
+        and `tx` begins with a `sam(..., grouped=True)`. 0: the whole batch, no groups.
+      mesh: of `samrobust.parallel.data_mesh`, over which the groups are spread; None:
+        one device. Of no account without groups.
 
     Returns:
       A pure function of (state, images float32 [B, H, W, C] in [0, 1], labels int32
       [B], key). The key is consumed by the attack. Metrics are float32 scalars: `loss`
       and `accuracy` on the images trained on, `gradient_norm`, and with SAM also
-      `rho`, `perturbed_gradient_norm` and `cosine` (see `SamMetrics`).
+      `rho`, `perturbed_gradient_norm` and `cosine` (see `SamMetrics`; with groups,
+      norms and cosine are means over them).
 
       **Guarantees.** The adversarial images are made once, from fresh gradients, and
       shared by both passes of SAM. An attack of radius 0 and `sam(0)` give standard
-      training bit for bit.
+      training bit for bit. Groups are the consecutive runs of `group_size` examples,
+      and the result does not depend on how they lie on the devices, up to rounding.
+      Running statistics move by the mean over the groups; since they are moving
+      averages, that is the same as averaging statistics kept by each device.
 
     Raises:
-      ValueError: for an unknown choice.
+      ValueError: for an unknown choice; in the step, if the groups do not divide the
+        batch.
 
     Reference: Wei, Zhu and Zhang (2023), equations (3) and (5). *Our deviation* from
     their code: the attack's forward passes leave the running statistics alone.
     """
     check_choice(("first", "second", "both"), sam_batch_stats=sam_batch_stats)
     check_choice(("train", "eval"), attack_batch_norm=attack_batch_norm)
+    passes = make_passes(model, objective, group_size=group_size, mesh=mesh)
 
     def train_step(
         state: TrainState, images: Array, labels: Array, key: Array
@@ -84,39 +99,24 @@ def make_train_step(
 
         images = attack(attacked, images, labels, key=key)
 
-        def mean_loss(
-            params: PyTree, batch_stats: PyTree
-        ) -> tuple[Array, tuple[PyTree, Array]]:
-            logits, updated = model.apply(
-                {"params": params, "batch_stats": batch_stats},
-                images,
-                train=True,
-                mutable=["batch_stats"],
-            )
-            loss = jnp.mean(objective(logits, labels))
-            return loss, (updated.get("batch_stats", {}), logits)
-
-        differentiate = jax.value_and_grad(mean_loss, has_aux=True)
-        (loss, (first_stats, logits)), grads = differentiate(
-            state.params, state.batch_stats
-        )
+        first = passes.first(state.params, state.batch_stats, images, labels)
 
         def second_pass(params: PyTree) -> tuple[PyTree, PyTree]:
             both = sam_batch_stats == "both"
-            start = first_stats if both else state.batch_stats
-            (_, (second_stats, _)), grads = differentiate(params, start)
-            return grads, second_stats
+            start = first.batch_stats if both else state.batch_stats
+            second = passes.second(params, start, images, labels)
+            return second.grads, second.batch_stats
 
         updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, grad_fn=second_pass
+            first.grads, state.opt_state, state.params, grad_fn=second_pass
         )
-        batch_stats = first_stats
+        batch_stats = first.batch_stats
         if sam_batch_stats != "first":
-            batch_stats = last_aux(opt_state, default=first_stats)
+            batch_stats = last_aux(opt_state, default=first.batch_stats)
         metrics = {
-            "loss": loss,
-            "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == labels),
-            "gradient_norm": optax.tree.norm(grads),
+            "loss": first.loss,
+            "accuracy": jnp.mean(jnp.argmax(first.logits, axis=-1) == labels),
+            "gradient_norm": passes.norm(first.grads),
             **last_metrics(opt_state),
         }
         return TrainState(
