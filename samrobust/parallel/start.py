@@ -12,6 +12,7 @@ Anything else, or `SAMROBUST_DISTRIBUTED=off`, is a single process.
 """
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -76,23 +77,22 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
         # Two programs at once could take each other's messages: gloo, which connects
         # CPUs, tells them apart by their order alone.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-    timeouts = {
-        "initialization_timeout": meeting,
-        "heartbeat_timeout_seconds": heartbeat,
-        "shutdown_timeout_seconds": heartbeat,
-    }
+    join = functools.partial(
+        jax.distributed.initialize,
+        initialization_timeout=meeting,
+        heartbeat_timeout_seconds=heartbeat,
+        shutdown_timeout_seconds=heartbeat,
+    )
     at = f" at {settings.address}" if settings else ""
     try:
         with _impatience(at, meeting):
             if settings is not None:
-                jax.distributed.initialize(
-                    *settings[:3],
-                    local_device_ids=settings.local_device_ids,
+                join(
+                    *settings,
                     cluster_detection_method="deactivate",
-                    **timeouts,
                 )
             elif _on_cloud_tpu(environ):
-                jax.distributed.initialize(**timeouts)
+                join()
             if jax.distributed.is_initialized():
                 # Connects the devices while all processes are at the same place: later
                 # one may compile for minutes, and the others would not wait for it.
