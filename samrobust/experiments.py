@@ -1,40 +1,52 @@
-"""Experiments: a run (train, evaluate, `result.json`), and a grid of runs (a table).
+"""Experiments: a run (train, evaluate, `result.json`); another evaluation of one.
 
 Everything here can be killed at any moment and started again with the same call:
-finished runs are read, the others go on from their last checkpoint.
+a finished run is read, another one goes on from its last checkpoint.
 """
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 
 from samrobust import building
+from samrobust.claims import ClaimedError, claim
 from samrobust.data import Dataset, Split
 from samrobust.evaluation import (
     accuracies,
     make_early_stop_evaluator,
     make_evaluator,
 )
+from samrobust.failures import recording_failure
 from samrobust.provenance import provenance
+from samrobust.tracking import track
 from samrobust.training import (
     InterruptedRunError,
     Progress,
-    TrainingDivergedError,
     TrainState,
     load_variables,
     train,
 )
 from samrobust.types import Config, PyTree
-from samrobust.workdir import claim, read_json, settle_config, write_json
+from samrobust.workdir import OtherConfigError, read_json, settle_config, write_json
 
-__all__ = ["Observer", "PlannedRun", "evaluate_run", "run", "run_all", "work"]
+__all__ = [
+    "Observer",
+    "PlannedRun",
+    "as_dict",
+    "evaluate_run",
+    "run",
+    "step_work",
+    "work",
+]
 
 # Evaluation keys must not coincide with those of training: another branch of the seed.
 _EVALUATION_STREAM, _VALIDATION_STREAM = 1, 2
+# What ends a run and is no failure of it.
+_NO_FAILURE = (InterruptedRunError, ClaimedError, OtherConfigError)
 
 
 class Observer(Protocol):
@@ -67,15 +79,22 @@ def work(config: Config, dataset: Dataset) -> tuple[float, float]:
       Both in forward and backward passes with weight gradients on one example: a
       forward pass is 1/3, an attack step 2/3.
     """
-    attack, evaluation = config.attack, config.evaluation
-    step = 2.0 if config.sam.rho else 1.0
-    if attack.epsilon:
-        step += attack.restarts * attack.num_steps * 2 / 3
+    evaluation = config.evaluation
     attacks = len(evaluation.linf) + len(evaluation.l2)
     attacked = evaluation.restarts * evaluation.num_steps * 2 / 3
     judged = (1 + attacks) / 3 + attacks * attacked
     examples = len(_evaluated_split(config, dataset))
-    return config.training.epochs * len(dataset.train) * step, examples * judged
+    training = config.training.epochs * len(dataset.train) * step_work(config)
+    return training, examples * judged
+
+
+def step_work(config: Config) -> float:
+    """The predicted cost of training on one example, in the unit of `work`: ST is 1."""
+    attack = config.attack
+    step = 2.0 if config.sam.rho else 1.0
+    if attack.epsilon:
+        step += attack.restarts * attack.num_steps * 2 / 3
+    return step
 
 
 def run(
@@ -101,10 +120,18 @@ def run(
     Raises:
       InterruptedRunError: after `should_stop`; the same call goes on.
       TrainingDivergedError: if the loss stops being finite.
-      WorkdirError: if the workdir is taken, or holds another run.
+      ClaimedError: if another process works in the workdir, or took it over.
+      WorkdirError: if the workdir cannot be written, or holds another run.
+
+    Any failure of the run itself is also left in `failure.json`.
     """
-    with claim(workdir):
-        settle_config(workdir, _as_dict(config))
+    with (
+        claim(workdir) as held,
+        recording_failure(workdir, apart_from=_NO_FAILURE),
+        track(config, workdir) as tracking,
+    ):
+        should_stop = held.guard(should_stop)
+        settle_config(workdir, as_dict(config))
         result = read_json(workdir / "result.json")
         if result is None:
             outcome = train(
@@ -112,7 +139,7 @@ def run(
                 dataset,
                 workdir,
                 validate=_make_validate(config, dataset),
-                on_progress=observer.on_progress,
+                on_progress=tracking.following(observer.on_progress),
                 should_stop=should_stop,
             )
             if config.evaluation.checkpoint == "last":
@@ -134,46 +161,8 @@ def run(
                 "provenance": provenance() | {"seconds": outcome.seconds},
             }
             write_json(workdir / "result.json", result)
+            tracking.finish(accuracy)
         return result
-
-
-def run_all(
-    runs: Sequence[PlannedRun],
-    dataset: Dataset,
-    observe: Callable[[PlannedRun], Observer],
-    *,
-    on_failure: Callable[[PlannedRun, Exception], None],
-    should_stop: Callable[[], bool] = lambda: False,
-) -> list[dict[str, Any]]:
-    """Runs one after another; one that fails does not stop the others.
-
-    Returns:
-      The results of those that finished, in order.
-
-    Raises:
-      InterruptedRunError: after `should_stop`.
-    """
-    results = []
-    for planned in runs:
-        failure = planned.workdir / "failure.json"
-        try:
-            result = run(
-                planned.config,
-                planned.workdir,
-                observe(planned),
-                dataset=dataset,
-                should_stop=should_stop,
-            )
-        except InterruptedRunError:
-            raise
-        except (RuntimeError, OSError, ValueError) as error:
-            on_failure(planned, error)
-            if planned.workdir.is_dir() and isinstance(error, TrainingDivergedError):
-                write_json(failure, {"error": str(error), **provenance()})
-        else:
-            failure.unlink(missing_ok=True)
-            results.append(result)
-    return results
 
 
 def evaluate_run(
@@ -253,5 +242,6 @@ def _make_validate(
     return validate
 
 
-def _as_dict(config: Config) -> dict[str, Any]:
+def as_dict(config: Config) -> dict[str, Any]:
+    """The config as it is stored in `config.json`."""
     return json.loads(config.to_json_best_effort())

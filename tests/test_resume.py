@@ -14,9 +14,10 @@ from typing import Any
 import helpers
 import pytest
 
+from samrobust.claims import claim
 from samrobust.experiments import run
 from samrobust.training import InterruptedRunError, train
-from samrobust.workdir import WorkdirError, claim
+from samrobust.workdir import WorkdirError
 
 ROWS = {"sam": "sam,rho=0.2", "at": "at,norm=linf,eps=16"}
 KEPT = [("sam", "last"), ("sam", "best"), ("at", "last")]
@@ -201,8 +202,9 @@ def test_no_kill_leaves_temporary_files_behind(chains, name):
     workdir = chains[name][1].workdir
     names = {path.name for path in workdir.iterdir()}
     assert names == {
-        *("config.json", "metrics.jsonl", "result.json", "checkpoints", ".lock")
+        *("config.json", "metrics.jsonl", "result.json", "checkpoints", ".claim")
     }
+    assert not list((workdir / ".claim").glob(".*"))
     for folder in (workdir / "checkpoints").iterdir():
         assert all(path.name.isdigit() for path in folder.iterdir())
 
@@ -290,7 +292,7 @@ def modification_times(workdir: Path) -> dict[str, int]:
     return {
         str(path): path.stat().st_mtime_ns
         for path in workdir.rglob("*")
-        if path.is_file() and path.name not in (".lock", "config.json")
+        if path.is_file() and path.name != "config.json" and ".claim" not in path.parts
     }
 
 
@@ -326,8 +328,9 @@ def test_a_second_process_on_a_workdir_is_refused(tmp_path, capsys):
     arguments = ("train", "--config=configs/digits.py:st", f"--workdir={tmp_path}")
     with claim(tmp_path):
         assert helpers.main(*arguments, *helpers.make_flags()) == 2
-    message = f"samrobust: error: Another process is working in {tmp_path}."
-    assert capsys.readouterr().err.startswith(message)
+    errors = capsys.readouterr().err
+    assert errors.startswith("samrobust: error: Another process (host ")
+    assert f"is working in {tmp_path}." in errors
     assert not (tmp_path / "config.json").exists()
 
 
