@@ -9,7 +9,6 @@ import sys
 import time
 
 from rich.console import Console
-from rich.live import Live
 
 from samrobust.files import WorkdirError
 from samrobust.reporting.status import status_to_rich
@@ -38,9 +37,10 @@ def status_command(arguments: argparse.Namespace) -> int:
 
 
 def _watch(workdir: pathlib.Path, console: Console) -> None:
-    runs = survey(workdir)
-    with Live(status_to_rich(runs), console=console, auto_refresh=False) as live:
-        while any(run.state != "done" for run in runs):
-            time.sleep(_REFRESH)
-            runs = survey(workdir)
-            live.update(status_to_rich(runs), refresh=True)
+    while True:
+        runs = survey(workdir)
+        console.clear()  # does nothing where there is no terminal
+        console.print(status_to_rich(runs))
+        if all(run.state == "done" for run in runs):
+            return
+        time.sleep(_REFRESH)

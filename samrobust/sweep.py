@@ -123,7 +123,7 @@ def finished(planned: PlannedRun) -> dict[str, Any] | None:
     result = read_json(planned.workdir / "result.json")
     changed = changed_fields(planned.workdir, as_dict(planned.config))
     if result is not None and changed:
-        message = f"is a run of another config ({', '.join(changed)} differ)"
+        message = f"it is of another config, which differs in {', '.join(changed)}"
         raise WorkdirError(message)
     return result
 
