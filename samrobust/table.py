@@ -216,8 +216,8 @@ def _show(plan: _Plan, results: list[dict[str, Any]], console: Console) -> None:
         title=f"Natural and robust accuracy on {config.data.name}",
         caption=_caption(config) + plan.note,
     )
-    paths = reporting.write_table(table, plan.workdir)
     console.print(reporting.to_rich(table))
+    paths = reporting.write_table(table, plan.workdir)
     _say(console, f"Written to {plan.workdir}: {', '.join(p.name for p in paths)}")
 
 

@@ -181,7 +181,7 @@ def test_what_a_failed_run_held_is_free_before_the_next_one(follow):
     def fail(_):
         array = Array()
         alive.append(weakref.ref(array))
-        cycle = [array]
+        cycle: list[Any] = [array]
         cycle.append(cycle)
         raise MemoryError
 

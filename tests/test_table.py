@@ -196,9 +196,7 @@ def test_collecting_a_finished_table_equals_making_it(table, copy, capsys):
         assert (copy / name).read_bytes() == (table[0] / name).read_bytes()
 
 
-def test_collecting_trains_nothing_and_says_what_is_missing(
-    copy, capsys, monkeypatch
-):
+def test_collecting_trains_nothing_and_says_what_is_missing(copy, capsys, monkeypatch):
     monkeypatch.setattr("samrobust.building.load_data", pytest.fail)
     (copy / "st" / "seed1" / "result.json").unlink()
     failed = copy / "sam,rho=0.2" / "seed1"

@@ -225,24 +225,26 @@ def test_one_tracker_that_fails_does_not_stop_the_other(tmp_path, wandb, monkeyp
     config = helpers.make_config("st", {**ON, "tracking.wandb": "sharp"})
     workdir = helpers.make_folder(tmp_path / "run")
     make_log(workdir, 1, 2)
-    with pytest.warns(UserWarning, match="no network"), track(config, workdir) as on:
-        on.following(lambda _: None)(progress(2, {"step": 2}))
-        on.finish({"natural": 99.0})
+    on = Tracking(config, workdir)
+    follow = on.following(lambda _: None)
+    with pytest.warns(UserWarning, match="no network"):
+        follow(progress(2, {"step": 2}))
+    on.finish({"natural": 99.0})
+    on.close()
     assert read_scalars(workdir)["loss"] == [(1, 1.0), (2, 0.5)]
     assert [call[0] for call in wandb()] == ["init", "log"]
 
 
-def test_an_end_that_is_not_sent_is_not_awaited_for_ever(
-    tmp_path, wandb, monkeypatch
-):
+def test_an_end_that_is_not_sent_is_not_awaited_for_ever(tmp_path, wandb, monkeypatch):
     monkeypatch.setattr(tracking, "_PATIENCE", 0.05)
     workdir = helpers.make_folder(tmp_path / "run")
     config = helpers.make_config("st", {"tracking.wandb": "sharp"})
     make_log(workdir, 1)
     on = Tracking(config, workdir)
     on.finish({"natural": 99.0})
-    run_class = sys.modules["wandb"].Run
-    monkeypatch.setattr(run_class, "finish", lambda self, exit_code: time.sleep(1.0))
+    monkeypatch.setattr(
+        sys.modules["wandb"].Run, "finish", lambda *_, **__: time.sleep(1.0)
+    )
     with pytest.warns(UserWarning, match="`wandb sync` sends it later"):
         on.close()
     assert wandb()
@@ -273,9 +275,7 @@ def test_a_missing_package_is_refused_with_the_command_that_installs_it(
 
 
 @pytest.mark.parametrize("command", ["table", "train"])
-def test_the_commands_refuse_it_before_any_work(
-    tmp_path, capsys, monkeypatch, command
-):
+def test_the_commands_refuse_it_before_any_work(tmp_path, capsys, monkeypatch, command):
     monkeypatch.setattr(tracking.util, "find_spec", lambda _: None)
     row = ":st" if command == "train" else ""
     code = helpers.main(
