@@ -190,10 +190,25 @@ def test_a_holder_that_stood_still_too_long_finds_out(tmp_path, start):
         assert f"{os.getpid()}) took over {tmp_path}" in answer
         assert holder.stdin is not None
         holder.stdin.close()
-        assert holder.wait() == 0  # and does not release what is not its own
+        assert holder.wait() == 0
+        # And does not mark as released what is not its own.
+        old = json.loads((tmp_path / ".claim" / "1.json").read_text())
+        assert not old["released"]
         held.check()
         with pytest.raises(ClaimedError):
             claim(tmp_path).__enter__()
+
+
+def test_a_holder_awake_before_its_thread_is_finds_out_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMROBUST_CLAIM_LEASE", "0.2")
+    monkeypatch.setattr(lease, "_REFRESHES", 0.01)
+    with claim(tmp_path) as held:
+        held.check()
+        write_claim(tmp_path, 2)
+        held.check()  # it was fresh a moment ago
+        time.sleep(0.15)
+        with pytest.raises(ClaimedError, match="host elsewhere, pid 7"):
+            held.check()
 
 
 def test_a_holder_that_lives_is_never_succeeded(tmp_path, start):
