@@ -115,4 +115,9 @@ def get_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.minutes = 5.0  # time between checkpoints; a kill costs no more
     config.checkpoint.keep = 2  # newest ones kept
+
+    # Where the lines of metrics.jsonl are shown as well; that file stays the truth.
+    config.tracking = ConfigDict()
+    config.tracking.tensorboard = False  # event files in the workdir; tensorboardX
+    config.tracking.wandb = ""  # project at Weights & Biases; empty: off
     return config

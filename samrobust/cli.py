@@ -1,7 +1,8 @@
 """The `samrobust` command: subcommands and flags, nothing else.
 
-Exit codes: 0 done; 1 a run failed; 2 bad input; 75 stopped by SIGTERM, 130 by Ctrl-C,
-both to be started again with the same command.
+Exit codes: 0 done; 1 a run failed, or is missing from a collected table; 2 bad input,
+or another process works in the directory; 75 stopped by SIGTERM, 130 by Ctrl-C, both to
+be started again with the same command.
 """
 
 import argparse
@@ -19,6 +20,10 @@ _CONFIG = "configs/digits.py"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand and returns the exit code."""
     arguments, overrides = _parse(sys.argv[1:] if argv is None else list(argv))
+    if arguments.command == "status":
+        from samrobust.status import status_command
+
+        return status_command(arguments)
     from samrobust import commands  # JAX and Flax load here: --help stays quick
 
     return commands.execute(arguments, overrides)
@@ -39,6 +44,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             parser.error(f"unknown argument {item!r}")
         if "=" not in item:
             parser.error(f"write {item}=VALUE, with an equals sign")
+        if arguments.command == "status":
+            parser.error(f"status takes no config, and so not {item!r}")
     return arguments, overrides
 
 
@@ -55,6 +62,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     _add_table(commands)
     _add_train(commands)
+    _add_status(commands)
     _add_evaluate(commands)
     _add_bench(commands)
     return parser
@@ -66,7 +74,8 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
         help="all rows of a config, trained, attacked and printed as a table",
         description="Trains and attacks every row of a config's table. Can be killed "
-        "and started again: finished runs are kept, the others go on.",
+        "and started again: finished runs are kept, the others go on. Several workers "
+        "may share a workdir, each takes what no other holds.",
         epilog="Any field: --config.training.epochs=2. See configs/base.py.",
     )
     table.add_argument("--config", default=_CONFIG, metavar="FILE", help="%(default)s")
@@ -82,6 +91,25 @@ def _add_table(commands: argparse._SubParsersAction) -> None:
         metavar="ROW",
         help="only these, as in --rows=st --rows=sam,rho=0.2; or separated by ';'",
     )
+    table.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="train every N-th run from the I-th on (0 <= I < N) and no other; whoever "
+        "finishes the last run of all builds the table",
+    )
+    instead = table.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--collect",
+        action="store_true",
+        help="train nothing: build the table of what has finished, say what is "
+        "missing; exit code 0: nothing, 1: something, 2: everything",
+    )
+    instead.add_argument(
+        "--list",
+        action="store_true",
+        help="train nothing: print the runs, a line each: index, row, seed, state, "
+        "separated by tabs",
+    )
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
@@ -96,6 +124,22 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         "--config", required=True, metavar="FILE:ROW", help="configs/digits.py:st"
     )
     train.add_argument("--workdir", required=True, metavar="DIR", help="of this run")
+
+
+def _add_status(commands: argparse._SubParsersAction) -> None:
+    status = commands.add_parser(
+        "status",
+        allow_abbrev=False,
+        help="which runs are done, at work, failed; how long it will take",
+        description="Shows the runs of a table, or one run: state, epochs, loss, "
+        "accuracy, ETA of the training, and the last error. Changes nothing.",
+    )
+    status.add_argument(
+        "--workdir", required=True, metavar="DIR", help="of a table or of a run"
+    )
+    status.add_argument(
+        "--watch", action="store_true", help="again and again, until all are done"
+    )
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:

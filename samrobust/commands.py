@@ -1,25 +1,22 @@
 """What the subcommands do: read, run, show. See `samrobust.cli` for their flags."""
 
 import argparse
-import json
 import pathlib
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 from rich.console import Console
-from rich.markup import escape
 
-from samrobust import building, configuration, parallel, reporting
+from samrobust import building, configuration, parallel
 from samrobust.bench.command import bench_command
 from samrobust.bench.suite import StoppedError
 from samrobust.checks import check
+from samrobust.claims import await_verdict
 from samrobust.data import Dataset, DatasetUnavailableError
-from samrobust.experiments import PlannedRun, evaluate_run, run, run_all, work
+from samrobust.experiments import PlannedRun, evaluate_run, run, work
 from samrobust.provenance import provenance
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import (
@@ -27,6 +24,8 @@ from samrobust.runtime import (
     enable_compilation_cache,
     keep_freed_memory,
 )
+from samrobust.table import table_command
+from samrobust.tracking import check_installed
 from samrobust.training import InterruptedRunError, TrainingDivergedError
 from samrobust.training.checkpoint import CheckpointError
 from samrobust.types import Config
@@ -53,7 +52,7 @@ def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     keep_freed_memory()
     warnings.formatwarning = lambda message, *_: f"samrobust: warning: {message}\n"
     command = {
-        "table": _table,
+        "table": table_command,
         "train": _train,
         "evaluate": _evaluate,
         "bench": bench_command,
@@ -110,115 +109,28 @@ def _say(text: str, error: BaseException) -> None:
         print(f"samrobust (process {jax.process_index()}): {text}", file=sys.stderr)
 
 
-def _join(stop: StopRequest) -> tuple[Console, parallel.AgreedStop]:
-    """Joins the other processes of the run, if any; process 0 alone shows things."""
-    parallel.initialize()
-    parallel.watch_for_failures()
-    return Console(quiet=not parallel.is_primary()), parallel.AgreedStop(stop)
-
-
-def _table(
-    arguments: argparse.Namespace, overrides: Sequence[str], stop: StopRequest
-) -> int:
-    check(arguments.seeds >= 1, "--seeds >= 1", seeds=arguments.seeds)
-    console = Console()
-    name = pathlib.Path(arguments.config).stem
-    workdir = pathlib.Path(arguments.workdir or f"runs/{name}")
-    rows = _rows(arguments.rows) or configuration.load_rows(arguments.config)
-    configs = {
-        row: configuration.load_config(f"{arguments.config}:{row}", overrides)
-        for row in rows
-    }
-    runs = []
-    for seed in range(arguments.seeds):  # the whole table first, then its spread
-        for row, config in configs.items():
-            folder = workdir / row / f"seed{seed}"
-            runs.append(PlannedRun(_with_seed(config, seed), folder))
-    results, failures = _run_all(runs, console, stop)
-    for planned, error in failures:
-        console.print(f"[red]failed[/red] {planned.name}: {escape(str(error))}")
-    if results:
-        changed = ", ".join(item.removeprefix("--config.") for item in overrides)
-        note = f" Changed from {arguments.config}: {changed}." if changed else ""
-        table = _summarise(results, configs, note)
-        paths = reporting.write_table(table, workdir)
-        console.print(reporting.to_rich(table))
-        files = ", ".join(path.name for path in paths)
-        console.print(f"Written to {workdir}: {files}", highlight=False)
-    return _FAILED if failures else 0
-
-
-def _run_all(
-    runs: Sequence[PlannedRun], console: Console, stop: StopRequest
-) -> tuple[list[dict[str, Any]], list[tuple[PlannedRun, Exception]]]:
-    dataset = building.load_data(runs[0].config)
-    works = {
-        planned.workdir: (0.0, 0.0)
-        if (planned.workdir / "result.json").exists()
-        else work(planned.config, dataset)
-        for planned in runs
-    }
-    display = ProgressDisplay(console, sum(sum(w) for w in works.values()))
-    failures: list[tuple[PlannedRun, Exception]] = []
-    with display.live():
-        results = run_all(
-            runs,
-            dataset,
-            lambda planned: display.run(planned.name, *works[planned.workdir]),
-            on_failure=lambda planned, error: failures.append((planned, error)),
-            should_stop=stop,
-        )
-    return results, failures
-
-
-def _summarise(
-    results: list[dict[str, Any]], configs: dict[str, Config], note: str
-) -> reporting.Table:
-    config = next(iter(configs.values()))
-    paper = {row: dict(c.paper) for row, c in configs.items() if c.paper}
-    return reporting.summarise(
-        results,
-        rows=[(row, c.label) for row, c in configs.items()],
-        paper=paper,
-        title=f"Natural and robust accuracy on {config.data.name}",
-        caption=_caption(config) + note,
-    )
-
-
-def _caption(config: Config) -> str:
-    model, evaluation, training = config.model, config.evaluation, config.training
-    blocks = "-".join(str(count) for count in model.blocks)
-    restarts = f" x {evaluation.restarts}" if evaluation.restarts > 1 else ""
-    size = config.data.train_size
-    images = f"{size:,} training images, " if size is not None else ""
-    return (
-        f"{config.data.name}, {images}{evaluation.split} set; PreActResNet of width "
-        f"{model.width} and {blocks} blocks, {training.epochs} epochs, {model.dtype}; "
-        f"PGD-{evaluation.num_steps}{restarts} on the {evaluation.loss} loss, "
-        f"{evaluation.judge} iterate judged, {evaluation.checkpoint} checkpoint."
-    )
-
-
-def _rows(values: Sequence[str] | None) -> list[str]:
-    parts = [row.strip() for value in values or () for row in value.split(";")]
-    rows = [row for row in parts if row]
-    for row in rows:
-        configuration.parse_row(row)
-    return list(dict.fromkeys(rows))
-
-
-def _with_seed(config: Config, seed: int) -> Config:
-    copy = config.copy_and_resolve_references()
-    copy.seed = seed
-    return copy
+def _console() -> Console:
+    """Process 0 alone shows things."""
+    return Console(quiet=not parallel.is_primary())
 
 
 def _train(
     arguments: argparse.Namespace, overrides: Sequence[str], stop: StopRequest
 ) -> int:
     config = configuration.load_config(arguments.config, overrides)
-    console, should_stop = _join(stop)
+    check_installed(config)
+    should_stop, console = parallel.join(stop), _console()
     planned = PlannedRun(config, pathlib.Path(arguments.workdir))
+    parallel.from_primary(
+        lambda: await_verdict(
+            planned.workdir,
+            should_stop=stop,
+            on_wait=lambda text: console.print(text, highlight=False, markup=False),
+        )
+    )
+    if should_stop():
+        message = "Stopped as it waited for another process. The same command goes on."
+        raise InterruptedRunError(message)
     dataset = building.load_data(config)
     works = work(config, dataset)
     display = ProgressDisplay(console, sum(works))
@@ -247,7 +159,7 @@ def _evaluate(
         overrides=list(overrides),
     )
     workdir = pathlib.Path(arguments.workdir)
-    console, should_stop = _join(stop)
+    should_stop, console = parallel.join(stop), _console()
     config = parallel.from_primary(lambda: _evaluation_config(workdir, arguments))
     dataset: Dataset = building.load_data(config)
     works = work(config, dataset)
@@ -282,9 +194,7 @@ def _evaluation_config(workdir: pathlib.Path, arguments: argparse.Namespace) -> 
         "Train it first: `samrobust train`.",
         workdir=str(workdir),
     )
-    defaults = configuration.base_config().to_json_best_effort()
-    config: Config = ConfigDict(json.loads(defaults), type_safe=False)
-    config.update(stored)  # a run of an older version lacks the newest fields
+    config = configuration.with_defaults(stored or {})
     evaluation: Config = config.evaluation
     for name in _EVALUATION_FLAGS:
         value = getattr(arguments, name)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from importlib import util
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from samrobust.checks import check, check_choice
 from samrobust.types import Config
@@ -33,6 +33,7 @@ __all__ = [
     "load_config",
     "load_rows",
     "parse_row",
+    "with_defaults",
 ]
 
 _OPTIONS = {
@@ -131,6 +132,17 @@ def finish(config: Config, row: str) -> Config:
 def base_config() -> Config:
     """The fields of `configs/base.py`, unlocked: where every config begins."""
     return _load_module(find_config_file("configs/base.py")).get_config()
+
+
+def with_defaults(stored: dict) -> Config:
+    """A config as JSON keeps it, with the base's value for every field it lacks.
+
+    A run of an older version lacks the newest fields.
+    """
+    defaults = json.loads(base_config().to_json_best_effort())
+    config = ConfigDict(defaults, type_safe=False)
+    config.update(stored)
+    return config
 
 
 def find_config_file(path: str) -> pathlib.Path:

@@ -1,19 +1,19 @@
-"""Experiments: a run (train, evaluate, `result.json`), and a grid of runs (a table).
+"""Experiments: a run (train, evaluate, `result.json`); another evaluation of one.
 
 Everything here can be killed at any moment and started again with the same call:
-finished runs are read, the others go on from their last checkpoint.
+a finished run is read, another one goes on from its last checkpoint.
 """
 
-import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 
 from samrobust import building
+from samrobust.claims import ClaimedError
 from samrobust.data import Dataset, Split
 from samrobust.evaluation import (
     accuracies,
@@ -22,21 +22,32 @@ from samrobust.evaluation import (
 )
 from samrobust.parallel import from_primary
 from samrobust.provenance import provenance
+from samrobust.runfiles import RunFiles
 from samrobust.training import (
     InterruptedRunError,
+    Outcome,
     Progress,
-    TrainingDivergedError,
     TrainState,
     load_variables,
     train,
 )
 from samrobust.types import Config, PyTree
-from samrobust.workdir import claim, read_json, settle_config, write_json
+from samrobust.workdir import OtherConfigError, read_json, settle_config
 
-__all__ = ["Observer", "PlannedRun", "evaluate_run", "run", "run_all", "work"]
+__all__ = [
+    "Observer",
+    "PlannedRun",
+    "as_dict",
+    "evaluate_run",
+    "run",
+    "step_work",
+    "work",
+]
 
 # Evaluation keys must not coincide with those of training: another branch of the seed.
 _EVALUATION_STREAM, _VALIDATION_STREAM = 1, 2
+# What ends a run and is no failure of it.
+_NO_FAILURE = (InterruptedRunError, ClaimedError, OtherConfigError)
 
 
 class Observer(Protocol):
@@ -69,15 +80,22 @@ def work(config: Config, dataset: Dataset) -> tuple[float, float]:
       Both in forward and backward passes with weight gradients on one example: a
       forward pass is 1/3, an attack step 2/3.
     """
-    attack, evaluation = config.attack, config.evaluation
-    step = 2.0 if config.sam.rho else 1.0
-    if attack.epsilon:
-        step += attack.restarts * attack.num_steps * 2 / 3
+    evaluation = config.evaluation
     attacks = len(evaluation.linf) + len(evaluation.l2)
     attacked = evaluation.restarts * evaluation.num_steps * 2 / 3
     judged = (1 + attacks) / 3 + attacks * attacked
     examples = len(_evaluated_split(config, dataset))
-    return config.training.epochs * len(dataset.train) * step, examples * judged
+    training = config.training.epochs * len(dataset.train) * step_work(config)
+    return training, examples * judged
+
+
+def step_work(config: Config) -> float:
+    """The predicted cost of training on one example, in the unit of `work`: ST is 1."""
+    attack = config.attack
+    step = 2.0 if config.sam.rho else 1.0
+    if attack.epsilon:
+        step += attack.restarts * attack.num_steps * 2 / 3
+    return step
 
 
 def run(
@@ -97,49 +115,55 @@ def run(
       dataset: that of `config.data`.
       should_stop: asked now and then; see `samrobust.training.train`.
 
+    Of several processes all must call this; 0 alone sees the workdir.
+
     Returns:
       The content of `result.json`.
 
     Raises:
       InterruptedRunError: after `should_stop`; the same call goes on.
       TrainingDivergedError: if the loss stops being finite.
-      WorkdirError: if the workdir is taken, or holds another run.
+      ClaimedError: if another process works in the workdir, or took it over.
+      WorkdirError: if the workdir cannot be written, or holds another run.
+
+    Any failure of the run itself is also left in `failure.json`.
     """
-    with contextlib.ExitStack() as held:
+    with RunFiles(apart_from=_NO_FAILURE) as files:
 
         def begin() -> dict[str, Any] | None:
-            held.enter_context(claim(workdir))
-            settle_config(workdir, _as_dict(config))
+            files.open(config, workdir)
+            settle_config(workdir, as_dict(config))
             return read_json(workdir / "result.json")
 
         result = from_primary(begin)
         if result is None:
-            result = _run(config, workdir, observer, dataset, should_stop)
-            from_primary(lambda: write_json(workdir / "result.json", result))
+            should_stop = files.guard(should_stop)
+            on_progress = files.following(observer.on_progress)
+            outcome = train(
+                config,
+                dataset,
+                workdir,
+                validate=_make_validate(config, dataset),
+                on_progress=on_progress,
+                should_stop=should_stop,
+            )
+            if config.evaluation.checkpoint == "last":
+                variables = outcome.state.variables
+            else:
+                variables = load_variables(config, dataset, workdir, "best")
+            accuracy = _evaluate(config, dataset, variables, observer, should_stop)
+            result = from_primary(
+                lambda: files.finish(
+                    _describe(config, dataset, outcome, accuracy), workdir
+                )
+            )
         return result
 
 
-def _run(
-    config: Config,
-    workdir: pathlib.Path,
-    observer: Observer,
-    dataset: Dataset,
-    should_stop: Callable[[], bool],
+def _describe(
+    config: Config, dataset: Dataset, outcome: Outcome, accuracy: dict[str, float]
 ) -> dict[str, Any]:
-    """Trains and evaluates in a workdir that is claimed."""
-    outcome = train(
-        config,
-        dataset,
-        workdir,
-        validate=_make_validate(config, dataset),
-        on_progress=observer.on_progress,
-        should_stop=should_stop,
-    )
-    if config.evaluation.checkpoint == "last":
-        variables = outcome.state.variables
-    else:
-        variables = load_variables(config, dataset, workdir, "best")
-    accuracy = _evaluate(config, dataset, variables, observer, should_stop)
+    """The content of `result.json`."""
     return {
         "dataset": config.data.name,
         "row": config.row,
@@ -153,45 +177,6 @@ def _run(
         "step_seconds": outcome.step_seconds,
         "provenance": provenance() | {"seconds": outcome.seconds},
     }
-
-
-def run_all(
-    runs: Sequence[PlannedRun],
-    dataset: Dataset,
-    observe: Callable[[PlannedRun], Observer],
-    *,
-    on_failure: Callable[[PlannedRun, Exception], None],
-    should_stop: Callable[[], bool] = lambda: False,
-) -> list[dict[str, Any]]:
-    """Runs one after another; one that fails does not stop the others.
-
-    Returns:
-      The results of those that finished, in order.
-
-    Raises:
-      InterruptedRunError: after `should_stop`.
-    """
-    results = []
-    for planned in runs:
-        failure = planned.workdir / "failure.json"
-        try:
-            result = run(
-                planned.config,
-                planned.workdir,
-                observe(planned),
-                dataset=dataset,
-                should_stop=should_stop,
-            )
-        except InterruptedRunError:
-            raise
-        except (RuntimeError, OSError, ValueError) as error:
-            on_failure(planned, error)
-            if planned.workdir.is_dir() and isinstance(error, TrainingDivergedError):
-                write_json(failure, {"error": str(error), **provenance()})
-        else:
-            failure.unlink(missing_ok=True)
-            results.append(result)
-    return results
 
 
 def evaluate_run(
@@ -271,5 +256,6 @@ def _make_validate(
     return validate
 
 
-def _as_dict(config: Config) -> dict[str, Any]:
+def as_dict(config: Config) -> dict[str, Any]:
+    """The config as it is stored in `config.json`."""
     return json.loads(config.to_json_best_effort())

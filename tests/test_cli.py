@@ -23,11 +23,11 @@ def test_help_names_the_commands_and_loads_no_jax():
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
-    for command in ("table", "train", "evaluate"):
+    for command in ("table", "train", "status", "evaluate"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["table", "train", "evaluate"])
+@pytest.mark.parametrize("command", ["table", "train", "status", "evaluate"])
 def test_each_command_explains_its_flags(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
@@ -42,6 +42,8 @@ def test_each_command_explains_its_flags(command, capsys):
         (["table", "--sedes=3"], "unknown argument '--sedes=3'"),
         (["table", "--config.training.epochs", "2"], "--config.training.epochs=VALUE"),
         (["train", "--config=configs/digits.py:st"], "--workdir"),
+        (["table", "--collect", "--list"], "not allowed with argument"),
+        (["status", "--workdir=x", "--config.seed=1"], "status takes no config"),
     ],
 )
 def test_wrong_flags_are_refused_with_exit_code_2(arguments, message, capsys):
@@ -55,6 +57,12 @@ def test_wrong_flags_are_refused_with_exit_code_2(arguments, message, capsys):
     ("arguments", "message"),
     [
         (["table", "--seeds=0"], "Expected --seeds >= 1, got seeds=0"),
+        (["table", "--shard=4/4"], "--shard=I/N with 0 <= I < N, got shard='4/4'"),
+        (["table", "--shard=1"], "--shard=I/N with 0 <= I < N, got shard='1'"),
+        (["table", "--shard=-1/4"], "The first of four shards is --shard=0/4"),
+        (["table", "--collect", "--shard=0/2"], "--collect without --shard"),
+        (["table", "--collect"], "Expected a finished run in"),
+        (["status"], "Expected the directory of a table or of a run"),
         (["table", "--rows=sma,rho=1"], "method in {st, sam, at, at+sam}"),
         (["table", "--config.training.epoch=2"], "Did you mean"),
         (["table", "--config=configs/none.py"], "Expected an existing config file"),

@@ -14,13 +14,14 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # From the bottom up: a module imports from rows above it here, and its own package.
 LAYERS = [
-    {"types", "checks", "runtime", "provenance"},
-    {"objectives", "validation"},
+    {"types", "checks", "files", "runtime", "provenance"},
+    {"objectives", "validation", "claims", "failures"},
     {"attacks", "sharpness", "models", "data", "parallel", "configuration"},
-    {"building", "workdir"},
-    {"training", "evaluation"},
+    {"building", "workdir", "survey", "tracking"},
+    {"training", "evaluation", "runfiles"},
     {"experiments", "reporting"},
-    {"bench"},
+    {"bench", "sweep", "status"},
+    {"table"},
     {"commands"},
     {"cli"},
 ]

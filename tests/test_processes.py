@@ -332,6 +332,6 @@ def test_what_cannot_work_ends_all_processes_with_code_2(
 
 
 if __name__ == "__main__":
-    parallel.initialize()
+    parallel.join(lambda: False)
     work(pathlib.Path(sys.argv[1]), sys.argv[2])
     parallel.part()

@@ -72,6 +72,35 @@ def test_runs_share_the_bar_in_proportion_to_their_work(monkeypatch):
     assert lines[1].startswith(" 95%  second: attacked 250 of 500 images")
 
 
+def test_a_run_done_elsewhere_leaves_the_total_and_may_come_again(monkeypatch):
+    monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_LINES", 0.0)
+    display, file = make(terminal=False, total=30.0)
+    with display.live():
+        display.run("held", 8.0, 2.0)  # and never told of progress
+        mine = display.run("mine", 8.0, 2.0)
+        mine.on_progress(Progress("training", 0, 10, {}))
+        mine.on_batch(500, 500)
+        display.run("held too", 8.0, 2.0)
+        display.say("waiting for other workers: held, held too")
+        again = display.run("held", 8.0, 2.0)
+        again.on_progress(Progress("training", 0, 10, {}))
+        again.on_batch(250, 500)
+    *_, attacked, waiting, training, last = file.getvalue().splitlines()
+    assert attacked.startswith(" 50%  mine: attacked")
+    assert waiting.startswith("100%  waiting for other workers: held, held too")
+    assert training.startswith(" 50%  held: training")
+    assert last.startswith(" 95%  held: attacked")
+
+
+def test_where_nothing_is_left_to_do_here_waiting_is_shown(monkeypatch):
+    monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_LINES", 0.0)
+    display, file = make(terminal=False, total=10.0)
+    with display.live():
+        display.run("held", 8.0, 2.0)
+        display.say("waiting")
+    assert file.getvalue().startswith("  0%  waiting")
+
+
 @pytest.mark.parametrize("width", [80, 100, 140])
 def test_the_bar_fits_its_terminal(width):
     file = io.StringIO()

@@ -3,10 +3,13 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,12 @@ from typing import Any
 import helpers
 import pytest
 
+from samrobust import building
+from samrobust.claims import ClaimedError, claim
+from samrobust.data import DatasetUnavailableError
 from samrobust.experiments import run
 from samrobust.training import InterruptedRunError, train
-from samrobust.workdir import WorkdirError, claim
+from samrobust.workdir import WorkdirError
 
 ROWS = {"sam": "sam,rho=0.2", "at": "at,norm=linf,eps=16"}
 KEPT = [("sam", "last"), ("sam", "best"), ("at", "last")]
@@ -201,8 +207,9 @@ def test_no_kill_leaves_temporary_files_behind(chains, name):
     workdir = chains[name][1].workdir
     names = {path.name for path in workdir.iterdir()}
     assert names == {
-        *("config.json", "metrics.jsonl", "result.json", "checkpoints", ".lock")
+        *("config.json", "metrics.jsonl", "result.json", "checkpoints", ".claim")
     }
+    assert not list((workdir / ".claim").glob(".*"))
     for folder in (workdir / "checkpoints").iterdir():
         assert all(path.name.isdigit() for path in folder.iterdir())
 
@@ -290,7 +297,7 @@ def modification_times(workdir: Path) -> dict[str, int]:
     return {
         str(path): path.stat().st_mtime_ns
         for path in workdir.rglob("*")
-        if path.is_file() and path.name not in (".lock", "config.json")
+        if path.is_file() and path.name != "config.json" and ".claim" not in path.parts
     }
 
 
@@ -326,8 +333,9 @@ def test_a_second_process_on_a_workdir_is_refused(tmp_path, capsys):
     arguments = ("train", "--config=configs/digits.py:st", f"--workdir={tmp_path}")
     with claim(tmp_path):
         assert helpers.main(*arguments, *helpers.make_flags()) == 2
-    message = f"samrobust: error: Another process is working in {tmp_path}."
-    assert capsys.readouterr().err.startswith(message)
+    errors = capsys.readouterr().err
+    assert errors.startswith("samrobust: error: Another process (host ")
+    assert f"is working in {tmp_path}." in errors
     assert not (tmp_path / "config.json").exists()
 
 
@@ -337,6 +345,103 @@ def test_a_workdir_that_cannot_be_written_is_refused(short, tmp_path):
     for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(WorkdirError, match="Expected a writable directory, got"):
             run(config, workdir, helpers.Silent(), dataset=dataset)
+
+
+def test_a_disk_that_fills_up_fails_the_run_and_costs_no_checkpoint(
+    short, tmp_path, monkeypatch
+):
+    config, dataset, workdir, _ = short
+    sync, writes = os.fsync, []
+
+    def fill_up(file):
+        writes.append(file)
+        if len(writes) > 4:  # config, empty log, two epochs
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", fill_up)
+    with (
+        pytest.warns(UserWarning, match=r"Could not write .*failure\.json"),
+        pytest.raises(OSError, match="No space left"),
+    ):
+        run(config, tmp_path, helpers.Silent(), dataset=dataset)
+    assert newest(tmp_path) == 8  # of 12: the third epoch could not be noted
+    assert not list(tmp_path.glob(".*.tmp"))
+    monkeypatch.undo()
+    run(config, tmp_path, helpers.Silent(), dataset=dataset)
+    assert log_of(tmp_path) == log_of(workdir)
+    helpers.assert_same_bits(
+        helpers.read_checkpoint(tmp_path), helpers.read_checkpoint(workdir)
+    )
+
+
+def claim_elsewhere(workdir: Path, *, generation: int, lease: float) -> None:
+    """A claim as a process of another machine leaves it."""
+    path = workdir / ".claim" / f"{generation}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"token": "x", "host": "elsewhere", "machine": "x", "lease": lease}
+    path.write_text(json.dumps(content))
+
+
+def test_a_run_that_was_taken_over_stops_and_writes_nothing_more(
+    short, tmp_path, monkeypatch
+):
+    config, dataset, *_ = short
+    monkeypatch.setenv("SAMROBUST_CLAIM_LEASE", "0.3")
+    calls, before = [], []
+
+    def take_over():
+        calls.append(None)
+        if len(calls) == 6:
+            claim_elsewhere(tmp_path, generation=9, lease=60.0)
+            time.sleep(0.2)  # it is paused, and does not notice
+            before.append((newest(tmp_path), log_of(tmp_path)))
+        return False
+
+    with pytest.raises(
+        ClaimedError, match=r"host elsewhere.* took over .*Let that one"
+    ):
+        run(config, tmp_path, helpers.Silent(), dataset=dataset, should_stop=take_over)
+    assert len(calls) == 6
+    ((step, log),) = before
+    # What was on its way at that moment may have ended: the step it was asked at.
+    assert newest(tmp_path) <= step + 1
+    assert log_of(tmp_path) == log
+    assert not (tmp_path / "failure.json").exists()
+    assert {path.name for path in (tmp_path / ".claim").iterdir()} == {
+        *("1.json", "9.json")
+    }
+
+
+def test_a_job_that_starts_again_elsewhere_waits_for_the_lease_of_the_dead_one(
+    tmp_path, capsys, monkeypatch
+):
+    claim_elsewhere(tmp_path, generation=1, lease=1.0)
+
+    def load_data(_):  # what comes next
+        raise DatasetUnavailableError("The wait is over.")
+
+    monkeypatch.setattr(building, "load_data", load_data)
+    began = time.monotonic()
+    arguments = ("train", "--config=configs/digits.py:st", f"--workdir={tmp_path}")
+    assert helpers.main(*arguments, *helpers.make_flags()) == 2
+    output, errors = capsys.readouterr()
+    assert "Waiting up to 1 s for a sign of life." in " ".join(output.split())
+    assert "The wait is over." in errors
+    assert 0.8 < time.monotonic() - began < 5
+
+
+def test_a_job_that_waits_for_a_dead_one_can_be_stopped(tmp_path, capsys):
+    claim_elsewhere(tmp_path, generation=1, lease=60.0)
+    arguments = ("train", "--config=configs/digits.py:st", f"--workdir={tmp_path}")
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    try:
+        assert helpers.main(*arguments, *helpers.make_flags()) == 75
+    finally:
+        timer.cancel()
+        timer.join()
+    assert "The same command goes on." in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_exits_with_1_and_names_step_and_checkpoint(

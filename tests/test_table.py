@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import helpers
@@ -13,11 +14,14 @@ COLUMNS = {"natural", "linf 16/255"}
 DIVERGING = "sam,rho=1e30"
 
 
-def make_arguments(workdir: Path, rows: list[str], *, seeds: int) -> list[str]:
+def make_arguments(
+    workdir: Path, rows: list[str], *others: str, seeds: int
+) -> list[str]:
     return [
         *("table", "--config=configs/digits.py", f"--workdir={workdir}"),
         f"--seeds={seeds}",
         *(f"--rows={row}" for row in rows),
+        *others,
         *helpers.make_flags(),
     ]
 
@@ -35,6 +39,28 @@ def table(tmp_path_factory) -> tuple[Path, tuple[int, str, str]]:
     environment = {**helpers.QUICK_COMPILATION, "COLUMNS": "200"}
     arguments = make_arguments(workdir, ROWS, seeds=2)
     return workdir, helpers.run_command(*arguments, **environment)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> tuple[Path, list[tuple[int, str, str]]]:
+    """The same table by two workers at once, and what each said."""
+    workdir = tmp_path_factory.mktemp("shards")
+    environment = {**helpers.QUICK_COMPILATION, "COLUMNS": "200"}
+    processes = [
+        helpers.start_command(
+            *make_arguments(workdir, ROWS, f"--shard={i}/2", seeds=2), **environment
+        )
+        for i in range(2)
+    ]
+    return workdir, [helpers.finish_command(process) for process in processes]
+
+
+@pytest.fixture
+def copy(table, tmp_path) -> Path:
+    """A copy of the finished table's runs, to be changed."""
+    workdir = tmp_path / "copy"
+    shutil.copytree(table[0], workdir, ignore=shutil.ignore_patterns("table.*"))
+    return workdir
 
 
 @pytest.mark.slow
@@ -100,6 +126,108 @@ def test_a_second_call_is_quick_and_gives_the_same_table(table, capsys):
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
+def test_shards_at_once_give_the_table_of_a_single_process(table, shards):
+    workdir, outcomes = shards
+    assert [(code, errors) for code, _, errors in outcomes] == [(0, ""), (0, "")]
+    for name in ("table.csv", "table.json"):
+        contents = [(folder / name).read_text() for folder in (table[0], workdir)]
+        if name == "table.json":  # all but the costs and where it was measured
+            contents = [
+                [row["cells"] for row in json.loads(text)["rows"]] for text in contents
+            ]
+        assert contents[0] == contents[1]
+
+
+def test_each_shard_does_its_runs_and_the_last_one_builds_the_table(shards):
+    workdir, outcomes = shards
+    seeds = [("st", 0), ("sam,rho=0.2", 0), ("st", 1), ("sam,rho=0.2", 1)]
+    for index, (row, seed) in enumerate(seeds):
+        path = workdir / row / f"seed{seed}" / "result.json"
+        command = json.loads(path.read_text())["provenance"]["command"]
+        assert f"--shard={index % 2}/2" in command
+    written = [output for _, output, _ in outcomes if "Written to" in output]
+    assert written
+    for _, output, _ in outcomes:
+        assert "Written to" in output or "of the table's 4 runs are missing" in output
+
+
+def test_the_list_of_runs_is_for_programs(table, tmp_path, capsys):
+    assert helpers.main(*make_arguments(table[0], ROWS, "--list", seeds=3)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "0\tst\t0\tdone"
+    assert lines[3] == "3\tsam,rho=0.2\t1\tdone"
+    assert lines[5] == "5\tsam,rho=0.2\t2\tnot started"
+    assert len(lines) == 6
+    absent = tmp_path / "absent"
+    flags = make_arguments(absent, ROWS, "--list", "--shard=1/4", seeds=3)
+    assert helpers.main(*flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["1", "5"]
+    assert not absent.exists()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
+def test_shards_partition_the_runs(tmp_path, capsys, count):
+    indices = []
+    for i in range(count):
+        flags = make_arguments(
+            tmp_path, ROWS, "--list", f"--shard={i}/{count}", seeds=3
+        )
+        assert helpers.main(*flags) == 0
+        lines = capsys.readouterr().out.splitlines()
+        indices += [int(line.split("\t")[0]) for line in lines]
+    assert sorted(indices) == list(range(6))
+
+
+def test_a_share_without_a_run_says_what_is_missing(copy, capsys):
+    (copy / "st" / "seed0" / "result.json").unlink()
+    flags = make_arguments(copy, ROWS, "--shard=4/5", seeds=2)
+    assert helpers.main(*flags) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "1 of the table's 4 runs are missing" in output
+    assert "--collect instead of --shard=4/5" in output
+    assert not (copy / "table.md").exists()
+
+
+def test_collecting_a_finished_table_equals_making_it(table, copy, capsys):
+    assert helpers.main(*make_arguments(copy, ROWS, "--collect", seeds=2)) == 0
+    assert "missing" not in capsys.readouterr().out
+    for name in ("table.md", "table.csv", "table.json"):
+        assert (copy / name).read_bytes() == (table[0] / name).read_bytes()
+
+
+def test_collecting_trains_nothing_and_says_what_is_missing(copy, capsys, monkeypatch):
+    monkeypatch.setattr("samrobust.building.load_data", pytest.fail)
+    (copy / "st" / "seed1" / "result.json").unlink()
+    failed = copy / "sam,rho=0.2" / "seed1"
+    (failed / "result.json").unlink()
+    (failed / "failure.json").write_text('{"message": "The loss is not finite."}')
+    assert helpers.main(*make_arguments(copy, ROWS, "--collect", seeds=3)) == 1
+    output, errors = capsys.readouterr()
+    assert errors == ""
+    assert [line for line in output.splitlines() if line.startswith("missing ")] == [
+        "missing ST, seed 1: waiting",
+        "missing SAM (rho = 0.2), seed 1: failed: The loss is not finite.",
+        "missing ST, seed 2: not started",
+        "missing SAM (rho = 0.2), seed 2: not started",
+    ]
+    assert json.loads((copy / "table.json").read_text())["rows"][0]["seeds"] == [0]
+    assert not (copy / "st" / "seed2").exists()
+
+
+def test_collecting_leaves_out_runs_of_another_config(copy, capsys):
+    flags = make_arguments(copy, ROWS, "--collect", seeds=2)
+    assert helpers.main(*flags, "--config.training.momentum=0.5") == 2
+    output, errors = capsys.readouterr()
+    assert "of another config, which differs in training.momentum" in output
+    assert "samrobust: error: Expected a finished run in" in errors
+
+
+def test_a_table_records_its_plan_for_status(table, capsys):
+    assert helpers.main("status", f"--workdir={table[0]}") == 0
+    assert "4 runs: 4 done." in capsys.readouterr().out
+
+
 def test_a_row_that_fails_does_not_stop_the_others(table, capsys, monkeypatch):
     workdir, _ = table
     monkeypatch.setenv("COLUMNS", "200")
@@ -110,3 +238,10 @@ def test_a_row_that_fails_does_not_stop_the_others(table, capsys, monkeypatch):
     assert "| ST |" in content
     assert "| SAM (rho = 0.2) |" in content
     assert not (workdir / DIVERGING / "seed0" / "result.json").exists()
+    failure = json.loads((workdir / DIVERGING / "seed0" / "failure.json").read_text())
+    assert failure["error"] == "TrainingDivergedError"
+    assert failure["message"].startswith("The loss, a gradient or")
+    assert helpers.main("status", f"--workdir={workdir}") == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "5 runs: 4 done, 1 failed." in output
+    assert "SAM (rho = 1e+30), seed 0: The loss, a gradient or" in output

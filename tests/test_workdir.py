@@ -1,15 +1,15 @@
-"""The files of a run: whole or not at all, owned by one process."""
+"""The files of a run: whole or not at all."""
 
 import json
 
 import helpers
 import pytest
 
+from samrobust.files import glance, read_json_lines, temporary_beside
 from samrobust.workdir import (
     MetricsLog,
     WorkdirError,
     append_json_line,
-    claim,
     read_json,
     settle_config,
     write_json,
@@ -52,42 +52,34 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_text(path, "new")
     assert path.read_text() == "old"
+    assert names(tmp_path) == ["x.txt"]
+
+
+def test_processes_of_the_same_number_do_not_write_the_same_temporary_file(tmp_path):
+    path = tmp_path / "x.txt"
+    assert temporary_beside(path) != temporary_beside(path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", None])
+def test_a_glance_at_a_damaged_or_absent_file_sees_nothing(tmp_path, content):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    assert glance(path) == {}
+    assert glance(tmp_path) == {}
+
+
+def test_lines_are_read_up_to_the_one_that_was_cut_off(tmp_path):
+    path = tmp_path / "x.jsonl"
+    assert read_json_lines(path) == []
+    path.write_bytes(b'{"a": 1}\n{"a": "\xc3')
+    assert read_json_lines(path) == [{"a": 1}]
 
 
 def test_lines_are_appended(tmp_path):
     for i in range(3):
         append_json_line(tmp_path / "x.jsonl", {"i": i})
     assert helpers.read_lines(tmp_path / "x.jsonl") == [{"i": i} for i in range(3)]
-
-
-# Claiming.
-
-
-def test_a_claimed_workdir_is_refused_until_it_is_free(tmp_path):
-    workdir = tmp_path / "a" / "b"
-    with (
-        claim(workdir),
-        pytest.raises(WorkdirError, match=r"Another process is working in .*a/b\."),
-        claim(workdir),
-    ):
-        pass
-    with claim(workdir):
-        pass
-
-
-def test_a_claim_ends_with_an_error(tmp_path):
-    with pytest.raises(KeyError), claim(tmp_path):
-        raise KeyError
-    with claim(tmp_path):
-        pass
-
-
-def test_a_file_in_place_of_the_workdir_is_refused(tmp_path):
-    path = tmp_path / "file"
-    path.touch()
-    message = "Expected a writable directory, got workdir=.*file"
-    with pytest.raises(WorkdirError, match=message), claim(path):
-        pass
 
 
 # The config.
@@ -117,11 +109,22 @@ def test_another_config_is_refused_and_its_fields_are_named(tmp_path, changed, m
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_a_run_of_an_older_version_lacks_the_newest_fields(tmp_path):
+    config = json.loads(helpers.make_config().to_json_best_effort())
+    older = {**config, "sam": {k: v for k, v in config["sam"].items() if k != "m"}}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    settle_config(tmp_path, config)
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    with pytest.raises(WorkdirError, match=r"sam\.m was 0, is 16"):
+        settle_config(tmp_path, {**config, "sam": {**config["sam"], "m": 16}})
+
+
 def test_where_data_lie_and_how_often_to_save_may_change(tmp_path):
     def make(value):
         return {
             "data": {"data_dir": value, "manual_dir": value},
             "checkpoint": {"minutes": value, "keep": value},
+            "tracking": {"tensorboard": value, "wandb": value},
         }
 
     settle_config(tmp_path, make(1))
@@ -134,6 +137,7 @@ def test_the_shipped_fields_that_may_change_exist():
     assert "data_dir" in config.data
     assert "manual_dir" in config.data
     assert "minutes" in config.checkpoint
+    assert "wandb" in config.tracking
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1"])

@@ -7,10 +7,11 @@ from samrobust.parallel.agreement import (
     is_joined,
     is_primary,
     is_shared,
+    join,
     leave,
     lost_a_peer,
     part,
-    watch_for_failures,
+    request_stop,
 )
 from samrobust.parallel.groups import map_groups
 from samrobust.parallel.mesh import (
@@ -32,13 +33,14 @@ __all__ = [
     "is_joined",
     "is_primary",
     "is_shared",
+    "join",
     "leave",
     "lost_a_peer",
     "map_groups",
     "part",
     "replicate",
     "replicated",
+    "request_stop",
     "shard_batch",
     "sharded",
-    "watch_for_failures",
 ]

@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from samrobust.parallel.mesh import replicate
+from samrobust.parallel.start import initialize
 from samrobust.types import PyTree
 
 __all__ = [
@@ -37,10 +38,11 @@ __all__ = [
     "is_joined",
     "is_primary",
     "is_shared",
+    "join",
     "leave",
     "lost_a_peer",
     "part",
-    "watch_for_failures",
+    "request_stop",
 ]
 
 T = TypeVar("T")
@@ -147,20 +149,34 @@ class AgreedStop:
             return self._local()
         if self._local() and not self._passed_on:
             self._passed_on = True
-            os.kill(os.getpid(), signal.SIGTERM)  # the service listens to it
+            request_stop()
         self._calls += 1  # by one each time: the service hears no other stride
         reached = multihost_utils.reached_preemption_sync_point(self._calls)
         self._agreed = self._agreed or reached
         return self._agreed
 
 
-def watch_for_failures() -> None:
-    """Ends this process soon after another one has said that it failed.
+def request_stop() -> None:
+    """Asks all processes of the run to stop; they do at the next call they agree on."""
+    os.kill(os.getpid(), signal.SIGTERM)  # JAX's preemption service listens to it
 
-    Without it a process would wait for a lost peer until the heartbeat's timeout.
+
+def join(stop: Callable[[], bool]) -> AgreedStop:
+    """Joins the other processes of the run, if there are any; see `initialize`.
+
+    From then on this process ends soon after another one has said that it failed,
+    instead of waiting for it until the heartbeat's timeout.
+
+    Args:
+      stop: whether this process was asked to stop.
+
+    Returns:
+      The same question, answered alike in all processes.
     """
+    initialize()
     if jax.process_count() > 1:
         threading.Thread(target=_watch, daemon=True).start()
+    return AgreedStop(stop)
 
 
 def leave(code: int, reason: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def write_table(table: Table, directory: str | os.PathLike[str]) -> tuple[Path, 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` write a file beside `path`, then puts it in place of `path`."""
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
         write(beside)
         os.replace(beside, path)

@@ -34,6 +34,8 @@ class ProgressDisplay:
         self._console, self._total = console, total_work
         self._done, self._started, self._last_line = 0.0, time.monotonic(), 0.0
         self._skipped = 0.0
+        self._latest: RunDisplay | None = None
+        self._left_out: dict[str, float] = {}
         self._progress = Progress(
             TextColumn(
                 "{task.description}",
@@ -61,15 +63,36 @@ class ProgressDisplay:
     def run(
         self, name: str, training_work: float, evaluation_work: float
     ) -> "RunDisplay":
-        """The display of the next run; the runs' work adds up to the total."""
-        start = self._done
-        self._done += training_work + evaluation_work
-        return RunDisplay(self, name, start, training_work, evaluation_work)
+        """The display of the next run; the runs' work adds up to the total.
+
+        A run that is never told of progress is done elsewhere: it is left out, and
+        may come again.
+        """
+        self._leave_out_latest()
+        self._total += self._left_out.pop(name, 0.0)
+        self._latest = RunDisplay(
+            self, name, self._done, training_work, evaluation_work
+        )
+        self._done += self._latest.work
+        return self._latest
+
+    def say(self, text: str) -> None:
+        """Says why nothing moves."""
+        self._leave_out_latest()
+        self.show(text, self._done)
 
     def skip(self, work: float) -> None:
         """Leaves out work that was done before, lest the ETA promise its speed."""
         self._skipped += work
         self._progress.update(self._task, total=self._total - self._skipped)
+
+    def _leave_out_latest(self) -> None:
+        latest, self._latest = self._latest, None
+        if latest is not None and not latest.was_told:
+            self._left_out[latest.name] = latest.work
+            self._done -= latest.work
+            self._total -= latest.work
+            self._progress.update(self._task, total=self._total - self._skipped)
 
     def show(self, text: str, done: float) -> None:
         """Moves the bar to `done` units of work and says what is going on."""
@@ -79,7 +102,8 @@ class ProgressDisplay:
         if self._console.is_terminal or now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
-        share = done / (self._total - self._skipped)
+        total = self._total - self._skipped
+        share = done / total if total > 0 else 0.0
         elapsed = now - self._started
         eta = f"{elapsed * (1 - share) / share:.0f} s" if share > 0.02 else "-"
         line = f"{share:4.0%}  {text}  (elapsed {elapsed:.0f} s, eta {eta})"
@@ -101,15 +125,16 @@ class RunDisplay:
         training_work: float,
         evaluation_work: float,
     ):
-        self._display, self._name, self._start = display, name, start
+        self._display, self.name, self._start = display, name, start
         self._training, self._evaluation = training_work, evaluation_work
-        self._goes_on = False
+        self.work = training_work + evaluation_work
+        self.was_told = False
 
     def on_progress(self, progress: Any) -> None:
         """Shows a `samrobust.training.Progress`."""
         share = progress.step / progress.num_steps
         self._skip_once(share * self._training)
-        text = f"{self._name}: {progress.phase} {share:.0%}"
+        text = f"{self.name}: {progress.phase} {share:.0%}"
         if progress.metrics:
             loss, accuracy = progress.metrics["loss"], progress.metrics["accuracy"]
             text += f", loss {loss:.3f}, accuracy {accuracy:.1f} %"
@@ -119,12 +144,12 @@ class RunDisplay:
         """Shows how many examples were attacked."""
         self._skip_once(self._training)
         share = done / num_examples
-        text = f"{self._name}: attacked {done:,} of {num_examples:,} images"
+        text = f"{self.name}: attacked {done:,} of {num_examples:,} images"
         work = self._start + self._training + share * self._evaluation
         self._display.show(text, work)
 
     def _skip_once(self, work: float) -> None:
         """Leaves out what an earlier process did, known at the first call."""
-        if not self._goes_on:
-            self._goes_on = True
+        if not self.was_told:
+            self.was_told = True
             self._display.skip(work)

@@ -1,0 +1,258 @@
+"""`samrobust status`: every state, read from files that others are writing."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from samrobust import cli, status
+from samrobust.claims import claim
+from samrobust.files import write_json
+from samrobust.reporting.status import status_to_rich
+from samrobust.survey import (
+    STATES,
+    RunStatus,
+    remaining,
+    remaining_together,
+    survey,
+    survey_run,
+)
+
+CONFIG = {"label": "ST", "seed": 0, "training": {"epochs": 8}}
+RESULT = {"row": "st"}
+FAILURE = {"id": "1", "message": "The loss is not finite.", "host": "node7"}
+
+
+def make_run(
+    folder: Path,
+    *,
+    epochs: int = 0,
+    seconds: float = 30.0,
+    result: object = None,
+    failure: object = None,
+    age: float | None = None,
+) -> Path:
+    """The files of a run; `age` is that of a foreign claim."""
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", CONFIG)
+    lines = [
+        {"step": 10 * i, "epoch": i, "loss": 1 / i, "accuracy": 90.0, "seconds": x}
+        for i, x in enumerate([999.0, *[seconds] * (epochs - 1)][:epochs], 1)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    for name, content in (("result", result), ("failure", failure)):
+        if content is not None:
+            write_json(folder / f"{name}.json", content)
+    if age is not None:
+        path = folder / ".claim" / "1.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"host": "node7", "machine": "x", "lease": 60.0}))
+        then = time.time() - age
+        os.utime(path, (then, then))
+    return folder
+
+
+# States.
+
+
+def test_a_run_without_a_file_has_not_started(tmp_path):
+    planned = {"label": "AT", "seed": 3, "epochs": 20, "work": 7.5}
+    run = survey_run(tmp_path / "absent", planned)
+    assert run == RunStatus("AT, seed 3", "not started", epochs=20, work=7.5)
+
+
+def test_a_run_at_work_names_its_host_and_its_last_epoch(tmp_path):
+    run = survey_run(make_run(tmp_path / "run", epochs=4, age=5.0))
+    assert run.description == "running on node7"
+    assert (run.name, run.epoch, run.epochs) == ("ST, seed 0", 4, 8)
+    assert (run.loss, run.accuracy) == (0.25, 90.0)
+    assert run.epoch_seconds == 30.0  # the first one, which compiles, counts less
+
+
+def test_a_run_of_this_machine_is_at_work_until_its_process_is_gone(tmp_path):
+    folder = make_run(tmp_path / "run")
+    with claim(folder):
+        assert survey_run(folder).state == "running"
+        mine = (folder / ".claim" / "1.json").read_text()
+    assert survey_run(folder).state == "waiting"
+    dead = json.loads(mine) | {"started": "1"}
+    (folder / ".claim" / "2.json").write_text(json.dumps(dead))
+    assert survey_run(folder).state == "stale"
+
+
+def test_a_run_whose_worker_fell_silent_is_stale(tmp_path):
+    run = survey_run(make_run(tmp_path / "run", epochs=1, age=100.0))
+    assert run.description == "stale on node7"
+
+
+def test_a_run_that_was_stopped_is_waiting(tmp_path):
+    assert survey_run(make_run(tmp_path / "run", epochs=1)).description == "waiting"
+
+
+def test_a_failed_run_says_why(tmp_path):
+    run = survey_run(make_run(tmp_path / "run", failure=FAILURE, age=100.0))
+    assert (run.state, run.error) == ("failed", "The loss is not finite.")
+
+
+def test_a_failed_run_that_is_tried_again_is_running(tmp_path):
+    run = survey_run(make_run(tmp_path / "run", failure=FAILURE, age=5.0))
+    assert (run.state, run.error) == ("running", "The loss is not finite.")
+
+
+def test_a_finished_run_is_done_whatever_else_lies_there(tmp_path):
+    folder = make_run(
+        tmp_path / "run", epochs=8, result=RESULT, failure=FAILURE, age=5.0
+    )
+    run = survey_run(folder)
+    assert (run.description, run.error, run.epoch) == ("done", "", 8)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", "result.json", ".claim/1.json"]
+)
+def test_a_half_written_file_counts_as_absent(tmp_path, name):
+    folder = make_run(tmp_path / "run", epochs=2, age=5.0)
+    path = folder / name
+    path.write_text((path.read_text() if path.exists() else "")[:-3] + '\n{"st\x00')
+    assert survey_run(folder).state == "running"
+
+
+# Tables.
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    """A table with a run in each state."""
+    rows = [
+        {"path": f"st/seed{i}", "label": "ST", "seed": i, "epochs": 8, "work": 1.0}
+        for i in range(6)
+    ]
+    other = {"path": "at/seed0", "label": "AT", "seed": 0, "epochs": 8, "work": 8.0}
+    write_json(tmp_path / "plan.json", {"runs": [*rows, other]})
+    make_run(tmp_path / "st" / "seed0", epochs=8, result=RESULT)
+    make_run(tmp_path / "st" / "seed1", epochs=4, age=5.0)
+    make_run(tmp_path / "st" / "seed2", epochs=2, age=100.0)
+    make_run(tmp_path / "st" / "seed3", epochs=2)
+    make_run(tmp_path / "st" / "seed4", epochs=1, failure=FAILURE)
+    make_run(tmp_path / "unplanned" / "seed0", epochs=2, age=5.0)
+    return tmp_path
+
+
+def test_a_table_shows_planned_runs_in_order_and_then_what_else_is_there(table):
+    runs = survey(table)
+    assert [run.state for run in runs] == [
+        *("done", "running", "stale", "waiting", "failed"),
+        *("not started", "not started", "running"),
+    ]
+    assert {run.state for run in runs} == set(STATES)
+    assert runs[6].name == "AT, seed 0"
+
+
+def test_the_workdir_of_one_run_shows_that_run(table):
+    (run,) = survey(table / "st" / "seed1")
+    assert run.description == "running on node7"
+
+
+def test_what_is_left_is_epochs_times_seconds_predicted_where_unknown():
+    known = RunStatus("a", "running", epoch=2, epochs=10, epoch_seconds=5.0, work=1.0)
+    other = RunStatus("b", "waiting", epoch=4, epochs=6, epoch_seconds=30.0, work=4.0)
+    absent = RunStatus("c", "not started", epochs=10, work=8.0)
+    done = RunStatus("d", "done", epoch=10, epochs=10, epoch_seconds=9.0)
+    failed = RunStatus("e", "failed", epoch=1, epochs=10, epoch_seconds=9.0)
+    runs = [known, other, absent, done, failed]
+    rate = (5.0 / 1.0 + 30.0 / 4.0) / 2
+    assert remaining(runs) == [40.0, 60.0, 80 * rate, 0.0, None]
+    assert remaining_together(runs) == 100 + 80 * rate
+    assert remaining_together([known, known, done]) == 40.0
+    long = RunStatus("f", "waiting", epochs=10, epoch_seconds=50.0)
+    assert remaining_together([known, known, long]) == 500.0  # one run, one worker
+    assert remaining_together([other, done]) is None  # nobody at work
+    assert remaining_together([known, RunStatus("g", "not started")]) is None
+
+
+def render(runs, width=100) -> str:
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(status_to_rich(runs))
+    return capture.get()
+
+
+def test_the_table_says_states_epochs_etas_totals_and_errors(table):
+    text = render(survey(table))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "ST, seed 0 done 8/8 0.125 90.0 % -" in lines
+    assert "ST, seed 1 running on node7 4/8 0.250 90.0 % 2 min" in lines
+    assert "ST, seed 4 failed 1/8 1.000 90.0 % -" in lines
+    assert any(line.startswith("AT, seed 0 not started 0/8 - - ") for line in lines)
+    totals = "8 runs: 1 done, 2 running, 1 stale, 1 waiting, 2 not started, 1 failed."
+    assert totals in text
+    assert "ETA of all: " in text
+    assert "ETAs are of training alone." in " ".join(lines)
+    assert "ST, seed 4: The loss is not finite." in lines
+
+
+def test_a_long_error_is_shown_whole_on_a_narrow_terminal():
+    error = "A sentence that goes on for longer than the terminal is wide. " * 3
+    run = RunStatus("SAM (rho = 0.2), seed 0", "failed", error=error + "End.")
+    assert "End." in render([run], width=60)
+
+
+# The command.
+
+
+def main(*arguments, **environment):
+    script = (
+        "import sys\nfrom samrobust.cli import main\n"
+        "code = main(sys.argv[1:])\n"
+        "loaded = [m for m in ('jax', 'matplotlib', 'absl') if m in sys.modules]\n"
+        "print('loaded', loaded)\nsys.exit(code)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env={**os.environ, "COLUMNS": "120", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_loads_no_jax_and_changes_nothing(table):
+    def files():
+        return {p: p.stat().st_mtime_ns for p in table.rglob("*") if p.is_file()}
+
+    before = files()
+    done = main("status", f"--workdir={table}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "8 runs: 1 done" in done.stdout
+    assert "loaded []" in done.stdout
+    assert files() == before
+
+
+def test_watching_goes_on_until_all_is_done(table, monkeypatch, capsys):
+    run = table / "st" / "seed1"
+    sleeps = []
+
+    def sleep(seconds):
+        sleeps.append(seconds)
+        if len(sleeps) == 2:
+            write_json(run / "result.json", RESULT)
+
+    monkeypatch.setattr(status.time, "sleep", sleep)
+    assert cli.main(["status", f"--workdir={run}", "--watch"]) == 0
+    assert sleeps == [5.0, 5.0]
+    assert "1 run: 1 done." in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_watching_without_a_word(table, monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(status.time, "sleep", interrupt)
+    assert cli.main(["status", f"--workdir={table}", "--watch"]) == 130
+    assert capsys.readouterr().err == ""
