@@ -25,17 +25,19 @@ printf '#!/bin/sh\\necho "$@" >> ~/pip.log\\n' > "$4/bin/pip"
 ln -sf {command} "$4/bin/samrobust"
 chmod +x "$4/bin/pip"
 """
-# Counts in runs/a/count from 1 to 30, as often as it is started.
+# Counts in runs/a/count, as often as it is started.
 COUNT = """#!/bin/sh
 mkdir -p runs/a/checkpoints
 cd runs/a
 echo "$@" > arguments
 echo "started after $(cat count 2>/dev/null)" >> starts
-for k in $(seq $(( $(cat count 2>/dev/null || echo 0) + 1 )) 30); do
-  echo "$k" > count; echo "$k" > checkpoints/newest; sleep 0.1
+for k in $(seq $(( $(cat count 2>/dev/null || echo 0) + 1 )) $COUNT); do
+  echo "$k" > count; echo "$k" > checkpoints/newest; sleep 0.04
 done
 exit $(cat ~/exit_code 2>/dev/null || echo 0)
 """
+STAND_IN = gcloud_stand_in.__file__
+BUCKET = "gs://bucket/sam"
 RUN = ("train", "--config=a.py:sam,rho=0.2", "--workdir=runs/a")
 
 pytestmark = pytest.mark.skipif(
@@ -50,9 +52,10 @@ class Cloud:
 
     folder: Path
     environment: dict[str, str]
+    started: list[subprocess.Popen[str]] = dataclasses.field(default_factory=list)
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(SCRIPT), *arguments],
             env={**self.environment, **environment},
             cwd=self.folder / "here",
@@ -60,6 +63,8 @@ class Cloud:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.started.append(process)
+        return process
 
     def call(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
         process = self.start(*arguments, **environment)
@@ -75,6 +80,9 @@ class Cloud:
         path = self.folder / name
         return path.read_text().strip() if path.exists() else ""
 
+    def count(self, name: str) -> int:
+        return int(self.read(name) or 0)
+
     def wait(self, condition: Callable[[], object], seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while True:
@@ -85,33 +93,54 @@ class Cloud:
             time.sleep(0.02)
 
 
-@pytest.fixture
-def cloud(tmp_path) -> Iterator[Cloud]:
-    programs = launch_runs.write_command(tmp_path / "bin")
+@contextlib.contextmanager
+def open_cloud(folder: Path) -> Iterator[Cloud]:
+    programs = launch_runs.write_command(folder / "bin")
     scripts = {
-        "gcloud": f'#!/bin/sh\nexec {sys.executable} {gcloud_stand_in.__file__} "$@"\n',
+        "gcloud": f'#!/bin/sh\nexec {sys.executable} -IS {STAND_IN} "$@"\n',
         "python3.13": PYTHON.format(command=programs / "command"),
         "command": COUNT,
     }
     for name, text in scripts.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    helpers.make_folder(tmp_path / "here")
+    helpers.make_folder(folder / "here")
     environment = {
         **os.environ,
         "PATH": f"{programs}:{os.environ['PATH']}",
-        "GCLOUD_STAND_IN": str(tmp_path),
+        "GCLOUD_STAND_IN": str(folder),
         "NAME": "sam",
         "ZONE": "us-east5-a",
         "TYPE": "v6e-8",
         "VERSION": "v2-alpha-tpuv6e",
-        "BUCKET": "gs://bucket/sam",
-        "SAVE_SECONDS": "0.2",
+        "BUCKET": BUCKET,
+        "SAVE_SECONDS": "0.3",
         "POLL_SECONDS": "0.1",
-        "MAX_FAILURES": "4",
+        "MAX_FAILURES": "3",
+        "COUNT": "10",
     }
-    yield Cloud(tmp_path, environment)
-    gcloud_stand_in.stop_processes(tmp_path)
+    cloud = Cloud(folder, environment)
+    yield cloud
+    for process in cloud.started:
+        process.kill()
+        process.communicate()
+    gcloud_stand_in.stop_processes(folder)
+
+
+@pytest.fixture
+def cloud(tmp_path) -> Iterator[Cloud]:
+    with open_cloud(tmp_path) as cloud:
+        yield cloud
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Iterator[Cloud]:
+    """Where `up` has done its work, after it was refused a VM twice."""
+    with open_cloud(tmp_path_factory.mktemp("cloud")) as cloud:
+        (cloud.folder / "refuse_create").write_text("2")
+        code, _, errors = cloud.call("up", *RUN)
+        assert code == 0, errors
+        yield cloud
 
 
 def test_each_step_works_by_itself(cloud):
@@ -119,14 +148,14 @@ def test_each_step_works_by_itself(cloud):
     assert cloud.call("install")[0] == 0
     assert cloud.call("run", *RUN)[0] == 0
     cloud.wait(lambda: cloud.read("vm/0/saved") == "0")
-    assert cloud.read("vm/0/runs/a/count") == "30"
-    assert cloud.read("bucket/sam/a/count") == "30"
+    assert cloud.read("vm/0/runs/a/count") == "10"
+    assert cloud.read("bucket/sam/a/count") == "10"
     code, output, _ = cloud.call("status")
     assert (code, output.splitlines()[0]) == (0, "sam: READY")
     assert cloud.call("delete")[0] == 0
     assert cloud.call("status") == (0, "sam: no VM\n", "")
     assert cloud.call("collect")[0] == 0
-    assert cloud.read("here/runs/a/count") == "30"
+    assert cloud.read("here/runs/a/count") == "10"
 
 
 def test_the_vm_is_asked_for_as_the_variables_say(cloud):
@@ -166,56 +195,60 @@ def test_the_last_commit_is_installed_on_every_worker_from_the_lock(cloud):
         ]
 
 
-def test_up_does_it_all_and_leaves_nothing_that_costs(cloud):
-    code, _, errors = cloud.call("up", *RUN)
-    assert code == 0, errors
-    assert cloud.read("here/runs/a/count") == "30"
-    assert cloud.read("here/runs/a/arguments") == " ".join(RUN)
-    assert not (cloud.folder / "state").exists()
-    assert len(cloud.calls("tpu-vm", "create")) == 1
+def test_up_does_it_all_and_leaves_nothing_that_costs(finished):
+    assert finished.read("here/runs/a/count") == "10"
+    assert finished.read("here/runs/a/arguments") == " ".join(RUN)
+    assert not (finished.folder / "state").exists()
+
+
+def test_up_asks_again_where_there_is_no_capacity(finished):
+    assert len(finished.calls("tpu-vm", "create")) == 3
+
+
+def test_logs_go_first_and_what_a_run_removes_leaves_the_bucket_too(finished):
+    copies = [call for call in finished.calls("rsync") if call[-1] == BUCKET]
+    flags = [{word.partition("=")[0] for word in call} for call in copies]
+    assert flags
+    for logs, everything in zip(flags[::2], flags[1::2], strict=True):
+        assert "--exclude" in logs
+        assert "--delete-unmatched-destination-objects" not in logs
+        assert "--delete-unmatched-destination-objects" in everything
 
 
 def test_up_goes_on_after_the_vm_was_preempted(cloud):
-    process = cloud.start("up", *RUN)
-    cloud.wait(lambda: int(cloud.read("bucket/sam/a/count")) > 5)
+    process = cloud.start("up", *RUN, COUNT="60")
+    cloud.wait(lambda: cloud.count("bucket/sam/a/count") > 5)
     gcloud_stand_in.preempt(cloud.folder)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert len(cloud.calls("tpu-vm", "create")) == 2
-    assert cloud.read("here/runs/a/count") == "30"
+    assert cloud.read("here/runs/a/count") == "60"
     first, second = cloud.read("here/runs/a/starts").splitlines()
-    assert first == "started after"
+    assert first == "started after "
     assert int(second.split()[-1]) >= 5
-
-
-def test_up_asks_again_where_there_is_no_capacity(cloud):
-    (cloud.folder / "refuse_create").write_text("2")
-    assert cloud.call("up", *RUN)[0] == 0
-    assert len(cloud.calls("tpu-vm", "create")) == 3
 
 
 def test_up_gives_up_in_the_end(cloud):
     (cloud.folder / "refuse_create").write_text("99")
     code, _, errors = cloud.call("up", *RUN)
     assert code == 1
-    assert "error: 4 failures in a row." in errors
+    assert "error: 3 failures in a row." in errors
 
 
 def test_up_that_is_called_again_finds_its_vm_at_work(cloud):
-    process = cloud.start("up", *RUN)
-    cloud.wait(lambda: int(cloud.read("vm/0/runs/a/count")) > 3)
+    process = cloud.start("up", *RUN, COUNT="40")
+    cloud.wait(lambda: cloud.count("vm/0/runs/a/count") > 3)
     process.kill()
-    process.communicate()
     assert cloud.call("up", *RUN)[0] == 0
     assert cloud.read("here/runs/a/starts") == "started after"
     assert len(cloud.calls("tpu-vm", "create")) == 1
 
 
 def test_up_starts_what_a_restart_of_the_vm_has_ended_without_going_back(cloud):
-    process = cloud.start("up", *RUN, SAVE_SECONDS="1")
-    cloud.wait(lambda: int(cloud.read("vm/0/runs/a/count")) > 5)
+    process = cloud.start("up", *RUN, SAVE_SECONDS="1", COUNT="40")
+    cloud.wait(lambda: cloud.count("vm/0/runs/a/count") > 5)
     gcloud_stand_in.stop_processes(cloud.folder)
-    seen = int(cloud.read("vm/0/runs/a/count"))
+    seen = cloud.count("vm/0/runs/a/count")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert len(cloud.calls("tpu-vm", "create")) == 1
@@ -223,8 +256,8 @@ def test_up_starts_what_a_restart_of_the_vm_has_ended_without_going_back(cloud):
     assert int(last.split()[-1]) >= seen
 
 
-@pytest.mark.parametrize("code", [1, 2])
-def test_a_run_that_failed_ends_up_with_its_code(cloud, code):
+def test_a_run_that_failed_ends_up_with_its_code(cloud):
+    code = 2
     assert cloud.call("create")[0] == 0
     for worker in "01":
         (cloud.folder / "vm" / worker / "exit_code").write_text(str(code))
@@ -245,21 +278,14 @@ def test_a_run_that_stopped_or_crashed_is_started_again(cloud, code):
     assert process.returncode == 0, errors
 
 
-def test_what_a_run_removes_leaves_the_bucket_too_and_logs_go_first(cloud):
-    assert cloud.call("up", *RUN)[0] == 0
-    copies = [call for call in cloud.calls("rsync") if call[-1] == "gs://bucket/sam"]
-    flags = [{word.partition("=")[0] for word in call} for call in copies]
-    assert flags
-    for logs, everything in zip(flags[::2], flags[1::2], strict=True):
-        assert "--exclude" in logs
-        assert "--delete-unmatched-destination-objects" not in logs
-        assert "--delete-unmatched-destination-objects" in everything
-
-
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        ((), {}, "Expected up, create, install, run, status, collect or delete, got ''."),
+        (
+            (),
+            {},
+            "Expected up, create, install, run, status, collect or delete, got ''.",
+        ),
         (("dance",), {}, "or delete, got 'dance'."),
         (("create",), {"BUCKET": ""}, "Expected BUCKET=gs://BUCKET/FOLDER, got ''."),
         (("up", "train", "--workdir=/tmp/a"), {}, "Expected --workdir=runs/..., got: "),
