@@ -116,10 +116,12 @@ _save() {
 }
 
 # First the logs, then the checkpoints: no checkpoint arrives before its lines. The hard
-# links hold still what a run removes meanwhile.
+# links hold still what a run removes meanwhile. Claims are of this VM alone.
 _copy() {
-  rm -rf copy && cp -rl runs copy &&
-    gcloud storage rsync --recursive --exclude='.*checkpoints/.*' copy "$BUCKET" &&
+  rm -rf copy && mkdir copy
+  (cd runs && find . -name .claim -prune -o -type f -print0 |
+    xargs -0 cp --link --parents --target-directory=../copy) || true
+  gcloud storage rsync --recursive --exclude='.*checkpoints/.*' copy "$BUCKET" &&
     gcloud storage rsync --recursive --delete-unmatched-destination-objects copy "$BUCKET"
 }
 

@@ -108,9 +108,15 @@ class Cluster:
         wait_until(lambda: self.job(job)["JobState"] in states, seconds, self, job)
         return self.job(job)
 
-    def hasten(self, job: str) -> None:
+    def hasten(self, job: str, *, restarts: int = 1) -> None:
         """Starts a requeued job now; SLURM would let it wait for two minutes."""
-        self.wait(job, "PENDING")
+
+        def is_requeued() -> bool:
+            known = self.job(job)
+            return (known["Restarts"], known["JobState"]) == (f"{restarts}", "PENDING")
+
+        wait_until(is_requeued, 90, self, job)
+        time.sleep(2)  # a node refuses what it ended in the same second
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
 
 
@@ -121,8 +127,8 @@ def wait_until(
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
-            known = cluster.run("scontrol", "show", "job", "-o")
-            message = f"waited {seconds} s for {about}; SLURM says: {known}"
+            known = cluster.run("squeue", "--states=all", "--format=%i %j %T %r %M %N")
+            message = f"waited {seconds} s for {about}; squeue: {known}"
             raise TimeoutError(message)
         time.sleep(0.1)
 
