@@ -237,14 +237,9 @@ def _is_ready(cluster: Cluster, nodes: int) -> bool:
 
 
 def _end(daemons: list[subprocess.Popen[bytes]], cluster: Cluster) -> None:
-    for daemon in reversed(daemons):  # the controller after its nodes, munge last
-        daemon.terminate()
     for daemon in daemons:
-        try:
-            daemon.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            daemon.kill()
-            daemon.wait()
+        daemon.kill()
+        daemon.wait()
     # Jobs do not end with the daemons. All have this in their environment.
     mark = f"SLURM_CONF={cluster.environment['SLURM_CONF']}".encode()
     for process in pathlib.Path("/proc").glob("[0-9]*"):

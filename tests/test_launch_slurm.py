@@ -169,10 +169,10 @@ def test_a_job_that_is_cancelled_stays_cancelled(site):
     job = site.submit("--nodes=2", arguments=("wait",))
     site.wait_for_log(job, "arguments=wait", 2)
     site.cluster.run("scancel", job)
-    site.cluster.wait(job, "CANCELLED")
-    site.wait_for_log(job, "stopped\n", 2)
+    site.cluster.wait(job, "CANCELLED")  # and no longer COMPLETING: the script is over
     time.sleep(1)
     assert site.cluster.job(job)["JobState"] == "CANCELLED"
+    assert "requeued" not in site.log(job)
 
 
 def test_an_index_of_an_array_is_requeued_alone(site):
