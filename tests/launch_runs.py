@@ -1,6 +1,6 @@
 """Runs of the real command for the tests of the launchers, and what they must equal.
 
-Twenty epochs of a tiny network under attack, in two processes of one CPU device each.
+Ten epochs of a tiny network under attack, in two processes of one CPU device each.
 Which machines they are on, and how often they were stopped, must not change a bit.
 """
 
@@ -31,7 +31,7 @@ __all__ = [
 _LONG = {
     "data.train_size": 256,
     "training.batch_size": 16,
-    "training.epochs": 20,
+    "training.epochs": 10,
     "checkpoint.minutes": 0.001,
 }
 # A peer that dies is noticed soon.
@@ -99,12 +99,14 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def wait_for_checkpoint(workdir: pathlib.Path, seconds: float = 60) -> int:
-    """Waits for a checkpoint of a run that still goes on; gives its step."""
+def wait_for_checkpoint(
+    workdir: pathlib.Path, *, after: int = 0, seconds: float = 90
+) -> int:
+    """Waits for a checkpoint of a later step than `after`; gives its step."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         steps = helpers.checkpoint_steps(workdir)
-        if steps:
+        if steps and steps[-1] > after:
             return steps[-1]
         time.sleep(0.02)
     message = f"no checkpoint in {workdir} within {seconds} s"

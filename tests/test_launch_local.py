@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import helpers
+import launch_runs
 import pytest
 
 LOCAL = helpers.ROOT / "launch" / "local.py"
@@ -240,3 +241,43 @@ def test_no_process_outlives_a_launcher_that_is_killed(tmp_path, listeners):
     process.communicate()
     pids = [lines(tmp_path / name)[0] for name in "01"]
     wait_until(lambda: not any(map(is_alive, pids)))
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started, in order."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the processes")
+def test_a_run_that_lost_a_process_and_was_stopped_ends_bit_identical(tmp_path):
+    """Killed in one process, then told to stop, then left alone."""
+
+    def start_run() -> subprocess.Popen[str]:
+        script = "import sys; from samrobust import cli; sys.exit(cli.main())"
+        return start(
+            "--cpu",
+            script=script,
+            arguments=tuple(launch_runs.train(tmp_path)),
+            **launch_runs.environment(),
+            PYTHONPATH=str(helpers.ROOT),
+        )
+
+    killed = start_run()
+    launch_runs.wait_for_checkpoint(tmp_path)
+    os.kill(children_of(killed.pid)[1], signal.SIGKILL)
+    assert finish(killed)[0] == 128 + signal.SIGKILL
+    began_at = launch_runs.wait_for_checkpoint(tmp_path)
+
+    stopped = start_run()
+    launch_runs.wait_for_checkpoint(tmp_path, after=began_at)
+    stopped.send_signal(signal.SIGTERM)
+    code, _, errors = finish(stopped)
+    assert code == 75, errors
+    step = helpers.checkpoint_steps(tmp_path)[-1]
+    assert f"Stopped at step {step} of" in errors
+
+    code, _, errors = finish(start_run())
+    assert code == 0, errors
+    launch_runs.assert_same_run(tmp_path)
