@@ -9,7 +9,6 @@ Needs root, slurm-wlm and munge of Debian or Ubuntu; no systemd, no database.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import os
 import pathlib
@@ -23,10 +22,9 @@ from collections.abc import Callable, Iterator
 
 __all__ = ["Cluster", "start_cluster", "why_not"]
 
-_DAEMONS = ("munged", "slurmctld", "slurmd")
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "setpriv")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _NULL_DEVICE = os.makedev(1, 3)
-_PDEATHSIG = 1  # from Linux's prctl.h
 _CONF = """
 ClusterName=samrobust
 SlurmctldHost={host}(127.0.0.1)
@@ -67,7 +65,7 @@ PartitionName=high Nodes=ALL PriorityTier=9 PreemptMode=OFF MaxTime=INFINITE
 
 def why_not() -> str:
     """Why no SLURM can run here; empty if one can."""
-    missing = [name for name in _DAEMONS if shutil.which(name, path=_PATH) is None]
+    missing = [name for name in _PROGRAMS if shutil.which(name, path=_PATH) is None]
     if missing:
         return f"needs slurm-wlm and munge; there is no {', '.join(missing)}"
     return "" if os.geteuid() == 0 else "needs root, to start SLURM's daemons"
@@ -213,16 +211,14 @@ def _munge_options(folder: pathlib.Path) -> list[str]:
 
 def _start(command: list[str], cluster: Cluster) -> subprocess.Popen[bytes]:
     """A daemon that dies with this process, however that ends."""
-    libc = ctypes.CDLL(None)
     with (cluster.folder / "daemons.log").open("ab") as log:
         return subprocess.Popen(
-            command,
+            ["setpriv", "--pdeathsig=KILL", *command],
             env=cluster.environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,  # Ctrl-C ends the jobs first, in `_end`
-            preexec_fn=lambda: libc.prctl(_PDEATHSIG, signal.SIGKILL),
         )
 
 
