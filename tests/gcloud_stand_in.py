@@ -50,9 +50,10 @@ def main(arguments: list[str], folder: pathlib.Path) -> int:
     with (folder / "calls.jsonl").open("a") as file:
         file.write(json.dumps(arguments) + "\n")
     words = [word for word in arguments if not word.startswith("--")]
-    flags = dict(
-        word.partition("=")[::2] for word in arguments if word.startswith("--")
-    )
+    flags = {}
+    for word in set(arguments) - set(words):
+        name, _, value = word.partition("=")
+        flags[name] = value
     for verb, known in _FLAGS.items():
         if words[: verb.count(" ") + 1] == verb.split():
             rest = words[verb.count(" ") + 1 :]

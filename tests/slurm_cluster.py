@@ -99,7 +99,8 @@ class Cluster:
     def job(self, job: str) -> dict[str, str]:
         """The fields of `scontrol show job`."""
         line = self.run("scontrol", "show", "job", "-o", job).splitlines()[0]
-        return dict(word.partition("=")[::2] for word in line.split() if "=" in word)
+        fields = (word.partition("=") for word in line.split() if "=" in word)
+        return {name: value for name, _, value in fields}
 
     def wait(self, job: str, *states: str, seconds: float = 90) -> dict[str, str]:
         """Waits until the job is in one of the states; gives its fields."""

@@ -23,7 +23,8 @@ def instructions() -> list[tuple[str, str]]:
     """The instructions in order: name and rest, continued lines joined."""
     text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE)
     lines = re.sub(r"\\\n", "", text).splitlines()
-    return [line.partition(" ")[::2] for line in lines if line.strip()]
+    parts = (line.partition(" ") for line in lines if line.strip())
+    return [(name, rest) for name, _, rest in parts]
 
 
 def values(name: str) -> list[str]:

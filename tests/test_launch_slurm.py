@@ -16,6 +16,7 @@ import slurm_cluster
 FOLDER = helpers.ROOT / "launch" / "slurm"
 TRAIN, SWEEP = FOLDER / "train.sbatch", FOLDER / "sweep.sh"
 ROWS = ("st", "sam,rho=0.2")
+pytestmark = pytest.mark.xdist_group("launch")  # one cluster, one undisturbed run
 # Ends with the code that a file says; SIGTERM gives 75, as samrobust does.
 STAND_IN = """#!/bin/bash
 show=(SLURM_PROCID SLURM_NTASKS CUDA_VISIBLE_DEVICES JAX_LOCAL_DEVICE_IDS)
@@ -151,6 +152,13 @@ def test_a_crash_is_started_again_a_bounded_number_of_times(site):
     assert site.end(job) == "134:0"
     assert site.log(job).count("crashed (exit code 134); requeued") == 1
     assert len(fields(site.log(job))) == 2
+
+
+def test_a_process_that_sigterm_met_before_it_listened_is_started_again(site):
+    job = site.submit(arguments=("143",), SAMROBUST_MAX_RESTARTS="0")
+    site.wait_for_log(job, "train.sbatch: stopped; requeued")
+    assert site.cluster.wait(job, "PENDING")["Restarts"] == "1"
+    site.cluster.run("scancel", job)
 
 
 @pytest.mark.parametrize("whom", ["--batch", "--quiet"])

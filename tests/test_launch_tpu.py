@@ -73,8 +73,8 @@ class Cloud:
 
     def calls(self, *words: str) -> list[list[str]]:
         """The recorded calls that have these words."""
-        lines = helpers.read_lines(self.folder / "calls.jsonl")
-        return [line for line in lines if set(words) <= set(line)]
+        lines = (self.folder / "calls.jsonl").read_text().splitlines()
+        return [call for call in map(json.loads, lines) if set(words) <= set(call)]
 
     def read(self, name: str) -> str:
         path = self.folder / name
@@ -302,6 +302,7 @@ def test_what_cannot_work_is_refused_before_any_call(
     assert not (cloud.folder / "calls.jsonl").exists()
 
 
+@pytest.mark.xdist_group("launch")
 @pytest.mark.slow
 def test_a_real_run_whose_vm_was_preempted_ends_bit_identical(cloud):
     programs = cloud.folder / "bin"
