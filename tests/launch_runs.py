@@ -1,6 +1,6 @@
 """Runs of the real command for the tests of the launchers, and what they must equal.
 
-Ten epochs of a tiny network under attack, in two processes of one CPU device each.
+Eight epochs of a tiny network under attack, in two processes of one CPU device each.
 Which machines they are on, and how often they were stopped, must not change a bit.
 """
 
@@ -31,17 +31,19 @@ __all__ = [
 _LONG = {
     "data.train_size": 256,
     "training.batch_size": 16,
-    "training.epochs": 10,
-    "checkpoint.minutes": 0.001,
+    "training.epochs": 8,
 }
 # A peer that dies is noticed soon.
 DISTRIBUTED = {"SAMROBUST_HEARTBEAT_SECONDS": "10"}
 
 
-def train(workdir: pathlib.Path | str) -> list[str]:
-    """The arguments of the run."""
+def train(
+    workdir: pathlib.Path | str, *, checkpoint_minutes: float = 1e-3
+) -> list[str]:
+    """The arguments of the run; by default it saves whenever 60 ms have passed."""
     config = f"--config={helpers.ROOT}/configs/digits.py:at,norm=linf,eps=16"
-    return ["train", config, f"--workdir={workdir}", *helpers.make_flags(_LONG)]
+    overrides = {**_LONG, "checkpoint.minutes": checkpoint_minutes}
+    return ["train", config, f"--workdir={workdir}", *helpers.make_flags(overrides)]
 
 
 def environment() -> dict[str, str]:
@@ -71,7 +73,7 @@ def expected() -> pathlib.Path:
     folder = pathlib.Path(tempfile.mkdtemp(prefix="samrobust-expected-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     code, _, errors = helpers.run_command(
-        *train(folder), **environment(), JAX_NUM_CPU_DEVICES="2"
+        *train(folder, checkpoint_minutes=10), **environment(), JAX_NUM_CPU_DEVICES="2"
     )
     assert code == 0, errors
     return folder

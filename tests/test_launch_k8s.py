@@ -251,7 +251,8 @@ def test_the_workers_of_a_slice_find_each_other_as_jax_does_on_gke(monkeypatch):
 @pytest.mark.slow
 def test_the_pods_of_two_nodes_run_as_one(tmp_path):
     options = ("--accelerator=gpu", "--nodes=2")
-    jobset = render(*options, command=tuple(launch_runs.train("runs/at")))
+    command = launch_runs.train("runs/at", checkpoint_minutes=10)
+    jobset = render(*options, command=tuple(command))
     volume = helpers.make_folder(tmp_path / "work")
     path = launch_runs.write_command(tmp_path / "bin")
     port = launch_runs.free_port()
