@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""Prints a Kubernetes JobSet that runs a samrobust command on GPU nodes or a TPU slice.
+
+    python launch/k8s/render.py --image=IMAGE --accelerator=gpu --nodes=2 \
+        --gpus-per-node=8 -- train --config=... --workdir=runs/sam | kubectl apply -f -
+
+    python launch/k8s/render.py --image=IMAGE --accelerator=tpu-v5-lite-podslice \
+        --topology=4x4 -- train --config=... --workdir=runs/sam | kubectl apply -f -
+
+One process a node, which drives all its devices. The workdir is relative to /work, the
+volume that outlives the pods. All else that one may want to change is in jobset.yaml,
+beside this file. Needs nothing but Python.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+__all__ = ["main", "render"]
+
+_TEMPLATE = pathlib.Path(__file__).with_name("jobset.yaml")
+_GKE = "cloud.google.com/gke"
+# Kubernetes names a pod NAME-worker-0-INDEX-xxxxx, within 63 characters.
+_NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the JobSet; returns the exit code."""
+    print(render(_values(_parse(argv))), end="")
+    return 0
+
+
+def render(values: Mapping[str, object]) -> str:
+    """Fills in the template.
+
+    Args:
+      values: of all names in {{...}}, as JSON has them, which YAML reads too; and of
+        `kind`, gpu or tpu.
+    """
+    other = {"gpu": "tpu", "tpu": "gpu"}[str(values["kind"])]
+    lines = [
+        re.sub(r"  # (gpu|tpu)$", "", line)
+        for line in _TEMPLATE.read_text(encoding="utf-8").splitlines()
+        if not line.endswith(f"  # {other}")
+    ]
+    text = "\n".join(lines[lines.index("apiVersion: jobset.x-k8s.io/v1alpha2") :])
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: json.dumps(values[m[1]]), text + "\n")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"render.py: error: {message}\nSee `render.py --help`.\n")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="render.py",
+        allow_abbrev=False,
+        usage="%(prog)s --image=IMAGE --accelerator=TYPE [options] -- COMMAND ...",
+        description=(__doc__ or "").partition("\n")[0],
+    )
+    add = parser.add_argument
+    add("--image", required=True, help="built from launch/Dockerfile")
+    add(
+        "--accelerator",
+        required=True,
+        metavar="TYPE",
+        help="gpu for any; nvidia-h100-80gb and the like on GKE; tpu-v5-lite-podslice "
+        "and the like",
+    )
+    add("--nodes", type=int, metavar="N", help="of GPUs; default: 1")
+    add("--gpus-per-node", type=int, metavar="K", help="default: 1")
+    add("--topology", metavar="AxB[xC]", help="of the TPU slice, as in 4x4")
+    add("--chips-per-node", type=int, metavar="K", help="of the TPU slice; default: 4")
+    add("--name", default="samrobust", help="of the JobSet; default: %(default)s")
+    add("--volume", default="samrobust", metavar="CLAIM", help="default: %(default)s")
+    add(
+        "--node-selector",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a label that the nodes must have, as cloud.google.com/gke-spot=true",
+    )
+    add("--max-restarts", type=int, default=50, metavar="N", help="%(default)s")
+    add("command", nargs="+", metavar="COMMAND", help="of samrobust, after --")
+    options = parser.parse_args(argv)
+    try:
+        _check(options)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def _check(options: argparse.Namespace) -> None:
+    of_gpus = ("nodes", "gpus_per_node")
+    of_tpus = ("topology", "chips_per_node")
+    for name in of_gpus if _is_tpu(options) else of_tpus:
+        if getattr(options, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            message = f"Expected no {flag} with --accelerator={options.accelerator}."
+            raise ValueError(message)
+    for name in ("nodes", "gpus_per_node", "chips_per_node", "max_restarts"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"Expected --{name.replace('_', '-')} >= 1, got {value}.")
+    if not re.fullmatch(_NAME, options.name):
+        message = (
+            "Expected at most 40 small letters, digits and hyphens, a letter first, "
+            f"got --name={options.name}."
+        )
+        raise ValueError(message)
+    if _is_tpu(options):
+        _tpu_size(options)
+    for item in options.node_selector:
+        if "=" not in item:
+            raise ValueError(f"Expected KEY=VALUE, got --node-selector={item}.")
+
+
+def _is_tpu(options: argparse.Namespace) -> bool:
+    return options.accelerator.startswith("tpu")
+
+
+def _tpu_size(options: argparse.Namespace) -> tuple[int, int]:
+    """Nodes of the slice, and chips of each."""
+    topology = options.topology or ""
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", topology):
+        raise ValueError(f"Expected --topology=AxB or AxBxC, got {topology!r}.")
+    chips = math.prod(map(int, topology.split("x")))
+    each = options.chips_per_node or min(4, chips)
+    if chips % each:
+        message = (
+            f"Expected a divisor of the slice's {chips} chips, got "
+            f"--chips-per-node={each}."
+        )
+        raise ValueError(message)
+    return chips // each, each
+
+
+def _values(options: argparse.Namespace) -> dict[str, object]:
+    selector = dict(item.split("=", 1) for item in options.node_selector)
+    if _is_tpu(options):
+        nodes, chips = _tpu_size(options)
+        labels = {
+            f"{_GKE}-tpu-accelerator": options.accelerator,
+            f"{_GKE}-tpu-topology": options.topology,
+        }
+    else:
+        nodes, chips = options.nodes or 1, options.gpus_per_node or 1
+        of_gke = options.accelerator != "gpu"
+        labels = {f"{_GKE}-accelerator": options.accelerator} if of_gke else {}
+    return {
+        "kind": "tpu" if _is_tpu(options) else "gpu",
+        "name": options.name,
+        "image": options.image,
+        "nodes": nodes,
+        "chips": chips,
+        "resource": "google.com/tpu" if _is_tpu(options) else "nvidia.com/gpu",
+        "node_selector": labels | selector,
+        "volume": options.volume,
+        "max_restarts": options.max_restarts,
+        # Kubernetes takes $(NAME) for a variable, and $$ for a dollar.
+        "arguments": [word.replace("$", "$$") for word in options.command],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+#!/usr/bin/env bash
+# A samrobust command on Cloud TPU VMs, one host or a slice of many, through gcloud:
+#
+#   export NAME=sam ZONE=us-central1-a TYPE=v5litepod-16 VERSION=v2-alpha-tpuv5-lite
+#   export BUCKET=gs://my-bucket/sam
+#   launch/tpu_vm.sh up train --config=configs/cifar10.py:sam,rho=0.2 --workdir=runs/sam
+#
+#   up COMMAND ...   create, install, run, collect, delete; after a preemption all of it
+#                    again, from the last checkpoint. It may be stopped and called again:
+#                    the VM works on.
+#   create           make the VM                install   bring the last commit there
+#   run COMMAND ...  start the command there    status    of the VM, with the log's end
+#   collect          fetch runs/                delete    the VM; the bucket stays
+#
+# The workdir must lie in runs/, and every NAME needs a folder of the bucket to itself.
+# Worker 0 works on its own disk, where a finished checkpoint appears in one step, and
+# copies runs/ to the bucket every SAVE_SECONDS: more is not lost with a VM. A copy that
+# was cut off does no harm: samrobust tests checkpoints by their sums, and takes the one
+# before.
+set -euo pipefail
+
+# --- Edit here, or set the variables. ---
+NAME=${NAME:-samrobust}
+ZONE=${ZONE:-us-central1-a}
+TYPE=${TYPE:-v5litepod-16}              # gcloud compute tpus accelerator-types list
+VERSION=${VERSION:-v2-alpha-tpuv5-lite} # gcloud compute tpus versions list
+BUCKET=${BUCKET:-}                      # gs://BUCKET/FOLDER that the VM may write to
+SPOT=${SPOT:-yes}                       # yes: cheaper, can be preempted
+QUEUED=${QUEUED:-no}                    # yes: wait in Google's queue for capacity
+SAVE_SECONDS=${SAVE_SECONDS:-60}
+POLL_SECONDS=${POLL_SECONDS:-30}
+MAX_FAILURES=${MAX_FAILURES:-20} # in a row: no capacity, no connection, crashes
+# ---
+
+say() { echo "tpu_vm.sh: $*" >&2; }
+refuse() { say "error: $*"; exit 2; }
+vm() { gcloud compute tpus tpu-vm "$1" "$NAME" --zone="$ZONE" --quiet "${@:2}"; }
+queued() { gcloud compute tpus queued-resources "$1" "$NAME" --zone="$ZONE" --quiet "${@:2}"; }
+on() { vm ssh --worker="$1" --command="$2"; }
+
+create() {
+  # There is something to copy from before the first checkpoint: nothing is an error.
+  echo "$NAME" | gcloud storage cp - "$BUCKET/.samrobust" --quiet
+  local options=(--accelerator-type="$TYPE")
+  if [ "$SPOT" = yes ]; then options+=(--spot); fi
+  if [ "$QUEUED" = yes ]; then
+    queued create --node-id="$NAME" --runtime-version="$VERSION" "${options[@]}"
+  else
+    vm create --version="$VERSION" "${options[@]}"
+  fi
+}
+
+delete() { if [ "$QUEUED" = yes ]; then queued delete --force; else vm delete; fi; }
+
+# READY, CREATING, PREEMPTED and so on, or a state of the queue; nothing without a VM.
+state() {
+  vm describe --format='value(state)' 2>/dev/null && return
+  [ "$QUEUED" != yes ] || queued describe --format='value(state.state)' 2>/dev/null || true
+}
+
+# As a clone, so that every result names its commit.
+install() {
+  local here temporary
+  here=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
+  [ -z "$(git -C "$here" status --porcelain)" ] || say "what is not committed stays here"
+  temporary=$(mktemp -d)
+  git clone --quiet --depth=1 "file://$here" "$temporary/samrobust"
+  tar -C "$temporary" -czf "$temporary/samrobust.tgz" samrobust
+  gcloud compute tpus tpu-vm scp "$temporary/samrobust.tgz" "$NAME:samrobust.tgz" \
+    --zone="$ZONE" --quiet --worker=all
+  rm -rf "$temporary"
+  # shellcheck disable=SC2016 # expanded there
+  on all 'set -e
+    rm -rf samrobust && tar -xzf samrobust.tgz
+    for python in python3.13 python3.12 python3.11; do
+      if command -v "$python" >/dev/null; then break; fi
+    done
+    "$python" -m venv --clear venv || {
+      sudo apt-get update -q && sudo apt-get install -y -q "$python-venv"
+      "$python" -m venv --clear venv
+    }
+    venv/bin/pip install -q --require-hashes -r samrobust/requirements.lock
+    venv/bin/pip install -q -e "samrobust[tpu]"
+    mkdir -p runs && touch installed'
+}
+
+run() {
+  local there=samrobust/launch/tpu_vm.sh
+  # On a new VM only: on another one the disk is newer than the bucket.
+  on 0 "rm -f code saved
+    [ -f restored ] || { gcloud storage rsync --recursive '$BUCKET' runs && touch restored; }"
+  on all "nohup setsid bash $there _work $(printf '%q ' "$@") > log 2>&1 < /dev/null &
+    echo \$! > pid"
+  on 0 "BUCKET='$BUCKET' SAVE_SECONDS=$SAVE_SECONDS \
+    nohup setsid bash $there _save > save.log 2>&1 < /dev/null &
+    echo \$! > save.pid"
+}
+
+# On every worker: the command, which outlives the connection that started it.
+_work() {
+  local code=0
+  trap : TERM # when the VM goes down, wait for the command, which saves
+  venv/bin/samrobust "$@" || code=$?
+  echo "$code" > code
+}
+
+# On worker 0, beside it: copies until the command has ended, and then says how it did.
+_save() {
+  trap '' TERM # a VM that goes down leaves half a minute
+  while [ ! -f code ] && kill -0 "$(cat pid)"; do
+    sleep "$SAVE_SECONDS"
+    _copy || true
+  done
+  until _copy; do sleep "$SAVE_SECONDS"; done
+  cp code saved
+}
+
+# First the logs, then the checkpoints: no checkpoint arrives before its lines. The hard
+# links hold still what a run removes meanwhile. Claims are of this VM alone.
+_copy() {
+  rm -rf copy && mkdir copy
+  (cd runs && find . -name .claim -prune -o -type f -print0 |
+    xargs -0 cp --link --parents --target-directory=../copy) || true
+  gcloud storage rsync --recursive --exclude='.*checkpoints/.*' copy "$BUCKET" &&
+    gcloud storage rsync --recursive --delete-unmatched-destination-objects copy "$BUCKET"
+}
+
+# new, installed, running, lost (with a restart of the VM), or the command's exit code.
+progress() {
+  # shellcheck disable=SC2016 # expanded there
+  on 0 'if [ -f saved ]; then cat saved
+    elif [ ! -f installed ]; then echo new
+    elif [ ! -f save.pid ]; then echo installed
+    elif kill -0 "$(cat save.pid)" 2>/dev/null; then echo running
+    else echo lost; fi' 2>/dev/null || echo unreachable
+}
+
+up() {
+  local failures=0 is
+  while [ "$failures" -lt "$MAX_FAILURES" ]; do
+    is=$(state)
+    if [ "$is" = READY ]; then is=$(progress); fi
+    say "$NAME: ${is:-no VM}"
+    case $is in
+      "") "$0" create || failures=$((failures + 1)) ;;
+      PREEMPTED | TERMINATED | STOPPED | SUSPENDED | FAILED) "$0" delete || true ;;
+      new) "$0" install || failures=$((failures + 1)) ;;
+      installed | lost | 75) "$0" run "$@" || failures=$((failures + 1)) ;;
+      running) failures=0 ;;
+      0 | 1 | 2 | 130) collect && delete && exit "$is" ;;
+      [0-9]*) # it crashed
+        failures=$((failures + 1))
+        "$0" run "$@" || true
+        ;;
+      unreachable) failures=$((failures + 1)) ;;
+    esac
+    sleep "$POLL_SECONDS"
+  done
+  say "error: $failures failures in a row. The VM may still be there: see status, delete."
+  exit 1
+}
+
+status() {
+  local is
+  is=$(state)
+  echo "$NAME: ${is:-no VM}"
+  [ "$is" != READY ] || on 0 'tail -n 20 log 2>/dev/null || echo "nothing was started"'
+}
+
+collect() { mkdir -p runs && gcloud storage rsync --recursive "$BUCKET" runs; }
+
+command=${1:-}
+case $command in
+  up | create | install | run | status | collect | delete | _work | _save) ;;
+  *) refuse "Expected up, create, install, run, status, collect or delete, got '$command'." ;;
+esac
+case $command in up | create | run | collect)
+  [[ $BUCKET == gs://?*/?* ]] || refuse "Expected BUCKET=gs://BUCKET/FOLDER, got '$BUCKET'." ;;
+esac
+case $command in up | run)
+  [[ " $* " == *" --workdir=runs/"* ]] || refuse "Expected --workdir=runs/..., got: ${*:2}" ;;
+esac
+"$@"

@@ -1,0 +1,202 @@
+"""A `gcloud` without a cloud: TPU VMs are folders, a bucket is a folder.
+
+It writes down every call, refuses flags that the real one does not know, and runs what
+is sent over ssh here, with the worker's folder as home. `$GCLOUD_STAND_IN` is where it
+keeps all of that:
+
+    calls.jsonl     the arguments of every call
+    bucket/         what is in gs://bucket
+    vm/0, vm/1      the homes of the two workers
+    state           of the VM; no file, no VM
+    refuse_create   how many creations fail from now on, for want of capacity
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+__all__ = ["main", "preempt", "stop_processes"]
+
+NUM_WORKERS = 2
+_ZONE = {"--zone", "--quiet"}
+_FLAGS = {
+    "compute tpus tpu-vm create": {
+        *(_ZONE | {"--accelerator-type", "--version", "--spot"})
+    },
+    "compute tpus tpu-vm describe": {*_ZONE, "--format"},
+    "compute tpus tpu-vm delete": _ZONE,
+    "compute tpus tpu-vm ssh": {*_ZONE, "--worker", "--command"},
+    "compute tpus tpu-vm scp": {*_ZONE, "--worker", "--recurse"},
+    "compute tpus queued-resources create": {
+        *(_ZONE | {"--accelerator-type", "--runtime-version", "--node-id", "--spot"})
+    },
+    "compute tpus queued-resources describe": {*_ZONE, "--format"},
+    "compute tpus queued-resources delete": {*_ZONE, "--force"},
+    "storage cp": {"--quiet"},
+    "storage rsync": {
+        *("--recursive", "--exclude", "--delete-unmatched-destination-objects")
+    },
+}
+
+
+def main(arguments: list[str], folder: pathlib.Path) -> int:
+    """Does what a call asks for; returns the exit code."""
+    with (folder / "calls.jsonl").open("a") as file:
+        file.write(json.dumps(arguments) + "\n")
+    words = [word for word in arguments if not word.startswith("--")]
+    flags = {}
+    for word in set(arguments) - set(words):
+        name, _, value = word.partition("=")
+        flags[name] = value
+    for verb, known in _FLAGS.items():
+        if words[: verb.count(" ") + 1] == verb.split():
+            rest = words[verb.count(" ") + 1 :]
+            if flags.keys() - known:
+                return _fail(f"unrecognized arguments: {flags.keys() - known}")
+            handler = _HANDLERS[verb.split()[-1]]
+            return handler(folder, rest, flags)
+    return _fail(f"Invalid choice: {words}")
+
+
+def preempt(folder: pathlib.Path) -> None:
+    """Takes the VM away with all that is on it."""
+    (folder / "state").write_text("PREEMPTED")
+    stop_processes(folder)
+    shutil.rmtree(folder / "vm")
+
+
+def stop_processes(folder: pathlib.Path) -> None:
+    """Kills what runs on the VM."""
+    mark = f"SAMROBUST_VM={folder}".encode()
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+def _create(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
+    del words, flags
+    refusals = folder / "refuse_create"
+    if (folder / "state").exists():
+        return _fail("ALREADY_EXISTS")
+    if refusals.exists() and (left := int(refusals.read_text())):
+        refusals.write_text(str(left - 1))
+        return _fail("There is no more capacity in the zone")
+    for worker in range(NUM_WORKERS):
+        (folder / "vm" / str(worker)).mkdir(parents=True)
+    (folder / "state").write_text("READY")
+    return 0
+
+
+def _describe(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
+    del words, flags
+    if not (folder / "state").exists():
+        return _fail("NOT_FOUND")
+    print((folder / "state").read_text())
+    return 0
+
+
+def _delete(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
+    del words, flags
+    if not (folder / "state").exists():
+        return _fail("NOT_FOUND")
+    stop_processes(folder)
+    shutil.rmtree(folder / "vm", ignore_errors=True)
+    (folder / "state").unlink()
+    return 0
+
+
+def _homes(folder: pathlib.Path, worker: str) -> list[pathlib.Path]:
+    numbers = range(NUM_WORKERS) if worker == "all" else [int(worker)]
+    return [folder / "vm" / str(number) for number in numbers]
+
+
+def _ssh(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
+    del words
+    if (folder / "state").read_text() != "READY":
+        return _fail("connection refused")
+    started = [
+        subprocess.Popen(
+            ["bash", "-c", flags["--command"]], env=_environment(folder, home), cwd=home
+        )
+        for home in _homes(folder, flags["--worker"])
+    ]
+    return max(process.wait() for process in started)
+
+
+def _environment(folder: pathlib.Path, home: pathlib.Path) -> dict[str, str]:
+    # On a TPU the workers find each other; here they are told.
+    told = {
+        "JAX_COORDINATOR_ADDRESS": os.environ.get("SAMROBUST_TEST_ADDRESS", ""),
+        "JAX_NUM_PROCESSES": str(NUM_WORKERS),
+        "JAX_PROCESS_ID": home.name,
+    }
+    return {**os.environ, **told, "HOME": str(home), "SAMROBUST_VM": str(folder)}
+
+
+def _scp(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
+    source, target = words
+    for home in _homes(folder, flags["--worker"]):
+        shutil.copy(source, home / target.partition(":")[2])
+    return 0
+
+
+def _local(folder: pathlib.Path, path: str) -> pathlib.Path:
+    return pathlib.Path(path.replace("gs://bucket", f"{folder}/bucket", 1))
+
+
+def _cp(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
+    del flags
+    source, target = words
+    assert source == "-"
+    path = _local(folder, target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(sys.stdin.read())
+    return 0
+
+
+def _rsync(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
+    source, target = (_local(folder, word) for word in words)
+    if not source.is_dir() or not any(source.iterdir()):
+        return _fail(f"did not match any objects: {source}")
+    excluded = re.compile(flags.get("--exclude", "(?!)"))
+    names = {
+        str(path.relative_to(source))
+        for path in source.rglob("*")
+        if path.is_file() and not excluded.match(str(path.relative_to(source)))
+    }
+    for name in sorted(names):
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, copy)
+    if "--delete-unmatched-destination-objects" in flags:
+        for path in list(target.rglob("*")):
+            if path.is_file() and str(path.relative_to(target)) not in names:
+                path.unlink()
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"ERROR: (gcloud) {message}", file=sys.stderr)
+    return 1
+
+
+_HANDLERS = {
+    "create": _create,
+    "describe": _describe,
+    "delete": _delete,
+    "ssh": _ssh,
+    "scp": _scp,
+    "cp": _cp,
+    "rsync": _rsync,
+}
+
+if __name__ == "__main__":
+    place = pathlib.Path(os.environ["GCLOUD_STAND_IN"])
+    sys.exit(main(sys.argv[1:], place))

@@ -1,0 +1,115 @@
+"""Runs of the real command for the tests of the launchers, and what they must equal.
+
+Eight epochs of a tiny network under attack, in two processes of one CPU device each.
+Which machines they are on, and how often they were stopped, must not change a bit.
+"""
+
+import atexit
+import functools
+import json
+import os
+import pathlib
+import shutil
+import socket
+import sys
+import tempfile
+import time
+
+import helpers
+
+__all__ = [
+    "DISTRIBUTED",
+    "assert_same_run",
+    "environment",
+    "expected",
+    "free_port",
+    "train",
+    "wait_for_checkpoint",
+    "write_command",
+]
+
+_LONG = {
+    "data.train_size": 256,
+    "training.batch_size": 16,
+    "training.epochs": 8,
+}
+# A peer that dies is noticed soon.
+DISTRIBUTED = {"SAMROBUST_HEARTBEAT_SECONDS": "10"}
+
+
+def train(
+    workdir: pathlib.Path | str, *, checkpoint_minutes: float = 1e-3
+) -> list[str]:
+    """The arguments of the run; by default it saves whenever 60 ms have passed."""
+    config = f"--config={helpers.ROOT}/configs/digits.py:at,norm=linf,eps=16"
+    overrides = {**_LONG, "checkpoint.minutes": checkpoint_minutes}
+    return ["train", config, f"--workdir={workdir}", *helpers.make_flags(overrides)]
+
+
+def environment() -> dict[str, str]:
+    """What all processes share: one device each, and compiled programs."""
+    return {
+        **helpers.QUICK_COMPILATION,
+        **DISTRIBUTED,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+
+
+def write_command(folder: pathlib.Path) -> pathlib.Path:
+    """A folder for PATH with a `samrobust` that is this tree's."""
+    helpers.make_folder(folder)
+    script = folder / "samrobust"
+    command = f'{sys.executable} -m samrobust.cli "$@"'
+    script.write_text(f"#!/bin/sh\nPYTHONPATH={helpers.ROOT} exec {command}\n")
+    script.chmod(0o755)
+    return folder
+
+
+@functools.cache
+def expected() -> pathlib.Path:
+    """The workdir of the run in a single process of two devices, never disturbed."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="samrobust-expected-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    code, _, errors = helpers.run_command(
+        *train(folder, checkpoint_minutes=10), **environment(), JAX_NUM_CPU_DEVICES="2"
+    )
+    assert code == 0, errors
+    return folder
+
+
+def assert_same_run(workdir: pathlib.Path) -> None:
+    """The last checkpoint, the log and the accuracies are those expected."""
+    whole = expected()
+    helpers.assert_same_bits(
+        helpers.read_checkpoint(workdir), helpers.read_checkpoint(whole)
+    )
+    logs = [helpers.read_lines(path / "metrics.jsonl") for path in (workdir, whole)]
+    own, other = ([helpers.without_timings(line) for line in log] for log in logs)
+    assert own == other
+    own, other = (
+        json.loads((path / "result.json").read_text()) for path in (workdir, whole)
+    )
+    assert own["accuracy"] == other["accuracy"]
+
+
+def free_port() -> int:
+    """A port of loopback that nobody uses now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for_checkpoint(
+    workdir: pathlib.Path, *, after: int = 0, seconds: float = 90
+) -> int:
+    """Waits for a checkpoint of a later step than `after`; gives its step."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        steps = helpers.checkpoint_steps(workdir)
+        if steps and steps[-1] > after:
+            return steps[-1]
+        time.sleep(0.02)
+    message = f"no checkpoint in {workdir} within {seconds} s"
+    raise TimeoutError(message)

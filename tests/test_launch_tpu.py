@@ -1,0 +1,342 @@
+"""launch/tpu_vm.sh, with a stand-in for gcloud and for the machines behind it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gcloud_stand_in
+import helpers
+import launch_runs
+import pytest
+
+SCRIPT = helpers.ROOT / "launch" / "tpu_vm.sh"
+# What a virtual environment on the VM holds: a pip that notes its arguments, and the
+# command.
+PYTHON = """#!/bin/sh
+mkdir -p "$4/bin"
+printf '#!/bin/sh\\necho "$@" >> ~/pip.log\\n' > "$4/bin/pip"
+ln -sf {command} "$4/bin/samrobust"
+chmod +x "$4/bin/pip"
+"""
+# Counts in runs/a/count, as often as it is started.
+COUNT = """#!/bin/sh
+mkdir -p runs/a/checkpoints
+cd runs/a
+echo "$@" > arguments
+echo "started after $(cat count 2>/dev/null)" >> starts
+for k in $(seq $(( $(cat count 2>/dev/null || echo 0) + 1 )) $COUNT); do
+  echo "$k" > count; echo "$k" > checkpoints/newest; sleep 0.04
+done
+exit $(cat ~/exit_code 2>/dev/null || echo 0)
+"""
+STAND_IN = gcloud_stand_in.__file__
+BUCKET = "gs://bucket/sam"
+RUN = ("train", "--config=a.py:sam,rho=0.2", "--workdir=runs/a")
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("git") is None or not (helpers.ROOT / ".git").exists(),
+    reason="needs a git checkout, which it brings to the VM",
+)
+
+
+@dataclasses.dataclass
+class Cloud:
+    """The stand-in's folder, and how to call the script."""
+
+    folder: Path
+    environment: dict[str, str]
+    started: list[subprocess.Popen[str]] = dataclasses.field(default_factory=list)
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [str(SCRIPT), *arguments],
+            env={**self.environment, **environment},
+            cwd=self.folder / "here",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def call(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
+        process = self.start(*arguments, **environment)
+        output, errors = process.communicate(timeout=120)
+        return process.returncode, output, errors
+
+    def calls(self, *words: str) -> list[list[str]]:
+        """The recorded calls that have these words."""
+        lines = (self.folder / "calls.jsonl").read_text().splitlines()
+        return [call for call in map(json.loads, lines) if set(words) <= set(call)]
+
+    def read(self, name: str) -> str:
+        path = self.folder / name
+        return path.read_text().strip() if path.exists() else ""
+
+    def count(self, name: str) -> int:
+        return int(self.read(name) or 0)
+
+    def wait(self, condition: Callable[[], object], seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(OSError):  # as files come and go
+                if condition():
+                    return
+            assert time.monotonic() < end, self.read("calls.jsonl")
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def open_cloud(folder: Path) -> Iterator[Cloud]:
+    programs = launch_runs.write_command(folder / "bin")
+    scripts = {
+        "gcloud": f'#!/bin/sh\nexec {sys.executable} -IS {STAND_IN} "$@"\n',
+        "python3.13": PYTHON.format(command=programs / "command"),
+        "command": COUNT,
+    }
+    for name, text in scripts.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    helpers.make_folder(folder / "here")
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "GCLOUD_STAND_IN": str(folder),
+        "NAME": "sam",
+        "ZONE": "us-east5-a",
+        "TYPE": "v6e-8",
+        "VERSION": "v2-alpha-tpuv6e",
+        "BUCKET": BUCKET,
+        "SAVE_SECONDS": "0.3",
+        "POLL_SECONDS": "0.1",
+        "MAX_FAILURES": "3",
+        "COUNT": "10",
+    }
+    cloud = Cloud(folder, environment)
+    yield cloud
+    for process in cloud.started:
+        process.kill()
+        process.communicate()
+    gcloud_stand_in.stop_processes(folder)
+
+
+@pytest.fixture
+def cloud(tmp_path) -> Iterator[Cloud]:
+    with open_cloud(tmp_path) as cloud:
+        yield cloud
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Iterator[Cloud]:
+    """Where `up` has done its work, after it was refused a VM twice."""
+    with open_cloud(tmp_path_factory.mktemp("cloud")) as cloud:
+        (cloud.folder / "refuse_create").write_text("2")
+        code, _, errors = cloud.call("up", *RUN)
+        assert code == 0, errors
+        yield cloud
+
+
+def test_each_step_works_by_itself(cloud):
+    assert cloud.call("create")[0] == 0
+    assert cloud.call("install")[0] == 0
+    assert cloud.call("run", *RUN)[0] == 0
+    cloud.wait(lambda: cloud.read("vm/0/saved") == "0")
+    assert cloud.read("vm/0/runs/a/count") == "10"
+    assert cloud.read("bucket/sam/a/count") == "10"
+    code, output, _ = cloud.call("status")
+    assert (code, output.splitlines()[0]) == (0, "sam: READY")
+    assert cloud.call("delete")[0] == 0
+    assert cloud.call("status") == (0, "sam: no VM\n", "")
+    assert cloud.call("collect")[0] == 0
+    assert cloud.read("here/runs/a/count") == "10"
+
+
+def test_the_vm_is_asked_for_as_the_variables_say(cloud):
+    assert cloud.call("create")[0] == 0
+    assert cloud.call("delete")[0] == 0
+    assert cloud.call("create", SPOT="no")[0] == 0
+    spot, on_demand = cloud.calls("tpu-vm", "create")
+    wanted = "compute tpus tpu-vm create sam --zone=us-east5-a --quiet"
+    wanted += " --version=v2-alpha-tpuv6e --accelerator-type=v6e-8"
+    assert spot == [*wanted.split(), "--spot"]
+    assert on_demand == wanted.split()
+
+
+def test_a_vm_of_the_queue_is_asked_for_and_deleted_there(cloud):
+    assert cloud.call("create", QUEUED="yes")[0] == 0
+    assert cloud.call("delete", QUEUED="yes")[0] == 0
+    (create,), (delete,) = (
+        cloud.calls("queued-resources", verb) for verb in ("create", "delete")
+    )
+    assert {"--node-id=sam", "--runtime-version=v2-alpha-tpuv6e"} <= set(create)
+    assert "--force" in delete
+    assert not cloud.calls("tpu-vm", "create")
+
+
+def test_the_last_commit_is_installed_on_every_worker_from_the_lock(cloud):
+    assert cloud.call("create")[0] == 0
+    assert cloud.call("install")[0] == 0
+    head = ["git", "rev-parse", "HEAD"]
+    wanted = subprocess.check_output(head, cwd=helpers.ROOT, text=True)
+    for worker in "01":
+        home = cloud.folder / "vm" / worker
+        checkout = home / "samrobust"
+        assert subprocess.check_output(head, cwd=checkout, text=True) == wanted
+        assert (home / "pip.log").read_text().splitlines() == [
+            "install -q --require-hashes -r samrobust/requirements.lock",
+            "install -q -e samrobust[tpu]",
+        ]
+
+
+def test_up_does_it_all_and_leaves_nothing_that_costs(finished):
+    assert finished.read("here/runs/a/count") == "10"
+    assert finished.read("here/runs/a/arguments") == " ".join(RUN)
+    assert not (finished.folder / "state").exists()
+
+
+def test_up_asks_again_where_there_is_no_capacity(finished):
+    assert len(finished.calls("tpu-vm", "create")) == 3
+
+
+def test_logs_go_first_and_what_a_run_removes_leaves_the_bucket_too(finished):
+    copies = [call for call in finished.calls("rsync") if call[-1] == BUCKET]
+    flags = [{word.partition("=")[0] for word in call} for call in copies]
+    assert flags
+    for logs, everything in zip(flags[::2], flags[1::2], strict=True):
+        assert "--exclude" in logs
+        assert "--delete-unmatched-destination-objects" not in logs
+        assert "--delete-unmatched-destination-objects" in everything
+
+
+def test_up_goes_on_after_the_vm_was_preempted(cloud):
+    process = cloud.start("up", *RUN, COUNT="60")
+    cloud.wait(lambda: cloud.count("bucket/sam/a/count") > 5)
+    gcloud_stand_in.preempt(cloud.folder)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert len(cloud.calls("tpu-vm", "create")) == 2
+    assert cloud.read("here/runs/a/count") == "60"
+    first, second = cloud.read("here/runs/a/starts").splitlines()
+    assert first == "started after "
+    assert int(second.split()[-1]) >= 5
+
+
+def test_up_gives_up_in_the_end(cloud):
+    (cloud.folder / "refuse_create").write_text("99")
+    code, _, errors = cloud.call("up", *RUN)
+    assert code == 1
+    assert "error: 3 failures in a row." in errors
+
+
+def test_up_that_is_called_again_finds_its_vm_at_work(cloud):
+    process = cloud.start("up", *RUN, COUNT="40")
+    cloud.wait(lambda: cloud.count("vm/0/runs/a/count") > 3)
+    process.kill()
+    assert cloud.call("up", *RUN)[0] == 0
+    assert cloud.read("here/runs/a/starts") == "started after"
+    assert len(cloud.calls("tpu-vm", "create")) == 1
+
+
+def test_up_starts_what_a_restart_of_the_vm_has_ended_without_going_back(cloud):
+    process = cloud.start("up", *RUN, SAVE_SECONDS="1", COUNT="40")
+    cloud.wait(lambda: cloud.count("vm/0/runs/a/count") > 5)
+    gcloud_stand_in.stop_processes(cloud.folder)
+    seen = cloud.count("vm/0/runs/a/count")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert len(cloud.calls("tpu-vm", "create")) == 1
+    last = cloud.read("here/runs/a/starts").splitlines()[-1]
+    assert int(last.split()[-1]) >= seen
+
+
+def test_a_run_that_failed_ends_up_with_its_code(cloud):
+    code = 2
+    assert cloud.call("create")[0] == 0
+    for worker in "01":
+        (cloud.folder / "vm" / worker / "exit_code").write_text(str(code))
+    assert cloud.call("up", *RUN)[0] == code
+    assert not (cloud.folder / "state").exists()
+
+
+@pytest.mark.parametrize("code", [75, 134])
+def test_a_run_that_stopped_or_crashed_is_started_again(cloud, code):
+    assert cloud.call("create")[0] == 0
+    for worker in "01":
+        (cloud.folder / "vm" / worker / "exit_code").write_text(str(code))
+    process = cloud.start("up", *RUN)
+    cloud.wait(lambda: len(cloud.read("vm/0/runs/a/starts").splitlines()) == 2)
+    for worker in "01":
+        (cloud.folder / "vm" / worker / "exit_code").unlink()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (
+            (),
+            {},
+            "Expected up, create, install, run, status, collect or delete, got ''.",
+        ),
+        (("dance",), {}, "or delete, got 'dance'."),
+        (("create",), {"BUCKET": ""}, "Expected BUCKET=gs://BUCKET/FOLDER, got ''."),
+        (("up", "train", "--workdir=/tmp/a"), {}, "Expected --workdir=runs/..., got: "),
+        (("run", "train"), {}, "Expected --workdir=runs/..., got: train"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_call(
+    cloud, arguments, environment, message
+):
+    code, _, errors = cloud.call(*arguments, **environment)
+    assert code == 2
+    assert errors.startswith("tpu_vm.sh: error: Expected ")
+    assert message in errors
+    assert not (cloud.folder / "calls.jsonl").exists()
+
+
+@pytest.mark.xdist_group("launch")
+@pytest.mark.slow
+def test_a_real_run_whose_vm_was_preempted_ends_bit_identical(cloud):
+    programs = cloud.folder / "bin"
+    (programs / "command").unlink()
+    (programs / "command").symlink_to(programs / "samrobust")
+    address = f"127.0.0.1:{launch_runs.free_port()}"
+    environment = {**launch_runs.environment(), "SAMROBUST_TEST_ADDRESS": address}
+    process = cloud.start("up", *launch_runs.train("runs/at"), **environment)
+    launch_runs.wait_for_checkpoint(cloud.folder / "bucket" / "sam" / "at")
+    assert not (cloud.folder / "bucket" / "sam" / "at" / "result.json").exists()
+    gcloud_stand_in.preempt(cloud.folder)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert len(cloud.calls("tpu-vm", "create")) == 2
+    launch_runs.assert_same_run(cloud.folder / "here" / "runs" / "at")
+
+
+def test_every_shell_script_passes_shellcheck():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    launch = helpers.ROOT / "launch"
+    scripts = [SCRIPT, launch / "slurm" / "sweep.sh", launch / "slurm" / "train.sbatch"]
+    done = subprocess.run(
+        ["shellcheck", *map(str, scripts)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_calls_are_those_of_the_documentation(cloud):
+    """The stand-in knows the flags of gcloud; it refuses others."""
+    home = {"GCLOUD_STAND_IN": str(cloud.folder), **os.environ}
+    call = [sys.executable, gcloud_stand_in.__file__, "compute", "tpus", "tpu-vm"]
+    done = subprocess.run(
+        [*call, "create", "sam", "--colour=red"], env=home, capture_output=True
+    )
+    assert done.returncode == 1
+    assert json.loads(cloud.read("calls.jsonl"))[-1] == "--colour=red"
