@@ -9,7 +9,7 @@ table: $(VENV)/.installed
 	$(BIN)/samrobust table
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses=auto
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadgroup
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
