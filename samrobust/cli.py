@@ -1,8 +1,8 @@
 """The `samrobust` command: subcommands and flags, nothing else.
 
 Exit codes: 0 done; 1 a run failed, or is missing from a collected table; 2 bad input,
-or another process works in the directory; 75 stopped by SIGTERM, 130 by Ctrl-C, both to
-be started again with the same command.
+or another process works in the directory; 69 another process of this run is gone; 75
+stopped by SIGTERM, 130 by Ctrl-C. After the last three the same command goes on.
 """
 
 import argparse

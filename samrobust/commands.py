@@ -5,7 +5,7 @@ import pathlib
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from rich.console import Console
@@ -58,27 +58,37 @@ def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         "bench": bench_command,
     }
     stop = StopRequest()
+    with stop.listening():
+        code = _run(
+            lambda: command[arguments.command](arguments, overrides, stop), stop
+        )
+        parallel.part()
+    return code
+
+
+def _run(command: Callable[[], int], stop: StopRequest) -> int:
+    """The exit code of a command; ends the process itself if it failed alone."""
     try:
-        with stop.listening():
-            code = command[arguments.command](arguments, overrides, stop)
+        return command()
     except (InterruptedRunError, StoppedError) as error:
         _say(str(error), error)
-        code = _CTRL_C if stop.signal and stop.signal.name == "SIGINT" else _TERMINATED
+        return _CTRL_C if stop.signal and stop.signal.name == "SIGINT" else _TERMINATED
     except KeyboardInterrupt:
-        code = _CTRL_C
+        if parallel.is_joined():
+            parallel.leave(_CTRL_C, "It was interrupted by Ctrl-C.")
+        return _CTRL_C
     except Exception as error:
         code = _code_of(error)
-        if code is None and not parallel.is_joined():
-            raise
         if code is None:
+            if not parallel.is_joined():
+                raise
             traceback.print_exc()
             code = _FAILED
         message = f"{_LOST} ({error})" if code == _LOST_PEER else str(error)
         _say(f"error: {message}", error)
-        if parallel.is_joined():
+        if parallel.is_joined() and not parallel.is_shared(error):
             parallel.leave(code, message)
-    parallel.part()
-    return code
+        return code
 
 
 _LOST = (
@@ -89,16 +99,17 @@ _LOST = (
 
 def _code_of(error: Exception) -> int | None:
     """The exit code of an error that the user can mend; None for any other."""
-    if parallel.lost_a_peer(error):
-        return _LOST_PEER
-    if isinstance(error, ValueError | WorkdirError | DatasetUnavailableError):
+    if isinstance(error, WorkdirError | DatasetUnavailableError):
         return _BAD_INPUT
     if isinstance(
-        error,
-        TrainingDivergedError | CheckpointError | parallel.DistributedError | OSError,
+        error, TrainingDivergedError | CheckpointError | parallel.DistributedError
     ):
         return _FAILED
-    return None
+    if parallel.lost_a_peer(error):
+        return _LOST_PEER
+    if isinstance(error, ValueError):
+        return _BAD_INPUT
+    return _FAILED if isinstance(error, OSError) else None
 
 
 def _say(text: str, error: BaseException) -> None:
@@ -121,12 +132,11 @@ def _train(
     check_installed(config)
     should_stop, console = parallel.join(stop), _console()
     planned = PlannedRun(config, pathlib.Path(arguments.workdir))
-    parallel.from_primary(
-        lambda: await_verdict(
-            planned.workdir,
-            should_stop=stop,
-            on_wait=lambda text: console.print(text, highlight=False, markup=False),
-        )
+    await_verdict(
+        planned.workdir,
+        should_stop=should_stop,
+        on_wait=lambda text: console.print(text, highlight=False, markup=False),
+        agree=parallel.from_primary,
     )
     if should_stop():
         message = "Stopped as it waited for another process. The same command goes on."

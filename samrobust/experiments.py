@@ -7,20 +7,23 @@ a finished run is read, another one goes on from its last checkpoint.
 import dataclasses
 import json
 import pathlib
+import zlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 
 from samrobust import building
+from samrobust.checks import check
 from samrobust.claims import ClaimedError
+from samrobust.configuration import differences
 from samrobust.data import Dataset, Split
 from samrobust.evaluation import (
     accuracies,
     make_early_stop_evaluator,
     make_evaluator,
 )
-from samrobust.parallel import from_primary
+from samrobust.parallel import from_primary, lost_a_peer
 from samrobust.provenance import provenance
 from samrobust.runfiles import RunFiles
 from samrobust.training import (
@@ -46,8 +49,8 @@ __all__ = [
 
 # Evaluation keys must not coincide with those of training: another branch of the seed.
 _EVALUATION_STREAM, _VALIDATION_STREAM = 1, 2
-# What ends a run and is no failure of it.
-_NO_FAILURE = (InterruptedRunError, ClaimedError, OtherConfigError)
+# What the processes of a run may have each to itself.
+_OWN_FIELDS = ("config.data.data_dir", "config.data.manual_dir")
 
 
 class Observer(Protocol):
@@ -128,14 +131,15 @@ def run(
 
     Any failure of the run itself is also left in `failure.json`.
     """
-    with RunFiles(apart_from=_NO_FAILURE) as files:
+    with RunFiles(is_failure=_is_failure) as files:
 
-        def begin() -> dict[str, Any] | None:
+        def begin() -> tuple[dict[str, Any], dict[str, Any] | None]:
             files.open(config, workdir)
             settle_config(workdir, as_dict(config))
-            return read_json(workdir / "result.json")
+            return _inputs(config, dataset), read_json(workdir / "result.json")
 
-        result = from_primary(begin)
+        inputs, result = from_primary(begin)
+        _check_same(inputs, _inputs(config, dataset))
         if result is None:
             should_stop = files.guard(should_stop)
             on_progress = files.following(observer.on_progress)
@@ -158,6 +162,34 @@ def run(
                 )
             )
         return result
+
+
+def _is_failure(error: Exception) -> bool:
+    """Whether what ends a run is a failure of it, and not of its surroundings."""
+    others = (InterruptedRunError, ClaimedError, OtherConfigError)
+    return not (isinstance(error, others) or lost_a_peer(error))
+
+
+def _inputs(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What all processes of a run must have alike; the data by their checksums."""
+    splits = {"train": dataset.train, "test": dataset.test}
+    sums = {
+        name: zlib.crc32(split.labels.tobytes(), zlib.crc32(split.images.tobytes()))
+        for name, split in splits.items()
+        if jax.process_count() > 1
+    }
+    return {"config": as_dict(config), "checksums": sums}
+
+
+def _check_same(of_primary: dict[str, Any], ours: dict[str, Any]) -> None:
+    changed = differences(of_primary, ours)
+    changed = {n: v for n, v in changed.items() if not n.startswith(_OWN_FIELDS)}
+    check(
+        not changed,
+        "the same config and the same data in all processes",
+        "Start all of them with the same command, and on the same data.",
+        differences=changed,
+    )
 
 
 def _describe(

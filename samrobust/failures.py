@@ -7,7 +7,7 @@ import socket
 import traceback
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from samrobust.files import glance, write_json
@@ -19,20 +19,20 @@ _TRACEBACK = 4000  # characters of its end
 
 @contextlib.contextmanager
 def recording_failure(
-    workdir: pathlib.Path, *, apart_from: tuple[type[Exception], ...] = ()
+    workdir: pathlib.Path, *, is_failure: Callable[[Exception], bool] = lambda _: True
 ) -> Iterator[None]:
     """Writes an error of the context into `failure.json`; success removes that file.
 
     Args:
       workdir: of the run; claimed.
-      apart_from: errors that are no failure of the run; they leave the file alone.
+      is_failure: tells the errors to record from those that leave the file alone.
     """
     path = workdir / "failure.json"
     try:
         yield
-    except apart_from:
-        raise
     except Exception as error:
+        if not is_failure(error):
+            raise
         try:
             write_json(path, _record(error))
         except OSError as problem:  # a full disk may be what went wrong

@@ -16,16 +16,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
 from samrobust.claims import ClaimedError
 from samrobust.data import Dataset
 from samrobust.experiments import Observer, PlannedRun, as_dict, run, step_work
 from samrobust.failures import describe, read_failure
 from samrobust.files import WorkdirError, read_json, write_json
-from samrobust.parallel import from_primary, is_shared, lost_a_peer
+from samrobust.parallel import from_primary, met_by_all
 from samrobust.survey import read_plan
-from samrobust.training import InterruptedRunError, TrainingDivergedError
+from samrobust.training import InterruptedRunError
 from samrobust.workdir import changed_fields
 
 __all__ = ["finished", "last_failure", "record_plan", "run_all"]
@@ -43,6 +41,9 @@ def run_all(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """Runs one after another; one that fails, for whatever reason, stops no other.
+
+    With several processes that holds for what they all meet alike; what one of them
+    meets alone, such as a lack of memory, is raised and ends them all.
 
     Args:
       runs: with a workdir of its own each.
@@ -102,25 +103,12 @@ def _attempt(
             dataset=dataset,
             should_stop=should_stop,
         )
-    except ClaimedError:
-        return None
     except InterruptedRunError:
         raise
     except Exception as error:  # a bug in one row must not stop the others
-        if not _is_common(error):
+        if not met_by_all(error):  # these processes are out of step
             raise
-        return describe(error)
-
-
-def _is_common(error: Exception) -> bool:
-    """Whether all processes of the run met it, and can go on with the next one.
-
-    What a single one met leaves them out of step.
-    """
-    if jax.process_count() == 1:
-        return True
-    of_the_row = isinstance(error, ValueError | TrainingDivergedError)
-    return is_shared(error) or (of_the_row and not lost_a_peer(error))
+        return None if isinstance(error, ClaimedError) else describe(error)
 
 
 def last_failure(planned: PlannedRun) -> dict[str, str] | None:

@@ -56,6 +56,8 @@ def table_command(
         finished.
     """
     plan = _make_plan(arguments, overrides)
+    if (arguments.list or arguments.collect) and not parallel.starts_first():
+        return 0
     if arguments.list:
         return _list(plan)
     if arguments.collect:
@@ -149,11 +151,12 @@ def _run(
     if not runs:
         return False
     dataset = building.load_data(runs[0].config)
+    done = parallel.from_primary(
+        lambda: [(planned.workdir / "result.json").exists() for planned in runs]
+    )
     works = {
-        planned.workdir: (0.0, 0.0)
-        if (planned.workdir / "result.json").exists()
-        else work(planned.config, dataset)
-        for planned in runs
+        planned.workdir: (0.0, 0.0) if is_done else work(planned.config, dataset)
+        for planned, is_done in zip(runs, done, strict=True)
     }
     display = ProgressDisplay(console, sum(sum(w) for w in works.values()))
     failures: list[tuple[PlannedRun, str]] = []

@@ -246,9 +246,9 @@ def start_command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def start_group(
-    count: int, command: list[str], *, devices: int = 1, **environment: str
+    commands: list[list[str]], *, devices: int = 1, **environment: str
 ) -> list[subprocess.Popen[str]]:
-    """Starts a command as several processes of one run, on loopback."""
+    """Starts commands as the processes of one run, on loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -257,7 +257,7 @@ def start_group(
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": str(count),
+        "JAX_NUM_PROCESSES": str(len(commands)),
         "SAMROBUST_HEARTBEAT_SECONDS": "10",
         **environment,
     }
@@ -270,16 +270,24 @@ def start_group(
             text=True,
             cwd=ROOT,
         )
-        for index in range(count)
+        for index, command in enumerate(commands)
     ]
 
 
+def start_different_commands(
+    commands: list[list[str]], *, devices: int = 1, **environment: str
+) -> list[subprocess.Popen[str]]:
+    """Starts the `samrobust` command as one run, with arguments for each process."""
+    program = [sys.executable, "-m", "samrobust.cli"]
+    programs = [[*program, *arguments] for arguments in commands]
+    return start_group(programs, devices=devices, **environment)
+
+
 def start_command_group(
-    count: int, *arguments: str, devices: int = 1, **environment: str
+    count: int, *arguments: str, **environment: str
 ) -> list[subprocess.Popen[str]]:
     """Starts the `samrobust` command as several processes of one run."""
-    command = [sys.executable, "-m", "samrobust.cli", *arguments]
-    return start_group(count, command, devices=devices, **environment)
+    return start_different_commands([list(arguments)] * count, **environment)
 
 
 def finish_group(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:

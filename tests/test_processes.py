@@ -19,6 +19,7 @@ import jax
 import pytest
 
 from samrobust import parallel
+from samrobust.claims import claim
 from samrobust.experiments import evaluate_run, run
 from samrobust.training import InterruptedRunError, train
 
@@ -89,8 +90,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
                 continue
             outcomes = helpers.finish_group(
                 helpers.start_group(
-                    count,
-                    [sys.executable, "-W", "error", __file__, str(folder), layout],
+                    [[sys.executable, "-W", "error", __file__, str(folder), layout]]
+                    * count,
                     devices=devices,
                     **helpers.QUICK_COMPILATION,
                 )
@@ -237,26 +238,98 @@ def assert_ends_like(workdir: pathlib.Path, undisturbed: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
 def test_sigterm_to_any_process_stops_all_at_the_same_step(
-    tmp_path, cache, undisturbed, victim
+    tmp_path, cache, undisturbed
 ):
-    group = helpers.start_command_group(2, *arguments_of(tmp_path), **cache)
-    wait_until(group, tmp_path, 20)
-    group[victim].send_signal(signal.SIGTERM)
-    outcomes = helpers.finish_group(group)
-    assert [code for code, *_ in outcomes] == [75, 75], outcomes
-    step = newest(tmp_path)
-    assert (
-        f"Stopped at step {step} of {NUM_STEPS}; the state is saved."
-        in (outcomes[0][2])
+    """Soon, and again after a resumption: then there are more steps than calls."""
+    for victim in (1, 0, 1):
+        began = newest(tmp_path)
+        group = helpers.start_command_group(2, *arguments_of(tmp_path), **cache)
+        wait_until(group, tmp_path, began + 15)
+        asked = newest(tmp_path)
+        group[victim].send_signal(signal.SIGTERM)
+        outcomes = helpers.finish_group(group)
+        assert [code for code, *_ in outcomes] == [75, 75], outcomes
+        step = newest(tmp_path)
+        assert (
+            f"Stopped at step {step} of {NUM_STEPS}; the state is saved."
+            in (outcomes[0][2])
+        )
+        assert step - asked < 25  # the signal and the checkpoint take time, too
+    outcomes = helpers.finish_group(
+        helpers.start_command_group(2, *arguments_of(tmp_path), **cache)
     )
-    if victim == 0:
+    assert [code for code, *_ in outcomes] == [0, 0], outcomes
+    assert_ends_like(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_whose_workdir_was_taken_over_ends_and_leaves_the_files_alone(
+    tmp_path, cache
+):
+    lease = {"SAMROBUST_CLAIM_LEASE": "1"}
+    group = helpers.start_command_group(2, *arguments_of(tmp_path), **cache, **lease)
+    wait_until(group, tmp_path, 10)
+    for process in group:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(2)
+    steps = helpers.checkpoint_steps(tmp_path)
+    with claim(tmp_path):
+        for process in group:
+            process.send_signal(signal.SIGCONT)
+        outcomes = helpers.finish_group(group)
+        assert [code for code, *_ in outcomes] == [2, 2], outcomes
+        assert "took over" in outcomes[0][2]
+        assert helpers.checkpoint_steps(tmp_path) == steps
+    assert not (tmp_path / "failure.json").exists()
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_all_at_once(tmp_path, cache):
+    patient = {"SAMROBUST_HEARTBEAT_SECONDS": "100"}
+    group = helpers.start_command_group(2, *arguments_of(tmp_path), **cache, **patient)
+    wait_until(group, tmp_path, 10)
+    began = time.monotonic()
+    for process in group:
+        process.send_signal(
+            signal.SIGSTOP
+        )  # so that both signals come before an answer
+    for _ in range(2):
+        group[0].send_signal(signal.SIGINT)
+        group[0].send_signal(signal.SIGCONT)
+        time.sleep(0.3)
+    group[1].send_signal(signal.SIGCONT)
+    outcomes = helpers.finish_group(group)
+    assert time.monotonic() - began < 30
+    assert [code for code, *_ in outcomes] == [130, 130], outcomes
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_evaluated_and_left_in_order(cache, undisturbed):
+    """Again and again: how processes part is a matter of timing."""
+    command = ("evaluate", f"--workdir={undisturbed}")
+    for arguments in (command, arguments_of(undisturbed), arguments_of(undisturbed)):
         outcomes = helpers.finish_group(
-            helpers.start_command_group(2, *arguments_of(tmp_path), **cache)
+            helpers.start_command_group(2, *arguments, **cache)
         )
         assert [code for code, *_ in outcomes] == [0, 0], outcomes
-        assert_ends_like(tmp_path, undisturbed)
+        assert [errors for *_, errors in outcomes] == ["", ""]
+    (line,) = helpers.read_lines(undisturbed / "evaluations.jsonl")
+    result = json.loads((undisturbed / "result.json").read_text())
+    assert line["accuracy"] == result["accuracy"]
+
+
+@pytest.mark.slow
+def test_processes_that_were_started_differently_are_refused(tmp_path, cache):
+    commands = [
+        arguments_of(tmp_path, {"training.momentum": momentum})
+        for momentum in (0.9, 0.5)
+    ]
+    group = helpers.start_different_commands(commands, **cache)
+    outcomes = helpers.finish_group(group)
+    assert [code for code, *_ in outcomes] == [2, 2], outcomes
+    assert "the same config and the same data in all processes" in outcomes[1][2]
+    assert "momentum" in outcomes[1][2]
 
 
 @pytest.mark.slow
@@ -300,13 +373,16 @@ def test_processes_killed_at_random_end_bit_identical(tmp_path, cache, undisturb
     while newest(tmp_path) < NUM_STEPS:
         group = helpers.start_command_group(2, *arguments_of(tmp_path), **cache)
         step = newest(tmp_path) + chance.randint(1, 40)
+        kind = None
         with contextlib.suppress(AssertionError):  # it ended before
             wait_until(group, tmp_path, min(step, NUM_STEPS))
             time.sleep(chance.uniform(0, 0.1))
             kind = chance.choice([signal.SIGTERM, signal.SIGKILL])
             group[chance.randrange(2)].send_signal(kind)
             kinds.append(kind)
-        helpers.finish_group(group)
+        outcomes = helpers.finish_group(group)
+        if kind != signal.SIGKILL and newest(tmp_path) < NUM_STEPS:
+            assert [code for code, *_ in outcomes] == [75, 75], outcomes
     assert len(set(kinds)) == 2
     outcomes = helpers.finish_group(
         helpers.start_command_group(2, *arguments_of(tmp_path), **cache)

@@ -1,10 +1,14 @@
 """In which environments a process is one of several, and which one."""
 
+import signal
+import socket
+
 import helpers
 import jax
 import pytest
 
-from samrobust.parallel.start import DistributedError, Settings, find_settings
+from samrobust.parallel.environment import Settings, find_settings, starts_first
+from samrobust.parallel.start import DistributedError
 from samrobust.parallel.start import initialize as start
 
 EXPLICIT = {
@@ -109,18 +113,6 @@ def test_variables_that_contradict_each_other_are_refused(environ, message):
         start(environ)
 
 
-def test_a_meeting_that_fails_says_where_and_what_to_check(monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out.\nAnd much more.")
-
-    monkeypatch.setattr(jax.distributed, "initialize", fail)
-    monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    with pytest.raises(
-        DistributedError, match=r"at node1:1234, got: DEADLINE.*blocks it\.$"
-    ):
-        start(EXPLICIT)
-
-
 def test_no_second_meeting(monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     start({**EXPLICIT, "JAX_PROCESS_ID": "not read"})
@@ -137,3 +129,36 @@ def test_a_process_that_waits_in_vain_says_for_whom_and_what_to_check():
     assert code != 0
     assert "Still waiting for the other processes at 127.0.0.1:" in errors
     assert "Check that all of them were started" in errors
+
+
+def test_a_signal_ends_a_process_that_waits():
+    group = helpers.start_command_group(
+        2,
+        *("train", "--config=configs/digits.py:st", "--workdir=/nowhere"),
+        SAMROBUST_MEETING_SECONDS="20",
+    )
+    group[0].kill()
+    lonely = group[1]
+    assert lonely.stderr is not None
+    while "Still waiting" not in lonely.stderr.readline():
+        assert lonely.poll() is None
+    lonely.terminate()
+    assert lonely.wait(timeout=5) == -signal.SIGTERM
+    for process in group:
+        process.communicate()
+
+
+def test_a_port_that_is_taken_is_named_before_jax_ends_without_a_word():
+    with socket.create_server(("", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        environ = {**EXPLICIT, "JAX_COORDINATOR_ADDRESS": address}
+        message = rf"at {address}, got: .*in use.*port is free"
+        with pytest.raises(DistributedError, match=message):
+            start({**environ, "JAX_PROCESS_ID": "0"})
+
+
+def test_what_one_process_does_alone_is_done_by_process_0():
+    assert starts_first({})
+    assert starts_first({**EXPLICIT, "JAX_PROCESS_ID": "0"})
+    assert not starts_first(EXPLICIT)
+    assert not starts_first(SLURM)

@@ -275,7 +275,9 @@ def test_a_stop_is_no_failure_and_leaves_the_record_of_one(tmp_path):
     for error in (InterruptedRunError, KeyboardInterrupt):
         with (
             pytest.raises(error),
-            recording_failure(tmp_path, apart_from=(InterruptedRunError,)),
+            recording_failure(
+                tmp_path, is_failure=lambda e: not isinstance(e, InterruptedRunError)
+            ),
         ):
             raise error
     assert before is not None

@@ -8,9 +8,17 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from samrobust.checks import check
-from samrobust.claims.holder import LEASE, generations, latest, myself, read_holder
+from samrobust.claims.holder import (
+    LEASE,
+    Holder,
+    generations,
+    latest,
+    myself,
+    read_holder,
+)
 from samrobust.files import WorkdirError, temporary_beside
 
 __all__ = ["Claim", "ClaimedError", "await_verdict", "claim"]
@@ -43,14 +51,10 @@ class Claim:
           ClaimedError: if so, before anything is written; this process stood still
             for longer than its lease.
         """
-        if self.is_lost():
-            raise ClaimedError(self._loss())
-
-    def is_lost(self) -> bool:
-        """Whether another process took over. Cheap."""
         if time.monotonic() - self._refreshed > self._lease / 2:
             self._refresh()  # we may be awake before the thread is
-        return self._lost.is_set()
+        if self._lost.is_set():
+            raise ClaimedError(self._loss())
 
     def guard(self, should_stop: Callable[[], bool]) -> Callable[[], bool]:
         """The same question, that raises `ClaimedError` once the claim is lost."""
@@ -131,11 +135,21 @@ def claim(workdir: pathlib.Path) -> Iterator[Claim]:
         held.release()
 
 
+class Pending(NamedTuple):
+    """What is waited for, and seconds until the next look."""
+
+    reason: str
+    pause: float
+
+
 def await_verdict(
     workdir: pathlib.Path,
     *,
     should_stop: Callable[[], bool],
     on_wait: Callable[[str], None],
+    agree: Callable[[Callable[[], Pending | None]], Pending | None] = lambda look: (
+        look()
+    ),
 ) -> None:
     """Waits until it is sure whether a holder on another machine is alive.
 
@@ -147,22 +161,41 @@ def await_verdict(
       workdir: may not exist.
       should_stop: asked about once a second; ends the waiting.
       on_wait: is told once what is waited for.
+      agree: calls a look for several processes that wait together; of them, one looks.
     """
-    first = read_holder(workdir)
-    if first is None or first.is_here:
-        return
-    with contextlib.suppress(OSError), _contender(workdir, "") as contender:
-        if first.is_over(_touch(contender)):
+    suspense, told = _Suspense(workdir), False
+    while (pending := agree(suspense.look)) is not None:
+        if not told:
+            on_wait(pending.reason)
+            told = True
+        if should_stop():
             return
-        on_wait(
-            f"{workdir} was claimed by another process ({first}). Waiting up to "
-            f"{first.lease:g} s for a sign of life."
+        time.sleep(pending.pause)
+
+
+class _Suspense:
+    """Looks at a holder again and again, until it is sure whether it is alive."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._workdir = workdir
+        self._first: Holder | None = None
+
+    def look(self) -> Pending | None:
+        holder = read_holder(self._workdir)
+        self._first = self._first or holder
+        if holder is None or holder.is_here or holder != self._first:
+            return None
+        try:
+            with _contender(self._workdir, "") as contender:
+                if holder.is_over(_touch(contender)):
+                    return None
+        except OSError:  # read-only: the claim will say so
+            return None
+        return Pending(
+            f"{self._workdir} was claimed by another process ({holder}). Waiting up to "
+            f"{holder.lease:g} s for a sign of life.",
+            min(1.0, holder.lease / _REFRESHES),
         )
-        pause = min(1.0, first.lease / _REFRESHES)
-        while read_holder(workdir) == first and not should_stop():
-            if first.is_over(_touch(contender)):
-                return
-            time.sleep(pause)
 
 
 def _acquire(workdir: pathlib.Path) -> tuple[int, str]:

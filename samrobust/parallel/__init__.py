@@ -4,15 +4,12 @@ from samrobust.parallel.agreement import (
     AgreedStop,
     broadcast,
     from_primary,
-    is_joined,
-    is_primary,
     is_shared,
     join,
-    leave,
-    lost_a_peer,
-    part,
-    request_stop,
+    met_by_all,
 )
+from samrobust.parallel.ending import leave, lost_a_peer, part
+from samrobust.parallel.environment import starts_first
 from samrobust.parallel.groups import map_groups
 from samrobust.parallel.mesh import (
     data_mesh,
@@ -22,6 +19,7 @@ from samrobust.parallel.mesh import (
     sharded,
 )
 from samrobust.parallel.start import DistributedError, initialize
+from samrobust.parallel.store import is_joined, is_primary
 
 __all__ = [
     "AgreedStop",
@@ -37,10 +35,11 @@ __all__ = [
     "leave",
     "lost_a_peer",
     "map_groups",
+    "met_by_all",
     "part",
     "replicate",
     "replicated",
-    "request_stop",
     "shard_batch",
     "sharded",
+    "starts_first",
 ]

@@ -228,7 +228,7 @@ metadata={'epoch': 2})
             # Made by the first save, for it removes the temporary directories of
             # killed writers: a reader must not do this to a run in progress.
             os.makedirs(self._directory, exist_ok=True)
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
                     create=False,
@@ -268,6 +268,14 @@ metadata={'epoch': 2})
             except Exception:  # Orbax raises many kinds on damaged files
                 return False
         return True
+
+
+class _Manager(ocp.CheckpointManager):
+    """Leaves JAX's preemption service alone, whose count of calls is `AgreedStop`'s."""
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,8 +75,7 @@ class History(contextlib.AbstractContextManager):
     def append(self, line: dict[str, Any]) -> None:
         """Adds an epoch to the log."""
         self.lines.append(line)
-        if self._log is not None:
-            self._log.append(line)
+        from_primary(lambda: self._log and self._log.append(line))
 
     def save(self, carry: Carry, step: int, epoch_seconds: float) -> None:
         """Saves the state and waits until it is written, in all processes.
@@ -110,10 +109,15 @@ class History(contextlib.AbstractContextManager):
 
     def keep_best(self, carry: Carry, step: int, scores: dict[str, float]) -> None:
         """Saves the state apart if its score is the best so far."""
-        if self._best_score is None or scores["score"] > self._best_score:
-            self._best_score = scores["score"]
-            metadata = {"validation": scores}
-            from_primary(lambda: self._best.save(step, carry, metadata, wait=True))
+
+        def keep() -> float:
+            score = scores["score"]
+            if self._best_score is not None and score <= self._best_score:
+                return self._best_score
+            self._best.save(step, carry, {"validation": scores}, wait=True)
+            return score
+
+        self._best_score = from_primary(keep)
 
     def check_finite(self, totals: Totals) -> None:
         """Raises `TrainingDivergedError` if a step of this epoch was not finite."""
@@ -121,17 +125,17 @@ class History(contextlib.AbstractContextManager):
         if bad_step < 0:
             return
 
-        def last_good() -> int | None:
+        def refuse() -> None:
             self._checkpoints.wait()
-            return self._checkpoints.latest_step()
+            good = self._checkpoints.latest_step()
+            where = "none was saved before" if good is None else f"step {good}"
+            raise TrainingDivergedError(
+                "The loss, a gradient or the parameters are not finite at step "
+                f"{bad_step}. Last good checkpoint: {where} ({self._folder}). Lower "
+                "training.learning_rate or sam.rho and use a new --workdir."
+            )
 
-        good = from_primary(last_good)
-        where = "none was saved before" if good is None else f"step {good}"
-        raise TrainingDivergedError(
-            "The loss, a gradient or the parameters are not finite at step "
-            f"{bad_step}. Last good checkpoint: {where} ({self._folder}). Lower "
-            "training.learning_rate or sam.rho and use a new --workdir."
-        )
+        from_primary(refuse)
 
     def _begin_to_save(self, carry: Carry, step: int, epoch_seconds: float) -> None:
         """Saves in the background, unless this step is saved."""
