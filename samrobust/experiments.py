@@ -150,6 +150,7 @@ def run(
                 validate=_make_validate(config, dataset),
                 on_progress=on_progress,
                 should_stop=should_stop,
+                may_write=files.check_claim,
             )
             if config.evaluation.checkpoint == "last":
                 variables = outcome.state.variables

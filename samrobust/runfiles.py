@@ -36,6 +36,11 @@ class RunFiles(contextlib.ExitStack):
         self.enter_context(recording_failure(workdir, is_failure=self._is_failure))
         self._tracking = self.enter_context(track(config, workdir))
 
+    def check_claim(self) -> None:
+        """Raises `ClaimedError` if another process took over."""
+        if self._claim is not None:
+            self._claim.check()
+
     def guard(self, should_stop: Callable[[], bool]) -> Callable[[], bool]:
         """`should_stop`, that raises `ClaimedError` once another process took over."""
         return should_stop if self._claim is None else self._claim.guard(should_stop)
@@ -48,8 +53,7 @@ class RunFiles(contextlib.ExitStack):
 
     def finish(self, result: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
         """Writes and tracks the result, and returns it."""
-        if self._claim is not None:
-            self._claim.check()
+        self.check_claim()
         write_json(workdir / "result.json", result)
         if self._tracking is not None:
             self._tracking.finish(result["accuracy"])

@@ -287,7 +287,8 @@ def start_command_group(
     count: int, *arguments: str, **environment: str
 ) -> list[subprocess.Popen[str]]:
     """Starts the `samrobust` command as several processes of one run."""
-    return start_different_commands([list(arguments)] * count, **environment)
+    commands = [list(arguments)] * count
+    return start_different_commands(commands, devices=1, **environment)
 
 
 def finish_group(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:

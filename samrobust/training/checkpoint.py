@@ -85,7 +85,7 @@ metadata={'epoch': 2})
     def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2):
         check(keep >= 1, "1 <= keep", "Keep at least one checkpoint.", keep=keep)
         self._directory = os.path.abspath(directory)
-        self._keep = keep
+        self._policy = _KeepNewest(keep)
         self._manager: ocp.CheckpointManager | None = None
         self._last_step: int | None = None
 
@@ -134,7 +134,7 @@ metadata={'epoch': 2})
                 "is being saved; they are removed when it is committed.",
                 stacklevel=2,
             )
-        self._last_step = step
+        self._last_step, self._policy.later = step, frozenset(later)
         with self._reporting_errors():
             manager = self._open_manager()
             if step in manager.all_steps():
@@ -233,7 +233,7 @@ metadata={'epoch': 2})
                 options=ocp.CheckpointManagerOptions(
                     create=False,
                     multiprocessing_options=ALONE,
-                    preservation_policy=_KeepNewest(self._keep),
+                    preservation_policy=self._policy,
                     cleanup_tmp_directories=True,
                     lightweight_initialize=True,
                     async_options=ocp.AsyncOptions(
@@ -278,18 +278,27 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _KeepNewest:
-    """Keeps the step just saved and the `keep - 1` before it."""
+    """Keeps the step just saved and the `keep - 1` before it.
+
+    Attributes:
+      keep: how many.
+      later: steps to remove although they are later; any other is not ours, but that of
+        a process that took the run over while we wrote.
+    """
 
     keep: int
+    later: frozenset[int] = frozenset()
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any):
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
         saved = steps[-1]  # Orbax appends it to what it found on disk
         kept = sorted(step for step in steps if step <= saved)[-self.keep :]
-        return [step in kept for step in steps]
+        return [
+            step in kept or (step > saved and step not in self.later) for step in steps
+        ]
 
 
 def _summary(error: Exception) -> str:

@@ -7,6 +7,7 @@ business; what all must know, such as a failed write at the end, reaches all of 
 import contextlib
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,13 +33,17 @@ class History(contextlib.AbstractContextManager):
     Args:
       config: of the run.
       workdir: receives `metrics.jsonl` and `checkpoints/`.
+      may_write: called before each checkpoint, by process 0; raises if not.
 
     Attributes:
       earlier_seconds: of the current epoch, spent before this process.
       lines: of `metrics.jsonl`, an epoch each.
     """
 
-    def __init__(self, config: Config, workdir: pathlib.Path):
+    def __init__(
+        self, config: Config, workdir: pathlib.Path, may_write: Callable[[], None]
+    ):
+        self._may_write = may_write
         self._minutes = config.checkpoint.minutes
         self._workdir = workdir
         self._folder = checkpoint_folder(workdir, "last")
@@ -114,6 +119,7 @@ class History(contextlib.AbstractContextManager):
             score = scores["score"]
             if self._best_score is not None and score <= self._best_score:
                 return self._best_score
+            self._may_write()
             self._best.save(step, carry, {"validation": scores}, wait=True)
             return score
 
@@ -140,6 +146,8 @@ class History(contextlib.AbstractContextManager):
     def _begin_to_save(self, carry: Carry, step: int, epoch_seconds: float) -> None:
         """Saves in the background, unless this step is saved."""
         if step != self._saved_step:
+            self._checkpoints.wait()
+            self._may_write()
             metadata = {
                 "epoch_seconds": epoch_seconds,
                 "best_score": self._best_score,

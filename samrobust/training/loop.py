@@ -79,6 +79,7 @@ def train(
     validate: Validate | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
+    may_write: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Trains to the end, from the newest intact checkpoint where there is one.
 
@@ -92,6 +93,7 @@ def train(
       on_progress: called after each call of the device.
       should_stop: asked as often; if true, the state is saved and the run stops. Of
         several processes all must get the same answer, see `AgreedStop`.
+      may_write: called before each checkpoint, by process 0; raises if not.
 
     Raises:
       TrainingDivergedError: with the step and the last good checkpoint.
@@ -117,7 +119,7 @@ def train(
     )
     fresh = init(init_key)
     zeros = jax.tree.map(jnp.copy, fresh.totals)  # fresh itself is donated
-    with History(config, workdir) as history:
+    with History(config, workdir, may_write) as history:
         carry = history.restore(fresh, mesh)
         run = _Run(
             config, plan, runner, zeros, history, validate, on_progress, should_stop
