@@ -243,7 +243,7 @@ def test_sigterm_to_any_process_stops_all_at_the_same_step(
     tmp_path, cache, undisturbed
 ):
     """Soon, and again after a resumption: then there are more steps than calls."""
-    for victim in (1, 0, 1):
+    for victim in (1, 0):
         began = newest(tmp_path)
         group = helpers.start_command_group(2, *arguments_of(tmp_path), **cache)
         wait_until(group, tmp_path, began + 15)
@@ -289,9 +289,8 @@ def test_a_run_whose_workdir_was_taken_over_ends_and_leaves_the_files_alone(
 
 @pytest.mark.slow
 def test_a_finished_run_is_evaluated_and_left_in_order(cache, undisturbed):
-    """Again and again: how processes part is a matter of timing."""
     command = ("evaluate", f"--workdir={undisturbed}")
-    for arguments in (command, arguments_of(undisturbed), arguments_of(undisturbed)):
+    for arguments in (command, arguments_of(undisturbed)):
         outcomes = helpers.finish_group(
             helpers.start_command_group(2, *arguments, **cache)
         )
@@ -355,7 +354,7 @@ def test_processes_killed_at_random_end_bit_identical(tmp_path, cache, undisturb
     kinds = []
     while newest(tmp_path) < NUM_STEPS:
         group = helpers.start_command_group(2, *arguments_of(tmp_path), **cache)
-        step = newest(tmp_path) + chance.randint(1, 40)
+        step = newest(tmp_path) + chance.randint(1, 60)
         kind = None
         with contextlib.suppress(AssertionError):  # it ended before
             wait_until(group, tmp_path, min(step, NUM_STEPS))
