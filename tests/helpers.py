@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
 from samrobust import building, cli, configuration
 from samrobust.data import Dataset, Split
@@ -219,6 +220,28 @@ def read_checkpoint(
         return reader.restore(
             folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
         )
+
+
+def log_of(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, without timings."""
+    lines = read_lines(workdir / "metrics.jsonl")
+    return [without_timings(line) for line in lines]
+
+
+def assert_equal_runs(
+    workdir: pathlib.Path, expected: pathlib.Path, *, tolerance: float
+) -> None:
+    """The newest checkpoint and the log of four epochs agree with another run's."""
+    assert_close(
+        read_checkpoint(workdir),
+        read_checkpoint(expected),
+        atol=tolerance,
+        rtol=tolerance,
+    )
+    lines, expected_lines = log_of(workdir), log_of(expected)
+    assert len(lines) == len(expected_lines) == 4
+    for line, other in zip(lines, expected_lines, strict=True):
+        assert line == pytest.approx(other, abs=tolerance, rel=tolerance)
 
 
 def main(*arguments: str) -> int:

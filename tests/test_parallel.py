@@ -115,19 +115,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 
 def assert_equal_runs(workdir: pathlib.Path, expected: pathlib.Path) -> None:
-    helpers.assert_close(
-        helpers.read_checkpoint(workdir),
-        helpers.read_checkpoint(expected),
-        atol=TOLERANCE,
-        rtol=TOLERANCE,
-    )
-    lines, expected_lines = (
-        helpers.read_lines(path / "metrics.jsonl") for path in (workdir, expected)
-    )
-    assert len(lines) == len(expected_lines) == 4
-    for line, other in zip(lines, expected_lines, strict=True):
-        metrics, others = map(helpers.without_timings, (line, other))
-        assert metrics == pytest.approx(others, abs=TOLERANCE, rel=TOLERANCE)
+    helpers.assert_equal_runs(workdir, expected, tolerance=TOLERANCE)
 
 
 @pytest.mark.slow

@@ -104,24 +104,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def log_of(workdir: pathlib.Path) -> list[dict]:
-    return [
-        helpers.without_timings(line)
-        for line in helpers.read_lines(workdir / "metrics.jsonl")
-    ]
-
-
 def assert_equal_runs(workdir: pathlib.Path, expected: pathlib.Path) -> None:
-    helpers.assert_close(
-        helpers.read_checkpoint(workdir),
-        helpers.read_checkpoint(expected),
-        atol=TOLERANCE,
-        rtol=TOLERANCE,
-    )
-    lines, expected_lines = log_of(workdir), log_of(expected)
-    assert len(lines) == len(expected_lines) == 4
-    for line, other in zip(lines, expected_lines, strict=True):
-        assert line == pytest.approx(other, abs=TOLERANCE, rel=TOLERANCE)
+    helpers.assert_equal_runs(workdir, expected, tolerance=TOLERANCE)
 
 
 def result_of(folder: pathlib.Path, layout: str, row: str) -> dict:
@@ -146,7 +130,7 @@ def test_two_processes_end_bit_identical_to_two_devices_of_one(folder, row, whic
     )
     assert len(one) > 20
     helpers.assert_same_bits(two, one)
-    assert log_of(folder / "2x1" / row) == log_of(folder / "1x2" / row)
+    assert helpers.log_of(folder / "2x1" / row) == helpers.log_of(folder / "1x2" / row)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -231,7 +215,7 @@ def assert_ends_like(workdir: pathlib.Path, undisturbed: pathlib.Path) -> None:
     helpers.assert_same_bits(
         helpers.read_checkpoint(workdir), helpers.read_checkpoint(undisturbed)
     )
-    assert log_of(workdir) == log_of(undisturbed)
+    assert helpers.log_of(workdir) == helpers.log_of(undisturbed)
     one, other = (
         json.loads((path / "result.json").read_text())["accuracy"]
         for path in (workdir, undisturbed)
