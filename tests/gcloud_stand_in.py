@@ -12,6 +12,7 @@ keeps all of that:
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -20,6 +21,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 
 __all__ = ["main", "preempt", "stop_processes"]
 
@@ -65,19 +68,36 @@ def main(arguments: list[str], folder: pathlib.Path) -> int:
 
 
 def preempt(folder: pathlib.Path) -> None:
-    """Takes the VM away with all that is on it."""
-    (folder / "state").write_text("PREEMPTED")
-    stop_processes(folder)
-    shutil.rmtree(folder / "vm")
+    """Takes the VM away with all that is on it, before anybody is told."""
+    with _locked(folder):
+        (folder / "state").write_text("PREEMPTED")
+        stop_processes(folder)
+        shutil.rmtree(folder / "vm")
 
 
 def stop_processes(folder: pathlib.Path) -> None:
-    """Kills what runs on the VM."""
+    """Kills what runs on the VM, and waits until it is gone."""
+    while running := list(_processes(folder)):
+        for number in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _processes(folder: pathlib.Path) -> Iterator[int]:
     mark = f"SAMROBUST_VM={folder}".encode()
     for process in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
+            # A zombie's is empty.
             if mark in (process / "environ").read_bytes().split(b"\0"):
-                os.kill(int(process.name), signal.SIGKILL)
+                yield int(process.name)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _create(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
@@ -96,19 +116,21 @@ def _create(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> in
 
 def _describe(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
     del words, flags
-    if not (folder / "state").exists():
-        return _fail("NOT_FOUND")
-    print((folder / "state").read_text())
+    with _locked(folder):
+        if not (folder / "state").exists():
+            return _fail("NOT_FOUND")
+        print((folder / "state").read_text())
     return 0
 
 
 def _delete(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
     del words, flags
-    if not (folder / "state").exists():
-        return _fail("NOT_FOUND")
-    stop_processes(folder)
-    shutil.rmtree(folder / "vm", ignore_errors=True)
-    (folder / "state").unlink()
+    with _locked(folder):
+        if not (folder / "state").exists():
+            return _fail("NOT_FOUND")
+        stop_processes(folder)
+        shutil.rmtree(folder / "vm", ignore_errors=True)  # a preempted one has none
+        (folder / "state").unlink()
     return 0
 
 
@@ -174,7 +196,9 @@ def _rsync(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int
     for name in sorted(names):
         copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, copy)
+        on_its_way = folder / f"copy-{os.getpid()}"
+        shutil.copyfile(source / name, on_its_way)
+        on_its_way.replace(copy)  # an object is there whole or not at all
     if "--delete-unmatched-destination-objects" in flags:
         for path in list(target.rglob("*")):
             if path.is_file() and str(path.relative_to(target)) not in names:
