@@ -65,6 +65,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_evaluate(commands)
     _add_bench(commands)
+    _add_theory(commands)
     return parser
 
 
@@ -253,8 +254,39 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     )
 
 
+def _add_theory(commands: argparse._SubParsersAction) -> None:
+    theory = commands.add_parser(
+        "theory",
+        allow_abbrev=False,
+        help="the paper's Section 4, checked: formulas, exact minima, training",
+        description="Holds Theorems 4.1 to 4.5 against the exact minimum of the loss "
+        "over a grid of worlds, trains the first of them, and prints what holds where.",
+        epilog="docs/theory.md tells the story.",
+    )
+    add = theory.add_argument
+    values = "X,..."
+    add("--p", type=_floats, metavar=values, help="accuracy of x_1; 0.7,0.95")
+    add("--eta", type=_floats, metavar=values, help="of other features; 0.1,0.03,0.5")
+    add("--d", type=_numbers, metavar="N,...", help="how many; 10,1,100,1000")
+    add(
+        "--epsilon",
+        type=_floats,
+        metavar=values,
+        help="radii of AT; default: 0.1, 0.3, 0.6 and 0.9 of each eta",
+    )
+    add("--rho", type=_floats, metavar=values, help="radii of SAM; 0.1,0.3,1,3")
+    add("--seeds", type=int, metavar="N", help="trained runs; 5; 0 trains nothing")
+    add("--samples", type=int, metavar="N", help="of each of these; 500000")
+    add("--batch-size", type=int, metavar="N", help="1000")
+    add("--workdir", default="runs/theory", metavar="DIR", help="%(default)s")
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(filter(None, text.split(",")))
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(float(word) for word in _words(text))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from samrobust.runtime import (
     keep_freed_memory,
 )
 from samrobust.table import table_command
+from samrobust.theory.command import theory_command
 from samrobust.tracking import check_installed
 from samrobust.training import InterruptedRunError, TrainingDivergedError
 from samrobust.training.checkpoint import CheckpointError
@@ -56,6 +57,7 @@ def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         "train": _train,
         "evaluate": _evaluate,
         "bench": bench_command,
+        "theory": theory_command,
     }
     stop = StopRequest()
     with stop.listening():

@@ -20,7 +20,7 @@ LAYERS = [
     {"building", "workdir", "survey", "tracking"},
     {"training", "evaluation", "runfiles"},
     {"experiments", "reporting"},
-    {"bench", "sweep", "status"},
+    {"bench", "sweep", "status", "theory"},
     {"table"},
     {"commands"},
     {"cli"},

@@ -1,0 +1,74 @@
+"""`samrobust theory`: computes, trains, shows and writes."""
+
+import argparse
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from samrobust.checks import check
+from samrobust.reporting.progress import ProgressDisplay
+from samrobust.theory.experiment import Effort, experiment, plan_experiment
+from samrobust.theory.figures import draw_all
+from samrobust.theory.grid import Grid, study
+from samrobust.theory.report import Report, to_json, to_markdown, to_rich
+from samrobust.theory.verdicts import judge
+from samrobust.training import InterruptedRunError
+from samrobust.workdir import write_json, write_text
+
+__all__ = ["theory_command"]
+
+_PARTS = 4  # of a study; each takes about as long as a training
+
+
+def theory_command(
+    arguments: argparse.Namespace,
+    overrides: Sequence[str],
+    should_stop: Callable[[], bool],
+) -> int:
+    """Checks Section 4 as a command line says; returns the exit code.
+
+    Raises:
+      ValueError: for parameters outside the theorems' assumptions.
+      InterruptedRunError: when it was stopped; then nothing is written.
+    """
+    check(not overrides, "no --config flags for theory", config=overrides)
+    grid = _make(Grid, arguments, "p", "eta", "d", "epsilon", "rho")
+    effort = _make(Effort, arguments, "seeds", "samples", "batch_size")
+    console, folder = Console(), pathlib.Path(arguments.workdir)
+    started = time.monotonic()
+    display = ProgressDisplay(console, _PARTS + plan_experiment(grid, effort))
+    done = 0
+
+    def show(text: str) -> None:
+        nonlocal done
+        if should_stop():
+            message = "Stopped. It takes about a minute: start it again."
+            raise InterruptedRunError(message)
+        display.show(text, float(done))
+        done += 1
+
+    with display.live():
+        points = study(grid, on_part=show)
+        estimates = list(experiment(grid, effort, on_start=show))
+    command = shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
+    seconds = time.monotonic() - started
+    report = Report(grid, effort, points, judge(points), estimates, seconds, command)
+    console.print(to_rich(report))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "theory.json", to_json(report))
+    write_text(folder / "theory.md", to_markdown(report))
+    pictures = draw_all(grid.world, points, estimates, effort.batch_size, folder)
+    names = ["theory.json", "theory.md", *(path.name for path in pictures)]
+    console.print(f"Written to {folder}: {', '.join(names)}", highlight=False)
+    return 0
+
+
+def _make(kind: Callable[..., Any], arguments: argparse.Namespace, *names: str) -> Any:
+    """An object from the flags that were given; its defaults for the others."""
+    given = {name: getattr(arguments, name) for name in names}
+    return kind(**{name: value for name, value in given.items() if value is not None})

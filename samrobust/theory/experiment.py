@@ -1,0 +1,165 @@
+"""The trained world beside its population optima: seeds, confidence bands, pairs."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from scipy.special import stdtrit
+
+from samrobust.checks import check
+from samrobust.theory import closed_forms as forms
+from samrobust.theory.grid import Grid
+from samrobust.theory.logistic import SamLogistic, logistic_weight
+from samrobust.theory.trained import Training, train
+
+__all__ = ["Effort", "Estimate", "experiment", "plan_experiment"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How much is trained.
+
+    Attributes:
+      seeds: independent runs of each method, >= 2; 0 trains nothing.
+      samples: fresh samples of a run, >= 10 batches.
+      batch_size: of SGD, >= 1.
+
+    Raises:
+      ValueError: if one is out of range.
+    """
+
+    seeds: int = 5
+    samples: int = 400_000
+    batch_size: int = 1_000
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        enough = self.seeds == 0 or self.seeds >= 2
+        fix = "One run has no confidence band."
+        check(enough, "seeds >= 2, or 0 for no training", fix, seeds=self.seeds)
+        check(self.batch_size >= 1, "batch_size >= 1", batch_size=self.batch_size)
+        check(
+            self.samples >= 10 * self.batch_size,
+            f"samples >= 10 batches of {self.batch_size}",
+            samples=self.samples,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A trained weight over seeds beside the minimum of the loss it was trained on.
+
+    Attributes:
+      method: `st`, `at`, `at all features`, `sam` (w_1 alone) or `sam all weights`.
+      radius: epsilon or rho.
+      quantity: `w` for w_1 relative to the others; `shift` for what SAM adds to it,
+        paired by seed with rho = 0 on the same samples.
+      mean, half_width: over the seeds, with the half-width of the 95 % band.
+      values: of each seed.
+      population: what it should be: the minimum of the logistic population loss; for
+        `sam` the point where the expected gradient of a SAM step on a batch is zero;
+        None for `sam all weights`, where we know of none.
+      zero_one: the minimum of the 0-1 loss, which Section 4 is about; infinite where
+        x_1 alone is best.
+    """
+
+    method: str
+    radius: float
+    quantity: str
+    mean: float
+    half_width: float
+    values: tuple[float, ...]
+    population: float | None
+    zero_one: float
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether the population value lies in the band widened to three deviations."""
+        if self.population is None:
+            return None
+        return bool(abs(self.mean - self.population) <= 1.5 * self.half_width)
+
+
+def plan_experiment(grid: Grid, effort: Effort) -> int:
+    """How many estimates `experiment` gives."""
+    if effort.seeds == 0:
+        return 0
+    return 1 + 2 * len(_trained_radii(grid)) + 2 * len(grid.rho)
+
+
+def experiment(
+    grid: Grid, effort: Effort, *, on_start: Callable[[str], None] = lambda _: None
+) -> Iterator[Estimate]:
+    """Trains the grid's first world by every method and radius, one after the other.
+
+    Args:
+      grid: its first world, its radii of SAM, and of the attack those up to 0.6 eta.
+      effort: how much.
+      on_start: called with a name before each training.
+    """
+    if effort.seeds == 0:
+        return
+    world = grid.world
+    num_steps = effort.samples // effort.batch_size
+
+    def run(method: str, *, epsilon: float = 0.0, rho: float = 0.0) -> np.ndarray:
+        radius = epsilon or rho
+        on_start(f"training {method}" + (f", radius {radius:g}" if radius else ""))
+        training = Training(method, num_steps, effort.batch_size)
+        return train(world, training, effort.seeds, epsilon=epsilon, rho=rho)
+
+    start = float(forms.standard_weight(world))
+    plain = run("st")
+    yield _estimate("st", 0.0, "w", plain, logistic_weight(world), start)
+    for epsilon in _trained_radii(grid):
+        for method in ("at", "at all features"):
+            moves = method == "at all features"
+            form = (
+                forms.adversarial_weight_all_features
+                if moves
+                else forms.adversarial_weight
+            )
+            population = logistic_weight(world, epsilon, moves_robust=moves)
+            values = run(method, epsilon=epsilon)
+            zero_one = float(form(world, epsilon))
+            yield _estimate(method, epsilon, "w", values, population, zero_one)
+    logistic, alone = SamLogistic(world), run("sam")
+    for rho in grid.rho:
+        population = logistic.stationary(rho, effort.batch_size) - start
+        shift = float(forms.sam_weight(world, rho)) - start
+        values = run("sam", rho=rho) - alone
+        yield _estimate("sam", rho, "shift", values, population, shift)
+    for rho in grid.rho:
+        # Radii are relative to weights of 1; those of the logistic loss are 2 eta.
+        values = run("sam all weights", rho=2 * float(world.eta) * rho) - plain
+        coefficient = float(forms.all_weights_coefficient(world))
+        shift = coefficient * start * rho**2
+        yield _estimate("sam all weights", rho, "shift", values, None, shift)
+
+
+def _trained_radii(grid: Grid) -> list[float]:
+    """Those that leave a signal: near eta the weights grow without bound."""
+    eta = float(grid.world.eta)
+    return [float(e) for e in grid.attack_radii(eta) if e <= 0.6 * eta + 1e-12]
+
+
+def _estimate(
+    method: str,
+    radius: float,
+    quantity: str,
+    values: np.ndarray,
+    population: float | None,
+    zero_one: float,
+) -> Estimate:
+    count = len(values)
+    error = np.std(values, ddof=1) / np.sqrt(count)
+    return Estimate(
+        method,
+        radius,
+        quantity,
+        float(np.mean(values)),
+        float(stdtrit(count - 1, 0.975) * error),
+        tuple(map(float, values)),
+        population,
+        zero_one,
+    )

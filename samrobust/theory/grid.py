@@ -1,0 +1,213 @@
+"""Every closed form beside its numerical truth, over a grid of worlds and radii."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from samrobust.checks import check
+from samrobust.theory import closed_forms as forms
+from samrobust.theory.logistic import logistic_weight
+from samrobust.theory.population import (
+    Optimum,
+    adversarial,
+    minimise,
+    natural,
+    sam_all_weights,
+    sam_robust_weight,
+)
+from samrobust.theory.world import World, check_attack_radius, check_sam_radius
+
+__all__ = ["Grid", "Points", "Study", "study"]
+
+_SMALL = 0.03  # relative to the perturbation that changes margins by one deviation
+_FRACTIONS = (0.1, 0.3, 0.6, 0.9)  # of eta, where no epsilon is given
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The worlds and radii to look at: all combinations.
+
+    Attributes:
+      p, eta, d: of equation (7); the first of each make the world that is trained.
+      epsilon: radii of the attack; empty: 0.1, 0.3, 0.6 and 0.9 of each eta.
+      rho: radii of SAM.
+
+    Raises:
+      ValueError: for an empty axis; names the assumption that a value breaks.
+    """
+
+    p: tuple[float, ...] = (0.7, 0.95)
+    eta: tuple[float, ...] = (0.1, 0.03, 0.5)
+    d: tuple[int, ...] = (10, 1, 100, 1000)
+    epsilon: tuple[float, ...] = ()
+    rho: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+
+    def __post_init__(self) -> None:
+        """Checks the values before anything is computed."""
+        for name in ("p", "eta", "d", "rho"):
+            values = getattr(self, name)
+            check(len(values) > 0, f"at least one {name}", **{name: values})
+        World(np.array(self.p)[:, None], np.array(self.eta), np.array(self.d)[0])
+        World(self.p[0], self.eta[0], np.array(self.d))
+        for eta in self.eta:
+            check_attack_radius(self.attack_radii(eta), eta)
+        check_sam_radius(np.array(self.rho))
+
+    @property
+    def world(self) -> World:
+        """The world that is trained and drawn."""
+        return World(self.p[0], self.eta[0], self.d[0])
+
+    def attack_radii(self, eta: float) -> np.ndarray:
+        """The radii of the attack in worlds with this eta."""
+        return np.array(self.epsilon or [part * eta for part in _FRACTIONS])
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """Arrays [N] of one sort of point: p, eta, d, a radius, and what was computed.
+
+    Attributes:
+      columns: the arrays, by name; `w` and `error` are the direct minimum.
+    """
+
+    columns: dict[str, np.ndarray]
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        """A column."""
+        try:
+            return self.columns[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __len__(self) -> int:
+        return len(self.columns["p"])
+
+    @property
+    def world(self) -> World:
+        """The worlds of all points."""
+        return World(self.p, self.eta, self.d)
+
+    def where(self, mask: np.ndarray) -> "Points":
+        """Those of a mask [N]."""
+        return Points({name: column[mask] for name, column in self.columns.items()})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A dictionary for each point; what is not finite is None."""
+        names, columns = list(self.columns), list(self.columns.values())
+        return [
+            {
+                name: float(value) if np.isfinite(value) else None
+                for name, value in zip(names, values, strict=True)
+            }
+            for values in zip(*columns, strict=True)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The points of each part of the theory.
+
+    Attributes:
+      standard: worlds alone.
+      attack: worlds x epsilon, x_1 left alone; `logistic`: that loss's minimum.
+      attack_all: worlds x epsilon, all features perturbed; `logistic` likewise.
+      sam: worlds x rho, w_1 perturbed.
+      sam_all: worlds, all weights perturbed, at a rho that is small for each of them.
+    """
+
+    standard: Points
+    attack: Points
+    attack_all: Points
+    sam: Points
+    sam_all: Points
+
+
+def study(grid: Grid, *, on_part: Callable[[str], None] = lambda _: None) -> Study:
+    """Minimises every loss at every point, and evaluates every formula there.
+
+    Args:
+      grid: what to look at.
+      on_part: called with the name of each part before it is computed.
+    """
+    on_part("standard training")
+    worlds = _points(grid, lambda _: [np.nan])
+    standard = _with(worlds, minimise(natural(worlds.world), worlds.world))
+    on_part("adversarial training")
+    attacks = _points(grid, grid.attack_radii)
+    fixed, moved = (_attack(attacks, moves_robust=moves) for moves in (False, True))
+    on_part("SAM on the robust weight")
+    radii = _points(grid, lambda _: grid.rho)
+    sam = _sam(radii)
+    on_part("SAM on all weights")
+    return Study(standard, fixed, moved, sam, _sam_all(worlds))
+
+
+def _points(grid: Grid, radii: Callable[[float], Any]) -> Points:
+    rows = [
+        (p, eta, d, radius)
+        for p in grid.p
+        for eta in grid.eta
+        for d in grid.d
+        for radius in radii(eta)
+    ]
+    columns = np.array(rows, float).T
+    return Points(dict(zip(("p", "eta", "d", "radius"), columns, strict=True)))
+
+
+def _with(points: Points, optimum: Optimum, **columns: np.ndarray) -> Points:
+    start = forms.standard_weight(points.world)
+    found = {"w": optimum.w, "error": optimum.error}
+    return Points({**points.columns, "standard": start, **found, **columns})
+
+
+def _attack(points: Points, *, moves_robust: bool) -> Points:
+    world, epsilon = points.world, points.radius
+    objective = adversarial(world, epsilon, moves_robust=moves_robust)
+    rows = zip(*points.columns.values(), strict=True)
+    logistic = [
+        logistic_weight(World(p, eta, d), epsilon, moves_robust=moves_robust)
+        for p, eta, d, epsilon in rows
+    ]
+    return _with(
+        points,
+        minimise(objective, world),
+        printed=forms.adversarial_weight(world, epsilon),
+        formula=forms.adversarial_weight_all_features(world, epsilon)
+        if moves_robust
+        else forms.adversarial_weight(world, epsilon),
+        logistic=np.array(logistic),
+    )
+
+
+def _sam(points: Points) -> Points:
+    world, rho = points.world, points.radius
+    optimum = minimise(sam_robust_weight(world, rho), world, has_kink=True)
+    formula = forms.sam_weight(world, rho)
+    lower, upper = forms.sam_weight_bounds(world, rho, formula)
+    return _with(
+        points,
+        optimum,
+        formula=formula,
+        lower=lower,
+        upper=upper,
+        printed=forms.sam_weight_printed(world, rho),
+        corrected=forms.sam_weight_corrected(world, rho),
+        attack_radius=forms.equal_attack_radius(world, optimum.w),
+        attack_radius_printed=forms.equal_attack_radius_printed(world, rho),
+        attack_radius_corrected=forms.equal_attack_radius_corrected(world, rho),
+    )
+
+
+def _sam_all(worlds: Points) -> Points:
+    world = worlds.world
+    root, start = np.sqrt(world.d), forms.standard_weight(world)
+    rho = _SMALL / (root * world.eta + (1 + start) / root)
+    points = Points({**worlds.columns, "radius": rho})
+    objective = sam_all_weights(world, rho)
+    optimum = minimise(
+        objective, world, has_kink=True, num_scanned=40, num_bisections=40
+    )
+    return _with(points, optimum, coefficient=forms.all_weights_coefficient(world))

@@ -1,0 +1,506 @@
+"""Section 4: the formulas against the exact losses, sampling, and training."""
+
+import dataclasses
+import json
+import pathlib
+
+import helpers
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from hypothesis import strategies
+from scipy import integrate, optimize, stats
+
+from samrobust.theory import (
+    Grid,
+    SamLogistic,
+    World,
+    accuracy,
+    adversarial,
+    adversarial_weight,
+    adversarial_weight_all_features,
+    all_weights_coefficient,
+    equal_attack_radius,
+    equal_attack_radius_corrected,
+    equal_attack_radius_printed,
+    judge,
+    logistic_weight,
+    minimise,
+    natural,
+    sam_all_weights,
+    sam_robust_weight,
+    sam_weight,
+    sam_weight_bounds,
+    sam_weight_corrected,
+    sam_weight_printed,
+    sample,
+    standard_weight,
+    study,
+)
+from samrobust.theory.experiment import Effort, experiment, plan_experiment
+from samrobust.theory.trained import Training, train
+
+WORLD = World(p=0.7, eta=0.1, d=10)
+GRID = Grid(p=(0.7, 0.95), eta=(0.1, 0.5), d=(10, 1, 100), rho=(0.1, 1.0))
+
+worlds = strategies.builds(
+    World,
+    p=strategies.floats(0.55, 0.95),
+    eta=strategies.floats(0.1, 1.0),
+    d=strategies.integers(1, 100),
+)
+quick = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    return {(v.statement, v.source): v for v in judge(study(GRID))}
+
+
+# The world.
+
+
+def test_the_sampler_draws_equation_7():
+    features, labels = sample(WORLD, 200_000, jax.random.key(1))
+    features, labels = np.asarray(features, float), np.asarray(labels)
+    assert features.dtype == float
+    assert features.shape == (200_000, 11)
+    assert set(labels) == {-1, 1}
+    assert abs(labels.mean()) < 0.01
+    assert set(features[:, 0]) == {-1.0, 1.0}
+    assert np.mean(features[:, 0] == labels) == pytest.approx(0.7, abs=0.005)
+    others = features[:, 1:] * labels[:, None]
+    np.testing.assert_allclose(others.mean(axis=0), 0.1, atol=0.01)
+    np.testing.assert_allclose(np.cov(others.T), np.eye(10), atol=0.015)
+    right = features[:, 0] == labels
+    gap = others[right].mean() - others[~right].mean()
+    assert abs(gap) < 0.005  # independent given the label
+    assert stats.kstest(others[:, 3] - 0.1, "norm").pvalue > 0.001
+
+
+def test_the_exact_losses_are_those_of_the_samples():
+    features, labels = (
+        np.asarray(part, float) for part in sample(WORLD, 400_000, jax.random.key(2))
+    )
+    for w in (0.0, 4.0, 30.0):
+        weights = np.array([w, *np.ones(10)])
+        margin = labels * (features @ weights)
+        for objective, loss in (
+            (natural(WORLD), 0.0),
+            (adversarial(WORLD, 0.05, moves_robust=False), 0.05 * 10),
+            (adversarial(WORLD, 0.05, moves_robust=True), 0.05 * (10 + w)),
+        ):
+            expected = float(accuracy(objective, w))
+            assert np.mean(margin > loss) == pytest.approx(expected, abs=0.004)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"p": (0.5,)}, "Expected 1/2 < p < 1, got p=0.5. Equation \\(7\\) assumes"),
+        ({"p": (0.7, 1.0)}, "got p=1.0"),
+        ({"p": (float("nan"),)}, "Expected 1/2 < p < 1, got p=nan"),
+        ({"eta": (0.0,)}, "Expected 0 < eta < inf, got eta=0.0"),
+        ({"d": (2.5,)}, "Expected an integer d >= 1, got d=2.5"),
+        ({"d": (0,)}, "Expected an integer d >= 1, got d=0"),
+        ({"epsilon": (0.1,)}, "Expected 0 < epsilon < eta, got epsilon=0.1, eta=0.1"),
+        ({"epsilon": (0.0,)}, "Expected 0 < epsilon < eta.*Theorem 4.2 assumes"),
+        ({"eta": (2.0,), "epsilon": (1.5,)}, "Expected epsilon < 1, got epsilon=1.5"),
+        ({"rho": (0.0,)}, "Expected 0 < rho < inf, got rho=0.0"),
+        ({"rho": ()}, "Expected at least one rho"),
+    ],
+)
+def test_what_the_theorems_exclude_is_refused_by_name(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Grid(**arguments)
+
+
+# Formulas against direct minima.
+
+
+@quick
+@hypothesis.given(worlds)
+def test_standard_training_ends_at_theorem_4_1(world):
+    optimum = minimise(natural(world), world)
+    assert abs(optimum.w - standard_weight(world)) <= 2 * optimum.error
+    assert optimum.error < 1e-8 * optimum.w
+
+
+@quick
+@hypothesis.given(worlds, strategies.floats(0.01, 0.95))
+def test_adversarial_training_ends_at_theorem_4_2_if_x1_is_left_alone(world, share):
+    epsilon = share * world.eta
+    optimum = minimise(adversarial(world, epsilon, moves_robust=False), world)
+    assert abs(optimum.w - adversarial_weight(world, epsilon)) <= 2 * optimum.error
+
+
+@quick
+@hypothesis.given(worlds, strategies.floats(0.01, 0.95))
+def test_our_root_is_the_minimum_if_all_features_are_attacked(world, share):
+    epsilon = share * world.eta
+    optimum = minimise(adversarial(world, epsilon, moves_robust=True), world)
+    hypothesis.assume(np.isfinite(optimum.error))
+    root = adversarial_weight_all_features(world, epsilon)
+    if np.isinf(optimum.w) or np.isinf(root):
+        assert root == optimum.w
+    else:
+        assert root == pytest.approx(float(optimum.w), rel=1e-9, abs=1e-9)
+
+
+def test_the_root_tends_to_the_printed_one_in_many_dimensions_under_weak_attacks():
+    for exponent in range(2, 6):
+        epsilon, world = 10.0**-exponent, World(0.7, 0.1, 10**exponent)
+        printed = adversarial_weight(world, epsilon)
+        root = adversarial_weight_all_features(world, epsilon)
+        assert root == pytest.approx(printed, rel=30 * epsilon)
+
+
+def test_a_robust_feature_that_the_attack_makes_misleading_gets_no_weight():
+    world = World(0.55, 0.9, 10)
+    assert adversarial_weight_all_features(world, 0.2) == 0
+    optimum = minimise(adversarial(world, 0.2, moves_robust=True), world)
+    assert abs(optimum.w) < 1e-9
+
+
+@quick
+@hypothesis.given(worlds, strategies.floats(0.05, 3.0))
+def test_sam_lies_within_its_bounds_and_at_its_fixed_point(world, rho):
+    start, w = standard_weight(world), sam_weight(world, rho)
+    lower, upper = sam_weight_bounds(world, rho, w)
+    shift = w - start
+    assert 0 < lower * (1 - 1e-6) <= shift <= upper * (1 + 1e-6) <= rho * (1 + 1e-5)
+    optimum = minimise(sam_robust_weight(world, rho), world, has_kink=True)
+    if optimum.error < 1e-3 * shift:
+        assert abs(optimum.w - w) <= 2 * optimum.error
+
+
+def test_the_fixed_point_solves_its_equation_as_quadrature_by_scipy_has_it():
+    for rho in (0.3, 2.0):
+        w = float(sam_weight(WORLD, rho))
+
+        def integral(m, rho=rho):
+            def integrand(t):
+                return np.cosh(m * t / 10) * np.exp(-(t**2) / 20)
+
+            return integrate.quad(integrand, 0, rho, epsabs=1e-14)[0]
+
+        right = float(standard_weight(WORLD))
+        right += np.log(integral(1 + w) / integral(1 - w)) / 0.2
+        assert w == pytest.approx(right, abs=1e-11)
+
+
+def test_at_the_minimum_of_sam_both_ends_of_the_ball_are_equally_bad():
+    for rho in (0.3, 2.0):
+        w = float(sam_weight(WORLD, rho))
+        ends = accuracy(natural(WORLD), w - rho), accuracy(natural(WORLD), w + rho)
+        assert ends[0] == pytest.approx(ends[1], abs=1e-12)
+
+
+def test_the_corrected_expansion_is_the_limit_and_the_printed_one_is_not():
+    grid = World(0.7, np.array([0.1, 0.5, 0.1]), np.array([1, 10, 100]))
+    start = standard_weight(grid)
+    off = []
+    for rho in (0.2, 0.1, 0.05):
+        shift = sam_weight(grid, rho) - start
+        off.append(np.abs((sam_weight_corrected(grid, rho) - start) / shift - 1))
+        printed = (sam_weight_printed(grid, rho) - start) / shift
+        assert np.all(printed > 1.9 * grid.d)
+    np.testing.assert_allclose(off[0] / off[1], 4, rtol=0.2)  # errors of order rho^2
+    np.testing.assert_allclose(off[1] / off[2], 4, rtol=0.2)
+    assert np.all(off[2] < 0.02)
+
+
+@quick
+@hypothesis.given(worlds, strategies.floats(0.01, 1.0))
+def test_the_printed_expansion_exceeds_what_is_proven_possible(world, rho):
+    hypothesis.assume(rho**2 < 3 * world.d - 1.5)
+    most = standard_weight(world) / (1 - rho**2 / (3 * world.d))
+    assert sam_weight(world, rho) <= most * (1 + 1e-9)
+    assert sam_weight_printed(world, rho) > most
+
+
+@quick
+@hypothesis.given(worlds, strategies.floats(0.05, 10.0))
+def test_sam_needs_a_larger_radius_than_adversarial_training(world, rho):
+    w = sam_weight(world, rho)
+    epsilon = equal_attack_radius(world, w)
+    assert adversarial_weight(world, epsilon) == pytest.approx(float(w), rel=1e-9)
+    assert epsilon < rho  # since eta <= sqrt(3 d) in these worlds
+    assert epsilon <= world.eta * rho**2 / (3 * world.d) * (1 + 1e-6)
+
+
+def test_theorem_4_5_follows_from_4_4_printed_and_corrected():
+    for rho in (0.01, 0.1):
+        for radius, weight in (
+            (equal_attack_radius_printed, sam_weight_printed),
+            (equal_attack_radius_corrected, sam_weight_corrected),
+        ):
+            epsilon = radius(WORLD, rho)
+            assert adversarial_weight(WORLD, epsilon) == pytest.approx(
+                float(weight(WORLD, rho)), rel=1e-12
+            )
+
+
+# All weights perturbed.
+
+
+def test_the_worst_perturbation_of_all_weights_is_found():
+    world, rho, w = World(0.7, 0.4, 3), 0.5, 1.2
+
+    def loss(delta):
+        first, others = w + delta[0], 1 + delta[1:]
+        scale = np.linalg.norm(others)
+        margins = [(0.4 * others.sum() + s * first) / scale for s in (1, -1)]
+        return 0.7 * stats.norm.sf(margins[0]) + 0.3 * stats.norm.sf(margins[1])
+
+    ball = optimize.NonlinearConstraint(np.linalg.norm, 0, rho)
+    found = max(
+        -optimize.minimize(
+            lambda delta: -loss(delta), start, method="SLSQP", constraints=ball
+        ).fun
+        for start in 0.3 * np.vstack([np.eye(4), -np.eye(4)])
+    )
+    value = sam_all_weights(world, rho)(np.array([w]))
+    assert np.exp(value.log_loss[0]) == pytest.approx(found, abs=1e-8)
+
+
+def test_the_slopes_are_the_derivatives_of_the_losses():
+    h = 1e-6
+    for objective in (
+        natural(WORLD),
+        adversarial(WORLD, 0.05, moves_robust=True),
+        sam_robust_weight(WORLD, 0.5),
+        sam_all_weights(WORLD, 0.5),
+    ):
+        for w in (1.0, 3.0, 6.0, 20.0):
+            value = objective(np.array([w - h, w, w + h]))
+            numeric = (value.log_loss[2] - value.log_loss[0]) / (2 * h)
+            assert value.slope[1] == pytest.approx(numeric, abs=1e-8)
+            assert abs(numeric) < 1e-8 or value.rising[1] == (numeric > 0)
+
+
+@pytest.mark.parametrize(
+    ("world", "coefficient"),
+    [
+        (World(0.7, 0.5, 1), -0.42736),
+        (World(0.7, 0.1, 100), -0.00606841),
+        (World(0.95, 0.1, 100), 0.000558101),
+    ],
+)
+def test_the_coefficient_of_sam_on_all_weights_changes_its_sign(world, coefficient):
+    assert all_weights_coefficient(world) == pytest.approx(coefficient, rel=1e-5)
+    start, errors = standard_weight(world), []
+    for rho in (0.1, 0.05):
+        optimum = minimise(
+            sam_all_weights(world, rho), world, has_kink=True, num_scanned=40
+        )
+        shift = (optimum.w - start) / (start * rho**2)
+        errors.append(abs(shift / coefficient - 1))
+    assert errors[1] < 0.01
+    assert errors[1] < 0.5 * errors[0]
+
+
+# The logistic loss.
+
+
+@pytest.mark.parametrize("world", [WORLD, World(0.95, 0.5, 100), World(0.6, 0.3, 1)])
+def test_logistic_regression_is_well_specified(world):
+    start = float(standard_weight(world))
+    assert logistic_weight(world) == pytest.approx(start, rel=1e-9)
+    epsilon = 0.4 * float(world.eta)
+    printed = float(adversarial_weight(world, epsilon))
+    assert logistic_weight(world, epsilon) == pytest.approx(printed, rel=1e-9)
+
+
+def test_sam_with_the_logistic_loss_starts_at_the_same_minimum():
+    logistic, start = SamLogistic(WORLD), float(standard_weight(WORLD))
+    assert logistic.minimax(1e-4) == pytest.approx(start, abs=1e-6)
+    for rho in (0.5, 2.0):
+        shift = logistic.minimax(rho) - start
+        assert 0 < shift < float(sam_weight(WORLD, rho)) - start
+        # The more exact a batch's gradient is, the more SAM swings around w* itself.
+        sizes = (100, 10_000, 1_000_000)
+        shifts = [logistic.stationary(rho, size) - start for size in sizes]
+        assert shifts == sorted(shifts, reverse=True)
+        assert shifts[-1] < 0.1 * shift
+
+
+def test_the_expected_gradient_of_a_sam_step_is_zero_where_we_say():
+    rho, size, rng = 2.0, 1000, np.random.default_rng(0)
+    w = SamLogistic(WORLD).stationary(rho, size)
+
+    def gradient(w, sign, others):
+        margin = 0.2 * (sign * w + others)
+        return np.mean(-0.2 * sign / (1 + np.exp(margin)), axis=-1)
+
+    values = []
+    for _ in range(40):
+        sign = np.where(rng.random((100, size)) < 0.7, 1.0, -1.0)
+        others = 1 + np.sqrt(10) * rng.standard_normal((100, size))
+        here = gradient(w, sign, others)
+        values.append(gradient(w + rho * np.sign(here)[:, None], sign, others))
+    error = np.std(values) / np.sqrt(np.size(values))
+    assert abs(np.mean(values)) < 4 * error
+
+
+# Training.
+
+
+@pytest.mark.parametrize(
+    ("method", "epsilon", "expected"),
+    [
+        ("st", 0.0, 4.2365),
+        ("at", 0.05, 8.4730),
+        ("at all features", 0.05, logistic_weight(WORLD, 0.05, moves_robust=True)),
+    ],
+)
+def test_training_ends_at_the_population_optimum(method, epsilon, expected):
+    values = train(WORLD, Training(method, 300, 1000), 4, epsilon=epsilon)
+    error = np.std(values, ddof=1) / 2
+    assert 0 < error < 0.03 * expected
+    assert abs(values.mean() - expected) < 5 * error
+
+
+def test_sam_of_radius_zero_is_standard_training_on_the_same_samples():
+    sam = train(WORLD, Training("sam all weights", 50, 100), 2, rho=0.0)
+    plain = train(WORLD, Training("st", 50, 100), 2)
+    np.testing.assert_allclose(sam, plain, rtol=1e-4)
+    perturbed = train(WORLD, Training("sam all weights", 50, 100), 2, rho=0.2)
+    assert np.all(np.abs(perturbed - plain) > 1e-4)
+
+
+@pytest.mark.slow
+def test_sam_trained_moves_as_its_steps_do_in_expectation():
+    small = World(0.7, 0.5, 1)  # where the shift is large beside the noise
+    rho, size = 2.0, 200
+    training = Training("sam", 1500, size)
+    runs = [train(small, training, 5, rho=radius) for radius in (rho, 0.0)]
+    shift = runs[0] - runs[1]
+    error = np.std(shift, ddof=1) / np.sqrt(5)
+    expected = SamLogistic(small).stationary(rho, size) - float(standard_weight(small))
+    assert expected > 5 * error
+    assert abs(shift.mean() - expected) < 5 * error + 0.1 * expected
+
+
+def test_an_experiment_gives_what_was_planned_and_bands_over_seeds(monkeypatch):
+    def made_up(world, training, num_seeds, *, epsilon=0.0, rho=0.0):
+        return np.random.default_rng(int(1e4 * (epsilon + rho))).random(num_seeds)
+
+    monkeypatch.setattr("samrobust.theory.experiment.train", made_up)
+    effort = Effort(seeds=3, samples=2000, batch_size=100)
+    grid = dataclasses.replace(GRID, epsilon=(0.03,), rho=(1.0,))
+    names = []
+    estimates = list(experiment(grid, effort, on_start=names.append))
+    assert len(estimates) == plan_experiment(grid, effort) == 5
+    assert len(names) == 6  # SAM on w_1 once more without a radius, to compare with
+    for estimate in estimates:
+        assert len(estimate.values) == 3
+        low, high = stats.t.interval(
+            0.95, 2, np.mean(estimate.values), stats.sem(estimate.values)
+        )
+        assert estimate.mean - estimate.half_width == pytest.approx(low)
+        assert estimate.mean + estimate.half_width == pytest.approx(high)
+    none = Effort(seeds=0)
+    assert list(experiment(grid, none)) == []
+    assert plan_experiment(grid, none) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": 1}, "Expected seeds >= 2, or 0 for no training, got seeds=1"),
+        ({"samples": 10}, "Expected samples >= 10 batches of 1000, got samples=10"),
+        ({"batch_size": 0}, "Expected batch_size >= 1, got batch_size=0"),
+    ],
+)
+def test_too_little_training_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Effort(**arguments)
+
+
+# Verdicts and the command.
+
+
+def test_the_verdicts_are_what_was_proven(verdicts):
+    outcome = {key: verdict.holds for key, verdict in verdicts.items()}
+    false = [statement for (statement, _), holds in outcome.items() if not holds]
+    assert false == [
+        "w_AT = ln(p/(1-p)) / (2 (eta-eps)), all features attacked, eq. (9)",
+        "w_SAM = w* + (2/3) w* rho^2 + ...",
+        "2 + 3/eps_SAM^2 = 2 eta/eps_AT at equal w_1",
+        "w_SAM > w* where all weights are perturbed",
+    ]
+    assert all(verdict.points > 0 for verdict in verdicts.values())
+
+
+def test_a_verdict_is_computed_and_not_written_down():
+    found = study(GRID)
+    sam = found.sam
+    wrong = {**sam.columns, "formula": sam.w * 1.01, "printed": sam.w, "w": sam.w}
+    changed = dataclasses.replace(
+        found,
+        sam=dataclasses.replace(sam, columns=wrong),
+        attack=dataclasses.replace(
+            found.attack,
+            columns={**found.attack.columns, "formula": 0.5 * found.attack.formula},
+        ),
+    )
+    outcome = {verdict.statement: verdict for verdict in judge(changed)}
+    assert not outcome["w_SAM: our fixed point"].holds
+    assert outcome["w_SAM = w* + (2/3) w* rho^2 + ..."].holds
+    attack = outcome["w_AT = ln(p/(1-p)) / (2 (eta-eps)), x_1 left alone"]
+    assert attack.verdict == "off by up to 50 %"
+
+
+def test_the_command_shows_and_writes_everything(tmp_path):
+    code, output, errors = helpers.run_command(
+        "theory",
+        "--p=0.7",
+        "--eta=0.1,0.5",
+        "--d=10,1",
+        "--rho=0.3,3",
+        "--epsilon=0.03",
+        "--seeds=2",
+        "--samples=2000",
+        "--batch-size=100",
+        f"--workdir={tmp_path}",
+    )
+    assert code == 0, errors
+    for words in ("holds", "a factor", "w* = ln(p/(1-p)) /", "at all features"):
+        assert words in output
+    content = json.loads((tmp_path / "theory.json").read_text())
+    assert content["grid"]["d"] == [10, 1]
+    assert len(content["trained"]) == 1 + 2 + 4
+    assert len(content["points"]["sam"]) == 2 * 2 * 2
+    assert content["provenance"]["command"].split()[1] == "theory"
+    text = (tmp_path / "theory.md").read_text()
+    assert len([line for line in text.splitlines() if line.startswith("| ")]) > 20
+    for name in ("robust_weight", "equal_weight", "all_weights", "trade_off"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--p=0.5"], "Expected 1/2 < p < 1, got p=0.5. Equation (7)"),
+        (["--epsilon=0.2"], "Expected 0 < epsilon < eta, got epsilon=0.2, eta=0.1."),
+        (["--config.training.epochs=2"], "no --config flags for theory"),
+        (["--seeds=1"], "Expected seeds >= 2"),
+        (["--d=ten"], "invalid"),
+    ],
+)
+def test_bad_flags_are_refused_before_any_work(tmp_path, flags, message):
+    code, _, errors = helpers.run_command(
+        "theory", *flags, f"--workdir={tmp_path / 'x'}"
+    )
+    assert code == 2
+    assert message in errors
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_page_shows_the_table_that_the_command_wrote():
+    page = (helpers.ROOT / "docs" / "theory.md").read_text()
+    table = pathlib.Path(helpers.ROOT / "results" / "theory" / "theory.md").read_text()
+    assert table.strip() in page
