@@ -384,7 +384,8 @@ def test_sam_trained_moves_as_its_steps_do_in_expectation():
 
 
 def test_an_experiment_gives_what_was_planned_and_bands_over_seeds(monkeypatch):
-    def made_up(world, training, num_seeds, *, epsilon=0.0, rho=0.0):
+    def made_up(*arguments, epsilon=0.0, rho=0.0):
+        num_seeds = arguments[-1]
         return np.random.default_rng(int(1e4 * (epsilon + rho))).random(num_seeds)
 
     monkeypatch.setattr("samrobust.theory.experiment.train", made_up)
