@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -315,7 +316,8 @@ def test_a_bench_that_is_stopped_ends_its_worker_at_once(tmp_path):
 def bench(tmp_path, *flags):
     command = [sys.executable, "-m", "samrobust.cli", "bench", f"--config={DIGITS}"]
     command += [f"--workdir={tmp_path}", *helpers.make_flags(), *flags]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **helpers.QUICK_COMPILATION}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def test_the_command_measures_writes_and_shows(tmp_path):

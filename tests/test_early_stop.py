@@ -16,6 +16,12 @@ BALLS: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly():
+    with helpers.quick_compilation():
+        yield
+
+
 def predict(model, variables, split):
     """The network's own labels, int32 [N]."""
     pixels = split.images.astype(np.float32) / np.float32(255)

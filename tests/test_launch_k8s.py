@@ -247,7 +247,6 @@ def test_the_workers_of_a_slice_find_each_other_as_jax_does_on_gke(monkeypatch):
         assert (gke.get_process_count(), gke.get_process_id()) == (4, index)
 
 
-@pytest.mark.xdist_group("launch")
 @pytest.mark.slow
 def test_the_pods_of_two_nodes_run_as_one(tmp_path):
     options = ("--accelerator=gpu", "--nodes=2")

@@ -249,7 +249,6 @@ def children_of(pid: int) -> list[int]:
     return [int(word) for word in text.split()]
 
 
-@pytest.mark.xdist_group("launch")
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the processes")
 def test_a_run_that_lost_a_process_and_was_stopped_ends_bit_identical(tmp_path):

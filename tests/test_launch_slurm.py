@@ -16,7 +16,6 @@ import slurm_cluster
 FOLDER = helpers.ROOT / "launch" / "slurm"
 TRAIN, SWEEP = FOLDER / "train.sbatch", FOLDER / "sweep.sh"
 ROWS = ("st", "sam,rho=0.2")
-pytestmark = pytest.mark.xdist_group("launch")  # one cluster, one undisturbed run
 # Ends with the code that a file says; SIGTERM gives 75, as samrobust does.
 STAND_IN = """#!/bin/bash
 show=(SLURM_PROCID SLURM_NTASKS CUDA_VISIBLE_DEVICES JAX_LOCAL_DEVICE_IDS)

@@ -302,7 +302,6 @@ def test_what_cannot_work_is_refused_before_any_call(
     assert not (cloud.folder / "calls.jsonl").exists()
 
 
-@pytest.mark.xdist_group("launch")
 @pytest.mark.slow
 def test_a_real_run_whose_vm_was_preempted_ends_bit_identical(cloud):
     programs = cloud.folder / "bin"

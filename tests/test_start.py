@@ -135,7 +135,7 @@ def test_a_signal_ends_a_process_that_waits():
     group = helpers.start_command_group(
         2,
         *("train", "--config=configs/digits.py:st", "--workdir=/nowhere"),
-        SAMROBUST_MEETING_SECONDS="20",
+        SAMROBUST_MEETING_SECONDS="10",
     )
     group[0].kill()
     lonely = group[1]

@@ -16,8 +16,11 @@ from samrobust.parallel.store import is_joined, is_primary, look_for, store
 __all__ = ["leave", "lost_a_peer", "part", "watch_for_failures"]
 
 _FAILURE = "samrobust/failure"
-_WATCH_SECONDS = 1.0  # between two looks for a failure
-_GRACE_SECONDS = 2.0  # for a message to arrive, or to fail by oneself first
+_WATCH_SECONDS = 0.5  # between two looks for a failure
+_OWN_SECONDS = 1.0  # for a process that is told of one to fail by itself first
+# Process 0 holds the store for twice as long as the slowest of the others needs: one
+# that finds it gone is aborted by JAX instead.
+_GRACE_SECONDS = 2 * (_WATCH_SECONDS + _OWN_SECONDS)
 
 
 def watch_for_failures() -> None:
@@ -89,7 +92,7 @@ class _Watcher:
                 self._follow(failure)
 
     def _follow(self, failure: dict[str, Any]) -> None:
-        if self._stopped.wait(_GRACE_SECONDS / 2):
+        if self._stopped.wait(_OWN_SECONDS):
             return
         with contextlib.suppress(OSError):  # a closed terminal, a full disk
             print(

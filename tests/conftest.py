@@ -1,0 +1,33 @@
+"""The order of the tests: what takes long begins first.
+
+Workers take whole modules (`--dist=loadfile` in the Makefile), so what the tests of one
+share is made once. With the short ones left for the end, all are busy to the end.
+"""
+
+from typing import Any
+
+# By the time they take on two cores, half a minute and more. First those that wait.
+_LONG = (
+    "test_launch_slurm",
+    "test_processes_end",
+    "test_processes",
+    "test_against_torch",
+    "test_bench",
+    "test_launch_tpu",
+    "test_resume",
+    "test_launch_local",
+    "test_parallel",
+    "test_m_sharpness",
+    "test_attacks",
+    "test_training_loop",
+    "test_early_stop",
+    "test_pytorch_reference",
+    "test_launch_k8s",
+    "test_models",
+    "test_evaluation",
+)
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    ranks = {name: rank for rank, name in enumerate(_LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
