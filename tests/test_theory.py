@@ -39,6 +39,7 @@ from samrobust.theory import (
     study,
 )
 from samrobust.theory.experiment import Effort, experiment, plan_experiment
+from samrobust.theory.figures import draw_all
 from samrobust.theory.trained import Training, train
 
 WORLD = World(p=0.7, eta=0.1, d=10)
@@ -393,8 +394,9 @@ def test_an_experiment_gives_what_was_planned_and_bands_over_seeds(monkeypatch):
     grid = dataclasses.replace(GRID, epsilon=(0.03,), rho=(1.0,))
     names = []
     estimates = list(experiment(grid, effort, on_start=names.append))
-    assert len(estimates) == plan_experiment(grid, effort) == 5
-    assert len(names) == 6  # SAM on w_1 once more without a radius, to compare with
+    assert len(estimates) == 5
+    # SAM on w_1 once more without a radius, to compare with.
+    assert len(names) == plan_experiment(grid, effort) == 6
     for estimate in estimates:
         assert len(estimate.values) == 3
         low, high = stats.t.interval(
@@ -452,6 +454,25 @@ def test_a_verdict_is_computed_and_not_written_down():
     assert outcome["w_SAM = w* + (2/3) w* rho^2 + ..."].holds
     attack = outcome["w_AT = ln(p/(1-p)) / (2 (eta-eps)), x_1 left alone"]
     assert attack.verdict == "off by up to 50 %"
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        Grid(p=(0.99,), eta=(0.001,), d=(1,), rho=(0.1,)),  # float64 decides nothing
+        Grid(p=(0.55,), eta=(2.0,), d=(3,), rho=(0.1, 10.0)),
+        Grid(p=(0.99,), eta=(3.0,), d=(1,), rho=(0.1, 50.0), epsilon=(0.5,)),
+    ],
+)
+def test_unusual_worlds_get_verdicts_and_pictures(tmp_path, grid):
+    found = study(grid)
+    outcome = judge(found)
+    assert len(outcome) == 18
+    for verdict in outcome:
+        assert (verdict.holds is None) == (verdict.points == 0)
+        assert verdict.holds is not False or "holds for" not in verdict.verdict
+    paths = draw_all(grid.world, found, [], 1000, tmp_path)
+    assert all(path.stat().st_size > 10_000 for path in paths)
 
 
 def test_the_command_shows_and_writes_everything(tmp_path):

@@ -81,10 +81,10 @@ class Estimate:
 
 
 def plan_experiment(grid: Grid, effort: Effort) -> int:
-    """How many estimates `experiment` gives."""
+    """How many trainings `experiment` needs."""
     if effort.seeds == 0:
         return 0
-    return 1 + 2 * len(_trained_radii(grid)) + 2 * len(grid.rho)
+    return 2 + 2 * len(_trained_radii(grid)) + 2 * len(grid.rho)
 
 
 def experiment(
@@ -140,7 +140,8 @@ def experiment(
 def _trained_radii(grid: Grid) -> list[float]:
     """Those that leave a signal: near eta the weights grow without bound."""
     eta = float(grid.world.eta)
-    return [float(e) for e in grid.attack_radii(eta) if e <= 0.6 * eta + 1e-12]
+    most = 0.6 * min(eta, 1) + 1e-12
+    return [float(e) for e in grid.attack_radii(eta) if e <= most]
 
 
 def _estimate(

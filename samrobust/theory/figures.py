@@ -163,7 +163,7 @@ def _trade_off(content: Content) -> "Figure":
     """Natural and robust accuracy of all classifiers of the model class."""
     figure, panels = make_panels(2, (8.6, 3.7))
     world = content.world
-    radii = np.array([0.3, 0.6]) * float(world.eta)
+    radii = np.array([0.3, 0.6]) * min(float(world.eta), 1.0)
     root = np.sqrt(float(world.d))
     start = float(forms.standard_weight(world))
     w = root * np.tan(np.linspace(np.arctan(start / root / 2), np.pi / 2 - 1e-3, 400))

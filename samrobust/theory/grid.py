@@ -31,7 +31,8 @@ class Grid:
 
     Attributes:
       p, eta, d: of equation (7); the first of each make the world that is trained.
-      epsilon: radii of the attack; empty: 0.1, 0.3, 0.6 and 0.9 of each eta.
+      epsilon: radii of the attack; empty: 0.1, 0.3, 0.6 and 0.9 of each eta (of 1, where
+        eta is larger).
       rho: radii of SAM.
 
     Raises:
@@ -62,7 +63,7 @@ class Grid:
 
     def attack_radii(self, eta: float) -> np.ndarray:
         """The radii of the attack in worlds with this eta."""
-        return np.array(self.epsilon or [part * eta for part in _FRACTIONS])
+        return np.array(self.epsilon or [part * min(eta, 1) for part in _FRACTIONS])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +205,9 @@ def _sam(points: Points) -> Points:
 def _sam_all(worlds: Points) -> Points:
     world = worlds.world
     root, start = np.sqrt(world.d), forms.standard_weight(world)
-    rho = _SMALL / (root * world.eta + (1 + start) / root)
+    # Beside the margins' deviation; and what across (1, ..., 1) costs less, w*^2 / d.
+    scale = 1 / (root * world.eta + (1 + start) / root)
+    rho = _SMALL * np.minimum(scale, 10 * start**2 / world.d)
     points = Points({**worlds.columns, "radius": rho})
     objective = sam_all_weights(world, rho)
     optimum = minimise(

@@ -133,7 +133,7 @@ def _tables(
                 _digits(verdict.deviation),
                 _digits(verdict.error),
             ),
-            "" if verdict.holds else "yellow",
+            "yellow" if verdict.holds is False else "",
         )
         for verdict in report.verdicts
     ]

@@ -25,8 +25,8 @@ class Verdict:
       statement: as a formula.
       source: the theorem, or `ours`.
       verdict: `holds`, `holds for ...`, `off by ...`.
-      holds: whether it holds at every point that it is about.
-      points: how many points it was checked at.
+      holds: whether it holds at every point that it is about; None: no such point.
+      points: how many points it was checked at, those that float64 decides.
       undecided: at how many float64 cannot tell.
       deviation: the largest relative deviation, of a formula's value from the minimum
         (of its shift w - w* for SAM); None for inequalities.
@@ -36,7 +36,7 @@ class Verdict:
     statement: str
     source: str
     verdict: str
-    holds: bool
+    holds: bool | None
     points: int
     undecided: int
     deviation: float | None = None
@@ -45,7 +45,7 @@ class Verdict:
 
 def judge(study: Study) -> list[Verdict]:
     """The verdicts, in the order of the theorems."""
-    return [
+    verdicts = [
         _formula("w* = ln(p/(1-p)) / (2 eta)", "4.1", study.standard, "standard"),
         _formula(
             "w_AT = ln(p/(1-p)) / (2 (eta-eps)), x_1 left alone", "4.2", study.attack
@@ -63,6 +63,15 @@ def judge(study: Study) -> list[Verdict]:
         *_relation(study),
         *_all_weights(study.sam_all),
     ]
+    return [_decided(verdict) for verdict in verdicts]
+
+
+def _decided(verdict: Verdict) -> Verdict:
+    """The verdict, or that there is none: nothing holds by having no points."""
+    if verdict.points:
+        return verdict
+    left = " that float64 decides" if verdict.undecided else ""
+    return dataclasses.replace(verdict, verdict=f"no point{left}", holds=None)
 
 
 def _known(points: Points) -> Points:
@@ -133,7 +142,6 @@ def _sam_verdicts(points: Points) -> list[Verdict]:
     printed, corrected = off("printed"), np.abs(off("corrected") - 1)
     beyond = known.printed - known.standard > known.upper
     small = _is_small(known)
-    within = _percent(corrected[small])
     holds = bool(np.all(exact <= np.maximum(known.error / shift, 1e-8)))
     return [
         every("w_SAM > w*", "4.3", shift > 0),
@@ -155,8 +163,8 @@ def _sam_verdicts(points: Points) -> list[Verdict]:
         Verdict(
             "w_SAM = w* + (2/3) w* rho^2 + ...",
             "4.4",
-            f"off by a factor of {np.min(printed):.2g} to {np.max(printed):.2g}; "
-            f"beyond the proven bounds at {np.sum(beyond)} points",
+            f"off by a factor of {_range(printed)}; beyond the proven bounds at "
+            f"{np.sum(beyond)} points",
             not np.any(printed > 1 + _SMALL),
             *count,
             _largest(np.abs(printed - 1)),
@@ -165,9 +173,7 @@ def _sam_verdicts(points: Points) -> list[Verdict]:
         Verdict(
             "w_SAM = w* + w* rho^2/(3d) + ...",
             "4.4 corrected",
-            f"holds for small rho: within {within} at {np.sum(small)} points",
-            bool(np.all(corrected[small] < _SMALL)),
-            int(np.sum(small)),
+            *_expansion(corrected[small]),
             len(points) - len(known),
             _largest(corrected[small]),
             error,
@@ -195,7 +201,7 @@ def _relation(study: Study) -> list[Verdict]:
         Verdict(
             "2 + 3/eps_SAM^2 = 2 eta/eps_AT at equal w_1",
             "4.5",
-            f"eps_AT off by a factor of {np.min(printed):.2g} to {np.max(printed):.2g}",
+            f"eps_AT off by a factor of {_range(printed)}",
             not np.any(np.abs(printed - 1) > _SMALL),
             len(known),
             undecided,
@@ -204,10 +210,7 @@ def _relation(study: Study) -> list[Verdict]:
         Verdict(
             "1 + 3d/eps_SAM^2 = eta/eps_AT at equal w_1",
             "4.5 corrected",
-            f"holds for small rho: within {_percent(corrected[small])} at "
-            f"{np.sum(small)} points",
-            bool(np.all(corrected[small] < _SMALL)),
-            int(np.sum(small)),
+            *_expansion(corrected[small]),
             undecided,
             _largest(corrected[small]),
         ),
@@ -259,15 +262,23 @@ def _all_weights(points: Points) -> list[Verdict]:
         Verdict(
             "all weights: w_SAM = w* + K w* rho^2 + ...",
             "ours",
-            f"holds for small rho: within {_percent(deviation)} at {len(deviation)} "
-            "points",
-            bool(np.all(deviation < _SMALL)),
-            len(deviation),
+            *_expansion(deviation),
             undecided,
             _largest(deviation),
             _largest(known.error / np.abs(shift)),
         ),
     ]
+
+
+def _expansion(deviation: np.ndarray) -> tuple[str, bool, int]:
+    """Verdict, whether it holds, and the number of points with a small rho."""
+    holds = bool(np.all(deviation < _SMALL))
+    word = "holds for small rho: within" if holds else "off for small rho by up to"
+    return f"{word} {_percent(deviation)}", holds, len(deviation)
+
+
+def _range(values: np.ndarray) -> str:
+    return f"{np.min(values):.2g} to {np.max(values):.2g}" if len(values) else "?"
 
 
 def _share(true: np.ndarray) -> str:

@@ -45,7 +45,7 @@ def robust_weight(content: Content) -> "Figure":
 def _draw_attack(panel: "Axes", content: Content) -> None:
     world = content.world
     eta = float(world.eta)
-    radii = np.linspace(0.002, 0.72, 120) * eta
+    radii = np.linspace(0.002, 0.72, 120) * min(eta, 1.0)
     many = World(*(np.full_like(radii, part) for part in (world.p, world.eta, world.d)))
     whole = forms.adversarial_weight_all_features(many, radii)
     own = [logistic_weight(world, e, moves_robust=True) for e in radii]
