@@ -24,6 +24,8 @@ LONG = {
     "checkpoint.minutes": 0.001,
 }
 NUM_STEPS = 96
+# For starts that nobody disturbs: how often a run saves may change, and costs time.
+RARELY = {"checkpoint.minutes": 10.0}
 
 
 def arguments_of(workdir: pathlib.Path, overrides: dict | None = None) -> list[str]:
@@ -56,7 +58,7 @@ def undisturbed(tmp_path_factory, cache) -> pathlib.Path:
     """A run of two processes from its start to its end."""
     workdir = tmp_path_factory.mktemp("undisturbed")
     outcomes = helpers.finish_group(
-        helpers.start_command_group(2, *arguments_of(workdir), **cache)
+        helpers.start_command_group(2, *arguments_of(workdir, RARELY), **cache)
     )
     assert [code for code, *_ in outcomes] == [0, 0], outcomes
     assert "natural" in outcomes[0][1]
@@ -96,7 +98,7 @@ def test_sigterm_to_any_process_stops_all_at_the_same_step(
         )
         assert step - asked < 25  # the signal and the checkpoint take time, too
     outcomes = helpers.finish_group(
-        helpers.start_command_group(2, *arguments_of(tmp_path), **cache)
+        helpers.start_command_group(2, *arguments_of(tmp_path, RARELY), **cache)
     )
     assert [code for code, *_ in outcomes] == [0, 0], outcomes
     assert_ends_like(tmp_path, undisturbed)
@@ -180,7 +182,7 @@ def test_a_full_disk_ends_all_and_keeps_what_is_written(tmp_path, cache):
     assert "process 0 failed: " in outcomes[1][2]
     assert newest(tmp_path) >= 10
     outcomes = helpers.finish_group(
-        helpers.start_command_group(2, *arguments_of(tmp_path), **cache)
+        helpers.start_command_group(2, *arguments_of(tmp_path, RARELY), **cache)
     )
     assert [code for code, *_ in outcomes] == [0, 0], outcomes
 
@@ -205,7 +207,7 @@ def test_processes_killed_at_random_end_bit_identical(tmp_path, cache, undisturb
             assert [code for code, *_ in outcomes] == [75, 75], outcomes
     assert len(set(kinds)) == 2
     outcomes = helpers.finish_group(
-        helpers.start_command_group(2, *arguments_of(tmp_path), **cache)
+        helpers.start_command_group(2, *arguments_of(tmp_path, RARELY), **cache)
     )
     assert [code for code, *_ in outcomes] == [0, 0], outcomes
     assert_ends_like(tmp_path, undisturbed)
