@@ -267,7 +267,7 @@ def _add_theory(commands: argparse._SubParsersAction) -> None:
     values = "X,..."
     add("--p", type=_floats, metavar=values, help="accuracy of x_1; 0.7,0.95")
     add("--eta", type=_floats, metavar=values, help="of other features; 0.1,0.03,0.5")
-    add("--d", type=_numbers, metavar="N,...", help="how many; 10,1,100,1000")
+    add("--d", type=_floats, metavar="N,...", help="how many; 10,1,100,1000")
     add(
         "--epsilon",
         type=_floats,
@@ -276,7 +276,7 @@ def _add_theory(commands: argparse._SubParsersAction) -> None:
     )
     add("--rho", type=_floats, metavar=values, help="radii of SAM; 0.1,0.3,1,3")
     add("--seeds", type=int, metavar="N", help="trained runs; 5; 0 trains nothing")
-    add("--samples", type=int, metavar="N", help="of each of these; 500000")
+    add("--samples", type=int, metavar="N", help="of each of these; 300000")
     add("--batch-size", type=int, metavar="N", help="1000")
     add("--workdir", default="runs/theory", metavar="DIR", help="%(default)s")
 
@@ -286,7 +286,11 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _floats(text: str) -> tuple[float, ...]:
-    return tuple(float(word) for word in _words(text))
+    try:
+        return tuple(float(word) for word in _words(text))
+    except ValueError:
+        message = f"expected numbers separated by commas, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _numbers(text: str) -> tuple[int, ...]:

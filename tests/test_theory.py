@@ -102,13 +102,13 @@ def test_the_exact_losses_are_those_of_the_samples():
         ({"p": (0.5,)}, "Expected 1/2 < p < 1, got p=0.5. Equation \\(7\\) assumes"),
         ({"p": (0.7, 1.0)}, "got p=1.0"),
         ({"p": (float("nan"),)}, "Expected 1/2 < p < 1, got p=nan"),
-        ({"eta": (0.0,)}, "Expected 0 < eta < inf, got eta=0.0"),
+        ({"eta": (0.0,)}, "Expected 1e-6 <= eta <= 1e3, got eta=0.0"),
         ({"d": (2.5,)}, "Expected an integer d >= 1, got d=2.5"),
         ({"d": (0,)}, "Expected an integer d >= 1, got d=0"),
         ({"epsilon": (0.1,)}, "Expected 0 < epsilon < eta, got epsilon=0.1, eta=0.1"),
         ({"epsilon": (0.0,)}, "Expected 0 < epsilon < eta.*Theorem 4.2 assumes"),
         ({"eta": (2.0,), "epsilon": (1.5,)}, "Expected epsilon < 1, got epsilon=1.5"),
-        ({"rho": (0.0,)}, "Expected 0 < rho < inf, got rho=0.0"),
+        ({"rho": (0.0,)}, "Expected 1e-9 <= rho <= 1e9, got rho=0.0"),
         ({"rho": ()}, "Expected at least one rho"),
     ],
 )
@@ -281,6 +281,18 @@ def test_the_slopes_are_the_derivatives_of_the_losses():
             assert abs(numeric) < 1e-8 or value.rising[1] == (numeric > 0)
 
 
+@pytest.mark.parametrize("rho", [0.01, 0.1])
+def test_a_nearly_flat_ridge_does_not_mislead_the_search(rho):
+    # w*^2 / d is 4e-4: perturbations across cost nearly as much as those in the plane.
+    world = World(0.51, 0.3, 10)
+    optimum = minimise(
+        sam_all_weights(world, rho), world, has_kink=True, num_scanned=24
+    )
+    start = standard_weight(world)
+    shift = (optimum.w - start) / (start * rho**2)
+    assert shift == pytest.approx(float(all_weights_coefficient(world)), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("world", "coefficient"),
     [
@@ -312,6 +324,31 @@ def test_logistic_regression_is_well_specified(world):
     epsilon = 0.4 * float(world.eta)
     printed = float(adversarial_weight(world, epsilon))
     assert logistic_weight(world, epsilon) == pytest.approx(printed, rel=1e-9)
+
+
+def test_the_logistic_weight_is_where_a_general_minimiser_ends():
+    nodes = np.linspace(-12, 12, 2001)
+    mass = np.exp(-(nodes**2) / 2) / np.sqrt(2 * np.pi) * (nodes[1] - nodes[0])
+    for world, epsilon in ((WORLD, 0.05), (World(0.55, 0.9, 10), 0.3)):
+
+        def loss(weights, world=world, epsilon=epsilon):
+            first, others = weights
+            noise = world.d * (world.eta - epsilon) + np.sqrt(world.d) * nodes
+            total = 0.0
+            for sign, chance in ((1, world.p), (-1, 1 - world.p)):
+                margin = sign * first - epsilon * abs(first) + others * noise
+                total += chance * np.sum(mass * np.logaddexp(0, -margin))
+            return total
+
+        found = optimize.minimize(
+            loss,
+            [0.5, 0.5],
+            method="Nelder-Mead",
+            options={"xatol": 1e-8, "fatol": 1e-14},
+        ).x
+        own = logistic_weight(world, epsilon, moves_robust=True)
+        assert own == pytest.approx(found[0] / found[1], abs=1e-4)
+    assert logistic_weight(World(0.55, 0.9, 10), 0.3, moves_robust=True) == 0
 
 
 def test_sam_with_the_logistic_loss_starts_at_the_same_minimum():
@@ -510,7 +547,8 @@ def test_the_command_shows_and_writes_everything(tmp_path):
         (["--epsilon=0.2"], "Expected 0 < epsilon < eta, got epsilon=0.2, eta=0.1."),
         (["--config.training.epochs=2"], "no --config flags for theory"),
         (["--seeds=1"], "Expected seeds >= 2"),
-        (["--d=ten"], "invalid"),
+        (["--d=ten"], "expected numbers separated by commas, got 'ten'"),
+        (["--d=2.5"], "Expected an integer d >= 1, got d=2.5"),
     ],
 )
 def test_bad_flags_are_refused_before_any_work(tmp_path, flags, message):

@@ -10,7 +10,9 @@ from samrobust.checks import check
 from samrobust.theory import closed_forms as forms
 from samrobust.theory.grid import Grid
 from samrobust.theory.logistic import SamLogistic, logistic_weight
+from samrobust.theory.population import minimise, sam_all_weights
 from samrobust.theory.trained import Training, train
+from samrobust.theory.world import World
 
 __all__ = ["Effort", "Estimate", "experiment", "plan_experiment"]
 
@@ -29,7 +31,7 @@ class Effort:
     """
 
     seeds: int = 5
-    samples: int = 400_000
+    samples: int = 300_000
     batch_size: int = 1_000
 
     def __post_init__(self) -> None:
@@ -80,6 +82,16 @@ class Estimate:
         return bool(abs(self.mean - self.population) <= 1.5 * self.half_width)
 
 
+def all_weights_shift(world: World, rho: float) -> float:
+    """What SAM on all weights adds to w*, 0-1 loss; infinite: x_1 alone is as good."""
+    objective = sam_all_weights(world, rho)
+    optimum = minimise(
+        objective, world, has_kink=True, num_scanned=60, num_bisections=36
+    )
+    shift = float(optimum.w - forms.standard_weight(world))
+    return shift if optimum.error < 0.01 * abs(shift) else np.inf
+
+
 def plan_experiment(grid: Grid, effort: Effort) -> int:
     """How many trainings `experiment` needs."""
     if effort.seeds == 0:
@@ -126,15 +138,16 @@ def experiment(
     logistic, alone = SamLogistic(world), run("sam")
     for rho in grid.rho:
         population = logistic.stationary(rho, effort.batch_size) - start
+        population = population if np.isfinite(population) else None
         shift = float(forms.sam_weight(world, rho)) - start
         values = run("sam", rho=rho) - alone
         yield _estimate("sam", rho, "shift", values, population, shift)
     for rho in grid.rho:
         # Radii are relative to weights of 1; those of the logistic loss are 2 eta.
         values = run("sam all weights", rho=2 * float(world.eta) * rho) - plain
-        coefficient = float(forms.all_weights_coefficient(world))
-        shift = coefficient * start * rho**2
-        yield _estimate("sam all weights", rho, "shift", values, None, shift)
+        yield _estimate(
+            "sam all weights", rho, "shift", values, None, all_weights_shift(world, rho)
+        )
 
 
 def _trained_radii(grid: Grid) -> list[float]:

@@ -31,8 +31,8 @@ class Grid:
 
     Attributes:
       p, eta, d: of equation (7); the first of each make the world that is trained.
-      epsilon: radii of the attack; empty: 0.1, 0.3, 0.6 and 0.9 of each eta (of 1, where
-        eta is larger).
+      epsilon: radii of the attack; empty: 0.1, 0.3, 0.6 and 0.9 of each eta (of 1
+        where eta is larger).
       rho: radii of SAM.
 
     Raises:
@@ -41,7 +41,7 @@ class Grid:
 
     p: tuple[float, ...] = (0.7, 0.95)
     eta: tuple[float, ...] = (0.1, 0.03, 0.5)
-    d: tuple[int, ...] = (10, 1, 100, 1000)
+    d: tuple[float, ...] = (10, 1, 100, 1000)
     epsilon: tuple[float, ...] = ()
     rho: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
 
@@ -210,7 +210,5 @@ def _sam_all(worlds: Points) -> Points:
     rho = _SMALL * np.minimum(scale, 10 * start**2 / world.d)
     points = Points({**worlds.columns, "radius": rho})
     objective = sam_all_weights(world, rho)
-    optimum = minimise(
-        objective, world, has_kink=True, num_scanned=40, num_bisections=40
-    )
+    optimum = minimise(objective, world, has_kink=True, num_scanned=24, num_searches=1)
     return _with(points, optimum, coefficient=forms.all_weights_coefficient(world))

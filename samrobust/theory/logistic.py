@@ -36,25 +36,36 @@ def logistic_weight(
       world: of scalars.
       epsilon: the radius in l-inf, 0 <= epsilon < eta.
       moves_robust: whether x_1 is perturbed too.
+
+    Raises:
+      RuntimeError: if Newton's method does not converge.
     """
-    nodes, density = _normal(world)
+    nodes, log_density = _log_normal(world)
     noise = np.sqrt(world.d) * nodes
     sign = np.array([[1.0], [-1.0]])
-    mass = np.array([[world.p], [1 - world.p]]) * density
-    robust = np.broadcast_to(sign - epsilon * moves_robust, mass.shape)
-    others = np.broadcast_to(world.d * (world.eta - epsilon) + noise, mass.shape)
+    log_mass = np.log(np.array([[world.p], [1 - world.p]])) + log_density
+    robust = np.broadcast_to(sign - epsilon * moves_robust, log_mass.shape)
+    others = np.broadcast_to(world.d * (world.eta - epsilon) + noise, log_mass.shape)
     features = np.stack([robust, others])
-    weights = np.array([float(world.log_odds), 2 * (world.eta - epsilon)])
-    for _ in range(50):
-        wrong = _sigmoid(-np.tensordot(weights, features, 1))
-        gradient = -np.sum(mass * wrong * features, axis=(1, 2))
-        curved = mass * wrong * (1 - wrong)
+    # Not at the answer for an attack that leaves x_1 alone, but near it.
+    weights = 0.8 * np.array([float(world.log_odds), 2 * (world.eta - epsilon)])
+    for _ in range(100):
+        margin = np.tensordot(weights, features, 1)
+        log_wrong = log_mass - np.logaddexp(0, margin)
+        wrong = np.exp(log_wrong - np.max(log_wrong))  # a factor changes no root
+        gradient = -np.sum(wrong * features, axis=(1, 2))
+        curved = wrong * np.exp(-np.logaddexp(0, -margin))
         hessian = np.einsum("xy,axy,bxy->ab", curved, features, features)
         step = np.linalg.solve(hessian, gradient)
-        weights = weights - step
-        if np.max(np.abs(step)) < 1e-14:
+        largest = np.max(np.abs(step) / np.maximum(np.abs(weights), 1e-3))
+        weights = weights - step / max(1.0, 2 * largest)
+        if largest < 1e-9:  # the next step's would be its square
             break
-    return float(weights[0] / weights[1])
+    else:
+        message = f"Newton's method found no minimum for {world}, epsilon={epsilon}."
+        raise RuntimeError(message)
+    # Below 0 the perturbation changes sides: by symmetry 0 is the minimum then.
+    return max(0.0, float(weights[0] / weights[1]))
 
 
 class SamLogistic:
@@ -68,8 +79,8 @@ class SamLogistic:
 
     def __init__(self, world: World):
         self._world, self._scale = world, 2 * float(world.eta)
-        nodes, density = _normal(world)
-        self._mass = np.array([[world.p], [1 - world.p]]) * density
+        nodes, log_density = _log_normal(world)
+        self._mass = np.array([[world.p], [1 - world.p]]) * np.exp(log_density)
         self._others = world.d * world.eta + np.sqrt(world.d) * nodes
         self._sign = np.array([[1.0], [-1.0]])
 
@@ -100,6 +111,8 @@ class SamLogistic:
             )
             mean = np.sum(self._mass * here)
             deviation = np.sqrt(np.sum(self._mass * here**2) - mean**2)
+            if not deviation > 0:
+                return np.nan  # gradients too small for float64
             k = mean * np.sqrt(batch_size) / deviation
             up, down = (np.sum(self._mass * other) for other in (above, below))
             tilt = np.sum(self._mass * here * (above - below)) - mean * (up - down)
@@ -119,11 +132,11 @@ class SamLogistic:
         return -self._scale * self._sign * _sigmoid(-self._margins(w))
 
 
-def _normal(world: World) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of the trapezoidal rule for a standard normal."""
+def _log_normal(world: World) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and log-weights of the trapezoidal rule for a standard normal."""
     end = 10 + np.sqrt(world.d) * world.eta
     nodes = np.linspace(-end, end, _NUM_NODES)
-    return nodes, np.exp(-(nodes**2) / 2) / np.sqrt(2 * np.pi) * (nodes[1] - nodes[0])
+    return nodes, np.log((nodes[1] - nodes[0]) / np.sqrt(2 * np.pi)) - nodes**2 / 2
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
@@ -134,8 +147,8 @@ def _bisect(function: Callable[[float], float], low: float, high: float) -> floa
     """A zero of a function that is negative at `low` and positive at `high`."""
     for _ in range(60):
         middle = (low + high) / 2
-        if function(middle) > 0:
-            high = middle
-        else:
-            low = middle
+        value = function(middle)
+        if np.isnan(value):
+            return np.nan
+        low, high = (low, middle) if value > 0 else (middle, high)
     return (low + high) / 2

@@ -8,7 +8,7 @@ every loss here is a mixture of two normal tails:
 with the standardised margins `up`, where x_1 is right, and `down`, where it is wrong.
 Nothing is expanded or sampled; all is float64, and losses are kept as logarithms, so
 that a loss of 1e-100 has as many digits as one of 0.1. These are the numbers that
-`samrobust.theory.closed_forms` is held against; neither module knows the other.
+`samrobust.theory.closed_forms` is held against; this module does not know that one.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,8 @@ from scipy.special import erfcx, log_ndtr
 
 from samrobust.theory.world import Floats, World
 
-_REFINEMENTS = (33, *[7] * 14)  # points along each side of a grid, from coarse to fine
+_LIFT_ROUNDS = 6  # refinements of a search by 9 points, and of one within it
+_ANGLE_ROUNDS = (17, *[7] * 10)
 
 __all__ = [
     "Objective",
@@ -129,39 +130,43 @@ def sam_all_weights(world: World, rho: Floats) -> Objective:
     others, and so on three numbers: the change c of w_1, and those of the others along
     (1, ..., 1), a, and across it, b >= 0. Since a positive factor changes no decision
     the worst perturbation has length rho. It is searched for on that half-sphere, on
-    the sides c >= 0 and c <= 0 apart, by a grid that is refined around its worst point.
+    the sides c >= 0 and c <= 0 apart, by a refined search for b within which, for every
+    b, there is one for the angle of (c, a).
     """
-    eta, radius, root, p = _columns(world.eta, rho, np.sqrt(world.d), world.p)
-    wide = [part[..., None] for part in (eta, radius, root, p)]
+    columns = _columns(world.eta, rho, np.sqrt(world.d), world.p)
 
     def losses(w: np.ndarray, angle: np.ndarray, lift: np.ndarray) -> Value:
-        eta, radius, root, p = wide
+        eta, radius, root, p, w = (
+            part.reshape(part.shape + (1,) * (angle.ndim - part.ndim))
+            for part in (*columns, w)
+        )
         across = radius * np.sin(lift)
         along = root + radius * np.cos(lift) * np.cos(angle)
-        first = w[..., None] + radius * np.cos(lift) * np.sin(angle)
+        first = w + radius * np.cos(lift) * np.sin(angle)
         norm = np.hypot(along, across)
         mean = eta * root * along
         up, down = (mean + first) / norm, (mean - first) / norm
         return _mixture(p, (up, 1 / norm), (down, -1 / norm))
 
     def side(w: np.ndarray, sign: int) -> Value:
-        angle = np.full(w.shape, sign * np.pi / 2)
-        lift = np.full(w.shape, np.pi / 4)
-        half = (np.pi / 2, np.pi / 4)
-        for count in _REFINEMENTS:
-            angles, lifts = (
-                _around(angle, half[0], count),
-                _around(lift, half[1], count),
-            )
-            ends = sorted((0.0, sign * np.pi))
-            angles = np.clip(angles, ends[0], ends[1]).repeat(count, axis=-1)
-            lifts = np.tile(np.clip(lifts, 0, np.pi / 2), count)
-            worst = np.argmax(losses(w, angles, lifts).log_loss, -1, keepdims=True)
-            angle = np.take_along_axis(angles, worst, -1)[..., 0]
-            lift = np.take_along_axis(lifts, worst, -1)[..., 0]
-            half = (2.2 * half[0] / (count - 1), 2.2 * half[1] / (count - 1))
-        value = losses(w, angle[..., None], lift[..., None])
-        return Value(*(part[..., 0] for part in value))
+        lift, half = np.full(w.shape, np.pi / 4), np.pi / 4
+        found = lift
+        ends = sorted((0.0, sign * np.pi))
+        for _ in range(_LIFT_ROUNDS):
+            lifts = np.clip(_around(lift, half, 9), 0, np.pi / 2)
+            angle, width = np.full(lifts.shape, sign * np.pi / 2), np.pi / 2
+            for count in _ANGLE_ROUNDS:
+                angles = np.clip(_around(angle, width, count), ends[0], ends[1])
+                values = losses(w, angles, lifts[..., None])
+                best = np.argmax(values.log_loss, -1, keepdims=True)
+                angle = np.take_along_axis(angles, best, -1)[..., 0]
+                width *= 2.2 / (count - 1)
+            values = losses(w, angle, lifts)
+            best = np.argmax(values.log_loss, -1, keepdims=True)
+            lift = np.take_along_axis(lifts, best, -1)[..., 0]
+            found = np.take_along_axis(angle, best, -1)[..., 0]
+            half *= 2.2 / 8
+        return losses(w, found, lift)
 
     def objective(w: np.ndarray) -> Value:
         larger, smaller = side(w, +1), side(w, -1)
@@ -180,12 +185,13 @@ def minimise(
     has_kink: bool = False,
     num_scanned: int = 400,
     num_bisections: int = 60,
+    num_searches: int = 3,
 ) -> Optimum:
     """The global minimum over all w_1 from minus to plus infinity.
 
     A scan of the whole line finds the valleys, bisection on the sign of the slope the
-    bottom of the lowest one, where a kink may be. Both are done thrice, from different
-    points; what these differ by is part of the error.
+    bottom of the lowest one, where a kink may be. Both are done several times, from
+    different points; what these differ by is part of the error.
 
     Args:
       objective: of `world`.
@@ -194,19 +200,22 @@ def minimise(
         rounding is part of the error.
       num_scanned: points of a scan, equidistant in arctan(w_1 / sqrt d).
       num_bisections: steps of each bisection.
+      num_searches: scans and bisections.
     """
     shape = np.broadcast_shapes(*map(np.shape, (world.p, world.eta, world.d)))
     root = np.broadcast_to(np.sqrt(world.d), shape)[..., None]
-    scans = [_scan(objective, root, num_scanned, start) for start in (0.2, 0.5, 0.8)]
+    starts = (np.arange(num_searches) + 0.5) / num_searches
+    scans = [_scan(objective, root, num_scanned, start) for start in starts]
     low, high, valley = (np.stack(part, -1) for part in zip(*scans, strict=True))
     for _ in range(num_bisections):
         middle = (low + high) / 2
         rising = objective(root * np.tan(middle)).rising
         low, high = np.where(rising, low, middle), np.where(rising, middle, high)
     found = root * np.tan((low + high) / 2)
-    w = found[..., 1]
+    middle = num_searches // 2
+    w = found[..., middle]
     width = np.max(root * np.abs(np.tan(high) - np.tan(low)), axis=-1)
-    bottom = Value(*(part[..., 1] for part in objective(found)))
+    bottom = Value(*(part[..., middle] for part in objective(found)))
     rounding = bottom.doubt
     if has_kink:
         rounding = 4 * np.finfo(float).eps * (1 + np.abs(bottom.log_loss))
@@ -215,7 +224,7 @@ def minimise(
     error = width + np.ptp(found, axis=-1) + np.spacing(np.abs(w)) + rounding
     # The loss of x_1 alone, to which it falls or climbs as w_1 goes to infinity.
     gain = np.log1p(-np.asarray(world.p)) - bottom.log_loss
-    climbs = objective(root * 1e6).rising[..., 0]
+    climbs = objective(root * 1e8).rising[..., 0]
     valley = valley.all(axis=-1)
     known = climbs | ~valley | (np.abs(gain) > 1e-12)
     w = np.where(climbs | valley & (gain > 0), w, np.inf)

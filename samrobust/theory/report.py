@@ -179,12 +179,19 @@ def _notes(report: Report) -> list[str]:
         )
     if report.estimates:
         effort = report.effort
+        trained = {e.radius for e in report.estimates if e.method == "at"}
+        radii = report.grid.attack_radii(float(report.grid.world.eta))
+        if left := [f"{radius:g}" for radius in radii if radius not in trained]:
+            notes.append(
+                f"AT is not trained at {', '.join(left)}: beyond 0.6 eta weights grow "
+                "without bound."
+            )
         notes.append(
             f"trained: {effort.seeds} seeds of {effort.samples:,} fresh samples, batch "
             f"{effort.batch_size:,}; population: what the logistic loss leads to (for "
             "SAM on w_1, SAM's own steps on such batches); agrees: within one and a "
-            "half bands. With SAM weights are differences to training without it on "
-            "the same samples."
+            "half bands (a band that includes 0 resolves no shift). With SAM weights "
+            "are differences to training without it. All rows share their samples."
         )
     return notes
 

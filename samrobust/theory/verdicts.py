@@ -94,7 +94,7 @@ def _formula(
     size = np.maximum(truth, known.standard)[finite]  # 0 is a value too
     deviation = np.abs(value[finite] - truth[finite]) / size
     error = known.error[finite] / size
-    holds = agree_at_infinity and bool(np.all(deviation <= np.maximum(error, 1e-8)))
+    holds = agree_at_infinity and bool(np.all(deviation <= 2 * error + 1e-12))
     return Verdict(
         statement,
         source,
@@ -103,7 +103,7 @@ def _formula(
         len(known),
         len(points) - len(known),
         _largest(deviation),
-        _largest(error),
+        _largest(error) if exact == "w" else None,
     )
 
 
@@ -142,7 +142,7 @@ def _sam_verdicts(points: Points) -> list[Verdict]:
     printed, corrected = off("printed"), np.abs(off("corrected") - 1)
     beyond = known.printed - known.standard > known.upper
     small = _is_small(known)
-    holds = bool(np.all(exact <= np.maximum(known.error / shift, 1e-8)))
+    holds = bool(np.all(exact * shift <= 2 * known.error + 1e-13 * known.w))
     return [
         every("w_SAM > w*", "4.3", shift > 0),
         every("w_SAM - w* <= rho", "ours", shift <= known.radius + known.error),
@@ -196,7 +196,7 @@ def _relation(study: Study) -> list[Verdict]:
     stated = known.where(known.eta <= np.sqrt(3 * known.d))
     less = stated.attack_radius < stated.radius
     equal = study.attack.where(study.attack.eta <= np.sqrt(3 * study.attack.d))
-    larger = equal.formula > sam_weight(equal.world, equal.radius)
+    larger = equal.w > sam_weight(equal.world, equal.radius)
     return [
         Verdict(
             "2 + 3/eps_SAM^2 = 2 eta/eps_AT at equal w_1",

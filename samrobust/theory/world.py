@@ -33,7 +33,7 @@ class World:
 
     Attributes:
       p: how often x_1 has the label's sign, 1/2 < p < 1.
-      eta: the mean of a non-robust feature times the label, > 0.
+      eta: the mean of a non-robust feature times the label, > 0 (1e-6 to 1e3).
       d: the number of non-robust features, an integer >= 1.
 
     Raises:
@@ -50,7 +50,7 @@ class World:
     def __post_init__(self) -> None:
         """Checks the assumptions of equation (7)."""
         _check_each("p", self.p, lambda p: (p > 0.5) & (p < 1), _P)
-        _check_each("eta", self.eta, lambda eta: (eta > 0) & np.isfinite(eta), _ETA)
+        _check_each("eta", self.eta, lambda eta: (eta >= 1e-6) & (eta <= 1e3), _ETA)
         _check_each("d", self.d, lambda d: (d >= 1) & (d == np.floor(d)), _D)
 
     @property
@@ -66,8 +66,9 @@ _P = (
     "always.",
 )
 _ETA = (
-    "0 < eta < inf",
-    "Equation (7) assumes that the non-robust features point to the label.",
+    "1e-6 <= eta <= 1e3",
+    "Equation (7) assumes that the non-robust features point to the label; float64 "
+    "resolves no others.",
 )
 _D = ("an integer d >= 1", "Equation (7) has d non-robust features.")
 _AT_ETA = (
@@ -79,7 +80,10 @@ _AT_ONE = (
     "epsilon < 1",
     "Equation (7) assumes that no perturbation changes the sign of x_1 = +-1.",
 )
-_SAM = ("0 < rho < inf", "Equation (11) maximises over a ball of weights.")
+_SAM = (
+    "1e-9 <= rho <= 1e9",
+    "Equation (11) maximises over a ball of weights; float64 resolves no others.",
+)
 
 
 def check_attack_radius(epsilon: Floats, eta: Floats) -> None:
@@ -92,7 +96,7 @@ def check_attack_radius(epsilon: Floats, eta: Floats) -> None:
 
 def check_sam_radius(rho: Floats) -> None:
     """Refuses radii that are no radii with a `ValueError`."""
-    _check_each("rho", rho, lambda rho: (rho > 0) & np.isfinite(rho), _SAM)
+    _check_each("rho", rho, lambda rho: (rho >= 1e-9) & (rho <= 1e9), _SAM)
 
 
 def sample(world: World, num_examples: int, key: Array) -> tuple[Array, Array]:
