@@ -274,7 +274,7 @@ def _add_theory(commands: argparse._SubParsersAction) -> None:
         metavar=values,
         help="radii of AT; default: 0.1, 0.3, 0.6 and 0.9 of each eta, at most of 1",
     )
-    add("--rho", type=_floats, metavar=values, help="radii of SAM; 0.1,0.3,1,3")
+    add("--rho", type=_floats, metavar=values, help="radii of SAM; 0.1,1,3")
     add("--seeds", type=int, metavar="N", help="trained runs; 5; 0 trains nothing")
     add("--samples", type=int, metavar="N", help="of each of these; 300000")
     add("--batch-size", type=int, metavar="N", help="1000")

@@ -38,7 +38,12 @@ from samrobust.theory import (
     standard_weight,
     study,
 )
-from samrobust.theory.experiment import Effort, experiment, plan_experiment
+from samrobust.theory.experiment import (
+    Effort,
+    all_weights_shift,
+    experiment,
+    plan_experiment,
+)
 from samrobust.theory.figures import draw_all
 from samrobust.theory.trained import Training, train
 
@@ -444,6 +449,16 @@ def test_an_experiment_gives_what_was_planned_and_bands_over_seeds(monkeypatch):
     none = Effort(seeds=0)
     assert list(experiment(grid, none)) == []
     assert plan_experiment(grid, none) == 0
+
+
+def test_what_sam_on_all_weights_adds_is_known_for_radii_below_a_third_of_sqrt_d():
+    start = float(standard_weight(WORLD))
+    small = all_weights_shift(WORLD, 0.05)
+    expansion = float(all_weights_coefficient(WORLD)) * start * 0.05**2
+    assert small == pytest.approx(expansion, rel=0.02)
+    # As an independent search of the half-sphere found; the expansion has another sign.
+    assert all_weights_shift(WORLD, 1.0) == pytest.approx(0.00747, abs=1e-5)
+    assert all_weights_shift(WORLD, 1.1) is None
 
 
 @pytest.mark.parametrize(

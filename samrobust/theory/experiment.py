@@ -14,7 +14,13 @@ from samrobust.theory.population import minimise, sam_all_weights
 from samrobust.theory.trained import Training, train
 from samrobust.theory.world import World
 
-__all__ = ["Effort", "Estimate", "experiment", "plan_experiment"]
+__all__ = [
+    "Effort",
+    "Estimate",
+    "all_weights_shift",
+    "experiment",
+    "plan_experiment",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Estimate:
         `sam` the point where the expected gradient of a SAM step on a batch is zero;
         None for `sam all weights`, where we know of none.
       zero_one: the minimum of the 0-1 loss, which Section 4 is about; infinite where
-        x_1 alone is best.
+        x_1 alone is best; None for `sam all weights` where we do not know it.
     """
 
     method: str
@@ -72,7 +78,7 @@ class Estimate:
     half_width: float
     values: tuple[float, ...]
     population: float | None
-    zero_one: float
+    zero_one: float | None
 
     @property
     def agrees(self) -> bool | None:
@@ -82,14 +88,20 @@ class Estimate:
         return bool(abs(self.mean - self.population) <= 1.5 * self.half_width)
 
 
-def all_weights_shift(world: World, rho: float) -> float:
-    """What SAM on all weights adds to w*, 0-1 loss; infinite: x_1 alone is as good."""
+def all_weights_shift(world: World, rho: float) -> float | None:
+    """What SAM on all weights adds to w*, 0-1 loss.
+
+    None beyond a third of sqrt(d), where the ball comes near classifiers without the
+    other features, and where the loss is too flat.
+    """
+    if rho > np.sqrt(world.d) / 3:
+        return None
     objective = sam_all_weights(world, rho)
     optimum = minimise(
         objective, world, has_kink=True, num_scanned=60, num_bisections=36
     )
     shift = float(optimum.w - forms.standard_weight(world))
-    return shift if optimum.error < 0.01 * abs(shift) else np.inf
+    return shift if optimum.error < 0.01 * abs(shift) else None
 
 
 def plan_experiment(grid: Grid, effort: Effort) -> int:
@@ -163,7 +175,7 @@ def _estimate(
     quantity: str,
     values: np.ndarray,
     population: float | None,
-    zero_one: float,
+    zero_one: float | None,
 ) -> Estimate:
     count = len(values)
     error = np.std(values, ddof=1) / np.sqrt(count)

@@ -43,7 +43,7 @@ class Grid:
     eta: tuple[float, ...] = (0.1, 0.03, 0.5)
     d: tuple[float, ...] = (10, 1, 100, 1000)
     epsilon: tuple[float, ...] = ()
-    rho: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    rho: tuple[float, ...] = (0.1, 1.0, 3.0)
 
     def __post_init__(self) -> None:
         """Checks the values before anything is computed."""
@@ -210,5 +210,12 @@ def _sam_all(worlds: Points) -> Points:
     rho = _SMALL * np.minimum(scale, 10 * start**2 / world.d)
     points = Points({**worlds.columns, "radius": rho})
     objective = sam_all_weights(world, rho)
-    optimum = minimise(objective, world, has_kink=True, num_scanned=24, num_searches=1)
+    optimum = minimise(
+        objective,
+        world,
+        has_kink=True,
+        num_scanned=24,
+        num_bisections=36,
+        num_searches=1,
+    )
     return _with(points, optimum, coefficient=forms.all_weights_coefficient(world))

@@ -200,5 +200,5 @@ def _digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}"
 
 
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and np.isfinite(value) else None
