@@ -1,6 +1,7 @@
 """The theory in four pictures."""
 
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -77,18 +78,25 @@ def _equal_weight(content: Content) -> "Figure":
     """The radii of AT and SAM that give the same w_1."""
     figure, (panel,) = make_panels(1, (5.2, 4.2))
     p, eta = float(content.world.p), float(content.world.eta)
-    rho = np.geomspace(0.05, 20, 120)
+    radii = content.study.sam.radius
+    rho = np.geomspace(0.5 * radii.min(), 7 * radii.max(), 120)
     sizes = sorted(set(content.study.sam.d))
-    for d, colour in zip(sizes, _cycle(len(sizes)), strict=True):
+    styles = zip(_cycle(len(sizes)), itertools.cycle("os^Dv"), strict=False)
+    lowest = eta
+    for d, (colour, marker) in zip(sizes, styles, strict=True):
         world = World(*(np.full_like(rho, part) for part in (p, eta, d)))
         exact = forms.equal_attack_radius(world, forms.sam_weight(world, rho))
-        panel.plot(rho, exact, color=colour, label=f"exact, $d = {d:g}$")
+        lowest = min(lowest, float(exact[0]))
+        panel.plot(rho, exact, color=colour)
         corrected = forms.equal_attack_radius_corrected(world, rho)
         panel.plot(rho, corrected, color=colour, linestyle=(0, (1, 2)))
         points = content.study.sam
         same = points.where((points.d == d) & (points.p == p) & (points.eta == eta))
         same = same.where(same.error < 1e-3 * (same.w - same.standard))
-        panel.plot(same.radius, same.attack_radius, color=colour, **HOLLOW)
+        style = {**HOLLOW, "marker": marker, "color": colour}
+        panel.plot(same.radius, same.attack_radius, **style)
+        style["linestyle"] = "-"
+        panel.plot([], [], **style, label=f"exact and direct minima, $d = {d:g}$")
     world = World(*(np.full_like(rho, part) for part in (p, eta, 1)))
     panel.plot(
         rho,
@@ -98,14 +106,14 @@ def _equal_weight(content: Content) -> "Figure":
         label="Theorem 4.5 as printed, every $d$",
     )
     panel.plot([], [], color=GREY, linestyle=(0, (1, 2)), label="Theorem 4.5 corrected")
-    panel.plot([], [], color=GREY, **HOLLOW, label="direct minima")
-    panel.plot(rho, rho, color=GREY, linewidth=0.8)
+    panel.plot(rho, rho, color=GREY, linewidth=0.8, label="equal radii")
     panel.axhline(eta, color=GREY, linewidth=0.8, linestyle=":")
-    panel.text(20, eta * 1.2, "$\\epsilon_{AT} = \\eta$", fontsize=TEXT - 1, ha="right")
-    panel.text(0.09, 0.12, "equal radii", fontsize=TEXT - 1, rotation=32, color=GREY)
+    panel.text(
+        rho[-1], eta * 1.2, "$\\epsilon_{AT} = \\eta$", fontsize=TEXT - 1, ha="right"
+    )
     panel.set_xscale("log")
     panel.set_yscale("log")
-    panel.set_ylim(1e-7, 3)
+    panel.set_ylim(lowest / 30, 20 * eta)
     panel.set_xlabel("$\\rho = \\epsilon_{SAM}$ on $w_1$", fontsize=TEXT)
     panel.set_ylabel("$\\epsilon_{AT}$ with the same $w_1$", fontsize=TEXT)
     panel.legend(fontsize=TEXT - 1.5, frameon=False, loc="lower right")
