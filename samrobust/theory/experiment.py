@@ -82,7 +82,7 @@ class Estimate:
 
     @property
     def agrees(self) -> bool | None:
-        """Whether the population value lies in the band widened to three deviations."""
+        """Whether the population value lies in the band widened by half."""
         if self.population is None:
             return None
         return bool(abs(self.mean - self.population) <= 1.5 * self.half_width)

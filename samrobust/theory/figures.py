@@ -84,7 +84,7 @@ def _equal_weight(content: Content) -> "Figure":
     styles = zip(_cycle(len(sizes)), itertools.cycle("os^Dv"), strict=False)
     lowest = eta
     for d, (colour, marker) in zip(sizes, styles, strict=True):
-        world = World(*(np.full_like(rho, part) for part in (p, eta, d)))
+        world = World(p, eta, d)
         exact = forms.equal_attack_radius(world, forms.sam_weight(world, rho))
         lowest = min(lowest, float(exact[0]))
         panel.plot(rho, exact, color=colour)
@@ -92,15 +92,14 @@ def _equal_weight(content: Content) -> "Figure":
         panel.plot(rho, corrected, color=colour, linestyle=(0, (1, 2)))
         points = content.study.sam
         same = points.where((points.d == d) & (points.p == p) & (points.eta == eta))
-        same = same.where(same.error < 1e-3 * (same.w - same.standard))
+        same = same.resolved()
         style = {**HOLLOW, "marker": marker, "color": colour}
         panel.plot(same.radius, same.attack_radius, **style)
         style["linestyle"] = "-"
         panel.plot([], [], **style, label=f"exact and direct minima, $d = {d:g}$")
-    world = World(*(np.full_like(rho, part) for part in (p, eta, 1)))
     panel.plot(
         rho,
-        forms.equal_attack_radius_printed(world, rho),
+        forms.equal_attack_radius_printed(content.world, rho),
         color=BLACK,
         linestyle="--",
         label="Theorem 4.5 as printed, every $d$",
@@ -126,8 +125,7 @@ def _equal_weight(content: Content) -> "Figure":
 def _all_weights(content: Content) -> "Figure":
     """Where SAM on all weights raises the robust one."""
     figure, (panel,) = make_panels(1, (5.2, 4.0))
-    points = content.study.sam_all
-    points = points.where(points.error < 1e-3 * np.abs(points.w - points.standard))
+    points = content.study.sam_all.resolved()
     up = points.w > points.standard
     d = np.geomspace(0.7, 2000, 200)
     edge = np.sqrt(2 * d)
@@ -222,7 +220,6 @@ def _trade_off(content: Content) -> "Figure":
             100 * _accuracies(natural(world), np.array([end]))
             for end in (start / 2, 1e9)
         ]
-        panel.plot([], [])
         panel.annotate(
             "$w_1 = w^*/2$", (ends[0][0], panel.get_ylim()[0]), fontsize=TEXT - 1.5
         )

@@ -1,7 +1,7 @@
 """Which statement of Section 4 holds where, and by how much the others are off.
 
 A verdict is computed from the points, never written down: a formula holds where it
-equals the direct minimum within the error of that minimum.
+equals the direct minimum within twice the error of that minimum.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ from samrobust.theory.grid import Points, Study
 __all__ = ["Verdict", "judge"]
 
 _SMALL = 0.1  # what an expansion calls small
-_KNOWN = 1e-3  # a shift is known if its error is below this share of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +73,6 @@ def _decided(verdict: Verdict) -> Verdict:
     return dataclasses.replace(verdict, verdict=f"no point{left}", holds=None)
 
 
-def _known(points: Points) -> Points:
-    """The points whose shift w - w* the direct minimum resolves."""
-    return points.where(points.error < _KNOWN * np.abs(points.w - points.standard))
-
-
 def _formula(
     statement: str,
     source: str,
@@ -127,7 +121,7 @@ def _printed_attack(points: Points) -> Verdict:
 
 
 def _sam_verdicts(points: Points) -> list[Verdict]:
-    known = _known(points)
+    known = points.resolved()
     shift = known.w - known.standard
     error = _largest(known.error / shift)
     count = (len(known), len(points) - len(known))
@@ -188,7 +182,7 @@ def _is_small(points: Points) -> np.ndarray:
 
 
 def _relation(study: Study) -> list[Verdict]:
-    known = _known(study.sam)
+    known = study.sam.resolved()
     undecided = len(study.sam) - len(known)
     epsilon, small = known.attack_radius, _is_small(known)
     printed = known.attack_radius_printed / epsilon
@@ -234,7 +228,7 @@ def _relation(study: Study) -> list[Verdict]:
 
 
 def _all_weights(points: Points) -> list[Verdict]:
-    known = _known(points)
+    known = points.resolved()
     shift = known.w - known.standard
     positive = known.standard**2 > 2 * known.d
     expected = known.coefficient * known.standard * known.radius**2

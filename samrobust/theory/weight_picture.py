@@ -24,7 +24,6 @@ from samrobust.theory.drawing import (
 )
 from samrobust.theory.experiment import Estimate
 from samrobust.theory.logistic import SamLogistic, logistic_weight
-from samrobust.theory.world import World
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,12 +45,11 @@ def _draw_attack(panel: "Axes", content: Content) -> None:
     world = content.world
     eta = float(world.eta)
     radii = np.linspace(0.002, 0.72, 120) * min(eta, 1.0)
-    many = World(*(np.full_like(radii, part) for part in (world.p, world.eta, world.d)))
-    whole = forms.adversarial_weight_all_features(many, radii)
+    whole = forms.adversarial_weight_all_features(world, radii)
     own = [logistic_weight(world, e, moves_robust=True) for e in radii]
     panel.plot(
         radii,
-        forms.adversarial_weight(many, radii),
+        forms.adversarial_weight(world, radii),
         color=BLUE,
         label="Theorem 4.2: $x_1$ left alone (0-1 and logistic loss)",
     )
@@ -85,7 +83,7 @@ def _draw_attack(panel: "Axes", content: Content) -> None:
         ("at", BLUE, "s"),
         ("at all features", GREEN, "D"),
     ):
-        _bands(panel, content.estimates, method, colour, marker, "AT, trained")
+        _bands(panel, content.estimates, method, colour, marker)
     panel.set_xlabel("radius of the attack $\\epsilon_{AT}$", fontsize=TEXT)
     panel.set_ylabel("robust weight $w_1$ (others: 1)", fontsize=TEXT)
     panel.plot([], [], color=GREY, **HOLLOW, label="direct minimum, 0-1 loss")
@@ -98,14 +96,13 @@ def _draw_sam(panel: "Axes", content: Content) -> None:
     start = float(forms.standard_weight(world))
     here = of_world(content.study.sam, world)
     rho = np.geomspace(0.7 * here.radius.min(), 1.4 * here.radius.max(), 60)
-    many = World(*(np.full_like(rho, part) for part in (world.p, world.eta, world.d)))
     logistic = SamLogistic(world)
     curves = (
-        (forms.sam_weight_printed(many, rho), ORANGE, "--", "Theorem 4.4 as printed"),
+        (forms.sam_weight_printed(world, rho), ORANGE, "--", "Theorem 4.4 as printed"),
         (start + rho, GREY, ":", "bound: $\\rho$"),
-        (forms.sam_weight(many, rho), RED, "-", "exact, 0-1 loss: our fixed point"),
+        (forms.sam_weight(world, rho), RED, "-", "exact, 0-1 loss: our fixed point"),
         (
-            forms.sam_weight_corrected(many, rho),
+            forms.sam_weight_corrected(world, rho),
             BLACK,
             (0, (1, 2)),
             "Theorem 4.4 corrected: $w^* \\rho^2/(3d)$",
@@ -135,7 +132,7 @@ def _draw_sam(panel: "Axes", content: Content) -> None:
     _bands(panel, content.estimates, "sam", BLUE, "s", "trained, 95 % band")
     panel.set_xscale("log")
     panel.set_yscale("log")
-    lowest = np.min(logistic.minimax(float(rho[0])) - start)
+    lowest = logistic.minimax(float(rho[0])) - start
     panel.set_ylim(0.3 * lowest, 4 * (rho[-1] + start * rho[-1] ** 2))
     panel.set_xlabel("radius of SAM $\\rho$ on $w_1$", fontsize=TEXT)
     panel.set_ylabel("$w_1 - w^*$", fontsize=TEXT)
@@ -148,7 +145,7 @@ def _bands(
     method: str,
     colour: str,
     marker: str,
-    label: str,
+    label: str | None = None,
 ) -> None:
     """Trained weights, with the band; one that reaches below 0 has no lower end."""
     own = [estimate for estimate in estimates if estimate.method == method]
@@ -163,6 +160,6 @@ def _bands(
             marker=marker,
             capsize=2.5,
             elinewidth=1,
-            label=label if method == "sam" else None,
+            label=label,
             **MARK,
         )
