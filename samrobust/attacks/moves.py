@@ -37,14 +37,13 @@ class LinfMoves(NamedTuple):
 
     def draw(self, query: Array, key: Array) -> dict[str, Array]:
         """The random numbers of a query, for all examples the same."""
-        corner_key, sign_key = jax.random.split(key)
+        channels = self.images.shape[-1]
         size = jnp.asarray(self.sizes)[query]
+        numbers = jax.random.uniform(key, (2 + channels,), self.images.dtype)
         return {
             "size": size,
-            "corner": _corner(corner_key, size, self.images.shape),
-            "signs": _signs(
-                sign_key, (1, 1, 1, self.images.shape[-1]), self.images.dtype
-            ),
+            "corner": _corner(numbers[:2], size, self.images.shape),
+            "signs": jnp.where(numbers[2:] < 0.5, -1.0, 1.0).reshape(1, 1, 1, channels),
         }
 
     def move(self, best: Array, *, size: Array, corner: Array, signs: Array) -> Array:
@@ -86,16 +85,16 @@ class L2Moves(NamedTuple):
     def draw(self, query: Array, key: Array) -> dict[str, Array]:
         """The random numbers of a query, for all examples the same but for signs."""
         batch, _, _, channels = self.images.shape
-        corner_key, source_key, flip_key, sign_key = jax.random.split(key, 4)
+        place_key, sign_key = jax.random.split(key)
         size = jnp.asarray(self.sizes)[query]
+        numbers = jax.random.uniform(place_key, (5,), self.images.dtype)
         table, which = pulses(self.sizes)
         upright = jnp.asarray(table, self.images.dtype)[jnp.asarray(which)[query]]
-        flipped = jax.random.bernoulli(flip_key)
         return {
             "size": size,
-            "corner": _corner(corner_key, size, self.images.shape),
-            "source": _corner(source_key, size, self.images.shape),
-            "pattern": jnp.where(flipped, upright.T, upright),
+            "corner": _corner(numbers[:2], size, self.images.shape),
+            "source": _corner(numbers[2:4], size, self.images.shape),
+            "pattern": jnp.where(numbers[4] < 0.5, upright, upright.T),
             "signs": _signs(sign_key, (batch, 1, 1, channels), self.images.dtype),
         }
 
@@ -119,24 +118,24 @@ class L2Moves(NamedTuple):
         )
         held = _energy(jnp.where(window | emptied, delta, 0.0))
         budget = jnp.sqrt(unspent / best.shape[-1] + held)
-        fresh = _placed(pattern, best.shape, corner) * signs + _unit(inside, (1, 2))
-        fresh = _unit(fresh, (1, 2)) * budget
+        fresh = _placed(pattern, best.shape, corner) * signs + _unit_channels(inside)
+        fresh = _unit_channels(fresh) * budget
         kept = jnp.where(emptied, 0.0, delta)
         return self.into_set(jnp.where(window, fresh, kept))
 
     def into_set(self, delta: Array) -> Array:
         """The images with perturbations of full length, clipped to the box."""
-        return jnp.clip(self.images + self.radius * _unit(delta, (1, 2, 3)), *self.box)
+        return jnp.clip(self.images + self.radius * _unit(delta), *self.box)
 
 
 def _signs(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    return jax.random.rademacher(key, shape, jnp.int32).astype(dtype)
+    return jnp.where(jax.random.bernoulli(key, shape=shape), 1.0, -1.0).astype(dtype)
 
 
-def _corner(key: Array, size: Array, shape: tuple[int, ...]) -> Array:
+def _corner(uniform: Array, size: Array, shape: tuple[int, ...]) -> Array:
     """The upper left pixel of a window, int [2]; as upstream, short of the last one."""
     room = jnp.array(shape[1:3], jnp.int32) - size
-    return jax.random.randint(key, (2,), 0, jnp.maximum(room, 1))
+    return jnp.floor(uniform * room).astype(jnp.int32)
 
 
 def _window(shape: tuple[int, ...], corner: Array, size: Array) -> Array:
@@ -157,10 +156,18 @@ def _placed(pattern: Array, shape: tuple[int, ...], corner: Array) -> Array:
 
 
 def _energy(delta: Array) -> Array:
-    """The sum of squares of each channel, [B, 1, 1, C]."""
-    return jnp.sum(jnp.square(delta), axis=(1, 2), keepdims=True)
+    """The sum of squares of each channel, [B, 1, 1, C].
+
+    Rows first: on the CPU twice as fast as the sum over both axes at once.
+    """
+    rows = jnp.sum(jnp.square(delta), axis=1, keepdims=True)
+    return jnp.sum(rows, axis=2, keepdims=True)
 
 
-def _unit(delta: Array, axes: tuple[int, ...]) -> Array:
-    squares = jnp.sum(jnp.square(delta), axis=axes, keepdims=True)
-    return delta / (_FLOOR + jnp.sqrt(squares))
+def _unit_channels(delta: Array) -> Array:
+    return delta / (_FLOOR + jnp.sqrt(_energy(delta)))
+
+
+def _unit(delta: Array) -> Array:
+    whole = jnp.sum(_energy(delta), axis=3, keepdims=True)
+    return delta / (_FLOOR + jnp.sqrt(whole))
