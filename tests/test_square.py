@@ -164,7 +164,7 @@ def test_misclassified_images_come_back_unchanged(ball):
     labels = jnp.where(jnp.arange(12) % 2 == 0, (labels + 1) % 3, labels)
     attack = square(BALLS[ball](0.3), num_queries=5)
     changed = np.any(run(attack, logits_fn, images, labels) != images, axis=(1, 2, 3))
-    np.testing.assert_array_equal(changed[::2], False)  # noqa: FBT003
+    np.testing.assert_array_equal(changed[::2], False)
     assert changed[1::2].any()
 
 
