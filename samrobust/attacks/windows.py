@@ -20,7 +20,7 @@ _HALVINGS_END = 10000  # the number of queries that they are made for
 def window_sizes(
     num_queries: int,
     p_init: float,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     *,
     rescale: bool,
     odd: bool,
@@ -53,7 +53,7 @@ def _halvings(query: int, num_queries: int, rescale: bool) -> int:
     return sum(query > after for after in _HALVINGS)
 
 
-def _side(share: float, shape: tuple[int, int, int], odd: bool) -> int:
+def _side(share: float, shape: tuple[int, ...], odd: bool) -> int:
     height, width, channels = shape
     # Multiplied and divided by the channels as in upstream's code: the same rounding.
     side = round(math.sqrt(share * (height * width * channels) / channels))
