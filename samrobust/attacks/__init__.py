@@ -11,6 +11,7 @@ are [B, ...] with pixels in [0, 1], radii in pixel units. Normalisation belongs 
 
 from samrobust.attacks.balls import Ball, l2, linf
 from samrobust.attacks.pgd import JUDGES, identity, pgd
+from samrobust.attacks.square import square
 from samrobust.attacks.staged import StagedPgd, staged_pgd
 from samrobust.objectives import cross_entropy, margin
 
@@ -24,5 +25,6 @@ __all__ = [
     "linf",
     "margin",
     "pgd",
+    "square",
     "staged_pgd",
 ]
