@@ -136,10 +136,12 @@ def test_the_dlr_losses_are_those_of_a_sort(num_classes):
     logits = rng.normal(0, 5, [40, num_classes]).astype(np.float32)
     labels, targets = rng.integers(0, num_classes, [2, 40])
     np.testing.assert_allclose(
-        dlr(logits, labels), sorted_dlr(logits, labels), rtol=1e-5
+        dlr(jnp.asarray(logits), jnp.asarray(labels)),
+        sorted_dlr(logits, labels),
+        rtol=1e-5,
     )
     np.testing.assert_allclose(
-        targeted_dlr(logits, labels, targets),
+        targeted_dlr(jnp.asarray(logits), labels, targets),
         sorted_dlr(logits, labels, targets),
         rtol=1e-5,
         atol=1e-6,

@@ -33,7 +33,8 @@ BALLS = {
 @functools.cache
 def weights():
     """Two layers, trained on the digits for a moment: not too sure of themselves."""
-    images, labels = load_digits()["train"]
+    images, digits = load_digits()["train"]
+    labels = jnp.asarray(digits)
     pixels = jnp.asarray(images.reshape(len(images), -1) / 255, jnp.float32)
     rng = np.random.default_rng(0)
     params = [jnp.asarray(rng.normal(0, 0.15, s), jnp.float32) for s in SHAPES]
@@ -88,6 +89,11 @@ def shared_start(norm, images):
 
 class Recorded:
     """What their attack says of a run from the shared start."""
+
+    norm: str
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
 
     def attack_single_run(self, x, y, x_init=None):
         assert x_init is None
