@@ -9,17 +9,23 @@ are [B, ...] with pixels in [0, 1], radii in pixel units. Normalisation belongs 
 `logits_fn`. Out of scope: training, data sets, accuracy (see `samrobust.evaluation`).
 """
 
+from samrobust.attacks.apgd import apgd, apgd_targeted
 from samrobust.attacks.balls import Ball, l2, linf
+from samrobust.attacks.fgsm import fgsm
 from samrobust.attacks.pgd import JUDGES, identity, pgd
 from samrobust.attacks.square import square
 from samrobust.attacks.staged import StagedPgd, staged_pgd
-from samrobust.objectives import cross_entropy, margin
+from samrobust.objectives import cross_entropy, dlr, margin, targeted_dlr
 
 __all__ = [
     "JUDGES",
     "Ball",
     "StagedPgd",
+    "apgd",
+    "apgd_targeted",
     "cross_entropy",
+    "dlr",
+    "fgsm",
     "identity",
     "l2",
     "linf",
@@ -27,4 +33,5 @@ __all__ = [
     "pgd",
     "square",
     "staged_pgd",
+    "targeted_dlr",
 ]
