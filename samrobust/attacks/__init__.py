@@ -10,6 +10,10 @@ are [B, ...] with pixels in [0, 1], radii in pixel units. Normalisation belongs 
 """
 
 from samrobust.attacks.balls import Ball, l2, linf
+from samrobust.attacks.ddn import ddn
+from samrobust.attacks.fab import fab_minimal, fab_targeted
+from samrobust.attacks.hyperplanes import step_onto_hyperplane
+from samrobust.attacks.noise import noise
 from samrobust.attacks.pgd import JUDGES, identity, pgd
 from samrobust.attacks.staged import StagedPgd, staged_pgd
 from samrobust.objectives import cross_entropy, margin
@@ -19,10 +23,15 @@ __all__ = [
     "Ball",
     "StagedPgd",
     "cross_entropy",
+    "ddn",
+    "fab_minimal",
+    "fab_targeted",
     "identity",
     "l2",
     "linf",
     "margin",
+    "noise",
     "pgd",
     "staged_pgd",
+    "step_onto_hyperplane",
 ]
