@@ -60,7 +60,7 @@ def trained():
 
     def loss(params):
         logits = classify(params, images[NUM_IMAGES:])
-        return jnp.mean(cross_entropy(logits, labels[NUM_IMAGES:]))
+        return jnp.mean(cross_entropy(logits, jnp.asarray(labels[NUM_IMAGES:])))
 
     def step(_, carry):
         params, opt_state = carry
