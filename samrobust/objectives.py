@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from samrobust.checks import check
 from samrobust.types import Array, LossFn
 
-__all__ = ["LOSSES", "cross_entropy", "margin"]
+__all__ = ["LOSSES", "cross_entropy", "dlr", "margin", "targeted_dlr"]
+
+_DLR_FLOOR = 1e-12  # the paper's code adds it to the denominators of both DLR losses
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -52,9 +55,97 @@ def margin(logits: Array, labels: Array) -> Array:
     """
     logits = logits.astype(jnp.float32)
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-    label_logit = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
     others = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
-    return others - label_logit
+    return others - _logit_of(logits, labels)
+
+
+def dlr(logits: Array, labels: Array) -> Array:
+    """The difference of logits ratio `(max_{k != y} z_k - z_y) / (z_(1) - z_(3))`.
+
+    `z_(i)` is the i-th largest logit. Neither a shift nor a positive factor of the
+    logits changes the loss, so that a classifier cannot hide by scaling them. Not
+    positive where the example is classified rightly, 0 where the two largest tie.
+
+    Its limits: it needs three classes. Where the example is classified rightly it lies
+    in [-1, 0], and is -1 as soon as the second and third logit tie, however sure the
+    classifier is. Where the three largest logits tie, the floor of 1e-12 alone
+    bounds the gradient. It is no loss to train with.
+
+    Args:
+      logits: [B, K] with K >= 3.
+      labels: int [B], in 0 .. K-1.
+
+    Returns:
+      float32 [B].
+
+    Raises:
+      ValueError: if K < 3.
+
+    Reference: Croce and Hein (2020), arXiv 2003.01690, equation (4); 1e-12 is added to
+    the denominator as in the authors' code.
+
+    >>> dlr(jnp.array([[4.0, 3.0, 2.0, 0.0]]), jnp.array([0]))
+    Array([-0.5], dtype=float32)
+    """
+    _check_classes(logits, 3, "the DLR loss", "`margin` needs 2.")
+    top = _largest(logits.astype(jnp.float32), 3)
+    return margin(logits, labels) / (top[0] - top[2] + _DLR_FLOOR)
+
+
+def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
+    """The targeted form `(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)` of `dlr`.
+
+    Positive where the target outweighs the label, whichever class is the largest. The
+    limits are those of `dlr`, but it needs four classes, and the denominator vanishes
+    only where the four largest logits tie.
+
+    Args:
+      logits: [B, K] with K >= 4.
+      labels: int [B], in 0 .. K-1.
+      targets: int [B], in 0 .. K-1: the classes to be mistaken for.
+
+    Returns:
+      float32 [B].
+
+    Raises:
+      ValueError: if K < 4.
+
+    Reference: Croce and Hein (2020), arXiv 2003.01690, equation (5); 1e-12 is added to
+    the denominator as in the authors' code.
+
+    >>> logits = jnp.array([[4.0, 3.0, 2.0, 0.0]])
+    >>> targeted_dlr(logits, jnp.array([0]), jnp.array([2])).round(4)
+    Array([-0.6667], dtype=float32)
+    """
+    _check_classes(logits, 4, "the targeted DLR loss", "`dlr` needs 3, `margin` 2.")
+    logits = logits.astype(jnp.float32)
+    top = _largest(logits, 4)
+    rise = _logit_of(logits, targets) - _logit_of(logits, labels)
+    return rise / (top[0] - 0.5 * (top[2] + top[3]) + _DLR_FLOOR)
+
+
+def _check_classes(logits: Array, least: int, what: str, instead: str) -> None:
+    classes = logits.shape[-1]
+    check(classes >= least, f"{least} classes for {what}", instead, classes=classes)
+
+
+def _logit_of(logits: Array, classes: Array) -> Array:
+    """The logit [B] of one class an example, without a gather: it shards."""
+    chosen = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
+    return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+
+
+def _largest(logits: Array, number: int) -> list[Array]:
+    """The largest logits, each [B]; where some tie, the one of the first class first.
+
+    Masks and not a sort: over few classes they are faster, also in the gradient.
+    """
+    largest = []
+    for _ in range(number):
+        first = jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[-1], dtype=bool)
+        largest.append(jnp.sum(jnp.where(first, logits, 0.0), axis=-1))
+        logits = jnp.where(first, -jnp.inf, logits)
+    return largest
 
 
 LOSSES: dict[str, LossFn] = {"cross_entropy": cross_entropy, "margin": margin}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from samrobust.objectives import LOSSES, cross_entropy, margin
+from samrobust.objectives import LOSSES, cross_entropy, dlr, margin, targeted_dlr
 
 settings = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 logits_and_labels = st.tuples(
@@ -115,3 +115,62 @@ def test_jit_does_not_change_the_losses(name):
     np.testing.assert_allclose(
         compiled[name](logits, labels), LOSSES[name](logits, labels), rtol=1e-6
     )
+
+
+def sorted_dlr(logits, labels, targets=None):
+    """The formulas, by a sort in float64."""
+    logits = np.asarray(logits, np.float64)
+    rows, top = np.arange(len(labels)), np.sort(logits)[:, ::-1]
+    if targets is not None:
+        scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2
+        return (logits[rows, targets] - logits[rows, labels]) / (scale + 1e-12)
+    others = logits.copy()
+    others[rows, labels] = -np.inf
+    rise = others.max(-1) - logits[rows, labels]
+    return rise / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+@pytest.mark.parametrize("num_classes", [4, 10])
+def test_the_dlr_losses_are_those_of_a_sort(num_classes):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 5, [40, num_classes]).astype(np.float32)
+    labels, targets = rng.integers(0, num_classes, [2, 40])
+    np.testing.assert_allclose(
+        dlr(jnp.asarray(logits), jnp.asarray(labels)),
+        sorted_dlr(logits, labels),
+        rtol=1e-5,
+    )
+    np.testing.assert_allclose(
+        targeted_dlr(jnp.asarray(logits), labels, targets),
+        sorted_dlr(logits, labels, targets),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_the_dlr_losses_stay_and_their_gradients_are_finite_where_logits_tie():
+    logits, labels, targets = jnp.zeros([1, 4]), jnp.array([1]), jnp.array([2])
+    assert dlr(logits, labels)[0] == targeted_dlr(logits, labels, targets)[0] == 0
+    gradient = jax.grad(lambda z: jnp.sum(dlr(z, labels)))(logits)
+    assert np.all(np.isfinite(gradient))
+
+
+def test_a_classifier_cannot_hide_from_the_dlr_losses_by_its_scale():
+    logits = jax.random.normal(jax.random.key(3), [6, 5])
+    labels, targets = jnp.arange(6) % 5, jnp.arange(6) % 4
+    far = logits * 1000 + 7
+    np.testing.assert_allclose(dlr(far, labels), dlr(logits, labels), rtol=1e-4)
+    np.testing.assert_allclose(
+        targeted_dlr(far, labels, targets),
+        targeted_dlr(logits, labels, targets),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
+def test_the_dlr_losses_refuse_too_few_classes():
+    labels = jnp.array([0])
+    with pytest.raises(ValueError, match="3 classes for the DLR loss, got classes=2"):
+        dlr(jnp.zeros([1, 2]), labels)
+    with pytest.raises(ValueError, match=r"4 classes for the targeted.*got classes=3"):
+        targeted_dlr(jnp.zeros([1, 3]), labels, labels)

@@ -9,20 +9,38 @@ are [B, ...] with pixels in [0, 1], radii in pixel units. Normalisation belongs 
 `logits_fn`. Out of scope: training, data sets, accuracy (see `samrobust.evaluation`).
 """
 
+from samrobust.attacks.apgd import apgd, apgd_targeted
 from samrobust.attacks.balls import Ball, l2, linf
+from samrobust.attacks.ddn import ddn
+from samrobust.attacks.fab import fab_minimal, fab_targeted
+from samrobust.attacks.fgsm import fgsm
+from samrobust.attacks.hyperplanes import step_onto_hyperplane
+from samrobust.attacks.noise import noise
 from samrobust.attacks.pgd import JUDGES, identity, pgd
+from samrobust.attacks.square import square
 from samrobust.attacks.staged import StagedPgd, staged_pgd
-from samrobust.objectives import cross_entropy, margin
+from samrobust.objectives import cross_entropy, dlr, margin, targeted_dlr
 
 __all__ = [
     "JUDGES",
     "Ball",
     "StagedPgd",
+    "apgd",
+    "apgd_targeted",
     "cross_entropy",
+    "ddn",
+    "dlr",
+    "fab_minimal",
+    "fab_targeted",
+    "fgsm",
     "identity",
     "l2",
     "linf",
     "margin",
+    "noise",
     "pgd",
+    "square",
     "staged_pgd",
+    "step_onto_hyperplane",
+    "targeted_dlr",
 ]

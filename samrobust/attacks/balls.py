@@ -26,6 +26,7 @@ class Ball(NamedTuple):
         the loss fastest; a gradient of zero or NaN gives a zero direction.
       norm: perturbations [B, ...] to their norms [B].
       radius: the radius, in pixel units.
+      order: of the norm, `inf` or 2, for attacks that are made for one norm.
     """
 
     project: Callable[[Array], Array]
@@ -33,6 +34,7 @@ class Ball(NamedTuple):
     steepest_ascent: Callable[[Array], Array]
     norm: Callable[[Array], Array]
     radius: float
+    order: float
 
 
 def linf(radius: float) -> Ball:
@@ -64,7 +66,7 @@ def linf(radius: float) -> Ball:
     def steepest_ascent(gradient: Array) -> Array:
         return jnp.sign(jnp.where(jnp.isnan(gradient), 0.0, gradient))
 
-    return Ball(project, sample, steepest_ascent, norm, radius)
+    return Ball(project, sample, steepest_ascent, norm, radius, float("inf"))
 
 
 def l2(radius: float, *, gradient_floor: float = 0.0) -> Ball:
@@ -113,7 +115,7 @@ def l2(radius: float, *, gradient_floor: float = 0.0) -> Ball:
     def steepest_ascent(gradient: Array) -> Array:
         return _unit(gradient, gradient_floor)
 
-    return Ball(project, sample, steepest_ascent, norm, radius)
+    return Ball(project, sample, steepest_ascent, norm, radius, 2.0)
 
 
 def _check_radius(radius: float) -> None:

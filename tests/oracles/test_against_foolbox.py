@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from samrobust.attacks import l2, linf, pgd
+from samrobust.attacks import fgsm, l2, linf, pgd
 from samrobust.models import PreActResNet
 
 foolbox = pytest.importorskip("foolbox")
@@ -91,3 +91,17 @@ def test_pgd_reaches_the_pixels_of_foolbox_on_the_torch_twin(
     gap = ours(ball, logits_fn, images, labels) - expected.numpy().transpose(0, 2, 3, 1)
     # Two libraries may round a gradient of almost zero to different signs.
     assert np.mean(np.abs(gap) <= 1e-6) >= 0.999
+
+
+@pytest.mark.parametrize("ball", BALLS)
+def test_the_fast_gradient_method_is_that_of_foolbox(ball, logits_fn, batch):
+    images, labels = batch
+    make_ball, radius, _ = BALLS[ball]
+    kind = {linf: foolbox.attacks.FGSM, l2: foolbox.attacks.FGM}[make_ball]
+    model = foolbox.JAXModel(logits_fn, bounds=(0, 1))
+    criterion = foolbox.criteria.Misclassification(labels)
+    expected = kind(random_start=False).run(model, images, criterion, epsilon=radius)
+    attack = fgsm(make_ball(radius))
+    found = attack(logits_fn, images, labels, key=jax.random.key(0))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(found - images).max() > 0

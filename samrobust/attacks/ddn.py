@@ -1,0 +1,151 @@
+"""DDN: a minimal l2 attack that decouples the direction of a step from its length.
+
+Each step follows the normalised gradient of the cross entropy and is then scaled onto
+a sphere around the original image, whose radius shrinks where the iterate is
+misclassified and grows where it is not.
+
+Reference: Rony, Hafemann, Oliveira, Ben Ayed, Sabourin and Granger (2019), arXiv
+1811.09600.
+"""
+
+import operator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from samrobust.attacks.balls import l2
+from samrobust.attacks.examples import check_images, spread
+from samrobust.checks import check
+from samrobust.objectives import cross_entropy
+from samrobust.types import Array, Attack, LogitsFn
+
+__all__ = ["ddn"]
+
+_SPHERE = l2(1.0)
+_LAST_STEP_SIZE = 0.01  # of the cosine schedule that starts at 1
+
+
+def ddn(
+    *,
+    num_steps: int = 100,
+    init_epsilon: float = 1.0,
+    gamma: float = 0.05,
+    box: tuple[float, float] = (0.0, 1.0),
+) -> Attack:
+    """The DDN attack: small l2 perturbations that are misclassified.
+
+        d    <-  d + step_size * g / ||g||      with g the gradient of the cross entropy
+        eps  <-  (1 - gamma) eps where x is misclassified, else (1 + gamma) eps
+        x    <-  clip(x0 + eps d / ||d||),  d <- x - x0
+
+    The step size falls from 1 to 0.01 along a cosine; `eps` never exceeds the distance
+    to the box's farthest corner.
+
+    Args:
+      num_steps: number of steps, >= 0; the iterate before each of them is judged, the
+        image itself first, and the last step's outcome is not.
+      init_epsilon: the radius of the first sphere in pixel units, > 0.
+      gamma: the share by which the radius changes in a step, in (0, 1).
+      box: the range of pixel values.
+
+    Returns:
+      `attack(logits_fn, images, labels, *, key) -> images` on images [B, ...] in the
+      box, float32 (or float64), and labels int [B]; wrap it in `jax.jit`. The key is
+      used only where a gradient is zero, for a random direction.
+
+      **Guarantees.** Shape and dtype are kept; the result lies in the box. An example
+      is handed in as its smallest misclassified iterate, so that the norm of the change
+      is an upper bound of the distance to the boundary, and unchanged where there is
+      none or where it is misclassified already. An example's outcome does not depend on
+      the others of its batch except through its random numbers. No gradient flows
+      through the result.
+
+    Raises:
+      ValueError: if an argument is outside its range; when called, if the images are of
+        another dtype.
+
+    Reference: Rony et al. (2019), arXiv 1811.09600, Algorithm 1; random directions and
+    the bound of the radius as in foolbox. *Our deviation*: no quantisation of the
+    result to 256 values.
+
+    >>> image = jnp.full([1, 2], 0.5)
+    >>> adversarial = ddn()(
+    ...     lambda x: jnp.stack([x[:, 0], 0.9 - x[:, 0]], -1), image, jnp.array([0]),
+    ...     key=jax.random.key(0))
+    >>> jnp.linalg.norm(adversarial - image).round(2)  # of a plane 0.05 away
+    Array(0.05, dtype=float32)
+    """
+    num_steps = operator.index(num_steps)
+    check(num_steps >= 0, "num_steps >= 0", num_steps=num_steps)
+    check(
+        0 < init_epsilon < float("inf"),
+        "0 < init_epsilon < inf",
+        "Radii are in pixel units.",
+        init_epsilon=init_epsilon,
+    )
+    check(0 < gamma < 1, "0 < gamma < 1", gamma=gamma)
+    check(box[0] < box[1], "box[0] < box[1]", box=box)
+
+    def attack(
+        logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
+    ) -> Array:
+        check_images(images)
+        images = jax.lax.stop_gradient(images)
+        farthest = _SPHERE.norm(jnp.maximum(images - box[0], box[1] - images))
+
+        def step(index: Array, state: _State) -> _State:
+            gradient, wrong = jax.grad(total_loss, has_aux=True)(state.current)
+            state = _remember(state, images, wrong)
+            direction = _direction(gradient, jax.random.fold_in(key, index))
+            share = (1 + jnp.cos(jnp.pi * index / num_steps)) / 2
+            step_size = _LAST_STEP_SIZE + (1 - _LAST_STEP_SIZE) * share
+            delta = state.current - images + step_size.astype(images.dtype) * direction
+            epsilon = state.epsilon * jnp.where(wrong, 1 - gamma, 1 + gamma)
+            epsilon = jnp.minimum(epsilon, farthest)
+            delta = _SPHERE.steepest_ascent(delta) * spread(epsilon, images)
+            current = jnp.clip(images + delta, *box)
+            return state._replace(current=current, epsilon=epsilon)
+
+        def total_loss(current: Array) -> tuple[Array, Array]:
+            logits = logits_fn(current)
+            wrong = jnp.argmax(logits, axis=-1) != labels
+            return jnp.sum(cross_entropy(logits, labels)), wrong
+
+        epsilon = jnp.full_like(farthest, init_epsilon)
+        start = _State(images, epsilon, images, farthest)
+        best = jax.lax.fori_loop(0, num_steps, step, start).best
+        return jax.lax.stop_gradient(best)
+
+    return attack
+
+
+class _State(NamedTuple):
+    """Iterates and their spheres; the smallest misclassified ones, and how far."""
+
+    current: Array
+    epsilon: Array
+    best: Array
+    distance: Array
+
+
+def _remember(state: _State, images: Array, wrong: Array) -> _State:
+    """Keeps the iterate where it is misclassified and no larger than the best."""
+    distance = _SPHERE.norm(state.current - images)
+    smaller = wrong & (distance <= state.distance)
+    best = jnp.where(spread(smaller, images), state.current, state.best)
+    distance = jnp.where(smaller, distance, state.distance)
+    return state._replace(best=best, distance=distance)
+
+
+def _direction(gradient: Array, key: Array) -> Array:
+    """The gradient at unit norm; a random direction where it is zero or NaN."""
+    unit = _SPHERE.steepest_ascent(gradient)
+    zero = _SPHERE.norm(unit) == 0
+
+    def with_noise() -> Array:
+        noise = jax.random.normal(key, gradient.shape, gradient.dtype)
+        noise = _SPHERE.steepest_ascent(noise)
+        return jnp.where(spread(zero, gradient), noise, unit)
+
+    return jax.lax.cond(jnp.any(zero), with_noise, lambda: unit)
