@@ -142,10 +142,9 @@ def test_radius_zero_returns_the_images_bit_for_bit(name, ball):
     assert np.asarray(result).tobytes() == np.asarray(images).tobytes()
 
 
-@pytest.mark.parametrize("ball", BALLS)
-def test_a_large_radius_breaks_every_image(ball):
+def test_a_large_radius_breaks_every_image():
     logits_fn, images, labels = problem()
-    result = run(BOUNDED["fab"](BALLS[ball](2.0)), logits_fn, images, labels)
+    result = run(BOUNDED["fab"](linf(2.0)), logits_fn, images, labels)
     assert is_wrong(logits_fn, result, labels).all()
 
 
@@ -165,14 +164,14 @@ def test_the_result_lies_in_another_box(name):
     assert np.isclose(np.max(result), 0.6)
 
 
-@pytest.mark.parametrize("name", ["fab linf", "noise l2", "ddn"])
+@pytest.mark.parametrize("name", ["fab linf", "ddn"])
 def test_jit_does_not_change_the_result(name):
     logits_fn, images, labels = problem()
     plain = ALL[name]()(logits_fn, images, labels, key=KEY)
     np.testing.assert_allclose(outcome(name)[1], plain, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["fab linf", "fab l2", "ddn"])
+@pytest.mark.parametrize("name", ["fab linf", "ddn"])
 def test_attacking_a_batch_equals_attacking_its_halves(name):
     """Even where one half alone would end all runs early."""
     _, images, labels = problem()
@@ -185,7 +184,7 @@ def test_attacking_a_batch_equals_attacking_its_halves(name):
     assert np.any(whole[20:] != images[20:])
 
 
-@pytest.mark.parametrize("name", ["fab with restarts l2", "noise l2", "ddn"])
+@pytest.mark.parametrize("name", ["minimal fab l2", "noise l2", "ddn"])
 def test_a_second_call_does_not_trace_again_and_the_key_decides(name):
     _, images, labels = problem()
     attack, traces = compiled(name)
@@ -208,7 +207,7 @@ def test_no_gradient_flows_through_the_result(name):
     assert not np.any(jax.jit(jax.grad(total))(images))
 
 
-@pytest.mark.parametrize("name", ["fab linf", "minimal fab l2", "ddn"])
+@pytest.mark.parametrize("name", ["fab linf", "ddn"])
 def test_a_classifier_without_gradients_and_one_of_nan_leave_the_box_alone(name):
     _, images, labels = problem(num=4)
 
@@ -269,8 +268,7 @@ def distances_to_planes(ball, logits_fn, images, labels, weights):
     return np.where(lengths > 0, gaps / np.where(lengths > 0, lengths, 1), np.inf)
 
 
-@pytest.mark.parametrize("num_classes", [2, 5])
-@pytest.mark.parametrize("ball", BALLS)
+@pytest.mark.parametrize(("ball", "num_classes"), [("linf", 5), ("l2", 5), ("l2", 2)])
 def test_fab_measures_the_distance_to_a_linear_boundary(ball, num_classes):
     problem = linear_problem(num_classes)
     logits_fn, images, labels, _ = problem
