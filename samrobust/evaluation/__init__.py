@@ -2,5 +2,14 @@
 
 from samrobust.evaluation.early_stop import make_early_stop_evaluator
 from samrobust.evaluation.evaluate import Evaluator, accuracies, make_evaluator
+from samrobust.evaluation.measure import BatchFn, Measure, make_measure
 
-__all__ = ["Evaluator", "accuracies", "make_early_stop_evaluator", "make_evaluator"]
+__all__ = [
+    "BatchFn",
+    "Evaluator",
+    "Measure",
+    "accuracies",
+    "make_early_stop_evaluator",
+    "make_evaluator",
+    "make_measure",
+]
