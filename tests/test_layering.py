@@ -20,7 +20,7 @@ LAYERS = [
     {"building", "workdir", "survey", "tracking"},
     {"training", "evaluation", "runfiles"},
     {"experiments", "reporting"},
-    {"bench", "sweep", "status", "theory"},
+    {"bench", "sanity", "sweep", "status", "theory"},
     {"table"},
     {"commands"},
     {"cli"},
