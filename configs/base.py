@@ -98,6 +98,10 @@ def get_config() -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.linf = (1.0, 2.0)  # radii, in 1/255
     config.evaluation.l2 = (16.0, 32.0)  # radii, in 1/255
+    config.evaluation.attack = "pgd"  # or autoattack, which uses the next two alone
+    config.evaluation.version = "standard"  # or rand; or custom, with members
+    config.evaluation.members = ()  # of apgd-ce, apgd-t, fab-t, square, apgd-dlr
+    # Of PGD:
     config.evaluation.linf_step = 0.25  # step size as a fraction of the radius
     config.evaluation.l2_step = 0.125
     config.evaluation.num_steps = 10

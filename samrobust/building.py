@@ -17,6 +17,7 @@ from samrobust.objectives import LOSSES
 from samrobust.types import Attack, Config, PyTree
 
 __all__ = [
+    "autoattacks",
     "evaluation_attacks",
     "learning_rate_schedule",
     "load_data",
@@ -88,6 +89,17 @@ def staged_attacks(config: Config) -> dict[str, attacks.StagedPgd]:
     return {
         name: attacks.staged_pgd(ball, **options)
         for name, (ball, options) in _evaluation_columns(config).items()
+    }
+
+
+def autoattacks(config: Config) -> dict[str, attacks.AutoAttack]:
+    """AutoAttack for every column under attack; it has its own `gradient_floor`."""
+    evaluation = config.evaluation
+    return {
+        name: attacks.autoattack(
+            ball, version=evaluation.version, members=tuple(evaluation.members)
+        )
+        for name, (ball, _) in _evaluation_columns(config).items()
     }
 
 

@@ -13,11 +13,10 @@ from rich.console import Console
 from samrobust import building, configuration, parallel
 from samrobust.bench.command import bench_command
 from samrobust.bench.suite import StoppedError
-from samrobust.checks import check
 from samrobust.claims import await_verdict
-from samrobust.data import Dataset, DatasetUnavailableError
-from samrobust.experiments import PlannedRun, evaluate_run, run, work
-from samrobust.provenance import provenance
+from samrobust.data import DatasetUnavailableError
+from samrobust.evaluate import evaluate_command, print_accuracies
+from samrobust.experiments import PlannedRun, run, work
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import (
     StopRequest,
@@ -29,21 +28,10 @@ from samrobust.theory.command import theory_command
 from samrobust.tracking import check_installed
 from samrobust.training import InterruptedRunError, TrainingDivergedError
 from samrobust.training.checkpoint import CheckpointError
-from samrobust.types import Config
-from samrobust.validation import validate
-from samrobust.workdir import WorkdirError, append_json_line, read_json
+from samrobust.workdir import WorkdirError
 
 __all__ = ["execute"]
 
-_EVALUATION_FLAGS = (
-    "num_steps",
-    "restarts",
-    "loss",
-    "judge",
-    "early_stop",
-    "checkpoint",
-    "batch_size",
-)
 _FAILED, _BAD_INPUT, _LOST_PEER, _TERMINATED, _CTRL_C = 1, 2, 69, 75, 130
 
 
@@ -55,7 +43,7 @@ def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     command = {
         "table": table_command,
         "train": _train,
-        "evaluate": _evaluate,
+        "evaluate": evaluate_command,
         "bench": bench_command,
         "theory": theory_command,
     }
@@ -151,95 +139,6 @@ def _train(
         result = run(
             config, planned.workdir, observer, dataset=dataset, should_stop=should_stop
         )
-    _print_accuracies(console, planned.name, result["accuracy"])
+    print_accuracies(console, planned.name, result["accuracy"])
     console.print(f"Written to {planned.workdir}: result.json", highlight=False)
     return 0
-
-
-def _print_accuracies(console: Console, name: str, accuracy: dict[str, float]) -> None:
-    cells = ", ".join(f"{column} {value:.2f}" for column, value in accuracy.items())
-    console.print(f"{name}: {cells} (accuracy in %)", highlight=False)
-
-
-def _evaluate(
-    arguments: argparse.Namespace, overrides: Sequence[str], stop: StopRequest
-) -> int:
-    check(
-        not overrides,
-        "no --config overrides for evaluate",
-        "The run's own config is used; see `samrobust evaluate --help`.",
-        overrides=list(overrides),
-    )
-    workdir = pathlib.Path(arguments.workdir)
-    should_stop, console = parallel.join(stop), _console()
-    config = parallel.from_primary(lambda: _evaluation_config(workdir, arguments))
-    dataset: Dataset = building.load_data(config)
-    works = work(config, dataset)
-    display = ProgressDisplay(console, works[1])
-    with display.live():
-        accuracy = evaluate_run(
-            config,
-            workdir,
-            display.run(config.label, 0.0, works[1]),
-            dataset=dataset,
-            should_stop=should_stop,
-        )
-    line = {
-        "accuracy": accuracy,
-        "evaluation": config.evaluation.to_dict(),
-        "seed": config.seed,
-        "provenance": provenance(),
-    }
-    path = workdir / "evaluations.jsonl"
-    parallel.from_primary(lambda: append_json_line(path, line))
-    _print_accuracies(console, config.label, accuracy)
-    console.print(f"Added to {path}", highlight=False)
-    return 0
-
-
-def _evaluation_config(workdir: pathlib.Path, arguments: argparse.Namespace) -> Config:
-    """The run's config with the flags written into its `evaluation` section."""
-    stored = read_json(workdir / "config.json")
-    check(
-        stored is not None,
-        "a run's --workdir, with a config.json",
-        "Train it first: `samrobust train`.",
-        workdir=str(workdir),
-    )
-    config = configuration.with_defaults(stored or {})
-    evaluation: Config = config.evaluation
-    for name in _EVALUATION_FLAGS:
-        value = getattr(arguments, name)
-        if value is not None:
-            evaluation[name] = value
-    if arguments.seed is not None:
-        config.seed = arguments.seed
-    _set_radii(evaluation, arguments)
-    validate(config)
-    return config
-
-
-def _set_radii(evaluation: Config, arguments: argparse.Namespace) -> None:
-    norms, epsilons = arguments.norm or ["linf", "l2"], arguments.epsilon
-    check(
-        epsilons is None or len(norms) == 1,
-        "one --norm with --epsilon",
-        "For several norms call the command once for each.",
-        norm=arguments.norm,
-        epsilon=epsilons,
-    )
-    for norm in ("linf", "l2"):
-        if norm not in norms:
-            evaluation[norm] = ()
-        elif epsilons is not None:
-            evaluation[norm] = tuple(epsilons)
-    step_size = arguments.step_size
-    if step_size is not None:
-        radii = [r for norm in norms for r in evaluation[norm]]
-        check(
-            len(radii) == 1,
-            "one --norm and one --epsilon with --step-size",
-            step_size=step_size,
-            radii=radii,
-        )
-        evaluation[f"{norms[0]}_step"] = step_size / radii[0]

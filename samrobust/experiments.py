@@ -1,4 +1,4 @@
-"""Experiments: a run (train, evaluate, `result.json`); another evaluation of one.
+"""Experiments: a run trains, evaluates, and leaves its `result.json`.
 
 Everything here can be killed at any moment and started again with the same call:
 a finished run is read, another one goes on from its last checkpoint.
@@ -13,42 +13,39 @@ from typing import Any, Protocol
 
 import jax
 
-from samrobust import building
 from samrobust.checks import check
 from samrobust.claims import ClaimedError
 from samrobust.configuration import differences
-from samrobust.data import Dataset, Split
-from samrobust.evaluation import (
-    accuracies,
-    make_early_stop_evaluator,
-    make_evaluator,
-)
+from samrobust.data import Dataset
 from samrobust.parallel import from_primary, lost_a_peer
 from samrobust.provenance import provenance
 from samrobust.runfiles import RunFiles
+from samrobust.scoring import (
+    Score,
+    evaluated_split,
+    evaluation_work,
+    make_validate,
+    score,
+)
 from samrobust.training import (
     InterruptedRunError,
     Outcome,
     Progress,
-    TrainState,
     load_variables,
     train,
 )
-from samrobust.types import Config, PyTree
+from samrobust.types import Config
 from samrobust.workdir import OtherConfigError, read_json, settle_config
 
 __all__ = [
     "Observer",
     "PlannedRun",
     "as_dict",
-    "evaluate_run",
     "run",
     "step_work",
     "work",
 ]
 
-# Evaluation keys must not coincide with those of training: another branch of the seed.
-_EVALUATION_STREAM, _VALIDATION_STREAM = 1, 2
 # What the processes of a run may have each to itself.
 _OWN_FIELDS = ("config.data.data_dir", "config.data.manual_dir")
 
@@ -59,8 +56,8 @@ class Observer(Protocol):
     def on_progress(self, progress: Progress) -> None:
         """Called after each call of the device in training."""
 
-    def on_batch(self, done: int, num_examples: int) -> None:
-        """Called after each evaluated batch."""
+    def on_batch(self, done: int, num_examples: int, doing: str = "") -> None:
+        """Called after each evaluated batch; `doing` may say what it did."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +80,8 @@ def work(config: Config, dataset: Dataset) -> tuple[float, float]:
       Both in forward and backward passes with weight gradients on one example: a
       forward pass is 1/3, an attack step 2/3.
     """
-    evaluation = config.evaluation
-    attacks = len(evaluation.linf) + len(evaluation.l2)
-    attacked = evaluation.restarts * evaluation.num_steps * 2 / 3
-    judged = (1 + attacks) / 3 + attacks * attacked
-    examples = len(_evaluated_split(config, dataset))
     training = config.training.epochs * len(dataset.train) * step_work(config)
-    return training, examples * judged
+    return training, evaluation_work(config, dataset)
 
 
 def step_work(config: Config) -> float:
@@ -147,7 +139,7 @@ def run(
                 config,
                 dataset,
                 workdir,
-                validate=_make_validate(config, dataset),
+                validate=make_validate(config, dataset),
                 on_progress=on_progress,
                 should_stop=should_stop,
                 may_write=files.check_claim,
@@ -156,10 +148,10 @@ def run(
                 variables = outcome.state.variables
             else:
                 variables = load_variables(config, dataset, workdir, "best")
-            accuracy = _evaluate(config, dataset, variables, observer, should_stop)
+            scored = score(config, dataset, variables, workdir, observer, should_stop)
             result = from_primary(
                 lambda: files.finish(
-                    _describe(config, dataset, outcome, accuracy), workdir
+                    _describe(config, dataset, outcome, scored), workdir
                 )
             )
         return result
@@ -194,7 +186,7 @@ def _check_same(of_primary: dict[str, Any], ours: dict[str, Any]) -> None:
 
 
 def _describe(
-    config: Config, dataset: Dataset, outcome: Outcome, accuracy: dict[str, float]
+    config: Config, dataset: Dataset, outcome: Outcome, scored: Score
 ) -> dict[str, Any]:
     """The content of `result.json`."""
     return {
@@ -202,91 +194,15 @@ def _describe(
         "row": config.row,
         "label": config.label,
         "seed": config.seed,
-        "accuracy": accuracy,
-        "num_test": len(_evaluated_split(config, dataset)),
+        "accuracy": scored.accuracy,
+        **scored.details,
+        "num_test": len(evaluated_split(config, dataset)),
         "split": config.evaluation.split,
         "checkpoint": config.evaluation.checkpoint,
         "training_seconds": outcome.seconds,
         "step_seconds": outcome.step_seconds,
         "provenance": provenance() | {"seconds": outcome.seconds},
     }
-
-
-def evaluate_run(
-    config: Config,
-    workdir: pathlib.Path,
-    observer: Observer,
-    *,
-    dataset: Dataset,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float]:
-    """Evaluates the network of a run again, under other attacks if one likes.
-
-    Args:
-      config: of the run; its `evaluation` may differ from what the run was made with.
-      workdir: of the run.
-      observer: is told of progress.
-      dataset: that of `config.data`.
-      should_stop: asked after every batch.
-
-    Returns:
-      Accuracies in percent, by the attacks' names.
-
-    Raises:
-      CheckpointError: if the run has no intact checkpoint of that kind.
-    """
-    variables = load_variables(config, dataset, workdir, config.evaluation.checkpoint)
-    return _evaluate(config, dataset, variables, observer, should_stop)
-
-
-def _evaluate(
-    config: Config,
-    dataset: Dataset,
-    variables: PyTree,
-    observer: Observer,
-    should_stop: Callable[[], bool],
-) -> dict[str, float]:
-    def on_batch(done: int, num_examples: int) -> None:
-        observer.on_batch(done, num_examples)
-        if should_stop() and done < num_examples:
-            message = "Stopped during evaluation. The same command redoes it."
-            raise InterruptedRunError(message)
-
-    model, size = building.make_model(config, dataset), config.evaluation.batch_size
-    if config.evaluation.early_stop:
-        stages = building.staged_attacks(config)
-        evaluate = make_early_stop_evaluator(model, stages, batch_size=size)
-    else:
-        attacks = building.evaluation_attacks(config)
-        evaluate = make_evaluator(model, attacks, batch_size=size)
-    key = jax.random.fold_in(jax.random.key(config.seed), _EVALUATION_STREAM)
-    split = _evaluated_split(config, dataset)
-    return accuracies(evaluate(variables, split, key, on_batch=on_batch))
-
-
-def _evaluated_split(config: Config, dataset: Dataset) -> Split:
-    return dataset.test if config.evaluation.split == "test" else dataset.validation
-
-
-def _make_validate(
-    config: Config, dataset: Dataset
-) -> Callable[[TrainState], dict[str, float]] | None:
-    """Accuracy on the held-out images; its `score` is robust accuracy in AT rows."""
-    if len(dataset.validation) == 0:
-        return None
-    attacks = building.validation_attacks(config)
-    evaluate = make_evaluator(
-        building.make_model(config, dataset),
-        attacks,
-        batch_size=min(config.evaluation.batch_size, len(dataset.validation)),
-    )
-    key = jax.random.fold_in(jax.random.key(config.seed), _VALIDATION_STREAM)
-
-    def validate(state: TrainState) -> dict[str, float]:
-        accuracy = accuracies(evaluate(state.variables, dataset.validation, key))
-        return {**accuracy, "score": accuracy.get("robust", accuracy["natural"])}
-
-    return validate
 
 
 def as_dict(config: Config) -> dict[str, Any]:

@@ -19,6 +19,7 @@ __all__ = [
     "read_json",
     "read_json_lines",
     "temporary_beside",
+    "write_bytes",
     "write_json",
     "write_text",
 ]
@@ -34,11 +35,16 @@ def temporary_beside(path: pathlib.Path) -> pathlib.Path:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
+    """Replaces a text file in one step; durable on return."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
     """Replaces a file in one step; durable on return."""
     temporary = temporary_beside(path)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

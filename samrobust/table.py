@@ -235,14 +235,23 @@ def _show(plan: _Plan, results: list[dict[str, Any]], console: Console) -> None:
 def _caption(config: Config) -> str:
     model, evaluation, training = config.model, config.evaluation, config.training
     blocks = "-".join(str(count) for count in model.blocks)
-    restarts = f" x {evaluation.restarts}" if evaluation.restarts > 1 else ""
     size = config.data.train_size
     images = f"{size:,} training images, " if size is not None else ""
     return (
         f"{config.data.name}, {images}{evaluation.split} set; PreActResNet of width "
         f"{model.width} and {blocks} blocks, {training.epochs} epochs, {model.dtype}; "
+        f"{_attack(evaluation)}, {evaluation.checkpoint} checkpoint."
+    )
+
+
+def _attack(evaluation: Config) -> str:
+    if evaluation.attack == "autoattack":
+        members = ", ".join(evaluation.members)
+        return f"AutoAttack, {evaluation.version}" + (members and f" ({members})")
+    restarts = f" x {evaluation.restarts}" if evaluation.restarts > 1 else ""
+    return (
         f"PGD-{evaluation.num_steps}{restarts} on the {evaluation.loss} loss, "
-        f"{evaluation.judge} iterate judged, {evaluation.checkpoint} checkpoint."
+        f"{evaluation.judge} iterate judged"
     )
 
 

@@ -9,6 +9,10 @@ from samrobust.types import Config
 
 __all__ = ["validate"]
 
+# Of AutoAttack, as `samrobust.attacks` has them.
+_VERSIONS = ("standard", "rand", "custom")
+_MEMBERS = ("apgd-ce", "apgd-t", "fab-t", "square", "apgd-dlr")
+
 
 def validate(config: Config) -> None:
     """Refuses values out of range and impossible combinations.
@@ -168,12 +172,14 @@ def _validate_evaluation(config: Config) -> None:
     _choice(
         "evaluation",
         evaluation,
+        attack=("pgd", "autoattack"),
         loss=("cross_entropy", "margin"),
         judge=("final", "any"),
         split=("test", "validation"),
         checkpoint=("last", "best"),
     )
     _check_restarts("evaluation", evaluation)
+    _validate_autoattack(evaluation)
     check(
         evaluation.judge == "any" or not evaluation.early_stop,
         "evaluation.judge=any with evaluation.early_stop",
@@ -200,6 +206,24 @@ def _validate_evaluation(config: Config) -> None:
             "hold out; the test set is never used to choose.",
             **{"data.validation_size": config.data.validation_size},
         )
+
+
+def _validate_autoattack(evaluation: Config) -> None:
+    _choice("evaluation", evaluation, version=_VERSIONS)
+    members = tuple(evaluation.members)
+    uses = evaluation.attack == "autoattack" and evaluation.version == "custom"
+    check(
+        bool(members) == uses,
+        "evaluation.members with evaluation.attack=autoattack and "
+        "evaluation.version=custom, and only there",
+        **{"evaluation.members": members, "evaluation.version": evaluation.version},
+    )
+    known = all(name in _MEMBERS for name in members)
+    check(
+        known and len(set(members)) == len(members),
+        f"different evaluation.members out of {', '.join(_MEMBERS)}",
+        **{"evaluation.members": members},
+    )
 
 
 def _validate_checkpoint(checkpoint: Config) -> None:

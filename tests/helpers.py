@@ -80,7 +80,7 @@ class Silent:
     def on_progress(self, progress: Any) -> None:
         pass
 
-    def on_batch(self, done: int, num_examples: int) -> None:
+    def on_batch(self, done: int, num_examples: int, doing: str = "") -> None:
         pass
 
 

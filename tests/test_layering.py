@@ -19,10 +19,11 @@ LAYERS = [
     {"attacks", "sharpness", "models", "data", "parallel", "configuration"},
     {"building", "workdir", "survey", "tracking"},
     {"training", "evaluation", "runfiles"},
+    {"scoring"},
     {"experiments", "reporting"},
     {"bench", "sanity", "sweep", "status", "theory"},
-    {"table"},
-    {"commands"},
+    {"evaluate", "table"},
+    {"commands", "flags"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

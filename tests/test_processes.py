@@ -14,7 +14,8 @@ import jax
 import pytest
 
 from samrobust import parallel
-from samrobust.experiments import evaluate_run, run
+from samrobust.experiments import run
+from samrobust.scoring import evaluate_run
 from samrobust.training import InterruptedRunError, train
 
 ST, SAM, AT = "st", "sam,rho=0.2", "at,norm=linf,eps=16"
@@ -40,7 +41,7 @@ def work(folder: pathlib.Path, layout: str) -> None:
     dataset = helpers.load_data(config)
     accuracy = evaluate_run(
         config, folder / layout / AT, helpers.Silent(), dataset=dataset
-    )
+    ).accuracy
     values = parallel.from_primary(lambda: {"who": 0, "layout": layout})
     assert values == {"who": 0, "layout": layout}
     try:

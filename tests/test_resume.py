@@ -289,8 +289,8 @@ class Forbidden:
     def on_progress(self, progress):
         pytest.fail(f"unexpected {progress}")
 
-    def on_batch(self, done, num_examples):
-        pytest.fail(f"unexpected {done} of {num_examples}")
+    def on_batch(self, done, num_examples, doing=""):
+        pytest.fail(f"unexpected {done} of {num_examples} {doing}")
 
 
 def modification_times(workdir: Path) -> dict[str, int]:

@@ -10,6 +10,13 @@ are [B, ...] with pixels in [0, 1], radii in pixel units. Normalisation belongs 
 """
 
 from samrobust.attacks.apgd import apgd, apgd_targeted
+from samrobust.attacks.autoattack import (
+    MEMBERS,
+    VERSIONS,
+    AutoAttack,
+    Member,
+    autoattack,
+)
 from samrobust.attacks.balls import Ball, l2, linf
 from samrobust.attacks.ddn import ddn
 from samrobust.attacks.fab import fab_minimal, fab_targeted
@@ -23,10 +30,15 @@ from samrobust.objectives import cross_entropy, dlr, margin, targeted_dlr
 
 __all__ = [
     "JUDGES",
+    "MEMBERS",
+    "VERSIONS",
+    "AutoAttack",
     "Ball",
+    "Member",
     "StagedPgd",
     "apgd",
     "apgd_targeted",
+    "autoattack",
     "cross_entropy",
     "ddn",
     "dlr",

@@ -107,6 +107,7 @@ def apgd_targeted(
     ball: Ball,
     *,
     num_targets: int = 9,
+    first_target: int | Array = 0,
     num_steps: int = 100,
     restarts: int = 1,
     rho: float = 0.75,
@@ -122,6 +123,9 @@ def apgd_targeted(
     Args:
       ball: as for `apgd`.
       num_targets: number of target classes, >= 1; all wrong ones if there are fewer.
+      first_target: how many of the likeliest ones are left out before them, >= 0 and
+        below the number of wrong classes. May be traced, unlike the rest: a caller that
+        drops broken examples between targets compiles once for all of them.
       num_steps: number of gradient steps of a run, >= 1.
       restarts: number of runs for each target, >= 1.
       rho: as for `apgd`.
@@ -159,13 +163,14 @@ def apgd_targeted(
         natural_key, runs_key = jax.random.split(key)
         task = _Task(settings, logits_fn, images, labels)
         natural = task.natural_logits(natural_key)
-        classes = _wrong_classes(natural, labels)[:, :num_targets]
+        classes = _wrong_classes(natural, labels)
 
         def loss_of(run: Array) -> LossFn:
-            targets = classes[:, run // restarts]
+            targets = classes[:, first_target + run // restarts]
             return lambda logits, labels: targeted_dlr(logits, labels, targets)
 
-        num_runs = classes.shape[1] * restarts
+        num_left = jnp.minimum(num_targets, classes.shape[1] - first_target)
+        num_runs = num_left * restarts
         return task.worst(num_runs, loss_of, natural, runs_key)
 
     return attack
@@ -207,7 +212,7 @@ class _Task(NamedTuple):
 
     def worst(
         self,
-        num_runs: int,
+        num_runs: int | Array,
         loss_of: Callable[[Array], LossFn],
         natural: Array,
         key: Array,

@@ -27,6 +27,7 @@ def fab_targeted(
     ball: Ball,
     *,
     num_targets: int = 9,
+    first_target: int | Array = 0,
     num_steps: int = 100,
     restarts: int = 1,
     alpha_max: float = 0.1,
@@ -49,6 +50,9 @@ def fab_targeted(
     Args:
       ball: the allowed perturbations, from `linf` or `l2`.
       num_targets: number of target classes, >= 1; of K classes at most K - 1 are used.
+      first_target: how many of the highest ones are left out before them, >= 0 and
+        below K - 1. May be traced, unlike the rest: a caller that drops broken examples
+        between targets compiles once for all of them.
       num_steps: number of steps of a run, >= 0, each of one gradient and one more
         forward pass.
       restarts: number of runs towards each target, >= 1. The first starts at the image,
@@ -91,7 +95,9 @@ def fab_targeted(
     """
     counts = num_targets, num_steps, restarts
     settings = make_settings(ball, *counts, alpha_max, eta, beta, box)
-    return _make_attack(settings, goal=ball.radius, limit=ball.radius)
+    return _make_attack(
+        settings, goal=ball.radius, limit=ball.radius, first_target=first_target
+    )
 
 
 def fab_minimal(
@@ -153,7 +159,9 @@ def fab_minimal(
     return _make_attack(settings, goal=0.0, limit=float("inf"))
 
 
-def _make_attack(settings: Settings, *, goal: float, limit: float) -> Attack:
+def _make_attack(
+    settings: Settings, *, goal: float, limit: float, first_target: int | Array = 0
+) -> Attack:
     """Runs until all distances reach the goal; drops what lies beyond the limit."""
 
     def attack(
@@ -164,18 +172,20 @@ def _make_attack(settings: Settings, *, goal: float, limit: float) -> Attack:
         if limit == 0:
             return images
         logits = logits_fn(images)
-        targets = _targets(logits, labels, settings.num_targets)
+        targets = _targets(logits, labels)
+        num_targets = jnp.minimum(settings.num_targets, len(targets) - first_target)
         problem = Problem(settings, logits_fn, images, labels)
 
         def goes_on(carry: tuple[Array, Found]) -> Array:
             index, best = carry
             unfinished = jnp.any(best.distance > goal)
-            return (index < targets.shape[0] * settings.restarts) & unfinished
+            return (index < num_targets * settings.restarts) & unfinished
 
         def body(carry: tuple[Array, Found]) -> tuple[Array, Found]:
             index, best = carry
             start = problem.start(index % settings.restarts, index, key)
-            found = problem.run(start, targets[index // settings.restarts])
+            target = targets[first_target + index // settings.restarts]
+            found = problem.run(start, target)
             better = (found.distance < best.distance) & (found.distance <= limit)
             return index + 1, choose(better & (best.distance > goal), found, best)
 
@@ -188,10 +198,10 @@ def _make_attack(settings: Settings, *, goal: float, limit: float) -> Attack:
     return attack
 
 
-def _targets(logits: Array, labels: Array, num_targets: int) -> Array:
-    """The classes of the highest logits but the label's, int32 [num_targets, B]."""
+def _targets(logits: Array, labels: Array) -> Array:
+    """The classes but the label, that of the highest logit first: int32 [K - 1, B]."""
     num_classes = logits.shape[-1]
     check(num_classes >= 2, "a classifier of 2 classes or more", classes=num_classes)
     is_label = jax.nn.one_hot(labels, num_classes, dtype=bool)
     order = jnp.argsort(jnp.where(is_label, jnp.inf, -logits), axis=-1)
-    return order[:, : min(num_targets, num_classes - 1)].T
+    return order[:, :-1].T

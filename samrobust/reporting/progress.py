@@ -140,11 +140,12 @@ class RunDisplay:
             text += f", loss {loss:.3f}, accuracy {accuracy:.1f} %"
         self._display.show(text, self._start + share * self._training)
 
-    def on_batch(self, done: int, num_examples: int) -> None:
-        """Shows how many examples were attacked."""
+    def on_batch(self, done: int, num_examples: int, doing: str = "") -> None:
+        """Shows how many examples were attacked, or what is being done."""
         self._skip_once(self._training)
         share = done / num_examples
-        text = f"{self.name}: attacked {done:,} of {num_examples:,} images"
+        doing = doing or f"attacked {done:,} of {num_examples:,} images"
+        text = f"{self.name}: {doing}"
         work = self._start + self._training + share * self._evaluation
         self._display.show(text, work)
 

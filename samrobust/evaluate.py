@@ -1,0 +1,173 @@
+"""`samrobust evaluate`: a trained run under other attacks."""
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from samrobust import building, configuration, parallel
+from samrobust.checks import check
+from samrobust.data import Dataset
+from samrobust.experiments import work
+from samrobust.provenance import provenance
+from samrobust.reporting.progress import ProgressDisplay
+from samrobust.runtime import StopRequest
+from samrobust.scoring import Score, evaluate_run, evaluated_split
+from samrobust.types import Config
+from samrobust.validation import validate
+from samrobust.workdir import append_json_line, read_json
+
+__all__ = ["evaluate_command", "print_accuracies"]
+
+_SHARED = ("attack", "checkpoint", "batch_size")
+_OF_PGD = (
+    "num_steps",
+    "restarts",
+    "loss",
+    "judge",
+    "early_stop",
+    "step_size",
+)
+_OF_AUTOATTACK = ("version", "members", "save_examples")
+
+
+def evaluate_command(
+    arguments: argparse.Namespace, overrides: Sequence[str], stop: StopRequest
+) -> int:
+    """Attacks a run's network again, prints and keeps the accuracies.
+
+    Raises:
+      ValueError: for flags that do not go together, or values out of range.
+      CheckpointError: if the run has no intact checkpoint of that kind.
+      InterruptedRunError: if it was asked to stop.
+    """
+    check(
+        not overrides,
+        "no --config overrides for evaluate",
+        "The run's own config is used; see `samrobust evaluate --help`.",
+        overrides=list(overrides),
+    )
+    workdir = pathlib.Path(arguments.workdir)
+    should_stop = parallel.join(stop)
+    console = Console(quiet=not parallel.is_primary())
+    config = parallel.from_primary(lambda: _evaluation_config(workdir, arguments))
+    dataset: Dataset = building.load_data(config)
+    works = work(config, dataset)
+    display = ProgressDisplay(console, works[1])
+    with display.live():
+        score = evaluate_run(
+            config,
+            workdir,
+            display.run(config.label, 0.0, works[1]),
+            dataset=dataset,
+            should_stop=should_stop,
+            keep_examples=arguments.save_examples is True,
+        )
+    line = {
+        "accuracy": score.accuracy,
+        **score.details,
+        "evaluation": config.evaluation.to_dict(),
+        "num_test": len(evaluated_split(config, dataset)),
+        "seed": config.seed,
+        "provenance": provenance(),
+    }
+    path = workdir / "evaluations.jsonl"
+    parallel.from_primary(lambda: append_json_line(path, line))
+    print_accuracies(console, config.label, score.accuracy)
+    _print_details(console, workdir, score)
+    console.print(f"Added to {path}", highlight=False)
+    return 0
+
+
+def print_accuracies(console: Console, name: str, accuracy: dict[str, float]) -> None:
+    """A line with the accuracy of every column."""
+    cells = ", ".join(f"{column} {value:.2f}" for column, value in accuracy.items())
+    console.print(f"{name}: {cells} (accuracy in %)", highlight=False)
+
+
+def _print_details(console: Console, workdir: pathlib.Path, score: Score) -> None:
+    """What each member of AutoAttack left, and where each example's fate is."""
+    details = score.details.get("autoattack")
+    if details is None:
+        return
+    for column, left in details["after_each"].items():
+        cells = ", ".join(f"{member} {value:.2f}" for member, value in left.items())
+        console.print(f"{column} after {cells}", highlight=False)
+    console.print(f"What broke which image: {workdir / details['outcome']}")
+
+
+def _evaluation_config(workdir: pathlib.Path, arguments: argparse.Namespace) -> Config:
+    """The run's config with the flags written into its `evaluation` section."""
+    stored = read_json(workdir / "config.json")
+    check(
+        stored is not None,
+        "a run's --workdir, with a config.json",
+        "Train it first: `samrobust train`.",
+        workdir=str(workdir),
+    )
+    config = configuration.with_defaults(stored or {})
+    evaluation: Config = config.evaluation
+    _write(evaluation, arguments, _SHARED)
+    _check_flags(evaluation.attack, arguments)
+    _write(evaluation, arguments, (*_OF_PGD[:-1], *_OF_AUTOATTACK[:-1]))
+    if arguments.seed is not None:
+        config.seed = arguments.seed
+    if arguments.num_examples is not None:
+        check(
+            evaluation.split == "test",
+            "evaluation.split=test with --num-examples",
+            **{"evaluation.split": evaluation.split},
+        )
+        config.data.test_size = arguments.num_examples
+    _set_radii(evaluation, arguments)
+    validate(config)
+    return config
+
+
+def _write(
+    evaluation: Config, arguments: argparse.Namespace, names: Sequence[str]
+) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None:
+            evaluation[name] = value
+
+
+def _check_flags(attack: str, arguments: argparse.Namespace) -> None:
+    """Refuses flags of another attack, which would be ignored."""
+    names = _OF_PGD if attack == "autoattack" else _OF_AUTOATTACK
+    given = [n for n in names if getattr(arguments, n) is not None]
+    check(
+        not given,
+        f"no {', '.join('--' + n.replace('_', '-') for n in names)} with that attack",
+        "AutoAttack chooses its steps itself." if attack == "autoattack" else "",
+        attack=attack,
+        flags=given,
+    )
+
+
+def _set_radii(evaluation: Config, arguments: argparse.Namespace) -> None:
+    norms, epsilons = arguments.norm or ["linf", "l2"], arguments.epsilon
+    check(
+        epsilons is None or len(norms) == 1,
+        "one --norm with --epsilon",
+        "For several norms call the command once for each.",
+        norm=arguments.norm,
+        epsilon=epsilons,
+    )
+    for norm in ("linf", "l2"):
+        if norm not in norms:
+            evaluation[norm] = ()
+        elif epsilons is not None:
+            evaluation[norm] = tuple(epsilons)
+    step_size = arguments.step_size
+    if step_size is not None:
+        radii = [r for norm in norms for r in evaluation[norm]]
+        check(
+            len(radii) == 1,
+            "one --norm and one --epsilon with --step-size",
+            step_size=step_size,
+            radii=radii,
+        )
+        evaluation[f"{norms[0]}_step"] = step_size / radii[0]

@@ -1,0 +1,184 @@
+"""What a network of a run is worth, by the attacks of its config."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from samrobust import building
+from samrobust.data import Dataset, Split
+from samrobust.evaluation import (
+    accuracies,
+    make_autoattack_evaluator,
+    make_early_stop_evaluator,
+    make_evaluator,
+)
+from samrobust.training import InterruptedRunError, TrainState, load_variables
+from samrobust.types import Config, PyTree
+
+__all__ = [
+    "Score",
+    "ScoreObserver",
+    "evaluate_run",
+    "evaluated_split",
+    "evaluation_key",
+    "evaluation_work",
+    "make_validate",
+    "score",
+]
+
+# Evaluation keys must not coincide with those of training: another branch of the seed.
+_EVALUATION_STREAM, _VALIDATION_STREAM = 1, 2
+
+
+class ScoreObserver(Protocol):
+    """Is told how an evaluation proceeds; shows it."""
+
+    def on_batch(self, done: int, num_examples: int, doing: str = "") -> None:
+        """Called after each evaluated batch; `doing` may say what it did."""
+
+
+class Score(NamedTuple):
+    """The outcome of an evaluation.
+
+    Attributes:
+      accuracy: in percent, by the attacks' names, `natural` first.
+      details: what there is beyond that, in JSON's types. Of AutoAttack, `autoattack`:
+        the accuracy after each member by column, and the file with what became of
+        every example, relative to the workdir.
+    """
+
+    accuracy: dict[str, float]
+    details: dict[str, Any]
+
+
+def evaluate_run(
+    config: Config,
+    workdir: pathlib.Path,
+    observer: ScoreObserver,
+    *,
+    dataset: Dataset,
+    should_stop: Callable[[], bool] = lambda: False,
+    keep_examples: bool = False,
+) -> Score:
+    """Evaluates the network of a run again, under other attacks if one likes.
+
+    Args:
+      config: of the run; its `evaluation` may differ from what the run was made with.
+      workdir: of the run.
+      observer: is told of progress.
+      dataset: that of `config.data`.
+      should_stop: asked after every batch.
+      keep_examples: keep AutoAttack's adversarial images, beside its file.
+
+    Raises:
+      CheckpointError: if the run has no intact checkpoint of that kind.
+      InterruptedRunError: after `should_stop`. The same call begins again with PGD, and
+        goes on where it was with AutoAttack.
+    """
+    variables = load_variables(config, dataset, workdir, config.evaluation.checkpoint)
+    return score(
+        config,
+        dataset,
+        variables,
+        workdir,
+        observer,
+        should_stop,
+        keep_examples=keep_examples,
+    )
+
+
+def score(
+    config: Config,
+    dataset: Dataset,
+    variables: PyTree,
+    workdir: pathlib.Path,
+    observer: ScoreObserver,
+    should_stop: Callable[[], bool],
+    *,
+    keep_examples: bool = False,
+) -> Score:
+    """Evaluates a network; the arguments are those of `evaluate_run`."""
+    redoes = "goes on" if config.evaluation.attack == "autoattack" else "redoes it"
+
+    def on_batch(done: int, num_examples: int, doing: str = "") -> None:
+        observer.on_batch(done, num_examples, doing)
+        if should_stop() and done < num_examples:
+            message = f"Stopped during evaluation. The same command {redoes}."
+            raise InterruptedRunError(message)
+
+    split, key = evaluated_split(config, dataset), evaluation_key(config)
+    model, size = building.make_model(config, dataset), config.evaluation.batch_size
+    if config.evaluation.attack == "autoattack":
+        ensemble = building.autoattacks(config)
+        pursue = make_autoattack_evaluator(model, ensemble, batch_size=size)
+        folder = workdir / "autoattack"
+        outcome = pursue(
+            variables,
+            split,
+            key,
+            folder=folder,
+            keep_examples=keep_examples,
+            on_batch=on_batch,
+        )
+        details = {
+            "after_each": {column: outcome.after_each(column) for column in ensemble},
+            "outcome": f"{folder.name}/{outcome.path.name}" if outcome.path else None,
+        }
+        return Score(accuracies(outcome.correct()), {"autoattack": details})
+    if config.evaluation.early_stop:
+        stages = building.staged_attacks(config)
+        evaluate = make_early_stop_evaluator(model, stages, batch_size=size)
+    else:
+        attacks = building.evaluation_attacks(config)
+        evaluate = make_evaluator(model, attacks, batch_size=size)
+    return Score(accuracies(evaluate(variables, split, key, on_batch=on_batch)), {})
+
+
+def evaluation_key(config: Config) -> jax.Array:
+    """The key of the random numbers in an evaluation."""
+    return jax.random.fold_in(jax.random.key(config.seed), _EVALUATION_STREAM)
+
+
+def evaluation_work(config: Config, dataset: Dataset) -> float:
+    """The predicted cost of the evaluation, in the unit of `experiments.work`."""
+    evaluation = config.evaluation
+    if evaluation.attack == "autoattack":
+        passes = [
+            member.cost * member.num_parts(dataset.num_classes)
+            for attack in building.autoattacks(config).values()
+            for member in attack.members
+        ]
+        judged = (1 + sum(passes)) / 3
+    else:
+        attacks = len(evaluation.linf) + len(evaluation.l2)
+        attacked = evaluation.restarts * evaluation.num_steps * 2 / 3
+        judged = (1 + attacks) / 3 + attacks * attacked
+    return judged * len(evaluated_split(config, dataset))
+
+
+def evaluated_split(config: Config, dataset: Dataset) -> Split:
+    """The split that `config.evaluation.split` names."""
+    return dataset.test if config.evaluation.split == "test" else dataset.validation
+
+
+def make_validate(
+    config: Config, dataset: Dataset
+) -> Callable[[TrainState], dict[str, float]] | None:
+    """Accuracy on the held-out images; its `score` is robust accuracy in AT rows."""
+    if len(dataset.validation) == 0:
+        return None
+    attacks = building.validation_attacks(config)
+    evaluate = make_evaluator(
+        building.make_model(config, dataset),
+        attacks,
+        batch_size=min(config.evaluation.batch_size, len(dataset.validation)),
+    )
+    key = jax.random.fold_in(jax.random.key(config.seed), _VALIDATION_STREAM)
+
+    def validate(state: TrainState) -> dict[str, float]:
+        accuracy = accuracies(evaluate(state.variables, dataset.validation, key))
+        return {**accuracy, "score": accuracy.get("robust", accuracy["natural"])}
+
+    return validate
