@@ -146,6 +146,23 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     add(
         "--seed", type=int, metavar="N", help="of the random starts; default: the run's"
     )
+    add(
+        "--sanity",
+        action="store_true",
+        help="also look for signs of gradient masking; docs/sanity.md",
+    )
+    add(
+        "--sanity-examples",
+        type=int,
+        metavar="N",
+        help="with --sanity: images to look at, evenly spaced; default: 256",
+    )
+    add(
+        "--transfer-from",
+        action="append",
+        metavar="DIR",
+        help="with --sanity: another run whose adversarial images are tried; repeat",
+    )
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:

@@ -2,6 +2,9 @@
 
 import functools
 import json
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +18,7 @@ from rich.console import Console
 
 from samrobust.attacks import l2, linf
 from samrobust.data import Split, load_dataset
+from samrobust.experiments import run
 from samrobust.sanity import (
     PASSED,
     UNDECIDED,
@@ -34,7 +38,7 @@ from samrobust.sanity.finding import is_mostly
 from samrobust.training import InterruptedRunError
 
 KEY = jax.random.key(5)
-EFFORT = Effort(apgd_steps=40, queries=300, restart_steps=10, radii=3)
+EFFORT = Effort(apgd_steps=40, queries=300, restart_steps=10, radii=2)
 LINF, L2 = "linf 24/255", "l2 128/255"
 BALLS = {LINF: linf(24 / 255), L2: l2(128 / 255)}
 ON_NETWORK = {"zero gradients", "randomness"}
@@ -49,15 +53,13 @@ class Network(nn.Module):
 
     Attributes:
       levels: the images are rounded to as many grey values; 0: are not.
-      ripple: height of a fine ripple on the pixels, which turns gradients about.
       factor: of the logits.
       noise: standard deviation of noise on the images, fresh in every pass.
-      offset: added to all logits, and taken off again, in `dtype`.
+      offset: added to all logits, rounded to `dtype` and taken off again.
       dtype: of that.
     """
 
     levels: int = 0
-    ripple: float = 0.0
     factor: float = 1.0
     noise: float = 0.0
     offset: float = 0.0
@@ -68,15 +70,15 @@ class Network(nn.Module):
         del train
         if self.levels:
             images = jnp.round(images * self.levels) / self.levels
-        if self.ripple:
-            images = images + self.ripple * jnp.sin(2000 * images)
         if self.noise:
             draw = jax.random.normal(self.make_rng("noise"), images.shape)
             images = images + self.noise * draw
         hidden = nn.relu(nn.Dense(64)(images.reshape(len(images), -1)))
         logits = nn.Dense(10)(hidden) * self.factor
-        shifted = logits.astype(self.dtype) + jnp.asarray(self.offset, self.dtype)
-        return shifted.astype(jnp.float32) - self.offset
+        bits = jnp.finfo(self.dtype)
+        # A cast to and fro would do, but XLA may leave that out.
+        shifted = jax.lax.reduce_precision(logits + self.offset, bits.nexp, bits.nmant)
+        return shifted - self.offset
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -159,7 +161,9 @@ def test_steps_in_the_input_are_exposed(check, ball):
 
 
 def test_what_gradients_cannot_break_square_breaks():
-    values = findings(surrogate=True, balls=(LINF, L2), levels=16)["square", LINF].values
+    values = findings(surrogate=True, balls=(LINF, L2), levels=16)[
+        "square", LINF
+    ].values
     assert values["accuracy_white_box"] > 60
     assert values["accuracy"] < values["accuracy_white_box"] - 20
     assert values["broken_by_it_alone"] > values["allowed"]
@@ -191,11 +195,13 @@ def test_large_logits_do_not_hide_from_a_loss_without_scale():
     assert verdict("square", LINF, factor=1e4) == PASSED
 
 
-# Shattered gradients, too few steps.
+# Attacks that are too weak.
 
 
 def test_where_breaking_is_luck_more_restarts_break_more():
-    assert verdict("restarts", LINF, ripple=0.05) == WARNING
+    quick = {**QUICK, "restart_steps": 1}
+    effort = Effort(**quick, restarts=(1, 60))
+    assert verdict("restarts", LINF, effort=effort) == WARNING
 
 
 def test_too_few_steps_are_found_out():
@@ -283,7 +289,10 @@ def test_a_stop_is_heard_after_a_batch():
     [
         ({"num_examples": 0}, "Expected num_examples >= 1, got num_examples=0"),
         ({"balls": {"linf 0/255": linf(0.0)}}, "Expected balls of radius > 0"),
-        ({"split": Split(np.zeros([0, 8, 8, 1]), np.zeros(0))}, "a split with examples"),
+        (
+            {"split": Split(np.zeros([0, 8, 8, 1]), np.zeros(0))},
+            "a split with examples",
+        ),
         ({"transfer": {"": Surrogate(Network(), {})}}, "names for the networks"),
     ],
 )
@@ -363,7 +372,9 @@ def test_the_report_says_what_was_found_and_where_it_is_explained(tmp_path):
     assert stored == to_json(found, seed=3)
     assert stored["verdicts"] == {PASSED: 1, WARNING: 1, UNDECIDED: 0}
     assert stored["findings"][1]["explained"] == "docs/sanity.md#square"
-    assert "| square | **warning** | Square breaks 90 \\| 100. |" in paths[1].read_text()
+    assert (
+        "| square | **warning** | Square breaks 90 \\| 100. |" in paths[1].read_text()
+    )
 
 
 def test_every_check_is_explained_under_its_anchor():
@@ -371,3 +382,63 @@ def test_every_check_is_explained_under_its_anchor():
     headings = {line.removeprefix("## ") for line in text.splitlines() if "## " in line}
     named = {name[0].upper() + name[1:] for name in ON_NETWORK | ON_BALL}
     assert named <= headings
+
+
+# The command.
+
+RUN = {
+    "model.width": 4,
+    "data.train_size": 640,
+    "data.test_size": 60,
+    "training.epochs": 3,
+    "evaluation.linf": (8.0, 16.0),
+    "evaluation.batch_size": 32,
+}
+
+
+@functools.cache
+def finished() -> Path:
+    """A run of standard training."""
+    workdir = Path(tempfile.mkdtemp(prefix="samrobust-sanity-"))
+    config = helpers.make_config("st", RUN)
+    run(config, workdir, helpers.Silent(), dataset=helpers.load_data(config))
+    return workdir
+
+
+def evaluate(workdir: Path, *flags: str) -> int:
+    return helpers.main("evaluate", f"--workdir={workdir}", *flags)
+
+
+def test_the_command_checks_a_run_and_writes_what_it_found(tmp_path, capsys):
+    workdir = Path(shutil.copytree(finished(), tmp_path / "run"))
+    flags = ("--sanity", f"--transfer-from={finished()}", "--sanity-examples=30")
+    assert evaluate(workdir, *flags) == 0
+    output = capsys.readouterr().out
+    assert "30 of 60 images of the test set of digits, evenly spaced" in output
+    stored = json.loads((workdir / "sanity.json").read_text())
+    by_check = {f["check"]: f for f in stored["findings"]}
+    assert by_check.keys() == ON_NETWORK | ON_BALL
+    assert {f["ball"] for f in stored["findings"]} == {"", "linf 16/255"}
+    assert (stored["num_examples"], stored["seed"]) == (30, 0)
+    # Images made on the same network are as good as its own.
+    transfer = by_check["transfer"]["values"][str(finished())]
+    assert transfer["broken_by_it_alone"] == 0
+    assert transfer["accuracy"] == pytest.approx(transfer["accuracy_white_box"], abs=7)
+    assert (workdir / "sanity.md").exists()
+    assert len(helpers.read_lines(workdir / "evaluations.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--transfer-from=."], "Expected --sanity with --transfer-from"),
+        (["--sanity-examples=5"], "Expected --sanity with --transfer-from"),
+        (["--sanity", "--sanity-examples=0"], "Expected --sanity-examples >= 1"),
+        (["--sanity", "--transfer-from=nowhere"], "with a config.json"),
+        (["--sanity", "--norm=linf", "--epsilon=0"], "a radius > 0 with --sanity"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, message, capsys):
+    assert evaluate(finished(), *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (finished() / "sanity.json").exists()

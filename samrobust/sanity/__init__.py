@@ -1,6 +1,7 @@
 """Signs of gradient masking: whether a robust accuracy can be believed.
 
-    findings = run_sanity(model, variables, split, {"linf 8/255": linf(8 / 255)}, key=key)
+    balls = {"linf 8/255": linf(8 / 255)}
+    findings = run_sanity(model, variables, split, balls, key=key)
     console.print(to_rich(findings))
 
 docs/sanity.md explains what each check looks for, and its threshold.

@@ -81,9 +81,7 @@ def measure_steps(
 
         def stage(carry: tuple[Array, Array], length: Array) -> tuple:
             current, standing = carry
-            current, broken = attack.advance(
-                logits_fn, current, images, labels, length
-            )
+            current, broken = attack.advance(logits_fn, current, images, labels, length)
             standing = standing & ~broken
             return (current, standing), (standing, margin(logits_fn(current), labels))
 

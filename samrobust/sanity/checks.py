@@ -1,6 +1,7 @@
 """The sanity checks, one after the other, on a trained network.
 
-    findings = run_sanity(model, variables, split, {"linf 8/255": linf(8 / 255)}, key=key)
+    balls = {"linf 8/255": linf(8 / 255)}
+    findings = run_sanity(model, variables, split, balls, key=key)
 
 Gradient masking is a network without useful gradients, not one that is robust;
 docs/sanity.md explains every check. Out of scope: robust accuracy itself, for which

@@ -16,8 +16,8 @@ __all__ = [
     "WARNING",
     "Finding",
     "allowance",
-    "is_mostly",
     "is_more",
+    "is_mostly",
 ]
 
 PASSED, WARNING, UNDECIDED = "passed", "warning", "undecided"

@@ -1,6 +1,7 @@
 """What all checks share: the network, some images, how hard to try, who is told."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class Effort:
     def __post_init__(self):
         for name in ("steps", "restarts"):
             values = getattr(self, name)
-            rising = all(a < b for a, b in zip(values, values[1:], strict=False))
+            rising = all(a < b for a, b in itertools.pairwise(values))
             check(
                 len(values) >= 2 and rising and values[0] >= 1,
                 f"two or more rising numbers >= 1 for {name}",
@@ -114,7 +115,9 @@ class Look:
             reached = self._done * num_examples + done
             self._on_batch(reached, total)
             if self._should_stop() and reached < total:
-                message = "Stopped during the sanity checks. The same command redoes them."
+                message = (
+                    "Stopped during the sanity checks. The same command redoes them."
+                )
                 raise InterruptedRunError(message)
 
         measure = make_measure(batch_fn, batch_size=self._batch_size)

@@ -13,7 +13,9 @@ from samrobust.types import Array, LogitsFn, LossFn, PyTree
 __all__ = ["float32_copy", "logits_of", "measure_gradients", "measure_logits"]
 
 
-def logits_of(model: nn.Module, variables: PyTree, key: Array | None = None) -> LogitsFn:
+def logits_of(
+    model: nn.Module, variables: PyTree, key: Array | None = None
+) -> LogitsFn:
     """The network as a function of images, its random numbers (if any) held fixed.
 
     Args:

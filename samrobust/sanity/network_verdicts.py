@@ -38,7 +38,9 @@ def judge_gradients(
     if total == 0:
         text = "No image is classified rightly: there is nothing to attack."
         return Finding("zero gradients", UNDECIDED, text, {})
-    flat, deep, full = (int(np.sum(correct & v)) for v in (zero, zero_margin, saturated))
+    flat, deep, full = (
+        int(np.sum(correct & v)) for v in (zero, zero_margin, saturated)
+    )
     values = {
         "images": total,
         "zero_cross_entropy": flat,
@@ -46,8 +48,8 @@ def judge_gradients(
         "saturated": full,
     }
     text = (
-        f"The gradient of the cross entropy is exactly zero at {flat} of {total} rightly "
-        f"classified images ({allowance(total)} are allowed), that of the margin at "
+        f"The gradient of the cross entropy is exactly zero at {flat} of {total} "
+        f"rightly classified images ({allowance(total)} are allowed), that of the margin at "
         f"{deep}; the loss itself is zero in float32 at {full}."
     )
     if not is_more(flat, total):
@@ -67,8 +69,8 @@ def judge_randomness(first: np.ndarray, second: np.ndarray) -> Finding:
     values = {"largest_difference": largest, "largest_logit": size, "changed": changed}
     if not largest <= _ROUNDING * size:
         text = (
-            f"Two passes over the same images differ by up to {largest:.2g} in logits of "
-            f"up to {size:.3g}, and in {changed} of {len(first)} predictions: the "
+            f"Two passes over the same images differ by up to {largest:.2g} in "
+            f"logits of up to {size:.3g}, and in {changed} of {len(first)} predictions: the "
             'network is random. Use AutoAttack with version="rand"; all other findings '
             "are about one draw."
         )

@@ -47,7 +47,7 @@ def judge_steps(
       margins: [N, S], the margin loss there.
     """
     total = len(standing)
-    curve = {str(n): percent(column) for n, column in zip(stages, standing.T)}
+    curve = {str(n): percent(standing[:, i]) for i, n in enumerate(stages)}
     late = int(np.sum(standing[:, -2] & ~standing[:, -1]))
     fallen = int(np.sum(standing[:, 0] & ~standing[:, -1]))
     left = standing[:, -1]
@@ -75,7 +75,7 @@ def judge_steps(
 
 def judge_restarts(numbers: Sequence[int], standing: np.ndarray) -> Finding:
     """Whether there are enough restarts; standing is bool [N, S] after each number."""
-    curve = {str(n): percent(column) for n, column in zip(numbers, standing.T)}
+    curve = {str(n): percent(standing[:, i]) for i, n in enumerate(numbers)}
     late = int(np.sum(standing[:, -2] & ~standing[:, -1]))
     told = _curve(curve, "restarts")
     values = {"accuracy": curve, "late": late}
@@ -199,9 +199,7 @@ def judge_logit_scale(
     return Finding("logit scale", PASSED, f"{told}.", values)
 
 
-def _compare(
-    white_box: np.ndarray, other: np.ndarray, name: str
-) -> tuple[bool, str]:
+def _compare(white_box: np.ndarray, other: np.ndarray, name: str) -> tuple[bool, str]:
     """Whether another attack breaks more of what stands than may be, and in words."""
     total, left = len(white_box), int(white_box.sum())
     count = int(np.sum(white_box & ~other))
