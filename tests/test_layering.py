@@ -22,7 +22,7 @@ LAYERS = [
     {"scoring"},
     {"experiments", "reporting"},
     {"bench", "sanity", "sweep", "status", "theory"},
-    {"evaluate", "table"},
+    {"curves", "evaluate", "table"},
     {"commands", "flags"},
     {"cli"},
 ]

@@ -49,8 +49,8 @@ def judge_gradients(
     }
     text = (
         f"The gradient of the cross entropy is exactly zero at {flat} of {total} "
-        f"rightly classified images ({allowance(total)} are allowed), that of the margin at "
-        f"{deep}; the loss itself is zero in float32 at {full}."
+        f"rightly classified images ({allowance(total)} are allowed), that of the "
+        f"margin at {deep}; the loss itself is zero in float32 at {full}."
     )
     if not is_more(flat, total):
         return Finding("zero gradients", PASSED, text, values)
@@ -70,9 +70,9 @@ def judge_randomness(first: np.ndarray, second: np.ndarray) -> Finding:
     if not largest <= _ROUNDING * size:
         text = (
             f"Two passes over the same images differ by up to {largest:.2g} in "
-            f"logits of up to {size:.3g}, and in {changed} of {len(first)} predictions: the "
-            'network is random. Use AutoAttack with version="rand"; all other findings '
-            "are about one draw."
+            f"logits of up to {size:.3g}, and in {changed} of {len(first)} "
+            'predictions: the network is random. Use AutoAttack with version="rand"; '
+            "all other findings are about one draw."
         )
         return Finding("randomness", WARNING, text, values)
     text = f"Two passes over the same images differ by at most {largest:.2g}."
