@@ -2,6 +2,7 @@
 
 import functools
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 from samrobust.attacks import ddn, fab_minimal, fab_targeted, l2, linf, noise
 
 KEY = jax.random.key(3)
-QUICK = {"xla_backend_optimization_level": 0}
 EPS = float(np.finfo(np.float32).eps)
 BALLS = {"linf": linf, "l2": l2}
 RADII = {"linf": 0.06, "l2": 0.2}
@@ -34,6 +34,12 @@ ALL = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly():
+    with helpers.quick_compilation():
+        yield
+
+
 def problem(num=40, shape=(2, 2, 2), num_classes=4, seed=0):
     """A random net, images on the box's faces among them, a tenth of labels wrong."""
     rng = np.random.default_rng(seed)
@@ -50,13 +56,20 @@ def problem(num=40, shape=(2, 2, 2), num_classes=4, seed=0):
     return logits_fn, images, jnp.where(jnp.arange(num) % 10 == 9, 3 - labels, labels)
 
 
+def jitted(attack, logits_fn):
+    """The attack as a function of images, labels and key; and what it traced."""
+    traces = []
+
+    @jax.jit
+    def counted(images, labels, key):
+        traces.append(images.shape)
+        return attack(logits_fn, images, labels, key=key)
+
+    return counted, traces
+
+
 def run(attack, logits_fn, images, labels, key=KEY):
-    """The attack in `jit`, compiled in a hurry."""
-    jitted = jax.jit(
-        lambda images, labels, key: attack(logits_fn, images, labels, key=key),
-        compiler_options=QUICK,
-    )
-    return jitted(images, labels, key)
+    return jitted(attack, logits_fn)[0](images, labels, key)
 
 
 def norms(ball, delta):
@@ -70,10 +83,16 @@ def is_wrong(logits_fn, images, labels):
 
 
 @functools.cache
+def compiled(name):
+    """An attack on the classifier of `problem`, compiled once for most tests."""
+    return jitted(ALL[name](), problem()[0])
+
+
+@functools.cache
 def outcome(name):
     """Original and attacked images, and which are misclassified before and after."""
     logits_fn, images, labels = problem()
-    result = run(ALL[name](), logits_fn, images, labels)
+    result = compiled(name)[0](images, labels, KEY)
     wrong = [is_wrong(logits_fn, x, labels) for x in (images, result)]
     return np.asarray(images), np.asarray(result), *wrong
 
@@ -148,46 +167,35 @@ def test_the_result_lies_in_another_box(name):
 
 @pytest.mark.parametrize("name", ["fab linf", "noise l2", "ddn"])
 def test_jit_does_not_change_the_result(name):
-    logits_fn, images, labels = problem(num=4)
-    attack = ALL[name]()
-    jitted = run(attack, logits_fn, images, labels)
-    plain = attack(logits_fn, images, labels, key=KEY)
-    np.testing.assert_allclose(jitted, plain, atol=1e-4)
+    logits_fn, images, labels = problem()
+    plain = ALL[name]()(logits_fn, images, labels, key=KEY)
+    np.testing.assert_allclose(outcome(name)[1], plain, atol=1e-4)
 
 
-HALVES = {
-    "fab linf": lambda: fab_targeted(linf(0.2), num_steps=10),
-    "minimal fab l2": lambda: fab_minimal(l2(0.1), num_steps=10),
-    "ddn": lambda: ddn(num_steps=10),
-}
-
-
-@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("name", ["fab linf", "fab l2", "ddn"])
 def test_attacking_a_batch_equals_attacking_its_halves(name):
     """Even where one half alone would end all runs early."""
-    logits_fn, images, labels = problem(num=8)
-    labels = labels.at[:4].set((labels[:4] + 1) % 4)  # done before it begins
-    whole = run(HALVES[name](), logits_fn, images, labels)
-    for half in (slice(4), slice(4, 8)):
-        alone = run(HALVES[name](), logits_fn, images[half], labels[half])
+    _, images, labels = problem()
+    labels = labels.at[:20].set((labels[:20] + 1) % 4)  # done before it begins
+    attack, _ = compiled(name)
+    whole = attack(images, labels, KEY)
+    for half in (slice(20), slice(20, 40)):
+        alone = attack(images[half], labels[half], KEY)
         np.testing.assert_allclose(whole[half], alone, atol=1e-5)
-    assert np.any(whole[4:] != images[4:])
+    assert np.any(whole[20:] != images[20:])
 
 
 @pytest.mark.parametrize("name", ["fab with restarts l2", "noise l2", "ddn"])
 def test_a_second_call_does_not_trace_again_and_the_key_decides(name):
-    logits_fn, images, labels = problem(num=4)
-    attack, traces = ALL[name](), []
-
-    @jax.jit
-    def jitted(images, key):
-        traces.append(1)
-        return attack(logits_fn, images, labels, key=key)
-
-    first, again = jitted(images, KEY), jitted(images, KEY)
+    _, images, labels = problem()
+    attack, traces = compiled(name)
+    first, again = attack(images, labels, KEY), attack(images, labels, KEY)
     np.testing.assert_array_equal(first, again)
-    jitted(images * 0.5, jax.random.key(4))
-    assert len(traces) == 1
+    other = attack(images, labels, jax.random.key(4))
+    # DDN draws only where the gradient is zero, which is nowhere here.
+    assert np.any(other != first) == (name != "ddn")
+    attack(images * 0.5, labels, KEY)
+    assert traces.count(images.shape) == 1
 
 
 @pytest.mark.parametrize("name", ["fab linf", "noise linf", "ddn"])
@@ -197,14 +205,12 @@ def test_no_gradient_flows_through_the_result(name):
     def total(images):
         return jnp.sum(ALL[name]()(logits_fn, images, labels, key=KEY))
 
-    assert not np.any(jax.jit(jax.grad(total), compiler_options=QUICK)(images))
+    assert not np.any(jax.jit(jax.grad(total))(images))
 
 
-@pytest.mark.parametrize("name", ["fab linf", "minimal fab l2", "ddn", "noise linf"])
+@pytest.mark.parametrize("name", ["fab linf", "minimal fab l2", "ddn"])
 def test_a_classifier_without_gradients_and_one_of_nan_leave_the_box_alone(name):
     _, images, labels = problem(num=4)
-    flat = run(ALL[name](), lambda x: jnp.ones([len(x), 4]), images, labels * 0)
-    assert np.all((flat >= 0) & (flat <= 1))
 
     def steep(images):
         pixels = images.reshape(len(images), -1)
@@ -212,7 +218,19 @@ def test_a_classifier_without_gradients_and_one_of_nan_leave_the_box_alone(name)
             pixels[:, :4] + 0 * jnp.sqrt(pixels - jax.lax.stop_gradient(pixels))[:, :4]
         )
 
-    nan = np.asarray(run(ALL[name](), steep, images, labels))
+    @jax.jit
+    def attacked(images, labels, is_steep):
+        def logits_fn(x):
+            return jax.lax.cond(is_steep, steep, lambda x: jnp.ones([len(x), 4]), x)
+
+        gradient = jax.grad(lambda x: jnp.sum(logits_fn(x)))(images)
+        return gradient, ALL[name]()(logits_fn, images, labels, key=KEY)
+
+    gradient, flat = attacked(images, labels * 0, False)
+    assert not np.any(gradient)
+    assert np.all((flat >= 0) & (flat <= 1))
+    gradient, nan = attacked(images, labels, True)
+    assert np.isnan(gradient).any()
     assert np.all((nan >= 0) & (nan <= 1))
 
 
@@ -251,7 +269,7 @@ def distances_to_planes(ball, logits_fn, images, labels, weights):
     return np.where(lengths > 0, gaps / np.where(lengths > 0, lengths, 1), np.inf)
 
 
-@pytest.mark.parametrize("num_classes", [2, 3, 5])
+@pytest.mark.parametrize("num_classes", [2, 5])
 @pytest.mark.parametrize("ball", BALLS)
 def test_fab_measures_the_distance_to_a_linear_boundary(ball, num_classes):
     problem = linear_problem(num_classes)
@@ -289,15 +307,14 @@ def test_fab_needs_the_target_that_is_nearest_in_pixels_not_in_logits():
     assert is_wrong(logits_fn, many, labels).all()
 
 
-@pytest.mark.parametrize("ball", BALLS)
-def test_more_targets_and_more_restarts_never_lengthen_what_fab_finds(ball):
+def test_more_targets_and_more_restarts_never_lengthen_what_fab_finds():
     logits_fn, images, labels = problem(seed=1)
 
     def lengths(num_targets, restarts):
         attack = fab_minimal(
-            BALLS[ball](1.0), num_targets=num_targets, restarts=restarts, num_steps=3
+            l2(1.0), num_targets=num_targets, restarts=restarts, num_steps=3
         )
-        return norms(ball, run(attack, logits_fn, images, labels) - images)
+        return norms("l2", run(attack, logits_fn, images, labels) - images)
 
     one, targets, restarts = lengths(1, 1), lengths(3, 1), lengths(3, 6)
     assert np.all(targets <= one + 1e-6)
@@ -305,15 +322,14 @@ def test_more_targets_and_more_restarts_never_lengthen_what_fab_finds(ball):
     assert targets.sum() < one.sum() - 0.01
 
 
-@pytest.mark.parametrize("ball", BALLS)
-def test_only_a_restart_leaves_a_point_without_gradient(ball):
+def test_only_a_restart_leaves_a_point_without_gradient():
     images, labels = jnp.full([8, 3], 0.5), jnp.zeros(8, jnp.int32)
 
     def logits_fn(x):
         return jnp.stack([jnp.full(len(x), 0.01), jnp.sum((x - 0.5) ** 2, 1)], -1)
 
     def broken(restarts):
-        attack = fab_targeted(BALLS[ball](0.4), restarts=restarts, num_steps=10)
+        attack = fab_targeted(l2(0.4), restarts=restarts, num_steps=10)
         result = run(attack, logits_fn, images, labels)
         return is_wrong(logits_fn, result, labels)
 
@@ -390,10 +406,8 @@ def test_ddn_goes_in_random_directions_where_the_gradient_is_zero():
         far = jnp.sum(jnp.square(x - 0.5), axis=1) > 0.05
         return jnp.stack([jnp.zeros(len(x)), jnp.where(far, 1.0, -1.0)], axis=-1)
 
-    attack = ddn(num_steps=40, init_epsilon=0.1)
-    results = [
-        run(attack, logits_fn, images, labels, jax.random.key(k)) for k in (0, 1)
-    ]
+    attack, _ = jitted(ddn(num_steps=40, init_epsilon=0.1), logits_fn)
+    results = [attack(images, labels, jax.random.key(k)) for k in (0, 1)]
     for result in results:
         assert is_wrong(logits_fn, result, labels).all()
         assert norms("l2", result - images).max() < 0.3
@@ -439,11 +453,10 @@ def test_more_noise_breaks_every_example_that_less_does():
     logits_fn, images, labels = problem(num=200)
     fooled = [
         is_wrong(logits_fn, run(attack, logits_fn, images, labels), labels)
-        for attack in (noise(linf(0.1), num_draws=n) for n in (1, 10, 50))
+        for attack in (noise(linf(0.1), num_draws=n) for n in (1, 50))
     ]
     assert np.all(fooled[1][fooled[0]])
-    assert np.all(fooled[2][fooled[1]])
-    assert fooled[0].sum() < fooled[1].sum() < fooled[2].sum() < 200
+    assert fooled[0].sum() < fooled[1].sum() < 200
 
 
 def test_noise_hands_in_the_highest_loss_where_nothing_is_misclassified():

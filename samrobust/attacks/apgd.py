@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from samrobust.attacks.ascent import Ascent, State, Worst, worse
 from samrobust.attacks.balls import Ball
+from samrobust.attacks.examples import check_images
 from samrobust.checks import check
 from samrobust.objectives import cross_entropy, targeted_dlr
 from samrobust.types import Array, Attack, LogitsFn, LossFn
@@ -92,7 +93,7 @@ def apgd(
     def attack(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
     ) -> Array:
-        _check_dtype(images)
+        check_images(images)
         if ball.radius == 0:
             return jax.lax.stop_gradient(images)
         natural_key, runs_key = jax.random.split(key)
@@ -157,7 +158,7 @@ def apgd_targeted(
     def attack(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
     ) -> Array:
-        _check_dtype(images)
+        check_images(images)
         if ball.radius == 0:
             return jax.lax.stop_gradient(images)
         natural_key, runs_key = jax.random.split(key)
@@ -264,11 +265,3 @@ def _wrong_classes(logits: Array, labels: Array) -> Array:
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     others = jnp.where(is_label, -jnp.inf, logits)
     return jnp.argsort(others, axis=-1, descending=True)[:, :-1]
-
-
-def _check_dtype(images: Array) -> None:
-    check(
-        images.dtype in (jnp.float32, jnp.float64),
-        "float32 images with pixels in the box",
-        dtype=str(images.dtype),
-    )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from samrobust.attacks.balls import Ball
+from samrobust.attacks.examples import spread
 from samrobust.types import Array, LossFn
 
 __all__ = ["Ascent", "State", "Worst", "select", "windows", "worse"]
@@ -81,7 +82,7 @@ class Ascent(NamedTuple):
         noise = self.ball.sample(key, self.images.shape)
         length = self.ball.norm(noise)
         scale = self.ball.radius / jnp.where(length > 0, length, 1.0)
-        return jnp.clip(self.images + noise * _rows(scale, noise), *self.box)
+        return jnp.clip(self.images + noise * spread(scale, noise), *self.box)
 
     def begin(self, start: Array, key: Array) -> State:
         """The state before the first step; the key is for random logits alone."""
@@ -120,7 +121,7 @@ class Ascent(NamedTuple):
         """The next iterate: a projected step, mixed with the last one, projected."""
         current, previous = state.current, state.previous
         direction = self.ball.steepest_ascent(state.gradient)
-        length = _rows(state.step_size, current)
+        length = spread(state.step_size, current)
         plain = self.into_set(current + length * direction)
         share = jnp.where(index > 0, _MOMENTUM, 1.0).astype(current.dtype)
         mixed = share * (plain - current) + (1 - share) * (current - previous)
@@ -213,9 +214,4 @@ def worse(first: Worst, second: Worst) -> Worst:
 
 def select(take: Array, new: Array, old: Array) -> Array:
     """`new` for the examples that `take` [B] says, `old` for the others."""
-    return jnp.where(_rows(take, new), new, old)
-
-
-def _rows(values: Array, images: Array) -> Array:
-    """Values [B] in the shape [B, 1, ...] that goes with the images."""
-    return values.reshape(values.shape + (1,) * (images.ndim - 1))
+    return jnp.where(spread(take, new), new, old)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from samrobust.attacks.balls import Ball
+from samrobust.attacks.examples import check_images, spread
 from samrobust.checks import check, check_choice
 from samrobust.objectives import cross_entropy
 from samrobust.types import Array, Attack, LogitsFn, LossFn
@@ -99,11 +100,7 @@ def pgd(
     def attack(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
     ) -> Array:
-        check(
-            images.dtype in (jnp.float32, jnp.float64),
-            "float32 images with pixels in the box",
-            dtype=str(images.dtype),
-        )
+        check_images(images)
         if ball.radius == 0:
             return jax.lax.stop_gradient(images)
         problem = Problem(settings, logits_fn, images, labels)
@@ -229,6 +226,5 @@ def _score(losses: Array, logits: Array, labels: Array) -> Array:
 def _worse(first: _Worst, second: _Worst) -> _Worst:
     """Per example the more damaging of two; the first where they tie."""
     take = second.score > first.score
-    shape = take.shape + (1,) * (first.images.ndim - 1)
-    images = jnp.where(take.reshape(shape), second.images, first.images)
+    images = jnp.where(spread(take, first.images), second.images, first.images)
     return _Worst(images, jnp.where(take, second.score, first.score))

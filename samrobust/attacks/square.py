@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from samrobust.attacks.balls import Ball
+from samrobust.attacks.examples import check_images
 from samrobust.attacks.moves import L2Moves, LinfMoves
 from samrobust.attacks.windows import window_sizes
 from samrobust.checks import check
@@ -99,11 +100,7 @@ def square(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
     ) -> Array:
         check(images.ndim == 4, "images [B, H, W, C]", shape=images.shape)
-        check(
-            images.dtype in (jnp.float32, jnp.float64),
-            "float32 images with pixels in the box",
-            dtype=str(images.dtype),
-        )
+        check_images(images)
         if ball.radius == 0:
             return jax.lax.stop_gradient(images)
         images = jax.lax.stop_gradient(images)

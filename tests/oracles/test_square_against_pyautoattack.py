@@ -4,6 +4,7 @@ Given the same random numbers both walk the same way, pixel by pixel; with their
 they reach the same robust accuracy.
 """
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,12 @@ upstream = pytest.importorskip("pyautoattack.square")
 KEY = jax.random.key(11)
 LOSSES = {"margin": margin, "ce": cross_entropy}
 BALLS = {"Linf": linf(0.1), "L2": l2(0.5)}
-QUICK = {"xla_backend_optimization_level": 0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly():
+    with helpers.quick_compilation():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -168,10 +174,7 @@ def test_with_the_same_random_numbers_the_walk_is_upstreams(
     labels = np.asarray(jnp.argmax(logits_fn(images), -1))
     norm, moves_of = {2: ("L2", L2Moves)}.get(ball.order, ("Linf", LinfMoves))
     attack = square(ball, num_queries=num_queries, loss=LOSSES[loss])
-    ours = jax.jit(
-        lambda image, label: attack(logits_fn, image, label, key=KEY),
-        compiler_options=QUICK,
-    )
+    ours = jax.jit(lambda image, label: attack(logits_fn, image, label, key=KEY))
     sizes = window_sizes(
         num_queries, 0.8, shape[1:], rescale=False, odd=moves_of is L2Moves
     )

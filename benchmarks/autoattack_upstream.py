@@ -1,0 +1,142 @@
+"""Our AutoAttack beside the authors', on networks of finished runs: answer and time.
+
+    python benchmarks/autoattack_upstream.py --norm=linf --epsilon=32 \
+        --output=results/autoattack/upstream.jsonl RUN RUN ...
+
+Needs torch and pyautoattack (0.2.0, the authors' sources as a package). Both attack the
+same images with the same weights on the same cores, one after the other, run by run;
+who begins changes from run to run. Our time includes compilation, which is paid once
+for all runs, as the first lines show. A line of JSON for each run.
+"""
+
+import argparse
+import json
+import logging
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from pyautoattack import AutoAttack
+
+from samrobust import building, configuration
+from samrobust.data import Dataset, Split
+from samrobust.evaluation import make_autoattack_evaluator
+from samrobust.provenance import provenance
+from samrobust.training import load_variables
+from samrobust.workdir import append_json_line, read_json
+from torch_network import PreActResNet, from_jax
+
+__all__ = ["main"]
+
+_NORMS = {"linf": "Linf", "l2": "L2"}
+
+
+def main() -> None:
+    """Compares run by run; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN")
+    parser.add_argument("--norm", choices=tuple(_NORMS), required=True)
+    parser.add_argument("--epsilon", type=float, required=True, help="in 1/255")
+    parser.add_argument("--num-examples", type=int, help="default: the run's")
+    parser.add_argument("--batch-size", type=int, default=250)
+    parser.add_argument("--output", type=pathlib.Path, required=True, metavar="FILE")
+    arguments = parser.parse_args()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    evaluators: dict[str, Any] = {}
+    for number, run in enumerate(arguments.runs):
+        line = _compare(run, arguments, evaluators, ours_first=number % 2 == 0)
+        append_json_line(arguments.output, line)
+        print(json.dumps({k: v for k, v in line.items() if k != "provenance"}))
+
+
+def _compare(
+    run: pathlib.Path,
+    arguments: argparse.Namespace,
+    evaluators: dict[str, Any],
+    *,
+    ours_first: bool,
+) -> dict[str, Any]:
+    config = configuration.with_defaults(read_json(run / "config.json") or {})
+    if arguments.num_examples is not None:
+        config.data.test_size = arguments.num_examples
+    config.evaluation.update(linf=(), l2=(), attack="autoattack")
+    config.evaluation[arguments.norm] = (arguments.epsilon,)
+    dataset = building.load_data(config)
+    variables = load_variables(config, dataset, run, config.evaluation.checkpoint)
+    shared = json.dumps([config.model.to_dict(), config.data.to_dict()], default=str)
+    if shared not in evaluators:
+        evaluators[shared] = make_autoattack_evaluator(
+            building.make_model(config, dataset),
+            building.autoattacks(config),
+            batch_size=arguments.batch_size,
+        )
+
+    def ours() -> np.ndarray:
+        key = jax.random.key(config.seed)
+        (correct,) = list(
+            evaluators[shared](variables, dataset.test, key).correct().values()
+        )[1:]
+        return correct
+
+    def theirs() -> np.ndarray:
+        model = _twin(config, dataset, variables)
+        return _upstream(model, dataset.test, arguments, config.seed)
+
+    outcome, seconds = {}, {}
+    order = {"ours": ours, "upstream": theirs}
+    for name in list(order) if ours_first else list(order)[::-1]:
+        start = time.monotonic()
+        outcome[name] = order[name]()
+        seconds[name] = time.monotonic() - start
+    return {
+        "row": config.row,
+        "seed": config.seed,
+        "norm": arguments.norm,
+        "epsilon": arguments.epsilon,
+        "num_test": len(dataset.test),
+        "accuracy": {name: 100 * float(np.mean(v)) for name, v in outcome.items()},
+        "judged differently": int(np.sum(outcome["ours"] != outcome["upstream"])),
+        "seconds": seconds,
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "provenance": provenance(),
+    }
+
+
+def _twin(config: Any, dataset: Dataset, variables: Any) -> PreActResNet:
+    model = PreActResNet(
+        config.model.width,
+        tuple(config.model.blocks),
+        dataset.num_classes,
+        dataset.test.images.shape[-1],
+        dataset.mean,
+        dataset.std,
+    ).eval()
+    with torch.no_grad():
+        from_jax(model, jax.device_get(variables))
+    return model
+
+
+def _upstream(
+    model: PreActResNet, split: Split, arguments: argparse.Namespace, seed: int
+) -> np.ndarray:
+    logging.disable(logging.CRITICAL)
+    attack = AutoAttack(
+        model, norm=_NORMS[arguments.norm], eps=arguments.epsilon / 255, seed=seed
+    )
+    pixels = split.images.astype(np.float32) / np.float32(255)
+    images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    labels = torch.from_numpy(split.labels.astype(np.int64))
+    attacked = attack.run_standard_evaluation(
+        images, labels, batch_size=arguments.batch_size
+    )
+    attacked = attacked[0] if isinstance(attacked, tuple) else attacked
+    with torch.no_grad():
+        return (model(attacked).argmax(1) == labels).numpy()
+
+
+if __name__ == "__main__":
+    main()
