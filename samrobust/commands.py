@@ -14,6 +14,7 @@ from samrobust import building, configuration, parallel
 from samrobust.bench.command import bench_command
 from samrobust.bench.suite import StoppedError
 from samrobust.claims import await_verdict
+from samrobust.curves.command import curves_command
 from samrobust.data import DatasetUnavailableError
 from samrobust.evaluate import evaluate_command, print_accuracies
 from samrobust.experiments import PlannedRun, run, work
@@ -44,6 +45,7 @@ def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         "table": table_command,
         "train": _train,
         "evaluate": evaluate_command,
+        "curves": curves_command,
         "bench": bench_command,
         "theory": theory_command,
     }

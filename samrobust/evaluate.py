@@ -13,6 +13,11 @@ from samrobust.experiments import work
 from samrobust.provenance import provenance
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import StopRequest
+from samrobust.sanity.command import (
+    check_surrogates,
+    largest_balls,
+    sanity_of_run,
+)
 from samrobust.scoring import Score, evaluate_run, evaluated_split
 from samrobust.types import Config
 from samrobust.validation import validate
@@ -30,6 +35,7 @@ _OF_PGD = (
     "step_size",
 )
 _OF_AUTOATTACK = ("version", "members", "save_examples")
+_SANITY_EXAMPLES = 256
 
 
 def evaluate_command(
@@ -51,7 +57,7 @@ def evaluate_command(
     workdir = pathlib.Path(arguments.workdir)
     should_stop = parallel.join(stop)
     console = Console(quiet=not parallel.is_primary())
-    config = parallel.from_primary(lambda: _evaluation_config(workdir, arguments))
+    config, surrogates = parallel.from_primary(lambda: _inputs(workdir, arguments))
     dataset: Dataset = building.load_data(config)
     works = work(config, dataset)
     display = ProgressDisplay(console, works[1])
@@ -77,6 +83,14 @@ def evaluate_command(
     print_accuracies(console, config.label, score.accuracy)
     _print_details(console, workdir, score)
     console.print(f"Added to {path}", highlight=False)
+    if arguments.sanity:
+        sanity_of_run(
+            *(config, workdir, console),
+            dataset=dataset,
+            surrogates=surrogates,
+            num_examples=arguments.sanity_examples or _SANITY_EXAMPLES,
+            should_stop=should_stop,
+        )
     return 0
 
 
@@ -95,6 +109,31 @@ def _print_details(console: Console, workdir: pathlib.Path, score: Score) -> Non
         cells = ", ".join(f"{member} {value:.2f}" for member, value in left.items())
         console.print(f"{column} after {cells}", highlight=False)
     console.print(f"What broke which image: {workdir / details['outcome']}")
+
+
+def _inputs(
+    workdir: pathlib.Path, arguments: argparse.Namespace
+) -> tuple[Config, list[tuple[str, Config]]]:
+    """The run's config, and those of the runs to transfer from."""
+    number, others = arguments.sanity_examples, arguments.transfer_from or []
+    check(
+        arguments.sanity or not (others or number is not None),
+        "--sanity with --transfer-from and --sanity-examples",
+        transfer_from=others,
+        sanity_examples=number,
+    )
+    check(
+        number is None or number >= 1, "--sanity-examples >= 1", sanity_examples=number
+    )
+    config = _evaluation_config(workdir, arguments)
+    check(
+        not arguments.sanity or bool(largest_balls(config)),
+        "a radius > 0 with --sanity",
+        "Give --norm and --epsilon.",
+        linf=config.evaluation.linf,
+        l2=config.evaluation.l2,
+    )
+    return config, check_surrogates(config, others)
 
 
 def _evaluation_config(workdir: pathlib.Path, arguments: argparse.Namespace) -> Config:

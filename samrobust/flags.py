@@ -146,6 +146,53 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     add(
         "--seed", type=int, metavar="N", help="of the random starts; default: the run's"
     )
+    add(
+        "--sanity",
+        action="store_true",
+        help="also look for signs of gradient masking; docs/sanity.md",
+    )
+    add(
+        "--sanity-examples",
+        type=int,
+        metavar="N",
+        help="with --sanity: images to look at, evenly spaced; default: 256",
+    )
+    add(
+        "--transfer-from",
+        action="append",
+        metavar="DIR",
+        help="with --sanity: another run whose adversarial images are tried; repeat",
+    )
+
+
+def add_curves(commands: argparse._SubParsersAction) -> None:
+    """The flags of `samrobust curves`."""
+    curves = commands.add_parser(
+        "curves",
+        allow_abbrev=False,
+        help="accuracy against the attack's radius, all methods of a table in one plot",
+        description="Attacks every finished run of a table at a grid of radii (PGD, "
+        "any iterate counts) and draws the means over seeds. Goes on where it was "
+        "stopped.",
+    )
+    add = curves.add_argument
+    add("--workdir", required=True, metavar="DIR", help="of the table")
+    add("--rows", action="append", metavar="ROW", help="only these; default: all")
+    for norm in ("linf", "l2"):
+        add(
+            f"--{norm}",
+            type=_floats,
+            metavar="E,...",
+            help="radii in 1/255; default: 8 up to twice the table's largest",
+        )
+    add("--num-steps", type=int, metavar="N", help="of PGD; default: 20")
+    add("--loss", choices=("cross_entropy", "margin"), help="default: cross_entropy")
+    add(
+        "--num-examples",
+        type=int,
+        metavar="N",
+        help="images, evenly spaced; default: 256",
+    )
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
@@ -267,4 +314,12 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in _words(text))
 
 
-ADDERS = (add_table, add_train, add_status, add_evaluate, add_bench, add_theory)
+ADDERS = (
+    add_table,
+    add_train,
+    add_status,
+    add_evaluate,
+    add_curves,
+    add_bench,
+    add_theory,
+)

@@ -21,8 +21,8 @@ LAYERS = [
     {"training", "evaluation", "runfiles"},
     {"scoring"},
     {"experiments", "reporting"},
-    {"bench", "sweep", "status", "theory"},
-    {"evaluate", "table"},
+    {"bench", "sanity", "sweep", "status", "theory"},
+    {"curves", "evaluate", "table"},
     {"commands", "flags"},
     {"cli"},
 ]

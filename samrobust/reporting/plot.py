@@ -8,6 +8,12 @@ import os
 import textwrap
 from typing import TYPE_CHECKING
 
+from samrobust.reporting.colours import (
+    escape,
+    family_colours,
+    in_symbols,
+    norm_symbol,
+)
 from samrobust.reporting.names import column_norm, short_column
 from samrobust.reporting.table import Row, Table
 
@@ -17,19 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["plot"]
 
-# Okabe and Ito, Color Universal Design (2008): distinct for colour-blind readers.
-_COLOURS = {"ST": "#000000", "SAM": "#D55E00", "AT linf": "#0072B2", "AT l2": "#009E73"}
-_OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9")
 _GREY = "#8A8A8A"
 _SMALL, _TEXT, _TITLE = 6.5, 7.5, 9  # points; 150 dots an inch make 14, 16, 19 pixels
 _LEAST_SPAN = 4.0  # points of accuracy: a panel does not magnify the noise
-_SYMBOLS = {  # script small l; Greek rho and epsilon
-    "linf": "\u2113∞",
-    "l2": "\u21132",
-    "rho": "\u03c1",
-    "eps": "ε",
-    "epsilon": "ε",
-}
 
 
 def plot(table: Table, path: str | os.PathLike[str]) -> None:
@@ -50,11 +46,11 @@ def plot(table: Table, path: str | os.PathLike[str]) -> None:
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, num_columns, sharey=True, squeeze=False)[0]
-    colours = _family_colours(table)
+    colours = family_colours(row.family for row in table.rows)
     for panel, column in zip(panels, table.columns, strict=True):
         _draw_panel(panel, table, column, colours)
     _label_rows(panels[0], table, colours)
-    title = textwrap.fill(_escape(table.title), 75)
+    title = textwrap.fill(escape(table.title), 75)
     figure.suptitle(title, fontsize=_TITLE, x=0.01, ha="left")
     figure.legend(
         handles=_legend(table),
@@ -139,14 +135,6 @@ def _limits(table: Table, column: str) -> tuple[float, float]:
     return low - margin - excess, high + margin - excess
 
 
-def _family_colours(table: Table) -> dict[str, str]:
-    """Returns a colour for every family of the table."""
-    families = dict.fromkeys(row.family for row in table.rows)
-    others = [family for family in families if family not in _COLOURS]
-    cycle = {f: _OTHER_COLOURS[i % 3] for i, f in enumerate(others)}
-    return _COLOURS | cycle
-
-
 def _legend(table: Table) -> list["Line2D"]:
     """Returns what the marks mean, only for those that are drawn."""
     from matplotlib.lines import Line2D
@@ -170,17 +158,10 @@ def _panel_title(column: str) -> str:
     if norm == "natural":
         return "natural\nno attack"
     radius = short_column(column).removeprefix(norm).strip()
-    return f"{_SYMBOLS.get(norm, norm)} attack\nε = {radius}/255"
+    return f"{norm_symbol(norm)} attack\nε = {radius}/255"
 
 
 def _row_label(row: Row) -> str:
     """Returns a row's label in symbols."""
-    words = row.label.replace("(", "( ").replace(",", " ,").split()
-    label = " ".join(_SYMBOLS.get(word, word) for word in words)
-    label = _escape(label.replace("( ", "(").replace(" ,", ","))
+    label = in_symbols(row.label)
     return label if row.seeds else f"{label}, no run yet"
-
-
-def _escape(text: str) -> str:
-    """Returns text in which Matplotlib sees no formula."""
-    return text.replace("$", r"\$")

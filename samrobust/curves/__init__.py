@@ -1,0 +1,9 @@
+"""Accuracy against the radius of the attack, for all runs of a table.
+
+`samrobust curves` measures and draws; docs/sanity.md says how to read the picture.
+"""
+
+from samrobust.curves.drawing import draw_curves
+from samrobust.curves.measure import Curve, Settings, curves_of, measure_run
+
+__all__ = ["Curve", "Settings", "curves_of", "draw_curves", "measure_run"]

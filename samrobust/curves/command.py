@@ -1,0 +1,188 @@
+"""`samrobust curves`: measures all finished runs of a table, draws, writes."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from samrobust import building, configuration, parallel
+from samrobust.checks import check
+from samrobust.curves.drawing import draw_curves
+from samrobust.curves.measure import (
+    Settings,
+    curves_of,
+    make_curve_evaluator,
+    measure_run,
+)
+from samrobust.files import read_json, temporary_beside, write_json
+from samrobust.provenance import provenance
+from samrobust.reporting.progress import ProgressDisplay
+from samrobust.runtime import StopRequest
+from samrobust.sanity import some_of
+from samrobust.scoring import evaluated_split, evaluation_key
+from samrobust.training import InterruptedRunError, load_variables
+from samrobust.types import Config
+
+__all__ = ["curves_command"]
+
+_POINTS = 8  # of a curve, beside radius 0
+
+
+def curves_command(
+    arguments: argparse.Namespace, overrides: Sequence[str], stop: StopRequest
+) -> int:
+    """Measures and draws as a command line says; returns the exit code.
+
+    Runs that `curves.json` holds under the same settings are not measured again, so
+    that the command goes on where it was stopped.
+
+    Raises:
+      ValueError: for flags out of range, or a directory without finished runs.
+      InterruptedRunError: if it was asked to stop.
+    """
+    check(not overrides, "no --config overrides for curves", overrides=overrides)
+    should_stop = parallel.join(stop)
+    console = Console(quiet=not parallel.is_primary())
+    workdir = pathlib.Path(arguments.workdir)
+    configs = parallel.from_primary(lambda: _find(workdir, arguments.rows or ()))
+    settings = _settings(next(iter(configs.values())), arguments)
+    stored = parallel.from_primary(lambda: _stored(workdir, settings))
+    display = ProgressDisplay(console, float(len(configs)))
+    evaluators: dict[Any, Any] = {}
+    with display.live():
+        for path, config in configs.items():
+            if path in stored:
+                display.skip(1.0)
+                continue
+            shown = display.run(f"{config.label}, seed {config.seed}", 0.0, 1.0)
+
+            def on_batch(done: int, total: int, shown: Any = shown) -> None:
+                shown.on_batch(done, total)
+                if should_stop():
+                    message = "Stopped between runs. The same command goes on."
+                    raise InterruptedRunError(message)
+
+            stored[path] = _measure(
+                config, workdir / path, settings, evaluators, on_batch
+            )
+            _keep(workdir, settings, stored)
+    found = [(c.row, c.label, stored[path]) for path, c in configs.items()]
+    parallel.from_primary(lambda: _write(workdir, settings, found, configs))
+    names = "curves.json, curves.png, curves.pdf"
+    console.print(f"Written to {workdir}: {names}", highlight=False)
+    return 0
+
+
+def _find(workdir: pathlib.Path, rows: Sequence[str]) -> dict[str, Config]:
+    """The configs of the finished runs, by their directories, in the table's order."""
+    paths = [p.parent for p in sorted(workdir.glob("*/seed*/result.json"))]
+    plan = [
+        run["path"] for run in (read_json(workdir / "plan.json") or {}).get("runs", [])
+    ]
+    names = [path.relative_to(workdir).as_posix() for path in paths]
+    names.sort(key=lambda name: plan.index(name) if name in plan else len(plan))
+    wanted = [row for text in rows for row in text.split(";") if row]
+    configs = {}
+    for name in names:
+        config = configuration.with_defaults(read_json(workdir / name / "config.json"))
+        if not wanted or config.row in wanted:
+            configs[name] = config
+    check(
+        bool(configs),
+        "finished runs in --workdir",
+        "It is the directory of a table: `samrobust table`.",
+        workdir=str(workdir),
+        rows=wanted,
+    )
+    data = {name: (c.data.name, c.evaluation.split) for name, c in configs.items()}
+    check(len(set(data.values())) == 1, "runs on the same images", runs=data)
+    return configs
+
+
+def _settings(config: Config, arguments: argparse.Namespace) -> Settings:
+    """By default radii up to twice the largest that the table is evaluated at."""
+    radii = {}
+    for norm in ("linf", "l2"):
+        given = getattr(arguments, norm)
+        largest = max(config.evaluation[norm], default=0.0)
+        if given is not None:
+            radii[norm] = tuple(given)
+        elif largest:
+            grid = np.linspace(0, min(2 * largest, 255.0), _POINTS + 1)[1:]
+            radii[norm] = tuple(float(f"{radius:.4g}") for radius in grid)
+    names = ("num_steps", "loss", "num_examples")
+    given = {name: getattr(arguments, name) for name in names}
+    return Settings(radii, **{n: v for n, v in given.items() if v is not None})
+
+
+def _measure(
+    config: Config,
+    folder: pathlib.Path,
+    settings: Settings,
+    evaluators: dict[Any, Any],
+    on_batch: Any,
+) -> dict[str, list[float]]:
+    """One run; runs of one model share their compiled program."""
+    dataset = building.load_data(config)
+    model = building.make_model(config, dataset)
+    if model not in evaluators:
+        size = min(config.evaluation.batch_size, settings.num_examples)
+        evaluators[model] = make_curve_evaluator(model, settings, batch_size=size)
+    variables = load_variables(config, dataset, folder, config.evaluation.checkpoint)
+    split = some_of(evaluated_split(config, dataset), settings.num_examples)
+    return measure_run(
+        *(evaluators[model], variables, split, settings),
+        key=evaluation_key(config),
+        on_batch=on_batch,
+    )
+
+
+def _as_json(settings: Settings) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def _stored(workdir: pathlib.Path, settings: Settings) -> dict[str, Any]:
+    """What was measured before under the same settings."""
+    known = read_json(workdir / "curves.json") or {}
+    return known["runs"] if known.get("settings") == _as_json(settings) else {}
+
+
+def _keep(workdir: pathlib.Path, settings: Settings, runs: dict[str, Any]) -> None:
+    content = {"settings": _as_json(settings), "runs": runs}
+    parallel.from_primary(lambda: write_json(workdir / "curves.json", content))
+
+
+def _write(
+    workdir: pathlib.Path,
+    settings: Settings,
+    found: list[tuple[str, str, Any]],
+    configs: dict[str, Config],
+) -> None:
+    """The file and the pictures."""
+    curves = curves_of(found, settings)
+    runs = dict(zip(configs, (run for _, _, run in found), strict=True))
+    kept = _stored(workdir, settings) | runs
+    content = {
+        "settings": _as_json(settings),
+        "runs": kept,
+        "curves": [dataclasses.asdict(curve) for curve in curves],
+        "provenance": provenance(),
+    }
+    write_json(workdir / "curves.json", content)
+    first = next(iter(configs.values()))
+    title = (
+        f"{first.data.name}: accuracy under PGD-{settings.num_steps} "
+        f"({settings.loss.replace('_', ' ')}, any iterate), "
+        f"{settings.num_examples} {first.evaluation.split} images"
+    )
+    figure = draw_curves(curves, title)
+    for kind in ("png", "pdf"):
+        path = workdir / f"curves.{kind}"
+        temporary = temporary_beside(path)
+        figure.savefig(temporary, format=kind, facecolor="white")
+        temporary.replace(path)

@@ -1,0 +1,81 @@
+"""What a check finds, and the one rule by which counts of images are judged.
+
+A sound attack is allowed to be worse than another on one image in a hundred: robust
+accuracies are quoted to a point. A count is held against that rate with its luck: more
+images than `allowance(total)` would show in fewer than one of a hundred samples.
+"""
+
+import dataclasses
+from typing import Any
+
+from scipy import stats
+
+__all__ = [
+    "PASSED",
+    "UNDECIDED",
+    "WARNING",
+    "Finding",
+    "allowance",
+    "is_more",
+    "is_mostly",
+]
+
+PASSED, WARNING, UNDECIDED = "passed", "warning", "undecided"
+_RATE = 0.01  # images in which a sound attack may be the weaker one
+_LUCK = 0.01  # how seldom a verdict may be luck
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """The outcome of one check.
+
+    Attributes:
+      check: its name, as in docs/sanity.md.
+      verdict: `passed`, `warning` or `undecided`.
+      text: what was measured, and what follows, in a sentence or two.
+      values: what was measured; JSON.
+      ball: the attacked ball, as in `linf 8/255`; empty: the network itself.
+    """
+
+    check: str
+    verdict: str
+    text: str
+    values: dict[str, Any]
+    ball: str = ""
+
+    @property
+    def anchor(self) -> str:
+        """Where it is explained.
+
+        >>> Finding("logit scale", PASSED, "", {}).anchor
+        'docs/sanity.md#logit-scale'
+        """
+        return f"docs/sanity.md#{self.check.replace(' ', '-')}"
+
+
+def allowance(total: int) -> int:
+    """How many of `total` images may speak against an attack that is sound.
+
+    The 99 % quantile of the binomial distribution of `total` images with a rate of 1 %.
+
+    >>> [allowance(total) for total in (1, 50, 256, 1000, 10_000)]
+    [0, 3, 7, 18, 124]
+    """
+    return int(stats.binom.ppf(1 - _LUCK, total, _RATE))
+
+
+def is_more(count: int, total: int) -> bool:
+    """Whether `count` of `total` images are more than `allowance` gives."""
+    return count > allowance(total)
+
+
+def is_mostly(count: int, total: int) -> bool:
+    """Whether something holds for more than half of all images like these `total`.
+
+    The one-sided sign test: a coin would show `count` heads or more in fewer than one
+    of a hundred throws. Fewer than 7 images cannot say so.
+
+    >>> is_mostly(6, 6), is_mostly(7, 7), is_mostly(60, 100), is_mostly(70, 100)
+    (False, True, False, True)
+    """
+    return bool(stats.binom.sf(count - 1, total, 0.5) < _LUCK)

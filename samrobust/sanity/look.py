@@ -1,0 +1,140 @@
+"""What all checks share: the network, some images, how hard to try, who is told."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from samrobust.checks import check
+from samrobust.data import Split
+from samrobust.evaluation import BatchFn, make_measure
+from samrobust.training import InterruptedRunError
+from samrobust.types import Array, PyTree
+
+__all__ = ["Effort", "Look", "Surrogate", "some_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How hard the checks try; the default is for a verdict, less is for tests.
+
+    Attributes:
+      steps: numbers of PGD steps whose curve is looked at, rising, at least two.
+      restarts: numbers of restarts, likewise.
+      restart_steps: steps of each of these restarts, and of PGD elsewhere.
+      apgd_steps: of APGD on the cross entropy and on DLR, the white-box attack.
+      queries: of Square.
+      radii: how many, from the ball's to that of the whole box.
+      draws: of random noise.
+    """
+
+    steps: tuple[int, ...] = (1, 10, 20, 50, 100)
+    restarts: tuple[int, ...] = (1, 5, 10)
+    restart_steps: int = 20
+    apgd_steps: int = 100
+    queries: int = 1000
+    radii: int = 5
+    draws: int = 10
+
+    def __post_init__(self):
+        for name in ("steps", "restarts"):
+            values = getattr(self, name)
+            rising = all(a < b for a, b in itertools.pairwise(values))
+            check(
+                len(values) >= 2 and rising and values[0] >= 1,
+                f"two or more rising numbers >= 1 for {name}",
+                **{name: values},
+            )
+        check(self.radii >= 2, "radii >= 2", radii=self.radii)
+
+
+class Surrogate(NamedTuple):
+    """Another trained network, whose adversarial images are tried on this one."""
+
+    model: nn.Module
+    variables: PyTree
+
+
+class Look:
+    """A network under examination, and the measuring of it.
+
+    Attributes:
+      model, variables: the network.
+      transfer: others, by name.
+      split: the images.
+      effort: how hard to try.
+
+    Args:
+      model: the network.
+      variables: of the model.
+      transfer: others, by name.
+      split: the images.
+      effort: how hard to try.
+      batch_size: over all devices.
+      num_measures: how often `measure` will be called.
+      key: the randomness of all measurements.
+      on_batch: told of progress, as by `run_sanity`.
+      should_stop: asked after every batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        variables: PyTree,
+        transfer: dict[str, Surrogate],
+        split: Split,
+        effort: Effort,
+        *,
+        batch_size: int,
+        num_measures: int,
+        key: Array,
+        on_batch: Callable[[int, int], None],
+        should_stop: Callable[[], bool],
+    ):
+        self.model, self.variables, self.transfer = model, variables, transfer
+        self.split, self.effort = split, effort
+        self._batch_size, self._key = min(batch_size, len(split)), key
+        self._num_measures, self._done = num_measures, 0
+        self._on_batch, self._should_stop = on_batch, should_stop
+
+    def measure(
+        self, batch_fn: BatchFn, variables: PyTree | None = None
+    ) -> dict[str, np.ndarray]:
+        """Measures something on all images, by default of the network itself.
+
+        Raises:
+          InterruptedRunError: after `should_stop`.
+        """
+
+        def on_batch(done: int, num_examples: int) -> None:
+            total = self._num_measures * num_examples
+            reached = self._done * num_examples + done
+            self._on_batch(reached, total)
+            if self._should_stop() and reached < total:
+                message = (
+                    "Stopped during the sanity checks. The same command redoes them."
+                )
+                raise InterruptedRunError(message)
+
+        measure = make_measure(batch_fn, batch_size=self._batch_size)
+        variables = self.variables if variables is None else variables
+        own_key = jax.random.fold_in(self._key, self._done)
+        outcome = measure(variables, self.split, own_key, on_batch=on_batch)
+        self._done += 1
+        return outcome
+
+
+def some_of(split: Split, num_examples: int) -> Split:
+    """At most `num_examples` of a split, evenly spaced, in order.
+
+    >>> split = Split(np.zeros([10, 1, 1, 1], np.uint8), np.arange(10, dtype=np.int32))
+    >>> some_of(split, 4).labels.tolist()
+    [0, 2, 5, 7]
+    """
+    count = min(num_examples, len(split))
+    indices = np.arange(count) * len(split) // max(count, 1)
+    return Split(split.images[indices], split.labels[indices])

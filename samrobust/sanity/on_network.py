@@ -1,0 +1,27 @@
+"""The checks on the network itself: gradients, randomness."""
+
+from samrobust.sanity import network_verdicts
+from samrobust.sanity.finding import Finding
+from samrobust.sanity.look import Look
+from samrobust.sanity.network import measure_gradients, measure_logits
+
+__all__ = ["NUM_NETWORK_MEASURES", "network_findings"]
+
+NUM_NETWORK_MEASURES = 3
+
+
+def network_findings(look: Look) -> list[Finding]:
+    """Whether there are gradients to follow, and whether two passes agree."""
+    gradients = look.measure(measure_gradients(look.model))
+    first, second = (
+        look.measure(measure_logits(look.model))["logits"] for _ in range(2)
+    )
+    return [
+        network_verdicts.judge_gradients(
+            gradients["correct"],
+            gradients["zero"],
+            gradients["zero_margin"],
+            gradients["saturated"],
+        ),
+        network_verdicts.judge_randomness(first, second),
+    ]

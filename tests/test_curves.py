@@ -1,0 +1,100 @@
+"""Accuracy against the radius: what is measured, kept and drawn."""
+
+import json
+import shutil
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+
+from samrobust.curves import Curve, Settings, curves_of, draw_curves, measure_run
+from samrobust.experiments import run
+
+SETTINGS = Settings({"linf": (8.0, 16.0)})
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    """Two rows, one seed each, as `samrobust table` leaves them."""
+    folder = tmp_path_factory.mktemp("table")
+    for row in ("st", "sam,rho=0.2"):
+        config = helpers.make_config(row, {"training.epochs": 1})
+        data = helpers.load_data(config)
+        run(config, folder / row / "seed0", helpers.Silent(), dataset=data)
+    return folder
+
+
+def test_the_mean_and_the_spread_are_over_the_seeds_of_a_row():
+    found = [
+        ("st", "ST", {"linf": [100.0, 50.0, 10.0]}),
+        ("st", "ST", {"linf": [98.0, 54.0, 10.0]}),
+        ("sam,rho=0.2", "SAM (rho = 0.2)", {"linf": [99.0, 60.0, 20.0]}),
+    ]
+    st, sam = curves_of(found, SETTINGS)
+    assert (st.radii, st.mean, st.seeds) == ((0.0, 8.0, 16.0), (99.0, 52.0, 10.0), 2)
+    np.testing.assert_allclose(st.std, [2**0.5, 8**0.5, 0.0])
+    assert (sam.label, sam.std, sam.seeds) == ("SAM (rho = 0.2)", (0.0, 0.0, 0.0), 1)
+
+
+def test_what_breaks_in_a_ball_is_broken_in_a_larger_one():
+    outcome = {
+        "natural": np.array([True, True, True, False]),
+        "linf 8/255": np.array([True, False, True, False]),
+        "linf 16/255": np.array([True, True, False, True]),
+    }
+    found = measure_run(
+        *(lambda *_, **__: outcome, {}, helpers.make_split(4), SETTINGS), key=None
+    )
+    assert found == {"linf": [75.0, 50.0, 25.0]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"radii": {}}, "radii of at least one norm"),
+        ({"radii": {"linf": (8.0, 4.0)}}, "rising radii > 0"),
+        ({"radii": {"l1": (8.0,)}}, "norm in {linf, l2}"),
+        ({"radii": {"linf": (8.0,)}, "num_steps": 0}, "num_steps >= 1"),
+    ],
+)
+def test_settings_that_mean_no_curve_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**fields)
+
+
+def test_the_picture_has_a_panel_a_norm_and_a_line_a_row():
+    rows = [("st", "ST"), ("sam,rho=0.2", "SAM"), ("sam,rho=0.4", "SAM 4")]
+    curves = [
+        Curve(row, label, norm, (0.0, 8.0), (99.0, 50.0), (0.5, 1.0), 3)
+        for norm in ("linf", "l2")
+        for row, label in rows
+    ]
+    panels = draw_curves(curves, "digits").axes
+    assert len(panels) == 2
+    lines = panels[0].get_lines()
+    assert [line.get_ydata().tolist() for line in lines] == [[99.0, 50.0]] * 3
+    looks = [(line.get_color(), line.get_linestyle()) for line in lines]
+    assert len(set(looks)) == 3
+    assert looks[1][0] == looks[2][0] != looks[0][0]
+
+
+def test_the_command_measures_draws_and_does_not_measure_twice(table, tmp_path, capsys):
+    workdir = Path(shutil.copytree(table, tmp_path / "table"))
+    flags = ("--linf=8,255", "--num-steps=2", "--num-examples=20")
+    assert helpers.main("curves", f"--workdir={workdir}", *flags) == 0
+    assert "curves.png" in capsys.readouterr().out
+    stored = json.loads((workdir / "curves.json").read_text())
+    assert stored["runs"].keys() == {"st/seed0", "sam,rho=0.2/seed0"}
+    assert [curve["radii"] for curve in stored["curves"]] == [[0.0, 8.0, 255.0]] * 2
+    for name in ("curves.png", "curves.pdf"):
+        assert (workdir / name).stat().st_size > 1000
+    shutil.rmtree(workdir / "st" / "seed0" / "checkpoints")  # measured already
+    assert helpers.main("curves", f"--workdir={workdir}", *flags) == 0
+    again = json.loads((workdir / "curves.json").read_text())
+    assert again["curves"] == stored["curves"]
+
+
+def test_a_directory_without_finished_runs_is_refused(tmp_path, capsys):
+    assert helpers.main("curves", f"--workdir={tmp_path}") == 2
+    assert "Expected finished runs" in capsys.readouterr().err

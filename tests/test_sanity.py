@@ -1,0 +1,444 @@
+"""Sanity checks: each warns of the very defect it looks for, and of nothing else."""
+
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rich.console import Console
+
+from samrobust.attacks import l2, linf
+from samrobust.data import Split, load_dataset
+from samrobust.experiments import run
+from samrobust.sanity import (
+    PASSED,
+    UNDECIDED,
+    WARNING,
+    Effort,
+    Finding,
+    Surrogate,
+    allowance,
+    run_sanity,
+    some_of,
+    to_json,
+    to_rich,
+    verdicts,
+    write_report,
+)
+from samrobust.sanity.finding import is_mostly
+from samrobust.training import InterruptedRunError
+
+KEY = jax.random.key(5)
+EFFORT = Effort(apgd_steps=40, queries=300, restart_steps=10, radii=2)
+LINF, L2 = "linf 24/255", "l2 128/255"
+BALLS = {LINF: linf(24 / 255), L2: l2(128 / 255)}
+ON_NETWORK = {"zero gradients", "randomness"}
+ON_BALL = {
+    *("steps", "restarts", "radius", "square", "transfer", "logit scale"),
+    *("low precision", "noise"),
+}
+
+
+class Network(nn.Module):
+    """A perceptron, and the defects it can be given without being trained anew.
+
+    Attributes:
+      levels: the images are rounded to as many grey values; 0: are not.
+      factor: of the logits.
+      noise: standard deviation of noise on the images, fresh in every pass.
+      offset: added to all logits, rounded to `dtype` and taken off again.
+      dtype: of that.
+    """
+
+    levels: int = 0
+    factor: float = 1.0
+    noise: float = 0.0
+    offset: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        del train
+        if self.levels:
+            images = jnp.round(images * self.levels) / self.levels
+        if self.noise:
+            draw = jax.random.normal(self.make_rng("noise"), images.shape)
+            images = images + self.noise * draw
+        hidden = nn.relu(nn.Dense(64)(images.reshape(len(images), -1)))
+        logits = nn.Dense(10)(hidden) * self.factor
+        bits = jnp.finfo(self.dtype)
+        # A cast to and fro would do, but XLA may leave that out.
+        shifted = jax.lax.reduce_precision(logits + self.offset, bits.nexp, bits.nmant)
+        return shifted - self.offset
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly():
+    with helpers.quick_compilation():
+        yield
+
+
+@functools.cache
+def digits():
+    return load_dataset("digits")
+
+
+@functools.cache
+def trained(seed: int = 0) -> Any:
+    """The variables of a network that classifies digits."""
+    split, model = digits().train, Network()
+    images = jnp.asarray(split.images, jnp.float32) / 255
+    tx = optax.adam(3e-3)
+
+    def loss(params):
+        logits = model.apply({"params": params}, images, train=False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, split.labels)
+        return jnp.mean(losses)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = model.init(jax.random.key(seed), images[:1], train=False)["params"]
+    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), None, 250)
+    return {"params": params}
+
+
+@functools.cache
+def findings(
+    *, surrogate=False, effort=EFFORT, balls=(LINF,), **defects
+) -> dict[tuple, Finding]:
+    """The findings on a network with some defects, by check and ball."""
+    transfer = {"plain": Surrogate(Network(), trained(1))} if surrogate else None
+    found = run_sanity(
+        *(Network(**defects), trained(), digits().test, {b: BALLS[b] for b in balls}),
+        transfer=transfer,
+        num_examples=150,
+        batch_size=150,
+        effort=effort,
+        key=KEY,
+    )
+    return {(f.check, f.ball): f for f in found}
+
+
+def verdict(check: str, ball: str = "", **options: Any) -> str:
+    return findings(**options)[check, ball].verdict
+
+
+# A network without a defect.
+
+
+def test_a_plain_network_passes_every_check():
+    found = findings(surrogate=True, balls=(LINF, L2))
+    assert [f.text for f in found.values() if f.verdict != PASSED] == []
+    expected = {(check, "") for check in ON_NETWORK}
+    expected |= {(check, ball) for check in ON_BALL for ball in BALLS}
+    assert found.keys() == expected
+
+
+def test_a_plain_network_is_not_robust_and_the_numbers_say_so():
+    values = findings(surrogate=True, balls=(LINF, L2))["steps", LINF].values
+    assert values["accuracy"]["1"] > values["accuracy"]["100"] + 20
+
+
+# Masked gradients: grey values in steps.
+
+
+@pytest.mark.parametrize("ball", BALLS)
+@pytest.mark.parametrize("check", ["square", "transfer", "steps", "radius", "noise"])
+def test_steps_in_the_input_are_exposed(check, ball):
+    assert verdict(check, ball, surrogate=True, balls=(LINF, L2), levels=16) == WARNING
+
+
+def test_what_gradients_cannot_break_square_breaks():
+    values = findings(surrogate=True, balls=(LINF, L2), levels=16)[
+        "square", LINF
+    ].values
+    assert values["accuracy_white_box"] > 60
+    assert values["accuracy"] < values["accuracy_white_box"] - 20
+    assert values["broken_by_it_alone"] > values["allowed"]
+
+
+def test_a_flat_network_has_no_gradient_of_either_loss():
+    found = findings(surrogate=True, balls=(LINF, L2), levels=16)["zero gradients", ""]
+    assert found.verdict == WARNING
+    assert found.values["zero_margin"] == found.values["images"] > 100
+    assert "masked" in found.text
+
+
+# Large logits.
+
+
+def test_a_saturated_loss_is_told_from_a_flat_network():
+    found = findings(factor=1e4)["zero gradients", ""]
+    assert found.verdict == WARNING
+    assert found.values["zero_cross_entropy"] > 100
+    assert found.values["zero_margin"] == 0
+    assert "saturated" in found.text
+
+
+def test_large_logits_are_exposed_by_rescaling():
+    assert verdict("logit scale", LINF, factor=1e4) == WARNING
+
+
+def test_large_logits_do_not_hide_from_a_loss_without_scale():
+    assert verdict("square", LINF, factor=1e4) == PASSED
+
+
+# Attacks that are too weak.
+
+
+def test_where_breaking_is_luck_more_restarts_break_more():
+    quick = {**QUICK, "restart_steps": 1}
+    effort = Effort(**quick, restarts=(1, 60))
+    assert verdict("restarts", LINF, effort=effort) == WARNING
+
+
+def test_too_few_steps_are_found_out():
+    assert verdict("steps", LINF, effort=Effort(**QUICK, steps=(1, 2))) == WARNING
+
+
+QUICK = {"apgd_steps": 2, "queries": 2, "restart_steps": 2, "radii": 2, "draws": 1}
+
+
+# Randomness and precision.
+
+
+def test_noise_in_the_forward_pass_is_found_out():
+    found = findings(noise=0.1, effort=Effort(**QUICK))["randomness", ""]
+    assert found.verdict == WARNING
+    assert found.values["changed"] > 0
+    assert 'version="rand"' in found.text
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_logits_that_low_precision_rounds_away_are_found_out(dtype):
+    offset = 300.0 if dtype == jnp.bfloat16 else 4000.0
+    found = findings(offset=offset, dtype=dtype, effort=Effort(**QUICK))
+    assert found["low precision", LINF].verdict == WARNING
+    assert found["low precision", LINF].values["changed"] > 7
+
+
+def test_low_precision_that_changes_nothing_passes():
+    found = findings(dtype=jnp.bfloat16, effort=Effort(**QUICK))["low precision", LINF]
+    assert found.verdict == PASSED
+    assert found.values["dtype"] == "bfloat16"
+
+
+# Transfer, and the images that are looked at.
+
+
+def test_without_another_run_the_transfer_check_says_that_it_was_not_done():
+    found = findings(factor=1e4)["transfer", LINF]
+    assert found.verdict == UNDECIDED
+    assert "Not done" in found.text
+
+
+def test_the_images_are_spread_evenly_over_the_split():
+    split = helpers.make_split(10)
+    assert some_of(split, 5).labels.tolist() == split.labels[::2].tolist()
+    assert some_of(split, 100).labels.tolist() == split.labels.tolist()
+
+
+def test_the_same_key_gives_the_same_findings():
+    options = {"effort": Effort(**QUICK), "num_examples": 20, "key": KEY}
+    one, again = (
+        run_sanity(Network(), trained(), digits().test, {LINF: BALLS[LINF]}, **options)
+        for _ in range(2)
+    )
+    assert one == again
+
+
+def test_progress_reaches_its_end_in_equal_steps():
+    reports: list[tuple[int, int]] = []
+    run_sanity(
+        *(Network(dtype=jnp.bfloat16), trained(), digits().test, BALLS),
+        transfer={"plain": Surrogate(Network(), trained(1))},
+        num_examples=20,
+        batch_size=10,
+        effort=Effort(**QUICK),
+        key=KEY,
+        on_batch=lambda *report: reports.append(report),
+    )
+    (total,) = {total for _, total in reports}
+    assert [done for done, _ in reports] == list(range(10, total + 1, 10))
+
+
+def test_a_stop_is_heard_after_a_batch():
+    with pytest.raises(InterruptedRunError, match="sanity checks"):
+        run_sanity(
+            *(Network(), trained(), digits().test, BALLS),
+            num_examples=20,
+            key=KEY,
+            should_stop=lambda: True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_examples": 0}, "Expected num_examples >= 1, got num_examples=0"),
+        ({"balls": {"linf 0/255": linf(0.0)}}, "Expected balls of radius > 0"),
+        (
+            {"split": Split(np.zeros([0, 8, 8, 1]), np.zeros(0))},
+            "a split with examples",
+        ),
+        ({"transfer": {"": Surrogate(Network(), {})}}, "names for the networks"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(change, message):
+    options = {"split": digits().test, "balls": BALLS, "key": KEY, **change}
+    with pytest.raises(ValueError, match=message):
+        run_sanity(Network(), trained(), **options)
+
+
+@pytest.mark.parametrize("change", [{"steps": (10,)}, {"restarts": (5, 1)}])
+def test_efforts_without_a_curve_are_refused(change):
+    with pytest.raises(ValueError, match="two or more rising numbers"):
+        Effort(**change)
+
+
+# The rule, and the verdicts on made-up outcomes.
+
+
+def test_the_allowance_is_what_luck_shows_once_in_a_hundred_samples():
+    counts = np.random.default_rng(0).binomial(256, 0.01, 100_000)
+    assert np.mean(counts > allowance(256)) < 0.01 < np.mean(counts >= allowance(256))
+
+
+def test_most_needs_more_than_a_coin_shows():
+    heads = np.random.default_rng(0).binomial(100, 0.5, 20_000)
+    assert np.mean([is_mostly(int(h), 100) for h in np.unique(heads)]) < 0.5
+    assert np.mean([is_mostly(int(h), 100) for h in heads]) < 0.01
+
+
+def standing(count: int, total: int = 256) -> np.ndarray:
+    """The first `count` of all images."""
+    return np.arange(total) < count
+
+
+@pytest.mark.parametrize(("extra", "expected"), [(7, PASSED), (8, WARNING)])
+def test_a_black_box_may_break_as_many_as_are_allowed_and_no_more(extra, expected):
+    found = verdicts.judge_square(standing(100), standing(100 - extra), 1000)
+    assert found.verdict == expected
+    assert found.values["broken_by_it_alone"] == extra
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [((200, 90, 0), PASSED), ((200, 90, 8), WARNING), ((90, 98, 0), WARNING)],
+)
+def test_accuracy_must_fall_to_zero_and_never_rise_with_the_radius(counts, expected):
+    radii = dict(zip((8.0, 64.0, 255.0), map(standing, counts), strict=True))
+    assert verdicts.judge_radii(radii).verdict == expected
+
+
+def test_a_small_radius_at_which_nothing_breaks_is_no_defect():
+    """The loss climbs all the same."""
+    steps = np.stack([standing(250)] * 3, axis=1)
+    climbing = np.tile(np.array([-5.0, -4.0, -4.0]), (256, 1))
+    assert verdicts.judge_steps((1, 10, 50), steps, climbing).verdict == PASSED
+    still = np.full_like(climbing, -5.0)
+    assert verdicts.judge_steps((1, 10, 50), steps, still).verdict == WARNING
+
+
+# The report.
+
+
+def test_the_report_says_what_was_found_and_where_it_is_explained(tmp_path):
+    found = [
+        Finding("randomness", PASSED, "Nothing differs.", {"changed": 0}),
+        Finding("square", WARNING, "Square breaks 90 | 100.", {"a": 1}, LINF),
+    ]
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(to_rich(found, "256 images."))
+    shown = capture.get()
+    for text in ("docs/sanity.md#square", "1 warning", LINF, "256 images."):
+        assert text in shown
+    paths = write_report(found, tmp_path, note="256 images.", about={"seed": 3})
+    assert [path.name for path in paths] == ["sanity.json", "sanity.md"]
+    stored = json.loads(paths[0].read_text())
+    assert stored == to_json(found, seed=3)
+    assert stored["verdicts"] == {PASSED: 1, WARNING: 1, UNDECIDED: 0}
+    assert stored["findings"][1]["explained"] == "docs/sanity.md#square"
+    assert (
+        "| square | **warning** | Square breaks 90 \\| 100. |" in paths[1].read_text()
+    )
+
+
+def test_every_check_is_explained_under_its_anchor():
+    text = (helpers.ROOT / "docs" / "sanity.md").read_text()
+    headings = {line.removeprefix("## ") for line in text.splitlines() if "## " in line}
+    named = {name[0].upper() + name[1:] for name in ON_NETWORK | ON_BALL}
+    assert named <= headings
+
+
+# The command.
+
+RUN = {
+    "model.width": 4,
+    "data.train_size": 640,
+    "data.test_size": 60,
+    "training.epochs": 3,
+    "evaluation.linf": (8.0, 16.0),
+    "evaluation.batch_size": 32,
+}
+
+
+@functools.cache
+def finished() -> Path:
+    """A run of standard training."""
+    workdir = Path(tempfile.mkdtemp(prefix="samrobust-sanity-"))
+    config = helpers.make_config("st", RUN)
+    run(config, workdir, helpers.Silent(), dataset=helpers.load_data(config))
+    return workdir
+
+
+def evaluate(workdir: Path, *flags: str) -> int:
+    return helpers.main("evaluate", f"--workdir={workdir}", *flags)
+
+
+def test_the_command_checks_a_run_and_writes_what_it_found(tmp_path, capsys):
+    workdir = Path(shutil.copytree(finished(), tmp_path / "run"))
+    flags = ("--sanity", f"--transfer-from={finished()}", "--sanity-examples=30")
+    assert evaluate(workdir, *flags) == 0
+    output = capsys.readouterr().out
+    assert "30 of 60 images of the test set of digits, evenly spaced" in output
+    stored = json.loads((workdir / "sanity.json").read_text())
+    by_check = {f["check"]: f for f in stored["findings"]}
+    assert by_check.keys() == ON_NETWORK | ON_BALL
+    assert {f["ball"] for f in stored["findings"]} == {"", "linf 16/255"}
+    assert (stored["num_examples"], stored["seed"]) == (30, 0)
+    # Images made on the same network are as good as its own.
+    transfer = by_check["transfer"]["values"][str(finished())]
+    assert transfer["broken_by_it_alone"] == 0
+    assert transfer["accuracy"] == pytest.approx(transfer["accuracy_white_box"], abs=7)
+    assert (workdir / "sanity.md").exists()
+    assert len(helpers.read_lines(workdir / "evaluations.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--transfer-from=."], "Expected --sanity with --transfer-from"),
+        (["--sanity-examples=5"], "Expected --sanity with --transfer-from"),
+        (["--sanity", "--sanity-examples=0"], "Expected --sanity-examples >= 1"),
+        (["--sanity", "--transfer-from=nowhere"], "with a config.json"),
+        (["--sanity", "--norm=linf", "--epsilon=0"], "a radius > 0 with --sanity"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, message, capsys):
+    assert evaluate(finished(), *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (finished() / "sanity.json").exists()
