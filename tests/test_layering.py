@@ -21,7 +21,7 @@ LAYERS = [
     {"training", "evaluation", "runfiles"},
     {"scoring"},
     {"experiments", "reporting"},
-    {"bench", "sweep", "status", "theory"},
+    {"bench", "sweep", "status", "theory", "interchange"},
     {"evaluate", "table"},
     {"commands", "flags"},
     {"cli"},
