@@ -17,6 +17,7 @@ from samrobust.claims import await_verdict
 from samrobust.data import DatasetUnavailableError
 from samrobust.evaluate import evaluate_command, print_accuracies
 from samrobust.experiments import PlannedRun, run, work
+from samrobust.interchange.command import export_command, import_command
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import (
     StopRequest,
@@ -46,6 +47,8 @@ def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         "evaluate": evaluate_command,
         "bench": bench_command,
         "theory": theory_command,
+        "export": export_command,
+        "import": import_command,
     }
     stop = StopRequest()
     with stop.listening():

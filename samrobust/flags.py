@@ -5,6 +5,8 @@ No JAX and no Flax here: `--help` stays quick.
 
 import argparse
 
+from samrobust.interchange_flags import add_export, add_import
+
 __all__ = ["ADDERS"]
 
 _CONFIG = "configs/digits.py"
@@ -267,4 +269,13 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in _words(text))
 
 
-ADDERS = (add_table, add_train, add_status, add_evaluate, add_bench, add_theory)
+ADDERS = (
+    add_table,
+    add_train,
+    add_status,
+    add_evaluate,
+    add_bench,
+    add_theory,
+    add_export,
+    add_import,
+)

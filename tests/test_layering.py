@@ -22,7 +22,7 @@ LAYERS = [
     {"scoring"},
     {"experiments", "reporting"},
     {"bench", "sweep", "status", "theory", "interchange"},
-    {"evaluate", "table"},
+    {"evaluate", "table", "interchange_flags"},
     {"commands", "flags"},
     {"cli"},
 ]

@@ -42,7 +42,11 @@ _LEAVES = {
     "var": "running_var",
 }
 _COUNTER = "num_batches_tracked"  # PyTorch's; without effect at its usual momentum
-_TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # HWIO -> OIHW, [in, out] -> [out, in]
+_TO_TORCH = {
+    4: (3, 2, 0, 1),
+    2: (1, 0),
+    1: (0,),
+}  # HWIO -> OIHW, [in, out] -> [out, in]
 _FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 _NAMED_AT_ONCE = 5  # in a message
 
@@ -131,7 +135,9 @@ def _check_fit(
     wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, np.ndarray]
 ) -> None:
     problems = [
-        f"no {name} {list(shape)}" for name, shape in wanted.items() if name not in given
+        f"no {name} {list(shape)}"
+        for name, shape in wanted.items()
+        if name not in given
     ]
     for name, tensor in given.items():
         has = f"{name} {list(tensor.shape)}"

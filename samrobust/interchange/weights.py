@@ -139,8 +139,8 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, np.ndarray]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         message = (
             f"Expected a PyTorch file of tensors alone, got path={str(path)!r}, which "
-            f"is damaged or holds other objects ({reason}). Nothing in it was run. Save "
-            "`model.state_dict()` where you trust the file, and import that."
+            f"is damaged or holds other objects ({reason}). Nothing in it was run. "
+            "Save `model.state_dict()` where you trust the file, and import that."
         )
         raise ValueError(message) from error
     state = _state_dict(loaded, path, torch)
@@ -157,11 +157,11 @@ def _state_dict(loaded: Any, path: pathlib.Path, torch: Any) -> dict[str, Any]:
     if isinstance(loaded, Mapping):
         candidates += [loaded[entry] for entry in _ENTRIES if entry in loaded]
     for candidate in candidates:
-        if isinstance(candidate, Mapping) and candidate:
-            if all(isinstance(name, str) for name in candidate) and all(
-                isinstance(tensor, torch.Tensor) for tensor in candidate.values()
-            ):
-                return dict(candidate)
+        if isinstance(candidate, Mapping) and all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor)
+            for name, tensor in candidate.items()
+        ):
+            return dict(candidate)
     message = (
         "Expected a state dict, or a checkpoint with one as its "
         f"{', '.join(_ENTRIES[:-1])} or {_ENTRIES[-1]}, got path={str(path)!r}."

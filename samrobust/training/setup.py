@@ -142,7 +142,10 @@ def load_variables(
 
 
 def save_variables(
-    config: Config, dataset: Dataset, workdir: pathlib.Path, variables: PyTree
+    config: Config,
+    dataset: Dataset,
+    workdir: pathlib.Path,
+    variables: dict[str, PyTree],
 ) -> None:
     """Makes a network the last checkpoint of a run that has taken no step yet.
 
@@ -157,12 +160,18 @@ def save_variables(
     Raises:
       CheckpointError: if it cannot be written.
     """
-    init_key, _ = jax.random.split(jax.random.key(config.seed))
-    carry: Carry = jax.jit(_make_init(config, dataset))(init_key)
-    state = dataclasses.replace(carry.state, **variables)
+    init = _make_init(config, dataset)
+
+    @jax.jit
+    def make(key: Array, variables: dict[str, PyTree]) -> Carry:
+        carry = init(key)
+        state = dataclasses.replace(carry.state, **variables)
+        return Carry(state, carry.totals)
+
+    carry = make(jax.random.key(config.seed), variables)
     metadata = {"epoch_seconds": 0.0, "best_score": None}
     with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
-        checkpoints.save(0, Carry(state, carry.totals), metadata, wait=True)
+        checkpoints.save(0, carry, metadata, wait=True)
 
 
 def _make_init(config: Config, dataset: Dataset) -> Callable[[Array], Carry]:

@@ -70,7 +70,9 @@ def make_theirs(fields, seed=0):
 
 
 def logits_of(model, variables, images):
-    return np.asarray(jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images))
+    return np.asarray(
+        jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
+    )
 
 
 @pytest.mark.parametrize("fields", NETWORKS.values(), ids=NETWORKS)
