@@ -4,6 +4,7 @@
 all of it. PyTorch is imported where it is used, and is no dependency.
 """
 
+from samrobust.interchange.bridge import as_torch, from_torch
 from samrobust.interchange.names import from_tensors, infer_architecture, to_tensors
 from samrobust.interchange.weights import (
     Weights,
@@ -14,7 +15,9 @@ from samrobust.interchange.weights import (
 
 __all__ = [
     "Weights",
+    "as_torch",
     "from_tensors",
+    "from_torch",
     "infer_architecture",
     "read_weights",
     "to_tensors",
