@@ -1,8 +1,8 @@
 """Calls across: a JAX classifier as a PyTorch module, a PyTorch module as `logits_fn`.
 
 No weights move, so any network will do on either side; images and gradients do, through
-the host's memory. Here images are [B, H, W, C], in PyTorch [B, C, H, W], both with pixels
-in [0, 1]. Only gradients with respect to the images cross, of first order.
+the host's memory. Here images are [B, H, W, C], in PyTorch [B, C, H, W], both with
+pixels in [0, 1]. Only gradients with respect to the images cross, of first order.
 """
 
 import functools

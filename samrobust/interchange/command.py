@@ -111,7 +111,7 @@ def _weights_of(
 def import_command(
     arguments: argparse.Namespace, overrides: Sequence[str], stop: Any
 ) -> int:
-    """Makes a workdir of a file of weights, as if it were a run's before its first step.
+    """Makes a workdir of a file of weights, like that of a run before its first step.
 
     Raises:
       ValueError: for a file that is not of such a network; names the tensors.

@@ -110,7 +110,7 @@ def from_tensors(
       num_channels: of the images.
 
     Returns:
-      `{"params": ..., "batch_stats": ...}`, NumPy arrays, bit for bit those of the file.
+      `{"params": ..., "batch_stats": ...}`, NumPy arrays, the file's bits.
 
     Raises:
       ValueError: if a tensor is missing, superfluous, of another shape or not float32;

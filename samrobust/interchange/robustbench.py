@@ -1,8 +1,8 @@
 """A folder that RobustBench's maintainers can load: network, weights and claim.
 
 RobustBench attacks models that take pixels in [0, 1], so the normalisation is inside;
-its models are PyTorch's. The claim has the fields of its `model_info`; what a run cannot
-know is null, to be filled in by hand.
+its models are PyTorch's. The claim has the fields of its `model_info`; what a run
+cannot know is null, to be filled in by hand.
 """
 
 import pathlib
@@ -74,11 +74,12 @@ def model_info(
       config: of the run.
       weights: with all metadata.
       evaluation: a line of `evaluations.jsonl`, or None: then nothing is claimed.
-      imported: whether the weights came from a file, of whose training nothing is known.
+      imported: whether the weights came from a file; then nothing is known of what
+        they were trained on.
 
     Returns:
-      The fields; accuracies in percent are strings with two digits, as there. Of several
-      columns under attack the claim is linf 8/255, or else the first.
+      The fields; accuracies in percent are strings with two digits, as there. Of
+      several columns under attack the claim is linf 8/255, or else the first.
     """
     width, blocks = weights.metadata["width"], list(weights.metadata["blocks"])
     is_18 = (width, blocks) == (64, [2, 2, 2, 2])
@@ -165,8 +166,8 @@ def _claims_in_words(evaluation: dict[str, Any] | None, which: str) -> str:
     origin = evaluation["provenance"]
     return "\n".join(
         [
-            f"The standard AutoAttack of samrobust, {evaluation['num_test']} test images, "
-            f"seed {evaluation['seed']}:",
+            "The standard AutoAttack of samrobust, "
+            f"{evaluation['num_test']} test images, seed {evaluation['seed']}:",
             "",
             *cells,
             "",

@@ -1,6 +1,8 @@
 """The bridge: the same logits and gradients on both sides, and attacks across it."""
 
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -142,3 +144,24 @@ def test_a_pytorch_attack_runs_on_a_jax_classifier_as_on_the_same_module():
 def test_a_module_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"Expected a module in evaluation mode"):
         from_torch(Theirs())
+
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs/interchange.md"
+SNIPPETS = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+
+
+def run_snippet(index):
+    names: dict = {}
+    exec(compile(SNIPPETS[index], f"snippet {index} of {DOCS.name}", "exec"), names)
+    return names
+
+
+def test_the_documented_lines_for_pytorch_attacks_run():
+    gradient = run_snippet(0)["gradient"].numpy()
+    np.testing.assert_allclose(gradient, 1 / (3 * 8 * 8), rtol=1e-5)
+
+
+def test_the_documented_lines_for_our_attacks_run():
+    names = run_snippet(1)
+    moved = np.abs(names["adversarial"] - names["images"])
+    assert moved.max() == pytest.approx(8 / 255, abs=1e-6)

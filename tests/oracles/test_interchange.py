@@ -3,12 +3,14 @@
 import json
 import pathlib
 import pickle
+from importlib import util
 
 import helpers
 import jax
 import numpy as np
 import pytest
 
+from samrobust import configuration
 from samrobust.interchange import (
     Weights,
     from_tensors,
@@ -18,6 +20,7 @@ from samrobust.interchange import (
     write_pytorch,
 )
 from samrobust.models import PreActResNet
+from samrobust.training import load_variables, save_variables
 
 torch = pytest.importorskip("torch")
 reference = pytest.importorskip("torch_reference_network")
@@ -33,17 +36,7 @@ NETWORKS = {
 def make_ours(fields, seed=0):
     """Our network with random variables: statistics, scales and biases too."""
     model = PreActResNet(mean=MEAN, std=STD, **fields)
-    images = np.zeros((1, 8, 8, 3), np.float32)
-    like = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
-    rng = np.random.default_rng(seed)
-
-    def draw(leaf):
-        values = rng.uniform(0.2, 1.2, leaf.shape)
-        if leaf.ndim > 1:
-            values = (values - 0.7) / np.sqrt(np.prod(leaf.shape[:-1]) / 6)
-        return values.astype(np.float32)
-
-    return model, jax.tree.map(draw, like)
+    return model, helpers.draw_variables(model, (8, 8, 3), seed)
 
 
 def make_images(seed=1):
@@ -70,9 +63,9 @@ def make_theirs(fields, seed=0):
 
 
 def logits_of(model, variables, images):
-    return np.asarray(
-        jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
-    )
+    with helpers.quick_compilation():
+        predict = jax.jit(lambda v, x: model.apply(v, x, train=False))
+        return np.asarray(predict(variables, images))
 
 
 @pytest.mark.parametrize("fields", NETWORKS.values(), ids=NETWORKS)
@@ -200,3 +193,123 @@ def test_the_json_file_of_other_weights_is_refused(tmp_path):
         read_weights(path)
     path.with_suffix(".json").write_text(json.dumps({"width": 7}))  # not one of ours
     assert read_weights(path).metadata == {}
+
+
+# --- the commands -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run on digits that was never trained, with statistics of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    config = helpers.make_config(overrides={"model.blocks": (1, 2), "model.width": 4})
+    dataset = helpers.load_data(config)
+    model = helpers.make_model(config, dataset)
+    variables = helpers.draw_variables(model, dataset.image_shape)
+    save_variables(config, dataset, folder, variables)
+    (folder / "config.json").write_text(config.to_json_best_effort())
+    return folder
+
+
+def export(workdir, kind, output):
+    return helpers.main(
+        "export", f"--workdir={workdir}", f"--format={kind}", f"--output={output}"
+    )
+
+
+def read_run(workdir):
+    config = configuration.with_defaults(
+        json.loads((workdir / "config.json").read_text())
+    )
+    dataset = helpers.load_data(config)
+    model = helpers.make_model(config, dataset)
+    return model, load_variables(config, dataset, workdir, "last"), dataset
+
+
+def test_a_run_goes_to_a_pytorch_file_and_comes_back_to_the_bit(workdir, tmp_path):
+    path, again = tmp_path / "weights.pth", tmp_path / "again"
+    assert export(workdir, "pytorch", path) == 0
+    arguments = (f"--input={path}", f"--workdir={again}", "--config=configs/digits.py")
+    assert helpers.main("import", *arguments) == 0
+    model, variables, _ = read_run(workdir)
+    model_again, variables_again, _ = read_run(again)
+    helpers.assert_same_bits(variables_again, variables)
+    assert model_again == model
+
+
+def make_line(accuracy, **evaluation):
+    usual = {"attack": "autoattack", "version": "standard", "split": "test"}
+    return {
+        "accuracy": accuracy,
+        "evaluation": {**usual, "checkpoint": "last", **evaluation},
+        "num_test": 48,
+        "seed": 0,
+        "provenance": {"date": "now", "device": "cpu", "commit": "c", "command": "x"},
+    }
+
+
+CLAIMED = {"natural": 84.2, "l2 16/255": 70.0, "linf 8/255": 51.166}
+OTHERS = [  # newer, none of them the claim
+    make_line({"natural": 1.0, "linf 8/255": 1.0}, attack="pgd"),
+    make_line({"natural": 2.0, "linf 8/255": 2.0}, version="custom"),
+    make_line({"natural": 3.0, "linf 8/255": 3.0}, checkpoint="best"),
+    make_line({"natural": 4.0, "linf 8/255": 4.0}, split="validation"),
+    make_line({"natural": 5.0}),
+]
+
+
+def load_bundle(folder):
+    spec = util.spec_from_file_location("bundled_model", folder / "model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.load_model(folder / "model.pt")
+
+
+def test_a_bundle_has_the_logits_of_the_run_on_plain_pixels(workdir, tmp_path):
+    assert export(workdir, "robustbench", tmp_path / "bundle") == 0
+    network = load_bundle(tmp_path / "bundle")
+    model, variables, dataset = read_run(workdir)
+    images = dataset.test.images[:6].astype(np.float32) / 255
+    with torch.no_grad():
+        logits = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+    assert np.ptp(logits) > 0.1
+    np.testing.assert_allclose(logits_of(model, variables, images), logits, atol=1e-5)
+    names = {n.partition(".")[0] for n in network.state_dict()}
+    assert names == {"mean", "std", "model"}
+
+
+def test_a_bundle_claims_what_the_standard_autoattack_left(workdir, tmp_path):
+    evaluations = workdir / "evaluations.jsonl"
+    lines = [make_line({"natural": 9.0, "linf 8/255": 9.0}), make_line(CLAIMED)]
+    evaluations.write_text("".join(json.dumps(x) + "\n" for x in lines + OTHERS))
+    assert export(workdir, "robustbench", tmp_path) == 0
+    evaluations.unlink()
+    info = json.loads((tmp_path / "model_info.json").read_text())
+    assert info == {
+        "link": None,
+        "name": "ST",
+        "authors": None,
+        "additional_data": False,
+        "number_forward_passes": 1,
+        "dataset": "digits",
+        "venue": None,
+        "architecture": "PreActResNet 4 [1, 2]",
+        "eps": "8/255",
+        "clean_acc": "84.20",
+        "autoattack_acc": "51.17",
+        "footnote": "linf 8/255, 48 test images.",
+        "reported": None,
+        "unreliable": None,
+    }
+    readme = (tmp_path / "README.md").read_text()
+    assert "* l2 16/255: 70.00 %" in readme
+    assert "`link`, `authors`, `venue`, `reported`, `unreliable`" in readme
+
+
+def test_a_bundle_claims_nothing_without_autoattack(workdir, tmp_path):
+    assert export(workdir, "robustbench", tmp_path) == 0
+    info = json.loads((tmp_path / "model_info.json").read_text())
+    assert (info["eps"], info["clean_acc"], info["autoattack_acc"]) == (None,) * 3
+    assert "None yet" in (tmp_path / "README.md").read_text()
