@@ -46,6 +46,10 @@ def get_config() -> ConfigDict:
     # Examples over which BatchNorm normalises in training, consecutive ones of a batch;
     # divides `training.batch_size`. 0: the global batch, over all devices.
     config.model.batch_norm_group = 0
+    # Of the pixels in [0, 1], by channel, subtracted and divided by; None: the data
+    # set's. Imported networks bring their own.
+    config.model.mean = config_dict.placeholder(tuple)
+    config.model.std = config_dict.placeholder(tuple)
 
     config.training = ConfigDict()
     config.training.epochs = 100

@@ -40,13 +40,14 @@ def load_data(config: Config) -> Dataset:
 
 
 def make_model(config: Config, dataset: Dataset) -> PreActResNet:
-    """The network of `config.model`, normalising by the data set's mean and std."""
+    """The network of `config.model`, normalising by its mean and std or the data's."""
+    mean, std = config.model.mean, config.model.std
     return PreActResNet(
         num_classes=dataset.num_classes,
         width=config.model.width,
         blocks=tuple(config.model.blocks),
-        mean=dataset.mean,
-        std=dataset.std,
+        mean=dataset.mean if mean is None else tuple(mean),
+        std=dataset.std if std is None else tuple(std),
         dtype=jnp.dtype(config.model.dtype),
         batch_norm_group=_below_the_batch(config, config.model.batch_norm_group),
     )

@@ -18,6 +18,7 @@ from samrobust.curves.command import curves_command
 from samrobust.data import DatasetUnavailableError
 from samrobust.evaluate import evaluate_command, print_accuracies
 from samrobust.experiments import PlannedRun, run, work
+from samrobust.interchange.command import export_command, import_command
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import (
     StopRequest,
@@ -48,6 +49,8 @@ def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         "curves": curves_command,
         "bench": bench_command,
         "theory": theory_command,
+        "export": export_command,
+        "import": import_command,
     }
     stop = StopRequest()
     with stop.listening():

@@ -66,6 +66,18 @@ def _validate_model(model: Config) -> None:
         **{"model.blocks": tuple(model.blocks)},
     )
     _choice("model", model, dtype=("float32", "bfloat16"))
+    if model.mean is not None:
+        _each_within("model.mean", model.mean, float("-inf"))
+    if model.std is not None:
+        _each_within("model.std", model.std, 0)
+
+
+def _each_within(field: str, values: Config, above: float) -> None:
+    check(
+        len(values) > 0 and all(above < value < float("inf") for value in values),
+        f"{above:g} < each value of {field} < inf, one a channel",
+        **{field: tuple(values)},
+    )
 
 
 def _validate_training(training: Config) -> None:

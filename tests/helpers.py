@@ -138,6 +138,21 @@ def init_variables(model: Any, *, seed: int = 0, side: int = 8) -> Any:
     return init()
 
 
+def draw_variables(model: Any, image_shape: tuple[int, int, int], seed: int = 0) -> Any:
+    """Random variables, statistics and scales too, with nothing compiled."""
+    images = np.zeros((1, *image_shape), np.float32)
+    like = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        values = rng.uniform(0.2, 1.2, leaf.shape)
+        if leaf.ndim > 1:  # a kernel: as large as keeps the activations' size
+            values = (values - 0.7) / np.sqrt(np.prod(leaf.shape[:-1]) / 6)
+        return values.astype(np.float32)
+
+    return jax.tree.map(draw, like)
+
+
 @functools.cache
 def _make_predict(model: Any) -> Any:
     def predict(variables, image):

@@ -21,7 +21,7 @@ LAYERS = [
     {"training", "evaluation", "runfiles"},
     {"scoring"},
     {"experiments", "reporting"},
-    {"bench", "sanity", "sweep", "status", "theory"},
+    {"bench", "interchange", "sanity", "sweep", "status", "theory"},
     {"curves", "evaluate", "table"},
     {"commands", "flags"},
     {"cli"},

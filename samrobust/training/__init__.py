@@ -2,7 +2,7 @@
 
 from samrobust.training.history import TrainingDivergedError
 from samrobust.training.loop import InterruptedRunError, Outcome, Progress, train
-from samrobust.training.setup import load_variables
+from samrobust.training.setup import load_variables, save_variables
 from samrobust.training.state import TrainState, init_state
 from samrobust.training.step import TrainStep, make_train_step
 
@@ -16,5 +16,6 @@ __all__ = [
     "init_state",
     "load_variables",
     "make_train_step",
+    "save_variables",
     "train",
 ]

@@ -1,5 +1,6 @@
 """What a training is made of, from its config: the plan, the state, the step."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ __all__ = [
     "make_parts",
     "make_plan",
     "restore",
+    "save_variables",
 ]
 
 
@@ -129,15 +131,53 @@ def load_variables(
     Raises:
       CheckpointError: if there is no intact checkpoint of that kind.
     """
-    parts = make_parts(config, dataset, make_plan(config, len(dataset.train)).num_steps)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    like = jax.eval_shape(lambda key: Carry(parts.init(key), parts.zero_totals), key)
+    like = jax.eval_shape(_make_init(config, dataset), key)
     folder = checkpoint_folder(workdir, which)
     restored = restore(folder, like, data_mesh())
     if restored is None:
         message = f"Expected a checkpoint in {folder}, got none. Run `samrobust train`."
         raise CheckpointError(message)
     return restored.state.state.variables
+
+
+def save_variables(
+    config: Config,
+    dataset: Dataset,
+    workdir: pathlib.Path,
+    variables: dict[str, PyTree],
+) -> None:
+    """Makes a network the last checkpoint of a run that has taken no step yet.
+
+    The optimizer is that of a fresh run: `train` would go on from the network.
+
+    Args:
+      config: of the run; validated.
+      dataset: that of `config.data`.
+      workdir: of the run, without checkpoints; claimed by the caller.
+      variables: `{"params": ..., "batch_stats": ...}`, arrays that fit the network.
+
+    Raises:
+      CheckpointError: if it cannot be written.
+    """
+    init = _make_init(config, dataset)
+
+    @jax.jit
+    def make(key: Array, variables: dict[str, PyTree]) -> Carry:
+        carry = init(key)
+        state = dataclasses.replace(carry.state, **variables)
+        return Carry(state, carry.totals)
+
+    carry = make(jax.random.key(config.seed), variables)
+    metadata = {"epoch_seconds": 0.0, "best_score": None}
+    with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
+        checkpoints.save(0, carry, metadata, wait=True)
+
+
+def _make_init(config: Config, dataset: Dataset) -> Callable[[Array], Carry]:
+    """From a key to what a checkpoint holds, before the first step."""
+    parts = make_parts(config, dataset, make_plan(config, len(dataset.train)).num_steps)
+    return lambda key: Carry(parts.init(key), parts.zero_totals)
 
 
 def restore(folder: pathlib.Path, like: PyTree, mesh: Mesh) -> Restored | None:

@@ -1,3 +1,3 @@
-"""Keeps doctest collection away from the module that needs PyTorch to be imported."""
+"""Keeps doctest collection away from the modules that PyTorch must be there for."""
 
-collect_ignore = ["torch_twin.py"]
+collect_ignore = ["torch_twin.py", "torch_reference_network.py"]

@@ -1,0 +1,23 @@
+"""The flags of every subcommand, nothing else.
+
+No JAX and no Flax here: `--help` stays quick.
+"""
+
+from samrobust.flags.evaluation import add_curves, add_evaluate
+from samrobust.flags.interchange import add_export, add_import
+from samrobust.flags.measurement import add_bench, add_theory
+from samrobust.flags.training import add_status, add_table, add_train
+
+__all__ = ["ADDERS"]
+
+ADDERS = (
+    add_table,
+    add_train,
+    add_status,
+    add_evaluate,
+    add_curves,
+    add_bench,
+    add_theory,
+    add_export,
+    add_import,
+)

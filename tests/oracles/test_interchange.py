@@ -1,0 +1,315 @@
+"""Weights to PyTorch and back: the same logits, the same bits, and nothing run."""
+
+import json
+import pathlib
+import pickle
+from importlib import util
+
+import helpers
+import jax
+import numpy as np
+import pytest
+
+from samrobust import configuration
+from samrobust.interchange import (
+    Weights,
+    from_tensors,
+    infer_architecture,
+    read_weights,
+    to_tensors,
+    write_pytorch,
+)
+from samrobust.models import PreActResNet
+from samrobust.training import load_variables, save_variables
+
+torch = pytest.importorskip("torch")
+reference = pytest.importorskip("torch_reference_network")
+
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+NETWORKS = {
+    "two blocks a stage": {"width": 4, "blocks": (2, 2, 2), "num_classes": 10},
+    "one stage, seven classes": {"width": 6, "blocks": (3,), "num_classes": 7},
+    "uneven": {"width": 4, "blocks": (1, 3), "num_classes": 3},
+}
+
+
+def make_ours(fields, seed=0):
+    """Our network with random variables: statistics, scales and biases too."""
+    model = PreActResNet(mean=MEAN, std=STD, **fields)
+    return model, helpers.draw_variables(model, (8, 8, 3), seed)
+
+
+def make_images(seed=1):
+    return np.random.default_rng(seed).uniform(size=(5, 8, 8, 3)).astype(np.float32)
+
+
+def as_torch_images(images):
+    """Normalised outside, as the reference does."""
+    normalised = (images - np.float32(MEAN)) / np.float32(STD)
+    return torch.from_numpy(np.array(normalised.transpose(0, 3, 1, 2)))
+
+
+def make_theirs(fields, seed=0):
+    """The reference's network, with statistics of some training passes."""
+    torch.manual_seed(seed)
+    network = reference.ReferenceNetwork(**fields)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "bn" in name:
+                parameter.uniform_(0.3, 1.3)
+        for shift in range(3):
+            network(as_torch_images(make_images(shift)))
+    return network.eval()
+
+
+def logits_of(model, variables, images):
+    with helpers.quick_compilation():
+        predict = jax.jit(lambda v, x: model.apply(v, x, train=False))
+        return np.asarray(predict(variables, images))
+
+
+@pytest.mark.parametrize("fields", NETWORKS.values(), ids=NETWORKS)
+def test_an_exported_network_has_the_same_logits_in_pytorch(fields, tmp_path):
+    model, variables = make_ours(fields)
+    path = tmp_path / "weights.pth"
+    write_pytorch(path, Weights(to_tensors(variables), {}))
+    network = reference.ReferenceNetwork(**fields)
+    network.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    images = make_images()
+    with torch.no_grad():
+        logits = network.eval()(as_torch_images(images)).numpy()
+    assert np.ptp(logits) > 0.1
+    np.testing.assert_allclose(logits_of(model, variables, images), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", NETWORKS.values(), ids=NETWORKS)
+def test_an_imported_state_dict_has_the_same_logits_here(fields, tmp_path):
+    network = make_theirs(fields)
+    path = tmp_path / "weights.pth"
+    torch.save(network.state_dict(), path)
+    tensors = read_weights(path).tensors
+    assert infer_architecture(tensors) == fields
+    model = PreActResNet(mean=MEAN, std=STD, **fields)
+    variables = from_tensors(tensors, model, 3)
+    images = make_images()
+    with torch.no_grad():
+        logits = network(as_torch_images(images)).numpy()
+    assert np.ptp(logits) > 0.1
+    np.testing.assert_allclose(logits_of(model, variables, images), logits, atol=1e-5)
+
+
+def test_a_pytorch_file_there_and_back_is_the_same_to_the_bit(tmp_path):
+    fields = NETWORKS["two blocks a stage"]
+    model, variables = make_ours(fields)
+    path = tmp_path / "weights.pth"
+    metadata = {"mean": list(MEAN), "std": list(STD), **fields, "blocks": [2, 2, 2]}
+    write_pytorch(path, Weights(to_tensors(variables), metadata))
+    weights = read_weights(path)
+    helpers.assert_same_bits(from_tensors(weights.tensors, model, 3), variables)
+    assert weights.metadata == metadata
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "weights.json",
+        "weights.pth",
+    ]
+
+
+def test_the_counters_of_batches_are_int64_scalars():
+    _, variables = make_ours(NETWORKS["uneven"])
+    tensors = to_tensors(variables)
+    counters = [n for n in tensors if n.endswith("num_batches_tracked")]
+    theirs = reference.ReferenceNetwork(**NETWORKS["uneven"]).state_dict()
+    assert tensors.keys() == theirs.keys()
+    assert len(counters) == 9
+    assert all(tensors[n].shape == () for n in counters)
+    assert all(tensors[n].dtype == np.int64 for n in counters)
+
+
+@pytest.mark.parametrize("entry", ["state_dict", "net", "model"])
+def test_a_checkpoint_of_a_parallel_run_is_understood(entry, tmp_path):
+    network = make_theirs(NETWORKS["uneven"])
+    state = {f"module.{n}": t for n, t in network.state_dict().items()}
+    path = tmp_path / "checkpoint.pth.tar"
+    torch.save({"epoch": 3, entry: state, "acc": 0.5}, path)
+    assert read_weights(path).tensors.keys() == network.state_dict().keys()
+
+
+class Malicious:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_a_malicious_pickle_is_refused_and_not_run(as_zip, tmp_path):
+    trace, path = tmp_path / "trace", tmp_path / "weights.pth"
+    content = {"conv1.weight": torch.zeros(1), "x": Malicious(trace)}
+    if as_zip:
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=r"Expected a PyTorch file of tensors alone"):
+        read_weights(path)
+    assert not trace.exists()
+    with pytest.raises(Exception):  # noqa: B017, PT011 - it does run where it is let
+        torch.load(path, weights_only=False)["x"].missing  # noqa: B018
+    assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "Expected a state dict"),
+        ({"model": {"conv1.weight": 3}}, "Expected a state dict"),
+        ({"conv1.weight": torch.zeros(1, dtype=torch.bfloat16)}, "float32 tensors"),
+    ],
+)
+def test_other_objects_are_refused(content, message, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=message):
+        read_weights(path)
+
+
+def test_a_cut_off_pytorch_file_is_refused(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"conv1.weight": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(ValueError, match="damaged"):
+        read_weights(path)
+
+
+def test_the_json_file_of_other_weights_is_refused(tmp_path):
+    _, variables = make_ours(NETWORKS["uneven"])
+    path = tmp_path / "weights.pth"
+    write_pytorch(path, Weights(to_tensors(variables), {"width": 4}))
+    _, others = make_ours(NETWORKS["uneven"], seed=1)
+    write_pytorch(tmp_path / "others.pth", Weights(to_tensors(others), {"width": 4}))
+    (tmp_path / "others.pth").replace(path)
+    with pytest.raises(ValueError, match=r"Expected weights\.json to belong to"):
+        read_weights(path)
+    path.with_suffix(".json").write_text(json.dumps({"width": 7}))  # not one of ours
+    assert read_weights(path).metadata == {}
+
+
+# --- the commands -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run on digits that was never trained, with statistics of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    config = helpers.make_config(overrides={"model.blocks": (1, 2), "model.width": 4})
+    dataset = helpers.load_data(config)
+    model = helpers.make_model(config, dataset)
+    variables = helpers.draw_variables(model, dataset.image_shape)
+    save_variables(config, dataset, folder, variables)
+    (folder / "config.json").write_text(config.to_json_best_effort())
+    return folder
+
+
+def export(workdir, kind, output):
+    return helpers.main(
+        "export", f"--workdir={workdir}", f"--format={kind}", f"--output={output}"
+    )
+
+
+def read_run(workdir):
+    config = configuration.with_defaults(
+        json.loads((workdir / "config.json").read_text())
+    )
+    dataset = helpers.load_data(config)
+    model = helpers.make_model(config, dataset)
+    return model, load_variables(config, dataset, workdir, "last"), dataset
+
+
+def test_a_run_goes_to_a_pytorch_file_and_comes_back_to_the_bit(workdir, tmp_path):
+    path, again = tmp_path / "weights.pth", tmp_path / "again"
+    assert export(workdir, "pytorch", path) == 0
+    arguments = (f"--input={path}", f"--workdir={again}", "--config=configs/digits.py")
+    assert helpers.main("import", *arguments) == 0
+    model, variables, _ = read_run(workdir)
+    model_again, variables_again, _ = read_run(again)
+    helpers.assert_same_bits(variables_again, variables)
+    assert model_again == model
+
+
+def make_line(accuracy, **evaluation):
+    usual = {"attack": "autoattack", "version": "standard", "split": "test"}
+    return {
+        "accuracy": accuracy,
+        "evaluation": {**usual, "checkpoint": "last", **evaluation},
+        "num_test": 48,
+        "seed": 0,
+        "provenance": {"date": "now", "device": "cpu", "commit": "c", "command": "x"},
+    }
+
+
+CLAIMED = {"natural": 84.2, "l2 16/255": 70.0, "linf 8/255": 51.166}
+OTHERS = [  # newer, none of them the claim
+    make_line({"natural": 1.0, "linf 8/255": 1.0}, attack="pgd"),
+    make_line({"natural": 2.0, "linf 8/255": 2.0}, version="custom"),
+    make_line({"natural": 3.0, "linf 8/255": 3.0}, checkpoint="best"),
+    make_line({"natural": 4.0, "linf 8/255": 4.0}, split="validation"),
+    make_line({"natural": 5.0}),
+]
+
+
+def load_bundle(folder):
+    spec = util.spec_from_file_location("bundled_model", folder / "model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.load_model(folder / "model.pt")
+
+
+def test_a_bundle_has_the_logits_of_the_run_on_plain_pixels(workdir, tmp_path):
+    assert export(workdir, "robustbench", tmp_path / "bundle") == 0
+    network = load_bundle(tmp_path / "bundle")
+    model, variables, dataset = read_run(workdir)
+    images = dataset.test.images[:6].astype(np.float32) / 255
+    with torch.no_grad():
+        logits = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+    assert np.ptp(logits) > 0.1
+    np.testing.assert_allclose(logits_of(model, variables, images), logits, atol=1e-5)
+    names = {n.partition(".")[0] for n in network.state_dict()}
+    assert names == {"mean", "std", "model"}
+
+
+def test_a_bundle_claims_what_the_standard_autoattack_left(workdir, tmp_path):
+    evaluations = workdir / "evaluations.jsonl"
+    lines = [make_line({"natural": 9.0, "linf 8/255": 9.0}), make_line(CLAIMED)]
+    evaluations.write_text("".join(json.dumps(x) + "\n" for x in lines + OTHERS))
+    assert export(workdir, "robustbench", tmp_path) == 0
+    evaluations.unlink()
+    info = json.loads((tmp_path / "model_info.json").read_text())
+    assert info == {
+        "link": None,
+        "name": "ST",
+        "authors": None,
+        "additional_data": False,
+        "number_forward_passes": 1,
+        "dataset": "digits",
+        "venue": None,
+        "architecture": "PreActResNet 4 [1, 2]",
+        "eps": "8/255",
+        "clean_acc": "84.20",
+        "autoattack_acc": "51.17",
+        "footnote": "linf 8/255, 48 test images.",
+        "reported": None,
+        "unreliable": None,
+    }
+    readme = (tmp_path / "README.md").read_text()
+    assert "* l2 16/255: 70.00 %" in readme
+    assert "`link`, `authors`, `venue`, `reported`, `unreliable`" in readme
+
+
+def test_a_bundle_claims_nothing_without_autoattack(workdir, tmp_path):
+    assert export(workdir, "robustbench", tmp_path) == 0
+    info = json.loads((tmp_path / "model_info.json").read_text())
+    assert (info["eps"], info["clean_acc"], info["autoattack_acc"]) == (None,) * 3
+    assert "None yet" in (tmp_path / "README.md").read_text()
