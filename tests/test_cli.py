@@ -24,11 +24,13 @@ def test_help_names_the_commands_and_loads_no_jax():
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
-    for command in ("table", "train", "status", "evaluate"):
+    for command in ("table", "train", "status", "evaluate", "export", "import"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["table", "train", "status", "evaluate"])
+@pytest.mark.parametrize(
+    "command", ["table", "train", "status", "evaluate", "export", "import"]
+)
 def test_each_command_explains_its_flags(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

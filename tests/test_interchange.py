@@ -191,26 +191,37 @@ def test_a_damaged_file_is_refused(content, exported, tmp_path, capsys):
     assert "Expected a safetensors file" in capsys.readouterr().err
 
 
-def test_a_header_that_belies_its_tensors_is_refused(exported, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"width": 8}, "Expected width=4 as in the tensors, got width=8"),
+        ({"blocks": [1, 1]}, "Expected blocks=[1, 2] as in the tensors"),
+        ({"blocks": 3}, "Expected blocks=[1, 2] as in the tensors"),
+        ({"mean": "abc", "std": [1.0]}, "Expected a list of numbers for mean"),
+        ({"mean": [0.5]}, "Expected mean and std in the file's metadata, or neither"),
+        ({"mean": [0.5, 0.5], "std": [1.0]}, "Expected one mean or one a channel (1)"),
+    ],
+)
+def test_a_header_that_cannot_be_true_is_refused(
+    metadata, message, exported, tmp_path, capsys
+):
     path, weights = tmp_path / "weights.safetensors", read_weights(exported)
-    write_safetensors(path, Weights(weights.tensors, {"width": 8}))
+    write_safetensors(path, Weights(weights.tensors, metadata))
     assert bring(path, tmp_path / "imported") == 2
-    assert "Expected width=4 as in the tensors, got width=8" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "imported").exists()
 
 
-def test_the_digits_are_not_for_a_network_of_colours(exported, tmp_path, capsys):
-    arguments = [f"--input={exported}", f"--workdir={tmp_path / 'x'}"]
-    fields = ("training.batch_size=64", "model.std=(0.0,)")
-    assert (
-        helpers.main(
-            "import",
-            *arguments,
-            "--dataset=digits",
-            *(f"--config.{field}" for field in fields),
-        )
-        == 2
-    )
+def test_a_std_of_zero_is_refused(exported, tmp_path, capsys):
+    assert bring(exported, tmp_path / "imported", "--config.model.std=(0.0,)") == 2
     assert "0 < each value of model.std" in capsys.readouterr().err
+
+
+def test_the_data_set_may_be_named_beside_the_config(exported, tmp_path):
+    arguments = (f"--input={exported}", f"--workdir={tmp_path / 'imported'}")
+    assert helpers.main("import", *arguments, "--dataset=digits") == 0
+    stored = json.loads((tmp_path / "imported" / "config.json").read_text())
+    assert (stored["data"]["name"], stored["training"]["epochs"]) == ("digits", 100)
 
 
 @pytest.mark.parametrize(

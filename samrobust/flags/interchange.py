@@ -32,7 +32,7 @@ def add_import(commands: argparse._SubParsersAction) -> None:
     importing = commands.add_parser(
         "import",
         allow_abbrev=False,
-        help="a network from a .safetensors or .pth file, to evaluate or train on",
+        help="a network from a .safetensors or .pth file, to evaluate",
         description="Makes a workdir of a file of weights; `samrobust evaluate` takes "
         "it. Width, blocks and classes are read from the tensors.",
         epilog="Any field: --config.model.mean='(0.5, 0.5, 0.5)'. See configs/base.py.",

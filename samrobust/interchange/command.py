@@ -72,7 +72,9 @@ def export_command(
     else:
         write_safetensors(output, weights)
     Console().print(
-        f"Wrote the {which} checkpoint of {workdir} to {output}", highlight=False
+        f"Wrote the {which} checkpoint of {workdir} to {output}",
+        highlight=False,
+        soft_wrap=True,
     )
     return 0
 
@@ -172,11 +174,9 @@ def _describe(config: Config, weights: Weights, dataset: str | None) -> None:
         config.data.name = dataset
     architecture = infer_architecture(weights.tensors)
     for name, value in architecture.items():
-        claimed = weights.metadata.get(name, value)
-        same = (list(claimed) if name == "blocks" else claimed) == (
-            list(value) if name == "blocks" else value
-        )
-        check(same, f"{name}={value} as in the tensors", **{name: claimed})
+        told = list(value) if name == "blocks" else value
+        claimed = weights.metadata.get(name, told)
+        check(claimed == told, f"{name}={told} as in the tensors", **{name: claimed})
     config.model.width = architecture["width"]
     config.model.blocks = architecture["blocks"]
     for name in ("mean", "std"):

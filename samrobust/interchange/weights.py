@@ -126,7 +126,7 @@ def _read_safetensors(path: pathlib.Path) -> Weights:
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         message = f"Expected a safetensors file, got path={str(path)!r} ({error})."
         raise ValueError(message) from error
-    return Weights(_without_prefix(tensors), metadata)
+    return Weights(_without_prefix(tensors), _checked(metadata))
 
 
 def _read_pytorch(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -191,4 +191,21 @@ def _metadata_beside(path: pathlib.Path) -> dict[str, Any]:
         sha256=found["sha256"],
         sha256_of_the_weights=digest,
     )
-    return {name: found[name] for name in _FIELDS if name in found}
+    return _checked({name: found[name] for name in _FIELDS if name in found})
+
+
+def _checked(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The metadata, if `mean` and `std` are lists of numbers and both or none there."""
+    for name in ("mean", "std"):
+        values = metadata.get(name, [])
+        check(
+            isinstance(values, list) and all(type(x) in (int, float) for x in values),
+            f"a list of numbers for {name} in the file's metadata",
+            **{name: values},
+        )
+    check(
+        ("mean" in metadata) == ("std" in metadata),
+        "mean and std in the file's metadata, or neither",
+        metadata=metadata,
+    )
+    return metadata

@@ -149,7 +149,7 @@ def save_variables(
 ) -> None:
     """Makes a network the last checkpoint of a run that has taken no step yet.
 
-    The optimizer is that of a fresh run: `train` would go on from the network.
+    The optimizer is that of a fresh run.
 
     Args:
       config: of the run; validated.
