@@ -5,6 +5,8 @@ No JAX and no Flax here: `--help` stays quick.
 
 import argparse
 
+from samrobust.evaluation_flags import add_curves, add_evaluate, floats, words
+
 __all__ = ["ADDERS"]
 
 _CONFIG = "configs/digits.py"
@@ -87,114 +89,6 @@ def add_status(commands: argparse._SubParsersAction) -> None:
     )
 
 
-def add_evaluate(commands: argparse._SubParsersAction) -> None:
-    """The flags of `samrobust evaluate`."""
-    evaluate = commands.add_parser(
-        "evaluate",
-        allow_abbrev=False,
-        help="attack a trained run again, under other attacks",
-        description="Attacks the network of a finished or stopped run. Prints the "
-        "accuracies and adds them to evaluations.jsonl in its workdir.",
-    )
-    add = evaluate.add_argument
-    add("--workdir", required=True, metavar="DIR", help="of the run")
-    add("--attack", choices=("pgd", "autoattack"), help="default: the run's")
-    add(
-        "--version",
-        choices=("standard", "rand", "custom"),
-        help="of AutoAttack; default: standard; rand: for random logits",
-    )
-    add(
-        "--members",
-        type=_words,
-        metavar="NAMES",
-        help="with --version=custom: of apgd-ce, apgd-t, fab-t, square, apgd-dlr",
-    )
-    add(
-        "--save-examples",
-        action="store_const",
-        const=True,
-        help="keep AutoAttack's adversarial images, beside the outcome",
-    )
-    add(
-        "--num-examples",
-        type=int,
-        metavar="N",
-        help="test images, spread evenly; default: the run's",
-    )
-    add("--norm", choices=("linf", "l2"), action="append", help="default: both")
-    add(
-        "--epsilon",
-        type=float,
-        action="append",
-        metavar="E",
-        help="radius in 1/255, needs --norm; repeat for several; default: the run's",
-    )
-    add("--step-size", type=float, metavar="A", help="in 1/255; default as in the run")
-    add("--num-steps", type=int, metavar="N", help="default: the run's")
-    add("--restarts", type=int, metavar="N", help="default: the run's")
-    add("--loss", choices=("cross_entropy", "margin"), help="default: the run's")
-    add("--judge", choices=("final", "any"), help="iterate judged; default: the run's")
-    add(
-        "--early-stop",
-        action="store_const",
-        const=True,
-        help="leave broken images out of further steps; for --judge=any, same outcome",
-    )
-    add("--checkpoint", choices=("last", "best"), help="default: the run's")
-    add("--batch-size", type=int, metavar="N", help="default: the run's")
-    add(
-        "--seed", type=int, metavar="N", help="of the random starts; default: the run's"
-    )
-    add(
-        "--sanity",
-        action="store_true",
-        help="also look for signs of gradient masking; docs/sanity.md",
-    )
-    add(
-        "--sanity-examples",
-        type=int,
-        metavar="N",
-        help="with --sanity: images to look at, evenly spaced; default: 256",
-    )
-    add(
-        "--transfer-from",
-        action="append",
-        metavar="DIR",
-        help="with --sanity: another run whose adversarial images are tried; repeat",
-    )
-
-
-def add_curves(commands: argparse._SubParsersAction) -> None:
-    """The flags of `samrobust curves`."""
-    curves = commands.add_parser(
-        "curves",
-        allow_abbrev=False,
-        help="accuracy against the attack's radius, all methods of a table in one plot",
-        description="Attacks every finished run of a table at a grid of radii (PGD, "
-        "any iterate counts) and draws the means over seeds. Goes on where it was "
-        "stopped.",
-    )
-    add = curves.add_argument
-    add("--workdir", required=True, metavar="DIR", help="of the table")
-    add("--rows", action="append", metavar="ROW", help="only these; default: all")
-    for norm in ("linf", "l2"):
-        add(
-            f"--{norm}",
-            type=_floats,
-            metavar="E,...",
-            help="radii in 1/255; default: 8 up to twice the table's largest",
-        )
-    add("--num-steps", type=int, metavar="N", help="of PGD; default: 20")
-    add("--loss", choices=("cross_entropy", "margin"), help="default: cross_entropy")
-    add(
-        "--num-examples",
-        type=int,
-        metavar="N",
-        help="images, evenly spaced; default: 256",
-    )
-
-
 def add_bench(commands: argparse._SubParsersAction) -> None:
     """The flags of `samrobust bench`."""
     bench = commands.add_parser(
@@ -211,7 +105,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     add("--workdir", default="runs/bench", metavar="DIR", help="%(default)s")
     add(
         "--measure",
-        type=_words,
+        type=words,
         default=("step", "epoch", "evaluation"),
         metavar="KINDS",
         help="of step, epoch, evaluation, unrolled (AT with its loop written out); "
@@ -219,7 +113,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     )
     add(
         "--methods",
-        type=_words,
+        type=words,
         default=("st", "sam", "at"),
         metavar="NAMES",
         help="of st, sam, at, at+sam; default: st,sam,at",
@@ -227,7 +121,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     add(
         "--batch-sizes", type=_numbers, default=(), metavar="N,...", help="the config's"
     )
-    add("--precisions", type=_words, default=(), metavar="float32,bfloat16")
+    add("--precisions", type=words, default=(), metavar="float32,bfloat16")
     add(
         "--devices",
         type=_numbers,
@@ -255,7 +149,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     )
     add(
         "--variants",
-        type=_words,
+        type=words,
         default=("reference", "resident", "tuned", "compiled"),
         metavar="NAMES",
         help="of PyTorch; default: reference,resident,tuned,compiled",
@@ -282,36 +176,24 @@ def add_theory(commands: argparse._SubParsersAction) -> None:
     )
     add = theory.add_argument
     values = "X,..."
-    add("--p", type=_floats, metavar=values, help="accuracy of x_1; 0.7,0.95")
-    add("--eta", type=_floats, metavar=values, help="of other features; 0.1,0.03,0.5")
-    add("--d", type=_floats, metavar="N,...", help="how many; 10,1,100,1000")
+    add("--p", type=floats, metavar=values, help="accuracy of x_1; 0.7,0.95")
+    add("--eta", type=floats, metavar=values, help="of other features; 0.1,0.03,0.5")
+    add("--d", type=floats, metavar="N,...", help="how many; 10,1,100,1000")
     add(
         "--epsilon",
-        type=_floats,
+        type=floats,
         metavar=values,
         help="radii of AT; default: 0.1, 0.3, 0.6 and 0.9 of each eta, at most of 1",
     )
-    add("--rho", type=_floats, metavar=values, help="radii of SAM; 0.1,1,3")
+    add("--rho", type=floats, metavar=values, help="radii of SAM; 0.1,1,3")
     add("--seeds", type=int, metavar="N", help="trained runs; 5; 0 trains nothing")
     add("--samples", type=int, metavar="N", help="of each of these; 300000")
     add("--batch-size", type=int, metavar="N", help="1000")
     add("--workdir", default="runs/theory", metavar="DIR", help="%(default)s")
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
-
-
-def _floats(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(word) for word in _words(text))
-    except ValueError:
-        message = f"expected numbers separated by commas, got {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
-
-
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in _words(text))
+    return tuple(int(word) for word in words(text))
 
 
 ADDERS = (

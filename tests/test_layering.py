@@ -22,7 +22,7 @@ LAYERS = [
     {"scoring"},
     {"experiments", "reporting"},
     {"bench", "sanity", "sweep", "status", "theory"},
-    {"curves", "evaluate", "table"},
+    {"curves", "evaluate", "evaluation_flags", "table"},
     {"commands", "flags"},
     {"cli"},
 ]

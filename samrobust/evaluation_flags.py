@@ -1,0 +1,130 @@
+"""The flags of `samrobust evaluate` and `curves`, nothing else.
+
+No JAX and no Flax here: `--help` stays quick.
+"""
+
+import argparse
+
+__all__ = ["add_curves", "add_evaluate", "floats", "words"]
+
+
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
+    """The flags of `samrobust evaluate`."""
+    evaluate = commands.add_parser(
+        "evaluate",
+        allow_abbrev=False,
+        help="attack a trained run again, under other attacks",
+        description="Attacks the network of a finished or stopped run. Prints the "
+        "accuracies and adds them to evaluations.jsonl in its workdir.",
+    )
+    add = evaluate.add_argument
+    add("--workdir", required=True, metavar="DIR", help="of the run")
+    add("--attack", choices=("pgd", "autoattack"), help="default: the run's")
+    add(
+        "--version",
+        choices=("standard", "rand", "custom"),
+        help="of AutoAttack; default: standard; rand: for random logits",
+    )
+    add(
+        "--members",
+        type=words,
+        metavar="NAMES",
+        help="with --version=custom: of apgd-ce, apgd-t, fab-t, square, apgd-dlr",
+    )
+    add(
+        "--save-examples",
+        action="store_const",
+        const=True,
+        help="keep AutoAttack's adversarial images, beside the outcome",
+    )
+    add(
+        "--num-examples",
+        type=int,
+        metavar="N",
+        help="test images, spread evenly; default: the run's",
+    )
+    add("--norm", choices=("linf", "l2"), action="append", help="default: both")
+    add(
+        "--epsilon",
+        type=float,
+        action="append",
+        metavar="E",
+        help="radius in 1/255, needs --norm; repeat for several; default: the run's",
+    )
+    add("--step-size", type=float, metavar="A", help="in 1/255; default as in the run")
+    add("--num-steps", type=int, metavar="N", help="default: the run's")
+    add("--restarts", type=int, metavar="N", help="default: the run's")
+    add("--loss", choices=("cross_entropy", "margin"), help="default: the run's")
+    add("--judge", choices=("final", "any"), help="iterate judged; default: the run's")
+    add(
+        "--early-stop",
+        action="store_const",
+        const=True,
+        help="leave broken images out of further steps; for --judge=any, same outcome",
+    )
+    add("--checkpoint", choices=("last", "best"), help="default: the run's")
+    add("--batch-size", type=int, metavar="N", help="default: the run's")
+    add(
+        "--seed", type=int, metavar="N", help="of the random starts; default: the run's"
+    )
+    add(
+        "--sanity",
+        action="store_true",
+        help="also look for signs of gradient masking; docs/sanity.md",
+    )
+    add(
+        "--sanity-examples",
+        type=int,
+        metavar="N",
+        help="with --sanity: images to look at, evenly spaced; default: 256",
+    )
+    add(
+        "--transfer-from",
+        action="append",
+        metavar="DIR",
+        help="with --sanity: another run whose adversarial images are tried; repeat",
+    )
+
+
+def add_curves(commands: argparse._SubParsersAction) -> None:
+    """The flags of `samrobust curves`."""
+    curves = commands.add_parser(
+        "curves",
+        allow_abbrev=False,
+        help="accuracy against the attack's radius, all methods of a table in one plot",
+        description="Attacks every finished run of a table at a grid of radii (PGD, "
+        "any iterate counts) and draws the means over seeds. Goes on where it was "
+        "stopped.",
+    )
+    add = curves.add_argument
+    add("--workdir", required=True, metavar="DIR", help="of the table")
+    add("--rows", action="append", metavar="ROW", help="only these; default: all")
+    for norm in ("linf", "l2"):
+        add(
+            f"--{norm}",
+            type=floats,
+            metavar="E,...",
+            help="radii in 1/255; default: 8 up to twice the table's largest",
+        )
+    add("--num-steps", type=int, metavar="N", help="of PGD; default: 20")
+    add("--loss", choices=("cross_entropy", "margin"), help="default: cross_entropy")
+    add(
+        "--num-examples",
+        type=int,
+        metavar="N",
+        help="images, evenly spaced; default: 256",
+    )
+
+
+def words(text: str) -> tuple[str, ...]:
+    """What stands between the commas."""
+    return tuple(filter(None, text.split(",")))
+
+
+def floats(text: str) -> tuple[float, ...]:
+    """Numbers between commas; anything else is an error of the command line."""
+    try:
+        return tuple(float(word) for word in words(text))
+    except ValueError:
+        message = f"expected numbers separated by commas, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
