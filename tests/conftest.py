@@ -21,6 +21,7 @@ _LONG = (
     "test_attacks",
     "test_training_loop",
     "test_early_stop",
+    "test_sanity",
     "test_pytorch_reference",
     "test_launch_k8s",
     "test_models",

@@ -89,7 +89,9 @@ def _find(workdir: pathlib.Path, rows: Sequence[str]) -> dict[str, Config]:
     wanted = [row for text in rows for row in text.split(";") if row]
     configs = {}
     for name in names:
-        config = configuration.with_defaults(read_json(workdir / name / "config.json"))
+        config = configuration.with_defaults(
+            read_json(workdir / name / "config.json") or {}
+        )
         if not wanted or config.row in wanted:
             configs[name] = config
     check(
