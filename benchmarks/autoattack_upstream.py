@@ -14,7 +14,7 @@ import json
 import logging
 import pathlib
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -31,12 +31,12 @@ from torch_network import PreActResNet, from_jax
 
 __all__ = ["main"]
 
-_NORMS = {"linf": "Linf", "l2": "L2"}
+_NORMS: dict[str, Literal["Linf", "L2"]] = {"linf": "Linf", "l2": "L2"}
 
 
 def main() -> None:
     """Compares run by run; see the module."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Our AutoAttack beside the authors'.")
     parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN")
     parser.add_argument("--norm", choices=tuple(_NORMS), required=True)
     parser.add_argument("--epsilon", type=float, required=True, help="in 1/255")
