@@ -119,8 +119,8 @@ def from_tensors(
     image = jax.ShapeDtypeStruct((1, 8, 8, num_channels), "float32")
     key = jax.eval_shape(lambda: jax.random.key(0))
     like = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, image)
-    paths = {_torch_name(p): p for p in traverse_util.flatten_dict(like)}
-    leaves = traverse_util.flatten_dict(like)
+    leaves: Any = traverse_util.flatten_dict(like)
+    paths = {_torch_name(path): path for path in leaves}
     wanted = {name: _torch_shape(leaves[path].shape) for name, path in paths.items()}
     given = {n: t for n, t in tensors.items() if n.rpartition(".")[2] != _COUNTER}
     _check_fit(wanted, given)

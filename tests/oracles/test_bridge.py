@@ -20,8 +20,8 @@ SHAPE = (3, 4, 5, 2)  # [B, H, W, C], no two sides equal
 RNG = np.random.default_rng(0)
 WEIGHTS = (RNG.normal(size=(40, 6)) / 4).astype(np.float32)
 HEAD = RNG.normal(size=(6, 7)).astype(np.float32)
-IMAGES = RNG.uniform(size=SHAPE).astype(np.float32)
-LABELS = np.array([1, 0, 6])
+IMAGES = jnp.asarray(RNG.uniform(size=SHAPE), jnp.float32)
+LABELS = jnp.array([1, 0, 6])
 
 
 def ours(images):
@@ -55,7 +55,7 @@ def our_gradient(logits_fn, images):
 def their_gradient(module, images):
     images = images.clone().requires_grad_()
     loss = torch.nn.functional.cross_entropy(
-        module(images), torch.from_numpy(LABELS), reduction="sum"
+        module(images), torch.tensor([1, 0, 6]), reduction="sum"
     )
     return torch.autograd.grad(loss, images)[0]
 
@@ -123,7 +123,7 @@ def test_our_pgd_attacks_a_pytorch_module_as_it_does_the_same_network_in_jax():
     attack = pgd(linf(0.1), step_size=0.03, num_steps=5)
     key = jax.random.key(0)
     adversarial = [
-        jax.jit(lambda x, f=f: attack(f, x, jnp.asarray(LABELS), key=key))(IMAGES)
+        jax.jit(lambda x, f=f: attack(f, x, LABELS, key=key))(IMAGES)
         for f in (from_torch(Theirs().eval()), ours)
     ]
     np.testing.assert_allclose(adversarial[0], adversarial[1], atol=1e-5)
@@ -132,7 +132,7 @@ def test_our_pgd_attacks_a_pytorch_module_as_it_does_the_same_network_in_jax():
 
 def test_a_pytorch_attack_runs_on_a_jax_classifier_as_on_the_same_module():
     options = {"eps": 0.1, "step_size": 0.03, "num_steps": 5}
-    labels = torch.from_numpy(LABELS)
+    labels = torch.tensor([1, 0, 6])
     adversarial = [
         twin.pgd_linf(module, to_torch(IMAGES), labels, **options).numpy()
         for module in (as_torch(ours), Theirs().eval())
