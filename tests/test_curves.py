@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import helpers
+import jax
 import numpy as np
 import pytest
 
@@ -44,7 +45,8 @@ def test_what_breaks_in_a_ball_is_broken_in_a_larger_one():
         "linf 16/255": np.array([True, True, False, True]),
     }
     found = measure_run(
-        *(lambda *_, **__: outcome, {}, helpers.make_split(4), SETTINGS), key=None
+        *(lambda *_, **__: outcome, {}, helpers.make_split(4), SETTINGS),
+        key=jax.random.key(0),
     )
     assert found == {"linf": [75.0, 50.0, 25.0]}
 
@@ -73,7 +75,7 @@ def test_the_picture_has_a_panel_a_norm_and_a_line_a_row():
     panels = draw_curves(curves, "digits").axes
     assert len(panels) == 2
     lines = panels[0].get_lines()
-    assert [line.get_ydata().tolist() for line in lines] == [[99.0, 50.0]] * 3
+    assert [list(line.get_ydata()) for line in lines] == [[99.0, 50.0]] * 3
     looks = [(line.get_color(), line.get_linestyle()) for line in lines]
     assert len(set(looks)) == 3
     assert looks[1][0] == looks[2][0] != looks[0][0]

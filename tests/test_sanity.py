@@ -100,7 +100,7 @@ def trained(seed: int = 0) -> Any:
     tx = optax.adam(3e-3)
 
     def loss(params):
-        logits = model.apply({"params": params}, images, train=False)
+        logits: Any = model.apply({"params": params}, images, train=False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, split.labels)
         return jnp.mean(losses)
 
@@ -208,7 +208,13 @@ def test_too_few_steps_are_found_out():
     assert verdict("steps", LINF, effort=Effort(**QUICK, steps=(1, 2))) == WARNING
 
 
-QUICK = {"apgd_steps": 2, "queries": 2, "restart_steps": 2, "radii": 2, "draws": 1}
+QUICK: dict[str, Any] = {
+    "apgd_steps": 2,
+    "queries": 2,
+    "restart_steps": 2,
+    "radii": 2,
+    "draws": 1,
+}
 
 
 # Randomness and precision.
