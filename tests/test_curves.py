@@ -75,7 +75,9 @@ def test_the_picture_has_a_panel_a_norm_and_a_line_a_row():
     panels = draw_curves(curves, "digits").axes
     assert len(panels) == 2
     lines = panels[0].get_lines()
-    assert [list(line.get_ydata()) for line in lines] == [[99.0, 50.0]] * 3
+    assert [np.asarray(line.get_ydata()).tolist() for line in lines] == [
+        [99.0, 50.0]
+    ] * 3
     looks = [(line.get_color(), line.get_linestyle()) for line in lines]
     assert len(set(looks)) == 3
     assert looks[1][0] == looks[2][0] != looks[0][0]
