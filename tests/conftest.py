@@ -19,6 +19,8 @@ _LONG = (
     "test_parallel",
     "test_m_sharpness",
     "test_attacks",
+    "test_minimal_attacks",
+    "test_apgd",
     "test_training_loop",
     "test_early_stop",
     "test_sanity",
@@ -26,6 +28,8 @@ _LONG = (
     "test_launch_k8s",
     "test_models",
     "test_evaluation",
+    "test_square",
+    "test_theory",
 )
 
 

@@ -7,7 +7,6 @@ on, so that the two are compared up to there: to the end for half of the example
 import functools
 import sys
 
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,12 +28,6 @@ BALLS = {
     "Linf": linf(0.09),
     "L2": l2(0.55, gradient_floor=UPSTREAM_FLOOR),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
