@@ -146,6 +146,10 @@ def test_the_network_is_judged_by_its_running_statistics():
     assert correct.tolist() == evaluate()["natural"][4:5].tolist()
 
 
+def test_the_outcome_has_the_order_of_the_attacks():
+    assert list(evaluate()) == ["natural", "radius 0", "linf", "any"]
+
+
 def test_accuracies_are_percentages():
     outcome = {"natural": np.array([True, True, True, False])}
     assert accuracies(outcome) == {"natural": 75.0}

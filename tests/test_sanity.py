@@ -441,7 +441,7 @@ def test_the_command_checks_a_run_and_writes_what_it_found(tmp_path, capsys):
         (["--sanity-examples=5"], "Expected --sanity with --transfer-from"),
         (["--sanity", "--sanity-examples=0"], "Expected --sanity-examples >= 1"),
         (["--sanity", "--transfer-from=nowhere"], "with a config.json"),
-        (["--sanity", "--norm=linf", "--epsilon=0"], "a radius > 0 with --sanity"),
+        (["--sanity", "--norm=l2"], "a radius > 0 with --sanity"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, message, capsys):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from samrobust.data import Split
 from samrobust.evaluation.measure import divisible_batch_size, make_measure
 from samrobust.types import Array, Attack, PyTree
 
@@ -59,7 +60,19 @@ def make_evaluator(
             correct[name] = jnp.argmax(logits_fn(attacked), axis=-1) == labels
         return correct
 
-    return make_measure(judge, batch_size=batch_size)
+    measure = make_measure(judge, batch_size=batch_size)
+
+    def evaluate(
+        variables: PyTree,
+        split: Split,
+        key: Array,
+        *,
+        on_batch: Callable[[int, int], None] = lambda *_: None,
+    ) -> dict[str, np.ndarray]:
+        outcome = measure(variables, split, key, on_batch=on_batch)
+        return {name: outcome[name] for name in attacks}  # `jit` sorts dictionaries
+
+    return evaluate
 
 
 def accuracies(outcome: Mapping[str, np.ndarray]) -> dict[str, float]:
