@@ -349,3 +349,22 @@ def finish_command(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 def run_command(*arguments: str, **environment: str) -> tuple[int, str, str]:
     """Runs the `samrobust` command; as `finish_command`."""
     return finish_command(start_command(*arguments, **environment))
+
+
+def jitted(attack: Any, logits_fn: Any) -> tuple[Any, list]:
+    """The attack as a function of images, labels and key; and what it traced."""
+    traces: list = []
+
+    @jax.jit
+    def counted(images: Any, labels: Any, key: Any) -> Any:
+        traces.append(images.shape)
+        return attack(logits_fn, images, labels, key=key)
+
+    return counted, traces
+
+
+def norms(ball: str, delta: Any) -> np.ndarray:
+    """The norms [B] of perturbations [B, ...] in float64; of `linf` or `l2`."""
+    order = {"linf": np.inf, "l2": 2}[ball]
+    flat = np.asarray(delta, np.float64).reshape(len(delta), -1)
+    return np.linalg.norm(flat, order, axis=1)

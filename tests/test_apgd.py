@@ -56,22 +56,10 @@ def batch(num=40, seed=1):
     return images, jnp.argmax(LOGITS_FN(images), -1)
 
 
-def jitted(attack, logits_fn=LOGITS_FN):
-    """The attack as a function of images, labels and key; and what it traced."""
-    traces = []
-
-    @jax.jit
-    def counted(images, labels, key):
-        traces.append(images.shape)
-        return attack(logits_fn, images, labels, key=key)
-
-    return counted, traces
-
-
 @functools.cache
 def compiled(name, ball, **changes):
     """Made and jitted once for all tests that give it images of the same shape."""
-    return jitted(make(name, ball, **changes))
+    return helpers.jitted(make(name, ball, **changes), LOGITS_FN)
 
 
 def attacked(name, ball, images, labels, **changes):
@@ -216,7 +204,7 @@ def test_an_attack_ends_when_all_are_broken(name):
         return LOGITS_FN(images)
 
     images, labels = batch(4)
-    attack, _ = jitted(make(name, "linf", num_steps=50, restarts=5), logits_fn)
+    attack, _ = helpers.jitted(make(name, "linf", num_steps=50, restarts=5), logits_fn)
     attack(images, (labels + 1) % 5, KEY)
     jax.effects_barrier()
     assert len(calls) == 1
@@ -290,7 +278,7 @@ def test_random_logits_are_attacked_with_a_fresh_key_at_every_draw(name):
         return noisy(images, key=key)
 
     images, labels = batch()
-    attack, _ = jitted(make(name, "l2", eot=3), logits_fn)
+    attack, _ = helpers.jitted(make(name, "l2", eot=3), logits_fn)
     adversarial = attack(images, labels, KEY)
     jax.effects_barrier()
     assert len(set(keys)) == len(keys) >= 1 + 3 * 9
@@ -331,7 +319,7 @@ def test_too_few_classes_are_refused_and_just_enough_are_attacked(name, needed):
     attack = make(name, "linf", radius=0.5)
     enough, too_few = net(needed), net(needed - 1)
     labels = jnp.argmax(enough(images), -1)
-    adversarial = jitted(attack, enough)[0](images, labels, KEY)
+    adversarial = helpers.jitted(attack, enough)[0](images, labels, KEY)
     assert np.mean(jnp.argmax(enough(adversarial), -1) != labels) > 0.9
     with pytest.raises(ValueError, match=f"Expected {needed} classes for the.*DLR"):
         attack(too_few, images, labels, key=KEY)

@@ -56,26 +56,8 @@ def problem(num=40, shape=(2, 2, 2), num_classes=4, seed=0):
     return logits_fn, images, jnp.where(jnp.arange(num) % 10 == 9, 3 - labels, labels)
 
 
-def jitted(attack, logits_fn):
-    """The attack as a function of images, labels and key; and what it traced."""
-    traces = []
-
-    @jax.jit
-    def counted(images, labels, key):
-        traces.append(images.shape)
-        return attack(logits_fn, images, labels, key=key)
-
-    return counted, traces
-
-
 def run(attack, logits_fn, images, labels, key=KEY):
-    return jitted(attack, logits_fn)[0](images, labels, key)
-
-
-def norms(ball, delta):
-    order = {"linf": np.inf, "l2": 2}[ball]
-    flat = np.asarray(delta, np.float64).reshape(len(delta), -1)
-    return np.linalg.norm(flat, order, axis=1)
+    return helpers.jitted(attack, logits_fn)[0](images, labels, key)
 
 
 def is_wrong(logits_fn, images, labels):
@@ -85,7 +67,7 @@ def is_wrong(logits_fn, images, labels):
 @functools.cache
 def compiled(name):
     """An attack on the classifier of `problem`, compiled once for most tests."""
-    return jitted(ALL[name](), problem()[0])
+    return helpers.jitted(ALL[name](), problem()[0])
 
 
 @functools.cache
@@ -129,7 +111,7 @@ def test_some_images_are_broken_and_the_others_are_left_alone(name):
 @pytest.mark.parametrize("name", BOUNDED)
 def test_the_result_lies_in_the_ball(name, ball):
     images, result, _, _ = outcome(f"{name} {ball}")
-    moved = norms(ball, result.astype(np.float64) - images)
+    moved = helpers.norms(ball, result.astype(np.float64) - images)
     assert moved.max() > RADII[ball] / 2
     assert np.all(moved <= RADII[ball] + 4 * EPS)
 
@@ -276,7 +258,9 @@ def test_fab_measures_the_distance_to_a_linear_boundary(ball, num_classes):
     assert is_wrong(logits_fn, result, labels).all()
     expected = distances_to_planes(ball, *problem).min(axis=1)
     # A step overshoots by a twentieth; what follows narrows it down.
-    np.testing.assert_allclose(norms(ball, result - images), expected, rtol=1e-2)
+    np.testing.assert_allclose(
+        helpers.norms(ball, result - images), expected, rtol=1e-2
+    )
 
 
 @pytest.mark.parametrize("ball", BALLS)
@@ -312,7 +296,7 @@ def test_more_targets_and_more_restarts_never_lengthen_what_fab_finds():
         attack = fab_minimal(
             l2(1.0), num_targets=num_targets, restarts=restarts, num_steps=3
         )
-        return norms("l2", run(attack, logits_fn, images, labels) - images)
+        return helpers.norms("l2", run(attack, logits_fn, images, labels) - images)
 
     one, targets, restarts = lengths(1, 1), lengths(3, 1), lengths(3, 6)
     assert np.all(targets <= one + 1e-6)
@@ -346,7 +330,7 @@ def test_restarts_begin_half_a_radius_away(ball):
 
     attack = fab_minimal(BALLS[ball](0.4), num_steps=1, restarts=2, alpha_max=0.0)
     delta = np.asarray(run(attack, logits_fn, images, labels)) - 0.5
-    np.testing.assert_allclose(norms(ball, delta), 0.2, rtol=1e-6)
+    np.testing.assert_allclose(helpers.norms(ball, delta), 0.2, rtol=1e-6)
     assert len(np.unique(delta, axis=0)) == 64
 
 
@@ -392,7 +376,7 @@ def test_ddn_measures_the_distance_to_a_linear_boundary():
     result = run(attack, logits_fn, images, labels)
     assert is_wrong(logits_fn, result, labels).all()
     expected = distances_to_planes("l2", *problem).min(axis=1)
-    lengths = norms("l2", result - images)
+    lengths = helpers.norms("l2", result - images)
     assert np.all(lengths >= expected * (1 - 1e-4))
     assert np.all(lengths <= expected * 1.06)  # the radius moves by a twentieth
 
@@ -404,11 +388,11 @@ def test_ddn_goes_in_random_directions_where_the_gradient_is_zero():
         far = jnp.sum(jnp.square(x - 0.5), axis=1) > 0.05
         return jnp.stack([jnp.zeros(len(x)), jnp.where(far, 1.0, -1.0)], axis=-1)
 
-    attack, _ = jitted(ddn(num_steps=40, init_epsilon=0.1), logits_fn)
+    attack, _ = helpers.jitted(ddn(num_steps=40, init_epsilon=0.1), logits_fn)
     results = [attack(images, labels, jax.random.key(k)) for k in (0, 1)]
     for result in results:
         assert is_wrong(logits_fn, result, labels).all()
-        assert norms("l2", result - images).max() < 0.3
+        assert helpers.norms("l2", result - images).max() < 0.3
     assert np.all(results[0] != results[1])
 
 
@@ -439,7 +423,7 @@ def test_noise_lies_at_the_full_radius_in_uniform_directions(ball):
 
     attack = noise(BALLS[ball](0.3), num_draws=1)
     delta = np.asarray(run(attack, logits_fn, images, labels)) - 0.5
-    np.testing.assert_allclose(norms(ball, delta), 0.3, rtol=1e-6)
+    np.testing.assert_allclose(helpers.norms(ball, delta), 0.3, rtol=1e-6)
     np.testing.assert_allclose(delta.mean(0), 0, atol=0.03)
     variance = {"linf": 0.09, "l2": 0.03}[ball]
     np.testing.assert_allclose(np.cov(delta.T), variance * np.eye(3), atol=0.01)

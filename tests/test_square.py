@@ -30,26 +30,8 @@ def _compile_quickly():
         yield
 
 
-def jitted(attack, logits_fn):
-    """The attack as a function of images, labels and key; and what it traced."""
-    traces = []
-
-    @jax.jit
-    def counted(images, labels, key):
-        traces.append(images.shape)
-        return attack(logits_fn, images, labels, key=key)
-
-    return counted, traces
-
-
 def run(attack, logits_fn, images, labels, key=KEY):
-    return jitted(attack, logits_fn)[0](images, labels, key)
-
-
-def norms(ball, delta):
-    order = {"linf": np.inf, "l2": 2}[ball]
-    flat = np.asarray(delta, np.float64).reshape(len(delta), -1)
-    return np.linalg.norm(flat, order, axis=1)
+    return helpers.jitted(attack, logits_fn)[0](images, labels, key)
 
 
 def make_problem(shape=(12, 6, 6, 2), seed=0, num_classes=3):
@@ -75,7 +57,7 @@ def never_fooled(images):
 def compiled(ball):
     """An attack on the classifier of `make_problem`, compiled once for many tests."""
     attack = square(BALLS[ball]({"linf": 0.1, "l2": 0.3}[ball]), num_queries=40)
-    return jitted(attack, make_problem()[0])
+    return helpers.jitted(attack, make_problem()[0])
 
 
 # Windows
@@ -158,7 +140,9 @@ def test_the_result_keeps_shape_and_dtype_and_lies_in_the_ball_and_the_box(ball,
     assert adversarial.shape == images.shape
     assert adversarial.dtype == images.dtype
     assert 0 <= np.min(adversarial) <= np.max(adversarial) <= 1
-    lengths = norms(ball, np.asarray(adversarial, np.float64) - np.asarray(images))
+    lengths = helpers.norms(
+        ball, np.asarray(adversarial, np.float64) - np.asarray(images)
+    )
     assert np.all(lengths <= radius + 8 * EPS)
     assert lengths.max() > radius / 4
 

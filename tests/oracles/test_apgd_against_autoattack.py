@@ -21,6 +21,8 @@ from samrobust.objectives import targeted_dlr
 torch = pytest.importorskip("torch")
 autopgd = pytest.importorskip("pyautoattack.autopgd_base")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KEY = jax.random.key(0)
 NUM = 48
 UPSTREAM_FLOOR = 1e-12
@@ -28,15 +30,6 @@ BALLS = {
     "Linf": linf(0.09),
     "L2": l2(0.55, gradient_floor=UPSTREAM_FLOOR),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Networks this small lose time to threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.cache

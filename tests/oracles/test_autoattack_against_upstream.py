@@ -16,6 +16,7 @@ from samrobust.types import Array
 
 torch = pytest.importorskip("torch")
 upstream = pytest.importorskip("pyautoattack")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 RADII = {"Linf": linf(0.06), "L2": l2(0.3)}
 NUM_IMAGES = 100
@@ -23,11 +24,8 @@ NUM_IMAGES = 100
 
 @pytest.fixture(autouse=True, scope="module")
 def _compile_quickly():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads cost more than they save on so small a network
     with helpers.quick_compilation():
         yield
-    torch.set_num_threads(before)
 
 
 def predict(weights: list[Array], images: Array) -> Array:

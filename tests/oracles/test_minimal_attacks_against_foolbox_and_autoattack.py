@@ -26,6 +26,8 @@ from samrobust.attacks import (
 )
 
 torch = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 KEY = jax.random.key(0)
 BALLS = {"linf": (linf, "Linf", np.inf), "l2": (l2, "L2", 2)}
 RADII = {"linf": 0.08, "l2": 0.5}
@@ -36,15 +38,6 @@ NUM_IMAGES, NUM_STEPS = 60, 20
 def _compile_quickly():
     with helpers.quick_compilation():
         yield
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks this small lose time to threads, much of it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def classify(params, images):

@@ -17,6 +17,8 @@ from samrobust.attacks.windows import pulse, window_sizes
 torch = pytest.importorskip("torch")
 upstream = pytest.importorskip("pyautoattack.square")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KEY = jax.random.key(11)
 LOSSES = {"margin": margin, "ce": cross_entropy}
 BALLS = {"Linf": linf(0.1), "L2": l2(0.5)}
@@ -26,15 +28,6 @@ BALLS = {"Linf": linf(0.1), "L2": l2(0.5)}
 def _compile_quickly():
     with helpers.quick_compilation():
         yield
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Threads cost more than they save on networks this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_attack(predict, norm, num_queries, **options):
