@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from pyautoattack import AutoAttack
 
-from samrobust import building, configuration
+from samrobust import building
 from samrobust.data import Dataset, Split
 from samrobust.evaluation import make_autoattack_evaluator
 from samrobust.provenance import provenance
 from samrobust.training import load_variables
-from samrobust.workdir import append_json_line, read_json
+from samrobust.workdir import append_json_line, config_of_run
 from torch_network import PreActResNet, from_jax
 
 __all__ = ["main"]
@@ -59,7 +59,7 @@ def _compare(
     *,
     ours_first: bool,
 ) -> dict[str, Any]:
-    config = configuration.with_defaults(read_json(run / "config.json") or {})
+    config = config_of_run(run)
     if arguments.num_examples is not None:
         config.data.test_size = arguments.num_examples
     config.evaluation.update(linf=(), l2=(), attack="autoattack")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from samrobust import building, configuration, parallel
+from samrobust import building, parallel
 from samrobust.checks import check
 from samrobust.data import Dataset
 from samrobust.experiments import work
@@ -21,7 +21,7 @@ from samrobust.sanity.command import (
 from samrobust.scoring import Score, evaluate_run, evaluated_split
 from samrobust.types import Config
 from samrobust.validation import validate
-from samrobust.workdir import append_json_line, read_json
+from samrobust.workdir import append_json_line, config_of_run
 
 __all__ = ["evaluate_command", "print_accuracies"]
 
@@ -32,9 +32,8 @@ _OF_PGD = (
     "loss",
     "judge",
     "early_stop",
-    "step_size",
 )
-_OF_AUTOATTACK = ("version", "members", "save_examples")
+_OF_AUTOATTACK = ("version", "members")
 _SANITY_EXAMPLES = 256
 
 
@@ -138,18 +137,11 @@ def _inputs(
 
 def _evaluation_config(workdir: pathlib.Path, arguments: argparse.Namespace) -> Config:
     """The run's config with the flags written into its `evaluation` section."""
-    stored = read_json(workdir / "config.json")
-    check(
-        stored is not None,
-        "a run's --workdir, with a config.json",
-        "Train it first: `samrobust train`.",
-        workdir=str(workdir),
-    )
-    config = configuration.with_defaults(stored or {})
+    config = config_of_run(workdir)
     evaluation: Config = config.evaluation
     _write(evaluation, arguments, _SHARED)
     _check_flags(evaluation.attack, arguments)
-    _write(evaluation, arguments, (*_OF_PGD[:-1], *_OF_AUTOATTACK[:-1]))
+    _write(evaluation, arguments, (*_OF_PGD, *_OF_AUTOATTACK))
     if arguments.seed is not None:
         config.seed = arguments.seed
     if arguments.num_examples is not None:
@@ -175,7 +167,8 @@ def _write(
 
 def _check_flags(attack: str, arguments: argparse.Namespace) -> None:
     """Refuses flags of another attack, which would be ignored."""
-    names = _OF_PGD if attack == "autoattack" else _OF_AUTOATTACK
+    of_pgd, of_autoattack = (*_OF_PGD, "step_size"), (*_OF_AUTOATTACK, "save_examples")
+    names = of_pgd if attack == "autoattack" else of_autoattack
     given = [n for n in names if getattr(arguments, n) is not None]
     check(
         not given,

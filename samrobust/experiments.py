@@ -22,6 +22,7 @@ from samrobust.provenance import provenance
 from samrobust.runfiles import RunFiles
 from samrobust.scoring import (
     Score,
+    ScoreObserver,
     evaluated_split,
     evaluation_work,
     make_validate,
@@ -50,14 +51,11 @@ __all__ = [
 _OWN_FIELDS = ("config.data.data_dir", "config.data.manual_dir")
 
 
-class Observer(Protocol):
+class Observer(ScoreObserver, Protocol):
     """Is told how a run proceeds; shows it."""
 
     def on_progress(self, progress: Progress) -> None:
         """Called after each call of the device in training."""
-
-    def on_batch(self, done: int, num_examples: int, doing: str = "") -> None:
-        """Called after each evaluated batch; `doing` may say what it did."""
 
 
 @dataclasses.dataclass(frozen=True)

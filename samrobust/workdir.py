@@ -8,6 +8,7 @@ import json
 import pathlib
 from typing import Any
 
+from samrobust.checks import check
 from samrobust.configuration import differences, with_defaults
 from samrobust.files import (
     WorkdirError,
@@ -17,6 +18,7 @@ from samrobust.files import (
     write_json,
     write_text,
 )
+from samrobust.types import Config
 
 __all__ = [
     "MetricsLog",
@@ -24,6 +26,7 @@ __all__ = [
     "WorkdirError",
     "append_json_line",
     "changed_fields",
+    "config_of_run",
     "read_json",
     "settle_config",
     "write_json",
@@ -55,6 +58,22 @@ def changed_fields(
     both = (with_defaults(fields).to_dict() for fields in (stored, config))
     changed = differences(*both)
     return {n: v for n, v in changed.items() if not n.startswith(_MAY_CHANGE)}
+
+
+def config_of_run(workdir: pathlib.Path) -> Config:
+    """The config that a run was started with; newer fields have the base's values.
+
+    Raises:
+      ValueError: if the directory holds no run.
+    """
+    stored = read_json(workdir / "config.json")
+    check(
+        stored is not None,
+        "a run's --workdir, with a config.json",
+        "Train it first: `samrobust train`.",
+        workdir=str(workdir),
+    )
+    return with_defaults(stored or {})
 
 
 def settle_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:

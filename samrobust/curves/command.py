@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from samrobust import building, configuration, parallel
+from samrobust import building, parallel
 from samrobust.checks import check
 from samrobust.curves.drawing import draw_curves
 from samrobust.curves.measure import (
@@ -19,6 +19,7 @@ from samrobust.curves.measure import (
     make_curve_evaluator,
     measure_run,
 )
+from samrobust.data import Dataset
 from samrobust.files import read_json, temporary_beside, write_json
 from samrobust.provenance import provenance
 from samrobust.reporting.progress import ProgressDisplay
@@ -27,6 +28,7 @@ from samrobust.sanity import some_of
 from samrobust.scoring import evaluated_split, evaluation_key
 from samrobust.training import InterruptedRunError, load_variables
 from samrobust.types import Config
+from samrobust.workdir import config_of_run
 
 __all__ = ["curves_command"]
 
@@ -53,6 +55,7 @@ def curves_command(
     settings = _settings(next(iter(configs.values())), arguments)
     stored = parallel.from_primary(lambda: _stored(workdir, settings))
     display = ProgressDisplay(console, float(len(configs)))
+    datasets: dict[str, Dataset] = {}
     evaluators: dict[Any, Any] = {}
     with display.live():
         for path, config in configs.items():
@@ -68,7 +71,7 @@ def curves_command(
                     raise InterruptedRunError(message)
 
             stored[path] = _measure(
-                config, workdir / path, settings, evaluators, on_batch
+                config, workdir / path, settings, datasets, evaluators, on_batch
             )
             _keep(workdir, settings, stored)
     found = [(c.row, c.label, stored[path]) for path, c in configs.items()]
@@ -89,9 +92,7 @@ def _find(workdir: pathlib.Path, rows: Sequence[str]) -> dict[str, Config]:
     wanted = [row for text in rows for row in text.split(";") if row]
     configs = {}
     for name in names:
-        config = configuration.with_defaults(
-            read_json(workdir / name / "config.json") or {}
-        )
+        config = config_of_run(workdir / name)
         if not wanted or config.row in wanted:
             configs[name] = config
     check(
@@ -126,11 +127,15 @@ def _measure(
     config: Config,
     folder: pathlib.Path,
     settings: Settings,
+    datasets: dict[str, Dataset],
     evaluators: dict[Any, Any],
     on_batch: Any,
 ) -> dict[str, list[float]]:
-    """One run; runs of one model share their compiled program."""
-    dataset = building.load_data(config)
+    """One run; runs of the same data and model share them, and the program."""
+    data = config.data.to_json_best_effort()
+    if data not in datasets:
+        datasets[data] = building.load_data(config)
+    dataset = datasets[data]
     model = building.make_model(config, dataset)
     if model not in evaluators:
         size = min(config.evaluation.batch_size, settings.num_examples)

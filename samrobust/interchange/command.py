@@ -12,7 +12,7 @@ from samrobust import building, configuration
 from samrobust.checks import check
 from samrobust.claims import claim
 from samrobust.data import Dataset
-from samrobust.files import WorkdirError, read_json, write_json
+from samrobust.files import WorkdirError, write_json
 from samrobust.interchange.names import from_tensors, infer_architecture, to_tensors
 from samrobust.interchange.robustbench import write_bundle
 from samrobust.interchange.weights import (
@@ -27,6 +27,7 @@ from samrobust.provenance import provenance
 from samrobust.training import load_variables, save_variables
 from samrobust.types import Config
 from samrobust.validation import validate
+from samrobust.workdir import config_of_run
 
 __all__ = ["export_command", "import_command"]
 
@@ -53,14 +54,7 @@ def export_command(
     )
     workdir, output = pathlib.Path(arguments.workdir), pathlib.Path(arguments.output)
     _check_output(arguments.format, output)
-    stored = read_json(workdir / "config.json")
-    check(
-        stored is not None,
-        "a run's --workdir, with a config.json",
-        "Train it first: `samrobust train`.",
-        workdir=str(workdir),
-    )
-    config = configuration.with_defaults(stored or {})
+    config = config_of_run(workdir)
     which = arguments.checkpoint or config.evaluation.checkpoint
     dataset = building.load_data(config)
     weights = _weights_of(config, dataset, workdir, which)

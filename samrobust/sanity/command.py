@@ -59,11 +59,20 @@ def sanity_of_run(
     def on_batch(done: int, total: int) -> None:
         shown.on_batch(done, total, f"{done / total:.0%}")
 
+    def surrogate(folder: str, other: Config) -> Surrogate:
+        same = other.data.to_dict() == config.data.to_dict()
+        images = dataset if same else building.load_data(other)
+        which = other.evaluation.checkpoint
+        return Surrogate(
+            building.make_model(other, images),
+            load_variables(other, images, pathlib.Path(folder), which),
+        )
+
     with display.live():
         findings = run_sanity(
             *(building.make_model(config, dataset), variables),
             *(split, largest_balls(config)),
-            transfer={name: _load(name, other) for name, other in surrogates},
+            transfer={name: surrogate(name, other) for name, other in surrogates},
             num_examples=num_examples,
             batch_size=config.evaluation.batch_size,
             key=jax.random.fold_in(evaluation_key(config), _SANITY_STREAM),
@@ -116,10 +125,3 @@ def largest_balls(config: Config) -> dict[str, Ball]:
         for norm in ("linf", "l2")
         if (radii := [r for r in config.evaluation[norm] if r > 0])
     }
-
-
-def _load(folder: str, config: Config) -> Surrogate:
-    dataset = building.load_data(config)
-    which = config.evaluation.checkpoint
-    variables = load_variables(config, dataset, pathlib.Path(folder), which)
-    return Surrogate(building.make_model(config, dataset), variables)

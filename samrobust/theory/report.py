@@ -19,6 +19,7 @@ __all__ = ["Report", "to_json", "to_markdown", "to_rich"]
 
 _Row: TypeAlias = tuple[tuple[str, ...], str]  # cells, and a style
 _Table: TypeAlias = tuple[str, tuple[str, ...], list[_Row]]  # title, header, rows
+_WORDS = ("statement", "source", "verdict", "trained")  # columns of words
 _HEADER = ("statement", "source", "verdict", "points", "deviation", "error")
 _TRAINED = (
     "trained",
@@ -87,11 +88,7 @@ def to_rich(report: Report) -> Group:
         table.title_justify, table.title_style = "left", "bold"
         table.padding = (0, 1, 0, 0)
         for number, name in enumerate(header):
-            side = (
-                "left"
-                if name in ("statement", "source", "verdict", "trained")
-                else "right"
-            )
+            side = "left" if name in _WORDS else "right"
             table.add_column(name, justify=side, overflow="fold", no_wrap=number > 2)
         for row, style in rows:
             table.add_row(*map(Text, row), style=style)
@@ -104,8 +101,7 @@ def to_markdown(report: Report) -> str:
     blocks = []
     for title, header, rows in _tables(report):
         lines = [f"**{title}**", "", _line(header)]
-        left = ("statement", "source", "verdict", "trained")
-        lines.append(_line([":---" if name in left else "---:" for name in header]))
+        lines.append(_line([":---" if name in _WORDS else "---:" for name in header]))
         blocks.append("\n".join([*lines, *(_line(row) for row, _ in rows)]))
     return "\n\n".join([*blocks, *_notes(report)]) + "\n"
 
