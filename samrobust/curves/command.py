@@ -20,8 +20,9 @@ from samrobust.curves.measure import (
     measure_run,
 )
 from samrobust.data import Dataset
-from samrobust.files import read_json, temporary_beside, write_json
+from samrobust.files import read_json, write_json
 from samrobust.provenance import provenance
+from samrobust.reporting.files import write_figure
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import StopRequest
 from samrobust.sanity import some_of
@@ -187,9 +188,4 @@ def _write(
         f"({settings.loss.replace('_', ' ')}, any iterate), "
         f"{settings.num_examples} {first.evaluation.split} images"
     )
-    figure = draw_curves(curves, title)
-    for kind in ("png", "pdf"):
-        path = workdir / f"curves.{kind}"
-        temporary = temporary_beside(path)
-        figure.savefig(temporary, format=kind, facecolor="white")
-        temporary.replace(path)
+    write_figure(draw_curves(curves, title), workdir, "curves")

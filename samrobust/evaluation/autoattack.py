@@ -19,7 +19,12 @@ from flax import linen as nn
 
 from samrobust.attacks import AutoAttack, Member, identity
 from samrobust.data import Split, take_batch
-from samrobust.evaluation.evaluate import divisible_batch_size, make_evaluator
+from samrobust.evaluation.evaluate import make_evaluator
+from samrobust.evaluation.measure import (
+    classifier,
+    divisible_batch_size,
+    jit_for_all,
+)
 from samrobust.evaluation.outcome import (
     MISCLASSIFIED,
     STANDING,
@@ -27,8 +32,7 @@ from samrobust.evaluation.outcome import (
     OutcomeFile,
     Place,
 )
-from samrobust.parallel import data_mesh, replicate, replicated, shard_batch
-from samrobust.runtime import compiler_options
+from samrobust.parallel import data_mesh, replicate, shard_batch
 from samrobust.types import Array, PyTree
 
 __all__ = ["make_autoattack_evaluator"]
@@ -151,11 +155,7 @@ def _checksum(tree: PyTree) -> str:
 def _compile(model: nn.Module, member: Member) -> Callable[..., tuple[Array, Array]]:
     """A part on a batch of the split: the images, and whether they are broken."""
 
-    @functools.partial(
-        jax.jit,
-        compiler_options=compiler_options(),
-        out_shardings=replicated(data_mesh()),  # so that every process can read it
-    )
+    @jit_for_all
     def attack_batch(
         variables: PyTree,
         images: Array,
@@ -166,10 +166,11 @@ def _compile(model: nn.Module, member: Member) -> Callable[..., tuple[Array, Arr
     ) -> tuple[Array, Array]:
         batch = take_batch(images, labels, indices, 0, len(indices))
         batch_images, batch_labels = shard_batch(batch, data_mesh())
+        classify = classifier(model, variables)
 
         def logits_fn(images: Array, *, key: Array | None = None) -> Array:
             del key  # random logits are asked for with one
-            return cast(Array, model.apply(variables, images, train=False))
+            return classify(images)
 
         attacked = member.part(logits_fn, batch_images, batch_labels, number, key=key)
         broken = jnp.argmax(logits_fn(attacked), axis=-1) != batch_labels

@@ -6,10 +6,8 @@ the survivors of the whole split into full batches again: always the same shape,
 that nothing recompiles. On a network that breaks easily most of the attack falls away.
 """
 
-import functools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import cast
 
 import jax
 import numpy as np
@@ -17,13 +15,13 @@ from flax import linen as nn
 
 from samrobust.attacks import StagedPgd, identity
 from samrobust.data import Split, evaluation_batches, take_batch
-from samrobust.evaluation.evaluate import (
-    Evaluator,
+from samrobust.evaluation.evaluate import Evaluator, make_evaluator
+from samrobust.evaluation.measure import (
+    classifier,
     divisible_batch_size,
-    make_evaluator,
+    jit_for_all,
 )
-from samrobust.parallel import data_mesh, replicate, replicated, shard_batch
-from samrobust.runtime import compiler_options
+from samrobust.parallel import data_mesh, replicate, shard_batch
 from samrobust.types import Array, PyTree
 
 __all__ = ["make_early_stop_evaluator"]
@@ -84,11 +82,6 @@ class _Pursuit:
     def __init__(self, model: nn.Module, attack: StagedPgd, name: str, size: int):
         self._attack, self._size = attack, size
         self._stream = zlib.crc32(name.encode())
-        jit = functools.partial(
-            jax.jit,
-            compiler_options=compiler_options(),
-            out_shardings=replicated(data_mesh()),
-        )
 
         def start(
             images: Array, labels: Array, indices: Array, key: Array, restart: Array
@@ -108,14 +101,12 @@ class _Pursuit:
             batch = take_batch(images, labels, indices, 0, size)
             batch_images, batch_labels = shard_batch(batch, data_mesh())
 
-            def logits_fn(images: Array) -> Array:
-                return cast(Array, model.apply(variables, images, train=False))
-
+            logits_fn = classifier(model, variables)
             return attack.advance(
                 logits_fn, current, batch_images, batch_labels, num_steps
             )
 
-        self._start, self._advance = jit(start), jit(advance)
+        self._start, self._advance = jit_for_all(start), jit_for_all(advance)
 
     def survivors(
         self,

@@ -7,7 +7,6 @@ percentages.
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,10 @@ import numpy as np
 from flax import linen as nn
 
 from samrobust.data import Split
-from samrobust.evaluation.measure import divisible_batch_size, make_measure
+from samrobust.evaluation.measure import classifier, make_measure
 from samrobust.types import Array, Attack, PyTree
 
-__all__ = ["Evaluator", "accuracies", "divisible_batch_size", "make_evaluator"]
+__all__ = ["Evaluator", "accuracies", "make_evaluator"]
 
 Evaluator = Callable[..., dict[str, np.ndarray]]
 
@@ -50,9 +49,7 @@ def make_evaluator(
     def judge(
         variables: PyTree, images: Array, labels: Array, *, key: Array
     ) -> dict[str, Array]:
-        def logits_fn(images: Array) -> Array:
-            return cast(Array, model.apply(variables, images, train=False))
-
+        logits_fn = classifier(model, variables)
         correct = {}
         for name, attack in attacks.items():
             own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))

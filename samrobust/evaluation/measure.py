@@ -5,20 +5,27 @@ last batch is padded, so that the function compiles once. What is measured is le
 the function; `samrobust.evaluation.evaluate` measures accuracy.
 """
 
-import functools
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import numpy as np
+from flax import linen as nn
 
 from samrobust.checks import check
 from samrobust.data import Split, evaluation_batches, take_batch
 from samrobust.parallel import data_mesh, replicate, replicated, shard_batch
 from samrobust.runtime import compiler_options
-from samrobust.types import Array, PyTree
+from samrobust.types import Array, LogitsFn, PyTree
 
-__all__ = ["BatchFn", "Measure", "divisible_batch_size", "make_measure"]
+__all__ = [
+    "BatchFn",
+    "Measure",
+    "classifier",
+    "divisible_batch_size",
+    "jit_for_all",
+    "make_measure",
+]
 
 Measure = Callable[..., dict[str, np.ndarray]]
 
@@ -51,11 +58,7 @@ def make_measure(batch_fn: BatchFn, *, batch_size: int) -> Measure:
     """
     mesh, batch_size = data_mesh(), divisible_batch_size(batch_size)
 
-    @functools.partial(
-        jax.jit,
-        compiler_options=compiler_options(),
-        out_shardings=replicated(mesh),  # so that every process can read it
-    )
+    @jit_for_all
     def of_batch(
         variables: PyTree, images: Array, labels: Array, indices: Array, key: Array
     ) -> dict[str, Array]:
@@ -84,6 +87,24 @@ def make_measure(batch_fn: BatchFn, *, batch_size: int) -> Measure:
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
     return measure
+
+
+def jit_for_all(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a function whose outcome every process can read."""
+    return jax.jit(
+        function,
+        compiler_options=compiler_options(),
+        out_shardings=replicated(data_mesh()),
+    )
+
+
+def classifier(model: nn.Module, variables: PyTree) -> LogitsFn:
+    """The network as it is judged: with running statistics, in its own precision."""
+
+    def logits_fn(images: Array) -> Array:
+        return cast(Array, model.apply(variables, images, train=False))
+
+    return logits_fn
 
 
 def divisible_batch_size(batch_size: int) -> int:

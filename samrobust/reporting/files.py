@@ -5,12 +5,16 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from samrobust.reporting.plot import plot
 from samrobust.reporting.render import to_csv, to_json, to_markdown
 from samrobust.reporting.table import Table
 
-__all__ = ["atomically", "write_table"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["atomically", "write_figure", "write_table"]
 
 
 def write_table(table: Table, directory: str | os.PathLike[str]) -> tuple[Path, ...]:
@@ -30,6 +34,20 @@ def write_table(table: Table, directory: str | os.PathLike[str]) -> tuple[Path, 
         atomically(paths[-1], functools.partial(Path.write_bytes, data=text))
     paths.append(directory / "table.png")
     atomically(paths[-1], functools.partial(plot, table))
+    return tuple(paths)
+
+
+def write_figure(figure: "Figure", directory: Path, name: str) -> tuple[Path, ...]:
+    """Writes a picture as PNG and PDF, each in one step; returns the paths.
+
+    The same numbers give the same files: they carry no date.
+    """
+    paths = []
+    for suffix in ("png", "pdf"):
+        paths.append(directory / f"{name}.{suffix}")
+        metadata = {"CreationDate": None} if suffix == "pdf" else None
+        save = functools.partial(figure.savefig, metadata=metadata, facecolor="white")
+        atomically(paths[-1], save)
     return tuple(paths)
 
 

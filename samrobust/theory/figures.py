@@ -1,6 +1,5 @@
 """The theory in four pictures."""
 
-import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Sequence
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from samrobust.reporting.files import atomically
+from samrobust.reporting.files import write_figure
 from samrobust.theory import closed_forms as forms
 from samrobust.theory.drawing import (
     BLACK,
@@ -64,13 +63,7 @@ def draw_all(
     }
     paths = []
     for name, picture in pictures.items():
-        figure = picture(content)
-        for suffix in ("png", "pdf"):
-            paths.append(folder / f"{name}.{suffix}")
-            # Without a date the same numbers give the same file.
-            metadata = {"CreationDate": None} if suffix == "pdf" else None
-            save = functools.partial(figure.savefig, metadata=metadata, facecolor="w")
-            atomically(paths[-1], save)
+        paths += write_figure(picture(content), folder, name)
     return tuple(paths)
 
 
