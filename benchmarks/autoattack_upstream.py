@@ -4,9 +4,10 @@
         --output=results/autoattack/upstream.jsonl RUN RUN ...
 
 Needs torch and pyautoattack (0.2.0, the authors' sources as a package). Both attack the
-same images with the same weights on the same cores, one after the other, run by run;
-who begins changes from run to run. Our time includes compilation, which is paid once
-for all runs, as the first lines show. A line of JSON for each run.
+same images with the same weights, in float32, on the same cores or GPU (with TF32 in
+convolutions, the default of both), one after the other, run by run; who begins changes
+from run to run. Our time includes compilation, which is paid once for all runs, as the
+first lines show. A line of JSON for each run.
 """
 
 import argparse
@@ -62,6 +63,7 @@ def _compare(
     config = config_of_run(run)
     if arguments.num_examples is not None:
         config.data.test_size = arguments.num_examples
+    config.model.dtype = "float32"
     config.evaluation.update(linf=(), l2=(), attack="autoattack")
     config.evaluation[arguments.norm] = (arguments.epsilon,)
     dataset = building.load_data(config)
@@ -102,6 +104,7 @@ def _compare(
         "seconds": seconds,
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
+        "torch_device": _device(),
         "provenance": provenance(),
     }
 
@@ -117,7 +120,12 @@ def _twin(config: Any, dataset: Dataset, variables: Any) -> PreActResNet:
     ).eval()
     with torch.no_grad():
         from_jax(model, jax.device_get(variables))
-    return model
+    return model.to(_device())
+
+
+def _device() -> str:
+    """PyTorch's name for where JAX computes."""
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
 def _upstream(
@@ -125,7 +133,11 @@ def _upstream(
 ) -> np.ndarray:
     logging.disable(logging.CRITICAL)
     attack = AutoAttack(
-        model, norm=_NORMS[arguments.norm], eps=arguments.epsilon / 255, seed=seed
+        model,
+        norm=_NORMS[arguments.norm],
+        eps=arguments.epsilon / 255,
+        seed=seed,
+        device=_device(),
     )
     pixels = split.images.astype(np.float32) / np.float32(255)
     images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
@@ -134,8 +146,15 @@ def _upstream(
         images, labels, batch_size=arguments.batch_size
     )
     attacked = attacked[0] if isinstance(attacked, tuple) else attacked
+    right = []
     with torch.no_grad():
-        return (model(attacked).argmax(1) == labels).numpy()
+        for batch, truth in zip(
+            attacked.split(arguments.batch_size),
+            labels.split(arguments.batch_size),
+            strict=True,
+        ):
+            right.append(model(batch.to(_device())).argmax(1).cpu() == truth)
+    return torch.cat(right).numpy()
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def evaluate_command(
         "accuracy": score.accuracy,
         **score.details,
         "evaluation": config.evaluation.to_dict(),
+        "dtype": config.model.dtype,
         "num_test": len(evaluated_split(config, dataset)),
         "seed": config.seed,
         "provenance": provenance(),
@@ -136,12 +137,14 @@ def _inputs(
 
 
 def _evaluation_config(workdir: pathlib.Path, arguments: argparse.Namespace) -> Config:
-    """The run's config with the flags written into its `evaluation` section."""
+    """The run's config with the flags written into it."""
     config = config_of_run(workdir)
     evaluation: Config = config.evaluation
     _write(evaluation, arguments, _SHARED)
     _check_flags(evaluation.attack, arguments)
     _write(evaluation, arguments, (*_OF_PGD, *_OF_AUTOATTACK))
+    if arguments.dtype is not None:
+        config.model.dtype = arguments.dtype
     if arguments.seed is not None:
         config.seed = arguments.seed
     if arguments.num_examples is not None:

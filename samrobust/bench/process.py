@@ -34,6 +34,7 @@ class Launcher:
     def __init__(self, folder: pathlib.Path, should_stop: Callable[[], bool]):
         self._folder, self._should_stop = folder, should_stop
         self._platform, self._num_devices = "", 0  # as the first worker finds them
+        self._matmul_precision: str | None = None
         self._parity: dict[str, dict[str, Any]] = {}
 
     def worker(
@@ -52,6 +53,7 @@ class Launcher:
         if not self._platform and "error" not in outcome:
             self._platform = outcome["platform"]
             self._num_devices = outcome["num_devices"]
+            self._matmul_precision = outcome["matmul_precision"]
         return outcome
 
     def _devices(self, task: Task, environment: Mapping[str, str]) -> dict[str, str]:
@@ -105,7 +107,7 @@ class Launcher:
             "repeats": options.repeats,
             "min_seconds": options.min_seconds,
             "seed": 0,
-            "float32_matmul": "highest",
+            "float32_matmul": _torch_float32(self._matmul_precision),
         }
         script = pathlib.Path(__file__).resolve().parents[2] / _SCRIPT
         command = [sys.executable, str(script), f"--spec={json.dumps(spec)}"]
@@ -150,3 +152,11 @@ class Launcher:
             if child.poll() is None:
                 child.kill()
                 child.wait()
+
+
+def _torch_float32(precision: str | None) -> str:
+    """PyTorch's name for JAX's `jax_default_matmul_precision`, so that both use TF32.
+
+    On GPUs, JAX's default is TF32; on CPUs neither framework knows another float32.
+    """
+    return "highest" if precision in ("highest", "float32") else "high"

@@ -64,9 +64,10 @@ def summarise(
       round, of a step; of a batch for evaluations), `step_seconds`, `step_iqr`,
       `images_per_second`, `tflops`, `matmul_fraction`, `copy_fraction`,
       `compile_cold`, `compile_cached`, `peak_memory`, `epoch_seconds`,
-      `pipeline_share`, `cost` and `flop_cost` relative to ST, `paper_cost`, and
-      `ratio` (of a PyTorch row's time to our own, with `ratio_low` and `ratio_high`
-      over the rounds). What does not apply is left out.
+      `pipeline_share`, `cost` and `flop_cost` relative to ST, `paper_cost`; of a
+      PyTorch row its `parity` (deviations from ours), `float32_matmul`, and `ratio` (of
+      its time to ours, with `ratio_low` and `ratio_high` over the rounds). What does
+      not apply is left out.
     """
     rows, failures = [], []
     for task in tasks:
@@ -119,6 +120,7 @@ def _row(
         if "peak_memory" in good[0]
         else max(raw["peak_memory_bytes"] for raw in good),
     }
+    row |= {k: good[0][k] for k in ("parity", "float32_matmul") if k in good[0]}
     if "compile_seconds" in good[0]:
         row["compile_cold"] = (
             good[0].get("lower_seconds", 0) + good[0]["compile_seconds"]

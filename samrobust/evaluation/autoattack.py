@@ -92,6 +92,7 @@ def make_autoattack_evaluator(
             "batch_size": batch_size,
             "key": jax.random.key_data(key).tolist(),
             "network": _checksum(variables),
+            "dtype": str(getattr(model, "dtype", None)),
             "split": _checksum((split.images, split.labels)),
             "examples": keep_examples,
         }

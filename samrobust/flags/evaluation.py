@@ -64,6 +64,11 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--checkpoint", choices=("last", "best"), help="default: the run's")
     add("--batch-size", type=int, metavar="N", help="default: the run's")
     add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="what the network computes in; default: the run's",
+    )
+    add(
         "--seed", type=int, metavar="N", help="of the random starts; default: the run's"
     )
     add(

@@ -114,6 +114,8 @@ def judge_precision(
         f"after PGD along float32 gradients ({allowance(total)} images are allowed)."
     )
     if is_more(changed, total) or is_more(gained, total):
-        text += " Evaluate it in float32: --config.model.dtype is part of the defence."
+        text += (
+            " Evaluate it with --dtype=float32: its precision is part of the defence."
+        )
         return Finding("low precision", WARNING, text, values)
     return Finding("low precision", PASSED, text, values)
