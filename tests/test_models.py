@@ -30,7 +30,13 @@ CASES = [
     for window in (1, 3, 5)
     for stride in (1, 2, 3)
     for size in ((6, 7),)
-] + [pytest.param(3, 2, (8, 8), id="even"), pytest.param(3, 2, (7, 5), id="odd")]
+] + [
+    pytest.param(3, 2, (8, 8), id="even"),
+    pytest.param(3, 2, (7, 5), id="odd"),
+    pytest.param(3, 1, (2, 2), id="smaller than the window"),
+    pytest.param(3, 2, (2, 1), id="smaller than the window, stride 2"),
+    pytest.param(5, 1, (7, 3), id="narrower than the window"),
+]
 
 
 def native(images, kernel, stride, padding):
@@ -189,6 +195,22 @@ def test_in_a_loop_on_the_cpu_training_too_has_canonical_convolutions_alone():
     labels = re.findall(r"dim_labels=(\w+->\w+)", compiled)
     assert len(labels) == 5  # two forward, one to the first layer, two to the kernels
     assert set(labels) == {"b01f_01io->b01f"}
+
+
+def test_on_the_cpu_images_smaller_than_the_window_meet_no_convolution():
+    """Nor do their gradients: XLA would compute them by a naive loop."""
+    images, kernel = conv_inputs(3, (2, 2))
+    whole, to_small = conv_inputs(3, (4, 4))
+
+    def convolutions(images, kernel, stride):
+        def energy(images):
+            return jnp.sum(jnp.sin(conv2d(images, kernel, stride, 1)))
+
+        compiled = compile_on_the_cpu(jax.grad(energy), images)
+        return compiled.count(" convolution(")
+
+    assert convolutions(images, kernel, stride=1) == 0
+    assert convolutions(whole, to_small, stride=2) == 1  # the forward one
 
 
 def test_the_kernels_of_an_attack_are_flipped_once_and_not_at_every_step():
