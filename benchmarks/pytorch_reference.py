@@ -90,7 +90,7 @@ def run(spec: Spec, arrays: Arrays) -> dict[str, Any]:
     )
     _set_float32_matmul("highest")
     deviations = parity(spec, arrays)
-    check_deviations(deviations, spec.device)
+    check_deviations(deviations)
     _set_float32_matmul(spec.float32_matmul)
     torch.manual_seed(spec.seed)
     torch.backends.cudnn.benchmark = spec.is_tuned

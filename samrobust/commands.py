@@ -19,6 +19,7 @@ from samrobust.data import DatasetUnavailableError
 from samrobust.evaluate import evaluate_command, print_accuracies
 from samrobust.experiments import PlannedRun, run, work
 from samrobust.interchange.command import export_command, import_command
+from samrobust.recheck import recheck_command
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import (
     StopRequest,
@@ -46,6 +47,7 @@ def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         "table": table_command,
         "train": _train,
         "evaluate": evaluate_command,
+        "recheck": recheck_command,
         "curves": curves_command,
         "bench": bench_command,
         "theory": theory_command,

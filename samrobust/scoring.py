@@ -1,5 +1,6 @@
 """What a network of a run is worth, by the attacks of its config."""
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +21,7 @@ from samrobust.types import Config, PyTree
 __all__ = [
     "Score",
     "ScoreObserver",
+    "Scorer",
     "evaluate_run",
     "evaluated_split",
     "evaluation_key",
@@ -100,40 +102,79 @@ def score(
     keep_examples: bool = False,
 ) -> Score:
     """Evaluates a network; the arguments are those of `evaluate_run`."""
-    redoes = "goes on" if config.evaluation.attack == "autoattack" else "redoes it"
+    return Scorer(config, dataset)(
+        *(variables, workdir, observer, should_stop),
+        key=evaluation_key(config),
+        keep_examples=keep_examples,
+    )
 
-    def on_batch(done: int, num_examples: int, doing: str = "") -> None:
-        observer.on_batch(done, num_examples, doing)
-        if should_stop() and done < num_examples:
-            message = f"Stopped during evaluation. The same command {redoes}."
-            raise InterruptedRunError(message)
 
-    split, key = evaluated_split(config, dataset), evaluation_key(config)
-    model, size = building.make_model(config, dataset), config.evaluation.batch_size
-    if config.evaluation.attack == "autoattack":
-        ensemble = building.autoattacks(config)
-        pursue = make_autoattack_evaluator(model, ensemble, batch_size=size)
-        folder = workdir / "autoattack"
-        outcome = pursue(
-            variables,
-            split,
-            key,
-            folder=folder,
-            keep_examples=keep_examples,
-            on_batch=on_batch,
+class Scorer:
+    """The evaluation of a config, compiled once for as many networks as come.
+
+    Args:
+      config: its `model` and `evaluation` count, and nothing of training.
+      dataset: that of `config.data`.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset):
+        self._split = evaluated_split(config, dataset)
+        self._of_autoattack = config.evaluation.attack == "autoattack"
+        self._evaluate: Callable[..., Any]
+        model, size = building.make_model(config, dataset), config.evaluation.batch_size
+        if self._of_autoattack:
+            ensemble = building.autoattacks(config)
+            self._evaluate = make_autoattack_evaluator(model, ensemble, batch_size=size)
+        elif config.evaluation.early_stop:
+            stages = building.staged_attacks(config)
+            self._evaluate = make_early_stop_evaluator(model, stages, batch_size=size)
+        else:
+            attacks = building.evaluation_attacks(config)
+            self._evaluate = make_evaluator(model, attacks, batch_size=size)
+
+    def __call__(
+        self,
+        variables: PyTree,
+        workdir: pathlib.Path,
+        observer: ScoreObserver,
+        should_stop: Callable[[], bool],
+        *,
+        key: jax.Array,
+        keep_examples: bool = False,
+    ) -> Score:
+        """The score of a network.
+
+        Args:
+          variables: of the network.
+          workdir: where AutoAttack keeps what became of every example.
+          observer: is told of progress.
+          should_stop: asked after every batch.
+          key: of the random numbers, see `evaluation_key`.
+          keep_examples: keep AutoAttack's adversarial images too.
+
+        Raises:
+          InterruptedRunError: as `evaluate_run`.
+        """
+        redoes = "goes on" if self._of_autoattack else "redoes it"
+
+        def on_batch(done: int, num_examples: int, doing: str = "") -> None:
+            observer.on_batch(done, num_examples, doing)
+            if should_stop() and done < num_examples:
+                message = f"Stopped during evaluation. The same command {redoes}."
+                raise InterruptedRunError(message)
+
+        evaluate = functools.partial(
+            self._evaluate, variables, self._split, key, on_batch=on_batch
         )
+        if not self._of_autoattack:
+            return Score(accuracies(evaluate()), {})
+        folder = workdir / "autoattack"
+        outcome = evaluate(folder=folder, keep_examples=keep_examples)
         details = {
-            "after_each": {column: outcome.after_each(column) for column in ensemble},
+            "after_each": {name: outcome.after_each(name) for name in outcome.stages},
             "outcome": f"{folder.name}/{outcome.path.name}" if outcome.path else None,
         }
         return Score(accuracies(outcome.correct()), {"autoattack": details})
-    if config.evaluation.early_stop:
-        stages = building.staged_attacks(config)
-        evaluate = make_early_stop_evaluator(model, stages, batch_size=size)
-    else:
-        attacks = building.evaluation_attacks(config)
-        evaluate = make_evaluator(model, attacks, batch_size=size)
-    return Score(accuracies(evaluate(variables, split, key, on_batch=on_batch)), {})
 
 
 def evaluation_key(config: Config) -> jax.Array:

@@ -6,6 +6,7 @@ A workdir holds `config.json`, `metrics.jsonl`, `checkpoints/`, `result.json`;
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from samrobust.checks import check
@@ -27,6 +28,7 @@ __all__ = [
     "append_json_line",
     "changed_fields",
     "config_of_run",
+    "finished_runs",
     "read_json",
     "settle_config",
     "write_json",
@@ -74,6 +76,40 @@ def config_of_run(workdir: pathlib.Path) -> Config:
         workdir=str(workdir),
     )
     return with_defaults(stored or {})
+
+
+def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, Config]:
+    """The configs of a table's finished runs by their directories, in its order.
+
+    Args:
+      workdir: of the table.
+      rows: only these, several in one string separated by `;`; all where empty.
+
+    Raises:
+      ValueError: if there are none, or they are judged on different images.
+    """
+    paths = [p.parent for p in sorted(workdir.glob("*/seed*/result.json"))]
+    plan = [
+        run["path"] for run in (read_json(workdir / "plan.json") or {}).get("runs", [])
+    ]
+    names = [path.relative_to(workdir).as_posix() for path in paths]
+    names.sort(key=lambda name: plan.index(name) if name in plan else len(plan))
+    wanted = [row for text in rows for row in text.split(";") if row]
+    configs = {}
+    for name in names:
+        config = config_of_run(workdir / name)
+        if not wanted or config.row in wanted:
+            configs[name] = config
+    check(
+        bool(configs),
+        "finished runs in --workdir",
+        "It is the directory of a table: `samrobust table`.",
+        workdir=str(workdir),
+        rows=wanted,
+    )
+    data = {name: (c.data.name, c.evaluation.split) for name, c in configs.items()}
+    check(len(set(data.values())) == 1, "runs on the same images", runs=data)
+    return configs
 
 
 def settle_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:

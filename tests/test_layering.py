@@ -22,7 +22,7 @@ LAYERS = [
     {"scoring"},
     {"experiments", "reporting"},
     {"bench", "interchange", "sanity", "sweep", "status", "theory"},
-    {"curves", "evaluate", "table"},
+    {"curves", "evaluate", "recheck", "table"},
     {"commands", "flags"},
     {"cli"},
 ]

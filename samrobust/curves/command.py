@@ -29,7 +29,7 @@ from samrobust.sanity import some_of
 from samrobust.scoring import evaluated_split, evaluation_key
 from samrobust.training import InterruptedRunError, load_variables
 from samrobust.types import Config
-from samrobust.workdir import config_of_run
+from samrobust.workdir import finished_runs
 
 __all__ = ["curves_command"]
 
@@ -52,7 +52,9 @@ def curves_command(
     should_stop = parallel.join(stop)
     console = Console(quiet=not parallel.is_primary())
     workdir = pathlib.Path(arguments.workdir)
-    configs = parallel.from_primary(lambda: _find(workdir, arguments.rows or ()))
+    configs = parallel.from_primary(
+        lambda: finished_runs(workdir, arguments.rows or ())
+    )
     settings = _settings(next(iter(configs.values())), arguments)
     stored = parallel.from_primary(lambda: _stored(workdir, settings))
     display = ProgressDisplay(console, float(len(configs)))
@@ -80,32 +82,6 @@ def curves_command(
     names = "curves.json, curves.png, curves.pdf"
     console.print(f"Written to {workdir}: {names}", highlight=False)
     return 0
-
-
-def _find(workdir: pathlib.Path, rows: Sequence[str]) -> dict[str, Config]:
-    """The configs of the finished runs, by their directories, in the table's order."""
-    paths = [p.parent for p in sorted(workdir.glob("*/seed*/result.json"))]
-    plan = [
-        run["path"] for run in (read_json(workdir / "plan.json") or {}).get("runs", [])
-    ]
-    names = [path.relative_to(workdir).as_posix() for path in paths]
-    names.sort(key=lambda name: plan.index(name) if name in plan else len(plan))
-    wanted = [row for text in rows for row in text.split(";") if row]
-    configs = {}
-    for name in names:
-        config = config_of_run(workdir / name)
-        if not wanted or config.row in wanted:
-            configs[name] = config
-    check(
-        bool(configs),
-        "finished runs in --workdir",
-        "It is the directory of a table: `samrobust table`.",
-        workdir=str(workdir),
-        rows=wanted,
-    )
-    data = {name: (c.data.name, c.evaluation.split) for name, c in configs.items()}
-    check(len(set(data.values())) == 1, "runs on the same images", runs=data)
-    return configs
 
 
 def _settings(config: Config, arguments: argparse.Namespace) -> Settings:

@@ -3,7 +3,7 @@
 No JAX and no Flax here: `--help` stays quick.
 """
 
-from samrobust.flags.evaluation import add_curves, add_evaluate
+from samrobust.flags.evaluation import add_curves, add_evaluate, add_recheck
 from samrobust.flags.interchange import add_export, add_import
 from samrobust.flags.measurement import add_bench, add_theory
 from samrobust.flags.training import add_status, add_table, add_train
@@ -15,6 +15,7 @@ ADDERS = (
     add_train,
     add_status,
     add_evaluate,
+    add_recheck,
     add_curves,
     add_bench,
     add_theory,

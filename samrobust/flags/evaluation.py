@@ -1,10 +1,11 @@
-"""The flags of `samrobust evaluate` and `curves`."""
+"""The flags of `samrobust evaluate`, `recheck` and `curves`."""
 
 import argparse
+from collections.abc import Callable
 
 from samrobust.flags.kinds import floats, words
 
-__all__ = ["add_curves", "add_evaluate"]
+__all__ = ["add_curves", "add_evaluate", "add_recheck"]
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
@@ -19,17 +20,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     add = evaluate.add_argument
     add("--workdir", required=True, metavar="DIR", help="of the run")
     add("--attack", choices=("pgd", "autoattack"), help="default: the run's")
-    add(
-        "--version",
-        choices=("standard", "rand", "custom"),
-        help="of AutoAttack; default: standard; rand: for random logits",
-    )
-    add(
-        "--members",
-        type=words,
-        metavar="NAMES",
-        help="with --version=custom: of apgd-ce, apgd-t, fab-t, square, apgd-dlr",
-    )
+    _add_version(add)
     add(
         "--save-examples",
         action="store_const",
@@ -90,6 +81,36 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
 
 
+def add_recheck(commands: argparse._SubParsersAction) -> None:
+    """The flags of `samrobust recheck`."""
+    recheck = commands.add_parser(
+        "recheck",
+        allow_abbrev=False,
+        help="the runs of a table under AutoAttack, beside PGD",
+        description="Attacks every finished run of a table with its PGD and with "
+        "AutoAttack, on the same images, and writes the table of both: autoattack.md, "
+        ".csv, .json and .png. Goes on where it was stopped.",
+    )
+    add = recheck.add_argument
+    add("--workdir", required=True, metavar="DIR", help="of the table")
+    add("--rows", action="append", metavar="ROW", help="only these; default: all")
+    _add_version(add)
+    for norm in ("linf", "l2"):
+        add(
+            f"--{norm}",
+            type=floats,
+            metavar="E,...",
+            help="radii in 1/255; default: the table's",
+        )
+    add(
+        "--num-examples",
+        type=int,
+        metavar="N",
+        help="test images, spread evenly; default: the table's",
+    )
+    add("--batch-size", type=int, metavar="N", help="default: the table's")
+
+
 def add_curves(commands: argparse._SubParsersAction) -> None:
     """The flags of `samrobust curves`."""
     curves = commands.add_parser(
@@ -117,4 +138,19 @@ def add_curves(commands: argparse._SubParsersAction) -> None:
         type=int,
         metavar="N",
         help="images, evenly spaced; default: 256",
+    )
+
+
+def _add_version(add: Callable[..., object]) -> None:
+    """The flags that choose AutoAttack's members."""
+    add(
+        "--version",
+        choices=("standard", "rand", "custom"),
+        help="of AutoAttack; default: standard; rand: for random logits",
+    )
+    add(
+        "--members",
+        type=words,
+        metavar="NAMES",
+        help="with --version=custom: of apgd-ce, apgd-t, fab-t, square, apgd-dlr",
     )

@@ -17,22 +17,25 @@ if TYPE_CHECKING:
 __all__ = ["atomically", "write_figure", "write_table"]
 
 
-def write_table(table: Table, directory: str | os.PathLike[str]) -> tuple[Path, ...]:
+def write_table(
+    table: Table, directory: str | os.PathLike[str], name: str = "table"
+) -> tuple[Path, ...]:
     """Writes a table in all its forms, and makes the directory if needed.
 
     Returns:
-      The paths of table.md, table.csv, table.json and table.png. **Guarantees**: a
-      reader finds each file complete, the old one or the new one, at any moment.
+      The paths of table.md, table.csv, table.json and table.png, or of files of
+      another `name`. **Guarantees**: a reader finds each file complete, the old one or
+      the new one, at any moment.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     texts = {"md": to_markdown, "csv": to_csv, "json": to_json}
     paths = []
     for suffix, render in texts.items():
-        paths.append(directory / f"table.{suffix}")
+        paths.append(directory / f"{name}.{suffix}")
         text = render(table).encode()
         atomically(paths[-1], functools.partial(Path.write_bytes, data=text))
-    paths.append(directory / "table.png")
+    paths.append(directory / f"{name}.png")
     atomically(paths[-1], functools.partial(plot, table))
     return tuple(paths)
 

@@ -1,7 +1,8 @@
 """What the names of rows and columns say: families, norms, radii, short forms.
 
 A row is `"st"`, `"sam,rho=0.2"`, `"at,norm=linf,eps=8"`; a column is `"natural"` or
-a norm and a radius in 1/255, `"linf 1/255"`.
+a norm and a radius in 1/255, `"linf 1/255"`, and where there are several attacks the
+name of one, `"linf 1/255 AA"`.
 """
 
 import re
@@ -10,7 +11,7 @@ from samrobust.checks import check
 
 __all__ = ["column_norm", "column_order", "family", "short_column", "short_label"]
 
-_COLUMN = re.compile(r"\w+ \d+(\.\d+)?/255")
+_COLUMN = re.compile(r"(\w+) (\d+(?:\.\d+)?)/255(?: (\S.*))?")
 _NORMS = ("natural", "linf", "l2")
 
 
@@ -25,15 +26,16 @@ def family(row: str) -> str:
     return " ".join([method.upper(), *norms])
 
 
-def _parse(column: str) -> tuple[str, float]:
-    """Returns the norm and the radius, in 1/255, of a column."""
+def _parse(column: str) -> tuple[str, float, str]:
+    """Returns the norm, the radius in 1/255 and the attack, if named, of a column."""
     if column == "natural":
-        return column, 0.0
+        return column, 0.0, ""
     condition = "a column named 'natural' or '<norm> <radius>/255'"
-    fix = "Name it as in 'linf 8/255'."
-    check(_COLUMN.fullmatch(column) is not None, condition, fix, column=column)
-    norm, radius = column.removesuffix("/255").split()
-    return norm, float(radius)
+    fix = "Name it as in 'linf 8/255', or 'linf 8/255 AA' with the attack."
+    match = _COLUMN.fullmatch(column)
+    check(match is not None, condition, fix, column=column)
+    assert match is not None
+    return match[1], float(match[2]), match[3] or ""
 
 
 def column_norm(column: str) -> str:
@@ -45,18 +47,18 @@ def column_norm(column: str) -> str:
     return _parse(column)[0]
 
 
-def column_order(column: str) -> tuple[int, str, float]:
-    """Returns the key that sorts columns: natural, linf, l2, others; then by radius.
+def column_order(column: str) -> tuple[int, str, float, str]:
+    """Returns the key that sorts columns: natural, linf, l2, others; radius; attack.
 
-    >>> sorted(["l2 32/255", "linf 8/255", "natural", "l2 4/255"], key=column_order)
-    ['natural', 'linf 8/255', 'l2 4/255', 'l2 32/255']
+    >>> sorted(["l2 32/255", "l2 4/255 AA", "natural", "l2 4/255"], key=column_order)
+    ['natural', 'l2 4/255', 'l2 4/255 AA', 'l2 32/255']
 
     Raises:
-      ValueError: unless the column is `natural` or `<norm> <radius>/255`.
+      ValueError: unless the column is `natural` or `<norm> <radius>/255[ <attack>]`.
     """
-    norm, radius = _parse(column)
+    norm, radius, attack = _parse(column)
     rank = _NORMS.index(norm) if norm in _NORMS else len(_NORMS)
-    return rank, norm, radius
+    return rank, norm, radius, attack
 
 
 def short_column(column: str) -> str:
@@ -65,7 +67,7 @@ def short_column(column: str) -> str:
     >>> short_column("linf 8/255")
     'linf 8'
     """
-    return column.removesuffix("/255")
+    return column.replace("/255", "")
 
 
 def short_label(label: str) -> str:

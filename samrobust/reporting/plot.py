@@ -157,8 +157,8 @@ def _panel_title(column: str) -> str:
     norm = column_norm(column)
     if norm == "natural":
         return "natural\nno attack"
-    radius = short_column(column).removeprefix(norm).strip()
-    return f"{norm_symbol(norm)} attack\nε = {radius}/255"
+    _, radius, *attack = short_column(column).split(" ", 2)
+    return f"{norm_symbol(norm)} {' '.join(attack) or 'attack'}\nε = {radius}/255"
 
 
 def _row_label(row: Row) -> str:

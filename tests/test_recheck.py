@@ -1,0 +1,105 @@
+"""The runs of a table under AutoAttack, beside PGD."""
+
+import json
+import shutil
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+
+from samrobust.experiments import run
+
+VERSION = ("--version=custom", "--members=apgd-ce")
+IMAGES = ("--num-examples=24", "--batch-size=24")
+FLAGS = ("--linf=24", "--l2=", *IMAGES, *VERSION)
+COLUMNS = ["natural", "linf 24/255", "linf 24/255 AA"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Two rows, one seed each, as `samrobust table` leaves them."""
+    folder = tmp_path_factory.mktemp("table")
+    fields = {
+        "training.epochs": 8,
+        "data.train_size": 400,
+        "training.batch_size": 20,
+        "evaluation.num_steps": 1,
+    }
+    for row in ("st", "sam,rho=0.2"):
+        config = helpers.make_config(row, fields)
+        data = helpers.load_data(config)
+        run(config, folder / row / "seed0", helpers.Silent(), dataset=data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rechecked(trained) -> Path:
+    assert helpers.main("recheck", f"--workdir={trained}", *FLAGS) == 0
+    return trained
+
+
+def accuracies(workdir: Path) -> dict[str, dict[str, float]]:
+    """Percentages by row and column."""
+    table = json.loads((workdir / "autoattack.json").read_text())
+    assert table["columns"] == COLUMNS
+    return {
+        row["name"]: {column: row["cells"][column]["mean"] for column in COLUMNS}
+        for row in table["rows"]
+    }
+
+
+def test_both_attacks_stand_side_by_side_and_the_stronger_leaves_less(rechecked):
+    found = accuracies(rechecked)
+    assert found.keys() == {"st", "sam,rho=0.2"}
+    for row in found.values():
+        natural, pgd, autoattack = (row[column] for column in COLUMNS)
+        assert autoattack <= pgd <= natural
+    assert sum(row[COLUMNS[2]] for row in found.values()) < sum(
+        row[COLUMNS[1]] for row in found.values()
+    )
+
+
+def test_the_numbers_are_those_of_evaluate(rechecked):
+    workdir = rechecked / "st" / "seed0"
+    flags = (f"--workdir={workdir}", "--norm=linf", "--epsilon=24", *IMAGES)
+    for attack, column in (
+        (("--attack=pgd",), COLUMNS[1]),
+        (("--attack=autoattack", *VERSION), COLUMNS[2]),
+    ):
+        assert helpers.main("evaluate", *flags, *attack) == 0
+        lines = (workdir / "evaluations.jsonl").read_text().splitlines()
+        accuracy = json.loads(lines[-1])["accuracy"]
+        assert accuracy["linf 24/255"] == accuracies(rechecked)["st"][column]
+
+
+def test_the_table_is_written_for_people_too(rechecked):
+    assert (rechecked / "autoattack.png").stat().st_size > 0
+    text = (rechecked / "autoattack.md").read_text()
+    assert "| method | seeds | natural | linf 24/255 | linf 24/255 AA |" in text
+    assert "AA: AutoAttack, custom (apgd-ce)" in text
+    assert "PGD-1 on the cross_entropy loss" in text
+
+
+def test_what_autoattack_found_is_not_looked_for_again(rechecked, tmp_path):
+    workdir = Path(shutil.copytree(rechecked, tmp_path / "table"))
+    before = (workdir / "autoattack.csv").read_text()
+    for path in workdir.glob("*/seed0/autoattack/*.npz"):
+        stored = dict(np.load(path))
+        np.savez(path, **stored | {"broken_at": np.maximum(stored["broken_at"], 0)})
+    assert helpers.main("recheck", f"--workdir={workdir}", *FLAGS) == 0
+    after = (workdir / "autoattack.csv").read_text()
+    assert after != before
+    assert all(row[COLUMNS[2]] == 0 for row in accuracies(workdir).values())
+
+
+def test_a_folder_without_runs_and_flags_that_attack_nothing_are_refused(
+    rechecked, tmp_path, capsys
+):
+    assert helpers.main("recheck", f"--workdir={tmp_path}") == 2
+    assert "Expected finished runs in --workdir" in capsys.readouterr().err
+    nothing = ("--linf=", "--l2=")
+    assert helpers.main("recheck", f"--workdir={rechecked}", *nothing) == 2
+    assert "Expected radii to attack at" in capsys.readouterr().err
+    assert helpers.main("recheck", f"--workdir={rechecked}", "--num-examples=0") == 2
+    assert "test_size" in capsys.readouterr().err
