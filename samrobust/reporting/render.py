@@ -18,16 +18,13 @@ def to_markdown(table: Table) -> str:
     Cells are `97.4 ±0.3 (94.6)`: mean, standard deviation, the paper's number; the
     best mean of each column is bold, and a row without a run has `-`.
     """
-    header = ["method", "seeds", *table.columns, "cost"]
-    body = [
-        [
-            row.label,
-            str(len(row.seeds)),
-            *(_markdown_cell(table, row, column) for column in table.columns),
-            "-" if row.cost is None else f"{row.cost:.1f}x",
-        ]
-        for row in table.rows
-    ]
+    with_costs = any(row.cost is not None for row in table.rows)
+    header = ["method", "seeds", *table.columns, *(["cost"] if with_costs else [])]
+    body = []
+    for row in table.rows:
+        cells = [_markdown_cell(table, row, column) for column in table.columns]
+        cost = "-" if row.cost is None else f"{row.cost:.1f}x"
+        body.append([row.label, str(len(row.seeds)), *cells, cost][: len(header)])
     blocks = [f"### {_one_line(table.title)}", _markdown_table(header, body)]
     blocks += [table.caption] if table.caption else []
     blocks += ["\n".join(f"* {note}" for note in (legend(table), *notes(table)))]

@@ -96,7 +96,7 @@ def _grid(table: Table, layout: _Layout, sign: str) -> Grid:
     grid = Grid(box=box.SIMPLE, show_edge=False, pad_edge=False)
     grid.padding = (0, layout.gap - 1, 0, 0)
     grid.add_column("method", no_wrap=True)
-    names = [short_column(c) if layout.short else c for c in table.columns]
+    names = [_header(c) if layout.short else c for c in table.columns]
     headers = [*(["n"] if len(counts) > 1 else []), *names]
     for header in [*headers, *(["cost"] if with_costs else [])]:
         grid.add_column(header, justify="right", no_wrap=True)
@@ -110,6 +110,12 @@ def _grid(table: Table, layout: _Layout, sign: str) -> Grid:
         ends = any(_group(row) != _group(after) for after in following)
         grid.add_row(*cells, end_section=ends, style="" if row.seeds else "dim")
     return grid
+
+
+def _header(column: str) -> str:
+    """A column's short name, the attack's on a line of its own."""
+    words = short_column(column).split(" ", 2)
+    return "\n".join([" ".join(words[:2]), *words[2:]])
 
 
 def _column(table: Table, column: str, layout: _Layout, sign: str) -> list[Text]:
