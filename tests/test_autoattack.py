@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from typing import Any
 
 import helpers
@@ -302,3 +303,30 @@ def test_a_run_is_evaluated_by_command(tmp_path, capsys):
     assert accuracy == pytest.approx(line["accuracy"]["linf 16/255"])
     assert helpers.cli.main([*command, "--num-steps=3"]) == 2
     assert "no --num-steps" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_on_two_devices_the_same_images_break(tmp_path):
+    workdir = tmp_path / "1"
+    config = f"--config={helpers.ROOT}/configs/digits.py:st"
+    flags = helpers.make_flags({"training.epochs": 8, "data.train_size": 400})
+    assert helpers.main("train", config, f"--workdir={workdir}", *flags) == 0
+    shutil.copytree(workdir, tmp_path / "2")
+    # Batches of 16 and 4 images, which two devices divide: the keys are the same.
+    flags = ["--attack=autoattack", "--norm=linf", "--epsilon=16", "--batch-size=16"]
+    flags += ["--version=custom", "--members=apgd-ce,fab-t", "--num-examples=40"]
+    broken_at = {}
+    for devices in ("1", "2"):
+        process = helpers.start_command(
+            *("evaluate", f"--workdir={tmp_path / devices}", *flags),
+            JAX_NUM_CPU_DEVICES=devices,
+            **helpers.QUICK_COMPILATION,
+        )
+        code, _, errors = helpers.finish_command(process)
+        assert code == 0, errors
+        (path,) = (tmp_path / devices / "autoattack").glob("*.npz")
+        with np.load(path) as outcome:
+            broken_at[devices] = outcome["broken_at"]
+    assert {-1, 0} <= set(broken_at["1"].flat)
+    # Rounding may move an image that is at the edge.
+    assert np.sum(broken_at["1"] != broken_at["2"]) <= 1
