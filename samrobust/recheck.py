@@ -96,6 +96,8 @@ def _config(config: Config, attack: str, arguments: argparse.Namespace) -> Confi
         linf=evaluation.linf,
         l2=evaluation.l2,
     )
+    if arguments.dtype is not None:
+        config.model.dtype = arguments.dtype
     if arguments.batch_size is not None:
         evaluation.batch_size = arguments.batch_size
     if arguments.num_examples is not None:
@@ -190,7 +192,7 @@ def _caption(config: Config) -> str:
     members = ", ".join(evaluation.members)
     return (
         f"{config.data.name}, {evaluation.split} images, {evaluation.checkpoint} "
-        f"checkpoint. AA: AutoAttack, {evaluation.version}"
+        f"checkpoint, {config.model.dtype}. AA: AutoAttack, {evaluation.version}"
         f"{f' ({members})' if members else ''}; the columns beside it: PGD-"
         f"{evaluation.num_steps} on the {evaluation.loss} loss, {evaluation.judge} "
         "iterate judged."

@@ -73,6 +73,19 @@ def test_the_numbers_are_those_of_evaluate(rechecked):
         assert accuracy["linf 24/255"] == accuracies(rechecked)["st"][column]
 
 
+def test_networks_compute_in_the_precision_asked_for(trained, tmp_path):
+    workdir = Path(shutil.copytree(trained, tmp_path / "table"))
+    row = ("--rows=st", "--dtype=bfloat16")
+    assert helpers.main("recheck", f"--workdir={workdir}", *FLAGS, *row) == 0
+    coarse = next((workdir / "st/seed0/autoattack").glob("*.npz"))
+    assert "bfloat16" in (workdir / "autoattack.md").read_text()
+    assert helpers.main("recheck", f"--workdir={workdir}", *FLAGS, "--rows=st") == 0
+    both = set((workdir / "st/seed0/autoattack").glob("*.npz"))
+    assert coarse in both
+    assert len(both) == 2
+    assert "float32" in (workdir / "autoattack.md").read_text()
+
+
 def test_the_table_is_written_for_people_too(rechecked):
     assert (rechecked / "autoattack.png").stat().st_size > 0
     text = (rechecked / "autoattack.md").read_text()

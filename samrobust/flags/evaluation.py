@@ -54,11 +54,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     add("--checkpoint", choices=("last", "best"), help="default: the run's")
     add("--batch-size", type=int, metavar="N", help="default: the run's")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="what the network computes in; default: the run's",
-    )
+    _add_dtype(add, "the run's")
     add(
         "--seed", type=int, metavar="N", help="of the random starts; default: the run's"
     )
@@ -109,6 +105,7 @@ def add_recheck(commands: argparse._SubParsersAction) -> None:
         help="test images, spread evenly; default: the table's",
     )
     add("--batch-size", type=int, metavar="N", help="default: the table's")
+    _add_dtype(add, "the table's")
 
 
 def add_curves(commands: argparse._SubParsersAction) -> None:
@@ -138,6 +135,14 @@ def add_curves(commands: argparse._SubParsersAction) -> None:
         type=int,
         metavar="N",
         help="images, evenly spaced; default: 256",
+    )
+
+
+def _add_dtype(add: Callable, default: str) -> None:
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help=f"what the networks compute in; default: {default}",
     )
 
 
