@@ -15,8 +15,9 @@
 # The workdir must lie in runs/, and every NAME needs a folder of the bucket to itself.
 # Worker 0 works on its own disk, where a finished checkpoint appears in one step, and
 # copies runs/ to the bucket every SAVE_SECONDS: more is not lost with a VM. A copy that
-# was cut off does no harm: samrobust tests checkpoints by their sums, and takes the one
-# before.
+# was cut off does no harm: a checkpoint's sums arrive after all else of it, and one
+# without them is left out on a new VM, which takes the one before, or starts anew if it
+# was the first. One that was damaged later is refused by samrobust as everywhere.
 set -euo pipefail
 
 # --- Edit here, or set the variables. ---
@@ -88,7 +89,7 @@ run() {
   local there=samrobust/launch/tpu_vm.sh
   # On a new VM only: on another one the disk is newer than the bucket.
   on 0 "rm -f code saved
-    [ -f restored ] || { gcloud storage rsync --recursive '$BUCKET' runs && touch restored; }"
+    [ -f restored ] || { BUCKET='$BUCKET' bash $there _restore && touch restored; }"
   on all "nohup setsid bash $there _work $(printf '%q ' "$@") > log 2>&1 < /dev/null &
     echo \$! > pid"
   on 0 "BUCKET='$BUCKET' SAVE_SECONDS=$SAVE_SECONDS \
@@ -115,14 +116,43 @@ _save() {
   cp code saved
 }
 
-# First the logs, then the checkpoints: no checkpoint arrives before its lines. The hard
-# links hold still what a run removes meanwhile. Claims are of this VM alone.
+# What makes a file count comes after the file: the sums of checkpoints after the rest of
+# them and after the logs, those of the last ones after those of the best ones, of which
+# they know, and the result after all of them. Nothing is removed before that.
 _copy() {
-  rm -rf copy && mkdir copy
-  (cd runs && find . -name .claim -prune -o -type f -print0 |
-    xargs -0 cp --link --parents --target-directory=../copy) || true
-  gcloud storage rsync --recursive --exclude='.*checkpoints/.*' copy "$BUCKET" &&
-    gcloud storage rsync --recursive --delete-unmatched-destination-objects copy "$BUCKET"
+  _snapshot
+  local later
+  for later in '.*/metadata/metadata|.*result\.json' \
+    '.*/last/.*/metadata/metadata|.*result\.json' '.*result\.json'; do
+    gcloud storage rsync --recursive --exclude="$later" copy "$BUCKET" || return
+  done
+  gcloud storage rsync --recursive --delete-unmatched-destination-objects copy "$BUCKET"
+}
+
+# runs/ as hard links in copy/, which hold still what a run removes meanwhile; again if a
+# checkpoint came or went while they were made. Claims are of this VM alone.
+_snapshot() {
+  local before=none
+  until [ "$before" = "$(_checkpoints)" ]; do
+    before=$(_checkpoints)
+    rm -rf copy && mkdir copy
+    (cd runs && find . -name .claim -prune -o -type f -print0 |
+      xargs -0 cp --link --parents --target-directory=../copy) || true
+  done
+}
+
+_checkpoints() { find runs -regex '.*/checkpoints/[a-z]*/[0-9]*' -prune -print | sort; }
+
+# On worker 0 of a new VM: fetches runs/, but for checkpoints that had not arrived whole.
+_restore() {
+  local folder
+  gcloud storage rsync --recursive "$BUCKET" runs
+  _checkpoints | while read -r folder; do
+    if [ ! -f "$folder/metadata/metadata" ]; then
+      say "left out $folder: its copy was cut off"
+      rm -rf "$folder"
+    fi
+  done
 }
 
 # new, installed, running, lost (with a restart of the VM), or the command's exit code.
@@ -171,7 +201,7 @@ collect() { mkdir -p runs && gcloud storage rsync --recursive "$BUCKET" runs; }
 
 command=${1:-}
 case $command in
-  up | create | install | run | status | collect | delete | _work | _save) ;;
+  up | create | install | run | status | collect | delete | _restore | _work | _save) ;;
   *) refuse "Expected up, create, install, run, status, collect or delete, got '$command'." ;;
 esac
 case $command in up | create | run | collect)

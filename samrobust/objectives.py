@@ -1,7 +1,7 @@
 """Losses per example, for training (their mean is minimised) and attacks (maximised).
 
 Logits are [B, K], labels are int [B]; every loss is computed and returned in float32,
-shape [B], whatever the dtype of the logits.
+shape [B], whatever the dtype of the logits, but in float64 where they are float64.
 """
 
 import jax
@@ -29,9 +29,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     >>> cross_entropy(jnp.zeros([1, 4]), jnp.array([2])).round(4)
     Array([1.3863], dtype=float32)
     """
-    return optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), labels
-    )
+    return optax.softmax_cross_entropy_with_integer_labels(_precise(logits), labels)
 
 
 def margin(logits: Array, labels: Array) -> Array:
@@ -53,7 +51,7 @@ def margin(logits: Array, labels: Array) -> Array:
     >>> margin(jnp.array([[1.0, 3.0, 2.0]]), jnp.array([0]))
     Array([2.], dtype=float32)
     """
-    logits = logits.astype(jnp.float32)
+    logits = _precise(logits)
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     others = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
     return others - _logit_of(logits, labels)
@@ -88,7 +86,7 @@ def dlr(logits: Array, labels: Array) -> Array:
     Array([-0.5], dtype=float32)
     """
     _check_classes(logits, 3, "the DLR loss", "`margin` needs 2.")
-    top = _largest(logits.astype(jnp.float32), 3)
+    top = _largest(_precise(logits), 3)
     return margin(logits, labels) / (top[0] - top[2] + _DLR_FLOOR)
 
 
@@ -118,10 +116,15 @@ def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
     Array([-0.6667], dtype=float32)
     """
     _check_classes(logits, 4, "the targeted DLR loss", "`dlr` needs 3, `margin` 2.")
-    logits = logits.astype(jnp.float32)
+    logits = _precise(logits)
     top = _largest(logits, 4)
     rise = _logit_of(logits, targets) - _logit_of(logits, labels)
     return rise / (top[0] - 0.5 * (top[2] + top[3]) + _DLR_FLOOR)
+
+
+def _precise(logits: Array) -> Array:
+    """The logits in float32, or in float64 if they are."""
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def _check_classes(logits: Array, least: int, what: str, instead: str) -> None:

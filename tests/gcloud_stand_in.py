@@ -9,6 +9,8 @@ keeps all of that:
     vm/0, vm/1      the homes of the two workers
     state           of the VM; no file, no VM
     refuse_create   how many creations fail from now on, for want of capacity
+    hang_at         what a copy to the bucket does not get beyond: a pattern of names,
+                    such as `bucket/sam/a/count`; `hanging` is there once it waits
 """
 
 import contextlib
@@ -195,6 +197,7 @@ def _rsync(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int
     }
     for name in sorted(names):
         copy = target / name
+        _hang(folder, copy)
         copy.parent.mkdir(parents=True, exist_ok=True)
         on_its_way = folder / f"copy-{os.getpid()}"
         shutil.copyfile(source / name, on_its_way)
@@ -204,6 +207,16 @@ def _rsync(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int
             if path.is_file() and str(path.relative_to(target)) not in names:
                 path.unlink()
     return 0
+
+
+def _hang(folder: pathlib.Path, copy: pathlib.Path) -> None:
+    """Waits before an object that is to be the last one, until the VM is gone."""
+    pattern = folder / "hang_at"
+    while pattern.exists() and copy.is_relative_to(folder / "bucket"):
+        if not re.fullmatch(pattern.read_text(), str(copy.relative_to(folder))):
+            return
+        (folder / "hanging").touch()
+        time.sleep(0.02)
 
 
 def _fail(message: str) -> int:

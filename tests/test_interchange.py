@@ -5,6 +5,7 @@ import json
 import sys
 
 import helpers
+import jax
 import numpy as np
 import pytest
 import safetensors
@@ -119,6 +120,32 @@ def test_an_imported_network_is_evaluated_as_the_run_it_came_from(
     assert accuracy[0] == accuracy[1]
     assert accuracy[0].keys() == {"natural", "linf 8/255"}
     assert "Next: samrobust evaluate" in capsys.readouterr().out
+
+
+def test_training_goes_on_from_an_imported_network_where_all_fields_are_its(
+    run, exported, tmp_path, capsys
+):
+    workdir, sizes = tmp_path / "imported", {"data.train_size": 64, "data.test_size": 8}
+    slow = {**sizes, "training.epochs": 1, "training.learning_rate": 1e-9}
+    assert bring(exported, workdir, *helpers.make_flags(slow)) == 0
+    flags = helpers.make_flags({**slow, "model.width": 4, "model.blocks": (1, 2)})
+    train = ("train", f"--workdir={workdir}", DIGITS, *flags)
+    config = json.loads((workdir / "config.json").read_text())
+    assert helpers.main(*train) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "label was 'Imported ST', is 'ST'; model.mean was [0.3], is None" in message
+    assert json.loads((workdir / "config.json").read_text()) == config
+    assert not (workdir / "failure.json").exists()
+    told = [f"--config.model.{n}={tuple(config['model'][n])}" for n in ("mean", "std")]
+    with helpers.quick_compilation():
+        assert helpers.main(*train, "--config.label=Imported ST", *told) == 0
+    config = configuration.with_defaults(config)
+    dataset = helpers.load_data(config)
+    trained = load_variables(config, dataset, workdir, "last")["params"]
+    for new, old in zip(
+        jax.tree.leaves(trained), jax.tree.leaves(run[1]["params"]), strict=True
+    ):
+        np.testing.assert_allclose(new, old, atol=1e-6)
 
 
 def test_mean_and_std_are_the_data_sets_where_the_file_has_none(

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,10 @@ from pathlib import Path
 import gcloud_stand_in
 import helpers
 import launch_runs
+import numpy as np
 import pytest
+
+from samrobust.training.checkpoint import Checkpoints
 
 SCRIPT = helpers.ROOT / "launch" / "tpu_vm.sh"
 # What a virtual environment on the VM holds: a pip that notes its arguments, and the
@@ -205,14 +209,60 @@ def test_up_asks_again_where_there_is_no_capacity(finished):
     assert len(finished.calls("tpu-vm", "create")) == 3
 
 
-def test_logs_go_first_and_what_a_run_removes_leaves_the_bucket_too(finished):
+def test_what_makes_a_file_count_is_copied_after_it_and_removals_come_last(finished):
     copies = [call for call in finished.calls("rsync") if call[-1] == BUCKET]
-    flags = [{word.partition("=")[0] for word in call} for call in copies]
-    assert flags
-    for logs, everything in zip(flags[::2], flags[1::2], strict=True):
-        assert "--exclude" in logs
-        assert "--delete-unmatched-destination-objects" not in logs
-        assert "--delete-unmatched-destination-objects" in everything
+    flags = [
+        dict(word.partition("=")[::2] for word in call if word.startswith("--"))
+        for call in copies
+    ]
+    kinds = {
+        "log": "a/metrics.jsonl",
+        "weights": "a/checkpoints/last/7/state/d/0",
+        "sums of the best": "a/checkpoints/best/7/metadata/metadata",
+        "sums of the last": "a/checkpoints/last/7/metadata/metadata",
+        "result": "a/result.json",
+    }
+    assert len(flags) >= 4
+    rounds = [flags[i : i + 4] for i in range(0, len(flags) - len(flags) % 4, 4)]
+    for parts in rounds:
+        arrived = [
+            [
+                kind
+                for kind, name in kinds.items()
+                if not re.match(part.get("--exclude", "(?!)"), name)
+            ]
+            for part in parts
+        ]
+        assert arrived == [list(kinds)[:end] for end in (2, 3, 4, 5)]
+        removes = ["--delete-unmatched-destination-objects" in part for part in parts]
+        assert removes == [False, False, False, True]
+
+
+def test_the_sums_are_where_the_script_looks_for_them(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, {"w": np.arange(3.0, dtype=np.float32)}, wait=True)
+    manifest = json.loads((tmp_path / "7" / "metadata" / "metadata").read_text())
+    assert manifest.keys() == {"step", "leaves", "metadata", "crc32"}
+
+
+def test_checkpoints_without_their_sums_are_left_out_on_a_new_vm(cloud):
+    names = ["last/5/state/d", "last/4/state/d", "last/4/metadata/metadata", "best/5/x"]
+    for name in names:
+        path = cloud.folder / "bucket" / "sam" / "a" / "checkpoints" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    assert cloud.call("create")[0] == 0
+    assert cloud.call("install")[0] == 0
+    code, _, errors = cloud.call("run", *RUN)
+    assert code == 0
+    left_out = [line for line in errors.splitlines() if "left out" in line]
+    assert left_out == [
+        f"tpu_vm.sh: left out runs/a/checkpoints/{name}: its copy was cut off"
+        for name in ("best/5", "last/5")
+    ]
+    folder = cloud.folder / "vm" / "0" / "runs" / "a" / "checkpoints"
+    assert sorted(path.name for path in folder.glob("*/*")) == ["4"]
+    assert (folder / "last" / "4" / "state" / "d").read_text() == "last/4/state/d"
 
 
 def test_up_goes_on_after_the_vm_was_preempted(cloud):
@@ -302,21 +352,78 @@ def test_what_cannot_work_is_refused_before_any_call(
     assert not (cloud.folder / "calls.jsonl").exists()
 
 
-@pytest.mark.slow
-def test_a_real_run_whose_vm_was_preempted_ends_bit_identical(cloud):
+def start_real_run(cloud):
+    """`up` with the real command, which takes half a minute."""
     programs = cloud.folder / "bin"
     (programs / "command").unlink()
     (programs / "command").symlink_to(programs / "samrobust")
     address = f"127.0.0.1:{launch_runs.free_port()}"
     environment = {**launch_runs.environment(), "SAMROBUST_TEST_ADDRESS": address}
-    process = cloud.start("up", *launch_runs.train("runs/at"), **environment)
-    launch_runs.wait_for_checkpoint(cloud.folder / "bucket" / "sam" / "at")
-    assert not (cloud.folder / "bucket" / "sam" / "at" / "result.json").exists()
+    return cloud.start("up", *launch_runs.train("runs/at"), **environment)
+
+
+def sums_in_the_bucket(cloud):
+    """Of the last checkpoints, which count by them."""
+    folder = cloud.folder / "bucket" / "sam" / "at" / "checkpoints" / "last"
+    return list(folder.glob("*/metadata/metadata"))
+
+
+def hang_at(cloud, pattern):
+    """No copy gets beyond such an object; gives what lets all of them pass again."""
+    (cloud.folder / "hang_at").write_text(pattern)
+    return (cloud.folder / "hang_at").unlink
+
+
+@pytest.mark.slow
+def test_a_real_run_whose_vm_was_preempted_ends_bit_identical(cloud):
+    release = hang_at(cloud, r".*/result\.json")  # it cannot end before
+    process = start_real_run(cloud)
+    cloud.wait(lambda: sums_in_the_bucket(cloud), seconds=90)
     gcloud_stand_in.preempt(cloud.folder)
+    release()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert len(cloud.calls("tpu-vm", "create")) == 2
     launch_runs.assert_same_run(cloud.folder / "here" / "runs" / "at")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "pattern", [r".*/last/\d+/state/manifest\.ocdbt", r".*/last/\d+/metadata/metadata"]
+)
+def test_a_real_run_whose_first_copy_was_cut_off_starts_anew(cloud, pattern):
+    """Half-way through the checkpoint, and just before what makes it count."""
+    release = hang_at(cloud, pattern)
+    process = start_real_run(cloud)
+    cloud.wait(lambda: (cloud.folder / "hanging").exists(), seconds=90)
+    gcloud_stand_in.preempt(cloud.folder)
+    bucket = cloud.folder / "bucket" / "sam" / "at"
+    assert helpers.checkpoint_steps(bucket)
+    assert not sums_in_the_bucket(cloud)
+    release()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "its copy was cut off" in errors
+    assert len(cloud.calls("tpu-vm", "create")) == 2
+    launch_runs.assert_same_run(cloud.folder / "here" / "runs" / "at")
+
+
+@pytest.mark.slow
+def test_a_real_run_whose_only_checkpoint_is_damaged_is_refused(cloud):
+    """It had arrived whole, so this is no copy that was cut off."""
+    release = hang_at(cloud, r".*/result\.json")
+    process = start_real_run(cloud)
+    cloud.wait(lambda: sums_in_the_bucket(cloud), seconds=90)
+    gcloud_stand_in.preempt(cloud.folder)
+    release()
+    for sums in sums_in_the_bucket(cloud):
+        for path in (sums.parents[1] / "state").rglob("d/*"):
+            path.write_bytes(path.read_bytes()[:-1])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert "its copy was cut off" not in errors
+    failure = json.loads(cloud.read("here/runs/at/failure.json"))
+    assert "got only damaged ones" in json.dumps(failure)
 
 
 def test_every_shell_script_passes_shellcheck():

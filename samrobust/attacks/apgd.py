@@ -59,11 +59,11 @@ def apgd(
       compiles at every call. It ends when all examples of the batch are misclassified.
 
       **Guarantees.** Shape and dtype of the images are kept. The result lies in the
-      box, and in the ball up to a few units in the last place of float32. Radius 0
-      returns the images unchanged, and so do images that are misclassified as they
-      are. Of an example the first misclassified iterate is handed in, starts included,
-      or the one of highest loss where there is none, so that more steps and restarts
-      never raise the accuracy. Up to rounding, and where the logits are not random,
+      box, and in the ball up to a few units in the last place. Radius 0 returns the
+      images unchanged, and so do images that are misclassified as they are. Of an
+      example the first misclassified iterate is handed in, starts included, or the one
+      of highest loss where there is none, so that more steps and restarts never raise
+      the accuracy. Up to rounding, and where the logits are not random,
       its steps do not depend on the batch it is in, its starts only through the shape.
       No gradient flows through the result.
 

@@ -79,7 +79,7 @@ class Ascent(NamedTuple):
 
     def start(self, key: Array) -> Array:
         """Random images at the surface of the ball, then clipped to the box."""
-        noise = self.ball.sample(key, self.images.shape)
+        noise = self.ball.sample(key, self.images.shape).astype(self.images.dtype)
         length = self.ball.norm(noise)
         scale = self.ball.radius / jnp.where(length > 0, length, 1.0)
         return jnp.clip(self.images + noise * spread(scale, noise), *self.box)
@@ -159,7 +159,7 @@ class Ascent(NamedTuple):
             gradient, (losses, scores) = gradient_of(current, own_key)
             return carry[0] + gradient, losses, scores
 
-        none = jnp.zeros(current.shape[0], jnp.float32)
+        none = jnp.zeros(current.shape[0], current.dtype)
         nothing = (jnp.zeros_like(current), none, none)
         gradient, losses, scores = jax.lax.fori_loop(0, self.eot, draw, nothing)
         return gradient / self.eot, losses, scores
@@ -169,7 +169,7 @@ class Ascent(NamedTuple):
     ) -> tuple[Array, tuple[Array, Array]]:
         """The sum of the losses; the losses [B] and the scores [B]."""
         logits = self.logits(current, key)
-        losses = self.loss(logits, self.labels).astype(jnp.float32)
+        losses = self.loss(logits, self.labels).astype(current.dtype)
         wrong = jnp.argmax(logits, axis=-1) != self.labels
         known = jnp.where(jnp.isnan(losses), -jnp.inf, losses)
         return jnp.sum(losses), (losses, jnp.where(wrong, jnp.inf, known))

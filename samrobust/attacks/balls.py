@@ -21,7 +21,8 @@ class Ball(NamedTuple):
 
     Attributes:
       project: perturbations [B, ...] to the nearest ones in the ball.
-      sample: `sample(key, shape)` draws perturbations in the ball; key is consumed.
+      sample: `sample(key, shape)` draws perturbations in the ball, up to the rounding
+        of float32, in which they are; key is consumed.
       steepest_ascent: gradients [B, ...] to the directions of unit norm that increase
         the loss fastest; a gradient of zero or NaN gives a zero direction.
       norm: perturbations [B, ...] to their norms [B].

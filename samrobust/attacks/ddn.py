@@ -144,8 +144,8 @@ def _direction(gradient: Array, key: Array) -> Array:
     zero = _SPHERE.norm(unit) == 0
 
     def with_noise() -> Array:
-        noise = jax.random.normal(key, gradient.shape, gradient.dtype)
-        noise = _SPHERE.steepest_ascent(noise)
+        noise = jax.random.normal(key, gradient.shape, jnp.float32)
+        noise = _SPHERE.steepest_ascent(noise.astype(gradient.dtype))
         return jnp.where(spread(zero, gradient), noise, unit)
 
     return jax.lax.cond(jnp.any(zero), with_noise, lambda: unit)

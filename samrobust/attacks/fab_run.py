@@ -80,6 +80,7 @@ class Problem(NamedTuple):
             return self.images
         ball = self.settings.ball
         noise = ball.sample(jax.random.fold_in(key, index), self.images.shape)
+        noise = noise.astype(self.images.dtype)
         length = spread(ball.norm(noise), noise)
         noise = noise / jnp.where(length > 0, length, 1.0) * (0.5 * ball.radius)
         start = jnp.clip(self.images + noise, *self.settings.box)

@@ -1,7 +1,8 @@
 """The moves of the Square attack: its random starts and changes, in either ball.
 
 What a query draws (`draw`) is apart from what it does with that (`move`), so that the
-same numbers can be given to another implementation. Windows of all sizes are masks of
+same numbers can be given to another implementation. They are drawn in float32, the same
+ones for images in float64. Windows of all sizes are masks of
 the images' shape. Images are [B, H, W, C].
 
 Reference: Andriushchenko et al. (2020), arXiv 1912.00049, Algorithms 2 and 3.
@@ -39,7 +40,7 @@ class LinfMoves(NamedTuple):
         """The random numbers of a query, for all examples the same."""
         channels = self.images.shape[-1]
         size = jnp.asarray(self.sizes)[query]
-        numbers = jax.random.uniform(key, (2 + channels,), self.images.dtype)
+        numbers = jax.random.uniform(key, (2 + channels,), jnp.float32)
         return {
             "size": size,
             "corner": _corner(numbers[:2], size, self.images.shape),
@@ -70,7 +71,7 @@ class L2Moves(NamedTuple):
         before = max((height - 5 * side) // 2, 0)
         grid = (height // side, width // side)
         flip_key, sign_key = jax.random.split(key)
-        flipped = jax.random.bernoulli(flip_key, shape=(*grid, 1, 1))
+        flipped = _coins(flip_key, (*grid, 1, 1))
         upright = jnp.asarray(pulse(side), self.images.dtype)[None, None]
         tiles = jnp.where(flipped, upright.mT, upright).transpose(0, 2, 1, 3)
         signs = _signs(
@@ -87,7 +88,7 @@ class L2Moves(NamedTuple):
         batch, _, _, channels = self.images.shape
         place_key, sign_key = jax.random.split(key)
         size = jnp.asarray(self.sizes)[query]
-        numbers = jax.random.uniform(place_key, (5,), self.images.dtype)
+        numbers = jax.random.uniform(place_key, (5,), jnp.float32)
         table, which = pulses(self.sizes)
         upright = jnp.asarray(table, self.images.dtype)[jnp.asarray(which)[query]]
         return {
@@ -129,7 +130,12 @@ class L2Moves(NamedTuple):
 
 
 def _signs(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    return jnp.where(jax.random.bernoulli(key, shape=shape), 1.0, -1.0).astype(dtype)
+    return jnp.where(_coins(key, shape), 1.0, -1.0).astype(dtype)
+
+
+def _coins(key: Array, shape: tuple[int, ...]) -> Array:
+    """Drawn in float32, so that they are the same whatever the images' dtype."""
+    return jax.random.bernoulli(key, jnp.float32(0.5), shape)
 
 
 def _corner(uniform: Array, size: Array, shape: tuple[int, ...]) -> Array:

@@ -40,7 +40,7 @@ def noise(
       box, float32 (or float64), and labels int [B]; wrap it in `jax.jit`.
 
       **Guarantees.** Shape and dtype are kept. The result lies in the box, and in the
-      ball up to a few units in the last place of float32. Handed in is the first
+      ball up to a few units in the last place. Handed in is the first
       misclassified draw and, where there is none, that of the highest cross entropy.
       Images that are misclassified already are unchanged, and all images if the radius
       is 0. More draws with the same key break every example that fewer do. Draws end
@@ -76,10 +76,9 @@ def noise(
             return jnp.where(jnp.argmax(logits, axis=-1) != labels, jnp.inf, loss)
 
         def draw(index: Array) -> Array:
-            values = jax.random.normal(
-                jax.random.fold_in(key, index), images.shape, images.dtype
-            )
-            delta = ball.radius * ball.steepest_ascent(values)
+            own_key = jax.random.fold_in(key, index)
+            values = jax.random.normal(own_key, images.shape, jnp.float32)
+            delta = ball.radius * ball.steepest_ascent(values.astype(images.dtype))
             return jnp.clip(images + delta, *box)
 
         def goes_on(carry: tuple[Array, Array, Array]) -> Array:

@@ -71,10 +71,10 @@ def pgd(
       what is around it: outside it compiles at every call.
 
       **Guarantees.** Shape and dtype of the images are kept. The result lies in the
-      box, and in the ball up to a few units in the last place of float32. Radius 0
-      returns the images unchanged. With several restarts each example gets its own
-      worst case: a misclassified one wherever a run found one, so that more restarts
-      never raise the accuracy. No gradient flows through the result.
+      box, and in the ball up to a few units in the last place. Radius 0 returns the
+      images unchanged. With several restarts each example gets its own worst case:
+      a misclassified one wherever a run found one, so that more restarts never raise
+      the accuracy. No gradient flows through the result.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of

@@ -60,7 +60,7 @@ def square(
       the box, float32 (or float64), and labels int [B]. Wrap it in `jax.jit`.
 
       **Guarantees.** Shape and dtype of the images are kept. The result lies in the
-      box, and in the ball up to the rounding of a norm in float32. Radius 0 and
+      box, and in the ball up to the rounding of a norm. Radius 0 and
       misclassified images return unchanged. An example handed in is misclassified
       wherever a query found one, else it is the one of highest loss seen, the image
       itself included. An example's outcome depends on its batch through its random

@@ -6,7 +6,6 @@ blocks) stands in the header of a safetensors file, and in a JSON file beside on
 PyTorch, which keeps the SHA-256 of the weights it belongs to.
 """
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -21,6 +20,7 @@ import safetensors.numpy
 
 from samrobust.checks import check
 from samrobust.files import read_json, write_bytes, write_json
+from samrobust.interchange.wrapping import Weights, unwrapped
 
 __all__ = [
     "SUFFIXES",
@@ -34,21 +34,8 @@ __all__ = [
 
 SUFFIXES = {"safetensors": (".safetensors",), "pytorch": (".pth", ".pt")}
 _FIELDS = ("mean", "std", "num_classes", "width", "blocks")
-_ENTRIES = ("state_dict", "net", "model")  # of a checkpoint that holds more
+_ENTRIES = ("state_dict", "model_state_dict", "net", "model")  # of a checkpoint
 _PREFIX = "module."  # of `torch.nn.DataParallel`
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """The content of a file.
-
-    Attributes:
-      tensors: arrays by PyTorch's names.
-      metadata: some of `mean`, `std`, `num_classes`, `width` and `blocks`.
-    """
-
-    tensors: dict[str, np.ndarray]
-    metadata: dict[str, Any]
 
 
 def import_torch(purpose: str) -> Any:
@@ -101,17 +88,21 @@ def read_weights(path: pathlib.Path) -> Weights:
 
     **Guarantees**: nothing in the file is run, and of a pickle nothing but tensors and
     plain containers is made. A prefix `module.` is dropped; of a checkpoint that holds
-    more, the entry `state_dict`, `net` or `model` is taken.
+    more, the entry `state_dict`, `model_state_dict`, `net` or `model` is taken. Where
+    the network stands behind a normalisation, as in a bundle for RobustBench, that is
+    taken off and becomes `mean` and `std` of the metadata.
 
     Raises:
       ValueError: if there is no such file, it is damaged, holds anything but tensors,
-        or PyTorch is needed and not installed; or if the JSON file beside it belongs to
-        another one.
+        or PyTorch is needed and not installed; if the JSON file beside it belongs to
+        another one; or if the file normalises otherwise than its metadata says.
     """
     check(path.is_file(), "an existing file of weights", path=str(path))
     if path.suffix in SUFFIXES["safetensors"]:
-        return _read_safetensors(path)
-    return Weights(_read_pytorch(path), _metadata_beside(path))
+        weights = _read_safetensors(path)
+    else:
+        weights = Weights(_read_pytorch(path), _metadata_beside(path))
+    return unwrapped(weights)
 
 
 def _read_safetensors(path: pathlib.Path) -> Weights:

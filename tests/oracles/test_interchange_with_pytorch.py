@@ -24,6 +24,7 @@ from samrobust.models import PreActResNet
 from samrobust.training import load_variables, save_variables
 
 torch = pytest.importorskip("torch")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 reference = pytest.importorskip("torch_reference_network")
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -129,13 +130,90 @@ def test_the_counters_of_batches_are_int64_scalars():
     assert all(tensors[n].dtype == np.int64 for n in counters)
 
 
-@pytest.mark.parametrize("entry", ["state_dict", "net", "model"])
+@pytest.mark.parametrize("entry", ["state_dict", "model_state_dict", "net", "model"])
 def test_a_checkpoint_of_a_parallel_run_is_understood(entry, tmp_path):
     network = make_theirs(NETWORKS["uneven"])
     state = {f"module.{n}": t for n, t in network.state_dict().items()}
     path = tmp_path / "checkpoint.pth.tar"
     torch.save({"epoch": 3, entry: state, "acc": 0.5}, path)
     assert read_weights(path).tensors.keys() == network.state_dict().keys()
+
+
+class Normalised(torch.nn.Module):
+    """As robust networks are often saved: pixels are normalised before the network."""
+
+    def __init__(self, network):
+        super().__init__()
+        for name, values in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, torch.tensor(values)[None, :, None, None])
+        self.network = network
+
+    def forward(self, images):
+        return self.network((images - self.mean) / self.std)
+
+
+def wrap(state, network_prefix, mean, std):
+    """A state dict as of `Normalised`, by other names."""
+    named = {f"{network_prefix}{n}": t for n, t in state.items()}
+    values = {mean: torch.tensor(MEAN), std: torch.tensor(STD).view(3, 1, 1)}
+    return values | named
+
+
+WRAPPINGS = {
+    "buffers beside": ("network.", "mean", "std"),
+    "a layer beside": ("model.", "normalize.mean", "normalize.std"),
+    "a sequence": ("1.", "0.mu", "0.sigma"),
+    "in parallel": ("module.model.", "module.normalize.mean", "module.normalize.std"),
+    "buffers of the network": ("", "mu", "std"),
+}
+
+
+@pytest.mark.parametrize("names", WRAPPINGS.values(), ids=WRAPPINGS)
+@pytest.mark.parametrize("entry", [None, "state_dict"])
+def test_a_normalisation_before_the_network_becomes_its_mean_and_std(
+    names, entry, tmp_path
+):
+    network = make_theirs(NETWORKS["uneven"])
+    state = wrap(network.state_dict(), *names)
+    path = tmp_path / "weights.pth"
+    torch.save({entry: state, "epoch": 3} if entry else state, path)
+    weights = read_weights(path)
+    assert weights.tensors.keys() == network.state_dict().keys()
+    assert weights.metadata.keys() == {"mean", "std"}
+    mean, std = weights.metadata["mean"], weights.metadata["std"]
+    helpers.assert_same_bits(
+        np.asarray([mean, std], np.float32), np.asarray([MEAN, STD], np.float32)
+    )
+    assert type(mean[0]) is float
+
+
+def test_the_tensors_of_a_normalised_network_have_the_wrapped_names():
+    """So that the wrappings above are not of our invention alone."""
+    network = make_theirs(NETWORKS["uneven"])
+    theirs = Normalised(network).state_dict().keys()
+    ours = wrap(network.state_dict(), *WRAPPINGS["buffers beside"]).keys()
+    assert set(theirs) == set(ours)
+
+
+@pytest.mark.parametrize("extra", ["mean", "normalize.std", "input.mu"])
+def test_half_a_normalisation_is_left_to_be_refused(extra, tmp_path):
+    state = make_theirs(NETWORKS["uneven"]).state_dict()
+    path = tmp_path / "weights.pth"
+    torch.save({**state, extra: torch.tensor(MEAN)}, path)
+    weights = read_weights(path)
+    assert (set(weights.tensors) - set(state), weights.metadata) == ({extra}, {})
+    model = PreActResNet(mean=MEAN, std=STD, **NETWORKS["uneven"])
+    with pytest.raises(ValueError, match="a superfluous " + extra):
+        from_tensors(weights.tensors, model, 3)
+
+
+def test_a_normalisation_that_the_metadata_deny_is_refused(tmp_path):
+    state = wrap(make_theirs(NETWORKS["uneven"]).state_dict(), "1.", "0.mean", "0.std")
+    path = tmp_path / "weights.pth"
+    told = {"mean": list(MEAN), "std": [0.25, 0.24, 0.2]}
+    write_pytorch(path, Weights({n: t.numpy() for n, t in state.items()}, told))
+    with pytest.raises(ValueError, match=r"Expected std=\[0\.25, .* as in the tensors"):
+        read_weights(path)
 
 
 class Malicious:
@@ -240,6 +318,67 @@ def test_a_run_goes_to_a_pytorch_file_and_comes_back_to_the_bit(workdir, tmp_pat
     model_again, variables_again, _ = read_run(again)
     helpers.assert_same_bits(variables_again, variables)
     assert model_again == model
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_whole_preactresnet_18_goes_here_and_back_by_command(tmp_path):
+    """As others save it: 11 million weights, in parallel, behind a normalisation."""
+    torch.manual_seed(0)
+    network = reference.ReferenceNetwork(in_channels=1)
+    rng = np.random.default_rng(0)
+    normalised = [rng.normal(size=(16, 1, 8, 8)).astype(np.float32) for _ in range(3)]
+    for batch in normalised:
+        network(torch.from_numpy(batch))
+    mean, std = 0.3, 0.4
+    state = {f"module.model.{n}": t for n, t in network.eval().state_dict().items()}
+    state["module.normalize.mean"] = torch.full([1, 1, 1], mean)
+    state["module.normalize.std"] = torch.full([1, 1, 1], std)
+    path, workdir = tmp_path / "theirs.pth", tmp_path / "run"
+    torch.save({"state_dict": state, "epoch": 3}, path)
+    arguments = (
+        f"--input={path}",
+        f"--workdir={workdir}",
+        "--config=configs/digits.py",
+    )
+    assert helpers.main("import", *arguments) == 0
+
+    model, variables, dataset = read_run(workdir)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) > 11e6
+    images = dataset.test.images[:4].astype(np.float32) / 255
+    pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    with torch.no_grad():
+        logits = network((pixels - mean) / std).numpy()
+    assert np.ptp(logits) > 0.1
+    np.testing.assert_allclose(logits_of(model, variables, images), logits, atol=1e-5)
+
+    outputs = {"pytorch": "a.pth", "safetensors": "a.safetensors", "robustbench": "b"}
+    for kind, name in outputs.items():
+        assert export(workdir, kind, tmp_path / name) == 0
+    theirs = network.state_dict()
+    for found in (
+        torch.load(tmp_path / "a.pth", weights_only=True),
+        safetensors_torch.load_file(tmp_path / "a.safetensors"),
+    ):
+        assert found.keys() == theirs.keys()
+        for name, tensor in found.items():
+            counts = name.endswith("num_batches_tracked")
+            assert torch.equal(tensor, torch.tensor(0) if counts else theirs[name])
+    with torch.no_grad():
+        bundled = load_bundle(tmp_path / "b")(pixels).numpy()
+    np.testing.assert_allclose(bundled, logits, atol=1e-5)
+
+
+def test_a_bundle_is_imported_to_the_same_bits(workdir, tmp_path):
+    assert export(workdir, "robustbench", tmp_path / "bundle") == 0
+    path, again = tmp_path / "bundle" / "model.pt", tmp_path / "again"
+    arguments = (f"--input={path}", f"--workdir={again}", "--config=configs/digits.py")
+    assert helpers.main("import", *arguments) == 0
+    model, variables, _ = read_run(workdir)
+    model_again, variables_again, _ = read_run(again)
+    helpers.assert_same_bits(variables_again, variables)
+    for name in ("mean", "std"):
+        values = np.float32(getattr(model_again, name))
+        np.testing.assert_array_equal(values, np.float32(getattr(model, name)))
 
 
 def make_line(accuracy, **evaluation):
