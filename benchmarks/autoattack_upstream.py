@@ -6,15 +6,19 @@
 Needs torch and pyautoattack (0.2.0, the authors' sources as a package). Both attack the
 same images with the same weights, in float32, on the same cores or GPU (with TF32 in
 convolutions, the default of both), one after the other, run by run; who begins changes
-from run to run. Our time includes compilation, which is paid once for all runs, as the
-first lines show. A line of JSON for each run.
+from run to run. Each works in a process of its own, ours with the settings of the
+`samrobust` command. Our time includes compilation, which is paid once for all runs, as
+the first lines show. A line of JSON for each run.
 """
 
 import argparse
+import concurrent.futures
 import json
 import logging
+import multiprocessing
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -26,13 +30,16 @@ from samrobust import building
 from samrobust.data import Dataset, Split
 from samrobust.evaluation import make_autoattack_evaluator
 from samrobust.provenance import provenance
+from samrobust.runtime import keep_freed_memory
 from samrobust.training import load_variables
+from samrobust.types import Config, PyTree
 from samrobust.workdir import append_json_line, config_of_run
 from torch_network import PreActResNet, from_jax
 
 __all__ = ["main"]
 
 _NORMS: dict[str, Literal["Linf", "L2"]] = {"linf": "Linf", "l2": "L2"}
+_evaluators: dict[str, Any] = {}  # of our process: compiled once for networks alike
 
 
 def main() -> None:
@@ -46,20 +53,58 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, required=True, metavar="FILE")
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    evaluators: dict[str, Any] = {}
-    for number, run in enumerate(arguments.runs):
-        line = _compare(run, arguments, evaluators, ours_first=number % 2 == 0)
-        append_json_line(arguments.output, line)
-        print(json.dumps({k: v for k, v in line.items() if k != "provenance"}))
+    with _process(keep_freed_memory) as our_process, _process() as their_process:
+        sides = [("ours", our_process, _ours), ("upstream", their_process, _theirs)]
+        for number, run in enumerate(arguments.runs):
+            found = {
+                name: process.submit(attack, run, arguments).result()
+                for name, process, attack in sides[:: 1 if number % 2 == 0 else -1]
+            }
+            line = _line(run, arguments, found)
+            append_json_line(arguments.output, line)
+            print(json.dumps({k: v for k, v in line.items() if k != "provenance"}))
 
 
-def _compare(
-    run: pathlib.Path,
-    arguments: argparse.Namespace,
-    evaluators: dict[str, Any],
-    *,
-    ours_first: bool,
-) -> dict[str, Any]:
+def _process(
+    initializer: Callable[[], Any] | None = None,
+) -> concurrent.futures.ProcessPoolExecutor:
+    return concurrent.futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), initializer
+    )
+
+
+def _ours(run: pathlib.Path, arguments: argparse.Namespace) -> tuple[np.ndarray, float]:
+    """Which images are still right, and the seconds that took."""
+    config, dataset, variables = _load(run, arguments)
+    shared = json.dumps([config.model.to_dict(), config.data.to_dict()], default=str)
+    if shared not in _evaluators:
+        model, attacks = (
+            building.make_model(config, dataset),
+            building.autoattacks(config),
+        )
+        size = arguments.batch_size
+        _evaluators[shared] = make_autoattack_evaluator(model, attacks, batch_size=size)
+    evaluate = _evaluators[shared]
+    start = time.monotonic()
+    outcome = evaluate(variables, dataset.test, jax.random.key(config.seed))
+    (correct,) = list(outcome.correct().values())[1:]
+    return correct, time.monotonic() - start
+
+
+def _theirs(
+    run: pathlib.Path, arguments: argparse.Namespace
+) -> tuple[np.ndarray, float]:
+    """The same of the authors' code."""
+    config, dataset, variables = _load(run, arguments)
+    model = _twin(config, dataset, variables)
+    start = time.monotonic()
+    correct = _upstream(model, dataset.test, arguments, config.seed)
+    return correct, time.monotonic() - start
+
+
+def _load(
+    run: pathlib.Path, arguments: argparse.Namespace
+) -> tuple[Config, Dataset, PyTree]:
     config = config_of_run(run)
     if arguments.num_examples is not None:
         config.data.test_size = arguments.num_examples
@@ -68,40 +113,25 @@ def _compare(
     config.evaluation[arguments.norm] = (arguments.epsilon,)
     dataset = building.load_data(config)
     variables = load_variables(config, dataset, run, config.evaluation.checkpoint)
-    shared = json.dumps([config.model.to_dict(), config.data.to_dict()], default=str)
-    if shared not in evaluators:
-        evaluators[shared] = make_autoattack_evaluator(
-            building.make_model(config, dataset),
-            building.autoattacks(config),
-            batch_size=arguments.batch_size,
-        )
+    return config, dataset, variables
 
-    def ours() -> np.ndarray:
-        key = jax.random.key(config.seed)
-        (correct,) = list(
-            evaluators[shared](variables, dataset.test, key).correct().values()
-        )[1:]
-        return correct
 
-    def theirs() -> np.ndarray:
-        model = _twin(config, dataset, variables)
-        return _upstream(model, dataset.test, arguments, config.seed)
-
-    outcome, seconds = {}, {}
-    order = {"ours": ours, "upstream": theirs}
-    for name in list(order) if ours_first else list(order)[::-1]:
-        start = time.monotonic()
-        outcome[name] = order[name]()
-        seconds[name] = time.monotonic() - start
+def _line(
+    run: pathlib.Path,
+    arguments: argparse.Namespace,
+    found: dict[str, tuple[np.ndarray, float]],
+) -> dict[str, Any]:
+    config = config_of_run(run)
+    correct = {name: which for name, (which, _) in found.items()}
     return {
         "row": config.row,
         "seed": config.seed,
         "norm": arguments.norm,
         "epsilon": arguments.epsilon,
-        "num_test": len(dataset.test),
-        "accuracy": {name: 100 * float(np.mean(v)) for name, v in outcome.items()},
-        "judged differently": int(np.sum(outcome["ours"] != outcome["upstream"])),
-        "seconds": seconds,
+        "num_test": len(correct["ours"]),
+        "accuracy": {name: 100 * float(np.mean(v)) for name, v in correct.items()},
+        "judged differently": int(np.sum(correct["ours"] != correct["upstream"])),
+        "seconds": {name: seconds for name, (_, seconds) in found.items()},
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "torch_device": _device(),
