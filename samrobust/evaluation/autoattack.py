@@ -1,8 +1,8 @@
 """AutoAttack over a split: only what still stands goes on to the next part.
 
 After each part of each member the survivors of the whole split are packed into batches
-again, of two sizes alone, so that a part compiles at most twice. The outcome is written
-to a file as it grows: a killed evaluation goes on where it was.
+again, of three sizes alone, so that a part compiles at most thrice. The outcome is
+written to a file as it grows: a killed evaluation goes on where it was.
 """
 
 import functools
@@ -37,7 +37,7 @@ from samrobust.types import Array, PyTree
 
 __all__ = ["make_autoattack_evaluator"]
 
-_SMALL = 4  # a small batch is this much smaller than a full one
+_PARTS = 4  # the smallest batch is this part of a full one
 
 
 def make_autoattack_evaluator(
@@ -89,7 +89,7 @@ def make_autoattack_evaluator(
         about = {
             "columns": {c: [*map(str, s)] for c, s in stages.items()},
             "radii": {column: attack.radius for column, attack in attacks.items()},
-            "batch_size": batch_size,
+            "batch_sizes": _batch_sizes(batch_size),
             "key": jax.random.key_data(key).tolist(),
             "network": _checksum(variables),
             "dtype": str(getattr(model, "dtype", None)),
@@ -252,20 +252,28 @@ class _Pursuit:
         self._on_batch(min(total - 1, int(share * total)), total, doing)
 
 
+def _batch_sizes(size: int) -> list[int]:
+    """A full batch, the double of the smallest, the smallest; none above a full one."""
+    smallest = divisible_batch_size(-(-size // _PARTS))
+    return sorted({size, min(size, 2 * smallest), smallest}, reverse=True)
+
+
 def _packed(positions: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Batches of two sizes, with how many of each are not padding.
+    """Batches of few sizes, with how many of each are not padding.
+
+    As little padding as the smallest size allows, in as few batches as that takes.
 
     >>> [(len(i), n) for i, n in _packed(np.arange(21), 8)]
-    [(8, 8), (8, 8), (2, 2), (2, 2), (2, 1)]
+    [(8, 8), (8, 8), (4, 4), (2, 1)]
     >>> [(len(i), n) for i, n in _packed(np.arange(7), 8)]
     [(8, 7)]
     """
-    small = divisible_batch_size(-(-size // _SMALL))
-    done = 0
+    sizes = _batch_sizes(size)
+    smallest, done = sizes[-1], 0
     while done < len(positions):
-        left = len(positions) - done
-        use_small = -(-left // small) * small < size
-        taken = positions[done : done + (small if use_small else size)]
-        padded = np.resize(taken, small if use_small else size)
+        slots = -(-(len(positions) - done) // smallest) * smallest
+        length = next(length for length in sizes if length <= slots)
+        taken = positions[done : done + length]
+        padded = np.resize(taken, length)
         yield padded.astype(np.int32), len(taken)
         done += len(taken)
