@@ -120,7 +120,7 @@ _save() {
 # them and after the logs, those of the last ones after those of the best ones, of which
 # they know, and the result after all of them. Nothing is removed before that.
 _copy() {
-  _snapshot
+  _snapshot || return
   local later
   for later in '.*/metadata/metadata|.*result\.json' \
     '.*/last/.*/metadata/metadata|.*result\.json' '.*result\.json'; do
@@ -130,15 +130,21 @@ _copy() {
 }
 
 # runs/ as hard links in copy/, which hold still what a run removes meanwhile; again if a
-# checkpoint came or went while they were made. Claims are of this VM alone.
+# checkpoint came or went while they were made, or a file could not be linked. In the end
+# it fails: what is missing here would be removed there. Claims are of this VM alone.
 _snapshot() {
-  local before=none
-  until [ "$before" = "$(_checkpoints)" ]; do
+  local before
+  for _ in 1 2 3 4 5; do
     before=$(_checkpoints)
-    rm -rf copy && mkdir copy
-    (cd runs && find . -name .claim -prune -o -type f -print0 |
-      xargs -0 cp --link --parents --target-directory=../copy) || true
+    rm -rf copy
+    mkdir copy || return
+    if (cd runs && find . -name .claim -prune -o -type f -print0 |
+      xargs -0 -r cp --link --parents --target-directory=../copy) &&
+      [ "$before" = "$(_checkpoints)" ]; then
+      return
+    fi
   done
+  return 1
 }
 
 _checkpoints() { find runs -regex '.*/checkpoints/[a-z]*/[0-9]*' -prune -print | sort; }
@@ -173,11 +179,16 @@ up() {
     say "$NAME: ${is:-no VM}"
     case $is in
       "") "$0" create || failures=$((failures + 1)) ;;
-      PREEMPTED | TERMINATED | STOPPED | SUSPENDED | FAILED) "$0" delete || true ;;
+      PREEMPTED | TERMINATED | STOPPED | SUSPENDED | FAILED)
+        "$0" delete || failures=$((failures + 1))
+        ;;
       new) "$0" install || failures=$((failures + 1)) ;;
       installed | lost | 75) "$0" run "$@" || failures=$((failures + 1)) ;;
       running) failures=0 ;;
-      0 | 1 | 2 | 130) collect && delete && exit "$is" ;;
+      0 | 1 | 2 | 130)
+        collect && delete && exit "$is"
+        failures=$((failures + 1))
+        ;;
       [0-9]*) # it crashed
         failures=$((failures + 1))
         "$0" run "$@" || true

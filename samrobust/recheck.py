@@ -82,8 +82,10 @@ def _config(config: Config, attack: str, arguments: argparse.Namespace) -> Confi
     evaluation: Config = config.evaluation
     evaluation.attack = attack
     if attack == "autoattack":
-        evaluation.version = arguments.version or evaluation.version
-        evaluation.members = arguments.members or evaluation.members
+        if arguments.version is not None:
+            evaluation.update(version=arguments.version, members=())
+        if arguments.members is not None:
+            evaluation.members = tuple(arguments.members)
     else:
         evaluation.update(version="standard", members=())  # which are not for PGD
     for norm in ("linf", "l2"):

@@ -115,6 +115,25 @@ def test_a_random_classifier_is_attacked_over_its_draws():
     assert standing.mean() < 0.8
 
 
+@pytest.mark.parametrize("norm", list(RADII))
+def test_what_was_broken_stays_as_it_was_though_the_next_look_finds_it_right(norm):
+    logits_fn, images, labels = make_problem()
+    labels = jnp.argmax(logits_fn(images), axis=-1)
+
+    def noisy(images, *, key):
+        logits = logits_fn(images)
+        return logits + jax.random.normal(key, logits.shape)
+
+    attack = autoattack(RADII[norm], version="rand")
+    first = attack._replace(members=attack.members[:1])
+    both = attack(noisy, images, labels, key=KEY)
+    alone = np.asarray(first(noisy, images, labels, key=KEY))
+    assert np.all(RADII[norm].norm(both - images) <= RADII[norm].radius * (1 + 1e-5))
+    moved = np.any(alone != np.asarray(images), axis=(1, 2, 3))
+    assert moved.any()
+    np.testing.assert_array_equal(np.asarray(both)[moved], alone[moved])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -272,7 +291,8 @@ def test_adversarial_images_are_kept_on_request(split, tmp_path):
         evaluate(split, folder=tmp_path, keep_examples=True, on_batch=stop)
     outcome = evaluate(split, folder=tmp_path, keep_examples=True)
     assert outcome.path is not None
-    examples = np.load(outcome.path.with_name(f"{outcome.path.stem}-examples.npy"))
+    kept = outcome.path.with_name(f"{outcome.path.stem}-examples.npy")
+    examples = np.load(kept)
     assert examples.shape == (2, *split.images.shape)
     for column, images in zip(TOYS, examples, strict=True):
         right = (images.mean((1, 2, 3)) > 0.5) == split.labels
@@ -280,6 +300,9 @@ def test_adversarial_images_are_kept_on_request(split, tmp_path):
     standing = outcome.correct()["one"]
     originals = split.images.astype(np.float32) / np.float32(255)
     np.testing.assert_array_equal(examples[0][standing], originals[standing])
+    kept.unlink()
+    evaluate(split, folder=tmp_path, keep_examples=True)
+    np.testing.assert_array_equal(np.load(kept), examples)
 
 
 def test_a_run_is_evaluated_by_command(tmp_path, capsys):

@@ -17,6 +17,7 @@ from samrobust.interchange import (
     read_weights,
     write_safetensors,
 )
+from samrobust.interchange.robustbench import find_evaluation
 from samrobust.training import load_variables, save_variables
 
 DIGITS = "--config=configs/digits.py:st"
@@ -282,3 +283,25 @@ def test_a_run_without_the_checkpoint_is_refused(run, tmp_path, capsys):
     assert export(tmp_path / "nowhere", path) == 2
     assert "Expected a run's --workdir" in capsys.readouterr().err
     assert not path.exists()
+
+
+def test_a_claim_is_made_of_the_largest_float32_evaluation():
+    def line(num_test, accuracy, **fields):
+        evaluation = {"attack": "autoattack", "version": "standard"}
+        evaluation |= {"split": "test", "checkpoint": "last"}
+        accuracies = {"natural": 90.0, "linf 8/255": accuracy}
+        return (
+            {"evaluation": evaluation, "num_test": num_test}
+            | fields
+            | {"accuracy": accuracies}
+        )
+
+    full = line(10_000, 47.0, dtype="float32")
+    coarse = line(10_000, 49.0, dtype="bfloat16")
+    few = line(100, 51.0, dtype="float32")
+    unnamed = line(10_000, 48.0)
+    assert find_evaluation([full, coarse, few], "last", "float32") is full
+    assert find_evaluation([full, unnamed], "last", "float32") is unnamed
+    assert find_evaluation([full, unnamed], "last", "bfloat16") is full
+    assert find_evaluation([coarse], "last", "float32") is None
+    assert find_evaluation([full], "best", "float32") is None

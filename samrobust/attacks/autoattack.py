@@ -67,7 +67,8 @@ class AutoAttack(NamedTuple):
         key: Array,
     ) -> Array:
         """All members one after the other, with the batch as it is."""
-        originals = found = jax.lax.stop_gradient(images)
+        images = jax.lax.stop_gradient(images)
+        carry = images, jnp.zeros(len(images), bool)
 
         def judge(images: Array, key: Array) -> Array:
             options = {"key": key} if self.is_random else {}
@@ -78,16 +79,21 @@ class AutoAttack(NamedTuple):
             own_key = jax.random.fold_in(key, number)
 
             def pursue(
-                part: Array, found: Array, member: Member = member, key: Array = own_key
-            ) -> Array:
+                part: Array,
+                carry: tuple[Array, Array],
+                member: Member = member,
+                key: Array = own_key,
+            ) -> tuple[Array, Array]:
+                found, done = carry  # what is done stays, whatever the next look says
                 part_key, judge_key = jax.random.split(jax.random.fold_in(key, part))
                 attacked = member.part(logits_fn, found, labels, part, key=part_key)
                 broken = jnp.argmax(judge(attacked, judge_key), axis=-1) != labels
-                return jnp.where(spread(broken, attacked), attacked, originals)
+                newly = spread(broken & ~done, attacked)
+                return jnp.where(newly, attacked, found), done | broken
 
             num_parts = member.num_parts(num_classes)
-            found = jax.lax.fori_loop(0, num_parts, pursue, found)
-        return jax.lax.stop_gradient(found)
+            carry = jax.lax.fori_loop(0, num_parts, pursue, carry)
+        return jax.lax.stop_gradient(carry[0])
 
 
 def autoattack(

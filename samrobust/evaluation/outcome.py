@@ -81,7 +81,8 @@ class OutcomeFile:
     Args:
       folder: receives `NAME.npz`, with NAME made of `identity`; None keeps nothing.
       identity: what the outcome depends on, in JSON's types: settings, the network's
-        checksum. Another identity has another file.
+        checksum; `examples`: whether adversarial images are kept beside it. Another
+        identity has another file.
     """
 
     def __init__(self, folder: pathlib.Path | None, identity: dict[str, Any]):
@@ -89,10 +90,11 @@ class OutcomeFile:
         name = hashlib.sha256(self._about.encode()).hexdigest()[:12]
         self.path = None if folder is None else folder / f"{name}.npz"
         self._written = time.monotonic()
+        self._wants_examples = bool(identity.get("examples"))
         self._examples: np.ndarray | None = None
 
     def read(self, fresh: Outcome) -> Outcome:
-        """The stored outcome; `fresh` if there is none."""
+        """The stored outcome; `fresh` if there is none, or its examples are lost."""
         stored = from_primary(self._stored)
         if stored is None:
             return dataclasses.replace(fresh, path=self.path)
@@ -109,6 +111,8 @@ class OutcomeFile:
     def _stored(self) -> tuple[np.ndarray, list[int]] | None:
         if self.path is None or not self.path.exists():
             return None
+        if self._wants_examples and not self._examples_path(self.path).exists():
+            return None
         with np.load(self.path, allow_pickle=False) as file:
             return file["broken_at"], file["place"].tolist()
 
@@ -116,7 +120,7 @@ class OutcomeFile:
         """Opens `NAME-examples.npy`, float32 [columns, N, ...]; first the originals."""
         if self.path is None or not is_primary():
             return
-        path = self.path.with_name(f"{self.path.stem}-examples.npy")
+        path = self._examples_path(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and path.exists():
             self._examples = np.lib.format.open_memmap(path, mode="r+")
@@ -127,6 +131,10 @@ class OutcomeFile:
         )
         for number, image in enumerate(images):
             self._examples[:, number] = image.astype(np.float32) / np.float32(255)
+
+    @staticmethod
+    def _examples_path(path: pathlib.Path) -> pathlib.Path:
+        return path.with_name(f"{path.stem}-examples.npy")
 
     @property
     def keeps_examples(self) -> bool:

@@ -40,7 +40,7 @@ def write_bundle(
     content = torch_bytes(_with_normalisation(weights))
     code = resources.files("samrobust.interchange") / "robustbench_model.txt"
     lines = read_json_lines(workdir / "evaluations.jsonl")
-    evaluation = find_evaluation(lines, which)
+    evaluation = find_evaluation(lines, which, config.model.dtype)
     imported = (workdir / "import.json").exists()
     info = model_info(config, weights, evaluation, imported=imported)
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,22 +100,29 @@ def model_info(
     }
 
 
-def find_evaluation(lines: list[dict[str, Any]], which: str) -> dict[str, Any] | None:
-    """The newest evaluation of this checkpoint by the standard AutoAttack; or None.
+def find_evaluation(
+    lines: list[dict[str, Any]], which: str, dtype: str
+) -> dict[str, Any] | None:
+    """The evaluation of this checkpoint by the standard AutoAttack; or None.
 
-    On test images, and under at least one attack.
+    On test images, under at least one attack and in float32, as the bundle computes:
+    the one on most images, and of those the newest. `dtype` is that of lines which name
+    none.
     """
-    for line in reversed(lines):
+
+    def counts(line: dict[str, Any]) -> bool:
         evaluation = line["evaluation"]
-        if (
+        return (
             evaluation.get("attack") == "autoattack"
             and evaluation.get("version") == "standard"
             and evaluation["split"] == "test"
             and evaluation["checkpoint"] == which
-            and _columns(line)
-        ):
-            return line
-    return None
+            and line.get("dtype", dtype) == "float32"
+            and bool(_columns(line))
+        )
+
+    newest_first = filter(counts, reversed(lines))
+    return max(newest_first, key=lambda line: line["num_test"], default=None)
 
 
 def _columns(line: dict[str, Any]) -> list[str]:
