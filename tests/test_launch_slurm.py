@@ -20,9 +20,9 @@ ROWS = ("st", "sam,rho=0.2")
 STAND_IN = """#!/bin/bash
 show=(SLURM_PROCID SLURM_NTASKS CUDA_VISIBLE_DEVICES JAX_LOCAL_DEVICE_IDS)
 for name in "${show[@]}"; do echo -n "$name=${!name-unset} "; done
-echo "arguments=$*"
 trap 'kill $!; echo stopped; exit 75' TERM
-if [ "$1" = wait ]; then sleep 60 & wait; fi
+echo "arguments=$*"
+while [ "$1" = wait ]; do sleep 60 & wait; done # sleep may meet SIGTERM first
 exit "$1"
 """
 
