@@ -78,12 +78,11 @@ def _ours(run: pathlib.Path, arguments: argparse.Namespace) -> tuple[np.ndarray,
     config, dataset, variables = _load(run, arguments)
     shared = json.dumps([config.model.to_dict(), config.data.to_dict()], default=str)
     if shared not in _evaluators:
-        model, attacks = (
+        _evaluators[shared] = make_autoattack_evaluator(
             building.make_model(config, dataset),
             building.autoattacks(config),
+            batch_size=arguments.batch_size,
         )
-        size = arguments.batch_size
-        _evaluators[shared] = make_autoattack_evaluator(model, attacks, batch_size=size)
     evaluate = _evaluators[shared]
     start = time.monotonic()
     outcome = evaluate(variables, dataset.test, jax.random.key(config.seed))
