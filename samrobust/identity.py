@@ -82,9 +82,10 @@ class Identity:
     def continued_by(self, other: "Identity") -> "Identity":
         """Returns it with the libraries of a process that goes on with the run."""
         (versions,) = other.versions
-        if versions == self.versions[-1]:
-            return self
-        return dataclasses.replace(self, versions=(*self.versions, versions))
+        new = () if versions == self.versions[-1] else (versions,)
+        return dataclasses.replace(
+            self, data=self.data or other.data, versions=(*self.versions, *new)
+        )
 
     def unlike(self, other: "Identity") -> str:
         """Says in what another run differs: `seed is 1, not 0`; empty if it does not.

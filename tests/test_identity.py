@@ -16,7 +16,7 @@ from samrobust.files import WorkdirError
 from samrobust.identity import Identity, fingerprint, identity_of
 from samrobust.training import load_network, train
 from samrobust.training.checkpoint import CheckpointError, Checkpoints
-from samrobust.training.setup import checkpoint_folder
+from samrobust.training.saved import checkpoint_folder
 
 # Runs of the same shapes as the first, which is `st` with seed 0 and one epoch.
 OTHERS = {
