@@ -204,8 +204,8 @@ def _notes(report: Report) -> list[str]:
             "PyTorch: reference as the paper's code runs (weight gradients in the "
             "attack, batches from the host, metrics read at every step); resident "
             "with the data on the device; tuned with channels_last, input gradients "
-            "alone, fused SGD, and on CUDA torch.compile; compiled with torch.compile on "
-            "the CPU too, and on CUDA a step replayed as one graph. Ratios round by "
+            "alone, fused SGD, and on CUDA torch.compile; compiled with torch.compile "
+            "on the CPU too, and on CUDA a step replayed as one graph. Ratios round by "
             "round, in the row's precision: median (lowest to highest)."
         )
     provenance = report.provenance
