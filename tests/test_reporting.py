@@ -406,7 +406,7 @@ class TestCsvAndJson:
         result = run("st")
         del result["provenance"], result["step_seconds"], result["training_seconds"]
         content = json.loads(to_json(summarise([result], rows=ROWS)))
-        assert content["runs"][0]["provenance"] is None
+        assert content["runs"][0].get("provenance") is None
         assert content["rows"][0]["cost"] is None
         assert content["rows"][0]["cells"]["natural"]["std"] is None
 

@@ -162,7 +162,7 @@ def _sentence(row: Row, columns: Sequence[str]) -> str:
 
 def _provenance(table: Table) -> list[str]:
     """Says what the runs ran on, and warns when costs mix devices."""
-    records: list[Any] = [run["provenance"] or {} for run in table.runs]
+    records: list[Any] = [run.get("provenance") or {} for run in table.runs]
 
     def values(key: str) -> list[str]:
         return sorted({str(r[key]) for r in records if r.get(key) is not None})
