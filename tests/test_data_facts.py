@@ -1,0 +1,103 @@
+"""What is known of a data set without its images, and the checksum of its examples."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from samrobust.data import (
+    DATASETS,
+    Dataset,
+    Split,
+    dataset_facts,
+    datasets,
+    fingerprint,
+    load_dataset,
+)
+
+
+def test_the_facts_of_a_data_set_are_those_of_its_images():
+    digits = load_dataset("digits")
+    facts = dataset_facts("digits")
+    for name, fact in facts._asdict().items():
+        assert getattr(digits, name) == fact
+    pixels = digits.train.images / 255
+    np.testing.assert_allclose(facts.mean, pixels.mean(), rtol=1e-14)
+    np.testing.assert_allclose(facts.std, pixels.std(), rtol=1e-14)
+
+
+def test_every_data_set_has_facts_and_they_read_no_image(monkeypatch):
+    monkeypatch.setattr(datasets, "load_cifar", None)
+    monkeypatch.setattr(datasets, "load_digits", None)
+    for name in DATASETS:
+        facts = dataset_facts(name)
+        channels = facts.image_shape[-1]
+        assert len(facts.mean) == len(facts.std) == channels
+    assert dataset_facts("cifar100").num_classes == 100
+
+
+def test_the_facts_of_an_unknown_data_set_are_refused():
+    with pytest.raises(ValueError, match=r"Expected name in \{.*\}, got name='mnist'"):
+        dataset_facts("mnist")
+
+
+def make_dataset(**changes):
+    def split(count, seed):
+        rng = np.random.default_rng(seed)
+        images = rng.integers(0, 256, (count, 4, 4, 1)).astype(np.uint8)
+        return Split(images, rng.integers(0, 10, count).astype(np.int32))
+
+    splits = {"train": split(6, 0), "validation": split(0, 1), "test": split(3, 2)}
+    return Dataset("digits", 10, (0.3,), (0.4,), **(splits | changes))
+
+
+def altered(split, array, change):
+    arrays = {"images": split.images.copy(), "labels": split.labels.copy()}
+    arrays[array] = change(arrays[array])
+    return Split(**arrays)
+
+
+def plus_one(array):
+    array.flat[-1] = (array.flat[-1] + 1) % 10
+    return array
+
+
+def test_a_fingerprint_is_of_the_examples_alone_and_computed_once(monkeypatch):
+    dataset = make_dataset()
+    first = fingerprint(dataset)
+    assert len(first) == 16
+    int(first, 16)
+    assert fingerprint(make_dataset()) == first
+    assert fingerprint(dataclasses.replace(dataset, name="other")) == first
+    strided = Split(
+        np.asfortranarray(dataset.train.images), dataset.train.labels.repeat(2)[::2]
+    )
+    assert fingerprint(make_dataset(train=strided)) == first
+    monkeypatch.setattr(datasets, "hashlib", None)
+    assert fingerprint(dataset) == first
+
+
+def test_everything_that_is_learned_or_tested_changes_the_fingerprint():
+    plain = make_dataset()
+    nothing = plain.validation
+    others = [plain, make_dataset(validation=plain.train, train=nothing)]
+    for name in ("train", "test"):
+        split = getattr(plain, name)
+        others += [
+            make_dataset(**{name: changed})
+            for changed in (
+                altered(split, "images", plus_one),
+                altered(split, "labels", plus_one),
+                altered(split, "labels", lambda labels: labels.astype(np.int64)),
+                altered(split, "images", lambda images: images.swapaxes(1, 2)),
+                Split(split.images[1:], split.labels[1:]),
+                Split(split.images[::-1], split.labels[::-1]),
+            )
+        ]
+    assert len({fingerprint(dataset) for dataset in others}) == len(others)
+
+
+def test_the_fingerprint_of_the_digits_never_changes():
+    assert fingerprint(load_dataset("digits")) == "bfc4a919379f8b30"
+    small = load_dataset("digits", validation_size=10, train_size=20, test_size=30)
+    assert fingerprint(small) != "bfc4a919379f8b30"
