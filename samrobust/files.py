@@ -77,7 +77,7 @@ def read_json(path: pathlib.Path) -> Any | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         message = (
             f"Expected JSON in {path}, got a damaged file ({error}). Restore it, or "
             "remove it to start anew."
@@ -105,7 +105,7 @@ def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     for text in path.read_bytes().splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(line, dict):
             break

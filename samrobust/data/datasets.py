@@ -8,7 +8,6 @@ Normalisation belongs to the model: images stay uint8, `mean` and `std` travel a
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from samrobust.checks import check, check_choice
-from samrobust.data.cache import default_cache_dir
-from samrobust.data.cifar import CIFAR10, CIFAR100, default_data_dir, load_cifar
+from samrobust.data.cifar import CIFAR10, CIFAR100, load_cifar
 from samrobust.data.digits import load_digits
+from samrobust.data.folders import PathLike, local_folder
 
 __all__ = [
     "DATASETS",
@@ -29,8 +28,6 @@ __all__ = [
     "fingerprint",
     "load_dataset",
 ]
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +77,7 @@ class Dataset:
             for array in (split.images, split.labels):
                 contiguous = np.ascontiguousarray(array)
                 sha256.update(f"{contiguous.dtype.str}{contiguous.shape}".encode())
-                sha256.update(contiguous.data.cast("B") if contiguous.size else b"")
+                sha256.update(contiguous.data)
         return sha256.hexdigest()[:16]
 
 
@@ -145,9 +142,10 @@ def load_dataset(
       name: one of `DATASETS`.
       data_dir: TFDS's directory of prepared data; by default `TFDS_DATA_DIR` or
         ~/tensorflow_datasets, as in TFDS. Prepared data in it are used as they are.
-      manual_dir: where to look for the official archive before downloading it; in any
-        case it is looked for in `<data_dir>/downloads/manual`.
+      manual_dir: where the official archive was put, which is not downloaded then; in
+        any case it is looked for in `<data_dir>/downloads/manual`.
       cache_dir: for the decoded arrays; by default `$XDG_CACHE_HOME/samrobust/data`.
+        In all of them `~` and `$NAME` stand for what they do in a shell.
       validation_size: training examples that are held out.
       train_size: training examples that are kept; None for all that are not held out.
       test_size: test examples that are kept, spread evenly over the official order;
@@ -161,8 +159,13 @@ def load_dataset(
       train_size keeps a subset of a larger one's. The arrays are read-only.
 
     Raises:
-      ValueError: if the name is unknown or a size is out of range.
-      DatasetUnavailableError: if the data are not there and cannot be downloaded.
+      ValueError: if the name is unknown, a size is out of range, or a directory is no
+        path of the file system.
+      DatasetUnavailableError: if the data are not there and cannot be downloaded, or
+        are not the official ones.
+
+    Warns:
+      UserWarning: if labels and order are CIFAR's, and pixels are not.
 
     >>> digits = load_dataset("digits", validation_size=97)
     >>> len(digits.train), len(digits.validation), len(digits.test)
@@ -172,11 +175,12 @@ def load_dataset(
     """
     check_choice(DATASETS, name=name)
     check(split_seed >= 0, "0 <= split_seed", split_seed=split_seed)
-    splits = DATASETS[name](
-        default_data_dir() if data_dir is None else _expand(data_dir),
-        None if manual_dir is None else _expand(manual_dir),
-        default_cache_dir() if cache_dir is None else _expand(cache_dir),
-    )
+    given = {"data_dir": data_dir, "manual_dir": manual_dir, "cache_dir": cache_dir}
+    folders = {
+        folder: None if path is None else local_folder(folder, path)
+        for folder, path in given.items()
+    }
+    splits = DATASETS[name](**folders)
     train, test = Split(*splits["train"]), Split(*splits["test"])
     kept, held_out = _choose_train(len(train), validation_size, train_size, split_seed)
     tested = _choose_test(len(test), test_size, split_seed)
@@ -190,11 +194,6 @@ def load_dataset(
         validation=_select(train, held_out),
         test=_select(test, tested),
     )
-
-
-def _expand(path: PathLike) -> pathlib.Path:
-    """Returns the path with ~ replaced by the home directory."""
-    return pathlib.Path(path).expanduser()
 
 
 def _choose_train(
@@ -263,21 +262,17 @@ _FACTS = {
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def _cifar10(
-    data_dir: pathlib.Path, manual_dir: pathlib.Path | None, cache_dir: pathlib.Path
-) -> Splits:
+def _cifar10(**folders: pathlib.Path | None) -> Splits:
     """CIFAR-10."""
-    return load_cifar(CIFAR10, data_dir, manual_dir, cache_dir)
+    return load_cifar(CIFAR10, **folders)
 
 
-def _cifar100(
-    data_dir: pathlib.Path, manual_dir: pathlib.Path | None, cache_dir: pathlib.Path
-) -> Splits:
+def _cifar100(**folders: pathlib.Path | None) -> Splits:
     """CIFAR-100, with its 100 fine labels."""
-    return load_cifar(CIFAR100, data_dir, manual_dir, cache_dir)
+    return load_cifar(CIFAR100, **folders)
 
 
-def _digits(*_: pathlib.Path | None) -> Splits:
+def _digits(**_: pathlib.Path | None) -> Splits:
     """scikit-learn's digits, which come with it: the directories are not used."""
     splits = load_digits()
     for array in (array for arrays in splits.values() for array in arrays):
