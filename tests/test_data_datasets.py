@@ -26,6 +26,7 @@ from samrobust.data import (
     cifar,
     cifar_builder,
     fingerprint,
+    folders,
     load_dataset,
 )
 from samrobust.data.archive import Archive, ResumingDownloader, find_archive
@@ -472,6 +473,19 @@ def test_a_data_directory_that_cannot_be_written_is_reported(place):
         place.prepare()
 
 
+def test_a_full_disk_during_the_preparation_is_reported(place, monkeypatch):
+    full = RuntimeError("write() failed:\nNo space left on device")  # ArrayRecord's
+
+    def fail(_):
+        raise full
+
+    monkeypatch.setattr(cifar_builder.CifarBuilder, "download_and_prepare", fail)
+    message = r"write cifar10 to .*got: write\(\) failed: No space left .* Set data_dir"
+    with pytest.raises(DatasetUnavailableError, match=message) as error:
+        place.prepare()
+    assert "\n" not in str(error.value)
+
+
 def test_a_failed_preparation_leaves_nothing_behind(place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cifar_builder, "_encode_png", lambda _: 1 / 0)
@@ -807,11 +821,88 @@ def test_the_split_seed_chooses_the_examples_and_nothing_else_does():
         ({"test_size": 0}, "1 <= test_size <= 500, got test_size=0"),
         ({"test_size": 501}, "1 <= test_size <= 500"),
         ({"split_seed": -1}, "0 <= split_seed, got split_seed=-1"),
+        *(
+            ({name: value}, f"an integer as {name}, got {name}={value!r}")
+            for name in ("validation_size", "train_size", "test_size", "split_seed")
+            for value in (2.5, 10.0, True, "10")
+        ),
+        ({"validation_size": None}, "an integer as validation_size"),
     ],
 )
 def test_sizes_out_of_range_are_refused(sizes, message):
     with pytest.raises(ValueError, match=f"Expected .*{message}"):
         load_dataset("digits", **sizes)
+
+
+def test_sizes_are_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr("samrobust.data.datasets.load_cifar", None)
+    for sizes in (
+        {"train_size": 50_001},
+        {"test_size": 0},
+        {"validation_size": 50_000},
+    ):
+        with pytest.raises(ValueError, match=next(iter(sizes))):
+            load_dataset("cifar10", **sizes)
+
+
+def test_numpy_integers_are_sizes_too():
+    size: Any = np.int64(30)
+    assert len(load_dataset("digits", train_size=size).train) == 30
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "the name of a folder as FIELD, got FIELD=''"),
+        ("  ", "the name of a folder as FIELD"),
+        ("a\0b", "the name of a folder as FIELD"),
+        ("$SET_TO_NOTHING", "the name of a folder as FIELD"),
+        ("gs://bucket/x", r"a path of the file system as FIELD, got FIELD='gs://"),
+        ("s3://bucket/x", "a path of the file system as FIELD"),
+        ("file:///x", "a path of the file system as FIELD"),
+        (pathlib.Path("gs://bucket/x"), "a path of the file system as FIELD"),
+        ("$NOT_SET/x", "variables that are known in FIELD, got FIELD='.NOT_SET/x'"),
+        ("/a/${NOT_SET}", "variables that are known in FIELD"),
+        ("~nobody-of-this-name/x", "users and variables that are known in FIELD"),
+        (3, "a path as FIELD, got FIELD=3"),
+        (b"/x", "a path as FIELD"),
+    ],
+)
+def test_a_setting_that_is_no_folder_is_refused(value, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("SET_TO_NOTHING", "")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for field in ("data_dir", "manual_dir", "cache_dir"):
+        expected = f"Expected .*{message.replace('FIELD', field)}"
+        with pytest.raises(ValueError, match=expected) as error:
+            load_dataset("cifar10", **{field: value})
+        assert "\n" not in str(error.value)
+    if isinstance(value, str) and "\0" not in value and value:
+        monkeypatch.setenv("TFDS_DATA_DIR", value)
+        with pytest.raises(ValueError, match="TFDS_DATA_DIR"):
+            load_dataset("cifar10")
+    assert not list(tmp_path.iterdir())
+
+
+def test_home_and_variables_are_expanded_in_every_folder(place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place.root))
+    monkeypatch.setenv("PLACE", str(place.root))
+    place.check(
+        place.load(
+            data_dir="~/data", manual_dir="$PLACE/manual", cache_dir="${PLACE}/cache"
+        )
+    )
+    names = {path.name for path in place.root.iterdir()}
+    assert names == {"data", "manual", "cache"}
+
+
+def test_without_a_home_the_default_folder_is_refused(monkeypatch):
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setattr(folders.os.path, "expanduser", lambda path: path)
+    with pytest.raises(
+        ValueError, match=r"known in TFDS_DATA_DIR, got .*Write the path"
+    ):
+        cifar.default_data_dir()
 
 
 def test_an_unknown_data_set_is_refused_with_the_known_names():

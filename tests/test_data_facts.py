@@ -13,6 +13,7 @@ from samrobust.data import (
     datasets,
     fingerprint,
     load_dataset,
+    splits,
 )
 
 
@@ -73,7 +74,7 @@ def test_a_fingerprint_is_of_the_examples_alone_and_computed_once(monkeypatch):
         np.asfortranarray(dataset.train.images), dataset.train.labels.repeat(2)[::2]
     )
     assert fingerprint(make_dataset(train=strided)) == first
-    monkeypatch.setattr(datasets, "hashlib", None)
+    monkeypatch.setattr(splits, "hashlib", None)
     assert fingerprint(dataset) == first
 
 
@@ -101,3 +102,34 @@ def test_the_fingerprint_of_the_digits_never_changes():
     assert fingerprint(load_dataset("digits")) == "bfc4a919379f8b30"
     small = load_dataset("digits", validation_size=10, train_size=20, test_size=30)
     assert fingerprint(small) != "bfc4a919379f8b30"
+
+
+IMAGES, LABELS = np.zeros([3, 4, 4, 1], np.uint8), np.arange(3, dtype=np.int32)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (IMAGES / 255, LABELS, "images uint8 .* got .* dtype='float64'"),
+        (IMAGES[0], LABELS, r"images uint8 \[N, H, W, C\], got shape=\(4, 4, 1\)"),
+        (IMAGES, LABELS[:2], r"integer labels \[3\], one an image, got shape=\(2,\)"),
+        (IMAGES, LABELS[:, None], r"integer labels \[3\]"),
+        (IMAGES, LABELS / 1, "integer labels .* dtype='float64'"),
+        (IMAGES, LABELS > 0, "integer labels .* dtype='bool'"),
+    ],
+)
+def test_arrays_that_are_no_split_are_refused(images, labels, message):
+    with pytest.raises(ValueError, match=f"Expected {message}"):
+        Split(images, labels)
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "test"])
+def test_labels_and_shapes_that_are_no_data_sets_are_refused(name):
+    for label in (-1, 10):
+        wrong = Split(IMAGES, np.array([0, 1, label]))
+        with pytest.raises(
+            ValueError, match=rf"labels in 0..9, got labels=\[{label}\]"
+        ):
+            make_dataset(**{name: wrong})
+    with pytest.raises(ValueError, match=r"images of shape .* in all splits"):
+        make_dataset(**{name: Split(IMAGES[:, :3], LABELS)})

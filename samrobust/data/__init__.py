@@ -14,13 +14,11 @@ from samrobust.data.batches import (
 )
 from samrobust.data.datasets import (
     DATASETS,
-    Dataset,
     DatasetFacts,
-    Split,
     dataset_facts,
-    fingerprint,
     load_dataset,
 )
+from samrobust.data.splits import Dataset, Split, fingerprint
 
 __all__ = [
     "DATASETS",

@@ -84,9 +84,10 @@ def cached_arrays(
     try:
         if manifest:
             return _write(manifest, source, arrays)
-    except OSError as error:
+    except OSError as error:  # NumPy's own for a full disk has no strerror
+        reason = error.strerror or "No space left"  # the same text, so said once
         warnings.warn(
-            f"The cache {directory} cannot be written ({error}): the arrays are kept "
+            f"The cache {directory} cannot be written ({reason}): the arrays are kept "
             "in memory, and decoded again next time. Set cache_dir or XDG_CACHE_HOME "
             "to a directory that can be written.",
             stacklevel=2,

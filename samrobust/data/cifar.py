@@ -214,12 +214,15 @@ def _prepare(
     except DatasetUnavailableError as error:
         message = f"{error} Or set{_remedy(spec.name).removeprefix('Set')}"
         raise DatasetUnavailableError(message) from error
-    except OSError as error:
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # on a full disk ArrayRecord's is no OSError
         # Without locks another machine may have been faster: then the rename fails.
         if find_prepared(spec.name, data_dir) is None:
             raise DatasetUnavailableError(
-                f"Expected to write {spec.name} to {data_dir}, got: {error}. "
-                f"{_remedy(spec.name)}"
+                f"Expected to write {spec.name} to {data_dir}, got: "
+                f"{' '.join(str(error).split())}. {_remedy(spec.name)}"
             ) from error
     return target
 

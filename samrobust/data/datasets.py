@@ -5,9 +5,6 @@ never touched; a validation split, if any, is taken from the official training s
 Normalisation belongs to the model: images stay uint8, `mean` and `std` travel along.
 """
 
-import dataclasses
-import functools
-import hashlib
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,69 +13,16 @@ import numpy as np
 
 from samrobust.checks import check, check_choice
 from samrobust.data.cifar import CIFAR10, CIFAR100, load_cifar
-from samrobust.data.digits import load_digits
+from samrobust.data.digits import NUM_TEST, NUM_TRAIN, load_digits
 from samrobust.data.folders import PathLike, local_folder
+from samrobust.data.splits import Dataset, Split
 
 __all__ = [
     "DATASETS",
-    "Dataset",
     "DatasetFacts",
-    "Split",
     "dataset_facts",
-    "fingerprint",
     "load_dataset",
 ]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Split:
-    """Images uint8 `[N, H, W, C]` and their labels int32 `[N]`."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-    """A data set.
-
-    Attributes:
-      name: as given to `load_dataset`.
-      num_classes: labels are in 0..num_classes - 1.
-      mean: of each channel over the official training images, of pixels in [0, 1].
-      std: standard deviation, likewise.
-      train: to train on.
-      validation: held out from the official training images; may be empty.
-      test: from the official test images.
-    """
-
-    name: str
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    train: Split
-    validation: Split
-    test: Split
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of an image."""
-        height, width, channels = self.train.images.shape[1:]
-        return height, width, channels
-
-    @functools.cached_property
-    def _fingerprint(self) -> str:
-        """Hashes every array once; 180 MB take 0.1 s."""
-        sha256 = hashlib.sha256()
-        for split in (self.train, self.validation, self.test):
-            for array in (split.images, split.labels):
-                contiguous = np.ascontiguousarray(array)
-                sha256.update(f"{contiguous.dtype.str}{contiguous.shape}".encode())
-                sha256.update(contiguous.data)
-        return sha256.hexdigest()[:16]
 
 
 class DatasetFacts(NamedTuple):
@@ -107,22 +51,6 @@ def dataset_facts(name: str) -> DatasetFacts:
     """
     check_choice(DATASETS, name=name)
     return _FACTS[name]
-
-
-def fingerprint(dataset: Dataset) -> str:
-    """Returns a checksum of the examples of a data set, those of the three splits.
-
-    It is computed once for each `Dataset`.
-
-    Returns:
-      16 hexadecimal digits. **Guarantees**: another pixel, label, order, size, shape or
-      type of an array gives other digits; the directories, the cache and the machine
-      have no part in them.
-
-    >>> fingerprint(load_dataset("digits"))
-    'bfc4a919379f8b30'
-    """
-    return dataset._fingerprint
 
 
 def load_dataset(
@@ -174,16 +102,28 @@ def load_dataset(
     (8, 8, 1)
     """
     check_choice(DATASETS, name=name)
+    sizes = {
+        **{"validation_size": validation_size, "split_seed": split_seed},
+        **{"train_size": train_size, "test_size": test_size},
+    }
+    for field, value in sizes.items():
+        check(
+            _is_count(value)
+            or (value is None and field in ("train_size", "test_size")),
+            f"an integer as {field}",
+            **{field: value},
+        )
     check(split_seed >= 0, "0 <= split_seed", split_seed=split_seed)
     given = {"data_dir": data_dir, "manual_dir": manual_dir, "cache_dir": cache_dir}
     folders = {
         folder: None if path is None else local_folder(folder, path)
         for folder, path in given.items()
     }
-    splits = DATASETS[name](**folders)
+    num_train, num_test = _num_examples(name)
+    kept, held_out = _choose_train(num_train, validation_size, train_size, split_seed)
+    tested = _choose_test(num_test, test_size, split_seed)
+    splits = DATASETS[name](**folders)  # may take minutes: all else is checked by now
     train, test = Split(*splits["train"]), Split(*splits["test"])
-    kept, held_out = _choose_train(len(train), validation_size, train_size, split_seed)
-    tested = _choose_test(len(test), test_size, split_seed)
     num_classes, _, mean, std = dataset_facts(name)
     return Dataset(
         name=name,
@@ -194,6 +134,11 @@ def load_dataset(
         validation=_select(train, held_out),
         test=_select(test, tested),
     )
+
+
+def _is_count(value: object) -> bool:
+    """Returns whether this is an integer, Python's or NumPy's."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _choose_train(
@@ -260,6 +205,14 @@ _FACTS = {
 }
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def _num_examples(name: str) -> tuple[int, int]:
+    """Returns the sizes of the official training and test splits."""
+    if name == "digits":
+        return NUM_TRAIN, NUM_TEST
+    official = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name].official
+    return official["train"].num_examples, official["test"].num_examples
 
 
 def _cifar10(**folders: pathlib.Path | None) -> Splits:
