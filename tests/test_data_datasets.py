@@ -829,19 +829,17 @@ def test_the_split_seed_chooses_the_examples_and_nothing_else_does():
         ({"validation_size": None}, "an integer as validation_size"),
     ],
 )
-def test_sizes_out_of_range_are_refused(sizes, message):
+def test_sizes_out_of_range_are_refused(sizes: Any, message):
     with pytest.raises(ValueError, match=f"Expected .*{message}"):
         load_dataset("digits", **sizes)
 
 
 def test_sizes_are_refused_before_anything_is_read(monkeypatch):
     monkeypatch.setattr("samrobust.data.datasets.load_cifar", None)
-    for sizes in (
-        {"train_size": 50_001},
-        {"test_size": 0},
-        {"validation_size": 50_000},
-    ):
-        with pytest.raises(ValueError, match=next(iter(sizes))):
+    wrong = {"train_size": 50_001, "test_size": 0, "validation_size": 50_000}
+    for name, size in wrong.items():
+        sizes: Any = {name: size}
+        with pytest.raises(ValueError, match=name):
             load_dataset("cifar10", **sizes)
 
 
