@@ -1,4 +1,4 @@
-"""The examples of a data set: three splits of arrays, and their fingerprint."""
+"""The examples of a data set: three splits of arrays, and their fingerprints."""
 
 import dataclasses
 import functools
@@ -41,6 +41,15 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        """Hashes both arrays once; 150 MB take 0.1 s."""
+        sha256 = hashlib.sha256()
+        for array in (self.images, self.labels):
+            sha256.update(f"{array.dtype}{array.shape}".encode())
+            sha256.update(np.ascontiguousarray(array).data)
+        return sha256.hexdigest()[:16]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
@@ -80,33 +89,21 @@ class Dataset:
         height, width, channels = self.train.images.shape[1:]
         return height, width, channels
 
-    @functools.cached_property
-    def _fingerprint(self) -> str:
-        """Hashes every array once; 180 MB take 0.1 s."""
-        sha256 = hashlib.sha256()
-        for split in (self.train, self.validation, self.test):
-            for array in (split.images, split.labels):
-                contiguous = np.ascontiguousarray(array)
-                sha256.update(f"{contiguous.dtype.str}{contiguous.shape}".encode())
-                sha256.update(contiguous.data)
-        return sha256.hexdigest()[:16]
 
+def fingerprint(split: Split) -> str:
+    """Returns a checksum of a split's images and labels, in their order.
 
-def fingerprint(dataset: Dataset) -> str:
-    """Returns a checksum of the examples of a data set, those of the three splits.
-
-    It is computed once for each `Dataset`.
+    It is computed once for each `Split`.
 
     Returns:
       16 hexadecimal digits. **Guarantees**: another pixel, label, order, size, shape or
       type of an array gives other digits; the directories, the cache and the machine
       have no part in them.
 
-    >>> split = Split(np.zeros([2, 1, 1, 1], np.uint8), np.arange(2, dtype=np.int32))
-    >>> fingerprint(Dataset("two", 2, (0.0,), (1.0,), split, split, split))
-    '22e387e38be15d75'
+    >>> fingerprint(Split(np.zeros([2, 1, 1, 1], np.uint8), np.arange(2)))
+    '19ff28aa00c923e9'
     """
-    return dataset._fingerprint
+    return split._fingerprint
 
 
 def check_labels(labels: np.ndarray, num_classes: int) -> None:
