@@ -19,8 +19,9 @@ from samrobust.curves.measure import (
     make_curve_evaluator,
     measure_run,
 )
-from samrobust.data import Dataset, Split, fingerprint
+from samrobust.data import Dataset, Split
 from samrobust.files import read_sealed, write_sealed
+from samrobust.identity import fingerprint
 from samrobust.provenance import provenance
 from samrobust.reporting.files import write_figure
 from samrobust.reporting.progress import ProgressDisplay
