@@ -13,19 +13,17 @@ import dataclasses
 import functools
 import hashlib
 import json
-import weakref
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
 import jax
-import numpy as np
 
 from samrobust.configuration import differences, with_defaults
-from samrobust.data import Dataset, Split
+from samrobust.data import Dataset, fingerprint
 from samrobust.types import Config
 
-__all__ = ["FORMAT", "Identity", "changed_fields", "fingerprint", "identity_of"]
+__all__ = ["FORMAT", "Identity", "changed_fields", "identity_of"]
 
 # To be raised when a config and a seed come to mean other numbers, beyond rounding.
 FORMAT = 1
@@ -129,20 +127,6 @@ def changed_fields(
     both = (with_defaults(dict(fields)).to_dict() for fields in (stored, config))
     changed = differences(*both)
     return {n: v for n, v in changed.items() if not n.startswith(_MAY_CHANGE)}
-
-
-def fingerprint(split: Split) -> str:
-    """Returns a hash of a split's images and labels, in their order."""
-    if split not in _FINGERPRINTS:
-        digest = hashlib.sha256()
-        for array in (split.images, split.labels):
-            digest.update(f"{array.dtype}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
-        _FINGERPRINTS[split] = digest.hexdigest()[:_LENGTH]
-    return _FINGERPRINTS[split]
-
-
-_FINGERPRINTS: weakref.WeakKeyDictionary[Split, str] = weakref.WeakKeyDictionary()
 
 
 def _training_data(dataset: Dataset) -> str:

@@ -10,11 +10,15 @@ import functools
 import os
 import pathlib
 import signal
+import stat
 import threading
+import warnings
 from collections.abc import Iterator
 from types import FrameType
 
 import jax
+
+from samrobust.checks import check_choice
 
 __all__ = [
     "StopRequest",
@@ -22,6 +26,7 @@ __all__ = [
     "compiler_options",
     "enable_compilation_cache",
     "keep_freed_memory",
+    "trusted_cache_folder",
 ]
 
 # XLA's CPU compiler hands convolutions to YNNPACK, which at the sizes of this package
@@ -38,21 +43,63 @@ _MADV_HUGEPAGE = 14  # from Linux's mman.h
 
 def cache_folder() -> pathlib.Path:
     """`$XDG_CACHE_HOME/samrobust`, by default `~/.cache/samrobust`."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(base).expanduser() / "samrobust"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(base) / "samrobust"
+
+
+def trusted_cache_folder(name: str = "") -> pathlib.Path | None:
+    """The cache folder, or one within, made where it is missing; None if not private.
+
+    Compiled programs are run and arrays believed as they are found there. So nobody
+    else may write to it; it is made with mode 0700.
+
+    Args:
+      name: of the folder within, as `xla`; empty for the cache folder itself.
+
+    Warns:
+      UserWarning: once a process, where it is not this user's alone or cannot be made.
+    """
+    return _private(cache_folder()) and _private(cache_folder() / name)
+
+
+@functools.cache
+def _private(folder: pathlib.Path) -> pathlib.Path | None:
+    try:
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.stat()
+        if found.st_uid != os.geteuid():
+            problem = f"is owned by user {found.st_uid}. Remove it, or set"
+        elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            problem = "can be written by others. Remove it, or set"
+        else:
+            return folder
+    except OSError as error:
+        problem = f"cannot be made ({error}). Set"
+    message = f"The cache {folder} is not used: it {problem} XDG_CACHE_HOME."
+    warnings.warn(message, stacklevel=3)
+    return None
+
+
+_SWITCH = ("on", "off", "1", "0")
 
 
 def enable_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that a restart is fast.
 
     Does nothing if `JAX_COMPILATION_CACHE_DIR` is set (JAX heeds it by itself), or if
-    `SAMROBUST_COMPILATION_CACHE=off`.
+    `SAMROBUST_COMPILATION_CACHE=off`; nor where the folder is not this user's alone.
+
+    Raises:
+      ValueError: if `SAMROBUST_COMPILATION_CACHE` is neither on nor off.
     """
-    if os.environ.get("SAMROBUST_COMPILATION_CACHE", "").lower() in ("off", "0"):
+    wanted = os.environ.get("SAMROBUST_COMPILATION_CACHE", "").lower() or "on"
+    check_choice(_SWITCH, SAMROBUST_COMPILATION_CACHE=wanted)
+    if wanted in ("off", "0") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = str(cache_folder() / "xla")
-        jax.config.update("jax_compilation_cache_dir", folder)
+    if folder := trusted_cache_folder("xla"):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -14,7 +14,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # From the bottom up: a module imports from rows above it here, and its own package.
 LAYERS = [
-    {"types", "checks", "files", "runtime", "provenance"},
+    {"types", "checks"},
+    {"files", "runtime", "provenance"},
     {"objectives", "validation", "claims", "failures"},
     {"attacks", "sharpness", "models", "data", "parallel", "configuration"},
     {"identity", "survey"},

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 import pytest
 
 from samrobust.provenance import provenance
-from samrobust.runtime import StopRequest, cache_folder, compiler_options
+from samrobust.runtime import (
+    StopRequest,
+    cache_folder,
+    compiler_options,
+    enable_compilation_cache,
+    trusted_cache_folder,
+)
 
 
 def compilation_cache(**environment):
@@ -54,6 +60,40 @@ def test_the_cache_folder_is_in_the_home_by_default(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/home/somebody")
     assert cache_folder() == pathlib.Path("/home/somebody/.cache/samrobust")
+
+
+def test_a_cache_folder_is_made_for_its_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert trusted_cache_folder("xla") == cache_folder() / "xla"
+    assert trusted_cache_folder() == cache_folder()
+    for folder in (cache_folder(), cache_folder() / "xla"):
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_cache_folder_that_others_can_write_to_is_refused_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.config, "update", lambda *_: pytest.fail("it is used"))
+    for name, spoil in {
+        "group": lambda folder: folder.chmod(0o720),
+        "others": lambda folder: folder.chmod(0o702),
+        "inner": lambda folder: (folder / "xla").chmod(0o777),
+        "owner": lambda _: monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1),
+        "file": lambda folder: folder.rename(folder.with_suffix(".x")),
+    }.items():
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        (cache_folder() / "xla").mkdir(parents=True)
+        spoil(cache_folder())
+        if name == "file":
+            cache_folder().write_text("")
+        with pytest.warns(UserWarning, match=f"The cache .*{name}.* is not used: it"):
+            enable_compilation_cache()
+        assert trusted_cache_folder("xla") is None  # and no second warning
+
+
+def test_a_switch_that_is_neither_on_nor_off_names_its_variable(monkeypatch):
+    monkeypatch.setenv("SAMROBUST_COMPILATION_CACHE", "maybe")
+    with pytest.raises(ValueError, match="got SAMROBUST_COMPILATION_CACHE='maybe'"):
+        enable_compilation_cache()
 
 
 def in_a_fresh_process(script, **environment):
