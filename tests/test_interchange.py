@@ -74,6 +74,15 @@ def test_an_exported_file_holds_the_network_and_what_else_it_takes(run, exported
     )
     with safetensors.safe_open(exported, framework="np") as file:
         header = {n: json.loads(v) for n, v in file.metadata().items() if n != "format"}
+    assert header.pop("origin") == {
+        "label": "ST",
+        "row": "st",
+        "seed": 0,
+        "checkpoint": "last",
+        "step": 0,
+        "identity": None,
+        "imported": {},
+    }
     assert header == {
         "mean": [0.3],
         "std": list(model.std),
@@ -102,7 +111,10 @@ def test_export_and_import_give_the_same_bits(run, exported, tmp_path):
     assert export(workdir, again) == 0
     weights, first = read_weights(again), read_weights(exported)
     helpers.assert_same_bits(weights.tensors, first.tensors)
+    origin, earlier = (w.metadata.pop("origin") for w in (weights, first))
     assert weights.metadata == first.metadata
+    assert earlier["imported"] == {}
+    assert origin["imported"] == {n: note[n] for n in ("source", "sha256")}
 
 
 def test_an_imported_network_is_evaluated_as_the_run_it_came_from(
@@ -194,7 +206,19 @@ def change(tensors, name, value):
         ),
         ("linear.weight", np.zeros((7, 8), np.float32), "instead of [10, 8]"),
         ("bn.bias", np.zeros(8, np.int64), "bn.bias [8] of int64 instead of float32"),
-        ("bn.bias", np.zeros(8, np.float16), "Expected float32 tensors"),
+        ("bn.bias", np.zeros(8, np.bool_), "tensors={'bn.bias': 'BOOL'}"),
+        ("bn.bias", np.full(8, 1e300), "tensor='bn.bias', value=1e+300"),
+        ("bn.bias", np.full(8, np.nan, np.float32), "bn.bias with 8 of 8 NaN"),
+        ("bn.running_mean", np.full(8, np.inf), "bn.running_mean with 8 of 8 NaN or"),
+        (
+            "bn.running_var",
+            np.linspace(-1, 1, 8).astype(np.float32),
+            "bn.running_var with the variance -1",
+        ),
+        ("linear.weight", np.zeros((0, 8), np.float32), "[0, 8] instead of [10, 8]"),
+        ("linear.weight", np.zeros((), np.float32), "linear.weight with 2 axes"),
+        ("linear.weight", None, "a tensor linear.weight, got names='bn.bias, bn."),
+        ("ema.linear.weight", np.zeros(1), "behind='ema., no prefix'"),
         ("conv1.weight", None, "Expected a tensor conv1.weight with 4 axes"),
         ("conv1.weight", np.zeros((4, 3, 3, 3), np.float32), "instead of [4, 1, 3, 3]"),
     ],

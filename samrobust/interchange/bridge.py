@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from samrobust.checks import check
-from samrobust.interchange.weights import import_torch
+from samrobust.interchange.pytorch import import_torch
 from samrobust.types import Array, LogitsFn
 
 __all__ = ["as_torch", "from_torch"]

@@ -247,7 +247,6 @@ def test_a_malicious_pickle_is_refused_and_not_run(as_zip, tmp_path):
     [
         ([1, 2], "Expected a state dict"),
         ({"model": {"conv1.weight": 3}}, "Expected a state dict"),
-        ({"conv1.weight": torch.zeros(1, dtype=torch.bfloat16)}, "float32 tensors"),
     ],
 )
 def test_other_objects_are_refused(content, message, tmp_path):
@@ -386,7 +385,7 @@ def make_line(accuracy, **evaluation):
     return {
         "accuracy": accuracy,
         "evaluation": {**usual, "checkpoint": "last", **evaluation},
-        "num_test": 48,
+        "num_test": 500,
         "seed": 0,
         "provenance": {"date": "now", "device": "cpu", "commit": "c", "command": "x"},
     }
@@ -424,36 +423,64 @@ def test_a_bundle_has_the_logits_of_the_run_on_plain_pixels(workdir, tmp_path):
     assert names == {"mean", "std", "model"}
 
 
-def test_a_bundle_claims_what_the_standard_autoattack_left(workdir, tmp_path):
+def bundle_of(workdir, tmp_path, lines):
+    """The claim and the README of a bundle of a run with these evaluations."""
     evaluations = workdir / "evaluations.jsonl"
-    lines = [make_line({"natural": 9.0, "linf 8/255": 9.0}), make_line(CLAIMED)]
-    evaluations.write_text("".join(json.dumps(x) + "\n" for x in lines + OTHERS))
+    evaluations.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert export(workdir, "robustbench", tmp_path) == 0
     evaluations.unlink()
     info = json.loads((tmp_path / "model_info.json").read_text())
+    return info, (tmp_path / "README.md").read_text()
+
+
+UNCLAIMED = {
+    "link": "",
+    "name": "A PreActResNet 4 [1, 2]: ST",
+    "authors": "",
+    "additional_data": False,
+    "number_forward_passes": 1,
+    "dataset": "digits",
+    "venue": "",
+    "architecture": "PreActResNet 4 [1, 2]",
+}
+
+
+def test_a_bundle_claims_what_the_standard_autoattack_left(workdir, tmp_path):
+    lines = [make_line({"natural": 9.0, "linf 8/255": 9.0}), make_line(CLAIMED)]
+    info, readme = bundle_of(workdir, tmp_path, lines + OTHERS)
+    origin = info.pop("samrobust")
     assert info == {
-        "link": None,
-        "name": "ST",
-        "authors": None,
-        "additional_data": False,
-        "number_forward_passes": 1,
-        "dataset": "digits",
-        "venue": None,
-        "architecture": "PreActResNet 4 [1, 2]",
+        **UNCLAIMED,
         "eps": "8/255",
         "clean_acc": "84.20",
         "autoattack_acc": "51.17",
-        "footnote": "linf 8/255, 48 test images.",
-        "reported": None,
-        "unreliable": None,
+        "footnote": "Robust accuracy at linf 8/255 by samrobust's AutoAttack.",
     }
-    readme = (tmp_path / "README.md").read_text()
+    assert (origin["checkpoint"], origin["step"], origin["seed"]) == ("last", 0, 0)
     assert "* l2 16/255: 70.00 %" in readme
-    assert "`link`, `authors`, `venue`, `reported`, `unreliable`" in readme
+    assert "`link`, `authors`, `venue`, `reported`; `unreliable` only if" in readme
 
 
-def test_a_bundle_claims_nothing_without_autoattack(workdir, tmp_path):
-    assert export(workdir, "robustbench", tmp_path) == 0
-    info = json.loads((tmp_path / "model_info.json").read_text())
-    assert (info["eps"], info["clean_acc"], info["autoattack_acc"]) == (None,) * 3
-    assert "None yet" in (tmp_path / "README.md").read_text()
+def test_a_claim_under_l2_has_robustbenchs_way_to_write_the_radius(workdir, tmp_path):
+    accuracy = {"natural": 84.2, "l2 16/255": 70.0, "l2 127.5/255": 51.0}
+    info, _ = bundle_of(workdir, tmp_path, [make_line(accuracy)])
+    assert (info["eps"], info["autoattack_acc"]) == ("0.5", "51.00")
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], "has not been evaluated"),
+        ([{}, {"evaluation": 3}, {"accuracy": []}], "has not been evaluated"),
+        ([make_line(CLAIMED) | {"num_test": 48}], "on 48 of the 500 test images alone"),
+        ([make_line(CLAIMED) | {"step": 7}], "has not been evaluated"),
+    ],
+)
+def test_a_bundle_claims_nothing_of_less_than_all_test_images(
+    lines, said, workdir, tmp_path
+):
+    info, readme = bundle_of(workdir, tmp_path, lines)
+    assert info.pop("samrobust")["step"] == 0
+    assert info == UNCLAIMED
+    assert said in readme
+    assert "`eps`, `clean_acc`, `autoattack_acc`, `reported`" in readme
