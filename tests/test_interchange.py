@@ -21,9 +21,10 @@ from samrobust.interchange import (
     to_tensors,
     write_safetensors,
 )
+from samrobust.interchange.blank import NUM_TEST, without_images
 from samrobust.interchange.robustbench import find_evaluation
 from samrobust.models import PreActResNet
-from samrobust.training import load_variables, save_variables
+from samrobust.training import load_network, save_variables
 
 DIGITS = "--config=configs/digits.py:st"
 FIELDS = {"model.width": 4, "model.blocks": (1, 2), "model.mean": (0.3,)}
@@ -79,13 +80,14 @@ def test_an_exported_file_holds_the_network_and_what_else_it_takes(run, exported
     )
     with safetensors.safe_open(exported, framework="np") as file:
         header = {n: json.loads(v) for n, v in file.metadata().items() if n != "format"}
-    assert header.pop("origin") == {
+    origin = header.pop("origin")
+    assert len(origin.pop("identity")) == 16
+    assert origin == {
         "label": "ST",
         "row": "st",
         "seed": 0,
         "checkpoint": "last",
         "step": 0,
-        "identity": None,
         "imported": {},
     }
     assert header == {
@@ -108,7 +110,9 @@ def test_export_and_import_give_the_same_bits(run, exported, tmp_path):
     config = configuration.with_defaults(stored)
     dataset = helpers.load_data(config)
     assert helpers.make_model(config, dataset) == run[2]
-    helpers.assert_same_bits(load_variables(config, dataset, workdir, "last"), run[1])
+    helpers.assert_same_bits(
+        load_network(config, dataset, workdir, "last").variables, run[1]
+    )
     note = json.loads((workdir / "import.json").read_text())
     assert note["source"] == "weights.safetensors"
     assert note["sha256"] == hashlib.sha256(exported.read_bytes()).hexdigest()
@@ -159,7 +163,7 @@ def test_training_goes_on_from_an_imported_network_where_all_fields_are_its(
         assert helpers.main(*train, "--config.label=Imported ST", *told) == 0
     config = configuration.with_defaults(config)
     dataset = helpers.load_data(config)
-    trained = load_variables(config, dataset, workdir, "last")["params"]
+    trained = load_network(config, dataset, workdir, "last").variables["params"]
     for new, old in zip(
         jax.tree.leaves(trained), jax.tree.leaves(run[1]["params"]), strict=True
     ):
@@ -386,7 +390,7 @@ def test_an_import_killed_at_any_write_is_done_by_the_next(
     config = configuration.with_defaults(
         json.loads((workdir / "config.json").read_text())
     )
-    stored = load_variables(config, helpers.load_data(config), workdir, "last")
+    stored = load_network(config, helpers.load_data(config), workdir, "last").variables
     expected = read_weights(exported if committed else path).tensors["linear.bias"]
     np.testing.assert_array_equal(stored["params"]["head"]["bias"], expected)
 
@@ -423,6 +427,22 @@ def test_a_repeated_import_is_done_and_anything_else_there_is_refused(
     for name in ("config.json", "import.json"):
         (tmp_path / name).rename(workdir / name)
     assert {path: path.read_bytes() for path in workdir.glob("*.json")} == before
+
+
+@pytest.mark.parametrize("validation_size", [0, 97])
+def test_what_stands_for_a_data_set_has_its_facts(validation_size):
+    config = helpers.make_config(
+        overrides={
+            "data.train_size": None,
+            "data.test_size": None,
+            "data.validation_size": validation_size,
+        }
+    )
+    blank, dataset = without_images(config), helpers.load_data(config)
+    for name in ("name", "num_classes", "mean", "std", "image_shape"):
+        assert getattr(blank, name) == getattr(dataset, name)
+    assert len(blank.train) == len(dataset.train)
+    assert NUM_TEST["digits"] == len(dataset.test)
 
 
 def test_export_and_import_read_no_images(exported, tmp_path, monkeypatch):

@@ -7,14 +7,13 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from samrobust import building, configuration
 from samrobust.checks import check
 from samrobust.claims import claim
-from samrobust.data import Dataset, Split, dataset_facts
 from samrobust.files import WorkdirError, glance, write_json
+from samrobust.interchange.blank import without_images
 from samrobust.interchange.names import from_tensors, infer_architecture, to_tensors
 from samrobust.interchange.pytorch import import_torch
 from samrobust.interchange.robustbench import write_bundle
@@ -26,7 +25,7 @@ from samrobust.interchange.weights import (
     write_safetensors,
 )
 from samrobust.provenance import provenance
-from samrobust.training import load_variables, save_variables
+from samrobust.training import load_network, save_variables
 from samrobust.training.checkpoint import Checkpoints
 from samrobust.training.setup import checkpoint_folder
 from samrobust.types import Config
@@ -97,57 +96,28 @@ def _check_output(kind: str, output: pathlib.Path) -> None:
 
 
 def _weights_of(config: Config, workdir: pathlib.Path, which: str) -> Weights:
-    dataset = _without_images(config)
+    dataset = without_images(config)
     model = building.make_model(config, dataset)
-    variables = load_variables(config, dataset, workdir, which)
+    network = load_network(config, dataset, workdir, which)
+    imported = glance(workdir / "import.json")
+    origin = {
+        "label": config.label,
+        "row": config.row,
+        "seed": config.seed,
+        "checkpoint": which,
+        "step": network.step,
+        "identity": network.identity.hash,
+        "imported": {n: imported[n] for n in ("source", "sha256") if n in imported},
+    }
     metadata = {
         "mean": list(model.mean),
         "std": list(model.std),
         "num_classes": model.num_classes,
         "width": model.width,
         "blocks": list(model.blocks),
-        "origin": _origin(config, workdir, which),
+        "origin": origin,
     }
-    return Weights(to_tensors(variables), metadata)
-
-
-def _origin(config: Config, workdir: pathlib.Path, which: str) -> dict[str, Any]:
-    """Of which run, and of which moment of it, a network is."""
-    imported = glance(workdir / "import.json")
-    return {
-        "label": config.label,
-        "row": config.row,
-        "seed": config.seed,
-        "checkpoint": which,
-        "step": _latest_step(workdir, which),
-        "identity": glance(workdir / "result.json").get("identity"),
-        "imported": {n: imported[n] for n in ("source", "sha256") if n in imported},
-    }
-
-
-def _latest_step(workdir: pathlib.Path, which: str) -> int | None:
-    with Checkpoints(checkpoint_folder(workdir, which)) as checkpoints:
-        return checkpoints.latest_step()
-
-
-def _without_images(config: Config) -> Dataset:
-    """The data set as far as a network must know it; reads no image.
-
-    For the number of examples, which no network depends on, stands one batch.
-    """
-    facts = dataset_facts(config.data.name)
-    size = config.training.batch_size
-    images = np.broadcast_to(np.uint8(0), (size, *facts.image_shape))
-    batch = Split(images, np.broadcast_to(np.int32(0), (size,)))
-    return Dataset(
-        name=config.data.name,
-        num_classes=facts.num_classes,
-        mean=facts.mean,
-        std=facts.std,
-        train=batch,
-        validation=batch,
-        test=batch,
-    )
+    return Weights(to_tensors(network.variables), metadata)
 
 
 def import_command(
@@ -170,7 +140,7 @@ def import_command(
     with config.unlocked():
         _describe(config, weights, arguments.dataset)
     validate(config)
-    dataset = _without_images(config)
+    dataset = without_images(config)
     model = building.make_model(config, dataset)
     variables = from_tensors(weights.tensors, model, dataset.image_shape[-1])
     note = {
@@ -217,7 +187,8 @@ def _is_done(workdir: pathlib.Path, digest: str, config: Config) -> bool:
     def found(*names: str) -> list[str]:
         return [name for name in names if (workdir / name).exists()]
 
-    step = _latest_step(workdir, "last")
+    with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
+        step = checkpoints.latest_step()
     imported = glance(workdir / "import.json").get("sha256")
     is_whole = (workdir / "config.json").exists()
     others = [

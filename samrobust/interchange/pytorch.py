@@ -109,6 +109,8 @@ def _reason(error: Exception) -> str:
         return f"{other[1][:_REASON]}"
     _, _, inner = text.partition("WeightsUnpickler error: ")
     line = (inner or text).strip().partition("\n")[0]
+    if "TorchScript" in line:
+        return "a TorchScript archive"
     if not line or "weights_only" in line or "trust" in line:
         return type(error).__name__
     return "".join(c for c in line if c.isprintable())[:_REASON]

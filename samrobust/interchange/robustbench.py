@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from samrobust.files import read_json_lines, write_bytes, write_json, write_text
+from samrobust.interchange.blank import NUM_TEST
 from samrobust.interchange.pytorch import torch_bytes
 from samrobust.interchange.weights import Weights
 from samrobust.types import Config
@@ -47,7 +48,7 @@ def write_bundle(
     lines = read_json_lines(workdir / "evaluations.jsonl")
     origin = weights.metadata["origin"]
     found = find_evaluation(lines, which, config.model.dtype, origin)
-    full = _TEST_IMAGES[config.data.name]
+    full = NUM_TEST[config.data.name]
     evaluation = found if found and found["num_test"] == full else None
     info = model_info(config, weights, evaluation)
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +176,7 @@ def _readme(
         row=config.row,
         seed=config.seed,
         architecture=info["architecture"],
-        claims=_claims_in_words(found, which, _TEST_IMAGES[config.data.name]),
+        claims=_claims_in_words(found, which, NUM_TEST[config.data.name]),
         by_hand=", ".join(f"`{name}`" for name in by_hand),
     )
 
@@ -207,7 +208,6 @@ def _claims_in_words(found: dict[str, Any] | None, which: str, full: int) -> str
 
 
 _USUAL = ("linf 8/255", "l2 127.5/255")
-_TEST_IMAGES = {"cifar10": 10_000, "cifar100": 10_000, "digits": 500}
 _FIELDS = (  # RobustBench's
     *("link", "name", "authors", "additional_data", "venue"),
     *("eps", "clean_acc", "autoattack_acc", "reported"),
