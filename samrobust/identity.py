@@ -105,11 +105,12 @@ def identity_of(config: Config, dataset: Dataset | None) -> Identity:
 
     Args:
       config: of the run.
-      dataset: that of `config.data`; None where the network was not trained on it.
+      dataset: that of `config.data`; None where the network was not trained on it, or
+        one without test images where no image is at hand.
     """
     return Identity(
         config=json.loads(config.to_json_best_effort()),
-        data=None if dataset is None else _training_data(dataset),
+        data=_training_data(dataset) if dataset and len(dataset.test) else None,
         format=FORMAT,
         random=_some_random_bits(),
         versions=(_versions(),),
