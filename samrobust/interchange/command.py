@@ -27,7 +27,7 @@ from samrobust.interchange.weights import (
 from samrobust.provenance import provenance
 from samrobust.training import load_network, save_variables
 from samrobust.training.checkpoint import Checkpoints
-from samrobust.training.setup import checkpoint_folder
+from samrobust.training.saved import checkpoint_folder
 from samrobust.types import Config
 from samrobust.validation import validate
 from samrobust.workdir import config_of_run
