@@ -60,7 +60,7 @@ def export_command(
     _check_output(arguments.format, output)
     config = config_of_run(workdir)
     which = arguments.checkpoint or config.evaluation.checkpoint
-    weights = _weights_of(config, workdir, which)
+    weights = _weights_of(config, workdir, which, arguments.step)
     output.parent.mkdir(parents=True, exist_ok=True)
     if arguments.format == "robustbench":
         write_bundle(output, weights, config, workdir, which)
@@ -95,10 +95,12 @@ def _check_output(kind: str, output: pathlib.Path) -> None:
     )
 
 
-def _weights_of(config: Config, workdir: pathlib.Path, which: str) -> Weights:
+def _weights_of(
+    config: Config, workdir: pathlib.Path, which: str, step: int | None
+) -> Weights:
     dataset = without_images(config)
     model = building.make_model(config, dataset)
-    network = load_network(config, dataset, workdir, which)
+    network = load_network(config, dataset, workdir, which, step=step)
     imported = glance(workdir / "import.json")
     origin = {
         "label": config.label,
