@@ -15,7 +15,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # From the bottom up: a module imports from rows above it here, and its own package.
 LAYERS = [
     {"types", "checks", "files", "runtime", "provenance"},
-    {"objectives", "validation", "claims", "failures"},
+    {"objectives", "validation", "rows", "claims", "failures"},
     {"attacks", "sharpness", "models", "data", "parallel", "configuration"},
     {"building", "workdir", "survey", "tracking"},
     {"training", "evaluation", "runfiles"},
