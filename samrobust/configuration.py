@@ -15,6 +15,7 @@ import traceback
 import types
 from collections.abc import Iterator, Sequence
 from importlib import util
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -126,7 +127,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
 def _call_get_config(file: pathlib.Path, row: list[str]) -> Config:
     """What the file's `get_config` returns, for a row or for its own choice."""
-    get_config = getattr(_load_module(file), "get_config", None)
+    get_config: Any = getattr(_load_module(file), "get_config", None)
     check(
         callable(get_config), f"a function get_config(row) in {file}", config=get_config
     )

@@ -172,7 +172,7 @@ def validate(config: Config) -> None:
 
 
 def _read(config: Config, field: str) -> Any:
-    value = config
+    value: Any = config
     for name in field.split("."):
         holds = isinstance(value, _SECTION) and name in value
         check(holds, f"a config with the field {field}", config=type(value).__name__)

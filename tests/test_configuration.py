@@ -1,6 +1,7 @@
 """Configs: the paper's rows, overrides, and what is refused before any work."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -163,7 +164,7 @@ def test_a_step_size_and_its_fraction_together_are_refused(order):
 )  # fmt: skip
 def test_the_rate_drops_in_the_same_epochs_as_in_the_reference_code(milestones, epochs):
     config = load(f"training.epochs={epochs}", f"training.milestones={milestones}")
-    schedule = building.learning_rate_schedule(config, steps_per_epoch=3)
+    schedule: Any = building.learning_rate_schedule(config, steps_per_epoch=3)
     for epoch in range(epochs):
         passed = sum(not epoch < epochs * milestone for milestone in milestones)
         for step in (3 * epoch, 3 * epoch + 2):
@@ -173,7 +174,7 @@ def test_the_rate_drops_in_the_same_epochs_as_in_the_reference_code(milestones, 
 def test_a_milestone_is_not_an_epoch_late_for_a_rounding_error():
     assert 0.55 * 100 > 55
     config = load("training.epochs=100", "training.milestones=(0.55,)")
-    schedule = building.learning_rate_schedule(config, steps_per_epoch=1)
+    schedule: Any = building.learning_rate_schedule(config, steps_per_epoch=1)
     assert float(schedule(54)) == pytest.approx(0.1)
     assert float(schedule(55)) == pytest.approx(0.01)
 

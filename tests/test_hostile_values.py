@@ -6,6 +6,7 @@ work starts.
 
 import argparse
 import math
+from typing import Any
 
 import helpers
 import numpy as np
@@ -88,7 +89,7 @@ def test_every_field_of_the_base_config_has_its_rule():
 def test_a_hostile_value_in_python_is_refused_by_the_fields_name(field):
     valid = configuration.load_config(f"{DIGITS}:st").copy_and_resolve_references()
     config = ConfigDict(valid.to_dict(), type_safe=False)
-    section = config
+    section: Any = config
     *path, name = field.split(".")
     for part in path:
         section = section[part]
