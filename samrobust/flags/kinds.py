@@ -108,14 +108,15 @@ reals = _kind(_each(_real(-1e30, 1e30)))
 
 
 def radii(norm: str) -> Callable[[str], Any]:
-    """`8,16` as (8.0, 16.0), radii of balls of this norm in 1/255."""
+    """`8,16` as (8.0, 16.0), radii of balls of this norm in 1/255; `` as none."""
 
     def read(text: str) -> float:
         value = _number(float, text)
         check_radius(norm, value=value)
         return value
 
-    return _kind(_each(read))
+    each = _each(read)
+    return _kind(lambda text: each(text) if text else ())
 
 
 def names_of(*options: str) -> Callable[[str], Any]:
