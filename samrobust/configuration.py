@@ -6,6 +6,7 @@ A config file defines `get_config(row)`, which returns a locked `ConfigDict`, an
 run could stumble over later is refused here, before any work starts.
 """
 
+import ast
 import contextlib
 import difflib
 import json
@@ -184,8 +185,10 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
         )
         values(argv)
     except Exception as error:  # of several kinds, for values that are no literals
-        known = isinstance(error, KeyError) and error.args
-        reason = shorten(str(error.args[0] if known else error).replace("\\n", " "))
+        reason = str(error)
+        with contextlib.suppress(ValueError, SyntaxError):  # of a KeyError: quoted
+            reason = str(ast.literal_eval(reason))
+        reason = shorten(reason)
         given = shorten(" ".join(overrides))
         message = f"Expected valid fields and values, got {given}: {reason}"
         raise ValueError(message) from error

@@ -212,7 +212,7 @@ def test_a_small_radius_is_accepted(radius):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["training.epoch=3"], "epoch.*Did you mean.*epochs"),
+        (["training.epoch=3"], ': \'epoch\' Did you mean "epochs" instead of "epoch"'),
         (["training.epochs=2.5"], "training.epochs"),
         (["training.epochs=0"], "1 <= training.epochs, got training.epochs=0"),
         (["training.learning_rate=-1.0"], "1e-30 <= training.learning_rate"),
