@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     # What is trained; set by the row, as in `configs/cifar10.py:sam,rho=0.2`.
     config.row = ""
     config.label = ""
-    # Every random number is a function of the seed and the step.
+    # Every random number is a function of the seed, below 2**32, and the step.
     config.seed = 0
     # The paper's accuracies in percent for this row, printed beside ours.
     config.paper = ConfigDict()
@@ -58,8 +58,8 @@ def get_config() -> ConfigDict:
     config.training.drop_remainder = False
     config.training.learning_rate = 0.1
     config.training.schedule = "step"  # or cosine (to 0)
-    # For `step`: fractions of the epochs, rounded down to whole ones but never to 0,
-    # after which the rate is multiplied by `decay_factor`.
+    # For `step`: fractions of the epochs after which the rate is multiplied by
+    # `decay_factor`, rounded up to whole ones: after 23 of 30.
     config.training.milestones = (0.75, 0.9)
     config.training.decay_factor = 0.1
     config.training.momentum = 0.9

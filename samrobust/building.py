@@ -4,6 +4,7 @@ The one place where radii turn from 1/255 units into pixel units, and names into
 functions. Out of scope: validation, see `samrobust.validation`.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from samrobust import attacks, sharpness
+from samrobust.checks import LARGEST_COUNT, check
 from samrobust.data import Dataset, load_dataset
 from samrobust.models import PreActResNet
 from samrobust.objectives import LOSSES
@@ -142,14 +144,27 @@ def validation_attacks(config: Config) -> dict[str, Attack]:
 
 
 def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
-    """The learning rate as a function of the step."""
+    """The learning rate as a function of the step.
+
+    Raises:
+      ValueError: for more steps than an int32 counts, as optimizers do.
+    """
     training = config.training
+    total_steps = training.epochs * steps_per_epoch
+    check(
+        total_steps <= LARGEST_COUNT,
+        f"training.epochs <= {LARGEST_COUNT // steps_per_epoch}",
+        f"An epoch has {steps_per_epoch} steps; they are counted in 32 bits.",
+        **{"training.epochs": training.epochs},
+    )
     if training.schedule == "cosine":
-        total_steps = training.epochs * steps_per_epoch
         return optax.cosine_decay_schedule(training.learning_rate, total_steps)
     boundaries = {}
     for milestone in training.milestones:
-        step = max(1, int(milestone * training.epochs)) * steps_per_epoch
+        # The first epoch that is no longer `epoch < milestone * epochs`. Rounded, as
+        # 0.55 * 100 is a little more than 55 in binary.
+        epoch = math.ceil(round(milestone * training.epochs, 6))
+        step = epoch * steps_per_epoch
         boundaries[step] = boundaries.get(step, 1.0) * training.decay_factor
     return optax.piecewise_constant_schedule(training.learning_rate, boundaries)
 

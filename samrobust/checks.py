@@ -1,14 +1,37 @@
 """Validation of arguments: one form of message for every public function.
 
 A message names the condition, the argument and its value, and what to do:
-`Expected 0 <= rho, got rho=-0.1.` Checks run where a function is configured,
-never inside a compiled computation or a running job.
+`Expected 0 <= rho, got rho=-0.1.` It is one line, and short whatever the value. Checks
+run where a function is configured, never inside a compiled computation or a running
+job.
 """
 
+import re
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["check", "check_choice"]
+__all__ = [
+    "LARGEST_COUNT",
+    "LARGEST_SEED",
+    "check",
+    "check_choice",
+    "check_path",
+    "check_radius",
+    "check_real",
+    "check_whole",
+    "shorten",
+]
+
+LARGEST_SEED = 2**32 - 1  # JAX keeps the low 32 bits: 2**32 would be seed 0
+LARGEST_COUNT = 2**31 - 1  # steps, sizes and indices are int32 on the device
+
+_READABLE = 240  # characters of a value in a message
+
+# A ball of this radius in 1/255 units holds every image: the largest are 32 x 32 x 3.
+_WHOLE_BOX = {"linf": 255.0, "l2": 14134.0}
+# Below it a radius is a mistaken unit. An l2 ball of 1/255 moves no pixel by more than
+# one of 255 levels; so little is asked of linf (1/2 or 1/4 of a level), never 1/10.
+_SMALLEST = {"linf": 0.1, "l2": 1.0}
 
 
 def check(holds: bool, condition: str, fix: str = "", /, **values: Any) -> None:
@@ -28,11 +51,34 @@ def check(holds: bool, condition: str, fix: str = "", /, **values: Any) -> None:
     ValueError: Expected 0 <= rho, got rho=-0.1.
     """
     if not holds:
-        got = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        got = ", ".join(f"{name}={_show(value)}" for name, value in values.items())
         raise ValueError(f"Expected {condition}, got {got}. {fix}".rstrip())
 
 
-def check_choice(choices: Collection[str], **values: str) -> None:
+def _show(value: Any) -> str:
+    """The value as written in Python; huge numbers have no such form."""
+    try:
+        return shorten(repr(value))
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a {type(value).__name__} of {value.bit_length()} bits"
+
+
+def shorten(text: str, most: int = _READABLE) -> str:
+    """The text on one line, its middle left out where it is too long to read.
+
+    >>> len(shorten("x" * 10_000)) < 300
+    True
+    """
+    line = re.sub(r"\s*[\r\n]+\s*", " ", text).strip()
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    if len(line) <= most:
+        return line
+    half = most // 2
+    left_out = len(line) - 2 * half
+    return f"{line[:half]}...({left_out} characters)...{line[-half:]}"
+
+
+def check_choice(choices: Collection[str], /, **values: Any) -> None:
     """Raises `ValueError` unless every value is one of `choices`.
 
     >>> check_choice(("linf", "l2"), norm="l1")
@@ -41,4 +87,83 @@ def check_choice(choices: Collection[str], **values: str) -> None:
     """
     for name, value in values.items():
         options = ", ".join(choices)
-        check(value in choices, f"{name} in {{{options}}}", **{name: value})
+        known = isinstance(value, str) and value in choices
+        check(known, f"{name} in {{{options}}}", **{name: value})
+
+
+def check_whole(low: int, high: int = LARGEST_COUNT, /, **values: Any) -> None:
+    """Raises `ValueError` unless every value is an `int`, and in the range.
+
+    >>> check_whole(1, epochs=2.5)
+    Traceback (most recent call last):
+    ValueError: Expected a whole number for epochs, got epochs=2.5.
+    """
+    for name, value in values.items():
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        check(is_whole, f"a whole number for {name}", **{name: value})
+        check(low <= value, f"{low} <= {name}", **{name: value})
+        check(value <= high, f"{name} <= {high}", **{name: value})
+
+
+def check_real(low: float, high: float, /, **values: Any) -> None:
+    """Raises `ValueError` unless every value is a number in the range, thus finite.
+
+    >>> check_real(0, 1, momentum=float("nan"))
+    Traceback (most recent call last):
+    ValueError: Expected 0 <= momentum, got momentum=nan.
+    """
+    for name, value in values.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        check(is_number, f"a number for {name}", **{name: value})
+        check(low <= value, f"{low:g} <= {name}", **{name: value})
+        check(value <= high, f"{name} <= {high:g}", **{name: value})
+
+
+def check_radius(norm: str, /, **values: Any) -> None:
+    """Raises `ValueError` unless every value is a radius > 0 in 1/255 units.
+
+    Pixel units are told by their size, and among larger radii by their digits: 0.12549
+    is 32/255 written out, 0.125 an eighth of a level. A radius is the name of a column
+    too, so it has no more digits than are printed.
+
+    >>> check_radius("linf", epsilon=0.03137)
+    Traceback (most recent call last):
+    ValueError: Expected epsilon in 255ths, 0.1 or more, got epsilon=0.03137. \
+Radii are in 1/255 units: did you mean 8?
+    """
+    low, high = _SMALLEST[norm], _WHOLE_BOX[norm]
+    units = "Radii are in 1/255 units:"
+    for name, value in values.items():
+        check_real(0, float("inf"), **{name: value})
+        check(value > 0, f"0 < {name}", **{name: value})
+        fix = f"{units} 8 means 8/255."
+        check(value <= high, f"{name} <= {high:g}", fix, **{name: value})
+        fix = f"{units} did you mean {round(255 * value, 1) or 8:g}?"
+        mistaken = value < low or (value < 1 and _is_written_out(value))
+        check(not mistaken, f"{name} in 255ths, {low:g} or more", fix, **{name: value})
+        fix = f"Write {value:g}: columns are named by it."
+        is_printed = float(f"{value:g}") == value
+        check(is_printed, f"six digits for {name}", fix, **{name: value})
+
+
+def _is_written_out(radius: float) -> bool:
+    """Whether it is k/255 in pixel units: of many digits, and whole times 255."""
+    many = float(f"{radius:.3g}") != radius
+    return many and abs(255 * radius - round(255 * radius)) < 0.02
+
+
+def check_path(**values: Any) -> None:
+    """Raises `ValueError` unless every value can name a local file or folder.
+
+    >>> check_path(workdir="")
+    Traceback (most recent call last):
+    ValueError: Expected a local path for workdir, got workdir=''.
+    """
+    for name, value in values.items():
+        holds = (
+            isinstance(value, str)
+            and value.strip() != ""
+            and value.isprintable()
+            and "://" not in value
+        )
+        check(holds, f"a local path for {name}", **{name: value})

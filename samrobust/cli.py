@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from samrobust import __version__
+from samrobust.checks import shorten
 from samrobust.flags import ADDERS
 
 __all__ = ["main"]
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"samrobust: error: {message}\nSee `{self.prog} --help`.\n")
+        self.exit(
+            2, f"samrobust: error: {shorten(message, 600)} (see `{self.prog} --help`)\n"
+        )
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

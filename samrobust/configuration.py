@@ -1,31 +1,32 @@
-"""Experiment configs: loading, the rows of a table, and validation.
+"""Experiment configs: loading, overriding, and what they may say.
 
 A config file defines `get_config(row)`, which returns a locked `ConfigDict`, and
-`ROWS`, the rows of its table in order. `configs/base.py` describes every field. A row
-names a training method and its strength, as the paper's tables do:
-
-    st        sam,rho=0.2        at,norm=linf,eps=8        at+sam,norm=l2,eps=64,rho=0.1
-
-Radii (eps) in configs are in 1/255 units. Everything a run could stumble over later is
-refused here, before any work starts.
+`ROWS`, the rows of its table in order. `configs/base.py` describes every field,
+`samrobust.rows` the names of rows. Radii in configs are in 1/255 units. Everything a
+run could stumble over later is refused here, before any work starts.
 """
 
-import dataclasses
+import ast
+import contextlib
+import difflib
 import json
+import os
 import pathlib
+import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import util
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from samrobust.checks import check, check_choice
+from samrobust.checks import check, shorten
+from samrobust.rows import parse_row
 from samrobust.types import Config
-from samrobust.validation import validate
+from samrobust.validation import FIELDS, validate
 
 __all__ = [
-    "Row",
     "base_config",
     "differences",
     "find_config_file",
@@ -36,86 +37,12 @@ __all__ = [
     "with_defaults",
 ]
 
-_OPTIONS = {
-    "st": (),
-    "sam": ("rho",),
-    "at": ("norm", "eps"),
-    "at+sam": ("norm", "eps", "rho"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A row of a table: a training method and its strength.
-
-    Attributes:
-      method: one of st, sam, at, at+sam.
-      norm: of the training attack, linf or l2; None without one.
-      eps: radius of the training attack in 1/255 units; 0 without one.
-      rho: SAM's radius in the l2 norm of all parameters; 0 without SAM.
-    """
-
-    method: str
-    norm: str | None = None
-    eps: float = 0.0
-    rho: float = 0.0
-
-    @property
-    def label(self) -> str:
-        """The name in tables, as in the paper: `SAM (rho = 0.2)`."""
-        attack = f"AT ({self.norm}, eps = {self.eps:g}/255)"
-        sharpness = f"SAM (rho = {self.rho:g})"
-        return {
-            "st": "ST",
-            "sam": sharpness,
-            "at": attack,
-            "at+sam": f"{attack} + {sharpness}",
-        }[self.method]
-
-
-def parse_row(row: str) -> Row:
-    """Reads a row's name.
-
-    Raises:
-      ValueError: for an unknown method or option, a missing option, or a value that
-        is no number.
-
-    >>> parse_row("at,norm=linf,eps=8")
-    Row(method='at', norm='linf', eps=8.0, rho=0.0)
-    """
-    method, *items = row.split(",")
-    check_choice(tuple(_OPTIONS), method=method)
-    options = {name: value for name, _, value in (i.partition("=") for i in items)}
-    wanted = _OPTIONS[method]
-    check(
-        sorted(options) == sorted(wanted) and len(items) == len(wanted),
-        f"the options {', '.join(wanted) or '(none)'} for the method {method}",
-        "Examples: st; sam,rho=0.2; at,norm=linf,eps=8; at+sam,norm=l2,eps=64,rho=0.1.",
-        row=row,
-    )
-    if "norm" in options:
-        check_choice(("linf", "l2"), norm=options["norm"])
-    return Row(
-        method,
-        options.get("norm"),
-        _number(options, "eps", row),
-        _number(options, "rho", row),
-    )
-
-
-def _number(options: dict[str, str], name: str, row: str) -> float:
-    try:
-        return float(options.get(name, 0.0))
-    except ValueError:
-        message = f"Expected a number for {name}, got row={row!r}."
-        raise ValueError(message) from None
-
 
 def finish(config: Config, row: str) -> Config:
     """Writes a row into an unlocked config and locks it; the end of `get_config`.
 
-    The attack's `step_size` is a reference to its `epsilon`, and follows when that is
-    changed on the command line.
+    The attack's `step_size` refers to its `epsilon` and `relative_step_size`, and
+    follows when these are changed later.
     """
     parsed = parse_row(row)
     config.row = row
@@ -124,7 +51,7 @@ def finish(config: Config, row: str) -> Config:
     config.attack.epsilon = parsed.eps
     if parsed.norm is not None:
         config.attack.norm = parsed.norm
-    relative = config.attack.relative_step_size[config.attack.norm]
+    relative = config.attack.relative_step_size.get_ref(config.attack.norm)
     config.attack.step_size = config.attack.get_ref("epsilon") * relative
     return config.lock()
 
@@ -154,14 +81,14 @@ def find_config_file(path: str) -> pathlib.Path:
     package = pathlib.Path(__file__).resolve().parent
     shipped = [package.parent / "configs", package / "_configs"]
     name = pathlib.Path(path)
-    candidates = [name, *(folder / name.name for folder in shipped)]
     known = sorted({file.stem for folder in shipped for file in folder.glob("*.py")})
-    for candidate in candidates:
-        if candidate.is_file():
+    for candidate in (name, *(folder / name.name for folder in shipped)):
+        if candidate.suffix == ".py" and os.path.isfile(candidate):
             return candidate
     found = ", ".join(f"configs/{stem}.py" for stem in known if stem != "base")
-    message = f"Expected an existing config file, got config={path!r}. "
-    raise ValueError(message + f"Shipped with samrobust: {found}.")
+    fix = f"Shipped with samrobust: {found}."
+    check(False, "an existing config file NAME.py", fix, config=path)
+    raise AssertionError
 
 
 def load_rows(path: str) -> list[str]:
@@ -169,11 +96,11 @@ def load_rows(path: str) -> list[str]:
     file = find_config_file(path)
     rows = getattr(_load_module(file), "ROWS", None)
     check(
-        isinstance(rows, Sequence) and len(rows) > 0,
-        f"a list ROWS in {file}",
+        isinstance(rows, list | tuple) and 0 < len(rows) == len(set(map(str, rows))),
+        f"a list ROWS in {file}, its rows all different",
         ROWS=rows,
     )
-    return [str(row) for row in rows or ()]
+    return [parse_row(row).name for row in rows or ()]
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -189,12 +116,63 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
       ValueError: for a file, row, field or value that is not valid; names the field.
     """
-    name, _, row = path.partition(":")
-    get_config = _load_module(find_config_file(name)).get_config
-    config = _override(get_config(row) if row else get_config(), overrides)
+    name, colon, row = path.partition(":")
+    config = _call_get_config(find_config_file(name), [row] if colon else [])
+    _check_overrides(overrides)
+    config = _override(config, overrides)
     validate(config)
-    _check_row(config)
+    _check_fields(config)
+    _check_row(config, row if colon else config.row)
     return config
+
+
+def _call_get_config(file: pathlib.Path, row: list[str]) -> Config:
+    """What the file's `get_config` returns, for a row or for its own choice."""
+    get_config: Any = getattr(_load_module(file), "get_config", None)
+    check(
+        callable(get_config), f"a function get_config(row) in {file}", config=get_config
+    )
+    with _blaming(file):
+        config = get_config(*row)
+    check(
+        isinstance(config, ConfigDict),
+        f"get_config of {file} to return finish(config, row)",
+        config=config,
+    )
+    return config
+
+
+@contextlib.contextmanager
+def _blaming(file: pathlib.Path) -> Iterator[None]:
+    """Turns what goes wrong in a config file into one line that says where."""
+    try:
+        yield
+    except ValueError:  # of our own checks
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+        where = f", line {lines[-1]}" if lines else ""
+        message = (
+            f"Expected a config file that can be run, got config='{file}'{where}: "
+            f"{type(error).__name__}: {shorten(str(error))}"
+        )
+        raise ValueError(message) from error
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    fix = "As on the command line: --config.training.epochs=2."
+    for item in overrides:
+        holds = item.startswith("--config.") and "=" in item
+        check(holds, "overrides --config.FIELD=VALUE", fix, override=item)
+    fields = {item.partition("=")[0].removeprefix("--config.") for item in overrides}
+    relative = [f for f in fields if f.startswith("attack.relative_step_size.")]
+    check(
+        not relative or "attack.step_size" not in fields,
+        "attack.step_size or attack.relative_step_size, not both",
+        "The one is the other times attack.epsilon.",
+        overrides=list(overrides),
+    )
 
 
 def _override(config: Config, overrides: Sequence[str]) -> Config:
@@ -206,17 +184,38 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
             "config", config, flag_values=values, sys_argv=argv
         )
         values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).replace("\\n", " ").split()).strip("'\"")
-        message = f"Expected valid fields and values, got {list(overrides)}: {reason}"
+    except Exception as error:  # of several kinds, for values that are no literals
+        reason = str(error)
+        with contextlib.suppress(ValueError, SyntaxError):  # of a KeyError: quoted
+            reason = str(ast.literal_eval(reason))
+        reason = shorten(reason)
+        given = shorten(" ".join(overrides))
+        message = f"Expected valid fields and values, got {given}: {reason}"
         raise ValueError(message) from error
     return values.config
 
 
-def _check_row(config: Config) -> None:
-    """Refuses overrides that would make the row's name and label untrue."""
+def _check_fields(config: Config) -> None:
+    """Refuses fields that nothing reads; stored configs may have some, new ones not."""
+    for field in _flatten(config.to_dict()):
+        if field not in FIELDS and not field.startswith("paper."):
+            near = difflib.get_close_matches(field, FIELDS, 1)
+            fix = f"Did you mean {near[0]}?" if near else ""
+            check(False, "fields of configs/base.py", fix, field=field)
+
+
+def _check_row(config: Config, wanted: str) -> None:
+    """Refuses what would make the row's name and label untrue."""
+    fix = "End get_config with `return finish(config, row)`."
+    check(
+        config.row == wanted != "",
+        f"a config of the row {wanted!r}",
+        fix,
+        row=config.row,
+    )
     row = parse_row(config.row)
     for field, named, value in (
+        ("label", row.label, config.label),
         ("sam.rho", row.rho, config.sam.rho),
         ("attack.epsilon", row.eps, config.attack.epsilon),
         ("attack.norm", row.norm or config.attack.norm, config.attack.norm),
@@ -258,5 +257,6 @@ def _load_module(file: pathlib.Path) -> types.ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _blaming(file):
+        spec.loader.exec_module(module)
     return module

@@ -141,6 +141,8 @@ def _evaluation_config(workdir: pathlib.Path, arguments: argparse.Namespace) -> 
     config = config_of_run(workdir)
     evaluation: Config = config.evaluation
     _write(evaluation, arguments, _SHARED)
+    if evaluation.attack == "pgd":
+        evaluation.update(version="standard", members=())  # which are not for PGD
     _check_flags(evaluation.attack, arguments)
     _write(evaluation, arguments, (*_OF_PGD, *_OF_AUTOATTACK))
     if arguments.dtype is not None:

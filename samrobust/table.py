@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from samrobust import building, configuration, parallel, reporting
-from samrobust.checks import check
+from samrobust.checks import LARGEST_SEED, check, check_whole
 from samrobust.experiments import PlannedRun, work
 from samrobust.files import WorkdirError
 from samrobust.reporting.progress import ProgressDisplay
@@ -86,7 +86,6 @@ def _conclude(plan: _Plan, shard: str | None, console: Console) -> None:
 
 
 def _make_plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> _Plan:
-    check(arguments.seeds >= 1, "--seeds >= 1", seeds=arguments.seeds)
     check(
         not (arguments.collect and arguments.shard),
         "--collect without --shard",
@@ -101,8 +100,9 @@ def _make_plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> _Plan
     }
     runs = [
         PlannedRun(_with_seed(config, seed), workdir / row / f"seed{seed}")
-        for seed in range(arguments.seeds)
+        for i in range(arguments.seeds)
         for row, config in configs.items()
+        for seed in (config.seed + i,)
     ]
     changed = ", ".join(item.removeprefix("--config.") for item in overrides)
     note = f" Changed from {arguments.config}: {changed}." if changed else ""
@@ -129,6 +129,7 @@ def _rows(values: Sequence[str] | None) -> list[str]:
 
 
 def _with_seed(config: Config, seed: int) -> Config:
+    check_whole(0, LARGEST_SEED, seed=seed)
     copy = config.copy_and_resolve_references()
     copy.seed = seed
     return copy

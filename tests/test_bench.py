@@ -362,4 +362,4 @@ def test_a_profile_is_a_perfetto_trace_and_no_measurement(tmp_path):
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     done = bench(tmp_path, "--methods=fgsm")
     assert done.returncode == 2
-    assert done.stderr.startswith("samrobust: error: Expected method")
+    assert done.stderr.startswith("samrobust: error: argument --methods: Expected")

@@ -6,6 +6,7 @@ import sys
 import helpers
 import pytest
 
+from samrobust import configuration
 from samrobust.cli import main
 
 
@@ -47,19 +48,22 @@ def test_each_command_explains_its_flags(command, capsys):
         (["train", "--config=configs/digits.py:st"], "--workdir"),
         (["table", "--collect", "--list"], "not allowed with argument"),
         (["status", "--workdir=x", "--config.seed=1"], "status takes no config"),
+        (["table", "--seeds=0"], "--seeds: Expected 1 <= value, got value=0"),
     ],
 )
 def test_wrong_flags_are_refused_with_exit_code_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("samrobust: error: ")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["table", "--seeds=0"], "Expected --seeds >= 1, got seeds=0"),
         (["table", "--shard=4/4"], "--shard=I/N with 0 <= I < N, got shard='4/4'"),
         (["table", "--shard=1"], "--shard=I/N with 0 <= I < N, got shard='1'"),
         (["table", "--shard=-1/4"], "The first of four shards is --shard=0/4"),
@@ -69,7 +73,10 @@ def test_wrong_flags_are_refused_with_exit_code_2(arguments, message, capsys):
         (["table", "--rows=sma,rho=1"], "method in {st, sam, at, at+sam}"),
         (["table", "--config.training.epoch=2"], "Did you mean"),
         (["table", "--config=configs/none.py"], "Expected an existing config file"),
-        (["train", "--config=configs/digits.py:sam,rho=-1"], "0 <= sam.rho"),
+        (
+            ["train", "--config=configs/digits.py:sam,rho=-1"],
+            "1e-05 <= rho, got rho=-1",
+        ),
         (
             ["train", "--config=configs/digits.py:st", "--config.data.train_size=9999"],
             "train_size",
@@ -94,6 +101,25 @@ def test_bad_input_gives_one_line_and_exit_code_2(arguments, message, tmp_path, 
     assert error.startswith("samrobust: error: ")
     assert error.count("\n") == 1
     assert not (workdir / "checkpoints").exists()
+
+
+def test_a_table_begins_at_the_given_seed(tmp_path, capsys):
+    arguments = ["table", "--list", "--rows=st", f"--workdir={tmp_path}"]
+    assert main([*arguments, "--seeds=2", "--config.seed=5"]) == 0
+    runs = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [run[1:3] for run in runs] == [["st", "5"], ["st", "6"]]
+    assert main([*arguments, "--seeds=2", "--config.seed=4294967295"]) == 2
+    assert "seed <= 4294967295, got seed=4294967296" in capsys.readouterr().err
+
+
+def test_pgd_may_follow_on_autoattack_of_chosen_members(tmp_path, capsys):
+    overrides = ("attack=autoattack", "version=custom", "members=('square',)")
+    config = configuration.load_config(
+        "configs/digits.py:st", [f"--config.evaluation.{item}" for item in overrides]
+    )
+    (tmp_path / "config.json").write_text(config.to_json_best_effort())
+    assert main(["evaluate", "--attack=pgd", f"--workdir={tmp_path}"]) == 1
+    assert "checkpoint" in capsys.readouterr().err
 
 
 def test_unprepared_data_offline_says_what_to_put_where(tmp_path, capsys, monkeypatch):

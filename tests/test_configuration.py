@@ -1,6 +1,7 @@
 """Configs: the paper's rows, overrides, and what is refused before any work."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -76,7 +77,28 @@ def test_a_rows_label_says_what_it_is(row, label):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("sgd", "method in {st, sam, at, at\\+sam}, got method='sgd'"),
+        *(
+            (f"sam,rho={text}", "the row 'sam,rho=0.2'")
+            for text in ("0.20", "+0.2", "2e-1", " 0.2", "0.2 ", "0.2\n", ".2", "00.2")
+        ),
+        ("sam,rho=\uff10.2", "the row 'sam,rho=0.2'"),
+        ("at,norm=linf,eps=1_0", "the row 'at,norm=linf,eps=10'"),
+        ("at,norm=linf,eps=8.0", "the row 'at,norm=linf,eps=8'"),
+        ("at,eps=8,norm=linf", "the row 'at,norm=linf,eps=8'"),
+        ("sam,rho=0.1234567", "the row 'sam,rho=0.123457'"),
+        ("sam,rho=0", "0 < rho, .* With rho=0 it is another row: st\\."),
+        ("sam,rho=-0.0", "another row: st\\."),
+        ("at,norm=l2,eps=0", "0 < eps, .* another row: st\\."),
+        ("at+sam,norm=l2,eps=0,rho=0.1", "another row: sam,rho=0.1\\."),
+        ("at+sam,norm=l2,eps=8,rho=0", "another row: at,norm=l2,eps=8\\."),
+        ("sam,rho=1e-9", "1e-05 <= rho"),
+        ("sam,rho=1e30", "rho <= 1000"),
+        ("sam,rho=nan", "1e-05 <= rho"),
+        ("at,norm=linf,eps=nan", "0 <= eps"),
+        ("at,norm=linf,eps=256", "eps <= 255, .* 8 means 8/255"),
+        ("at,norm=l2,eps=1e30", "eps <= 14134"),
+        ("at,norm=linf,eps=0.0314", "did you mean 8\\?"),
+        ("sgd", "method in {st, sam, at, at\\+sam}, got row='sgd'"),
         ("sam", "the options rho for the method sam, got row='sam'"),
         ("sam,rho=", "a number for rho"),
         ("sam,rho=0.1,rho=0.2", "the options rho for the method sam"),
@@ -112,17 +134,96 @@ def test_the_step_size_follows_the_rows_radius():
 
 
 @pytest.mark.parametrize(
+    ("row", "relative", "step_size"),
+    [
+        ("at,norm=linf,eps=16", "linf=0.5", 8.0),
+        ("at,norm=l2,eps=128", "l2=0.5", 64.0),
+        ("at,norm=l2,eps=128", "linf=0.5", 16.0),
+        ("st", "linf=0.5", 0.0),
+    ],
+)
+def test_the_step_size_follows_its_fraction_of_the_radius(row, relative, step_size):
+    config = load(f"attack.relative_step_size.{relative}", row=row)
+    assert config.attack.step_size == step_size
+    assert json.loads(config.to_json_best_effort())["attack"]["step_size"] == step_size
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_step_size_and_its_fraction_together_are_refused(order):
+    both = ["attack.step_size=2.0", "attack.relative_step_size.linf=0.5"]
+    with pytest.raises(ValueError, match="not both"):
+        load(*both[::order], row="at,norm=linf,eps=16")
+
+
+@pytest.mark.parametrize(
+    ("milestones", "epochs"),
+    [
+        ((0.75, 0.9), 1), ((0.75, 0.9), 2), ((0.75, 0.9), 10), ((0.75, 0.9), 30),
+        ((0.75, 0.9), 100), ((0.5,), 7), ((0.55, 0.9), 20), ((0.01, 0.02), 50), ((), 3),
+    ],
+)  # fmt: skip
+def test_the_rate_drops_in_the_same_epochs_as_in_the_reference_code(milestones, epochs):
+    config = load(f"training.epochs={epochs}", f"training.milestones={milestones}")
+    schedule: Any = building.learning_rate_schedule(config, steps_per_epoch=3)
+    for epoch in range(epochs):
+        passed = sum(not epoch < epochs * milestone for milestone in milestones)
+        for step in (3 * epoch, 3 * epoch + 2):
+            assert float(schedule(step)) == pytest.approx(0.1 * 0.1**passed)
+
+
+def test_a_milestone_is_not_an_epoch_late_for_a_rounding_error():
+    assert 0.55 * 100 > 55
+    config = load("training.epochs=100", "training.milestones=(0.55,)")
+    schedule: Any = building.learning_rate_schedule(config, steps_per_epoch=1)
+    assert float(schedule(54)) == pytest.approx(0.1)
+    assert float(schedule(55)) == pytest.approx(0.01)
+
+
+def test_more_steps_than_are_counted_are_refused():
+    config = load("training.epochs=2000000")
+    with pytest.raises(ValueError, match=r"training\.epochs <= 1073741, got"):
+        building.learning_rate_schedule(config, steps_per_epoch=2000)
+
+
+@pytest.mark.parametrize(
+    ("field", "radius", "meant"),
+    [
+        ("linf", 8 / 255, "did you mean 8"),
+        ("linf", 0.03137, "did you mean 8"),
+        ("linf", 0.03, "did you mean 7.6"),
+        ("linf", 0.015686, "did you mean 4"),
+        ("linf", 0.12549, "did you mean 32"),
+        ("linf", 1e-9, "did you mean 8"),
+        ("l2", 0.5, "did you mean 127.5"),
+        ("l2", 0.062745, "did you mean 16"),
+        ("l2", 0.502, "did you mean 128"),
+    ],
+)
+def test_a_radius_in_pixel_units_is_recognised(field, radius, meant):
+    with pytest.raises(ValueError, match=meant):
+        load(f"evaluation.{field}=({radius},)")
+
+
+@pytest.mark.parametrize("radius", [0.1, 0.125, 0.2, 0.25, 0.3, 0.5, 0.75, 1, 3.5, 255])
+def test_a_small_radius_is_accepted(radius):
+    assert load(f"evaluation.linf=({radius},)").evaluation.linf == (radius,)
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["training.epoch=3"], "epoch.*Did you mean.*epochs"),
+        (["training.epoch=3"], ': \'epoch\' Did you mean "epochs" instead of "epoch"'),
         (["training.epochs=2.5"], "training.epochs"),
         (["training.epochs=0"], "1 <= training.epochs, got training.epochs=0"),
-        (["training.learning_rate=-1.0"], "0 < training.learning_rate"),
-        (["training.momentum=1.0"], "0 <= momentum < 1, got training.momentum=1.0"),
+        (["training.learning_rate=-1.0"], "1e-30 <= training.learning_rate"),
+        (["training.momentum=1.0"], "training.momentum < 1, got training.momentum=1.0"),
         (["training.schedule=linear"], "training.schedule in {step, cosine}"),
         (["training.milestones=(0.9,0.5)"], "increasing fractions"),
         (["model.dtype=float16"], "model.dtype in {float32, bfloat16}"),
-        (["model.blocks=()"], "at least one block"),
+        (
+            ["model.blocks=()"],
+            "1 to 10 values for model.blocks, got model.blocks=\\(\\)",
+        ),
         (["data.name=mnist"], "data.name in {cifar10, cifar100, digits}"),
         (["data.validation_size=-1"], "0 <= data.validation_size"),
         (["attack.num_steps=0"], "1 <= attack.num_steps"),
@@ -138,12 +239,25 @@ def test_the_step_size_follows_the_rows_radius():
             "model.batch_norm_group to divide training.batch_size, got "
             "model.batch_norm_group=48, training.batch_size=64. 0 means the global",
         ),
-        (["evaluation.linf=(2.0,2.0)"], "different radii > 0 in evaluation.linf"),
+        (["evaluation.linf=(2.0,2.0)"], "different radii in evaluation.linf"),
         (["evaluation.linf=(300.0,)"], "evaluation.linf <= 255"),
         (["evaluation.checkpoint=best"], "data.validation_size > 0"),
         (["evaluation.split=validation"], "data.validation_size > 0"),
         (["checkpoint.keep=0"], "1 <= checkpoint.keep"),
         (["seed=-1"], "0 <= seed"),
+        (["seed=4294967296"], "seed <= 4294967295, got seed=4294967296"),
+        (["data.split_seed=4294967296"], "data.split_seed <= 4294967295"),
+        (["training.milestones=(0.5,0.5)"], "increasing fractions"),
+        (["evaluation.linf=(1.0,1.0000001)"], "six digits for evaluation.linf"),
+        (["evaluation.l2=(1e30,)"], "evaluation.l2 <= 14134"),
+        (["evaluation.gradient_floor=1e20"], "evaluation.gradient_floor <= 0.001"),
+        (["attack.gradient_floor=1e20"], "attack.gradient_floor <= 0.001"),
+        (["evaluation.linf_step=1e20"], "evaluation.linf_step <= 10"),
+        (["evaluation.l2_step=1e-20"], "0.0001 <= evaluation.l2_step"),
+        (["evaluation.version=rand"], "attack=autoattack with evaluation.version"),
+        (["label=SAM"], "label=ST as the row 'st' says, got label='SAM'"),
+        (["row=sam,rho=0.1"], "a config of the row 'st', got row='sam,rho=0.1'"),
+        (["training.learning_rate='0.1"], '"\'0.1"$'),
         (["training.weight_decay=nan"], "0 <= training.weight_decay"),
         (["sam.rho=0.2"], "sam.rho=0.0 as the row 'st' says"),
     ],
@@ -188,7 +302,7 @@ def test_groups_within_groups_are_accepted(overrides):
 
 
 def test_a_negative_rho_is_refused():
-    with pytest.raises(ValueError, match=r"0 <= sam\.rho, got sam\.rho=-0\.1"):
+    with pytest.raises(ValueError, match=r"1e-05 <= rho, got rho=-0\.1"):
         load(row="sam,rho=-0.1")
 
 
@@ -221,6 +335,87 @@ def test_a_users_own_config_file_is_used_as_given(tmp_path):
     )
     assert configuration.load_rows(str(own)) == ["st"]
     assert configuration.load_config(f"{own}:sam,rho=0.1").training.epochs == 3
+
+
+@pytest.mark.parametrize(
+    "override", ["training.epochs=3", "--training.epochs=3", "--config.data.flip", ""]
+)
+def test_an_override_without_its_prefix_or_value_is_refused(override):
+    with pytest.raises(ValueError, match=r"--config\.FIELD=VALUE, got override="):
+        configuration.load_config("configs/digits.py:st", [override])
+
+
+def test_a_step_of_many_radii_is_refused():
+    with pytest.raises(ValueError, match=r"0\.0001 to 10 radii, got attack\.step_size"):
+        load("attack.step_size=1e20", row="at,norm=linf,eps=8")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "configs/base", "", "configs/", "/"])
+def test_what_is_no_config_file_is_refused(path):
+    with pytest.raises(
+        ValueError, match=r"an existing config file NAME\.py, got config="
+    ):
+        configuration.load_config(f"{path}:st")
+
+
+OWN = """
+from samrobust.configuration import base_config, finish
+ROWS = ["st"]
+def get_config(row="st"):
+    config = base_config()
+    {}
+    return finish(config, row)
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"a function get_config\(row\) in .*mine.py"),
+        ("get_config = 3", r"a function get_config\(row\)"),
+        ("def get_config(row): return {}", r"return finish\(config, row\), got"),
+        ("def get_config(): ...", "TypeError: get_config"),
+        ("def get_config(row):\n  return row.x", "line 2: AttributeError: 'str'"),
+        ("import nothing_of_this_name", "line 1: ModuleNotFoundError"),
+        ("def get_config(:", "SyntaxError"),
+        ("1 / 0\n", "line 1: ZeroDivisionError"),
+        (OWN.format("config.learning_rate = 0.5"), "Did you mean training.learning_r"),
+        (OWN.format("config.training.epoch = 5"), "Did you mean training.epochs"),
+        (OWN.format("del config.training.epochs"), "the field training.epochs"),
+        (OWN.format("row = 'sam,rho=0.1'"), "a config of the row 'st', got row='sam"),
+        (OWN.format("config = config.copy_and_resolve_references()"), None),
+    ],
+)
+def test_a_config_file_that_cannot_be_used_is_refused_in_one_line(
+    text, message, tmp_path
+):
+    own = tmp_path / "mine.py"
+    own.write_text(text)
+    if message is None:
+        assert configuration.load_config(f"{own}:st").row == "st"
+        return
+    with pytest.raises(ValueError, match=message) as refused:
+        configuration.load_config(f"{own}:st")
+    assert "\n" not in str(refused.value)
+
+
+def test_the_base_config_is_no_experiment():
+    with pytest.raises(ValueError, match=r"configs/base\.py.*TypeError: get_config"):
+        configuration.load_config("configs/base.py:st")
+    with pytest.raises(ValueError, match=r"the name of a row|a config of the row"):
+        configuration.load_config("configs/base.py")
+
+
+@pytest.mark.parametrize(
+    "rows", ["'st'", "['st', 'st']", "[]", "['st', 3]", "['sam,rho=0']", "{'st'}"]
+)
+def test_rows_that_make_no_table_are_refused(rows, tmp_path):
+    own = tmp_path / "mine.py"
+    own.write_text(f"ROWS = {rows}")
+    with pytest.raises(
+        ValueError, match=r"ROWS in .*mine.py|the name of a row|0 < rho"
+    ):
+        configuration.load_rows(str(own))
 
 
 def test_a_config_file_without_rows_is_refused_by_name(tmp_path):

@@ -287,7 +287,7 @@ def test_more_restarts_never_raise_the_accuracy():
     [
         (["--epsilon=8"], "Expected one --norm with --epsilon"),
         (["--norm=linf", "--epsilon=300"], "Expected evaluation.linf <= 255"),
-        (["--restarts=0"], "Expected 1 <= evaluation.restarts"),
+        (["--restarts=0"], "--restarts: Expected 1 <= value"),
         (["--checkpoint=best"], "data.validation_size"),
         (["--config.seed=1"], "no --config overrides"),
         (["--step-size=1"], "one --norm and one --epsilon"),

@@ -275,7 +275,7 @@ def test_a_header_that_cannot_be_true_is_refused(
 
 def test_a_std_of_zero_is_refused(exported, tmp_path, capsys):
     assert bring(exported, tmp_path / "imported", "--config.model.std=(0.0,)") == 2
-    assert "0 < each value of model.std" in capsys.readouterr().err
+    assert "1e-06 <= model.std" in capsys.readouterr().err
 
 
 def test_the_data_set_may_be_named_beside_the_config(exported, tmp_path):

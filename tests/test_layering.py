@@ -16,7 +16,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     {"types", "checks"},
     {"files", "runtime", "provenance"},
-    {"objectives", "validation", "claims", "failures"},
+    {"objectives", "validation", "rows", "claims", "failures"},
     {"attacks", "sharpness", "models", "data", "parallel", "configuration"},
     {"identity", "survey"},
     {"building", "workdir", "tracking"},

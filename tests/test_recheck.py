@@ -115,4 +115,4 @@ def test_a_folder_without_runs_and_flags_that_attack_nothing_are_refused(
     assert helpers.main("recheck", f"--workdir={rechecked}", *nothing) == 2
     assert "Expected radii to attack at" in capsys.readouterr().err
     assert helpers.main("recheck", f"--workdir={rechecked}", "--num-examples=0") == 2
-    assert "test_size" in capsys.readouterr().err
+    assert "--num-examples: Expected 1 <= value" in capsys.readouterr().err

@@ -439,7 +439,7 @@ def test_the_command_checks_a_run_and_writes_what_it_found(tmp_path, capsys):
     [
         (["--transfer-from=."], "Expected --sanity with --transfer-from"),
         (["--sanity-examples=5"], "Expected --sanity with --transfer-from"),
-        (["--sanity", "--sanity-examples=0"], "Expected --sanity-examples >= 1"),
+        (["--sanity", "--sanity-examples=0"], "--sanity-examples: Expected 1 <= value"),
         (["--sanity", "--transfer-from=nowhere"], "with a config.json"),
         (["--sanity", "--norm=l2"], "a radius > 0 with --sanity"),
     ],

@@ -3,7 +3,16 @@
 import argparse
 from collections.abc import Callable
 
-from samrobust.flags.kinds import floats, words
+from samrobust.flags.kinds import (
+    count,
+    local_path,
+    names_of,
+    positive,
+    radii,
+    row_names,
+    seed,
+    size,
+)
 
 __all__ = ["add_curves", "add_evaluate", "add_recheck"]
 
@@ -18,7 +27,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "accuracies and adds them to evaluations.jsonl in its workdir.",
     )
     add = evaluate.add_argument
-    add("--workdir", required=True, metavar="DIR", help="of the run")
+    add("--workdir", type=local_path, required=True, metavar="DIR", help="of the run")
     add("--attack", choices=("pgd", "autoattack"), help="default: the run's")
     _add_version(add)
     add(
@@ -29,21 +38,26 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     add(
         "--num-examples",
-        type=int,
+        type=count,
         metavar="N",
         help="test images, spread evenly; default: the run's",
     )
     add("--norm", choices=("linf", "l2"), action="append", help="default: both")
     add(
         "--epsilon",
-        type=float,
+        type=positive,
         action="append",
         metavar="E",
         help="radius in 1/255, needs --norm; repeat for several; default: the run's",
     )
-    add("--step-size", type=float, metavar="A", help="in 1/255; default as in the run")
-    add("--num-steps", type=int, metavar="N", help="default: the run's")
-    add("--restarts", type=int, metavar="N", help="default: the run's")
+    add(
+        "--step-size",
+        type=positive,
+        metavar="A",
+        help="in 1/255; default as in the run",
+    )
+    add("--num-steps", type=count, metavar="N", help="default: the run's")
+    add("--restarts", type=count, metavar="N", help="default: the run's")
     add("--loss", choices=("cross_entropy", "margin"), help="default: the run's")
     add("--judge", choices=("final", "any"), help="iterate judged; default: the run's")
     add(
@@ -53,11 +67,14 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         help="leave broken images out of further steps; for --judge=any, same outcome",
     )
     add("--checkpoint", choices=("last", "best"), help="default: the run's")
-    add("--step", type=int, metavar="N", help="of the checkpoint; default: the newest")
-    add("--batch-size", type=int, metavar="N", help="default: the run's")
+    add("--step", type=size, metavar="N", help="of the checkpoint; default: the newest")
+    add("--batch-size", type=count, metavar="N", help="default: the run's")
     _add_dtype(add, "the run's")
     add(
-        "--seed", type=int, metavar="N", help="of the random starts; default: the run's"
+        "--seed",
+        type=seed,
+        metavar="N",
+        help="of the random starts; default: the run's",
     )
     add(
         "--sanity",
@@ -66,12 +83,13 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     add(
         "--sanity-examples",
-        type=int,
+        type=count,
         metavar="N",
         help="with --sanity: images to look at, evenly spaced; default: 256",
     )
     add(
         "--transfer-from",
+        type=local_path,
         action="append",
         metavar="DIR",
         help="with --sanity: another run whose adversarial images are tried; repeat",
@@ -89,23 +107,29 @@ def add_recheck(commands: argparse._SubParsersAction) -> None:
         ".csv, .json and .png. Goes on where it was stopped.",
     )
     add = recheck.add_argument
-    add("--workdir", required=True, metavar="DIR", help="of the table")
-    add("--rows", action="append", metavar="ROW", help="only these; default: all")
+    add("--workdir", type=local_path, required=True, metavar="DIR", help="of the table")
+    add(
+        "--rows",
+        type=row_names,
+        action="append",
+        metavar="ROW",
+        help="only these; default: all",
+    )
     _add_version(add)
     for norm in ("linf", "l2"):
         add(
             f"--{norm}",
-            type=floats,
+            type=radii(norm),
             metavar="E,...",
             help="radii in 1/255; default: the table's",
         )
     add(
         "--num-examples",
-        type=int,
+        type=count,
         metavar="N",
         help="test images, spread evenly; default: the table's",
     )
-    add("--batch-size", type=int, metavar="N", help="default: the table's")
+    add("--batch-size", type=count, metavar="N", help="default: the table's")
     _add_dtype(add, "the table's")
 
 
@@ -120,20 +144,26 @@ def add_curves(commands: argparse._SubParsersAction) -> None:
         "stopped.",
     )
     add = curves.add_argument
-    add("--workdir", required=True, metavar="DIR", help="of the table")
-    add("--rows", action="append", metavar="ROW", help="only these; default: all")
+    add("--workdir", type=local_path, required=True, metavar="DIR", help="of the table")
+    add(
+        "--rows",
+        type=row_names,
+        action="append",
+        metavar="ROW",
+        help="only these; default: all",
+    )
     for norm in ("linf", "l2"):
         add(
             f"--{norm}",
-            type=floats,
+            type=radii(norm),
             metavar="E,...",
             help="radii in 1/255; default: 8 up to twice the table's largest",
         )
-    add("--num-steps", type=int, metavar="N", help="of PGD; default: 20")
+    add("--num-steps", type=count, metavar="N", help="of PGD; default: 20")
     add("--loss", choices=("cross_entropy", "margin"), help="default: cross_entropy")
     add(
         "--num-examples",
-        type=int,
+        type=count,
         metavar="N",
         help="images, evenly spaced; default: 256",
     )
@@ -156,7 +186,7 @@ def _add_version(add: Callable[..., object]) -> None:
     )
     add(
         "--members",
-        type=words,
+        type=names_of("apgd-ce", "apgd-t", "fab-t", "square", "apgd-dlr"),
         metavar="NAMES",
         help="with --version=custom: of apgd-ce, apgd-t, fab-t, square, apgd-dlr",
     )

@@ -2,6 +2,8 @@
 
 import argparse
 
+from samrobust.flags.kinds import file_and_row, local_path, size
+
 __all__ = ["add_export", "add_import"]
 
 
@@ -16,16 +18,22 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         epilog="docs/interchange.md shows what the files hold.",
     )
     add = export.add_argument
-    add("--workdir", required=True, metavar="DIR", help="of the run")
+    add("--workdir", type=local_path, required=True, metavar="DIR", help="of the run")
     add(
         "--format",
         required=True,
         choices=("safetensors", "pytorch", "robustbench"),
         help="the last two need torch",
     )
-    add("--output", required=True, metavar="PATH", help="a file; robustbench: a folder")
+    add(
+        "--output",
+        type=local_path,
+        required=True,
+        metavar="PATH",
+        help="a file; robustbench: a folder",
+    )
     add("--checkpoint", choices=("last", "best"), help="default: the run's")
-    add("--step", type=int, metavar="N", help="of the checkpoint; default: the newest")
+    add("--step", type=size, metavar="N", help="of the checkpoint; default: the newest")
 
 
 def add_import(commands: argparse._SubParsersAction) -> None:
@@ -39,10 +47,17 @@ def add_import(commands: argparse._SubParsersAction) -> None:
         epilog="Any field: --config.model.mean='(0.5, 0.5, 0.5)'. See configs/base.py.",
     )
     add = importing.add_argument
-    add("--input", required=True, metavar="FILE", help="tensors alone; nothing is run")
-    add("--workdir", required=True, metavar="DIR", help="a new one")
+    add(
+        "--input",
+        type=local_path,
+        required=True,
+        metavar="FILE",
+        help="tensors alone; nothing is run",
+    )
+    add("--workdir", type=local_path, required=True, metavar="DIR", help="a new one")
     add(
         "--config",
+        type=file_and_row,
         default="configs/cifar10.py:st",
         metavar="FILE:ROW",
         help="how it is evaluated; %(default)s",

@@ -2,7 +2,18 @@
 
 import argparse
 
-from samrobust.flags.kinds import floats, numbers, words
+from samrobust.flags.kinds import (
+    count,
+    counts,
+    few,
+    file_and_row,
+    local_path,
+    names_of,
+    positive,
+    reals,
+    size,
+    sizes,
+)
 
 __all__ = ["add_bench", "add_theory"]
 
@@ -19,11 +30,23 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         epilog="Any field: --config.model.width=16. See configs/base.py.",
     )
     add = bench.add_argument
-    add("--config", default="configs/cifar10.py", metavar="FILE", help="%(default)s")
-    add("--workdir", default="runs/bench", metavar="DIR", help="%(default)s")
+    add(
+        "--config",
+        type=file_and_row,
+        default="configs/cifar10.py",
+        metavar="FILE",
+        help="%(default)s",
+    )
+    add(
+        "--workdir",
+        type=local_path,
+        default="runs/bench",
+        metavar="DIR",
+        help="%(default)s",
+    )
     add(
         "--measure",
-        type=words,
+        type=names_of("step", "epoch", "evaluation", "unrolled"),
         default=("step", "epoch", "evaluation"),
         metavar="KINDS",
         help="of step, epoch, evaluation, unrolled (AT with its loop written out); "
@@ -31,23 +54,28 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     )
     add(
         "--methods",
-        type=words,
+        type=names_of("st", "sam", "at", "at+sam"),
         default=("st", "sam", "at"),
         metavar="NAMES",
         help="of st, sam, at, at+sam; default: st,sam,at",
     )
-    add("--batch-sizes", type=numbers, default=(), metavar="N,...", help="the config's")
-    add("--precisions", type=words, default=(), metavar="float32,bfloat16")
+    add("--batch-sizes", type=counts, default=(), metavar="N,...", help="the config's")
+    add(
+        "--precisions",
+        type=names_of("float32", "bfloat16"),
+        default=(),
+        metavar="float32,bfloat16",
+    )
     add(
         "--devices",
-        type=numbers,
+        type=sizes,
         default=(0,),
         metavar="N,...",
         help="how many (virtual ones on a CPU); default: all",
     )
     add(
         "--steps-per-call",
-        type=numbers,
+        type=sizes,
         default=(0,),
         metavar="N,...",
         help="default: as in training",
@@ -65,14 +93,14 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     )
     add(
         "--variants",
-        type=words,
+        type=names_of("reference", "resident", "tuned", "compiled"),
         default=("reference", "resident", "tuned", "compiled"),
         metavar="NAMES",
         help="of PyTorch; default: reference,resident,tuned,compiled",
     )
-    add("--repeats", type=int, default=5, metavar="N", help="a process; %(default)s")
-    add("--rounds", type=int, default=2, metavar="N", help="processes; %(default)s")
-    add("--min-seconds", type=float, default=2.0, metavar="S", help="of a repeat; 2")
+    add("--repeats", type=few, default=5, metavar="N", help="a process; %(default)s")
+    add("--rounds", type=few, default=2, metavar="N", help="processes; %(default)s")
+    add("--min-seconds", type=positive, default=2.0, metavar="S", help="of a repeat; 2")
     add(
         "--profile",
         action="store_true",
@@ -92,17 +120,23 @@ def add_theory(commands: argparse._SubParsersAction) -> None:
     )
     add = theory.add_argument
     values = "X,..."
-    add("--p", type=floats, metavar=values, help="accuracy of x_1; 0.7,0.95")
-    add("--eta", type=floats, metavar=values, help="of other features; 0.1,0.03,0.5")
-    add("--d", type=floats, metavar="N,...", help="how many; 10,1,100,1000")
+    add("--p", type=reals, metavar=values, help="accuracy of x_1; 0.7,0.95")
+    add("--eta", type=reals, metavar=values, help="of other features; 0.1,0.03,0.5")
+    add("--d", type=reals, metavar="N,...", help="how many; 10,1,100,1000")
     add(
         "--epsilon",
-        type=floats,
+        type=reals,
         metavar=values,
         help="radii of AT; default: 0.1, 0.3, 0.6 and 0.9 of each eta, at most of 1",
     )
-    add("--rho", type=floats, metavar=values, help="radii of SAM; 0.1,1,3")
-    add("--seeds", type=int, metavar="N", help="trained runs; 5; 0 trains nothing")
-    add("--samples", type=int, metavar="N", help="of each of these; 300000")
-    add("--batch-size", type=int, metavar="N", help="1000")
-    add("--workdir", default="runs/theory", metavar="DIR", help="%(default)s")
+    add("--rho", type=reals, metavar=values, help="radii of SAM; 0.1,1,3")
+    add("--seeds", type=size, metavar="N", help="trained runs; 5; 0 trains nothing")
+    add("--samples", type=count, metavar="N", help="of each of these; 300000")
+    add("--batch-size", type=count, metavar="N", help="1000")
+    add(
+        "--workdir",
+        type=local_path,
+        default="runs/theory",
+        metavar="DIR",
+        help="%(default)s",
+    )

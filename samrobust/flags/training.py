@@ -2,6 +2,8 @@
 
 import argparse
 
+from samrobust.flags.kinds import few, file_and_row, local_path, row_names
+
 __all__ = ["add_status", "add_table", "add_train"]
 
 _CONFIG = "configs/digits.py"
@@ -18,15 +20,29 @@ def add_table(commands: argparse._SubParsersAction) -> None:
         "may share a workdir, each takes what no other holds.",
         epilog="Any field: --config.training.epochs=2. See configs/base.py.",
     )
-    table.add_argument("--config", default=_CONFIG, metavar="FILE", help="%(default)s")
     table.add_argument(
-        "--workdir", metavar="DIR", help="default: runs/NAME for configs/NAME.py"
+        "--config",
+        type=file_and_row,
+        default=_CONFIG,
+        metavar="FILE",
+        help="%(default)s",
     )
     table.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="runs a row: 0 .. N-1"
+        "--workdir",
+        type=local_path,
+        metavar="DIR",
+        help="default: runs/NAME for configs/NAME.py",
+    )
+    table.add_argument(
+        "--seeds",
+        type=few,
+        default=1,
+        metavar="N",
+        help="runs a row, 0 .. N-1; --config.seed=S: S .. S+N-1",
     )
     table.add_argument(
         "--rows",
+        type=row_names,
         action="append",
         metavar="ROW",
         help="only these, as in --rows=st --rows=sam,rho=0.2; or separated by ';'",
@@ -62,9 +78,15 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         epilog="Any field: --config.training.epochs=2. See configs/base.py.",
     )
     train.add_argument(
-        "--config", required=True, metavar="FILE:ROW", help="configs/digits.py:st"
+        "--config",
+        type=file_and_row,
+        required=True,
+        metavar="FILE:ROW",
+        help="configs/digits.py:st",
     )
-    train.add_argument("--workdir", required=True, metavar="DIR", help="of this run")
+    train.add_argument(
+        "--workdir", type=local_path, required=True, metavar="DIR", help="of this run"
+    )
 
 
 def add_status(commands: argparse._SubParsersAction) -> None:
@@ -77,7 +99,11 @@ def add_status(commands: argparse._SubParsersAction) -> None:
         "accuracy, ETA of the training, and the last error. Changes nothing.",
     )
     status.add_argument(
-        "--workdir", required=True, metavar="DIR", help="of a table or of a run"
+        "--workdir",
+        type=local_path,
+        required=True,
+        metavar="DIR",
+        help="of a table or of a run",
     )
     status.add_argument(
         "--watch", action="store_true", help="again and again, until all are done"
