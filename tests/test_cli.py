@@ -1,5 +1,8 @@
 """The command line: help, errors in one line, exit codes."""
 
+import os
+import shlex
+import signal
 import subprocess
 import sys
 
@@ -7,6 +10,9 @@ import helpers
 import pytest
 
 from samrobust.cli import main
+from samrobust.files import write_json
+from samrobust.reporting.console import make_console
+from samrobust.reporting.progress import ProgressDisplay
 
 
 def samrobust(*arguments):
@@ -94,6 +100,96 @@ def test_bad_input_gives_one_line_and_exit_code_2(arguments, message, tmp_path, 
     assert error.startswith("samrobust: error: ")
     assert error.count("\n") == 1
     assert not (workdir / "checkpoints").exists()
+
+
+@pytest.fixture
+def a_run(tmp_path):
+    """A run's workdir with a label that Rich would take for markup."""
+    folder = helpers.make_folder(tmp_path / "[red]a[/blue]")
+    config = {"label": "[red]x[/blue] :smile:", "seed": 0, "training": {"epochs": 8}}
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def test_names_are_shown_as_they_are(a_run, capsys):
+    assert main(["status", f"--workdir={a_run}"]) == 0
+    assert "[red]x[/blue] :smile:, seed 0" in capsys.readouterr().out
+    assert main(["status", f"--workdir={a_run}/[/none]"]) == 2
+    assert "[red]a[/blue]/[/none]" in capsys.readouterr().err
+    console = make_console()
+    console.print(f"Written to {a_run}")
+    ProgressDisplay(console, 1.0).show("[/red] :smile:", 0.0)
+    out = capsys.readouterr().out.replace("\n", "")
+    assert str(a_run) in out
+    assert "[/red] :smile:" in out
+
+
+FULL = "samrobust: error: standard output cannot be written: [Errno 28] No space"
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("redirection", "code", "errors"),
+    [
+        ("> /dev/full", 1, FULL),
+        ("| true", 1, ""),
+        (">&-", 0, ""),
+        ("2> /dev/full", 0, ""),
+        ("> /dev/null 2>&- --bad", 2, ""),
+        ("2> /dev/full --bad", 2, ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_said_once_or_not_at_all(
+    a_run, redirection, code, errors, buffered
+):
+    command = [sys.executable, "-m", "samrobust.cli", "status", f"--workdir={a_run}"]
+    script = f"{shlex.join(command)} {redirection}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "PYTHONUNBUFFERED": buffered},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr[: len(FULL)]) == (code, errors)
+    assert done.stderr.count("\n") <= 1
+
+
+def test_closed_streams_do_not_give_their_numbers_to_a_runs_files(tmp_path):
+    script = (
+        "import sys, os\nfrom samrobust import cli\n"
+        "cli._run = lambda _: os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY) <= 2\n"
+        "sys.exit(cli.main())"
+    )
+    command = shlex.join([sys.executable, "-c", script, str(tmp_path / "file")])
+    closed = f"{command} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", closed], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)]
+)
+@pytest.mark.parametrize("when", ["loads", "ends"])
+def test_a_signal_as_it_loads_or_ends_leaves_no_traceback(number, code, when):
+    # As Python joins threads at its end, a handler of its own would print a traceback.
+    script = (
+        "import sys, threading, time\nfrom samrobust import cli\n"
+        "def wait():\n    print('now', flush=True)\n    time.sleep(20)\n"
+        "loads = lambda _: wait()\n"
+        "ends = lambda _: threading.Thread(target=wait).start()\n"
+        f"cli._run = {when}\nsys.exit(cli.main())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=10) == ("", "")
+    assert process.returncode == code
 
 
 def test_unprepared_data_offline_says_what_to_put_where(tmp_path, capsys, monkeypatch):

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from samrobust import building, parallel
 from samrobust.checks import check
@@ -22,6 +21,7 @@ from samrobust.curves.measure import (
 from samrobust.data import Dataset
 from samrobust.files import read_json, write_json
 from samrobust.provenance import provenance
+from samrobust.reporting.console import make_console
 from samrobust.reporting.files import write_figure
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import StopRequest
@@ -50,7 +50,7 @@ def curves_command(
     """
     check(not overrides, "no --config overrides for curves", overrides=overrides)
     should_stop = parallel.join(stop)
-    console = Console(quiet=not parallel.is_primary())
+    console = make_console(quiet=not parallel.is_primary())
     workdir = pathlib.Path(arguments.workdir)
     configs = parallel.from_primary(
         lambda: finished_runs(workdir, arguments.rows or ())
@@ -80,7 +80,7 @@ def curves_command(
     found = [(c.row, c.label, stored[path]) for path, c in configs.items()]
     parallel.from_primary(lambda: _write(workdir, settings, found, configs))
     names = "curves.json, curves.png, curves.pdf"
-    console.print(f"Written to {workdir}: {names}", highlight=False)
+    console.print(f"Written to {workdir}: {names}")
     return 0
 
 

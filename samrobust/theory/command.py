@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
-
 from samrobust.checks import check
+from samrobust.reporting.console import make_console
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.theory.experiment import Effort, experiment, plan_experiment
 from samrobust.theory.figures import draw_all
@@ -39,7 +38,7 @@ def theory_command(
     check(not overrides, "no --config flags for theory", config=overrides)
     grid = _make(Grid, arguments, "p", "eta", "d", "epsilon", "rho")
     effort = _make(Effort, arguments, "seeds", "samples", "batch_size")
-    console, folder = Console(), pathlib.Path(arguments.workdir)
+    console, folder = make_console(), pathlib.Path(arguments.workdir)
     started = time.monotonic()
     display = ProgressDisplay(console, _PARTS + plan_experiment(grid, effort))
     done = 0
@@ -64,7 +63,7 @@ def theory_command(
     write_text(folder / "theory.md", to_markdown(report))
     pictures = draw_all(grid.world, points, estimates, effort.batch_size, folder)
     names = ["theory.json", "theory.md", *(path.name for path in pictures)]
-    console.print(f"Written to {folder}: {', '.join(names)}", highlight=False)
+    console.print(f"Written to {folder}: {', '.join(names)}")
     return 0
 
 
