@@ -12,7 +12,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 from samrobust import __version__
 from samrobust.flags import ADDERS
@@ -94,7 +94,7 @@ def _flush(stream: IO[str] | None) -> OSError | None:
 
 
 class _Parser(argparse.ArgumentParser):
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:
         if file is not None and file is sys.stdout:
             file.write(message)  # an error of which argparse would swallow
         elif message:

@@ -102,6 +102,31 @@ def test_bad_input_gives_one_line_and_exit_code_2(arguments, message, tmp_path, 
     assert not (workdir / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config=configs/digits.py:st"],
+        ["table"],
+        ["evaluate"],
+        ["theory"],
+        ["import", "--input=weights.safetensors"],
+    ],
+)
+def test_a_jax_without_a_device_is_one_line_before_any_work(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    def devices():
+        raise AssertionError  # as JAX does with JAX_PLATFORMS=cuda and no GPU
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr("jax.devices", devices)
+    assert main([*arguments, f"--workdir={tmp_path / 'new'}"]) == 2
+    out, error = capsys.readouterr()
+    assert "Expected a device that JAX can use, got JAX_PLATFORMS='cuda'" in error
+    assert (out, error.count("\n")) == ("", 1)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.fixture
 def a_run(tmp_path):
     """A run's workdir with a label that Rich would take for markup."""

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from samrobust.bench.plan import Options, Task, plan, spec_of
-from samrobust.bench.process import Launcher
+from samrobust.bench.process import Launcher, check_pytorch
 from samrobust.bench.report import to_rich, write_report
 from samrobust.bench.results import Report, summarise
 from samrobust.bench.suite import run_suite
@@ -49,6 +49,7 @@ def bench_command(
         min_seconds=arguments.min_seconds,
     )
     tasks = plan(options)
+    check_pytorch(options)
     console, workdir = make_console(), pathlib.Path(arguments.workdir)
     if arguments.profile:
         return _profile(tasks, options, workdir, console, should_stop)
