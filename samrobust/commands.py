@@ -13,7 +13,7 @@ from rich.console import Console
 from samrobust import building, configuration, parallel
 from samrobust.bench.command import bench_command
 from samrobust.bench.suite import StoppedError
-from samrobust.claims import await_verdict
+from samrobust.claims import await_verdict, lease_seconds
 from samrobust.curves.command import curves_command
 from samrobust.data import DatasetUnavailableError
 from samrobust.evaluate import evaluate_command, print_accuracies
@@ -60,6 +60,7 @@ def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     stop = StopRequest(patience, is_alone=lambda: not parallel.is_joined())
 
     def work() -> int:
+        lease_seconds()  # a row of a table would fail by it, and then the next
         enable_compilation_cache()
         keep_freed_memory()
         if arguments.command in _ALONE:

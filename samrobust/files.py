@@ -88,11 +88,12 @@ def read_json(path: pathlib.Path) -> Any | None:
 def glance(path: pathlib.Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is none that can be read.
 
-    For those who look on while others write.
+    For those who look on while others write: whatever lies there, nothing is raised
+    and nothing waited for.
     """
     try:
-        value = read_json(path)
-    except (OSError, WorkdirError):
+        value = read_json(path) if path.is_file() else None  # a pipe would not end
+    except (OSError, RecursionError, WorkdirError):
         return {}
     return value if isinstance(value, dict) else {}
 
