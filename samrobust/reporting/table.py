@@ -93,7 +93,7 @@ class Table:
       num_test: the number of test images behind every accuracy.
       columns: natural first, then linf and l2, each by radius.
       rows: in the order of the config, the unfinished ones too.
-      runs: of every run its row, seed, seconds and provenance.
+      runs: of every run its row, seed, identity, step, images, seconds, provenance.
     """
 
     title: str
@@ -185,7 +185,11 @@ def summarise(
         seeds = tuple(run["seed"] for run in runs[name])
         return Row(name, label, seeds, cells, _cost(runs[name], runs.get(baseline, ())))
 
-    kept = ("row", "seed", "training_seconds", "step_seconds", "provenance")
+    kept = (
+        *("row", "seed", "identity", "step", "images"),
+        *("training_seconds", "step_seconds", "provenance"),
+        *("pgd_provenance", "training_provenance"),
+    )
     return Table(
         title=title or results[0]["dataset"],
         caption=caption,
@@ -194,7 +198,7 @@ def summarise(
         columns=columns,
         rows=tuple(make_row(name, label) for name, label in rows),
         runs=tuple(
-            {key: run.get(key) for key in kept}
+            {key: run[key] for key in kept if key in run}
             for name, _ in rows
             for run in runs[name]
         ),

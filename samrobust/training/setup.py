@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,17 +12,22 @@ from jax.sharding import Mesh
 from samrobust import building
 from samrobust.checks import check
 from samrobust.data import Dataset
+from samrobust.files import glance
+from samrobust.identity import Identity, identity_of
 from samrobust.parallel import broadcast, data_mesh, from_primary
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
 from samrobust.training.epoch import Carry, EpochPlan, Totals, zero_totals
 from samrobust.training.state import TrainState, init_state
 from samrobust.training.step import TrainStep, make_train_step
 from samrobust.types import Array, Config, PyTree
+from samrobust.workdir import stored_config
 
 __all__ = [
+    "Network",
     "Parts",
     "checkpoint_folder",
-    "load_variables",
+    "checkpoint_metadata",
+    "load_network",
     "make_parts",
     "make_plan",
     "restore",
@@ -117,28 +122,114 @@ def checkpoint_folder(workdir: pathlib.Path, which: str) -> pathlib.Path:
     return workdir / "checkpoints" / which
 
 
-def load_variables(
-    config: Config, dataset: Dataset, workdir: pathlib.Path, which: str
-) -> dict[str, PyTree]:
-    """The trained network of a run: parameters and statistics, for `model.apply`.
+class Network(NamedTuple):
+    """A trained network, and whose it is.
+
+    Attributes:
+      variables: parameters and statistics, for `model.apply`.
+      step: after which it was saved.
+      identity: of the run that trained it.
+    """
+
+    variables: dict[str, PyTree]
+    step: int
+    identity: Identity
+
+
+def load_network(
+    config: Config,
+    dataset: Dataset,
+    workdir: pathlib.Path,
+    which: str,
+    *,
+    step: int | None = None,
+) -> Network:
+    """Returns the trained network of a run.
 
     Args:
-      config: of the run.
+      config: of the run; what an evaluation changes in it does not matter.
       dataset: that of `config.data`.
-      workdir: of the run.
+      workdir: of the run; the `config.json` there says whose checkpoints they must be.
       which: `last`, or `best` on the validation images.
+      step: of the checkpoint; None for the newest.
 
     Raises:
-      CheckpointError: if there is no intact checkpoint of that kind.
+      CheckpointError: if there is none, or if it is damaged or of another run. An older
+        one never takes its place.
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
     like = jax.eval_shape(_make_init(config, dataset), key)
     folder = checkpoint_folder(workdir, which)
-    restored = restore(folder, like, data_mesh())
-    if restored is None:
-        message = f"Expected a checkpoint in {folder}, got none. Run `samrobust train`."
-        raise CheckpointError(message)
-    return restored.state.state.variables
+    own = from_primary(lambda: stored_config(workdir)) or config
+    refuse = _of_another_run(identity_of(own, dataset))
+    restored = _read_and_spread(
+        folder, like, data_mesh(), lambda c: c.restore(step, like, refuse=refuse)
+    )
+    assert restored is not None  # `Checkpoints.restore` raises
+    if step is None:
+        from_primary(lambda: _check_is_final(own, dataset, folder, restored.step))
+    return Network(
+        restored.state.state.variables,
+        restored.step,
+        _identity_in(restored.metadata),
+    )
+
+
+def _check_is_final(
+    config: Config, dataset: Dataset, folder: pathlib.Path, step: int
+) -> None:
+    """Refuses an older step of a run that has finished."""
+    result = glance(folder.parent.parent / "result.json")
+    if not result:
+        return
+    final = result.get("step") if result.get("checkpoint") == folder.name else step
+    if folder.name == "last":
+        steps_per_epoch = make_plan(config, len(dataset.train)).num_steps
+        final = config.training.epochs * steps_per_epoch
+    if step != final:
+        raise CheckpointError(
+            f"Expected step {final} in {folder}, with which the run finished, got step "
+            f"{step}. An older one is used only where --step names it."
+        )
+
+
+def checkpoint_metadata(
+    identity: Identity,
+    *,
+    epoch_seconds: float = 0.0,
+    best_score: float | None = None,
+    lines: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Returns what a checkpoint holds beside the state.
+
+    Args:
+      identity: of the run.
+      epoch_seconds: of the epoch in progress.
+      best_score: so far.
+      lines: of `metrics.jsonl`, which can so be written again.
+    """
+    return {
+        "identity": identity.as_dict(),
+        "epoch_seconds": epoch_seconds,
+        "best_score": best_score,
+        "lines": list(lines),
+    }
+
+
+def _of_another_run(identity: Identity) -> Callable[[dict[str, Any]], str]:
+    """Says of a checkpoint's metadata why it is not of this run; empty if it is."""
+
+    def refuse(metadata: dict[str, Any]) -> str:
+        stored = Identity.from_dict(metadata.get("identity"))
+        return "it does not say of which" if stored is None else stored.unlike(identity)
+
+    return refuse
+
+
+def _identity_in(metadata: dict[str, Any]) -> Identity:
+    identity = Identity.from_dict(metadata["identity"])
+    assert identity is not None  # `_of_another_run` was asked
+    return identity
 
 
 def save_variables(
@@ -169,7 +260,7 @@ def save_variables(
         return Carry(state, carry.totals)
 
     carry = make(jax.random.key(config.seed), variables)
-    metadata = {"epoch_seconds": 0.0, "best_score": None}
+    metadata = checkpoint_metadata(identity_of(config, None))
     with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
         checkpoints.save(0, carry, metadata, wait=True)
 
@@ -180,22 +271,38 @@ def _make_init(config: Config, dataset: Dataset) -> Callable[[Array], Carry]:
     return lambda key: Carry(parts.init(key), parts.zero_totals)
 
 
-def restore(folder: pathlib.Path, like: PyTree, mesh: Mesh) -> Restored | None:
+def restore(
+    folder: pathlib.Path, like: PyTree, mesh: Mesh, identity: Identity
+) -> Restored | None:
     """The newest intact checkpoint, read by process 0 and replicated over all devices.
 
     Args:
       folder: of the checkpoints; process 0 alone needs to see it.
       like: the structure, shapes and dtypes of the state.
       mesh: of all devices, whatever their number was when the state was saved.
+      identity: of the run that goes on.
 
     Raises:
-      CheckpointError: as `Checkpoints.restore_latest`.
+      CheckpointError: as `Checkpoints.restore_latest`; also for one of another run.
     """
+    refuse = _of_another_run(identity)
+    return _read_and_spread(
+        folder, like, mesh, lambda c: c.restore_latest(like, refuse=refuse)
+    )
+
+
+def _read_and_spread(
+    folder: pathlib.Path,
+    like: PyTree,
+    mesh: Mesh,
+    read_from: Callable[[Checkpoints], Restored | None],
+) -> Restored | None:
+    """What process 0 reads, in all processes."""
     found: list[Restored] = []
 
     def read() -> tuple[int, dict[str, Any]] | None:
         with Checkpoints(folder) as checkpoints:
-            restored = checkpoints.restore_latest(like)
+            restored = read_from(checkpoints)
         found.extend([] if restored is None else [restored])
         return None if restored is None else (restored.step, restored.metadata)
 
