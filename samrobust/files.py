@@ -16,6 +16,7 @@ from typing import Any
 __all__ = [
     "WorkdirError",
     "append_json_line",
+    "check_writable",
     "glance",
     "read_json",
     "read_json_lines",
@@ -56,6 +57,22 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Makes a directory and a file in it, before the work whose outcome goes there.
+
+    Raises:
+      WorkdirError: if that cannot be done.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = temporary_beside(folder / "probe")
+        write_bytes(probe, b"probe")
+        probe.unlink()
+    except OSError as error:
+        message = f"Expected a writable directory, got workdir={str(folder)!r}: {error}"
+        raise WorkdirError(message) from error
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

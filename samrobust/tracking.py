@@ -105,7 +105,9 @@ class Tracking:
         while self._unopened:
             with _warning_once():
                 self._open.append(self._unopened.pop(0)())
-        lines = [x for x in read_json_lines(self._log) if x["step"] > self._seen]
+        lines = [
+            x for x in read_json_lines(self._log) if x.get("step", -1) > self._seen
+        ]
         for line in lines:
             self._seen = line["step"]
             for tracker in list(self._open):

@@ -13,6 +13,7 @@ from samrobust.cli import main
 from samrobust.files import write_json
 from samrobust.reporting.console import make_console
 from samrobust.reporting.progress import ProgressDisplay
+from samrobust.workdir import settle_config
 
 
 def samrobust(*arguments):
@@ -215,6 +216,28 @@ def test_a_signal_as_it_loads_or_ends_leaves_no_traceback(number, code, when):
     process.send_signal(number)
     assert process.communicate(timeout=10) == ("", "")
     assert process.returncode == code
+
+
+@pytest.mark.parametrize("command", ["evaluate", "recheck", "curves", "theory"])
+def test_what_cannot_be_written_is_refused_before_the_work(
+    tmp_path, capsys, monkeypatch, command
+):
+    config, workdir = helpers.make_config("st"), tmp_path / "run"
+    for folder in (workdir, workdir / "st" / "seed0"):
+        settle_config(helpers.make_folder(folder), config)
+    (workdir / "st" / "seed0" / "result.json").write_text("{}")
+    monkeypatch.setattr("samrobust.building.load_data", lambda _: pytest.fail("works"))
+    monkeypatch.setattr("samrobust.theory.command.study", lambda *_: pytest.fail("!"))
+
+    def fsync(_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    assert helpers.main(command, f"--workdir={workdir}") == 2
+    output, errors = capsys.readouterr()
+    assert "Expected a writable directory, got workdir=" in errors
+    assert "Read-only file system" in errors
+    assert (output, errors.count("\n")) == ("", 1)
 
 
 def test_unprepared_data_offline_says_what_to_put_where(tmp_path, capsys, monkeypatch):

@@ -1,7 +1,6 @@
 """Accuracy under attack: every example once, whatever the batch; `evaluate`."""
 
 import functools
-import json
 import shutil
 import tempfile
 from pathlib import Path

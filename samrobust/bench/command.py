@@ -16,6 +16,7 @@ from samrobust.bench.process import Launcher, check_pytorch
 from samrobust.bench.report import to_rich, write_report
 from samrobust.bench.results import Report, summarise
 from samrobust.bench.suite import run_suite
+from samrobust.files import check_writable
 from samrobust.reporting.console import make_console
 from samrobust.reporting.progress import ProgressDisplay
 
@@ -50,6 +51,7 @@ def bench_command(
     )
     tasks = plan(options)
     check_pytorch(options)
+    check_writable(pathlib.Path(arguments.workdir))
     console, workdir = make_console(), pathlib.Path(arguments.workdir)
     if arguments.profile:
         return _profile(tasks, options, workdir, console, should_stop)

@@ -19,7 +19,7 @@ from samrobust.curves.measure import (
     measure_run,
 )
 from samrobust.data import Dataset, Split
-from samrobust.files import read_sealed, write_sealed
+from samrobust.files import check_writable, read_sealed, write_sealed
 from samrobust.identity import fingerprint
 from samrobust.provenance import provenance
 from samrobust.reporting.console import make_console
@@ -57,6 +57,7 @@ def curves_command(
         lambda: finished_runs(workdir, arguments.rows or ())
     )
     settings = _settings(next(iter(configs.values())), arguments)
+    parallel.from_primary(lambda: check_writable(workdir))
     stored = parallel.from_primary(lambda: _stored(workdir, settings))
     display = ProgressDisplay(console, float(len(configs)))
     datasets: dict[str, Dataset] = {}

@@ -6,8 +6,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
 from samrobust import building, configuration
 from samrobust.checks import check
 from samrobust.claims import claim
@@ -24,6 +22,7 @@ from samrobust.interchange.weights import (
     write_safetensors,
 )
 from samrobust.provenance import provenance
+from samrobust.reporting.console import make_console
 from samrobust.training import load_network, save_variables
 from samrobust.types import Config
 from samrobust.validation import validate
@@ -65,7 +64,7 @@ def export_command(
         write_pytorch(output, weights)
     else:
         write_safetensors(output, weights)
-    Console().print(
+    make_console().print(
         f"Wrote the {which} checkpoint of {workdir} to {output}",
         highlight=False,
         soft_wrap=True,
@@ -137,7 +136,7 @@ def import_command(
         write_json(workdir / "import.json", note)
         write_json(workdir / "config.json", config.to_dict())
     where = "the file" if "mean" in weights.metadata else f"the data set {dataset.name}"
-    Console().print(
+    make_console().print(
         f"Imported {source} to {workdir}: width {model.width}, blocks "
         f"{list(model.blocks)}, {model.num_classes} classes; mean and std of "
         f"{'--config.model' if _is_given(overrides) else where}.\n"

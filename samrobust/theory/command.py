@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from samrobust.checks import check
+from samrobust.files import check_writable, write_json, write_text
 from samrobust.reporting.console import make_console
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.theory.experiment import Effort, experiment, plan_experiment
@@ -17,7 +18,6 @@ from samrobust.theory.grid import Grid, study
 from samrobust.theory.report import Report, to_json, to_markdown, to_rich
 from samrobust.theory.verdicts import judge
 from samrobust.training import InterruptedRunError
-from samrobust.workdir import write_json, write_text
 
 __all__ = ["theory_command"]
 
@@ -39,6 +39,7 @@ def theory_command(
     grid = _make(Grid, arguments, "p", "eta", "d", "epsilon", "rho")
     effort = _make(Effort, arguments, "seeds", "samples", "batch_size")
     console, folder = make_console(), pathlib.Path(arguments.workdir)
+    check_writable(folder)
     started = time.monotonic()
     display = ProgressDisplay(console, _PARTS + plan_experiment(grid, effort))
     done = 0
@@ -58,7 +59,6 @@ def theory_command(
     seconds = time.monotonic() - started
     report = Report(grid, effort, points, judge(points), estimates, seconds, command)
     console.print(to_rich(report))
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "theory.json", to_json(report))
     write_text(folder / "theory.md", to_markdown(report))
     pictures = draw_all(grid.world, points, estimates, effort.batch_size, folder)
