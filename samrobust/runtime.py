@@ -5,6 +5,7 @@ alone. What the user has set in the environment always wins. JAX is imported whe
 needed, since signals and words come before it.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -255,10 +256,12 @@ def _handling(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]
 def end_on_signals() -> None:
     """From now on both signals end the process at once: while it loads, and at its end.
 
-    Both take seconds in which nothing is at work that could be lost.
+    Both take seconds in which nothing is at work that could be lost. As Python is torn
+    down it can hear no more: then the signals are ignored, and the exit code stands.
     """
     for number in EXIT_CODES:
         signal.signal(number, _end_at_once)
+        atexit.register(signal.signal, number, signal.SIG_IGN)  # first in, last out
 
 
 def _end_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
