@@ -28,6 +28,7 @@ from samrobust.runtime import (
     StopRequest,
     enable_compilation_cache,
     keep_freed_memory,
+    one_line,
     say,
 )
 from samrobust.table import table_command
@@ -44,7 +45,9 @@ _FAILED, _BAD_INPUT, _LOST_PEER, _CTRL_C = 1, 2, 69, EXIT_CODES[signal.SIGINT]
 
 def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Runs a subcommand; turns the errors a user can mend into a line and a code."""
-    warnings.formatwarning = lambda message, *_: f"samrobust: warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: (
+        f"samrobust: warning: {one_line(str(message))}\n"
+    )
     command = {
         "table": table_command,
         "train": _train,
@@ -101,7 +104,8 @@ def _run(command: Callable[[], int], stop: StopRequest) -> int:
                 raise
             traceback.print_exc()
             code = _FAILED
-        message = f"{_LOST} ({error})" if code == _LOST_PEER else str(error)
+        message = str(error) or type(error).__name__
+        message = f"{_LOST} ({message})" if code == _LOST_PEER else message
         _say(f"error: {message}", error)
         if parallel.is_joined() and not parallel.is_shared(error):
             parallel.leave(code, message)
@@ -126,7 +130,8 @@ def _code_of(error: Exception) -> int | None:
         return _LOST_PEER
     if isinstance(error, ValueError):
         return _BAD_INPUT
-    return _FAILED if isinstance(error, OSError) else None
+    out_of_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    return _FAILED if isinstance(error, OSError) or out_of_memory else None
 
 
 def _say(text: str, error: BaseException) -> None:

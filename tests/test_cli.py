@@ -128,6 +128,36 @@ def test_a_jax_without_a_device_is_one_line_before_any_work(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("SAMROBUST_CLAIM_LEASE", value) for value in ("inf", "-1", "soon")),
+        *(("SAMROBUST_HEARTBEAT_SECONDS", value) for value in ("0", "1e3", "9" * 99)),
+        *(("SAMROBUST_MEETING_SECONDS", value) for value in ("-1", "\u0663", "[red]")),
+        ("SAMROBUST_DISTRIBUTED", "never"),
+        ("SAMROBUST_COMPILATION_CACHE", "/tmp"),
+    ],
+)
+def test_a_variable_without_sense_is_named_in_one_line_before_any_work(
+    name, value, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv(name, value)
+    assert main(["table", f"--workdir={tmp_path / 'new'}"]) == 2
+    output, error = capsys.readouterr()
+    assert f"got {name}=" in error
+    assert (output, error.count("\n")) == ("", 1)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_lack_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    def load_config(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("samrobust.configuration.load_config", load_config)
+    assert main(["train", "--config=x.py:st", f"--workdir={tmp_path}"]) == 1
+    assert capsys.readouterr().err == "samrobust: error: MemoryError\n"
+
+
 @pytest.fixture
 def a_run(tmp_path):
     """A run's workdir with a label that Rich would take for markup."""
