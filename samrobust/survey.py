@@ -97,10 +97,15 @@ def read_plan(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
     """The runs in a table's `plan.json`, by their directories' names; may be none."""
     runs = glance(workdir / "plan.json").get("runs")
     return {
-        run["path"]: run
+        run["path"]: {name: value for name, value in run.items() if _is_plain(value)}
         for run in (runs if isinstance(runs, list) else [])
         if isinstance(run, dict) and _is_below(run.get("path"))
     }
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a text or a number, which can be written again and compared."""
+    return isinstance(value, str | bool) or _number(value) is not None
 
 
 def _is_below(path: Any) -> bool:
@@ -132,12 +137,11 @@ def survey_run(
     state = _state(folder, holder, started=bool(config or lines))
     label = _text(planned.get("label")) or _text(config.get("label"))
     seed = _count(planned.get("seed"), config.get("seed"))
+    seed = "?" if seed is None else seed
     of_config = training.get("epochs") if isinstance(training, dict) else None
     message = _text((read_failure(folder) or {}).get("message"))
     return RunStatus(
-        name=one_line(f"{label}, seed {'?' if seed is None else seed}")
-        if label
-        else folder.name,
+        name=one_line(f"{label}, seed {seed}" if label else folder.name),
         state=state,
         host=one_line(holder.host) if holder and state in ("running", "stale") else "",
         epoch=_count(last.get("epoch")) or 0,

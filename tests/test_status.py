@@ -17,6 +17,7 @@ from samrobust.reporting.status import status_to_rich
 from samrobust.survey import (
     STATES,
     RunStatus,
+    read_plan,
     remaining,
     remaining_together,
     survey,
@@ -301,6 +302,14 @@ def test_what_may_not_be_read_counts_as_absent_or_is_said(table, monkeypatch, ca
     error = capsys.readouterr().err
     assert error.startswith("samrobust: error: Expected a directory to look at, got /")
     assert error.count("\n") == 1
+
+
+def test_what_a_damaged_plan_still_says_is_kept_as_it_is_planned_again(tmp_path):
+    known = {"path": "at/seed3", "label": "AT", "seed": 3}
+    bad = {"work": float("nan"), "epochs": 10**400, "row": [], "more": {}}
+    runs = [{**known, **bad}, {"path": "/x"}, 3]
+    (tmp_path / "plan.json").write_text(json.dumps({"runs": runs}))
+    assert read_plan(tmp_path) == {"at/seed3": known}
 
 
 def test_a_claim_from_the_future_is_no_sign_of_life(tmp_path):
