@@ -20,7 +20,7 @@ from samrobust.runtime import OutputError, end_on_signals, say
 
 __all__ = ["main"]
 
-_FAILED = 1
+_FAILED, _BAD_INPUT = 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +44,13 @@ def _run(argv: list[str]) -> int:
         from samrobust.status import status_command
 
         return status_command(arguments)
-    from samrobust import commands  # JAX and Flax load here: --help stays quick
+    try:  # here, lest --help wait for it
+        import jax  # noqa: F401
+    except (ImportError, RuntimeError, ValueError) as error:
+        # As of JAX_ENABLE_X64=maybe, or a jaxlib of another version.
+        say(f"error: Expected a JAX that loads, got: {error}")
+        return _BAD_INPUT
+    from samrobust import commands
 
     return commands.execute(arguments, overrides)
 

@@ -149,6 +149,15 @@ def test_a_variable_without_sense_is_named_in_one_line_before_any_work(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_jax_that_does_not_load_is_one_line(tmp_path):
+    code, output, errors = helpers.run_command(
+        "train", f"--workdir={tmp_path}", "--config=x.py:st", JAX_ENABLE_X64="maybe"
+    )
+    assert (code, output) == (2, "")
+    expected = "samrobust: error: Expected a JAX that loads, got: invalid truth value"
+    assert errors.startswith(expected)
+
+
 def test_a_lack_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
     def load_config(*_):
         raise MemoryError
