@@ -15,8 +15,8 @@ import jax
 from samrobust.checks import check
 from samrobust.claims import ClaimedError
 from samrobust.configuration import differences
-from samrobust.data import Dataset
-from samrobust.identity import fingerprint, identity_of
+from samrobust.data import Dataset, fingerprint
+from samrobust.identity import identity_of
 from samrobust.parallel import from_primary, lost_a_peer
 from samrobust.provenance import provenance
 from samrobust.runfiles import RunFiles

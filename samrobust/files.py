@@ -45,7 +45,13 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Replaces a file in one step; durable on return."""
+    """Replaces a file in one step; durable on return.
+
+    Raises:
+      WorkdirError: if there is a folder of that name.
+    """
+    if path.is_dir():
+        raise WorkdirError(f"Expected a file {path}, got a folder. Move it away.")
     temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as file:

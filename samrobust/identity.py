@@ -13,19 +13,17 @@ import dataclasses
 import functools
 import hashlib
 import json
-import weakref
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
 import jax
-import numpy as np
 
 from samrobust.configuration import differences, with_defaults
-from samrobust.data import Dataset, Split
+from samrobust.data import Dataset, fingerprint
 from samrobust.types import Config
 
-__all__ = ["FORMAT", "Identity", "changed_fields", "fingerprint", "identity_of"]
+__all__ = ["FORMAT", "Identity", "changed_fields", "identity_of"]
 
 # To be raised when a config and a seed come to mean other numbers, beyond rounding.
 FORMAT = 1
@@ -82,9 +80,10 @@ class Identity:
     def continued_by(self, other: "Identity") -> "Identity":
         """Returns it with the libraries of a process that goes on with the run."""
         (versions,) = other.versions
-        if versions == self.versions[-1]:
-            return self
-        return dataclasses.replace(self, versions=(*self.versions, versions))
+        new = () if versions == self.versions[-1] else (versions,)
+        return dataclasses.replace(
+            self, data=self.data or other.data, versions=(*self.versions, *new)
+        )
 
     def unlike(self, other: "Identity") -> str:
         """Says in what another run differs: `seed is 1, not 0`; empty if it does not.
@@ -106,11 +105,12 @@ def identity_of(config: Config, dataset: Dataset | None) -> Identity:
 
     Args:
       config: of the run.
-      dataset: that of `config.data`; None where the network was not trained on it.
+      dataset: that of `config.data`; None where the network was not trained on it, or
+        one without test images where no image is at hand.
     """
     return Identity(
         config=json.loads(config.to_json_best_effort()),
-        data=None if dataset is None else _training_data(dataset),
+        data=_training_data(dataset) if dataset and len(dataset.test) else None,
         format=FORMAT,
         random=_some_random_bits(),
         versions=(_versions(),),
@@ -128,20 +128,6 @@ def changed_fields(
     both = (with_defaults(dict(fields)).to_dict() for fields in (stored, config))
     changed = differences(*both)
     return {n: v for n, v in changed.items() if not n.startswith(_MAY_CHANGE)}
-
-
-def fingerprint(split: Split) -> str:
-    """Returns a hash of a split's images and labels, in their order."""
-    if split not in _FINGERPRINTS:
-        digest = hashlib.sha256()
-        for array in (split.images, split.labels):
-            digest.update(f"{array.dtype}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
-        _FINGERPRINTS[split] = digest.hexdigest()[:_LENGTH]
-    return _FINGERPRINTS[split]
-
-
-_FINGERPRINTS: weakref.WeakKeyDictionary[Split, str] = weakref.WeakKeyDictionary()
 
 
 def _training_data(dataset: Dataset) -> str:

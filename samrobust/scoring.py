@@ -8,14 +8,13 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from samrobust import building
-from samrobust.data import Dataset, Split
+from samrobust.data import Dataset, Split, fingerprint
 from samrobust.evaluation import (
     accuracies,
     make_autoattack_evaluator,
     make_early_stop_evaluator,
     make_evaluator,
 )
-from samrobust.identity import fingerprint
 from samrobust.provenance import provenance
 from samrobust.training import InterruptedRunError, Network, TrainState, load_network
 from samrobust.types import Config

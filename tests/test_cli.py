@@ -288,7 +288,6 @@ def test_unprepared_data_offline_says_what_to_put_where(tmp_path, capsys, monkey
         "train",
         "--config=configs/cifar10.py:st",
         f"--workdir={tmp_path / 'run'}",
-        f"--config.data.manual_dir={tmp_path}",
         f"--config.data.data_dir={tmp_path}",
     )
     errors = capsys.readouterr().err

@@ -23,11 +23,10 @@ from samrobust.files import WorkdirError, append_json_line
 from samrobust.identity import identity_of
 from samrobust.parallel import data_mesh
 from samrobust.survey import survey_run
-from samrobust.training import InterruptedRunError, load_network, train
+from samrobust.training import InterruptedRunError, load_network, saved, train
 from samrobust.training.checkpoint import CheckpointError
 from samrobust.training.epoch import Carry
 from samrobust.training.history import History
-from samrobust.training.setup import make_parts, make_plan
 from samrobust.workdir import config_of_run, read_result, settle_config
 
 REFUSED = (WorkdirError, CheckpointError)
@@ -39,6 +38,22 @@ def _compile_quickly():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _trace_once():
+    """What a checkpoint must look like is worked out once and not at each reading."""
+    known, make_init = {}, saved._make_init
+
+    def make_init_once(config, dataset):
+        key = (config.to_json_best_effort(), id(dataset))
+        if key not in known:
+            known[key] = make_init(config, dataset)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saved, "_make_init", make_init_once)
+        yield
+
+
 @dataclasses.dataclass
 class Made:
     """A run as it was left, and another of the same shapes, seed 1."""
@@ -47,7 +62,7 @@ class Made:
     dataset: Any
     workdir: pathlib.Path
     other: pathlib.Path
-    states: dict[int, Carry]
+    states: dict[int, Any]
 
 
 @pytest.fixture(scope="module")
@@ -174,13 +189,11 @@ def each_damaged(made: Made, damage: str, tmp_path: pathlib.Path, inside: str):
 
 def go_on(made: Made, workdir: pathlib.Path) -> tuple[Carry, int, list[Any]]:
     """The state that a training would go on from, the step, and the log so far."""
-    config, dataset = made.config, made.dataset
-    plan = make_plan(config, len(dataset.train))
-    parts = make_parts(config, dataset, plan.num_steps)
-    init = jax.jit(lambda key: Carry(parts.init(key), parts.zero_totals))
-    fresh = init(jax.random.key(0))
-    identity = identity_of(config, dataset)
-    with History(config, workdir, identity, lambda: None) as history:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    like = jax.eval_shape(saved._make_init(made.config, made.dataset), key)
+    fresh = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+    identity = identity_of(made.config, made.dataset)
+    with History(made.config, workdir, identity, lambda: None) as history:
         carry = history.restore(fresh, data_mesh(), 12)
         return carry, int(carry.state.step), history.lines
 

@@ -7,6 +7,7 @@ import io
 import json
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,9 +19,19 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from samrobust.data import DatasetUnavailableError, Split, archive, cifar, load_dataset
+from samrobust.data import (
+    DatasetUnavailableError,
+    Split,
+    archive,
+    cifar,
+    cifar_builder,
+    fingerprint,
+    folders,
+    load_dataset,
+)
 from samrobust.data.archive import Archive, ResumingDownloader, find_archive
-from samrobust.data.cache import cached_arrays, default_cache_dir
+from samrobust.data.cache import default_cache_dir
+from samrobust.data.official import OfficialSplit, checksum
 
 PER_FILE = 4
 OFFICIAL = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
@@ -33,21 +44,31 @@ def add_file(tar, name, content):
     tar.addfile(member, io.BytesIO(content))
 
 
-def make_archive(name, path):
+def make_examples(spec):
+    """Returns (images, labels, coarse) by split."""
+    rng, arrays = np.random.default_rng(0), {}
+    for split, members in spec.splits.items():
+        count = PER_FILE * len(members)
+        images = rng.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8)
+        labels = rng.integers(0, spec.labels[0][2], count)
+        arrays[split] = images, labels, rng.integers(0, 20, count)
+    return arrays
+
+
+def make_archive(name, path, arrays=None):
     """Writes a small archive; returns its spec and (images, labels, coarse)."""
-    rng = np.random.default_rng(0)
-    spec, arrays = OFFICIAL[name], {}
+    spec = OFFICIAL[name]
+    arrays = arrays or make_examples(spec)
     with tarfile.open(path, "w:gz") as tar:
         for split, members in spec.splits.items():
-            count = PER_FILE * len(members)
-            images = rng.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8)
-            labels = rng.integers(0, spec.labels[0][2], count)
-            coarse = rng.integers(0, 20, count)
-            arrays[split] = images, labels, coarse
+            images, labels, coarse = arrays[split]
             records = [
                 bytes([c, label][-len(spec.label_bytes) :]) + planes.tobytes()
                 for c, label, planes in zip(
-                    coarse, labels, images.transpose(0, 3, 1, 2), strict=True
+                    coarse[: len(labels)],
+                    labels,
+                    images.transpose(0, 3, 1, 2),
+                    strict=True,
                 )
             ]
             for i, member in enumerate(members):
@@ -63,7 +84,13 @@ def make_archive(name, path):
         num_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
     )
-    return dataclasses.replace(spec, archive=fake), arrays
+    official = {
+        split: OfficialSplit(
+            len(labels), spec.labels[0][2], checksum(labels), checksum(images)
+        )
+        for split, (images, labels, _) in arrays.items()
+    }
+    return dataclasses.replace(spec, archive=fake, official=official), arrays
 
 
 @dataclasses.dataclass
@@ -158,28 +185,181 @@ def test_another_prepared_version_is_used_if_there_is_no_3_0_2(place, monkeypatc
     info = directory / "3.0.10" / "dataset_info.json"
     info.write_text(info.read_text().replace("3.0.2", "3.0.10"))
     place.check(place.load())
-    assert (place.root / "cache" / "cifar10-3.0.10-train.json").exists()
+    assert len(list((place.root / "cache").glob("*.json"))) == 2  # by content
 
 
-def test_data_in_another_format_are_refused_with_advice(place):
+TFRECORD = json.dumps({"name": "cifar10", "fileFormat": "tfrecord"})
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (TFRECORD, r"got \S+/cifar10/3\.0\.2 in the format tfrecord\."),
+        (TFRECORD[:-9], r"got a damaged \S+/3\.0\.2/dataset_info\.json\."),
+        ("", "got a damaged"),
+        ("[]", "got a damaged"),
+        ("null", "got a damaged"),
+        ("3", "got a damaged"),
+        ("{}", "got a damaged"),
+        ("[" * 100_000, "got a damaged"),
+        ("\0\x80", "got a damaged"),
+        ('{"fileFormat": 3, "alternativeFileFormats": null}', "got a damaged"),
+        ('{"alternativeFileFormats": [{}, "tfrecord"]}', "in the format tfrecord"),
+        (None, r"got \S+/3\.0\.2 without its dataset_info\.json\."),
+    ],
+)
+def test_prepared_data_that_cannot_be_read_are_refused_and_kept(place, content, found):
     directory = place.root / "data" / "cifar10" / "3.0.2"
     directory.mkdir(parents=True)
-    content = json.dumps({"name": "cifar10", "fileFormat": "tfrecord"})
-    (directory / "dataset_info.json").write_text(content)
-    with pytest.raises(DatasetUnavailableError, match="another format or unfinished"):
+    if content is not None:
+        (directory / "dataset_info.json").write_text(content)
+    with pytest.raises(DatasetUnavailableError, match=found) as error:
         place.prepare()
+    assert "It is left as it is. Set data_dir (or TFDS_DATA_DIR)" in str(error.value)
+    assert "elete" not in str(error.value)
+    assert directory.exists()
+    place.check(place.load(data_dir=place.root / "b", manual_dir=place.root / "manual"))
 
 
-def test_damaged_prepared_data_are_reported(place):
-    place.prepare()
+def damage_records(place, change):
+    """Changes one file of the prepared data; returns the directory."""
     directory = place.root / "data" / "cifar10" / "3.0.2"
-    records = directory / "cifar10-train.array_record-00000-of-00001"
-    records.write_bytes(records.read_bytes()[:1000])
-    with (
-        pytest.warns(UserWarning, match="have changed"),
-        pytest.raises(DatasetUnavailableError, match=r"3\.0\.2, got: .*Delete the"),
-    ):
-        place.load()
+    change(directory / "cifar10-train.array_record-00000-of-00001", directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda records, _: records.write_bytes(records.read_bytes()[:1000]),
+        lambda records, _: records.write_bytes(b""),
+        lambda records, _: records.unlink(),
+        lambda _, directory: (directory / "features.json").write_text("null"),
+        lambda _, directory: (directory / "features.json").write_text("{"),
+        lambda _, directory: (directory / "dataset_info.json").write_text(
+            '{"fileFormat": "array_record", "splits": 3}'
+        ),
+        lambda records, directory: shutil.copy(
+            directory / "cifar10-test.array_record-00000-of-00001", records
+        ),
+    ],
+)
+def test_damaged_prepared_data_are_refused_in_a_line(place, change):
+    place.prepare()
+    directory = damage_records(place, change)
+    with pytest.raises(DatasetUnavailableError) as error:
+        place.load(cache_dir=place.root / "another")
+    message = str(error.value)
+    assert message.startswith("Expected the train examples of CIFAR-10 in ")
+    assert str(directory) in message
+    assert "elete" not in message
+    assert "\n" not in message
+    assert not list((place.root / "another").glob("*train*"))
+
+
+def write_other(place, split, change):
+    """Prepares data as TFDS would, with other examples in one split."""
+    images, labels, coarse = place.arrays[split]
+    arrays = place.arrays | {split: (*change(images.copy(), labels.copy()), coarse)}
+    data_dir = place.root / "other"
+    path = place.root / place.spec.archive.name
+    spec, _ = make_archive(place.name, path, arrays)
+    builder = cifar_builder.CifarBuilder(spec, path, data_dir)
+    builder.download_and_prepare()
+    return data_dir
+
+
+def relabel(images, labels):
+    labels[3] = (labels[3] + 1) % 10
+    return images, labels
+
+
+def repaint(images, labels):
+    images[2, 31, 31, 2] ^= 1
+    return images, labels
+
+
+@pytest.mark.parametrize(
+    ("split", "change", "message"),
+    [
+        ("train", relabel, "Expected the official labels in the official order, sha"),
+        ("test", relabel, "Expected the official labels in the official order, sha"),
+        ("test", lambda *arrays: [array[::-1] for array in arrays], "official order"),
+        (
+            "test",
+            lambda *arrays: [array[: PER_FILE - 1] for array in arrays],
+            r"Expected images of shape \(4, 32, 32, 3\) .* got shape=\(3, 32, 32, 3\)",
+        ),
+    ],
+)
+def test_examples_that_are_not_the_official_ones_are_refused(
+    place, split, change, message
+):
+    data_dir = write_other(place, split, change)
+    expected = f"Expected the {split} examples of CIFAR-10 .*{message}.* Set data_dir"
+    for _ in range(2):  # a cache of them does not make them true
+        with pytest.raises(DatasetUnavailableError, match=expected):
+            place.load(data_dir=data_dir)
+
+
+def test_other_pixels_under_the_official_labels_are_warned_of(place):
+    official = fingerprint(place.prepare().test)
+    data_dir = write_other(place, "test", repaint)
+    for _ in range(2):  # decoded, then out of the cache
+        with pytest.warns(UserWarning, match="The test images in .* are not those of"):
+            dataset = place.load(data_dir=data_dir)
+        assert fingerprint(dataset.test) != official
+
+
+def test_rows_left_out_of_a_checksum_may_be_anything():
+    images = np.random.default_rng(0).integers(0, 256, (6, 2, 2, 3)).astype(np.uint8)
+    for left_out in ((), (0,), (5,), (2, 3), (0, 1, 2, 3, 4, 5)):
+        official = OfficialSplit(6, 10, "", checksum(images, left_out), left_out)
+        for row in range(6):
+            other = images.copy()
+            other[row, 1, 1, 2] ^= 1
+            assert official.has_images(other) == (row in left_out)
+    assert not OfficialSplit(6, 10, "", checksum(images)).has_images(images[::-1])
+
+
+def test_two_directories_of_the_same_data_share_a_cache(place, monkeypatch):
+    place.prepare()
+    shutil.copytree(place.root / "data", place.root / "copy")
+    monkeypatch.setattr(cifar, "decode", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("copy", "data", "copy"):
+            place.check(place.load(data_dir=place.root / name))
+
+
+def test_directories_of_different_data_do_not_rebuild_each_others_cache(
+    place, monkeypatch
+):
+    place.prepare()
+    other = write_other(place, "test", repaint)
+    with pytest.warns(UserWarning, match="not those of CIFAR-10"):
+        place.load(data_dir=other)
+    monkeypatch.setattr(cifar, "decode", None)
+    place.check(place.load())
+    with pytest.warns(UserWarning, match="not those of CIFAR-10"):
+        place.load(data_dir=other)
+
+
+def test_a_cache_that_others_can_write_to_is_not_read(place, monkeypatch):
+    monkeypatch.setattr(cifar, "default_cache_dir", lambda: None)
+    place.prepare()
+    place.check(place.load(cache_dir=None))
+    monkeypatch.undo()
+    monkeypatch.setattr(f"samrobust.data.datasets.{place.name.upper()}", place.spec)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place.root / "shared"))
+    (place.root / "shared" / "samrobust").mkdir(parents=True)
+    (place.root / "shared" / "samrobust").chmod(0o777)
+    with pytest.warns(UserWarning, match="can be written by others"):
+        dataset = place.load(cache_dir=None)
+    place.check(dataset)
+    assert not isinstance(dataset.train.images, np.memmap)
+    assert not dataset.train.images.flags.writeable
+    assert not list((place.root / "shared" / "samrobust").iterdir())
 
 
 def test_a_manual_archive_with_a_wrong_hash_is_refused(place):
@@ -200,15 +380,84 @@ def test_a_manual_archive_with_a_wrong_hash_is_refused(place):
     assert not (place.root / "data" / "cifar10").exists()
 
 
-def test_without_data_and_network_the_error_says_what_to_put_where(place):
-    with pytest.raises(DatasetUnavailableError) as error:
-        place.load(manual_dir=place.root / "empty")
-    official = place.spec.archive
+def check_advice(place, error):
+    official, message = place.spec.archive, str(error.value)
     for part in (
         *(official.name, official.url, official.sha256, f"{official.num_bytes} bytes"),
-        *(str(place.root / "empty"), "data_dir", "TFDS_DATA_DIR", "cifar10/3.0.2"),
+        *("data_dir", "TFDS_DATA_DIR", "cifar10/3.0.2"),
     ):
-        assert part in str(error.value)
+        assert part in message
+    assert "\n" not in message
+
+
+def test_without_data_and_network_the_error_says_what_to_put_where(place):
+    manual = place.root / "data" / "downloads" / "manual"
+    with pytest.raises(DatasetUnavailableError, match=f"Put .* into {manual}") as error:
+        place.load()
+    check_advice(place, error)
+    (manual / "cifar-10-batches-py").mkdir(parents=True)
+    found = rf"got cifar-10-batches-py/ in {manual} and no download \("
+    with pytest.raises(DatasetUnavailableError, match=found):
+        place.load()
+
+
+def fill(*names):
+    def make(folder):
+        folder.mkdir()
+        for name in names:
+            if name.endswith("/"):
+                (folder / name).mkdir()
+            else:
+                (folder / name).write_text("")
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda folder: folder, r"no folder .*/here \(No such file or directory\)\."),
+        (
+            lambda folder: folder.parent / "manual" / "cifar-10-binary.tar.gz",
+            "manual_dir='.*/cifar-10-binary.tar.gz', a file and not its folder",
+        ),
+        (fill(), "no such file in .*/here"),
+        (fill("a", "b.tar"), "no such file in .*/here"),
+        (fill("cifar-10-python.tar.gz", "x"), r"got cifar-10-python\.tar\.gz in"),
+        (fill("cifar-10-batches-bin/"), "got cifar-10-batches-bin/ in .*/here"),
+        (fill("cifar-10-binary.tar"), r"got cifar-10-binary\.tar in .*/here"),
+        (fill("cifar-10-binary.tar.gz/"), r"got cifar-10-binary\.tar\.gz/ in"),
+    ],
+)
+def test_a_manual_directory_without_the_archive_is_described_and_nothing_downloaded(
+    place, monkeypatch, make, found
+):
+    monkeypatch.setattr(archive, "_download", lambda *_: pytest.fail("a download"))
+    message = f"Expected cifar-10-binary.tar.gz in manual_dir, got {found}"
+    if "got " in found:
+        message = found
+    with pytest.raises(DatasetUnavailableError, match=message) as error:
+        place.load(manual_dir=make(place.root / "here"))
+    check_advice(place, error)
+
+
+def test_an_archive_that_cannot_be_read_is_named(place, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(archive.hashlib, "file_digest", refuse)
+    with pytest.raises(DatasetUnavailableError, match=r"read .*gz, got: .*Permission"):
+        place.prepare()
+
+
+@pytest.mark.parametrize("inner", ["cifar10", "cifar10/3.0.2"])
+def test_a_directory_within_the_prepared_data_is_told_from_the_one_above(place, inner):
+    place.prepare()
+    message = f"Expected .* as data_dir, got data_dir='.*/data/{inner}', .* Set it to "
+    with pytest.raises(DatasetUnavailableError, match=message) as error:
+        place.load(data_dir=place.root / "data" / inner)
+    assert str(error.value).endswith(f"Set it to {place.root / 'data'}.")
 
 
 def test_the_official_archives_are_the_known_ones():
@@ -220,13 +469,24 @@ def test_the_official_archives_are_the_known_ones():
 
 def test_a_data_directory_that_cannot_be_written_is_reported(place):
     (place.root / "data").write_text("a file")
-    with pytest.raises(DatasetUnavailableError, match="Set data_dir to a directory"):
+    with pytest.raises(DatasetUnavailableError, match=r"to write .* Set data_dir"):
         place.prepare()
 
 
-def test_a_failed_preparation_leaves_nothing_behind(place, monkeypatch):
-    from samrobust.data import cifar_builder
+def test_a_full_disk_during_the_preparation_is_reported(place, monkeypatch):
+    full = RuntimeError("write() failed:\nNo space left on device")  # ArrayRecord's
 
+    def fail(_):
+        raise full
+
+    monkeypatch.setattr(cifar_builder.CifarBuilder, "download_and_prepare", fail)
+    message = r"write cifar10 to .*got: write\(\) failed: No space left .* Set data_dir"
+    with pytest.raises(DatasetUnavailableError, match=message) as error:
+        place.prepare()
+    assert "\n" not in str(error.value)
+
+
+def test_a_failed_preparation_leaves_nothing_behind(place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cifar_builder, "_encode_png", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -288,10 +548,10 @@ def test_a_preparation_that_loses_the_race_uses_the_winners_data(place, monkeypa
         (place.root / "data" / "cifar10" / "moved").rename(target)
         raise OSError("Directory not empty")
 
-    find_prepared = cifar._find_prepared
+    find_prepared = cifar.find_prepared
     target = place.root / "data" / "cifar10" / "3.0.2"
     target.rename(target.with_name("moved"))
-    monkeypatch.setattr(cifar, "_find_prepared", not_there_at_first)
+    monkeypatch.setattr(cifar, "find_prepared", not_there_at_first)
     monkeypatch.setattr(
         "samrobust.data.cifar_builder.CifarBuilder.download_and_prepare", fail
     )
@@ -431,118 +691,9 @@ def test_a_downloader_without_attempts_is_refused(tmp_path):
         ResumingDownloader(tmp_path / "part", max_attempts=0)
 
 
-class Decoder:
-    """Counts how often it is asked for its arrays."""
-
-    calls = 0
-
-    def __call__(self):
-        self.calls += 1
-        images = np.arange(2000, dtype=np.uint8).reshape(50, 5, 4, 2)
-        return {"images": images, "labels": np.arange(50, dtype=np.int32)}
-
-
-def check_arrays(arrays):
-    for name, array in Decoder()().items():
-        np.testing.assert_array_equal(arrays[name], array)
-        assert arrays[name].dtype == array.dtype
-        assert not arrays[name].flags.writeable
-
-
-def test_the_second_read_is_mapped_from_the_cache(tmp_path):
-    decode = Decoder()
-    for _ in range(3):
-        arrays = cached_arrays(tmp_path / "new" / "dir", "name", {"a": 1}, decode)
-        check_arrays(arrays)
-        assert isinstance(arrays["images"], np.memmap)
-    assert decode.calls == 1
-    names = {path.name for path in (tmp_path / "new" / "dir").iterdir()}
-    assert names == {"name.json", "name-images.npy", "name-labels.npy"}
-
-
-def flip_a_byte(path):
-    content = bytearray(path.read_bytes())
-    content[-7] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("file", ["name.json", "name-images.npy", "name-labels.npy"])
-@pytest.mark.parametrize(
-    "damage",
-    [
-        flip_a_byte,
-        lambda path: path.write_bytes(path.read_bytes()[:-10]),
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_text("null"),
-    ],
-)
-def test_a_damaged_cache_is_rebuilt_with_a_warning(tmp_path, file, damage):
-    decode = Decoder()
-    cached_arrays(tmp_path, "name", {"a": 1}, decode)
-    damage(tmp_path / file)
-    with pytest.warns(UserWarning, match="cannot be used and is rebuilt"):
-        check_arrays(cached_arrays(tmp_path, "name", {"a": 1}, decode))
-    check_arrays(cached_arrays(tmp_path, "name", {"a": 1}, decode))
-    assert decode.calls == 2
-
-
-def test_a_missing_array_is_rebuilt_and_a_missing_manifest_too(tmp_path):
-    decode = Decoder()
-    cached_arrays(tmp_path, "name", {"a": 1}, decode)
-    (tmp_path / "name-labels.npy").unlink()
-    with pytest.warns(UserWarning, match=r"rebuilt: .*No such file"):
-        check_arrays(cached_arrays(tmp_path, "name", {"a": 1}, decode))
-    (tmp_path / "name.json").unlink()
-    check_arrays(cached_arrays(tmp_path, "name", {"a": 1}, decode))
-    assert decode.calls == 3
-
-
-def test_a_changed_source_is_decoded_anew(tmp_path):
-    decode = Decoder()
-    cached_arrays(tmp_path, "name", {"size": 1}, decode)
-    with pytest.warns(UserWarning, match="have changed"):
-        cached_arrays(tmp_path, "name", {"size": 2}, decode)
-    cached_arrays(tmp_path, "name", {"size": 2}, decode)
-    assert decode.calls == 2
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
-    (tmp_path / "file").write_text("not a directory")
-    with pytest.warns(UserWarning, match="cannot be written .* Set cache_dir"):
-        check_arrays(cached_arrays(tmp_path / "file" / "x", "name", {}, Decoder()))
-
-
-def test_a_failed_write_leaves_no_temporary_file(tmp_path, monkeypatch):
-    def full(file, _):
-        file.write(b"some bytes")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(np, "save", full)
-    with pytest.warns(UserWarning, match="No space left"):
-        check_arrays(cached_arrays(tmp_path, "name", {}, Decoder()))
-    assert not list(tmp_path.iterdir())
-
-
-def test_caches_filled_at_the_same_time_are_intact(tmp_path):
-    results = []
-
-    def fill():
-        results.append(cached_arrays(tmp_path, "name", {}, Decoder()))
-
-    threads = [threading.Thread(target=fill) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    decode = Decoder()
-    for arrays in [*results, cached_arrays(tmp_path, "name", {}, decode)]:
-        check_arrays(arrays)
-    assert (len(results), decode.calls) == (8, 0)
-
-
 def test_a_cached_data_set_is_not_decoded_again(place, monkeypatch):
     place.prepare()
-    monkeypatch.setattr(cifar, "_decode", None)
+    monkeypatch.setattr(cifar, "decode", None)
     place.check(place.load())
 
 
@@ -670,11 +821,86 @@ def test_the_split_seed_chooses_the_examples_and_nothing_else_does():
         ({"test_size": 0}, "1 <= test_size <= 500, got test_size=0"),
         ({"test_size": 501}, "1 <= test_size <= 500"),
         ({"split_seed": -1}, "0 <= split_seed, got split_seed=-1"),
+        *(
+            ({name: value}, f"an integer as {name}, got {name}={value!r}")
+            for name in ("validation_size", "train_size", "test_size", "split_seed")
+            for value in (2.5, 10.0, True, "10")
+        ),
+        ({"validation_size": None}, "an integer as validation_size"),
     ],
 )
-def test_sizes_out_of_range_are_refused(sizes, message):
+def test_sizes_out_of_range_are_refused(sizes: Any, message):
     with pytest.raises(ValueError, match=f"Expected .*{message}"):
         load_dataset("digits", **sizes)
+
+
+def test_sizes_are_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr("samrobust.data.datasets.load_cifar", None)
+    wrong = {"train_size": 50_001, "test_size": 0, "validation_size": 50_000}
+    for name, size in wrong.items():
+        sizes: Any = {name: size}
+        with pytest.raises(ValueError, match=name):
+            load_dataset("cifar10", **sizes)
+
+
+def test_numpy_integers_are_sizes_too():
+    size: Any = np.int64(30)
+    assert len(load_dataset("digits", train_size=size).train) == 30
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "the name of a folder as FIELD, got FIELD=''"),
+        ("  ", "the name of a folder as FIELD"),
+        ("a\0b", "the name of a folder as FIELD"),
+        ("$SET_TO_NOTHING", "the name of a folder as FIELD"),
+        ("gs://bucket/x", r"a path of the file system as FIELD, got FIELD='gs://"),
+        ("s3://bucket/x", "a path of the file system as FIELD"),
+        ("file:///x", "a path of the file system as FIELD"),
+        (pathlib.Path("gs://bucket/x"), "a path of the file system as FIELD"),
+        ("$NOT_SET/x", "variables that are known in FIELD, got FIELD='.NOT_SET/x'"),
+        ("/a/${NOT_SET}", "variables that are known in FIELD"),
+        ("~nobody-of-this-name/x", "users and variables that are known in FIELD"),
+        (3, "a path as FIELD, got FIELD=3"),
+        (b"/x", "a path as FIELD"),
+    ],
+)
+def test_a_setting_that_is_no_folder_is_refused(value, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("SET_TO_NOTHING", "")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for field in ("data_dir", "manual_dir", "cache_dir"):
+        expected = f"Expected .*{message.replace('FIELD', field)}"
+        with pytest.raises(ValueError, match=expected) as error:
+            load_dataset("cifar10", **{field: value})
+        assert "\n" not in str(error.value)
+    if isinstance(value, str) and "\0" not in value and value:
+        monkeypatch.setenv("TFDS_DATA_DIR", value)
+        with pytest.raises(ValueError, match="TFDS_DATA_DIR"):
+            load_dataset("cifar10")
+    assert not list(tmp_path.iterdir())
+
+
+def test_home_and_variables_are_expanded_in_every_folder(place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place.root))
+    monkeypatch.setenv("PLACE", str(place.root))
+    place.check(
+        place.load(
+            data_dir="~/data", manual_dir="$PLACE/manual", cache_dir="${PLACE}/cache"
+        )
+    )
+    names = {path.name for path in place.root.iterdir()}
+    assert names == {"data", "manual", "cache"}
+
+
+def test_without_a_home_the_default_folder_is_refused(monkeypatch):
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setattr(folders.os.path, "expanduser", lambda path: path)
+    with pytest.raises(
+        ValueError, match=r"known in TFDS_DATA_DIR, got .*Write the path"
+    ):
+        cifar.default_data_dir()
 
 
 def test_an_unknown_data_set_is_refused_with_the_known_names():

@@ -6,18 +6,24 @@ import sys
 
 import helpers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
 
 from samrobust import configuration
+from samrobust.data import datasets
 from samrobust.interchange import (
     Weights,
+    command,
     read_weights,
+    to_tensors,
     write_safetensors,
 )
+from samrobust.interchange.blank import NUM_TEST, without_images
 from samrobust.interchange.robustbench import find_evaluation
+from samrobust.models import PreActResNet
 from samrobust.training import load_network, save_variables
 
 DIGITS = "--config=configs/digits.py:st"
@@ -74,6 +80,16 @@ def test_an_exported_file_holds_the_network_and_what_else_it_takes(run, exported
     )
     with safetensors.safe_open(exported, framework="np") as file:
         header = {n: json.loads(v) for n, v in file.metadata().items() if n != "format"}
+    origin = header.pop("origin")
+    assert len(origin.pop("identity")) == 16
+    assert origin == {
+        "label": "ST",
+        "row": "st",
+        "seed": 0,
+        "checkpoint": "last",
+        "step": 0,
+        "imported": {},
+    }
     assert header == {
         "mean": [0.3],
         "std": list(model.std),
@@ -104,7 +120,10 @@ def test_export_and_import_give_the_same_bits(run, exported, tmp_path):
     assert export(workdir, again) == 0
     weights, first = read_weights(again), read_weights(exported)
     helpers.assert_same_bits(weights.tensors, first.tensors)
+    origin, earlier = (w.metadata.pop("origin") for w in (weights, first))
     assert weights.metadata == first.metadata
+    assert earlier["imported"] == {}
+    assert origin["imported"] == {n: note[n] for n in ("source", "sha256")}
 
 
 def test_an_imported_network_is_evaluated_as_the_run_it_came_from(
@@ -196,7 +215,19 @@ def change(tensors, name, value):
         ),
         ("linear.weight", np.zeros((7, 8), np.float32), "instead of [10, 8]"),
         ("bn.bias", np.zeros(8, np.int64), "bn.bias [8] of int64 instead of float32"),
-        ("bn.bias", np.zeros(8, np.float16), "Expected float32 tensors"),
+        ("bn.bias", np.zeros(8, np.bool_), "tensors={'bn.bias': 'BOOL'}"),
+        ("bn.bias", np.full(8, 1e300), "tensor='bn.bias', value=1e+300"),
+        ("bn.bias", np.full(8, np.nan, np.float32), "bn.bias with 8 of 8 NaN"),
+        ("bn.running_mean", np.full(8, np.inf), "bn.running_mean with 8 of 8 NaN or"),
+        (
+            "bn.running_var",
+            np.linspace(-1, 1, 8).astype(np.float32),
+            "bn.running_var with the variance -1",
+        ),
+        ("linear.weight", np.zeros((0, 8), np.float32), "[0, 8] instead of [10, 8]"),
+        ("linear.weight", np.zeros((), np.float32), "linear.weight with 2 axes"),
+        ("linear.weight", None, "a tensor linear.weight, got names='bn.bias, bn."),
+        ("ema.linear.weight", np.zeros(1), "behind='ema., no prefix'"),
         ("conv1.weight", None, "Expected a tensor conv1.weight with 4 axes"),
         ("conv1.weight", np.zeros((4, 3, 3, 3), np.float32), "instead of [4, 1, 3, 3]"),
     ],
@@ -307,3 +338,242 @@ def test_a_claim_is_made_of_the_largest_float32_evaluation():
     assert find_evaluation([full, unnamed], "last", "bfloat16") is full
     assert find_evaluation([coarse], "last", "float32") is None
     assert find_evaluation([full], "best", "float32") is None
+
+
+class Killed(BaseException):
+    """What ends a process ends this test's command."""
+
+
+def kill_at(monkeypatch, moment):
+    """The process ends at the given one of the writes of an import; -1: at none."""
+    moments = []
+
+    def dying(function):
+        def call(*arguments, **options):
+            moments.append(function)
+            if len(moments) - 1 == moment:
+                raise Killed
+            result = function(*arguments, **options)
+            moments.append(function)
+            if len(moments) - 1 == moment:
+                raise Killed
+            return result
+
+        return call
+
+    for name in ("write_json", "save_variables"):
+        monkeypatch.setattr(command, name, dying(getattr(command, name)))
+    return moments
+
+
+@pytest.mark.parametrize(
+    ("moment", "again"),
+    [(moment, "another file") for moment in range(1, 6)]
+    + [(moment, "the same file") for moment in (0, 2, 4)],
+)
+def test_an_import_killed_at_any_write_is_done_by_the_next(
+    moment, again, exported, tmp_path, monkeypatch
+):
+    workdir, other = tmp_path / "imported", tmp_path / "other.safetensors"
+    tensors = dict(read_weights(exported).tensors)
+    tensors["linear.bias"] = tensors["linear.bias"] + 1
+    write_safetensors(other, Weights(tensors, {}))
+    with monkeypatch.context() as patch:
+        moments = kill_at(patch, moment)
+        with pytest.raises(Killed):
+            bring(exported, workdir)
+    assert len(moments) == moment + 1
+    committed = moment == 5
+    assert (workdir / "config.json").exists() == committed
+    path = exported if again == "the same file" else other
+    assert bring(path, workdir) == (2 if committed and path == other else 0)
+    config = configuration.with_defaults(
+        json.loads((workdir / "config.json").read_text())
+    )
+    stored = load_network(config, helpers.load_data(config), workdir, "last").variables
+    expected = read_weights(exported if committed else path).tensors["linear.bias"]
+    np.testing.assert_array_equal(stored["params"]["head"]["bias"], expected)
+
+
+def test_an_import_has_no_more_writes_than_those(exported, tmp_path, monkeypatch):
+    moments = kill_at(monkeypatch, -1)
+    assert bring(exported, tmp_path / "imported") == 0
+    assert len(moments) == 6
+    assert bring(exported, tmp_path / "imported") == 0
+    assert len(moments) == 6
+
+
+def test_a_repeated_import_is_done_and_anything_else_there_is_refused(
+    exported, tmp_path, capsys
+):
+    workdir = tmp_path / "imported"
+    assert bring(exported, workdir) == 0
+    before = {path: path.read_bytes() for path in workdir.glob("*.json")}
+    assert bring(exported, workdir) == 0
+    assert "Already imported" in capsys.readouterr().out
+    assert bring(exported, workdir, "--config.model.mean=(0.2,)") == 2
+    assert "model.mean was [0.3], is [0.2]" in capsys.readouterr().err
+    (workdir / "metrics.jsonl").touch()
+    assert bring(exported, workdir) == 2
+    assert "a run, got workdir=" in capsys.readouterr().err
+    (workdir / "metrics.jsonl").unlink()
+    (workdir / "config.json").rename(tmp_path / "config.json")
+    (workdir / "evaluations.jsonl").touch()
+    assert bring(exported, workdir) == 2
+    assert "with evaluations.jsonl" in capsys.readouterr().err
+    (workdir / "import.json").rename(tmp_path / "import.json")
+    assert bring(exported, workdir) == 2
+    assert "with evaluations.jsonl, checkpoints" in capsys.readouterr().err
+    for name in ("config.json", "import.json"):
+        (tmp_path / name).rename(workdir / name)
+    assert {path: path.read_bytes() for path in workdir.glob("*.json")} == before
+
+
+@pytest.mark.parametrize("validation_size", [0, 97])
+def test_what_stands_for_a_data_set_has_its_facts(validation_size):
+    config = helpers.make_config(
+        overrides={
+            "data.train_size": None,
+            "data.test_size": None,
+            "data.validation_size": validation_size,
+        }
+    )
+    blank, dataset = without_images(config), helpers.load_data(config)
+    for name in ("name", "num_classes", "mean", "std", "image_shape"):
+        assert getattr(blank, name) == getattr(dataset, name)
+    assert len(blank.train) == len(dataset.train)
+    assert NUM_TEST["digits"] == len(dataset.test)
+
+
+def test_export_and_import_read_no_images(exported, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError
+
+    refusing = dict.fromkeys(datasets.DATASETS, refuse)
+    monkeypatch.setattr(datasets, "DATASETS", refusing)
+    workdir = tmp_path / "imported"
+    assert bring(exported, workdir) == 0
+    assert export(workdir, tmp_path / "again.safetensors") == 0
+    model = PreActResNet(width=4, blocks=(1,))
+    tensors = to_tensors(helpers.draw_variables(model, (32, 32, 3)))
+    write_safetensors(tmp_path / "rgb.safetensors", Weights(tensors, {}))
+    rgb = ("import", f"--input={tmp_path / 'rgb.safetensors'}", "--dataset=cifar10")
+    assert helpers.main(*rgb, f"--workdir={tmp_path / 'rgb'}") == 0
+    assert export(tmp_path / "rgb", tmp_path / "rgb2.safetensors") == 0
+    weights = read_weights(tmp_path / "rgb2.safetensors")
+    assert weights.metadata["mean"] == [0.4914, 0.4822, 0.4465]
+    helpers.assert_same_bits(weights.tensors, tensors)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (np.float16, "tensors of float16 became float32, which holds their values."),
+        (jnp.bfloat16, "tensors of bfloat16 became float32, which holds their values."),
+        (np.float64, "tensors of float64 became float32, which moved 1 of "),
+    ],
+)
+def test_floats_of_other_sizes_become_float32_and_it_is_said(
+    dtype, said, exported, tmp_path, capsys
+):
+    path, workdir = tmp_path / "weights.safetensors", tmp_path / "imported"
+    tensors = safetensors.numpy.load_file(exported)
+    floats = {n: t.astype(dtype) for n, t in tensors.items() if t.dtype == np.float32}
+    if dtype == np.float64:
+        floats["bn.bias"] = floats["bn.bias"] + np.array([1e-12] + [0.0] * 7)
+    save_with_bfloat16(floats, path)
+    assert bring(path, workdir) == 0
+    assert said in capsys.readouterr().out
+    note = json.loads((workdir / "import.json").read_text())
+    assert said in note["notes"][0]
+    taken = read_weights(path).tensors
+    assert {t.dtype for t in taken.values()} == {np.dtype(np.float32)}
+    for name, tensor in taken.items():
+        np.testing.assert_array_equal(tensor, floats[name].astype(np.float32))
+
+
+def save_with_bfloat16(tensors, path):
+    """Writes a safetensors file by hand: a header of JSON, and the bytes."""
+    names = {np.float16: "F16", np.float64: "F64"}
+    header, place = {}, 0
+    for name, tensor in tensors.items():
+        kind = names.get(tensor.dtype.type, "BF16")
+        offsets = [place, place := place + tensor.nbytes]
+        header[name] = {
+            "dtype": kind,
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
+    text = json.dumps(header).encode()
+    content = b"".join(tensor.tobytes() for tensor in tensors.values())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content)
+
+
+def lying(change):
+    """A file of one tensor with its header changed."""
+    entry = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+    text = json.dumps({"linear.weight": {**entry, **change}}).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(16)
+
+
+HOSTILE = {
+    "a shape beyond the file": lying({"shape": [2**40, 2**20]}),
+    "a shape that overflows": lying({"shape": [2**63, 2]}),
+    "offsets beyond the file": lying({"data_offsets": [0, 2**40]}),
+    "offsets in reverse": lying({"data_offsets": [16, 0]}),
+    "a negative shape": lying({"shape": [-2, 2]}),
+    "another type": lying({"dtype": "F8_E4M3", "shape": [16]}),
+    "no type": lying({"dtype": "??"}),
+    "a header beyond the file": (2**62).to_bytes(8, "little") + b"{}",
+    "a header of nothing": (0).to_bytes(8, "little"),
+    "a header that is a list": (2).to_bytes(8, "little") + b"[]",
+    "a deep header": (200_000).to_bytes(8, "little") + b"[" * 200_000,
+    "no tensor": (2).to_bytes(8, "little") + b"{}",
+    "not UTF-8": (4).to_bytes(8, "little") + b"\xff\xfe\x00\x00",
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_a_header_that_lies_is_refused_in_one_line(content, tmp_path, capsys):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    assert bring(path, tmp_path / "imported") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("samrobust: error: Expected ")
+    assert error.count("\n") == 1
+    assert len(error) < 600
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("mean", "[NaN]"),
+        ("mean", "[1e999]"),
+        ("mean", "[" * 100_000),
+        ("std", str([0.1] * 1000)),
+        ("origin", '{"step": Infinity}'),
+        ("blocks", "9" * 5000),
+        ("width", ""),
+    ],
+)
+def test_metadata_that_cannot_be_are_refused_in_one_line(
+    name, text, exported, tmp_path, capsys
+):
+    path = tmp_path / "weights.safetensors"
+    header = {"mean": "[0.3]", "std": "[0.3]", name: text}
+    safetensors.numpy.save_file(safetensors.numpy.load_file(exported), path, header)
+    assert bring(path, tmp_path / "imported") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("samrobust: error: Expected ")
+    assert error.count("\n") == 1
+    assert len(error) < 800
+    assert not (tmp_path / "imported").exists()
+
+
+def test_what_is_no_file_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "loop.safetensors").symlink_to(tmp_path / "loop.safetensors")
+    for name in ("folder", "loop", "nothing"):
+        path = tmp_path / f"{name}.safetensors"
+        assert bring(path, tmp_path / "imported") == 2
+        assert "Expected an existing file of weights" in capsys.readouterr().err

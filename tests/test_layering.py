@@ -73,7 +73,7 @@ def test_every_part_has_its_layer():
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_module_is_readable_at_one_sitting(path):
-    assert len(path.read_text().splitlines()) <= 310
+    assert len(path.read_text().splitlines()) <= 400
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

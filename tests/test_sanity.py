@@ -296,7 +296,7 @@ def test_a_stop_is_heard_after_a_batch():
         ({"num_examples": 0}, "Expected num_examples >= 1, got num_examples=0"),
         ({"balls": {"linf 0/255": linf(0.0)}}, "Expected balls of radius > 0"),
         (
-            {"split": Split(np.zeros([0, 8, 8, 1]), np.zeros(0))},
+            {"split": Split(np.zeros([0, 8, 8, 1], np.uint8), np.zeros(0, np.int32))},
             "a split with examples",
         ),
         ({"transfer": {"": Surrogate(Network(), {})}}, "names for the networks"),

@@ -7,7 +7,7 @@ cuts that real pixels do not.
 
 import numpy as np
 
-from samrobust.data import Dataset, Split
+from samrobust.data import Dataset, Split, dataset_facts
 
 __all__ = ["NUM_EXAMPLES", "image_shape", "make_dataset"]
 
@@ -18,18 +18,11 @@ NUM_EXAMPLES = {
     "digits": (1_297, 500),
 }
 
-# (classes, shape, mean and standard deviation of the pixels) of the official images.
-_KINDS = {
-    "cifar10": (10, (32, 32, 3), (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),
-    "cifar100": (100, (32, 32, 3), (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
-    "digits": (10, (8, 8, 1), (0.305,), (0.376,)),
-}
-
 
 def image_shape(name: str) -> tuple[tuple[int, int, int], int]:
     """Height, width and channels of a data set's images, and its number of classes."""
-    num_classes, shape, _, _ = _KINDS[name]
-    return shape, num_classes
+    facts = dataset_facts(name)
+    return facts.image_shape, facts.num_classes
 
 
 def make_dataset(name: str, num_train: int, num_test: int) -> Dataset:
@@ -40,7 +33,7 @@ def make_dataset(name: str, num_train: int, num_test: int) -> Dataset:
       num_train: training images.
       num_test: test images.
     """
-    num_classes, shape, mean, std = _KINDS[name]
+    num_classes, shape, mean, std = dataset_facts(name)
     rng = np.random.default_rng(0)
 
     def split(number: int) -> Split:

@@ -12,15 +12,24 @@ from samrobust.data.batches import (
     evaluation_batches,
     take_batch,
 )
-from samrobust.data.datasets import DATASETS, Dataset, Split, load_dataset
+from samrobust.data.datasets import (
+    DATASETS,
+    DatasetFacts,
+    dataset_facts,
+    load_dataset,
+)
+from samrobust.data.splits import Dataset, Split, fingerprint
 
 __all__ = [
     "DATASETS",
     "Dataset",
+    "DatasetFacts",
     "DatasetUnavailableError",
     "Split",
+    "dataset_facts",
     "epoch_permutation",
     "evaluation_batches",
+    "fingerprint",
     "load_dataset",
     "random_crop_and_flip",
     "take_batch",

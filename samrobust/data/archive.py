@@ -14,6 +14,8 @@ from samrobust.checks import check
 
 __all__ = ["Archive", "DatasetUnavailableError", "ResumingDownloader", "find_archive"]
 
+_MAX_NAMES = 4  # in a message
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,6 +41,7 @@ def find_archive(
     """Returns the path of the verified archive, downloading it if need be.
 
     It is looked for in manual_dir, `<downloads>/manual` and downloads, in this order.
+    Who names a manual_dir wants no download.
 
     Args:
       archive: which one.
@@ -50,32 +53,64 @@ def find_archive(
 
     Raises:
       DatasetUnavailableError: if a file of that name in one of the first two
-        directories has another hash, or the archive is in none of the three and cannot
-        be downloaded.
+        directories has another hash or cannot be read; or the archive is in none of the
+        three, and a manual_dir is given or it cannot be downloaded. Says what was found
+        instead.
     """
     for directory in (manual_dir, downloads / "manual"):
         if directory is not None and (directory / archive.name).is_file():
             _verify(archive, directory / archive.name)
             return directory / archive.name
+    wanted = (
+        f"{archive.name} ({archive.num_bytes} bytes, sha256 {archive.sha256}) from "
+        f"{archive.url}"
+    )
+    if manual_dir is not None and not (downloads / archive.name).is_file():
+        raise DatasetUnavailableError(
+            f"Expected {archive.name} in manual_dir, got "
+            f"{_found(archive, manual_dir)}. "
+            f"Set it to a folder with {wanted}; or leave it out, to download that."
+        )
     try:
         return _download(archive, downloads)
     except (OSError, ValueError) as error:  # a broken line or disk; a wrong hash
         raise DatasetUnavailableError(
-            f"Expected {archive.name}, got no such file and no download ({error}). "
-            f"Put {archive.name} ({archive.num_bytes} bytes, sha256 {archive.sha256}) "
-            f"from {archive.url} into {manual_dir or downloads / 'manual'}."
+            f"Expected {archive.name}, got {_found(archive, downloads / 'manual')} and "
+            f"no download ({error}). Put {wanted} into {downloads / 'manual'}."
         ) from error
+
+
+def _found(archive: Archive, directory: pathlib.Path) -> str:
+    """Describes what is there in place of an archive."""
+    if directory.is_file():
+        return f"manual_dir={str(directory)!r}, a file and not its folder"
+    try:
+        names = sorted(
+            path.name + "/" * path.is_dir()
+            for path in directory.iterdir()
+            if path.name.startswith(archive.name.partition("-")[0])
+        )
+    except OSError as error:
+        return f"no folder {directory} ({error.strerror})"
+    if not names:
+        return f"no such file in {directory}"
+    return f"{', '.join(names[:_MAX_NAMES])} in {directory}"
 
 
 def _verify(archive: Archive, path: pathlib.Path) -> None:
     """Refuses a file with another hash than the archive's."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DatasetUnavailableError(
+            f"Expected to read {path}, got: {error}"
+        ) from error
     if found != archive.sha256:
         raise DatasetUnavailableError(
             f"Expected sha256={archive.sha256} ({archive.num_bytes} bytes) of {path}, "
-            f"got sha256={found} ({path.stat().st_size} bytes). Delete the file, or "
-            f"replace it by {archive.url}."
+            f"got sha256={found} ({path.stat().st_size} bytes): a part of the archive, "
+            f"or another one. Put the one from {archive.url} in its place."
         )
 
 

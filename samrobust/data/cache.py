@@ -7,6 +7,7 @@ damage and a changed source are noticed, and the arrays decoded anew.
 
 import hashlib
 import json
+import os
 import pathlib
 import uuid
 import warnings
@@ -15,60 +16,80 @@ from typing import Any
 
 import numpy as np
 
-from samrobust.runtime import cache_folder
+from samrobust.runtime import trusted_cache_folder
 
 __all__ = ["cached_arrays", "default_cache_dir"]
 
 Arrays = dict[str, np.ndarray]
 
+# What json.loads and np.load raise for files that are damaged or of another kind.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
-def default_cache_dir() -> pathlib.Path:
-    """Returns `$XDG_CACHE_HOME/samrobust/data`, by default below `~/.cache`."""
-    return cache_folder() / "data"
+
+def default_cache_dir() -> pathlib.Path | None:
+    """Returns `$XDG_CACHE_HOME/samrobust/data`, by default below `~/.cache`.
+
+    None where others could write to it, so that what is there is not to be believed.
+    """
+    return trusted_cache_folder("data")
 
 
 def cached_arrays(
-    directory: pathlib.Path,
+    directory: pathlib.Path | None,
     stem: str,
     source: Mapping[str, Any],
     decode: Callable[[], Arrays],
+    verify: Callable[[Arrays], None] = lambda _: None,
 ) -> Arrays:
     """Returns `decode()`, or the same arrays from an intact cache of it.
 
-    The files are `<stem>-<name>.npy`, one an array, and the manifest `<stem>.json`.
-    They are replaced atomically, the manifest last: neither a process that is killed
-    nor several at the same time leave a cache that passes for another one.
+    The files are `<stem>-<key>-<name>.npy`, one an array, and the manifest
+    `<stem>-<key>.json`; the key is a hash of the source, so that caches of several
+    sources lie side by side. They are replaced atomically, the manifest last: neither a
+    process that is killed nor several at the same time leave a cache that passes for
+    another one.
 
     Args:
-      directory: of the cache; made where it is missing.
+      directory: of the cache; made where it is missing. None: there is no cache.
       stem: start of the file names.
-      source: identity of what is decoded, as JSON values. Another one is another cache.
+      source: identity of what is decoded, as JSON values. To each its own cache.
       decode: makes the arrays.
+      verify: raises `ValueError` for arrays that cannot be right, cached or decoded.
 
     Returns:
       Read-only arrays by name, memory-mapped wherever the directory can be written.
 
+    Raises:
+      ValueError: if verify refuses what was decoded; nothing is written then.
+
     Warns:
-      UserWarning: if a cache is there but damaged or of another source (it is rebuilt),
-        or if the cache cannot be written (the arrays stay in memory).
+      UserWarning: if a cache is there but damaged (it is rebuilt), or if the cache
+        cannot be written (the arrays stay in memory).
     """
-    manifest = directory / f"{stem}.json"
-    if manifest.exists():
+    key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
+    manifest = directory and directory / f"{stem}-{key}.json"
+    if manifest and os.path.exists(manifest):  # Path.exists may raise
         try:
-            return _read(manifest, source)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            arrays = _read(manifest, source)
+            verify(arrays)
+        except _DAMAGE as error:
             warnings.warn(
                 f"The cache {manifest} cannot be used and is rebuilt: {error}",
                 stacklevel=2,
             )
+        else:
+            return arrays
     arrays = decode()
+    verify(arrays)
     try:
-        return _write(manifest, source, arrays)
-    except OSError as error:
+        if manifest:
+            return _write(manifest, source, arrays)
+    except OSError as error:  # NumPy's own for a full disk has no strerror
+        reason = error.strerror or "No space left"  # the same text, so said once
         warnings.warn(
-            f"The cache {directory} cannot be written ({error}): the arrays are kept "
-            "in memory, and decoded again next time. Set cache_dir to a directory that "
-            "can be written.",
+            f"The cache {directory} cannot be written ({reason}): the arrays are kept "
+            "in memory, and decoded again next time. Set cache_dir or XDG_CACHE_HOME "
+            "to a directory that can be written.",
             stacklevel=2,
         )
     for array in arrays.values():
@@ -80,7 +101,7 @@ def _read(manifest: pathlib.Path, source: Mapping[str, Any]) -> Arrays:
     """Maps the arrays of a manifest, or raises an error that says what is wrong."""
     content = json.loads(manifest.read_text())
     if content["source"] != source:
-        raise ValueError("the data that it was made from have changed")
+        raise ValueError("it is of other data")
     arrays = {}
     for name, sha256 in content["sha256"].items():
         path = _array_path(manifest, name)

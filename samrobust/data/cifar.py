@@ -8,24 +8,34 @@ the cache is intact TFDS is not even imported.
 import contextlib
 import dataclasses
 import fcntl
-import io
-import json
 import logging
 import os
 import pathlib
-import re
+import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from samrobust.data.archive import Archive, DatasetUnavailableError, find_archive
-from samrobust.data.cache import cached_arrays
+from samrobust.data.cache import cached_arrays, default_cache_dir
+from samrobust.data.folders import local_folder
+from samrobust.data.official import (
+    CIFAR10_SPLITS,
+    CIFAR100_SPLITS,
+    OfficialSplit,
+    check_examples,
+)
+from samrobust.data.prepared import (
+    VERSION,
+    decode,
+    file_formats,
+    find_prepared,
+    records_identity,
+)
 
 __all__ = ["CIFAR10", "CIFAR100", "CifarSpec", "default_data_dir", "load_cifar"]
 
-_VERSION = "3.0.2"  # of TFDS's builders; versions differ in the form of the files only
-_CHUNK = 1000  # records read at a time
+_SHAPE = (32, 32, 3)
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +51,7 @@ class CifarSpec:
       splits: the archive's files of each split, in order.
       labels: key, file of class names and number of classes of each label feature.
       label_bytes: the keys of the bytes before the pixels of a record.
+      official: what is known of the examples of each split.
     """
 
     name: str
@@ -49,6 +60,7 @@ class CifarSpec:
     splits: dict[str, tuple[str, ...]]
     labels: tuple[tuple[str, str, int], ...]
     label_bytes: tuple[str, ...]
+    official: dict[str, OfficialSplit]
 
     @property
     def members(self) -> list[str]:
@@ -74,6 +86,7 @@ CIFAR10 = CifarSpec(
     },
     labels=(("label", "cifar-10-batches-bin/batches.meta.txt", 10),),
     label_bytes=("label",),
+    official=CIFAR10_SPLITS,
 )
 CIFAR100 = CifarSpec(
     name="cifar100",
@@ -93,104 +106,149 @@ CIFAR100 = CifarSpec(
         ("coarse_label", "cifar-100-binary/coarse_label_names.txt", 20),
     ),
     label_bytes=("coarse_label", "label"),
+    official=CIFAR100_SPLITS,
 )
 
 
 def default_data_dir() -> pathlib.Path:
     """Returns the directory that TFDS uses: `$TFDS_DATA_DIR` or its place at home."""
     root = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return pathlib.Path(root).expanduser()
+    return local_folder("TFDS_DATA_DIR", root)
 
 
 def load_cifar(
     spec: CifarSpec,
-    data_dir: pathlib.Path,
-    manual_dir: pathlib.Path | None,
-    cache_dir: pathlib.Path,
+    data_dir: pathlib.Path | None = None,
+    manual_dir: pathlib.Path | None = None,
+    cache_dir: pathlib.Path | None = None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Returns the official splits in the official order, preparing them if need be.
 
     Args:
       spec: which data set.
-      data_dir: the TFDS directory.
+      data_dir: the TFDS directory; None for the default.
       manual_dir: where the user put the archive, if anywhere.
-      cache_dir: for the decoded arrays.
+      cache_dir: for the decoded arrays; None for the default.
 
     Returns:
       `{"train": (images, labels), "test": (images, labels)}`, images uint8
       `[N, 32, 32, 3]` and labels int32 `[N]`, read-only and if possible memory-mapped.
+      **Guarantees**: the labels are the official ones in the official order.
 
     Raises:
-      DatasetUnavailableError: if there are no data, or they cannot be read.
+      DatasetUnavailableError: if there are no data, or they cannot be read, or their
+        labels are not the official ones.
+
+    Warns:
+      UserWarning: if the images are not the official ones.
     """
-    prepared = _find_prepared(spec.name, data_dir)
+    data_dir = data_dir or default_data_dir()
+    cache_dir = cache_dir or default_cache_dir()
+    prepared = find_prepared(spec.name, data_dir)
     if prepared is None:
         prepared = _prepare(spec, data_dir, manual_dir)
-    splits = {}
-    for split in ("train", "test"):
-        arrays = cached_arrays(
-            cache_dir,
-            f"{spec.name}-{prepared.name}-{split}",
-            _identity(prepared, split),
-            lambda split=split: _decode(prepared, split),
+    splits = {
+        split: _load_split(spec, prepared, split, cache_dir)
+        for split in ("train", "test")
+    }
+    other = [
+        split
+        for split, (images, _) in splits.items()
+        if not spec.official[split].has_images(images)
+    ]
+    if other:
+        warnings.warn(
+            f"The {' and '.join(other)} images in {prepared} are not those of "
+            f"{spec.title}: a number measured with them is none of {spec.title}. "
+            f"{_remedy(spec.name)}",
+            stacklevel=2,
         )
-        splits[split] = (arrays["images"], arrays["labels"])
     return splits
 
 
-def _find_prepared(name: str, data_dir: pathlib.Path) -> pathlib.Path | None:
-    """Returns the directory of finished ArrayRecord data: 3.0.2, else the newest."""
+def _load_split(
+    spec: CifarSpec,
+    prepared: pathlib.Path,
+    split: str,
+    cache_dir: pathlib.Path | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns images and labels, once they are what they have to be."""
+    try:
+        arrays = cached_arrays(
+            cache_dir,
+            f"{spec.name}-{split}",
+            records_identity(prepared, split),
+            decode=lambda: decode(prepared, split),
+            verify=lambda arrays: check_examples(spec.official[split], _SHAPE, arrays),
+        )
+    except (OSError, ValueError) as error:
+        raise DatasetUnavailableError(
+            f"Expected the {split} examples of {spec.title} in {prepared}, got: "
+            f"{error} {_remedy(spec.name)}"
+        ) from error
+    return arrays["images"], arrays["labels"]
 
-    def preference(path: pathlib.Path) -> tuple[bool, list[int]]:
-        return path.name == _VERSION, [int(part) for part in path.name.split(".")]
 
-    directories = (data_dir / name).glob("*.*.*")
-    # TFDS writes into incomplete.XXXXXX_3.0.2 and renames it when all is there.
-    versions = [
-        path for path in directories if re.fullmatch(r"\d+\.\d+\.\d+", path.name)
-    ]
-    for path in sorted(versions, key=preference, reverse=True):
-        info = path / "dataset_info.json"
-        if info.is_file():
-            content = json.loads(info.read_text())
-            formats = content.get("alternativeFileFormats", [])
-            if "array_record" in [content.get("fileFormat"), *formats]:
-                return path
-    return None
+def _remedy(name: str) -> str:
+    """Says how to come to data that can be used, and lose none."""
+    return (
+        f"Set data_dir (or TFDS_DATA_DIR) to a directory with {name}/{VERSION}, as "
+        "TFDS prepares it in ArrayRecord format, or to an empty one, to have it made."
+    )
 
 
 def _prepare(
     spec: CifarSpec, data_dir: pathlib.Path, manual_dir: pathlib.Path | None
 ) -> pathlib.Path:
     """Writes the data set from its archive, and returns its directory."""
-    target = data_dir / spec.name / _VERSION
-    remedy = (
-        f"Or set data_dir (or TFDS_DATA_DIR) to a directory with {spec.name}/"
-        f"{_VERSION}, prepared by TFDS in ArrayRecord format."
-    )
-    if target.exists():
-        raise DatasetUnavailableError(
-            f"Expected ArrayRecord data of {spec.name}, got {target} in another format "
-            f"or unfinished. Delete it, to have it written anew. {remedy}"
-        )
+    target = data_dir / spec.name / VERSION
+    _check_vacant(spec.name, data_dir)
     try:
         with _one_process_at_a_time(data_dir / "downloads" / f"{spec.name}.lock"):
-            if (prepared := _find_prepared(spec.name, data_dir)) is not None:
+            if (prepared := find_prepared(spec.name, data_dir)) is not None:
                 return prepared  # another process was faster
             archive = find_archive(spec.archive, data_dir / "downloads", manual_dir)
             from samrobust.data.cifar_builder import CifarBuilder
 
             CifarBuilder(spec, archive, data_dir).download_and_prepare()
     except DatasetUnavailableError as error:
-        raise DatasetUnavailableError(f"{error} {remedy}") from error
-    except OSError as error:
+        message = f"{error} Or set{_remedy(spec.name).removeprefix('Set')}"
+        raise DatasetUnavailableError(message) from error
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # on a full disk ArrayRecord's is no OSError
         # Without locks another machine may have been faster: then the rename fails.
-        if _find_prepared(spec.name, data_dir) is None:
+        if find_prepared(spec.name, data_dir) is None:
             raise DatasetUnavailableError(
-                f"Expected to write {spec.name} to {data_dir}, got: {error}. Set "
-                f"data_dir to a directory that can be written. {remedy}"
+                f"Expected to write {spec.name} to {data_dir}, got: "
+                f"{' '.join(str(error).split())}. {_remedy(spec.name)}"
             ) from error
     return target
+
+
+def _check_vacant(name: str, data_dir: pathlib.Path) -> None:
+    """Refuses to write where something else lies already; it is left as it is."""
+    for root in (data_dir.absolute().parent, data_dir.absolute().parent.parent):
+        found = find_prepared(name, root)
+        if found and data_dir.absolute() in (found, found.parent):
+            raise DatasetUnavailableError(
+                f"Expected the directory that holds {name}/ as data_dir, got "
+                f"data_dir={str(data_dir)!r}, which lies within. Set it to {root}."
+            )
+    target = data_dir / name / VERSION
+    if not target.exists():
+        return
+    if formats := file_formats(target):
+        found = f"{target} in the format {', '.join(formats)}"
+    elif (target / "dataset_info.json").exists():
+        found = f"a damaged {target / 'dataset_info.json'}"
+    else:
+        found = f"{target} without its dataset_info.json"
+    raise DatasetUnavailableError(
+        f"Expected ArrayRecord data of {name}, got {found}. It is left as it is. "
+        f"{_remedy(name)}"
+    )
 
 
 @contextlib.contextmanager
@@ -203,43 +261,3 @@ def _one_process_at_a_time(path: pathlib.Path) -> Iterator[None]:
         except OSError as error:  # some network file systems have no locks
             logger.warning("No lock on %s: %s", path, error)
         yield
-
-
-def _identity(prepared: pathlib.Path, split: str) -> dict[str, Any]:
-    """Returns what changes when the prepared data change, as JSON values."""
-    stats = {
-        path.name: path.stat() for path in prepared.glob(f"*-{split}.array_record*")
-    }
-    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return {"directory": str(prepared.resolve()), "files": files}
-
-
-def _decode(prepared: pathlib.Path, split: str) -> dict[str, np.ndarray]:
-    """Reads a split, in the order of the ids: on disk the order is hashed."""
-    import tensorflow_datasets as tfds
-    from PIL import Image
-
-    logger.info("Decoding %s of %s", split, prepared)
-    try:
-        builder = tfds.builder_from_directory(prepared, file_format="array_record")
-        # TFDS's own decoding takes twice the time, and asks for OpenCV in the log.
-        decoders = {"image": tfds.decode.SkipDecoding()}
-        source = builder.as_data_source(
-            split=split,  # pyright: ignore[reportCallIssue] - hidden by decorators
-            decoders=decoders,
-        )
-        ids, images, labels = [], [], []
-        for start in range(0, len(source), _CHUNK):
-            chunk = range(start, min(start + _CHUNK, len(source)))
-            for record in source.__getitems__(chunk):
-                ids.append(record["id"])
-                images.append(np.asarray(Image.open(io.BytesIO(record["image"]))))
-                labels.append(record["label"])
-        order = np.argsort(ids, kind="stable")
-        arrays = {"images": np.stack(images), "labels": np.array(labels, np.int32)}
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
-        raise DatasetUnavailableError(
-            f"Expected {split} examples in {prepared}, got: {error!r}. Delete the "
-            "directory, to have it written anew."
-        ) from error
-    return {name: array[order] for name, array in arrays.items()}

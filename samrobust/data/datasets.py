@@ -5,61 +5,52 @@ never touched; a validation split, if any, is taken from the official training s
 Normalisation belongs to the model: images stay uint8, `mean` and `std` travel along.
 """
 
-import dataclasses
-import os
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from samrobust.checks import check, check_choice
-from samrobust.data.cache import default_cache_dir
-from samrobust.data.cifar import CIFAR10, CIFAR100, default_data_dir, load_cifar
-from samrobust.data.digits import load_digits
+from samrobust.data.cifar import CIFAR10, CIFAR100, load_cifar
+from samrobust.data.digits import NUM_TEST, NUM_TRAIN, load_digits
+from samrobust.data.folders import PathLike, local_folder
+from samrobust.data.splits import Dataset, Split
 
-__all__ = ["DATASETS", "Dataset", "Split", "load_dataset"]
-
-PathLike = str | os.PathLike[str]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Split:
-    """Images uint8 `[N, H, W, C]` and their labels int32 `[N]`."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
+__all__ = [
+    "DATASETS",
+    "DatasetFacts",
+    "dataset_facts",
+    "load_dataset",
+]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-    """A data set.
+class DatasetFacts(NamedTuple):
+    """What is known of a data set without its images, as in `Dataset`."""
 
-    Attributes:
-      name: as given to `load_dataset`.
-      num_classes: labels are in 0..num_classes - 1.
-      mean: of each channel over the official training images, of pixels in [0, 1].
-      std: standard deviation, likewise.
-      train: to train on.
-      validation: held out from the official training images; may be empty.
-      test: from the official test images.
-    """
-
-    name: str
     num_classes: int
+    image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    train: Split
-    validation: Split
-    test: Split
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of an image."""
-        height, width, channels = self.train.images.shape[1:]
-        return height, width, channels
+
+def dataset_facts(name: str) -> DatasetFacts:
+    """Returns what a network has to know of a data set; reads no image.
+
+    Args:
+      name: one of `DATASETS`.
+
+    Returns:
+      The attributes of the same names that `load_dataset(name)` has.
+
+    Raises:
+      ValueError: if the name is unknown.
+
+    >>> dataset_facts("digits").image_shape
+    (8, 8, 1)
+    """
+    check_choice(DATASETS, name=name)
+    return _FACTS[name]
 
 
 def load_dataset(
@@ -79,9 +70,10 @@ def load_dataset(
       name: one of `DATASETS`.
       data_dir: TFDS's directory of prepared data; by default `TFDS_DATA_DIR` or
         ~/tensorflow_datasets, as in TFDS. Prepared data in it are used as they are.
-      manual_dir: where to look for the official archive before downloading it; in any
-        case it is looked for in `<data_dir>/downloads/manual`.
+      manual_dir: where the official archive was put, which is not downloaded then; in
+        any case it is looked for in `<data_dir>/downloads/manual`.
       cache_dir: for the decoded arrays; by default `$XDG_CACHE_HOME/samrobust/data`.
+        In all of them `~` and `$NAME` stand for what they do in a shell.
       validation_size: training examples that are held out.
       train_size: training examples that are kept; None for all that are not held out.
       test_size: test examples that are kept, spread evenly over the official order;
@@ -95,8 +87,13 @@ def load_dataset(
       train_size keeps a subset of a larger one's. The arrays are read-only.
 
     Raises:
-      ValueError: if the name is unknown or a size is out of range.
-      DatasetUnavailableError: if the data are not there and cannot be downloaded.
+      ValueError: if the name is unknown, a size is out of range, or a directory is no
+        path of the file system.
+      DatasetUnavailableError: if the data are not there and cannot be downloaded, or
+        are not the official ones.
+
+    Warns:
+      UserWarning: if labels and order are CIFAR's, and pixels are not.
 
     >>> digits = load_dataset("digits", validation_size=97)
     >>> len(digits.train), len(digits.validation), len(digits.test)
@@ -105,28 +102,43 @@ def load_dataset(
     (8, 8, 1)
     """
     check_choice(DATASETS, name=name)
+    sizes = {
+        **{"validation_size": validation_size, "split_seed": split_seed},
+        **{"train_size": train_size, "test_size": test_size},
+    }
+    for field, value in sizes.items():
+        check(
+            _is_count(value)
+            or (value is None and field in ("train_size", "test_size")),
+            f"an integer as {field}",
+            **{field: value},
+        )
     check(split_seed >= 0, "0 <= split_seed", split_seed=split_seed)
-    dataset = DATASETS[name](
-        default_data_dir() if data_dir is None else _expand(data_dir),
-        None if manual_dir is None else _expand(manual_dir),
-        default_cache_dir() if cache_dir is None else _expand(cache_dir),
-    )
-    kept, held_out = _choose_train(
-        len(dataset.train), validation_size, train_size, split_seed
-    )
-    return dataclasses.replace(
-        dataset,
-        train=_select(dataset.train, kept),
-        validation=_select(dataset.train, held_out),
-        test=_select(
-            dataset.test, _choose_test(len(dataset.test), test_size, split_seed)
-        ),
+    given = {"data_dir": data_dir, "manual_dir": manual_dir, "cache_dir": cache_dir}
+    folders = {
+        folder: None if path is None else local_folder(folder, path)
+        for folder, path in given.items()
+    }
+    num_train, num_test = _num_examples(name)
+    kept, held_out = _choose_train(num_train, validation_size, train_size, split_seed)
+    tested = _choose_test(num_test, test_size, split_seed)
+    splits = DATASETS[name](**folders)  # may take minutes: all else is checked by now
+    train, test = Split(*splits["train"]), Split(*splits["test"])
+    num_classes, _, mean, std = dataset_facts(name)
+    return Dataset(
+        name=name,
+        num_classes=num_classes,
+        mean=mean,
+        std=std,
+        train=_select(train, kept),
+        validation=_select(train, held_out),
+        test=_select(test, tested),
     )
 
 
-def _expand(path: PathLike) -> pathlib.Path:
-    """Returns the path with ~ replaced by the home directory."""
-    return pathlib.Path(path).expanduser()
+def _is_count(value: object) -> bool:
+    """Returns whether this is an integer, Python's or NumPy's."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _choose_train(
@@ -179,48 +191,50 @@ def _select(split: Split, positions: np.ndarray) -> Split:
     return Split(images, labels)
 
 
-def _cifar10(
-    data_dir: pathlib.Path, manual_dir: pathlib.Path | None, cache_dir: pathlib.Path
-) -> Dataset:
-    """CIFAR-10, with the mean and deviation that the literature uses."""
-    splits = load_cifar(CIFAR10, data_dir, manual_dir, cache_dir)
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
-    return _full("cifar10", 10, mean, std, splits)
+# CIFAR's means and deviations are those that the literature uses.
+_FACTS = {
+    "cifar10": DatasetFacts(
+        10, (32, 32, 3), (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+    ),
+    "cifar100": DatasetFacts(
+        100, (32, 32, 3), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    ),
+    "digits": DatasetFacts(
+        10, (8, 8, 1), (0.30488547288614753,), (0.3758450217031884,)
+    ),
+}
+
+Splits = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def _cifar100(
-    data_dir: pathlib.Path, manual_dir: pathlib.Path | None, cache_dir: pathlib.Path
-) -> Dataset:
-    """CIFAR-100, with the mean and deviation that the literature uses."""
-    splits = load_cifar(CIFAR100, data_dir, manual_dir, cache_dir)
-    mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-    return _full("cifar100", 100, mean, std, splits)
+def _num_examples(name: str) -> tuple[int, int]:
+    """Returns the sizes of the official training and test splits."""
+    if name == "digits":
+        return NUM_TRAIN, NUM_TEST
+    official = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name].official
+    return official["train"].num_examples, official["test"].num_examples
 
 
-def _digits(*_: pathlib.Path | None) -> Dataset:
+def _cifar10(**folders: pathlib.Path | None) -> Splits:
+    """CIFAR-10."""
+    return load_cifar(CIFAR10, **folders)
+
+
+def _cifar100(**folders: pathlib.Path | None) -> Splits:
+    """CIFAR-100, with its 100 fine labels."""
+    return load_cifar(CIFAR100, **folders)
+
+
+def _digits(**_: pathlib.Path | None) -> Splits:
     """scikit-learn's digits, which come with it: the directories are not used."""
     splits = load_digits()
     for array in (array for arrays in splits.values() for array in arrays):
         array.flags.writeable = False
-    pixels = splits["train"][0] / 255
-    return _full("digits", 10, (float(pixels.mean()),), (float(pixels.std()),), splits)
-
-
-def _full(
-    name: str,
-    num_classes: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    splits: dict[str, tuple[np.ndarray, np.ndarray]],
-) -> Dataset:
-    """Makes the data set of the official splits, with nothing held out."""
-    train, test = Split(*splits["train"]), Split(*splits["test"])
-    nothing = Split(train.images[:0], train.labels[:0])
-    return Dataset(name, num_classes, mean, std, train, nothing, test)
+    return splits
 
 
 # Each takes data_dir, manual_dir and cache_dir, and returns the official splits.
-DATASETS: dict[str, Callable[..., Dataset]] = {
+DATASETS: dict[str, Callable[..., Splits]] = {
     "cifar10": _cifar10,
     "cifar100": _cifar100,
     "digits": _digits,

@@ -8,9 +8,9 @@ Reference: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI
 
 import numpy as np
 
-__all__ = ["NUM_TEST", "load_digits"]
+__all__ = ["NUM_TEST", "NUM_TRAIN", "load_digits"]
 
-NUM_TEST = 500
+NUM_TRAIN, NUM_TEST = 1297, 500
 _SPLIT_SEED = 0
 
 

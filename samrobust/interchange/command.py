@@ -3,20 +3,21 @@
 import argparse
 import hashlib
 import pathlib
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
 from samrobust import building, configuration
 from samrobust.checks import check
 from samrobust.claims import claim
-from samrobust.data import Dataset
-from samrobust.files import WorkdirError, write_json
+from samrobust.files import WorkdirError, glance, write_json
+from samrobust.interchange.blank import without_images
 from samrobust.interchange.names import from_tensors, infer_architecture, to_tensors
+from samrobust.interchange.pytorch import import_torch
 from samrobust.interchange.robustbench import write_bundle
 from samrobust.interchange.weights import (
     SUFFIXES,
     Weights,
-    import_torch,
     read_weights,
     write_pytorch,
     write_safetensors,
@@ -24,14 +25,17 @@ from samrobust.interchange.weights import (
 from samrobust.provenance import provenance
 from samrobust.reporting.console import make_console
 from samrobust.training import load_network, save_variables
+from samrobust.training.checkpoint import Checkpoints
+from samrobust.training.setup import checkpoint_folder
 from samrobust.types import Config
 from samrobust.validation import validate
 from samrobust.workdir import config_of_run
 
 __all__ = ["export_command", "import_command"]
 
-# What a workdir of a run holds, from its first moments on.
-_OF_A_RUN = ("config.json", "checkpoints", "metrics.jsonl", "result.json")
+# What training leaves in a workdir; and what a network's evaluations do.
+_OF_TRAINING = ("metrics.jsonl", "result.json", "checkpoints/best")
+_OF_EVALUATIONS = ("evaluations.jsonl", "autoattack")
 
 
 def export_command(
@@ -55,8 +59,7 @@ def export_command(
     _check_output(arguments.format, output)
     config = config_of_run(workdir)
     which = arguments.checkpoint or config.evaluation.checkpoint
-    dataset = building.load_data(config)
-    weights = _weights_of(config, dataset, workdir, which)
+    weights = _weights_of(config, workdir, which)
     output.parent.mkdir(parents=True, exist_ok=True)
     if arguments.format == "robustbench":
         write_bundle(output, weights, config, workdir, which)
@@ -64,12 +67,15 @@ def export_command(
         write_pytorch(output, weights)
     else:
         write_safetensors(output, weights)
-    make_console().print(
-        f"Wrote the {which} checkpoint of {workdir} to {output}",
-        highlight=False,
-        soft_wrap=True,
+    _say(
+        f"Wrote the {which} checkpoint of {workdir}, of step "
+        f"{weights.metadata['origin']['step']}, to {output}"
     )
     return 0
+
+
+def _say(text: str) -> None:
+    make_console().print(text, soft_wrap=True)
 
 
 def _check_output(kind: str, output: pathlib.Path) -> None:
@@ -88,19 +94,29 @@ def _check_output(kind: str, output: pathlib.Path) -> None:
     )
 
 
-def _weights_of(
-    config: Config, dataset: Dataset, workdir: pathlib.Path, which: str
-) -> Weights:
+def _weights_of(config: Config, workdir: pathlib.Path, which: str) -> Weights:
+    dataset = without_images(config)
     model = building.make_model(config, dataset)
-    variables = load_network(config, dataset, workdir, which).variables
+    network = load_network(config, dataset, workdir, which)
+    imported = glance(workdir / "import.json")
+    origin = {
+        "label": config.label,
+        "row": config.row,
+        "seed": config.seed,
+        "checkpoint": which,
+        "step": network.step,
+        "identity": network.identity.hash,
+        "imported": {n: imported[n] for n in ("source", "sha256") if n in imported},
+    }
     metadata = {
         "mean": list(model.mean),
         "std": list(model.std),
         "num_classes": model.num_classes,
         "width": model.width,
         "blocks": list(model.blocks),
+        "origin": origin,
     }
-    return Weights(to_tensors(variables), metadata)
+    return Weights(to_tensors(network.variables), metadata)
 
 
 def import_command(
@@ -108,42 +124,51 @@ def import_command(
 ) -> int:
     """Makes a workdir of a file of weights, like that of a run before its first step.
 
+    A second time it finds all done; after a kill at any moment it begins anew.
+
     Raises:
       ValueError: for a file that is not of such a network; names the tensors.
-      WorkdirError: if the workdir holds a run already, or cannot be written.
+      WorkdirError: if the workdir holds another run, or cannot be written.
       CheckpointError: if the checkpoint cannot be written.
     """
     del stop  # it takes seconds
     source, workdir = pathlib.Path(arguments.input), pathlib.Path(arguments.workdir)
-    _check_free(workdir)
     weights = read_weights(source)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
     config = configuration.load_config(arguments.config, overrides)
     with config.unlocked():
         _describe(config, weights, arguments.dataset)
     validate(config)
-    dataset = building.load_data(config)
+    dataset = without_images(config)
     model = building.make_model(config, dataset)
     variables = from_tensors(weights.tensors, model, dataset.image_shape[-1])
     note = {
         "source": source.name,
-        "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "sha256": digest,
         "metadata": weights.metadata,
+        "notes": list(weights.notes),
         "provenance": provenance(),
     }
+    _is_done(workdir, digest, config)
     with claim(workdir):
-        _check_free(workdir)
-        save_variables(config, dataset, workdir, variables)
-        write_json(workdir / "import.json", note)
-        write_json(workdir / "config.json", config.to_dict())
+        done = _is_done(workdir, digest, config)
+        if not done:
+            # A kill at any moment leaves what the same command, or the import of
+            # another file, takes for its own: the config, written last, ends it.
+            if (workdir / "checkpoints").exists():
+                shutil.rmtree(workdir / "checkpoints")
+            write_json(workdir / "import.json", note)
+            save_variables(config, dataset, workdir, variables)
+            write_json(workdir / "config.json", config.to_dict())
     where = "the file" if "mean" in weights.metadata else f"the data set {dataset.name}"
-    make_console().print(
-        f"Imported {source} to {workdir}: width {model.width}, blocks "
-        f"{list(model.blocks)}, {model.num_classes} classes; mean and std of "
-        f"{'--config.model' if _is_given(overrides) else where}.\n"
-        f"Next: samrobust evaluate --workdir={workdir}",
-        highlight=False,
-        soft_wrap=True,
+    _say(
+        f"{'Already imported' if done else 'Imported'} {source} to {workdir}: width "
+        f"{model.width}, blocks {list(model.blocks)}, {model.num_classes} classes; "
+        f"mean and std of {'--config.model' if _is_given(overrides) else where}."
     )
+    for remark in weights.notes:
+        _say(remark)
+    _say(f"Next: samrobust evaluate --workdir={workdir}")
     return 0
 
 
@@ -151,14 +176,49 @@ def _is_given(overrides: Sequence[str]) -> bool:
     return any(item.startswith("--config.model.mean=") for item in overrides)
 
 
-def _check_free(workdir: pathlib.Path) -> None:
-    found = [name for name in _OF_A_RUN if (workdir / name).exists()]
-    if found:
+def _is_done(workdir: pathlib.Path, digest: str, config: Config) -> bool:
+    """Whether the workdir is what this import makes of it.
+
+    Raises:
+      WorkdirError: if it holds another run, or what one has left.
+    """
+
+    def found(*names: str) -> list[str]:
+        return [name for name in names if (workdir / name).exists()]
+
+    with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
+        step = checkpoints.latest_step()
+    imported = glance(workdir / "import.json").get("sha256")
+    is_whole = (workdir / "config.json").exists()
+    others = [
+        *found(*_OF_TRAINING),
+        *([f"a checkpoint of step {step}"] if step else []),
+    ]
+    if not is_whole:
+        others += found(
+            *_OF_EVALUATIONS, *(["checkpoints"] if imported is None else [])
+        )
+    elif imported != digest:
+        others += found("config.json", "import.json", "checkpoints")
+    if others:
         message = (
             f"Expected a --workdir without a run, got workdir={str(workdir)!r} with "
-            f"{', '.join(found)}. Choose another."
+            f"{', '.join(others)}. Choose another."
         )
         raise WorkdirError(message)
+    if is_whole:
+        stored = config_of_run(workdir)
+        changed = configuration.differences(stored.to_dict(), config.to_dict())
+        if changed:
+            told = "; ".join(
+                f"{n} was {a!r}, is {b!r}" for n, (a, b) in changed.items()
+            )
+            message = (
+                f"Expected the config of this file's import in {workdir}, got another: "
+                f"{told}. Choose another --workdir, or restore the field."
+            )
+            raise WorkdirError(message)
+    return is_whole and step == 0
 
 
 def _describe(config: Config, weights: Weights, dataset: str | None) -> None:

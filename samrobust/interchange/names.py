@@ -17,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from samrobust.checks import check
+from samrobust.interchange.wrapping import listed
 from samrobust.models import PreActResNet
 from samrobust.types import PyTree
 
@@ -86,11 +87,15 @@ def infer_architecture(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
             name in tensors and tensors[name].ndim == rank,
             f"a tensor {name} with {rank} axes",
             "Is it a pre-activation ResNet, with the names of the paper's code?",
-            **{name: list(tensors[name].shape) if name in tensors else None},
+            **(
+                {name: list(tensors[name].shape)}
+                if name in tensors
+                else {"names": listed(tensors)}
+            ),
         )
-    found = (re.match(r"layer(\d+)\.(\d+)\.", name) for name in tensors)
+    found = (re.match(r"layer([0-9]{1,3})\.([0-9]{1,3})\.", n) for n in tensors)
     places = {(int(match[1]), int(match[2])) for match in found if match}
-    check(len(places) > 0, "tensors named layer1.0...", names=sorted(tensors)[:3])
+    check(len(places) > 0, "tensors named layer1.0...", names=listed(tensors))
     stages = sorted({stage for stage, _ in places})
     return {
         "num_classes": tensors["linear.weight"].shape[0],
@@ -113,8 +118,8 @@ def from_tensors(
       `{"params": ..., "batch_stats": ...}`, NumPy arrays, the file's bits.
 
     Raises:
-      ValueError: if a tensor is missing, superfluous, of another shape or not float32;
-        names it, with both shapes.
+      ValueError: if a tensor is missing, superfluous, of another shape or not float32,
+        names it, with both shapes; if a value is not finite, or a variance negative.
     """
     image = jax.ShapeDtypeStruct((1, 8, 8, num_channels), "float32")
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -124,6 +129,7 @@ def from_tensors(
     wanted = {name: _torch_shape(leaves[path].shape) for name, path in paths.items()}
     given = {n: t for n, t in tensors.items() if n.rpartition(".")[2] != _COUNTER}
     _check_fit(wanted, given)
+    _check_values(given)
     values = {
         paths[name]: np.array(tensor.transpose(_FROM_TORCH[tensor.ndim]), order="C")
         for name, tensor in given.items()
@@ -140,7 +146,7 @@ def _check_fit(
         if name not in given
     ]
     for name, tensor in given.items():
-        has = f"{name} {list(tensor.shape)}"
+        has = f"{listed([name])} {list(tensor.shape)}"
         if name not in wanted:
             problems.append(f"a superfluous {has}")
         elif tensor.shape != wanted[name]:
@@ -149,12 +155,29 @@ def _check_fit(
             problems.append(f"{has} of {tensor.dtype} instead of float32")
     if problems:
         more = len(problems) - _NAMED_AT_ONCE
-        listed = "; ".join(problems[:_NAMED_AT_ONCE])
-        listed += f"; and {more} more" if more > 0 else ""
+        named = "; ".join(problems[:_NAMED_AT_ONCE])
+        named += f"; and {more} more" if more > 0 else ""
         message = (
-            f"Expected the tensors of this PreActResNet, got {listed}. Nothing was "
+            f"Expected the tensors of this PreActResNet, got {named}. Nothing was "
             "written. Is it another network, or are its classes or channels not those "
             "of the data set?"
+        )
+        raise ValueError(message)
+
+
+def _check_values(tensors: Mapping[str, np.ndarray]) -> None:
+    """Refuses a network that has no logits: what it then "predicts" is class 0."""
+    problems = []
+    for name, tensor in tensors.items():
+        wrong = np.count_nonzero(~np.isfinite(tensor))
+        if wrong:
+            problems.append(f"{name} with {wrong} of {tensor.size} NaN or infinite")
+        elif name.endswith(".running_var") and tensor.min() < 0:
+            problems.append(f"{name} with the variance {tensor.min():g}")
+    if problems:
+        message = (
+            f"Expected finite weights and variances >= 0, got {listed(problems)}. "
+            "Nothing was written. The network diverged, or the file is damaged."
         )
         raise ValueError(message)
 

@@ -2,57 +2,39 @@
 
 Both hold tensors by PyTorch's names, see `samrobust.interchange.names`. What else one
 must know of a network (mean and standard deviation of the pixels, classes, width,
-blocks) stands in the header of a safetensors file, and in a JSON file beside one of
-PyTorch, which keeps the SHA-256 of the weights it belongs to.
+blocks, the run that it comes from) stands in the header of a safetensors file, and in a
+JSON file beside one of PyTorch, which keeps the SHA-256 of the weights it belongs to.
 """
 
 import hashlib
-import io
 import json
+import math
 import pathlib
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from samrobust.checks import check
-from samrobust.files import read_json, write_bytes, write_json
-from samrobust.interchange.wrapping import Weights, unwrapped
+from samrobust.files import WorkdirError, read_json, write_bytes, write_json
+from samrobust.interchange.pytorch import read_pytorch, torch_bytes
+from samrobust.interchange.wrapping import Weights, listed, unwrapped
 
 __all__ = [
     "SUFFIXES",
     "Weights",
-    "import_torch",
     "read_weights",
-    "torch_bytes",
     "write_pytorch",
     "write_safetensors",
 ]
 
 SUFFIXES = {"safetensors": (".safetensors",), "pytorch": (".pth", ".pt")}
-_FIELDS = ("mean", "std", "num_classes", "width", "blocks")
-_ENTRIES = ("state_dict", "model_state_dict", "net", "model")  # of a checkpoint
-_PREFIX = "module."  # of `torch.nn.DataParallel`
-
-
-def import_torch(purpose: str) -> Any:
-    """PyTorch, which is no dependency of this package.
-
-    Raises:
-      ValueError: if it is not installed; says what is to be done.
-    """
-    try:
-        import torch
-    except ImportError:
-        message = (
-            f"Expected PyTorch, to {purpose}, got no package torch. Run `pip install "
-            "torch`; or use safetensors files, which do not need it."
-        )
-        raise ValueError(message) from None
-    return torch
+_FIELDS = ("mean", "std", "num_classes", "width", "blocks", "origin")
+_CHANNELS = 16  # more than any image has
+_STORED = ("F16", "BF16", "F32", "F64", "I8", "U8", "I16", "I32", "I64")
 
 
 def write_safetensors(path: pathlib.Path, weights: Weights) -> None:
@@ -75,103 +57,107 @@ def write_pytorch(path: pathlib.Path, weights: Weights) -> None:
     write_json(path.with_suffix(".json"), {**weights.metadata, "sha256": digest})
 
 
-def torch_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """What `torch.save` makes of a state dict with these tensors."""
-    torch = import_torch("write its files")
-    buffer = io.BytesIO()
-    torch.save({n: torch.from_numpy(np.array(t)) for n, t in tensors.items()}, buffer)
-    return buffer.getvalue()
-
-
 def read_weights(path: pathlib.Path) -> Weights:
     """Reads a file of weights: safetensors by its suffix, else PyTorch's.
 
     **Guarantees**: nothing in the file is run, and of a pickle nothing but tensors and
-    plain containers is made. A prefix `module.` is dropped; of a checkpoint that holds
-    more, the entry `state_dict`, `model_state_dict`, `net` or `model` is taken. Where
-    the network stands behind a normalisation, as in a bundle for RobustBench, that is
-    taken off and becomes `mean` and `std` of the metadata.
+    plain containers is made. There is one network in the file, in whatever entry and
+    behind whatever prefix. Where it stands behind a normalisation, as in a bundle for
+    RobustBench, that is taken off and becomes `mean` and `std` of the metadata. Floats
+    of other sizes become float32; `notes` says so, and what else was chosen.
 
     Raises:
-      ValueError: if there is no such file, it is damaged, holds anything but tensors,
-        or PyTorch is needed and not installed; if the JSON file beside it belongs to
-        another one; or if the file normalises otherwise than its metadata says.
+      ValueError: if there is no such file, it is damaged, holds anything but one
+        network of plain tensors, or values beyond float32's; if PyTorch is needed and
+        not installed; if the JSON file beside it belongs to another one; or if the file
+        normalises otherwise than its metadata says.
     """
     check(path.is_file(), "an existing file of weights", path=str(path))
     if path.suffix in SUFFIXES["safetensors"]:
-        weights = _read_safetensors(path)
+        tensors, metadata = _read_safetensors(path)
+        notes: tuple[str, ...] = ()
     else:
-        weights = Weights(_read_pytorch(path), _metadata_beside(path))
-    return unwrapped(weights)
+        (tensors, notes), metadata = read_pytorch(path), _metadata_beside(path)
+    tensors, of_types = _in_float32(tensors)
+    weights = unwrapped(Weights(tensors, _checked(metadata), (*notes, *of_types)))
+    _checked(weights.metadata)
+    return weights
 
 
-def _read_safetensors(path: pathlib.Path) -> Weights:
+def _read_safetensors(
+    path: pathlib.Path,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             header = file.metadata() or {}
             names = file.keys()
             kinds = {name: file.get_slice(name).get_dtype() for name in names}
-            _check_kinds({n: k for n, k in kinds.items() if k not in ("F32", "I64")})
-            tensors = {name: file.get_tensor(name) for name in names}
-        metadata = {n: json.loads(header[n]) for n in _FIELDS if n in header}
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        message = f"Expected a safetensors file, got path={str(path)!r} ({error})."
-        raise ValueError(message) from error
-    return Weights(_without_prefix(tensors), _checked(metadata))
-
-
-def _read_pytorch(path: pathlib.Path) -> dict[str, np.ndarray]:
-    torch = import_torch("read its files")
+            others = {listed([n]): k for n, k in kinds.items() if k not in _STORED}
+            check(not others, "tensors of floats", "Convert the file.", tensors=others)
+            tensors = {name: file.get_tensor(name) for name in kinds}
+    except safetensors.SafetensorError as error:
+        raise _damaged(path, error) from error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old protocols; what counts is raised
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # PyTorch raises many kinds on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        message = (
-            f"Expected a PyTorch file of tensors alone, got path={str(path)!r}, which "
-            f"is damaged or holds other objects ({reason}). Nothing in it was run. "
-            "Save `model.state_dict()` where you trust the file, and import that."
-        )
-        raise ValueError(message) from error
-    state = _state_dict(loaded, path, torch)
-    float32, int64 = torch.float32, torch.int64
-    _check_kinds(
-        {n: str(t.dtype) for n, t in state.items() if t.dtype not in (float32, int64)}
+        metadata = {n: json.loads(header[n]) for n in _FIELDS if n in header}
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    return tensors, metadata
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:200]
+    return ValueError(
+        f"Expected a safetensors file, got path={str(path)!r} ({reason})."
     )
-    return _without_prefix({n: t.detach().numpy() for n, t in state.items()})
 
 
-def _state_dict(loaded: Any, path: pathlib.Path, torch: Any) -> dict[str, Any]:
-    """The tensors by name, of a state dict or of a checkpoint that has one."""
-    candidates = [loaded]
-    if isinstance(loaded, Mapping):
-        candidates += [loaded[entry] for entry in _ENTRIES if entry in loaded]
-    for candidate in candidates:
-        if isinstance(candidate, Mapping) and all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor)
-            for name, tensor in candidate.items()
-        ):
-            return dict(candidate)
-    message = (
-        "Expected a state dict, or a checkpoint with one as its "
-        f"{', '.join(_ENTRIES[:-1])} or {_ENTRIES[-1]}, got path={str(path)!r}."
-    )
-    raise ValueError(message)
+def _in_float32(
+    tensors: Mapping[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Floats as float32, integers as they are; and a sentence for each other type.
 
-
-def _check_kinds(others: Mapping[str, str]) -> None:
-    check(not others, "float32 tensors", "Convert the file first.", tensors=others)
-
-
-def _without_prefix(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    Raises:
+      ValueError: if float32 cannot hold a value that is finite; names the tensor.
+    """
+    taken, notes = dict(tensors), []
+    for dtype in sorted({t.dtype for t in tensors.values()}, key=str):
+        if dtype == np.float32 or not jnp.issubdtype(dtype, np.floating):
+            continue
+        count = rounded = 0
+        furthest = 0.0
+        names = [name for name, tensor in tensors.items() if tensor.dtype == dtype]
+        for name in names:
+            before = tensors[name].astype(np.float64)
+            with np.errstate(over="ignore"):
+                taken[name] = tensors[name].astype(np.float32)
+            beyond = np.isinf(taken[name]) & np.isfinite(before)
+            check(
+                not beyond.any(),
+                "values that float32 holds",
+                **{"tensor": listed([name]), "value": float(before[beyond][:1].sum())},
+            )
+            finite = np.isfinite(before)
+            moved = np.abs(taken[name][finite] - before[finite])
+            count, rounded = count + moved.size, rounded + np.count_nonzero(moved)
+            furthest = max(furthest, float(moved.max(initial=0.0)))
+        how = "which holds their values"
+        if rounded:
+            how = f"which moved {rounded} of {count} values, by {furthest:.2g} at most"
+        notes.append(f"{len(names)} tensors of {dtype} became float32, {how}.")
+    return taken, notes
 
 
 def _metadata_beside(path: pathlib.Path) -> dict[str, Any]:
     """What the JSON file beside a PyTorch file says; empty if there is none of ours."""
     beside = path.with_suffix(".json")
-    found = read_json(beside)
+    try:
+        found = read_json(beside)
+    except (OSError, RecursionError, WorkdirError) as error:
+        message = (
+            f"Expected JSON in the file beside the weights, got {beside} "
+            f"({' '.join(str(error).split())[:200]}). Restore it or move it away."
+        )
+        raise ValueError(message) from error
     if not isinstance(found, dict) or "sha256" not in found:
         return {}
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -179,10 +165,10 @@ def _metadata_beside(path: pathlib.Path) -> dict[str, Any]:
         found["sha256"] == digest,
         f"{beside.name} to belong to {path.name}",
         "Put the file of these weights beside them, or remove it.",
-        sha256=found["sha256"],
+        sha256=str(found["sha256"])[:64],
         sha256_of_the_weights=digest,
     )
-    return _checked({name: found[name] for name in _FIELDS if name in found})
+    return {name: found[name] for name in _FIELDS if name in found}
 
 
 def _checked(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -190,13 +176,20 @@ def _checked(metadata: dict[str, Any]) -> dict[str, Any]:
     for name in ("mean", "std"):
         values = metadata.get(name, [])
         check(
-            isinstance(values, list) and all(type(x) in (int, float) for x in values),
+            isinstance(values, list)
+            and len(values) <= _CHANNELS
+            and all(type(x) in (int, float) and abs(x) < math.inf for x in values),
             f"a list of numbers for {name} in the file's metadata",
-            **{name: values},
+            **{name: str(values)[:200]},
         )
     check(
         ("mean" in metadata) == ("std" in metadata),
         "mean and std in the file's metadata, or neither",
-        metadata=metadata,
+        names=sorted(metadata),
     )
+    try:
+        json.dumps(metadata, allow_nan=False)
+    except ValueError as error:
+        message = f"Expected finite numbers in the file's metadata, got {error}."
+        raise ValueError(message) from error
     return metadata

@@ -2,21 +2,25 @@
 
 Robust networks are often saved together with it: as buffers `mean` and `std` beside a
 network under `model.`, or as the first of a sequence, `0.mean` before `1.conv1.weight`.
+An average of weights (`torch.optim.swa_utils.AveragedModel`) has `n_averaged` beside.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from samrobust.checks import check
 
-__all__ = ["Weights", "unwrapped"]
+__all__ = ["Weights", "is_head", "listed", "unwrapped"]
 
 _HEAD = "linear.weight"  # the one tensor of this name, so it tells the prefix
 _NAMES = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}
+_AVERAGED = "n_averaged"
 _TOLERANCE = 1e-6
+_CHANNELS = 16  # more than any image has
+_NAMED, _LENGTH = 8, 60  # names in a message, and characters of one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +29,39 @@ class Weights:
 
     Attributes:
       tensors: arrays by PyTorch's names.
-      metadata: some of `mean`, `std`, `num_classes`, `width` and `blocks`.
+      metadata: some of `mean`, `std`, `num_classes`, `width`, `blocks` and `origin`.
+      notes: what was chosen, left out or rounded in reading, a sentence each.
     """
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def is_head(name: object) -> bool:
+    """Whether this is the name of the last layer's weights, behind any prefix."""
+    return isinstance(name, str) and f".{name}".endswith(f".{_HEAD}")
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names out of a file in one line of readable length.
+
+    >>> listed(["conv1.weight", 3, "x" * 80])[:40]
+    'conv1.weight, 3, xxxxxxxxxxxxxxxxxxxxxxx'
+    """
+    every = list(names)
+    first = [_readable(name) for name in every[:_NAMED]]
+    more = [f"and {len(every) - _NAMED} more"] if len(every) > _NAMED else []
+    return ", ".join([*first, *more])
+
+
+def _readable(name: object) -> str:
+    if isinstance(name, int) and abs(name) < 10**9:
+        return str(name)
+    if not isinstance(name, str):
+        return f"a {type(name).__name__}"
+    text = "".join(c if c.isprintable() else "?" for c in name[: _LENGTH + 1])
+    return text if len(text) <= _LENGTH else f"{text[:_LENGTH]}..."
 
 
 def unwrapped(weights: Weights) -> Weights:
@@ -39,22 +71,33 @@ def unwrapped(weights: Weights) -> Weights:
     tensors are taken.
 
     Raises:
-      ValueError: if the metadata say otherwise.
+      ValueError: if there is not one network, or the metadata say otherwise.
 
     >>> tensors = {"0.mean": [0.5], "0.std": [0.25], "1.linear.weight": [[1.0]]}
     >>> arrays = {name: np.array(values) for name, values in tensors.items()}
     >>> unwrapped(Weights(arrays, {}))
     Weights(tensors={'linear.weight': array([[1.]])}, \
-metadata={'mean': [0.5], 'std': [0.25]})
+metadata={'mean': [0.5], 'std': [0.25]}, notes=())
     """
     prefix = _prefix(weights.tensors)
-    found = _normalisation(weights.tensors, prefix)
-    used = {name for name, _ in found.values()}
-    tensors = {
+    outside = {n: t for n, t in weights.tensors.items() if not n.startswith(prefix)}
+    beside = outside if prefix else weights.tensors
+    found = _normalisation(beside)
+    averaged = [n for n, t in beside.items() if _counts_averaged(n, t)]
+    used = {name for name, _ in found.values()} | set(averaged)
+    inside = {
         name.removeprefix(prefix): tensor
         for name, tensor in weights.tensors.items()
-        if name not in used
+        if name not in outside and name not in used
     }
+    left = {name: tensor for name, tensor in outside.items() if name not in used}
+    twice = [name for name in left if name in inside]
+    check(
+        not twice,
+        f"each tensor once, with the prefix {prefix!r} or without",
+        "Save the network that is meant in a file of its own.",
+        twice=listed(twice),
+    )
     values = {kind: value for kind, (_, value) in found.items()}
     for kind, value in values.items():
         claimed = weights.metadata.get(kind, value)
@@ -64,28 +107,50 @@ metadata={'mean': [0.5], 'std': [0.25]})
             f"{kind}={value} as in the tensors",
             **{kind: claimed},
         )
-    return Weights(tensors, {**values, **weights.metadata})
+    notes = [
+        f"The weights are an average over {weights.tensors[name].item():g} networks "
+        f"({name}); BatchNorm's statistics are the file's."
+        for name in averaged
+    ]
+    return Weights(
+        inside | left, {**values, **weights.metadata}, (*weights.notes, *notes)
+    )
 
 
 def _prefix(tensors: Mapping[str, np.ndarray]) -> str:
-    """What stands before the names of the network; empty where that is not clear."""
-    found = [
-        name.removesuffix(_HEAD)
-        for name in tensors
-        if name == _HEAD or name.endswith("." + _HEAD)
-    ]
-    return found[0] if len(found) == 1 else ""
+    """What stands before the names of the network."""
+    found = [name.removesuffix(_HEAD) for name in tensors if is_head(name)]
+    check(
+        len(found) > 0,
+        f"a tensor {_HEAD}",
+        "Is it a pre-activation ResNet, with the names of the paper's code?",
+        names=listed(tensors),
+    )
+    check(
+        len(found) == 1,
+        "one network in the file",
+        "Save the one that is meant in a file of its own.",
+        behind=listed(prefix or "no prefix" for prefix in found),
+    )
+    return found[0]
+
+
+def _counts_averaged(name: str, tensor: np.ndarray) -> bool:
+    return name.rpartition(".")[2] == _AVERAGED and tensor.size == 1
 
 
 def _normalisation(
-    tensors: Mapping[str, np.ndarray], prefix: str
+    tensors: Mapping[str, np.ndarray],
 ) -> dict[str, tuple[str, list[float]]]:
     """Names and values of `mean` and `std`; both, or neither.
 
     Of several that could be meant, as those of BatchNorms never are, none is taken.
     """
-    outside = [name for name in tensors if not (prefix and name.startswith(prefix))]
-    found = [name for name in outside if name.rpartition(".")[2] in _NAMES]
+    found = [
+        name
+        for name, tensor in tensors.items()
+        if name.rpartition(".")[2] in _NAMES and tensor.size <= _CHANNELS
+    ]
     by_kind = {
         _NAMES[name.rpartition(".")[2]]: (name, tensors[name].reshape(-1).tolist())
         for name in found

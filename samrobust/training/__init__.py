@@ -2,7 +2,7 @@
 
 from samrobust.training.history import TrainingDivergedError
 from samrobust.training.loop import InterruptedRunError, Outcome, Progress, train
-from samrobust.training.setup import Network, load_network, save_variables
+from samrobust.training.saved import Network, load_network, save_variables
 from samrobust.training.state import TrainState, init_state
 from samrobust.training.step import TrainStep, make_train_step
 

@@ -17,7 +17,7 @@ from samrobust.identity import Identity
 from samrobust.parallel import from_primary, is_primary
 from samrobust.training.checkpoint import CheckpointError, Checkpoints
 from samrobust.training.epoch import Carry, Totals
-from samrobust.training.setup import (
+from samrobust.training.saved import (
     checkpoint_folder,
     checkpoint_metadata,
     restore,

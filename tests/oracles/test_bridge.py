@@ -146,6 +146,204 @@ def test_a_module_in_training_mode_is_refused():
         from_torch(Theirs())
 
 
+class Changed(torch.nn.Module):
+    """A linear classifier with a change to what it is given or gives."""
+
+    def __init__(self, before=lambda x: x, after=lambda x: x):
+        super().__init__()
+        self.head = torch.nn.Linear(40, 7, bias=False)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.from_numpy((WEIGHTS @ HEAD).T))
+        self.before, self.after = before, after
+
+    def forward(self, images):
+        flat = self.before(images).permute(0, 2, 3, 1).flatten(1)
+        return self.after(self.head(flat))
+
+
+def exported(module):
+    return torch.export.export(module, (to_torch(IMAGES),)).module()
+
+
+def with_hook(module):
+    module.register_forward_hook(lambda *arguments: 2 * arguments[-1])
+    return module
+
+
+def make_frozen():
+    """With weights that were made in inference mode, which can have no gradient."""
+    with torch.inference_mode():
+        return Changed().eval()
+
+
+SERVED = {  # the module, and the largest error of its logits
+    "bfloat16": (lambda: Changed().bfloat16(), 0.1),
+    "float16": (lambda: Changed().half(), 0.02),
+    "float64": (lambda: Changed().double(), 1e-5),
+    "bfloat16 logits": (lambda: Changed(after=lambda x: x.bfloat16()), 0.1),
+    "in place": (lambda: Changed(before=lambda x: x.mul_(1.0)), 1e-5),
+    "in place on its logits": (lambda: Changed(after=lambda x: x.mul_(1.0)), 1e-5),
+    "exported": (lambda: exported(Changed().eval()), 1e-5),
+    "a function": (lambda: Changed().eval().forward, 1e-5),
+}
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode]
+)
+@pytest.mark.parametrize(("make", "atol"), SERVED.values(), ids=SERVED)
+def test_modules_of_other_kinds_are_served(make, atol, mode):
+    module = make()
+    if isinstance(module, Changed):
+        module.eval()
+    images = jnp.array(IMAGES)
+    with mode():
+        logits_fn = from_torch(module)
+        logits = jax.jit(logits_fn)(images)
+        np.testing.assert_array_equal(logits_fn(images), logits)
+        gradient = jax.jit(functools.partial(our_gradient, logits_fn))(images)
+        eager = our_gradient(logits_fn, images)
+    np.testing.assert_array_equal(images, IMAGES)
+    assert logits.dtype == gradient.dtype == jnp.float32
+    expected = IMAGES.reshape(3, -1) @ WEIGHTS @ HEAD
+    np.testing.assert_allclose(logits, expected, atol=atol)
+    np.testing.assert_allclose(gradient, eager, atol=1e-6)
+    assert np.abs(gradient).max() > 0.1
+
+
+def test_hooks_of_a_module_are_heard():
+    module = Changed().eval()
+    once = from_torch(module)(IMAGES)
+    np.testing.assert_allclose(from_torch(with_hook(module))(IMAGES), 2 * once)
+
+
+def fail(_):
+    raise RuntimeError("no\nmany\nlines")
+
+
+REFUSED = {
+    "a tuple": (lambda: Changed(after=lambda x: (x, x)), "got logits='tuple'"),
+    "a dictionary": (lambda: Changed(after=lambda x: {"a": x}), "got logits='dict'"),
+    "no classes": (lambda: Changed(after=lambda x: x[:, 0]), "[3] torch.float32"),
+    "maps": (lambda: Changed(after=lambda x: x[..., None, None]), "[3, 7, 1, 1]"),
+    "another batch": (lambda: Changed(after=lambda x: x[:2]), "'[2, 7] torch.float32'"),
+    "integers": (lambda: Changed(after=lambda x: x.long()), "[3, 7] torch.int64"),
+    "sparse": (lambda: Changed(after=lambda x: x.to_sparse()), "[3, 7] torch.float32"),
+    "an error": (lambda: Changed(before=fail), "[3, 2, 4, 5], got RuntimeError: no"),
+}
+
+
+@pytest.mark.parametrize("compile_", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_module_without_logits_is_refused_in_one_line(make, message, compile_):
+    logits_fn = from_torch(make().eval())
+    with pytest.raises(ValueError, match=r"^Expected") as raised:
+        compile_(logits_fn)(IMAGES)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@torch.no_grad()
+def without_gradient(images):
+    return 1 * images
+
+
+CUT_OFF = {
+    "detached": lambda: Changed(before=lambda x: x.detach()),
+    "no_grad inside": lambda: Changed(before=without_gradient),
+    "detached logits": lambda: Changed(after=lambda x: x.detach()),
+    "inference mode inside": lambda: Changed(after=torch.inference_mode()(torch.neg)),
+    "weights of inference mode": make_frozen,
+}
+
+
+@pytest.mark.parametrize("compile_", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", CUT_OFF)
+def test_a_gradient_that_is_cut_off_is_refused_and_not_taken_for_zero(name, compile_):
+    logits_fn = from_torch(CUT_OFF[name]().eval())
+    assert compile_(logits_fn)(IMAGES).shape == (3, 7)
+    with pytest.raises(ValueError, match=r"^Expected") as raised:
+        compile_(functools.partial(our_gradient, logits_fn))(IMAGES)
+    assert "\n" not in str(raised.value)
+
+
+def make_normalised():
+    return torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.BatchNorm1d(40), torch.nn.Linear(40, 7)
+    ).eval()
+
+
+def test_every_part_of_a_module_is_looked_at_at_every_call(caplog):
+    module = make_normalised()
+    logits_fn = from_torch(module)
+    compiled = jax.jit(logits_fn)
+    compiled(IMAGES)
+    module[1].train()
+    mean = module[1].running_mean.clone()
+    for call in (logits_fn, compiled, jax.jit(lambda x: logits_fn(x))):
+        with pytest.raises(ValueError, match=r"evaluation mode.* got training='1'\."):
+            jax.block_until_ready(call(IMAGES))
+    with pytest.raises(ValueError, match=r"evaluation mode.* got training='1'\."):
+        from_torch(module)
+    with pytest.raises(ValueError, match="evaluation mode") as raised:
+        jax.block_until_ready(compiled(IMAGES))
+    assert len(str(raised.value).splitlines()) <= 3
+    assert caplog.text == ""
+    assert torch.equal(module[1].running_mean, mean)
+    module.eval()
+    assert compiled(IMAGES).shape == (3, 7)
+
+
+def test_an_exported_module_has_the_mode_that_it_was_exported_in():
+    with pytest.raises(ValueError, match="got training='the module itself'"):
+        from_torch(exported(make_normalised().train()))
+    with pytest.raises(ValueError, match="got training='the module itself'"):
+        from_torch(exported(torch.nn.Sequential(torch.nn.Dropout())))
+    from_torch(exported(torch.nn.Sequential(torch.nn.Dropout()).eval()))
+    logits_fn = from_torch(exported(make_normalised()))
+    assert logits_fn(IMAGES).shape == (3, 7)
+    with pytest.raises(ValueError, match=r"^Expected a module that takes images \[2"):
+        logits_fn(IMAGES[:2])
+
+
+def test_a_float64_module_is_attacked_in_float64():
+    module = Changed().double().eval()
+    with jax.enable_x64(True):
+        images = jnp.asarray(np.asarray(IMAGES), jnp.float64)
+        logits_fn = from_torch(module)
+        weight = module.head.weight.detach().numpy()
+        expected = np.asarray(images).reshape(3, -1) @ weight.T
+        np.testing.assert_allclose(jax.jit(logits_fn)(images), expected, atol=1e-14)
+        attack = pgd(linf(0.1), step_size=0.03, num_steps=2)
+        moved = attack(logits_fn, images, LABELS, key=jax.random.key(0))
+        assert moved.dtype == jnp.float64
+        back = as_torch(logits_fn)
+        pixels = torch.from_numpy(np.moveaxis(np.asarray(images), -1, 1).copy())
+        np.testing.assert_array_equal(back(pixels).numpy(), logits_fn(images))
+        assert their_gradient(back, pixels).dtype == torch.float64
+
+
+def test_images_that_jax_would_round_or_read_otherwise_are_refused():
+    module = as_torch(ours)
+    for wrong in (to_torch(IMAGES).double(), to_torch(IMAGES).to(torch.uint8)):
+        with pytest.raises(ValueError, match="Expected images of float32, got dtype="):
+            module(wrong)
+    with pytest.raises(ValueError, match="Expected images of floats"):
+        from_torch(Changed().eval())(jnp.zeros(SHAPE, jnp.uint8))
+    with pytest.raises(ValueError, match=r"Expected logits \[3, K\] from logits_fn"):
+        as_torch(lambda x: x)(to_torch(IMAGES))
+
+
+def test_halves_cross_to_a_jax_classifier_and_back():
+    def halves(images):
+        return ours(images.astype(jnp.float32)).astype(jnp.bfloat16)
+
+    images = to_torch(IMAGES).bfloat16()
+    logits = as_torch(halves)(images)
+    np.testing.assert_allclose(logits.numpy(), ours(IMAGES), atol=0.1)
+    assert their_gradient(as_torch(halves), images).dtype == torch.bfloat16
+
+
 DOCS = pathlib.Path(__file__).parents[2] / "docs/interchange.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
 

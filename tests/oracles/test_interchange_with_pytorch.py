@@ -247,7 +247,6 @@ def test_a_malicious_pickle_is_refused_and_not_run(as_zip, tmp_path):
     [
         ([1, 2], "Expected a state dict"),
         ({"model": {"conv1.weight": 3}}, "Expected a state dict"),
-        ({"conv1.weight": torch.zeros(1, dtype=torch.bfloat16)}, "float32 tensors"),
     ],
 )
 def test_other_objects_are_refused(content, message, tmp_path):
@@ -386,7 +385,7 @@ def make_line(accuracy, **evaluation):
     return {
         "accuracy": accuracy,
         "evaluation": {**usual, "checkpoint": "last", **evaluation},
-        "num_test": 48,
+        "num_test": 500,
         "seed": 0,
         "provenance": {"date": "now", "device": "cpu", "commit": "c", "command": "x"},
     }
@@ -424,36 +423,234 @@ def test_a_bundle_has_the_logits_of_the_run_on_plain_pixels(workdir, tmp_path):
     assert names == {"mean", "std", "model"}
 
 
-def test_a_bundle_claims_what_the_standard_autoattack_left(workdir, tmp_path):
+def bundle_of(workdir, tmp_path, lines):
+    """The claim and the README of a bundle of a run with these evaluations."""
     evaluations = workdir / "evaluations.jsonl"
-    lines = [make_line({"natural": 9.0, "linf 8/255": 9.0}), make_line(CLAIMED)]
-    evaluations.write_text("".join(json.dumps(x) + "\n" for x in lines + OTHERS))
+    evaluations.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert export(workdir, "robustbench", tmp_path) == 0
     evaluations.unlink()
     info = json.loads((tmp_path / "model_info.json").read_text())
+    return info, (tmp_path / "README.md").read_text()
+
+
+UNCLAIMED = {
+    "link": "",
+    "name": "A PreActResNet 4 [1, 2]: ST",
+    "authors": "",
+    "additional_data": False,
+    "number_forward_passes": 1,
+    "dataset": "digits",
+    "venue": "",
+    "architecture": "PreActResNet 4 [1, 2]",
+}
+
+
+def test_a_bundle_claims_what_the_standard_autoattack_left(workdir, tmp_path):
+    lines = [make_line({"natural": 9.0, "linf 8/255": 9.0}), make_line(CLAIMED)]
+    info, readme = bundle_of(workdir, tmp_path, lines + OTHERS)
+    origin = info.pop("samrobust")
     assert info == {
-        "link": None,
-        "name": "ST",
-        "authors": None,
-        "additional_data": False,
-        "number_forward_passes": 1,
-        "dataset": "digits",
-        "venue": None,
-        "architecture": "PreActResNet 4 [1, 2]",
+        **UNCLAIMED,
         "eps": "8/255",
         "clean_acc": "84.20",
         "autoattack_acc": "51.17",
-        "footnote": "linf 8/255, 48 test images.",
-        "reported": None,
-        "unreliable": None,
+        "footnote": "Robust accuracy at linf 8/255 by samrobust's AutoAttack.",
     }
-    readme = (tmp_path / "README.md").read_text()
+    assert (origin["checkpoint"], origin["step"], origin["seed"]) == ("last", 0, 0)
     assert "* l2 16/255: 70.00 %" in readme
-    assert "`link`, `authors`, `venue`, `reported`, `unreliable`" in readme
+    assert "`link`, `authors`, `venue`, `reported`; `unreliable` only if" in readme
 
 
-def test_a_bundle_claims_nothing_without_autoattack(workdir, tmp_path):
-    assert export(workdir, "robustbench", tmp_path) == 0
-    info = json.loads((tmp_path / "model_info.json").read_text())
-    assert (info["eps"], info["clean_acc"], info["autoattack_acc"]) == (None,) * 3
-    assert "None yet" in (tmp_path / "README.md").read_text()
+def test_a_claim_under_l2_has_robustbenchs_way_to_write_the_radius(workdir, tmp_path):
+    accuracy = {"natural": 84.2, "l2 16/255": 70.0, "l2 127.5/255": 51.0}
+    info, _ = bundle_of(workdir, tmp_path, [make_line(accuracy)])
+    assert (info["eps"], info["autoattack_acc"]) == ("0.5", "51.00")
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], "has not been evaluated"),
+        ([{}, {"evaluation": 3}, {"accuracy": []}], "has not been evaluated"),
+        ([make_line(CLAIMED) | {"num_test": 48}], "on 48 of the 500 test images alone"),
+        ([make_line(CLAIMED) | {"step": 7}], "has not been evaluated"),
+    ],
+)
+def test_a_bundle_claims_nothing_of_less_than_all_test_images(
+    lines, said, workdir, tmp_path
+):
+    info, readme = bundle_of(workdir, tmp_path, lines)
+    assert info.pop("samrobust")["step"] == 0
+    assert info == UNCLAIMED
+    assert said in readme
+    assert "`eps`, `clean_acc`, `autoattack_acc`, `reported`" in readme
+
+
+# --- files of others ----------------------------------------------------------------
+
+
+def make_state(seed=0):
+    """A state dict as the paper's code has it."""
+    return make_theirs(NETWORKS["uneven"], seed).state_dict()
+
+
+def swa_state():
+    """What the average of two networks is saved as."""
+    average = torch.optim.swa_utils.AveragedModel(make_theirs(NETWORKS["uneven"]))
+    for seed in (0, 1):
+        average.update_parameters(make_theirs(NETWORKS["uneven"], seed))
+    return average.state_dict()
+
+
+def under(prefix, state):
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+STATE, EMA = make_state(), make_state(1)
+TAKEN = {  # the file, whose tensors are taken, what is said
+    "an average": (swa_state(), "an average over 2 networks (n_averaged)"),
+    "an average in a checkpoint": (
+        {"epoch": 3, "swa": swa_state()},
+        "Of the file its entry swa was taken.",
+    ),
+    "an EMA alone": ({"ema": EMA, "epoch": 1}, "Of the file its entry ema was taken."),
+    "one network twice": ({"net": STATE, "model": STATE}, "its entry model was taken"),
+    "deep in a list": ({"runs": [{"net": STATE}]}, "its entry runs.0.net was taken"),
+    "scalars beside": ({**STATE, "acc": 3.5, "at": None}, "no tensors: acc, at."),
+    "a NumPy scalar in a checkpoint": (
+        {"net": STATE, "acc": np.float64(93.5), "n": np.int64(3)},
+        "its entry net was taken",
+    ),
+    "NumPy scalars beside": ({**STATE, "acc": np.float32(1)}, "no tensors: acc."),
+    "half precision": (
+        {n: t.half() if t.is_floating_point() else t for n, t in STATE.items()},
+        "48 tensors of float16 became float32, which holds their values.",
+    ),
+    "bfloat16": (
+        {n: t.bfloat16() if t.is_floating_point() else t for n, t in STATE.items()},
+        "48 tensors of bfloat16 became float32, which holds their values.",
+    ),
+    "float64": (
+        {n: t.double() / 3 if t.is_floating_point() else t for n, t in STATE.items()},
+        "48 tensors of float64 became float32, which moved ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), TAKEN.values(), ids=TAKEN)
+def test_one_network_is_taken_from_a_file_and_what_was_chosen_is_said(
+    content, said, tmp_path
+):
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    weights = read_weights(path)
+    assert said in " ".join(weights.notes)
+    assert weights.tensors.keys() == STATE.keys()
+    model = PreActResNet(mean=MEAN, std=STD, **NETWORKS["uneven"])
+    from_tensors(weights.tensors, model, 3)
+
+
+def test_the_average_of_networks_is_what_is_imported(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(swa_state(), path)
+    mean = (STATE["linear.weight"] + EMA["linear.weight"]) / 2
+    taken = read_weights(path).tensors["linear.weight"]
+    np.testing.assert_allclose(taken, mean.numpy(), rtol=1e-6)
+    torch.save(STATE, path)
+    assert read_weights(path).notes == ()
+
+
+def deep(levels):
+    content = {"net": STATE}
+    for _ in range(levels):
+        content = {"x": content, "y": [1]}
+    return content
+
+
+REFUSED = {
+    "a network beside its EMA": (
+        {"model": STATE, "model_ema": EMA},
+        "with 2: model, model_ema.",
+    ),
+    "an EMA by another name": (
+        {"state_dict": STATE, "ema_state_dict": EMA, "epoch": 3},
+        "with 2: state_dict, ema_state_dict.",
+    ),
+    "a network around its EMA": (
+        {**STATE, "ema": EMA},
+        "with 2: ema, the file itself.",
+    ),
+    "a network in a list": ({"net": STATE, "old": [EMA]}, "with 2: net, old.0."),
+    "an attacker's copy": (
+        under("model.", STATE) | under("attacker.model.", STATE),
+        "behind='model., attacker.model.'",
+    ),
+    "with and without a prefix": (
+        under("module.", STATE) | {"bn.bias": EMA["bn.bias"]},
+        "twice='bn.bias'",
+    ),
+    "another network": ({"fc.weight": torch.zeros(2)}, "with the keys fc.weight."),
+    "many keys": (
+        {f"layer{i}": torch.zeros(1) for i in range(60)},
+        "layer7, and 52 more. Is it",
+    ),
+    "nothing": ({}, "with no key."),
+    "a module": (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
+    "sparse": (
+        {**STATE, "linear.weight": STATE["linear.weight"].to_sparse()},
+        "linear.weight is sparse_coo",
+    ),
+    "meta": (
+        {**STATE, "linear.weight": torch.zeros(3, 8, device="meta")},
+        "linear.weight is on the device meta, without values",
+    ),
+    "complex": (
+        {**STATE, "linear.weight": torch.zeros(3, 8, dtype=torch.complex64)},
+        "linear.weight is complex64",
+    ),
+    "larger than the file": (
+        {**STATE, "linear.weight": torch.zeros(1).expand(2**20, 2**20)},
+        "more than the file holds",
+    ),
+    "beyond float32": (
+        {**STATE, "linear.weight": torch.full((3, 8), 1e300, dtype=torch.float64)},
+        "tensor='linear.weight', value=1e+300",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize(("content", "said"), REFUSED.values(), ids=REFUSED)
+def test_other_files_are_refused_in_one_line_with_what_was_found(
+    content, said, tmp_path
+):
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"Expected") as raised:
+        read_weights(path)
+    message = str(raised.value)
+    assert said in message
+    assert "\n" not in message
+    assert "weights_only" not in message
+    assert len(message) < 800
+
+
+def test_a_deep_file_is_searched_to_its_end(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(deep(50), path)
+    assert read_weights(path).tensors.keys() == STATE.keys()
+    both = deep(50)
+    torch.save({**both, "z": [[[EMA]]]}, path)
+    with pytest.raises(ValueError, match="with 2: x"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02}q\x00.", b"(" * 9])
+def test_damaged_pytorch_files_are_refused_without_pytorchs_advice(content, tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="Expected") as raised:
+        read_weights(path)
+    assert "\n" not in str(raised.value)
+    assert "weights_only" not in str(raised.value)
+    assert raised.value.__cause__ is None
