@@ -25,6 +25,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     )
     add("--output", required=True, metavar="PATH", help="a file; robustbench: a folder")
     add("--checkpoint", choices=("last", "best"), help="default: the run's")
+    add("--step", type=int, metavar="N", help="of the checkpoint; default: the newest")
 
 
 def add_import(commands: argparse._SubParsersAction) -> None:

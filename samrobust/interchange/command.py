@@ -26,7 +26,7 @@ from samrobust.provenance import provenance
 from samrobust.reporting.console import make_console
 from samrobust.training import load_network, save_variables
 from samrobust.training.checkpoint import Checkpoints
-from samrobust.training.setup import checkpoint_folder
+from samrobust.training.saved import checkpoint_folder
 from samrobust.types import Config
 from samrobust.validation import validate
 from samrobust.workdir import config_of_run
@@ -59,7 +59,7 @@ def export_command(
     _check_output(arguments.format, output)
     config = config_of_run(workdir)
     which = arguments.checkpoint or config.evaluation.checkpoint
-    weights = _weights_of(config, workdir, which)
+    weights = _weights_of(config, workdir, which, arguments.step)
     output.parent.mkdir(parents=True, exist_ok=True)
     if arguments.format == "robustbench":
         write_bundle(output, weights, config, workdir, which)
@@ -94,10 +94,12 @@ def _check_output(kind: str, output: pathlib.Path) -> None:
     )
 
 
-def _weights_of(config: Config, workdir: pathlib.Path, which: str) -> Weights:
+def _weights_of(
+    config: Config, workdir: pathlib.Path, which: str, step: int | None
+) -> Weights:
     dataset = without_images(config)
     model = building.make_model(config, dataset)
-    network = load_network(config, dataset, workdir, which)
+    network = load_network(config, dataset, workdir, which, step=step)
     imported = glance(workdir / "import.json")
     origin = {
         "label": config.label,

@@ -218,8 +218,8 @@ metadata={'epoch': 2})
                         continue
                     raise CheckpointError(
                         f"Expected an intact checkpoint {self._path(wanted)}, got a "
-                        f"damaged one: {error} Steps in that directory: {steps}; an "
-                        "older one is used only where --step names it."
+                        f"damaged one: {str(error).rstrip('.')}. Steps beside it: "
+                        f"{steps}; another one is used only where --step names it."
                     ) from error
         raise CheckpointError(
             f"Expected a checkpoint{'' if step is None else f' of step {step}'} in "
