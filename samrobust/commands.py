@@ -2,7 +2,7 @@
 
 import argparse
 import pathlib
-import sys
+import signal
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,18 +13,23 @@ from rich.console import Console
 from samrobust import building, configuration, parallel
 from samrobust.bench.command import bench_command
 from samrobust.bench.suite import StoppedError
-from samrobust.claims import await_verdict
+from samrobust.claims import await_verdict, lease_seconds
 from samrobust.curves.command import curves_command
 from samrobust.data import DatasetUnavailableError
 from samrobust.evaluate import evaluate_command, print_accuracies
 from samrobust.experiments import PlannedRun, run, work
 from samrobust.interchange.command import export_command, import_command
 from samrobust.recheck import recheck_command
+from samrobust.reporting.console import make_console
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import (
+    EXIT_CODES,
+    OutputError,
     StopRequest,
     enable_compilation_cache,
     keep_freed_memory,
+    one_line,
+    say,
 )
 from samrobust.table import table_command
 from samrobust.theory.command import theory_command
@@ -35,14 +40,14 @@ from samrobust.workdir import WorkdirError
 
 __all__ = ["execute"]
 
-_FAILED, _BAD_INPUT, _LOST_PEER, _TERMINATED, _CTRL_C = 1, 2, 69, 75, 130
+_FAILED, _BAD_INPUT, _LOST_PEER, _CTRL_C = 1, 2, 69, EXIT_CODES[signal.SIGINT]
 
 
 def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Runs a subcommand; turns the errors a user can mend into a line and a code."""
-    enable_compilation_cache()
-    keep_freed_memory()
-    warnings.formatwarning = lambda message, *_: f"samrobust: warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: (
+        f"samrobust: warning: {one_line(str(message))}\n"
+    )
     command = {
         "table": table_command,
         "train": _train,
@@ -53,14 +58,28 @@ def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         "theory": theory_command,
         "export": export_command,
         "import": import_command,
-    }
-    stop = StopRequest()
+    }[arguments.command]
+    patience = _PATIENCE if arguments.command in _LOSES_NOTHING else None
+    stop = StopRequest(patience, is_alone=lambda: not parallel.is_joined())
+
+    def work() -> int:
+        lease_seconds()  # a row of a table would fail by it, and then the next
+        enable_compilation_cache()
+        keep_freed_memory()
+        if arguments.command in _ALONE:
+            parallel.check_platform()
+        return command(arguments, overrides, stop)
+
     with stop.listening():
-        code = _run(
-            lambda: command[arguments.command](arguments, overrides, stop), stop
-        )
+        code = _run(work, stop)
         parallel.part()
     return code
+
+
+# Commands that a signal may end in the midst of a computation, and after how long:
+# what they have found is stored as they go, or found again.
+_LOSES_NOTHING, _PATIENCE = ("evaluate", "recheck", "curves", "theory"), 1.5  # seconds
+_ALONE = ("theory", "export", "import")  # the others ask as they join, or not at all
 
 
 def _run(command: Callable[[], int], stop: StopRequest) -> int:
@@ -69,11 +88,15 @@ def _run(command: Callable[[], int], stop: StopRequest) -> int:
         return command()
     except (InterruptedRunError, StoppedError) as error:
         _say(str(error), error)
-        return _CTRL_C if stop.signal and stop.signal.name == "SIGINT" else _TERMINATED
+        return EXIT_CODES[stop.signal or signal.SIGTERM]
     except KeyboardInterrupt:
         if parallel.is_joined():
             parallel.leave(_CTRL_C, "It was interrupted by Ctrl-C.")
         return _CTRL_C
+    except (BrokenPipeError, OutputError):
+        if parallel.is_joined():
+            parallel.leave(_FAILED, "What it shows cannot be written.")
+        raise
     except Exception as error:
         code = _code_of(error)
         if code is None:
@@ -81,7 +104,8 @@ def _run(command: Callable[[], int], stop: StopRequest) -> int:
                 raise
             traceback.print_exc()
             code = _FAILED
-        message = f"{_LOST} ({error})" if code == _LOST_PEER else str(error)
+        message = str(error) or type(error).__name__
+        message = f"{_LOST} ({message})" if code == _LOST_PEER else message
         _say(f"error: {message}", error)
         if parallel.is_joined() and not parallel.is_shared(error):
             parallel.leave(code, message)
@@ -106,20 +130,21 @@ def _code_of(error: Exception) -> int | None:
         return _LOST_PEER
     if isinstance(error, ValueError):
         return _BAD_INPUT
-    return _FAILED if isinstance(error, OSError) else None
+    out_of_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    return _FAILED if isinstance(error, OSError) or out_of_memory else None
 
 
 def _say(text: str, error: BaseException) -> None:
     """Says it once, where all processes have the same to say."""
     if not parallel.is_joined() or parallel.is_primary():
-        print(f"samrobust: {text}", file=sys.stderr)
+        say(text)
     elif not (parallel.is_shared(error) or isinstance(error, InterruptedRunError)):
-        print(f"samrobust (process {jax.process_index()}): {text}", file=sys.stderr)
+        say(f"(process {jax.process_index()}) {text}")
 
 
 def _console() -> Console:
     """Process 0 alone shows things."""
-    return Console(quiet=not parallel.is_primary())
+    return make_console(quiet=not parallel.is_primary())
 
 
 def _train(
@@ -132,7 +157,7 @@ def _train(
     await_verdict(
         planned.workdir,
         should_stop=should_stop,
-        on_wait=lambda text: console.print(text, highlight=False, markup=False),
+        on_wait=console.print,
         agree=parallel.from_primary,
     )
     if should_stop():
@@ -147,5 +172,5 @@ def _train(
             config, planned.workdir, observer, dataset=dataset, should_stop=should_stop
         )
     print_accuracies(console, planned.name, result["accuracy"])
-    console.print(f"Written to {planned.workdir}: result.json", highlight=False)
+    console.print(f"Written to {planned.workdir}: result.json")
     return 0

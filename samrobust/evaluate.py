@@ -10,7 +10,8 @@ from samrobust import building, parallel
 from samrobust.checks import check
 from samrobust.data import Dataset
 from samrobust.experiments import work
-from samrobust.files import append_json_line
+from samrobust.files import append_json_line, check_writable
+from samrobust.reporting.console import make_console
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import StopRequest
 from samrobust.sanity.command import (
@@ -55,7 +56,7 @@ def evaluate_command(
     )
     workdir = pathlib.Path(arguments.workdir)
     should_stop = parallel.join(stop)
-    console = Console(quiet=not parallel.is_primary())
+    console = make_console(quiet=not parallel.is_primary())
     config, surrogates = parallel.from_primary(lambda: _inputs(workdir, arguments))
     dataset: Dataset = building.load_data(config)
     works = work(config, dataset)
@@ -133,6 +134,7 @@ def _inputs(
         linf=config.evaluation.linf,
         l2=config.evaluation.l2,
     )
+    check_writable(workdir)
     return config, check_surrogates(config, others)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 __all__ = [
     "WorkdirError",
     "append_json_line",
+    "check_writable",
     "glance",
     "read_json",
     "read_json_lines",
@@ -62,6 +63,22 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Makes a directory and a file in it, before the work whose outcome goes there.
+
+    Raises:
+      WorkdirError: if that cannot be done.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = temporary_beside(folder / "probe")
+        write_bytes(probe, b"probe")
+        probe.unlink()
+    except OSError as error:
+        message = f"Expected a writable directory, got workdir={str(folder)!r}: {error}"
+        raise WorkdirError(message) from error
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -150,11 +167,12 @@ def _damaged(path: pathlib.Path, wanted: str, got: object) -> WorkdirError:
 def glance(path: pathlib.Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is none that can be read.
 
-    For those who look on while others write.
+    For those who look on while others write: whatever lies there, nothing is raised
+    and nothing waited for.
     """
     try:
-        value = read_json(path)
-    except (OSError, WorkdirError):
+        value = read_json(path) if path.is_file() else None  # a pipe would not end
+    except (OSError, RecursionError, WorkdirError):
         return {}
     return value if isinstance(value, dict) else {}
 

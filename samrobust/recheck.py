@@ -16,8 +16,10 @@ from rich.console import Console
 from samrobust import building, parallel, reporting
 from samrobust.checks import check
 from samrobust.data import Dataset
+from samrobust.files import check_writable
 from samrobust.identity import identity_of
 from samrobust.parallel import from_primary
+from samrobust.reporting.console import make_console
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import StopRequest
 from samrobust.scoring import (
@@ -54,7 +56,7 @@ def recheck_command(
     """
     check(not overrides, "no --config overrides for recheck", overrides=overrides)
     should_stop = parallel.join(stop)
-    console = Console(quiet=not parallel.is_primary())
+    console = make_console(quiet=not parallel.is_primary())
     workdir = pathlib.Path(arguments.workdir)
     runs = from_primary(
         lambda: {
@@ -62,6 +64,7 @@ def recheck_command(
             for path, config in finished_runs(workdir, arguments.rows or ()).items()
         }
     )
+    from_primary(lambda: check_writable(workdir))
     judge = _Judge(should_stop)
     datasets = [judge.dataset(configs["pgd"]) for configs in runs.values()]
     works = [

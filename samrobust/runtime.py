@@ -1,9 +1,11 @@
-"""Settings of a process that runs experiments: compiler, memory, cache, signals.
+"""Settings of a process that runs experiments: compiler, memory, cache, signals, words.
 
 Libraries must not touch such things; the `samrobust` command does, through this module
-alone. What the user has set in the environment always wins.
+alone. What the user has set in the environment always wins. JAX is imported where it is
+needed, since signals and words come before it.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -11,21 +13,26 @@ import os
 import pathlib
 import signal
 import stat
+import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-
-import jax
+from typing import Any, NoReturn
 
 from samrobust.checks import check_choice
 
 __all__ = [
+    "EXIT_CODES",
+    "OutputError",
     "StopRequest",
     "cache_folder",
     "compiler_options",
     "enable_compilation_cache",
+    "end_on_signals",
     "keep_freed_memory",
+    "one_line",
+    "say",
     "trusted_cache_folder",
 ]
 
@@ -98,6 +105,8 @@ def enable_compilation_cache() -> None:
     check_choice(_SWITCH, SAMROBUST_COMPILATION_CACHE=wanted)
     if wanted in ("off", "0") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
+    import jax
+
     if folder := trusted_cache_folder("xla"):
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -111,6 +120,8 @@ def compiler_options() -> dict[str, str | bool]:
     written into the environment. Empty on GPU and TPU, if `XLA_FLAGS` names the option
     itself, or if this version of XLA does not know it.
     """
+    import jax
+
     if jax.default_backend() != "cpu" or _YNN_FLAG in os.environ.get("XLA_FLAGS", ""):
         return {}
     try:
@@ -161,14 +172,30 @@ def _prepare_heap() -> None:
         libc.free(block)
 
 
+EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+_UNWINDING = 1.5  # seconds that the second Ctrl-C leaves for an orderly end
+
+
 class StopRequest:
     """Turns SIGTERM and Ctrl-C into a question that a loop can ask: `stop()`.
 
-    The second Ctrl-C interrupts at once.
+    The second Ctrl-C interrupts at once. Python hears a signal between two of its own
+    instructions, and so not while the device compiles or computes; a thread hears it
+    always, and ends a process that has not ended by itself in good time.
+
+    Args:
+      patience: seconds after the first signal until the process is ended wherever it
+        is; for work of which nothing is lost by that. None: as long as it takes.
+      is_alone: asked before a process is ended; others may count on it.
     """
 
-    def __init__(self) -> None:
-        self._event = threading.Event()
+    def __init__(
+        self,
+        patience: float | None = None,
+        is_alone: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._event, self._left = threading.Event(), threading.Event()
+        self._patience, self._is_alone = patience, is_alone
         self.signal: signal.Signals | None = None
 
     def __call__(self) -> bool:
@@ -178,15 +205,19 @@ class StopRequest:
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
         """Handles the signals inside the context; main thread only."""
-        previous = {
-            number: signal.signal(number, self._handle)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        thread = threading.Thread(target=self._watch, args=(heard,), daemon=True)
+        thread.start()
+        before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
         try:
-            yield self
+            with _handling(self._handle):
+                yield self
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            self._left.set()
+            signal.set_wakeup_fd(before)
+            os.close(told)
+            thread.join()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -194,3 +225,82 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
         self._event.set()
+
+    def _watch(self, heard: int) -> None:
+        """Reads the numbers of signals, as they come."""
+        count = 0
+        with open(heard, "rb", buffering=0) as pipe:
+            while number := pipe.read(1):
+                if number[0] not in EXIT_CODES or self._left.is_set():
+                    continue
+                count += 1
+                again = count > 1 and number[0] == signal.SIGINT
+                wait = _UNWINDING if again else self._patience
+                if wait is None or self._left.wait(wait) or not self._is_alone():
+                    continue
+                say("Stopped at once. The same command goes on, or begins again.")
+                _end_at_once(number[0])
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Another handler of both signals, inside the context."""
+    before = {number: signal.signal(number, handler) for number in EXIT_CODES}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def end_on_signals() -> None:
+    """From now on both signals end the process at once: while it loads, and at its end.
+
+    Both take seconds in which nothing is at work that could be lost. As Python is torn
+    down it can hear no more: then the signals are ignored, and the exit code stands.
+    """
+    for number in EXIT_CODES:
+        signal.signal(number, _end_at_once)
+        atexit.register(signal.signal, number, signal.SIG_IGN)  # first in, last out
+
+
+def _end_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
+    """Ends with the signal's exit code, and without a traceback."""
+    del frame
+    with contextlib.suppress(OSError):
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h")  # the cursor, if a progress bar hid it
+    os._exit(EXIT_CODES[signal.Signals(number)])
+
+
+class OutputError(SystemExit):
+    """Standard output cannot be written. The command ends; its work has not failed.
+
+    Attributes:
+      problem: with the output.
+    """
+
+    def __init__(self, problem: OSError):
+        super().__init__(1)
+        self.problem = problem
+
+
+def say(text: str) -> None:
+    """Says something of this process in a line on standard error, if that is there."""
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            print(f"samrobust: {one_line(text)}", file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    r"""A text of any origin in one line that a terminal shows as it is.
+
+    >>> one_line("a\n  b\x1b[31m")
+    'a b\\x1b[31m'
+    """
+    words = " ".join(text.split())
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+    return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]} ..."
+
+
+_LONGEST = 2000  # characters of a line

@@ -5,34 +5,36 @@ Loads no JAX, writes nothing.
 
 import argparse
 import pathlib
-import sys
+import signal
 import time
 
 from rich.console import Console
 
 from samrobust.files import WorkdirError
+from samrobust.reporting.console import make_console
 from samrobust.reporting.status import status_to_rich
+from samrobust.runtime import EXIT_CODES, say
 from samrobust.survey import survey
 
 __all__ = ["status_command"]
 
 _REFRESH = 5.0  # seconds
-_BAD_INPUT, _CTRL_C = 2, 130
+_BAD_INPUT = 2
 
 
 def status_command(arguments: argparse.Namespace) -> int:
     """Shows the states once, or until all runs are done; returns the exit code."""
-    workdir = pathlib.Path(arguments.workdir)
+    workdir, console = pathlib.Path(arguments.workdir), make_console()
     try:
         if arguments.watch:
-            _watch(workdir, Console())
+            _watch(workdir, console)
         else:
-            Console().print(status_to_rich(survey(workdir)))
+            console.print(status_to_rich(survey(workdir)))
     except WorkdirError as error:
-        print(f"samrobust: error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return _BAD_INPUT
-    except KeyboardInterrupt:
-        return _CTRL_C
+    except KeyboardInterrupt:  # where a caller left Python's own handler
+        return EXIT_CODES[signal.SIGINT]
     return 0
 
 

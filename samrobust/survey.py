@@ -1,12 +1,14 @@
 """How far runs are, read from their files while others work on them.
 
-Nothing is written and nothing need be whole: a file that is missing or half written
-counts as absent. Whether a worker on another machine is alive is judged by this
-machine's clock. Nothing here needs JAX.
+Nothing is written and nothing need be whole: a file that is missing, half written or
+anything else but what it should be counts as absent, and so does a value in it. Whether
+a worker on another machine is alive is judged by this machine's clock. Nothing here
+needs JAX.
 """
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import statistics
 import time
@@ -16,6 +18,7 @@ from typing import Any
 from samrobust.claims import Holder, read_holder
 from samrobust.failures import read_failure
 from samrobust.files import WorkdirError, glance, read_json_lines
+from samrobust.runtime import one_line
 
 __all__ = [
     "STATES",
@@ -71,10 +74,14 @@ def survey(workdir: pathlib.Path) -> list[RunStatus]:
     Raises:
       WorkdirError: if it is neither.
     """
-    if _is_run(workdir):
-        return [survey_run(workdir)]
+    try:
+        if _is_run(workdir):
+            return [survey_run(workdir)]
+        found = [path.parent for path in workdir.glob("*/seed*/config.json")]
+    except OSError as error:
+        message = f"Expected a directory to look at, got {workdir}: {error}."
+        raise WorkdirError(message) from error
     plan = read_plan(workdir)
-    found = (path.parent for path in workdir.glob("*/seed*/config.json"))
     paths = sorted(path.relative_to(workdir).as_posix() for path in found)
     plan |= {path: {} for path in paths if path not in plan}
     if not plan:
@@ -88,8 +95,24 @@ def survey(workdir: pathlib.Path) -> list[RunStatus]:
 
 def read_plan(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
     """The runs in a table's `plan.json`, by their directories' names; may be none."""
-    runs = glance(workdir / "plan.json").get("runs", [])
-    return {run["path"]: run for run in runs}
+    runs = glance(workdir / "plan.json").get("runs")
+    return {
+        run["path"]: {name: value for name, value in run.items() if _is_plain(value)}
+        for run in (runs if isinstance(runs, list) else [])
+        if isinstance(run, dict) and _is_below(run.get("path"))
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a text or a number, which can be written again and compared."""
+    return isinstance(value, str | bool) or _number(value) is not None
+
+
+def _is_below(path: Any) -> bool:
+    """Whether it is the relative path of something in a directory."""
+    if not isinstance(path, str) or not path or not path.isprintable():
+        return False
+    return not path.startswith("/") and ".." not in path.split("/")
 
 
 def survey_run(
@@ -103,28 +126,60 @@ def survey_run(
     """
     planned = planned or {}
     config = glance(folder / "config.json")
-    lines, holder = [], None
+    training, lines, holder = config.get("training"), [], None
     with contextlib.suppress(OSError):
-        lines = read_json_lines(folder / "metrics.jsonl")
         holder = read_holder(folder)
+    with contextlib.suppress(OSError, RecursionError):
+        if (folder / "metrics.jsonl").is_file():
+            lines = read_json_lines(folder / "metrics.jsonl")
     last = lines[-1] if lines else {}
-    seconds = [line["seconds"] for line in lines if "seconds" in line]
+    seconds = [x for line in lines if (x := _positive(line.get("seconds")))]
     state = _state(folder, holder, started=bool(config or lines))
-    failure = read_failure(folder) or {}
-    label = planned.get("label") or config.get("label")
-    seed = planned.get("seed", config.get("seed"))
+    label = _text(planned.get("label")) or _text(config.get("label"))
+    seed = _count(planned.get("seed"), config.get("seed"))
+    seed = "?" if seed is None else seed
+    of_config = training.get("epochs") if isinstance(training, dict) else None
+    message = _text((read_failure(folder) or {}).get("message"))
     return RunStatus(
-        name=f"{label}, seed {seed}" if label else folder.name,
+        name=one_line(f"{label}, seed {seed}" if label else folder.name),
         state=state,
-        host=holder.host if holder and state in ("running", "stale") else "",
-        epoch=last.get("epoch", 0),
-        epochs=config.get("training", {}).get("epochs", planned.get("epochs")),
-        loss=last.get("loss"),
-        accuracy=last.get("accuracy"),
+        host=one_line(holder.host) if holder and state in ("running", "stale") else "",
+        epoch=_count(last.get("epoch")) or 0,
+        epochs=_count(of_config, planned.get("epochs")),
+        loss=_number(last.get("loss")),
+        accuracy=_number(last.get("accuracy")),
         epoch_seconds=statistics.median(seconds) if seconds else None,
-        work=planned.get("work"),
-        error="" if state == "done" else failure.get("message", ""),
+        work=_positive(planned.get("work")),
+        error="" if state == "done" else one_line(message),
     )
+
+
+def _text(value: Any) -> str:
+    """A text; empty if it is none."""
+    return value if isinstance(value, str) else ""
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    with contextlib.suppress(OverflowError):
+        return float(value) if math.isfinite(value) else None
+    return None
+
+
+def _positive(value: Any) -> float | None:
+    """A number that can be multiplied and divided by; None if it is none."""
+    number = _number(value)
+    return number if number is not None and 1e-9 < number < 1e12 else None
+
+
+def _count(*values: Any) -> int | None:
+    """The first of some values that is a number of things; None if none is."""
+    for value in values:
+        if type(value) is int and 0 <= value < 2**53:
+            return value
+    return None
 
 
 def remaining(runs: Sequence[RunStatus]) -> list[float | None]:
@@ -174,7 +229,9 @@ def _is_run(folder: pathlib.Path) -> bool:
 def _state(folder: pathlib.Path, holder: Holder | None, *, started: bool) -> str:
     if glance(folder / "result.json"):
         return "done"
-    if holder is not None and not holder.is_over(time.time()):
+    now = time.time()
+    # A claim from the future is no sign of life, unless a clock is a little off.
+    if holder and not holder.is_over(now) and holder.refreshed < now + holder.lease:
         return "running"
     if read_failure(folder) is not None:
         return "failed"

@@ -9,6 +9,7 @@ and from `last_failure`: processes that agree on these and on `should_stop` stay
 step.
 """
 
+import contextlib
 import functools
 import gc
 import pathlib
@@ -25,9 +26,15 @@ from samrobust.identity import changed_fields, identity_of
 from samrobust.parallel import from_primary, met_by_all
 from samrobust.survey import read_plan
 from samrobust.training import InterruptedRunError
-from samrobust.workdir import read_result, stored_config
+from samrobust.workdir import OtherConfigError, read_result, stored_config
 
-__all__ = ["finished", "last_failure", "record_plan", "run_all"]
+__all__ = [
+    "finished",
+    "last_failure",
+    "record_plan",
+    "refuse_other_configs",
+    "run_all",
+]
 
 _TICK, _LONGEST_PAUSE = 0.5, 5.0  # seconds
 
@@ -135,6 +142,23 @@ def finished(planned: PlannedRun) -> dict[str, Any] | None:
         message = f"it is of another config, which differs in {', '.join(changed)}"
         raise WorkdirError(message)
     return read_result(planned.workdir, identity_of(planned.config, None))
+
+
+def refuse_other_configs(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> None:
+    """Refuses a table whose runs there were started with another config.
+
+    Raises:
+      OtherConfigError: says once what differs, before any work.
+    """
+    found: list[dict[str, tuple[object, object]]] = []
+    for planned in runs:
+        with contextlib.suppress(WorkdirError):  # a damaged file fails its run alone
+            if (stored := stored_config(planned.workdir)) is not None:
+                found.append(changed_fields(stored.to_dict(), as_dict(planned.config)))
+    changed = [fields for fields in found if fields]
+    if changed:
+        what = f"{len(changed)} of the {len(runs)} runs"
+        raise OtherConfigError.over(workdir, what, max(changed, key=changed.count))
 
 
 def record_plan(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> None:

@@ -13,10 +13,11 @@ from samrobust import building, configuration, parallel, reporting
 from samrobust.checks import LARGEST_SEED, check, check_whole
 from samrobust.experiments import PlannedRun, work
 from samrobust.files import WorkdirError
+from samrobust.reporting.console import make_console
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import StopRequest
 from samrobust.survey import survey_run
-from samrobust.sweep import finished, record_plan, run_all
+from samrobust.sweep import finished, record_plan, refuse_other_configs, run_all
 from samrobust.tracking import check_installed
 from samrobust.types import Config
 
@@ -61,10 +62,11 @@ def table_command(
     if arguments.list:
         return _list(plan)
     if arguments.collect:
-        return _collect(plan, Console())
+        return _collect(plan, make_console())
     check_installed(plan.runs[0].config)
     should_stop = parallel.join(stop)
-    console = Console(quiet=not parallel.is_primary())
+    console = make_console(quiet=not parallel.is_primary())
+    parallel.from_primary(lambda: refuse_other_configs(plan.workdir, plan.share))
     parallel.from_primary(lambda: record_plan(plan.workdir, plan.runs))
     failed = _run(plan.share, console, should_stop)
     parallel.from_primary(lambda: _conclude(plan, arguments.shard, console))
@@ -176,7 +178,7 @@ def _run(
             should_stop=should_stop,
         )
     for planned, error in failures:
-        console.print("[red]failed[/red]", end=" ")
+        console.print("failed", style="red", end=" ")
         _say(console, f"{planned.name}: {error}")
     return bool(failures)
 
@@ -185,8 +187,9 @@ def _collect(plan: _Plan, console: Console) -> int:
     results, missing = _results(plan.runs)
     if results:
         _show(plan, results, console)
-    for planned, why in missing:
-        _say(console, f"missing {planned.name}: {why}")
+    for why in dict.fromkeys(why for _, why in missing):
+        names = "; ".join(planned.name for planned, its in missing if its == why)
+        _say(console, f"missing {names}: {why}")
     if not results:
         message = (
             f"Expected a finished run in {plan.workdir}, got none of the "

@@ -2,13 +2,15 @@
 
 `metrics.jsonl` stays the truth. A tracker is sent its lines after they are written
 there, from the first one on after every start, and drops what it had beyond: a run that
-was killed has no step twice. A tracker that fails warns once and is left out; the run
-goes on.
+was killed has no step twice. A tracker that fails warns once, is closed and left out;
+the run goes on.
 """
 
 import contextlib
+import importlib
 import pathlib
 import threading
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +23,8 @@ from samrobust.types import Config
 
 __all__ = ["Tracking", "check_installed", "track"]
 
-_PATIENCE = 60.0  # seconds for W&B to send what is left
+# Seconds for W&B to send what is left: at the end, and of a tracker that failed.
+_PATIENCE, _SHORT_PATIENCE = 60.0, 5.0
 
 
 def check_installed(config: Config) -> None:
@@ -95,28 +98,31 @@ class Tracking:
     def close(self) -> None:
         """Closes what was opened."""
         while self._open:
-            tracker = self._open[0]
-            self._attempt(tracker, lambda t: t.close(finished=self._finished))
-            self._open = [other for other in self._open if other is not tracker]
+            tracker = self._open.pop()
+            self._attempt(tracker, lambda t: t.close(self._finished, _PATIENCE))
 
     def _catch_up(self) -> None:
         while self._unopened:
             with _warning_once():
                 self._open.append(self._unopened.pop(0)())
-        lines = [x for x in read_json_lines(self._log) if x["step"] > self._seen]
+        lines = [
+            x for x in read_json_lines(self._log) if x.get("step", -1) > self._seen
+        ]
         for line in lines:
             self._seen = line["step"]
             for tracker in list(self._open):
                 self._attempt(tracker, lambda t, line=line: t.add(line))
 
     def _attempt(self, tracker: "_Tracker", act: Callable[["_Tracker"], None]) -> None:
-        """Does it, or leaves the tracker out from now on."""
+        """Does it, or closes the tracker and leaves it out from now on."""
         failed = True
         with _warning_once():
             act(tracker)
             failed = False
-        if failed:
+        if failed and tracker in self._open:
             self._open.remove(tracker)
+            with contextlib.suppress(Exception):  # why it failed was said
+                tracker.close(finished=False, patience=_SHORT_PATIENCE)
 
 
 class _Tracker(Protocol):
@@ -124,29 +130,47 @@ class _Tracker(Protocol):
 
     def add_accuracy(self, accuracy: dict[str, float], step: int) -> None: ...
 
-    def close(self, *, finished: bool) -> None: ...
+    def close(self, finished: bool, patience: float) -> None: ...
 
 
 class _TensorBoard:
-    """Event files in `tensorboard/`, for `tensorboard --logdir=WORKDIR`."""
+    """Event files in `tensorboard/`, for `tensorboard --logdir=WORKDIR`.
+
+    Written here and now: the package's own writer hands events to a thread, where a
+    full disk would go unnoticed, then hang the run, then spoil the process's end.
+    """
 
     def __init__(self, workdir: pathlib.Path):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
 
+        proto: Any = importlib.import_module("tensorboardX.proto.event_pb2")
+        self._event = proto.Event
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
         # All lines come again: whatever earlier processes wrote is purged.
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=0)
+        start = proto.SessionLog(status=proto.SessionLog.START)
+        self._writer.write_event(proto.Event(step=0, session_log=start))
 
     def add(self, line: dict[str, Any]) -> None:
-        for name, value in _scalars(line).items():
-            self._writer.add_scalar(name, value, line["step"])
-        self._writer.flush()
+        self._write(_scalars(line), line["step"])
 
     def add_accuracy(self, accuracy: dict[str, float], step: int) -> None:
-        for name, value in accuracy.items():
-            self._writer.add_scalar(f"result/{_tag(name)}", value, step)
+        self._write({f"result/{_tag(n)}": v for n, v in accuracy.items()}, step)
 
-    def close(self, *, finished: bool) -> None:
-        del finished
+    def _write(self, scalars: dict[str, float], step: int) -> None:
+        from tensorboardX.summary import scalar
+
+        now = time.time()
+        for name, value in scalars.items():
+            summary = scalar(name, value)
+            self._writer.write_event(
+                self._event(step=step, wall_time=now, summary=summary)
+            )
+        self._writer.flush()
+
+    def close(self, finished: bool, patience: float) -> None:
+        del finished, patience
         self._writer.close()
 
 
@@ -156,6 +180,7 @@ class _WandB:
     def __init__(self, config: Config, workdir: pathlib.Path):
         import wandb
 
+        self._tear_down: Callable[[], None] = wandb.teardown
         path = workdir / "wandb.json"
         stored = glance(path).get("id") or uuid.uuid4().hex[:8]
         write_json(path, {"id": stored})
@@ -178,7 +203,7 @@ class _WandB:
         del step
         self._run.summary.update({f"result/{_tag(n)}": v for n, v in accuracy.items()})
 
-    def close(self, *, finished: bool) -> None:
+    def close(self, finished: bool, patience: float) -> None:
         """Waits for what is left to be sent, but not for ever."""
         errors: list[Exception] = []
 
@@ -187,12 +212,14 @@ class _WandB:
                 self._run.finish(exit_code=0 if finished else 1)
             except Exception as error:
                 errors.append(error)
+                with contextlib.suppress(Exception):
+                    self._tear_down()  # lest it try again at the process's end
 
         thread = threading.Thread(target=finish, daemon=True)
         thread.start()
-        thread.join(_PATIENCE)
+        thread.join(patience)
         if thread.is_alive():
-            message = f"not sent within {_PATIENCE:g} s; `wandb sync` sends it later"
+            message = f"not sent within {patience:g} s; `wandb sync` sends it later"
             raise TimeoutError(message)
         if errors:
             raise errors[0]

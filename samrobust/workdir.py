@@ -6,7 +6,7 @@ A workdir holds `config.json`, `metrics.jsonl`, `checkpoints/`, `result.json`;
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from samrobust.checks import check
@@ -44,6 +44,19 @@ _LEFT_BY_A_RUN = (
 
 class OtherConfigError(WorkdirError):
     """The workdir holds a run of another config."""
+
+    @classmethod
+    def over(
+        cls, workdir: pathlib.Path, what: str, changed: Mapping[str, tuple[Any, Any]]
+    ) -> "OtherConfigError":
+        """Returns the error over fields that were and are something else."""
+        listed = "; ".join(
+            f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items()
+        )
+        return cls(
+            f"{workdir} holds {what} of another config: {listed}. Choose another "
+            "--workdir, or restore the field."
+        )
 
 
 def stored_config(workdir: pathlib.Path) -> Config | None:
@@ -136,14 +149,7 @@ def settle_config(workdir: pathlib.Path, config: Config) -> None:
             )
     changed = {} if stored is None else changed_fields(stored.to_dict(), given)
     if changed:
-        listed = "; ".join(
-            f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items()
-        )
-        message = (
-            f"{workdir} holds a run of another config: {listed}. Choose another "
-            "--workdir, or restore the field."
-        )
-        raise OtherConfigError(message)
+        raise OtherConfigError.over(workdir, "a run", changed)
     write_json(workdir / "config.json", given)
 
 

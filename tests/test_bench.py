@@ -1,6 +1,7 @@
 """The bench: analytic counts, the plan, processes, rows, and the command."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -363,3 +364,36 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     done = bench(tmp_path, "--methods=fgsm")
     assert done.returncode == 2
     assert done.stderr.startswith("samrobust: error: argument --methods: Expected")
+
+
+def test_a_bench_without_a_device_is_one_line_and_measures_nothing(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    done = bench(tmp_path, "--methods=st", "--measure=step")
+    assert done.returncode == 2
+    assert done.stdout.count("\n") <= 1  # the progress
+    assert done.stderr.startswith("samrobust: error: Expected a device that JAX can")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "bench.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("measure", "package", "message"),
+    [
+        ("step", None, "the package torch, got --compare='pytorch'. Install it"),
+        ("epoch", True, "step in --measure, got --compare='pytorch'"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused_before_any_measurement(
+    tmp_path, capsys, monkeypatch, measure, package, message
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: package)
+    monkeypatch.setattr(Launcher, "worker", lambda *_: pytest.fail("it measures"))
+    code = helpers.main(
+        *("bench", f"--config={DIGITS}", f"--workdir={tmp_path / 'new'}"),
+        *("--compare=pytorch", f"--measure={measure}"),
+    )
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

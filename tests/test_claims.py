@@ -383,10 +383,10 @@ def test_a_file_in_place_of_the_workdir_is_refused(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("lease", ["soon", "0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("lease", ["soon", "0", "-1", "nan", "inf", "1e9"])
 def test_a_lease_must_be_seconds(tmp_path, monkeypatch, lease):
     monkeypatch.setenv("SAMROBUST_CLAIM_LEASE", lease)
-    message = f"Expected a number of seconds > 0, got SAMROBUST_CLAIM_LEASE='{lease}'"
+    message = f"seconds > 0, at most 3600, got SAMROBUST_CLAIM_LEASE='{lease}'"
     with pytest.raises(ValueError, match=message):
         claim(tmp_path).__enter__()
 
@@ -417,6 +417,59 @@ def test_a_silent_holder_elsewhere_is_awaited_until_its_lease_is_over(tmp_path):
     assert "claimed by another process (host elsewhere, pid 7)" in text
     with claim(tmp_path):
         pass
+
+
+def test_a_claim_from_the_future_is_awaited_for_its_lease_by_our_own_clock(tmp_path):
+    write_claim(tmp_path, 1, lease=0.6, age=-1e6)
+    with pytest.raises(ClaimedError):  # at first sight it may be alive
+        claim(tmp_path).__enter__()
+    seconds, said = wait(tmp_path)
+    assert 0.4 < seconds < 2.0
+    assert len(said) == 1
+    with claim(tmp_path):
+        pass
+
+
+def test_a_claim_from_the_future_that_is_refreshed_is_alive(tmp_path):
+    path = write_claim(tmp_path, 1, lease=0.3, age=-1e6)
+    for number in range(4):
+        make_older(path, -1e6 - number)
+        with pytest.raises(ClaimedError):
+            claim(tmp_path).__enter__()
+        time.sleep(0.15)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({"lease": x} for x in (float("inf"), float("nan"), -1.0, 0, 1e300, "9", [])),
+        *({n: {}} for n in ("token", "host", "machine", "pid", "started", "released")),
+        {"pid": True, "refreshed": 1e300, "other": None},
+    ],
+    ids=repr,
+)
+def test_what_no_claim_would_say_of_its_holder_counts_as_unknown(tmp_path, content):
+    write_claim(tmp_path, 1, age=100.0, **{"lease": 60.0, **content})
+    holder = read_holder(tmp_path)
+    assert holder is not None
+    default = claims.Holder(1)
+    name = next(iter(content))
+    assert getattr(holder, name) == getattr(default, name)
+    assert (holder.generation, holder.refreshed < time.time()) == (1, True)
+    make_older(tmp_path / ".claim" / "1.json", 200.0)
+    with claim(tmp_path):
+        pass
+
+
+def test_names_that_no_claim_has_are_no_claims(tmp_path):
+    folder = tmp_path / ".claim"
+    folder.mkdir()
+    for name in ("007", "²", "0", "-1", "1e3"):
+        (folder / f"{name}.json").write_text("{}")
+    assert read_holder(tmp_path) is None
+    (folder / "3.json").symlink_to("nowhere")
+    with claim(tmp_path):
+        assert (folder / "4.json").exists()
 
 
 def test_a_sign_of_life_ends_the_waiting(tmp_path):

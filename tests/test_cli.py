@@ -1,5 +1,8 @@
 """The command line: help, errors in one line, exit codes."""
 
+import os
+import shlex
+import signal
 import subprocess
 import sys
 
@@ -8,6 +11,10 @@ import pytest
 
 from samrobust import configuration
 from samrobust.cli import main
+from samrobust.files import write_json
+from samrobust.reporting.console import make_console
+from samrobust.reporting.progress import ProgressDisplay
+from samrobust.workdir import settle_config
 
 
 def samrobust(*arguments):
@@ -120,6 +127,182 @@ def test_pgd_may_follow_on_autoattack_of_chosen_members(tmp_path, capsys):
     (tmp_path / "config.json").write_text(config.to_json_best_effort())
     assert main(["evaluate", "--attack=pgd", f"--workdir={tmp_path}"]) == 1
     assert "checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config=configs/digits.py:st"],
+        ["table"],
+        ["evaluate"],
+        ["theory"],
+        ["import", "--input=weights.safetensors"],
+    ],
+)
+def test_a_jax_without_a_device_is_one_line_before_any_work(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    def devices():
+        raise AssertionError  # as JAX does with JAX_PLATFORMS=cuda and no GPU
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr("jax.devices", devices)
+    assert main([*arguments, f"--workdir={tmp_path / 'new'}"]) == 2
+    out, error = capsys.readouterr()
+    assert "Expected a device that JAX can use, got JAX_PLATFORMS='cuda'" in error
+    assert (out, error.count("\n")) == ("", 1)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("SAMROBUST_CLAIM_LEASE", value) for value in ("inf", "-1", "soon")),
+        *(("SAMROBUST_HEARTBEAT_SECONDS", value) for value in ("0", "1e3", "9" * 99)),
+        *(("SAMROBUST_MEETING_SECONDS", value) for value in ("-1", "\u0663", "[red]")),
+        ("SAMROBUST_DISTRIBUTED", "never"),
+        ("SAMROBUST_COMPILATION_CACHE", "/tmp"),
+    ],
+)
+def test_a_variable_without_sense_is_named_in_one_line_before_any_work(
+    name, value, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv(name, value)
+    assert main(["table", f"--workdir={tmp_path / 'new'}"]) == 2
+    output, error = capsys.readouterr()
+    assert f"got {name}=" in error
+    assert (output, error.count("\n")) == ("", 1)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_jax_that_does_not_load_is_one_line(tmp_path):
+    code, output, errors = helpers.run_command(
+        "train", f"--workdir={tmp_path}", "--config=x.py:st", JAX_ENABLE_X64="maybe"
+    )
+    assert (code, output) == (2, "")
+    expected = "samrobust: error: Expected a JAX that loads, got: invalid truth value"
+    assert errors.startswith(expected)
+
+
+def test_a_lack_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    def load_config(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("samrobust.configuration.load_config", load_config)
+    assert main(["train", "--config=x.py:st", f"--workdir={tmp_path}"]) == 1
+    assert capsys.readouterr().err == "samrobust: error: MemoryError\n"
+
+
+@pytest.fixture
+def a_run(tmp_path):
+    """A run's workdir with a label that Rich would take for markup."""
+    folder = helpers.make_folder(tmp_path / "[red]a[/blue]")
+    config = {"label": "[red]x[/blue] :smile:", "seed": 0, "training": {"epochs": 8}}
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def test_names_are_shown_as_they_are(a_run, capsys):
+    assert main(["status", f"--workdir={a_run}"]) == 0
+    assert "[red]x[/blue] :smile:, seed 0" in capsys.readouterr().out
+    assert main(["status", f"--workdir={a_run}/[/none]"]) == 2
+    assert "[red]a[/blue]/[/none]" in capsys.readouterr().err
+    console = make_console()
+    console.print(f"Written to {a_run}")
+    ProgressDisplay(console, 1.0).show("[/red] :smile:", 0.0)
+    out = capsys.readouterr().out.replace("\n", "")
+    assert str(a_run) in out
+    assert "[/red] :smile:" in out
+
+
+FULL = "samrobust: error: standard output cannot be written: [Errno 28] No space"
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("redirection", "code", "errors"),
+    [
+        ("> /dev/full", 1, FULL),
+        ("| true", 1, ""),
+        (">&-", 0, ""),
+        ("2> /dev/full", 0, ""),
+        ("> /dev/null 2>&- --bad", 2, ""),
+        ("2> /dev/full --bad", 2, ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_said_once_or_not_at_all(
+    a_run, redirection, code, errors, buffered
+):
+    command = [sys.executable, "-m", "samrobust.cli", "status", f"--workdir={a_run}"]
+    script = f"{shlex.join(command)} {redirection}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "PYTHONUNBUFFERED": buffered},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr[: len(FULL)]) == (code, errors)
+    assert done.stderr.count("\n") <= 1
+
+
+def test_closed_streams_do_not_give_their_numbers_to_a_runs_files(tmp_path):
+    script = (
+        "import sys, os\nfrom samrobust import cli\n"
+        "cli._run = lambda _: os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY) <= 2\n"
+        "sys.exit(cli.main())"
+    )
+    command = shlex.join([sys.executable, "-c", script, str(tmp_path / "file")])
+    closed = f"{command} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", closed], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)]
+)
+@pytest.mark.parametrize("when", ["loads", "ends"])
+def test_a_signal_as_it_loads_or_ends_leaves_no_traceback(number, code, when):
+    # As Python joins threads at its end, a handler of its own would print a traceback.
+    script = (
+        "import sys, threading, time\nfrom samrobust import cli\n"
+        "def wait():\n    print('now', flush=True)\n    time.sleep(20)\n"
+        "loads = lambda _: wait()\n"
+        "ends = lambda _: threading.Thread(target=wait).start()\n"
+        f"cli._run = {when}\nsys.exit(cli.main())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=10) == ("", "")
+    assert process.returncode == code
+
+
+@pytest.mark.parametrize("command", ["evaluate", "recheck", "curves", "theory"])
+def test_what_cannot_be_written_is_refused_before_the_work(
+    tmp_path, capsys, monkeypatch, command
+):
+    config, workdir = helpers.make_config("st"), tmp_path / "run"
+    for folder in (workdir, workdir / "st" / "seed0"):
+        settle_config(helpers.make_folder(folder), config)
+    (workdir / "st" / "seed0" / "result.json").write_text("{}")
+    monkeypatch.setattr("samrobust.building.load_data", lambda _: pytest.fail("works"))
+    monkeypatch.setattr("samrobust.theory.command.study", lambda *_: pytest.fail("!"))
+
+    def fsync(_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    assert helpers.main(command, f"--workdir={workdir}") == 2
+    output, errors = capsys.readouterr()
+    assert "Expected a writable directory, got workdir=" in errors
+    assert "Read-only file system" in errors
+    assert (output, errors.count("\n")) == ("", 1)
 
 
 def test_unprepared_data_offline_says_what_to_put_where(tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +185,49 @@ def test_the_second_ctrl_c_interrupts_at_once():
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+# One call that no signal interrupts, like a compilation or a batch on the device.
+BUSY = """
+import hashlib, sys
+from samrobust.runtime import StopRequest
+patience, alone = eval(sys.argv[1])
+with StopRequest(patience, is_alone=lambda: alone).listening():
+    print("now", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[2]))
+print("done")
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "signals", "iterations", "code", "error"),
+    [
+        ((0.2, True), [signal.SIGTERM], 10**9, 75, "samrobust: Stopped at once"),
+        ((0.2, True), [signal.SIGINT], 10**9, 130, "samrobust: Stopped at once"),
+        ((None, True), [signal.SIGINT] * 2, 10**9, 130, "samrobust: Stopped at once"),
+        ((None, True), [signal.SIGTERM] * 2, 10**6, 0, ""),
+        ((0.2, False), [signal.SIGTERM], 10**6, 0, ""),
+    ],
+)
+def test_a_signal_is_answered_in_the_midst_of_a_computation_that_may_be_lost(
+    options, signals, iterations, code, error
+):
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY, repr(options), str(iterations)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "now\n"
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.1)
+    output, errors = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert errors[: len(error)] == error
+    assert errors.count("\n") == (code != 0)
+    assert output == ("done\n" if code == 0 else "")
 
 
 def test_provenance_names_commit_versions_device_and_command():

@@ -106,6 +106,9 @@ def test_the_gpus_of_a_node_are_shared_among_its_tasks(more, devices):
         ({**EXPLICIT, "JAX_LOCAL_DEVICE_IDS": "0;1"}, "numbers separated by commas"),
         ({"SAMROBUST_HEARTBEAT_SECONDS": "0"}, "1 <= SAMROBUST_HEARTBEAT_SECONDS"),
         ({"SAMROBUST_HEARTBEAT_SECONDS": "1.5"}, "a whole number"),
+        ({"SAMROBUST_HEARTBEAT_SECONDS": "9" * 5000}, "a whole number, got SAMR"),
+        ({"SAMROBUST_MEETING_SECONDS": "604801"}, "got SAMROBUST_MEETING_SECONDS=6048"),
+        ({"SAMROBUST_DISTRIBUTED": "no"}, "got SAMROBUST_DISTRIBUTED='no'"),
     ],
 )
 def test_variables_that_contradict_each_other_are_refused(environ, message):

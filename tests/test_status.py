@@ -17,6 +17,7 @@ from samrobust.reporting.status import status_to_rich
 from samrobust.survey import (
     STATES,
     RunStatus,
+    read_plan,
     remaining,
     remaining_together,
     survey,
@@ -232,6 +233,88 @@ def test_the_command_loads_no_jax_and_changes_nothing(table):
     assert "8 runs: 1 done" in done.stdout
     assert "loaded []" in done.stdout
     assert files() == before
+
+
+HOSTILE = [
+    *(b"", b"\x00\xff\xfe", b"\x89PNG\r\n" * 99, b"{", b"null", b"3", b"[]", b'"a"'),
+    *(b"NaN", b"[" * 99_999, b"9" * 5000, b'{"runs": {}}', b'{"training": [1]}'),
+    *(b'{"runs": [1, null, [], {"path": 3}, {"path": "/etc"}, {"path": "../x"}]}',),
+]
+VALUES = [None, True, -1, 0, 1e308, 10**400, float("nan"), float("inf"), "x\x1b[31m\n"]
+VALUES += ["\ud800[/red]", [], [1], {}, {"epochs": "x"}]
+FIELDS = ("path", "label", "seed", "epochs", "work", "epoch", "loss", "accuracy")
+FIELDS += ("seconds", "training", "message", "host", "machine", "lease", "refreshed")
+
+
+def spoil(path: Path, how: object) -> None:
+    """Puts something else in place of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    if how == "folder":
+        path.mkdir()
+    elif how == "pipe":
+        os.mkfifo(path)
+    elif how == "loop":
+        path.symlink_to(path)
+    elif isinstance(how, bytes):
+        path.write_bytes(how)
+    else:
+        fields = dict.fromkeys(FIELDS, how)
+        run = {**fields, "path": "st/seed1"}
+        path.write_text(json.dumps({**fields, "runs": [fields, run]}) + "\n")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plan.json"]
+    + [
+        f"st/seed1/{name}.json"
+        for name in ("config", "result", "failure", ".claim/9", "metrics.jsonl")
+    ],
+)
+def test_whatever_lies_in_place_of_a_file_status_shows_the_runs(table, name, capsys):
+    path = table / name.replace(".jsonl.json", ".jsonl")
+    (table / "st" / "seed1" / "result.json").write_text("{}")
+    for how in (*HOSTILE, *VALUES, "folder", "pipe", "loop"):
+        spoil(path, how)
+        for workdir in (table, table / "st" / "seed1"):
+            assert cli.main(["status", f"--workdir={workdir}"]) == 0, how
+            out, err = capsys.readouterr()
+            assert err == ""
+            assert "run" in out
+            assert "\x1b" not in out
+        if path.is_dir():
+            path.rmdir()
+
+
+def test_what_may_not_be_read_counts_as_absent_or_is_said(table, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(table))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", refuse)
+        patch.setattr(Path, "open", refuse)
+        patch.setattr(os, "listdir", refuse)
+        assert cli.main(["status", f"--workdir={table}"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", refuse)
+        assert cli.main(["status", f"--workdir={table}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("samrobust: error: Expected a directory to look at, got /")
+    assert error.count("\n") == 1
+
+
+def test_what_a_damaged_plan_still_says_is_kept_as_it_is_planned_again(tmp_path):
+    known = {"path": "at/seed3", "label": "AT", "seed": 3}
+    bad = {"work": float("nan"), "epochs": 10**400, "row": [], "more": {}}
+    runs = [{**known, **bad}, {"path": "/x"}, 3]
+    (tmp_path / "plan.json").write_text(json.dumps({"runs": runs}))
+    assert read_plan(tmp_path) == {"at/seed3": known}
+
+
+def test_a_claim_from_the_future_is_no_sign_of_life(tmp_path):
+    assert survey_run(make_run(tmp_path / "run", age=-1e6)).state == "stale"
+    assert survey_run(make_run(tmp_path / "near", age=-5.0)).state == "running"
 
 
 def test_watching_goes_on_until_all_is_done(table, monkeypatch, capsys):

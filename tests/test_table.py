@@ -8,6 +8,8 @@ from pathlib import Path
 import helpers
 import pytest
 
+from samrobust.workdir import settle_config
+
 ROWS = ["st", "sam,rho=0.2"]
 COLUMNS = {"natural", "linf 16/255"}
 # A radius of SAM that overflows in its second pass, at the first step.
@@ -221,6 +223,22 @@ def test_collecting_leaves_out_runs_of_another_config(copy, capsys):
     output, errors = capsys.readouterr()
     assert "of another config, which differs in training.momentum" in output
     assert "samrobust: error: Expected a finished run in" in errors
+
+
+def test_a_table_of_another_config_says_so_once_before_any_work(tmp_path, capsys):
+    for seed in (0, 1):
+        folder = helpers.make_folder(tmp_path / "st" / f"seed{seed}")
+        settle_config(folder, helpers.make_config("st", {"seed": seed}))
+    flags = (*make_arguments(tmp_path, ROWS, seeds=2), "--config.training.momentum=0.5")
+    assert helpers.main(*flags) == 2
+    output, errors = capsys.readouterr()
+    assert f"{tmp_path} holds 2 of the 4 runs of another config" in errors
+    assert errors.count("training.momentum was 0.9, is 0.5") == 1
+    assert (output, errors.count("\n")) == ("", 1)
+    assert not (tmp_path / "plan.json").exists()
+    assert helpers.main(*flags, "--collect") == 2
+    output = " ".join(capsys.readouterr().out.split())
+    assert "missing ST, seed 0; ST, seed 1: it is of another config" in output
 
 
 def test_a_table_records_its_plan_for_status(table, capsys):

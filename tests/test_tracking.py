@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -48,6 +49,9 @@ class Run:
 def init(**named):
     note("init", **named)
     return Run()
+
+def teardown():
+    note("teardown")
 """
 
 
@@ -130,6 +134,42 @@ def test_event_files_of_a_run_stopped_and_resumed_agree_with_the_log(tmp_path):
     for attack, accuracy in result["accuracy"].items():
         name = "result/" + attack.replace(" ", "_").replace("/", "_")
         assert scalars[name] == [(12, pytest.approx(accuracy))]
+
+
+FULL_DISK = """
+import pathlib, sys, types, warnings
+from samrobust import tracking
+from samrobust.files import append_json_line
+warnings.formatwarning = lambda message, *_: f"warning: {message}\\n"
+workdir = pathlib.Path(sys.argv[1])
+(workdir / "tensorboard").mkdir()
+import tensorboardX.record_writer as records
+records.open_file = lambda path: open("/dev/full", "wb")
+config = types.SimpleNamespace(
+    tracking=types.SimpleNamespace(tensorboard=True, wandb="")
+)
+with tracking.track(config, workdir) as tracked:
+    follow = tracked.following(lambda _: None)
+    for step in range(1, 13):
+        append_json_line(workdir / "metrics.jsonl", {"step": step, "loss": 1.0})
+        follow(types.SimpleNamespace(metrics={"step": step}))
+    tracked.finish({"natural": 99.0})
+print("done")
+"""
+
+
+def test_a_disk_that_is_full_is_said_once_and_leaves_no_traceback_at_the_end(tmp_path):
+    pytest.importorskip("tensorboardX")
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n")
+    assert done.stderr.count("\n") == 1
+    assert "A tracker failed and is left out (OSError: [Errno 28]" in done.stderr
 
 
 def test_trackers_are_off_by_default_and_leave_nothing(tmp_path):
@@ -217,6 +257,9 @@ def test_a_tracker_that_fails_warns_once_and_the_run_goes_on(
     assert len(caught) == 1
     assert len(told) == 7
     assert sum(call[0] == where for call in wandb()) == 1
+    names = [call[0] for call in wandb()]
+    assert names.count("finish") == (where != "init")  # closed, and once
+    assert ("teardown" in names) == (where == "finish")
 
 
 def test_one_tracker_that_fails_does_not_stop_the_other(tmp_path, wandb, monkeypatch):
@@ -232,7 +275,8 @@ def test_one_tracker_that_fails_does_not_stop_the_other(tmp_path, wandb, monkeyp
     on.finish({"natural": 99.0})
     on.close()
     assert read_scalars(workdir)["loss"] == [(1, 1.0), (2, 0.5)]
-    assert [call[0] for call in wandb()] == ["init", "log"]
+    assert [call[0] for call in wandb()] == ["init", "log", "finish"]
+    assert wandb()[-1][-1] == {"exit_code": 1}
 
 
 def test_an_end_that_is_not_sent_is_not_awaited_for_ever(tmp_path, wandb, monkeypatch):

@@ -12,10 +12,12 @@ from typing import Any
 from rich.console import Console
 
 from samrobust.bench.plan import Options, Task, plan, spec_of
-from samrobust.bench.process import Launcher
+from samrobust.bench.process import Launcher, check_pytorch
 from samrobust.bench.report import to_rich, write_report
 from samrobust.bench.results import Report, summarise
 from samrobust.bench.suite import run_suite
+from samrobust.files import check_writable
+from samrobust.reporting.console import make_console
 from samrobust.reporting.progress import ProgressDisplay
 
 __all__ = ["bench_command"]
@@ -48,7 +50,9 @@ def bench_command(
         min_seconds=arguments.min_seconds,
     )
     tasks = plan(options)
-    console, workdir = Console(), pathlib.Path(arguments.workdir)
+    check_pytorch(options)
+    check_writable(pathlib.Path(arguments.workdir))
+    console, workdir = make_console(), pathlib.Path(arguments.workdir)
     if arguments.profile:
         return _profile(tasks, options, workdir, console, should_stop)
     outcomes: dict[Task, list[dict[str, Any]]] = collections.defaultdict(list)
@@ -80,7 +84,7 @@ def bench_command(
     final = report()
     console.print(to_rich(final))
     paths = ", ".join(path.name for path in write_report(final, workdir))
-    console.print(f"Written to {workdir}: {paths}", highlight=False)
+    console.print(f"Written to {workdir}: {paths}")
     return 1 if final.failures else 0
 
 
@@ -112,5 +116,5 @@ def _trace(
     spec = spec_of(task, options) | {"trace": True, "path": str(folder)}
     error = launch.worker(spec, task).get("error")
     outcome = f"{task.name}: {error or folder}"
-    console.print(outcome, highlight=False, markup=False)
+    console.print(outcome)
     return error is not None

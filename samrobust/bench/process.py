@@ -1,5 +1,7 @@
 """Measurements in processes of their own: environment, output, interruption."""
 
+import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -12,11 +14,36 @@ from typing import Any
 
 from samrobust import configuration
 from samrobust.bench.plan import Options, Task, spec_of, task_overrides
+from samrobust.bench.worker import BAD_INPUT
 from samrobust.checks import check
 
-__all__ = ["Launcher", "StoppedError"]
+__all__ = ["Launcher", "StoppedError", "check_pytorch"]
 
 _SCRIPT = pathlib.Path("benchmarks", "pytorch_reference.py")
+
+
+def check_pytorch(options: Options) -> None:
+    """Refuses a comparison that cannot be made, before anything is measured.
+
+    Raises:
+      ValueError: without the package, without the script, or without a step to compare.
+    """
+    if options.compare is None:
+        return
+    for holds, condition, fix in (
+        ("step" in options.measure, "step in --measure", "Steps are compared."),
+        (
+            importlib.util.find_spec("torch") is not None,
+            "the package torch",
+            "Install it: pip install torch.",
+        ),
+        (_script().is_file(), f"a checkout with {_SCRIPT}", ""),
+    ):
+        check(holds, condition, fix, **{"--compare": options.compare})
+
+
+def _script() -> pathlib.Path:
+    return pathlib.Path(__file__).resolve().parents[2] / _SCRIPT
 
 
 class StoppedError(RuntimeError):
@@ -109,14 +136,17 @@ class Launcher:
             "seed": 0,
             "float32_matmul": _torch_float32(self._matmul_precision),
         }
-        script = pathlib.Path(__file__).resolve().parents[2] / _SCRIPT
-        command = [sys.executable, str(script), f"--spec={json.dumps(spec)}"]
+        command = [sys.executable, str(_script()), f"--spec={json.dumps(spec)}"]
         return self._run([*command, f"--parity={path}"], dict(os.environ), "")
 
     def _run(
         self, command: Sequence[str], environment: dict[str, str], text: str
     ) -> dict[str, Any]:
-        """The JSON on the last line a command prints, or its complaint."""
+        """The JSON on the last line a command prints, or its complaint.
+
+        Raises:
+          ValueError: where the machine cannot run any row.
+        """
         with (
             tempfile.TemporaryFile("w+") as output,
             tempfile.TemporaryFile("w+") as complaints,
@@ -130,13 +160,17 @@ class Launcher:
                 text=True,
             )
             assert child.stdin is not None
-            child.stdin.write(text)
-            child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # ended: its complaint says why
+                child.stdin.write(text)
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.close()
             self._wait(child)
             output.seek(0)
             complaints.seek(0)
             if child.returncode != 0:
                 lines = complaints.read().strip().splitlines() or ["no message"]
+                if child.returncode == BAD_INPUT:
+                    raise ValueError(lines[-1])
                 return {"error": f"exit code {child.returncode}: {lines[-1]}"}
             return json.loads(output.read().strip().splitlines()[-1])
 

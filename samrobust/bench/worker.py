@@ -18,10 +18,13 @@ from samrobust import configuration
 from samrobust.bench import ceilings, programs
 from samrobust.bench.parity import parity
 from samrobust.bench.timing import Protocol
+from samrobust.parallel import check_platform
 from samrobust.provenance import provenance
 from samrobust.runtime import enable_compilation_cache, keep_freed_memory
 
-__all__ = ["Spec", "main"]
+__all__ = ["BAD_INPUT", "Spec", "main"]
+
+BAD_INPUT = 2  # the exit code where no row can be measured; the last line says why
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,11 @@ def main() -> None:
     """Measures what standard input asks for."""
     enable_compilation_cache()
     keep_freed_memory()
+    try:
+        check_platform()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(BAD_INPUT)
     spec = Spec(**json.load(sys.stdin))
     config = configuration.load_config(spec.config, spec.overrides)
     kinds: dict[str, Callable[..., dict[str, Any]]] = {

@@ -8,7 +8,9 @@ that a slow contender cannot make one again.
 
 A holder refreshes its file's time of change. It counts as dead if that was not done for
 the length of its lease, by the file server's clock, so that the clocks of the machines
-do not matter; or at once if it was a process of this machine and that process is gone.
+do not matter; or if one that waits has watched for so long and seen no refresh,
+whatever time the file bears; or at once if it was a process of this machine and that
+process is gone.
 A holder that stood still for longer finds that it has been succeeded.
 `SAMROBUST_CLAIM_LEASE` sets the seconds of the lease, 120 by default; with less than a
 minute NFS may hide that a holder is alive.
@@ -17,6 +19,20 @@ Nothing here needs JAX.
 """
 
 from samrobust.claims.holder import Holder, read_holder
-from samrobust.claims.lease import Claim, ClaimedError, await_verdict, claim
+from samrobust.claims.lease import (
+    Claim,
+    ClaimedError,
+    await_verdict,
+    claim,
+    lease_seconds,
+)
 
-__all__ = ["Claim", "ClaimedError", "Holder", "await_verdict", "claim", "read_holder"]
+__all__ = [
+    "Claim",
+    "ClaimedError",
+    "Holder",
+    "await_verdict",
+    "claim",
+    "lease_seconds",
+    "read_holder",
+]

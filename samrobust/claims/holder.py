@@ -4,14 +4,24 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import socket
 from typing import Any
 
 from samrobust.files import glance
 
-__all__ = ["LEASE", "Holder", "generations", "latest", "myself", "read_holder"]
+__all__ = [
+    "LEASE",
+    "LONGEST_LEASE",
+    "Holder",
+    "generations",
+    "is_lease",
+    "latest",
+    "myself",
+    "read_holder",
+]
 
-LEASE = 120.0  # seconds
+LEASE, LONGEST_LEASE = 120.0, 3600.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +74,35 @@ def read_holder(workdir: pathlib.Path) -> Holder | None:
     while generation := latest(folder):
         path = folder / f"{generation}.json"
         try:
-            with path.open("rb") as file:  # opened, NFS asks for the newest time
+            # Opened, NFS asks for the newest time; and a pipe is not waited for.
+            with open(path, "rb", opener=_open_at_once) as file:
                 refreshed = os.fstat(file.fileno()).st_mtime
-        except FileNotFoundError:  # pruned as we look
-            continue
-        content = glance(path)
-        names = {field.name for field in dataclasses.fields(Holder)}
-        known = {name: content[name] for name in names & content.keys()}
+        except FileNotFoundError:
+            if latest(folder) == generation:  # a link to nowhere: nobody's
+                return Holder(generation)
+            continue  # pruned as we looked
+        known = _believable(glance(path))
         return Holder(**known | {"generation": generation, "refreshed": refreshed})
     return None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _believable(content: dict[str, Any]) -> dict[str, Any]:
+    """What a claim may say of its holder; all else counts as unknown."""
+    kinds = {f.name: {type(f.default)} for f in dataclasses.fields(Holder)}
+    kinds["lease"].add(int)
+    known = {n: v for n, v in content.items() if type(v) in kinds.get(n, ())}
+    if not is_lease(known.get("lease", LEASE)):
+        del known["lease"]
+    return known
+
+
+def is_lease(seconds: float) -> bool:
+    """Whether others may be made to wait for so long."""
+    return 0 < seconds <= LONGEST_LEASE
 
 
 def generations(folder: pathlib.Path) -> list[int]:
@@ -82,7 +112,7 @@ def generations(folder: pathlib.Path) -> list[int]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     stems = [name.removesuffix(".json") for name in names if name.endswith(".json")]
-    return [int(stem) for stem in stems if stem.isdigit()]
+    return [int(stem) for stem in stems if re.fullmatch("[1-9][0-9]*", stem)]
 
 
 def latest(folder: pathlib.Path) -> int:

@@ -13,15 +13,17 @@ from typing import NamedTuple
 from samrobust.checks import check
 from samrobust.claims.holder import (
     LEASE,
+    LONGEST_LEASE,
     Holder,
     generations,
+    is_lease,
     latest,
     myself,
     read_holder,
 )
 from samrobust.files import WorkdirError, temporary_beside
 
-__all__ = ["Claim", "ClaimedError", "await_verdict", "claim"]
+__all__ = ["Claim", "ClaimedError", "await_verdict", "claim", "lease_seconds"]
 
 _REFRESHES = 12  # in a lease
 _KEPT = 16  # generations before the current one
@@ -38,7 +40,7 @@ class Claim:
     def __init__(self, workdir: pathlib.Path, generation: int, token: str):
         self._workdir, self._generation, self._token = workdir, generation, token
         self._path = workdir / ".claim" / f"{generation}.json"
-        self._lease = _lease()
+        self._lease = lease_seconds()
         self._refreshed = time.monotonic()
         self._lost, self._released = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
@@ -187,7 +189,7 @@ class _Suspense:
             return None
         try:
             with _contender(self._workdir, "") as contender:
-                if holder.is_over(_touch(contender)):
+                if _is_over(self._workdir, holder, _touch(contender)):
                     return None
         except OSError:  # read-only: the claim will say so
             return None
@@ -208,7 +210,7 @@ def _acquire(workdir: pathlib.Path) -> tuple[int, str]:
             if holder is not None and holder.token == token:
                 _prune(contender.parent, holder.generation, now)
                 return holder.generation, token
-            if holder is not None and not holder.is_over(now):
+            if holder is not None and not _is_over(workdir, holder, now):
                 message = (
                     f"Another process ({holder}) is working in {workdir}. Wait for "
                     "it, or choose another --workdir."
@@ -219,6 +221,22 @@ def _acquire(workdir: pathlib.Path) -> tuple[int, str]:
             # was made.
             generation = 1 if holder is None else holder.generation + 1
             _create(contender, contender.with_name(f"{generation}.json"))
+
+
+_watched: dict[pathlib.Path, tuple[Holder, float]] = {}
+
+
+def _is_over(workdir: pathlib.Path, holder: Holder, now: float) -> bool:
+    """Whether a holder is done, or has been silent for its lease.
+
+    By the file server's clock, `now`, as far as that goes; but whatever time a claim
+    bears, nobody waits for longer than its lease by the clock of this process.
+    """
+    seen, since = _watched.get(workdir, (None, 0.0))
+    if seen != holder:
+        since = time.monotonic()
+        _watched[workdir] = holder, since
+    return holder.is_over(now) or time.monotonic() - since > holder.lease
 
 
 @contextlib.contextmanager
@@ -263,20 +281,30 @@ def _touch(path: pathlib.Path) -> float:
 
 
 def _content(token: str, *, released: bool = False) -> str:
-    content = {"token": token, **myself(), "lease": _lease(), "released": released}
+    content = {
+        "token": token,
+        **myself(),
+        "lease": lease_seconds(),
+        "released": released,
+    }
     return json.dumps(content) + "\n"
 
 
-def _lease() -> float:
+def lease_seconds() -> float:
+    """The lease of this process's claims, `SAMROBUST_CLAIM_LEASE`.
+
+    Raises:
+      ValueError: if that is no number of seconds, or more than an hour.
+    """
     text = os.environ.get("SAMROBUST_CLAIM_LEASE", "") or str(LEASE)
     try:
         lease = float(text)
     except ValueError:
         lease = 0.0
     check(
-        0 < lease < float("inf"),
-        "a number of seconds > 0",
-        "The lease of a claim; 120 by default.",
+        is_lease(lease),
+        f"a number of seconds > 0, at most {LONGEST_LEASE:g}",
+        f"The lease of a claim; {LEASE:g} by default.",
         SAMROBUST_CLAIM_LEASE=text,
     )
     return lease

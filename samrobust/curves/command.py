@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 
 from samrobust import building, parallel
 from samrobust.checks import check
@@ -20,9 +19,10 @@ from samrobust.curves.measure import (
     measure_run,
 )
 from samrobust.data import Dataset, Split
-from samrobust.files import read_sealed, write_sealed
+from samrobust.files import check_writable, read_sealed, write_sealed
 from samrobust.identity import fingerprint
 from samrobust.provenance import provenance
+from samrobust.reporting.console import make_console
 from samrobust.reporting.files import write_figure
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import StopRequest
@@ -51,12 +51,13 @@ def curves_command(
     """
     check(not overrides, "no --config overrides for curves", overrides=overrides)
     should_stop = parallel.join(stop)
-    console = Console(quiet=not parallel.is_primary())
+    console = make_console(quiet=not parallel.is_primary())
     workdir = pathlib.Path(arguments.workdir)
     configs = parallel.from_primary(
         lambda: finished_runs(workdir, arguments.rows or ())
     )
     settings = _settings(next(iter(configs.values())), arguments)
+    parallel.from_primary(lambda: check_writable(workdir))
     stored = parallel.from_primary(lambda: _stored(workdir, settings))
     display = ProgressDisplay(console, float(len(configs)))
     datasets: dict[str, Dataset] = {}
@@ -84,7 +85,7 @@ def curves_command(
     found = [(c.row, c.label, stored[path]) for path, c in configs.items()]
     parallel.from_primary(lambda: _write(workdir, settings, found, stored, configs))
     names = "curves.json, curves.png, curves.pdf"
-    console.print(f"Written to {workdir}: {names}", highlight=False)
+    console.print(f"Written to {workdir}: {names}")
     return 0
 
 

@@ -7,8 +7,6 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
 from samrobust import building, configuration
 from samrobust.checks import check
 from samrobust.claims import claim
@@ -25,6 +23,7 @@ from samrobust.interchange.weights import (
     write_safetensors,
 )
 from samrobust.provenance import provenance
+from samrobust.reporting.console import make_console
 from samrobust.training import load_network, save_variables
 from samrobust.training.checkpoint import Checkpoints
 from samrobust.training.saved import checkpoint_folder
@@ -76,7 +75,7 @@ def export_command(
 
 
 def _say(text: str) -> None:
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+    make_console().print(text, soft_wrap=True)
 
 
 def _check_output(kind: str, output: pathlib.Path) -> None:

@@ -18,13 +18,14 @@ from samrobust.parallel.mesh import (
     shard_batch,
     sharded,
 )
-from samrobust.parallel.start import DistributedError, initialize
+from samrobust.parallel.start import DistributedError, check_platform, initialize
 from samrobust.parallel.store import is_joined, is_primary
 
 __all__ = [
     "AgreedStop",
     "DistributedError",
     "broadcast",
+    "check_platform",
     "data_mesh",
     "from_primary",
     "initialize",

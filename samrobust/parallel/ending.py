@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import jax
 
 from samrobust.parallel.store import is_joined, is_primary, look_for, store
+from samrobust.runtime import say
 
 __all__ = ["leave", "lost_a_peer", "part", "watch_for_failures"]
 
@@ -94,12 +95,10 @@ class _Watcher:
     def _follow(self, failure: dict[str, Any]) -> None:
         if self._stopped.wait(_OWN_SECONDS):
             return
-        with contextlib.suppress(OSError):  # a closed terminal, a full disk
-            print(
-                f"samrobust: process {failure['process']} failed: {failure['reason']} "
-                f"Process {jax.process_index()} stops too.",
-                file=sys.stderr,
-            )
+        say(
+            f"process {failure['process']} failed: {failure['reason']} "
+            f"Process {jax.process_index()} stops too."
+        )
         _exit(failure["code"])
 
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from samrobust.checks import check
+from samrobust.checks import check, check_choice
 
 __all__ = ["Settings", "find_settings", "on_cloud_tpu", "read_seconds", "starts_first"]
 
@@ -85,14 +85,17 @@ def on_cloud_tpu(environ: Mapping[str, str]) -> bool:
 
 
 def read_seconds(environ: Mapping[str, str], name: str, default: str) -> int:
-    """A whole number of seconds, at least 1.
+    """A whole number of seconds, at least 1 and at most a week.
 
     Raises:
       ValueError: if it is none.
     """
     seconds = _integer(environ, name, default)
-    check(seconds >= 1, f"1 <= {name}", **{name: seconds})
+    check(1 <= seconds <= _WEEK, f"1 <= {name} <= {_WEEK}", **{name: seconds})
     return seconds
+
+
+_WEEK = 7 * 86400
 
 
 def _explicit(environ: Mapping[str, str], given: list[str]) -> Settings | None:
@@ -100,7 +103,8 @@ def _explicit(environ: Mapping[str, str], given: list[str]) -> Settings | None:
     count, index = (_integer(environ, name) for name in _EXPLICIT[1:])
     address = environ["JAX_COORDINATOR_ADDRESS"]
     check(
-        re.search(r".:\d+$", address) is not None,
+        re.search(r".:[0-9]{1,5}\Z", address) is not None
+        and 0 < int(address.rpartition(":")[2]) < 2**16,
         "HOST:PORT",
         JAX_COORDINATOR_ADDRESS=address,
     )
@@ -109,15 +113,16 @@ def _explicit(environ: Mapping[str, str], given: list[str]) -> Settings | None:
 
 def _slurm(environ: Mapping[str, str]) -> Settings | None:
     """Of a task of a SLURM step; an interactive shell is a step of one task."""
-    tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1"
+    step = "SLURM_STEP_NUM_TASKS"
+    tasks = _integer(environ, step if environ.get(step) else "SLURM_NTASKS", "1")
     address = environ.get("JAX_COORDINATOR_ADDRESS")
     if not address:
         # The same on all nodes, another one for the next job: of the ephemeral range.
         job = _integer(environ, "SLURM_JOB_ID")
-        port = environ.get("JAX_COORDINATOR_PORT") or str(61440 + job % 4096)
+        port = _integer(environ, "JAX_COORDINATOR_PORT", str(61440 + job % 4096))
         address = f"{_first_host(environ['SLURM_STEP_NODELIST'])}:{port}"
     local = _device_ids(environ) or _slurm_device_ids(environ)
-    return _checked(address, int(tasks), _integer(environ, "SLURM_PROCID"), local)
+    return _checked(address, tasks, _integer(environ, "SLURM_PROCID"), local)
 
 
 def _checked(
@@ -165,7 +170,7 @@ def _tasks_here(environ: Mapping[str, str]) -> int:
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(times or 1)
-    node = int(environ.get("SLURM_NODEID", "0"))
+    node = _integer(environ, "SLURM_NODEID", "0")
     return counts[node] if node < len(counts) else counts[-1]
 
 
@@ -180,10 +185,14 @@ def _device_ids(environ: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 def _integer(environ: Mapping[str, str], name: str, default: str = "") -> int:
-    text = environ.get(name, default)
-    check(re.fullmatch(r"\d+", text) is not None, "a whole number", **{name: text})
+    text = environ.get(name) or default
+    check(
+        re.fullmatch("[0-9]{1,18}", text) is not None, "a whole number", **{name: text}
+    )
     return int(text)
 
 
 def _is_off(environ: Mapping[str, str]) -> bool:
-    return environ.get("SAMROBUST_DISTRIBUTED", "").lower() in ("off", "0")
+    wanted = environ.get("SAMROBUST_DISTRIBUTED", "").lower() or "on"
+    check_choice(("on", "off", "1", "0"), SAMROBUST_DISTRIBUTED=wanted)
+    return wanted in ("off", "0")

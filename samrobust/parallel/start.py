@@ -6,7 +6,6 @@ import functools
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 
@@ -20,8 +19,9 @@ from samrobust.parallel.environment import (
     on_cloud_tpu,
     read_seconds,
 )
+from samrobust.runtime import say
 
-__all__ = ["DistributedError", "initialize"]
+__all__ = ["DistributedError", "check_platform", "initialize"]
 
 
 class DistributedError(RuntimeError):
@@ -70,8 +70,27 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
     except (RuntimeError, OSError) as error:
         message = f"Expected to meet the other processes of the run{at}, got: {error} "
         raise DistributedError(message + _REMEDY) from error
+    check_platform()
     if jax.distributed.is_initialized():
         _connect_devices()
+
+
+def check_platform() -> None:
+    """Refuses a JAX without a device, before any work.
+
+    Raises:
+      ValueError: with JAX's reason.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX's own, without a word
+        platforms = os.environ.get("JAX_PLATFORMS")
+        check(
+            False,
+            "a device that JAX can use",
+            f"{error} Set JAX_PLATFORMS=cpu, or install JAX for the one that is there.",
+            JAX_PLATFORMS=platforms,
+        )
 
 
 _LATE = 300  # seconds that one process may take longer than another to its end
@@ -109,9 +128,7 @@ def _check_port(settings: Settings) -> None:
 def _impatience(at: str, limit: int) -> Iterator[None]:
     """Says what a process waits for, well before JAX gives up and ends it."""
     words = f"Still waiting for the other processes{at}, {limit} s at most. {_REMEDY}"
-    timer = threading.Timer(
-        min(30, limit / 2), lambda: print(f"samrobust: {words}", file=sys.stderr)
-    )
+    timer = threading.Timer(min(30, limit / 2), lambda: say(words))
     timer.daemon = True
     timer.start()
     try:

@@ -39,6 +39,7 @@ class ProgressDisplay:
         self._progress = Progress(
             TextColumn(
                 "{task.description}",
+                markup=False,
                 table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
             ),
             BarColumn(bar_width=16),
@@ -107,7 +108,7 @@ class ProgressDisplay:
         elapsed = now - self._started
         eta = f"{elapsed * (1 - share) / share:.0f} s" if share > 0.02 else "-"
         line = f"{share:4.0%}  {text}  (elapsed {elapsed:.0f} s, eta {eta})"
-        self._console.print(line, highlight=False)
+        self._console.print(line)
 
 
 def _fixed(width: int) -> Column:

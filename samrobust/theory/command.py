@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
-
 from samrobust.checks import check
+from samrobust.files import check_writable, write_json, write_text
+from samrobust.reporting.console import make_console
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.theory.experiment import Effort, experiment, plan_experiment
 from samrobust.theory.figures import draw_all
@@ -18,7 +18,6 @@ from samrobust.theory.grid import Grid, study
 from samrobust.theory.report import Report, to_json, to_markdown, to_rich
 from samrobust.theory.verdicts import judge
 from samrobust.training import InterruptedRunError
-from samrobust.workdir import write_json, write_text
 
 __all__ = ["theory_command"]
 
@@ -39,7 +38,8 @@ def theory_command(
     check(not overrides, "no --config flags for theory", config=overrides)
     grid = _make(Grid, arguments, "p", "eta", "d", "epsilon", "rho")
     effort = _make(Effort, arguments, "seeds", "samples", "batch_size")
-    console, folder = Console(), pathlib.Path(arguments.workdir)
+    console, folder = make_console(), pathlib.Path(arguments.workdir)
+    check_writable(folder)
     started = time.monotonic()
     display = ProgressDisplay(console, _PARTS + plan_experiment(grid, effort))
     done = 0
@@ -59,12 +59,11 @@ def theory_command(
     seconds = time.monotonic() - started
     report = Report(grid, effort, points, judge(points), estimates, seconds, command)
     console.print(to_rich(report))
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "theory.json", to_json(report))
     write_text(folder / "theory.md", to_markdown(report))
     pictures = draw_all(grid.world, points, estimates, effort.batch_size, folder)
     names = ["theory.json", "theory.md", *(path.name for path in pictures)]
-    console.print(f"Written to {folder}: {', '.join(names)}", highlight=False)
+    console.print(f"Written to {folder}: {', '.join(names)}")
     return 0
 
 
