@@ -114,7 +114,7 @@ def test_a_query_draws_all_corners_but_the_last_ones_and_all_signs(moves_of):
     keys = jax.random.split(KEY, 400)
     draws = jax.vmap(moves.draw, (None, 0))(jnp.int32(0), keys)
     for corner in {"corner", "source"} & draws.keys():
-        rows, columns = np.asarray(draws[corner]).T
+        rows, columns = np.asarray(draws[corner]).reshape(-1, 2).T
         np.testing.assert_array_equal(np.unique(rows), [0, 1, 2, 3])
         np.testing.assert_array_equal(np.unique(columns), [0, 1])
     signs = np.asarray(draws["signs"])

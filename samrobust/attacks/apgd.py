@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
 from samrobust.attacks.ascent import Ascent, State, Worst, worse
 from samrobust.attacks.balls import Ball
 from samrobust.attacks.examples import check_images
@@ -50,7 +51,8 @@ def apgd(
       restarts: number of independent runs, >= 1.
       rho: the share of rising steps that keeps a step from halving, in [0, 1].
       eot: number of draws, >= 1, that a gradient is the mean of. With more than one
-        `logits_fn` is random and is called as `logits_fn(images, key=key)`.
+        `logits_fn` is random and is called as `logits_fn(images, key=key)`, with one
+        key or a key array [B], as the attack is.
       box: the range of pixel values, clipped to after every projection.
 
     Returns:
@@ -63,9 +65,8 @@ def apgd(
       images unchanged, and so do images that are misclassified as they are. Of an
       example the first misclassified iterate is handed in, starts included, or the one
       of highest loss where there is none, so that more steps and restarts never raise
-      the accuracy. Up to rounding, and where the logits are not random,
-      its steps do not depend on the batch it is in, its starts only through the shape.
-      No gradient flows through the result.
+      the accuracy. Up to rounding, and where the logits are not random, its outcome
+      does not depend on the batch it is in. No gradient flows through the result.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of
@@ -96,7 +97,7 @@ def apgd(
         check_images(images)
         if ball.radius == 0:
             return jax.lax.stop_gradient(images)
-        natural_key, runs_key = jax.random.split(key)
+        natural_key, runs_key = draws.split(key)
         task = _Task(settings, logits_fn, images, labels)
         natural = task.natural_logits(natural_key)
         return task.worst(restarts, lambda _: loss, natural, runs_key)
@@ -161,7 +162,7 @@ def apgd_targeted(
         check_images(images)
         if ball.radius == 0:
             return jax.lax.stop_gradient(images)
-        natural_key, runs_key = jax.random.split(key)
+        natural_key, runs_key = draws.split(key)
         task = _Task(settings, logits_fn, images, labels)
         natural = task.natural_logits(natural_key)
         classes = _wrong_classes(natural, labels)
@@ -228,7 +229,7 @@ class _Task(NamedTuple):
 
         def pursue(carry: tuple[Array, Worst]) -> tuple[Array, Worst]:
             run, worst = carry
-            own_key = jax.random.fold_in(key, run)
+            own_key = draws.fold_in(key, run)
             outcome = _run(self.ascent(loss_of(run)), worst.score, own_key)
             return run + 1, worse(worst, outcome)
 
@@ -238,7 +239,7 @@ class _Task(NamedTuple):
 
 def _run(ascent: Ascent, known: Array, key: Array) -> Worst:
     """The outcome of one run; examples of infinite `known` score need not be broken."""
-    start_key, draws_key = jax.random.split(key)
+    start_key, draws_key = draws.split(key)
 
     def is_unfinished(carry: tuple[Array, State]) -> Array:
         index, state = carry
@@ -247,10 +248,10 @@ def _run(ascent: Ascent, known: Array, key: Array) -> Worst:
 
     def step(carry: tuple[Array, State]) -> tuple[Array, State]:
         index, state = carry
-        own_key = jax.random.fold_in(draws_key, index)
+        own_key = draws.fold_in(draws_key, index)
         return index + 1, ascent.step(state, index, own_key)
 
-    first_key = jax.random.fold_in(draws_key, ascent.num_steps)
+    first_key = draws.fold_in(draws_key, ascent.num_steps)
     state = ascent.begin(ascent.start(start_key), first_key)
     _, state = jax.lax.while_loop(is_unfinished, step, (jnp.int32(0), state))
     return state.best

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
 from samrobust.attacks.examples import spread
 from samrobust.types import Array, LossFn
@@ -155,7 +156,7 @@ class Ascent(NamedTuple):
         def draw(
             index: Array | int, carry: tuple[Array, Array, Array]
         ) -> tuple[Array, Array, Array]:
-            own_key = jax.random.fold_in(key, index)
+            own_key = draws.fold_in(key, index)
             gradient, (losses, scores) = gradient_of(current, own_key)
             return carry[0] + gradient, losses, scores
 

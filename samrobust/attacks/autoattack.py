@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
 from samrobust.attacks.apgd import apgd, apgd_targeted
 from samrobust.attacks.balls import Ball, l2
 from samrobust.attacks.examples import spread
@@ -76,7 +77,7 @@ class AutoAttack(NamedTuple):
 
         num_classes = jax.eval_shape(judge, images, key).shape[-1]
         for number, member in enumerate(self.members):
-            own_key = jax.random.fold_in(key, number)
+            own_key = draws.fold_in(key, number)
 
             def pursue(
                 part: Array,
@@ -85,7 +86,7 @@ class AutoAttack(NamedTuple):
                 key: Array = own_key,
             ) -> tuple[Array, Array]:
                 found, done = carry  # what is done stays, whatever the next look says
-                part_key, judge_key = jax.random.split(jax.random.fold_in(key, part))
+                part_key, judge_key = draws.split(draws.fold_in(key, part))
                 attacked = member.part(logits_fn, found, labels, part, key=part_key)
                 broken = jnp.argmax(judge(attacked, judge_key), axis=-1) != labels
                 newly = spread(broken & ~done, attacked)

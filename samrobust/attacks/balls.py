@@ -7,9 +7,9 @@ but the first belong to an example. Radii are in pixel units (8/255, not 8).
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
 from samrobust.checks import check
 from samrobust.types import Array
 
@@ -21,8 +21,9 @@ class Ball(NamedTuple):
 
     Attributes:
       project: perturbations [B, ...] to the nearest ones in the ball.
-      sample: `sample(key, shape)` draws perturbations in the ball, up to the rounding
-        of float32, in which they are; key is consumed.
+      sample: `sample(key, shape)` draws perturbations [B, ...] in the ball, up to the
+        rounding of float32, in which they are. The key, one or one an example, is
+        consumed.
       steepest_ascent: gradients [B, ...] to the directions of unit norm that increase
         the loss fastest; a gradient of zero or NaN gives a zero direction.
       norm: perturbations [B, ...] to their norms [B].
@@ -59,7 +60,7 @@ def linf(radius: float) -> Ball:
         return jnp.clip(delta, -radius, radius)
 
     def sample(key: Array, shape: tuple[int, ...]) -> Array:
-        return jax.random.uniform(key, shape, jnp.float32, -radius, radius)
+        return draws.uniform(key, shape, -radius, radius)
 
     def norm(delta: Array) -> Array:
         return jnp.max(jnp.abs(delta), axis=_example_axes(delta))
@@ -107,10 +108,10 @@ def l2(radius: float, *, gradient_floor: float = 0.0) -> Ball:
         return delta * jnp.minimum(1.0, radius / jnp.where(length > 0, length, 1.0))
 
     def sample(key: Array, shape: tuple[int, ...]) -> Array:
-        direction_key, length_key = jax.random.split(key)
-        direction = jax.random.normal(direction_key, shape, jnp.float32)
+        direction_key, length_key = draws.split(key)
+        direction = draws.normal(direction_key, shape)
         lengths = (shape[0],) + (1,) * (len(shape) - 1)
-        length = jax.random.uniform(length_key, lengths, jnp.float32, 0.0, radius)
+        length = draws.uniform(length_key, lengths, 0.0, radius)
         return _unit(direction, 0.0) * length
 
     def steepest_ascent(gradient: Array) -> Array:

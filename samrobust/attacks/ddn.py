@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
 from samrobust.attacks.balls import l2
 from samrobust.attacks.examples import check_images, spread
 from samrobust.checks import check
@@ -58,8 +59,7 @@ def ddn(
       is handed in as its smallest misclassified iterate, so that the norm of the change
       is an upper bound of the distance to the boundary, and unchanged where there is
       none or where it is misclassified already. An example's outcome does not depend on
-      the others of its batch except through its random numbers. No gradient flows
-      through the result.
+      the others of its batch. No gradient flows through the result.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of
@@ -97,7 +97,7 @@ def ddn(
         def step(index: Array, state: _State) -> _State:
             gradient, wrong = jax.grad(total_loss, has_aux=True)(state.current)
             state = _remember(state, images, wrong)
-            direction = _direction(gradient, jax.random.fold_in(key, index))
+            direction = _direction(gradient, draws.fold_in(key, index))
             share = (1 + jnp.cos(jnp.pi * index / num_steps)) / 2
             step_size = _LAST_STEP_SIZE + (1 - _LAST_STEP_SIZE) * share
             delta = state.current - images + step_size.astype(images.dtype) * direction
@@ -144,8 +144,8 @@ def _direction(gradient: Array, key: Array) -> Array:
     zero = _SPHERE.norm(unit) == 0
 
     def with_noise() -> Array:
-        noise = jax.random.normal(key, gradient.shape, jnp.float32)
-        noise = _SPHERE.steepest_ascent(noise.astype(gradient.dtype))
+        noise = draws.normal(key, gradient.shape).astype(gradient.dtype)
+        noise = _SPHERE.steepest_ascent(noise)
         return jnp.where(spread(zero, gradient), noise, unit)
 
     return jax.lax.cond(jnp.any(zero), with_noise, lambda: unit)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
 from samrobust.attacks.examples import spread
 from samrobust.attacks.hyperplanes import step_onto_hyperplane
@@ -79,7 +80,7 @@ class Problem(NamedTuple):
         if self.settings.restarts == 1:
             return self.images
         ball = self.settings.ball
-        noise = ball.sample(jax.random.fold_in(key, index), self.images.shape)
+        noise = ball.sample(draws.fold_in(key, index), self.images.shape)
         noise = noise.astype(self.images.dtype)
         length = spread(ball.norm(noise), noise)
         noise = noise / jnp.where(length > 0, length, 1.0) * (0.5 * ball.radius)

@@ -9,6 +9,7 @@ import operator
 import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
 from samrobust.attacks.examples import check_images, spread
 from samrobust.checks import check
@@ -76,8 +77,7 @@ def noise(
             return jnp.where(jnp.argmax(logits, axis=-1) != labels, jnp.inf, loss)
 
         def draw(index: Array) -> Array:
-            own_key = jax.random.fold_in(key, index)
-            values = jax.random.normal(own_key, images.shape, jnp.float32)
+            values = draws.normal(draws.fold_in(key, index), images.shape)
             delta = ball.radius * ball.steepest_ascent(values.astype(images.dtype))
             return jnp.clip(images + delta, *box)
 

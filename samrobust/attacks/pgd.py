@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
 from samrobust.attacks.examples import check_images, spread
 from samrobust.checks import check, check_choice
@@ -106,13 +107,13 @@ def pgd(
         problem = Problem(settings, logits_fn, images, labels)
 
         def restart(index: Array | int, worst: _Worst) -> _Worst:
-            return _worse(worst, problem.run(jax.random.fold_in(key, index)))
+            return _worse(worst, problem.run(draws.fold_in(key, index)))
 
         unseen = _Worst(images, jnp.full(images.shape[0], -jnp.inf))
         if restarts > 1:
             worst = jax.lax.fori_loop(0, restarts, restart, unseen)
         elif judge == "final":  # nothing to compare: spare the forward pass
-            return jax.lax.stop_gradient(problem.last(jax.random.fold_in(key, 0)))
+            return jax.lax.stop_gradient(problem.last(draws.fold_in(key, 0)))
         else:
             worst = restart(0, unseen)
         return jax.lax.stop_gradient(worst.images)
@@ -187,7 +188,7 @@ class Problem(NamedTuple):
         if not self.settings.random_start:
             return self.images
         noise = self.settings.ball.sample(key, self.images.shape)
-        return self.into_set(self.images + noise)
+        return self.into_set(self.images + noise.astype(self.images.dtype))
 
     def into_set(self, candidates: Array) -> Array:
         """The projection onto the ball, then onto the box."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
 from samrobust.attacks.pgd import Problem, Settings, check_settings
 from samrobust.objectives import cross_entropy
@@ -67,7 +68,7 @@ def staged_pgd(
         if ball.radius == 0:
             return images
         problem = Problem(settings, lambda images: images, images, labels)
-        return problem.start(jax.random.fold_in(key, restart))
+        return problem.start(draws.fold_in(key, restart))
 
     def advance(
         logits_fn: LogitsFn,

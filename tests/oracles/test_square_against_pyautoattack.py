@@ -109,7 +109,7 @@ class Replay:
         self.numbers.append(np.where(signs > 0, 0.75, 0.25))
 
     def add_corner(self, corner, size, shape):
-        for place, length in zip(np.asarray(corner), shape[1:3], strict=True):
+        for place, length in zip(corner[0], shape[1:3], strict=True):
             room = max(length - int(size), 1)
             self.numbers.append(np.array([(place + 0.5) / room]))
 
@@ -143,8 +143,7 @@ class Replay:
     def add_query_l2(self, draws, shape):
         self.add_corner(draws["corner"], draws["size"], shape)
         self.add_corner(draws["source"], draws["size"], shape)
-        pattern = np.asarray(draws["pattern"])
-        self.add_flip(pattern[0, int(draws["size"]) - 1] < 0)
+        self.add_flip(draws["flipped"][0])
         self.add_signs(draws["signs"])
 
 
