@@ -29,11 +29,12 @@ from pyautoattack import AutoAttack
 from samrobust import building
 from samrobust.data import Dataset, Split
 from samrobust.evaluation import make_autoattack_evaluator
+from samrobust.files import append_json_line
 from samrobust.provenance import provenance
 from samrobust.runtime import keep_freed_memory
-from samrobust.training import load_variables
+from samrobust.training import load_network
 from samrobust.types import Config, PyTree
-from samrobust.workdir import append_json_line, config_of_run
+from samrobust.workdir import config_of_run
 from torch_network import PreActResNet, from_jax
 
 __all__ = ["main"]
@@ -111,7 +112,8 @@ def _load(
     config.evaluation.update(linf=(), l2=(), attack="autoattack")
     config.evaluation[arguments.norm] = (arguments.epsilon,)
     dataset = building.load_data(config)
-    variables = load_variables(config, dataset, run, config.evaluation.checkpoint)
+    which = config.evaluation.checkpoint
+    variables = load_network(config, dataset, run, which).variables
     return config, dataset, variables
 
 

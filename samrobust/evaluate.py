@@ -10,7 +10,7 @@ from samrobust import building, parallel
 from samrobust.checks import check
 from samrobust.data import Dataset
 from samrobust.experiments import work
-from samrobust.provenance import provenance
+from samrobust.files import append_json_line
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import StopRequest
 from samrobust.sanity.command import (
@@ -21,7 +21,7 @@ from samrobust.sanity.command import (
 from samrobust.scoring import Score, evaluate_run, evaluated_split
 from samrobust.types import Config
 from samrobust.validation import validate
-from samrobust.workdir import append_json_line, config_of_run
+from samrobust.workdir import config_of_run
 
 __all__ = ["evaluate_command", "print_accuracies"]
 
@@ -66,17 +66,16 @@ def evaluate_command(
             workdir,
             display.run(config.label, 0.0, works[1]),
             dataset=dataset,
+            step=arguments.step,
             should_stop=should_stop,
             keep_examples=arguments.save_examples is True,
         )
     line = {
-        "accuracy": score.accuracy,
-        **score.details,
+        **score.as_dict(),
         "evaluation": config.evaluation.to_dict(),
         "dtype": config.model.dtype,
         "num_test": len(evaluated_split(config, dataset)),
         "seed": config.seed,
-        "provenance": provenance(),
     }
     path = workdir / "evaluations.jsonl"
     parallel.from_primary(lambda: append_json_line(path, line))
@@ -89,6 +88,7 @@ def evaluate_command(
             dataset=dataset,
             surrogates=surrogates,
             num_examples=arguments.sanity_examples or _SANITY_EXAMPLES,
+            step=arguments.step,
             should_stop=should_stop,
         )
     return 0

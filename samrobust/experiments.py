@@ -7,7 +7,6 @@ a finished run is read, another one goes on from its last checkpoint.
 import dataclasses
 import json
 import pathlib
-import zlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -17,6 +16,7 @@ from samrobust.checks import check
 from samrobust.claims import ClaimedError
 from samrobust.configuration import differences
 from samrobust.data import Dataset
+from samrobust.identity import fingerprint, identity_of
 from samrobust.parallel import from_primary, lost_a_peer
 from samrobust.provenance import provenance
 from samrobust.runfiles import RunFiles
@@ -30,13 +30,19 @@ from samrobust.scoring import (
 )
 from samrobust.training import (
     InterruptedRunError,
+    Network,
     Outcome,
     Progress,
-    load_variables,
+    load_network,
     train,
 )
 from samrobust.types import Config
-from samrobust.workdir import OtherConfigError, read_json, settle_config
+from samrobust.workdir import (
+    OtherConfigError,
+    WorkdirError,
+    read_result,
+    settle_config,
+)
 
 __all__ = [
     "Observer",
@@ -117,7 +123,8 @@ def run(
       InterruptedRunError: after `should_stop`; the same call goes on.
       TrainingDivergedError: if the loss stops being finite.
       ClaimedError: if another process works in the workdir, or took it over.
-      WorkdirError: if the workdir cannot be written, or holds another run.
+      WorkdirError: if the workdir cannot be written, or holds another run, or a result
+        of another run or of other images.
 
     Any failure of the run itself is also left in `failure.json`.
     """
@@ -125,8 +132,11 @@ def run(
 
         def begin() -> tuple[dict[str, Any], dict[str, Any] | None]:
             files.open(config, workdir)
-            settle_config(workdir, as_dict(config))
-            return _inputs(config, dataset), read_json(workdir / "result.json")
+            settle_config(workdir, config)
+            result = read_result(workdir, identity_of(config, dataset))
+            if result is not None:
+                _check_images(result, config, dataset, workdir)
+            return _inputs(config, dataset), result
 
         inputs, result = from_primary(begin)
         _check_same(inputs, _inputs(config, dataset))
@@ -144,9 +154,10 @@ def run(
             )
             if config.evaluation.checkpoint == "last":
                 variables = outcome.state.variables
+                network = Network(variables, outcome.step, outcome.identity)
             else:
-                variables = load_variables(config, dataset, workdir, "best")
-            scored = score(config, dataset, variables, workdir, observer, should_stop)
+                network = load_network(config, dataset, workdir, "best")
+            scored = score(config, dataset, network, workdir, observer, should_stop)
             result = from_primary(
                 lambda: files.finish(
                     _describe(config, dataset, outcome, scored), workdir
@@ -162,14 +173,27 @@ def _is_failure(error: Exception) -> bool:
 
 
 def _inputs(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What all processes of a run must have alike; the data by their checksums."""
+    """What all processes of a run must have alike; the data by their hashes."""
     splits = {"train": dataset.train, "test": dataset.test}
-    sums = {
-        name: zlib.crc32(split.labels.tobytes(), zlib.crc32(split.images.tobytes()))
+    hashes = {
+        name: fingerprint(split)
         for name, split in splits.items()
         if jax.process_count() > 1
     }
-    return {"config": as_dict(config), "checksums": sums}
+    return {"config": as_dict(config), "data": hashes}
+
+
+def _check_images(
+    result: dict[str, Any], config: Config, dataset: Dataset, workdir: pathlib.Path
+) -> None:
+    """Refuses a result on other images than those at hand."""
+    images = fingerprint(evaluated_split(config, dataset))
+    if result["images"] != images:
+        raise WorkdirError(
+            f"Expected a result on the {config.evaluation.split} images at hand in "
+            f"{workdir}, got one on others: {result['images']}, not {images}. Restore "
+            "the data, or choose another --workdir."
+        )
 
 
 def _check_same(of_primary: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -192,8 +216,8 @@ def _describe(
         "row": config.row,
         "label": config.label,
         "seed": config.seed,
-        "accuracy": scored.accuracy,
-        **scored.details,
+        **scored.as_dict(),
+        "run": outcome.identity.as_dict(),
         "num_test": len(evaluated_split(config, dataset)),
         "split": config.evaluation.split,
         "checkpoint": config.evaluation.checkpoint,

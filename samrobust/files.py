@@ -6,6 +6,7 @@ machine or on several.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -18,9 +19,12 @@ __all__ = [
     "glance",
     "read_json",
     "read_json_lines",
+    "read_object",
+    "read_sealed",
     "temporary_beside",
     "write_bytes",
     "write_json",
+    "write_sealed",
     "write_text",
 ]
 
@@ -40,7 +44,13 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
-    """Replaces a file in one step; durable on return."""
+    """Replaces a file in one step; durable on return.
+
+    Raises:
+      WorkdirError: if there is a folder of that name.
+    """
+    if path.is_dir():
+        raise WorkdirError(f"Expected a file {path}, got a folder. Move it away.")
     temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as file:
@@ -60,29 +70,81 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def append_json_line(path: pathlib.Path, value: Any) -> None:
-    """Adds an object to a JSON-lines file; durable on return."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, allow_nan=False) + "\n")
+    """Adds an object to a JSON-lines file; durable on return.
+
+    Behind a line that a kill cut off it begins one of its own.
+    """
+    text = json.dumps(value, allow_nan=False) + "\n"
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read(1) == b"\n" else "\n" + text
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_json(path: pathlib.Path) -> Any | None:
-    """The value in a JSON file; None if there is no such file.
+    """Returns the value in a JSON file; None if there is no such file.
 
     Raises:
-      WorkdirError: if the file is damaged; names it.
+      WorkdirError: if the file is damaged or is no file; names it.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        message = (
-            f"Expected JSON in {path}, got a damaged file ({error}). Restore it, or "
-            "remove it to start anew."
-        )
-        raise WorkdirError(message) from error
+    except (ValueError, RecursionError, IsADirectoryError) as error:
+        raise _damaged(path, "JSON", error) from error
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the object in a JSON file; None if there is no such file.
+
+    Raises:
+      WorkdirError: if the file is damaged or holds no object; names it.
+    """
+    value = read_json(path)
+    if value is None and not path.exists():
+        return None
+    if not isinstance(value, dict):
+        raise _damaged(path, "a JSON object", f"a {type(value).__name__}")
+    return value
+
+
+def write_sealed(path: pathlib.Path, value: dict[str, Any]) -> None:
+    """Replaces a JSON file in one step; `read_sealed` knows whether it is unchanged."""
+    write_json(path, {**value, _SEAL: _checksum(value)})
+
+
+def read_sealed(path: pathlib.Path) -> dict[str, Any] | None:
+    """Returns what `write_sealed` wrote; None if there is no such file.
+
+    Raises:
+      WorkdirError: if it is not what was written; names the file.
+    """
+    value = read_object(path)
+    if value is None:
+        return None
+    if value.pop(_SEAL, None) != _checksum(value):
+        raise _damaged(path, "the content that was written", "another checksum")
+    return value
+
+
+_SEAL = "checksum"
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    """Hashes a value's JSON form; tuples count as lists, order does not."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _damaged(path: pathlib.Path, wanted: str, got: object) -> WorkdirError:
+    reason = " ".join(str(got).split())
+    return WorkdirError(
+        f"Expected {wanted} in {path}, got a damaged file ({reason}). Restore it from "
+        "a copy, or use another directory."
+    )
 
 
 def glance(path: pathlib.Path) -> dict[str, Any]:
@@ -98,16 +160,16 @@ def glance(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSON-lines file; what a kill cut off is dropped."""
+    """Returns the objects of a JSON-lines file; lines that are none are left out.
+
+    A kill may cut a line off.
+    """
     if not path.exists():
         return []
     lines = []
     for text in path.read_bytes().splitlines():
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
-        except ValueError:
-            break
-        if not isinstance(line, dict):
-            break
-        lines.append(line)
+            if isinstance(line, dict):
+                lines.append(line)
     return lines

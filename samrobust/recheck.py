@@ -16,20 +16,22 @@ from rich.console import Console
 from samrobust import building, parallel, reporting
 from samrobust.checks import check
 from samrobust.data import Dataset
-from samrobust.provenance import provenance
+from samrobust.identity import identity_of
+from samrobust.parallel import from_primary
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import StopRequest
 from samrobust.scoring import (
+    Score,
     ScoreObserver,
     Scorer,
     evaluated_split,
     evaluation_key,
     evaluation_work,
 )
-from samrobust.training import load_variables
-from samrobust.types import Config, PyTree
+from samrobust.training import Network, load_network
+from samrobust.types import Config
 from samrobust.validation import validate
-from samrobust.workdir import finished_runs
+from samrobust.workdir import config_of_run, finished_runs, read_result
 
 __all__ = ["recheck_command"]
 
@@ -54,7 +56,7 @@ def recheck_command(
     should_stop = parallel.join(stop)
     console = Console(quiet=not parallel.is_primary())
     workdir = pathlib.Path(arguments.workdir)
-    runs = parallel.from_primary(
+    runs = from_primary(
         lambda: {
             path: {attack: _config(config, attack, arguments) for attack in _SUFFIXES}
             for path, config in finished_runs(workdir, arguments.rows or ()).items()
@@ -72,7 +74,7 @@ def recheck_command(
             config = configs["pgd"]
             shown = display.run(f"{config.label}, seed {config.seed}", 0.0, cost)
             results.append(judge.result(configs, workdir / path, shown))
-    parallel.from_primary(lambda: _conclude(workdir, runs, results, console))
+    from_primary(lambda: _conclude(workdir, runs, results, console))
     return 0
 
 
@@ -135,37 +137,47 @@ class _Judge:
         config = configs["pgd"]
         dataset = self.dataset(config)
         checkpoint = config.evaluation.checkpoint
-        variables = load_variables(config, dataset, folder, checkpoint)
-        accuracy = {}
+        network = load_network(config, dataset, folder, checkpoint)
+        scores = {
+            attack: self._score(configs[attack], folder, network, shown)
+            for attack in _SUFFIXES
+        }
+        accuracy = {"natural": scores["pgd"].accuracy["natural"]}
         for attack, suffix in _SUFFIXES.items():
-            found = self._accuracy(configs[attack], folder, variables, shown)
-            natural = found.pop("natural")
-            accuracy |= {f"{name}{suffix}": value for name, value in found.items()}
-            accuracy["natural"] = natural
+            for name, value in scores[attack].accuracy.items():
+                if name != "natural":
+                    accuracy[f"{name}{suffix}"] = value
         return {
+            **scores["autoattack"].as_dict(),
             "dataset": config.data.name,
             "row": config.row,
             "seed": config.seed,
             "accuracy": accuracy,
             "num_test": len(evaluated_split(config, dataset)),
-            "provenance": provenance(),
+            "pgd_provenance": scores["pgd"].provenance,
+            "training_provenance": from_primary(lambda: _provenance_of(folder)),
         }
 
-    def _accuracy(
+    def _score(
         self,
         config: Config,
         folder: pathlib.Path,
-        variables: PyTree,
+        network: Network,
         shown: ScoreObserver,
-    ) -> dict[str, float]:
+    ) -> Score:
         sections = (config.data, config.model, config.evaluation)
         key = tuple(section.to_json_best_effort() for section in sections)
         if key not in self._scorers:
             self._scorers[key] = Scorer(config, self.dataset(config))
-        score = self._scorers[key](
-            *(variables, folder, shown, self._should_stop), key=evaluation_key(config)
+        return self._scorers[key](
+            *(network, folder, shown, self._should_stop), key=evaluation_key(config)
         )
-        return score.accuracy
+
+
+def _provenance_of(folder: pathlib.Path) -> dict[str, Any]:
+    """Where a finished run was trained."""
+    result = read_result(folder, identity_of(config_of_run(folder), None))
+    return {} if result is None else result["provenance"]
 
 
 def _conclude(

@@ -10,7 +10,7 @@ from typing import Any
 
 from samrobust.claims import Claim, claim
 from samrobust.failures import recording_failure
-from samrobust.files import write_json
+from samrobust.files import write_sealed
 from samrobust.tracking import Tracking, track
 from samrobust.types import Config
 
@@ -54,7 +54,7 @@ class RunFiles(contextlib.ExitStack):
     def finish(self, result: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
         """Writes and tracks the result, and returns it."""
         self.check_claim()
-        write_json(workdir / "result.json", result)
+        write_sealed(workdir / "result.json", result)
         if self._tracking is not None:
             self._tracking.finish(result["accuracy"])
         return result

@@ -15,8 +15,10 @@ from samrobust.evaluation import (
     make_early_stop_evaluator,
     make_evaluator,
 )
-from samrobust.training import InterruptedRunError, TrainState, load_variables
-from samrobust.types import Config, PyTree
+from samrobust.identity import fingerprint
+from samrobust.provenance import provenance
+from samrobust.training import InterruptedRunError, Network, TrainState, load_network
+from samrobust.types import Config
 
 __all__ = [
     "Score",
@@ -42,17 +44,30 @@ class ScoreObserver(Protocol):
 
 
 class Score(NamedTuple):
-    """The outcome of an evaluation.
+    """The outcome of an evaluation, and of which network.
 
     Attributes:
       accuracy: in percent, by the attacks' names, `natural` first.
+      step: after which the network was saved.
+      identity: the hash of its run's identity.
+      images: the hash of the images that it was judged on.
+      provenance: of the evaluation: of whoever made it, where it was only read again.
       details: what there is beyond that, in JSON's types. Of AutoAttack, `autoattack`:
         the accuracy after each member by column, and the file with what became of
         every example, relative to the workdir.
     """
 
     accuracy: dict[str, float]
+    step: int
+    identity: str
+    images: str
+    provenance: dict[str, Any]
     details: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns it in JSON's types."""
+        fields = self._asdict()
+        return fields.pop("details") | fields
 
 
 def evaluate_run(
@@ -61,6 +76,7 @@ def evaluate_run(
     observer: ScoreObserver,
     *,
     dataset: Dataset,
+    step: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     keep_examples: bool = False,
 ) -> Score:
@@ -71,19 +87,21 @@ def evaluate_run(
       workdir: of the run.
       observer: is told of progress.
       dataset: that of `config.data`.
+      step: of the checkpoint; None for the newest.
       should_stop: asked after every batch.
       keep_examples: keep AutoAttack's adversarial images, beside its file.
 
     Raises:
-      CheckpointError: if the run has no intact checkpoint of that kind.
+      CheckpointError: as `load_network`.
       InterruptedRunError: after `should_stop`. The same call begins again with PGD, and
         goes on where it was with AutoAttack.
     """
-    variables = load_variables(config, dataset, workdir, config.evaluation.checkpoint)
+    which = config.evaluation.checkpoint
+    network = load_network(config, dataset, workdir, which, step=step)
     return score(
         config,
         dataset,
-        variables,
+        network,
         workdir,
         observer,
         should_stop,
@@ -94,7 +112,7 @@ def evaluate_run(
 def score(
     config: Config,
     dataset: Dataset,
-    variables: PyTree,
+    network: Network,
     workdir: pathlib.Path,
     observer: ScoreObserver,
     should_stop: Callable[[], bool],
@@ -103,7 +121,7 @@ def score(
 ) -> Score:
     """Evaluates a network; the arguments are those of `evaluate_run`."""
     return Scorer(config, dataset)(
-        *(variables, workdir, observer, should_stop),
+        *(network, workdir, observer, should_stop),
         key=evaluation_key(config),
         keep_examples=keep_examples,
     )
@@ -134,7 +152,7 @@ class Scorer:
 
     def __call__(
         self,
-        variables: PyTree,
+        network: Network,
         workdir: pathlib.Path,
         observer: ScoreObserver,
         should_stop: Callable[[], bool],
@@ -145,7 +163,7 @@ class Scorer:
         """The score of a network.
 
         Args:
-          variables: of the network.
+          network: as `load_network` gives it.
           workdir: where AutoAttack keeps what became of every example.
           observer: is told of progress.
           should_stop: asked after every batch.
@@ -164,17 +182,24 @@ class Scorer:
                 raise InterruptedRunError(message)
 
         evaluate = functools.partial(
-            self._evaluate, variables, self._split, key, on_batch=on_batch
+            self._evaluate, network.variables, self._split, key, on_batch=on_batch
         )
+        made = {
+            "step": network.step,
+            "identity": network.identity.hash,
+            "images": fingerprint(self._split),
+            "provenance": provenance(),
+        }
         if not self._of_autoattack:
-            return Score(accuracies(evaluate()), {})
+            return Score(accuracies(evaluate()), **made, details={})
         folder = workdir / "autoattack"
         outcome = evaluate(folder=folder, keep_examples=keep_examples)
         details = {
             "after_each": {name: outcome.after_each(name) for name in outcome.stages},
             "outcome": f"{folder.name}/{outcome.path.name}" if outcome.path else None,
         }
-        return Score(accuracies(outcome.correct()), {"autoattack": details})
+        accuracy = accuracies(outcome.correct())
+        return Score(accuracy, **made, details={"autoattack": details})
 
 
 def evaluation_key(config: Config) -> jax.Array:

@@ -20,11 +20,12 @@ from samrobust.claims import ClaimedError
 from samrobust.data import Dataset
 from samrobust.experiments import Observer, PlannedRun, as_dict, run, step_work
 from samrobust.failures import describe, read_failure
-from samrobust.files import WorkdirError, read_json, write_json
+from samrobust.files import WorkdirError, write_json
+from samrobust.identity import changed_fields, identity_of
 from samrobust.parallel import from_primary, met_by_all
 from samrobust.survey import read_plan
 from samrobust.training import InterruptedRunError
-from samrobust.workdir import changed_fields
+from samrobust.workdir import read_result, stored_config
 
 __all__ = ["finished", "last_failure", "record_plan", "run_all"]
 
@@ -123,14 +124,17 @@ def finished(planned: PlannedRun) -> dict[str, Any] | None:
     """The content of a run's `result.json`; None if it has not finished.
 
     Raises:
-      WorkdirError: if the directory is of another config, or a file is damaged.
+      WorkdirError: if the directory or the result is of another config, or a file is
+        damaged.
     """
-    result = read_json(planned.workdir / "result.json")
-    changed = changed_fields(planned.workdir, as_dict(planned.config))
-    if result is not None and changed:
+    stored = stored_config(planned.workdir)
+    if stored is None:
+        return None
+    changed = changed_fields(stored.to_dict(), as_dict(planned.config))
+    if changed:
         message = f"it is of another config, which differs in {', '.join(changed)}"
         raise WorkdirError(message)
-    return result
+    return read_result(planned.workdir, identity_of(planned.config, None))
 
 
 def record_plan(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> None:

@@ -10,35 +10,35 @@ from collections.abc import Sequence
 from typing import Any
 
 from samrobust.checks import check
-from samrobust.configuration import differences, with_defaults
+from samrobust.configuration import with_defaults
 from samrobust.files import (
     WorkdirError,
     append_json_line,
-    read_json,
-    read_json_lines,
+    read_object,
+    read_sealed,
     write_json,
     write_text,
 )
+from samrobust.identity import Identity, changed_fields
+from samrobust.survey import read_plan
 from samrobust.types import Config
+from samrobust.validation import validate
 
 __all__ = [
     "MetricsLog",
     "OtherConfigError",
     "WorkdirError",
-    "append_json_line",
-    "changed_fields",
     "config_of_run",
     "finished_runs",
-    "read_json",
+    "read_result",
     "settle_config",
-    "write_json",
-    "write_text",
+    "stored_config",
 ]
 
-# What may change between two starts of the same run: none of it changes a result.
-_MAY_CHANGE = (
-    *("data.data_dir", "data.manual_dir"),
-    *("checkpoint.", "paper.", "tracking."),
+# What a run leaves beside its config.
+_LEFT_BY_A_RUN = (
+    *("result.json", "metrics.jsonl", "checkpoints"),
+    *("evaluations.jsonl", "autoattack"),
 )
 
 
@@ -46,36 +46,43 @@ class OtherConfigError(WorkdirError):
     """The workdir holds a run of another config."""
 
 
-def changed_fields(
-    workdir: pathlib.Path, config: dict[str, Any]
-) -> dict[str, tuple[object, object]]:
-    """The fields that shape a result and differ from those in `config.json`.
+def stored_config(workdir: pathlib.Path) -> Config | None:
+    """Returns the config that a run was started with; None if there is none.
 
-    Returns:
-      Stored and given value by dotted names; empty if there is no such file.
+    Newer fields have the base's values.
+
+    Raises:
+      WorkdirError: if `config.json` is damaged, or no config that this version takes.
     """
-    stored = read_json(workdir / "config.json")
+    path = workdir / "config.json"
+    stored = read_object(path)
     if stored is None:
-        return {}
-    both = (with_defaults(fields).to_dict() for fields in (stored, config))
-    changed = differences(*both)
-    return {n: v for n, v in changed.items() if not n.startswith(_MAY_CHANGE)}
+        return None
+    try:
+        config = with_defaults(stored)
+        validate(config)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        message = f"Expected the config of a run in {path}, got one where: {error}"
+        raise WorkdirError(message) from error
+    return config
 
 
 def config_of_run(workdir: pathlib.Path) -> Config:
-    """The config that a run was started with; newer fields have the base's values.
+    """Returns the config that a run was started with.
 
     Raises:
       ValueError: if the directory holds no run.
+      WorkdirError: as `stored_config`.
     """
-    stored = read_json(workdir / "config.json")
+    stored = stored_config(workdir)
     check(
         stored is not None,
         "a run's --workdir, with a config.json",
         "Train it first: `samrobust train`.",
         workdir=str(workdir),
     )
-    return with_defaults(stored or {})
+    assert stored is not None  # for type checkers
+    return stored
 
 
 def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, Config]:
@@ -89,9 +96,7 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
       ValueError: if there are none, or they are judged on different images.
     """
     paths = [p.parent for p in sorted(workdir.glob("*/seed*/result.json"))]
-    plan = [
-        run["path"] for run in (read_json(workdir / "plan.json") or {}).get("runs", [])
-    ]
+    plan = list(read_plan(workdir))
     names = [path.relative_to(workdir).as_posix() for path in paths]
     names.sort(key=lambda name: plan.index(name) if name in plan else len(plan))
     wanted = [row for text in rows for row in text.split(";") if row]
@@ -112,13 +117,24 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
     return configs
 
 
-def settle_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+def settle_config(workdir: pathlib.Path, config: Config) -> None:
     """Writes `config.json`, or checks that the one there is of the same run.
 
     Raises:
       OtherConfigError: if a field that shapes the result differs; names it.
+      WorkdirError: if there is none beside what a run left.
     """
-    changed = changed_fields(workdir, config)
+    stored = stored_config(workdir)
+    given = json.loads(config.to_json_best_effort())
+    if stored is None:
+        left = [name for name in _LEFT_BY_A_RUN if (workdir / name).exists()]
+        if left:
+            raise WorkdirError(
+                f"Expected a config.json beside {', '.join(left)} in {workdir}, got "
+                "none: nothing says of which run they are. Restore it from a copy, or "
+                "choose another --workdir."
+            )
+    changed = {} if stored is None else changed_fields(stored.to_dict(), given)
     if changed:
         listed = "; ".join(
             f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items()
@@ -128,20 +144,46 @@ def settle_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
             "--workdir, or restore the field."
         )
         raise OtherConfigError(message)
-    write_json(workdir / "config.json", config)
+    write_json(workdir / "config.json", given)
+
+
+def read_result(workdir: pathlib.Path, identity: Identity) -> dict[str, Any] | None:
+    """Returns the content of a run's `result.json`; None if it has not finished.
+
+    Args:
+      workdir: of the run.
+      identity: of the run; its data are compared where they are known.
+
+    Raises:
+      WorkdirError: if the file is damaged, or the result of another run.
+    """
+    path = workdir / "result.json"
+    result = read_sealed(path)
+    if result is None:
+        return None
+    stored = Identity.from_dict(result.get("run"))
+    unlike = "it does not say of which" if stored is None else stored.unlike(identity)
+    if unlike:
+        raise WorkdirError(
+            f"Expected the result of this run in {path}, got another's: {unlike}. Move "
+            "that file away (the last checkpoint is then evaluated again), or choose "
+            "another --workdir."
+        )
+    return result
 
 
 class MetricsLog:
-    """`metrics.jsonl`: an object an epoch, in order, each epoch once."""
+    """`metrics.jsonl`: an object an epoch, in order, each epoch once.
 
-    def __init__(self, path: pathlib.Path, *, last_step: int):
-        """Opens the log and drops what lies after the step a run goes on from."""
+    Args:
+      path: of the file, which is written anew.
+      lines: of the epochs so far; the list grows with the file.
+    """
+
+    def __init__(self, path: pathlib.Path, lines: Sequence[dict[str, Any]]):
         self._path = path
-        kept = [line for line in read_json_lines(path) if line["step"] <= last_step]
-        self.lines = kept
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds an epoch; durable on return."""
-        self.lines.append(line)
         append_json_line(self._path, line)

@@ -335,6 +335,9 @@ DAMAGE = {
     "empty": lambda path: path.write_bytes(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-40]),
     "cut in half": lambda path: path.write_bytes(path.read_bytes()[: 10**3]),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "twice its half": lambda path: path.write_bytes(2 * path.read_bytes()[:2000]),
+    "noise": lambda path: path.write_bytes(np.random.default_rng(0).bytes(4000)),
     "no archive": lambda path: path.write_bytes(b"accuracy: 99.9"),
     "an array": lambda path: path.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': 3"),
     "a pickle": lambda path: rewrite(path, place=np.array([{}])),
@@ -362,19 +365,28 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_outcome_is_moved_aside_and_made_again(split, tmp_path, damage):
-    whole = evaluate(split, folder=tmp_path)
-    assert whole.path is not None
-    DAMAGE[damage](whole.path)
-    harmed = whole.path.read_bytes()
+    path: Any = evaluate(split, folder=tmp_path).path
+    DAMAGE[damage](path)
+    harmed = path.read_bytes()
+    assert_made_again(split, path)
+    assert path.with_name(f"{path.name}.aside").read_bytes() == harmed
+
+
+def test_a_folder_in_place_of_an_outcome_is_moved_aside(split, tmp_path):
+    path: Any = evaluate(split, folder=tmp_path).path
+    path.unlink()
+    path.mkdir()
+    assert_made_again(split, path)
+
+
+def assert_made_again(split, path):
     with pytest.warns(UserWarning, match="AutoAttack starts anew") as caught:
-        outcome = evaluate(split, folder=tmp_path)
-    assert len(caught) == 1
-    assert "\n" not in str(caught[0].message)
-    np.testing.assert_array_equal(outcome.broken_at, whole.broken_at)
-    assert whole.path.with_name(f"{whole.path.name}.aside").read_bytes() == harmed
-    np.testing.assert_array_equal(
-        evaluate(split, folder=tmp_path).broken_at, whole.broken_at
-    )
+        outcome = evaluate(split, folder=path.parent)
+    (message,) = (str(warning.message) for warning in caught)
+    assert "\n" not in message
+    assert len(message) < 400
+    for found in (outcome, evaluate(split, folder=path.parent)):
+        np.testing.assert_array_equal(found.broken_at, evaluate(split).broken_at)
 
 
 def test_what_is_moved_aside_a_second_time_replaces_nothing(split, tmp_path):

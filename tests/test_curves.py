@@ -13,13 +13,14 @@ from samrobust.curves import Curve, Settings, curves_of, draw_curves, measure_ru
 from samrobust.experiments import run
 
 SETTINGS = Settings({"linf": (8.0, 16.0)})
+ROWS = ("st", "sam,rho=0.2")
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> Path:
     """Two rows, one seed each, as `samrobust table` leaves them."""
     folder = tmp_path_factory.mktemp("table")
-    for row in ("st", "sam,rho=0.2"):
+    for row in ROWS:
         config = helpers.make_config(row, {"training.epochs": 1})
         data = helpers.load_data(config)
         run(config, folder / row / "seed0", helpers.Silent(), dataset=data)
@@ -83,7 +84,9 @@ def test_the_picture_has_a_panel_a_norm_and_a_line_a_row():
     assert looks[1][0] == looks[2][0] != looks[0][0]
 
 
-def test_the_command_measures_draws_and_does_not_measure_twice(table, tmp_path, capsys):
+def test_the_command_measures_draws_and_does_not_measure_twice(
+    table, tmp_path, capsys, monkeypatch
+):
     workdir = Path(shutil.copytree(table, tmp_path / "table"))
     flags = ("--linf=8,255", "--num-steps=2", "--num-examples=20")
     assert helpers.main("curves", f"--workdir={workdir}", *flags) == 0
@@ -93,10 +96,25 @@ def test_the_command_measures_draws_and_does_not_measure_twice(table, tmp_path, 
     assert [curve["radii"] for curve in stored["curves"]] == [[0.0, 8.0, 255.0]] * 2
     for name in ("curves.png", "curves.pdf"):
         assert (workdir / name).stat().st_size > 1000
-    shutil.rmtree(workdir / "st" / "seed0" / "checkpoints")  # measured already
+    measured = []
+    monkeypatch.setattr(
+        "samrobust.curves.command.measure_run",
+        lambda *_, **__: measured.append(1) or {"linf": [0.0, 0.0, 0.0]},
+    )
     assert helpers.main("curves", f"--workdir={workdir}", *flags) == 0
+    assert measured == []
     again = json.loads((workdir / "curves.json").read_text())
     assert again["curves"] == stored["curves"]
+    # The network of another run, of the same shape, is another one.
+    for name in ("config.json", "checkpoints", "result.json"):
+        source, target = (workdir / row / "seed0" / name for row in ROWS[::-1])
+        if source.is_dir():
+            shutil.rmtree(target)
+            shutil.copytree(source, target)
+        else:
+            shutil.copy(source, target)
+    assert helpers.main("curves", f"--workdir={workdir}", *flags) == 0
+    assert measured == [1]
 
 
 def test_a_directory_without_finished_runs_is_refused(tmp_path, capsys):

@@ -1,7 +1,6 @@
 """Accuracy under attack: every example once, whatever the batch; `evaluate`."""
 
 import functools
-import json
 import re
 import shutil
 import tempfile
@@ -23,7 +22,8 @@ from samrobust.evaluation import (
     measure,
 )
 from samrobust.experiments import run
-from samrobust.training import load_variables
+from samrobust.files import read_sealed
+from samrobust.training import load_network
 
 KEY = jax.random.key(3)
 NUM_EXAMPLES = 23
@@ -356,13 +356,13 @@ def test_training_learns_digits_and_a_large_radius_undoes_it():
 
 def test_the_result_says_what_was_measured():
     workdir, config, dataset, result = finished()
-    assert result == json.loads((workdir / "result.json").read_text())
+    assert result == read_sealed(workdir / "result.json")
     assert (result["dataset"], result["row"], result["seed"]) == ("digits", "st", 0)
     assert (result["label"], result["num_test"]) == ("ST", 150)
     assert result["provenance"].keys() >= {
         *("commit", "jax", "device", "command", "seconds")
     }
-    variables = load_variables(config, dataset, workdir, "last")
+    variables = load_network(config, dataset, workdir, "last").variables
     natural = helpers.plain_accuracy(config, dataset, variables)
     assert result["accuracy"]["natural"] == pytest.approx(natural)
 
@@ -398,7 +398,7 @@ def test_evaluate_attacks_as_its_flags_say(workdir, capsys):
 
 def test_more_restarts_never_raise_the_accuracy():
     workdir, config, dataset, _ = finished()
-    variables = load_variables(config, dataset, workdir, "last")
+    variables = load_network(config, dataset, workdir, "last").variables
     model = helpers.make_model(config, dataset)
     attacks = {
         str(restarts): pgd(

@@ -18,7 +18,7 @@ from samrobust.interchange import (
     write_safetensors,
 )
 from samrobust.interchange.robustbench import find_evaluation
-from samrobust.training import load_variables, save_variables
+from samrobust.training import load_network, save_variables
 
 DIGITS = "--config=configs/digits.py:st"
 FIELDS = {"model.width": 4, "model.blocks": (1, 2), "model.mean": (0.3,)}
@@ -94,7 +94,9 @@ def test_export_and_import_give_the_same_bits(run, exported, tmp_path):
     config = configuration.with_defaults(stored)
     dataset = helpers.load_data(config)
     assert helpers.make_model(config, dataset) == run[2]
-    helpers.assert_same_bits(load_variables(config, dataset, workdir, "last"), run[1])
+    helpers.assert_same_bits(
+        load_network(config, dataset, workdir, "last").variables, run[1]
+    )
     note = json.loads((workdir / "import.json").read_text())
     assert note["source"] == "weights.safetensors"
     assert note["sha256"] == hashlib.sha256(exported.read_bytes()).hexdigest()
@@ -142,7 +144,7 @@ def test_training_goes_on_from_an_imported_network_where_all_fields_are_its(
         assert helpers.main(*train, "--config.label=Imported ST", *told) == 0
     config = configuration.with_defaults(config)
     dataset = helpers.load_data(config)
-    trained = load_variables(config, dataset, workdir, "last")["params"]
+    trained = load_network(config, dataset, workdir, "last").variables["params"]
     for new, old in zip(
         jax.tree.leaves(trained), jax.tree.leaves(run[1]["params"]), strict=True
     ):

@@ -1,8 +1,10 @@
-"""The README tells the truth: its code runs, its commands and fields exist."""
+"""README and docs tell the truth: their code runs, their commands and fields exist."""
 
+import itertools
 import pathlib
 import re
 import shlex
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,42 +14,141 @@ from samrobust import cli, configuration
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = ["README.md", "CONTRIBUTING.md", "results/README.md", "launch/README.md"]
+PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+CONFIGS = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
+TEXTS = {page: (ROOT / page).read_text() for page in [*PAGES, *CONFIGS]}
+SNIPPETS = {
+    page: re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for page, text in TEXTS.items()
+    if "```python" in text
+}
 
 
-def run_snippet(index):
-    names: dict = {}
-    exec(compile(SNIPPETS[index], f"README snippet {index}", "exec"), names)
+# --- code -----------------------------------------------------------------------------
+
+
+def run_snippet(page, index, names=None):
+    """Runs a snippet as it is printed, by itself or after what gave the names."""
+    code = SNIPPETS[page][index]
+    if "import torch" in code:
+        pytest.importorskip("torch")
+    names = {} if names is None else names
+    exec(compile(code, f"{page}, snippet {index}", "exec"), names)
     return names
 
 
-def test_sam_in_an_optax_loop_converges():
-    params = run_snippet(0)["params"]
-    np.testing.assert_allclose(params, jnp.array([1.0, 2.0, 3.0]), atol=0.1)
+def check_sam(names):
+    np.testing.assert_allclose(names["params"], jnp.array([1.0, 2.0, 3.0]), atol=0.1)
 
 
-def test_pgd_on_any_logits_fn_attacks_within_the_ball():
-    names = run_snippet(1)
+def check_pgd(names):
     moved = jnp.abs(names["adversarial"] - names["images"])
     assert 0 < moved.max() <= 8 / 255 + 1e-6
 
 
-def commands():
-    joined = re.sub(r" *\\\n *", " ", README)
-    lines = re.findall(r"^ {4}(samrobust .*?)(?: {2,}#.*)?$", joined, re.MULTILINE)
-    assert len(lines) >= 5
-    return lines
+def check_autoattack(names):
+    moved = jnp.linalg.norm((names["broken"] - names["images"]).reshape(4, -1), axis=1)
+    assert 0 < moved.max() <= 0.5 + 1e-5
 
 
-@pytest.mark.parametrize("command", commands())
+def check_as_torch(names):
+    np.testing.assert_allclose(names["gradient"], 1 / (3 * 8 * 8), rtol=1e-5)
+
+
+CHECKS = {
+    "README.md": [check_sam, check_pgd, check_autoattack],
+    "docs/interchange.md": [check_as_torch, check_pgd],
+}
+
+
+def test_every_snippet_is_run():
+    assert {page: len(checks) for page, checks in CHECKS.items()} == {
+        page: len(found) for page, found in SNIPPETS.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("page", "index"),
+    [(page, index) for page, found in SNIPPETS.items() for index in range(len(found))],
+)
+def test_a_snippet_runs_by_itself(page, index):
+    CHECKS[page][index](run_snippet(page, index))
+
+
+@pytest.mark.parametrize("page", SNIPPETS)
+def test_snippets_run_one_after_the_other(page):
+    names: dict = {}
+    for index, check in enumerate(CHECKS[page]):
+        check(run_snippet(page, index, names))
+
+
+# --- commands -------------------------------------------------------------------------
+
+
+def commands(page):
+    """The commands on lines of their own; what follows `#` is a remark."""
+    joined = re.sub(r" *\\\n *", " ", TEXTS[page])
+    pattern = r"^ {4,}(?:\.venv/bin/)?(samrobust [a-z].*?)(?: {2,}#.*)?$"
+    found = re.findall(pattern, joined, re.MULTILINE)
+    return [line for line in found if page != "CONTRIBUTING.md" or "--" in line]
+
+
+def mentions(page):
+    """The commands within the text, whole or in part."""
+    found = re.findall(r"`(samrobust [a-z][^`]*)`", TEXTS[page])
+    return [" ".join(command.split()) for command in found]
+
+
+def of_all_pages(find):
+    return [pytest.param(c, id=f"{page}: {c}") for page in TEXTS for c in find(page)]
+
+
+def accept(arguments, overrides):
+    """Loads the config that a command names, with all that it overrides in it."""
+    for value in getattr(arguments, "rows", None) or ():
+        for row in value.split(";"):
+            configuration.parse_row(row)
+    if path := getattr(arguments, "config", None):
+        assert configuration.load_config(path, overrides).is_locked
+
+
+@pytest.mark.parametrize("command", of_all_pages(commands))
 def test_every_command_line_is_accepted(command):
-    arguments, overrides = cli._parse(shlex.split(command)[1:])
-    if getattr(arguments, "config", None):
-        config = configuration.load_config(arguments.config, overrides)
-        assert config.is_locked
+    accept(*cli._parse(shlex.split(command)[1:]))
 
 
-@pytest.mark.parametrize("field", re.findall(r"--config\.([\w.]+)", README))
+@pytest.mark.parametrize("command", of_all_pages(mentions))
+def test_every_mentioned_command_has_what_is_said_of_it(command, monkeypatch):
+    make_parser = cli._make_parser
+
+    def lenient():
+        parser: Any = make_parser()
+        (subparsers,) = parser._subparsers._group_actions
+        for action in itertools.chain(
+            *(subparser._actions for subparser in subparsers.choices.values())
+        ):
+            action.required = False
+        return parser
+
+    monkeypatch.setattr(cli, "_make_parser", lenient)
+    words = [word for word in shlex.split(command)[1:] if word != "..."]
+    accept(*cli._parse(words))
+
+
+def test_commands_are_found():
+    assert len(commands("README.md")) >= 20
+    assert len(mentions("results/README.md")) >= 10
+    assert all(commands(page) for page in ("docs/interchange.md", "docs/sanity.md"))
+    assert all(commands(page) for page in CONFIGS if "base" not in page)
+
+
+@pytest.mark.parametrize(
+    "field",
+    sorted(
+        {f for text in TEXTS.values() for f in re.findall(r"--config\.([\w.]+)", text)}
+    ),
+)
 def test_every_field_exists(field):
     value = configuration.base_config()
     for name in field.split("."):
@@ -60,6 +161,13 @@ def test_every_make_target_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
-def test_every_link_leads_somewhere(link):
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize(
+    ("page", "link"),
+    [
+        (page, link)
+        for page in PAGES
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXTS[page])
+    ],
+)
+def test_every_link_leads_somewhere(page, link):
+    assert ((ROOT / page).parent / link).exists()

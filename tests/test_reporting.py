@@ -48,7 +48,7 @@ SHIFTS = (0.5, -0.25, 0.125)  # of a seed, the same in all rows and columns
 
 
 def run(row, seed=0, accuracy=None, **changes):
-    values = {c: v + SHIFTS[seed] for c, v in PAPER[row].items()}
+    values = {c: v + SHIFTS[seed % 3] for c, v in PAPER[row].items()}
     result = {
         "dataset": "cifar10",
         "row": row,
@@ -124,8 +124,40 @@ class TestSummarise:
         cell = table.rows[1].cells["natural"]
         assert (cell.values, cell.mean, cell.std) == ((), None, None)
 
-    def test_cost_is_the_ratio_of_mean_step_seconds_to_st(self):
+    def test_cost_is_the_median_ratio_of_step_seconds_to_st(self):
         assert [row.cost for row in grid().rows] == pytest.approx([1, 2, 2, 11, 11])
+
+    @pytest.mark.parametrize(
+        ("st", "sam", "shown"),
+        [
+            ([1, 1, 1, 1, 1], [2, 2, 2, 2, 90], "2.0x"),  # one outlier moves nothing
+            ([1, 1, 1, 1, 60], [2, 2, 2, 2, 2], "2.0x"),
+            ([1, 2, 1, 2, 1], [2, 4, 2, 4, 2], "2.0x"),  # busy alike: paired by seed
+            ([1, 1, 1], [1.8, 2, 2.4], "2.0x ±0.3"),
+            ([1, 3, 3], [4.4, 6, 4.2], "-"),  # half of them differ by half
+            ([1], [2.04], "2.0x"),
+            ([1], [0.9], "-"),  # SAM takes two of ST's steps: the machine was busy
+            ([1, 1, 1], [0.8, 0.9, 2], "-"),
+        ],
+    )
+    def test_a_cost_is_not_the_machines_other_work(self, st, sam, shown):
+        results = [
+            run(row, seed, {"natural": 50.0}, step_seconds=value)
+            for row, values in (("st", st), ("sam,rho=0.2", sam))
+            for seed, value in enumerate(values)
+        ]
+        table = summarise(results, rows=ROWS)
+        assert [row.shown_cost() for row in table.rows[:2]] == ["1.0x", shown]
+        assert f"| {shown} |" in line(to_markdown(table), "| SAM (rho = 0.2)")
+        assert shown in " ".join(line(printed(table, 200), "SAM").split())
+        assert ("cannot tell" in to_markdown(table)) == (shown == "-")
+        how = "one run each" if len(sam) == 1 else "median over seeds"
+        assert (how in to_markdown(table)) == (shown != "-" or len(sam) > 1)
+
+    def test_cost_is_over_the_seeds_that_both_have(self):
+        results = [run("st"), run("sam,rho=0.2"), run("sam,rho=0.2", 1)]
+        results[2]["step_seconds"] = 5.0
+        assert summarise(results, rows=ROWS).rows[1].cost == 2.0
 
     def test_cost_is_unknown_without_st_or_without_step_seconds(self):
         assert {row.cost for row in grid(rows=ROWS[1:]).rows} == {None}
@@ -374,7 +406,7 @@ class TestCsvAndJson:
         result = run("st")
         del result["provenance"], result["step_seconds"], result["training_seconds"]
         content = json.loads(to_json(summarise([result], rows=ROWS)))
-        assert content["runs"][0]["provenance"] is None
+        assert content["runs"][0].get("provenance") is None
         assert content["rows"][0]["cost"] is None
         assert content["rows"][0]["cells"]["natural"]["std"] is None
 

@@ -20,7 +20,8 @@ from samrobust import sweep
 from samrobust.claims import ClaimedError, claim
 from samrobust.experiments import PlannedRun
 from samrobust.failures import read_failure, recording_failure
-from samrobust.files import WorkdirError, write_json
+from samrobust.files import WorkdirError, write_json, write_sealed
+from samrobust.identity import identity_of
 from samrobust.survey import read_plan
 from samrobust.training import InterruptedRunError, TrainingDivergedError
 from samrobust.workdir import settle_config
@@ -349,9 +350,10 @@ def test_a_result_of_another_config_is_not_taken_for_this_one(tmp_path):
     (planned,) = make_runs(tmp_path, ["st"])
     assert sweep.finished(planned) is None
     with claim(planned.workdir):
-        settle_config(planned.workdir, sweep.as_dict(planned.config))
-        write_json(planned.workdir / "result.json", {"row": "st"})
-    assert sweep.finished(planned) == {"row": "st"}
+        settle_config(planned.workdir, planned.config)
+        result = {"row": "st", "run": identity_of(planned.config, None).as_dict()}
+        write_sealed(planned.workdir / "result.json", result)
+    assert sweep.finished(planned) == result
     other = helpers.make_config("st", {"training.momentum": 0.5})
     with pytest.raises(WorkdirError, match=r"differs in training\.momentum"):
         sweep.finished(PlannedRun(other, planned.workdir))

@@ -40,6 +40,7 @@ from samrobust.theory import (
 )
 from samrobust.theory.experiment import (
     Effort,
+    Estimate,
     all_weights_shift,
     experiment,
     plan_experiment,
@@ -449,6 +450,24 @@ def test_an_experiment_gives_what_was_planned_and_bands_over_seeds(monkeypatch):
     none = Effort(seeds=0)
     assert list(experiment(grid, none)) == []
     assert plan_experiment(grid, none) == 0
+
+
+@pytest.mark.parametrize(
+    ("mean", "population", "agrees"),
+    [
+        (4.20, 4.24, "yes"),
+        (4.20, 4.50, "no"),
+        (0.047, 0.040, "no"),  # the band, widened by half, is 0.0015
+        (-0.0007, 0.0003, "unresolved"),  # 0 is as near: nothing was seen
+        (0.0014, -0.0002, "no"),
+        (0.0016, 0.0014, "yes"),
+        (4.20, None, None),
+    ],
+)
+def test_an_estimate_agrees_only_where_no_effect_would_not(mean, population, agrees):
+    half_width = 0.1 if mean > 1 else 0.001
+    estimate = Estimate("sam", 1.0, "shift", mean, half_width, (), population, None)
+    assert estimate.agrees == agrees
 
 
 def test_what_sam_on_all_weights_adds_is_known_for_radii_below_a_third_of_sqrt_d():

@@ -24,12 +24,13 @@ from samrobust.parallel import data_mesh, replicated
 from samrobust.training import (
     InterruptedRunError,
     TrainingDivergedError,
-    load_variables,
+    load_network,
     make_train_step,
     train,
 )
 from samrobust.training.epoch import Call, Carry, EpochPlan, EpochRunner
 from samrobust.training.setup import make_parts, make_plan
+from samrobust.workdir import settle_config
 
 FIELDS = {
     *("step", "epoch", "loss", "accuracy", "learning_rate"),
@@ -419,7 +420,7 @@ def test_the_best_checkpoint_is_that_of_the_highest_score(tmp_path, scores, best
     dataset, judge = helpers.load_data(config), Judge(*scores)
     train(config, dataset, tmp_path, validate=judge)
     assert helpers.checkpoint_steps(tmp_path, "best") == [3 * best]
-    variables = load_variables(config, dataset, tmp_path, "best")
+    variables = load_network(config, dataset, tmp_path, "best").variables
     helpers.assert_same_bits(variables["params"], judge.seen[best - 1])
     lines = helpers.read_lines(tmp_path / "metrics.jsonl")
     assert tuple(line["validation_score"] for line in lines) == scores
@@ -460,12 +461,13 @@ def test_the_best_checkpoint_is_evaluated_where_the_config_says_so(tmp_path):
     results = []
     for name, config in (("last", last), ("best", best)):
         workdir = helpers.make_folder(tmp_path / name)
+        settle_config(workdir, config)
         # The first epoch is the best, says this judge; then evaluate the run.
         train(config, dataset, workdir, validate=Judge(*range(12, 0, -1)))
         results.append(run(config, workdir, helpers.Silent(), dataset=dataset))
     assert [result["checkpoint"] for result in results] == ["last", "best"]
     for result, which in zip(results, ("last", "best"), strict=True):
-        variables = load_variables(last, dataset, tmp_path / which, which)
+        variables = load_network(last, dataset, tmp_path / which, which).variables
         natural = helpers.plain_accuracy(last, dataset, variables)
         assert result["accuracy"]["natural"] == pytest.approx(natural)
     assert results[0]["accuracy"] != results[1]["accuracy"]
@@ -481,7 +483,7 @@ def test_a_run_validates_on_the_held_out_images(tmp_path):
         assert line["validation_score"] == line["validation_robust"]
         assert line["validation_robust"] <= line["validation_natural"]
     held_out = dataclasses.replace(dataset, test=dataset.validation)
-    variables = load_variables(config, dataset, tmp_path, "last")
+    variables = load_network(config, dataset, tmp_path, "last").variables
     natural = helpers.plain_accuracy(config, held_out, variables)
     assert lines[-1]["validation_natural"] == pytest.approx(natural)
 
@@ -579,4 +581,4 @@ def test_the_weights_of_a_run_that_saved_none_are_refused(tmp_path):
     dataset = helpers.load_data(config)
     for which in ("last", "best"):
         with pytest.raises(RuntimeError, match=r"Expected a checkpoint in .*got none"):
-            load_variables(config, dataset, tmp_path, which)
+            load_network(config, dataset, tmp_path, which)

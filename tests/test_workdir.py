@@ -5,16 +5,20 @@ import json
 import helpers
 import pytest
 
-from samrobust.files import glance, read_json_lines, temporary_beside
-from samrobust.workdir import (
-    MetricsLog,
+from samrobust.files import (
     WorkdirError,
     append_json_line,
+    glance,
     read_json,
-    settle_config,
+    read_json_lines,
+    read_object,
+    read_sealed,
+    temporary_beside,
     write_json,
+    write_sealed,
     write_text,
 )
+from samrobust.workdir import MetricsLog, config_of_run, settle_config
 
 
 def names(folder):
@@ -69,11 +73,49 @@ def test_a_glance_at_a_damaged_or_absent_file_sees_nothing(tmp_path, content):
     assert glance(tmp_path) == {}
 
 
-def test_lines_are_read_up_to_the_one_that_was_cut_off(tmp_path):
+# What no JSON file of a run may look like.
+DAMAGED = ["", "{", "[1", "\x00", "[]", "3", "null", "NaN", '"text"', "[" * 100_000]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda text: text[:6])
+def test_a_file_without_an_object_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    for read in (read_object, read_sealed):
+        with pytest.raises(WorkdirError, match=r"x\.json, got a damaged file") as error:
+            read(path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_folder_in_the_place_of_a_json_file_is_refused(tmp_path):
+    with pytest.raises(WorkdirError, match="got a damaged file"):
+        read_json(tmp_path)
+
+
+def test_a_sealed_file_comes_back_and_any_changed_character_is_noticed(tmp_path):
+    path, value = tmp_path / "x.json", {"accuracy": {"natural": 97.25}, "seed": 3}
+    write_sealed(path, value)
+    assert read_sealed(path) == value
+    text = path.read_text()
+    for index, character in enumerate(text):
+        other = "1" if character == "2" else "2"
+        path.write_text(text[:index] + other + text[index + 1 :])
+        if character.strip():  # white space between the tokens says nothing
+            with pytest.raises(WorkdirError, match="got a damaged file"):
+                read_sealed(path)
+
+
+def test_a_file_that_is_not_sealed_is_refused_where_a_sealed_one_is_read(tmp_path):
+    write_json(tmp_path / "x.json", {"accuracy": 97.25})
+    with pytest.raises(WorkdirError, match="another checksum"):
+        read_sealed(tmp_path / "x.json")
+
+
+def test_lines_that_hold_no_object_are_left_out(tmp_path):
     path = tmp_path / "x.jsonl"
     assert read_json_lines(path) == []
-    path.write_bytes(b'{"a": 1}\n{"a": "\xc3')
-    assert read_json_lines(path) == [{"a": 1}]
+    path.write_bytes(b'{"a": 1}\n{"a": \n[]\n\n{"b": 2}\n{"a": "\xc3')
+    assert read_json_lines(path) == [{"a": 1}, {"b": 2}]
 
 
 def test_lines_are_appended(tmp_path):
@@ -82,91 +124,117 @@ def test_lines_are_appended(tmp_path):
     assert helpers.read_lines(tmp_path / "x.jsonl") == [{"i": i} for i in range(3)]
 
 
+@pytest.mark.parametrize("cut", [0, 1, 5, 8])
+def test_a_line_that_was_cut_off_swallows_none_that_follows(tmp_path, cut):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"i": 0}\n' + '{"i": 1}'[:cut])
+    append_json_line(path, {"i": 2})
+    whole = [{"i": 1}] if cut == 8 else []
+    assert read_json_lines(path) == [{"i": 0}, *whole, {"i": 2}]
+
+
 # The config.
 
 
 def test_a_config_settles_and_stays(tmp_path):
-    config = {"seed": 0, "training": {"epochs": 2, "milestones": (0.5, 0.75)}}
+    config = helpers.make_config("st", {"training.milestones": (0.5, 0.75)})
     settle_config(tmp_path, config)
     settle_config(tmp_path, config)  # tuples are lists in JSON: no difference
-    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
+    assert config_of_run(tmp_path).training.milestones == [0.5, 0.75]
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seed": 1, "a": {"b": 2}}, r"seed was 0, is 1\."),
-        ({"seed": 0, "a": {"b": 3}}, r"a\.b was 2, is 3\."),
-        ({"seed": 0, "a": {}}, r"a\.b was 2, is None\."),
-        ({"seed": 1, "a": {"b": 3}}, r"a\.b was 2, is 3; seed was 0, is 1\."),
+        ({"seed": 1}, r"seed was 0, is 1\."),
+        ({"sam.batch_stats": "first"}, r"sam\.batch_stats was 'both', is 'first'\."),
+        ({"data.validation_size": 9}, r"data\.validation_size was 0, is 9\."),
+        ({"seed": 1, "data.padding": 3}, r"data\.padding .*; seed was 0, is 1\."),
     ],
 )
 def test_another_config_is_refused_and_its_fields_are_named(tmp_path, changed, message):
-    settle_config(tmp_path, {"seed": 0, "a": {"b": 2}})
+    settle_config(tmp_path, helpers.make_config())
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(WorkdirError, match=message):
-        settle_config(tmp_path, changed)
+        settle_config(tmp_path, helpers.make_config("st", changed))
     assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_a_run_of_an_older_version_lacks_the_newest_fields(tmp_path):
-    config = json.loads(helpers.make_config().to_json_best_effort())
-    older = {**config, "sam": {k: v for k, v in config["sam"].items() if k != "m"}}
+    config = helpers.make_config("sam,rho=0.2")
+    older = json.loads(config.to_json_best_effort())
+    del older["sam"]["m"]
     (tmp_path / "config.json").write_text(json.dumps(older))
     settle_config(tmp_path, config)
     (tmp_path / "config.json").write_text(json.dumps(older))
+    groups = {"sam.m": 16, "model.batch_norm_group": 16}
     with pytest.raises(WorkdirError, match=r"sam\.m was 0, is 16"):
-        settle_config(tmp_path, {**config, "sam": {**config["sam"], "m": 16}})
+        settle_config(tmp_path, helpers.make_config("sam,rho=0.2", groups))
 
 
-def test_where_data_lie_and_how_often_to_save_may_change(tmp_path):
-    def make(value):
-        return {
-            "data": {"data_dir": value, "manual_dir": value},
-            "checkpoint": {"minutes": value, "keep": value},
-            "tracking": {"tensorboard": value, "wandb": value},
-        }
-
-    settle_config(tmp_path, make(1))
-    settle_config(tmp_path, make(2))
-    assert read_json(tmp_path / "config.json") == make(2)
-
-
-def test_the_shipped_fields_that_may_change_exist():
-    config = helpers.make_config()
-    assert "data_dir" in config.data
-    assert "manual_dir" in config.data
-    assert "minutes" in config.checkpoint
-    assert "wandb" in config.tracking
+def test_what_changes_no_result_may_change(tmp_path):
+    changed = {
+        "data.data_dir": "elsewhere",
+        "data.manual_dir": "there",
+        "checkpoint.minutes": 1.0,
+        "checkpoint.keep": 7,
+        "tracking.tensorboard": True,
+        "training.steps_per_call": 3,
+    }
+    settle_config(tmp_path, helpers.make_config())
+    settle_config(tmp_path, helpers.make_config("st", changed))
+    assert config_of_run(tmp_path).training.steps_per_call == 3
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1"])
-def test_a_damaged_json_file_is_named_in_the_message(tmp_path, content):
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("result.json", "metrics.jsonl", "checkpoints/"),
+        *("evaluations.jsonl", "autoattack/"),
+    ],
+)
+def test_what_a_run_left_without_a_config_is_nobody_elses(tmp_path, name):
+    if name.endswith("/"):
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).touch()
+    with pytest.raises(WorkdirError, match=f"config.json beside {name.strip('/')} in"):
+        settle_config(tmp_path, helpers.make_config())
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda text: text[:6])
+def test_a_damaged_config_is_named_in_the_message(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(Exception, match=r"config\.json"):
-        settle_config(tmp_path, {"seed": 0})
+    for read in (config_of_run, lambda w: settle_config(w, helpers.make_config())):
+        with pytest.raises(WorkdirError, match=r"config\.json"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({"training": 3}, {"training": None}, {"seed": "x"}, {"seed": -1}),
+        *({"evaluation": {"linf": 3}}, {"model": {"blocks": {}}}),
+    ],
+    ids=json.dumps,
+)
+def test_a_config_that_is_none_of_ours_is_refused_in_one_line(tmp_path, content):
+    stored = json.loads(helpers.make_config().to_json_best_effort())
+    (tmp_path / "config.json").write_text(json.dumps(stored | content))
+    with pytest.raises(WorkdirError, match=r"config\.json") as error:
+        config_of_run(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 # The log.
 
 
-def test_a_log_keeps_what_lies_before_the_step_it_goes_on_from(tmp_path):
+def test_a_log_is_written_anew_from_the_lines_that_are_known(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, last_step=0)
-    for step in (4, 8, 12):
-        log.append({"step": step})
-    resumed = MetricsLog(path, last_step=9)
-    assert resumed.lines == [{"step": 4}, {"step": 8}]
-    resumed.append({"step": 12, "again": True})
-    lines = [{"step": 4}, {"step": 8}, {"step": 12, "again": True}]
-    assert helpers.read_lines(path) == resumed.lines == lines
-
-
-@pytest.mark.parametrize("cut", ['{"step": 8', "{", '{"step": 8, "loss":\n'])
-def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path, cut):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 4}\n' + cut)
-    log = MetricsLog(path, last_step=100)
-    assert log.lines == [{"step": 4}]
-    log.append({"step": 8})
-    assert helpers.read_lines(path) == [{"step": 4}, {"step": 8}]
+    path.write_text('{"step": 4}\n{"step": 8}\n{"step": 12, "epo')
+    lines = [{"step": 4}, {"step": 8}]
+    log = MetricsLog(path, lines)
+    assert helpers.read_lines(path) == lines
+    log.append({"step": 12, "again": True})
+    assert helpers.read_lines(path) == [*lines, {"step": 12, "again": True}]

@@ -203,9 +203,10 @@ def _notes(report: Report) -> list[str]:
         notes.append(
             "PyTorch: reference as the paper's code runs (weight gradients in the "
             "attack, batches from the host, metrics read at every step); resident "
-            "with the data on the device; tuned with channels_last and input gradients "
-            "alone; compiled by torch.compile on top. Ratios round by round: median "
-            "(lowest to highest)."
+            "with the data on the device; tuned with channels_last, input gradients "
+            "alone, fused SGD, and on CUDA torch.compile; compiled with torch.compile "
+            "on the CPU too, and on CUDA a step replayed as one graph. Ratios round by "
+            "round, in the row's precision: median (lowest to highest)."
         )
     provenance = report.provenance
     if provenance:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -19,15 +19,16 @@ from samrobust.curves.measure import (
     make_curve_evaluator,
     measure_run,
 )
-from samrobust.data import Dataset
-from samrobust.files import read_json, write_json
+from samrobust.data import Dataset, Split
+from samrobust.files import read_sealed, write_sealed
+from samrobust.identity import fingerprint
 from samrobust.provenance import provenance
 from samrobust.reporting.files import write_figure
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import StopRequest
 from samrobust.sanity import some_of
 from samrobust.scoring import evaluated_split, evaluation_key
-from samrobust.training import InterruptedRunError, load_variables
+from samrobust.training import InterruptedRunError, Network, load_network
 from samrobust.types import Config
 from samrobust.workdir import finished_runs
 
@@ -62,7 +63,8 @@ def curves_command(
     evaluators: dict[Any, Any] = {}
     with display.live():
         for path, config in configs.items():
-            if path in stored:
+            source = _source(config, workdir / path, settings, datasets)
+            if _is_of(stored.get(path), source):
                 display.skip(1.0)
                 continue
             shown = display.run(f"{config.label}, seed {config.seed}", 0.0, 1.0)
@@ -73,12 +75,14 @@ def curves_command(
                     message = "Stopped between runs. The same command goes on."
                     raise InterruptedRunError(message)
 
-            stored[path] = _measure(
-                config, workdir / path, settings, datasets, evaluators, on_batch
-            )
+            stored[path] = {
+                **_measure(config, source, settings, evaluators, on_batch),
+                **_about(source),
+                "provenance": provenance(),
+            }
             _keep(workdir, settings, stored)
     found = [(c.row, c.label, stored[path]) for path, c in configs.items()]
-    parallel.from_primary(lambda: _write(workdir, settings, found, configs))
+    parallel.from_primary(lambda: _write(workdir, settings, found, stored, configs))
     names = "curves.json, curves.png, curves.pdf"
     console.print(f"Written to {workdir}: {names}", highlight=False)
     return 0
@@ -100,27 +104,56 @@ def _settings(config: Config, arguments: argparse.Namespace) -> Settings:
     return Settings(radii, **{n: v for n, v in given.items() if v is not None})
 
 
-def _measure(
+class _Source(NamedTuple):
+    """What is measured: a network, on some images."""
+
+    network: Network
+    dataset: Dataset
+    split: Split
+
+
+def _source(
     config: Config,
     folder: pathlib.Path,
     settings: Settings,
     datasets: dict[str, Dataset],
-    evaluators: dict[Any, Any],
-    on_batch: Any,
-) -> dict[str, list[float]]:
-    """One run; runs of the same data and model share them, and the program."""
+) -> _Source:
+    """The network of a run; runs of the same data share them."""
     data = config.data.to_json_best_effort()
     if data not in datasets:
         datasets[data] = building.load_data(config)
     dataset = datasets[data]
-    model = building.make_model(config, dataset)
+    network = load_network(config, dataset, folder, config.evaluation.checkpoint)
+    split = some_of(evaluated_split(config, dataset), settings.num_examples)
+    return _Source(network, dataset, split)
+
+
+def _about(source: _Source) -> dict[str, Any]:
+    """Of what a curve is one, in JSON's types."""
+    network = source.network
+    images = fingerprint(source.split)
+    return {"identity": network.identity.hash, "step": network.step, "images": images}
+
+
+def _is_of(stored: dict[str, Any] | None, source: _Source) -> bool:
+    """Whether stored curves are of this network and these images."""
+    return stored is not None and stored.items() >= _about(source).items()
+
+
+def _measure(
+    config: Config,
+    source: _Source,
+    settings: Settings,
+    evaluators: dict[Any, Any],
+    on_batch: Any,
+) -> dict[str, list[float]]:
+    """One run; runs of the same model share the program."""
+    model = building.make_model(config, source.dataset)
     if model not in evaluators:
         size = min(config.evaluation.batch_size, settings.num_examples)
         evaluators[model] = make_curve_evaluator(model, settings, batch_size=size)
-    variables = load_variables(config, dataset, folder, config.evaluation.checkpoint)
-    split = some_of(evaluated_split(config, dataset), settings.num_examples)
     return measure_run(
-        *(evaluators[model], variables, split, settings),
+        *(evaluators[model], source.network.variables, source.split, settings),
         key=evaluation_key(config),
         on_batch=on_batch,
     )
@@ -132,32 +165,30 @@ def _as_json(settings: Settings) -> dict[str, Any]:
 
 def _stored(workdir: pathlib.Path, settings: Settings) -> dict[str, Any]:
     """What was measured before under the same settings."""
-    known = read_json(workdir / "curves.json") or {}
+    known = read_sealed(workdir / "curves.json") or {}
     return known["runs"] if known.get("settings") == _as_json(settings) else {}
 
 
 def _keep(workdir: pathlib.Path, settings: Settings, runs: dict[str, Any]) -> None:
     content = {"settings": _as_json(settings), "runs": runs}
-    parallel.from_primary(lambda: write_json(workdir / "curves.json", content))
+    parallel.from_primary(lambda: write_sealed(workdir / "curves.json", content))
 
 
 def _write(
     workdir: pathlib.Path,
     settings: Settings,
     found: list[tuple[str, str, Any]],
+    runs: dict[str, Any],
     configs: dict[str, Config],
 ) -> None:
     """The file and the pictures."""
     curves = curves_of(found, settings)
-    runs = dict(zip(configs, (run for _, _, run in found), strict=True))
-    kept = _stored(workdir, settings) | runs
     content = {
         "settings": _as_json(settings),
-        "runs": kept,
+        "runs": runs,
         "curves": [dataclasses.asdict(curve) for curve in curves],
-        "provenance": provenance(),
     }
-    write_json(workdir / "curves.json", content)
+    write_sealed(workdir / "curves.json", content)
     first = next(iter(configs.values()))
     title = (
         f"{first.data.name}: accuracy under PGD-{settings.num_steps} "

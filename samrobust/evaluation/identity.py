@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from samrobust.attacks import ATTACKS_VERSION
 from samrobust.data import Split
+from samrobust.identity import fingerprint
 from samrobust.types import Array, PyTree
 
 __all__ = ["identify"]
@@ -34,7 +35,7 @@ def identify(
         "version": [_VERSION, ATTACKS_VERSION],
         "model": re.sub(r" at 0x[0-9a-f]+", "", repr(model)),
         "network": _checksum(variables),
-        "split": _checksum((split.images, split.labels)),
+        "split": fingerprint(split),
         "key": jax.random.key_data(key).tolist(),
         "random": [str(jax.random.key_impl(key)), partitionable],
         **settings,

@@ -82,7 +82,10 @@ class OutcomeFile:
         Raises:
           _UnfitError: if it is not whole, of something else, or makes no sense.
         """
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except IsADirectoryError as error:
+            raise _UnfitError(f"{path} is a folder") from error
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 stored = {name: file[name] for name in file.files}

@@ -53,6 +53,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         help="leave broken images out of further steps; for --judge=any, same outcome",
     )
     add("--checkpoint", choices=("last", "best"), help="default: the run's")
+    add("--step", type=int, metavar="N", help="of the checkpoint; default: the newest")
     add("--batch-size", type=int, metavar="N", help="default: the run's")
     _add_dtype(add, "the run's")
     add(

@@ -24,7 +24,7 @@ from samrobust.interchange.weights import (
     write_safetensors,
 )
 from samrobust.provenance import provenance
-from samrobust.training import load_variables, save_variables
+from samrobust.training import load_network, save_variables
 from samrobust.types import Config
 from samrobust.validation import validate
 from samrobust.workdir import config_of_run
@@ -93,7 +93,7 @@ def _weights_of(
     config: Config, dataset: Dataset, workdir: pathlib.Path, which: str
 ) -> Weights:
     model = building.make_model(config, dataset)
-    variables = load_variables(config, dataset, workdir, which)
+    variables = load_network(config, dataset, workdir, which).variables
     metadata = {
         "mean": list(model.mean),
         "std": list(model.std),

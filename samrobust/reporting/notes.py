@@ -50,8 +50,19 @@ def legend(table: Table, *, std: bool = True, paper: bool = True) -> str:
     if table.has_paper and paper:
         parts.append("the paper's number in brackets")
     if any(row.cost is not None for row in table.rows):
-        parts.append("cost: seconds a training step, ST = 1")
+        parts.append(_cost_legend(table))
     return "; ".join(parts) + "."
+
+
+def _cost_legend(table: Table) -> str:
+    """Says what a cost is, and what a dash in its place means."""
+    said = "cost: seconds a training step, ST = 1"
+    if any(row.cost_spread is not None for row in table.rows):
+        said += ", median over seeds ± interquartile range"
+    elif any(row.cost is not None and row.family != "ST" for row in table.rows):
+        said += ", one run each: other work on the machine moves it"
+    busy = any(row.cost is None and row.seeds for row in table.rows)
+    return said + (", - where the timings cannot tell" if busy else "")
 
 
 def sampling_error(table: Table) -> float:
@@ -151,7 +162,7 @@ def _sentence(row: Row, columns: Sequence[str]) -> str:
 
 def _provenance(table: Table) -> list[str]:
     """Says what the runs ran on, and warns when costs mix devices."""
-    records: list[Any] = [run["provenance"] or {} for run in table.runs]
+    records: list[Any] = [run.get("provenance") or {} for run in table.runs]
 
     def values(key: str) -> list[str]:
         return sorted({str(r[key]) for r in records if r.get(key) is not None})

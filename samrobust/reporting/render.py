@@ -23,8 +23,8 @@ def to_markdown(table: Table) -> str:
     body = []
     for row in table.rows:
         cells = [_markdown_cell(table, row, column) for column in table.columns]
-        cost = "-" if row.cost is None else f"{row.cost:.1f}x"
-        body.append([row.label, str(len(row.seeds)), *cells, cost][: len(header)])
+        numbers = [str(len(row.seeds)), *cells, row.shown_cost()]
+        body.append([row.label, *numbers][: len(header)])
     blocks = [f"### {_one_line(table.title)}", _markdown_table(header, body)]
     blocks += [table.caption] if table.caption else []
     blocks += ["\n".join(f"* {note}" for note in (legend(table), *notes(table)))]
@@ -83,6 +83,7 @@ def _json_row(row: Row) -> dict[str, object]:
         "n": len(row.seeds),
         "seeds": row.seeds,
         "cost": row.cost,
+        "cost_spread": row.cost_spread,
         "cells": cells,
     }
 

@@ -67,7 +67,9 @@ class Row:
       label: its name for readers, as in `"SAM (rho = 0.2)"`.
       seeds: the seeds of its finished runs, ascending.
       cells: a cell for every column of the table.
-      cost: seconds a training step relative to ST; None when either is unknown.
+      cost: seconds a training step relative to ST, the median over the shared seeds;
+        None when unknown, and when other work on the machine made it meaningless.
+      cost_spread: the interquartile range of that ratio; None for one seed.
     """
 
     name: str
@@ -75,6 +77,14 @@ class Row:
     seeds: tuple[int, ...]
     cells: Mapping[str, Cell]
     cost: float | None = None
+    cost_spread: float | None = None
+
+    def shown_cost(self, *, spread: bool = True) -> str:
+        """Returns the cost as it is printed, with its spread where there is one."""
+        if self.cost is None:
+            return "-"
+        spreads = spread and bool(self.cost_spread)
+        return f"{self.cost:.1f}x" + (f" ±{self.cost_spread:.1f}" if spreads else "")
 
     @property
     def family(self) -> str:
@@ -93,7 +103,7 @@ class Table:
       num_test: the number of test images behind every accuracy.
       columns: natural first, then linf and l2, each by radius.
       rows: in the order of the config, the unfinished ones too.
-      runs: of every run its row, seed, seconds and provenance.
+      runs: of every run its row, seed, identity, step, images, seconds, provenance.
     """
 
     title: str
@@ -183,9 +193,14 @@ def summarise(
             for column in columns
         }
         seeds = tuple(run["seed"] for run in runs[name])
-        return Row(name, label, seeds, cells, _cost(runs[name], runs.get(baseline, ())))
+        cost = _cost(runs[name], runs.get(baseline, ()))
+        return Row(name, label, seeds, cells, *cost)
 
-    kept = ("row", "seed", "training_seconds", "step_seconds", "provenance")
+    kept = (
+        *("row", "seed", "identity", "step", "images"),
+        *("training_seconds", "step_seconds", "provenance"),
+        *("pgd_provenance", "training_provenance"),
+    )
     return Table(
         title=title or results[0]["dataset"],
         caption=caption,
@@ -194,7 +209,7 @@ def summarise(
         columns=columns,
         rows=tuple(make_row(name, label) for name, label in rows),
         runs=tuple(
-            {key: run.get(key) for key in kept}
+            {key: run[key] for key in kept if key in run}
             for name, _ in rows
             for run in runs[name]
         ),
@@ -230,12 +245,24 @@ def _mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 def _cost(
     runs: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]
-) -> float | None:
-    """Returns the ratio of the mean seconds a step; None when either is unknown."""
+) -> tuple[float | None, float | None]:
+    """Returns the cost relative to the baseline and its spread, over the shared seeds.
+
+    Runs of one seed are trained one after the other, on a machine as busy; the median
+    leaves a run alone that had company. No cost is better than a wrong one: below 1
+    (every method takes ST's step, and more), and where half of the ratios differ by
+    more than half of their median, what was timed is the machine's other work.
+    """
     ours, theirs = (
-        [run["step_seconds"] for run in group if run.get("step_seconds") is not None]
+        {run["seed"]: run["step_seconds"] for run in group if run.get("step_seconds")}
         for group in (runs, baseline)
     )
-    return (
-        statistics.fmean(ours) / statistics.fmean(theirs) if ours and theirs else None
-    )
+    ratios = [ours[seed] / theirs[seed] for seed in ours if seed in theirs]
+    if not ratios:
+        return None, None
+    cost, spread = statistics.median(ratios), None
+    if len(ratios) > 1:
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        spread = high - low
+    meaningless = cost < 1 or (spread or 0.0) > cost / 2
+    return (None, None) if meaningless else (cost, spread)

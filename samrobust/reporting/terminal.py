@@ -105,7 +105,8 @@ def _grid(table: Table, layout: _Layout, sign: str) -> Grid:
         cells = [Text(short_label(row.label) if layout.short else row.label)]
         cells += [Text(str(len(row.seeds)))] if len(counts) > 1 else []
         cells += [column[i] for column in columns]
-        cells += [_cost(row)] if with_costs else []
+        cost = row.shown_cost(spread=layout.std and not layout.tight)
+        cells += [Text(cost.replace("±", sign))] if with_costs else []
         following = table.rows[i + 1 : i + 2]
         ends = any(_group(row) != _group(after) for after in following)
         grid.add_row(*cells, end_section=ends, style="" if row.seeds else "dim")
@@ -143,11 +144,6 @@ def _column(table: Table, column: str, layout: _Layout, sign: str) -> list[Text]
             table.rows, means, spreads, papers, strict=True
         )
     ]
-
-
-def _cost(row: Row) -> Text:
-    """Returns a row's cost relative to ST."""
-    return Text("-" if row.cost is None else f"{row.cost:.1f}x")
 
 
 def _group(row: Row) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 from rich.console import Console
 
-from samrobust import building, configuration, parallel
+from samrobust import building, parallel
 from samrobust.attacks import Ball
 from samrobust.checks import check
 from samrobust.data import Dataset
@@ -16,9 +16,9 @@ from samrobust.sanity.checks import run_sanity
 from samrobust.sanity.look import Surrogate, some_of
 from samrobust.sanity.report import to_rich, write_report
 from samrobust.scoring import evaluated_split, evaluation_key
-from samrobust.training import load_variables
+from samrobust.training import load_network
 from samrobust.types import Config
-from samrobust.workdir import read_json
+from samrobust.workdir import config_of_run
 
 __all__ = ["check_surrogates", "largest_balls", "sanity_of_run"]
 
@@ -33,6 +33,7 @@ def sanity_of_run(
     dataset: Dataset,
     surrogates: Sequence[tuple[str, Config]],
     num_examples: int,
+    step: int | None = None,
     should_stop: Callable[[], bool],
 ) -> None:
     """Checks the network of a run, shows the findings and writes them into its workdir.
@@ -44,6 +45,7 @@ def sanity_of_run(
       dataset: that of `config.data`.
       surrogates: of `check_surrogates`.
       num_examples: images to look at.
+      step: of the checkpoint; None for the newest.
       should_stop: asked after every batch.
 
     Raises:
@@ -51,7 +53,7 @@ def sanity_of_run(
       InterruptedRunError: after `should_stop`.
     """
     which = config.evaluation.checkpoint
-    variables = load_variables(config, dataset, workdir, which)
+    network = load_network(config, dataset, workdir, which, step=step)
     split = evaluated_split(config, dataset)
     display = ProgressDisplay(console, 1.0)
     shown = display.run(f"{config.label}: sanity checks", 0.0, 1.0)
@@ -65,12 +67,12 @@ def sanity_of_run(
         which = other.evaluation.checkpoint
         return Surrogate(
             building.make_model(other, images),
-            load_variables(other, images, pathlib.Path(folder), which),
+            load_network(other, images, pathlib.Path(folder), which).variables,
         )
 
     with display.live():
         findings = run_sanity(
-            *(building.make_model(config, dataset), variables),
+            *(building.make_model(config, dataset), network.variables),
             *(split, largest_balls(config)),
             transfer={name: surrogate(name, other) for name, other in surrogates},
             num_examples=num_examples,
@@ -83,7 +85,13 @@ def sanity_of_run(
     name = f"{config.evaluation.split} set of {config.data.name}"
     note = f"{count} of {len(split):,} images of the {name}, evenly spaced."
     console.print(to_rich(findings, note))
-    about = {"num_examples": count, "seed": config.seed, "provenance": provenance()}
+    about = {
+        "num_examples": count,
+        "seed": config.seed,
+        "step": network.step,
+        "identity": network.identity.hash,
+        "provenance": provenance(),
+    }
 
     def write() -> None:
         write_report(findings, workdir, note=note, about=about)
@@ -102,13 +110,7 @@ def check_surrogates(
     """
     found = []
     for folder in dict.fromkeys(folders):
-        stored = read_json(pathlib.Path(folder) / "config.json")
-        check(
-            stored is not None,
-            "a run's directory, with a config.json, for --transfer-from",
-            **{"transfer_from": folder},
-        )
-        other = configuration.with_defaults(stored or {})
+        other = config_of_run(pathlib.Path(folder))
         check(
             other.data.name == config.data.name,
             f"a run on {config.data.name} for --transfer-from",

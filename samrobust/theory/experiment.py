@@ -81,11 +81,18 @@ class Estimate:
     zero_one: float | None
 
     @property
-    def agrees(self) -> bool | None:
-        """Whether the population value lies in the band widened by half."""
+    def agrees(self) -> str | None:
+        """Whether the population value lies in the band widened by half.
+
+        `yes`, `no`, or `unresolved` where 0 lies in it too: a training without the
+        effect would agree as well. None where no population value is known.
+        """
         if self.population is None:
             return None
-        return bool(abs(self.mean - self.population) <= 1.5 * self.half_width)
+        width = 1.5 * self.half_width
+        if abs(self.mean - self.population) > width:
+            return "no"
+        return "yes" if abs(self.mean) > width else "unresolved"
 
 
 def all_weights_shift(world: World, rho: float) -> float | None:

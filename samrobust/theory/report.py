@@ -149,7 +149,6 @@ def _trained_row(estimate: Estimate) -> _Row:
             return "-"
         return f"{value:.4f}" if np.isfinite(value) else "x_1 alone"
 
-    agrees = {True: "yes", False: "no", None: "-"}[estimate.agrees]
     cells = (
         estimate.method,
         f"{estimate.radius:g}",
@@ -157,9 +156,9 @@ def _trained_row(estimate: Estimate) -> _Row:
         f"±{estimate.half_width:.4f}",
         shown(estimate.population),
         shown(estimate.zero_one),
-        agrees,
+        estimate.agrees or "-",
     )
-    return cells, "" if estimate.agrees is not False else "yellow"
+    return cells, "yellow" if estimate.agrees == "no" else ""
 
 
 def _notes(report: Report) -> list[str]:
@@ -186,8 +185,9 @@ def _notes(report: Report) -> list[str]:
             f"trained: {effort.seeds} seeds of {effort.samples:,} fresh samples, batch "
             f"{effort.batch_size:,}; population: what the logistic loss leads to (for "
             "SAM on w_1, SAM's own steps on such batches); agrees: within one and a "
-            "half bands (a band that includes 0 resolves no shift). With SAM weights "
-            "are differences to training without it. All rows share their samples."
+            "half bands; unresolved: as 0 is, so that no effect would agree too. With "
+            "SAM weights are differences to training without it. All rows share their "
+            "samples."
         )
     return notes
 

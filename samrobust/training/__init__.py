@@ -2,19 +2,20 @@
 
 from samrobust.training.history import TrainingDivergedError
 from samrobust.training.loop import InterruptedRunError, Outcome, Progress, train
-from samrobust.training.setup import load_variables, save_variables
+from samrobust.training.saved import Network, load_network, save_variables
 from samrobust.training.state import TrainState, init_state
 from samrobust.training.step import TrainStep, make_train_step
 
 __all__ = [
     "InterruptedRunError",
+    "Network",
     "Outcome",
     "Progress",
     "TrainState",
     "TrainStep",
     "TrainingDivergedError",
     "init_state",
-    "load_variables",
+    "load_network",
     "make_train_step",
     "save_variables",
     "train",

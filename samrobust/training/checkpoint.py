@@ -18,7 +18,7 @@ import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ from samrobust.training.manifest import (
     named_leaves,
     place,
 )
-from samrobust.training.reader import ALONE, Reader
+from samrobust.training.reader import ALONE, DamagedError, Reader
 from samrobust.types import PyTree
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored"]
@@ -150,50 +150,111 @@ metadata={'epoch': 2})
         if wait:
             self.wait()
 
-    def restore_latest(self, like: PyTree) -> Restored | None:
+    def restore_latest(
+        self, like: PyTree, *, refuse: Callable[[dict[str, Any]], str] = lambda _: ""
+    ) -> Restored | None:
         """Restores the newest intact checkpoint; skips damaged ones with a warning.
 
         Args:
           like: a pytree of arrays or `jax.ShapeDtypeStruct` that gives the structure,
             the shapes, the dtypes and the placement of the state: a leaf goes where
             the `sharding` of its model says, else to the default device.
+          refuse: says of a checkpoint's metadata why it is not to be restored; empty
+            if it is.
 
         Returns:
           The checkpoint, or None if the directory holds none.
 
         Raises:
           CheckpointError: if the directory holds checkpoints but none is intact, or if
-            the newest intact one does not fit `like`. Nothing is ever cast.
+            the newest intact one does not fit `like` or is refused. Nothing is ever
+            cast.
         """
         self.wait()
         steps = self._steps()
-        models = named_leaves(like)
         with Reader() as reader:
             for step in reversed(steps):
-                path = self._path(step)
                 try:
-                    manifest = reader.read_manifest(path, step)
-                    mismatch = find_mismatch(manifest["leaves"], models)
-                    leaves = {} if mismatch else reader.read_leaves(path, manifest)
-                except Exception as error:  # Orbax raises many kinds on damaged files
-                    message = f"Skipping the damaged checkpoint {path}: "
-                    warnings.warn(message + _summary(error), stacklevel=2)
-                    continue
-                if mismatch:
-                    raise CheckpointError(
-                        f"Expected {mismatch} in {path}. Resume with the "
-                        "configuration that wrote it, or use another directory."
-                    )
-                placed = [place(leaves[name], model) for name, model in models.items()]
-                state = jax.tree.unflatten(jax.tree.structure(like), placed)
-                return Restored(step, state, manifest["metadata"])
+                    return self._read(reader, step, like, refuse)
+                except DamagedError as error:
+                    message = f"Skipping the damaged checkpoint {self._path(step)}: "
+                    warnings.warn(f"{message}{error}", stacklevel=2)
         if steps:
             raise CheckpointError(
                 f"Expected an intact checkpoint in {self._directory}, got only damaged "
-                f"ones, steps={steps}. Restore the directory from a copy, or remove it "
-                "to start anew."
+                f"ones, steps={steps}. Restore the directory from a copy, or use "
+                "another one."
             )
         return None
+
+    def restore(
+        self,
+        step: int | None,
+        like: PyTree,
+        *,
+        refuse: Callable[[dict[str, Any]], str] = lambda _: "",
+    ) -> Restored:
+        """Restores one checkpoint and no other; the arguments of `restore_latest`.
+
+        Args:
+          step: of the checkpoint; None for the newest.
+          like: the structure, shapes and dtypes of the state.
+          refuse: says why metadata are not to be restored.
+
+        Raises:
+          CheckpointError: if there is none, or if it is damaged, does not fit `like`
+            or is refused.
+        """
+        self.wait()
+        while steps := self._steps():
+            wanted = steps[-1] if step is None else step
+            if wanted not in steps:
+                break
+            with Reader() as reader:
+                try:
+                    return self._read(reader, wanted, like, refuse)
+                except DamagedError as error:
+                    if wanted not in self._steps():  # its writer has gone on
+                        continue
+                    raise CheckpointError(
+                        f"Expected an intact checkpoint {self._path(wanted)}, got a "
+                        f"damaged one: {error} Steps in that directory: {steps}; an "
+                        "older one is used only where --step names it."
+                    ) from error
+        raise CheckpointError(
+            f"Expected a checkpoint{'' if step is None else f' of step {step}'} in "
+            f"{self._directory}, got {self._steps() or 'none'}. Run `samrobust train`."
+        )
+
+    def _read(
+        self,
+        reader: Reader,
+        step: int,
+        like: PyTree,
+        refuse: Callable[[dict[str, Any]], str],
+    ) -> Restored:
+        """Reads one checkpoint; raises `DamagedError` or `CheckpointError`."""
+        path, models = self._path(step), named_leaves(like)
+        try:
+            manifest = reader.read_manifest(path, step)
+            reason = refuse(manifest["metadata"])
+            mismatch = find_mismatch(manifest["leaves"], models)
+            leaves = {} if reason or mismatch else reader.read_leaves(path, manifest)
+        except Exception as error:  # Orbax raises many kinds on damaged files
+            raise DamagedError(_summary(error)) from error
+        if reason:
+            raise CheckpointError(
+                f"Expected a checkpoint of this run, got {path}: {reason}. Move it "
+                "away, or use another directory."
+            )
+        if mismatch:
+            raise CheckpointError(
+                f"Expected {mismatch} in {path}. Resume with the configuration that "
+                "wrote it, or use another directory."
+            )
+        placed = [place(leaves[name], model) for name, model in models.items()]
+        state = jax.tree.unflatten(jax.tree.structure(like), placed)
+        return Restored(step, state, manifest["metadata"])
 
     def latest_step(self) -> int | None:
         """Returns the newest finished step on disk, not verified, or None."""

@@ -13,10 +13,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from samrobust.identity import Identity
 from samrobust.parallel import from_primary, is_primary
-from samrobust.training.checkpoint import Checkpoints
+from samrobust.training.checkpoint import CheckpointError, Checkpoints
 from samrobust.training.epoch import Carry, Totals
-from samrobust.training.setup import checkpoint_folder, restore
+from samrobust.training.saved import (
+    checkpoint_folder,
+    checkpoint_metadata,
+    restore,
+)
 from samrobust.types import Config
 from samrobust.workdir import MetricsLog
 
@@ -33,17 +38,24 @@ class History(contextlib.AbstractContextManager):
     Args:
       config: of the run.
       workdir: receives `metrics.jsonl` and `checkpoints/`.
+      identity: of the run.
       may_write: called before each checkpoint, by process 0; raises if not.
 
     Attributes:
+      identity: of the run as it was begun, with the libraries that took part.
       earlier_seconds: of the current epoch, spent before this process.
       lines: of `metrics.jsonl`, an epoch each.
     """
 
     def __init__(
-        self, config: Config, workdir: pathlib.Path, may_write: Callable[[], None]
+        self,
+        config: Config,
+        workdir: pathlib.Path,
+        identity: Identity,
+        may_write: Callable[[], None],
     ):
         self._may_write = may_write
+        self.identity = identity
         self._minutes = config.checkpoint.minutes
         self._workdir = workdir
         self._folder = checkpoint_folder(workdir, "last")
@@ -59,22 +71,37 @@ class History(contextlib.AbstractContextManager):
         with self._checkpoints, self._best:  # waits for both
             pass
 
-    def restore(self, fresh: Carry, mesh: Mesh) -> Carry:
-        """The newest intact state, or the fresh one, and what is known beside it."""
-        restored = restore(self._folder, _abstract(fresh), mesh)
+    def restore(self, fresh: Carry, mesh: Mesh, num_steps: int) -> Carry:
+        """The newest intact state, or the fresh one, and what is known beside it.
+
+        The log is written anew from the checkpoint, which holds it: losing it, or
+        lines behind the step that the run goes on from, costs nothing.
+
+        Raises:
+          CheckpointError: if the state is not of this run, or beyond `num_steps`.
+        """
+        restored = restore(self._folder, _abstract(fresh), mesh, self.identity)
         if restored is not None:
-            self.earlier_seconds = restored.metadata["epoch_seconds"]
-            self._best_score = restored.metadata["best_score"]
-            self._saved_step = restored.step
-        last_step = 0 if restored is None else restored.step
+            step, metadata = restored.step, restored.metadata
+            if not step == int(restored.state.state.step) <= num_steps:
+                raise CheckpointError(
+                    f"Expected a step <= {num_steps} in {self._folder}, got the state "
+                    f"of step {int(restored.state.state.step)} as step {step}. Move it "
+                    "away, or use another directory."
+                )
+            begun = Identity.from_dict(metadata["identity"])
+            assert begun is not None  # `restore` has compared it
+            self.identity = begun.continued_by(self.identity)
+            self.earlier_seconds = metadata["epoch_seconds"]
+            self._best_score = metadata["best_score"]
+            self._saved_step = step
+            self.lines = list(metadata["lines"])
 
-        def open_log() -> list[dict[str, Any]]:
+        def open_log() -> None:
             self._workdir.mkdir(parents=True, exist_ok=True)
-            path = self._workdir / "metrics.jsonl"
-            self._log = MetricsLog(path, last_step=last_step)
-            return list(self._log.lines)
+            self._log = MetricsLog(self._workdir / "metrics.jsonl", self.lines)
 
-        self.lines = from_primary(open_log)
+        from_primary(open_log)
         return fresh if restored is None else restored.state
 
     def append(self, line: dict[str, Any]) -> None:
@@ -120,7 +147,8 @@ class History(contextlib.AbstractContextManager):
             if self._best_score is not None and score <= self._best_score:
                 return self._best_score
             self._may_write()
-            self._best.save(step, carry, {"validation": scores}, wait=True)
+            metadata = self._metadata() | {"validation": scores}
+            self._best.save(step, carry, metadata, wait=True)
             return score
 
         self._best_score = from_primary(keep)
@@ -148,13 +176,17 @@ class History(contextlib.AbstractContextManager):
         if step != self._saved_step:
             self._checkpoints.wait()
             self._may_write()
-            metadata = {
-                "epoch_seconds": epoch_seconds,
-                "best_score": self._best_score,
-            }
-            self._checkpoints.save(step, carry, metadata)
+            self._checkpoints.save(step, carry, self._metadata(epoch_seconds))
             self._saved_step = step
         self._saved_at = time.monotonic()
+
+    def _metadata(self, epoch_seconds: float = 0.0) -> dict[str, Any]:
+        return checkpoint_metadata(
+            self.identity,
+            epoch_seconds=epoch_seconds,
+            best_score=self._best_score,
+            lines=self.lines,
+        )
 
 
 def _abstract(carry: Carry) -> Carry:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from samrobust import building
 from samrobust.data import Dataset
+from samrobust.identity import Identity, identity_of
 from samrobust.parallel import data_mesh, replicated
 from samrobust.training.epoch import Carry, EpochPlan, EpochRunner, Totals
 from samrobust.training.history import History, TrainingDivergedError
@@ -64,11 +65,15 @@ class Outcome:
       state: after the last step.
       seconds: spent in training steps, over all restarts.
       step_seconds: median over the epochs of the mean seconds of a step.
+      step: the last one.
+      identity: of the run.
     """
 
     state: TrainState
     seconds: float
     step_seconds: float
+    step: int
+    identity: Identity
 
 
 def train(
@@ -98,7 +103,8 @@ def train(
     Raises:
       TrainingDivergedError: with the step and the last good checkpoint.
       InterruptedRunError: after `should_stop`.
-      CheckpointError: if there are checkpoints and none is intact.
+      CheckpointError: if there are checkpoints and none is intact, or the newest intact
+        one is of another run.
     """
     plan = make_plan(config, len(dataset.train))
     parts = make_parts(config, dataset, plan.num_steps)
@@ -119,8 +125,9 @@ def train(
     )
     fresh = init(init_key)
     zeros = jax.tree.map(jnp.copy, fresh.totals)  # fresh itself is donated
-    with History(config, workdir, may_write) as history:
-        carry = history.restore(fresh, mesh)
+    identity = identity_of(config, dataset)
+    with History(config, workdir, identity, may_write) as history:
+        carry = history.restore(fresh, mesh, plan.num_steps * config.training.epochs)
         run = _Run(
             config, plan, runner, zeros, history, validate, on_progress, should_stop
         )
@@ -156,7 +163,9 @@ class _Run:
         self.history.save(carry, step, 0.0)
         seconds = [line["seconds"] for line in self.history.lines]
         step_seconds = statistics.median(seconds) / self.plan.num_steps
-        return Outcome(carry.state, sum(seconds), step_seconds)
+        return Outcome(
+            carry.state, sum(seconds), step_seconds, step, self.history.identity
+        )
 
     def _epoch(self, carry: Carry, step: int) -> tuple[Carry, int]:
         """From a step to the end of its epoch; then its metrics and validation."""

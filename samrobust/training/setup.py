@@ -1,33 +1,20 @@
 """What a training is made of, from its config: the plan, the state, the step."""
 
-import dataclasses
-import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from samrobust import building
 from samrobust.checks import check
 from samrobust.data import Dataset
-from samrobust.parallel import broadcast, data_mesh, from_primary
-from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
-from samrobust.training.epoch import Carry, EpochPlan, Totals, zero_totals
+from samrobust.parallel import data_mesh
+from samrobust.training.epoch import EpochPlan, Totals, zero_totals
 from samrobust.training.state import TrainState, init_state
 from samrobust.training.step import TrainStep, make_train_step
-from samrobust.types import Array, Config, PyTree
+from samrobust.types import Array, Config
 
-__all__ = [
-    "Parts",
-    "checkpoint_folder",
-    "load_variables",
-    "make_parts",
-    "make_plan",
-    "restore",
-    "save_variables",
-]
+__all__ = ["Parts", "make_parts", "make_plan"]
 
 
 class Parts(NamedTuple):
@@ -110,101 +97,3 @@ def make_parts(config: Config, dataset: Dataset, steps_per_epoch: int) -> Parts:
     state = jax.eval_shape(init, key)
     _, metrics = jax.eval_shape(train_step, state, images, labels, key)
     return Parts(init, train_step, zero_totals(metrics))
-
-
-def checkpoint_folder(workdir: pathlib.Path, which: str) -> pathlib.Path:
-    """Where the checkpoints of a kind, `last` or `best`, lie."""
-    return workdir / "checkpoints" / which
-
-
-def load_variables(
-    config: Config, dataset: Dataset, workdir: pathlib.Path, which: str
-) -> dict[str, PyTree]:
-    """The trained network of a run: parameters and statistics, for `model.apply`.
-
-    Args:
-      config: of the run.
-      dataset: that of `config.data`.
-      workdir: of the run.
-      which: `last`, or `best` on the validation images.
-
-    Raises:
-      CheckpointError: if there is no intact checkpoint of that kind.
-    """
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    like = jax.eval_shape(_make_init(config, dataset), key)
-    folder = checkpoint_folder(workdir, which)
-    restored = restore(folder, like, data_mesh())
-    if restored is None:
-        message = f"Expected a checkpoint in {folder}, got none. Run `samrobust train`."
-        raise CheckpointError(message)
-    return restored.state.state.variables
-
-
-def save_variables(
-    config: Config,
-    dataset: Dataset,
-    workdir: pathlib.Path,
-    variables: dict[str, PyTree],
-) -> None:
-    """Makes a network the last checkpoint of a run that has taken no step yet.
-
-    The optimizer is that of a fresh run.
-
-    Args:
-      config: of the run; validated.
-      dataset: that of `config.data`.
-      workdir: of the run, without checkpoints; claimed by the caller.
-      variables: `{"params": ..., "batch_stats": ...}`, arrays that fit the network.
-
-    Raises:
-      CheckpointError: if it cannot be written.
-    """
-    init = _make_init(config, dataset)
-
-    @jax.jit
-    def make(key: Array, variables: dict[str, PyTree]) -> Carry:
-        carry = init(key)
-        state = dataclasses.replace(carry.state, **variables)
-        return Carry(state, carry.totals)
-
-    carry = make(jax.random.key(config.seed), variables)
-    metadata = {"epoch_seconds": 0.0, "best_score": None}
-    with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
-        checkpoints.save(0, carry, metadata, wait=True)
-
-
-def _make_init(config: Config, dataset: Dataset) -> Callable[[Array], Carry]:
-    """From a key to what a checkpoint holds, before the first step."""
-    parts = make_parts(config, dataset, make_plan(config, len(dataset.train)).num_steps)
-    return lambda key: Carry(parts.init(key), parts.zero_totals)
-
-
-def restore(folder: pathlib.Path, like: PyTree, mesh: Mesh) -> Restored | None:
-    """The newest intact checkpoint, read by process 0 and replicated over all devices.
-
-    Args:
-      folder: of the checkpoints; process 0 alone needs to see it.
-      like: the structure, shapes and dtypes of the state.
-      mesh: of all devices, whatever their number was when the state was saved.
-
-    Raises:
-      CheckpointError: as `Checkpoints.restore_latest`.
-    """
-    found: list[Restored] = []
-
-    def read() -> tuple[int, dict[str, Any]] | None:
-        with Checkpoints(folder) as checkpoints:
-            restored = checkpoints.restore_latest(like)
-        found.extend([] if restored is None else [restored])
-        return None if restored is None else (restored.step, restored.metadata)
-
-    known = from_primary(read)
-    if known is None:
-        return None
-    here = found[0].state if found else jax.tree.map(_zeros, like)
-    return Restored(known[0], broadcast(here, mesh), known[1])
-
-
-def _zeros(model: jax.ShapeDtypeStruct) -> np.ndarray:
-    return np.zeros(model.shape, model.dtype)

@@ -21,7 +21,7 @@ from samrobust.interchange import (
     write_pytorch,
 )
 from samrobust.models import PreActResNet
-from samrobust.training import load_variables, save_variables
+from samrobust.training import load_network, save_variables
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -306,7 +306,7 @@ def read_run(workdir):
     )
     dataset = helpers.load_data(config)
     model = helpers.make_model(config, dataset)
-    return model, load_variables(config, dataset, workdir, "last"), dataset
+    return model, load_network(config, dataset, workdir, "last").variables, dataset
 
 
 def test_a_run_goes_to_a_pytorch_file_and_comes_back_to_the_bit(workdir, tmp_path):

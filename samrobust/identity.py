@@ -1,0 +1,160 @@
+"""Whose result is it? What makes a run this run and no other.
+
+Every checkpoint and result holds the identity of its run and is compared with the run
+that reads it; every number that leaves names its `hash`, beside the step of the network
+that it was measured on.
+
+Compared are the config's fields that shape a result, the data, the format of what a run
+leaves, and JAX's way to draw random numbers. The versions of libraries are part of the
+hash, but not compared: other versions round differently and are no other experiment.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import weakref
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from samrobust.configuration import differences, with_defaults
+from samrobust.data import Dataset, Split
+from samrobust.types import Config
+
+__all__ = ["FORMAT", "Identity", "changed_fields", "fingerprint", "identity_of"]
+
+# To be raised when a config and a seed come to mean other numbers, beyond rounding.
+FORMAT = 1
+
+# What may change between two starts of the same run: none of it changes a result.
+_MAY_CHANGE = (
+    *("data.data_dir", "data.manual_dir", "training.steps_per_call"),
+    *("checkpoint.", "paper.", "tracking."),
+)
+_PACKAGES = ("samrobust", "jax", "jaxlib", "flax", "optax")
+_LENGTH = 16  # of a hash, in hexadecimal digits
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """The identity of a run.
+
+    Attributes:
+      config: of the run, as JSON holds it.
+      data: fingerprint of the training and held-out examples; None where they were not
+        ours, as of an imported network.
+      format: `FORMAT` when the run began.
+      random: what JAX drew from key 0: another generator, chosen by a setting or by
+        another version, makes another run.
+      versions: of the libraries that the run was begun with, and of those that it was
+        then continued with, in order.
+    """
+
+    config: Mapping[str, Any]
+    data: str | None
+    format: int
+    random: str
+    versions: tuple[Mapping[str, str], ...]
+
+    @property
+    def hash(self) -> str:
+        """Names the run, in 16 hexadecimal digits."""
+        begun = dataclasses.replace(self, versions=self.versions[:1])
+        text = json.dumps(dataclasses.asdict(begun), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:_LENGTH]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns it in JSON's types, for `from_dict`."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, stored: object) -> "Identity | None":
+        """Returns what `as_dict` gave; None for anything else."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(stored, dict) or stored.keys() != names:
+            return None
+        return cls(**{**stored, "versions": tuple(stored["versions"])})
+
+    def continued_by(self, other: "Identity") -> "Identity":
+        """Returns it with the libraries of a process that goes on with the run."""
+        (versions,) = other.versions
+        new = () if versions == self.versions[-1] else (versions,)
+        return dataclasses.replace(
+            self, data=self.data or other.data, versions=(*self.versions, *new)
+        )
+
+    def unlike(self, other: "Identity") -> str:
+        """Says in what another run differs: `seed is 1, not 0`; empty if it does not.
+
+        Args:
+          other: the run that reads what this one left.
+        """
+        changed = changed_fields(self.config, other.config)
+        if None not in (self.data, other.data):
+            changed |= differences({"data": self.data}, {"data": other.data})
+        for name in ("format", "random"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            changed |= differences({name: mine}, {name: theirs})
+        return "; ".join(f"{n} is {a!r}, not {b!r}" for n, (a, b) in changed.items())
+
+
+def identity_of(config: Config, dataset: Dataset | None) -> Identity:
+    """Returns the identity of a run that this process would begin.
+
+    Args:
+      config: of the run.
+      dataset: that of `config.data`; None where the network was not trained on it.
+    """
+    return Identity(
+        config=json.loads(config.to_json_best_effort()),
+        data=None if dataset is None else _training_data(dataset),
+        format=FORMAT,
+        random=_some_random_bits(),
+        versions=(_versions(),),
+    )
+
+
+def changed_fields(
+    stored: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, tuple[object, object]]:
+    """Returns the fields that shape a result and differ between two configs.
+
+    Returns:
+      Both values by dotted names. A field that one lacks has the base's value.
+    """
+    both = (with_defaults(dict(fields)).to_dict() for fields in (stored, config))
+    changed = differences(*both)
+    return {n: v for n, v in changed.items() if not n.startswith(_MAY_CHANGE)}
+
+
+def fingerprint(split: Split) -> str:
+    """Returns a hash of a split's images and labels, in their order."""
+    if split not in _FINGERPRINTS:
+        digest = hashlib.sha256()
+        for array in (split.images, split.labels):
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        _FINGERPRINTS[split] = digest.hexdigest()[:_LENGTH]
+    return _FINGERPRINTS[split]
+
+
+_FINGERPRINTS: weakref.WeakKeyDictionary[Split, str] = weakref.WeakKeyDictionary()
+
+
+def _training_data(dataset: Dataset) -> str:
+    return f"{fingerprint(dataset.train)}+{fingerprint(dataset.validation)}"
+
+
+@functools.cache
+def _some_random_bits() -> str:
+    bits = jax.random.bits(jax.random.key(0), (3,))  # several: settings differ there
+    return "".join(f"{value:08x}" for value in bits.tolist())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {package: metadata.version(package) for package in _PACKAGES}

@@ -1,0 +1,211 @@
+"""Whose result is it? Files of another run are never taken for this one's."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import helpers
+import jax
+import numpy as np
+import pytest
+
+from samrobust.data import Split
+from samrobust.experiments import run
+from samrobust.files import WorkdirError
+from samrobust.identity import Identity, fingerprint, identity_of
+from samrobust.training import load_network, train
+from samrobust.training.checkpoint import CheckpointError, Checkpoints
+from samrobust.training.saved import checkpoint_folder
+
+# Runs of the same shapes as the first, which is `st` with seed 0 and one epoch.
+OTHERS = {
+    "seed": ("st", {"seed": 1}, "seed is 1, not 0"),
+    "learning rate": ("st", {"training.learning_rate": 0.2}, "learning_rate is 0.2"),
+    "length": ("st", {"training.epochs": 2}, "training.epochs is 2, not 1"),
+    "method": ("sam,rho=0.2", {}, "sam.rho is 0.2, not 0.0"),
+    "data": ("st", {"data.split_seed": 5}, "data.split_seed is 5, not 0"),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly():
+    with helpers.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return helpers.load_data(helpers.make_config())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, dataset) -> dict[str, pathlib.Path]:
+    """The first run and the others, each finished."""
+    made = {}
+    for name, (row, overrides, _) in {"first": ("st", {}, ""), **OTHERS}.items():
+        config = helpers.make_config(row, {"training.epochs": 1, **overrides})
+        made[name] = tmp_path_factory.mktemp(name.replace(" ", "-"))
+        own = helpers.load_data(config) if name == "data" else dataset
+        run(config, made[name], helpers.Silent(), dataset=own)
+    return made
+
+
+@pytest.fixture
+def first(runs, tmp_path) -> pathlib.Path:
+    """A copy of the first run."""
+    return pathlib.Path(shutil.copytree(runs["first"], tmp_path / "run"))
+
+
+def config_of_first():
+    return helpers.make_config("st", {"training.epochs": 1})
+
+
+each_other = pytest.mark.parametrize("name", OTHERS)
+
+
+@each_other
+def test_the_result_of_another_run_is_refused_by_what_differs(
+    runs, first, dataset, name
+):
+    shutil.copy(runs[name] / "result.json", first / "result.json")
+    with pytest.raises(WorkdirError, match=OTHERS[name][2]):
+        run(config_of_first(), first, helpers.Silent(), dataset=dataset)
+
+
+@each_other
+def test_checkpoints_of_another_run_are_refused_by_what_differs(
+    runs, first, dataset, name
+):
+    """By those who go on with them, and by those who evaluate them."""
+    (first / "result.json").unlink()
+    shutil.rmtree(first / "checkpoints")
+    shutil.copytree(runs[name] / "checkpoints", first / "checkpoints")
+    config, message = config_of_first(), f"{OTHERS[name][2]}|missing="
+    with pytest.raises(CheckpointError, match=message):
+        train(config, dataset, first)
+    with pytest.raises(CheckpointError, match=message):
+        load_network(config, dataset, first, "last")
+
+
+@each_other
+def test_a_workdir_without_its_config_is_refused_whatever_is_asked_of_it(
+    runs, dataset, name, tmp_path
+):
+    copy = pathlib.Path(shutil.copytree(runs[name], tmp_path / "run"))
+    (copy / "config.json").unlink()
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(WorkdirError, match=r"Expected a config\.json beside result"):
+        run(config_of_first(), copy, helpers.Silent(), dataset=dataset)
+    assert [path for path in before if not path.exists()] == []
+
+
+def test_the_table_does_not_take_the_result_of_another_run(runs, tmp_path, capsys):
+    workdir = tmp_path / "table"
+    folder = workdir / "st" / "seed0"
+    shutil.copytree(runs["first"], folder)
+    shutil.copy(runs["seed"] / "result.json", folder / "result.json")
+    code = helpers.main(
+        *("table", "--rows=st", "--collect", f"--workdir={workdir}"),
+        *helpers.make_flags({"training.epochs": 1}),
+    )
+    assert code == 2
+    output = " ".join(capsys.readouterr().out.split())
+    assert "seed is 1, not 0" in output
+
+
+def test_the_same_config_on_other_data_is_another_run(first, dataset):
+    """As where a directory of data was replaced by another."""
+    flipped = dataset.train.images[:, :, ::-1].copy()
+    other = dataclasses.replace(dataset, train=Split(flipped, dataset.train.labels))
+    config = config_of_first()
+    with pytest.raises(WorkdirError, match=r"got another's: data is '\w+\+\w+', not"):
+        run(config, first, helpers.Silent(), dataset=other)
+    with pytest.raises(CheckpointError, match="data is"):
+        train(config, other, first)
+
+
+def test_a_result_on_other_test_images_is_refused(first, dataset):
+    test = Split(dataset.test.images, np.roll(dataset.test.labels, 1))
+    other = dataclasses.replace(dataset, test=test)
+    with pytest.raises(WorkdirError, match="on the test images at hand"):
+        run(config_of_first(), first, helpers.Silent(), dataset=other)
+
+
+def test_a_checkpoint_that_says_not_of_which_run_it_is_is_refused(first, dataset):
+    folder = checkpoint_folder(first, "last")
+    config = config_of_first()
+    state = load_network(config, dataset, first, "last").variables
+    shutil.rmtree(folder)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(3, state, {"epoch_seconds": 0.0}, wait=True)
+    with pytest.raises(CheckpointError, match="it does not say of which"):
+        load_network(config, dataset, first, "last")
+
+
+def damage_newest(workdir: pathlib.Path) -> None:
+    step = helpers.checkpoint_steps(workdir)[-1]
+    for path in (workdir / "checkpoints" / "last" / str(step)).rglob("d/*"):
+        path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [damage_newest, lambda w: remove_newest(w)])
+def test_an_older_step_of_a_finished_run_is_evaluated_only_where_it_is_named(
+    dataset, tmp_path, damage
+):
+    config = config_of_first()
+    config.checkpoint.minutes = 0.0
+    expected = run(config, tmp_path, helpers.Silent(), dataset=dataset)
+    assert expected["step"] == 3
+    damage(tmp_path)
+    with pytest.raises(CheckpointError, match=r"--step names it\.$"):
+        load_network(config, dataset, tmp_path, "last")
+    older = helpers.checkpoint_steps(tmp_path)[0]
+    network = load_network(config, dataset, tmp_path, "last", step=older)
+    assert (network.step, network.identity.hash) == (older, expected["identity"])
+
+
+def remove_newest(workdir: pathlib.Path) -> None:
+    step = helpers.checkpoint_steps(workdir)[-1]
+    shutil.rmtree(workdir / "checkpoints" / "last" / str(step))
+
+
+def test_every_number_names_step_and_identity(first):
+    result = json.loads((first / "result.json").read_text())
+    assert helpers.main("evaluate", f"--workdir={first}", "--norm=linf") == 0
+    (line,) = helpers.read_lines(first / "evaluations.jsonl")
+    for key in ("step", "identity", "images"):
+        assert line[key] == result[key], key
+    assert line["provenance"]["jax"] == jax.__version__
+    assert len(result["identity"]) == 16
+
+
+def test_another_generator_of_random_numbers_makes_another_run(dataset):
+    identity = identity_of(config_of_first(), dataset)
+    other = dataclasses.replace(identity, random="0" * 24)
+    assert "random is" in other.unlike(identity)
+    assert other.hash != identity.hash
+
+
+def test_a_run_that_goes_on_with_other_libraries_keeps_its_identity_and_says_so(
+    dataset,
+):
+    begun = identity_of(config_of_first(), dataset)
+    (versions,) = begun.versions
+    later = dataclasses.replace(begun, versions=({**versions, "jax": "99.0"},))
+    assert begun.unlike(later) == ""
+    both = begun.continued_by(later)
+    assert [v["jax"] for v in both.versions] == [jax.__version__, "99.0"]
+    assert both.hash == begun.hash != later.hash
+    assert both.continued_by(later) == both
+    assert Identity.from_dict(json.loads(json.dumps(both.as_dict()))) == both
+
+
+def test_a_fingerprint_is_of_the_content():
+    images = np.arange(64, dtype=np.uint8).reshape(2, 4, 4, 2)
+    labels = np.array([0, 1], np.int32)
+    one = fingerprint(Split(images, labels))
+    assert fingerprint(Split(images.copy(), labels.copy())) == one
+    assert fingerprint(Split(images[::-1], labels)) != one
+    assert fingerprint(Split(images, labels[::-1])) != one
+    assert fingerprint(Split(images.reshape(2, 2, 8, 2), labels)) != one

@@ -1,0 +1,737 @@
+"""The numbers of README, docs and results/ are those that are stored, recomputed.
+
+Each Markdown table is either held, cell by cell, to files in results/, at the digits
+that are printed, or listed as one of words. Sentences with numbers are written here
+with a formula in each number's place, and must stand in the text. Where results are
+measured anew, the failures say what the text must read.
+"""
+
+import functools
+import importlib
+import itertools
+import json
+import math
+import pathlib
+import re
+import statistics
+from typing import Any
+
+import pytest
+
+from samrobust import configuration
+from samrobust.bench import report as bench_report
+from samrobust.bench.results import Report as BenchReport
+from samrobust.reporting import Cell, Difference, Table, summarise, to_json, to_markdown
+from samrobust.reporting.notes import tail_probability
+from samrobust.sanity.finding import allowance
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+PAGES = [
+    *("README.md", "CONTRIBUTING.md", "results/README.md", "launch/README.md"),
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
+WRITTEN = sorted(str(path.relative_to(ROOT)) for path in RESULTS.rglob("*/*.md"))
+TABLES = sorted(  # what `table` and `recheck` wrote
+    str(path.relative_to(RESULTS).with_suffix(""))
+    for name in ("table.json", "autoattack.json")
+    for path in RESULTS.rglob(name)
+)
+# Tables without a measured number, by their header.
+WORDS = {
+    ("", "over the inputs: `attack`", "over the weights: in `tx`"),
+    ("", "reference code", "samrobust", "because"),
+    ("code", "meaning", "SLURM", "Kubernetes", "`tpu_vm.sh up`"),
+    ("folder", "command", "hardware"),
+    ("here", "there"),
+    ("where", "command"),
+    ("where", "one command"),
+}
+DIGITS, SMALL, FULL = "digits/table", "cifar10-small/table", "h200/cifar10/table"
+DIGITS_AA, SMALL_AA, FULL_AA = (
+    f"{folder}/autoattack"
+    for folder in ("autoattack/digits", "autoattack/cifar10-small", "h200/cifar10")
+)
+AT_FULL = "h200/cifar10/at"
+
+COUNTS = {3: "three", 5: "five"}
+
+Rows = list[list[str]]
+
+
+# --- what is stored -------------------------------------------------------------------
+
+
+@functools.cache
+def stored(name: str) -> Any:
+    """A file of results/: JSON, or a list of its lines."""
+    text = (RESULTS / name).read_text()
+    if name.endswith(".jsonl"):
+        return [json.loads(line) for line in text.splitlines()]
+    return json.loads(text)
+
+
+@functools.cache
+def table(name: str, *, paper: bool = True) -> Table:
+    """A table made of what each seed measured, and of nothing that was derived."""
+    content = stored(f"{name}.json")
+    runs = {(run["row"], run["seed"]): run for run in content["runs"]}
+    results = [
+        runs[row["name"], seed]
+        | {key: content[key] for key in ("dataset", "num_test")}
+        | {"accuracy": {c: row["cells"][c]["values"][i] for c in content["columns"]}}
+        for row in content["rows"]
+        for i, seed in enumerate(row["seeds"])
+    ]
+    numbers = {
+        row["name"]: {c: x["paper"] for c, x in row["cells"].items() if x["paper"]}
+        for row in content["rows"]
+    }
+    return summarise(
+        results,
+        rows=[(row["name"], row["label"]) for row in content["rows"]],
+        paper=numbers if paper else None,
+        title=content["title"],
+        caption=content["caption"],
+    )
+
+
+def cell(name: str, row: str, column: str) -> Cell:
+    return next(r for r in table(name).rows if r.name == row).cells[column]
+
+
+def mean(name: str, row: str, column: str) -> float:
+    value = cell(name, row, column).mean
+    assert value is not None
+    return value
+
+
+def difference(name: str, row: str, column: str) -> Difference:
+    found = cell(name, row, column).difference
+    assert found is not None
+    return found
+
+
+def gain(name: str, row: str, column: str, form: str = ".1f", factor: int = 1) -> str:
+    """What a row adds to ST, ± the standard error where there are several seeds."""
+    found = difference(name, row, column)
+    text = format(factor * found.mean, form)
+    error = found.standard_error
+    return text if error is None else f"{text} ± {error:.1f}"
+
+
+@functools.cache
+def paper(config: str) -> dict[str, dict[str, float]]:
+    """The paper's table as the config has it."""
+    path = str(ROOT / "configs" / config)
+    rows = configuration.load_rows(path)
+    return {row: dict(configuration.load_config(f"{path}:{row}").paper) for row in rows}
+
+
+def bench(name: str, **fields: str) -> dict[str, Any]:
+    fields = {"kind": "step", "variant": ""} | fields
+    rows = stored(f"{name}/bench.json")["rows"]
+    (found,) = [r for r in rows if all(r[k] == v for k, v in fields.items())]
+    return found
+
+
+def profile() -> dict[str, list[float]]:
+    """The H200's trace, by kind of kernel: microseconds, per cent, number a step."""
+    (rows,) = tables((RESULTS / "h200/profile.md").read_text())
+    return {name: [float(x) for x in numbers] for name, *numbers in rows[1:]}
+
+
+def speed(directory: str) -> float:
+    """Images a second of a run's median epoch."""
+    lines = stored(f"{directory}/metrics.jsonl")
+    return statistics.median(line["examples_per_second"] for line in lines)
+
+
+# --- tables ---------------------------------------------------------------------------
+
+
+def tables(text: str) -> list[Rows]:
+    """The cells of a text's Markdown tables, without rulers."""
+    found = []
+    lines = text.splitlines()
+    for is_table, group in itertools.groupby(lines, lambda x: x.startswith("|")):
+        if is_table:
+            rows = [re.split(r"(?<!\\)\|", line.strip())[1:-1] for line in group]
+            cells = [[part.strip() for part in row] for row in rows]
+            found.append([r for r in cells if not set("".join(r)) <= set(":-")])
+    return found
+
+
+def rendered(name: str) -> Rows:
+    return tables(to_markdown(table(name)))[0]
+
+
+def without_paper(name: str) -> Rows:
+    """As rendered, without the paper's numbers and the cost."""
+    return [row[:-1] for row in tables(to_markdown(table(name, paper=False)))[0]]
+
+
+def plain(name: str, columns: dict[str, str]) -> Rows:
+    """Means and deviations; `columns` maps the table's to the page's names."""
+
+    def shown(found: Cell) -> str:
+        spread = "" if found.std is None else f" ±{found.std:.1f}"
+        return f"{found.mean:.1f}{spread}"
+
+    rows = [[r.label, *(shown(r.cells[c]) for c in columns)] for r in table(name).rows]
+    return [["method", *columns.values()], *rows]
+
+
+def beside_the_paper() -> Rows:
+    """The full-size runs on CIFAR-10, each beside the paper's number."""
+    numbers = paper("cifar10.py")
+    rows: Rows = [["method", "epochs", *table(FULL).columns]]
+    for folder in ("st", "sam,rho=0.4", "at"):
+        result = stored(f"h200/cifar10/{folder}/result.json")
+        epochs = stored(f"h200/cifar10/{folder}/config.json")["training"]["epochs"]
+        cells = [
+            f"{result['accuracy'][c]:.1f} ({numbers[result['row']][c]:.1f})"
+            for c in table(FULL).columns
+        ]
+        rows.append([result["label"], str(epochs), *cells])
+    return rows
+
+
+def speed_on_the_cpu() -> Rows:
+    rows: Rows = []
+    for method, label in (("st", "ST"), ("sam", "SAM"), ("at", "AT-10")):
+        ours = bench("bench/compare-64", method=method)
+        cells = [
+            f"{1e3 * ours['step_seconds']:.0f} ±{1e3 * ours['step_iqr']:.0f}",
+            f"{100 * ours['matmul_fraction']:.0f}",
+            f"{ours['cost']:.1f} ({ours['flop_cost']:.1f})",
+        ]
+        for variant in ("reference", "tuned"):
+            their = bench(
+                "bench/compare-64", method=method, kind="pytorch", variant=variant
+            )
+            low, high = their["ratio_low"], their["ratio_high"]
+            cells.append(f"{their['ratio']:.2f} ({low:.2f} to {high:.2f})")
+        rows.append([label, *cells])
+    pytorch = ["reference's time / ours", "tuned PyTorch's time / ours"]
+    return [
+        ["batch 64", "ms a step", "% of matmul", "cost (by FLOPs)", *pytorch],
+        *rows,
+    ]
+
+
+def speed_on_the_gpu() -> Rows:
+    def milliseconds(row: dict[str, Any]) -> str:
+        value = 1e3 * row["step_seconds"]
+        return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+    def ratio(method: str, variant: str) -> str:
+        rows = stored("h200/bench-float32/bench.json")["rows"]
+        found = [r for r in rows if (r["method"], r["variant"]) == (method, variant)]
+        return f"{found[0]['ratio']:.1f}" if found else "-"
+
+    rows: Rows = []
+    for method, label in (("st", "ST"), ("sam", "SAM"), ("at", "AT-10")):
+        half = bench("h200/bench-bfloat16", method=method)
+        full = bench("h200/bench-float32", method=method)
+        images, share = half["images_per_second"], 100 * half["matmul_fraction"]
+        cells = [milliseconds(half), f"{images:,.0f}", f"{share:.0f}"]
+        ratios = [ratio(method, "reference"), ratio(method, "tuned")]
+        rows.append([label, *cells, milliseconds(full), *ratios])
+    head = ["batch 128", "bfloat16 ms", "images/s", "% of matmul", "float32 ms"]
+    return [[*head, "reference's time / ours", "tuned PyTorch's time / ours"], *rows]
+
+
+@functools.cache
+def theory() -> str:
+    """The theory's tables and notes as its JSON has them."""
+    grid, experiment, report, verdicts = (
+        importlib.import_module(f"samrobust.theory.{name}")
+        for name in ("grid", "experiment", "report", "verdicts")
+    )
+    content = stored("theory/theory.json")
+    estimates = []
+    for line in content["trained"]:
+        fields = {k: v for k, v in line.items() if k != "agrees"}
+        if line["zero_one"] is None and line["method"] == "at all features":
+            fields["zero_one"] = math.inf  # JSON has no infinity
+        estimate = experiment.Estimate(**fields)
+        assert estimate.agrees == line["agrees"]
+        estimates.append(estimate)
+    options = {k: tuple(v) for k, v in content["grid"].items() if v is not None}
+    found = report.Report(
+        grid.Grid(**options),
+        experiment.Effort(**content["effort"]),
+        None,
+        [verdicts.Verdict(**verdict) for verdict in content["verdicts"]],
+        estimates,
+        content["provenance"]["seconds"],
+        content["provenance"]["command"],
+    )
+    return report.to_markdown(found)
+
+
+@functools.cache
+def held(page: str) -> tuple[Rows, ...]:
+    """The tables of a page that are held to results/, in order."""
+    if page == "docs/theory.md" or page == "results/theory/theory.md":
+        return tuple(tables(theory()))
+    folder = page.removeprefix("results/").rsplit("/", 1)[0]
+    if page.endswith(("/table.md", "/autoattack.md")):
+        return tuple(tables(to_markdown(table(page[8:-3]))))
+    if page.endswith("/bench.md"):
+        found = BenchReport(**stored(f"{folder}/bench.json"))
+        return tuple(tables(bench_report.to_markdown(found)))
+    if "/sanity/" in page:
+        return sanity(page[8:-3])
+    if page != "README.md":
+        return ()
+    names = {"natural": "natural"}
+    pgd, strong = "{}, PGD-10", "AutoAttack"
+    return (
+        rendered(DIGITS),
+        beside_the_paper(),
+        without_paper(SMALL),
+        plain(
+            DIGITS_AA,
+            names
+            | {"linf 32/255": pgd.format("linf 32/255"), "linf 32/255 AA": strong}
+            | {"l2 128/255": pgd.format("l2 128/255"), "l2 128/255 AA": strong},
+        ),
+        plain(
+            FULL_AA,
+            names
+            | {"linf 1/255": pgd.format("linf 1/255"), "linf 1/255 AA": strong}
+            | {"linf 2/255": pgd.format("linf 2/255"), "linf 2/255 AA": strong},
+        ),
+        speed_on_the_cpu(),
+        speed_on_the_gpu(),
+    )
+
+
+def sanity(name: str) -> tuple[Rows, ...]:
+    """The tables of a report of sanity checks: one of the network, one a ball."""
+    findings = stored(f"{name}.json")["findings"]
+    groups = itertools.groupby(findings, lambda finding: finding["ball"])
+    return tuple(
+        [["check", "verdict", "finding"]]
+        + [[f["check"], f["verdict"], f["text"].replace("|", "\\|")] for f in group]
+        for _, group in groups
+    )
+
+
+# --- sentences ------------------------------------------------------------------------
+
+
+def natural_words(cost: float) -> str:
+    return {2: "twice", 7: "seven times"}[round(cost)]
+
+
+def experiments_in_words() -> list[str]:
+    st, sam = "st", "sam,rho=0.4"
+    costs = {row.name: row.cost or 0.0 for row in table(DIGITS).rows}
+    at = {natural_words(costs[name]) for name in costs if name.startswith("at")}
+    columns = table(FULL).columns
+    numbers, earlier = (
+        paper("cifar10.py"),
+        stored("h200/cifar10/st-earlier/result.json"),
+    )
+    above = [mean(FULL, st, c) - numbers[st][c] for c in columns[1:]]
+    later = stored("h200/cifar10/st/result.json")["accuracy"]
+    less = max(later[c] - earlier["accuracy"][c] for c in columns)
+    published = numbers[sam]["linf 1/255"] - numbers[st]["linf 1/255"]
+    trained = stored(f"{AT_FULL}/result.json")
+    short = [numbers[trained["row"]][c] - trained["accuracy"][c] for c in columns]
+    epochs = stored(f"{AT_FULL}/config.json")["training"]["epochs"]
+    return [
+        f"SAM alone adds {gain(DIGITS, sam, 'linf 16/255')} points at l-inf 16/255, "
+        f"{gain(DIGITS, sam, 'linf 32/255')} at l-inf 32/255, "
+        f"{gain(DIGITS, sam, 'l2 64/255')} at l2 64/255 and "
+        f"{gain(DIGITS, sam, 'l2 128/255')} at l2 128/255",
+        f"at no cost in natural accuracy ({gain(DIGITS, sam, 'natural', '+.1f')}) and "
+        f"{natural_words(costs[sam])} the time",
+        f"adds far more, at {' or '.join(sorted(at))} the time",
+        f"ST is above it under attack by {min(above):.1f} to {max(above):.1f} points",
+        "an earlier run with the same seed gave "
+        + ", ".join(f"{earlier['accuracy'][c]:.1f}" for c in columns)
+        + f", up to {less:.2f} points less",
+        f"SAM's gain at l-inf 1/255 is {gain(FULL, sam, 'linf 1/255')} points here and "
+        f"{published:.1f} in the paper",
+        f"AT in {epochs} of 100 epochs is short of the paper's by {min(short):.1f} to "
+        f"{max(short):.1f} points",
+    ]
+
+
+def small_in_words() -> list[str]:
+    sam, at = "sam,rho=0.2", "at,norm=linf,eps=2"
+    found = difference(SMALL, sam, "linf 2/255")
+    errors = found.mean / (found.standard_error or math.nan)
+    chance = 100 * tail_probability(found.num_seeds, errors)
+    numbers = paper("cifar10.py")
+    published = {c: v - numbers["st"][c] for c, v in numbers[at].items()}
+    return [
+        f"SAM with rho = 0.2 loses {gain(SMALL, sam, 'natural', factor=-1)} points of "
+        f"natural accuracy and {gain(SMALL, sam, 'l2 16/255', factor=-1)} at l2 16/255;"
+        f" its {gain(SMALL, sam, 'linf 2/255')} at l-inf 2/255 are {errors:.2f} "
+        f"standard errors, which chance alone exceeds in {chance:.0f} % of cases with "
+        f"{COUNTS[found.num_seeds]} seeds",
+        f"AT gains at l-inf ({gain(SMALL, at, 'linf 1/255')} and "
+        f"{gain(SMALL, at, 'linf 2/255')}) and at l2 32/255 "
+        f"({gain(SMALL, at, 'l2 32/255')}), but loses "
+        f"{gain(SMALL, at, 'natural', factor=-1)} points of natural accuracy and gains "
+        f"nothing at l2 16/255 ({gain(SMALL, at, 'l2 16/255')}), where the same row of "
+        f"the paper loses {-published['natural']:.1f} and gains "
+        f"{published['l2 16/255']:.1f}",
+    ]
+
+
+def autoattack_in_words() -> list[str]:
+    sam = "sam,rho=0.4"
+    evaluation = stored(f"{AT_FULL}/evaluations.jsonl")[0]
+    label = stored(f"{AT_FULL}/result.json")["label"]
+    natural, robust = evaluation["accuracy"].values()
+    after = evaluation["autoattack"]["after_each"]["linf 8/255"]
+
+    def both(name: str, column: str, row: str = sam) -> list[str]:
+        return [gain(name, row, f"{column}{x}", "+.1f") for x in (" AA", "")]
+
+    linf, l2 = both(DIGITS_AA, "linf 32/255"), both(DIGITS_AA, "l2 128/255")
+    one, two = both(FULL_AA, "linf 1/255"), both(FULL_AA, "linf 2/255")
+    small = both(SMALL_AA, "linf 2/255", "sam,rho=0.2")
+    seeds = f"{COUNTS[len(table(DIGITS_AA).rows[0].seeds)]} seeds each"
+    more, error, counts = more_under_autoattack("linf 1/255")
+    more_at_two, error_at_two, _ = more_under_autoattack("linf 2/255")
+    assert more > 2 * error
+    assert more_at_two < 2 * error_at_two
+    flattered = max(
+        mean(FULL_AA, row, c) - mean(FULL_AA, row, f"{c} AA")
+        for row in ("st", sam)
+        for c in ("linf 1/255", "linf 2/255")
+    )
+    return [
+        f"{label}: natural {natural:.2f}, linf 8/255 {robust:.2f} (accuracy in %)",
+        "linf 8/255 after " + ", ".join(f"{k} {v:.2f}" for k, v in after.items()),
+        f"{linf[0]} points at l-inf 32/255 where PGD-10 said {linf[1]}, {l2[0]} at l2 "
+        f"128/255 where it said {l2[1]}",
+        f"({table(DIGITS_AA).num_test} test images; in percent",
+        f"On digits, {seeds}, the networks of the first table"
+        if same_networks()
+        else f"On digits, {seeds}, other networks than those of the first table",
+        f"({table(FULL_AA).num_test:,} test images, one seed",
+        f"a larger gain than PGD-10 at 1/255, {one[0]} points instead of {one[1]}: "
+        f"{more:.1f} more, with a standard error of at most {error:.1f} from the "
+        f"choice of images ({counts[0]} images of ST and {counts[1]} of SAM withstood",
+        f"At 2/255, {two[0]} instead of {two[1]}, the {more_at_two:.1f} more may be "
+        f"chance (at most {error_at_two:.1f})",
+        f"by up to {flattered:.0f} points",
+        f"SAM's {mean(FULL_AA, sam, 'linf 2/255 AA'):.1f} % at 2/255 stand beside the "
+        f"{robust:.1f} % that AT (30 epochs) keeps",
+        f"on {table(SMALL_AA).num_test} images, {small[1]} points under PGD-10 and "
+        f"{small[0]} under AutoAttack",
+        *upstream_in_words(),
+    ]
+
+
+def more_under_autoattack(column: str) -> tuple[float, float, list[int]]:
+    """How much larger SAM's gain is under AutoAttack than under PGD, in points.
+
+    Also a bound on its standard error, and the images of ST and of SAM that withstood
+    PGD alone. Of an image the difference is 1, 0 or -1; the variance is largest where
+    no image is among both rows' (AutoAttack breaks what PGD breaks).
+    """
+    total = table(FULL_AA).num_test
+    counts = [
+        round(
+            total * (mean(FULL_AA, r, column) - mean(FULL_AA, r, f"{column} AA")) / 100
+        )
+        for r in ("st", "sam,rho=0.4")
+    ]
+    more = (counts[0] - counts[1]) / total
+    error = math.sqrt((sum(counts) / total - more**2) / total)
+    return 100 * more, 100 * error, counts
+
+
+def upstream_in_words() -> list[str]:
+    lines = stored("autoattack/upstream.jsonl")
+    apart = max(abs(x["accuracy"]["ours"] - x["accuracy"]["upstream"]) for x in lines)
+    said = []
+    for is_digits in (True, False):
+        times = [x["seconds"] for x in lines if (x["num_test"] == 500) == is_digits]
+        ratios = [x["upstream"] / x["ours"] for x in times]
+        over_all = sum(x["upstream"] for x in times) / sum(x["ours"] for x in times)
+        said.append((min(ratios), max(ratios), over_all))
+    (low, high, over_all), (lower, higher, over_cifar) = said
+    return [
+        f"the same accuracy within {apart:.1f} points in {len(lines)} comparisons "
+        f"under l-inf and l2, {sum(x['judged differently'] for x in lines)} images of "
+        f"{sum(x['num_test'] for x in lines):,} judged differently",
+        f"upstream took {low:.1f} to {high:.1f} times our time on digits, "
+        f"{over_all:.1f} over all",
+        f"but {lower:.1f} to {higher:.1f} times, {over_cifar:.1f} over all, on 100 "
+        "images",
+    ]
+
+
+def speed_in_words() -> list[str]:
+    methods = ("st", "sam", "at")
+    ours = [bench("bench/compare-64", method=m) for m in methods]
+    tuned = [
+        bench("bench/compare-64", method=m, kind="pytorch", variant="tuned")
+        for m in methods
+    ]
+    naive = bench("bench/compare-64", method="at", kind="pytorch", variant="reference")
+    saved = 100 * (1 - ours[2]["flop_cost"] / naive["flop_cost"])
+    less = [100 * (1 - row["ratio"]) for row in tuned]
+    shares = [[100 * r["matmul_fraction"] for r in rows] for rows in (tuned, ours)]
+    st, at = (bench("bench/batch-128", method=m, kind="epoch") for m in ("st", "at"))
+    evaluation = bench("bench/batch-128", kind="evaluation")
+    rows = [
+        row
+        for name in ("compare-64", "batch-128")
+        for row in stored(f"bench/{name}/bench.json")["rows"]
+    ]
+    cold = [row["compile_cold"] for row in rows if "compile_cold" in row]
+    cached = [row["compile_cached"] for row in rows if "compile_cached" in row]
+    loop = bench("bench/loop", kind="unrolled")
+    commit, date = (
+        stored("bench/compare-64/bench.json")["provenance"][key]
+        for key in ("commit", "date")
+    )
+    return [
+        f"{saved:.0f} % less arithmetic in a step of AT-10",
+        f"at commit {commit[:7]} of {int(date[8:10])} November 2026",
+        f"still takes {min(less):.0f} to {max(less):.0f} % less time than we do: its "
+        f"steps reach {min(shares[0]):.0f} to {max(shares[0]):.0f} % of the rate of a "
+        f"matrix product, ours {min(shares[1]):.0f} to {max(shares[1]):.0f} %",
+        f"an ST epoch takes {st['epoch_seconds'] / 60:.0f} minutes here and an AT "
+        f"epoch {at['epoch_seconds'] / 3600:.1f} hours, drawing and augmenting batches "
+        f"{100 * st['pipeline_share']:.2f} % of that",
+        f"costs {evaluation['st_epochs']:.1f} ST epochs",
+        f"Compilation takes {min(cold):.0f} to {max(cold):.0f} s, {min(cached):.0f} to "
+        f"{max(cached):.0f} s from the cache",
+        f"takes {loop['ratio']:.2f} ({loop['ratio_low']:.2f} to "
+        f"{loop['ratio_high']:.2f}) times as long",
+        *gpu_in_words(),
+    ]
+
+
+def gpu_in_words() -> list[str]:
+    half, full = "h200/bench-bfloat16", "h200/bench-float32"
+    ours = bench(half, method="st")["step_seconds"]
+    theirs = {
+        name: bench(name, method="st", kind="pytorch", variant="tuned")["step_seconds"]
+        for name in (half, full)
+    }
+    steps = 100 * math.ceil(50_000 / 128)
+    hours = {
+        name: 2
+        * 3
+        * steps
+        / 3600
+        * sum(
+            bench(name, method=method)["step_seconds"] * count
+            for method, count in (("st", 1), ("sam", 3), ("at", 8))
+        )
+        for name in (half, full)
+    }
+    rates = [speed(f"h200/cifar10/{x}") for x in ("st", "sam,rho=0.4", "at")]
+    shown = [f"{round(rate, -2):,.0f}" for rate in rates]
+    kernels = profile()
+    busy = kernels["all"][0]
+    flops = bench(half, method="st")["tflops"] * 1e12 * ours
+    ceiling = stored(f"{half}/bench.json")["ceilings"]["bfloat16"]["matmul"]
+    assert flops / (1e-6 * kernels["convolutions"][0]) / ceiling == pytest.approx(
+        0.5, abs=0.05
+    )
+    first = [bench(name, method="st")["compile_cold"] for name in (full, half)]
+    later = [
+        bench(name, method=method)["compile_cold"]
+        for name in (half, full)
+        for method in ("sam", "at")
+    ]
+    return [
+        f"PyTorch's tuned ST step took {1e3 * theirs[half]:.1f} ms, longer than its "
+        f"own {1e3 * theirs[full]:.2f} ms in float32",
+        f"step is {theirs[full] / ours:.1f} times as fast as the latter, its best "
+        f"({theirs[half] / ours:.1f} times as fast as the former)",
+        f"the 72 models of Tables 1 and 2 take {hours[half]:.0f} hours of one H200 in "
+        f"bfloat16 and {hours[full]:.0f} in float32",
+        f"{shown[0]} images/s of ST, {shown[1]} of SAM and {shown[2]} of AT-10",
+        f"take {kernels['convolutions'][1]:.0f} % of the GPU's time, at half the rate "
+        "of a matrix product",
+        f"BatchNorm's reductions take {kernels['reduction fusions'][1]:.0f} %",
+        f"{kernels['elementwise fusions'][1]:.0f} %, in "
+        f"{round(kernels['all'][2], -2):.0f} kernels a step between which the GPU "
+        f"idles for {100 * (1 - 1e-6 * busy / ours):.0f} %",
+        f"took {first[0]:.0f} to {first[1]:.0f} s there, later ones {min(later):.0f} "
+        f"to {max(later):.0f} s",
+    ]
+
+
+def theory_in_words() -> list[str]:
+    """How the shift that is printed for small rho errs, over the grid."""
+    large = small = total = 0
+    for point in stored("theory/theory.json")["points"]["sam"]:
+        shift, error = point["w"] - point["standard"], point["error"]
+        if error is None or error > 0.01 * shift:
+            continue
+        total += 1
+        expected = point["standard"] * point["radius"] ** 2 / (3 * point["d"])
+        large += expected > shift + 2 * error
+        small += expected < shift - 2 * error
+        bound = point["w"] * point["radius"] ** 2 / (3 * point["d"])
+        assert bound >= shift - 2 * error
+    lines = stored("theory/theory.json")["trained"]
+    moved = [
+        x["radius"] for x in lines if x["method"] == "sam" and x["agrees"] == "yes"
+    ]
+    return [
+        f"too large at {large} of {total} points, and too small at {small}",
+        f"Of the trained SAM runs that at rho = {moved[0]:g} alone moves the weight",
+    ]
+
+
+def sanity_in_words() -> list[str]:
+    allowed = [f"{allowance(n)} of {n:,}" for n in (50, 256, 1000, 10_000)]
+    checks = len(stored("autoattack/digits/sanity/st.json")["findings"])
+    rate = sum(
+        math.comb(256, k) * 0.01**k * 0.99 ** (256 - k)
+        for k in range(allowance(256) + 1, 257)
+    )
+    return [
+        f"{allowed[0]} images, {', '.join(allowed[1:])}",
+        f"makes {checks}, and if all were at the allowed rate, with 256 images "
+        f"({100 * rate:.2f} % each), {100 * (1 - (1 - rate) ** checks):.0f} % of such",
+    ]
+
+
+def provenance_in_words() -> list[str]:
+    """Which files come from a commit with changes, and whose networks they judge."""
+    *names, last = sorted(
+        str(path.relative_to(RESULTS))
+        for path in RESULTS.rglob("*.json*")
+        if re.search(r'"commit": "\w+\+changes"', path.read_text())
+    )
+    return [
+        f"so were made {', '.join(names)} and {last}.",
+        *([] if same_networks() else ["rows and settings are the same, the numbers"]),
+    ]
+
+
+def same_networks() -> bool:
+    """Whether PGD and AutoAttack judged the digits networks of the first table."""
+    column = "linf 32/255"
+    values = [cell(name, "st", column).values for name in (DIGITS_AA, DIGITS)]
+    return values[0] == values[1][: len(values[0])]
+
+
+SENTENCES = {
+    "README.md": [
+        experiments_in_words,
+        small_in_words,
+        autoattack_in_words,
+        speed_in_words,
+    ],
+    "docs/theory.md": [theory_in_words],
+    "docs/sanity.md": [sanity_in_words],
+    "results/README.md": [provenance_in_words],
+}
+
+
+@functools.cache
+def sentences(page: str) -> tuple[str, ...]:
+    return tuple(said for make in SENTENCES.get(page, ()) for said in make())
+
+
+# --- the pages ------------------------------------------------------------------------
+
+
+def problems(page: str, text: str) -> list[str]:
+    """What a page says that is not stored: what it must read, each."""
+    measured = [rows for rows in tables(text) if tuple(rows[0]) not in WORDS]
+    found = []
+    if len(measured) != len(held(page)):
+        found.append(f"{len(measured)} tables with numbers, {len(held(page))} are held")
+    for rows, expected in zip(measured, held(page), strict=False):
+        if rows != expected:
+            found += ["| " + " | ".join(row) + " |" for row in expected]
+    return found + wrong_sentences(page, text)
+
+
+def wrong_sentences(page: str, text: str) -> list[str]:
+    squeezed = " ".join(text.split())
+    return [said for said in sentences(page) if said not in squeezed]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(p for p in WRITTEN if "profile" not in p)])
+def test_a_page_says_what_is_stored(page):
+    assert problems(page, (ROOT / page).read_text()) == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/theory.md"])
+def test_no_digit_of_a_result_can_change_unnoticed(page):
+    text = (ROOT / page).read_text()
+    first = text.index("\n|" if page == "README.md" else "**Section 4 against")
+    rows = [m.span() for m in re.finditer(r"^\|.*$", text[first:], re.MULTILINE)]
+    cells = {"| " + " | ".join(row) + " |" for found in held(page) for row in found[1:]}
+    changed = 0
+    for start, end in rows:
+        line = text[first + start : first + end]
+        if line not in cells:
+            continue
+        for i, character in enumerate(line):
+            if character.isdigit():
+                place = first + start + i
+                other = str(9 - int(character))
+                assert problems(page, text[:place] + other + text[place + 1 :])
+                changed += 1
+    assert changed > 200
+
+
+def test_no_digit_of_a_sentence_can_change_unnoticed():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for said in sentences("README.md"):
+        assert text.count(said) == 1
+        digits = [i for i, character in enumerate(said) if character.isdigit()]
+        for i in digits:
+            other = said[:i] + str(9 - int(said[i])) + said[i + 1 :]
+            assert wrong_sentences("README.md", text.replace(said, other)) == [said]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_tables_json_is_what_its_seeds_give(name):
+    content, again = stored(f"{name}.json"), json.loads(to_json(table(name)))
+    assert again["rows"] == content["rows"]
+    for run, stored_run in zip(again["runs"], content["runs"], strict=True):
+        assert run | stored_run == run  # a later version may keep more of a run
+    assert again["missing"] == content["missing"] == []
+
+
+def test_the_papers_numbers_are_those_of_the_configs():
+    for name in (SMALL, FULL):
+        for row in stored(f"{name}.json")["rows"]:
+            numbers = {c: found["paper"] for c, found in row["cells"].items()}
+            assert numbers == paper("cifar10.py")[row["name"]]
+    config = stored(f"{AT_FULL}/config.json")
+    assert config["paper"] == paper("cifar10.py")[config["row"]]
+    for name in ("cifar10.py", "cifar100.py"):
+        assert [len(numbers) for numbers in paper(name).values()] == [5] * 12
+
+
+def test_what_the_readme_says_without_a_number_holds():
+    numbers, sam = paper("cifar10.py"), "sam,rho=0.4"
+    for column in table(FULL).columns:  # "the paper's to half a point in every column"
+        assert abs(mean(FULL, sam, column) - numbers[sam][column]) <= 0.5
+    assert not difference(DIGITS, sam, "natural").mean < 0  # "at no cost"
+    for path in RESULTS.rglob("sanity/*.json"):  # "seed 0 passes all checks"
+        verdicts = json.loads(path.read_text())["verdicts"]
+        assert verdicts["warning"] == verdicts["undecided"] == 0
+    small = difference(SMALL_AA, "sam,rho=0.2", "linf 2/255 AA")
+    assert not small.significant  # "neither attack resolves a gain"
+
+
+def test_the_profile_adds_up():
+    kernels = profile()
+    total = kernels.pop("all")
+    for i, whole in enumerate(total):
+        assert abs(sum(x[i] for x in kernels.values()) - whole) <= 1
