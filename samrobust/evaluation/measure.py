@@ -136,7 +136,7 @@ def of_name(keys: Array, name: str) -> Array:
 
 
 def is_correct(logits: Array, labels: Array) -> Array:
-    """Whether examples are classified rightly, bool [B]: by finite logits alone.
+    """Whether examples are classified rightly, bool [B]; without a decision never.
 
     >>> logits = jnp.array([[2.0, 1.0], [jnp.nan, 0.0]])
     >>> is_correct(logits, jnp.array([0, 0])).tolist()
@@ -146,8 +146,8 @@ def is_correct(logits: Array, labels: Array) -> Array:
 
 
 def is_finite(logits: Array) -> Array:
-    """Whether all logits of an example are finite, bool [B]."""
-    return jnp.all(jnp.isfinite(logits), axis=-1)
+    """Whether logits make a decision, bool [B]: none is NaN, the highest is finite."""
+    return jnp.isfinite(jnp.max(logits, axis=-1))
 
 
 def fetch(values: PyTree, tell: Callable[..., None], *progress: Any) -> PyTree:

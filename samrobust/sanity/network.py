@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.errors import InvalidRngError
 
 from samrobust.attacks import cross_entropy, margin
-from samrobust.evaluation import BatchFn, is_correct
+from samrobust.evaluation import BatchFn, is_correct, is_finite
 from samrobust.types import Array, LogitsFn, LossFn, PyTree
 
 __all__ = [
@@ -93,14 +93,17 @@ def _products(jaxpr: Any) -> Iterator[str]:
 
 
 def measure_logits(model: nn.Module) -> BatchFn:
-    """Measures `logits` [B, K] in float32, with random numbers of the keys."""
+    """Measures `logits` [B, K] in float32 and whether they are `finite`, bool [B].
+
+    A random network draws by the keys.
+    """
 
     def measure(
         variables: PyTree, images: Array, labels: Array, *, key: Array
     ) -> dict[str, Array]:
         del labels
         logits = logits_of(model, variables, key)(images)
-        return {"logits": logits.astype(jnp.float32)}
+        return {"logits": logits.astype(jnp.float32), "finite": is_finite(logits)}
 
     return measure
 

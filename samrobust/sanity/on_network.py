@@ -19,10 +19,8 @@ def network_findings(look: Look) -> list[Finding]:
     Raises:
       ValueError: if the logits are not finite: there is nothing to check.
     """
-    first, second = (
-        look.measure(measure_logits(look.model))["logits"] for _ in range(2)
-    )
-    check_finite(int(np.sum(~np.isfinite(first).all(axis=-1))), len(first))
+    first, second = (look.measure(measure_logits(look.model)) for _ in range(2))
+    check_finite(int(np.sum(~first["finite"])), len(first["finite"]))
     gradients = look.measure(measure_gradients(look.model))
     return [
         network_verdicts.judge_gradients(
@@ -31,5 +29,5 @@ def network_findings(look: Look) -> list[Finding]:
             gradients["zero_margin"],
             gradients["saturated"],
         ),
-        network_verdicts.judge_randomness(first, second),
+        network_verdicts.judge_randomness(first["logits"], second["logits"]),
     ]
