@@ -1,5 +1,6 @@
 """AutoAttack: the ensemble as a function, and over a split with its survivors."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -131,7 +132,7 @@ def test_what_was_broken_stays_as_it_was_though_the_next_look_finds_it_right(nor
         return logits + jax.random.normal(key, logits.shape)
 
     attack = autoattack(RADII[norm], version="rand")
-    first = attack._replace(members=attack.members[:1])
+    first = dataclasses.replace(attack, members=attack.members[:1])
     both = attack(noisy, images, labels, key=KEY)
     alone = np.asarray(first(noisy, images, labels, key=KEY))
     assert np.all(RADII[norm].norm(both - images) <= RADII[norm].radius * (1 + 1e-5))

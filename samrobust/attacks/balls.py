@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from samrobust.attacks import draws
+from samrobust.attacks.numbers import real
 from samrobust.checks import check
 from samrobust.types import Array
 
@@ -49,12 +50,12 @@ def linf(radius: float) -> Ball:
       The ball. `sample` is uniform in it.
 
     Raises:
-      ValueError: if the radius is negative or not finite.
+      ValueError: if the radius is no number, negative or not finite.
 
     >>> linf(0.5).project(jnp.array([[0.2, -0.7]]))
     Array([[ 0.2, -0.5]], dtype=float32)
     """
-    _check_radius(radius)
+    radius = _checked(radius)
 
     def project(delta: Array) -> Array:
         return jnp.clip(delta, -radius, radius)
@@ -88,12 +89,12 @@ def l2(radius: float, *, gradient_floor: float = 0.0) -> Ball:
       nearly all volume lies at the surface.
 
     Raises:
-      ValueError: if an argument is negative or not finite.
+      ValueError: if an argument is no number, negative or not finite.
 
     >>> l2(1.0).project(jnp.array([[3.0, 4.0]]))
     Array([[0.6, 0.8]], dtype=float32)
     """
-    _check_radius(radius)
+    radius, gradient_floor = _checked(radius), real(gradient_floor=gradient_floor)
     check(
         0 <= gradient_floor < float("inf"),
         "0 <= gradient_floor < inf",
@@ -120,13 +121,15 @@ def l2(radius: float, *, gradient_floor: float = 0.0) -> Ball:
     return Ball(project, sample, steepest_ascent, norm, radius, 2.0)
 
 
-def _check_radius(radius: float) -> None:
+def _checked(radius: float) -> float:
+    radius = real(radius=radius)
     check(
         0 <= radius < float("inf"),
         "0 <= radius < inf",
         "Radii are in pixel units: write 8/255 as `8 / 255`.",
         radius=radius,
     )
+    return radius
 
 
 def _example_axes(array: Array) -> tuple[int, ...]:

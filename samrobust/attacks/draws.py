@@ -1,23 +1,31 @@
 """Random numbers of which every example of a batch has its own.
 
-What an attack is given as `key` is one PRNG key or a key array [B], one an example, and
-stays of that kind while numbers are folded in. Only where numbers are drawn does each
-example get a key: its own, or the one key with its position folded in. So what an
-example draws depends neither on the batch it stands in nor on padding or devices; with
-one key it depends on its position. (JAX vectorises `threefry`, its default, key by key;
-of `rbg` keys it does not say so.)
+What an attack is given as `key` is one PRNG key or a key array [B], one an example.
+Each example draws with its own, or with the one key and its position folded in. So what
+it draws depends neither on the batch it stands in nor on padding or devices; with one
+key it depends on its position. (JAX vectorises `threefry`, its default, key by key; of
+`rbg` keys it does not say so.)
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from samrobust.checks import check
 from samrobust.types import Array
 
-__all__ = ["check_key", "coins", "fold_in", "normal", "split", "uniform"]
+__all__ = [
+    "check_key",
+    "coins",
+    "fold_in",
+    "normal",
+    "one_an_example",
+    "split",
+    "uniform",
+]
 
 _Keys = TypeVar("_Keys")
 
@@ -28,12 +36,25 @@ def check_key(key: Array, batch: int) -> None:
     Raises:
       ValueError: see above.
     """
+    check(_is_key(key), "a key, as from `jax.random.key(0)`", key=key)
     check(
         not _is_one_an_example(key) or key.shape[0] == batch,
         "one key, or a key array [B] of one an example",
         key_shape=key.shape,
         batch=batch,
     )
+
+
+def one_an_example(key: Array, positions: Array) -> Array:
+    """The key of each example, [B].
+
+    Args:
+      key: one key, or the keys themselves.
+      positions: int [B], what is folded into the one key.
+    """
+    if _is_one_an_example(key):
+        return key
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
 
 
 def fold_in(key: Array, number: Array | int) -> Array:
@@ -84,17 +105,23 @@ def _draw(
 ) -> Array:
     """What each example draws with its own key."""
     check_key(key, shape[0])
-    if not _is_one_an_example(key):
-        positions = jnp.arange(shape[0], dtype=jnp.uint32)
-        key = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
-    return jax.vmap(sampler)(key)
+    positions = jnp.arange(shape[0], dtype=jnp.uint32)
+    return jax.vmap(sampler)(one_an_example(key, positions))
 
 
 def _map(function: Callable[[Array], _Keys], key: Array) -> _Keys:
     return (jax.vmap(function) if _is_one_an_example(key) else function)(key)
 
 
+def _is_key(key: Any) -> bool:
+    """A key or an array of keys; those of the old kind are numbers, [2] each."""
+    if not isinstance(key, (jax.Array, np.ndarray)):
+        return False
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.ndim <= 1
+    return key.dtype == jnp.uint32 and key.ndim in (1, 2)
+
+
 def _is_one_an_example(key: Array) -> bool:
-    """A key array [B]; keys of the old kind are arrays of numbers, [2] each."""
     is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     return key.ndim == (1 if is_typed else 2)

@@ -10,7 +10,6 @@ Reference: Andriushchenko et al. (2020), arXiv 1912.00049, Algorithms 2 and 3.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -144,10 +143,12 @@ def _corner(uniform: Array, size: Array, shape: tuple[int, ...]) -> Array:
 
 def _window(shape: tuple[int, ...], corner: Array, size: Array) -> Array:
     """Which pixels the windows cover, bool [B, H, W, 1]."""
-    rows = jnp.arange(shape[1], dtype=jnp.int32)[None, :] - corner[:, :1]
-    columns = jnp.arange(shape[2], dtype=jnp.int32)[None, :] - corner[:, 1:]
-    in_rows, in_columns = ((x >= 0) & (x < size) for x in (rows, columns))
-    return in_rows[:, :, None, None] & in_columns[:, None, :, None]
+    rows, columns = (
+        (places >= 0) & (places < size)
+        for axis, length in enumerate(shape[1:3])
+        for places in [_places(length, corner[:, axis])]
+    )
+    return rows[:, :, None, None] & columns[:, None, :, None]
 
 
 def _placed(
@@ -155,18 +156,23 @@ def _placed(
 ) -> Array:
     """A pulse [S, S] in images of zeros, [B, H, W, 1], on its side where `flipped`.
 
-    Cut off at the edge. A view [H, W] for each example of one canvas, where the pulse
-    lies in the middle of zeros: the same as writing it into each, and no scatter.
+    Cut off at the edge. Rows and columns are taken by products with zeros and ones,
+    exact at this precision: an indexing that differs by example does not shard.
     """
-    height, width = shape[1:3]
-    room = ((0, 0), (height, height), (width, width))
-    canvas = jnp.pad(jnp.stack([upright, upright.T]), room)
+    pulses_of = jnp.where(flipped[:, None, None], upright.T[None], upright[None])
+    sides = jnp.arange(len(upright), dtype=jnp.int32)[None, None]
+    rows, columns = (
+        _places(length, corner[:, axis])[:, :, None] == sides
+        for axis, length in enumerate(shape[1:3])
+    )
+    taken = jnp.matmul(rows.astype(upright.dtype), pulses_of, precision="highest")
+    across = columns.astype(upright.dtype).mT
+    return jnp.matmul(taken, across, precision="highest")[..., None]
 
-    def view(flip: Array, place: Array) -> Array:
-        start = (flip, height - place[0], width - place[1])
-        return jax.lax.dynamic_slice(canvas, start, (1, height, width))[0]
 
-    return jax.vmap(view)(flipped.astype(jnp.int32), corner)[..., None]
+def _places(length: int, start: Array) -> Array:
+    """Where each row or column of an image lies in a window, int [B, length]."""
+    return jnp.arange(length, dtype=jnp.int32)[None, :] - start[:, None]
 
 
 def _energy(delta: Array) -> Array:

@@ -7,7 +7,6 @@ one `lax.while_loop`; windows of all sizes are masks of one shape.
 """
 
 import math
-import operator
 from typing import NamedTuple
 
 import jax
@@ -15,11 +14,13 @@ import jax.numpy as jnp
 
 from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
-from samrobust.attacks.examples import check_images
+from samrobust.attacks.calls import accept, check_ball, check_box, check_losses
+from samrobust.attacks.examples import spread
 from samrobust.attacks.moves import L2Moves, LinfMoves
+from samrobust.attacks.numbers import real, whole
 from samrobust.attacks.windows import window_sizes
 from samrobust.checks import check
-from samrobust.objectives import margin
+from samrobust.objectives import margin, misclassified
 from samrobust.types import Array, Attack, LogitsFn, LossFn
 
 __all__ = ["square"]
@@ -92,20 +93,22 @@ def square(
     >>> jnp.argmax(logits_fn(images), -1), jnp.argmax(logits_fn(adversarial), -1)
     (Array([0], dtype=int32), Array([1], dtype=int32))
     """
-    num_queries, restarts = operator.index(num_queries), operator.index(restarts)
+    num_queries, restarts = whole(num_queries=num_queries), whole(restarts=restarts)
+    p_init, box, loss = real(p_init=p_init), check_box(box), check_losses(loss)
+    check_ball(ball, box)
     check(num_queries >= 1, "num_queries >= 1", num_queries=num_queries)
     check(0 < p_init <= 1, "0 < p_init <= 1", p_init=p_init)
     check(restarts >= 1, "restarts >= 1", restarts=restarts)
-    check(box[0] < box[1], "box[0] < box[1]", box=box)
 
     def attack(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
     ) -> Array:
+        logits_fn, images, labels, key = accept(
+            logits_fn, images, labels, key, box=box, ball=ball
+        )
         check(images.ndim == 4, "images [B, H, W, C]", shape=images.shape)
-        check_images(images)
         if ball.radius == 0:
-            return jax.lax.stop_gradient(images)
-        images = jax.lax.stop_gradient(images)
+            return images
         moves_of = LinfMoves if math.isinf(ball.order) else L2Moves
         sizes = window_sizes(
             num_queries,
@@ -165,10 +168,9 @@ class _Search(NamedTuple):
     def judged(self, images: Array) -> tuple[_Best, Array]:
         """Images with their loss, and whether another logit is as high, [B]."""
         logits = jax.lax.stop_gradient(self.logits_fn(images))
-        check(logits.shape[-1] >= 2, "logits of at least 2 classes", shape=logits.shape)
-        losses = self.loss(logits, self.labels)
+        losses = self.loss(logits, self.labels).astype(images.dtype)
         losses = jnp.where(jnp.isnan(losses), -jnp.inf, losses)
-        broken = jnp.argmax(logits, axis=-1) != self.labels
+        broken = misclassified(logits, self.labels)
         level = broken | (margin(logits, self.labels) >= 0)
         return _Best(images, losses, broken), level
 
@@ -177,7 +179,7 @@ def _better(best: _Best, candidate: _Best, always: Array) -> _Best:
     """What is broken stays; else the candidate where its loss is higher or `always`."""
     take = ~best.broken & (always | (candidate.loss > best.loss))
     return _Best(
-        jnp.where(take[:, None, None, None], candidate.images, best.images),
+        jnp.where(spread(take, best.images), candidate.images, best.images),
         jnp.where(take, jnp.maximum(candidate.loss, best.loss), best.loss),
         best.broken | (take & candidate.broken),
     )
