@@ -11,7 +11,14 @@ import optax
 from samrobust.checks import check
 from samrobust.types import Array, LossFn
 
-__all__ = ["LOSSES", "cross_entropy", "dlr", "margin", "targeted_dlr"]
+__all__ = [
+    "LOSSES",
+    "cross_entropy",
+    "dlr",
+    "margin",
+    "misclassified",
+    "targeted_dlr",
+]
 
 _DLR_FLOOR = 1e-12  # the paper's code adds it to the denominators of both DLR losses
 
@@ -30,6 +37,26 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     Array([1.3863], dtype=float32)
     """
     return optax.softmax_cross_entropy_with_integer_labels(_precise(logits), labels)
+
+
+def misclassified(logits: Array, labels: Array) -> Array:
+    """Whether the label is not the class of the highest logit; of a tie, the first.
+
+    Logits whose highest is NaN or infinite are no decision, and count as a mistake:
+    `argmax` alone would take them for one class, and call that right.
+
+    Args:
+      logits: [B, K].
+      labels: int [B], in 0 .. K-1.
+
+    Returns:
+      bool [B].
+
+    >>> misclassified(jnp.array([[2.0, 1.0], [jnp.nan, 1.0]]), jnp.array([0, 0]))
+    Array([False,  True], dtype=bool)
+    """
+    undecided = ~jnp.isfinite(jnp.max(logits, axis=-1))
+    return undecided | (jnp.argmax(logits, axis=-1).astype(labels.dtype) != labels)
 
 
 def margin(logits: Array, labels: Array) -> Array:
@@ -124,7 +151,7 @@ def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
 
 def _precise(logits: Array) -> Array:
     """The logits in float32, or in float64 if they are."""
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)
 
 
 def _check_classes(logits: Array, least: int, what: str, instead: str) -> None:

@@ -39,7 +39,9 @@ class LossFn(Protocol):
 class Attack(Protocol):
     """Maps images [B, ...] to adversarial images of the same shape and dtype.
 
-    `key` is consumed: pass a fresh one at every call.
+    `key` is one PRNG key, or a key array [B] of one an example. It is consumed: pass a
+    fresh one at every call. Every random number of an example is a function of its own
+    key, or of the one key and its position: never of the batch that it stands in.
     """
 
     def __call__(

@@ -1,5 +1,6 @@
 """AutoAttack: the ensemble as a function, and over a split with its survivors."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -18,10 +19,11 @@ from samrobust.attacks import (
     AutoAttack,
     Member,
     autoattack,
+    draws,
     l2,
     linf,
 )
-from samrobust.evaluation import make_autoattack_evaluator
+from samrobust.evaluation import identity, make_autoattack_evaluator, measure
 
 KEY = jax.random.key(5)
 RADII = {"linf": linf(0.05), "l2": l2(0.2)}
@@ -31,6 +33,11 @@ RADII = {"linf": linf(0.05), "l2": l2(0.2)}
 def _compile_quickly():
     with helpers.quick_compilation():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _only_tell_of_batches(monkeypatch):
+    monkeypatch.setattr(measure, "_SECONDS_UNTOLD", 1e9)
 
 
 def make_problem(num_classes=5, num_images=24):
@@ -125,7 +132,7 @@ def test_what_was_broken_stays_as_it_was_though_the_next_look_finds_it_right(nor
         return logits + jax.random.normal(key, logits.shape)
 
     attack = autoattack(RADII[norm], version="rand")
-    first = attack._replace(members=attack.members[:1])
+    first = dataclasses.replace(attack, members=attack.members[:1])
     both = attack(noisy, images, labels, key=KEY)
     alone = np.asarray(first(noisy, images, labels, key=KEY))
     assert np.all(RADII[norm].norm(both - images) <= RADII[norm].radius * (1 + 1e-5))
@@ -161,7 +168,7 @@ def toy(name, broken_share, num_parts=1):
     """A member that breaks an example where a coin says so."""
 
     def part(_, images, labels, number, *, key):
-        drawn = jax.random.uniform(jax.random.fold_in(key, number), labels.shape)
+        drawn = draws.uniform(draws.fold_in(key, number), labels.shape)
         inverted = jnp.where(images.mean((1, 2, 3), keepdims=True) > 0.5, 0.0, 1.0)
         coin = (drawn < broken_share)[:, None, None, None]
         return jnp.where(coin, jnp.broadcast_to(inverted, images.shape), images)
@@ -185,8 +192,13 @@ TOYS = {
 }
 
 
-def evaluate(split, **options):
-    pursue = make_autoattack_evaluator(NETWORK, TOYS, batch_size=8)
+@functools.cache
+def pursuer(batch_size=8):
+    return make_autoattack_evaluator(NETWORK, TOYS, batch_size=batch_size)
+
+
+def evaluate(split, *, batch_size=8, **options):
+    pursue = pursuer(batch_size)
     return pursue({"threshold": jnp.float32(0.5)}, split, KEY, **options)
 
 
@@ -235,32 +247,60 @@ def test_only_what_stands_goes_on(split):
     assert len(asked) < 6 * 6
 
 
-@pytest.mark.parametrize("stop_after", [1, 5, 9, 12])
-def test_a_killed_evaluation_goes_on_to_the_same_outcome(split, tmp_path, stop_after):
-    whole, reports = evaluate(split), []
+class Told(list):
+    """Reports of attacks; stops after some."""
 
-    def stop(*report):
-        reports.append(report)
-        if len(reports) == stop_after:
+    def __init__(self, stop_after: int = -1):
+        super().__init__()
+        self.stop_after = stop_after
+
+    def __call__(self, *report):
+        if report[2] != "natural":
+            self.append(report)
+        if len(self) == self.stop_after:
             raise KeyboardInterrupt
 
+
+@pytest.mark.parametrize("stop_after", [0, 1, 5, 9, 12])
+def test_a_killed_evaluation_goes_on_to_the_same_outcome(split, tmp_path, stop_after):
+    whole, everything = evaluate(split), Told()
+    evaluate(split, on_batch=everything)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(split, folder=tmp_path, on_batch=stop)
-    evaluate(split, on_batch=lambda *report: reports.append(report))
-    total = len(reports) - stop_after
-    more: list[Any] = []
-    resumed = evaluate(
-        split, folder=tmp_path, on_batch=lambda *report: more.append(report)
-    )
+        evaluate(split, folder=tmp_path, on_batch=Told(stop_after))
+    more = Told()
+    resumed = evaluate(split, folder=tmp_path, on_batch=more)
     np.testing.assert_array_equal(resumed.broken_at, whole.broken_at)
-    assert len(more) == total - stop_after
-    again = evaluate(
-        split, folder=tmp_path, on_batch=lambda *report: more.append(report)
-    )
+    assert len(more) == len(everything) - stop_after
+    again = evaluate(split, folder=tmp_path, on_batch=more)
     np.testing.assert_array_equal(again.broken_at, whole.broken_at)
     assert more[-1] == (53, 53, "done")
-    assert len(more) == total - stop_after + 1
+    assert len(more) == len(everything) - stop_after + 1
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_what_breaks_depends_neither_on_the_batch_size_nor_on_changing_it(
+    split, tmp_path, batch_size
+):
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(split, folder=tmp_path, on_batch=Told(5))
+    options = {"folder": tmp_path, "batch_size": batch_size}
+    for outcome in (evaluate(split, **options), evaluate(split, batch_size=batch_size)):
+        np.testing.assert_array_equal(outcome.broken_at, evaluate(split).broken_at)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_batches_are_no_larger_than_the_split(split):
+    sizes = []
+
+    def watching(logits_fn, images, labels, number, *, key):
+        sizes.append(len(images))
+        return toy("half", 0.5).part(logits_fn, images, labels, number, key=key)
+
+    attacks = {"a": AutoAttack((Member("half", lambda _: 1, watching, 1),), 0.1, False)}
+    pursue = make_autoattack_evaluator(NETWORK, attacks, batch_size=500)
+    pursue({"threshold": jnp.float32(0.5)}, split, KEY)
+    assert max(sizes) <= 53
 
 
 def test_progress_never_goes_back(split):
@@ -270,17 +310,146 @@ def test_progress_never_goes_back(split):
     assert shares == sorted(shares)
     assert shares[-1] == 53
     assert max(shares[:-1]) < 53
-    assert reports[0][2].startswith("one: first 1/3, ")
+    assert reports[0] == (0, 53, "natural")
+    first = next(doing for _, _, doing in reports if doing != "natural")
+    assert first.startswith("one: first 1/3, ")
 
 
-def test_another_network_or_key_has_another_file(split, tmp_path):
-    pursue = make_autoattack_evaluator(NETWORK, TOYS, batch_size=8)
-    for threshold, key in ((0.5, KEY), (0.4, KEY), (0.5, jax.random.key(6))):
-        variables = {"threshold": jnp.float32(threshold)}
-        outcome = pursue(variables, split, key, folder=tmp_path)
-        assert outcome.path is not None
-        assert outcome.path.exists()
-    assert len(list(tmp_path.iterdir())) == 3
+# The file of an outcome
+
+
+def rewrite(path, **changes):
+    """Stores other values in a file, and takes out those that are None."""
+    with np.load(path) as file:
+        content = dict(file) | changes
+    np.savez(path, **{k: v for k, v in content.items() if v is not None})
+
+
+def broken(path, column, value):
+    with np.load(path) as file:
+        values = file["broken_at"]
+    values[column, 1] = value
+    rewrite(path, broken_at=values)
+
+
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-40]),
+    "cut in half": lambda path: path.write_bytes(path.read_bytes()[: 10**3]),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "twice its half": lambda path: path.write_bytes(2 * path.read_bytes()[:2000]),
+    "noise": lambda path: path.write_bytes(np.random.default_rng(0).bytes(4000)),
+    "no archive": lambda path: path.write_bytes(b"accuracy: 99.9"),
+    "an array": lambda path: path.write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': 3"),
+    "a pickle": lambda path: rewrite(path, place=np.array([{}])),
+    "a flipped bit": lambda path: path.write_bytes(
+        path.read_bytes().replace(b"\xfe\xff", b"\xff\xff", 1)  # -2, now -1
+    ),
+    "no fates": lambda path: rewrite(path, broken_at=None),
+    "no identity": lambda path: rewrite(path, about=None),
+    "another identity": lambda path: rewrite(path, about=np.array("{}")),
+    "no place": lambda path: rewrite(path, place=None),
+    "another dtype": lambda path: rewrite(path, broken_at=np.zeros((2, 53))),
+    "another shape": lambda path: rewrite(path, broken_at=np.zeros((2, 9), np.int16)),
+    "a place beyond the end": lambda path: rewrite(path, place=np.array([3, 0, 0])),
+    "a place before the start": lambda path: rewrite(path, place=np.array([0, -1, 0])),
+    "broken by no stage": lambda path: broken(path, 0, 4),
+    "another fate": lambda path: broken(path, 0, -3),
+    "wrong in one column alone": lambda path: broken(path, 1, -2),
+    "broken before its stage": lambda path: rewrite(path, place=np.array([0, 0, 1])),
+    "infinite where it stands": lambda path: rewrite(
+        path, non_finite=np.ones((2, 53), bool)
+    ),
+    "provenance of nobody": lambda path: rewrite(path, provenance=np.array("[3]")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_outcome_is_moved_aside_and_made_again(split, tmp_path, damage):
+    path: Any = evaluate(split, folder=tmp_path).path
+    DAMAGE[damage](path)
+    harmed = path.read_bytes()
+    assert_made_again(split, path)
+    assert path.with_name(f"{path.name}.aside").read_bytes() == harmed
+
+
+def test_a_folder_in_place_of_an_outcome_is_moved_aside(split, tmp_path):
+    path: Any = evaluate(split, folder=tmp_path).path
+    path.unlink()
+    path.mkdir()
+    assert_made_again(split, path)
+
+
+def assert_made_again(split, path):
+    with pytest.warns(UserWarning, match="AutoAttack starts anew") as caught:
+        outcome = evaluate(split, folder=path.parent)
+    (message,) = (str(warning.message) for warning in caught)
+    assert "\n" not in message
+    assert len(message) < 400
+    for found in (outcome, evaluate(split, folder=path.parent)):
+        np.testing.assert_array_equal(found.broken_at, evaluate(split).broken_at)
+
+
+def test_what_is_moved_aside_a_second_time_replaces_nothing(split, tmp_path):
+    for count in (1, 2):
+        path: Any = evaluate(split, folder=tmp_path).path
+        path.write_bytes(b"")
+        with pytest.warns(UserWarning, match="starts anew"):
+            evaluate(split, folder=tmp_path)
+        assert len(list(tmp_path.glob("*.aside*"))) == count
+
+
+def test_the_outcome_of_another_network_counts_for_nothing(split, tmp_path):
+    """Under the name of this one, as a copied folder leaves it."""
+    pursue = pursuer()
+    own: Any = evaluate(split, folder=tmp_path)
+    other: Any = pursue({"threshold": jnp.float32(0.4)}, split, KEY, folder=tmp_path)
+    assert np.any(other.broken_at != own.broken_at)
+    other.path.replace(own.path)
+    with pytest.warns(UserWarning, match="of another network, split or attack"):
+        outcome = evaluate(split, folder=tmp_path)
+    np.testing.assert_array_equal(outcome.broken_at, own.broken_at)
+
+
+def test_what_the_outcome_depends_on_is_in_its_name(split, monkeypatch):
+    class Other(Brightness):
+        pass
+
+    plain = [NETWORK, {"threshold": jnp.float32(0.5)}, split, KEY]
+    other = [
+        Other(),
+        {"threshold": jnp.float32(0.4)},
+        helpers.Split(split.images, 1 - split.labels),
+        jax.random.key(6),
+    ]
+    asked = [[*plain[:i], other[i], *plain[i + 1 :]] for i in range(4)]
+    asked += [plain, [*plain[:3], jax.random.key(5, impl="rbg")]]
+    asked += [[plain[0], {"bias": plain[1]["threshold"]}, *plain[2:]]]
+    found = [identity.identify(*each) for each in asked]
+    found.append(identity.identify(*plain, radii={"one": 0.2}))
+    monkeypatch.setattr(identity, "ATTACKS_VERSION", -1)
+    found.append(identity.identify(*plain))
+    assert len({json.dumps(each, sort_keys=True) for each in found}) == 9
+
+
+def test_who_made_an_outcome_stays_with_it(split, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            split, folder=tmp_path, on_batch=Told(3), provenance={"commit": "first"}
+        )
+    both = ({"commit": "first"}, {"commit": "second"})
+    for who in ("second", "a reader", "another"):
+        outcome = evaluate(split, folder=tmp_path, provenance={"commit": who})
+        assert outcome.provenance == both
+    assert evaluate(split, provenance={"commit": "x"}).provenance == ({"commit": "x"},)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_attack(split, tmp_path):
+    (tmp_path / "file").write_text("")
+    told = Told()
+    with pytest.raises(OSError, match="file"):
+        evaluate(split, folder=tmp_path / "file", on_batch=told)
+    assert told == []
 
 
 def test_adversarial_images_are_kept_on_request(split, tmp_path):
@@ -300,9 +469,74 @@ def test_adversarial_images_are_kept_on_request(split, tmp_path):
     standing = outcome.correct()["one"]
     originals = split.images.astype(np.float32) / np.float32(255)
     np.testing.assert_array_equal(examples[0][standing], originals[standing])
-    kept.unlink()
+
+
+EXAMPLES_DAMAGE = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut in half": lambda path: path.write_bytes(
+        path.read_bytes()[: path.stat().st_size // 2]
+    ),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"0"),
+    "black": lambda path: np.save(path, np.zeros_like(np.load(path))),
+    "of other images": lambda path: np.save(path, np.load(path)[::-1]),
+    "of another shape": lambda path: np.save(path, np.load(path)[:, :20]),
+    "of another dtype": lambda path: np.save(path, np.load(path).view(np.int32)),
+}
+
+
+@pytest.mark.parametrize("damage", EXAMPLES_DAMAGE)
+def test_damaged_images_are_made_again(split, tmp_path, damage):
+    path: Any = evaluate(split, folder=tmp_path, keep_examples=True).path
+    kept = path.with_name(f"{path.stem}-examples.npy")
+    examples = np.load(kept)
+    EXAMPLES_DAMAGE[damage](kept)
+    with pytest.warns(UserWarning, match=r"-examples\.npy .* AutoAttack starts anew"):
+        evaluate(split, folder=tmp_path, keep_examples=True)
+    np.testing.assert_array_equal(np.load(kept), examples)
+
+
+def test_images_that_the_outcome_does_not_know_yet_are_no_damage(split, tmp_path):
+    """A kill comes between the images and the file that tells of them."""
+    path: Any = evaluate(split, folder=tmp_path, keep_examples=True).path
+    kept = path.with_name(f"{path.stem}-examples.npy")
+    examples = np.load(kept)
+    path.unlink()
+    options = {"folder": tmp_path, "keep_examples": True}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(split, **options, on_batch=Told(3))
+    np.save(kept, np.where(np.load(kept) == examples, examples, 0.3))
     evaluate(split, folder=tmp_path, keep_examples=True)
     np.testing.assert_array_equal(np.load(kept), examples)
+
+
+def test_a_network_without_finite_logits_is_refused_and_leaves_no_number(
+    split, tmp_path
+):
+    pursue = pursuer()
+    with pytest.raises(ValueError, match=r"finite logits, got images_without=53"):
+        pursue({"threshold": jnp.float32(jnp.nan)}, split, KEY, folder=tmp_path)
+
+
+def test_images_without_finite_logits_are_broken_and_counted(split, tmp_path):
+    def blind(logits_fn, images, labels, number, *, key):
+        del logits_fn, labels, number, key
+        return jnp.full_like(images, jnp.nan)
+
+    attacks = {"a": AutoAttack((Member("blind", lambda _: 1, blind, 1),), 0.1, False)}
+    pursue = make_autoattack_evaluator(NETWORK, attacks, batch_size=8)
+    counts: list[Any] = []
+    for _ in range(2):  # the second time out of the file
+        outcome = pursue(
+            *({"threshold": jnp.float32(0.5)}, split, KEY),
+            folder=tmp_path,
+            on_non_finite=counts.append,
+        )
+        right = outcome.correct()
+        assert not right["a"].any()
+        assert counts[-1] == {"a": right["natural"].sum()}
+    with pytest.warns(UserWarning, match=r"NaN or infinite logits .*\(47 under a\)"):
+        pursue({"threshold": jnp.float32(0.5)}, split, KEY)
 
 
 def test_a_run_is_evaluated_by_command(tmp_path, capsys):
@@ -335,7 +569,6 @@ def test_on_two_devices_the_same_images_break(tmp_path):
     flags = helpers.make_flags({"training.epochs": 8, "data.train_size": 400})
     assert helpers.main("train", config, f"--workdir={workdir}", *flags) == 0
     shutil.copytree(workdir, tmp_path / "2")
-    # Batches of 16 and 4 images, which two devices divide: the keys are the same.
     flags = ["--attack=autoattack", "--norm=linf", "--epsilon=16", "--batch-size=16"]
     flags += ["--version=custom", "--members=apgd-ce,fab-t", "--num-examples=40"]
     broken_at = {}

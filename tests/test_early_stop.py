@@ -111,6 +111,17 @@ def test_progress_ends_at_the_last_example_and_never_goes_back():
     assert seen == sorted(seen)
 
 
+def test_progress_is_told_after_every_batch():
+    model, variables = helpers.make_network()
+    stages = {"linf": staged_pgd(linf(0.0), step_size=1, num_steps=3)}  # none breaks
+    evaluate = make_early_stop_evaluator(model, stages, batch_size=8)
+    split = helpers.make_split(24)
+    split = type(split)(split.images, predict(model, variables, split))
+    seen = []
+    evaluate(variables, split, jax.random.key(0), on_batch=lambda *x: seen.append(x[0]))
+    assert sorted({*seen}) == [0, 4, 8, 12, 16, 20, 23, 24]  # two stages, three batches
+
+
 def test_the_stages_refuse_what_the_attack_refuses():
     with pytest.raises(ValueError, match="restarts >= 1, got restarts=0"):
         staged_pgd(linf(0.1), step_size=0.1, num_steps=1, restarts=0)

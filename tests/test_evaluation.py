@@ -1,6 +1,7 @@
 """Accuracy under attack: every example once, whatever the batch; `evaluate`."""
 
 import functools
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,9 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from samrobust.attacks import identity, l2, linf, pgd
+from samrobust.attacks import StagedPgd, identity, l2, linf, pgd
 from samrobust.data import Split
-from samrobust.evaluation import accuracies, make_evaluator
+from samrobust.evaluation import (
+    accuracies,
+    make_early_stop_evaluator,
+    make_evaluator,
+    measure,
+)
 from samrobust.experiments import run
 from samrobust.files import read_sealed
 from samrobust.training import load_network
@@ -99,7 +105,8 @@ def test_without_a_random_start_attacks_do_not_depend_on_the_batch():
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, NUM_EXAMPLES, 64])
-def test_every_example_is_reported_once(batch_size):
+def test_every_example_is_reported_once(batch_size, monkeypatch):
+    monkeypatch.setattr(measure, "_SECONDS_UNTOLD", 1e9)
     model, variables, split = network()
     reports = []
     make_evaluator(model, {"natural": identity}, batch_size=batch_size)(
@@ -167,6 +174,131 @@ def test_an_empty_split_is_refused():
     evaluator = make_evaluator(model, {"natural": identity}, batch_size=4)
     with pytest.raises(ValueError, match="Expected a split with examples"):
         evaluator(variables, empty, KEY)
+
+
+def test_a_batch_is_no_larger_than_the_split():
+    model, variables, split = network()
+    sizes = []
+
+    def watching(logits_fn, images, labels, *, key):
+        sizes.append((len(images), key.shape))
+        return identity(logits_fn, images, labels, key=key)
+
+    evaluator = make_evaluator(model, {"natural": watching}, batch_size=500)
+    evaluator(variables, split, KEY)
+    assert {*sizes} == {(NUM_EXAMPLES, (NUM_EXAMPLES,))}
+
+
+# Logits that are not finite.
+
+
+class Brittle:
+    """Bright images are of class 0, and very bright ones of none."""
+
+    def apply(self, variables, images, train):
+        del train
+        bright = jnp.mean(images, axis=(1, 2, 3)) * variables["factor"]
+        ceiling = jnp.sqrt(0.9 - bright)  # NaN beyond
+        return jnp.stack([ceiling, 0 * bright], axis=-1)
+
+
+BRITTLE: Any = Brittle()
+SOUND = {"factor": jnp.float32(1.0)}
+GRAY = Split(
+    np.array([60, 100, 140, 200], np.uint8).reshape(4, 1, 1, 1), np.zeros(4, np.int32)
+)
+
+
+def brighten(logits_fn, images, labels, *, key):
+    del logits_fn, labels, key
+    return images + 0.4
+
+
+def staged_brighten():
+    def advance(logits_fn, current, images, labels, num_steps):
+        del logits_fn, images, num_steps
+        return current + 0.4, jnp.zeros(labels.shape, bool)
+
+    def start(images, labels, restart, *, key):
+        del labels, restart, key
+        return images
+
+    return StagedPgd(start, advance, 1, 1)
+
+
+def brittle_evaluator(kind):
+    if kind == "plain":
+        attacks = {"natural": identity, "brighten": brighten}
+        return make_evaluator(BRITTLE, attacks, batch_size=3)
+    attacks = {"brighten": staged_brighten()}
+    return make_early_stop_evaluator(BRITTLE, attacks, batch_size=3)
+
+
+@pytest.mark.parametrize("kind", ["plain", "early stop"])
+def test_logits_that_are_not_finite_are_no_prediction_and_are_reported(kind):
+    evaluator, counts = brittle_evaluator(kind), []
+    outcome = evaluator(SOUND, GRAY, KEY, on_non_finite=counts.append)
+    assert outcome["natural"].tolist() == [True] * 4
+    assert outcome["brighten"].tolist() == [True, True, False, False]
+    assert counts == [{"brighten": 2}]
+    with pytest.warns(UserWarning, match=r"misclassified") as caught:
+        evaluator(SOUND, GRAY, KEY)
+    assert str(caught[0].message) == (
+        "The network has NaN or infinite logits on adversarial images (2 under "
+        "brighten). They count as misclassified."
+    )
+
+
+@pytest.mark.parametrize("kind", ["plain", "early stop"])
+@pytest.mark.parametrize(("factor", "count"), [(1.2, 1), (np.nan, 4), (-np.inf, 4)])
+def test_a_network_without_finite_logits_is_refused(kind, factor, count):
+    message = f"Expected a network with finite logits, got images_without={count}, num"
+    with pytest.raises(ValueError, match=message):
+        brittle_evaluator(kind)({"factor": jnp.float32(factor)}, GRAY, KEY)
+
+
+# Precision, and what goes on while the device computes.
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_product_is_asked_for_in_the_highest_precision(dtype):
+    """Of the network and its gradient; a GPU else rounds float32 to TF32."""
+    model, variables, split = network()
+    model = model.clone(dtype=dtype)
+    attack = pgd(linf(0.1), step_size=0.1, num_steps=1)
+
+    def attacked(variables, images, labels, key):
+        logits_fn = measure.classifier(model, variables)
+        return attack(logits_fn, images, labels, key=key)
+
+    program: Any = measure.jit_for_all(attacked)
+    images = np.zeros((4, *split.images.shape[1:]), np.float32)
+    text = program.lower(variables, images, split.labels[:4], KEY).as_text()
+    products = re.findall(r"stablehlo\.(?:dot_general|convolution).*", text)
+    assert len(products) > 5
+    assert [p for p in products if p.count("HIGHEST") != 2] == []
+
+
+def test_a_caller_is_told_and_may_raise_while_the_device_computes(monkeypatch):
+    monkeypatch.setattr(measure, "_SECONDS_UNTOLD", 0.01)
+
+    @jax.jit
+    def long(x):
+        return jax.lax.fori_loop(0, 3000, lambda _, x: jnp.tanh(x @ x), x)
+
+    told = []
+
+    def tell(done, total):
+        told.append((done, total))
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    matrix = jnp.eye(200)
+    measure.fetch(jax.block_until_ready(long(matrix)), tell, 1, 2)
+    assert told == []
+    with pytest.raises(KeyboardInterrupt):
+        measure.fetch(long(matrix), tell, 1, 2)
+    assert told == [(1, 2)] * 3
 
 
 # A trained network, and the command.

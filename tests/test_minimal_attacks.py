@@ -126,7 +126,7 @@ def test_radius_zero_returns_the_images_bit_for_bit(name, ball):
 
 def test_a_large_radius_breaks_every_image():
     logits_fn, images, labels = problem()
-    result = run(BOUNDED["fab"](linf(2.0)), logits_fn, images, labels)
+    result = run(BOUNDED["fab"](linf(1.0)), logits_fn, images, labels)
     assert is_wrong(logits_fn, result, labels).all()
 
 
@@ -136,7 +136,7 @@ def test_the_result_lies_in_another_box(name):
     make = {
         "fab linf": lambda box: fab_minimal(linf(1.0), num_steps=5, box=box),
         "fab with restarts l2": lambda box: fab_minimal(
-            l2(8.0), num_steps=5, restarts=2, box=box
+            l2(4.0), num_steps=5, restarts=2, box=box
         ),
         "ddn": lambda box: ddn(num_steps=5, init_epsilon=10.0, box=box),
     }[name]
@@ -337,7 +337,7 @@ def test_restarts_begin_half_a_radius_away(ball):
 def test_a_classifier_of_one_class_is_refused():
     _, images, labels = problem(num=2)
     attack = fab_targeted(linf(0.1))
-    with pytest.raises(ValueError, match=r"2 classes or more, got classes=1\."):
+    with pytest.raises(ValueError, match=r"2 classes or more.*logits_shape=\(2, 1\)"):
         attack(lambda x: jnp.zeros([len(x), 1]), images, labels * 0, key=KEY)
 
 

@@ -11,13 +11,32 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
+from typing import Any
 
+import flax.linen as nn
 import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from samrobust.attacks import (
+    AutoAttack,
+    Member,
+    draws,
+    l2,
+    linf,
+    noise,
+    pgd,
+    staged_pgd,
+)
+from samrobust.data import Split
+from samrobust.evaluation import (
+    make_autoattack_evaluator,
+    make_early_stop_evaluator,
+    make_evaluator,
+)
 from samrobust.experiments import run
 from samrobust.parallel import (
     data_mesh,
@@ -158,6 +177,95 @@ def test_a_batch_size_that_would_waste_devices_is_refused(folder, count):
     )
 
 
+# Evaluations: every random number is a function of the seed and the example.
+
+
+class Linear(nn.Module):
+    """A classifier into three."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        del train
+        return nn.Dense(3)(images.reshape(len(images), -1) - 0.5)
+
+
+@functools.cache
+def outcomes(batch_size: int) -> dict[str, np.ndarray]:
+    """What becomes of 33 images under attacks that begin at random."""
+    with helpers.quick_compilation():
+        return make_outcomes(batch_size)
+
+
+def make_outcomes(batch_size: int) -> dict[str, np.ndarray]:
+    model, split, key = Linear(), helpers.make_split(33, side=4), jax.random.key(7)
+    variables = model.init(jax.random.key(1), jnp.zeros((1, 4, 4, 1)), train=False)
+    pixels = split.images / np.float32(255)
+    logits: Any = model.apply(variables, pixels, train=False)
+    labels = np.argmax(logits, axis=-1)
+    split = Split(split.images, labels.astype(np.int32))
+    few: Any = {"num_steps": 1, "step_size": 0.01, "restarts": 2}
+    plain = {
+        "final": pgd(linf(0.2), **few | {"restarts": 1}),
+        "linf": pgd(linf(0.14), **few, judge="any"),
+        "l2": pgd(l2(0.5), **few, judge="any"),
+        "noise": noise(linf(0.1), num_draws=2),
+    }
+    staged = {"linf": staged_pgd(linf(0.14), **few), "l2": staged_pgd(l2(0.5), **few)}
+    shake = noise(linf(0.1), num_draws=1)
+
+    def part(logits_fn, images, labels, number, *, key):
+        return shake(logits_fn, images, labels, key=draws.fold_in(key, number))
+
+    ensemble = {
+        "noise": AutoAttack((Member("noise", lambda _: 2, part, 1),), 0.1, False)
+    }
+    found = make_evaluator(model, plain, batch_size=batch_size)(variables, split, key)
+    early = make_early_stop_evaluator(model, staged, batch_size=batch_size)
+    pursue = make_autoattack_evaluator(model, ensemble, batch_size=batch_size)
+    found |= {f"early {k}": v for k, v in early(variables, split, key).items()}
+    thorough = pursue(variables, split, key).correct()
+    return found | {f"members {k}": v for k, v in thorough.items()}
+
+
+@functools.cache
+def outcomes_on(num_devices: int) -> dict[str, np.ndarray]:
+    with tempfile.TemporaryDirectory() as folder:
+        process = start(pathlib.Path(folder) / "outcomes.npz", num_devices)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        return dict(np.load(pathlib.Path(folder) / "outcomes.npz"))
+
+
+def test_attacks_that_begin_at_random_break_some_images_and_not_all():
+    for name, correct in outcomes(33).items():
+        assert 0 < correct.sum() <= 33
+        assert (correct.sum() == 33) == ("natural" in name)
+
+
+@pytest.mark.parametrize("name", ["linf", "l2"])
+def test_an_evaluation_that_leaves_the_broken_behind_starts_where_the_plain_one_does(
+    name,
+):
+    found = outcomes(33)
+    np.testing.assert_array_equal(found[f"early {name}"], found[name])
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 500])
+def test_what_breaks_does_not_depend_on_the_batch_size(batch_size):
+    assert_same_outcomes(outcomes(batch_size), outcomes(33))
+
+
+@pytest.mark.parametrize("num_devices", [4, 8])
+def test_what_breaks_does_not_depend_on_the_devices(num_devices):
+    assert_same_outcomes(outcomes_on(num_devices), outcomes(33))
+
+
+def assert_same_outcomes(found, expected):
+    assert found.keys() == expected.keys()
+    for name, correct in expected.items():
+        np.testing.assert_array_equal(found[name], correct, err_msg=name)
+
+
 # On the one device of this process.
 
 
@@ -203,4 +311,8 @@ def test_a_batch_keeps_its_values_when_it_is_split():
 
 
 if __name__ == "__main__":
-    work(pathlib.Path(sys.argv[1]))
+    target = pathlib.Path(sys.argv[1])
+    if target.suffix == ".npz":
+        np.savez(target, **outcomes(33))  # pyright: ignore[reportArgumentType]
+    else:
+        work(target)

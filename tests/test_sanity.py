@@ -18,6 +18,7 @@ from rich.console import Console
 
 from samrobust.attacks import l2, linf
 from samrobust.data import Split, load_dataset
+from samrobust.evaluation import measure as measuring
 from samrobust.experiments import run
 from samrobust.sanity import (
     PASSED,
@@ -27,6 +28,9 @@ from samrobust.sanity import (
     Finding,
     Surrogate,
     allowance,
+    attacked,
+    network,
+    network_verdicts,
     run_sanity,
     some_of,
     to_json,
@@ -44,7 +48,7 @@ BALLS = {LINF: linf(24 / 255), L2: l2(128 / 255)}
 ON_NETWORK = {"zero gradients", "randomness"}
 ON_BALL = {
     *("steps", "restarts", "radius", "square", "transfer", "logit scale"),
-    *("low precision", "noise"),
+    *("low precision", "noise", "finite logits"),
 }
 
 
@@ -241,6 +245,98 @@ def test_low_precision_that_changes_nothing_passes():
     assert found.values["dtype"] == "bfloat16"
 
 
+class Dense(nn.Module):
+    """A layer that names a precision of its own, and no dtype of the network."""
+
+    options: Any
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        del train
+        return nn.Dense(3, **dict(self.options))(images.reshape(len(images), -1))
+
+
+@pytest.mark.parametrize(
+    ("options", "precision", "expected"),
+    [
+        ({}, "float32", PASSED),
+        ({"precision": "highest"}, "float32", PASSED),
+        ({"precision": "default"}, "float32 rounded", UNDECIDED),
+        ({"precision": "high"}, "float32 rounded", UNDECIDED),
+        ({"dtype": jnp.bfloat16}, "bfloat16", UNDECIDED),
+    ],
+)
+def test_what_the_products_of_a_network_are_taken_in_is_looked_up(
+    options, precision, expected
+):
+    model = Dense(tuple(options.items()))
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 2, 2, 1)), train=False)
+    products = network.count_products(model, variables, (2, 2, 1))
+    assert products == {precision: 1}
+    found = network_verdicts.judge_precision("float32", products)
+    assert (found.verdict, found.values["products"]) == (expected, products)
+
+
+def test_the_products_of_our_networks_keep_their_precision():
+    model, variables = helpers.make_network()
+    assert network.count_products(model, variables, (8, 8, 1)).keys() == {"float32"}
+    coarse = model.clone(dtype=jnp.bfloat16)
+    assert "bfloat16" in network.count_products(coarse, variables, (8, 8, 1))
+
+
+def test_what_a_random_network_draws_does_not_depend_on_the_batch():
+    model, variables, (images, _) = Network(noise=0.1), trained(), make_images(6)
+    keys = jax.random.split(KEY, 6)
+    for key, some in ((keys, keys[:2]), (None, None)):
+        logits = network.logits_of(model, variables, key)(images)
+        few = network.logits_of(model, variables, some)(images[:2])
+        np.testing.assert_allclose(few, logits[:2], rtol=1e-5)
+    assert np.any(network.logits_of(model, variables, keys)(images) != logits)
+
+
+def make_images(count):
+    split = digits().test
+    images = jnp.asarray(split.images[:count], jnp.float32) / 255
+    return images, jnp.asarray(split.labels[:count])
+
+
+# Logits that are not finite.
+
+
+class Brittle:
+    """A root of what may become negative."""
+
+    def apply(self, variables, images, train):
+        del variables, train
+        bright = jnp.mean(images, axis=(1, 2, 3))
+        return jnp.stack([jnp.sqrt(0.5 - bright), bright], axis=-1)
+
+
+def test_images_without_finite_logits_count_as_wrong_and_are_reported():
+    model: Any = Brittle()
+
+    def brighten(logits_fn, images, labels, *, key):
+        del logits_fn, labels, key
+        return images + 0.2
+
+    crafts = {"brighten": attacked.Craft(brighten, model)}
+    measure = attacked.measure_crafts(model, crafts)
+    images = jnp.array([0.1, 0.4]).reshape(2, 1, 1, 1)
+    keys = jax.random.split(KEY, 2)
+    outcome = measure({"": {}}, images, jnp.array([0, 0]), key=keys)
+    assert outcome["brighten"].tolist() == [True, False]
+    assert outcome["brighten finite"].tolist() == [True, False]
+    found = verdicts.judge_finite({"brighten": np.array([True, False])})
+    assert (found.verdict, found.values) == (WARNING, {"brighten": 1})
+    assert "1 under brighten" in found.text
+
+
+def test_a_network_of_nan_is_refused():
+    variables = jax.tree.map(lambda leaf: leaf * jnp.nan, trained())
+    with pytest.raises(ValueError, match="Expected a network with finite logits"):
+        run_sanity(Network(), variables, digits().test, {}, num_examples=4, key=KEY)
+
+
 # Transfer, and the images that are looked at.
 
 
@@ -265,7 +361,8 @@ def test_the_same_key_gives_the_same_findings():
     assert one == again
 
 
-def test_progress_reaches_its_end_in_equal_steps():
+def test_progress_reaches_its_end_in_equal_steps(monkeypatch):
+    monkeypatch.setattr(measuring, "_SECONDS_UNTOLD", 1e9)
     reports: list[tuple[int, int]] = []
     run_sanity(
         *(Network(dtype=jnp.bfloat16), trained(), digits().test, BALLS),

@@ -114,7 +114,7 @@ def test_a_query_draws_all_corners_but_the_last_ones_and_all_signs(moves_of):
     keys = jax.random.split(KEY, 400)
     draws = jax.vmap(moves.draw, (None, 0))(jnp.int32(0), keys)
     for corner in {"corner", "source"} & draws.keys():
-        rows, columns = np.asarray(draws[corner]).T
+        rows, columns = np.asarray(draws[corner]).reshape(-1, 2).T
         np.testing.assert_array_equal(np.unique(rows), [0, 1, 2, 3])
         np.testing.assert_array_equal(np.unique(columns), [0, 1])
     signs = np.asarray(draws["signs"])
@@ -207,7 +207,7 @@ def test_more_queries_and_restarts_never_lower_a_loss_nor_lose_what_is_fooled(
         assert many_losses[robust].mean() > few_losses[robust].mean()
 
 
-@pytest.mark.parametrize(("ball", "radius"), [("linf", 1.0), ("l2", 10.0)])
+@pytest.mark.parametrize(("ball", "radius"), [("linf", 1.0), ("l2", 8.4)])
 def test_a_large_radius_fools_the_classifier_everywhere(ball, radius):
     logits_fn, images, labels = make_problem()
     attack = square(BALLS[ball](radius), num_queries=300)
@@ -378,5 +378,5 @@ def test_square_rejects_images_of_another_shape_or_dtype(radius):
 
 def test_square_rejects_a_classifier_of_one_class():
     logits_fn, images, labels = make_problem(num_classes=1)
-    with pytest.raises(ValueError, match=r"at least 2 classes, got shape=\(12, 1\)"):
+    with pytest.raises(ValueError, match=r"2 classes or more.*logits_shape=\(12, 1\)"):
         square(linf(0.1))(logits_fn, images, labels, key=KEY)

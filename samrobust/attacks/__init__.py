@@ -29,6 +29,7 @@ from samrobust.attacks.staged import StagedPgd, staged_pgd
 from samrobust.objectives import cross_entropy, dlr, margin, targeted_dlr
 
 __all__ = [
+    "ATTACKS_VERSION",
     "JUDGES",
     "MEMBERS",
     "VERSIONS",
@@ -56,3 +57,7 @@ __all__ = [
     "step_onto_hyperplane",
     "targeted_dlr",
 ]
+
+# Raised whenever an attack comes to other images than before, rounding apart: stored
+# outcomes of an older version then count for nothing.
+ATTACKS_VERSION = 2

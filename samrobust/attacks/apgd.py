@@ -7,18 +7,27 @@ best iterate. Two of the four attacks of AutoAttack: `apgd(ball)` on the cross e
 and `apgd_targeted(ball)`. The single run is in `samrobust.attacks.ascent`.
 """
 
-import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
 from samrobust.attacks.ascent import Ascent, State, Worst, worse
 from samrobust.attacks.balls import Ball
-from samrobust.attacks.examples import check_images
+from samrobust.attacks.calls import (
+    Call,
+    accept,
+    check_ball,
+    check_box,
+    check_losses,
+    check_target,
+)
+from samrobust.attacks.examples import filled
+from samrobust.attacks.numbers import real, whole
 from samrobust.checks import check
-from samrobust.objectives import cross_entropy, targeted_dlr
+from samrobust.objectives import cross_entropy, misclassified, targeted_dlr
 from samrobust.types import Array, Attack, LogitsFn, LossFn
 
 __all__ = ["apgd", "apgd_targeted"]
@@ -50,7 +59,8 @@ def apgd(
       restarts: number of independent runs, >= 1.
       rho: the share of rising steps that keeps a step from halving, in [0, 1].
       eot: number of draws, >= 1, that a gradient is the mean of. With more than one
-        `logits_fn` is random and is called as `logits_fn(images, key=key)`.
+        `logits_fn` is random and is called as `logits_fn(images, key=key)`, with one
+        key or a key array [B], as the attack is.
       box: the range of pixel values, clipped to after every projection.
 
     Returns:
@@ -63,9 +73,8 @@ def apgd(
       images unchanged, and so do images that are misclassified as they are. Of an
       example the first misclassified iterate is handed in, starts included, or the one
       of highest loss where there is none, so that more steps and restarts never raise
-      the accuracy. Up to rounding, and where the logits are not random,
-      its steps do not depend on the batch it is in, its starts only through the shape.
-      No gradient flows through the result.
+      the accuracy. Up to rounding, and where the logits are not random, its outcome
+      does not depend on the batch it is in. No gradient flows through the result.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of
@@ -86,18 +95,17 @@ def apgd(
     >>> jnp.round((adversarial - 0.5) * 255)
     Array([[-8., -8.]], dtype=float32)
     """
-    settings = _Settings(ball, operator.index(num_steps), rho, operator.index(eot), box)
-    restarts = operator.index(restarts)
-    settings.check(restarts)
+    settings = _make_settings(ball, num_steps, rho, eot, box)
+    restarts, loss = _positive(restarts=restarts), check_losses(loss)
 
     def attack(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
     ) -> Array:
-        check_images(images)
+        call = settings.accept(logits_fn, images, labels, key)
         if ball.radius == 0:
-            return jax.lax.stop_gradient(images)
-        natural_key, runs_key = jax.random.split(key)
-        task = _Task(settings, logits_fn, images, labels)
+            return call.images
+        natural_key, runs_key = draws.split(call.key)
+        task = _Task(settings, *call[:3])
         natural = task.natural_logits(natural_key)
         return task.worst(restarts, lambda _: loss, natural, runs_key)
 
@@ -150,21 +158,23 @@ def apgd_targeted(
     >>> int(jnp.argmax(adversarial))
     1
     """
-    settings = _Settings(ball, operator.index(num_steps), rho, operator.index(eot), box)
-    num_targets, restarts = operator.index(num_targets), operator.index(restarts)
-    settings.check(restarts)
-    check(num_targets >= 1, "num_targets >= 1", num_targets=num_targets)
+    settings = _make_settings(ball, num_steps, rho, eot, box)
+    restarts, num_targets = (
+        _positive(restarts=restarts),
+        _positive(num_targets=num_targets),
+    )
 
     def attack(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
     ) -> Array:
-        check_images(images)
+        call = settings.accept(logits_fn, images, labels, key)
         if ball.radius == 0:
-            return jax.lax.stop_gradient(images)
-        natural_key, runs_key = jax.random.split(key)
-        task = _Task(settings, logits_fn, images, labels)
+            return call.images
+        natural_key, runs_key = draws.split(call.key)
+        task = _Task(settings, *call[:3])
         natural = task.natural_logits(natural_key)
-        classes = _wrong_classes(natural, labels)
+        classes = _wrong_classes(natural, call.labels)
+        check_target(first_target, natural.shape[-1])
 
         def loss_of(run: Array) -> LossFn:
             targets = classes[:, first_target + run // restarts]
@@ -186,13 +196,29 @@ class _Settings(NamedTuple):
     eot: int
     box: tuple[float, float]
 
-    def check(self, restarts: int) -> None:
-        """Refuses what the attacks cannot mean."""
-        check(self.num_steps >= 1, "num_steps >= 1", num_steps=self.num_steps)
-        check(restarts >= 1, "restarts >= 1", restarts=restarts)
-        check(0 <= self.rho <= 1, "0 <= rho <= 1", rho=self.rho)
-        check(self.eot >= 1, "eot >= 1", eot=self.eot)
-        check(self.box[0] < self.box[1], "box[0] < box[1]", box=self.box)
+    def accept(
+        self, logits_fn: LogitsFn, images: Array, labels: Array, key: Array
+    ) -> Call:
+        """The arguments of a call, looked at."""
+        options = {"box": self.box, "ball": self.ball, "is_random": self.eot > 1}
+        return accept(logits_fn, images, labels, key, **options)
+
+
+def _make_settings(
+    ball: Ball, num_steps: int, rho: float, eot: int, box: tuple[float, float]
+) -> _Settings:
+    """Refuses what the attacks cannot mean."""
+    num_steps, eot = _positive(num_steps=num_steps), _positive(eot=eot)
+    rho, box = real(rho=rho), check_box(box)
+    check(0 <= rho <= 1, "0 <= rho <= 1", rho=rho)
+    check_ball(ball, box)
+    return _Settings(ball, num_steps, rho, eot, box)
+
+
+def _positive(**one: Any) -> int:
+    ((name, value),) = one.items()
+    check(whole(**one) >= 1, f"{name} >= 1", **one)
+    return value
 
 
 class _Task(NamedTuple):
@@ -219,8 +245,9 @@ class _Task(NamedTuple):
         key: Array,
     ) -> Array:
         """The outcome of runs on the losses `loss_of(run)`, until nothing is left."""
-        wrong = jnp.argmax(natural, axis=-1) != self.labels
-        unseen = Worst(self.images, jnp.where(wrong, jnp.inf, -jnp.inf))
+        wrong = misclassified(natural, self.labels)
+        lowest = filled(self.images, -jnp.inf)
+        unseen = Worst(self.images, jnp.where(wrong, jnp.inf, lowest))
 
         def is_unfinished(carry: tuple[Array, Worst]) -> Array:
             run, worst = carry
@@ -228,7 +255,7 @@ class _Task(NamedTuple):
 
         def pursue(carry: tuple[Array, Worst]) -> tuple[Array, Worst]:
             run, worst = carry
-            own_key = jax.random.fold_in(key, run)
+            own_key = draws.fold_in(key, run)
             outcome = _run(self.ascent(loss_of(run)), worst.score, own_key)
             return run + 1, worse(worst, outcome)
 
@@ -238,7 +265,7 @@ class _Task(NamedTuple):
 
 def _run(ascent: Ascent, known: Array, key: Array) -> Worst:
     """The outcome of one run; examples of infinite `known` score need not be broken."""
-    start_key, draws_key = jax.random.split(key)
+    start_key, draws_key = draws.split(key)
 
     def is_unfinished(carry: tuple[Array, State]) -> Array:
         index, state = carry
@@ -247,10 +274,10 @@ def _run(ascent: Ascent, known: Array, key: Array) -> Worst:
 
     def step(carry: tuple[Array, State]) -> tuple[Array, State]:
         index, state = carry
-        own_key = jax.random.fold_in(draws_key, index)
+        own_key = draws.fold_in(draws_key, index)
         return index + 1, ascent.step(state, index, own_key)
 
-    first_key = jax.random.fold_in(draws_key, ascent.num_steps)
+    first_key = draws.fold_in(draws_key, ascent.num_steps)
     state = ascent.begin(ascent.start(start_key), first_key)
     _, state = jax.lax.while_loop(is_unfinished, step, (jnp.int32(0), state))
     return state.best

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
-from samrobust.attacks.examples import spread
+from samrobust.attacks.examples import filled, spread
+from samrobust.objectives import misclassified
 from samrobust.types import Array, LossFn
 
 __all__ = ["Ascent", "State", "Worst", "select", "windows", "worse"]
@@ -87,7 +89,6 @@ class Ascent(NamedTuple):
     def begin(self, start: Array, key: Array) -> State:
         """The state before the first step; the key is for random logits alone."""
         gradient, _, score = self.measure(start, key)
-        num = start.shape[0]
         return State(
             current=start,
             previous=start,
@@ -95,10 +96,10 @@ class Ascent(NamedTuple):
             loss=jnp.zeros_like(score),
             best=Worst(start, score),
             best_gradient=gradient,
-            step_size=jnp.full(num, 2 * self.ball.radius, start.dtype),
-            rises=jnp.zeros(num, jnp.int32),
+            step_size=filled(start, 2 * self.ball.radius),
+            rises=filled(start, 0, jnp.int32),
             last_score=score,
-            halved=jnp.ones(num, bool),
+            halved=filled(start, 1, bool),
         )
 
     def step(self, state: State, index: Array, key: Array) -> State:
@@ -113,7 +114,7 @@ class Ascent(NamedTuple):
             loss=loss,
             best=worse(state.best, Worst(current, score)),
             best_gradient=select(higher, gradient, state.best_gradient),
-            rises=state.rises + (loss > state.loss),
+            rises=state.rises + (loss > state.loss).astype(jnp.int32),
         )
         return self.checked(following, jnp.asarray(windows(self.num_steps))[index])
 
@@ -132,7 +133,9 @@ class Ascent(NamedTuple):
 
         `window` is the number of steps since the last checkpoint, 0 where none is due.
         """
-        seldom = state.rises <= self.rho * window
+        seldom = state.rises.astype(jnp.float32) <= self.rho * window.astype(
+            jnp.float32
+        )
         in_vain = ~state.halved & (state.last_score >= state.best.score)
         due = window > 0
         halve = due & (seldom | in_vain)
@@ -155,11 +158,11 @@ class Ascent(NamedTuple):
         def draw(
             index: Array | int, carry: tuple[Array, Array, Array]
         ) -> tuple[Array, Array, Array]:
-            own_key = jax.random.fold_in(key, index)
+            own_key = draws.fold_in(key, index)
             gradient, (losses, scores) = gradient_of(current, own_key)
             return carry[0] + gradient, losses, scores
 
-        none = jnp.zeros(current.shape[0], current.dtype)
+        none = filled(current, 0)
         nothing = (jnp.zeros_like(current), none, none)
         gradient, losses, scores = jax.lax.fori_loop(0, self.eot, draw, nothing)
         return gradient / self.eot, losses, scores
@@ -170,7 +173,7 @@ class Ascent(NamedTuple):
         """The sum of the losses; the losses [B] and the scores [B]."""
         logits = self.logits(current, key)
         losses = self.loss(logits, self.labels).astype(current.dtype)
-        wrong = jnp.argmax(logits, axis=-1) != self.labels
+        wrong = misclassified(logits, self.labels)
         known = jnp.where(jnp.isnan(losses), -jnp.inf, losses)
         return jnp.sum(losses), (losses, jnp.where(wrong, jnp.inf, known))
 

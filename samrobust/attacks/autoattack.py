@@ -5,19 +5,22 @@ the ones before it left standing. It comes as a function like all attacks, and i
 for a caller that drops broken examples between them: see `samrobust.evaluation`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
 from samrobust.attacks.apgd import apgd, apgd_targeted
 from samrobust.attacks.balls import Ball, l2
-from samrobust.attacks.examples import spread
+from samrobust.attacks.calls import accept, check_ball, check_box
+from samrobust.attacks.examples import filled, spread
 from samrobust.attacks.fab import fab_targeted
 from samrobust.attacks.square import square
 from samrobust.checks import check, check_choice
-from samrobust.objectives import dlr, margin
+from samrobust.objectives import dlr, margin, misclassified
 from samrobust.types import Array, Attack, LogitsFn
 
 __all__ = ["MEMBERS", "VERSIONS", "AutoAttack", "Member", "autoattack"]
@@ -45,18 +48,21 @@ class Member(NamedTuple):
     cost: int
 
 
-class AutoAttack(NamedTuple):
+@dataclasses.dataclass(frozen=True)  # `jax.jit` wants a weak reference: no tuple
+class AutoAttack:
     """An `Attack` that is several; see `autoattack`.
 
     Attributes:
       members: in their order.
       radius: of the ball.
       is_random: whether the classifier is called as `logits_fn(images, key=key)`.
+      box: the range of pixel values.
     """
 
     members: tuple[Member, ...]
     radius: float
     is_random: bool
+    box: tuple[float, float] = (0.0, 1.0)
 
     def __call__(
         self,
@@ -67,8 +73,10 @@ class AutoAttack(NamedTuple):
         key: Array,
     ) -> Array:
         """All members one after the other, with the batch as it is."""
-        images = jax.lax.stop_gradient(images)
-        carry = images, jnp.zeros(len(images), bool)
+        logits_fn, images, labels, key = accept(
+            logits_fn, images, labels, key, box=self.box, is_random=self.is_random
+        )
+        carry = images, filled(images, 0, bool)
 
         def judge(images: Array, key: Array) -> Array:
             options = {"key": key} if self.is_random else {}
@@ -76,7 +84,7 @@ class AutoAttack(NamedTuple):
 
         num_classes = jax.eval_shape(judge, images, key).shape[-1]
         for number, member in enumerate(self.members):
-            own_key = jax.random.fold_in(key, number)
+            own_key = draws.fold_in(key, number)
 
             def pursue(
                 part: Array,
@@ -85,9 +93,9 @@ class AutoAttack(NamedTuple):
                 key: Array = own_key,
             ) -> tuple[Array, Array]:
                 found, done = carry  # what is done stays, whatever the next look says
-                part_key, judge_key = jax.random.split(jax.random.fold_in(key, part))
+                part_key, judge_key = draws.split(draws.fold_in(key, part))
                 attacked = member.part(logits_fn, found, labels, part, key=part_key)
-                broken = jnp.argmax(judge(attacked, judge_key), axis=-1) != labels
+                broken = misclassified(judge(attacked, judge_key), labels)
                 newly = spread(broken & ~done, attacked)
                 return jnp.where(newly, attacked, found), done | broken
 
@@ -129,8 +137,7 @@ def autoattack(
       draws anew and judges anew, and what breaks now may be right at the next look.
 
     Raises:
-      ValueError: for other versions or members; when called, if the images are neither
-        float32 nor float64, for fewer than 2 classes.
+      ValueError: for other versions or members, and as `pgd` does.
 
     Reference: Croce and Hein (2020), arXiv 2003.01690, Algorithm 2 and Section 5. *Our
     deviation*: with 3 classes, too few for the targeted DLR loss, `apgd-t` is one run
@@ -144,7 +151,10 @@ def autoattack(
     >>> jnp.argmax(adversarial, -1)
     Array([1, 0], dtype=int32)
     """
+    box = check_box(box)
+    check_ball(ball, box)
     check_choice(VERSIONS, version=version)
+    check(not isinstance(members, str), "a list of members", members=members)
     check(
         bool(members) == (version == "custom"),
         "members for version=custom and for no other",
@@ -164,7 +174,7 @@ def autoattack(
     names = tuple(members) or _VERSIONS[version]
     eot = _DRAWS if version == "rand" else 1
     made = tuple(_MAKERS[name](name, ball, eot, box) for name in names)
-    return AutoAttack(made, ball.radius, is_random=eot > 1)
+    return AutoAttack(made, ball.radius, eot > 1, box)
 
 
 def _whole(attack: Attack) -> Callable[..., Array]:
@@ -216,11 +226,12 @@ def _apgd_t(name: str, ball: Ball, eot: int, box: _Box) -> Member:
         logits_fn: LogitsFn, images: Array, labels: Array, number: Array, *, key: Array
     ) -> Array:
         attack: Attack = without_targets
-        if jax.eval_shape(logits_fn, images).shape[-1] >= 4:
+        call = accept(logits_fn, images, labels, key, box=box)
+        if jax.eval_shape(call.logits_fn, call.images).shape[-1] >= 4:
             attack = apgd_targeted(
                 ball, num_targets=1, first_target=number, eot=eot, box=box
             )
-        return attack(logits_fn, images, labels, key=key)
+        return attack(*call[:3], key=call.key)
 
     return Member(name, num_parts, part, 300 * eot)
 

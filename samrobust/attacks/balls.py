@@ -7,9 +7,10 @@ but the first belong to an example. Radii are in pixel units (8/255, not 8).
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
+from samrobust.attacks.numbers import real
 from samrobust.checks import check
 from samrobust.types import Array
 
@@ -21,8 +22,9 @@ class Ball(NamedTuple):
 
     Attributes:
       project: perturbations [B, ...] to the nearest ones in the ball.
-      sample: `sample(key, shape)` draws perturbations in the ball, up to the rounding
-        of float32, in which they are; key is consumed.
+      sample: `sample(key, shape)` draws perturbations [B, ...] in the ball, up to the
+        rounding of float32, in which they are. The key, one or one an example, is
+        consumed.
       steepest_ascent: gradients [B, ...] to the directions of unit norm that increase
         the loss fastest; a gradient of zero or NaN gives a zero direction.
       norm: perturbations [B, ...] to their norms [B].
@@ -48,18 +50,18 @@ def linf(radius: float) -> Ball:
       The ball. `sample` is uniform in it.
 
     Raises:
-      ValueError: if the radius is negative or not finite.
+      ValueError: if the radius is no number, negative or not finite.
 
     >>> linf(0.5).project(jnp.array([[0.2, -0.7]]))
     Array([[ 0.2, -0.5]], dtype=float32)
     """
-    _check_radius(radius)
+    radius = _checked(radius)
 
     def project(delta: Array) -> Array:
         return jnp.clip(delta, -radius, radius)
 
     def sample(key: Array, shape: tuple[int, ...]) -> Array:
-        return jax.random.uniform(key, shape, jnp.float32, -radius, radius)
+        return draws.uniform(key, shape, -radius, radius)
 
     def norm(delta: Array) -> Array:
         return jnp.max(jnp.abs(delta), axis=_example_axes(delta))
@@ -87,12 +89,12 @@ def l2(radius: float, *, gradient_floor: float = 0.0) -> Ball:
       nearly all volume lies at the surface.
 
     Raises:
-      ValueError: if an argument is negative or not finite.
+      ValueError: if an argument is no number, negative or not finite.
 
     >>> l2(1.0).project(jnp.array([[3.0, 4.0]]))
     Array([[0.6, 0.8]], dtype=float32)
     """
-    _check_radius(radius)
+    radius, gradient_floor = _checked(radius), real(gradient_floor=gradient_floor)
     check(
         0 <= gradient_floor < float("inf"),
         "0 <= gradient_floor < inf",
@@ -107,10 +109,10 @@ def l2(radius: float, *, gradient_floor: float = 0.0) -> Ball:
         return delta * jnp.minimum(1.0, radius / jnp.where(length > 0, length, 1.0))
 
     def sample(key: Array, shape: tuple[int, ...]) -> Array:
-        direction_key, length_key = jax.random.split(key)
-        direction = jax.random.normal(direction_key, shape, jnp.float32)
+        direction_key, length_key = draws.split(key)
+        direction = draws.normal(direction_key, shape)
         lengths = (shape[0],) + (1,) * (len(shape) - 1)
-        length = jax.random.uniform(length_key, lengths, jnp.float32, 0.0, radius)
+        length = draws.uniform(length_key, lengths, 0.0, radius)
         return _unit(direction, 0.0) * length
 
     def steepest_ascent(gradient: Array) -> Array:
@@ -119,13 +121,15 @@ def l2(radius: float, *, gradient_floor: float = 0.0) -> Ball:
     return Ball(project, sample, steepest_ascent, norm, radius, 2.0)
 
 
-def _check_radius(radius: float) -> None:
+def _checked(radius: float) -> float:
+    radius = real(radius=radius)
     check(
         0 <= radius < float("inf"),
         "0 <= radius < inf",
         "Radii are in pixel units: write 8/255 as `8 / 255`.",
         radius=radius,
     )
+    return radius
 
 
 def _example_axes(array: Array) -> tuple[int, ...]:

@@ -8,16 +8,18 @@ Reference: Rony, Hafemann, Oliveira, Ben Ayed, Sabourin and Granger (2019), arXi
 1811.09600.
 """
 
-import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
 from samrobust.attacks.balls import l2
-from samrobust.attacks.examples import check_images, spread
+from samrobust.attacks.calls import accept, check_box
+from samrobust.attacks.examples import spread
+from samrobust.attacks.numbers import real, whole
 from samrobust.checks import check
-from samrobust.objectives import cross_entropy
+from samrobust.objectives import cross_entropy, misclassified
 from samrobust.types import Array, Attack, LogitsFn
 
 __all__ = ["ddn"]
@@ -58,8 +60,7 @@ def ddn(
       is handed in as its smallest misclassified iterate, so that the norm of the change
       is an upper bound of the distance to the boundary, and unchanged where there is
       none or where it is misclassified already. An example's outcome does not depend on
-      the others of its batch except through its random numbers. No gradient flows
-      through the result.
+      the others of its batch. No gradient flows through the result.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of
@@ -76,7 +77,8 @@ def ddn(
     >>> jnp.linalg.norm(adversarial - image).round(2)  # of a plane 0.05 away
     Array(0.05, dtype=float32)
     """
-    num_steps = operator.index(num_steps)
+    num_steps, box = whole(num_steps=num_steps), check_box(box)
+    init_epsilon, gamma = real(init_epsilon=init_epsilon), real(gamma=gamma)
     check(num_steps >= 0, "num_steps >= 0", num_steps=num_steps)
     check(
         0 < init_epsilon < float("inf"),
@@ -85,19 +87,18 @@ def ddn(
         init_epsilon=init_epsilon,
     )
     check(0 < gamma < 1, "0 < gamma < 1", gamma=gamma)
-    check(box[0] < box[1], "box[0] < box[1]", box=box)
 
     def attack(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
     ) -> Array:
-        check_images(images)
-        images = jax.lax.stop_gradient(images)
+        call = accept(logits_fn, images, labels, key, box=box)
+        images = call.images
         farthest = _SPHERE.norm(jnp.maximum(images - box[0], box[1] - images))
 
         def step(index: Array, state: _State) -> _State:
             gradient, wrong = jax.grad(total_loss, has_aux=True)(state.current)
             state = _remember(state, images, wrong)
-            direction = _direction(gradient, jax.random.fold_in(key, index))
+            direction = _direction(gradient, draws.fold_in(call.key, index))
             share = (1 + jnp.cos(jnp.pi * index / num_steps)) / 2
             step_size = _LAST_STEP_SIZE + (1 - _LAST_STEP_SIZE) * share
             delta = state.current - images + step_size.astype(images.dtype) * direction
@@ -108,9 +109,10 @@ def ddn(
             return state._replace(current=current, epsilon=epsilon)
 
         def total_loss(current: Array) -> tuple[Array, Array]:
-            logits = logits_fn(current)
-            wrong = jnp.argmax(logits, axis=-1) != labels
-            return jnp.sum(cross_entropy(logits, labels)), wrong
+            logits = call.logits_fn(current)
+            wrong = misclassified(logits, call.labels)
+            losses = cross_entropy(logits, call.labels)
+            return jnp.sum(losses.astype(current.dtype)), wrong
 
         epsilon = jnp.full_like(farthest, init_epsilon)
         start = _State(images, epsilon, images, farthest)
@@ -144,8 +146,8 @@ def _direction(gradient: Array, key: Array) -> Array:
     zero = _SPHERE.norm(unit) == 0
 
     def with_noise() -> Array:
-        noise = jax.random.normal(key, gradient.shape, jnp.float32)
-        noise = _SPHERE.steepest_ascent(noise.astype(gradient.dtype))
+        noise = draws.normal(key, gradient.shape).astype(gradient.dtype)
+        noise = _SPHERE.steepest_ascent(noise)
         return jnp.where(spread(zero, gradient), noise, unit)
 
     return jax.lax.cond(jnp.any(zero), with_noise, lambda: unit)

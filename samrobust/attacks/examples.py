@@ -1,24 +1,23 @@
 """What attacks share: each example of a batch is a problem of its own."""
 
+import jax
 import jax.numpy as jnp
 
-from samrobust.checks import check
 from samrobust.types import Array
 
-__all__ = ["check_images", "spread"]
+__all__ = ["filled", "spread"]
 
 
-def check_images(images: Array) -> None:
-    """Refuses images in which a radius of 8/255 cannot be told from 9/255.
+def filled(images: Array, value: float, dtype: jnp.dtype | type | None = None) -> Array:
+    """The value for each example, [B]: where a loop over the images may start from.
 
-    Raises:
-      ValueError: unless they are float32 or float64.
+    It is split over devices as the images are, and in their dtype unless told.
+
+    >>> filled(jnp.zeros([2, 4, 4, 1]), 3.0)
+    Array([3., 3.], dtype=float32)
     """
-    check(
-        images.dtype in (jnp.float32, jnp.float64),
-        "float32 images with pixels in the box",
-        dtype=str(images.dtype),
-    )
+    one_each = jnp.sum(images, axis=tuple(range(1, images.ndim)))
+    return jnp.full_like(one_each, value, dtype=dtype)
 
 
 def spread(values: Array, images: Array) -> Array:
@@ -27,4 +26,4 @@ def spread(values: Array, images: Array) -> Array:
     >>> spread(jnp.array([2.0, 3.0]), jnp.zeros([2, 4, 4, 1])).shape
     (2, 1, 1, 1)
     """
-    return values.reshape(values.shape + (1,) * (images.ndim - 1))
+    return jax.lax.expand_dims(values, range(1, images.ndim))

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from samrobust.attacks.balls import Ball
-from samrobust.attacks.examples import check_images
+from samrobust.attacks.calls import accept, check_target
+from samrobust.attacks.examples import filled
 from samrobust.attacks.fab_run import Found, Problem, Settings, choose, make_settings
 from samrobust.checks import check
+from samrobust.objectives import misclassified
 from samrobust.types import Array, Attack, LogitsFn
 
 __all__ = ["fab_minimal", "fab_targeted"]
@@ -70,10 +72,10 @@ def fab_targeted(
       misclassified perturbation of the first run that found one within the radius, and
       else unchanged, as are images that are misclassified already and all images if
       the radius is 0. It lies in the box, and in the ball as `ball.norm` measures it.
-      An example's outcome does not depend on the others of its batch except through
-      its random numbers. Runs end once every example of the batch is broken. No
-      gradient flows through the result. What is found lies close to the boundary, so
-      another program may judge it differently where the logits tie but for rounding.
+      An example's outcome does not depend on the others of its batch. Runs end once
+      every example of the batch is broken. No gradient flows through the result. What
+      is found lies close to the boundary, so another program may judge it differently
+      where the logits tie but for rounding.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of
@@ -167,12 +169,14 @@ def _make_attack(
     def attack(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
     ) -> Array:
-        check_images(images)
-        images = jax.lax.stop_gradient(images)
+        logits_fn, images, labels, key = accept(
+            logits_fn, images, labels, key, box=settings.box, ball=settings.ball
+        )
         if limit == 0:
             return images
         logits = logits_fn(images)
         targets = _targets(logits, labels)
+        check_target(first_target, logits.shape[-1])
         num_targets = jnp.minimum(settings.num_targets, len(targets) - first_target)
         problem = Problem(settings, logits_fn, images, labels)
 
@@ -189,8 +193,8 @@ def _make_attack(
             better = (found.distance < best.distance) & (found.distance <= limit)
             return index + 1, choose(better & (best.distance > goal), found, best)
 
-        wrong = jnp.argmax(logits, axis=-1) != labels
-        distance = jnp.where(wrong, 0.0, jnp.inf).astype(images.dtype)
+        unknown = filled(images, jnp.inf)
+        distance = jnp.where(misclassified(logits, labels), 0.0, unknown)
         first = (jnp.int32(0), Found(images, distance))
         best = jax.lax.while_loop(goes_on, body, first)[1]
         return jax.lax.stop_gradient(best.images)
@@ -201,7 +205,6 @@ def _make_attack(
 def _targets(logits: Array, labels: Array) -> Array:
     """The classes but the label, that of the highest logit first: int32 [K - 1, B]."""
     num_classes = logits.shape[-1]
-    check(num_classes >= 2, "a classifier of 2 classes or more", classes=num_classes)
     is_label = jax.nn.one_hot(labels, num_classes, dtype=bool)
     order = jnp.argsort(jnp.where(is_label, jnp.inf, -logits), axis=-1)
     return order[:, :-1].T

@@ -3,16 +3,19 @@
 `samrobust.attacks.fab` makes attacks of such runs, and explains the formula.
 """
 
-import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
-from samrobust.attacks.examples import spread
+from samrobust.attacks.calls import check_ball, check_box
+from samrobust.attacks.examples import filled, spread
 from samrobust.attacks.hyperplanes import step_onto_hyperplane
+from samrobust.attacks.numbers import real, whole
 from samrobust.checks import check
+from samrobust.objectives import misclassified
 from samrobust.types import Array, LogitsFn
 
 __all__ = ["Found", "Problem", "Settings", "choose", "make_settings"]
@@ -44,15 +47,16 @@ def make_settings(
     box: tuple[float, float],
 ) -> Settings:
     """Refuses what the attacks cannot mean; see `fab_targeted`."""
-    num_targets, num_steps = operator.index(num_targets), operator.index(num_steps)
-    restarts = operator.index(restarts)
+    num_targets, num_steps = whole(num_targets=num_targets), whole(num_steps=num_steps)
+    restarts, box = whole(restarts=restarts), check_box(box)
+    alpha_max, eta, beta = real(alpha_max=alpha_max), real(eta=eta), real(beta=beta)
+    check_ball(ball, box)
     check(num_targets >= 1, "num_targets >= 1", num_targets=num_targets)
     check(num_steps >= 0, "num_steps >= 0", num_steps=num_steps)
     check(restarts >= 1, "restarts >= 1", restarts=restarts)
     check(0 <= alpha_max <= 1, "0 <= alpha_max <= 1", alpha_max=alpha_max)
     check(1 <= eta < float("inf"), "1 <= eta < inf", eta=eta)
     check(0 < beta < 1, "0 < beta < 1", beta=beta)
-    check(box[0] < box[1], "box[0] < box[1]", box=box)
     return Settings(ball, num_targets, num_steps, restarts, alpha_max, eta, beta, box)
 
 
@@ -79,7 +83,7 @@ class Problem(NamedTuple):
         if self.settings.restarts == 1:
             return self.images
         ball = self.settings.ball
-        noise = ball.sample(jax.random.fold_in(key, index), self.images.shape)
+        noise = ball.sample(draws.fold_in(key, index), self.images.shape)
         noise = noise.astype(self.images.dtype)
         length = spread(ball.norm(noise), noise)
         noise = noise / jnp.where(length > 0, length, 1.0) * (0.5 * ball.radius)
@@ -93,7 +97,7 @@ class Problem(NamedTuple):
             current, best = carry
             return self.judge(self.advance(current, targets), best)
 
-        nothing = jnp.full(self.labels.shape, jnp.inf, self.images.dtype)
+        nothing = filled(start, jnp.inf)
         carry = (start, Found(self.images, nothing))
         return jax.lax.fori_loop(0, self.settings.num_steps, step, carry)[1]
 
@@ -126,7 +130,7 @@ class Problem(NamedTuple):
 
     def judge(self, current: Array, best: Found) -> tuple[Array, Found]:
         """Remembers what is misclassified and smaller, and walks back from there."""
-        wrong = jnp.argmax(self.logits_fn(current), axis=-1) != self.labels
+        wrong = misclassified(self.logits_fn(current), self.labels)
         distance = self.settings.ball.norm(current - self.images)
         smaller = wrong & (distance < best.distance)
         best = choose(smaller, Found(current, distance), best)

@@ -2,6 +2,7 @@
 
 from samrobust.attacks.balls import Ball
 from samrobust.attacks.pgd import pgd
+from samrobust.checks import check
 from samrobust.objectives import cross_entropy
 from samrobust.types import Attack, LossFn
 
@@ -40,6 +41,7 @@ def fgsm(
     >>> fgsm(linf(0.25))(lambda x: x, images, labels, key=jax.random.key(0))
     Array([[0.25, 0.5 ]], dtype=float32)
     """
+    check(isinstance(ball, Ball), "a ball from `linf` or `l2`", ball=ball)
     return pgd(
         ball,
         step_size=ball.radius,

@@ -2,18 +2,18 @@
 
 What a query draws (`draw`) is apart from what it does with that (`move`), so that the
 same numbers can be given to another implementation. They are drawn in float32, the same
-ones for images in float64. Windows of all sizes are masks of
-the images' shape. Images are [B, H, W, C].
+ones for images in float64; each example draws its own (`samrobust.attacks.draws`).
+Windows of all sizes are masks of the images' shape. Images are [B, H, W, C].
 
 Reference: Andriushchenko et al. (2020), arXiv 1912.00049, Algorithms 2 and 3.
 """
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from samrobust.attacks import draws
 from samrobust.attacks.windows import pulse, pulses
 from samrobust.types import Array
 
@@ -37,14 +37,15 @@ class LinfMoves(NamedTuple):
         return jnp.clip(self.images + self.radius * signs, *self.box)
 
     def draw(self, query: Array, key: Array) -> dict[str, Array]:
-        """The random numbers of a query, for all examples the same."""
-        channels = self.images.shape[-1]
+        """The random numbers of a query."""
+        batch, _, _, channels = self.images.shape
+        place_key, sign_key = draws.split(key)
         size = jnp.asarray(self.sizes)[query]
-        numbers = jax.random.uniform(key, (2 + channels,), jnp.float32)
+        numbers = draws.uniform(place_key, (batch, 2))
         return {
             "size": size,
-            "corner": _corner(numbers[:2], size, self.images.shape),
-            "signs": jnp.where(numbers[2:] < 0.5, -1.0, 1.0).reshape(1, 1, 1, channels),
+            "corner": _corner(numbers, size, self.images.shape),
+            "signs": _signs(sign_key, (batch, 1, 1, channels), self.images.dtype),
         }
 
     def move(self, best: Array, *, size: Array, corner: Array, signs: Array) -> Array:
@@ -70,32 +71,32 @@ class L2Moves(NamedTuple):
         side = max(height // 5, 1)
         before = max((height - 5 * side) // 2, 0)
         grid = (height // side, width // side)
-        flip_key, sign_key = jax.random.split(key)
-        flipped = _coins(flip_key, (*grid, 1, 1))
-        upright = jnp.asarray(pulse(side), self.images.dtype)[None, None]
-        tiles = jnp.where(flipped, upright.mT, upright).transpose(0, 2, 1, 3)
+        flip_key, sign_key = draws.split(key)
+        flipped = draws.coins(flip_key, (batch, *grid, 1, 1))
+        upright = jnp.asarray(pulse(side), self.images.dtype)[None, None, None]
+        tiles = jnp.where(flipped, upright.mT, upright).transpose(0, 1, 3, 2, 4)
         signs = _signs(
             sign_key, (batch, grid[0], 1, grid[1], 1, channels), self.images.dtype
         )
-        laid = (tiles[None, ..., None] * signs).reshape(
+        laid = (tiles[..., None] * signs).reshape(
             batch, grid[0] * side, grid[1] * side, channels
         )
         room = [(0, 0), (before, height), (before, width), (0, 0)]
         return self.into_set(jnp.pad(laid, room)[:, :height, :width])
 
     def draw(self, query: Array, key: Array) -> dict[str, Array]:
-        """The random numbers of a query, for all examples the same but for signs."""
+        """The random numbers of a query."""
         batch, _, _, channels = self.images.shape
-        place_key, sign_key = jax.random.split(key)
+        place_key, sign_key = draws.split(key)
         size = jnp.asarray(self.sizes)[query]
-        numbers = jax.random.uniform(place_key, (5,), jnp.float32)
+        numbers = draws.uniform(place_key, (batch, 5))
         table, which = pulses(self.sizes)
-        upright = jnp.asarray(table, self.images.dtype)[jnp.asarray(which)[query]]
         return {
             "size": size,
-            "corner": _corner(numbers[:2], size, self.images.shape),
-            "source": _corner(numbers[2:4], size, self.images.shape),
-            "pattern": jnp.where(numbers[4] < 0.5, upright, upright.T),
+            "corner": _corner(numbers[:, :2], size, self.images.shape),
+            "source": _corner(numbers[:, 2:4], size, self.images.shape),
+            "upright": jnp.asarray(table, self.images.dtype)[jnp.asarray(which)[query]],
+            "flipped": numbers[:, 4] >= 0.5,
             "signs": _signs(sign_key, (batch, 1, 1, channels), self.images.dtype),
         }
 
@@ -106,7 +107,8 @@ class L2Moves(NamedTuple):
         size: Array,
         corner: Array,
         source: Array,
-        pattern: Array,
+        upright: Array,
+        flipped: Array,
         signs: Array,
     ) -> Array:
         """The best images with one window changed and another one emptied."""
@@ -119,8 +121,8 @@ class L2Moves(NamedTuple):
         )
         held = _energy(jnp.where(window | emptied, delta, 0.0))
         budget = jnp.sqrt(unspent / best.shape[-1] + held)
-        fresh = _placed(pattern, best.shape, corner) * signs + _unit_channels(inside)
-        fresh = _unit_channels(fresh) * budget
+        pulses_laid = _placed(upright, flipped, best.shape, corner)
+        fresh = _unit_channels(pulses_laid * signs + _unit_channels(inside)) * budget
         kept = jnp.where(emptied, 0.0, delta)
         return self.into_set(jnp.where(window, fresh, kept))
 
@@ -130,35 +132,47 @@ class L2Moves(NamedTuple):
 
 
 def _signs(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    return jnp.where(_coins(key, shape), 1.0, -1.0).astype(dtype)
-
-
-def _coins(key: Array, shape: tuple[int, ...]) -> Array:
-    """Drawn in float32, so that they are the same whatever the images' dtype."""
-    return jax.random.bernoulli(key, jnp.float32(0.5), shape)
+    return jnp.where(draws.coins(key, shape), 1.0, -1.0).astype(dtype)
 
 
 def _corner(uniform: Array, size: Array, shape: tuple[int, ...]) -> Array:
-    """The upper left pixel of a window, int [2]; as upstream, short of the last one."""
+    """The upper left pixels of windows, int [B, 2]; as upstream, short of the last."""
     room = jnp.array(shape[1:3], jnp.int32) - size
-    return jnp.floor(uniform * room).astype(jnp.int32)
+    return jnp.floor(uniform * room.astype(uniform.dtype)[None]).astype(jnp.int32)
 
 
 def _window(shape: tuple[int, ...], corner: Array, size: Array) -> Array:
-    """Which pixels a window covers, bool [1, H, W, 1]."""
-    rows = jnp.arange(shape[1], dtype=jnp.int32)[:, None] - corner[0]
-    columns = jnp.arange(shape[2], dtype=jnp.int32)[None, :] - corner[1]
-    inside = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
-    return inside[None, :, :, None]
+    """Which pixels the windows cover, bool [B, H, W, 1]."""
+    rows, columns = (
+        (places >= 0) & (places < size)
+        for axis, length in enumerate(shape[1:3])
+        for places in [_places(length, corner[:, axis])]
+    )
+    return rows[:, :, None, None] & columns[:, None, :, None]
 
 
-def _placed(pattern: Array, shape: tuple[int, ...], corner: Array) -> Array:
-    """A pattern [S, S] in an image of zeros, [1, H, W, 1]; cut off at the edge."""
-    _, height, width, _ = shape
-    side = len(pattern)
-    canvas = jnp.zeros((height + side, width + side), pattern.dtype)
-    canvas = jax.lax.dynamic_update_slice(canvas, pattern, (corner[0], corner[1]))
-    return canvas[None, :height, :width, None]
+def _placed(
+    upright: Array, flipped: Array, shape: tuple[int, ...], corner: Array
+) -> Array:
+    """A pulse [S, S] in images of zeros, [B, H, W, 1], on its side where `flipped`.
+
+    Cut off at the edge. Rows and columns are taken by products with zeros and ones,
+    exact at this precision: an indexing that differs by example does not shard.
+    """
+    pulses_of = jnp.where(flipped[:, None, None], upright.T[None], upright[None])
+    sides = jnp.arange(len(upright), dtype=jnp.int32)[None, None]
+    rows, columns = (
+        _places(length, corner[:, axis])[:, :, None] == sides
+        for axis, length in enumerate(shape[1:3])
+    )
+    taken = jnp.matmul(rows.astype(upright.dtype), pulses_of, precision="highest")
+    across = columns.astype(upright.dtype).mT
+    return jnp.matmul(taken, across, precision="highest")[..., None]
+
+
+def _places(length: int, start: Array) -> Array:
+    """Where each row or column of an image lies in a window, int [B, length]."""
+    return jnp.arange(length, dtype=jnp.int32)[None, :] - start[:, None]
 
 
 def _energy(delta: Array) -> Array:

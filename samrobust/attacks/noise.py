@@ -4,15 +4,16 @@ A model that noise of the radius misleads is not robust however few of its gradi
 help, and an attack that misleads it less often than noise does is broken.
 """
 
-import operator
-
 import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
-from samrobust.attacks.examples import check_images, spread
+from samrobust.attacks.calls import accept, check_ball, check_box
+from samrobust.attacks.examples import filled, spread
+from samrobust.attacks.numbers import whole
 from samrobust.checks import check
-from samrobust.objectives import cross_entropy
+from samrobust.objectives import cross_entropy, misclassified
 from samrobust.types import Array, Attack, LogitsFn
 
 __all__ = ["noise"]
@@ -58,26 +59,26 @@ def noise(
     >>> noisy  # of four corners the one that is misclassified
     Array([[0.25, 0.75]], dtype=float32)
     """
-    num_draws = operator.index(num_draws)
+    num_draws, box = whole(num_draws=num_draws), check_box(box)
+    check_ball(ball, box)
     check(num_draws >= 1, "num_draws >= 1", num_draws=num_draws)
-    check(box[0] < box[1], "box[0] < box[1]", box=box)
 
     def attack(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
     ) -> Array:
-        check_images(images)
-        images = jax.lax.stop_gradient(images)
+        call = accept(logits_fn, images, labels, key, box=box, ball=ball)
+        images = call.images
         if ball.radius == 0:
             return images
 
         def damage(current: Array) -> Array:
-            logits = logits_fn(current)
-            loss = jnp.nan_to_num(cross_entropy(logits, labels), nan=-jnp.inf)
-            return jnp.where(jnp.argmax(logits, axis=-1) != labels, jnp.inf, loss)
+            logits = call.logits_fn(current)
+            loss = jnp.nan_to_num(cross_entropy(logits, call.labels), nan=-jnp.inf)
+            wrong = misclassified(logits, call.labels)
+            return jnp.where(wrong, jnp.inf, loss).astype(images.dtype)
 
         def draw(index: Array) -> Array:
-            own_key = jax.random.fold_in(key, index)
-            values = jax.random.normal(own_key, images.shape, jnp.float32)
+            values = draws.normal(draws.fold_in(call.key, index), images.shape)
             delta = ball.radius * ball.steepest_ascent(values.astype(images.dtype))
             return jnp.clip(images + delta, *box)
 
@@ -93,7 +94,8 @@ def noise(
             best = jnp.where(spread(take, images), current, best)
             return index + 1, best, jnp.where(take, reached, worst)
 
-        unseen = jnp.where(jnp.isposinf(damage(images)), jnp.inf, -jnp.inf)
+        lowest = filled(images, -jnp.inf)
+        unseen = jnp.where(jnp.isposinf(damage(images)), jnp.inf, lowest)
         first = (jnp.int32(0), images, unseen)
         return jax.lax.stop_gradient(jax.lax.while_loop(goes_on, body, first)[1])
 

@@ -6,20 +6,22 @@ steps run in `lax.fori_loop`, restarts too, so that the compiled size does not d
 on their numbers. Only gradients of the images are computed, never of the parameters.
 """
 
-import operator
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
-from samrobust.attacks.examples import check_images, spread
+from samrobust.attacks.calls import accept, check_ball, check_box, check_losses
+from samrobust.attacks.examples import filled, spread
+from samrobust.attacks.numbers import real, whole
 from samrobust.checks import check, check_choice
-from samrobust.objectives import cross_entropy
+from samrobust.objectives import cross_entropy, misclassified
 from samrobust.types import Array, Attack, LogitsFn, LossFn
 
-__all__ = ["JUDGES", "Problem", "Settings", "check_settings", "identity", "pgd"]
+__all__ = ["JUDGES", "Problem", "Settings", "identity", "make_settings", "pgd"]
 
 JUDGES = ("final", "any")
 
@@ -77,8 +79,11 @@ def pgd(
       the accuracy. No gradient flows through the result.
 
     Raises:
-      ValueError: if an argument is outside its range; when called, if the images are of
-        another dtype: 8/255 cannot be told from 9/255 in bfloat16.
+      ValueError: if an argument is outside its range, the radius in other units than
+        the box's among them. When called, for images of another dtype (8/255 cannot be
+        told from 9/255 in bfloat16) or outside the box, for labels that are not int
+        [B] or no classes, for logits that are not [B, K]; values are looked at where
+        they are concrete, ranks and dtypes inside `jax.jit` too.
 
     Reference: Madry et al. (2018), arXiv 1706.06083. *Our deviation* from the paper's
     code: the gradient is that of the sum of the losses, so that an example's steps do
@@ -93,26 +98,28 @@ def pgd(
     >>> jnp.round((adversarial - 0.5) * 255)
     Array([[-8., -8.]], dtype=float32)
     """
-    num_steps, restarts = operator.index(num_steps), operator.index(restarts)
-    settings = Settings(ball, step_size, num_steps, random_start, loss, judge, box)
-    check_settings(settings, restarts)
+    restarts = whole(restarts=restarts)
+    settings = make_settings(
+        Settings(ball, step_size, num_steps, random_start, loss, judge, box), restarts
+    )
 
     def attack(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
     ) -> Array:
-        check_images(images)
+        call = accept(logits_fn, images, labels, key, box=settings.box, ball=ball)
         if ball.radius == 0:
-            return jax.lax.stop_gradient(images)
-        problem = Problem(settings, logits_fn, images, labels)
+            return call.images
+        problem = Problem(settings, *call[:3])
+        key = call.key
 
         def restart(index: Array | int, worst: _Worst) -> _Worst:
-            return _worse(worst, problem.run(jax.random.fold_in(key, index)))
+            return _worse(worst, problem.run(draws.fold_in(key, index)))
 
-        unseen = _Worst(images, jnp.full(images.shape[0], -jnp.inf))
+        unseen = _Worst(call.images, filled(call.images, -jnp.inf))
         if restarts > 1:
             worst = jax.lax.fori_loop(0, restarts, restart, unseen)
         elif judge == "final":  # nothing to compare: spare the forward pass
-            return jax.lax.stop_gradient(problem.last(jax.random.fold_in(key, 0)))
+            return jax.lax.stop_gradient(problem.last(draws.fold_in(key, 0)))
         else:
             worst = restart(0, unseen)
         return jax.lax.stop_gradient(worst.images)
@@ -132,9 +139,11 @@ class Settings(NamedTuple):
     box: tuple[float, float]
 
 
-def check_settings(settings: Settings, restarts: int) -> None:
+def make_settings(settings: Settings, restarts: int) -> Settings:
     """Refuses what `pgd` cannot mean; see there."""
-    step_size, num_steps = settings.step_size, settings.num_steps
+    step_size = real(step_size=settings.step_size)
+    num_steps, box = whole(num_steps=settings.num_steps), check_box(settings.box)
+    check_ball(settings.ball, box)
     check(num_steps >= 0, "num_steps >= 0", num_steps=num_steps)
     check(
         0 < step_size < float("inf") or settings.ball.radius == 0 or num_steps == 0,
@@ -150,7 +159,12 @@ def check_settings(settings: Settings, restarts: int) -> None:
         random_start=settings.random_start,
     )
     check_choice(JUDGES, judge=settings.judge)
-    check(settings.box[0] < settings.box[1], "box[0] < box[1]", box=settings.box)
+    return settings._replace(
+        step_size=step_size,
+        num_steps=num_steps,
+        loss=check_losses(settings.loss),
+        box=box,
+    )
 
 
 class Problem(NamedTuple):
@@ -172,7 +186,7 @@ class Problem(NamedTuple):
             return following, _worse(worst, _Worst(current, score))
 
         start = self.start(key)
-        unseen = _Worst(start, jnp.full(start.shape[0], -jnp.inf))
+        unseen = _Worst(start, filled(start, -jnp.inf))
         steps = self.settings.num_steps
         final, worst = _repeat(steps, ascend_and_judge, (start, unseen))
         return _worse(worst, self.scored(final))
@@ -187,7 +201,7 @@ class Problem(NamedTuple):
         if not self.settings.random_start:
             return self.images
         noise = self.settings.ball.sample(key, self.images.shape)
-        return self.into_set(self.images + noise)
+        return self.into_set(self.images + noise.astype(self.images.dtype))
 
     def into_set(self, candidates: Array) -> Array:
         """The projection onto the ball, then onto the box."""
@@ -207,7 +221,7 @@ class Problem(NamedTuple):
     def total_loss(self, current: Array) -> tuple[Array, Array]:
         """The sum of the losses, and the scores [B]."""
         logits = self.logits_fn(current)
-        losses = self.settings.loss(logits, self.labels)
+        losses = self.settings.loss(logits, self.labels).astype(current.dtype)
         return jnp.sum(losses), _score(losses, logits, self.labels)
 
 
@@ -219,7 +233,7 @@ def _repeat(
 
 def _score(losses: Array, logits: Array, labels: Array) -> Array:
     """Orders outcomes: every misclassification above all else, then by the loss."""
-    wrong = jnp.argmax(logits, axis=-1) != labels
+    wrong = misclassified(logits, labels)
     return jnp.where(wrong, jnp.inf, jnp.where(jnp.isnan(losses), -jnp.inf, losses))
 
 

@@ -1,24 +1,26 @@
 """Square: a black-box attack by random search, which asks for logits alone.
 
-At each query the same window of all images is changed at random, and an example keeps
-the change where it raises the loss. No gradient is asked for, so the attack tells
+At each query a window of every image is changed at random, and an example keeps the
+change where it raises the loss. No gradient is asked for, so the attack tells
 whether a network that holds against gradients merely hides them. The queries run in
 one `lax.while_loop`; windows of all sizes are masks of one shape.
 """
 
 import math
-import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
-from samrobust.attacks.examples import check_images
+from samrobust.attacks.calls import accept, check_ball, check_box, check_losses
+from samrobust.attacks.examples import spread
 from samrobust.attacks.moves import L2Moves, LinfMoves
+from samrobust.attacks.numbers import real, whole
 from samrobust.attacks.windows import window_sizes
 from samrobust.checks import check
-from samrobust.objectives import margin
+from samrobust.objectives import margin, misclassified
 from samrobust.types import Array, Attack, LogitsFn, LossFn
 
 __all__ = ["square"]
@@ -36,8 +38,8 @@ def square(
 ) -> Attack:
     """The Square attack: random search over square windows, without gradients.
 
-    A query changes a window of side `sqrt(p H W)` at a random place, the same for the
-    whole batch; p falls from `p_init` in steps. In the l-inf ball each channel of the
+    A query changes a window of side `sqrt(p H W)` at a random place, another one in
+    every example; p falls from `p_init` in steps. In the l-inf ball each channel of the
     window goes to one side of the ball. In the l2 ball two opposite pulses are added to
     the window's perturbation, and what a second window holds is spent on them. An
     example takes the change where its loss rises or its label no longer has the one
@@ -63,8 +65,8 @@ def square(
       box, and in the ball up to the rounding of a norm. Radius 0 and
       misclassified images return unchanged. An example handed in is misclassified
       wherever a query found one, else it is the one of highest loss seen, the image
-      itself included. An example's outcome depends on its batch through its random
-      numbers alone. No gradient flows through the result.
+      itself included. An example's outcome does not depend on its batch. No gradient
+      flows through the result.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of
@@ -77,8 +79,9 @@ def square(
     and the l2 start lays its tiles out from H alone. *Our deviations*: an example whose
     label ties for the highest logit and is still predicted goes on, where upstream
     stops and counts it as robust; an example that was not broken is handed in as the
-    one of highest loss, not as the image; l2 tiles that do not fit are cut off at the
-    edge, where upstream fails.
+    one of highest loss, not as the image; every example has windows of its own, where
+    upstream's batch shares places, signs and turns; l2 tiles that do not fit are cut
+    off at the edge, where upstream fails.
 
     >>> from samrobust.attacks import linf
     >>> attack = square(linf(8 / 255), num_queries=50)
@@ -90,20 +93,22 @@ def square(
     >>> jnp.argmax(logits_fn(images), -1), jnp.argmax(logits_fn(adversarial), -1)
     (Array([0], dtype=int32), Array([1], dtype=int32))
     """
-    num_queries, restarts = operator.index(num_queries), operator.index(restarts)
+    num_queries, restarts = whole(num_queries=num_queries), whole(restarts=restarts)
+    p_init, box, loss = real(p_init=p_init), check_box(box), check_losses(loss)
+    check_ball(ball, box)
     check(num_queries >= 1, "num_queries >= 1", num_queries=num_queries)
     check(0 < p_init <= 1, "0 < p_init <= 1", p_init=p_init)
     check(restarts >= 1, "restarts >= 1", restarts=restarts)
-    check(box[0] < box[1], "box[0] < box[1]", box=box)
 
     def attack(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
     ) -> Array:
+        logits_fn, images, labels, key = accept(
+            logits_fn, images, labels, key, box=box, ball=ball
+        )
         check(images.ndim == 4, "images [B, H, W, C]", shape=images.shape)
-        check_images(images)
         if ball.radius == 0:
-            return jax.lax.stop_gradient(images)
-        images = jax.lax.stop_gradient(images)
+            return images
         moves_of = LinfMoves if math.isinf(ball.order) else L2Moves
         sizes = window_sizes(
             num_queries,
@@ -117,7 +122,7 @@ def square(
         )
 
         def restart(index: Array | int, best: _Best) -> _Best:
-            return search.run(best, jax.random.fold_in(key, index))
+            return search.run(best, draws.fold_in(key, index))
 
         natural, _ = search.judged(images)
         return jax.lax.fori_loop(0, restarts, restart, natural).images
@@ -143,7 +148,7 @@ class _Search(NamedTuple):
 
     def run(self, best: _Best, key: Array) -> _Best:
         """A run on what is not broken yet, and the best of it and before."""
-        start_key, query_key = jax.random.split(key)
+        start_key, query_key = draws.split(key)
         start, _ = self.judged(self.moves.start(start_key))
 
         def unfinished(carry: tuple[Array, _Best]) -> Array:
@@ -152,8 +157,8 @@ class _Search(NamedTuple):
 
         def ask(carry: tuple[Array, _Best]) -> tuple[Array, _Best]:
             query, current = carry
-            draws = self.moves.draw(query, jax.random.fold_in(query_key, query))
-            candidate, level = self.judged(self.moves.move(current.images, **draws))
+            drawn = self.moves.draw(query, draws.fold_in(query_key, query))
+            candidate, level = self.judged(self.moves.move(current.images, **drawn))
             return query + 1, _better(current, candidate, level)
 
         start = start._replace(broken=start.broken | best.broken)
@@ -163,10 +168,9 @@ class _Search(NamedTuple):
     def judged(self, images: Array) -> tuple[_Best, Array]:
         """Images with their loss, and whether another logit is as high, [B]."""
         logits = jax.lax.stop_gradient(self.logits_fn(images))
-        check(logits.shape[-1] >= 2, "logits of at least 2 classes", shape=logits.shape)
-        losses = self.loss(logits, self.labels)
+        losses = self.loss(logits, self.labels).astype(images.dtype)
         losses = jnp.where(jnp.isnan(losses), -jnp.inf, losses)
-        broken = jnp.argmax(logits, axis=-1) != self.labels
+        broken = misclassified(logits, self.labels)
         level = broken | (margin(logits, self.labels) >= 0)
         return _Best(images, losses, broken), level
 
@@ -175,7 +179,7 @@ def _better(best: _Best, candidate: _Best, always: Array) -> _Best:
     """What is broken stays; else the candidate where its loss is higher or `always`."""
     take = ~best.broken & (always | (candidate.loss > best.loss))
     return _Best(
-        jnp.where(take[:, None, None, None], candidate.images, best.images),
+        jnp.where(spread(take, best.images), candidate.images, best.images),
         jnp.where(take, jnp.maximum(candidate.loss, best.loss), best.loss),
         best.broken | (take & candidate.broken),
     )

@@ -6,15 +6,18 @@ open: the same starts, the same steps, and after any number of them the question
 examples are broken. See `samrobust.evaluation` for the loop around it.
 """
 
-import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
-from samrobust.attacks.pgd import Problem, Settings, check_settings
+from samrobust.attacks.calls import accept
+from samrobust.attacks.examples import filled
+from samrobust.attacks.numbers import whole
+from samrobust.attacks.pgd import Problem, Settings, identity, make_settings
 from samrobust.objectives import cross_entropy
 from samrobust.types import Array, LogitsFn, LossFn
 
@@ -57,17 +60,19 @@ def staged_pgd(
     Raises:
       ValueError: as `pgd` does.
     """
-    num_steps, restarts = operator.index(num_steps), operator.index(restarts)
-    settings = Settings(ball, step_size, num_steps, random_start, loss, "any", box)
-    check_settings(settings, restarts)
+    restarts = whole(restarts=restarts)
+    settings = make_settings(
+        Settings(ball, step_size, num_steps, random_start, loss, "any", box), restarts
+    )
 
     def start(
         images: Array, labels: Array, restart: Array | int, *, key: Array
     ) -> Array:
+        call = accept(identity, images, labels, key, box=settings.box, ball=ball)
         if ball.radius == 0:
-            return images
-        problem = Problem(settings, lambda images: images, images, labels)
-        return problem.start(jax.random.fold_in(key, restart))
+            return call.images
+        problem = Problem(settings, *call[:3])
+        return problem.start(draws.fold_in(call.key, restart))
 
     def advance(
         logits_fn: LogitsFn,
@@ -76,7 +81,9 @@ def staged_pgd(
         labels: Array,
         num_steps: Array | int,
     ) -> tuple[Array, Array]:
-        problem = Problem(settings, logits_fn, images, labels)
+        key = jax.random.key(0)  # nothing is drawn
+        call = accept(logits_fn, images, labels, key, box=settings.box, ball=ball)
+        problem = Problem(settings, *call[:3])
 
         def step(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             current, broken = carry
@@ -85,8 +92,8 @@ def staged_pgd(
                 following = current
             return following, broken | jnp.isposinf(score)
 
-        unbroken = jnp.zeros(labels.shape, bool)
+        unbroken = filled(current, 0, bool)
         final, broken = jax.lax.fori_loop(0, num_steps, step, (current, unbroken))
         return final, broken | jnp.isposinf(problem.scored(final).score)
 
-    return StagedPgd(start, advance, num_steps, restarts)
+    return StagedPgd(start, advance, settings.num_steps, restarts)

@@ -6,9 +6,7 @@ written to a file as it grows: a killed evaluation goes on where it was.
 """
 
 import functools
-import hashlib
 import pathlib
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -17,22 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from samrobust.attacks import AutoAttack, Member, identity
-from samrobust.data import Split, take_batch
-from samrobust.evaluation.evaluate import make_evaluator
+from samrobust.attacks import AutoAttack, Member, draws, identity
+from samrobust.data import Split
+from samrobust.evaluation.evaluate import make_evaluator, warn_of_non_finite
+from samrobust.evaluation.identity import identify
 from samrobust.evaluation.measure import (
+    batch_size_for,
     classifier,
-    divisible_batch_size,
+    examples_of,
+    fetch,
+    is_correct,
+    is_finite,
     jit_for_all,
+    of_name,
 )
-from samrobust.evaluation.outcome import (
-    MISCLASSIFIED,
-    STANDING,
-    Outcome,
-    OutcomeFile,
-    Place,
-)
-from samrobust.parallel import data_mesh, replicate, shard_batch
+from samrobust.evaluation.outcome import MISCLASSIFIED, STANDING, Outcome, Place
+from samrobust.evaluation.outcome_file import OutcomeFile
+from samrobust.parallel import data_mesh, replicate
 from samrobust.types import Array, PyTree
 
 __all__ = ["make_autoattack_evaluator"]
@@ -48,27 +47,33 @@ def make_autoattack_evaluator(
     Args:
       model: `apply(variables, images, train=False)` gives logits.
       attacks: by the names of the columns.
-      batch_size: over all devices; rounded up to a multiple of their number.
+      batch_size: over all devices; at most the number of examples is used, rounded up
+        to a multiple of the devices.
 
     Returns:
       `evaluate(variables, split, key, *, folder=None, keep_examples=False,
-      on_batch=None) -> Outcome`. With a `folder` the outcome is kept there, and a call
-      with the same network, split, attacks, batch size and key goes on where the last
-      one ended; with `keep_examples` the adversarial images are kept too.
-      `on_batch(done, num_examples, doing)` is called after every batch: `done` of
-      `num_examples` is the share of the expected work, `doing` says what was done.
+      provenance=None, on_batch=None, on_non_finite=None) -> Outcome`. With a `folder`
+      the outcome is kept there, and a call with the same network, split, attacks and
+      key goes on where the last one ended; with `keep_examples` the adversarial images
+      are kept too. `provenance`, JSON, is kept with the outcome if this call has a part
+      in it. `on_batch(done, num_examples, doing)` is called after every batch, and in
+      between where one takes long: `done` of `num_examples` is the share of the
+      expected work, `doing` says what was done. `on_non_finite` is that of
+      `make_evaluator`.
 
       **Guarantees.** An example counts as right if it is classified rightly and no
       member breaks it. It is judged by the same network as `make_evaluator` judges by.
-      A stopped and continued evaluation has the outcome of one that was not stopped.
+      Its random numbers depend on the key, the column, the stage and its position in
+      the split alone: neither batches, devices nor a stop change the outcome, up to
+      rounding. A file that is damaged, or of anything else, is moved aside with a
+      warning and counts for nothing.
 
     Raises:
       ValueError: if batch_size < 1 or the split is empty.
     """
-    batch_size = divisible_batch_size(batch_size)
     natural = make_evaluator(model, {"natural": identity}, batch_size=batch_size)
     programs = {
-        (column, member.name): _compile(model, member)
+        (column, member.name): _compile(model, column, member)
         for column, attack in attacks.items()
         for member in attack.members
     }
@@ -80,41 +85,52 @@ def make_autoattack_evaluator(
         *,
         folder: pathlib.Path | None = None,
         keep_examples: bool = False,
+        provenance: dict[str, Any] | None = None,
         on_batch: Callable[..., None] = lambda *_: None,
+        on_non_finite: Callable[[dict[str, int]], None] = warn_of_non_finite,
     ) -> Outcome:
+        num_examples = len(split)
+        num_classes = _num_classes(model, variables, split)
         stages = {
-            column: _stages(attack, _num_classes(model, variables, split))
-            for column, attack in attacks.items()
+            name: _stages(attack, num_classes) for name, attack in attacks.items()
         }
-        about = {
-            "columns": {c: [*map(str, s)] for c, s in stages.items()},
-            "radii": {column: attack.radius for column, attack in attacks.items()},
-            "batch_sizes": _batch_sizes(batch_size),
-            "key": jax.random.key_data(key).tolist(),
-            "network": _checksum(variables),
-            "dtype": str(getattr(model, "dtype", None)),
-            "split": _checksum((split.images, split.labels)),
-            "examples": keep_examples,
-        }
-        file = OutcomeFile(folder, about)
-        names = {
+        members = {
             column: tuple(stage.member.name for stage in each)
             for column, each in stages.items()
         }
-        unknown = np.full((len(attacks), len(split)), STANDING, np.int16)
-        outcome = file.read(Outcome(names, unknown))
-        if outcome.place == Place():
-            right = natural(variables, split, key)["natural"]
-            outcome.broken_at[:, ~right] = MISCLASSIFIED
-        if keep_examples:
-            file.keep_examples(split.images, len(attacks))
-        pursuit = _Pursuit(programs, stages, batch_size, outcome, file, on_batch)
-        data = replicate((variables, split.images, split.labels), data_mesh())
-        try:
-            pursuit.run(data, key)
-        finally:
-            file.write(outcome, now=True)
-        on_batch(len(split), len(split), "done")
+        shape = len(attacks), num_examples
+        fresh = Outcome(
+            members, np.full(shape, STANDING, np.int16), np.zeros(shape, bool)
+        )
+        about = identify(
+            *(model, variables, split, key),
+            columns={c: [*map(str, s)] for c, s in stages.items()},
+            radii={column: attack.radius for column, attack in attacks.items()},
+            examples=keep_examples,
+        )
+        file = OutcomeFile(folder, about)
+        outcome = file.open(fresh, split.images if keep_examples else None)
+        if not outcome.is_whole:
+            if provenance is not None:
+                outcome.provenance += (provenance,)
+            try:
+                if outcome.place == Place():
+                    right = natural(
+                        *(variables, split, key),
+                        on_batch=lambda *_: on_batch(0, num_examples, "natural"),
+                    )["natural"]
+                    outcome.broken_at[:, ~right] = MISCLASSIFIED
+                data = replicate((variables, split.images, split.labels), data_mesh())
+                size = batch_size_for(num_examples, batch_size)
+                _Pursuit(programs, stages, size, outcome, file, on_batch).run(data, key)
+            finally:
+                file.write(outcome, now=True)
+        counts = dict(
+            zip(attacks, outcome.non_finite.sum(axis=1).tolist(), strict=True)
+        )
+        if any(counts.values()):
+            on_non_finite({name: count for name, count in counts.items() if count})
+        on_batch(num_examples, num_examples, "done")
         return outcome
 
     return evaluate
@@ -146,15 +162,8 @@ def _num_classes(model: nn.Module, variables: PyTree, split: Split) -> int:
     return cast(jax.ShapeDtypeStruct, jax.eval_shape(apply, variables, image)).shape[-1]
 
 
-def _checksum(tree: PyTree) -> str:
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        digest.update(np.asarray(jax.device_get(leaf)).tobytes())
-    return digest.hexdigest()
-
-
-def _compile(model: nn.Module, member: Member) -> Callable[..., tuple[Array, Array]]:
-    """A part on a batch of the split: the images, and whether they are broken."""
+def _compile(model: nn.Module, column: str, member: Member) -> Callable[..., Any]:
+    """A part on examples of the split: images, whether broken, whether finite."""
 
     @jit_for_all
     def attack_batch(
@@ -162,20 +171,21 @@ def _compile(model: nn.Module, member: Member) -> Callable[..., tuple[Array, Arr
         images: Array,
         labels: Array,
         indices: Array,
-        number: Array,
         key: Array,
-    ) -> tuple[Array, Array]:
-        batch = take_batch(images, labels, indices, 0, len(indices))
-        batch_images, batch_labels = shard_batch(batch, data_mesh())
+        stage: Array,
+        number: Array,
+    ) -> tuple[Array, Array, Array]:
+        images, labels, keys = examples_of(images, labels, indices, key)
+        own_keys = draws.fold_in(of_name(keys, column), stage)
         classify = classifier(model, variables)
 
         def logits_fn(images: Array, *, key: Array | None = None) -> Array:
             del key  # random logits are asked for with one
             return classify(images)
 
-        attacked = member.part(logits_fn, batch_images, batch_labels, number, key=key)
-        broken = jnp.argmax(logits_fn(attacked), axis=-1) != batch_labels
-        return attacked, broken
+        attacked = member.part(logits_fn, images, labels, number, key=own_keys)
+        logits = classify(attacked)
+        return attacked, ~is_correct(logits, labels), is_finite(logits)
 
     return attack_batch
 
@@ -198,41 +208,39 @@ class _Pursuit:
 
     def run(self, data: tuple[PyTree, Array, Array], key: Array) -> None:
         """All that is left, stage by stage; the outcome and its file grow."""
-        begin = self._outcome.place
-        for column, name in list(enumerate(self._stages))[begin.column :]:
-            own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-            first = begin.stage if column == begin.column else 0
-            for stage in range(first, len(self._stages[name])):
-                batch = begin.batch if (column, stage) == begin[:2] else 0
-                stage_key = jax.random.fold_in(own_key, stage)
-                self._run_stage(data, name, Place(column, stage, batch), stage_key)
-            self._outcome.place = Place(column + 1)
+        outcome, names = self._outcome, list(self._stages)
+        while not outcome.is_whole:
+            name = names[outcome.place.column]
+            while outcome.place.stage < len(self._stages[name]):
+                self._run_stage(data, name, key)
+            outcome.place = Place(outcome.place.column + 1)
 
     def _run_stage(
-        self, data: tuple[PyTree, Array, Array], name: str, place: Place, key: Array
+        self, data: tuple[PyTree, Array, Array], name: str, key: Array
     ) -> None:
-        row, stage = self._outcome.broken_at[place.column], self._stages[name]
-        current = stage[place.stage]
-        alive = np.flatnonzero((row == STANDING) | (row >= place.stage))
+        outcome, place = self._outcome, self._outcome.place
+        row, current = outcome.broken_at[place.column], self._stages[name][place.stage]
+        alive = np.flatnonzero(row == STANDING)
+        alive = alive[alive >= place.example]
         program = self._programs[name, current.member.name]
+        numbers = np.int32(place.stage), np.int32(current.number)
         left = len(alive)
-        for batch, (indices, count) in enumerate(_packed(alive, self._size)):
-            left -= count
-            if batch < place.batch:
-                continue
-            own_key, number = jax.random.fold_in(key, batch), np.int32(current.number)
-            attacked, broken = program(*data, indices, number, own_key)
-            broken = jax.device_get(broken)[:count]
+        for indices, count in _packed(alive, self._size):
+            attacked, *flags = program(*data, indices, key, *numbers)
+            flags = fetch(flags, self._report, name, place, left)
+            broken, finite = (flag[:count] for flag in flags)
             found = indices[:count][broken]
             row[found] = place.stage
+            outcome.non_finite[place.column, found] = ~finite[broken]
             if self._file.keeps_examples:
                 examples = jax.device_get(attacked)[:count][broken]
                 self._file.put_examples(place.column, found, examples)
-            self._outcome.place = place._replace(batch=batch + 1)
-            self._file.write(self._outcome, now=False)
+            outcome.place = place._replace(example=int(indices[count - 1]) + 1)
+            self._file.write(outcome, now=False)
+            left -= count
             self._done += count * current.member.cost
             self._report(name, place, left)
-        self._outcome.place = Place(place.column, place.stage + 1)
+        outcome.place = Place(place.column, place.stage + 1)
 
     def _report(self, name: str, place: Place, left: int) -> None:
         """Says how far it is, if as many go on standing as do now."""
@@ -254,7 +262,7 @@ class _Pursuit:
 
 def _batch_sizes(size: int) -> list[int]:
     """A full batch, the double of the smallest, the smallest; none above a full one."""
-    smallest = divisible_batch_size(-(-size // _PARTS))
+    smallest = batch_size_for(size, -(-size // _PARTS))
     return sorted({size, min(size, 2 * smallest), smallest}, reverse=True)
 
 

@@ -6,22 +6,29 @@ the survivors of the whole split into full batches again: always the same shape,
 that nothing recompiles. On a network that breaks easily most of the attack falls away.
 """
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 
-import jax
 import numpy as np
 from flax import linen as nn
 
 from samrobust.attacks import StagedPgd, identity
-from samrobust.data import Split, evaluation_batches, take_batch
-from samrobust.evaluation.evaluate import Evaluator, make_evaluator
-from samrobust.evaluation.measure import (
-    classifier,
-    divisible_batch_size,
-    jit_for_all,
+from samrobust.data import Split, evaluation_batches
+from samrobust.evaluation.evaluate import (
+    Evaluator,
+    make_evaluator,
+    warn_of_non_finite,
 )
-from samrobust.parallel import data_mesh, replicate, shard_batch
+from samrobust.evaluation.measure import (
+    batch_size_for,
+    classifier,
+    examples_of,
+    fetch,
+    is_correct,
+    is_finite,
+    jit_for_all,
+    of_name,
+)
+from samrobust.parallel import data_mesh, replicate
 from samrobust.types import Array, PyTree
 
 __all__ = ["make_early_stop_evaluator"]
@@ -35,7 +42,7 @@ def make_early_stop_evaluator(
     Args:
       model: as there.
       attacks: by the names of the columns; `natural` is added in front.
-      batch_size: over all devices; rounded up to a multiple of their number.
+      batch_size: as there.
 
     Returns:
       `evaluate`, as from `make_evaluator`. **Guarantees**: the outcome of `pgd(...,
@@ -45,12 +52,11 @@ def make_early_stop_evaluator(
     Raises:
       ValueError: if batch_size < 1 or the split is empty.
     """
-    batch_size = divisible_batch_size(batch_size)
+    natural = make_evaluator(model, {"natural": identity}, batch_size=batch_size)
     pursuits = {
         name: _Pursuit(model, attack, name, batch_size)
         for name, attack in attacks.items()
     }
-    natural = make_evaluator(model, {"natural": identity}, batch_size=batch_size)
 
     def evaluate(
         variables: PyTree,
@@ -58,18 +64,22 @@ def make_early_stop_evaluator(
         key: Array,
         *,
         on_batch: Callable[[int, int], None] = lambda *_: None,
+        on_non_finite: Callable[[dict[str, int]], None] = warn_of_non_finite,
     ) -> dict[str, np.ndarray]:
-        outcome = natural(variables, split, key)
-        num_examples = len(split)
+        num_examples, counts = len(split), {}
+        outcome = natural(
+            variables, split, key, on_batch=lambda *_: on_batch(0, num_examples)
+        )
         data = replicate((variables, split.images, split.labels), data_mesh())
         for number, (name, pursuit) in enumerate(pursuits.items()):
-            start = number * num_examples // len(pursuits)
-            share = num_examples / len(pursuits)
 
-            def on_share(done: float, start: int = start, share: float = share) -> None:
-                on_batch(min(num_examples - 1, start + int(share * done)), num_examples)
+            def on_share(done: float, number: int = number) -> None:
+                reached = int((number + done) / len(pursuits) * num_examples)
+                on_batch(min(num_examples - 1, reached), num_examples)
 
-            outcome[name] = pursuit.survivors(data, num_examples, key, on_share)
+            outcome[name], counts[name] = pursuit(data, num_examples, key, on_share)
+        if any(counts.values()):
+            on_non_finite({name: count for name, count in counts.items() if count})
         on_batch(num_examples, num_examples)
         return outcome
 
@@ -81,94 +91,68 @@ class _Pursuit:
 
     def __init__(self, model: nn.Module, attack: StagedPgd, name: str, size: int):
         self._attack, self._size = attack, size
-        self._stream = zlib.crc32(name.encode())
 
         def start(
             images: Array, labels: Array, indices: Array, key: Array, restart: Array
         ) -> Array:
-            batch = take_batch(images, labels, indices, 0, size)
-            batch_images, batch_labels = shard_batch(batch, data_mesh())
-            return attack.start(batch_images, batch_labels, restart, key=key)
+            images, labels, keys = examples_of(images, labels, indices, key)
+            return attack.start(images, labels, restart, key=of_name(keys, name))
 
         def advance(
             variables: PyTree,
             images: Array,
             labels: Array,
             indices: Array,
+            key: Array,
             current: Array,
             num_steps: Array,
-        ) -> tuple[Array, Array]:
-            batch = take_batch(images, labels, indices, 0, size)
-            batch_images, batch_labels = shard_batch(batch, data_mesh())
-
+        ) -> tuple[Array, Array, Array]:
+            images, labels, _ = examples_of(images, labels, indices, key)
             logits_fn = classifier(model, variables)
-            return attack.advance(
-                logits_fn, current, batch_images, batch_labels, num_steps
+            moved, broken = attack.advance(
+                logits_fn, current, images, labels, num_steps
             )
+            logits = logits_fn(moved)
+            return moved, broken | ~is_correct(logits, labels), is_finite(logits)
 
         self._start, self._advance = jit_for_all(start), jit_for_all(advance)
 
-    def survivors(
+    def __call__(
         self,
         data: tuple[PyTree, Array, Array],
         num_examples: int,
         key: Array,
         on_share: Callable[[float], None],
-    ) -> np.ndarray:
-        """Which examples are classified rightly at every iterate of every restart."""
-        alive = np.arange(num_examples)
+    ) -> tuple[np.ndarray, int]:
+        """Who is classified rightly at every iterate; how many not by finite logits."""
+        size = batch_size_for(num_examples, self._size)
+        alive, non_finite = np.arange(num_examples, dtype=np.int32), 0
         current = np.empty((num_examples, *data[1].shape[1:]), np.float32)
-        stages = list(_stages(self._attack.num_steps))
-        for restart in range(self._attack.restarts):
-            self._begin(data, current, alive, key, restart)
-            for number, num_steps in enumerate(stages):
-                alive = self._stage(data, current, alive, num_steps)
-                share = (number + 1) / len(stages)
-                on_share((restart + share) / self._attack.restarts)
-        survived = np.zeros(num_examples, bool)
-        survived[alive] = True
-        return survived
+        stages = list(_stages(self._attack.num_steps)) * self._attack.restarts
+        per_restart = len(stages) // self._attack.restarts
+        for number, num_steps in enumerate(stages):
+            restart, standing, done = number // per_restart, [alive[:0]], 0
+            for padded, count in _batches(alive, size):
+                share, own = (number + done / len(alive)) / len(stages), padded[:count]
+                if number % per_restart == 0:
+                    starts = self._start(*data[1:], padded, key, restart)
+                    current[own] = fetch(starts, on_share, share)[:count]
+                values = self._advance(*data, padded, key, current[padded], num_steps)
+                moved, broken, finite = fetch(values, on_share, share)
+                current[own] = moved[:count]
+                standing.append(own[~broken[:count]])
+                non_finite += int(np.sum(~finite[:count]))
+                done += count
+                on_share((number + done / len(alive)) / len(stages))
+            alive = np.concatenate(standing)
+        return np.isin(np.arange(num_examples), alive), non_finite
 
-    def _begin(
-        self,
-        data: tuple[PyTree, Array, Array],
-        current: np.ndarray,
-        alive: np.ndarray,
-        key: Array,
-        restart: int,
-    ) -> None:
-        """Puts the survivors at the start of a restart: that of their first batch."""
-        _, images, labels = data
-        wanted = np.zeros(len(current), bool)
-        wanted[alive] = True
-        done = 0
-        for indices, mask in evaluation_batches(len(current), self._size):
-            batch_key = jax.random.fold_in(key, done)
-            done += int(mask.sum())
-            if wanted[indices[mask]].any():
-                own_key = jax.random.fold_in(batch_key, self._stream)
-                starts = self._start(images, labels, indices, own_key, restart)
-                current[indices[mask]] = jax.device_get(starts)[mask]
 
-    def _stage(
-        self,
-        data: tuple[PyTree, Array, Array],
-        current: np.ndarray,
-        alive: np.ndarray,
-        num_steps: int,
-    ) -> np.ndarray:
-        """Some steps for the survivors; those that are left."""
-        left = []
-        for positions, mask in evaluation_batches(max(1, len(alive)), self._size):
-            if len(alive) == 0:
-                break
-            indices = alive[positions].astype(np.int32)
-            moved, broken = jax.device_get(
-                self._advance(*data, indices, current[indices], num_steps)
-            )
-            current[indices[mask]] = moved[mask]
-            left.append(indices[mask & ~broken])
-        return np.concatenate(left) if left else alive
+def _batches(alive: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Examples in batches of one shape, and how many of each are not padding."""
+    if len(alive):
+        for positions, mask in evaluation_batches(len(alive), size):
+            yield alive[positions], int(mask.sum())
 
 
 def _stages(num_steps: int) -> Iterator[int]:

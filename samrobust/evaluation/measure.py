@@ -3,12 +3,19 @@
 The batch is split over the devices, the outcome is on every process, and an incomplete
 last batch is padded, so that the function compiles once. What is measured is left to
 the function; `samrobust.evaluation.evaluate` measures accuracy.
+
+Every random number of an evaluation is a function of the key and of the example's
+position in the split: never of the batch, its padding or the number of devices.
 """
 
+import functools
+import time
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -20,14 +27,25 @@ from samrobust.types import Array, LogitsFn, PyTree
 
 __all__ = [
     "BatchFn",
+    "Examples",
     "Measure",
+    "batch_size_for",
+    "check_batch_size",
     "classifier",
-    "divisible_batch_size",
+    "examples_of",
+    "fetch",
+    "is_correct",
+    "is_finite",
     "jit_for_all",
     "make_measure",
+    "of_name",
 ]
 
 Measure = Callable[..., dict[str, np.ndarray]]
+Examples = tuple[Array, Array, Array]
+
+_SECONDS_UNTOLD = 0.5  # that a batch may take before `meanwhile` is called
+_POLLS = (1e-4, 2e-2)  # the first and the longest pause in waiting, seconds
 
 
 class BatchFn(Protocol):
@@ -36,7 +54,10 @@ class BatchFn(Protocol):
     def __call__(
         self, variables: PyTree, images: Array, labels: Array, *, key: Array
     ) -> Mapping[str, Array]:
-        """Called inside `jit`; `variables` are those that `measure` is given."""
+        """Called inside `jit`; `variables` are those that `measure` is given.
+
+        `key` is a key array [B], one an example, as attacks take it.
+        """
         ...
 
 
@@ -44,26 +65,30 @@ def make_measure(batch_fn: BatchFn, *, batch_size: int) -> Measure:
     """Builds a function that measures something on a whole split.
 
     Args:
-      batch_fn: see there; the key depends on the split's key and the batch alone.
-      batch_size: over all devices; rounded up to a multiple of their number.
+      batch_fn: see there.
+      batch_size: over all devices; at most the number of examples is used, rounded up
+        to a multiple of the devices.
 
     Returns:
       `measure(variables, split, key, *, on_batch=None) -> {name: values}` with NumPy
       arrays [N, ...] in the order of the split. `on_batch(done, num_examples)` is
-      called after every batch. The function compiles once and may be called for many
-      networks.
+      called after every batch, and in between where a batch takes long. The function
+      compiles once for splits of one size and may be called for many networks.
+
+      **Guarantees.** The key of an example depends on `key` and its position in the
+      split alone. Products of float32 are those of float32 on every backend.
 
     Raises:
       ValueError: if batch_size < 1 or, when called, the split is empty.
     """
-    mesh, batch_size = data_mesh(), divisible_batch_size(batch_size)
+    check_batch_size(batch_size)
 
     @jit_for_all
     def of_batch(
         variables: PyTree, images: Array, labels: Array, indices: Array, key: Array
     ) -> dict[str, Array]:
-        batch = take_batch(images, labels, indices, 0, batch_size)
-        return dict(batch_fn(variables, *shard_batch(batch, mesh), key=key))
+        images, labels, keys = examples_of(images, labels, indices, key)
+        return dict(batch_fn(variables, images, labels, key=keys))
 
     def measure(
         variables: PyTree,
@@ -72,16 +97,14 @@ def make_measure(batch_fn: BatchFn, *, batch_size: int) -> Measure:
         *,
         on_batch: Callable[[int, int], None] = lambda *_: None,
     ) -> dict[str, np.ndarray]:
-        num_examples = len(split)
+        num_examples, done = len(split), 0
         check(num_examples > 0, "a split with examples", num_examples=num_examples)
-        data = (variables, split.images, split.labels)
-        variables, images, labels = replicate(data, mesh)
+        size = batch_size_for(num_examples, batch_size)
+        data = replicate((variables, split.images, split.labels), data_mesh())
         parts: list[dict[str, np.ndarray]] = []
-        done = 0
-        for indices, mask in evaluation_batches(num_examples, batch_size):
-            batch_key = jax.random.fold_in(key, done)
-            values = of_batch(variables, images, labels, indices, batch_key)
-            parts.append({name: v[mask] for name, v in jax.device_get(values).items()})
+        for indices, mask in evaluation_batches(num_examples, size):
+            values = fetch(of_batch(*data, indices, key), on_batch, done, num_examples)
+            parts.append({name: value[mask] for name, value in values.items()})
             done += int(mask.sum())
             on_batch(done, num_examples)
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
@@ -89,10 +112,79 @@ def make_measure(batch_fn: BatchFn, *, batch_size: int) -> Measure:
     return measure
 
 
+def examples_of(images: Array, labels: Array, indices: Array, key: Array) -> Examples:
+    """Inside `jit`: examples of a split by their positions [B], over the devices.
+
+    Args:
+      images: uint8 [N, ...].
+      labels: int [N].
+      indices: positions in the split, int [B].
+      key: of the evaluation.
+
+    Returns:
+      Images in [0, 1], labels and keys, all [B, ...].
+    """
+    batch = take_batch(images, labels, indices, 0, len(indices))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices))
+    return shard_batch((*batch, keys), data_mesh())
+
+
+def of_name(keys: Array, name: str) -> Array:
+    """The keys [B] of what goes by a name, out of those of the examples."""
+    number = np.uint32(zlib.crc32(name.encode()))
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
+def is_correct(logits: Array, labels: Array) -> Array:
+    """Whether examples are classified rightly, bool [B]; without a decision never.
+
+    >>> logits = jnp.array([[2.0, 1.0], [jnp.nan, 0.0]])
+    >>> is_correct(logits, jnp.array([0, 0])).tolist()
+    [True, False]
+    """
+    return is_finite(logits) & (jnp.argmax(logits, axis=-1) == labels)
+
+
+def is_finite(logits: Array) -> Array:
+    """Whether logits make a decision, bool [B]: none is NaN, the highest is finite."""
+    return jnp.isfinite(jnp.max(logits, axis=-1))
+
+
+def fetch(values: PyTree, tell: Callable[..., None], *progress: Any) -> PyTree:
+    """Brings arrays to the host; meanwhile the caller can be told, and may raise.
+
+    Waits in Python, so that signals are handled while the device computes.
+
+    Args:
+      values: arrays, maybe not computed yet.
+      tell: called as `tell(*progress)` about twice a second as long as they are not;
+        not in several processes, which must be told equally often.
+      *progress: what is told.
+    """
+    leaves, told, pause = jax.tree.leaves(values), time.monotonic(), _POLLS[0]
+    while jax.process_count() == 1 and not all(leaf.is_ready() for leaf in leaves):
+        time.sleep(pause)
+        pause = min(2 * pause, _POLLS[1])
+        if time.monotonic() - told > _SECONDS_UNTOLD:
+            tell(*progress)
+            told = time.monotonic()
+    return jax.device_get(values)
+
+
 def jit_for_all(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a function whose outcome every process can read."""
+    """Compiles a function whose outcome every process can read.
+
+    Products of float32 are taken in float32, where GPUs and TPUs by default round their
+    factors to 10 or 7 bits: a network is judged in the precision that it has.
+    """
+
+    @functools.wraps(function)
+    def precise(*args: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*args)
+
     return jax.jit(
-        function,
+        precise,
         compiler_options=compiler_options(),
         out_shardings=replicated(data_mesh()),
     )
@@ -107,8 +199,13 @@ def classifier(model: nn.Module, variables: PyTree) -> LogitsFn:
     return logits_fn
 
 
-def divisible_batch_size(batch_size: int) -> int:
-    """`batch_size`, which must be >= 1, rounded up to a multiple of the devices."""
+def check_batch_size(batch_size: int) -> None:
+    """Refuses a batch without examples."""
     check(batch_size >= 1, "batch_size >= 1", batch_size=batch_size)
+
+
+def batch_size_for(num_examples: int, batch_size: int) -> int:
+    """At most `batch_size`, no more than there are examples; the devices divide it."""
     num_devices = data_mesh().devices.size
-    return -(-batch_size // num_devices) * num_devices
+    size = min(batch_size, max(1, num_examples))
+    return -(-size // num_devices) * num_devices

@@ -1,6 +1,5 @@
 """What is measured of a network under attack: who stands, and how near to falling."""
 
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from samrobust.attacks import Ball, cross_entropy, margin, staged_pgd
-from samrobust.evaluation import BatchFn
+from samrobust.evaluation import BatchFn, is_correct, is_finite, of_name
 from samrobust.sanity.network import logits_of
 from samrobust.types import Array, Attack, PyTree
 
@@ -35,7 +34,8 @@ def measure_crafts(model: nn.Module, crafts: Mapping[str, Craft]) -> BatchFn:
 
     `variables` are a dictionary by the names of the sources, the network's own under
     the empty name. The outcome, each [B], by the crafts' names: whether the image is
-    classified rightly, and under `NAME margin` the margin loss.
+    classified rightly, under `NAME margin` the margin loss, and under `NAME finite`
+    whether its logits make a decision.
     """
 
     def measure(
@@ -44,11 +44,12 @@ def measure_crafts(model: nn.Module, crafts: Mapping[str, Craft]) -> BatchFn:
         judge = logits_of(model, variables[""])
         outcome = {}
         for name, craft in crafts.items():
-            own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
             seen = logits_of(craft.model, variables[craft.source])
-            logits = judge(craft.attack(seen, images, labels, key=own_key))
-            outcome[name] = jnp.argmax(logits, axis=-1) == labels
+            attacked = craft.attack(seen, images, labels, key=of_name(key, name))
+            logits = judge(attacked)
+            outcome[name] = is_correct(logits, labels)
             outcome[f"{name} margin"] = margin(logits, labels)
+            outcome[f"{name} finite"] = is_finite(logits)
         return outcome
 
     return measure

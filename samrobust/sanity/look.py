@@ -97,7 +97,7 @@ class Look:
     ):
         self.model, self.variables, self.transfer = model, variables, transfer
         self.split, self.effort = split, effort
-        self._batch_size, self._key = min(batch_size, len(split)), key
+        self._batch_size, self._key = batch_size, key
         self._num_measures, self._done = num_measures, 0
         self._on_batch, self._should_stop = on_batch, should_stop
 

@@ -1,5 +1,6 @@
 """From measurements to findings on the network itself: pure functions of arrays."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,7 @@ def judge_randomness(first: np.ndarray, second: np.ndarray) -> Finding:
 
 def judge_precision(
     dtype: str,
+    products: Mapping[str, int],
     natural: tuple[np.ndarray, np.ndarray] | None = None,
     attacked: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Finding:
@@ -88,20 +90,32 @@ def judge_precision(
 
     Args:
       dtype: the network's.
+      products: how many there are of each precision, as from `count_products`.
       natural: logits [N, K] of the network and of its copy in float32; None: there is
-        no copy, the network is in float32.
+        no copy, the network is in float32 as far as it says.
       attacked: who stands, bool [N] each, after an attack along the network's own
         gradients and along those of the copy, both judged on the network itself.
     """
+    values: dict[str, Any] = {"dtype": dtype, "products": dict(products)}
     if natural is None or attacked is None:
-        text = f"The network computes in {dtype}."
-        return Finding("low precision", PASSED, text, {"dtype": dtype})
+        coarse = {n: c for n, c in products.items() if n not in ("float32", "float64")}
+        if coarse:
+            told = ", ".join(f"{count} {name}" for name, count in coarse.items())
+            text = (
+                f"Of {sum(products.values())} matrix products and convolutions some "
+                f"take less than float32 ({told}), where the network has no dtype to "
+                "set that would tell what this changes. `float32 rounded` is what a "
+                "`precision` of the network's own asks for: TF32 on a GPU, bfloat16 "
+                "on a TPU."
+            )
+            return Finding("low precision", UNDECIDED, text, values)
+        text = f"The network computes in {dtype}, and so do its matrix products."
+        return Finding("low precision", PASSED, text, values)
     total = len(natural[0])
     changed = int(np.sum(natural[0].argmax(-1) != natural[1].argmax(-1)))
     own, exact = attacked
     gained = int(np.sum(own & ~exact)) - int(np.sum(~own & exact))
-    values: dict[str, Any] = {
-        "dtype": dtype,
+    values |= {
         "changed": changed,
         "accuracy": percent(own),
         "accuracy_float32_gradients": percent(exact),

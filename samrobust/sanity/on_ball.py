@@ -17,7 +17,7 @@ from samrobust.sanity.attacked import (
 )
 from samrobust.sanity.finding import Finding
 from samrobust.sanity.look import Look
-from samrobust.sanity.network import float32_copy, measure_logits
+from samrobust.sanity.network import count_products, float32_copy, measure_logits
 from samrobust.types import Attack, LossFn
 
 __all__ = ["ball_findings", "num_ball_measures"]
@@ -59,6 +59,7 @@ def ball_findings(look: Look, name: str, ball: Ball) -> list[Finding]:
         ),
         _precision(look, images["logits"], outcome["pgd"], pgd),
         verdicts.judge_noise(white_box, outcome["noise"], margins, look.effort.draws),
+        verdicts.judge_finite({name: outcome[f"{name} finite"] for name in crafts}),
     ]
     return [dataclasses.replace(finding, ball=name) for finding in findings]
 
@@ -126,12 +127,14 @@ def _transfer(look: Look, ball: Ball, white_box: np.ndarray) -> Finding:
 
 def _precision(look: Look, logits: np.ndarray, own: np.ndarray, pgd: Attack) -> Finding:
     dtype = str(jnp.dtype(getattr(look.model, "dtype", None) or jnp.float32))
+    shape = look.split.images.shape[1:]
+    products = count_products(look.model, look.variables, shape)
     copy = float32_copy(look.model)
     if copy is None:
-        return network_verdicts.judge_precision(dtype)
+        return network_verdicts.judge_precision(dtype, products)
     exact_logits = look.measure(measure_logits(copy))["logits"]
     crafts = {"exact": Craft(pgd, copy)}
     outcome = look.measure(measure_crafts(look.model, crafts), {"": look.variables})
     return network_verdicts.judge_precision(
-        dtype, (logits, exact_logits), (own, outcome["exact"])
+        dtype, products, (logits, exact_logits), (own, outcome["exact"])
     )

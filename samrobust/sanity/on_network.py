@@ -1,5 +1,8 @@
 """The checks on the network itself: gradients, randomness."""
 
+import numpy as np
+
+from samrobust.evaluation import check_finite
 from samrobust.sanity import network_verdicts
 from samrobust.sanity.finding import Finding
 from samrobust.sanity.look import Look
@@ -11,11 +14,14 @@ NUM_NETWORK_MEASURES = 3
 
 
 def network_findings(look: Look) -> list[Finding]:
-    """Whether there are gradients to follow, and whether two passes agree."""
+    """Whether there are gradients to follow, and whether two passes agree.
+
+    Raises:
+      ValueError: if the logits are not finite: there is nothing to check.
+    """
+    first, second = (look.measure(measure_logits(look.model)) for _ in range(2))
+    check_finite(int(np.sum(~first["finite"])), len(first["finite"]))
     gradients = look.measure(measure_gradients(look.model))
-    first, second = (
-        look.measure(measure_logits(look.model))["logits"] for _ in range(2)
-    )
     return [
         network_verdicts.judge_gradients(
             gradients["correct"],
@@ -23,5 +29,5 @@ def network_findings(look: Look) -> list[Finding]:
             gradients["zero_margin"],
             gradients["saturated"],
         ),
-        network_verdicts.judge_randomness(first, second),
+        network_verdicts.judge_randomness(first["logits"], second["logits"]),
     ]

@@ -20,6 +20,7 @@ from samrobust.sanity.finding import (
 )
 
 __all__ = [
+    "judge_finite",
     "judge_logit_scale",
     "judge_noise",
     "judge_radii",
@@ -197,6 +198,20 @@ def judge_logit_scale(
         text = f"{told}: large logits hide the gradient. Attack with the margin or DLR."
         return Finding("logit scale", WARNING, text, values)
     return Finding("logit scale", PASSED, f"{told}.", values)
+
+
+def judge_finite(finite: Mapping[str, np.ndarray]) -> Finding:
+    """Whether the logits [N] of what each attack hands in are finite."""
+    counts = {name: int(np.sum(~each)) for name, each in finite.items()}
+    bad = {name: count for name, count in counts.items() if count}
+    if bad:
+        told = ", ".join(f"{count} under {name}" for name, count in bad.items())
+        text = (
+            f"Adversarial images lead to NaN or infinite logits ({told}): gradients "
+            "say nothing there. They count as misclassified."
+        )
+        return Finding("finite logits", WARNING, text, counts)
+    return Finding("finite logits", PASSED, "All logits are finite.", counts)
 
 
 def _compare(white_box: np.ndarray, other: np.ndarray, name: str) -> tuple[bool, str]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from samrobust import attacks
 from samrobust.attacks import cross_entropy, l2, linf, margin, square
 from samrobust.attacks.moves import L2Moves, LinfMoves
 from samrobust.attacks.windows import pulse, window_sizes
@@ -109,7 +110,7 @@ class Replay:
         self.numbers.append(np.where(signs > 0, 0.75, 0.25))
 
     def add_corner(self, corner, size, shape):
-        for place, length in zip(np.asarray(corner), shape[1:3], strict=True):
+        for place, length in zip(corner[0], shape[1:3], strict=True):
             room = max(length - int(size), 1)
             self.numbers.append(np.array([(place + 0.5) / room]))
 
@@ -143,8 +144,7 @@ class Replay:
     def add_query_l2(self, draws, shape):
         self.add_corner(draws["corner"], draws["size"], shape)
         self.add_corner(draws["source"], draws["size"], shape)
-        pattern = np.asarray(draws["pattern"])
-        self.add_flip(pattern[0, int(draws["size"]) - 1] < 0)
+        self.add_flip(draws["flipped"][0])
         self.add_signs(draws["signs"])
 
 
@@ -167,13 +167,14 @@ def test_with_the_same_random_numbers_the_walk_is_upstreams(
     labels = np.asarray(jnp.argmax(logits_fn(images), -1))
     norm, moves_of = {2: ("L2", L2Moves)}.get(ball.order, ("Linf", LinfMoves))
     attack = square(ball, num_queries=num_queries, loss=LOSSES[loss])
-    ours = jax.jit(lambda image, label: attack(logits_fn, image, label, key=KEY))
+    own = KEY[None]
+    ours = jax.jit(lambda image, label: attack(logits_fn, image, label, key=own))
     sizes = window_sizes(
         num_queries, 0.8, shape[1:], rescale=False, odd=moves_of is L2Moves
     )
-    start_key, query_key = jax.random.split(jax.random.fold_in(KEY, 0))
+    start_key, query_key = attacks.draws.split(attacks.draws.fold_in(own, 0))
     queries = jnp.arange(num_queries)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(query_key, queries)
+    keys = jax.vmap(attacks.draws.fold_in, (None, 0))(query_key, queries)
     still = moves_of(jnp.asarray(images[:1]), ball.radius, (0.0, 1.0), sizes)
     draws = jax.device_get(jax.jit(jax.vmap(still.draw))(queries, keys))
     start = np.asarray(jax.jit(still.start)(start_key))

@@ -1,0 +1,127 @@
+"""Random numbers of which every example of a batch has its own.
+
+What an attack is given as `key` is one PRNG key or a key array [B], one an example.
+Each example draws with its own, or with the one key and its position folded in. So what
+it draws depends neither on the batch it stands in nor on padding or devices; with one
+key it depends on its position. (JAX vectorises `threefry`, its default, key by key; of
+`rbg` keys it does not say so.)
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from samrobust.checks import check
+from samrobust.types import Array
+
+__all__ = [
+    "check_key",
+    "coins",
+    "fold_in",
+    "normal",
+    "one_an_example",
+    "split",
+    "uniform",
+]
+
+_Keys = TypeVar("_Keys")
+
+
+def check_key(key: Array, batch: int) -> None:
+    """Refuses what is neither one key nor as many as there are examples.
+
+    Raises:
+      ValueError: see above.
+    """
+    check(_is_key(key), "a key, as from `jax.random.key(0)`", key=key)
+    check(
+        not _is_one_an_example(key) or key.shape[0] == batch,
+        "one key, or a key array [B] of one an example",
+        key_shape=key.shape,
+        batch=batch,
+    )
+
+
+def one_an_example(key: Array, positions: Array) -> Array:
+    """The key of each example, [B].
+
+    Args:
+      key: one key, or the keys themselves.
+      positions: int [B], what is folded into the one key.
+    """
+    if _is_one_an_example(key):
+        return key
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
+
+
+def fold_in(key: Array, number: Array | int) -> Array:
+    """The key, or each example's, with a number folded in."""
+    return _map(lambda own: jax.random.fold_in(own, number), key)
+
+
+def split(key: Array) -> tuple[Array, Array]:
+    """Two keys, or two for each example."""
+
+    def halves(own: Array) -> tuple[Array, Array]:
+        first, second = jax.random.split(own)
+        return first, second
+
+    return _map(halves, key)
+
+
+def uniform(
+    key: Array, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0
+) -> Array:
+    """Numbers in [low, high), float32 [B, ...].
+
+    >>> keys = jax.random.split(jax.random.key(0), 3)
+    >>> alone = uniform(keys[2:], (1, 4))
+    >>> bool(jnp.all(uniform(keys, (3, 4))[2:] == alone))
+    True
+    """
+    return _draw(
+        lambda own: jax.random.uniform(own, shape[1:], jnp.float32, low, high),
+        key,
+        shape,
+    )
+
+
+def normal(key: Array, shape: tuple[int, ...]) -> Array:
+    """Numbers of the standard normal distribution, float32 [B, ...]."""
+    return _draw(lambda own: jax.random.normal(own, shape[1:], jnp.float32), key, shape)
+
+
+def coins(key: Array, shape: tuple[int, ...]) -> Array:
+    """Fair coins, bool [B, ...]; the same ones whatever the images' precision."""
+    half = jnp.float32(0.5)
+    return _draw(lambda own: jax.random.bernoulli(own, half, shape[1:]), key, shape)
+
+
+def _draw(
+    sampler: Callable[[Array], Array], key: Array, shape: tuple[int, ...]
+) -> Array:
+    """What each example draws with its own key."""
+    check_key(key, shape[0])
+    positions = jnp.arange(shape[0], dtype=jnp.uint32)
+    return jax.vmap(sampler)(one_an_example(key, positions))
+
+
+def _map(function: Callable[[Array], _Keys], key: Array) -> _Keys:
+    return (jax.vmap(function) if _is_one_an_example(key) else function)(key)
+
+
+def _is_key(key: Any) -> bool:
+    """A key or an array of keys; those of the old kind are numbers, [2] each."""
+    if not isinstance(key, (jax.Array, np.ndarray)):
+        return False
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.ndim <= 1
+    return key.dtype == jnp.uint32 and key.ndim in (1, 2)
+
+
+def _is_one_an_example(key: Array) -> bool:
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key.ndim == (1 if is_typed else 2)

@@ -1,0 +1,96 @@
+"""The file of adversarial images, beside that of an outcome.
+
+`NAME-examples.npy`, float32 [columns, N, ...]: the images that a column's attacks broke
+as they broke them, all others as they are. It is written in place, so the outcome's
+file holds a checksum of each broken image: what a kill left behind is made again, and
+what was cut or changed since is noticed.
+"""
+
+import pathlib
+import zlib
+
+import numpy as np
+
+from samrobust.types import Array
+
+__all__ = ["ExamplesFile"]
+
+
+class ExamplesFile:
+    """Adversarial images of a split, of which each column has one an example.
+
+    Args:
+      path: of the file.
+      images: the split's, uint8 [N, ...].
+      num_columns: of the outcome.
+    """
+
+    def __init__(self, path: pathlib.Path, images: np.ndarray, num_columns: int):
+        self.path, self._images = path, images
+        self._shape = (num_columns, *images.shape)
+        self._array: np.ndarray | None = None
+        self.sums = np.zeros(self._shape[:2], np.uint32)
+
+    def create(self) -> None:
+        """Writes the images as they are."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        header = {"descr": "<f4", "fortran_order": False, "shape": self._shape}
+        with self.path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for _ in range(self._shape[0]):
+                for image in self._images:
+                    file.write(_unit(image).tobytes())
+        self._array = np.lib.format.open_memmap(self.path, mode="r+")
+
+    def reopen(self, broken: np.ndarray, sums: np.ndarray) -> str:
+        """Goes on with the file, unless it is not the one that an outcome knows.
+
+        Args:
+          broken: bool [columns, N], which images the outcome says are broken.
+          sums: uint32 [columns, N], their checksums.
+
+        Returns:
+          What is wrong with the file; empty if nothing is.
+        """
+        try:
+            # Not "r+" before its size is known: that would fill it up with zeros.
+            stored = np.lib.format.open_memmap(self.path, mode="r")
+        except FileNotFoundError:
+            return "is missing"
+        except (ValueError, EOFError) as error:
+            return f"cannot be read ({error})"
+        whole = stored.offset + stored.nbytes == self.path.stat().st_size
+        if stored.shape != self._shape or stored.dtype != np.float32 or not whole:
+            return "holds other arrays"
+        places = map(tuple, np.argwhere(broken))
+        found = [_checksum(stored[place]) for place in places]
+        if sums.shape != broken.shape or found != sums[broken].tolist():
+            return "holds other images than those that broke the network"
+        self.sums = sums.copy()
+        self._array = np.lib.format.open_memmap(self.path, mode="r+")
+        for column, index in np.argwhere(~broken).tolist():
+            original = _unit(self._images[index])
+            if not np.array_equal(self._array[column, index], original):
+                self._array[column, index] = original
+        return ""
+
+    def put(self, column: int, indices: np.ndarray, images: np.ndarray | Array) -> None:
+        """Keeps broken images."""
+        assert self._array is not None
+        for index, image in zip(indices, np.asarray(images, np.float32), strict=True):
+            self._array[column, index] = image
+            self.sums[column, index] = _checksum(image)
+
+    def flush(self) -> None:
+        """Hands what was put to the disk."""
+        if isinstance(self._array, np.memmap):
+            self._array.flush()
+
+
+def _unit(image: np.ndarray) -> np.ndarray:
+    """Pixels in [0, 1], as `take_batch` makes them."""
+    return image.astype(np.float32) / np.float32(255)
+
+
+def _checksum(image: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(image).tobytes())
