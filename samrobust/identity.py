@@ -23,7 +23,7 @@ from samrobust.configuration import differences, with_defaults
 from samrobust.data import Dataset, fingerprint
 from samrobust.types import Config
 
-__all__ = ["FORMAT", "Identity", "changed_fields", "identity_of"]
+__all__ = ["FORMAT", "Identity", "changed_fields", "identity_of", "random_bits"]
 
 # To be raised when a config and a seed come to mean other numbers, beyond rounding.
 FORMAT = 1
@@ -112,7 +112,7 @@ def identity_of(config: Config, dataset: Dataset | None) -> Identity:
         config=json.loads(config.to_json_best_effort()),
         data=_training_data(dataset) if dataset and len(dataset.test) else None,
         format=FORMAT,
-        random=_some_random_bits(),
+        random=random_bits(),
         versions=(_versions(),),
     )
 
@@ -135,7 +135,8 @@ def _training_data(dataset: Dataset) -> str:
 
 
 @functools.cache
-def _some_random_bits() -> str:
+def random_bits() -> str:
+    """Returns what JAX draws from key 0, in hexadecimal digits."""
     bits = jax.random.bits(jax.random.key(0), (3,))  # several: settings differ there
     return "".join(f"{value:08x}" for value in bits.tolist())
 

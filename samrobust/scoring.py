@@ -14,6 +14,7 @@ from samrobust.evaluation import (
     make_autoattack_evaluator,
     make_early_stop_evaluator,
     make_evaluator,
+    warn_of_non_finite,
 )
 from samrobust.provenance import provenance
 from samrobust.training import InterruptedRunError, Network, TrainState, load_network
@@ -50,10 +51,12 @@ class Score(NamedTuple):
       step: after which the network was saved.
       identity: the hash of its run's identity.
       images: the hash of the images that it was judged on.
-      provenance: of the evaluation: of whoever made it, where it was only read again.
+      provenance: of the process that ended the evaluation, also where it is only read
+        again.
       details: what there is beyond that, in JSON's types. Of AutoAttack, `autoattack`:
-        the accuracy after each member by column, and the file with what became of
-        every example, relative to the workdir.
+        the accuracy after each member by column, the file with what became of every
+        example, relative to the workdir, and the provenance of the process that began
+        it. `non_finite`: by attack, the images with logits that are not finite, if any.
     """
 
     accuracy: dict[str, float]
@@ -180,25 +183,42 @@ class Scorer:
                 message = f"Stopped during evaluation. The same command {redoes}."
                 raise InterruptedRunError(message)
 
+        details: dict[str, Any] = {}
+
+        def on_non_finite(counts: dict[str, int]) -> None:
+            warn_of_non_finite(counts)
+            details["non_finite"] = counts
+
         evaluate = functools.partial(
-            self._evaluate, network.variables, self._split, key, on_batch=on_batch
+            self._evaluate,
+            *(network.variables, self._split, key),
+            on_batch=on_batch,
+            on_non_finite=on_non_finite,
         )
-        made = {
-            "step": network.step,
-            "identity": network.identity.hash,
-            "images": fingerprint(self._split),
-            "provenance": provenance(),
-        }
-        if not self._of_autoattack:
-            return Score(accuracies(evaluate()), **made, details={})
-        folder = workdir / "autoattack"
-        outcome = evaluate(folder=folder, keep_examples=keep_examples)
-        details = {
-            "after_each": {name: outcome.after_each(name) for name in outcome.stages},
-            "outcome": f"{folder.name}/{outcome.path.name}" if outcome.path else None,
-        }
-        accuracy = accuracies(outcome.correct())
-        return Score(accuracy, **made, details={"autoattack": details})
+        if self._of_autoattack:
+            folder = workdir / "autoattack"
+            outcome = evaluate(
+                folder=folder, keep_examples=keep_examples, provenance=provenance()
+            )
+            correct = outcome.correct()
+            made_by = outcome.provenance or (provenance(),)
+            details["autoattack"] = {
+                "after_each": {
+                    name: outcome.after_each(name) for name in outcome.stages
+                },
+                "outcome": f"{folder.name}/{outcome.path.name}",
+                "begun_by": made_by[0],
+            }
+        else:
+            correct, made_by = evaluate(), (provenance(),)
+        return Score(
+            accuracy=accuracies(correct),
+            step=network.step,
+            identity=network.identity.hash,
+            images=fingerprint(self._split),
+            provenance=made_by[-1],
+            details=details,
+        )
 
 
 def evaluation_key(config: Config) -> jax.Array:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from samrobust import building, parallel
+from samrobust.attacks import ATTACKS_VERSION
 from samrobust.checks import check
 from samrobust.curves.drawing import draw_curves
 from samrobust.curves.measure import (
@@ -18,9 +19,8 @@ from samrobust.curves.measure import (
     make_curve_evaluator,
     measure_run,
 )
-from samrobust.data import Dataset, Split
+from samrobust.data import Dataset, Split, fingerprint
 from samrobust.files import check_writable, read_sealed, write_sealed
-from samrobust.identity import fingerprint
 from samrobust.provenance import provenance
 from samrobust.reporting.console import make_console
 from samrobust.reporting.files import write_figure
@@ -131,9 +131,12 @@ def _source(
 
 def _about(source: _Source) -> dict[str, Any]:
     """Of what a curve is one, in JSON's types."""
-    network = source.network
-    images = fingerprint(source.split)
-    return {"identity": network.identity.hash, "step": network.step, "images": images}
+    return {
+        "identity": source.network.identity.hash,
+        "step": source.network.step,
+        "images": fingerprint(source.split),
+        "attacks_version": ATTACKS_VERSION,
+    }
 
 
 def _is_of(stored: dict[str, Any] | None, source: _Source) -> bool:

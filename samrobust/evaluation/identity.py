@@ -9,8 +9,8 @@ import numpy as np
 from flax import linen as nn
 
 from samrobust.attacks import ATTACKS_VERSION
-from samrobust.data import Split
-from samrobust.identity import fingerprint
+from samrobust.data import Split, fingerprint
+from samrobust.identity import random_bits
 from samrobust.types import Array, PyTree
 
 __all__ = ["identify"]
@@ -30,14 +30,13 @@ def identify(
       key: of the random numbers.
       **settings: of the attacks, in JSON's types.
     """
-    partitionable = jax.config.values["jax_threefry_partitionable"]
     return {
         "version": [_VERSION, ATTACKS_VERSION],
         "model": re.sub(r" at 0x[0-9a-f]+", "", repr(model)),
         "network": _checksum(variables),
         "split": fingerprint(split),
         "key": jax.random.key_data(key).tolist(),
-        "random": [str(jax.random.key_impl(key)), partitionable],
+        "random": random_bits(),
         **settings,
     }
 
