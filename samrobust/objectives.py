@@ -56,7 +56,8 @@ def misclassified(logits: Array, labels: Array) -> Array:
     Array([False,  True], dtype=bool)
     """
     undecided = ~jnp.isfinite(jnp.max(logits, axis=-1))
-    return undecided | (jnp.argmax(logits, axis=-1).astype(labels.dtype) != labels)
+    decided = jnp.argmax(logits, axis=-1)  # of more classes than uint8 labels can name
+    return undecided | (decided != labels.astype(decided.dtype))
 
 
 def margin(logits: Array, labels: Array) -> Array:

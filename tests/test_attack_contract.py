@@ -171,10 +171,26 @@ def test_jit_takes_it_keeps_shape_and_dtype_stays_inside_and_compiles_once(name,
     if name not in ("fab_minimal", "ddn"):
         lengths = BALLS[ball].norm(jnp.asarray(adversarial - images))
         assert np.all(lengths <= BALLS[ball].radius * (1 + 1e-5))
-    attack = compiled(name, ball)
+    attack: Any = compiled(name, ball)
     again = attack(logits_fn, images, labels, key=KEYS)
     np.testing.assert_array_equal(again, adversarial)
     assert attack._cache_size() == 1
+
+
+def test_labels_of_few_bits_name_no_other_class():
+    """Class 256 is class 0 in uint8."""
+    images = jnp.zeros([1, 2]).at[0, 1].set(0.1)
+
+    def many(images):
+        logits = jnp.zeros([len(images), 300]).at[:, 0].set(images[:, 0])
+        return logits.at[:, 256].set(images[:, 1])
+
+    labels = jnp.zeros(1, jnp.uint8)
+    assert misclassified(many(images), labels)
+    options = {"random_start": False, "judge": "any"}
+    attack = pgd(linf(0.1), step_size=0.1, num_steps=1, **options)
+    found = attack(many, images, labels, key=KEYS[:1])
+    np.testing.assert_array_equal(found != images, False)
 
 
 @every_ball

@@ -126,6 +126,7 @@ def accept(
     images, labels = _as_array(images=images), _as_array(labels=labels)
     _check_images(images, box, ball)
     _check_labels(labels, images)
+    labels = labels.astype(jnp.int32)  # uint8 cannot count to more than 256 classes
     check_key(key, len(images))
     images = _varying(images, labels, key)
     if not is_random:
