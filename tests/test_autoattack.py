@@ -432,6 +432,26 @@ def test_what_the_outcome_depends_on_is_in_its_name(split, monkeypatch):
     assert len({json.dumps(each, sort_keys=True) for each in found}) == 9
 
 
+def test_the_ball_of_an_attack_is_in_the_name_of_its_outcome(split, tmp_path):
+    def part(_, images, labels, number, *, key):
+        del labels, number, key
+        return images
+
+    member = Member("none", lambda _: 1, part, 1)
+    same = ((member,), 0.1, False)
+    others = (
+        AutoAttack(*same),
+        AutoAttack(*same, order=2.0),
+        AutoAttack(*same, box=(-1.0, 1.0)),
+        AutoAttack(same[0], 0.2, False),
+    )
+    for attack in others:
+        pursue = make_autoattack_evaluator(NETWORK, {"a": attack}, batch_size=8)
+        pursue({"threshold": jnp.float32(0.5)}, split, KEY, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(others)
+    assert [autoattack(ball).order for ball in RADII.values()] == [jnp.inf, 2]
+
+
 def test_who_made_an_outcome_stays_with_it(split, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         evaluate(
