@@ -14,6 +14,7 @@ import pytest
 
 from samrobust import validation
 from samrobust.attacks import (
+    ATTACKS_VERSION,
     MEMBERS,
     VERSIONS,
     AutoAttack,
@@ -86,6 +87,22 @@ def test_what_it_hands_in_lies_in_the_ball_and_what_stands_is_unchanged(norm):
     assert np.all(distances[standing] == 0)
     assert distances[0] == 0
     assert np.all(distances[1:][~standing[1:]] > 0)
+
+
+# What each comes to, along a random direction: all, `apgd-ce` alone, `square` alone.
+PERTURBATIONS = {"linf": [0.00, 0.30, -0.86], "l2": [0.42, 0.42, 0.03]}
+
+
+@pytest.mark.parametrize("norm", list(RADII))
+def test_attacks_that_come_to_other_images_have_another_version(norm):
+    """Raise it with these numbers: what is stored of older attacks counts no more."""
+    found = []
+    for members in ([], ["apgd-ce"], ["square"]):
+        version = {"version": "custom", "members": tuple(members)} if members else {}
+        delta = attacked(norm, **version)[0] - np.asarray(make_problem()[1])
+        direction = np.random.default_rng(1).standard_normal(delta.shape)
+        found.append(float(np.vdot(delta, direction)))
+    assert (ATTACKS_VERSION, found) == (2, pytest.approx(PERTURBATIONS[norm], abs=0.02))
 
 
 def test_without_a_radius_nothing_changes_and_with_a_large_one_nothing_stands():
