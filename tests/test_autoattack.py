@@ -14,6 +14,7 @@ import pytest
 
 from samrobust import validation
 from samrobust.attacks import (
+    ATTACKS_VERSION,
     MEMBERS,
     VERSIONS,
     AutoAttack,
@@ -86,6 +87,22 @@ def test_what_it_hands_in_lies_in_the_ball_and_what_stands_is_unchanged(norm):
     assert np.all(distances[standing] == 0)
     assert distances[0] == 0
     assert np.all(distances[1:][~standing[1:]] > 0)
+
+
+# What each comes to, along a random direction: all, `apgd-ce` alone, `square` alone.
+PERTURBATIONS = {"linf": [0.00, 0.30, -0.86], "l2": [0.42, 0.42, 0.03]}
+
+
+@pytest.mark.parametrize("norm", list(RADII))
+def test_attacks_that_come_to_other_images_have_another_version(norm):
+    """Raise it with these numbers: what is stored of older attacks counts no more."""
+    found = []
+    for members in ([], ["apgd-ce"], ["square"]):
+        version = {"version": "custom", "members": tuple(members)} if members else {}
+        delta = attacked(norm, **version)[0] - np.asarray(make_problem()[1])
+        direction = np.random.default_rng(1).standard_normal(delta.shape)
+        found.append(float(np.vdot(delta, direction)))
+    assert (ATTACKS_VERSION, found) == (2, pytest.approx(PERTURBATIONS[norm], abs=0.02))
 
 
 def test_without_a_radius_nothing_changes_and_with_a_large_one_nothing_stands():
@@ -430,6 +447,26 @@ def test_what_the_outcome_depends_on_is_in_its_name(split, monkeypatch):
     monkeypatch.setattr(identity, "ATTACKS_VERSION", -1)
     found.append(identity.identify(*plain))
     assert len({json.dumps(each, sort_keys=True) for each in found}) == 9
+
+
+def test_the_ball_of_an_attack_is_in_the_name_of_its_outcome(split, tmp_path):
+    def part(_, images, labels, number, *, key):
+        del labels, number, key
+        return images
+
+    member = Member("none", lambda _: 1, part, 1)
+    same = ((member,), 0.1, False)
+    others = (
+        AutoAttack(*same),
+        AutoAttack(*same, order=2.0),
+        AutoAttack(*same, box=(-1.0, 1.0)),
+        AutoAttack(same[0], 0.2, False),
+    )
+    for attack in others:
+        pursue = make_autoattack_evaluator(NETWORK, {"a": attack}, batch_size=8)
+        pursue({"threshold": jnp.float32(0.5)}, split, KEY, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(others)
+    assert [autoattack(ball).order for ball in RADII.values()] == [jnp.inf, 2]
 
 
 def test_who_made_an_outcome_stays_with_it(split, tmp_path):

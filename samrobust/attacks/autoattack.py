@@ -57,12 +57,14 @@ class AutoAttack:
       radius: of the ball.
       is_random: whether the classifier is called as `logits_fn(images, key=key)`.
       box: the range of pixel values.
+      order: of the ball's norm, `inf` or 2.
     """
 
     members: tuple[Member, ...]
     radius: float
     is_random: bool
     box: tuple[float, float] = (0.0, 1.0)
+    order: float = float("inf")
 
     def __call__(
         self,
@@ -174,7 +176,7 @@ def autoattack(
     names = tuple(members) or _VERSIONS[version]
     eot = _DRAWS if version == "rand" else 1
     made = tuple(_MAKERS[name](name, ball, eot, box) for name in names)
-    return AutoAttack(made, ball.radius, eot > 1, box)
+    return AutoAttack(made, ball.radius, eot > 1, box, ball.order)
 
 
 def _whole(attack: Attack) -> Callable[..., Array]:

@@ -105,7 +105,10 @@ def make_autoattack_evaluator(
         about = identify(
             *(model, variables, split, key),
             columns={c: [*map(str, s)] for c, s in stages.items()},
-            radii={column: attack.radius for column, attack in attacks.items()},
+            attacks={
+                column: [f"l{a.order:g}", a.radius, a.is_random, a.box]
+                for column, a in attacks.items()
+            },
             examples=keep_examples,
         )
         file = OutcomeFile(folder, about)

@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from samrobust.checks import check
 from samrobust.data import Split, evaluation_batches, take_batch
+from samrobust.objectives import misclassified
 from samrobust.parallel import data_mesh, replicate, replicated, shard_batch
 from samrobust.runtime import compiler_options
 from samrobust.types import Array, LogitsFn, PyTree
@@ -142,7 +143,7 @@ def is_correct(logits: Array, labels: Array) -> Array:
     >>> is_correct(logits, jnp.array([0, 0])).tolist()
     [True, False]
     """
-    return is_finite(logits) & (jnp.argmax(logits, axis=-1) == labels)
+    return ~misclassified(logits, labels)
 
 
 def is_finite(logits: Array) -> Array:
