@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from samrobust import attacks
 from samrobust.attacks import cross_entropy, l2, linf, margin, square
+from samrobust.attacks.draws import fold_in, split
 from samrobust.attacks.moves import L2Moves, LinfMoves
 from samrobust.attacks.windows import pulse, window_sizes
 
@@ -172,9 +172,9 @@ def test_with_the_same_random_numbers_the_walk_is_upstreams(
     sizes = window_sizes(
         num_queries, 0.8, shape[1:], rescale=False, odd=moves_of is L2Moves
     )
-    start_key, query_key = attacks.draws.split(attacks.draws.fold_in(own, 0))
+    start_key, query_key = split(fold_in(own, 0))
     queries = jnp.arange(num_queries)
-    keys = jax.vmap(attacks.draws.fold_in, (None, 0))(query_key, queries)
+    keys = jax.vmap(fold_in, (None, 0))(query_key, queries)
     still = moves_of(jnp.asarray(images[:1]), ball.radius, (0.0, 1.0), sizes)
     draws = jax.device_get(jax.jit(jax.vmap(still.draw))(queries, keys))
     start = np.asarray(jax.jit(still.start)(start_key))
