@@ -258,6 +258,7 @@ def by_hand(case: Case, rho: float = RHO) -> dict[str, np.ndarray]:
             "loss": np.mean([loss for (loss, _), _ in firsts]),
             "accuracy": np.mean(np.argmax(logits, -1) == labels),
             "rho": rho,
+            "applied_rho": rho,
             "gradient_norm": np.mean([norm(g) for g, _ in pairs]),
             "perturbed_gradient_norm": np.mean([norm(p) for _, p in pairs]),
             "cosine": np.mean([cosine(g, p) for g, p in pairs]),

@@ -69,8 +69,8 @@ def make_train_step(
       A pure function of (state, images float32 [B, H, W, C] in [0, 1], labels int32
       [B], key). The key is consumed by the attack. Metrics are float32 scalars: `loss`
       and `accuracy` on the images trained on, `gradient_norm`, and with SAM also
-      `rho`, `perturbed_gradient_norm` and `cosine` (see `SamMetrics`; with groups,
-      norms and cosine are means over them).
+      `rho`, `applied_rho`, `perturbed_gradient_norm` and `cosine` (see `SamMetrics`;
+      with groups, all but `rho` are means over them).
 
       **Guarantees.** The adversarial images are made once, from fresh gradients, and
       shared by both passes of SAM. An attack of radius 0 and `sam(0)` give standard
