@@ -270,7 +270,8 @@ def by_google(model: Any) -> dict[str, np.ndarray]:
     """What google-research/sam does on all devices: all of it by each device alone.
 
     Only the gradients at the perturbed parameters are averaged in a step. Every device
-    keeps its own running statistics, of the first pass, to be averaged at the end.
+    keeps its own running statistics, of the first pass, to be averaged at the end. Left
+    out are its weight decay inside the loss and its clipping of the final gradient.
     """
     mesh = data_mesh()
     tx: Any = descent()

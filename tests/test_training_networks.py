@@ -197,6 +197,46 @@ def test_a_network_with_further_variables_is_refused():
         make_state(Counting())
 
 
+IMAGES, LABELS = make_batch()
+BATCHES = {
+    "pixels as bytes": (IMAGES.astype(jnp.uint8), LABELS, "float images"),
+    "one image": (IMAGES[0], LABELS, r"float images \[B, H, W, C\]"),
+    "a column of labels": (IMAGES, LABELS[:, None], r"int labels \[8\].*\(8, 1\)"),
+    "one-hot labels": (IMAGES, jax.nn.one_hot(LABELS, 3), r"int labels .*\(8, 3\)"),
+    "float labels": (IMAGES, LABELS * 1.0, "int labels .*dtype='float32'"),
+    "too few labels": (IMAGES, LABELS[:1], r"int labels \[8\].*\(1,\)"),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_batch_that_would_train_on_something_else_is_refused(name):
+    images, labels, message = BATCHES[name]
+    tx, state = make_state(Network())
+    step = make_train_step(Network(), tx)
+    with pytest.raises(ValueError, match=f"^Expected {message}"):
+        step(state, images, labels, KEY)
+
+
+def test_logits_and_losses_of_other_shapes_are_refused():
+    class Column(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            del train
+            return nn.Dense(1)(images.reshape(len(images), -1))
+
+    tx, state = make_state(Column())
+    with pytest.raises(ValueError, match=r"^Expected logits \[8, K\] .*\(8, 1\)"):
+        make_train_step(Column(), tx)(state, IMAGES, LABELS, KEY)
+    tx, state = make_state(Network())
+
+    def objective(logits, labels):
+        return logits - labels[:, None]
+
+    step = make_train_step(Network(), tx, objective=objective)
+    with pytest.raises(ValueError, match=r"^Expected an objective .*\(8, 3\)"):
+        step(state, IMAGES, LABELS, KEY)
+
+
 # Precision
 
 

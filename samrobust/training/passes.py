@@ -75,6 +75,11 @@ def apply_in_training(
         mutable=["batch_stats"],
         rngs={"dropout": dropout, "params": other},
     )
+    check(
+        logits.ndim == 2 and len(logits) == len(images) and logits.shape[1] > 1,
+        f"logits [{len(images)}, K] of {len(images)} images and K >= 2 classes",
+        shape=logits.shape,
+    )
     return logits, updated.get("batch_stats", {})
 
 
@@ -92,7 +97,13 @@ def make_passes(
         params: PyTree, batch_stats: PyTree, images: Array, labels: Array, key: Array
     ) -> tuple[Array, tuple[PyTree, Array]]:
         logits, updated = apply_in_training(model, params, batch_stats, images, key)
-        return jnp.mean(objective(logits, labels)), (updated, logits)
+        losses = objective(logits, labels)
+        check(
+            losses.shape == labels.shape,
+            f"an objective that gives a loss [{len(labels)}] to each example",
+            shape=losses.shape,
+        )
+        return jnp.mean(losses), (updated, logits)
 
     differentiate = jax.value_and_grad(mean_loss, has_aux=True)
 
@@ -149,7 +160,9 @@ def _merge(groups: Pass) -> Pass:
     return Pass(
         loss=jnp.mean(groups.loss),
         logits=groups.logits.reshape(-1, groups.logits.shape[-1]),
-        batch_stats=jax.tree.map(lambda leaf: leaf.mean(axis=0), groups.batch_stats),
+        batch_stats=jax.tree.map(
+            lambda leaf: leaf.mean(axis=0).astype(leaf.dtype), groups.batch_stats
+        ),
         grads=groups.grads,
     )
 

@@ -89,12 +89,18 @@ def make_train_step(
       averages, that is the same as averaging statistics kept by each device.
 
     Raises:
-      ValueError: for an unknown choice; in the step, if the groups do not divide the
-        batch, or the `sam` of `tx` does not keep the statistics of its second pass,
+      ValueError: for an unknown choice; in the step, if images, labels, logits or
+        losses are not of these shapes and kinds, the groups do not divide the batch, or
+        the `sam` of `tx` does not keep the statistics of its second pass,
         which are wanted.
 
     Reference: Wei, Zhu and Zhang (2023), equations (3) and (5). *Our deviation* from
     their code: the attack's forward passes leave the running statistics alone.
+
+    With the batch of a device as the group and `sam_batch_stats="first"`, ascent,
+    descent and statistics are those of google-research/sam, but for two things that are
+    not ours: weight decay inside the loss, so in the ascent direction too, and the
+    final gradient clipped to norm 5.
     """
     check_choice(("first", "second", "both"), sam_batch_stats=sam_batch_stats)
     check_choice(("train", "eval"), attack_batch_norm=attack_batch_norm)
@@ -103,6 +109,7 @@ def make_train_step(
     def train_step(
         state: TrainState, images: Array, labels: Array, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
+        _check_batch(images, labels)
         network_key = jax.random.fold_in(key, _NETWORK)
 
         def attacked(images: Array) -> Array:
@@ -154,3 +161,19 @@ def make_train_step(
         ), metrics
 
     return train_step
+
+
+def _check_batch(images: Array, labels: Array) -> None:
+    """Refuses what would broadcast, or pass for pixels or classes."""
+    check(
+        images.ndim == 4 and jnp.issubdtype(images.dtype, jnp.floating),
+        "float images [B, H, W, C] with pixels in [0, 1]",
+        shape=images.shape,
+        dtype=str(images.dtype),
+    )
+    check(
+        labels.shape == images.shape[:1] and jnp.issubdtype(labels.dtype, jnp.integer),
+        f"int labels [{len(images)}], a class for each image",
+        shape=labels.shape,
+        dtype=str(labels.dtype),
+    )
