@@ -258,6 +258,7 @@ def by_hand(case: Case, rho: float = RHO) -> dict[str, np.ndarray]:
             "loss": np.mean([loss for (loss, _), _ in firsts]),
             "accuracy": np.mean(np.argmax(logits, -1) == labels),
             "rho": rho,
+            "applied_rho": rho,
             "gradient_norm": np.mean([norm(g) for g, _ in pairs]),
             "perturbed_gradient_norm": np.mean([norm(p) for _, p in pairs]),
             "cosine": np.mean([cosine(g, p) for g, p in pairs]),
@@ -269,7 +270,8 @@ def by_google(model: Any) -> dict[str, np.ndarray]:
     """What google-research/sam does on all devices: all of it by each device alone.
 
     Only the gradients at the perturbed parameters are averaged in a step. Every device
-    keeps its own running statistics, of the first pass, to be averaged at the end.
+    keeps its own running statistics, of the first pass, to be averaged at the end. Left
+    out are its weight decay inside the loss and its clipping of the final gradient.
     """
     mesh = data_mesh()
     tx: Any = descent()

@@ -137,7 +137,7 @@ def test_a_zero_gradient_gives_a_zero_perturbation_and_no_nan(jit):
 
     updates, state = (jax.jit(update) if jit else update)(w)
     assert_same_bits(updates, jnp.zeros(4))
-    assert_same_bits(state.metrics, SamMetrics(*map(jnp.float32, (RHO, 0, 0, 0))))
+    assert_same_bits(state.metrics, SamMetrics(*map(jnp.float32, (RHO, 0, 0, 0, 0))))
 
 
 def test_a_schedule_is_followed_by_the_number_of_updates():
@@ -178,7 +178,7 @@ def test_the_metrics_are_those_of_numpy():
     g, perturbed = numpy_sam(W, RHO)
     norms = np.linalg.norm(g), np.linalg.norm(perturbed)
     cosine = float(g @ perturbed / np.prod(norms))
-    expected = np.array([RHO, *norms, cosine])
+    expected = np.array([RHO, RHO, *norms, cosine])
     np.testing.assert_allclose(np.stack(state.metrics), expected, rtol=1e-6)
     assert 0.5 < cosine < 0.9999
     assert all(metric.dtype == jnp.float32 for metric in state.metrics)
@@ -221,6 +221,151 @@ def test_unknown_extra_arguments_are_accepted():
         )
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    ("value", "dtype", "applied"),
+    [
+        (1.0, jnp.bfloat16, 0.0),  # half a unit in the last place is 2^-9
+        (1.0, jnp.float16, 2.0**-9),  # 2^-10.01 is rounded up to 2^-10
+        (1e8, jnp.float32, 0.0),
+        (0.0, jnp.bfloat16, 0.00194),
+    ],
+)
+def test_a_perturbation_that_rounds_away_shows_in_the_metrics(
+    value, dtype, applied, jit
+):
+    tx: Any = sam(0.00194)
+    points = []
+
+    def update(w):
+        def grad_fn(params):
+            points.append(params)
+            return params
+
+        return tx.update(jnp.ones_like(w), tx.init(w), w, grad_fn=grad_fn)[1].metrics
+
+    w = jnp.full(4, value, dtype)
+    metrics = (jax.jit(update) if jit else update)(w)
+    np.testing.assert_allclose(metrics.applied_rho, applied, rtol=2e-3)
+    assert metrics.rho == np.float32(0.00194)
+    if not jit:
+        moved = np.linalg.norm((points[0] - w).astype(jnp.float32))
+        np.testing.assert_allclose(moved, applied, rtol=2e-3)
+
+
+def test_a_half_precision_perturbation_is_rounded_once():
+    """1 + 2^-8 + 2^-9 is 1 + 2^-7 in bfloat16; e alone rounded first is a tie."""
+    points = []
+    w = jnp.array([1.0], jnp.bfloat16)
+    tx: Any = sam(2.0**-8 + 2.0**-17)
+    tx.update(w, tx.init(w), w, grad_fn=lambda p: points.append(p) or p)
+    assert float(points[0][0]) == 1 + 2.0**-7
+
+
+def test_a_complex_parameter_is_a_pair_of_real_ones():
+    """Gradients are conjugated on their way to the optimizer, as optax has it."""
+    matrix = jnp.asarray(A[:3] + 1j * ROOT[:3], jnp.complex64)
+
+    def loss(params):
+        return jnp.sum(jnp.abs(matrix @ params["z"] - 1) ** 2) + params["x"] ** 2
+
+    def conjugate(params):
+        return jax.tree.map(jnp.conj, jax.grad(loss)(params))
+
+    def of_pair(pair):
+        z = jax.lax.complex(pair["real"], pair["imaginary"])
+        return loss({"z": z, "x": pair["x"]})
+
+    z = jnp.asarray(W + 1j * W[::-1], jnp.complex64)
+    params = {"z": z, "x": jnp.float32(0.5)}
+    pair = {"real": z.real, "imaginary": z.imag, "x": jnp.float32(0.5)}
+    tx: Any = sam(RHO)
+    found, state = tx.update(
+        conjugate(params), tx.init(params), params, grad_fn=conjugate
+    )
+    expected, other = tx.update(
+        jax.grad(of_pair)(pair), tx.init(pair), pair, grad_fn=jax.grad(of_pair)
+    )
+    assert found["z"].dtype == jnp.complex64
+    np.testing.assert_allclose(found["z"].real, expected["real"], rtol=1e-5)
+    np.testing.assert_allclose(found["z"].imag, expected["imaginary"], rtol=1e-5)
+    np.testing.assert_allclose(found["x"], expected["x"], rtol=1e-5)
+    np.testing.assert_allclose(np.stack(state.metrics), np.stack(other.metrics), 1e-5)
+
+
+# Frozen parameters
+
+LABELS = {"a": "train", "b": "freeze"}
+
+
+def of_pair(params):
+    return jnp.sum(jnp.cos(params["a"])) * jnp.sum(params["b"] ** 2)
+
+
+def pair_gradient(params):
+    return jax.grad(of_pair)(params)
+
+
+def step_of_pair(tx: Any, grads, grad_fn) -> Any:
+    return tx.update(grads, tx.init(PAIR), PAIR, grad_fn=grad_fn)[0]
+
+
+def frozen_by_hand():
+    """The step of `a` alone, with `b` a constant."""
+
+    def own(a):
+        return pair_gradient(PAIR | {"a": a})["a"]
+
+    tx: Any = optax.chain(sam(RHO), optax.sgd(0.1))
+    a = PAIR["a"]
+    return tx.update(own(a), tx.init(a), a, grad_fn=own)[0]
+
+
+def test_frozen_parameters_stay_out_of_sam_where_their_gradients_are_none():
+    def grad_fn(params):
+        np.testing.assert_array_equal(params["b"], PAIR["b"])
+        return pair_gradient(params) | {"b": None}
+
+    tx = optax.chain(sam(RHO), optax.sgd(0.1))
+    updates = step_of_pair(tx, grad_fn(PAIR), grad_fn)
+    assert updates["b"] is None
+    np.testing.assert_allclose(updates["a"], frozen_by_hand(), rtol=1e-6)
+
+
+def test_frozen_parameters_stay_out_of_sam_where_their_gradients_are_zero():
+    tx = optax.chain(
+        optax.masked(optax.set_to_zero(), {"a": False, "b": True}),
+        sam(RHO),
+        optax.partition(
+            {"train": optax.sgd(0.1), "freeze": optax.set_to_zero()}, LABELS
+        ),
+    )
+    updates = step_of_pair(tx, pair_gradient(PAIR), pair_gradient)
+    np.testing.assert_array_equal(updates["b"], 0)
+    np.testing.assert_allclose(updates["a"], frozen_by_hand(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.masked(sam(RHO), {"a": True, "b": False}),
+        optax.partition(
+            {
+                "train": optax.chain(sam(RHO), optax.sgd(0.1)),
+                "freeze": optax.set_to_zero(),
+            },
+            LABELS,
+        ),
+    ],
+)
+def test_sam_inside_of_a_mask_says_where_it_belongs(tx):
+    message = (
+        r"^Expected the gradients of all parameters .*leaf=\"\['b'\]\".* after sam"
+    )
+    with pytest.raises(ValueError, match=message):
+        step_of_pair(tx, pair_gradient(PAIR), pair_gradient)
+
+
 # The auxiliary output
 
 AUX = {"mean": jnp.zeros(4), "steps": jnp.zeros([], jnp.int32)}
@@ -245,7 +390,7 @@ def test_the_state_has_the_same_signature_before_and_after_an_update(abstract):
     aux = jax.eval_shape(lambda: AUX) if abstract else AUX
     tx: Any = sam(RHO, aux=aux)
     state = tx.init(jnp.asarray(W))
-    _, after = apply_sam(tx, W, state, grad_and_aux)
+    _, after = apply_sam(tx, W, state, lambda w: (gradient(w), AUX | {"steps": 7}))
     assert signature(state) == signature(after)
 
 
@@ -338,35 +483,74 @@ def test_parameter_groups_after_sam_get_their_part_of_one_perturbed_gradient():
     np.testing.assert_allclose(updates["slow"], -0.1 * perturbed[2:], rtol=2e-6)
 
 
-def test_accumulation_over_micro_batches_equals_the_large_batch():
-    targets = jax.random.normal(jax.random.key(0), [2, 6, 4])
+class MicroBatches:
+    """Two micro-batches of a loss whose gradients differ, and steps over them."""
 
-    def loss(w, batch):
-        return quadratic(w) + jnp.mean(jnp.sum(jnp.cos(batch * w), -1))
+    batches = jax.random.normal(jax.random.key(0), [2, 6, 4])
 
-    whole = targets.reshape(12, 4)
+    @staticmethod
+    def gradient(w, batch):
+        def loss(w):
+            return quadratic(w) + jnp.mean(jnp.sum(jnp.cos(batch * w), -1))
 
-    def grad_fn(w):
-        return jax.grad(loss)(w, whole)
+        return jax.grad(loss)(w)
 
-    w, chain = jnp.asarray(W), full_chain()
-    updates, _ = chain.update(grad_fn(w), chain.init(w), w, grad_fn=grad_fn)
-    expected: Any = optax.apply_updates(w, updates)
+    def in_one_step(self, tx: Any, grad_fn) -> Any:
+        w = jnp.asarray(W)
+        updates, _ = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        return optax.apply_updates(w, updates)
 
-    tx: Any = optax.MultiSteps(chain, every_k_schedule=2)
-    state, current = tx.init(w), w
+    def whole(self, w):
+        return self.gradient(w, self.batches.reshape(12, 4))
 
-    @jax.jit
-    def micro_step(current, state, batch):
-        grads = jax.grad(loss)(current, batch)
-        updates, state = tx.update(grads, state, current, grad_fn=grad_fn)
-        return optax.apply_updates(current, updates), state
+    def of_groups(self, w):
+        own = jnp.broadcast_to(w, (2, 4))
+        return jax.vmap(self.gradient)(own, self.batches)
 
-    for batch in targets:
-        assert_same_bits(current, w)
-        current, state = micro_step(current, state, batch)
-    np.testing.assert_allclose(current, expected, rtol=1e-6)
-    assert float(last_metrics(state)["rho"]) == np.float32(RHO)
+    def one_by_one(self, tx: Any, *, spanning: bool = False) -> tuple[Any, Any]:
+        """Of `MultiSteps`; `grad_fn` is of the micro-batch, or spans both."""
+        current, state = jnp.asarray(W), tx.init(jnp.asarray(W))
+
+        @jax.jit
+        def step(current, state, batch):
+            def own(w):
+                return self.gradient(w, batch)
+
+            grad_fn = self.whole if spanning else own
+            updates, state = tx.update(own(current), state, current, grad_fn=grad_fn)
+            return optax.apply_updates(current, updates), state
+
+        for i, batch in enumerate(self.batches):
+            assert_same_bits(current, jnp.asarray(W))
+            current, state = step(current, state, batch)
+            assert int(last_metrics(state)["rho"] > 0) or i == 0
+        return current, state
+
+
+def descent() -> Any:
+    return optax.chain(optax.add_decayed_weights(0.01), optax.sgd(0.05, momentum=0.9))
+
+
+def test_sam_outside_of_accumulation_is_the_large_batch_in_groups():
+    micro = MicroBatches()
+    accumulated = optax.MultiSteps(descent(), every_k_schedule=2)
+    tx = optax.chain(sam(RHO), accumulated.gradient_transformation())
+    found, state = micro.one_by_one(tx)
+    grouped = optax.chain(sam(RHO, grouped=True), descent())
+    expected = micro.in_one_step(grouped, micro.of_groups)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert int(state[0].step) == 2  # a schedule counts micro-batches
+
+
+def test_sam_inside_of_accumulation_is_the_large_batch_if_grad_fn_spans_all_of_it():
+    micro = MicroBatches()
+    inner = optax.chain(sam(RHO), descent())
+    tx = optax.MultiSteps(inner, every_k_schedule=2)
+    found, _ = micro.one_by_one(tx, spanning=True)
+    expected = micro.in_one_step(inner, micro.whole)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    wrong, _ = micro.one_by_one(tx)  # a silent other step: the last micro-batch's
+    assert np.abs(wrong - expected).max() > 1e-2
 
 
 def test_jit_does_not_change_the_step_and_traces_it_once():
@@ -443,10 +627,85 @@ def test_training_resumes_from_an_orbax_checkpoint_bit_for_bit(tmp_path):
 # Messages
 
 
-@pytest.mark.parametrize("rho", [-0.1, float("inf"), float("nan")])
-def test_sam_rejects_a_negative_or_infinite_rho(rho):
-    with pytest.raises(ValueError, match=rf"Expected 0 <= rho < inf, got rho={rho}\."):
+@pytest.mark.parametrize(
+    "rho",
+    [-0.1, float("inf"), jnp.nan, np.float32(-1), np.array(-1), jnp.array(jnp.nan)],
+    ids=repr,
+)
+def test_a_negative_or_infinite_rho_is_refused_whatever_holds_it(rho):
+    with pytest.raises(ValueError, match=r"^Expected 0 <= rho < inf, got rho=[-\w.]+$"):
         sam(rho)
+
+
+@pytest.mark.parametrize(
+    "rho", ["0.1", None, True, 1j, np.array([0.1]), jnp.zeros([2, 1]), np.bool_(1)]
+)
+def test_a_rho_that_is_no_real_scalar_is_refused(rho):
+    message = (
+        "^Expected rho to be a real number, an array of rank 0, or a schedule, got"
+    )
+    with pytest.raises(ValueError, match=message):
+        sam(rho)
+
+    def schedule(_) -> Any:
+        return rho
+
+    with pytest.raises(
+        ValueError, match=r"^Expected a schedule of rho to return a real"
+    ):
+        apply_sam(sam(schedule), W)
+
+
+def test_a_traced_rho_is_a_radius_and_its_rank_is_known():
+    found = jax.jit(lambda rho: apply_sam(sam(rho), W)[0])(RHO)
+    np.testing.assert_allclose(found, apply_sam(sam(RHO), W)[0], rtol=1e-6)
+    with pytest.raises(
+        ValueError, match=r"Expected rho to be .* got rho='float32\[2\]'"
+    ):
+        jax.jit(lambda rho: apply_sam(sam(rho), W)[0])(jnp.ones(2))
+
+
+def test_rho_may_be_a_hyperparameter_that_is_set_between_steps():
+    tx: Any = optax.inject_hyperparams(sam)(rho=0.0)
+    state = tx.init(jnp.asarray(W))
+    step = jax.jit(lambda state: apply_sam(tx, W, state))
+    np.testing.assert_allclose(step(state)[0], gradient(W), rtol=1e-6)
+    state.hyperparams["rho"] = jnp.float32(RHO)
+    np.testing.assert_allclose(step(state)[0], numpy_sam(W, RHO)[1], rtol=2e-6)
+
+
+def test_a_nan_from_a_schedule_does_not_pass_for_no_sam():
+    updates, state = apply_sam(sam(lambda _: jnp.nan), W)
+    assert np.all(np.isnan(updates))
+    assert np.isnan(state.metrics.rho)
+
+
+PAIR = {"a": jnp.ones(4), "b": jnp.ones([2, 3])}
+NOT_OF_PAIR = {
+    "without a leaf": ({"a": jnp.ones(4)}, "of the structure of the parameters"),
+    "of another shape": (
+        PAIR | {"a": jnp.ones(3)},
+        r"leaf=\"\['a'\]\", .*float32\[3\]",
+    ),
+    "that would broadcast": (PAIR | {"a": jnp.float32(1)}, r"gradient='float32\[\]'"),
+    "of groups": (PAIR | {"b": jnp.ones([5, 2, 3])}, r"float32\[5,2,3\].*grouped=True"),
+    "complex of real": (PAIR | {"b": 1j * PAIR["b"]}, "both real or both complex"),
+    "integers": (PAIR | {"a": jnp.arange(4)}, r"gradient='int32\[4\]'"),
+    "of integers": (PAIR | {"a": np.zeros(4, jax.dtypes.float0)}, "float0"),
+    "a string": (PAIR | {"a": "x"}, "gradient='str'"),
+    "masked": (
+        PAIR | {"a": optax.MaskedNode()},
+        "optax.masked.* after sam, not around",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_OF_PAIR)
+def test_gradients_that_are_not_those_of_the_parameters_are_refused(name):
+    grads, message = NOT_OF_PAIR[name]
+    tx: Any = sam(RHO)
+    with pytest.raises(ValueError, match=rf"^Expected .*{message}.*$"):
+        tx.update(grads, tx.init(PAIR), PAIR, grad_fn=never)
 
 
 def test_an_update_without_params_or_grad_fn_says_how_to_call_it():
@@ -488,8 +747,8 @@ def test_every_group_is_perturbed_along_its_own_gradient_and_the_mean_descends(r
     np.testing.assert_allclose(updates, perturbed.mean(0), rtol=2e-6, atol=1e-6)
     norms = np.linalg.norm(g, axis=1), np.linalg.norm(perturbed, axis=1)
     cosines = np.sum(g * perturbed, axis=1) / np.prod(norms, axis=0)
-    expected = [rho, norms[0].mean(), norms[1].mean(), cosines.mean()]
-    np.testing.assert_allclose(np.stack(state.metrics), expected, rtol=1e-6)
+    expected = [rho, rho, norms[0].mean(), norms[1].mean(), cosines.mean()]
+    np.testing.assert_allclose(np.stack(state.metrics), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_single_group_is_sam_without_groups():
@@ -594,7 +853,7 @@ def test_a_chain_over_groups_decays_and_moves_the_parameters_themselves():
 def test_gradients_without_an_axis_of_groups_are_refused():
     message = (
         r"Expected a gradient \[G, \.\.\.\] of G groups for every parameter \[\.\.\.\] "
-        r"with grouped=True, got shapes=\[\(4,\)\]\. Stack the gradients"
+        r"with grouped=True, got .*gradient='float32\[4\]'.* Stack the gradients"
     )
     with pytest.raises(ValueError, match=message):
         apply_sam(sam(RHO, grouped=True), W)

@@ -328,6 +328,7 @@ def test_the_metrics_are_those_of_the_images_trained_on():
         "gradient_norm": norm(gradient),
         "perturbed_gradient_norm": norm(second),
         "rho": RHO,
+        "applied_rho": RHO,
         "cosine": product / norm(gradient) / norm(second),
     }
     assert metrics.keys() == expected.keys()

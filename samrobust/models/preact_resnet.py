@@ -35,8 +35,13 @@ def _linear_bias_init(fan_in: int) -> nn.initializers.Initializer:
     return init
 
 
+def _exact(dtype: Any) -> Any:
+    """The dtype of parameters and statistics: float32, or float64 if told to."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 class Conv(nn.Module):
-    """A convolution without bias; parameters float32, computation in `dtype`.
+    """A convolution without bias, computed in `dtype`; parameters in `_exact(dtype)`.
 
     Attributes:
       features: number of output channels.
@@ -54,7 +59,7 @@ class Conv(nn.Module):
     def __call__(self, images: Array) -> Array:
         """[B, H, W, C] to [B, H', W', features]."""
         shape = (self.window, self.window, images.shape[-1], self.features)
-        kernel = self.param("kernel", _torch_init, shape, jnp.float32)
+        kernel = self.param("kernel", _torch_init, shape, _exact(self.dtype))
         kernel = kernel.astype(self.dtype)
         return conv2d(images.astype(self.dtype), kernel, self.stride, self.window // 2)
 
@@ -62,8 +67,9 @@ class Conv(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, as in PyTorch.
 
-    Statistics are taken in float32 over the whole batch, over all devices under `jit`,
-    or over groups of consecutive examples of it, each normalised by its own. The
+    Statistics are taken in float32 (float64 if that is `dtype`) over the whole batch,
+    over all devices under `jit`, or over groups of consecutive examples of it, each
+    normalised by its own. The
     running variance is the unbiased one, as PyTorch keeps it and Flax does not. With
     groups, running statistics move towards the mean over groups of the means and of
     the unbiased variances: what averaging the statistics of devices gives, that each
@@ -88,29 +94,29 @@ class BatchNorm(nn.Module):
         Raises:
           ValueError: in training, if the groups do not divide the batch.
         """
-        channels = inputs.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+        channels, exact = inputs.shape[-1:], _exact(self.dtype)
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
-        running_mean = self.variable("batch_stats", "mean", zeros, None, channels)
-        running_var = self.variable("batch_stats", "var", ones, None, channels)
+        scale = self.param("scale", ones, channels, exact)
+        bias = self.param("bias", zeros, channels, exact)
+        running_mean = self.variable(
+            "batch_stats", "mean", zeros, None, channels, exact
+        )
+        running_var = self.variable("batch_stats", "var", ones, None, channels, exact)
 
         def normalise(inputs: Array, mean: Array, var: Array) -> Array:
             multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
-            normalised = inputs.astype(jnp.float32) * multiplier + (
-                bias - mean * multiplier
-            )
+            normalised = inputs.astype(exact) * multiplier + (bias - mean * multiplier)
             return normalised.astype(self.dtype)
 
         if not train:
             return normalise(inputs, running_mean.value, running_var.value)
         num_groups = self._num_groups(len(inputs))
         if num_groups == 1:
-            mean, var = _statistics(inputs)
+            mean, var = _statistics(inputs.astype(exact))
             self._update(running_mean, running_var, mean, var, inputs.size)
             return normalise(inputs, mean, var)
         groups = inputs.reshape(num_groups, -1, *inputs.shape[1:])
-        means, variances = jax.vmap(_statistics)(groups)
+        means, variances = jax.vmap(_statistics)(groups.astype(exact))
         mean, var = jnp.mean(means, axis=0), jnp.mean(variances, axis=0)
         self._update(running_mean, running_var, mean, var, groups[0].size)
         return jax.vmap(normalise)(groups, means, variances).reshape(inputs.shape)
@@ -142,11 +148,10 @@ class BatchNorm(nn.Module):
 
 
 def _statistics(inputs: Array) -> tuple[Array, Array]:
-    """Mean and biased variance over all axes but the last, in float32."""
-    exact = inputs.astype(jnp.float32)
+    """Mean and biased variance over all axes but the last."""
     axes = tuple(range(inputs.ndim - 1))
-    mean = jnp.mean(exact, axes)
-    return mean, jnp.mean(jnp.square(exact - mean), axes)
+    mean = jnp.mean(inputs, axes)
+    return mean, jnp.mean(jnp.square(inputs - mean), axes)
 
 
 class Block(nn.Module):
@@ -185,7 +190,8 @@ class PreActResNet(nn.Module):
       mean: of the pixels, per channel, in [0, 1]; subtracted first.
       std: of the pixels, per channel, > 0; divided by.
       dtype: of convolutions and activations, float32 or bfloat16. Parameters, running
-        statistics, their computation and the logits are float32 always.
+        statistics, their computation and the logits are float32 all the same. Or
+        float64, where JAX has it switched on: then everything is.
       batch_norm_group: examples over which BatchNorm normalises in training; 0: the
         whole batch. See `BatchNorm`.
 
@@ -205,11 +211,11 @@ class PreActResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
-        """Logits float32 [B, K] of images [B, H, W, C] with pixels in [0, 1]."""
+        """Logits [B, K] of images [B, H, W, C] with pixels in [0, 1]."""
         self._check(images.shape[-1])
-        group = self.batch_norm_group
-        mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
-        hidden = (images.astype(jnp.float32) - mean) / std
+        group, exact = self.batch_norm_group, _exact(self.dtype)
+        mean, std = jnp.asarray(self.mean, exact), jnp.asarray(self.std, exact)
+        hidden = (images.astype(exact) - mean) / std
         hidden = Conv(self.width, dtype=self.dtype, name="stem")(hidden)
         for i, count in enumerate(self.blocks):
             for j in range(count):
@@ -219,9 +225,10 @@ class PreActResNet(nn.Module):
                 hidden = block(hidden, train=train)
         norm = BatchNorm(dtype=self.dtype, batch_norm_group=group, name="norm")
         hidden = norm(hidden, train=train)
-        features = jnp.mean(nn.relu(hidden).astype(jnp.float32), axis=(1, 2))
+        features = jnp.mean(nn.relu(hidden).astype(exact), axis=(1, 2))
         head = nn.Dense(
             self.num_classes,
+            param_dtype=exact,
             kernel_init=_torch_init,
             bias_init=_linear_bias_init(features.shape[-1]),
             name="head",
@@ -229,6 +236,12 @@ class PreActResNet(nn.Module):
         return head(features)
 
     def _check(self, channels: int) -> None:
+        check(
+            jax.dtypes.canonicalize_dtype(self.dtype) == jnp.dtype(self.dtype),
+            "a dtype that JAX computes in",
+            "Set jax_enable_x64 for float64.",
+            dtype=jnp.dtype(self.dtype).name,
+        )
         for name, values in (("mean", self.mean), ("std", self.std)):
             check(
                 len(values) in (1, channels),

@@ -116,6 +116,9 @@ def _add(
 class EpochRunner:
     """Runs the calls of an epoch on data that stay on the device.
 
+    Traced without 64-bit types, whatever `jax_enable_x64` says: augmentation would draw
+    other numbers with them, and a run would go on as another one.
+
     Args:
       train_step: the pure step.
       plan: of the epoch.
@@ -151,7 +154,8 @@ class EpochRunner:
 
     def permutation(self, epoch: int) -> Array:
         """The order of the examples in an epoch, int32 [N]."""
-        return self._permute(epoch)
+        with jax.enable_x64(False):
+            return self._permute(epoch)
 
     def run(self, call: Call, carry: Carry, permutation: Array) -> tuple[Carry, Array]:
         """Runs a call without waiting for it.
@@ -184,7 +188,8 @@ class EpochRunner:
         permutation = jax.ShapeDtypeStruct(
             labels.shape, labels.dtype, sharding=self._placement
         )
-        return jitted.lower(carry, *self._data, permutation, self._step_key)
+        with jax.enable_x64(False):
+            return jitted.lower(carry, *self._data, permutation, self._step_key)
 
     def _make_run(self, call: Call) -> Callable[..., Any]:
         def one_step(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from samrobust.checks import check
 from samrobust.types import Array, PyTree
 
 __all__ = ["TrainState", "init_state"]
@@ -19,8 +20,9 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, the number of steps taken.
-      params: float32 parameters.
-      batch_stats: BatchNorm's running statistics, float32.
+      params: of the network, in its own precision: float32, but for a network of
+        another one.
+      batch_stats: BatchNorm's running statistics, likewise; {} of a network without.
       opt_state: of the optax chain.
     """
 
@@ -48,8 +50,18 @@ def init_state(
       tx: the optimizer.
       image_shape: (H, W, C).
       key: of the parameters' initialisation.
+
+    Raises:
+      ValueError: if the network has other collections of variables than `params` and
+        `batch_stats`; they would not be trained, nor kept in checkpoints.
     """
-    variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+    images = jnp.zeros((1, *image_shape), jnp.float32)
+    variables = model.init(key, images, train=False)
+    check(
+        variables.keys() <= {"params", "batch_stats"},
+        "a network whose variables are params and batch_stats",
+        collections=sorted(variables),
+    )
     return TrainState(
         step=jnp.zeros([], jnp.int32),
         params=variables["params"],

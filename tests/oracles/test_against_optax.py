@@ -29,33 +29,33 @@ def loss(params, images, labels):
     return jnp.mean(cross_entropy(hidden @ params["head"], labels))
 
 
-def initial_params():
+def initial_params(dtype):
     hidden, head = jax.random.split(jax.random.key(0))
     return {
         "hidden": {
-            "kernel": jax.random.normal(hidden, [8, 16]) / 3,
-            "bias": jnp.zeros(16),
+            "kernel": jax.random.normal(hidden, [8, 16], dtype) / 3,
+            "bias": jnp.zeros(16, dtype),
         },
-        "head": jax.random.normal(head, [16, 3]) / 4,
+        "head": jax.random.normal(head, [16, 3], dtype) / 4,
     }
 
 
-def batches():
+def batches(dtype):
     rng = np.random.default_rng(0)
     for _ in range(NUM_STEPS):
         yield (
-            jnp.asarray(rng.standard_normal((32, 8)), jnp.float32),
+            jnp.asarray(rng.standard_normal((32, 8)), dtype),
             jnp.asarray(rng.integers(0, 3, 32)),
         )
 
 
-def train(tx):
+def train(tx, dtype=np.float32):
     """Parameters after the steps."""
     tx = optax.with_extra_args_support(tx)
-    params = initial_params()
+    params = initial_params(dtype)
     opt_state = tx.init(params)
     differentiate = jax.jit(jax.grad(loss))
-    for batch in batches():
+    for batch in batches(dtype):
 
         def grad_fn(params, _=None, batch=batch):  # optax also passes the pass's number
             return differentiate(params, *batch)
@@ -71,19 +71,26 @@ def largest_difference(first, second):
     return max(map(float, jax.tree.leaves(gaps)))
 
 
+# Two units in the last place.
+PRECISIONS = {np.float32: 2.5e-7, np.float64: 5e-16}
+
+
 @pytest.mark.parametrize("rho", [0.05, 1.0])
 @pytest.mark.parametrize("descent", DESCENTS)
-def test_sam_takes_the_steps_of_optax_opaque_sam(descent, rho):
-    ours = train(optax.chain(sam(rho), DESCENTS[descent]()))
-    theirs = train(
-        contrib.sam(
-            DESCENTS[descent](),
-            optax.chain(contrib.normalize(), optax.sgd(rho)),
-            sync_period=2,
-            opaque_mode=True,
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS.items())
+def test_sam_takes_the_steps_of_optax_opaque_sam(descent, rho, dtype, tolerance):
+    with jax.enable_x64(dtype is np.float64):
+        ours = train(optax.chain(sam(rho), DESCENTS[descent]()), dtype)
+        theirs = train(
+            contrib.sam(
+                DESCENTS[descent](),
+                optax.chain(contrib.normalize(), optax.sgd(rho)),
+                sync_period=2,
+                opaque_mode=True,
+            ),
+            dtype,
         )
-    )
-    assert largest_difference(ours, theirs) <= 2.5e-7  # two units in the last place
+        assert largest_difference(ours, theirs) <= tolerance
 
 
 def test_sam_of_radius_zero_takes_the_steps_of_its_descent():

@@ -1,0 +1,197 @@
+"""What `sam` refuses: radii that are none, and trees that do not fit each other.
+
+Ranks, dtypes and structures are known while JAX traces, so that everything but a traced
+radius is refused before anything is computed.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from samrobust.checks import check
+from samrobust.types import PyTree
+
+__all__ = [
+    "as_template",
+    "check_gradients",
+    "check_output",
+    "check_present",
+    "check_rho",
+    "check_scheduled",
+    "is_gap",
+]
+
+
+def check_rho(rho: Any) -> None:
+    """Refuses what is neither a schedule nor a radius; of a traced one sees the type.
+
+    Raises:
+      ValueError: unless rho is callable, or a real scalar in [0, inf).
+    """
+    if callable(rho):
+        return
+    check(
+        _is_real_scalar(rho),
+        "rho to be a real number, an array of rank 0, or a schedule",
+        rho=_shown(rho),
+    )
+    if not isinstance(rho, Tracer):
+        value = rho if isinstance(rho, int | float) else float(np.asarray(rho))
+        check(0 <= value < float("inf"), "0 <= rho < inf", rho=value)
+
+
+def check_scheduled(rho: Any) -> None:
+    """Refuses a schedule's value that is no real scalar."""
+    holds = _is_real_scalar(rho)
+    check(holds, "a schedule of rho to return a real scalar", returned=_shown(rho))
+
+
+def _is_real_scalar(value: Any) -> bool:
+    if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array):
+        return False
+    dtype = jnp.result_type(value)
+    real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    return real and np.ndim(value) == 0
+
+
+def _shown(value: Any) -> Any:
+    is_array = isinstance(value, np.ndarray | jax.Array)
+    return _kind(value) if is_array else value
+
+
+def check_present(**values: Any) -> None:
+    """Refuses a `None` among the arguments of `update`."""
+    for name, value in values.items():
+        check(
+            value is not None,
+            f"{name} in sam's update",
+            "Call `tx.update(grads, opt_state, params, grad_fn=grad_fn)`.",
+            **{name: value},
+        )
+
+
+def is_gap(node: Any) -> bool:
+    """Whether a tree has nothing here: `None`, or what `optax.masked` leaves."""
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def check_gradients(grads: PyTree, params: PyTree, *, grouped: bool) -> None:
+    """Refuses gradients that are not those of the parameters, or of groups of them.
+
+    A gradient may be None: the parameters below it are frozen.
+    """
+    named, structure = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_gap)
+    try:
+        weights = structure.flatten_up_to(params)
+    except ValueError:
+        check(
+            False,
+            "gradients of the structure of the parameters in sam's update",
+            gradients=_structure(grads),
+            parameters=_structure(params),
+        )
+        raise
+    first = int(grouped)
+    groups = {np.shape(g)[:first] for _, g in named if not is_gap(g)}
+    for (path, g), w in zip(named, weights, strict=True):
+        check(
+            not isinstance(g, optax.MaskedNode),
+            "the gradients of all parameters in sam's update",
+            "Put `optax.masked` and `optax.partition` after sam, not around it.",
+            leaf=_name(path),
+            gradient="MaskedNode",
+        )
+        fits = np.shape(g)[first:] == np.shape(w) and len(groups) == 1
+        check(
+            g is None or (fits and _field(g) == _field(w) is not None),
+            _WANTED[grouped],
+            _FIXES[grouped],
+            leaf=_name(path),
+            gradient=_kind(g),
+            parameter=_kind(w),
+        )
+
+
+_WANTED = (
+    "a gradient [...] for every parameter [...], both real or both complex",
+    "a gradient [G, ...] of G groups for every parameter [...] with grouped=True",
+)
+_FIXES = (
+    "Gradients of groups need sam(..., grouped=True).",
+    "Stack the gradients of the groups' mean losses along a new first axis.",
+)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "(all)"
+
+
+def _field(leaf: Any) -> type | None:
+    """Whether a leaf is real or complex; None if it is no array of either kind."""
+    if is_gap(leaf):
+        return None
+    kinds = (jnp.floating, jnp.complexfloating)
+    dtype = jax.typeof(leaf).dtype
+    return next((kind for kind in kinds if jnp.issubdtype(dtype, kind)), None)
+
+
+def as_template(aux: PyTree) -> PyTree:
+    """The shapes and dtypes of an auxiliary output, as JAX would hold it."""
+    return jax.tree.map(_as_struct, aux)
+
+
+def _as_struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+    return jax.ShapeDtypeStruct(jax.typeof(leaf).shape, jax.typeof(leaf).dtype)
+
+
+def check_output(output: Any, grads: PyTree, aux: PyTree) -> tuple[PyTree, PyTree]:
+    """The gradients and the auxiliary output that `grad_fn` returned.
+
+    Raises:
+      ValueError: unless both are of the structure, shapes and dtypes that are expected.
+    """
+    pair = (output, None) if aux is None else output
+    expected = (grads, aux)
+    check(
+        isinstance(pair, tuple)
+        and jax.tree.structure(pair) == jax.tree.structure(expected),
+        "grad_fn to return gradients alone with sam(rho), and (gradients, aux) with "
+        "sam(rho, aux=...), of the structure of the parameters and of aux",
+        expected="(grads, None)" if aux is None else "(grads, aux)",
+        structure=_structure(output),
+    )
+    found = jax.tree_util.tree_leaves_with_path(pair)
+    for (path, leaf), model in zip(found, jax.tree.leaves(expected), strict=True):
+        check(
+            _kind(leaf) == _kind(model),
+            "grad_fn to return the shapes and dtypes of the gradients and of aux",
+            leaf=_name(path[1:]),
+            of=("gradients", "aux")[path[0].idx],
+            returned=_kind(leaf),
+            expected=_kind(model),
+        )
+    return pair
+
+
+def _kind(leaf: Any) -> str:
+    """Dtype and shape, `float32[3,4]`; of what is no array, its type."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        dtype, shape = leaf.dtype, leaf.shape
+    else:
+        try:
+            dtype, shape = jax.typeof(leaf).dtype, np.shape(leaf)
+        except TypeError:
+            return type(leaf).__name__
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def _structure(tree: PyTree) -> str:
+    text = str(jax.tree.structure(tree)).removeprefix("PyTreeDef(").removesuffix(")")
+    return text if len(text) <= 200 else text[:200] + "..."

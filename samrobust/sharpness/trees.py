@@ -1,0 +1,77 @@
+"""Arithmetic over pytrees of gradients, in the precision that their leaves deserve.
+
+A leaf is computed with in its own precision, half precisions in float32; what is summed
+over leaves, in the widest of theirs. Complex leaves count as pairs of real numbers.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from samrobust.types import Array, PyTree
+
+__all__ = ["at_least_float32", "cosine", "mean_of_groups", "norm", "width", "zeros"]
+
+
+def at_least_float32(leaf: Array) -> Array:
+    """The leaf in float32 or complex64, or as it is if it is wider."""
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def _reals(tree: PyTree) -> list[Array]:
+    """The leaves, in float32 at least; of a complex one both parts."""
+    leaves = map(at_least_float32, jax.tree.leaves(tree))
+    parts = [
+        (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,) for leaf in leaves
+    ]
+    return [part for pair in parts for part in pair]
+
+
+def width(tree: PyTree) -> Any:
+    """The real dtype that sums over all leaves are taken in, float32 at least."""
+    return jnp.result_type(jnp.float32, *(leaf.dtype for leaf in _reals(tree)))
+
+
+def norm(tree: PyTree) -> Array:
+    """The l2 norm of all leaves together; squares can neither under- nor overflow."""
+    dtype, leaves = width(tree), _reals(tree)
+    if not leaves:
+        return jnp.zeros([], dtype)
+    largest = [jnp.max(jnp.abs(leaf), initial=0.0).astype(dtype) for leaf in leaves]
+    scale = jnp.max(jnp.stack(largest))
+    safe = jnp.where(scale > 0, scale, 1.0)
+    squares = [jnp.sum(jnp.square(leaf / safe.astype(leaf.dtype))) for leaf in leaves]
+    squares = [square.astype(dtype) for square in squares]
+    return scale * jnp.sqrt(jnp.sum(jnp.stack(squares)))
+
+
+def cosine(first: PyTree, second: PyTree, norms: tuple[Array, Array]) -> Array:
+    """The cosine between two trees with these norms; 0 if either is zero."""
+    one, other = (jnp.where(norm > 0, norm, 1.0) for norm in norms)
+    total = jnp.zeros_like(one)
+    for a, b in zip(_reals(first), _reals(second), strict=True):
+        products = (a / one.astype(a.dtype)) * (b / other.astype(b.dtype))
+        total += jnp.sum(products).astype(one.dtype)
+    return total
+
+
+def mean_of_groups(grads: PyTree, params: PyTree = None) -> PyTree:
+    """The mean over the first axis of every leaf, taken in float32 at least."""
+    del params
+    return jax.tree.map(
+        lambda g: jnp.mean(at_least_float32(g), axis=0).astype(g.dtype), grads
+    )
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, like: PyTree) -> Array:
+    """Zeros that vary over the axes of `jax.shard_map` that the arrays of `like` do.
+
+    A loop's carry must vary from its start over what it will vary over.
+    """
+    start = jnp.zeros(shape, dtype)
+    for leaf in jax.tree.leaves(like):
+        if isinstance(leaf, Tracer):
+            start += jnp.zeros_like(leaf, dtype, shape=())
+    return start

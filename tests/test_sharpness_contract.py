@@ -1,0 +1,351 @@
+"""What every sharpness method promises, whatever it is called in.
+
+A method is added to `METHODS` and is then held to all of this. Groups are the halves of
+the batch, and the auxiliary output is where the second pass took place.
+"""
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from samrobust.sharpness import last_aux, last_metrics, sam
+
+RHO, RATE = 0.3, 0.1
+
+
+class Method(NamedTuple):
+    """How a transformation is made, and what it wants from `grad_fn`."""
+
+    rho: Any = RHO
+    aux: bool = False
+    grouped: bool = False
+
+    @property
+    def tx(self) -> Any:
+        aux = make_params() if self.aux else None
+        return sam(self.rho, aux=aux, grouped=self.grouped)
+
+
+def schedule(step: Any) -> Any:
+    return jnp.where(step == 0, RHO, RHO / 2)
+
+
+METHODS = {
+    "constant": Method(),
+    "array": Method(np.float32(0.25)),
+    "schedule": Method(schedule),
+    "aux": Method(aux=True),
+    "grouped": Method(grouped=True),
+    "grouped, schedule, aux": Method(schedule, aux=True, grouped=True),
+}
+OFF = {
+    "zero": Method(0),
+    "NumPy zero": Method(np.float32(0), aux=True),
+    "array of zero": Method(jnp.zeros([])),
+    "schedule of zero": Method(lambda _: 0.0),
+    "grouped": Method(0.0, grouped=True),
+}
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly():
+    with helpers.quick_compilation():
+        yield
+
+
+def make_params(dtype: Any = np.float32) -> Any:
+    rng = np.random.default_rng(0)
+    values = {"kernel": rng.standard_normal((4, 2)), "bias": rng.standard_normal(2)}
+    return jax.tree.map(lambda w: jnp.asarray(w.astype(np.float32), dtype), values)
+
+
+def make_batch(size: int = 6, dtype: Any = np.float32) -> Any:
+    rng = np.random.default_rng(1)
+    inputs, targets = rng.standard_normal((size, 4)), rng.standard_normal((size, 2))
+    return tuple(
+        jnp.asarray(array.astype(np.float32), dtype) for array in (inputs, targets)
+    )
+
+
+def loss(params: Any, batch: Any) -> Any:
+    inputs, targets = batch
+    bias = jnp.broadcast_to(params["bias"][None], targets.shape)
+    errors = jnp.tanh(inputs @ params["kernel"] + bias) - targets
+    return jnp.sum(jnp.square(errors)) / len(targets)
+
+
+gradient = jax.grad(loss)
+
+
+def gradient_of_groups(params: Any, batch: Any, own: bool = False) -> Any:
+    halves = jax.tree.map(lambda leaf: leaf.reshape(2, -1, leaf.shape[1]), batch)
+    return jax.vmap(gradient, (0 if own else None, 0))(params, halves)
+
+
+def update(method: Method, params: Any, state: Any, batch: Any, sync: Any = None):
+    """One step of SAM and SGD; `sync` averages gradients over devices."""
+    differentiate = gradient_of_groups if method.grouped else gradient
+    sync = sync or (lambda grads: grads)
+
+    def grad_fn(moved: Any) -> Any:
+        options = {"own": True} if method.grouped else {}
+        grads = sync(differentiate(moved, batch, **options))
+        first = jax.tree.map(lambda w: w[0], moved) if method.grouped else moved
+        return (grads, first) if method.aux else grads
+
+    grads = sync(differentiate(params, batch))
+    updates, state = method.tx.update(grads, state, params, grad_fn=grad_fn)
+    return jax.tree.map(lambda w, u: w - RATE * u, params, updates), state
+
+
+def train(method: Method, params: Any, batch: Any, sync: Any = None) -> Any:
+    """Two steps in a loop on the device, from a fresh state."""
+
+    def body(carry: Any, _: Any) -> Any:
+        params, state = carry
+        return update(method, params, state, batch, sync), None
+
+    return jax.lax.scan(body, (params, method.tx.init(params)), length=2)[0]
+
+
+@functools.cache
+def trained(method: Method) -> Any:
+    return jax.tree.map(np.asarray, jax.jit(train, static_argnums=0)(*three(method)))
+
+
+def three(method: Method) -> Any:
+    return method, make_params(), make_batch()
+
+
+def by_hand(method: Method, num_steps: int = 2) -> Any:
+    """The same steps in NumPy and float64."""
+    w = {k: np.asarray(v, np.float64) for k, v in make_params().items()}
+    batch = [np.asarray(array, np.float64) for array in make_batch()]
+
+    def slope(w, inputs, targets):
+        outputs = np.tanh(inputs @ w["kernel"] + w["bias"])
+        delta = 2 * (outputs - targets) * (1 - outputs**2) / len(targets)
+        return {"kernel": inputs.T @ delta, "bias": delta.sum(0)}
+
+    parts = [[a[:3] for a in batch], [a[3:] for a in batch]]
+    for step in range(num_steps):
+        rho: Any = method.rho(step) if callable(method.rho) else method.rho
+        rho = float(rho)
+        ends = []
+        for part in parts if method.grouped else [batch]:
+            g = slope(w, *part)
+            norm = np.sqrt(sum(np.sum(v**2) for v in g.values()))
+            moved = {k: w[k] + (rho / norm if rho else 0) * g[k] for k in w}
+            ends.append(slope(moved, *part))
+        w = {k: w[k] - RATE * np.mean([end[k] for end in ends], axis=0) for k in w}
+    return w
+
+
+@every_method
+def test_its_steps_are_those_of_numpy_in_float64(method):
+    params, state = trained(method)
+    helpers.assert_close(params, by_hand(method), atol=1e-6)
+    assert last_metrics(state)["cosine"] < 0.9999
+    if method.aux:
+        assert jax.tree.structure(last_aux(state)) == jax.tree.structure(params)
+
+
+@every_method
+def test_in_float64_its_steps_are_exact(method):
+    with jax.enable_x64(True):
+        batch, params = make_batch(dtype=np.float64), make_params(np.float64)
+        method = method._replace(aux=False)
+        params, state = jax.jit(train, static_argnums=0)(method, params, batch)
+        helpers.assert_close(params, by_hand(method), atol=1e-15)
+        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(state)}
+        assert dtypes == {"int32", "float32"}
+
+
+SETTINGS: dict[str, Any] = {
+    "nothing": contextlib.nullcontext,
+    "strict promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "debug_nans": lambda: jax.debug_nans(True),
+    "x64": lambda: jax.enable_x64(True),
+    "explicit axes": lambda: jax.set_mesh(jax.make_mesh((1,), ("data",))),
+    "leaks": jax.checking_leaks,
+}
+
+
+@every_method
+@pytest.mark.parametrize("name", SETTINGS)
+def test_under_every_setting_it_takes_the_same_steps_and_is_traced_once(method, name):
+    traces = []
+
+    @jax.jit
+    def step(params, state, batch):
+        traces.append(1)
+        return update(method, params, state, batch)
+
+    with SETTINGS[name]():
+        params, batch = make_params(), make_batch()
+        if name == "explicit axes":
+            params = jax.device_put(params, PartitionSpec())
+            batch = jax.device_put(batch, PartitionSpec("data"))
+        state = method.tx.init(params)
+        for _ in range(2):
+            params, state = step(params, state, batch)
+        assert len(traces) == 1
+    expected = trained(method)
+    helpers.assert_close((params, state), expected, atol=1e-6)
+    assert dtypes_of((params, state)) == dtypes_of(expected)
+
+
+def dtypes_of(tree: Any) -> list[str]:
+    return [str(leaf.dtype) for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("method", [Method(schedule, aux=True, grouped=True)])
+def test_jit_does_not_change_its_step(method):
+    params, batch = make_params(), make_batch()
+    state = method.tx.init(params)
+    found = jax.jit(update, static_argnums=0)(method, params, state, batch)
+    helpers.assert_close(found, update(method, params, state, batch), atol=1e-6)
+
+
+@every_method
+def test_vmap_over_parameters_and_radii_takes_each_ones_steps(method):
+    params, batch = make_params(), make_batch()
+    scales = jnp.array([1.0, -2.0])
+    many = jax.tree.map(lambda w: scales.reshape(-1, *[1] * w.ndim) * w, params)
+
+    def run(params: Any, rho: Any) -> Any:
+        chosen = method if callable(method.rho) else method._replace(rho=rho)
+        return train(chosen, params, batch)
+
+    radii = jnp.array([method.rho, 0.0]) if not callable(method.rho) else scales
+    found = jax.jit(jax.vmap(run))(many, radii)
+    for i in range(2):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], (many, radii))
+        expected = jax.jit(run)(*one)
+        helpers.assert_close(
+            jax.tree.map(lambda leaf, i=i: leaf[i], found), expected, atol=1e-6
+        )
+
+
+@every_method
+def test_in_shard_map_devices_may_share_a_step_or_train_apart(method):
+    """Varying axes are checked: averaged gradients vary over none, networks apart do.
+
+    A loop's carry, SAM's state in it, must not change in what it varies over.
+    """
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    everywhere, split = PartitionSpec(), PartitionSpec("data")
+
+    def together(params: Any, batch: Any) -> Any:
+        return train(method, params, batch, lambda g: jax.lax.pmean(g, "data"))
+
+    def apart(params: Any, batch: Any) -> Any:
+        outcome = train(method, jax.tree.map(lambda w: w[0], params), batch)
+        return jax.tree.map(lambda leaf: leaf[None], outcome)
+
+    stacked = jax.tree.map(lambda w: w[None], make_params())
+    for function, params, spec in (
+        (together, make_params(), everywhere),
+        (apart, stacked, split),
+    ):
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=(spec, split), out_specs=spec
+        )
+        found = jax.jit(mapped)(params, make_batch())
+        if spec == split:
+            found = jax.tree.map(lambda leaf: leaf[0], found)
+        helpers.assert_close(found, trained(method), atol=1e-6)
+
+
+@every_method
+def test_parameters_may_be_split_over_an_explicit_mesh(method):
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        split = {"kernel": PartitionSpec(None, "data"), "bias": PartitionSpec("data")}
+        params = jax.tree.map(jax.device_put, make_params(), split)
+        inputs, targets = make_batch()
+        targets = jax.device_put(targets, PartitionSpec(None, "data"))
+        step = jax.jit(update, static_argnums=0)
+        batch = (jax.device_put(inputs, PartitionSpec()), targets)
+        found, _ = step(method, params, method.tx.init(params), batch)
+    helpers.assert_close(found, by_hand(method, 1), atol=1e-6)
+
+
+@every_method
+def test_a_batch_of_one_is_enough(method):
+    if method.grouped:
+        return
+    params, _ = update(
+        method, make_params(), method.tx.init(make_params()), make_batch(1)
+    )
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(params))
+
+
+@every_method
+def test_where_the_gradient_is_zero_nothing_moves(method):
+    zeros = jax.tree.map(jnp.zeros_like, make_params())
+    batch = (make_batch()[0], jnp.zeros((6, 2)))
+    with jax.debug_nans(True):
+        params, state = update(method, zeros, method.tx.init(zeros), batch)
+    helpers.assert_same_bits(params, zeros)
+    metrics = last_metrics(state)
+    assert [float(metrics[name]) for name in metrics if name != "rho"] == [0.0] * 4
+
+
+@pytest.mark.parametrize("method", OFF.values(), ids=OFF)
+def test_a_radius_of_zero_is_no_sam_bit_for_bit(method):
+    def plain(params: Any, batch: Any) -> Any:
+        grads = gradient(params, batch)
+        if method.grouped:
+            grads = jax.tree.map(
+                lambda g: jnp.mean(g, 0), gradient_of_groups(params, batch)
+            )
+        return jax.tree.map(lambda w, g: w - RATE * g, params, grads)
+
+    params, batch = make_params(), make_batch()
+    found, state = update(method, params, method.tx.init(params), batch)
+    helpers.assert_same_bits(found, plain(params, batch))
+    applied = last_metrics(state).get("applied_rho", 0.0)
+    assert float(applied) == 0.0
+
+
+def of_wrong_shape(grads: Any) -> Any:
+    return grads | {"bias": grads["bias"][..., :1]}
+
+
+WRONG = {
+    "of other shapes": (of_wrong_shape, "shapes and dtypes"),
+    "of another dtype": (
+        lambda grads: jax.tree.map(lambda g: g.astype(jnp.bfloat16), grads),
+        "shapes and dtypes",
+    ),
+    "without a leaf": (lambda grads: {"bias": grads["bias"]}, "of the structure"),
+    "None": (lambda _: None, "of the structure"),
+    "a pair too many": (lambda grads: (grads, {}, {}), "of the structure"),
+    "a loss": (lambda _: 1.0, "of the structure"),
+}
+
+
+@every_method
+@pytest.mark.parametrize("name", WRONG)
+def test_a_grad_fn_that_returns_something_else_is_refused_in_one_line(method, name):
+    change, message = WRONG[name]
+    grads = gradient_of_groups(*three(method)[1:]) if method.grouped else make_params()
+
+    def grad_fn(params: Any) -> Any:
+        del params
+        return (change(grads), make_params()) if method.aux else change(grads)
+
+    tx, params = method.tx, make_params()
+    with pytest.raises(ValueError, match=rf"^Expected grad_fn to return .*{message}"):
+        jax.eval_shape(
+            lambda: tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+        )
