@@ -223,7 +223,12 @@ class Scorer:
 
 def evaluation_key(config: Config) -> jax.Array:
     """The key of the random numbers in an evaluation."""
-    return jax.random.fold_in(jax.random.key(config.seed), _EVALUATION_STREAM)
+    return _key(config, _EVALUATION_STREAM)
+
+
+def _key(config: Config, stream: int) -> jax.Array:
+    """Of threefry, whose keys give each example numbers of its own."""
+    return jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), stream)
 
 
 def evaluation_work(config: Config, dataset: Dataset) -> float:
@@ -258,9 +263,9 @@ def make_validate(
     evaluate = make_evaluator(
         building.make_model(config, dataset),
         attacks,
-        batch_size=min(config.evaluation.batch_size, len(dataset.validation)),
+        batch_size=config.evaluation.batch_size,
     )
-    key = jax.random.fold_in(jax.random.key(config.seed), _VALIDATION_STREAM)
+    key = _key(config, _VALIDATION_STREAM)
 
     def validate(state: TrainState) -> dict[str, float]:
         accuracy = accuracies(evaluate(state.variables, dataset.validation, key))

@@ -154,7 +154,7 @@ def _measure(
     """One run; runs of the same model share the program."""
     model = building.make_model(config, source.dataset)
     if model not in evaluators:
-        size = min(config.evaluation.batch_size, settings.num_examples)
+        size = config.evaluation.batch_size
         evaluators[model] = make_curve_evaluator(model, settings, batch_size=size)
     return measure_run(
         *(evaluators[model], source.network.variables, source.split, settings),
