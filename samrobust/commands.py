@@ -64,6 +64,7 @@ def execute(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     def work() -> int:
         lease_seconds()  # a row of a table would fail by it, and then the next
+        jax.config.update("jax_enable_x64", False)  # or a seed draws other numbers
         enable_compilation_cache()
         keep_freed_memory()
         if arguments.command in _ALONE:

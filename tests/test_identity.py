@@ -180,6 +180,17 @@ def test_every_number_names_step_and_identity(first):
     assert len(result["identity"]) == 16
 
 
+def test_64_bit_types_switched_on_outside_change_no_number(first):
+    before = json.loads((first / "result.json").read_text())["accuracy"]
+    jax.config.update("jax_enable_x64", True)
+    try:
+        assert helpers.main("evaluate", f"--workdir={first}") == 0
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    (line,) = helpers.read_lines(first / "evaluations.jsonl")
+    assert line["accuracy"] == before
+
+
 def test_another_generator_of_random_numbers_makes_another_run(dataset):
     identity = identity_of(config_of_first(), dataset)
     other = dataclasses.replace(identity, random="0" * 24)
