@@ -106,6 +106,26 @@ def test_what_autoattack_found_is_not_looked_for_again(rechecked, tmp_path):
     assert all(row[COLUMNS[2]] == 0 for row in accuracies(workdir).values())
 
 
+def test_every_run_names_its_network_and_who_made_what(
+    rechecked, tmp_path, monkeypatch
+):
+    """Also where an outcome is only read again, by another process at another time."""
+    workdir = Path(shutil.copytree(rechecked, tmp_path / "table"))
+    before = json.loads((workdir / "autoattack.json").read_text())["runs"]
+    monkeypatch.setattr("samrobust.scoring.provenance", lambda: {"commit": "later"})
+    assert helpers.main("recheck", f"--workdir={workdir}", *FLAGS) == 0
+    after = json.loads((workdir / "autoattack.json").read_text())["runs"]
+    for run_before, run_after in zip(before, after, strict=True):
+        folder = workdir / run_after["row"] / "seed0"
+        result = json.loads((folder / "result.json").read_text())
+        for key in ("identity", "step"):
+            assert run_before[key] == run_after[key] == result[key]
+        for made in ("provenance", "training_provenance"):
+            assert run_after[made] == run_before[made]
+        assert run_after["training_provenance"] == result["provenance"]
+        assert run_after["pgd_provenance"] == {"commit": "later"}
+
+
 def test_a_folder_without_runs_and_flags_that_attack_nothing_are_refused(
     rechecked, tmp_path, capsys
 ):
