@@ -4,9 +4,12 @@
     adversarial = attack(logits_fn, images, labels, key=key)
 
 An attack is a pure function: configuration at construction, data at call; it works
-inside and outside `jax.jit`, with models of Flax, Equinox or plain functions. Images
-are [B, ...] with pixels in [0, 1], radii in pixel units. Normalisation belongs into
-`logits_fn`. Out of scope: training, data sets, accuracy (see `samrobust.evaluation`).
+inside and outside `jax.jit`, `vmap` and `shard_map`, with models of Flax, Equinox or
+plain functions. Images are [B, ...] with pixels in [0, 1], labels int [B], radii in
+pixel units, keys one or one an example; all else is refused by name
+(`samrobust.attacks.calls`). Logits that are not finite count as a mistake.
+Normalisation belongs into `logits_fn`. Out of scope: training, data sets, accuracy (see
+`samrobust.evaluation`).
 """
 
 from samrobust.attacks.apgd import apgd, apgd_targeted

@@ -15,7 +15,6 @@ from jax.core import Tracer
 
 from samrobust.attacks.balls import Ball
 from samrobust.attacks.draws import check_key, one_an_example
-from samrobust.attacks.examples import filled
 from samrobust.attacks.numbers import real
 from samrobust.checks import check
 from samrobust.types import Array, LossFn
@@ -130,8 +129,7 @@ def accept(
     check_key(key, len(images))
     images = _varying(images, labels, key)
     if not is_random:
-        positions = jnp.arange(len(images), dtype=jnp.uint32)
-        key = one_an_example(key, positions + filled(images, 0, jnp.uint32))
+        key = one_an_example(key, images)
 
     def checked(images: Array, **options: Array) -> Array:
         logits = logits_fn(images, **options)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from samrobust.attacks.examples import filled
 from samrobust.checks import check
 from samrobust.types import Array
 
@@ -45,16 +46,14 @@ def check_key(key: Array, batch: int) -> None:
     )
 
 
-def one_an_example(key: Array, positions: Array) -> Array:
-    """The key of each example, [B].
-
-    Args:
-      key: one key, or the keys themselves.
-      positions: int [B], what is folded into the one key.
-    """
-    if _is_one_an_example(key):
-        return key
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
+def one_an_example(key: Array, images: Array) -> Array:
+    """The key of each example, [B], split over devices as the images [B, ...] are."""
+    keys = _each(key, len(images))
+    zeros = filled(images, 0, jnp.uint32)[:, None]
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        return keys + zeros
+    numbers = jax.random.key_data(keys) + zeros
+    return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(keys))
 
 
 def fold_in(key: Array, number: Array | int) -> Array:
@@ -105,8 +104,15 @@ def _draw(
 ) -> Array:
     """What each example draws with its own key."""
     check_key(key, shape[0])
-    positions = jnp.arange(shape[0], dtype=jnp.uint32)
-    return jax.vmap(sampler)(one_an_example(key, positions))
+    return jax.vmap(sampler)(_each(key, shape[0]))
+
+
+def _each(key: Array, batch: int) -> Array:
+    """The keys [B]: themselves, or the one key with each position folded in."""
+    if _is_one_an_example(key):
+        return key
+    positions = jnp.arange(batch, dtype=jnp.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
 
 
 def _map(function: Callable[[Array], _Keys], key: Array) -> _Keys:
