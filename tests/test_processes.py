@@ -23,6 +23,9 @@ ROWS = [ST, SAM, AT]
 # Sums over a batch are taken in another order, and BatchNorm and the steps of PGD
 # make the differences grow; over 12 steps they stay far below this.
 TOLERANCE = 1e-4
+# Of a run in which no image's gradient comes so near 0 that rounding decides its sign:
+# then whole pixels of PGD's images differ.
+SEED = {"seed": 1}
 # Processes and devices of each. The first one is this process itself.
 LAYOUTS = {"1x1": (1, 1), "1x2": (1, 2), "1x8": (1, 8), "2x1": (2, 1), "2x2": (2, 2)}
 SEVERAL = [layout for layout in LAYOUTS if layout != "1x1"]
@@ -34,10 +37,10 @@ def work(folder: pathlib.Path, layout: str) -> None:
     """What every process of a layout does."""
     for row in ROWS:
         uneven = {"evaluation.batch_size": 13, **(VALIDATED if row == SAM else {})}
-        config = helpers.make_config(row, uneven)
+        config = helpers.make_config(row, uneven | SEED)
         dataset = helpers.load_data(config)
         run(config, folder / layout / row, helpers.Silent(), dataset=dataset)
-    config = helpers.make_config(AT, EARLY)
+    config = helpers.make_config(AT, EARLY | SEED)
     dataset = helpers.load_data(config)
     accuracy = evaluate_run(
         config, folder / layout / AT, helpers.Silent(), dataset=dataset
