@@ -75,6 +75,8 @@ def make_ball(norm: str, epsilon: float, gradient_floor: float = 0.0) -> attacks
 def training_attack(config: Config) -> Attack:
     """The attack of `config.attack`: the identity where its radius is 0."""
     attack = config.attack
+    if attack.epsilon == 0:  # nothing of `pgd` is left in standard training's program
+        return attacks.identity
     ball, options = _pgd_options(attack, attack.norm, attack.epsilon, attack.step_size)
     return attacks.pgd(ball, judge=attack.judge, **options)
 

@@ -214,8 +214,9 @@ def _check_row(config: Config, wanted: str) -> None:
         row=config.row,
     )
     row = parse_row(config.row)
+    label = config.label.removeprefix("Imported ")  # as `samrobust import` says
     for field, named, value in (
-        ("label", row.label, config.label),
+        ("label", row.label, label),
         ("sam.rho", row.rho, config.sam.rho),
         ("attack.epsilon", row.eps, config.attack.epsilon),
         ("attack.norm", row.norm or config.attack.norm, config.attack.norm),

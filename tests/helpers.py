@@ -92,6 +92,24 @@ def make_config(row: str = "st", overrides: dict[str, Any] | None = None) -> Any
     return config
 
 
+# A row of the config file that `write_diverging_config` writes.
+DIVERGING = "sam,rho=0.4"
+
+
+def write_diverging_config(folder: pathlib.Path) -> pathlib.Path:
+    """A file like configs/digits.py of which one row's loss does not stay finite."""
+    path = folder / "diverging.py"
+    path.write_text(
+        "from samrobust.configuration import load_config\n"
+        "def get_config(row='st'):\n"
+        f"    config = load_config('{ROOT}/configs/digits.py:' + row)\n"
+        f"    if row == {DIVERGING!r}:\n"
+        "        config.training.learning_rate = 1e20\n"
+        "    return config\n"
+    )
+    return path
+
+
 def make_folder(path: pathlib.Path) -> pathlib.Path:
     path.mkdir(parents=True)
     return path

@@ -44,6 +44,8 @@ WORDS = {
     ("code", "meaning", "SLURM", "Kubernetes", "`tpu_vm.sh up`"),
     ("folder", "command", "hardware"),
     ("here", "there"),
+    ("in the file", ""),
+    ("module", ""),
     ("where", "command"),
     ("where", "one command"),
 }

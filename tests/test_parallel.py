@@ -72,7 +72,10 @@ def work(folder: pathlib.Path) -> None:
     """What a process does: trains all rows; goes on with a run of one device."""
     count = jax.device_count()
     for row in ROWS[count]:
-        config = helpers.make_config(row, {"evaluation.batch_size": 47})
+        fields = {"evaluation.batch_size": 47}
+        if row == AT:  # rounding decides no gradient's sign here, as in test_processes
+            fields["seed"] = 1
+        config = helpers.make_config(row, fields)
         dataset = helpers.load_data(config)
         workdir = helpers.make_folder(folder / str(count) / row)
         if row == SAM:
