@@ -58,7 +58,14 @@ def finish(config: Config, row: str) -> Config:
 
 def base_config() -> Config:
     """The fields of `configs/base.py`, unlocked: where every config begins."""
-    return _load_module(find_config_file("configs/base.py")).get_config()
+    file = next(f for folder in _shipped() if (f := folder / "base.py").is_file())
+    return _load_module(file).get_config()
+
+
+def _shipped() -> list[pathlib.Path]:
+    """Where the package's own config files lie, in a checkout and in a wheel."""
+    package = pathlib.Path(__file__).resolve().parent
+    return [package.parent / "configs", package / "_configs"]
 
 
 def with_defaults(stored: dict) -> Config:
@@ -78,9 +85,7 @@ def find_config_file(path: str) -> pathlib.Path:
     Raises:
       ValueError: if there is none; names the shipped ones.
     """
-    package = pathlib.Path(__file__).resolve().parent
-    shipped = [package.parent / "configs", package / "_configs"]
-    name = pathlib.Path(path)
+    shipped, name = _shipped(), pathlib.Path(path)
     known = sorted({file.stem for folder in shipped for file in folder.glob("*.py")})
     for candidate in (name, *(folder / name.name for folder in shipped)):
         if candidate.suffix == ".py" and os.path.isfile(candidate):

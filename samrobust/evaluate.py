@@ -26,6 +26,7 @@ from samrobust.workdir import config_of_run
 
 __all__ = ["evaluate_command", "print_accuracies"]
 
+_EVALUATIONS = "evaluations.jsonl"
 _SHARED = ("attack", "checkpoint", "batch_size")
 _OF_PGD = (
     "num_steps",
@@ -78,10 +79,10 @@ def evaluate_command(
         "num_test": len(evaluated_split(config, dataset)),
         "seed": config.seed,
     }
-    path = workdir / "evaluations.jsonl"
-    parallel.from_primary(lambda: append_json_line(path, line))
     print_accuracies(console, config.label, score.accuracy)
     _print_details(console, workdir, score)
+    path = workdir / _EVALUATIONS
+    parallel.from_primary(lambda: append_json_line(path, line))
     console.print(f"Added to {path}", highlight=False)
     if arguments.sanity:
         sanity_of_run(
@@ -134,7 +135,7 @@ def _inputs(
         linf=config.evaluation.linf,
         l2=config.evaluation.l2,
     )
-    check_writable(workdir)
+    check_writable(workdir, _EVALUATIONS)
     return config, check_surrogates(config, others)
 
 

@@ -7,6 +7,7 @@ machine or on several.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ __all__ = [
     "read_json_lines",
     "read_object",
     "read_sealed",
+    "set_aside",
     "temporary_beside",
     "write_bytes",
     "write_json",
@@ -65,8 +67,18 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
         raise
 
 
-def check_writable(folder: pathlib.Path) -> None:
+def set_aside(path: pathlib.Path) -> pathlib.Path:
+    """Renames a file so that nothing reads it any more, and nothing is lost."""
+    names = (f"{path.name}.aside{number or ''}" for number in itertools.count())
+    return path.rename(next(p for n in names if not (p := path.with_name(n)).exists()))
+
+
+def check_writable(folder: pathlib.Path, *names: str) -> None:
     """Makes a directory and a file in it, before the work whose outcome goes there.
+
+    Args:
+      folder: the directory.
+      names: of files in it that are added to, where they are there.
 
     Raises:
       WorkdirError: if that cannot be done.
@@ -76,6 +88,9 @@ def check_writable(folder: pathlib.Path) -> None:
         probe = temporary_beside(folder / "probe")
         write_bytes(probe, b"probe")
         probe.unlink()
+        for name in names:
+            if (folder / name).exists():
+                (folder / name).open("ab").close()
     except OSError as error:
         message = f"Expected a writable directory, got workdir={str(folder)!r}: {error}"
         raise WorkdirError(message) from error
@@ -143,8 +158,10 @@ def read_sealed(path: pathlib.Path) -> dict[str, Any] | None:
     value = read_object(path)
     if value is None:
         return None
-    if value.pop(_SEAL, None) != _checksum(value):
-        raise _damaged(path, "the content that was written", "another checksum")
+    seal = value.pop(_SEAL, "none, as before samrobust had them")
+    if seal != (checksum := _checksum(value)):
+        reason = f"its checksum is {seal}, not {checksum}"
+        raise _damaged(path, "the content that was written", reason)
     return value
 
 

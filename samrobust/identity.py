@@ -23,7 +23,14 @@ from samrobust.configuration import differences, with_defaults
 from samrobust.data import Dataset, fingerprint
 from samrobust.types import Config
 
-__all__ = ["FORMAT", "Identity", "changed_fields", "identity_of", "random_bits"]
+__all__ = [
+    "FORMAT",
+    "Identity",
+    "changed_fields",
+    "identity_of",
+    "imported",
+    "random_bits",
+]
 
 # To be raised when a config and a seed come to mean other numbers, beyond rounding.
 FORMAT = 1
@@ -43,8 +50,8 @@ class Identity:
 
     Attributes:
       config: of the run, as JSON holds it.
-      data: fingerprint of the training and held-out examples; None where they were not
-        ours, as of an imported network.
+      data: fingerprint of the training and held-out examples; of an imported network
+        `imported` gives it; None where nothing is known.
       format: `FORMAT` when the run began.
       random: what JAX drew from key 0: another generator, chosen by a setting or by
         another version, makes another run.
@@ -85,19 +92,34 @@ class Identity:
             self, data=self.data or other.data, versions=(*self.versions, *new)
         )
 
-    def unlike(self, other: "Identity") -> str:
+    def unlike(self, other: "Identity", *, draws: bool = True) -> str:
         """Says in what another run differs: `seed is 1, not 0`; empty if it does not.
 
         Args:
           other: the run that reads what this one left.
+          draws: whether it draws further random numbers of the run.
         """
         changed = changed_fields(self.config, other.config)
-        if None not in (self.data, other.data):
+        goes_on = _is_imported(self.data) and not _is_imported(other.data)
+        if None not in (self.data, other.data) and not goes_on:
             changed |= differences({"data": self.data}, {"data": other.data})
-        for name in ("format", "random"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            changed |= differences({name: mine}, {name: theirs})
-        return "; ".join(f"{n} is {a!r}, not {b!r}" for n, (a, b) in changed.items())
+        changed |= differences({"format": self.format}, {"format": other.format})
+        told = [f"{n} is {a!r}, not {b!r}" for n, (a, b) in changed.items()]
+        if draws and self.random != other.random:
+            told.append(
+                f"JAX drew {self.random!r} from a key and not {other.random!r}, which "
+                "JAX_DEFAULT_PRNG_IMPL, JAX_THREEFRY_PARTITIONABLE or its version says"
+            )
+        return "; ".join(told)
+
+
+def imported(digest: str) -> str:
+    """Returns the `data` of a network from a file with this SHA-256."""
+    return f"import {digest}"
+
+
+def _is_imported(data: str | None) -> bool:
+    return data is not None and data.startswith(imported(""))
 
 
 def identity_of(config: Config, dataset: Dataset | None) -> Identity:

@@ -209,11 +209,22 @@ def _results(
             result, why = finished(planned), ""
         except WorkdirError as error:
             result, why = None, str(error)
+        if result is not None and _data_of(result) != _data_of(
+            (results or [result])[0]
+        ):
+            first = results[0]
+            name = f"{first['label']}, seed {first['seed']}"
+            result, why = None, f"it is on other data than {name}"
         if result is None:
             missing.append((planned, why or _describe(planned)))
         else:
             results.append(result)
     return results, missing
+
+
+def _data_of(result: dict[str, Any]) -> tuple[str | None, str]:
+    """The hashes of what a run was trained and judged on."""
+    return result["run"]["data"], result["images"]
 
 
 def _describe(planned: PlannedRun) -> str:

@@ -35,6 +35,11 @@ __all__ = [
     "stored_config",
 ]
 
+# The fields that make the numbers of two runs comparable.
+_OF_THE_JUDGEMENT = (
+    *("data.name", "data.test_size", "data.validation_size", "data.split_seed"),
+    *("evaluation.", "model.dtype"),
+)
 # What a run leaves beside its config.
 _LEFT_BY_A_RUN = (
     *("result.json", "metrics.jsonl", "checkpoints"),
@@ -105,8 +110,11 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
       workdir: of the table.
       rows: only these, several in one string separated by `;`; all where empty.
 
+    Directories that are not named by the row and seed of their run, such as copies, are
+    left out.
+
     Raises:
-      ValueError: if there are none, or they are judged on different images.
+      ValueError: if there are none, none of a wanted row, or they are not judged alike.
     """
     paths = [p.parent for p in sorted(workdir.glob("*/seed*/result.json"))]
     plan = list(read_plan(workdir))
@@ -115,18 +123,28 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
     wanted = [row for text in rows for row in text.split(";") if row]
     configs = {}
     for name in names:
-        config = config_of_run(workdir / name)
-        if not wanted or config.row in wanted:
-            configs[name] = config
+        if not wanted or name.rpartition("/")[0] in wanted:
+            config = config_of_run(workdir / name)
+            if name == f"{config.row}/seed{config.seed}":
+                configs[name] = config
+    lacking = set(wanted).difference(config.row for config in configs.values())
     check(
-        bool(configs),
-        "finished runs in --workdir",
+        bool(configs) and not lacking,
+        "finished runs in --workdir" + (" of all --rows" if wanted else ""),
         "It is the directory of a table: `samrobust table`.",
         workdir=str(workdir),
-        rows=wanted,
+        **({"rows_without": sorted(lacking)} if wanted else {}),
     )
-    data = {name: (c.data.name, c.evaluation.split) for name, c in configs.items()}
-    check(len(set(data.values())) == 1, "runs on the same images", runs=data)
+    first, *others = configs.items()
+    for name, config in others:
+        changed = changed_fields(first[1].to_dict(), config.to_dict())
+        unlike = {n: v for n, v in changed.items() if n.startswith(_OF_THE_JUDGEMENT)}
+        check(
+            not unlike,
+            f"runs that are judged alike, as {first[0]}",
+            "Choose some with --rows.",
+            **{"run": name, **unlike},
+        )
     return configs
 
 
@@ -139,6 +157,11 @@ def settle_config(workdir: pathlib.Path, config: Config) -> None:
     """
     stored = stored_config(workdir)
     given = json.loads(config.to_json_best_effort())
+    if stored is None and (workdir / "plan.json").exists():
+        raise WorkdirError(
+            f"Expected the directory of one run, got that of a table: {workdir}. "
+            "Choose another --workdir, or one of its runs'."
+        )
     if stored is None:
         left = [name for name in _LEFT_BY_A_RUN if (workdir / name).exists()]
         if left:

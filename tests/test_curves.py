@@ -11,6 +11,7 @@ import pytest
 
 from samrobust.curves import Curve, Settings, curves_of, draw_curves, measure_run
 from samrobust.experiments import run
+from samrobust.files import read_sealed, write_sealed
 
 SETTINGS = Settings({"linf": (8.0, 16.0)})
 ROWS = ("st", "sam,rho=0.2")
@@ -105,16 +106,30 @@ def test_the_command_measures_draws_and_does_not_measure_twice(
     assert measured == []
     again = json.loads((workdir / "curves.json").read_text())
     assert again["curves"] == stored["curves"]
-    # The network of another run, of the same shape, is another one.
-    for name in ("config.json", "checkpoints", "result.json"):
-        source, target = (workdir / row / "seed0" / name for row in ROWS[::-1])
-        if source.is_dir():
-            shutil.rmtree(target)
-            shutil.copytree(source, target)
-        else:
-            shutil.copy(source, target)
+    # Curves of another network of the same name are measured again.
+    content = read_sealed(workdir / "curves.json") or {}
+    content["runs"]["st/seed0"]["identity"] = "0" * 16
+    write_sealed(workdir / "curves.json", content)
     assert helpers.main("curves", f"--workdir={workdir}", *flags) == 0
     assert measured == [1]
+
+
+def test_curves_that_are_damaged_or_of_other_settings_are_kept_aside(
+    table, tmp_path, monkeypatch
+):
+    workdir = Path(shutil.copytree(table, tmp_path / "table"))
+    monkeypatch.setattr(
+        "samrobust.curves.command.measure_run", lambda *_, **__: {"linf": [50.0, 9.0]}
+    )
+    path = workdir / "curves.json"
+    contents = ["{damaged", '{"settings": {}}']
+    for content in contents:
+        path.write_text(content)
+        with pytest.warns(UserWarning, match=r"It is kept as curves\.json\.aside"):
+            assert helpers.main("curves", f"--workdir={workdir}", "--linf=8") == 0
+    aside = sorted(workdir.glob("curves.json.aside*"))
+    assert [path.read_text() for path in aside] == contents
+    assert (read_sealed(path) or {})["runs"]["st/seed0"]["num_images"] == 48
 
 
 def test_a_directory_without_finished_runs_is_refused(tmp_path, capsys):

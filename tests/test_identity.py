@@ -16,6 +16,7 @@ from samrobust.files import WorkdirError
 from samrobust.identity import Identity, identity_of
 from samrobust.training import load_network, train
 from samrobust.training.checkpoint import CheckpointError, Checkpoints
+from samrobust.training.history import History
 from samrobust.training.saved import checkpoint_folder
 
 # Runs of the same shapes as the first, which is `st` with seed 0 and one epoch.
@@ -194,8 +195,57 @@ def test_64_bit_types_switched_on_outside_change_no_number(first):
 def test_another_generator_of_random_numbers_makes_another_run(dataset):
     identity = identity_of(config_of_first(), dataset)
     other = dataclasses.replace(identity, random="0" * 24)
-    assert "random is" in other.unlike(identity)
+    assert "JAX_DEFAULT_PRNG_IMPL" in other.unlike(identity)
+    assert other.unlike(identity, draws=False) == ""
     assert other.hash != identity.hash
+
+
+def test_another_generator_trains_no_further_but_reads_the_network(
+    first, dataset, monkeypatch
+):
+    monkeypatch.setattr("samrobust.identity.random_bits", lambda: "0" * 24)
+    config = config_of_first()
+    assert load_network(config, dataset, first, "last").step == 3
+    with pytest.raises(CheckpointError, match="JAX_DEFAULT_PRNG_IMPL"):
+        train(config, dataset, first)
+
+
+def test_what_cannot_be_added_to_is_found_out_before_the_attack(
+    first, capsys, monkeypatch
+):
+    monkeypatch.setattr("samrobust.evaluate.evaluate_run", pytest.fail)
+    (first / "evaluations.jsonl").mkdir()
+    assert helpers.main("evaluate", f"--workdir={first}") == 2
+    assert "Expected a writable directory" in capsys.readouterr().err
+
+
+def test_an_error_on_its_way_is_not_hidden_by_that_of_a_pending_write(
+    dataset, tmp_path, monkeypatch
+):
+    def fail(_):
+        raise CheckpointError("a full disk")
+
+    config = config_of_first()
+    identity = identity_of(config, dataset)
+    monkeypatch.setattr(Checkpoints, "close", fail)
+    with (
+        pytest.raises(KeyError, match="the first"),
+        History(config, tmp_path, identity, lambda: None),
+    ):
+        raise KeyError("the first")
+    with (
+        pytest.raises(CheckpointError, match="full disk"),
+        History(config, tmp_path, identity, lambda: None),
+    ):
+        pass
+
+
+def test_a_config_file_of_the_same_name_in_the_way_changes_nothing(
+    tmp_path, monkeypatch
+):
+    (helpers.make_folder(tmp_path / "configs") / "base.py").write_text("LR = 3")
+    monkeypatch.chdir(tmp_path)
+    assert helpers.make_config("st").training.momentum == 0.9
 
 
 def test_a_run_that_goes_on_with_other_libraries_keeps_its_identity_and_says_so(

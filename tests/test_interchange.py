@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 
 import helpers
@@ -25,6 +26,8 @@ from samrobust.interchange.blank import NUM_TEST, without_images
 from samrobust.interchange.robustbench import find_evaluation
 from samrobust.models import PreActResNet
 from samrobust.training import load_network, save_variables
+from samrobust.training.checkpoint import CheckpointError
+from samrobust.workdir import config_of_run
 
 DIGITS = "--config=configs/digits.py:st"
 FIELDS = {"model.width": 4, "model.blocks": (1, 2), "model.mean": (0.3,)}
@@ -124,6 +127,36 @@ def test_export_and_import_give_the_same_bits(run, exported, tmp_path):
     assert weights.metadata == first.metadata
     assert earlier["imported"] == {}
     assert origin["imported"] == {n: note[n] for n in ("source", "sha256")}
+
+
+def test_the_network_of_another_file_is_refused_and_mended_by_importing_again(
+    exported, tmp_path, capsys
+):
+    other = tmp_path / "other.safetensors"
+    weights = read_weights(exported)
+    weights.tensors["linear.bias"] = weights.tensors["linear.bias"] + 1
+    write_safetensors(other, weights)
+    folders = tmp_path / "one", tmp_path / "two"
+    identities = []
+    for path, folder in zip((exported, other), folders, strict=True):
+        assert bring(path, folder) == 0
+        config = config_of_run(folder)
+        network = load_network(config, without_images(config), folder, "last")
+        identities.append(network.identity.hash)
+    assert len(set(identities)) == 2
+    shutil.rmtree(folders[1] / "checkpoints")
+    shutil.copytree(folders[0] / "checkpoints", folders[1] / "checkpoints")
+    config = config_of_run(folders[1])
+    with pytest.raises(CheckpointError, match="data is 'import"):
+        load_network(config, helpers.load_data(config), folders[1], "last")
+    capsys.readouterr()
+    assert bring(other, folders[1]) == 0
+    assert capsys.readouterr().out.startswith("Imported")
+    mended = load_network(config, helpers.load_data(config), folders[1], "last")
+    assert mended.identity.hash == identities[1]
+    assert bring(other, folders[1], "--config.data.data_dir=elsewhere") == 0
+    assert "Already imported" in capsys.readouterr().out
+    assert config_of_run(folders[1]).data.data_dir == "elsewhere"
 
 
 def test_an_imported_network_is_evaluated_as_the_run_it_came_from(

@@ -8,6 +8,7 @@ from pathlib import Path
 import helpers
 import pytest
 
+from samrobust.files import read_sealed, write_sealed
 from samrobust.workdir import settle_config
 
 ROWS = ["st", "sam,rho=0.2"]
@@ -217,6 +218,19 @@ def test_collecting_trains_nothing_and_says_what_is_missing(copy, capsys, monkey
     ]
     assert json.loads((copy / "table.json").read_text())["rows"][0]["seeds"] == [0]
     assert not (copy / "st" / "seed2").exists()
+
+
+def test_runs_on_other_data_are_not_put_beside_the_first(copy, capsys):
+    path = copy / "st" / "seed1" / "result.json"
+    result = read_sealed(path) or {}
+    result["run"]["data"] = "of another folder"
+    write_sealed(path, result)
+    assert helpers.main(*make_arguments(copy, ROWS, "--collect", seeds=2)) == 1
+    assert (
+        "missing ST, seed 1: it is on other data than ST, seed 0"
+        in capsys.readouterr().out
+    )
+    assert json.loads((copy / "table.json").read_text())["rows"][0]["seeds"] == [0]
 
 
 def test_collecting_leaves_out_runs_of_another_config(copy, capsys):

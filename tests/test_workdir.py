@@ -18,7 +18,12 @@ from samrobust.files import (
     write_sealed,
     write_text,
 )
-from samrobust.workdir import MetricsLog, config_of_run, settle_config
+from samrobust.workdir import (
+    MetricsLog,
+    config_of_run,
+    finished_runs,
+    settle_config,
+)
 
 
 def names(folder):
@@ -107,7 +112,7 @@ def test_a_sealed_file_comes_back_and_any_changed_character_is_noticed(tmp_path)
 
 def test_a_file_that_is_not_sealed_is_refused_where_a_sealed_one_is_read(tmp_path):
     write_json(tmp_path / "x.json", {"accuracy": 97.25})
-    with pytest.raises(WorkdirError, match="another checksum"):
+    with pytest.raises(WorkdirError, match="its checksum is none"):
         read_sealed(tmp_path / "x.json")
 
 
@@ -225,6 +230,45 @@ def test_a_config_that_is_none_of_ours_is_refused_in_one_line(tmp_path, content)
     with pytest.raises(WorkdirError, match=r"config\.json") as error:
         config_of_run(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def make_finished(workdir, *names, **fields):
+    """Directories of finished runs, as far as a table looks at them."""
+    for name in names:
+        row, _, seed = name.partition("/seed")
+        folder = helpers.make_folder(workdir / name)
+        overrides = {"seed": int(seed.split(".")[0]), **fields}
+        settle_config(folder, helpers.make_config(row, overrides))
+        (folder / "result.json").write_text("{}")
+
+
+def test_copies_of_runs_are_no_runs_of_a_table(tmp_path):
+    make_finished(tmp_path, "st/seed0", "st/seed1", "st/seed0.bak")
+    assert list(finished_runs(tmp_path)) == ["st/seed0", "st/seed1"]
+
+
+def test_runs_that_are_judged_otherwise_make_no_table(tmp_path):
+    make_finished(tmp_path, "st/seed0", "st/seed1", **{"training.epochs": 3})
+    make_finished(tmp_path, "sam,rho=0.2/seed0", **{"training.epochs": 9})
+    assert len(finished_runs(tmp_path)) == 3  # a row may train longer
+    make_finished(tmp_path, "sam,rho=0.4/seed0", **{"evaluation.num_steps": 7})
+    with pytest.raises(ValueError, match=r"judged alike, .*evaluation\.num_steps"):
+        finished_runs(tmp_path)
+    assert len(finished_runs(tmp_path, ["st;sam,rho=0.2"])) == 3
+
+
+def test_rows_without_a_finished_run_are_named_and_others_need_not_be_whole(tmp_path):
+    make_finished(tmp_path, "st/seed0", "sam,rho=0.2/seed0")
+    (tmp_path / "sam,rho=0.2" / "seed0" / "config.json").write_text("{")
+    assert list(finished_runs(tmp_path, ["st"])) == ["st/seed0"]
+    with pytest.raises(ValueError, match=r"of all --rows, .*sam,rho=0\.4"):
+        finished_runs(tmp_path, ["st", "sam,rho=0.4"])
+
+
+def test_the_directory_of_a_table_is_not_that_of_a_run(tmp_path):
+    write_json(tmp_path / "plan.json", {"runs": []})
+    with pytest.raises(WorkdirError, match="got that of a table"):
+        settle_config(tmp_path, helpers.make_config())
 
 
 # The log.

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,13 @@ from samrobust.curves.measure import (
     measure_run,
 )
 from samrobust.data import Dataset, Split, fingerprint
-from samrobust.files import check_writable, read_sealed, write_sealed
+from samrobust.files import (
+    WorkdirError,
+    check_writable,
+    read_sealed,
+    set_aside,
+    write_sealed,
+)
 from samrobust.provenance import provenance
 from samrobust.reporting.console import make_console
 from samrobust.reporting.files import write_figure
@@ -59,15 +66,17 @@ def curves_command(
     settings = _settings(next(iter(configs.values())), arguments)
     parallel.from_primary(lambda: check_writable(workdir))
     stored = parallel.from_primary(lambda: _stored(workdir, settings))
-    display = ProgressDisplay(console, float(len(configs)))
     datasets: dict[str, Dataset] = {}
     evaluators: dict[Any, Any] = {}
+
+    def source_of(path: str) -> "_Source":
+        return _source(configs[path], workdir / path, settings, datasets)
+
+    left = [path for path in configs if not _is_of(stored.get(path), source_of(path))]
+    display = ProgressDisplay(console, float(len(left)))
     with display.live():
-        for path, config in configs.items():
-            source = _source(config, workdir / path, settings, datasets)
-            if _is_of(stored.get(path), source):
-                display.skip(1.0)
-                continue
+        for path in left:
+            config, source = configs[path], source_of(path)
             shown = display.run(f"{config.label}, seed {config.seed}", 0.0, 1.0)
 
             def on_batch(done: int, total: int, shown: Any = shown) -> None:
@@ -135,6 +144,7 @@ def _about(source: _Source) -> dict[str, Any]:
         "identity": source.network.identity.hash,
         "step": source.network.step,
         "images": fingerprint(source.split),
+        "num_images": len(source.split),
         "attacks_version": ATTACKS_VERSION,
     }
 
@@ -169,8 +179,18 @@ def _as_json(settings: Settings) -> dict[str, Any]:
 
 def _stored(workdir: pathlib.Path, settings: Settings) -> dict[str, Any]:
     """What was measured before under the same settings."""
-    known = read_sealed(workdir / "curves.json") or {}
-    return known["runs"] if known.get("settings") == _as_json(settings) else {}
+    path = workdir / "curves.json"
+    try:
+        known, problem = read_sealed(path), f"{path} is of other settings"
+    except WorkdirError as error:
+        known, problem = {}, str(error)
+    if known is None:
+        return {}
+    if known.get("settings") == _as_json(settings):
+        return known["runs"]
+    kept = set_aside(path).name
+    warnings.warn(f"{problem}. It is kept as {kept}; all is measured.", stacklevel=2)
+    return {}
 
 
 def _keep(workdir: pathlib.Path, settings: Settings, runs: dict[str, Any]) -> None:
@@ -197,6 +217,6 @@ def _write(
     title = (
         f"{first.data.name}: accuracy under PGD-{settings.num_steps} "
         f"({settings.loss.replace('_', ' ')}, any iterate), "
-        f"{settings.num_examples} {first.evaluation.split} images"
+        f"{next(iter(runs.values()))['num_images']} {first.evaluation.split} images"
     )
     write_figure(draw_curves(curves, title), workdir, "curves")

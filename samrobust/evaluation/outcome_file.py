@@ -8,7 +8,6 @@ something else, is moved aside, and its evaluation starts anew.
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
 import pathlib
 import time
@@ -19,7 +18,7 @@ import numpy as np
 
 from samrobust.evaluation.examples import ExamplesFile
 from samrobust.evaluation.outcome import Outcome, Place
-from samrobust.files import write_bytes
+from samrobust.files import set_aside, write_bytes
 from samrobust.parallel import from_primary, is_primary
 
 __all__ = ["OutcomeFile"]
@@ -120,7 +119,7 @@ class OutcomeFile:
 
     def _set_aside(self, path: pathlib.Path, problem: str) -> None:
         both = path, self._examples_path(path)
-        moved = " and ".join(_set_aside(p).name for p in both if p.exists())
+        moved = " and ".join(set_aside(p).name for p in both if p.exists())
         warnings.warn(
             f"{problem}. AutoAttack starts anew; what was there is kept as {moved}.",
             stacklevel=2,
@@ -171,9 +170,3 @@ def _like(array: np.ndarray, expected: np.ndarray) -> np.ndarray:
             f"{array.dtype} {array.shape}, not {expected.dtype} {expected.shape}"
         )
     return array
-
-
-def _set_aside(path: pathlib.Path) -> pathlib.Path:
-    """Renames a file so that nothing reads it any more, and nothing is lost."""
-    names = (f"{path.name}.aside{number or ''}" for number in itertools.count())
-    return path.rename(next(p for n in names if not (p := path.with_name(n)).exists()))

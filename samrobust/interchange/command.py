@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from samrobust import building, configuration
 from samrobust.checks import check
 from samrobust.claims import claim
 from samrobust.files import WorkdirError, glance, write_json
+from samrobust.identity import changed_fields
 from samrobust.interchange.blank import without_images
 from samrobust.interchange.names import from_tensors, infer_architecture, to_tensors
 from samrobust.interchange.pytorch import import_torch
@@ -25,7 +27,7 @@ from samrobust.interchange.weights import (
 from samrobust.provenance import provenance
 from samrobust.reporting.console import make_console
 from samrobust.training import load_network, save_variables
-from samrobust.training.checkpoint import Checkpoints
+from samrobust.training.checkpoint import CheckpointError, Checkpoints
 from samrobust.training.saved import checkpoint_folder
 from samrobust.types import Config
 from samrobust.validation import validate
@@ -160,8 +162,10 @@ def import_command(
             if (workdir / "checkpoints").exists():
                 shutil.rmtree(workdir / "checkpoints")
             write_json(workdir / "import.json", note)
-            save_variables(config, dataset, workdir, variables)
-            write_json(workdir / "config.json", config.to_dict())
+            save_variables(config, dataset, workdir, variables, digest)
+        given = json.loads(config.to_json_best_effort())
+        if glance(workdir / "config.json") != given:
+            write_json(workdir / "config.json", given)
     where = "the file" if "mean" in weights.metadata else f"the data set {dataset.name}"
     _say(
         f"{'Already imported' if done else 'Imported'} {source} to {workdir}: width "
@@ -210,7 +214,7 @@ def _is_done(workdir: pathlib.Path, digest: str, config: Config) -> bool:
         raise WorkdirError(message)
     if is_whole:
         stored = config_of_run(workdir)
-        changed = configuration.differences(stored.to_dict(), config.to_dict())
+        changed = changed_fields(stored.to_dict(), config.to_dict())
         if changed:
             told = "; ".join(
                 f"{n} was {a!r}, is {b!r}" for n, (a, b) in changed.items()
@@ -220,7 +224,16 @@ def _is_done(workdir: pathlib.Path, digest: str, config: Config) -> bool:
                 f"{told}. Choose another --workdir, or restore the field."
             )
             raise WorkdirError(message)
-    return is_whole and step == 0
+    return is_whole and step == 0 and _is_intact(workdir, config)
+
+
+def _is_intact(workdir: pathlib.Path, config: Config) -> bool:
+    """Whether the network is there that `import.json` names."""
+    try:
+        load_network(config, without_images(config), workdir, "last")
+    except CheckpointError:
+        return False
+    return True
 
 
 def _describe(config: Config, weights: Weights, dataset: str | None) -> None:

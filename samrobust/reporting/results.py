@@ -57,14 +57,14 @@ def _validate_run(
     """Refuses a run that does not belong beside the first, or is not a percentage."""
     row, seed = result["row"], result["seed"]
     check(row in rows, f"a row of {list(rows)}", "Add it to the table's rows.", row=row)
-    for key in ("dataset", "num_test"):
+    for key in ("dataset", "num_test", "images"):
         check(
-            result[key] == first[key],
-            f"the same {key} in every run, {first[key]!r} as in the first",
+            result.get(key) == first.get(key),
+            f"the same {key} in every run, {first.get(key)!r} as in the first",
             "Make one table for each.",
             row=row,
             seed=seed,
-            **{key: result[key]},
+            **{key: result.get(key)},
         )
     columns = sorted(first["accuracy"], key=column_order)
     check(bool(columns), "at least one accuracy", row=row, seed=seed, accuracy=columns)

@@ -244,8 +244,8 @@ metadata={'epoch': 2})
             raise DamagedError(_summary(error)) from error
         if reason:
             raise CheckpointError(
-                f"Expected a checkpoint of this run, got {path}: {reason}. Move it "
-                "away, or use another directory."
+                f"Expected a checkpoint of this run, got {path}: {reason}. Use another "
+                "directory, or start as that one was started."
             )
         if mismatch:
             raise CheckpointError(

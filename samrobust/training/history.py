@@ -67,9 +67,12 @@ class History(contextlib.AbstractContextManager):
         self.earlier_seconds = 0.0
         self.lines: list[dict[str, Any]] = []
 
-    def __exit__(self, *exc_info: object) -> None:
-        with self._checkpoints, self._best:  # waits for both
-            pass
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        # What a pending write meets is not to hide an error that is on its way: that
+        # one the other processes may have met, too.
+        hidden = () if error_type is None else (CheckpointError,)
+        with contextlib.suppress(*hidden), self._checkpoints, self._best:
+            pass  # waits for both
 
     def restore(self, fresh: Carry, mesh: Mesh, num_steps: int) -> Carry:
         """The newest intact state, or the fresh one, and what is known beside it.

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from samrobust.data import Dataset
 from samrobust.files import glance
-from samrobust.identity import Identity, identity_of
+from samrobust.identity import Identity, identity_of, imported
 from samrobust.parallel import broadcast, data_mesh, from_primary
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
 from samrobust.training.epoch import Carry
@@ -77,7 +77,11 @@ def load_network(
     like = jax.eval_shape(_make_init(config, dataset), key)
     folder = checkpoint_folder(workdir, which)
     own = from_primary(lambda: stored_config(workdir)) or config
-    refuse = _of_another_run(identity_of(own, dataset))
+    expected = identity_of(own, dataset)
+    digest = from_primary(lambda: glance(workdir / "import.json").get("sha256"))
+    if digest is not None:
+        expected = dataclasses.replace(expected, data=imported(str(digest)))
+    refuse = _of_another_run(expected, draws=False)
     restored = _read_and_spread(
         folder, like, data_mesh(), lambda c: c.restore(step, like, refuse=refuse)
     )
@@ -132,12 +136,16 @@ def checkpoint_metadata(
     }
 
 
-def _of_another_run(identity: Identity) -> Callable[[dict[str, Any]], str]:
+def _of_another_run(
+    identity: Identity, *, draws: bool = True
+) -> Callable[[dict[str, Any]], str]:
     """Says of a checkpoint's metadata why it is not of this run; empty if it is."""
 
     def refuse(metadata: dict[str, Any]) -> str:
         stored = Identity.from_dict(metadata.get("identity"))
-        return "it does not say of which" if stored is None else stored.unlike(identity)
+        if stored is None:
+            return "it does not say of which, as those of older versions of samrobust"
+        return stored.unlike(identity, draws=draws)
 
     return refuse
 
@@ -153,6 +161,7 @@ def save_variables(
     dataset: Dataset,
     workdir: pathlib.Path,
     variables: dict[str, PyTree],
+    digest: str | None = None,
 ) -> None:
     """Makes a network the last checkpoint of a run that has taken no step yet.
 
@@ -163,6 +172,7 @@ def save_variables(
       dataset: that of `config.data`.
       workdir: of the run, without checkpoints; claimed by the caller.
       variables: `{"params": ..., "batch_stats": ...}`, arrays that fit the network.
+      digest: SHA-256 of the file that they come from, if they do.
 
     Raises:
       CheckpointError: if it cannot be written.
@@ -176,7 +186,10 @@ def save_variables(
         return Carry(state, carry.totals)
 
     carry = make(jax.random.key(config.seed), variables)
-    metadata = checkpoint_metadata(identity_of(config, None))
+    identity = identity_of(config, None)
+    if digest is not None:
+        identity = dataclasses.replace(identity, data=imported(digest))
+    metadata = checkpoint_metadata(identity)
     with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
         checkpoints.save(0, carry, metadata, wait=True)
 
