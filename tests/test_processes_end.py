@@ -86,17 +86,18 @@ def test_sigterm_to_any_process_stops_all_at_the_same_step(
     for victim in (1, 0):
         began = newest(tmp_path)
         group = helpers.start_command_group(2, *arguments_of(tmp_path), **cache)
-        wait_until(group, tmp_path, began + 15)
-        asked = newest(tmp_path)
+        wait_until(group, tmp_path, began + 5)
         group[victim].send_signal(signal.SIGTERM)
+        asked = time.monotonic()
         outcomes = helpers.finish_group(group)
+        # How many steps that makes depends on how long a checkpoint takes.
+        assert time.monotonic() - asked < 15
         assert [code for code, *_ in outcomes] == [75, 75], outcomes
         step = newest(tmp_path)
         assert (
             f"Stopped at step {step} of {NUM_STEPS}; the state is saved."
             in (outcomes[0][2])
         )
-        assert step - asked < 25  # the signal and the checkpoint take time, too
     outcomes = helpers.finish_group(
         helpers.start_command_group(2, *arguments_of(tmp_path, RARELY), **cache)
     )
