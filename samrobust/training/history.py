@@ -20,6 +20,7 @@ from samrobust.training.epoch import Carry, Totals
 from samrobust.training.saved import (
     checkpoint_folder,
     checkpoint_metadata,
+    identity_in,
     restore,
 )
 from samrobust.types import Config
@@ -92,9 +93,7 @@ class History(contextlib.AbstractContextManager):
                     f"of step {int(restored.state.state.step)} as step {step}. Move it "
                     "away, or use another directory."
                 )
-            begun = Identity.from_dict(metadata["identity"])
-            assert begun is not None  # `restore` has compared it
-            self.identity = begun.continued_by(self.identity)
+            self.identity = identity_in(metadata).continued_by(self.identity)
             self.earlier_seconds = metadata["epoch_seconds"]
             self._best_score = metadata["best_score"]
             self._saved_step = step

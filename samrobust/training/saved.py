@@ -27,6 +27,7 @@ __all__ = [
     "Network",
     "checkpoint_folder",
     "checkpoint_metadata",
+    "identity_in",
     "load_network",
     "restore",
     "save_variables",
@@ -91,7 +92,7 @@ def load_network(
     return Network(
         restored.state.state.variables,
         restored.step,
-        _identity_in(restored.metadata),
+        identity_in(restored.metadata),
     )
 
 
@@ -150,7 +151,8 @@ def _of_another_run(
     return refuse
 
 
-def _identity_in(metadata: dict[str, Any]) -> Identity:
+def identity_in(metadata: dict[str, Any]) -> Identity:
+    """Returns the identity that a checkpoint of this run names."""
     identity = Identity.from_dict(metadata["identity"])
     assert identity is not None  # `_of_another_run` was asked
     return identity
