@@ -39,7 +39,7 @@ class OfficialSplit(NamedTuple):
     left_out: tuple[int, ...] = ()
 
     def has_images(self, images: np.ndarray) -> bool:
-        """Whether these are the official images; 150 MB take 0.1 s."""
+        """Returns whether these are the official images; 150 MB take 0.1 s."""
         return checksum(images, self.left_out) == self.images
 
 
@@ -76,7 +76,7 @@ def check_examples(
         got = {"shape": arrays[name].shape, "dtype": str(arrays[name].dtype)}
         holds = got == {"shape": shape, "dtype": str(dtype)}
         check(holds, f"{name} of shape {shape} and dtype {dtype}", **got)
-    check_labels(arrays["labels"], official.num_classes)
+    check_labels(official.num_classes, labels=arrays["labels"])
     found = checksum(arrays["labels"])
     check(
         found == official.labels,
