@@ -5,10 +5,11 @@ and `random_crop_and_flip` are pure functions for the inside of a compiled step.
 Images are `[N, H, W, C]`: uint8 at rest, float32 in [0, 1] in a batch.
 """
 
-from samrobust.data.augment import random_crop_and_flip
 from samrobust.data.batches import (
+    check_padding,
     epoch_permutation,
     evaluation_batches,
+    random_crop_and_flip,
     take_batch,
 )
 from samrobust.data.datasets import DATASETS, Entry, dataset_facts, load_dataset
@@ -28,6 +29,7 @@ __all__ = [
     "DatasetUnavailableError",
     "Entry",
     "Split",
+    "check_padding",
     "dataset_facts",
     "epoch_permutation",
     "evaluation_batches",
