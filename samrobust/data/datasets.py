@@ -19,9 +19,14 @@ import numpy as np
 from samrobust.checks import check
 from samrobust.data.cifar import CIFAR10, CIFAR100, load_cifar
 from samrobust.data.digits import FACTS, load_digits
-from samrobust.data.folders import PathLike, local_folder
+from samrobust.data.folders import PathLike, default_data_dir, local_folder
 from samrobust.data.own import load_images, load_npz
-from samrobust.data.prepared import is_tfds_name, load_prepared
+from samrobust.data.prepared import (
+    describe_folder,
+    find_prepared,
+    is_tfds_name,
+    load_prepared,
+)
 from samrobust.data.splits import (
     Dataset,
     DatasetFacts,
@@ -211,11 +216,17 @@ def _read(
         "a folder ./NAME that is there, or the name of a data set in TFDS",
         name=name,
     )
-    try:
-        return load_prepared(name, data_dir, cache_dir)
-    except DatasetUnavailableError as error:
-        message = f"{error} Known by name are {', '.join(DATASETS)}."
-        raise DatasetUnavailableError(message) from error
+    data_dir = data_dir or default_data_dir()
+    prepared = find_prepared(name, data_dir)
+    if prepared is None:
+        raise DatasetUnavailableError(
+            f"Expected {', '.join(DATASETS)}, or {name} in {data_dir} as TFDS prepares "
+            f"it in ArrayRecord format, got {describe_folder(name, data_dir)}. Set "
+            "data_dir (or TFDS_DATA_DIR), or prepare it where TensorFlow is installed: "
+            f"tfds.builder({name!r}, file_format='array_record')"
+            ".download_and_prepare()."
+        )
+    return load_prepared(prepared, cache_dir)
 
 
 def _call(name: str) -> Mapping[str, Any]:

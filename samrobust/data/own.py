@@ -29,7 +29,7 @@ def load_npz(path: pathlib.Path) -> dict[str, Any]:
     """
     name = None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {}
             for name in file.files:
                 arrays[name] = file[name]

@@ -16,12 +16,12 @@ import numpy as np
 
 from samrobust.checks import shorten
 from samrobust.data.cache import Arrays, cached_arrays, default_cache_dir
-from samrobust.data.folders import default_data_dir
 from samrobust.data.own import read_image
 from samrobust.data.splits import DatasetUnavailableError
 from samrobust.files import glance
 
 __all__ = [
+    "describe_folder",
     "file_formats",
     "find_prepared",
     "is_tfds_name",
@@ -81,35 +81,35 @@ def file_formats(prepared: pathlib.Path) -> list[str]:
     return [name for name in formats if isinstance(name, str)]
 
 
+def describe_folder(name: str, data_dir: pathlib.Path) -> str:
+    """Returns what lies there in place of prepared data: for a message."""
+    versions = _versions(data_dir / name)
+    if formats := [form for path in versions for form in file_formats(path)]:
+        return f"{name} as {', '.join(formats)}"
+    paths = [*data_dir.glob("*/*.*.*"), *data_dir.glob("*/*/*.*.*")]
+    others = {
+        str(path.parent.relative_to(data_dir))
+        for path in paths
+        if "array_record" in file_formats(path)
+    }
+    return shorten(", ".join(sorted(others))) or "nothing of the kind"
+
+
 def load_prepared(
-    name: str, data_dir: pathlib.Path | None, cache_dir: pathlib.Path | None
+    prepared: pathlib.Path, cache_dir: pathlib.Path | None
 ) -> dict[str, Any]:
     """Returns the arrays of any image classification data set that TFDS prepared.
 
     Examples are in the order of their `id`, where they have one, and of the records.
 
     Args:
-      name: in TFDS, as `mnist` or `imagenet_resized/32x32`.
-      data_dir: TFDS's directory, None for the default; the newest version in it that
-        has ArrayRecord's format is read.
+      prepared: the directory of a version.
       cache_dir: for the decoded arrays; None for the default.
 
     Raises:
-      DatasetUnavailableError: if it is not there, or has no splits `train` and `test`
-        or features `image` and `label`, or is damaged; says what was found.
+      DatasetUnavailableError: if it has no splits `train` and `test` or features
+        `image` and `label`, or is damaged; says what was found.
     """
-    data_dir = data_dir or default_data_dir()
-    prepared = find_prepared(name, data_dir)
-    if prepared is None:
-        formats = [f for path in _versions(data_dir / name) for f in file_formats(path)]
-        others = sorted({str(p.parent.relative_to(data_dir)) for p in _all(data_dir)})
-        found = f"{name} as {', '.join(formats)}" if formats else ", ".join(others)
-        raise DatasetUnavailableError(
-            f"Expected {name} in {data_dir}, prepared by TFDS in ArrayRecord format, "
-            f"got {shorten(found) or 'nothing of the kind'}. Set data_dir (or "
-            "TFDS_DATA_DIR), or prepare it: tfds.builder(NAME, data_dir=DIR, "
-            'file_format="array_record").download_and_prepare().'
-        )
     try:
         num_classes = _num_classes(prepared)
         train, test = (
@@ -117,19 +117,13 @@ def load_prepared(
         )
     except (OSError, ValueError) as error:
         raise DatasetUnavailableError(
-            f"Expected images and labels of {name} in {prepared}, got: {error}"
+            f"Expected images and labels in {prepared}, got: {error}"
         ) from error
     return {
         **{"x_train": train["images"], "y_train": train["labels"]},
         **{"x_test": test["images"], "y_test": test["labels"]},
         "num_classes": num_classes,
     }
-
-
-def _all(data_dir: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the folders of all versions in ArrayRecord format."""
-    paths = [*data_dir.glob("*/*.*.*"), *data_dir.glob("*/*/*.*.*")]
-    return [path for path in paths if "array_record" in file_formats(path)]
 
 
 def _num_classes(prepared: pathlib.Path) -> int:
@@ -151,7 +145,7 @@ def _num_classes(prepared: pathlib.Path) -> int:
         or not isinstance(image, tfds.features.Image)
         or not isinstance(label, tfds.features.ClassLabel)
     ):
-        kinds = {name: type(feature).__name__ for name, feature in features.items()}
+        kinds = {name: type(features[name]).__name__ for name in sorted(features)}
         raise ValueError(
             f"splits {splits} and features {kinds}. Wanted are train and test, image "
             "and label (a ClassLabel): write a function of your own for others."
