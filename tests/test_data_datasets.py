@@ -31,6 +31,7 @@ from samrobust.data import (
     fingerprint,
     folders,
     load_dataset,
+    official,
     prepared,
 )
 from samrobust.data.archive import Archive, ResumingDownloader, find_archive
@@ -38,7 +39,7 @@ from samrobust.data.cache import default_cache_dir
 from samrobust.data.official import OfficialSplit, checksum
 
 PER_FILE = 4
-OFFICIAL = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
+OFFICIAL = {"cifar10": official.CIFAR10, "cifar100": official.CIFAR100}
 NOWHERE = "http://127.0.0.1:9/"  # nobody listens at the discard port
 
 
@@ -88,13 +89,13 @@ def make_archive(name, path, arrays=None):
         num_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
     )
-    official = {
+    checksums = {
         split: OfficialSplit(
             len(labels), spec.labels[0][2], checksum(labels), checksum(images)
         )
         for split, (images, labels, _) in arrays.items()
     }
-    return dataclasses.replace(spec, archive=fake, official=official), arrays
+    return dataclasses.replace(spec, archive=fake, official=checksums), arrays
 
 
 @dataclasses.dataclass
@@ -102,7 +103,7 @@ class Place:
     """A small archive in a manual directory, and empty directories for the rest."""
 
     name: str
-    spec: cifar.CifarSpec
+    spec: official.CifarSpec
     arrays: dict
     root: pathlib.Path
 
@@ -312,22 +313,22 @@ def test_examples_that_are_not_the_official_ones_are_refused(
 
 
 def test_other_pixels_under_the_official_labels_are_warned_of(place):
-    official = fingerprint(place.prepare().test)
+    original = fingerprint(place.prepare().test)
     data_dir = write_other(place, "test", repaint)
     for _ in range(2):  # decoded, then out of the cache
         with pytest.warns(UserWarning, match="The test images in .* are not those of"):
             dataset = place.load(data_dir=data_dir)
-        assert fingerprint(dataset.test) != official
+        assert fingerprint(dataset.test) != original
 
 
 def test_rows_left_out_of_a_checksum_may_be_anything():
     images = np.random.default_rng(0).integers(0, 256, (6, 2, 2, 3)).astype(np.uint8)
     for left_out in ((), (0,), (5,), (2, 3), (0, 1, 2, 3, 4, 5)):
-        official = OfficialSplit(6, 10, "", checksum(images, left_out), left_out)
+        known = OfficialSplit(6, 10, "", checksum(images, left_out), left_out)
         for row in range(6):
             other = images.copy()
             other[row, 1, 1, 2] ^= 1
-            assert official.has_images(other) == (row in left_out)
+            assert known.has_images(other) == (row in left_out)
     assert not OfficialSplit(6, 10, "", checksum(images)).has_images(images[::-1])
 
 
@@ -390,9 +391,9 @@ def test_a_manual_archive_with_a_wrong_hash_is_refused(place):
 
 
 def check_advice(place, error):
-    official, message = place.spec.archive, str(error.value)
+    wanted, message = place.spec.archive, str(error.value)
     for part in (
-        *(official.name, official.url, official.sha256, f"{official.num_bytes} bytes"),
+        *(wanted.name, wanted.url, wanted.sha256, f"{wanted.num_bytes} bytes"),
         *("data_dir", "TFDS_DATA_DIR", "cifar10/3.0.2"),
     ):
         assert part in message

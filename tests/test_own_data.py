@@ -220,7 +220,7 @@ X, Y = make_arrays()["x_train"], make_arrays()["y_train"]
     [
         (
             {"y_test": None},
-            r"x_train, y_train, x_test, y_test, and at most .*, got got=",
+            r"x_train, y_train, x_test, y_test, and at most .*, got arrays=",
         ),
         ({"means": X}, "and at most mean, std, num_classes beside them"),
         ({"x_train": X / 255}, r"x_train uint8 .* np.round\(255 \* x_train\).astype"),
@@ -240,7 +240,7 @@ X, Y = make_arrays()["x_train"], make_arrays()["y_train"]
         ({"num_classes": 2}, r"y_train in 0\.\.1, got y_train=\[2, 2, 2\]"),
         ({"num_classes": 3.0}, "an integer 2 <= num_classes"),
         ({"num_classes": 1}, "an integer 2 <= num_classes"),
-        ({"mean": [0.5] * 3}, r"mean and std, or neither, got got=\['mean'\]"),
+        ({"mean": [0.5] * 3}, r"mean and std, or neither, got given=\['mean'\]"),
         ({"mean": [127.0] * 3, "std": [64.0] * 3}, "0 <= mean <= 1 .* not 0..255"),
         ({"mean": [0.5] * 3, "std": [0.5, 0, 1]}, "1e-06 <= std <= 1 for each of 3"),
         ({"mean": [0.5, np.nan, 0], "std": [1.0] * 3}, "0 <= mean <= 1"),

@@ -6,122 +6,22 @@ the cache is intact TFDS is not even imported.
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import logging
 import pathlib
 import warnings
 from collections.abc import Iterator
 
-from samrobust.data.archive import Archive, find_archive
+from samrobust.data.archive import find_archive
 from samrobust.data.cache import Arrays
 from samrobust.data.folders import default_data_dir
-from samrobust.data.official import (
-    CIFAR10_SPLITS,
-    CIFAR100_SPLITS,
-    OfficialSplit,
-    check_examples,
-)
+from samrobust.data.official import VERSION, CifarSpec, check_examples
 from samrobust.data.prepared import file_formats, find_prepared, read_split
-from samrobust.data.splits import DatasetFacts, DatasetUnavailableError
+from samrobust.data.splits import DatasetUnavailableError
 
-__all__ = ["CIFAR10", "CIFAR100", "CifarSpec", "load_cifar"]
-
-VERSION = "3.0.2"  # of TFDS's builders; versions differ in the form of the files only
-_SHAPE = (32, 32, 3)
+__all__ = ["load_cifar"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class CifarSpec:
-    """Description of one of the two data sets.
-
-    Attributes:
-      name: in TFDS.
-      title: for people.
-      archive: the official archive of the binary version.
-      splits: the archive's files of each split, in order.
-      labels: key, file of class names and number of classes of each label feature.
-      label_bytes: the keys of the bytes before the pixels of a record.
-      official: what is known of the examples of each split.
-      mean: of each channel of the training images, as the literature has it.
-      std: standard deviation, likewise.
-    """
-
-    name: str
-    title: str
-    archive: Archive
-    splits: dict[str, tuple[str, ...]]
-    labels: tuple[tuple[str, str, int], ...]
-    label_bytes: tuple[str, ...]
-    official: dict[str, OfficialSplit]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def members(self) -> list[str]:
-        """All files of the archive that we need."""
-        names = [member for _, member, _ in self.labels]
-        return names + [
-            member for members in self.splits.values() for member in members
-        ]
-
-    @property
-    def facts(self) -> DatasetFacts:
-        """What is known without the images."""
-        train, test = self.official["train"], self.official["test"]
-        return DatasetFacts(
-            num_classes=train.num_classes,
-            image_shape=_SHAPE,
-            mean=self.mean,
-            std=self.std,
-            num_train=train.num_examples,
-            num_test=test.num_examples,
-        )
-
-
-CIFAR10 = CifarSpec(
-    name="cifar10",
-    title="CIFAR-10",
-    archive=Archive(
-        name="cifar-10-binary.tar.gz",
-        url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        num_bytes=170052171,
-        sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-    ),
-    splits={
-        "train": tuple(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)),
-        "test": ("cifar-10-batches-bin/test_batch.bin",),
-    },
-    labels=(("label", "cifar-10-batches-bin/batches.meta.txt", 10),),
-    label_bytes=("label",),
-    official=CIFAR10_SPLITS,
-    mean=(0.4914, 0.4822, 0.4465),
-    std=(0.2471, 0.2435, 0.2616),
-)
-CIFAR100 = CifarSpec(
-    name="cifar100",
-    title="CIFAR-100",
-    archive=Archive(
-        name="cifar-100-binary.tar.gz",
-        url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-        num_bytes=168513733,
-        sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-    ),
-    splits={
-        "train": ("cifar-100-binary/train.bin",),
-        "test": ("cifar-100-binary/test.bin",),
-    },
-    labels=(
-        ("label", "cifar-100-binary/fine_label_names.txt", 100),
-        ("coarse_label", "cifar-100-binary/coarse_label_names.txt", 20),
-    ),
-    label_bytes=("coarse_label", "label"),
-    official=CIFAR100_SPLITS,
-    mean=(0.5071, 0.4865, 0.4409),
-    std=(0.2673, 0.2564, 0.2762),
-)
 
 
 def load_cifar(
@@ -185,7 +85,7 @@ def _load_split(
             prepared,
             split,
             cache_dir,
-            verify=lambda arrays: check_examples(spec.official[split], _SHAPE, arrays),
+            verify=lambda arrays: check_examples(spec.official[split], arrays),
         )
     except (OSError, ValueError) as error:
         raise DatasetUnavailableError(

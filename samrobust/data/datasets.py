@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from samrobust.checks import check
-from samrobust.data.cifar import CIFAR10, CIFAR100, load_cifar
+from samrobust.data.cifar import load_cifar
 from samrobust.data.digits import FACTS, load_digits
 from samrobust.data.folders import PathLike, default_data_dir, local_folder
+from samrobust.data.official import CIFAR10, CIFAR100
 from samrobust.data.own import load_images, load_npz
 from samrobust.data.prepared import (
     describe_folder,
@@ -156,6 +157,7 @@ def load_dataset(
     >>> digits.image_shape
     (8, 8, 1)
     """
+    check(isinstance(name, str), "text as name", name=name)
     sizes = {
         **{"validation_size": validation_size, "split_seed": split_seed},
         **{"train_size": train_size, "test_size": test_size},

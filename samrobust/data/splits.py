@@ -167,7 +167,7 @@ def from_arrays(name: str, arrays: Mapping[str, Any]) -> Dataset:
             isinstance(arrays, Mapping)
             and set(_ARRAYS) <= set(arrays) <= {*_ARRAYS, *_FACTS},
             f"{', '.join(_ARRAYS)}, and at most {', '.join(_FACTS)} beside them",
-            got=list(arrays) if isinstance(arrays, Mapping) else arrays,
+            arrays=list(arrays) if isinstance(arrays, Mapping) else arrays,
         )
         x_train, y_train, x_test, y_test = (np.asarray(arrays[key]) for key in _ARRAYS)
         _check_arrays(x_train=x_train, y_train=y_train)
@@ -178,12 +178,13 @@ def from_arrays(name: str, arrays: Mapping[str, Any]) -> Dataset:
             fix = f"Move the channels last: {key}.transpose(0, 2, 3, 1)."
             is_last = shape[3] <= 4 or shape[1] not in (1, 3)
             check(is_last, f"{key} [N, H, W, C]", fix, shape=shape)
-        shape, fix = x_train.shape[1:], "Resize or pad all images to one shape."
-        wanted, found = (
+        shape = x_train.shape[1:]
+        check(
+            x_test.shape[1:] == shape,
             f"images of shape {shape} in x_test as in x_train",
-            x_test.shape[1:],
+            "Resize or pad all images to one shape.",
+            shape=x_test.shape[1:],
         )
-        check(found == shape, wanted, fix, shape=found)
         num_classes = _num_classes(arrays.get("num_classes"), y_train)
         check_labels(num_classes, y_train=y_train)
         check_labels(num_classes, y_test=y_test)
@@ -239,9 +240,8 @@ def _num_classes(given: Any, labels: np.ndarray) -> int:
     if given is not None:
         number = np.asarray(given)
         holds = number.ndim == 0 and np.issubdtype(number.dtype, np.integer)
-        check(
-            holds and int(number) >= 2, "an integer 2 <= num_classes", num_classes=given
-        )
+        holds = holds and int(number) >= 2
+        check(holds, "an integer 2 <= num_classes", num_classes=given)
         return int(number)
     check_labels(2**31, y_train=labels)
     found = np.unique(labels)
@@ -260,7 +260,7 @@ def _mean_and_std(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns mean and standard deviation by channel: given, or of the images."""
     given = [name for name in ("mean", "std") if arrays.get(name) is not None]
-    check(len(given) != 1, "mean and std, or neither", got=given)
+    check(len(given) != 1, "mean and std, or neither", given=given)
     if not given:
         return _moments(images)
     channels = images.shape[3]
