@@ -30,9 +30,9 @@ from samrobust import building
 from samrobust.data import Dataset, Split
 from samrobust.evaluation import make_autoattack_evaluator
 from samrobust.files import append_json_line
+from samrobust.networks import load_network
 from samrobust.provenance import provenance
 from samrobust.runtime import keep_freed_memory
-from samrobust.training import load_network
 from samrobust.types import Config, PyTree
 from samrobust.workdir import config_of_run
 from torch_network import PreActResNet, from_jax

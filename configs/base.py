@@ -4,6 +4,17 @@ The values are those of the paper's CIFAR-10 experiment (Wei, Zhu and Zhang, 202
 Section 5.1, and its PyTorch code where the paper is silent). A config file starts from
 `base_config()`, changes what differs, and ends with `finish(config, row)`. On the
 command line: `--config.training.epochs=2`.
+
+Each training method has a section beside these, whose fields are the parameters of its
+constructor, radii and steps in 1/255 units: `config.attack` those of
+`samrobust.training.adversaries.at.at`, `config.trades` of `...objectives.trades.trades`,
+`config.sam`, `config.asam` and `config.awp` of `samrobust.sharpness`, `config.ema` of
+`...averaging.ema.ema`. Those with two passes also have `batch_stats` (which pass updates
+BatchNorm's running statistics: first, second or both, as in the paper's code), `m` (of
+m-sharpness: every m consecutive examples of a batch have an ascent direction of their
+own; it divides `training.batch_size`, and `model.batch_norm_group` must divide it; 0:
+the whole batch) and `rho_end` or `gamma_end` (reached linearly at the end of training;
+None: constant). A row sets what it names.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
@@ -23,7 +34,9 @@ def get_config() -> ConfigDict:
     config.paper = ConfigDict()
 
     config.data = ConfigDict()
-    config.data.name = "cifar10"  # cifar10, cifar100 or digits
+    # cifar10, cifar100 or digits; another image classification data set of TFDS; the
+    # path of an .npz file or of a folder of class folders; or `package.module:function`.
+    config.data.name = "cifar10"
     # Where TFDS datasets lie; None: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
     config.data.data_dir = config_dict.placeholder(str)
     # Where an official archive was put by hand; None: <data_dir>/downloads/manual.
@@ -40,8 +53,9 @@ def get_config() -> ConfigDict:
     config.data.flip = True  # mirror left-right at random
 
     config.model = ConfigDict()
-    config.model.width = 64  # channels of the first stage, doubled in each further one
-    config.model.blocks = (2, 2, 2, 2)  # blocks in each stage; this is PreActResNet-18
+    # A name in `samrobust.models.MODELS`, or `package.module:name`. The network's own
+    # fields follow: of preact_resnet width (64) and blocks (2, 2, 2, 2).
+    config.model.name = "preact_resnet"
     config.model.dtype = "float32"  # of convolutions and activations; or bfloat16
     # Examples over which BatchNorm normalises in training, consecutive ones of a batch;
     # divides `training.batch_size`. 0: the global batch, over all devices.
@@ -56,6 +70,8 @@ def get_config() -> ConfigDict:
     config.training.batch_size = 128  # over all devices
     # Whether an incomplete last batch of an epoch is left out.
     config.training.drop_remainder = False
+    # sgd; adamw, of which `momentum` is b1; or `package.module:name`.
+    config.training.optimizer = "sgd"
     config.training.learning_rate = 0.1
     config.training.schedule = "step"  # or cosine (to 0)
     # For `step`: fractions of the epochs after which the rate is multiplied by
@@ -67,37 +83,6 @@ def get_config() -> ConfigDict:
     config.training.weight_decay = 5e-4
     # Steps in one call of the device (`lax.scan`); 0: 1 on CPU, 25 on GPU and TPU.
     config.training.steps_per_call = 0
-
-    # The attack in training (AT rows); epsilon 0: none.
-    config.attack = ConfigDict()
-    config.attack.norm = "linf"  # or l2
-    config.attack.epsilon = 0.0  # radius, in 1/255; set by the row
-    # A step as a fraction of epsilon, by norm; `step_size` (in 1/255) follows.
-    config.attack.relative_step_size = ConfigDict({"linf": 0.25, "l2": 0.125})
-    config.attack.step_size = 0.0
-    config.attack.num_steps = 10
-    config.attack.random_start = True
-    config.attack.restarts = 1  # each example keeps its worst case
-    config.attack.loss = "cross_entropy"  # or margin
-    config.attack.judge = "final"  # iterate handed in; or any
-    # How the attacked network normalises: by the batch (train) or running statistics.
-    config.attack.batch_norm = "train"
-    # Added to the norm of an example's gradient in l2 steps; the reference code's
-    # 1e-10 on the gradient of the mean loss, times its batch of 128.
-    config.attack.gradient_floor = 128e-10
-
-    config.sam = ConfigDict()
-    config.sam.rho = 0.0  # radius in the l2 norm of all parameters; set by the row
-    # Value of rho at the end of training, reached linearly; None: constant.
-    config.sam.rho_end = config_dict.placeholder(float)
-    # Which of the two passes updates BatchNorm's running statistics: first (at w),
-    # second (at w + e), or both, as in the reference code.
-    config.sam.batch_stats = "both"
-    # m of m-sharpness: every m consecutive examples of a batch have an ascent direction
-    # of their own. Divides `training.batch_size`, and `model.batch_norm_group` must
-    # divide it: set both to the batch of one device for the code of the SAM paper.
-    # 0: the global batch.
-    config.sam.m = 0
 
     config.evaluation = ConfigDict()
     config.evaluation.linf = (1.0, 2.0)  # radii, in 1/255

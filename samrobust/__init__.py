@@ -1,8 +1,44 @@
 """Training image classifiers that hold up under attack, in JAX and Flax.
 
-Standard training, sharpness-aware minimisation and PGD adversarial training, their
-combinations, and the honest measurement of what they are worth. `samrobust.attacks`
-and `samrobust.sharpness` are libraries of their own: they work in any JAX program.
+Standard training, sharpness-aware minimization and PGD adversarial training, what grew
+out of them and their combinations, and the honest measurement of what they are worth.
+`samrobust.attacks` and `samrobust.sharpness` are libraries of their own: they work in
+any JAX program. The names below are imported when they are first used.
+
+>>> import samrobust
+>>> attack = samrobust.pgd(samrobust.linf(8 / 255), step_size=2 / 255, num_steps=10)
 """
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "samrobust.attacks": (
+        *("Ball", "apgd", "apgd_targeted", "autoattack", "ddn", "fab_minimal"),
+        *("fab_targeted", "fgsm", "l2", "linf", "pgd", "square"),
+    ),
+    "samrobust.networks": ("load",),
+    "samrobust.objectives": ("cross_entropy", "dlr", "margin", "targeted_dlr"),
+    "samrobust.sharpness": ("asam", "awp", "sam", "two_pass"),
+    "samrobust.training": (
+        *("Adversary", "Averaging", "Method", "Objective", "RunFolder", "TrainState"),
+        *("as_adversary", "as_objective", "fit", "make_train_step"),
+    ),
+    "samrobust.training.averaging.ema": ("ema",),
+    "samrobust.training.objectives.trades": ("trades_loss",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'samrobust' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

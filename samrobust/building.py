@@ -1,7 +1,7 @@
 """From a config's fields to the objects they describe.
 
-The one place where radii turn from 1/255 units into pixel units, and names into
-functions. Out of scope: validation, see `samrobust.validation`.
+The one place where the parts of an experiment are put together: data, network, method,
+schedule, attacks. Out of scope: validation, see `samrobust.validation`.
 """
 
 import math
@@ -11,78 +11,121 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samrobust import attacks, sharpness
-from samrobust.checks import LARGEST_COUNT, check
-from samrobust.data import Dataset, load_dataset
-from samrobust.models import PreActResNet
+from samrobust import attacks, entries, methods, rows
+from samrobust.checks import check
+from samrobust.components import make_model, make_optimizer
+from samrobust.data import Dataset, DatasetFacts, dataset_facts, load_dataset
 from samrobust.objectives import LOSSES
-from samrobust.types import Attack, Config, PyTree
+from samrobust.parallel import data_mesh
+from samrobust.training import Method, make_train_step
+from samrobust.training.adversaries.at import make_ball
+from samrobust.training.epoch import EpochPlan
+from samrobust.training.epoch import make_plan as cut_epoch
+from samrobust.training.fit import check_total_steps
+from samrobust.types import Attack, Config
 
 __all__ = [
     "autoattacks",
     "evaluation_attacks",
     "learning_rate_schedule",
     "load_data",
-    "make_ball",
+    "load_facts",
+    "make_method",
     "make_model",
-    "make_optimizer",
-    "resolve_steps_per_call",
-    "sam_group_size",
+    "make_plan",
     "staged_attacks",
-    "training_attack",
     "validation_attacks",
 ]
 
 
 def load_data(config: Config) -> Dataset:
-    """The data set of `config.data`."""
+    """Returns the data set of `config.data`."""
     fields = ("data_dir", "manual_dir", "validation_size", "train_size", "test_size")
     options = {name: config.data[name] for name in (*fields, "split_seed")}
     return load_dataset(config.data.name, **options)
 
 
-def make_model(config: Config, dataset: Dataset) -> PreActResNet:
-    """The network of `config.model`, normalising by its mean and std or the data's."""
-    mean, std = config.model.mean, config.model.std
-    return PreActResNet(
-        num_classes=dataset.num_classes,
-        width=config.model.width,
-        blocks=tuple(config.model.blocks),
-        mean=dataset.mean if mean is None else tuple(mean),
-        std=dataset.std if std is None else tuple(std),
-        dtype=jnp.dtype(config.model.dtype),
-        batch_norm_group=_below_the_batch(config, config.model.batch_norm_group),
+def load_facts(config: Config) -> DatasetFacts:
+    """Returns what is known of the data set of `config.data` without its images."""
+    return dataset_facts(config.data.name, data_dir=config.data.data_dir)
+
+
+def make_plan(config: Config, num_examples: int) -> EpochPlan:
+    """Returns how an epoch is cut into batches and calls.
+
+    Raises:
+      ValueError: if there is not one batch, or the devices do not divide a full one, or
+        the groups of m-sharpness or BatchNorm the incomplete last one.
+    """
+    training = config.training
+    with entries.renamed({"batch_size": "training.batch_size"}):
+        plan = cut_epoch(
+            num_examples,
+            training.batch_size,
+            steps_per_call=training.steps_per_call,
+            drop_remainder=training.drop_remainder,
+        )
+    field, size = methods.group_field(config)
+    groups = {field: size, "model.batch_norm_group": config.model.batch_norm_group}
+    for field, size in groups.items():
+        check(
+            size in (0, training.batch_size) or plan.remainder % size == 0,
+            f"the last batch of an epoch, {plan.remainder} of {num_examples} examples, "
+            f"divisible by {field}",
+            "Set training.drop_remainder, or choose a size that divides it.",
+            **{field: size},
+        )
+    return plan
+
+
+def make_method(
+    config: Config, dataset: Dataset | DatasetFacts, steps_per_epoch: int
+) -> Method:
+    """Builds the training method of a config's row; computes nothing yet.
+
+    Args:
+      config: validated.
+      dataset: that of `config.data`; its shapes and facts alone count.
+      steps_per_epoch: for the schedules.
+    """
+    model = make_model(config, dataset)
+    training = config.training
+    images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, images)
+    composition = methods.build(
+        config,
+        entries.Given(
+            aux=variables.get("batch_stats", {}),
+            grouped=methods.group_size(config) > 0,
+            # Decay that SGD couples; AdamW's is none of the gradient's.
+            weight_decay=training.weight_decay if training.optimizer == "sgd" else 0.0,
+            num_classes=dataset.num_classes,
+            total_steps=training.epochs * steps_per_epoch,
+            steps_per_epoch=steps_per_epoch,
+        ),
+    )
+    tx = optax.chain(
+        composition.sharpness or optax.identity(),
+        *make_optimizer(config, learning_rate_schedule(config, steps_per_epoch)),
+    )
+    parts = {
+        "adversary": composition.adversary,
+        "objective": composition.objective,
+        "averaging": composition.averaging,
+    }
+    return make_train_step(
+        model,
+        tx,
+        **{name: part for name, part in parts.items() if part is not None},
+        batch_stats=composition.batch_stats,
+        group_size=composition.group_size,
+        mesh=data_mesh(),
     )
 
 
-def sam_group_size(config: Config) -> int:
-    """Examples with an ascent direction of their own, `sam.m`; 0: the whole batch."""
-    return _below_the_batch(config, config.sam.m)
-
-
-def _below_the_batch(config: Config, size: int) -> int:
-    """A group's size; 0 where it is the batch, an incomplete last one too."""
-    return 0 if size == config.training.batch_size else size
-
-
-def make_ball(norm: str, epsilon: float, gradient_floor: float = 0.0) -> attacks.Ball:
-    """A ball of radius `epsilon` in 1/255 units."""
-    if norm == "l2":
-        return attacks.l2(epsilon / 255, gradient_floor=gradient_floor)
-    return attacks.linf(epsilon / 255)
-
-
-def training_attack(config: Config) -> Attack:
-    """The attack of `config.attack`: the identity where its radius is 0."""
-    attack = config.attack
-    if attack.epsilon == 0:  # nothing of `pgd` is left in standard training's program
-        return attacks.identity
-    ball, options = _pgd_options(attack, attack.norm, attack.epsilon, attack.step_size)
-    return attacks.pgd(ball, judge=attack.judge, **options)
-
-
 def evaluation_attacks(config: Config) -> dict[str, Attack]:
-    """The table's columns in order: `natural`, `linf 1/255`, ..., and their attacks."""
+    """Returns the attacks of the table's columns: `natural`, `linf 1/255`, ..."""
     columns: dict[str, Attack] = {"natural": attacks.identity}
     for name, (ball, options) in _evaluation_columns(config).items():
         columns[name] = attacks.pgd(ball, judge=config.evaluation.judge, **options)
@@ -90,7 +133,7 @@ def evaluation_attacks(config: Config) -> dict[str, Attack]:
 
 
 def staged_attacks(config: Config) -> dict[str, attacks.StagedPgd]:
-    """The same columns in stages, for an evaluation that stops early."""
+    """Returns the same columns in stages, for an evaluation that stops early."""
     return {
         name: attacks.staged_pgd(ball, **options)
         for name, (ball, options) in _evaluation_columns(config).items()
@@ -98,7 +141,7 @@ def staged_attacks(config: Config) -> dict[str, attacks.StagedPgd]:
 
 
 def autoattacks(config: Config) -> dict[str, attacks.AutoAttack]:
-    """AutoAttack for every column under attack; it has its own `gradient_floor`."""
+    """Returns AutoAttack for every column; it has its own `gradient_floor`."""
     evaluation = config.evaluation
     return {
         name: attacks.autoattack(
@@ -109,7 +152,7 @@ def autoattacks(config: Config) -> dict[str, attacks.AutoAttack]:
 
 
 def _evaluation_columns(config: Config) -> dict[str, tuple[attacks.Ball, dict]]:
-    """Ball and options of every column under attack, by its name, in order."""
+    """Returns ball and options of every column under attack, by its name, in order."""
     evaluation = config.evaluation
     return {
         f"{norm} {radius:g}/255": _pgd_options(
@@ -121,44 +164,47 @@ def _evaluation_columns(config: Config) -> dict[str, tuple[attacks.Ball, dict]]:
 
 
 def _pgd_options(
-    section: Config, norm: str, epsilon: float, step_size: float
+    section: Any, norm: str, epsilon: float, step_size: float
 ) -> tuple[attacks.Ball, dict[str, Any]]:
-    """PGD's arguments: radius and step size in 1/255, the rest from a section."""
-    return make_ball(norm, epsilon, section.gradient_floor), {
+    """Returns PGD's arguments, of a radius and a step size in 1/255."""
+    return make_ball(norm, epsilon, section["gradient_floor"]), {
         "step_size": step_size / 255,
-        "num_steps": section.num_steps,
-        "random_start": section.random_start,
-        "restarts": section.restarts,
-        "loss": LOSSES[section.loss],
+        "num_steps": section["num_steps"],
+        "random_start": section["random_start"],
+        "restarts": section["restarts"],
+        "loss": LOSSES[section["loss"]],
     }
 
 
 def validation_attacks(config: Config) -> dict[str, Attack]:
-    """How a state is judged on held-out images: as its own row means to be.
+    """Returns how a state is judged on held-out images: as its own row means to be.
 
-    `natural`; with an attack in training also `robust`, under the same ball, step size
-    and number of steps.
+    `natural`; with an attack in training also `robust`, PGD under the same ball, step
+    size and number of steps.
     """
     columns: dict[str, Attack] = {"natural": attacks.identity}
-    if config.attack.epsilon:
-        columns["robust"] = training_attack(config)
+    for part in rows.parse_row(config.row).parts:
+        values = methods.values_of(config, part.name)
+        if {"norm", "epsilon", "step_size", "num_steps"} <= values.keys():
+            own = {"random_start": True, "restarts": 1, "loss": "cross_entropy"}
+            ball, options = _pgd_options(
+                own | values, values["norm"], values["epsilon"], values["step_size"]
+            )
+            judge = values.get("judge", "final")
+            columns["robust"] = attacks.pgd(ball, judge=judge, **options)
     return columns
 
 
 def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
-    """The learning rate as a function of the step.
+    """Returns the learning rate as a function of the step.
 
     Raises:
       ValueError: for more steps than an int32 counts, as optimizers do.
     """
     training = config.training
     total_steps = training.epochs * steps_per_epoch
-    check(
-        total_steps <= LARGEST_COUNT,
-        f"training.epochs <= {LARGEST_COUNT // steps_per_epoch}",
-        f"An epoch has {steps_per_epoch} steps; they are counted in 32 bits.",
-        **{"training.epochs": training.epochs},
-    )
+    with entries.renamed({"epochs": "training.epochs"}):
+        check_total_steps(training.epochs, steps_per_epoch)
     if training.schedule == "cosine":
         return optax.cosine_decay_schedule(training.learning_rate, total_steps)
     boundaries = {}
@@ -169,42 +215,3 @@ def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedu
         step = epoch * steps_per_epoch
         boundaries[step] = boundaries.get(step, 1.0) * training.decay_factor
     return optax.piecewise_constant_schedule(training.learning_rate, boundaries)
-
-
-def make_optimizer(
-    config: Config, steps_per_epoch: int, batch_stats: PyTree
-) -> optax.GradientTransformationExtraArgs:
-    """SAM, coupled weight decay and SGD with momentum, in this order.
-
-    Args:
-      config: the whole config.
-      steps_per_epoch: for the schedules.
-      batch_stats: the structure of BatchNorm's statistics, which leave SAM's second
-        pass as its auxiliary output.
-    """
-    return optax.chain(
-        sharpness.sam(
-            _rho(config, steps_per_epoch),
-            aux=batch_stats,
-            grouped=sam_group_size(config) > 0,
-        ),
-        optax.add_decayed_weights(config.training.weight_decay),
-        optax.sgd(
-            learning_rate_schedule(config, steps_per_epoch),
-            momentum=config.training.momentum or None,
-        ),
-    )
-
-
-def _rho(config: Config, steps_per_epoch: int) -> Any:
-    """SAM's radius, or its schedule."""
-    start, end = config.sam.rho, config.sam.rho_end
-    if end is None:
-        return start
-    return optax.linear_schedule(start, end, config.training.epochs * steps_per_epoch)
-
-
-def resolve_steps_per_call(config: Config) -> int:
-    """Steps in one call; a loop over steps pays on accelerators, not on the CPU."""
-    default = 1 if jax.default_backend() == "cpu" else 25
-    return config.training.steps_per_call or default

@@ -7,20 +7,30 @@ job.
 """
 
 import re
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any, TypeAlias
 
 __all__ = [
     "LARGEST_COUNT",
     "LARGEST_SEED",
+    "Rule",
     "check",
     "check_choice",
     "check_path",
     "check_radius",
     "check_real",
     "check_whole",
+    "each",
+    "maybe",
+    "one_of",
     "shorten",
+    "switch",
+    "text",
 ]
+
+# Called as `rule(**{field: value})`; raises ValueError.
+Rule: TypeAlias = Callable[..., None]
 
 LARGEST_SEED = 2**32 - 1  # JAX keeps the low 32 bits: 2**32 would be seed 0
 LARGEST_COUNT = 2**31 - 1  # steps, sizes and indices are int32 on the device
@@ -167,3 +177,42 @@ def check_path(**values: Any) -> None:
             and "://" not in value
         )
         check(holds, f"a local path for {name}", **{name: value})
+
+
+def one_of(*choices: str) -> Rule:
+    """Returns the rule that a value is one of the choices."""
+    return partial(check_choice, choices)
+
+
+def maybe(rule: Rule) -> Rule:
+    """Returns the rule, or None."""
+
+    def check_maybe(**values: Any) -> None:
+        rule(**{name: value for name, value in values.items() if value is not None})
+
+    return check_maybe
+
+
+def each(rule: Rule, *, least: int = 0, most: int = 100) -> Rule:
+    """Returns the rule for all of a tuple, or JSON's list, of so many values."""
+
+    def check_each(**values: Any) -> None:
+        for name, value in values.items():
+            holds = isinstance(value, tuple | list) and least <= len(value) <= most
+            check(holds, f"a tuple of {least} to {most} values for {name}", **values)
+            for item in value:
+                rule(**{name: item})
+
+    return check_each
+
+
+def text(**values: Any) -> None:
+    """Raises `ValueError` unless every value is a string."""
+    for name, value in values.items():
+        check(isinstance(value, str), f"text for {name}", **{name: value})
+
+
+def switch(**values: Any) -> None:
+    """Raises `ValueError` unless every value is True or False."""
+    for name, value in values.items():
+        check(isinstance(value, bool), f"True or False for {name}", **{name: value})

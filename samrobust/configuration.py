@@ -1,8 +1,9 @@
 """Experiment configs: loading, overriding, and what they may say.
 
 A config file defines `get_config(row)`, which returns a locked `ConfigDict`, and
-`ROWS`, the rows of its table in order. `configs/base.py` describes every field,
-`samrobust.rows` the names of rows. Radii in configs are in 1/255 units. Everything a
+`ROWS`, the rows of its table in order. `configs/base.py` describes every field but
+those of methods and networks, which are the parameters of their constructors;
+`samrobust.methods` the names of rows. Radii in configs are in 1/255 units. Everything a
 run could stumble over later is refused here, before any work starts.
 """
 
@@ -14,17 +15,19 @@ import os
 import pathlib
 import traceback
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import util
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
+from samrobust import entries, methods, rows
 from samrobust.checks import check, shorten
+from samrobust.components import model_fields
 from samrobust.rows import parse_row
-from samrobust.types import Config
-from samrobust.validation import FIELDS, validate
+from samrobust.types import Config, Field
+from samrobust.validation import fields_of, validate
 
 __all__ = [
     "base_config",
@@ -41,25 +44,70 @@ __all__ = [
 def finish(config: Config, row: str) -> Config:
     """Writes a row into an unlocked config and locks it; the end of `get_config`.
 
-    The attack's `step_size` refers to its `epsilon` and `relative_step_size`, and
-    follows when these are changed later.
+    Every method has a section, those of one's own in rows that have them. A `step_size`
+    refers to the section's `epsilon` and `relative_step_size`, and follows when these
+    are changed later.
     """
     parsed = parse_row(row)
     config.row = row
     config.label = parsed.label
-    config.sam.rho = parsed.rho
-    config.attack.epsilon = parsed.eps
-    if parsed.norm is not None:
-        config.attack.norm = parsed.norm
-    relative = config.attack.relative_step_size.get_ref(config.attack.norm)
-    config.attack.step_size = config.attack.get_ref("epsilon") * relative
+    for section, name in methods.sections(row).items():
+        _add_fields(config, section, entries.section_fields(name))
+    for part in parsed.parts:
+        section = config[entries.section_of(part.name)]
+        for option, field in entries.options(part.name).items():
+            section[field] = part.values[option]
+    for section in methods.sections(row):
+        _link_steps(config[section])
+    _settle_model(config)
     return config.lock()
 
 
+def _add_fields(config: Config, section: str, fields: Mapping[str, Field]) -> None:
+    """Adds the fields that a section lacks, with their defaults."""
+    if section not in config:
+        config[section] = ConfigDict()
+    for name, field in fields.items():
+        *folders, last = name.split(".")
+        holder = config[section]
+        for folder in folders:
+            if folder not in holder:
+                holder[folder] = ConfigDict()
+            holder = holder[folder]
+        if last not in holder:
+            empty = field.default is None and field.kind is not None
+            holder[last] = (
+                config_dict.placeholder(field.kind) if empty else field.default
+            )
+
+
+def _link_steps(section: Config) -> None:
+    if "relative_step_size" in section:
+        relative = section.relative_step_size.get_ref(section.norm)
+        section.step_size = section.get_ref("epsilon") * relative
+
+
+def _settle_model(config: Config) -> None:
+    """Gives `config.model` the fields of its network, and no others.
+
+    The base's network is another one's where a config file has chosen that.
+    """
+    model = config.model
+    fields, of_base = model_fields(model.name), model_fields(base_config().model.name)
+    for name, field in of_base.items():
+        if name not in fields and name in model and model[name] == field.default:
+            del model[name]
+    _add_fields(config, "model", fields)
+
+
 def base_config() -> Config:
-    """The fields of `configs/base.py`, unlocked: where every config begins."""
+    """Returns the fields that every config begins with, unlocked."""
     file = next(f for folder in _shipped() if (f := folder / "base.py").is_file())
-    return _load_module(file).get_config()
+    config = _load_module(file).get_config()
+    for section, name in methods.sections().items():
+        _add_fields(config, section, entries.section_fields(name))
+    _add_fields(config, "model", model_fields(config.model.name))
+    return config
 
 
 def _shipped() -> list[pathlib.Path]:
@@ -69,13 +117,18 @@ def _shipped() -> list[pathlib.Path]:
 
 
 def with_defaults(stored: dict) -> Config:
-    """A config as JSON keeps it, with the base's value for every field it lacks.
+    """Returns a config as JSON keeps it, with the base's value for fields it lacks.
 
-    A run of an older version lacks the newest fields.
+    A run of an older version lacks the newest fields, and may have an older row's name.
     """
     defaults = json.loads(base_config().to_json_best_effort())
-    config = ConfigDict(defaults, type_safe=False)
+    config: Config = ConfigDict(defaults, type_safe=False)
+    name = stored.get("model", {}).get("name", config.model.name)
+    if name != config.model.name:
+        for field in model_fields(config.model.name):
+            del config.model[field]
     config.update(stored)
+    config.row = rows.modern_row(config.row)
     return config
 
 
@@ -124,6 +177,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     name, colon, row = path.partition(":")
     config = _call_get_config(find_config_file(name), [row] if colon else [])
     _check_overrides(overrides)
+    config = _choose_model(config, overrides)
     config = _override(config, overrides)
     validate(config)
     _check_fields(config)
@@ -171,13 +225,30 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         holds = item.startswith("--config.") and "=" in item
         check(holds, "overrides --config.FIELD=VALUE", fix, override=item)
     fields = {item.partition("=")[0].removeprefix("--config.") for item in overrides}
-    relative = [f for f in fields if f.startswith("attack.relative_step_size.")]
-    check(
-        not relative or "attack.step_size" not in fields,
-        "attack.step_size or attack.relative_step_size, not both",
-        "The one is the other times attack.epsilon.",
-        overrides=list(overrides),
-    )
+    for section in methods.sections():
+        both = f"{section}.relative_step_size", f"{section}.step_size"
+        relative = [f for f in fields if f.startswith(f"{both[0]}.")]
+        check(
+            not relative or both[1] not in fields,
+            f"{both[1]} or {both[0]}, not both",
+            f"The one is the other times {section}.epsilon.",
+            overrides=list(overrides),
+        )
+
+
+def _choose_model(config: Config, overrides: Sequence[str]) -> Config:
+    """Applies an override of `model.name` first: it decides which fields there are."""
+    chosen = [item for item in overrides if item.startswith("--config.model.name=")]
+    if not chosen:
+        return config
+    before = model_fields(config.model.name)
+    config = _override(config, chosen)
+    with config.unlocked():
+        after = model_fields(config.model.name)
+        for name in set(before) - set(after):
+            del config.model[name]
+        _add_fields(config, "model", after)
+    return config
 
 
 def _override(config: Config, overrides: Sequence[str]) -> Config:
@@ -202,11 +273,12 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
 
 def _check_fields(config: Config) -> None:
     """Refuses fields that nothing reads; stored configs may have some, new ones not."""
+    known = fields_of(config)
     for field in _flatten(config.to_dict()):
-        if field not in FIELDS and not field.startswith("paper."):
-            near = difflib.get_close_matches(field, FIELDS, 1)
+        if field not in known and not field.startswith("paper."):
+            near = difflib.get_close_matches(field, known, 1)
             fix = f"Did you mean {near[0]}?" if near else ""
-            check(False, "fields of configs/base.py", fix, field=field)
+            check(False, "a field of configs/base.py or of a method", fix, field=field)
 
 
 def _check_row(config: Config, wanted: str) -> None:
@@ -220,18 +292,31 @@ def _check_row(config: Config, wanted: str) -> None:
     )
     row = parse_row(config.row)
     label = config.label.removeprefix("Imported ")  # as `samrobust import` says
-    for field, named, value in (
-        ("label", row.label, label),
-        ("sam.rho", row.rho, config.sam.rho),
-        ("attack.epsilon", row.eps, config.attack.epsilon),
-        ("attack.norm", row.norm or config.attack.norm, config.attack.norm),
-    ):
+    said: dict[str, tuple[Any, Any]] = {"label": (row.label, label)}
+    for part in row.parts:
+        section = entries.section_of(part.name)
+        for option, field in entries.options(part.name).items():
+            value = config[section][field]
+            said[f"{section}.{field}"] = (part.values[option], value)
+    for field, (named, value) in said.items():
         check(
             named == value,
             f"{field}={named} as the row {config.row!r} says",
             "Choose another row instead, as in --config=FILE.py:sam,rho=0.3.",
             **{field: value},
         )
+    for section, name in methods.sections(config.row).items():
+        if name in [part.name for part in row.parts]:
+            continue
+        for field in entries.options(name).values():
+            default = entries.section_fields(name)[field].default
+            value = config[section][field]
+            check(
+                value == default,
+                f"a row with {name} when {section}.{field} is set",
+                f"As in --config=FILE.py:{name},...",
+                **{f"{section}.{field}": value},
+            )
 
 
 def differences(one: dict, other: dict) -> dict[str, tuple[object, object]]:

@@ -12,11 +12,13 @@ from typing import Any, Protocol
 
 import jax
 
+from samrobust import building, methods
 from samrobust.checks import check
 from samrobust.claims import ClaimedError
 from samrobust.configuration import differences
-from samrobust.data import Dataset, fingerprint
-from samrobust.identity import identity_of
+from samrobust.data import Dataset, check_padding, fingerprint
+from samrobust.identity import Identity, identity_of
+from samrobust.networks import Network, load_network
 from samrobust.parallel import from_primary, lost_a_peer
 from samrobust.provenance import provenance
 from samrobust.runfiles import RunFiles
@@ -28,14 +30,8 @@ from samrobust.scoring import (
     make_validate,
     score,
 )
-from samrobust.training import (
-    InterruptedRunError,
-    Network,
-    Outcome,
-    Progress,
-    load_network,
-    train,
-)
+from samrobust.training import InterruptedRunError, Outcome, Progress, RunFolder, fit
+from samrobust.training.fit import Validate
 from samrobust.types import Config
 from samrobust.workdir import (
     OtherConfigError,
@@ -50,6 +46,7 @@ __all__ = [
     "as_dict",
     "run",
     "step_work",
+    "train",
     "work",
 ]
 
@@ -89,12 +86,8 @@ def work(config: Config, dataset: Dataset) -> tuple[float, float]:
 
 
 def step_work(config: Config) -> float:
-    """The predicted cost of training on one example, in the unit of `work`: ST is 1."""
-    attack = config.attack
-    step = 2.0 if config.sam.rho else 1.0
-    if attack.epsilon:
-        step += attack.restarts * attack.num_steps * 2 / 3
-    return step
+    """Returns the predicted cost of training on one example: that of ST is 1."""
+    return methods.cost(config)
 
 
 def run(
@@ -147,14 +140,13 @@ def run(
                 config,
                 dataset,
                 workdir,
-                validate=make_validate(config, dataset),
                 on_progress=on_progress,
                 should_stop=should_stop,
                 may_write=files.check_claim,
             )
             if config.evaluation.checkpoint == "last":
-                variables = outcome.state.variables
-                network = Network(variables, outcome.step, outcome.identity)
+                variables = outcome.state.eval_variables
+                network = Network(variables, outcome.step, _identity_in(outcome))
             else:
                 network = load_network(config, dataset, workdir, "best")
             scored = score(config, dataset, network, workdir, observer, should_stop)
@@ -164,6 +156,66 @@ def run(
                 )
             )
         return result
+
+
+def train(
+    config: Config,
+    dataset: Dataset,
+    workdir: pathlib.Path,
+    *,
+    validate: Validate | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    may_write: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Trains what a config says; of a run that was stopped, what is left.
+
+    Args:
+      config: validated.
+      dataset: that of `config.data`.
+      workdir: receives `metrics.jsonl` and `checkpoints/`; claimed by the caller.
+      validate: see `samrobust.training.fit`; None: accuracy on the held-out images, if
+        there are some.
+      on_progress: see `samrobust.training.fit`.
+      should_stop: see there.
+      may_write: called before each checkpoint, by process 0; raises if not.
+
+    Raises:
+      ValueError: if the batches, groups and devices do not fit the data.
+      Further errors: as `samrobust.training.fit`.
+    """
+    training = config.training
+    check_padding(dataset.image_shape, **{"data.padding": config.data.padding})
+    plan = building.make_plan(config, len(dataset.train))
+    schedule = building.learning_rate_schedule(config, plan.num_steps)
+    log = RunFolder(
+        workdir,
+        minutes=config.checkpoint.minutes,
+        keep=config.checkpoint.keep,
+        identity=identity_of(config, dataset),
+        may_write=may_write,
+    )
+    return fit(
+        building.make_method(config, dataset, plan.num_steps),
+        dataset.train,
+        epochs=training.epochs,
+        batch_size=training.batch_size,
+        key=jax.random.key(config.seed),
+        padding=config.data.padding,
+        flip=config.data.flip,
+        drop_remainder=training.drop_remainder,
+        steps_per_call=training.steps_per_call,
+        log=log,
+        schedules={"learning_rate": schedule},
+        validate=validate or make_validate(config, dataset),
+        on_progress=on_progress,
+        should_stop=should_stop,
+    )
+
+
+def _identity_in(outcome: Outcome) -> Identity:
+    assert isinstance(outcome.identity, Identity)  # it was given to the log
+    return outcome.identity
 
 
 def _is_failure(error: Exception) -> bool:
@@ -217,7 +269,7 @@ def _describe(
         "label": config.label,
         "seed": config.seed,
         **scored.as_dict(),
-        "run": outcome.identity.as_dict(),
+        "run": _identity_in(outcome).as_dict(),
         "num_test": len(evaluated_split(config, dataset)),
         "split": config.evaluation.split,
         "checkpoint": config.evaluation.checkpoint,

@@ -12,9 +12,11 @@ import json
 import os
 import pathlib
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 __all__ = [
+    "MetricsLog",
     "WorkdirError",
     "append_json_line",
     "check_writable",
@@ -208,3 +210,20 @@ def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
             if isinstance(line, dict):
                 lines.append(line)
     return lines
+
+
+class MetricsLog:
+    """`metrics.jsonl`: an object an epoch, in order, each epoch once.
+
+    Args:
+      path: of the file, which is written anew.
+      lines: of the epochs so far; the list grows with the file.
+    """
+
+    def __init__(self, path: pathlib.Path, lines: Sequence[dict[str, Any]]):
+        self._path = path
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds an epoch; durable on return."""
+        append_json_line(self._path, line)

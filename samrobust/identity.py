@@ -17,10 +17,9 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-import jax
-
 from samrobust.configuration import differences, with_defaults
 from samrobust.data import Dataset, fingerprint
+from samrobust.provenance import random_bits
 from samrobust.types import Config
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "changed_fields",
     "identity_of",
     "imported",
-    "random_bits",
 ]
 
 # To be raised when a config and a seed come to mean other numbers, beyond rounding.
@@ -91,6 +89,27 @@ class Identity:
         return dataclasses.replace(
             self, data=self.data or other.data, versions=(*self.versions, *new)
         )
+
+    def refuse(self, stored: object, *, draws: bool = True) -> str:
+        """Says why what a checkpoint holds of its run is not this run; empty if not.
+
+        Args:
+          stored: what `as_dict` gave.
+          draws: as for `unlike`.
+        """
+        other = Identity.from_dict(stored)
+        if other is None:
+            return "it does not say of which, as those of older versions of samrobust"
+        return other.unlike(self, draws=draws)
+
+    def resumed(self, stored: object) -> "Identity":
+        """Returns the identity of a run that goes on from a checkpoint of it.
+
+        Args:
+          stored: what `as_dict` gave, and `refuse` did not refuse.
+        """
+        begun = Identity.from_dict(stored)
+        return self if begun is None else begun.continued_by(self)
 
     def unlike(self, other: "Identity", *, draws: bool = True) -> str:
         """Says in what another run differs: `seed is 1, not 0`; empty if it does not.
@@ -154,13 +173,6 @@ def changed_fields(
 
 def _training_data(dataset: Dataset) -> str:
     return f"{fingerprint(dataset.train)}+{fingerprint(dataset.validation)}"
-
-
-@functools.cache
-def random_bits() -> str:
-    """Returns what JAX draws from key 0, in hexadecimal digits."""
-    bits = jax.random.bits(jax.random.key(0), (3,))  # several: settings differ there
-    return "".join(f"{value:08x}" for value in bits.tolist())
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from samrobust.checks import check
 from samrobust.data import Dataset
 from samrobust.files import check_writable
 from samrobust.identity import identity_of
+from samrobust.networks import Network, load_network
 from samrobust.parallel import from_primary
 from samrobust.reporting.console import make_console
 from samrobust.reporting.progress import ProgressDisplay
@@ -30,7 +31,6 @@ from samrobust.scoring import (
     evaluation_key,
     evaluation_work,
 )
-from samrobust.training import Network, load_network
 from samrobust.types import Config
 from samrobust.validation import validate
 from samrobust.workdir import config_of_run, finished_runs, read_result

@@ -16,8 +16,9 @@ from samrobust.evaluation import (
     make_evaluator,
     warn_of_non_finite,
 )
+from samrobust.networks import Network, load_network
 from samrobust.provenance import provenance
-from samrobust.training import InterruptedRunError, Network, TrainState, load_network
+from samrobust.training import InterruptedRunError, TrainState
 from samrobust.types import Config
 
 __all__ = [
@@ -268,7 +269,7 @@ def make_validate(
     key = _key(config, _VALIDATION_STREAM)
 
     def validate(state: TrainState) -> dict[str, float]:
-        accuracy = accuracies(evaluate(state.variables, dataset.validation, key))
+        accuracy = accuracies(evaluate(state.eval_variables, dataset.validation, key))
         return {**accuracy, "score": accuracy.get("robust", accuracy["natural"])}
 
     return validate

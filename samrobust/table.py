@@ -11,6 +11,7 @@ from rich.console import Console
 
 from samrobust import building, configuration, parallel, reporting
 from samrobust.checks import LARGEST_SEED, check, check_whole
+from samrobust.components import model_fields
 from samrobust.experiments import PlannedRun, work
 from samrobust.files import WorkdirError
 from samrobust.reporting.console import make_console
@@ -248,15 +249,24 @@ def _show(plan: _Plan, results: list[dict[str, Any]], console: Console) -> None:
 
 
 def _caption(config: Config) -> str:
-    model, evaluation, training = config.model, config.evaluation, config.training
-    blocks = "-".join(str(count) for count in model.blocks)
+    evaluation, training = config.evaluation, config.training
     size = config.data.train_size
     images = f"{size:,} training images, " if size is not None else ""
     return (
-        f"{config.data.name}, {images}{evaluation.split} set; PreActResNet of width "
-        f"{model.width} and {blocks} blocks, {training.epochs} epochs, {model.dtype}; "
+        f"{config.data.name}, {images}{evaluation.split} set; "
+        f"{_network(config.model)}, {training.epochs} epochs, {config.model.dtype}; "
         f"{_attack(evaluation)}, {evaluation.checkpoint} checkpoint."
     )
+
+
+def _network(model: Config) -> str:
+    """Names the network and its fields: `preact_resnet of width 16, blocks 1-1-1`."""
+    fields = {name: model[name] for name in model_fields(model.name)}
+    shown = [
+        f"{name} {'-'.join(map(str, v)) if isinstance(v, tuple | list) else v}"
+        for name, v in fields.items()
+    ]
+    return f"{model.name} of {', '.join(shown)}" if shown else model.name
 
 
 def _attack(evaluation: Config) -> str:

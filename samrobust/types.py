@@ -5,11 +5,22 @@ int32 [B]; logits are float32 [B, K]; radii and step sizes are in pixel units, s
 8/255 is written `8 / 255`.
 """
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import jax
 
-__all__ = ["Array", "Attack", "Config", "LogitsFn", "LossFn", "PyTree"]
+__all__ = [
+    "Array",
+    "Attack",
+    "Config",
+    "Entry",
+    "Field",
+    "LogitsFn",
+    "LossFn",
+    "PyTree",
+]
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -49,3 +60,47 @@ class Attack(Protocol):
     ) -> Array:
         """See the class."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A field of a config section.
+
+    Attributes:
+      default: its value where nothing is said; of `kind` where that is None.
+      rule: called as `rule(**{name: value})`, raises `ValueError` for other values.
+      kind: the type of a value that is None by default.
+    """
+
+    default: Any
+    rule: Callable[..., None]
+    kind: type | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """The meaning of a name in rows of tables and in configs.
+
+    Attributes:
+      make: the constructor. Its parameters without a default are the options of a row,
+        in order; those and the others are the fields of a config section, but for what
+        the training provides (see `samrobust.methods`).
+      label: of a row in tables, `str.format` of the options; empty: name and options.
+      options: names of options in rows to fields, where not all parameters without a
+        default are options of their names.
+      fields: those with a rule of their own, or that are no parameters.
+      section: of the config; empty: the name.
+      attack_passes: of the section's values to the cost of making the images, in passes
+        with weight gradients.
+      check: of a row's options, by their names; raises `ValueError`.
+      passes: that a sharpness method adds to each pass over the images.
+    """
+
+    make: Callable[..., Any]
+    label: str = ""
+    options: Mapping[str, str] | None = None
+    fields: Mapping[str, Field] = dataclasses.field(default_factory=dict)
+    section: str = ""
+    attack_passes: Callable[[Mapping[str, Any]], float] = lambda _: 0.0
+    check: Callable[..., None] = lambda **_: None
+    passes: float = 1.0

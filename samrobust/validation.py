@@ -1,37 +1,40 @@
 """Checks of a config's values and combinations, by the fields' full names.
 
-`FIELDS` says what each field of `configs/base.py` may hold; then come the rules that
-join several fields, one check a rule. Configs are checked however they were made: on
-the command line `ml_collections` refuses other types, in Python code it need not.
+`FIELDS` says what each field of `configs/base.py` may hold, the methods' constructors
+and `samrobust.methods` what those of their sections; then come the rules that join
+several fields, one check a rule. Configs are checked however they were made: on the
+command line `ml_collections` refuses other types, in Python code it need not.
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from samrobust import entries, methods, rows
+from samrobust.attacks.autoattack import MEMBERS, VERSIONS
 from samrobust.checks import (
     LARGEST_SEED,
+    Rule,
     check,
-    check_choice,
     check_path,
     check_radius,
     check_real,
     check_whole,
+    each,
+    maybe,
+    one_of,
+    switch,
+    text,
 )
+from samrobust.components import check_model, has_batch_norm_groups, model_fields
 from samrobust.types import Config
 
-__all__ = ["FIELDS", "validate"]
-
-# Of AutoAttack, as `samrobust.attacks` has them.
-_VERSIONS = ("standard", "rand", "custom")
-_MEMBERS = ("apgd-ce", "apgd-t", "fab-t", "square", "apgd-dlr")
+__all__ = ["FIELDS", "fields_of", "validate"]
 
 _SECTION = (ConfigDict, Mapping)
-_Rule = Callable[..., None]  # called with field=value; raises ValueError
-
 _MOST = 3e38  # finite in float32
 _LEAST = 1e-30  # above 0 in float32
 # Of a step to its radius. Beyond ten radii steps only jump between the ball's faces;
@@ -43,42 +46,6 @@ _seed = partial(check_whole, 0, LARGEST_SEED)
 _floor = partial(check_real, 0, 1e-3)
 
 
-def _choice(*options: str) -> _Rule:
-    return partial(check_choice, options)
-
-
-def _maybe(rule: _Rule) -> _Rule:
-    """The rule, or None."""
-
-    def check_maybe(**values: Any) -> None:
-        rule(**{name: value for name, value in values.items() if value is not None})
-
-    return check_maybe
-
-
-def _each(rule: _Rule, *, least: int = 0, most: int = 100) -> _Rule:
-    """A tuple, or JSON's list, of such values."""
-
-    def check_each(**values: Any) -> None:
-        for name, value in values.items():
-            holds = isinstance(value, tuple | list) and least <= len(value) <= most
-            check(holds, f"a tuple of {least} to {most} values for {name}", **values)
-            for item in value:
-                rule(**{name: item})
-
-    return check_each
-
-
-def _text(**values: Any) -> None:
-    for name, value in values.items():
-        check(isinstance(value, str), f"text for {name}", **{name: value})
-
-
-def _switch(**values: Any) -> None:
-    for name, value in values.items():
-        check(isinstance(value, bool), f"True or False for {name}", **{name: value})
-
-
 def _percentages(**values: Any) -> None:
     for name, value in values.items():
         check(isinstance(value, _SECTION), f"columns in {name}", **{name: value})
@@ -86,74 +53,69 @@ def _percentages(**values: Any) -> None:
             check_real(0, 100, **{f"{name}.{column}": number})
 
 
-FIELDS: dict[str, _Rule] = {
-    "row": _text,
-    "label": _text,
+FIELDS: dict[str, Rule] = {
+    "row": text,
+    "label": text,
     "seed": _seed,
     "paper": _percentages,
-    "data.name": _choice("cifar10", "cifar100", "digits"),
-    "data.data_dir": _maybe(check_path),
-    "data.manual_dir": _maybe(check_path),
+    "data.name": text,
+    "data.data_dir": maybe(check_path),
+    "data.manual_dir": maybe(check_path),
     "data.validation_size": _size,
-    "data.train_size": _maybe(_count),
-    "data.test_size": _maybe(_count),
+    "data.train_size": maybe(_count),
+    "data.test_size": maybe(_count),
     "data.split_seed": _seed,
-    "data.padding": partial(check_whole, 0, 32),  # the images' side
-    "data.flip": _switch,
-    "model.width": partial(check_whole, 1, 2**16),
-    "model.blocks": _each(partial(check_whole, 1, 1000), least=1, most=10),
-    "model.dtype": _choice("float32", "bfloat16"),
+    "data.padding": partial(check_whole, 0, 4096),  # less than the images' side
+    "data.flip": switch,
+    "model.name": text,
+    "model.dtype": one_of("float32", "bfloat16"),
     "model.batch_norm_group": _size,
-    "model.mean": _maybe(_each(partial(check_real, -1e3, 1e3), least=1)),
-    "model.std": _maybe(_each(partial(check_real, 1e-6, 1e6), least=1)),
+    "model.mean": maybe(each(partial(check_real, -1e3, 1e3), least=1)),
+    "model.std": maybe(each(partial(check_real, 1e-6, 1e6), least=1)),
     "training.epochs": _count,
     "training.batch_size": _count,
-    "training.drop_remainder": _switch,
+    "training.drop_remainder": switch,
+    "training.optimizer": text,
     "training.learning_rate": partial(check_real, _LEAST, _MOST),
-    "training.schedule": _choice("step", "cosine"),
-    "training.milestones": _each(partial(check_real, 1e-4, 1)),
+    "training.schedule": one_of("step", "cosine"),
+    "training.milestones": each(partial(check_real, 1e-4, 1)),
     "training.decay_factor": partial(check_real, _LEAST, 1),
     "training.momentum": partial(check_real, 0, 1),
     "training.weight_decay": partial(check_real, 0, _MOST),
     "training.steps_per_call": _size,
-    "attack.norm": _choice("linf", "l2"),
-    "attack.epsilon": partial(check_real, 0, _MOST),
-    "attack.relative_step_size.linf": partial(check_real, *_STEP),
-    "attack.relative_step_size.l2": partial(check_real, *_STEP),
-    "attack.step_size": partial(check_real, 0, _MOST),
-    "attack.num_steps": _count,
-    "attack.random_start": _switch,
-    "attack.restarts": _count,
-    "attack.loss": _choice("cross_entropy", "margin"),
-    "attack.judge": _choice("final", "any"),
-    "attack.batch_norm": _choice("train", "eval"),
-    "attack.gradient_floor": _floor,
-    "sam.rho": partial(check_real, 0, 1e3),
-    "sam.rho_end": _maybe(partial(check_real, 0, 1e3)),
-    "sam.batch_stats": _choice("first", "second", "both"),
-    "sam.m": _size,
-    "evaluation.linf": _each(partial(check_radius, "linf")),
-    "evaluation.l2": _each(partial(check_radius, "l2")),
-    "evaluation.attack": _choice("pgd", "autoattack"),
-    "evaluation.version": _choice(*_VERSIONS),
-    "evaluation.members": _each(_choice(*_MEMBERS)),
+    "evaluation.linf": each(partial(check_radius, "linf")),
+    "evaluation.l2": each(partial(check_radius, "l2")),
+    "evaluation.attack": one_of("pgd", "autoattack"),
+    "evaluation.version": one_of(*VERSIONS),
+    "evaluation.members": each(one_of(*MEMBERS)),
     "evaluation.linf_step": partial(check_real, *_STEP),
     "evaluation.l2_step": partial(check_real, *_STEP),
     "evaluation.num_steps": _count,
-    "evaluation.random_start": _switch,
+    "evaluation.random_start": switch,
     "evaluation.restarts": _count,
-    "evaluation.loss": _choice("cross_entropy", "margin"),
-    "evaluation.judge": _choice("final", "any"),
-    "evaluation.early_stop": _switch,
+    "evaluation.loss": one_of("cross_entropy", "margin"),
+    "evaluation.judge": one_of("final", "any"),
+    "evaluation.early_stop": switch,
     "evaluation.gradient_floor": _floor,
     "evaluation.batch_size": _count,
-    "evaluation.split": _choice("test", "validation"),
-    "evaluation.checkpoint": _choice("last", "best"),
+    "evaluation.split": one_of("test", "validation"),
+    "evaluation.checkpoint": one_of("last", "best"),
     "checkpoint.minutes": partial(check_real, 0, 1e6),
     "checkpoint.keep": _count,
-    "tracking.tensorboard": _switch,
-    "tracking.wandb": _text,
+    "tracking.tensorboard": switch,
+    "tracking.wandb": text,
 }
+
+
+def fields_of(config: Config) -> dict[str, Rule]:
+    """Returns the rule of every field that a config may have, by its full name."""
+    rules = dict(FIELDS)
+    for section, name in methods.sections(config.row or "st").items():
+        for key, field in entries.section_fields(name).items():
+            rules[f"{section}.{key}"] = field.rule
+    for key, field in model_fields(config.model.name).items():
+        rules[f"model.{key}"] = field.rule
+    return rules
 
 
 def validate(config: Config) -> None:
@@ -164,9 +126,11 @@ def validate(config: Config) -> None:
     """
     for field, rule in FIELDS.items():
         rule(**{field: _read(config, field)})
+    for field, rule in fields_of(config).items():
+        rule(**{field: _read(config, field)})
     _validate_training(config.training)
-    _validate_attack(config.attack)
-    _validate_sam(config.sam)
+    _validate_methods(config)
+    check_model(config)
     _validate_groups(config)
     _validate_evaluation(config)
 
@@ -193,21 +157,6 @@ def _validate_training(training: Config) -> None:
     )
 
 
-def _validate_attack(attack: Config) -> None:
-    if attack.epsilon > 0:
-        check_radius(attack.norm, **{"attack.epsilon": attack.epsilon})
-        low, high = _STEP
-        check(
-            low <= attack.step_size / attack.epsilon <= high,
-            f"a step of {low:g} to {high:g} radii",
-            **{
-                "attack.step_size": attack.step_size,
-                "attack.epsilon": attack.epsilon,
-            },
-        )
-    _check_restarts("attack", attack)
-
-
 def _check_restarts(section: str, attack: Config) -> None:
     check(
         attack.restarts == 1 or attack.random_start,
@@ -216,42 +165,46 @@ def _check_restarts(section: str, attack: Config) -> None:
     )
 
 
-def _validate_sam(sam: Config) -> None:
-    if sam.rho_end is not None:
-        check(
-            sam.rho > 0 or sam.rho_end == 0,
-            "sam.rho > 0 when sam.rho_end is set",
-            "Use a SAM row: a schedule needs a start above 0.",
-            **{"sam.rho": sam.rho, "sam.rho_end": sam.rho_end},
-        )
+def _validate_methods(config: Config) -> None:
+    """Builds the row's method, and refuses what a row without the part would ignore."""
+    row = rows.parse_row(config.row) if config.row else rows.Row()
+    active = {part.name for part in row.parts}
+    for section, name in methods.sections(config.row or "st").items():
+        own = config[section]
+        for field, off in (("m", 0), *_ends(own)):
+            check(
+                name in active or field not in own or own[field] == off,
+                f"a row with {name} when {section}.{field} is set",
+                f"As in --config=FILE.py:{name},...",
+                **{f"{section}.{field}": own.get(field), "row": config.row},
+            )
+    if config.row:
+        methods.build(config, entries.Given(grouped=methods.group_size(config) > 0))
+
+
+def _ends(section: Config) -> list[tuple[str, None]]:
+    return [(name, None) for name in section if name.endswith("_end")]
 
 
 def _validate_groups(config: Config) -> None:
     """m-sharpness and BatchNorm's groups; the last batch is checked with the data."""
-    batch_size, m = config.training.batch_size, config.sam.m
-    group = config.model.batch_norm_group
-    for field, size in (("sam.m", m), ("model.batch_norm_group", group)):
+    batch_size, group = config.training.batch_size, config.model.batch_norm_group
+    field, m = methods.group_field(config)
+    for name, size in ((field, m), ("model.batch_norm_group", group)):
         check(
             size == 0 or batch_size % size == 0,
-            f"{field} to divide training.batch_size",
+            f"{name} to divide training.batch_size",
             "0 means the global batch.",
-            **{field: size, "training.batch_size": batch_size},
+            **{name: size, "training.batch_size": batch_size},
         )
-    if m == 0:
-        return
     check(
-        config.sam.rho > 0,
-        "sam.rho > 0 when sam.m is set",
-        "Use a SAM row, as in --config=FILE.py:sam,rho=0.2; without SAM there is no "
-        "ascent direction.",
-        **{"sam.rho": config.sam.rho, "sam.m": m},
-    )
-    check(
-        m == batch_size or (group > 0 and m % group == 0),
-        "model.batch_norm_group > 0 that divides sam.m",
+        m in (0, batch_size)
+        or not has_batch_norm_groups(config.model.name)
+        or (group > 0 and m % group == 0),
+        f"model.batch_norm_group > 0 that divides {field}",
         f"BatchNorm cannot reach across groups of {m} that have parameters of their "
         f"own: set --config.model.batch_norm_group={m}, or a divisor of it.",
-        **{"model.batch_norm_group": group, "sam.m": m},
+        **{"model.batch_norm_group": group, field: m},
     )
 
 

@@ -13,11 +13,9 @@ from samrobust.checks import check
 from samrobust.configuration import with_defaults
 from samrobust.files import (
     WorkdirError,
-    append_json_line,
     read_object,
     read_sealed,
     write_json,
-    write_text,
 )
 from samrobust.identity import Identity, changed_fields
 from samrobust.survey import read_plan
@@ -25,7 +23,6 @@ from samrobust.types import Config
 from samrobust.validation import validate
 
 __all__ = [
-    "MetricsLog",
     "OtherConfigError",
     "WorkdirError",
     "config_of_run",
@@ -199,20 +196,3 @@ def read_result(workdir: pathlib.Path, identity: Identity) -> dict[str, Any] | N
             "another --workdir."
         )
     return result
-
-
-class MetricsLog:
-    """`metrics.jsonl`: an object an epoch, in order, each epoch once.
-
-    Args:
-      path: of the file, which is written anew.
-      lines: of the epochs so far; the list grows with the file.
-    """
-
-    def __init__(self, path: pathlib.Path, lines: Sequence[dict[str, Any]]):
-        self._path = path
-        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-    def append(self, line: dict[str, Any]) -> None:
-        """Adds an epoch; durable on return."""
-        append_json_line(self._path, line)

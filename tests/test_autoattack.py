@@ -12,11 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from samrobust import validation
 from samrobust.attacks import (
     ATTACKS_VERSION,
-    MEMBERS,
-    VERSIONS,
     AutoAttack,
     Member,
     autoattack,
@@ -171,11 +168,6 @@ def test_what_was_broken_stays_as_it_was_though_the_next_look_finds_it_right(nor
 def test_what_it_cannot_mean_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         autoattack(linf(0.1), **options)
-
-
-def test_the_config_knows_the_same_names():
-    assert validation._VERSIONS == VERSIONS
-    assert validation._MEMBERS == MEMBERS
 
 
 # Over a split

@@ -77,12 +77,15 @@ def test_wrong_flags_are_refused_with_exit_code_2(arguments, message, capsys):
         (["table", "--collect", "--shard=0/2"], "--collect without --shard"),
         (["table", "--collect"], "Expected a finished run in"),
         (["status"], "Expected the directory of a table or of a run"),
-        (["table", "--rows=sma,rho=1"], "method in {st, sam, at, at+sam}"),
+        (
+            ["table", "--rows=sma,rho=1"],
+            "parts in {st, at, trades, sam, asam, awp, ema}",
+        ),
         (["table", "--config.training.epoch=2"], "Did you mean"),
         (["table", "--config=configs/none.py"], "Expected an existing config file"),
         (
             ["train", "--config=configs/digits.py:sam,rho=-1"],
-            "1e-05 <= rho, got rho=-1",
+            "0 <= rho, got rho=-1",
         ),
         (
             ["train", "--config=configs/digits.py:st", "--config.data.train_size=9999"],

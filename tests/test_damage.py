@@ -18,15 +18,17 @@ import jax
 import numpy as np
 import pytest
 
-from samrobust.experiments import run
+from samrobust import networks
+from samrobust.experiments import run, train
 from samrobust.files import WorkdirError, append_json_line
 from samrobust.identity import identity_of
+from samrobust.networks import load_network
 from samrobust.parallel import data_mesh
 from samrobust.survey import survey_run
-from samrobust.training import InterruptedRunError, load_network, saved, train
+from samrobust.training import InterruptedRunError
 from samrobust.training.checkpoint import CheckpointError
 from samrobust.training.epoch import Carry
-from samrobust.training.history import History
+from samrobust.training.log import RunFolder
 from samrobust.workdir import config_of_run, read_result, settle_config
 
 REFUSED = (WorkdirError, CheckpointError)
@@ -41,7 +43,7 @@ def _compile_quickly():
 @pytest.fixture(autouse=True, scope="module")
 def _trace_once():
     """What a checkpoint must look like is worked out once and not at each reading."""
-    known, make_init = {}, saved._make_init
+    known, make_init = {}, networks._make_init
 
     def make_init_once(config, dataset):
         key = (config.to_json_best_effort(), id(dataset))
@@ -50,7 +52,7 @@ def _trace_once():
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saved, "_make_init", make_init_once)
+        patch.setattr(networks, "_make_init", make_init_once)
         yield
 
 
@@ -190,10 +192,10 @@ def each_damaged(made: Made, damage: str, tmp_path: pathlib.Path, inside: str):
 def go_on(made: Made, workdir: pathlib.Path) -> tuple[Carry, int, list[Any]]:
     """The state that a training would go on from, the step, and the log so far."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    like = jax.eval_shape(saved._make_init(made.config, made.dataset), key)
+    like = jax.eval_shape(networks._make_init(made.config, made.dataset), key)
     fresh = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
     identity = identity_of(made.config, made.dataset)
-    with History(made.config, workdir, identity, lambda: None) as history:
+    with RunFolder(workdir, identity=identity) as history:
         carry = history.restore(fresh, data_mesh(), 12)
         return carry, int(carry.state.step), history.lines
 

@@ -23,7 +23,7 @@ from samrobust.evaluation import (
 )
 from samrobust.experiments import run
 from samrobust.files import read_sealed
-from samrobust.training import load_network
+from samrobust.networks import load_network
 
 KEY = jax.random.key(3)
 NUM_EXAMPLES = 23

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from samrobust import configuration
 from samrobust.flags import ADDERS
-from samrobust.validation import FIELDS, validate
+from samrobust.validation import fields_of, validate
 
 DIGITS = "configs/digits.py"
 PARAGRAPH = "x" * 5_000
@@ -53,7 +53,7 @@ OPTIONAL = {
     **dict.fromkeys(("data.data_dir", "data.manual_dir"), "text"),
     **dict.fromkeys(("data.train_size", "data.test_size"), 1),
     **dict.fromkeys(("model.mean", "model.std"), (1.0,)),
-    "sam.rho_end": 1.0,
+    **dict.fromkeys(("sam.rho_end", "asam.rho_end", "awp.gamma_end"), 1.0),
 }
 
 
@@ -82,7 +82,7 @@ def assert_one_line(message, name):
 
 
 def test_every_field_of_the_base_config_has_its_rule():
-    assert set(FIELDS) == set(BASE)
+    assert set(fields_of(configuration.base_config())) == set(BASE)
 
 
 @pytest.mark.parametrize("field", BASE)

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from samrobust.data import Split
-from samrobust.experiments import run
+from samrobust.experiments import run, train
 from samrobust.files import WorkdirError
 from samrobust.identity import Identity, identity_of
-from samrobust.training import load_network, train
+from samrobust.networks import load_network
 from samrobust.training.checkpoint import CheckpointError, Checkpoints
-from samrobust.training.history import History
-from samrobust.training.saved import checkpoint_folder
+from samrobust.training.log import RunFolder, checkpoint_folder
 
 # Runs of the same shapes as the first, which is `st` with seed 0 and one epoch.
 OTHERS = {
@@ -230,12 +229,12 @@ def test_an_error_on_its_way_is_not_hidden_by_that_of_a_pending_write(
     monkeypatch.setattr(Checkpoints, "close", fail)
     with (
         pytest.raises(KeyError, match="the first"),
-        History(config, tmp_path, identity, lambda: None),
+        RunFolder(tmp_path, identity=identity),
     ):
         raise KeyError("the first")
     with (
         pytest.raises(CheckpointError, match="full disk"),
-        History(config, tmp_path, identity, lambda: None),
+        RunFolder(tmp_path, identity=identity),
     ):
         pass
 

@@ -13,7 +13,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from samrobust import configuration
+from samrobust import building, configuration
 from samrobust.data import datasets
 from samrobust.interchange import (
     Weights,
@@ -22,10 +22,9 @@ from samrobust.interchange import (
     to_tensors,
     write_safetensors,
 )
-from samrobust.interchange.blank import NUM_TEST, without_images
 from samrobust.interchange.robustbench import find_evaluation
 from samrobust.models import PreActResNet
-from samrobust.training import load_network, save_variables
+from samrobust.networks import load_network, save_variables
 from samrobust.training.checkpoint import CheckpointError
 from samrobust.workdir import config_of_run
 
@@ -141,7 +140,7 @@ def test_the_network_of_another_file_is_refused_and_mended_by_importing_again(
     for path, folder in zip((exported, other), folders, strict=True):
         assert bring(path, folder) == 0
         config = config_of_run(folder)
-        network = load_network(config, without_images(config), folder, "last")
+        network = load_network(config, building.load_facts(config), folder, "last")
         identities.append(network.identity.hash)
     assert len(set(identities)) == 2
     shutil.rmtree(folders[1] / "checkpoints")
@@ -462,22 +461,6 @@ def test_a_repeated_import_is_done_and_anything_else_there_is_refused(
     assert {path: path.read_bytes() for path in workdir.glob("*.json")} == before
 
 
-@pytest.mark.parametrize("validation_size", [0, 97])
-def test_what_stands_for_a_data_set_has_its_facts(validation_size):
-    config = helpers.make_config(
-        overrides={
-            "data.train_size": None,
-            "data.test_size": None,
-            "data.validation_size": validation_size,
-        }
-    )
-    blank, dataset = without_images(config), helpers.load_data(config)
-    for name in ("name", "num_classes", "mean", "std", "image_shape"):
-        assert getattr(blank, name) == getattr(dataset, name)
-    assert len(blank.train) == len(dataset.train)
-    assert NUM_TEST["digits"] == len(dataset.test)
-
-
 def test_export_and_import_read_no_images(exported, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError
@@ -488,7 +471,7 @@ def test_export_and_import_read_no_images(exported, tmp_path, monkeypatch):
     assert bring(exported, workdir) == 0
     assert export(workdir, tmp_path / "again.safetensors") == 0
     model = PreActResNet(width=4, blocks=(1,))
-    tensors = to_tensors(helpers.draw_variables(model, (32, 32, 3)))
+    tensors = to_tensors(helpers.draw_variables(model, (32, 32, 3)), model)
     write_safetensors(tmp_path / "rgb.safetensors", Weights(tensors, {}))
     rgb = ("import", f"--input={tmp_path / 'rgb.safetensors'}", "--dataset=cifar10")
     assert helpers.main(*rgb, f"--workdir={tmp_path / 'rgb'}") == 0

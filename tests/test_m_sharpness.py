@@ -124,11 +124,11 @@ def make_step(case: Case, mesh: Any, *, rho: float = RHO, group_size: int) -> An
     tx: Any = optax.chain(
         sam(rho, aux=start["batch_stats"], grouped=group_size > 0), descent()
     )
-    train_step = make_train_step(
+    _, train_step = make_train_step(
         case.model,
         tx,
-        attack=case.attack,
-        sam_batch_stats=case.batch_stats,
+        adversary=case.attack,
+        batch_stats=case.batch_stats,
         group_size=group_size,
         mesh=mesh,
     )

@@ -37,7 +37,7 @@ from samrobust.evaluation import (
     make_early_stop_evaluator,
     make_evaluator,
 )
-from samrobust.experiments import run
+from samrobust.experiments import run, train
 from samrobust.parallel import (
     data_mesh,
     map_groups,
@@ -45,7 +45,7 @@ from samrobust.parallel import (
     shard_batch,
     sharded,
 )
-from samrobust.training import InterruptedRunError, train
+from samrobust.training import InterruptedRunError
 
 ST, SAM, AT = "st", "sam,rho=0.2", "at,norm=linf,eps=16"
 ROWS = {1: [ST, SAM, AT], 2: [ST, SAM, AT], 4: [SAM]}  # by the number of devices

@@ -14,9 +14,9 @@ import jax
 import pytest
 
 from samrobust import parallel
-from samrobust.experiments import run
+from samrobust.experiments import run, train
 from samrobust.scoring import evaluate_run
-from samrobust.training import InterruptedRunError, train
+from samrobust.training import InterruptedRunError
 
 ST, SAM, AT = "st", "sam,rho=0.2", "at,norm=linf,eps=16"
 ROWS = [ST, SAM, AT]

@@ -546,7 +546,7 @@ class TestWriteTable:
 
 
 def test_families_follow_the_names_of_rows():
-    names = ["st", "sam,rho=0.2", "at,norm=l2,eps=8", "at+sam,norm=linf,eps=8,rho=1"]
+    names = ["st", "sam,rho=0.2", "at,norm=l2,eps=8", "at,norm=linf,eps=8+sam,rho=1"]
     assert [family(n) for n in names] == ["ST", "SAM", "AT l2", "AT+SAM linf"]
 
 

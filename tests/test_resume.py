@@ -20,8 +20,8 @@ import pytest
 from samrobust import building
 from samrobust.claims import ClaimedError, claim
 from samrobust.data import DatasetUnavailableError
-from samrobust.experiments import run
-from samrobust.training import InterruptedRunError, train
+from samrobust.experiments import run, train
+from samrobust.training import InterruptedRunError
 from samrobust.workdir import WorkdirError
 
 ROWS = {"sam": "sam,rho=0.2", "at": "at,norm=linf,eps=16"}

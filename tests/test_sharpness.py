@@ -11,7 +11,13 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from samrobust.sharpness import SamMetrics, SamState, last_aux, last_metrics, sam
+from samrobust.sharpness import (
+    TwoPassMetrics,
+    TwoPassState,
+    last_aux,
+    last_metrics,
+    sam,
+)
 
 RHO = 0.3
 ROOT = np.random.default_rng(0).standard_normal((4, 4))
@@ -137,7 +143,9 @@ def test_a_zero_gradient_gives_a_zero_perturbation_and_no_nan(jit):
 
     updates, state = (jax.jit(update) if jit else update)(w)
     assert_same_bits(updates, jnp.zeros(4))
-    assert_same_bits(state.metrics, SamMetrics(*map(jnp.float32, (RHO, 0, 0, 0, 0))))
+    assert_same_bits(
+        state.metrics, TwoPassMetrics(*map(jnp.float32, (RHO, 0, 0, 0, 0)))
+    )
 
 
 def test_a_schedule_is_followed_by_the_number_of_updates():
@@ -186,7 +194,7 @@ def test_the_metrics_are_those_of_numpy():
 
 def test_the_state_holds_no_copy_of_the_parameters():
     size = sum(leaf.size for leaf in jax.tree.leaves(sam(RHO).init(jnp.ones(1000))))
-    assert size == 1 + len(SamMetrics._fields)
+    assert size == 1 + len(TwoPassMetrics._fields)
 
 
 def test_bfloat16_parameters_keep_their_dtype_and_the_norm_is_float32():
@@ -359,9 +367,7 @@ def test_frozen_parameters_stay_out_of_sam_where_their_gradients_are_zero():
     ],
 )
 def test_sam_inside_of_a_mask_says_where_it_belongs(tx):
-    message = (
-        r"^Expected the gradients of all parameters .*leaf=\"\['b'\]\".* after sam"
-    )
+    message = r"^Expected the gradients of all .*leaf=\"\['b'\]\".* after the sharp"
     with pytest.raises(ValueError, match=message):
         step_of_pair(tx, pair_gradient(PAIR), pair_gradient)
 
@@ -402,7 +408,7 @@ def test_metrics_and_aux_are_found_in_a_nested_chain():
     _, state = tx.update(gradient(w), tx.init(w), w, grad_fn=grad_and_aux)
     g, _ = numpy_sam(W, RHO)
     metrics = last_metrics(state)
-    assert list(metrics) == list(SamMetrics._fields)
+    assert list(metrics) == list(TwoPassMetrics._fields)
     np.testing.assert_allclose(metrics["gradient_norm"], np.linalg.norm(g), rtol=1e-6)
     assert int(last_aux(state)["steps"]) == 7
 
@@ -608,7 +614,7 @@ def test_the_state_survives_flax_serialization_bit_for_bit():
     w, state = make_step(tx, grad_and_aux)(jnp.asarray(W), tx.init(jnp.asarray(W)))
     stored = flax.serialization.to_bytes(state)
     restored: Any = flax.serialization.from_bytes(tx.init(w), stored)
-    assert isinstance(restored[0], SamState)
+    assert isinstance(restored[0], TwoPassState)
     assert_same_bits(restored, state)
 
 
@@ -695,7 +701,7 @@ NOT_OF_PAIR = {
     "a string": (PAIR | {"a": "x"}, "gradient='str'"),
     "masked": (
         PAIR | {"a": optax.MaskedNode()},
-        "optax.masked.* after sam, not around",
+        "optax.masked.* after the sharpness .* not around",
     ),
 }
 
@@ -712,9 +718,9 @@ def test_an_update_without_params_or_grad_fn_says_how_to_call_it():
     tx: Any = sam(RHO)
     w = jnp.asarray(W)
     fix = r"Call `tx\.update\(grads, opt_state, params, grad_fn=grad_fn\)`"
-    with pytest.raises(ValueError, match=rf"params in sam's update, .*None\. {fix}"):
+    with pytest.raises(ValueError, match=rf"params in the update, .*None\. {fix}"):
         tx.update(gradient(w), tx.init(w), grad_fn=gradient)
-    with pytest.raises(ValueError, match=rf"grad_fn in sam's update, .*None\. {fix}"):
+    with pytest.raises(ValueError, match=rf"grad_fn in the update, .*None\. {fix}"):
         tx.update(gradient(w), tx.init(w), w)
 
 

@@ -14,22 +14,25 @@ import helpers
 import hypothesis
 import jax
 import numpy as np
+import optax
 import pytest
 from hypothesis import strategies as st
 
 from samrobust import building
+from samrobust.building import make_method, make_plan
+from samrobust.components import make_optimizer
 from samrobust.data import Dataset, Split, epoch_permutation, take_batch
-from samrobust.experiments import run
+from samrobust.experiments import run, train
+from samrobust.networks import load_network
 from samrobust.parallel import data_mesh, replicated
+from samrobust.sharpness import sam
 from samrobust.training import (
     InterruptedRunError,
     TrainingDivergedError,
-    load_network,
     make_train_step,
-    train,
 )
-from samrobust.training.epoch import Call, Carry, EpochPlan, EpochRunner
-from samrobust.training.setup import make_parts, make_plan
+from samrobust.training.epoch import Call, EpochPlan, EpochRunner
+from samrobust.training.fit import fresh_carry
 from samrobust.workdir import settle_config
 
 FIELDS = {
@@ -167,19 +170,21 @@ def test_a_last_batch_that_the_groups_do_not_divide_is_refused(
 def lowered_step(config: Any, **options: Any) -> str:
     """The program of a config's step; with options, of the step they make."""
     dataset = helpers.load_data(config)
-    parts = make_parts(config, dataset, 3)
+    init, step = make_method(config, dataset, 3)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(parts.init, key)
-    step = parts.train_step
+    images = jax.ShapeDtypeStruct((32, *dataset.image_shape), "float32")
+    state = jax.eval_shape(lambda key: init(key, images), key)
     if options:
         model = helpers.make_model(config, dataset)
-        tx = building.make_optimizer(config, 3, state.batch_stats)
-        step = make_train_step(
+        schedule = building.learning_rate_schedule(config, 3)
+        _, step = make_train_step(
             model.clone(batch_norm_group=options.pop("batch_norm_group")),
-            tx,
+            optax.chain(
+                sam(config.sam.rho, aux=state.batch_stats, grouped=True),
+                *make_optimizer(config, schedule),
+            ),
             **options,
         )
-    images = jax.ShapeDtypeStruct((32, *dataset.image_shape), "float32")
     labels = jax.ShapeDtypeStruct((32,), "int32")
     return jax.jit(step).lower(state, images, labels, key).as_text()
 
@@ -324,7 +329,7 @@ def test_a_run_compiles_in_its_first_epoch_and_never_again(tmp_path):
         if progress.metrics and progress.phase == "training":
             at_end_of_epoch[progress.metrics["epoch"]] = compilations
 
-    config = helpers.make_config("at+sam,norm=linf,eps=16,rho=0.1", {"seed": 17})
+    config = helpers.make_config("at,norm=linf,eps=16+sam,rho=0.1", {"seed": 17})
     dataset = helpers.load_data(config)
     jax.monitoring.register_event_duration_secs_listener(on_event)
     try:
@@ -342,9 +347,9 @@ def test_nothing_travels_between_host_and_device_within_an_epoch():
     dataset = helpers.load_data(config)
     plan = make_plan(config, len(dataset.train))
     assert plan.remainder > 0
-    parts = make_parts(config, dataset, plan.num_steps)
+    method = make_method(config, dataset, plan.num_steps)
     runner = EpochRunner(
-        parts.train_step,
+        method.train_step,
         plan,
         dataset.train,
         padding=1,
@@ -352,8 +357,8 @@ def test_nothing_travels_between_host_and_device_within_an_epoch():
         mesh=data_mesh(),
         key=jax.random.key(1),
     )
-    carry = Carry(jax.jit(parts.init)(jax.random.key(0)), parts.zero_totals)
-    carry = jax.device_put(carry, replicated(data_mesh()))
+    begin = fresh_carry(method, 40, dataset.image_shape)
+    carry = jax.device_put(jax.jit(begin)(jax.random.key(0)), replicated(data_mesh()))
     permutation = runner.permutation(0)
     for call in plan.calls():
         runner.compile(call, carry)
@@ -377,7 +382,7 @@ def test_the_same_config_gives_the_same_bits_and_another_seed_does_not(tmp_path)
 
 
 def test_bfloat16_trains_with_parameters_and_statistics_in_float32():
-    row = "at+sam,norm=l2,eps=32,rho=0.1"
+    row = "at,norm=l2,eps=32+sam,rho=0.1"
     outcome, workdir, _, _ = trained(row, model__dtype="bfloat16")
     state = outcome.state
     leaves = jax.tree.leaves((state.params, state.batch_stats))

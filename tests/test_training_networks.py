@@ -15,15 +15,16 @@ import pytest
 from flax import linen as nn
 
 from samrobust.attacks import linf, pgd
+from samrobust.building import make_method, make_plan
 from samrobust.models import BatchNorm, PreActResNet
 from samrobust.objectives import cross_entropy
 from samrobust.parallel import data_mesh
 from samrobust.sharpness import sam
-from samrobust.training import init_state, make_train_step
+from samrobust.training import as_adversary, as_objective, make_train_step
 from samrobust.training.checkpoint import Checkpoints
-from samrobust.training.epoch import Call, Carry, EpochRunner
+from samrobust.training.epoch import Call, EpochRunner
+from samrobust.training.fit import fresh_carry
 from samrobust.training.passes import apply_in_training, make_passes
-from samrobust.training.setup import make_parts, make_plan
 
 KEY = jax.random.key(0)
 RATE, RHO = 0.1, 0.3
@@ -75,11 +76,15 @@ def make_batch(size: int = 8) -> Any:
 
 def make_state(model: Any, *transformations: Any) -> Any:
     tx = optax.chain(*transformations, optax.sgd(RATE))
-    return tx, init_state(model, tx, (4, 4, 1), KEY)
+    return tx, make_train_step(model, tx).init(KEY, jnp.zeros([1, 4, 4, 1]))
 
 
 def statistics(model: Any) -> Any:
-    return init_state(model, optax.sgd(RATE), (4, 4, 1), KEY).batch_stats
+    return (
+        make_train_step(model, optax.sgd(RATE))
+        .init(KEY, jnp.zeros([1, 4, 4, 1]))
+        .batch_stats
+    )
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -100,7 +105,9 @@ def test_every_network_trains_with_sam_under_an_attack(layer, mode):
         return crafted
 
     images, labels = make_batch()
-    step = make_train_step(model, tx, attack=attack, attack_batch_norm=mode)
+    step = make_train_step(
+        model, tx, adversary=as_adversary(attack, batch_norm=mode)
+    ).train_step
     after, metrics = step(state, images, labels, jax.random.key(7))
     ((crafted, logits, again),) = seen
     helpers.assert_same_bits(logits, again)  # no step of the attack sees another one
@@ -133,7 +140,7 @@ def test_every_network_trains_with_sam_under_an_attack(layer, mode):
 def test_both_passes_of_sam_drop_the_same_units_and_every_step_others(layer):
     model = Network(layer)
     tx, state = make_state(model, sam(1e-4))
-    step: Any = make_train_step(model, tx)
+    step: Any = make_train_step(model, tx).train_step
     batch = make_batch()
     (_, one), (_, again), (_, other) = (
         step(state, *batch, jax.random.key(seed)) for seed in (1, 1, 2)
@@ -145,8 +152,9 @@ def test_both_passes_of_sam_drop_the_same_units_and_every_step_others(layer):
 def test_every_group_drops_units_of_its_own_in_both_passes():
     model = Network("dropout")
     images, labels = make_batch(4)
-    twice = (jnp.concatenate([images] * 2), jnp.concatenate([labels] * 2), KEY)
-    passes = make_passes(model, cross_entropy, group_size=4)
+    views = {"adversarial": jnp.concatenate([images] * 2)}
+    twice = (views, jnp.concatenate([labels] * 2), KEY)
+    passes = make_passes(model, as_objective(cross_entropy), group_size=4)
     params = make_state(model)[1].params
     first = passes.first(params, {}, *twice)
     stacked = jax.tree.map(lambda w: jnp.stack([w, w]), params)
@@ -160,7 +168,7 @@ def test_every_group_drops_units_of_its_own_in_both_passes():
 def test_groups_need_no_layer_of_ours(layer):
     model = Network(layer)
     tx, state = make_state(model, sam(RHO, aux=statistics(model), grouped=True))
-    step = jax.jit(make_train_step(model, tx, group_size=4))
+    step = jax.jit(make_train_step(model, tx, group_size=4).train_step)
     after, metrics = step(state, *make_batch(), KEY)
     assert metrics["cosine"] < 1
     helpers.assert_close(
@@ -172,13 +180,11 @@ def test_statistics_that_sam_would_lose_are_refused_and_need_not_be_kept():
     model = Network("stock BatchNorm")
     tx, state = make_state(model, sam(RHO))
     batch = make_batch()
-    message = (
-        r"^Expected sam\(rho, aux=batch_stats\) .* sam_batch_stats='both'\. Or choo"
-    )
-    step: Any = make_train_step(model, tx)
+    message = r"^Expected sam\(rho, aux=batch_stats\) .* batch_stats='both'\. Or choo"
+    step: Any = make_train_step(model, tx).train_step
     with pytest.raises(ValueError, match=message):
         step(state, *batch, KEY)
-    step = make_train_step(model, tx, sam_batch_stats="first")
+    step = make_train_step(model, tx, batch_stats="first").train_step
     after, _ = step(state, *batch, KEY)
     _, first = apply_in_training(model, state.params, state.batch_stats, batch[0], KEY)
     helpers.assert_close(after.batch_stats, first, atol=1e-6)
@@ -212,7 +218,7 @@ BATCHES = {
 def test_a_batch_that_would_train_on_something_else_is_refused(name):
     images, labels, message = BATCHES[name]
     tx, state = make_state(Network())
-    step = make_train_step(Network(), tx)
+    step = make_train_step(Network(), tx).train_step
     with pytest.raises(ValueError, match=f"^Expected {message}"):
         step(state, images, labels, KEY)
 
@@ -226,13 +232,13 @@ def test_logits_and_losses_of_other_shapes_are_refused():
 
     tx, state = make_state(Column())
     with pytest.raises(ValueError, match=r"^Expected logits \[8, K\] .*\(8, 1\)"):
-        make_train_step(Column(), tx)(state, IMAGES, LABELS, KEY)
+        make_train_step(Column(), tx).train_step(state, IMAGES, LABELS, KEY)
     tx, state = make_state(Network())
 
     def objective(logits, labels):
         return logits - labels[:, None]
 
-    step = make_train_step(Network(), tx, objective=objective)
+    step = make_train_step(Network(), tx, objective=objective).train_step
     with pytest.raises(ValueError, match=r"^Expected an objective .*\(8, 3\)"):
         step(state, IMAGES, LABELS, KEY)
 
@@ -248,12 +254,12 @@ def dtypes_of(tree: Any) -> set[str]:
 def tiny_run(x64: bool) -> tuple[Any, ...]:
     """Of AT with dropped 64-bit types or without: state, order, two steps, program."""
     with jax.enable_x64(x64):
-        config = helpers.make_config("at,norm=l2,eps=128", {"sam.rho": 0.1})
+        config = helpers.make_config("at,norm=l2,eps=128+sam,rho=0.1")
         data = helpers.load_data(config)
         plan = make_plan(config, len(data.train))
-        parts = make_parts(config, data, plan.num_steps)
+        method = make_method(config, data, plan.num_steps)
         runner = EpochRunner(
-            parts.train_step,
+            method.train_step,
             plan,
             data.train,
             padding=1,
@@ -262,11 +268,7 @@ def tiny_run(x64: bool) -> tuple[Any, ...]:
             key=KEY,
         )
 
-        @jax.jit
-        def make_carry(key):
-            return Carry(parts.init(key), parts.zero_totals)
-
-        carry = make_carry(KEY)
+        carry = jax.jit(fresh_carry(method, 32, data.image_shape))(KEY)
         start, order = jax.tree.map(np.asarray, carry), runner.permutation(1)
         call = Call(1, 32)
         for _ in range(2):
@@ -299,7 +301,7 @@ def test_64_bit_types_change_no_dtype_of_a_step(layer):
     def make() -> Any:
         model = Network(layer)
         tx, state = make_state(model, sam(RHO, aux=statistics(model)))
-        step = make_train_step(model, tx)
+        step = make_train_step(model, tx).train_step
         return state, jax.eval_shape(step, state, *make_batch(), KEY)
 
     plain = make()
@@ -325,7 +327,7 @@ def test_a_network_of_float64_is_float64_in_all_its_parts():
         rounded: Any = model.apply(variables, images, train=True)
         np.testing.assert_array_equal(double, rounded)
         tx, state = make_state(model, sam(RHO, aux=statistics(model)))
-        step = make_train_step(model, tx)
+        step = make_train_step(model, tx).train_step
         after, metrics = jax.eval_shape(step, state, images, labels, KEY)
         assert dtypes_of((double, after.params, after.batch_stats)) == {"float64"}
         assert dtypes_of((metrics, after.opt_state[0].metrics)) == {"float32"}

@@ -15,7 +15,7 @@ from flax import linen as nn
 from samrobust.attacks import identity, linf, pgd
 from samrobust.models import BatchNorm
 from samrobust.sharpness import sam
-from samrobust.training import TrainState, init_state, make_train_step
+from samrobust.training import TrainState, as_adversary, make_train_step
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, RHO = 0.1, 0.9, 0.05, 0.3
 BATCH_SIZE, NUM_STEPS = 8, 4
@@ -147,9 +147,9 @@ def trained(name: str):
         "sam(0)": ((sam(0.0, aux=variables["batch_stats"]),), {}),
         "radius 0": ((), {"attack": pgd(linf(0.0), step_size=0.1, num_steps=3)}),
         "sam": ((make_sam(),), {}),
-        "sam, first": ((make_sam(),), {"sam_batch_stats": "first"}),
-        "sam, second": ((make_sam(),), {"sam_batch_stats": "second"}),
-        "sam, no radius": ((make_sam(lambda _: 0.0),), {"sam_batch_stats": "first"}),
+        "sam, first": ((make_sam(),), {"batch_stats": "first"}),
+        "sam, second": ((make_sam(),), {"batch_stats": "second"}),
+        "sam, no radius": ((make_sam(lambda _: 0.0),), {"batch_stats": "first"}),
         "at": ((), {"attack": pgd(linf(0.1), step_size=0.05, num_steps=2)}),
     }
     transformations, options = choices[name]
@@ -161,7 +161,7 @@ def trained(name: str):
         traces.append(images.shape)
         return chosen(logits_fn, images, labels, key=key)
 
-    step = make_train_step(model, tx, attack=attack, **options)
+    step = make_train_step(model, tx, adversary=attack, **options).train_step
     step = jax.jit(step, donate_argnums=0)
     states, metrics = [], []
     state = make_state(tx)
@@ -256,7 +256,7 @@ def test_both_passes_of_sam_see_the_images_that_were_crafted_once():
 
     recorder: Any = Recorder()
     tx = make_tx(make_sam())
-    step = make_train_step(recorder, tx, attack=attack)
+    step = make_train_step(recorder, tx, adversary=attack).train_step
     images, labels = make_batches(1)[0]
     step(make_state(tx), images, labels, KEY)
     assert len(crafted) == 1
@@ -276,7 +276,9 @@ def test_the_attacked_network_normalises_as_it_is_told(mode):
         return images
 
     tx = make_tx()
-    step = make_train_step(model, tx, attack=attack, attack_batch_norm=mode)
+    step = make_train_step(
+        model, tx, adversary=as_adversary(attack, batch_norm=mode)
+    ).train_step
     images, labels = make_batches(1)[0]
     step(make_state(tx), images, labels, KEY)
     by_batch, _ = logits_and_stats(
@@ -298,7 +300,9 @@ def test_the_attack_leaves_the_running_statistics_alone(mode):
         return adversarial[-1]
 
     tx = make_tx()
-    step = make_train_step(model, tx, attack=attack, attack_batch_norm=mode)
+    step = make_train_step(
+        model, tx, adversary=as_adversary(attack, batch_norm=mode)
+    ).train_step
     images, labels = make_batches(1)[0]
     state, _ = step(make_state(tx), images, labels, KEY)
     expected = moved_towards(
@@ -310,7 +314,7 @@ def test_the_attack_leaves_the_running_statistics_alone(mode):
 
 def test_the_metrics_are_those_of_the_images_trained_on():
     tx = make_tx(make_sam())
-    step = make_train_step(model, tx, attack=noise)
+    step = make_train_step(model, tx, adversary=noise).train_step
     images, labels = make_batches(1)[0]
     _, metrics = step(make_state(tx), images, labels, KEY)
     crafted = noise(None, images, labels, key=KEY)
@@ -359,7 +363,7 @@ def test_the_step_is_traced_once_and_makes_its_images_once():
 
 def test_the_key_decides_the_adversarial_images_and_nothing_else_is_random():
     tx = make_tx()
-    step = jax.jit(make_train_step(model, tx, attack=noise))
+    step = jax.jit(make_train_step(model, tx, adversary=noise).train_step)
     images, labels = make_batches(1)[0]
     one, again, other = (
         step(make_state(tx), images, labels, jax.random.key(seed))[0]
@@ -376,7 +380,7 @@ def test_adversarial_training_has_a_higher_loss_than_standard_training():
 def test_a_loop_on_the_device_takes_the_same_steps():
     """Equal to 1e-6: XLA orders sums otherwise inside a loop."""
     tx = make_tx(make_sam())
-    step = make_train_step(model, tx)
+    step = make_train_step(model, tx).train_step
     batches = make_batches()
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
     keys = jnp.stack([jax.random.fold_in(KEY, i) for i in range(NUM_STEPS)])
@@ -399,7 +403,9 @@ def test_a_loop_on_the_device_takes_the_same_steps():
 
 def test_a_fresh_state_is_a_function_of_its_key():
     tx = make_tx(make_sam())
-    make = jax.jit(lambda key: init_state(model, tx, (8, 8, 1), key))
+    make = jax.jit(
+        lambda key: make_train_step(model, tx).init(key, jnp.zeros([1, 8, 8, 1]))
+    )
     one, again, other = (make(jax.random.key(seed)) for seed in (1, 1, 2))
     helpers.assert_same_bits(one, again)
     assert helpers.as_bits(one.params) != helpers.as_bits(other.params)
@@ -417,15 +423,15 @@ def test_a_state_is_frozen():
     ("options", "message"),
     [
         (
-            {"sam_batch_stats": "third"},
-            r"Expected sam_batch_stats in \{first, second, both\}, got .*='third'\.",
+            {"batch_stats": "third"},
+            r"Expected batch_stats in \{first, second, both\}, got .*='third'\.",
         ),
         (
-            {"attack_batch_norm": "running"},
-            r"Expected attack_batch_norm in \{train, eval\}, got .*='running'\.",
+            {"adversary": as_adversary(identity, batch_norm="running")},
+            r"Expected batch_norm in \{train, eval\}, got .*='running'\.",
         ),
     ],
 )
 def test_an_unknown_choice_is_refused_when_the_step_is_made(options, message):
     with pytest.raises(ValueError, match=message):
-        make_train_step(model, make_tx(), attack=identity, **options)
+        make_train_step(model, make_tx(), **options)

@@ -6,6 +6,7 @@ import helpers
 import pytest
 
 from samrobust.files import (
+    MetricsLog,
     WorkdirError,
     append_json_line,
     glance,
@@ -19,7 +20,6 @@ from samrobust.files import (
     write_text,
 )
 from samrobust.workdir import (
-    MetricsLog,
     config_of_run,
     finished_runs,
     settle_config,

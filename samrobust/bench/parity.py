@@ -11,10 +11,9 @@ from flax import traverse_util
 
 from samrobust import building
 from samrobust.bench.images import make_dataset
-from samrobust.bench.programs import initial_state
+from samrobust.bench.programs import initial_carry
 from samrobust.data import take_batch
 from samrobust.objectives import cross_entropy
-from samrobust.training.setup import make_parts
 from samrobust.types import Array, Config, PyTree
 
 __all__ = ["parity"]
@@ -38,8 +37,8 @@ def parity(config: Config, spec: _Spec) -> dict[str, Any]:
     size = min(16, config.training.batch_size)
     dataset = make_dataset(config.data.name, size, 1)
     model = building.make_model(config, dataset)
-    parts = make_parts(config, dataset, steps_per_epoch=1)
-    state = initial_state(parts)
+    method = building.make_method(config, dataset, steps_per_epoch=1)
+    state = initial_carry(method, config, dataset).state
     state = dataclasses.replace(state, params=_off_kinks(state.params))
     images, labels = take_batch(
         dataset.train.images, dataset.train.labels, np.arange(size), 0, size
@@ -52,7 +51,9 @@ def parity(config: Config, spec: _Spec) -> dict[str, Any]:
         return jnp.sum(cross_entropy(logits_fn(images), labels))
 
     with jax.default_matmul_precision("highest"):
-        updated, _ = jax.jit(parts.train_step)(state, images, labels, jax.random.key(1))
+        updated, _ = jax.jit(method.train_step)(
+            state, images, labels, jax.random.key(1)
+        )
         logits = jax.jit(logits_fn)(images)
         image_gradient = jax.jit(jax.grad(loss))(images)
     trees = {

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from typing import Any
 
-from samrobust import configuration
+from samrobust import configuration, entries, methods, rows
 from samrobust.bench.counts import Work
 from samrobust.checks import check, check_choice
 
@@ -153,8 +153,8 @@ def plan(options: Options) -> list[Task]:
                 tasks.append(Task(kind, "", rows[0], size, *setting[1:]))
                 continue
             attacked = [m for m in options.methods if m.startswith("at")]
-            methods = attacked if kind == "unrolled" else options.methods
-            tasks += [Task(kind, m, first[m], *setting) for m in methods]
+            chosen = attacked if kind == "unrolled" else options.methods
+            tasks += [Task(kind, m, first[m], *setting) for m in chosen]
         if options.compare and "step" in options.measure:
             tasks += [
                 Task("pytorch", method, first[method], *setting[:2], variant=variant)
@@ -182,12 +182,14 @@ def task_overrides(task: Task, options: Options) -> tuple[str, ...]:
 def work_of(task: Task, options: Options) -> Work:
     """What a step of the row does."""
     config = configuration.load_config(f"{options.config}:{task.row}")
-    method = configuration.parse_row(task.row)
+    attack_steps, passes = 0, 1.0
+    for part in rows.parse_row(task.row).parts:
+        values = methods.values_of(config, part.name)
+        attack_steps += values.get("num_steps", 0) * values.get("restarts", 1)
+        passes += entries.added_passes(part.name)
     return Work(
-        attack_steps=config.attack.num_steps * config.attack.restarts
-        if method.eps
-        else 0,
-        passes=2 if method.rho else 1,
+        attack_steps=attack_steps,
+        passes=round(passes),
         attack_weight_gradients=task.variant in ("reference", "resident"),
     )
 

@@ -26,13 +26,14 @@ from samrobust.data import Dataset, random_crop_and_flip, take_batch
 from samrobust.evaluation import make_evaluator
 from samrobust.parallel import data_mesh, replicated, sharded
 from samrobust.runtime import compiler_options
+from samrobust.training import Method
 from samrobust.training.checkpoint import Checkpoints
 from samrobust.training.epoch import Carry, EpochPlan, EpochRunner
-from samrobust.training.setup import Parts, make_parts
+from samrobust.training.fit import fresh_carry
 from samrobust.training.state import TrainState
 from samrobust.types import Array, Config
 
-__all__ = ["epoch", "evaluation", "initial_state", "step", "unrolled"]
+__all__ = ["epoch", "evaluation", "initial_carry", "step", "unrolled"]
 
 _POOL = 4  # different batches, so that no step sees the one before it again
 _EPOCH_STEPS = 16  # of the shortened epoch that is measured
@@ -52,14 +53,14 @@ def step(config: Config, spec: _Spec) -> dict[str, Any]:
     """The bare training step, on batches that lie on the device."""
     batch_size = config.training.batch_size
     dataset = make_dataset(config.data.name, _POOL * batch_size, 1)
-    parts = make_parts(config, dataset, steps_per_epoch=_POOL)
-    steps = building.resolve_steps_per_call(config)
+    method = building.make_method(config, dataset, steps_per_epoch=_POOL)
+    steps = building.make_plan(config, len(dataset.train)).steps_per_call
     pool = _on_device(dataset, batch_size)
 
     def one_step(state: TrainState, images: Array, labels: Array, key: Array):
         which = state.step % _POOL
         key = jax.random.fold_in(key, state.step)
-        return parts.train_step(state, images[which], labels[which], key)[0]
+        return method.train_step(state, images[which], labels[which], key)[0]
 
     def run(state: TrainState, *data: Array) -> TrainState:
         if steps == 1:
@@ -70,7 +71,7 @@ def step(config: Config, spec: _Spec) -> dict[str, Any]:
         return state
 
     jitted = jax.jit(run, donate_argnums=0, out_shardings=replicated(data_mesh()))
-    state = initial_state(parts)
+    state = initial_carry(method, config, dataset).state
     arguments = (*pool, jax.random.key(1))
     program, compilation = _compile(lambda: jitted.lower(state, *arguments))
 
@@ -103,13 +104,13 @@ def epoch(config: Config, spec: _Spec) -> dict[str, Any]:
     loop, and `pipeline_seconds`, which a step's batch and augmentation take alone.
     """
     batch_size = config.training.batch_size
-    steps = building.resolve_steps_per_call(config)
+    steps = building.make_plan(config, batch_size).steps_per_call
     num_steps = math.ceil(_EPOCH_STEPS / steps) * steps
     dataset = make_dataset(config.data.name, num_steps * batch_size, 1)
-    parts = make_parts(config, dataset, num_steps)
+    method = building.make_method(config, dataset, num_steps)
     plan = EpochPlan(num_steps * batch_size, batch_size, steps, drop_remainder=False)
     runner = EpochRunner(
-        parts.train_step,
+        method.train_step,
         plan,
         dataset.train,
         padding=config.data.padding,
@@ -117,8 +118,7 @@ def epoch(config: Config, spec: _Spec) -> dict[str, Any]:
         mesh=data_mesh(),
         key=jax.random.key(1),
     )
-    carry = Carry(initial_state(parts), parts.zero_totals)
-    carry = jax.device_put(carry, replicated(data_mesh()))
+    carry = initial_carry(method, config, dataset)
     _, compilation = _compile(lambda: runner.lower(plan.calls()[0], carry))
     calls = itertools.chain.from_iterable(
         zip(plan.calls(), itertools.repeat(runner.permutation(number)), strict=False)
@@ -145,7 +145,8 @@ def evaluation(config: Config, spec: _Spec) -> dict[str, Any]:
     model = building.make_model(config, dataset)
     attacks = building.evaluation_attacks(config)
     evaluate = make_evaluator(model, attacks, batch_size=batch_size)
-    variables = initial_state(make_parts(config, dataset, 1)).variables
+    method = building.make_method(config, dataset, 1)
+    variables = initial_carry(method, config, dataset).state.variables
     key = jax.random.key(1)
     started = time.perf_counter()
     evaluate(variables, dataset.test, key)
@@ -161,10 +162,10 @@ def evaluation(config: Config, spec: _Spec) -> dict[str, Any]:
     return outcome | {"num_images": batch_size}
 
 
-def initial_state(parts: Parts) -> TrainState:
-    """A fresh state on all devices."""
-    state = jax.jit(parts.init)(jax.random.key(0))
-    return jax.device_put(state, replicated(data_mesh()))
+def initial_carry(method: Method, config: Config, dataset: Dataset) -> Carry:
+    """Returns what a run begins with, on all devices."""
+    begin = fresh_carry(method, config.training.batch_size, dataset.image_shape)
+    return jax.jit(begin, out_shardings=replicated(data_mesh()))(jax.random.key(0))
 
 
 def _on_device(dataset: Dataset, batch_size: int) -> tuple[Array, Array]:

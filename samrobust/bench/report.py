@@ -12,8 +12,8 @@ from rich.text import Text
 
 from samrobust.bench.picture import draw
 from samrobust.bench.results import Report, Row
+from samrobust.files import write_json, write_text
 from samrobust.reporting.files import atomically
-from samrobust.workdir import write_json, write_text
 
 __all__ = ["to_markdown", "to_rich", "write_report"]
 

@@ -28,6 +28,7 @@ from samrobust.files import (
     set_aside,
     write_sealed,
 )
+from samrobust.networks import Network, load_network
 from samrobust.provenance import provenance
 from samrobust.reporting.console import make_console
 from samrobust.reporting.files import write_figure
@@ -35,7 +36,7 @@ from samrobust.reporting.progress import ProgressDisplay
 from samrobust.runtime import StopRequest
 from samrobust.sanity import some_of
 from samrobust.scoring import evaluated_split, evaluation_key
-from samrobust.training import InterruptedRunError, Network, load_network
+from samrobust.training import InterruptedRunError
 from samrobust.types import Config
 from samrobust.workdir import finished_runs
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from samrobust.attacks import ATTACKS_VERSION
 from samrobust.data import Split, fingerprint
-from samrobust.identity import random_bits
+from samrobust.provenance import random_bits
 from samrobust.types import Array, PyTree
 
 __all__ = ["identify"]

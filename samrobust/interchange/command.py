@@ -11,9 +11,9 @@ from typing import Any
 from samrobust import building, configuration
 from samrobust.checks import check
 from samrobust.claims import claim
+from samrobust.components import model_fields
 from samrobust.files import WorkdirError, glance, write_json
 from samrobust.identity import changed_fields
-from samrobust.interchange.blank import without_images
 from samrobust.interchange.names import from_tensors, infer_architecture, to_tensors
 from samrobust.interchange.pytorch import import_torch
 from samrobust.interchange.robustbench import write_bundle
@@ -24,11 +24,12 @@ from samrobust.interchange.weights import (
     write_pytorch,
     write_safetensors,
 )
+from samrobust.models import PreActResNet
+from samrobust.networks import load_network, save_variables
 from samrobust.provenance import provenance
 from samrobust.reporting.console import make_console
-from samrobust.training import load_network, save_variables
 from samrobust.training.checkpoint import CheckpointError, Checkpoints
-from samrobust.training.saved import checkpoint_folder
+from samrobust.training.log import checkpoint_folder
 from samrobust.types import Config
 from samrobust.validation import validate
 from samrobust.workdir import config_of_run
@@ -64,6 +65,12 @@ def export_command(
     weights = _weights_of(config, workdir, which, arguments.step)
     output.parent.mkdir(parents=True, exist_ok=True)
     if arguments.format == "robustbench":
+        check(
+            config.model.name == "preact_resnet",
+            "model.name=preact_resnet with --format=robustbench",
+            "Its PyTorch code is that network's. Use --format=safetensors.",
+            **{"model.name": config.model.name},
+        )
         write_bundle(output, weights, config, workdir, which)
     elif arguments.format == "pytorch":
         write_pytorch(output, weights)
@@ -99,9 +106,9 @@ def _check_output(kind: str, output: pathlib.Path) -> None:
 def _weights_of(
     config: Config, workdir: pathlib.Path, which: str, step: int | None
 ) -> Weights:
-    dataset = without_images(config)
-    model = building.make_model(config, dataset)
-    network = load_network(config, dataset, workdir, which, step=step)
+    facts = building.load_facts(config)
+    model = building.make_model(config, facts)
+    network = load_network(config, facts, workdir, which, step=step)
     imported = glance(workdir / "import.json")
     origin = {
         "label": config.label,
@@ -112,15 +119,18 @@ def _weights_of(
         "identity": network.identity.hash,
         "imported": {n: imported[n] for n in ("source", "sha256") if n in imported},
     }
+    section = config.model
+    own = {name: section[name] for name in model_fields(section.name)}
+    if not isinstance(model, PreActResNet):
+        own = {"model": {"name": section.name, **own}}
     metadata = {
-        "mean": list(model.mean),
-        "std": list(model.std),
-        "num_classes": model.num_classes,
-        "width": model.width,
-        "blocks": list(model.blocks),
+        "mean": list(section.mean or facts.mean),
+        "std": list(section.std or facts.std),
+        "num_classes": facts.num_classes,
+        **json.loads(json.dumps(own)),
         "origin": origin,
     }
-    return Weights(to_tensors(network.variables), metadata)
+    return Weights(to_tensors(network.variables, model), metadata)
 
 
 def import_command(
@@ -143,9 +153,9 @@ def import_command(
     with config.unlocked():
         _describe(config, weights, arguments.dataset)
     validate(config)
-    dataset = without_images(config)
-    model = building.make_model(config, dataset)
-    variables = from_tensors(weights.tensors, model, dataset.image_shape[-1])
+    facts = building.load_facts(config)
+    model = building.make_model(config, facts)
+    variables = from_tensors(weights.tensors, model, facts.image_shape)
     note = {
         "source": source.name,
         "sha256": digest,
@@ -162,15 +172,19 @@ def import_command(
             if (workdir / "checkpoints").exists():
                 shutil.rmtree(workdir / "checkpoints")
             write_json(workdir / "import.json", note)
-            save_variables(config, dataset, workdir, variables, digest)
+            save_variables(config, facts, workdir, variables, digest)
         given = json.loads(config.to_json_best_effort())
         if glance(workdir / "config.json") != given:
             write_json(workdir / "config.json", given)
-    where = "the file" if "mean" in weights.metadata else f"the data set {dataset.name}"
+    where = "the file"
+    if "mean" not in weights.metadata:
+        where = f"the data set {config.data.name}"
+    own = {name: config.model[name] for name in model_fields(config.model.name)}
+    shown = [f"{n} {list(v) if isinstance(v, tuple) else v}" for n, v in own.items()]
     _say(
-        f"{'Already imported' if done else 'Imported'} {source} to {workdir}: width "
-        f"{model.width}, blocks {list(model.blocks)}, {model.num_classes} classes; "
-        f"mean and std of {'--config.model' if _is_given(overrides) else where}."
+        f"{'Already imported' if done else 'Imported'} {source} to {workdir}: "
+        f"{', '.join([*shown, f'{facts.num_classes} classes'])}; mean and "
+        f"std of {'--config.model' if _is_given(overrides) else where}."
     )
     for remark in weights.notes:
         _say(remark)
@@ -230,7 +244,7 @@ def _is_done(workdir: pathlib.Path, digest: str, config: Config) -> bool:
 def _is_intact(workdir: pathlib.Path, config: Config) -> bool:
     """Whether the network is there that `import.json` names."""
     try:
-        load_network(config, without_images(config), workdir, "last")
+        load_network(config, building.load_facts(config), workdir, "last")
     except CheckpointError:
         return False
     return True
@@ -240,13 +254,16 @@ def _describe(config: Config, weights: Weights, dataset: str | None) -> None:
     """Writes what the file says of its network into the config."""
     if dataset is not None:
         config.data.name = dataset
-    architecture = infer_architecture(weights.tensors)
-    for name, value in architecture.items():
-        told = list(value) if name == "blocks" else value
-        claimed = weights.metadata.get(name, told)
-        check(claimed == told, f"{name}={told} as in the tensors", **{name: claimed})
-    config.model.width = architecture["width"]
-    config.model.blocks = architecture["blocks"]
+    if config.model.name == "preact_resnet":
+        architecture = infer_architecture(weights.tensors)
+        for name, value in architecture.items():
+            told = list(value) if name == "blocks" else value
+            claimed = weights.metadata.get(name, told)
+            check(
+                claimed == told, f"{name}={told} as in the tensors", **{name: claimed}
+            )
+        config.model.width = architecture["width"]
+        config.model.blocks = architecture["blocks"]
     for name in ("mean", "std"):
         if config.model[name] is None and name in weights.metadata:
             config.model[name] = tuple(weights.metadata[name])

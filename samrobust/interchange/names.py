@@ -4,6 +4,9 @@ There `conv1` is what we call `stem`, `layer2.0.bn1` our `stage2_block1/norm1`, 
 `norm` and `linear` our `head`. Kernels are OIHW there and HWIO here; PyTorch's dense
 weights are [out, in]. Values are never changed, so the way there and back is exact.
 
+Tensors of other networks keep the names of their variables, joined by dots, and their
+layouts: `params.Dense_0.kernel`.
+
 Out of scope: the normalisation of the pixels, which is inside our network and outside
 of theirs.
 """
@@ -14,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 from flax import traverse_util
 
 from samrobust.checks import check
@@ -52,18 +56,24 @@ _FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 _NAMED_AT_ONCE = 5  # in a message
 
 
-def to_tensors(variables: PyTree) -> Tensors:
-    """The variables of a `PreActResNet` by PyTorch's names, in PyTorch's layouts.
+def to_tensors(variables: PyTree, model: nn.Module) -> Tensors:
+    """Returns a network's variables as tensors by name.
 
     Args:
       variables: `{"params": ..., "batch_stats": ...}`.
+      model: whose variables they are; those of a `PreActResNet` get PyTorch's names and
+        layouts.
 
     Returns:
-      Contiguous float32 arrays, and a `num_batches_tracked`, an int64 scalar 0, for
-      every BatchNorm: the keys that `load_state_dict(strict=True)` wants.
+      Contiguous float32 arrays, and of a `PreActResNet` a `num_batches_tracked`, an
+      int64 scalar 0, for every BatchNorm: the keys that `load_state_dict(strict=True)`
+      wants.
     """
+    leaves = traverse_util.flatten_dict(variables)
+    if not isinstance(model, PreActResNet):
+        return {".".join(path): np.array(leaf) for path, leaf in leaves.items()}
     tensors: Tensors = {}
-    for path, leaf in traverse_util.flatten_dict(variables).items():
+    for path, leaf in leaves.items():
         name, value = _torch_name(path), np.asarray(leaf)
         tensors[name] = np.array(value.transpose(_TO_TORCH[value.ndim]), order="C")
         if path[-1] == "var":
@@ -105,14 +115,16 @@ def infer_architecture(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def from_tensors(
-    tensors: Mapping[str, np.ndarray], model: PreActResNet, num_channels: int
+    tensors: Mapping[str, np.ndarray],
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
 ) -> PyTree:
-    """The variables of a network from PyTorch's tensors.
+    """Returns the variables of a network from its tensors.
 
     Args:
-      tensors: by PyTorch's names; counters of batches are ignored.
+      tensors: by the names that `to_tensors` gives; counters of batches are ignored.
       model: whose variables these are to be.
-      num_channels: of the images.
+      image_shape: (H, W, C).
 
     Returns:
       `{"params": ..., "batch_stats": ...}`, NumPy arrays, the file's bits.
@@ -121,24 +133,29 @@ def from_tensors(
       ValueError: if a tensor is missing, superfluous, of another shape or not float32,
         names it, with both shapes; if a value is not finite, or a variance negative.
     """
-    image = jax.ShapeDtypeStruct((1, 8, 8, num_channels), "float32")
+    image = jax.ShapeDtypeStruct((1, *image_shape), "float32")
     key = jax.eval_shape(lambda: jax.random.key(0))
     like = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, image)
     leaves: Any = traverse_util.flatten_dict(like)
-    paths = {_torch_name(path): path for path in leaves}
-    wanted = {name: _torch_shape(leaves[path].shape) for name, path in paths.items()}
+    as_torch = isinstance(model, PreActResNet)
+    paths = {_torch_name(p) if as_torch else ".".join(p): p for p in leaves}
+    back = _FROM_TORCH if as_torch else {}
+    wanted = {}
+    for name, path in paths.items():
+        shape = leaves[path].shape
+        wanted[name] = _torch_shape(shape) if as_torch else shape
     given = {n: t for n, t in tensors.items() if n.rpartition(".")[2] != _COUNTER}
-    _check_fit(wanted, given)
+    _check_fit(wanted, given, type(model).__name__)
     _check_values(given)
     values = {
-        paths[name]: np.array(tensor.transpose(_FROM_TORCH[tensor.ndim]), order="C")
+        paths[name]: np.array(tensor.transpose(back.get(tensor.ndim)), order="C")
         for name, tensor in given.items()
     }
     return traverse_util.unflatten_dict(values)
 
 
 def _check_fit(
-    wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, np.ndarray]
+    wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, np.ndarray], kind: str
 ) -> None:
     problems = [
         f"no {name} {list(shape)}"
@@ -158,7 +175,7 @@ def _check_fit(
         named = "; ".join(problems[:_NAMED_AT_ONCE])
         named += f"; and {more} more" if more > 0 else ""
         message = (
-            f"Expected the tensors of this PreActResNet, got {named}. Nothing was "
+            f"Expected the tensors of this {kind}, got {named}. Nothing was "
             "written. Is it another network, or are its classes or channels not those "
             "of the data set?"
         )
@@ -172,7 +189,7 @@ def _check_values(tensors: Mapping[str, np.ndarray]) -> None:
         wrong = np.count_nonzero(~np.isfinite(tensor))
         if wrong:
             problems.append(f"{name} with {wrong} of {tensor.size} NaN or infinite")
-        elif name.endswith(".running_var") and tensor.min() < 0:
+        elif name.endswith((".running_var", ".var")) and tensor.min() < 0:
             problems.append(f"{name} with the variance {tensor.min():g}")
     if problems:
         message = (

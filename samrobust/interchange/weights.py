@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 SUFFIXES = {"safetensors": (".safetensors",), "pytorch": (".pth", ".pt")}
-_FIELDS = ("mean", "std", "num_classes", "width", "blocks", "origin")
+_FIELDS = ("mean", "std", "num_classes", "width", "blocks", "model", "origin")
 _CHANNELS = 16  # more than any image has
 _STORED = ("F16", "BF16", "F32", "F64", "I8", "U8", "I16", "I32", "I64")
 

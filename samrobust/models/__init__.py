@@ -3,4 +3,6 @@
 from samrobust.models.conv import conv2d
 from samrobust.models.preact_resnet import BatchNorm, PreActResNet
 
-__all__ = ["BatchNorm", "PreActResNet", "conv2d"]
+__all__ = ["MODELS", "BatchNorm", "PreActResNet", "conv2d"]
+
+MODELS = {"preact_resnet": PreActResNet}

@@ -1,8 +1,8 @@
 """What the names of rows and columns say: families, norms, radii, short forms.
 
-A row is `"st"`, `"sam,rho=0.2"`, `"at,norm=linf,eps=8"`; a column is `"natural"` or
-a norm and a radius in 1/255, `"linf 1/255"`, and where there are several attacks the
-name of one, `"linf 1/255 AA"`.
+A row is `"st"`, `"sam,rho=0.2"`, `"at,norm=linf,eps=8+sam,rho=0.1"`; a column is
+`"natural"` or a norm and a radius in 1/255, `"linf 1/255"`, and where there are several
+attacks the name of one, `"linf 1/255 AA"`.
 """
 
 import re
@@ -18,12 +18,14 @@ _NORMS = ("natural", "linf", "l2")
 def family(row: str) -> str:
     """Returns the family of methods that a row belongs to.
 
-    >>> [family(row) for row in ("st", "sam,rho=0.2", "at,norm=linf,eps=8", "awp")]
-    ['ST', 'SAM', 'AT linf', 'AWP']
+    >>> [family(row) for row in ("st", "sam,rho=0.2", "at,norm=linf,eps=8")]
+    ['ST', 'SAM', 'AT linf']
+    >>> family("at,norm=l2,eps=64+awp,gamma=0.01"), family("mine:lookahead,k=5")
+    ('AT+AWP l2', 'lookahead')
     """
-    method, *options = row.split(",")
-    norms = [o.removeprefix("norm=") for o in options if o.startswith("norm=")]
-    return " ".join([method.upper(), *norms])
+    names = re.findall(r"(?:^|\+)([A-Za-z_][\w.:]*)", row)
+    own = [name.rpartition(":")[2] if ":" in name else name.upper() for name in names]
+    return " ".join(["+".join(own), *re.findall(r"norm=(\w+)", row)])
 
 
 def _parse(column: str) -> tuple[str, float, str]:

@@ -10,13 +10,14 @@ from samrobust import building, parallel
 from samrobust.attacks import Ball
 from samrobust.checks import check
 from samrobust.data import Dataset
+from samrobust.networks import load_network
 from samrobust.provenance import provenance
 from samrobust.reporting.progress import ProgressDisplay
 from samrobust.sanity.checks import run_sanity
 from samrobust.sanity.look import Surrogate, some_of
 from samrobust.sanity.report import to_rich, write_report
 from samrobust.scoring import evaluated_split, evaluation_key
-from samrobust.training import load_network
+from samrobust.training.adversaries.at import make_ball
 from samrobust.types import Config
 from samrobust.workdir import config_of_run
 
@@ -123,7 +124,7 @@ def check_surrogates(
 def largest_balls(config: Config) -> dict[str, Ball]:
     """The largest ball of each norm that the evaluation names; none of radius 0."""
     return {
-        f"{norm} {max(radii):g}/255": building.make_ball(norm, max(radii))
+        f"{norm} {max(radii):g}/255": make_ball(norm, max(radii))
         for norm in ("linf", "l2")
         if (radii := [r for r in config.evaluation[norm] if r > 0])
     }

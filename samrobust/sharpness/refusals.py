@@ -1,4 +1,4 @@
-"""What `sam` refuses: radii that are none, and trees that do not fit each other.
+"""Refusals of `two_pass`: strengths that are none, trees that do not fit each other.
 
 Ranks, dtypes and structures are known while JAX traces, so that everything but a traced
 radius is refused before anything is computed.
@@ -17,6 +17,7 @@ from samrobust.types import PyTree
 
 __all__ = [
     "as_template",
+    "check_ascent",
     "check_gradients",
     "check_output",
     "check_present",
@@ -44,6 +45,16 @@ def check_rho(rho: Any) -> None:
         check(0 <= value < float("inf"), "0 <= rho < inf", rho=value)
 
 
+def check_ascent(memory: PyTree, *, grouped: bool) -> None:
+    """Refuses groups of an ascent that has a memory, as each would need its own."""
+    check(
+        not (grouped and jax.tree.leaves(memory)),
+        "an ascent without a memory with grouped=True",
+        "Train with the whole batch as one group.",
+        grouped=grouped,
+    )
+
+
 def check_scheduled(rho: Any) -> None:
     """Refuses a schedule's value that is no real scalar."""
     holds = _is_real_scalar(rho)
@@ -68,7 +79,7 @@ def check_present(**values: Any) -> None:
     for name, value in values.items():
         check(
             value is not None,
-            f"{name} in sam's update",
+            f"{name} in the update",
             "Call `tx.update(grads, opt_state, params, grad_fn=grad_fn)`.",
             **{name: value},
         )
@@ -90,7 +101,7 @@ def check_gradients(grads: PyTree, params: PyTree, *, grouped: bool) -> None:
     except ValueError:
         check(
             False,
-            "gradients of the structure of the parameters in sam's update",
+            "gradients of the structure of the parameters in the update",
             gradients=_structure(grads),
             parameters=_structure(params),
         )
@@ -100,8 +111,9 @@ def check_gradients(grads: PyTree, params: PyTree, *, grouped: bool) -> None:
     for (path, g), w in zip(named, weights, strict=True):
         check(
             not isinstance(g, optax.MaskedNode),
-            "the gradients of all parameters in sam's update",
-            "Put `optax.masked` and `optax.partition` after sam, not around it.",
+            "the gradients of all parameters in the update",
+            "Put `optax.masked` and `optax.partition` after the sharpness "
+            "transformation, not around it.",
             leaf=_name(path),
             gradient="MaskedNode",
         )
@@ -121,7 +133,7 @@ _WANTED = (
     "a gradient [G, ...] of G groups for every parameter [...] with grouped=True",
 )
 _FIXES = (
-    "Gradients of groups need sam(..., grouped=True).",
+    "Gradients of groups need grouped=True.",
     "Stack the gradients of the groups' mean losses along a new first axis.",
 )
 
@@ -162,8 +174,8 @@ def check_output(output: Any, grads: PyTree, aux: PyTree) -> tuple[PyTree, PyTre
     check(
         isinstance(pair, tuple)
         and jax.tree.structure(pair) == jax.tree.structure(expected),
-        "grad_fn to return gradients alone with sam(rho), and (gradients, aux) with "
-        "sam(rho, aux=...), of the structure of the parameters and of aux",
+        "grad_fn to return gradients alone, and (gradients, aux) with aux=..., of the "
+        "structure of the parameters and of aux",
         expected="(grads, None)" if aux is None else "(grads, aux)",
         structure=_structure(output),
     )

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from samrobust.attacks import identity, linf, pgd
 from samrobust.sharpness import sam
 from samrobust.theory.world import World, sample
-from samrobust.training.state import TrainState, init_state
+from samrobust.training.state import TrainState
 from samrobust.training.step import make_train_step
 from samrobust.types import Array, Attack
 
@@ -93,7 +93,7 @@ def _train(
         scale=2 * eta if training.method == "sam" else 0.0,
     )
     tx = _optimizer(world, training, pixel_radius * span, rho, model.scale)
-    step = make_train_step(model, tx, attack=_attack(pixel_radius))
+    init, step = make_train_step(model, tx, adversary=_attack(pixel_radius))
 
     def average(key: Array) -> Array:
         def advance(
@@ -108,7 +108,7 @@ def _train(
             (weights,) = jax.tree.leaves(state.params)
             return (state, mean + (weights - mean) / (count + 1)), None
 
-        state = init_state(model, tx, (1, d + 1, 1), key)
+        state = init(key, jnp.zeros([1, 1, d + 1, 1]))
         (weights,) = jax.tree.leaves(state.params)
         numbers = jnp.arange(training.num_steps)
         (_, mean), _ = jax.lax.scan(advance, (state, weights), numbers)

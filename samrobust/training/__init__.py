@@ -1,22 +1,36 @@
-"""Training: the state, the one step, the compiled epoch, checkpoints, the loop."""
+"""Training: what a method is composed of, the one step, the epoch, the loop.
 
-from samrobust.training.history import TrainingDivergedError
-from samrobust.training.loop import InterruptedRunError, Outcome, Progress, train
-from samrobust.training.saved import Network, load_network, save_variables
-from samrobust.training.state import TrainState, init_state
-from samrobust.training.step import TrainStep, make_train_step
+init, train_step = make_train_step(model, tx, adversary=..., objective=...)
+outcome = fit(Method(init, train_step), split, epochs=20, batch_size=64, key=key)
+"""
+
+from samrobust.training.fit import InterruptedRunError, Outcome, Progress, fit
+from samrobust.training.log import RunFolder, RunLog, TrainingDivergedError
+from samrobust.training.parts import (
+    Adversary,
+    Averaging,
+    Objective,
+    as_adversary,
+    as_objective,
+)
+from samrobust.training.state import TrainState
+from samrobust.training.step import Method, TrainStep, make_train_step
 
 __all__ = [
+    "Adversary",
+    "Averaging",
     "InterruptedRunError",
-    "Network",
+    "Method",
+    "Objective",
     "Outcome",
     "Progress",
+    "RunFolder",
+    "RunLog",
     "TrainState",
     "TrainStep",
     "TrainingDivergedError",
-    "init_state",
-    "load_network",
+    "as_adversary",
+    "as_objective",
+    "fit",
     "make_train_step",
-    "save_variables",
-    "train",
 ]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
+from samrobust.checks import check
 from samrobust.data import Split, epoch_permutation, random_crop_and_flip, take_batch
 from samrobust.parallel import replicate, replicated, shard_batch
 from samrobust.runtime import compiler_options
@@ -21,7 +22,15 @@ from samrobust.training.state import TrainState
 from samrobust.training.step import TrainStep
 from samrobust.types import Array
 
-__all__ = ["Call", "Carry", "EpochPlan", "EpochRunner", "Totals", "zero_totals"]
+__all__ = [
+    "Call",
+    "Carry",
+    "EpochPlan",
+    "EpochRunner",
+    "Totals",
+    "make_plan",
+    "zero_totals",
+]
 
 Totals: TypeAlias = dict[str, Any]
 
@@ -84,6 +93,43 @@ class EpochPlan:
         if self.remainder and start < self.num_steps:
             calls.append(Call(1, self.remainder))
         return calls
+
+
+def make_plan(
+    num_examples: int,
+    batch_size: int,
+    *,
+    steps_per_call: int = 0,
+    drop_remainder: bool = False,
+) -> EpochPlan:
+    """Returns how an epoch is cut into batches and calls.
+
+    Args:
+      num_examples: of the training split.
+      batch_size: over all devices, which divide it.
+      steps_per_call: 0: 1 on the CPU, where a loop over steps does not pay, else 25.
+      drop_remainder: leave out an incomplete last batch.
+
+    Raises:
+      ValueError: if there is not one batch, or the devices do not divide a full one.
+    """
+    default = 1 if jax.default_backend() == "cpu" else 25
+    plan = EpochPlan(
+        num_examples, batch_size, steps_per_call or default, drop_remainder
+    )
+    check(
+        batch_size >= 1 and plan.num_steps > 0,
+        f"batch_size <= {num_examples} (the training examples), not below 1",
+        batch_size=batch_size,
+    )
+    count = jax.device_count()
+    check(
+        batch_size % count == 0,
+        f"batch_size divisible by the {count} devices",
+        "Choose another size: with this one devices would do the same work twice.",
+        batch_size=batch_size,
+    )
+    return plan
 
 
 def zero_totals(metrics: Iterable[str]) -> Totals:

@@ -2,14 +2,14 @@
 
 The network is any Flax Linen module: with a collection `batch_stats` or without, with
 dropout or without. The training step takes its passes from here and does not ask which
-they are. Over groups (for
-m-sharpness) each group of m examples is a batch of its own: mean loss, BatchNorm,
-gradient. Losses, logits and statistics are merged; gradients stay apart, [G, ...], for
-SAM to perturb each group along its own.
+they are. Over groups (for m-sharpness) each group of m examples is a batch of its own:
+mean loss, BatchNorm, gradient. Losses, logits and statistics are merged; gradients stay
+apart, [G, ...], for SAM to perturb each group along its own.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,32 +19,39 @@ from jax.sharding import Mesh
 
 from samrobust.checks import check
 from samrobust.parallel import map_groups
-from samrobust.types import Array, LossFn, PyTree
+from samrobust.training.parts import Objective
+from samrobust.types import Array, PyTree
 
-__all__ = ["Pass", "PassFn", "Passes", "apply_in_training", "make_passes"]
+__all__ = ["Pass", "PassFn", "Passes", "Views", "apply_in_training", "make_passes"]
+
+Views: TypeAlias = dict[str, Array]  # images [B, H, W, C] by the names of the views
 
 
 class Pass(NamedTuple):
-    """What one pass gives.
+    """Outcome of one pass.
 
     Attributes:
       loss: the mean over the batch, float32 scalar.
-      logits: [B, K], in the order of the batch.
+      logits: [B, K] of the last adversarial view, in the order of the batch; of the
+        last view where none is adversarial.
       batch_stats: the running statistics after the pass; of groups, their mean.
       grads: of the mean loss; of groups, of each one's own, [G, ...].
+      image_grads: of the batch's mean loss with respect to the adversarial images,
+        [B, H, W, C]; None where nobody asks for them.
     """
 
     loss: Array
     logits: Array
     batch_stats: PyTree
     grads: PyTree
+    image_grads: Array | None
 
 
-PassFn = Callable[[PyTree, PyTree, Array, Array, Array], Pass]
+PassFn = Callable[[PyTree, PyTree, Views, Array, Array], Pass]
 
 
 class Passes(NamedTuple):
-    """The two passes of a step, of (params, batch_stats, images, labels, key).
+    """The two passes of a step, of (params, batch_stats, views, labels, key).
 
     The key decides what is random in the network; of groups, each has its own of it.
 
@@ -62,7 +69,7 @@ class Passes(NamedTuple):
 def apply_in_training(
     model: nn.Module, params: PyTree, batch_stats: PyTree, images: Array, key: Array
 ) -> tuple[Array, PyTree]:
-    """Logits [B, K] of a network that trains, and its updated `batch_stats`.
+    """Returns logits [B, K] of a network that trains, and its updated `batch_stats`.
 
     The key is consumed by dropout and whatever else in the network is random.
     """
@@ -85,63 +92,102 @@ def apply_in_training(
 
 def make_passes(
     model: nn.Module,
-    objective: LossFn,
+    objective: Objective,
     *,
     group_size: int = 0,
     mesh: Mesh | None = None,
+    image_grads: bool = False,
 ) -> Passes:
-    """Builds the passes; the arguments are those of `make_train_step`."""
+    """Builds the passes.
+
+    Args:
+      model: see `make_train_step`.
+      objective: its views are the forward passes of a pass, in order.
+      group_size: see `make_train_step`.
+      mesh: see there.
+      image_grads: whether the first pass gives gradients of the adversarial images.
+    """
     check(group_size >= 0, "0 <= group_size", group_size=group_size)
+    judged = max(range(len(objective.views)), key=lambda i: (_is_hard(objective, i), i))
 
     def mean_loss(
-        params: PyTree, batch_stats: PyTree, images: Array, labels: Array, key: Array
+        params: PyTree,
+        adversarial: Array,
+        batch_stats: PyTree,
+        views: Views,
+        labels: Array,
+        key: Array,
     ) -> tuple[Array, tuple[PyTree, Array]]:
-        logits, updated = apply_in_training(model, params, batch_stats, images, key)
-        losses = objective(logits, labels)
+        views, logits = views | {"adversarial": adversarial}, []
+        for view in objective.views:
+            images = views[view]
+            outputs, batch_stats = apply_in_training(
+                model, params, batch_stats, images, key
+            )
+            logits.append(outputs)
+        losses = objective.loss(*logits, labels)
         check(
             losses.shape == labels.shape,
             f"an objective that gives a loss [{len(labels)}] to each example",
             shape=losses.shape,
         )
-        return jnp.mean(losses), (updated, logits)
-
-    differentiate = jax.value_and_grad(mean_loss, has_aux=True)
+        return jnp.mean(losses), (batch_stats, logits[judged])
 
     def whole(
-        params: PyTree, batch_stats: PyTree, images: Array, labels: Array, key: Array
+        params: PyTree,
+        batch_stats: PyTree,
+        views: Views,
+        labels: Array,
+        key: Array,
+        *,
+        image_grads: bool = False,
     ) -> Pass:
-        (loss, (batch_stats, logits)), grads = differentiate(
-            params, batch_stats, images, labels, key
-        )
-        return Pass(loss, logits, batch_stats, grads)
+        inputs = (params, views["adversarial"], batch_stats, views, labels, key)
+        if not image_grads:  # less to trace; XLA would drop them
+            differentiate = jax.value_and_grad(mean_loss, has_aux=True)
+            (loss, (batch_stats, logits)), grads = differentiate(*inputs)
+            return Pass(loss, logits, batch_stats, grads, None)
+        differentiate = jax.value_and_grad(mean_loss, argnums=(0, 1), has_aux=True)
+        (loss, (batch_stats, logits)), (grads, of_images) = differentiate(*inputs)
+        return Pass(loss, logits, batch_stats, grads, of_images)
 
+    of_first = functools.partial(whole, image_grads=image_grads)
     if group_size == 0:
-        return Passes(whole, whole, optax.tree.norm)
+        return Passes(of_first, whole, optax.tree.norm)
 
     def over_groups(
-        shared: PyTree, own: PyTree, images: Array, labels: Array, key: Array
+        one: Callable[..., Pass],
+        shared: PyTree,
+        own: PyTree,
+        views: Views,
+        labels: Array,
+        key: Array,
     ) -> Pass:
-        num_groups = _count(len(images), group_size)
+        num_groups = _count(len(labels), group_size)
         return _merge(
             map_groups(
-                lambda shared, own, batch: whole(**shared, **own, **batch),
+                lambda shared, own, batch: one(**shared, **own, **batch),
                 shared,
                 own | {"key": jax.random.split(key, num_groups)},
-                {"images": images, "labels": labels},
+                {"views": views, "labels": labels},
                 num_groups=num_groups,
                 mesh=mesh,
             )
         )
 
-    def first(params: PyTree, batch_stats: PyTree, *batch_and_key: Array) -> Pass:
+    def first(params: PyTree, batch_stats: PyTree, *batch_and_key: Any) -> Pass:
         shared = {"params": params, "batch_stats": batch_stats}
-        return over_groups(shared, {}, *batch_and_key)
+        return over_groups(of_first, shared, {}, *batch_and_key)
 
-    def second(params: PyTree, batch_stats: PyTree, *batch_and_key: Array) -> Pass:
+    def second(params: PyTree, batch_stats: PyTree, *batch_and_key: Any) -> Pass:
         shared, own = {"batch_stats": batch_stats}, {"params": params}
-        return over_groups(shared, own, *batch_and_key)
+        return over_groups(whole, shared, own, *batch_and_key)
 
     return Passes(first, second, _mean_norm)
+
+
+def _is_hard(objective: Objective, index: int) -> bool:
+    return objective.views[index] == "adversarial"
 
 
 def _count(batch_size: int, group_size: int) -> int:
@@ -156,7 +202,11 @@ def _count(batch_size: int, group_size: int) -> int:
 
 
 def _merge(groups: Pass) -> Pass:
-    """The pass over a batch from those over its groups, which are of one size."""
+    """Returns the pass over a batch from those over its groups, all of one size."""
+    image_grads = groups.image_grads
+    if image_grads is not None:  # of the batch's mean loss, the mean of the groups'
+        image_grads = image_grads / len(groups.loss)
+        image_grads = image_grads.reshape(-1, *image_grads.shape[2:])
     return Pass(
         loss=jnp.mean(groups.loss),
         logits=groups.logits.reshape(-1, groups.logits.shape[-1]),
@@ -164,6 +214,7 @@ def _merge(groups: Pass) -> Pass:
             lambda leaf: leaf.mean(axis=0).astype(leaf.dtype), groups.batch_stats
         ),
         grads=groups.grads,
+        image_grads=image_grads,
     )
 
 

@@ -3,14 +3,11 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import optax
-from flax import linen as nn
 
-from samrobust.checks import check
 from samrobust.types import Array, PyTree
 
-__all__ = ["TrainState", "init_state"]
+__all__ = ["TrainState"]
 
 
 @jax.tree_util.register_dataclass
@@ -24,47 +21,23 @@ class TrainState:
         another one.
       batch_stats: BatchNorm's running statistics, likewise; {} of a network without.
       opt_state: of the optax chain.
+      adversary: what the adversary remembers; () without a memory.
+      average: of `variables`, as the averaging keeps it; () without one.
     """
 
     step: Array
     params: PyTree
     batch_stats: PyTree
     opt_state: optax.OptState
+    adversary: PyTree = ()
+    average: PyTree = ()
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """What `model.apply` takes."""
+        """Those that are trained, for `model.apply`."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
-
-def init_state(
-    model: nn.Module,
-    tx: optax.GradientTransformationExtraArgs,
-    image_shape: tuple[int, ...],
-    key: Array,
-) -> TrainState:
-    """A fresh state; a pure function of the key, which is consumed.
-
-    Args:
-      model: called as `model.init(key, images, train=False)`.
-      tx: the optimizer.
-      image_shape: (H, W, C).
-      key: of the parameters' initialisation.
-
-    Raises:
-      ValueError: if the network has other collections of variables than `params` and
-        `batch_stats`; they would not be trained, nor kept in checkpoints.
-    """
-    images = jnp.zeros((1, *image_shape), jnp.float32)
-    variables = model.init(key, images, train=False)
-    check(
-        variables.keys() <= {"params", "batch_stats"},
-        "a network whose variables are params and batch_stats",
-        collections=sorted(variables),
-    )
-    return TrainState(
-        step=jnp.zeros([], jnp.int32),
-        params=variables["params"],
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=tx.init(variables["params"]),
-    )
+    @property
+    def eval_variables(self) -> dict[str, PyTree]:
+        """Those that are evaluated: the average where there is one."""
+        return self.average or self.variables

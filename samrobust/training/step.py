@@ -1,14 +1,15 @@
-"""One pure training step for every method: ST, SAM, AT and their combinations.
+"""One pure training step for every method: ST, SAM, AT and whatever is composed.
 
     min_w E[ max_{e in W} max_{d in X} loss(w + e; x + d, y) ]
 
-The maximisation over the inputs is the `attack`, the one over the weights is the
-`samrobust.sharpness.sam` in the optimizer. Standard training is the identity attack
-and no SAM; nothing here asks which method it is. Whether a pass runs over the batch or
-over groups of it is the business of `samrobust.training.passes`.
+The maximization over the inputs is the adversary's, the one over the weights that of a
+`samrobust.sharpness` transformation in the optimizer. Standard training has neither;
+nothing here asks which method it is. Whether a pass runs over the batch or over groups
+of it is the business of `samrobust.training.passes`.
 """
 
-from typing import Protocol, cast
+import dataclasses
+from typing import NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +21,27 @@ from samrobust.attacks import identity
 from samrobust.checks import check, check_choice
 from samrobust.objectives import cross_entropy
 from samrobust.sharpness import last_aux, last_metrics
+from samrobust.training.parts import (
+    VIEWS,
+    Adversary,
+    Averaging,
+    Objective,
+    as_adversary,
+    as_objective,
+)
 from samrobust.training.passes import apply_in_training, make_passes
 from samrobust.training.state import TrainState
 from samrobust.types import Array, Attack, LossFn, PyTree
 
-__all__ = ["TrainStep", "make_train_step"]
+__all__ = ["InitFn", "Method", "TrainStep", "make_train_step"]
 
-# Folded into a step's key for what is random in the network. The attack has the key
+# Folded into a step's key for what is random in the network. The adversary has the key
 # itself: no split of it, nor draw from it, reaches so far.
 _NETWORK = 0xFFFFFFFF
 
 
 class TrainStep(Protocol):
-    """`train_step(state, images, labels, key) -> (state, metrics)`; pure."""
+    """Training on a batch: `(state, images, labels, key) -> (state, metrics)`; pure."""
 
     def __call__(
         self, state: TrainState, images: Array, labels: Array, key: Array
@@ -41,31 +50,53 @@ class TrainStep(Protocol):
         ...
 
 
+class InitFn(Protocol):
+    """Initialization: `(key, images) -> state`; pure."""
+
+    def __call__(self, key: Array, images: Array | jax.ShapeDtypeStruct) -> TrainState:
+        """See the class."""
+        ...
+
+
+class Method(NamedTuple):
+    """A training method: `init, train_step = make_train_step(...)`.
+
+    Attributes:
+      init: of a key, which is consumed, and a batch [B, H, W, C] of full size, of which
+        shape and dtype alone count, to the state before the first step.
+      train_step: see `make_train_step`.
+    """
+
+    init: InitFn
+    train_step: TrainStep
+
+
 def make_train_step(
     model: nn.Module,
     tx: optax.GradientTransformationExtraArgs,
     *,
-    attack: Attack = identity,
-    objective: LossFn = cross_entropy,
-    sam_batch_stats: str = "both",
-    attack_batch_norm: str = "train",
+    adversary: Adversary | Attack = identity,
+    objective: Objective | LossFn = cross_entropy,
+    averaging: Averaging | None = None,
+    batch_stats: str = "both",
     group_size: int = 0,
     mesh: Mesh | None = None,
-) -> TrainStep:
-    """Builds the training step.
+) -> Method:
+    """Builds a training method: how it begins, and its step.
 
     Args:
       model: any Flax Linen network that is called with (images, train=...), with
         `batch_stats` or without, with dropout or without.
-      tx: the optimizer; receives `grad_fn`, which a `sam` in it calls.
-      attack: makes the images that are trained on, at the current parameters.
-      objective: loss per example; its mean is minimised.
-      sam_batch_stats: which pass of SAM updates BatchNorm's running statistics:
-        `first` (at w), `second` (at w + e) or `both`, one after the other.
-      attack_batch_norm: `train`: the attacked network is the one that trains: it
-        normalises by its batch, and drops the units that the passes will drop, the
-        same at every step of the attack. `eval`: it normalises by the running
-        statistics and drops nothing. Neither updates the statistics.
+      tx: the optimizer, any optax transformation; receives `grad_fn`, which a `sam` in
+        it calls.
+      adversary: makes the images that are trained on, at the current parameters; an
+        attack is one without a memory.
+      objective: the loss of each example, whose mean is minimized, and the views of the
+        images that it is made of; a loss is one of the images trained on.
+      averaging: of the variables after each step, for evaluation.
+      batch_stats: which pass of `samrobust.sharpness.two_pass` updates BatchNorm's
+        running statistics: `first` (at w), `second` (at w + e) or `both`, one after the
+        other.
       group_size: examples in a group with an ascent direction of its own, m of
         m-sharpness: both passes then run over each group apart, BatchNorm included,
         and `tx` begins with a `sam(..., grouped=True)`. 0: the whole batch, no groups.
@@ -73,38 +104,84 @@ def make_train_step(
         one device. Of no account without groups.
 
     Returns:
-      A pure function of (state, images float32 [B, H, W, C] in [0, 1], labels int32
-      [B], key). The key is consumed by the attack; dropout draws from a key that is
-      folded from it, the same in both passes of SAM (with groups, each has its own, and
-      the attack that of a whole batch). Metrics are float32 scalars: `loss`
-      and `accuracy` on the images trained on, `gradient_norm`, and with SAM also
-      `rho`, `applied_rho`, `perturbed_gradient_norm` and `cosine` (see `SamMetrics`;
-      with groups, all but `rho` are means over them).
+      `init(key, images) -> state` and `train_step(state, images, labels, key) ->
+      (state, metrics)`, pure functions of images float32 [B, H, W, C] in [0, 1], labels
+      int32 [B] and a key. The step's key is consumed by the adversary; dropout draws
+      from a key that is folded from it, the same in all passes and views (with groups,
+      each has its own, and the adversary that of a whole batch). Metrics are float32
+      scalars: `loss` and `accuracy` on the images trained on, `gradient_norm`, and with
+      two passes also `rho`, `applied_rho`, `perturbed_gradient_norm` and `cosine` (see
+      `TwoPassMetrics`; with groups, all but `rho` are means over them).
 
       **Guarantees.** The adversarial images are made once, from fresh gradients, and
-      shared by both passes of SAM. An attack of radius 0 and `sam(0)` give standard
-      training bit for bit. Groups are the consecutive runs of `group_size` examples,
-      and the result does not depend on how they lie on the devices, up to rounding.
-      Running statistics move by the mean over the groups; since they are moving
-      averages, that is the same as averaging statistics kept by each device.
+      shared by both passes. An attack of radius 0, `sam(0)`, `trades_loss(0)` and
+      `ema(0)` give standard training bit for bit. Groups are the consecutive runs of
+      `group_size` examples, and the result does not depend on how they lie on the
+      devices, up to rounding. Running statistics move by the mean over the groups;
+      since they are moving averages, that is the same as averaging statistics kept by
+      each device.
 
     Raises:
-      ValueError: for an unknown choice; in the step, if images, labels, logits or
-        losses are not of these shapes and kinds, the groups do not divide the batch, or
-        the `sam` of `tx` does not keep the statistics of its second pass,
-        which are wanted.
+      ValueError: for an unknown choice; in `init`, if the network has other collections
+        of variables than `params` and `batch_stats`; in the step, if images, labels,
+        logits or losses are not of these shapes and kinds, the groups do not divide the
+        batch, or the `two_pass` of `tx` does not keep the statistics of its second
+        pass, which are wanted.
 
     Reference: Wei, Zhu and Zhang (2023), equations (3) and (5). *Our deviation* from
     their code: the attack's forward passes leave the running statistics alone.
 
-    With the batch of a device as the group and `sam_batch_stats="first"`, ascent,
-    descent and statistics are those of google-research/sam, but for two things that are
-    not ours: weight decay inside the loss, so in the ascent direction too, and the
-    final gradient clipped to norm 5.
+    With the batch of a device as the group and `batch_stats="first"`, ascent, descent
+    and statistics are those of google-research/sam, but for two things that are not
+    ours: weight decay inside the loss, so in the ascent direction too, and the final
+    gradient clipped to norm 5.
+
+    >>> import flax.linen as nn
+    >>> class Linear(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, images, *, train):
+    ...         return nn.Dense(2)(images.reshape(len(images), -1))
+    >>> init, train_step = make_train_step(Linear(), optax.sgd(0.1))
+    >>> images, labels = jnp.ones([4, 2, 2, 1]), jnp.array([0, 1, 1, 1])
+    >>> state = init(jax.random.key(0), images)
+    >>> state, metrics = jax.jit(train_step)(state, images, labels, jax.random.key(1))
+    >>> int(state.step), sorted(metrics)
+    (1, ['accuracy', 'gradient_norm', 'loss'])
     """
-    check_choice(("first", "second", "both"), sam_batch_stats=sam_batch_stats)
-    check_choice(("train", "eval"), attack_batch_norm=attack_batch_norm)
-    passes = make_passes(model, objective, group_size=group_size, mesh=mesh)
+    check_choice(("first", "second", "both"), batch_stats=batch_stats)
+    if not isinstance(adversary, Adversary):
+        adversary = as_adversary(adversary)
+    if not isinstance(objective, Objective):
+        objective = as_objective(objective)
+    check_choice(("train", "eval"), batch_norm=adversary.batch_norm)
+    for view in objective.views:
+        check_choice(VIEWS, view=view)
+    tx = optax.with_extra_args_support(tx)
+    passes = make_passes(
+        model,
+        objective,
+        group_size=group_size,
+        mesh=mesh,
+        image_grads=adversary.learn is not None,
+    )
+
+    def init(key: Array, images: Array | jax.ShapeDtypeStruct) -> TrainState:
+        zeros = jnp.zeros(images.shape, jnp.float32)
+        variables = model.init(key, zeros[:1], train=False)
+        check(
+            variables.keys() <= {"params", "batch_stats"},
+            "a network whose variables are params and batch_stats",
+            "Others would not be trained, nor kept in checkpoints.",
+            collections=sorted(variables),
+        )
+        state = TrainState(
+            step=jnp.zeros([], jnp.int32),
+            params=variables["params"],
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=tx.init(variables["params"]),
+            adversary=adversary.init(zeros),
+        )
+        return _averaged(state, None)
 
     def train_step(
         state: TrainState, images: Array, labels: Array, key: Array
@@ -113,54 +190,74 @@ def make_train_step(
         network_key = jax.random.fold_in(key, _NETWORK)
 
         def attacked(images: Array) -> Array:
-            if attack_batch_norm == "eval":
+            if adversary.batch_norm == "eval":
                 return cast(Array, model.apply(state.variables, images, train=False))
             logits, _ = apply_in_training(
                 model, state.params, state.batch_stats, images, network_key
             )
             return logits
 
-        images = attack(attacked, images, labels, key=key)
-        batch = (images, labels, network_key)
+        adversarial, memory = adversary.perturb(
+            attacked, images, labels, state.adversary, key=key
+        )
+        views = {"natural": images, "adversarial": adversarial}
+        batch = (views, labels, network_key)
         first = passes.first(state.params, state.batch_stats, *batch)
         keeps_aux = last_aux(state.opt_state) is not None
 
         def second_pass(params: PyTree) -> PyTree:
-            wanted = sam_batch_stats != "first" and bool(state.batch_stats)
+            wanted = batch_stats != "first" and bool(state.batch_stats)
             check(
                 keeps_aux or not wanted,
                 "sam(rho, aux=batch_stats) to train a network with BatchNorm",
-                'Or choose sam_batch_stats="first".',
+                'Or choose batch_stats="first".',
                 aux=None,
-                sam_batch_stats=sam_batch_stats,
+                batch_stats=batch_stats,
             )
-            both = sam_batch_stats == "both"
-            start = first.batch_stats if both else state.batch_stats
+            start = first.batch_stats if batch_stats == "both" else state.batch_stats
             second = passes.second(params, start, *batch)
             return (second.grads, second.batch_stats) if keeps_aux else second.grads
 
         updates, opt_state = tx.update(
             first.grads, state.opt_state, state.params, grad_fn=second_pass
         )
-        batch_stats = first.batch_stats
-        if sam_batch_stats != "first":
-            batch_stats = last_aux(opt_state, default=first.batch_stats)
-        right = jnp.argmax(first.logits, axis=-1) == labels
+        statistics = first.batch_stats
+        if batch_stats != "first":
+            statistics = last_aux(opt_state, default=first.batch_stats)
+        correct = jnp.argmax(first.logits, axis=-1) == labels
+        if adversary.learn is not None:
+            assert first.image_grads is not None  # for type checkers
+            memory = adversary.learn(
+                memory, adversarial, labels, first.image_grads, correct
+            )
         metrics = {
             "loss": first.loss,
-            "accuracy": jnp.mean(right, dtype=jnp.float32),
+            "accuracy": jnp.mean(correct, dtype=jnp.float32),
             "gradient_norm": passes.norm(first.grads),
             **last_metrics(opt_state),
         }
         metrics = {name: value.astype(jnp.float32) for name, value in metrics.items()}
-        return TrainState(
+        following = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
-            batch_stats=batch_stats,
+            batch_stats=statistics,
             opt_state=opt_state,
-        ), metrics
+            adversary=memory,
+            average=state.average,
+        )
+        return _averaged(following, state.step), metrics
 
-    return train_step
+    def _averaged(state: TrainState, step: Array | None) -> TrainState:
+        """Returns the state with its average begun, or brought up to date."""
+        if averaging is None:
+            return state
+        if step is None:
+            average = averaging.init(state.variables)
+        else:
+            average = averaging.update(state.average, state.variables, step)
+        return dataclasses.replace(state, average=average)
+
+    return Method(init, train_step)
 
 
 def _check_batch(images: Array, labels: Array) -> None:

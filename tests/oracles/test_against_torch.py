@@ -12,15 +12,17 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy import stats
 
-from samrobust import building
-from samrobust.attacks import l2, linf, pgd
+from samrobust import building, entries, methods
+from samrobust.attacks import identity, l2, linf, pgd
+from samrobust.components import make_optimizer
 from samrobust.configuration import base_config, finish
 from samrobust.models import PreActResNet
 from samrobust.objectives import cross_entropy
-from samrobust.training import TrainState, make_train_step
+from samrobust.training import TrainState, as_adversary, make_train_step
 
 torch = pytest.importorskip("torch")
 twin = pytest.importorskip("torch_twin")
@@ -275,8 +277,8 @@ ROWS = [
     "sam,rho=0.2",
     "at,norm=linf,eps=8",
     "at,norm=l2,eps=128",
-    "at+sam,norm=linf,eps=8,rho=0.2",
-    "at+sam,norm=l2,eps=128,rho=0.2",
+    "at,norm=linf,eps=8+sam,rho=0.2",
+    "at,norm=l2,eps=128+sam,rho=0.2",
 ]
 FLOOR = 128e-10  # the reference's 1e-10 on the mean gradient of a batch of 128
 
@@ -289,13 +291,20 @@ def make_config(row):
 
 
 @functools.cache
-def train_ours(row, **options):
+def train_ours(row, batch_norm=None, **options):
     """Variables after five steps of the row's method, and the loss of every step."""
     config = make_config(row)
     _, model, variables = make_pair(off_kinks=True, **SMALL)
-    tx = building.make_optimizer(config, 1, variables["batch_stats"])
+    parts = methods.build(config, entries.Given(aux=variables["batch_stats"]))
+    schedule = building.learning_rate_schedule(config, 1)
+    tx = optax.chain(
+        parts.sharpness or optax.identity(), *make_optimizer(config, schedule)
+    )
+    adversary = parts.adversary or as_adversary(identity)
+    if batch_norm is not None:
+        adversary = adversary._replace(batch_norm=batch_norm)
     train_step = jax.jit(
-        make_train_step(model, tx, attack=building.training_attack(config), **options)
+        make_train_step(model, tx, adversary=adversary, **options).train_step
     )
     params = jax.tree.map(jnp.asarray, variables["params"])
     batch_stats = jax.tree.map(jnp.asarray, variables["batch_stats"])
@@ -310,8 +319,8 @@ def train_ours(row, **options):
 def train_theirs(
     row,
     *,
-    sam_batch_stats="both",
-    attack_batch_norm="train",
+    batch_stats="both",
+    batch_norm="train",
     update_statistics=False,
 ):
     """The same by the twin, which takes nothing from the config but these numbers."""
@@ -322,7 +331,7 @@ def train_theirs(
 
     def attack(model, images, labels):
         options = {
-            "train": attack_batch_norm == "train",
+            "train": batch_norm == "train",
             "update_statistics": update_statistics,
         }
         if config.attack.norm == "linf":
@@ -337,7 +346,7 @@ def train_theirs(
     for seed in range(NUM_STEPS):
         images, labels = make_batch(seed)
         batch = (torch_model, optimizer, to_torch(images), torch.from_numpy(labels))
-        passes = {"batch_stats": sam_batch_stats}
+        passes = {"batch_stats": batch_stats}
         if epsilon and rho:
             loss = twin.train_step_sam_at(*batch, rho, attack, **passes)
         elif epsilon:
@@ -373,11 +382,11 @@ def test_five_training_steps_equal_those_of_torch(row):
 
 @pytest.mark.parametrize("passes", ["first", "second"])
 def test_sam_updates_statistics_as_torch_in_the_passes_it_is_told(passes):
-    assert_same_training("sam,rho=0.2", sam_batch_stats=passes)
+    assert_same_training("sam,rho=0.2", batch_stats=passes)
 
 
 def test_training_against_the_network_in_eval_mode_equals_torch():
-    assert_same_training("at,norm=l2,eps=128", attack_batch_norm="eval")
+    assert_same_training("at,norm=l2,eps=128", batch_norm="eval")
 
 
 def test_what_the_reference_does_to_statistics_in_the_attack_leaves_the_steps_alone():

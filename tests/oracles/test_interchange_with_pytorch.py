@@ -21,7 +21,7 @@ from samrobust.interchange import (
     write_pytorch,
 )
 from samrobust.models import PreActResNet
-from samrobust.training import load_network, save_variables
+from samrobust.networks import load_network, save_variables
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -78,7 +78,7 @@ def logits_of(model, variables, images):
 def test_an_exported_network_has_the_same_logits_in_pytorch(fields, tmp_path):
     model, variables = make_ours(fields)
     path = tmp_path / "weights.pth"
-    write_pytorch(path, Weights(to_tensors(variables), {}))
+    write_pytorch(path, Weights(to_tensors(variables, model), {}))
     network = reference.ReferenceNetwork(**fields)
     network.load_state_dict(torch.load(path, weights_only=True), strict=True)
     images = make_images()
@@ -96,7 +96,7 @@ def test_an_imported_state_dict_has_the_same_logits_here(fields, tmp_path):
     tensors = read_weights(path).tensors
     assert infer_architecture(tensors) == fields
     model = PreActResNet(mean=MEAN, std=STD, **fields)
-    variables = from_tensors(tensors, model, 3)
+    variables = from_tensors(tensors, model, (32, 32, 3))
     images = make_images()
     with torch.no_grad():
         logits = network(as_torch_images(images)).numpy()
@@ -109,9 +109,11 @@ def test_a_pytorch_file_there_and_back_is_the_same_to_the_bit(tmp_path):
     model, variables = make_ours(fields)
     path = tmp_path / "weights.pth"
     metadata = {"mean": list(MEAN), "std": list(STD), **fields, "blocks": [2, 2]}
-    write_pytorch(path, Weights(to_tensors(variables), metadata))
+    write_pytorch(path, Weights(to_tensors(variables, model), metadata))
     weights = read_weights(path)
-    helpers.assert_same_bits(from_tensors(weights.tensors, model, 3), variables)
+    helpers.assert_same_bits(
+        from_tensors(weights.tensors, model, (32, 32, 3)), variables
+    )
     assert weights.metadata == metadata
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "weights.json",
@@ -121,7 +123,7 @@ def test_a_pytorch_file_there_and_back_is_the_same_to_the_bit(tmp_path):
 
 def test_the_counters_of_batches_are_int64_scalars():
     _, variables = make_ours(NETWORKS["uneven"])
-    tensors = to_tensors(variables)
+    tensors = to_tensors(variables, model)
     counters = [n for n in tensors if n.endswith("num_batches_tracked")]
     theirs = reference.ReferenceNetwork(**NETWORKS["uneven"]).state_dict()
     assert tensors.keys() == theirs.keys()
@@ -204,7 +206,7 @@ def test_half_a_normalisation_is_left_to_be_refused(extra, tmp_path):
     assert (set(weights.tensors) - set(state), weights.metadata) == ({extra}, {})
     model = PreActResNet(mean=MEAN, std=STD, **NETWORKS["uneven"])
     with pytest.raises(ValueError, match="a superfluous " + extra):
-        from_tensors(weights.tensors, model, 3)
+        from_tensors(weights.tensors, model, (32, 32, 3))
 
 
 def test_a_normalisation_that_the_metadata_deny_is_refused(tmp_path):
@@ -267,9 +269,11 @@ def test_a_cut_off_pytorch_file_is_refused(tmp_path):
 def test_the_json_file_of_other_weights_is_refused(tmp_path):
     _, variables = make_ours(NETWORKS["uneven"])
     path = tmp_path / "weights.pth"
-    write_pytorch(path, Weights(to_tensors(variables), {"width": 4}))
+    write_pytorch(path, Weights(to_tensors(variables, model), {"width": 4}))
     _, others = make_ours(NETWORKS["uneven"], seed=1)
-    write_pytorch(tmp_path / "others.pth", Weights(to_tensors(others), {"width": 4}))
+    write_pytorch(
+        tmp_path / "others.pth", Weights(to_tensors(others, model), {"width": 4})
+    )
     (tmp_path / "others.pth").replace(path)
     with pytest.raises(ValueError, match=r"Expected weights\.json to belong to"):
         read_weights(path)
@@ -547,7 +551,7 @@ def test_one_network_is_taken_from_a_file_and_what_was_chosen_is_said(
     assert said in " ".join(weights.notes)
     assert weights.tensors.keys() == STATE.keys()
     model = PreActResNet(mean=MEAN, std=STD, **NETWORKS["uneven"])
-    from_tensors(weights.tensors, model, 3)
+    from_tensors(weights.tensors, model, (32, 32, 3))
 
 
 def test_the_average_of_networks_is_what_is_imported(tmp_path):

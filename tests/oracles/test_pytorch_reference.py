@@ -21,7 +21,7 @@ import pytest
 import samrobust
 from samrobust.models import PreActResNet
 from samrobust.objectives import cross_entropy
-from samrobust.training import init_state, make_train_step
+from samrobust.training import make_train_step
 
 torch = pytest.importorskip("torch")
 twin = pytest.importorskip("torch_twin")
@@ -74,7 +74,8 @@ def make_parity() -> dict[str, Any]:
         optax.with_extra_args_support(optax.add_decayed_weights(SGD["weight_decay"])),
         optax.sgd(SGD["learning_rate"], momentum=SGD["momentum"]),
     )
-    state = init_state(model, tx, (8, 8, 3), jax.random.key(0))
+    init, step = make_train_step(model, tx)
+    state = init(jax.random.key(0), jnp.zeros([1, 8, 8, 3]))
     rng = np.random.default_rng(0)
     images = rng.uniform(size=(4, 8, 8, 3)).astype(np.float32)
     labels = jnp.asarray(rng.integers(0, 10, 4))
@@ -84,7 +85,6 @@ def make_parity() -> dict[str, Any]:
         return jnp.sum(cross_entropy(logits, labels)), logits
 
     gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(images)
-    step = make_train_step(model, tx)
     updated, _ = jax.jit(step)(state, images, labels, jax.random.key(1))
     return {
         **flatten("params", state.params),

@@ -2,35 +2,43 @@
 
 The same call goes on where the last one stopped, and ends bit-identical to a run that
 was never stopped. Nothing is read from the device within an epoch, but for the checks
-that come with a checkpoint.
+that come with a checkpoint. Configs, tables and data sets by name are out of scope.
 """
 
 import dataclasses
-import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from samrobust import building
-from samrobust.data import Dataset
-from samrobust.identity import Identity, identity_of
+from samrobust.checks import LARGEST_COUNT, check
+from samrobust.data import Split
 from samrobust.parallel import data_mesh, replicated
-from samrobust.training.epoch import Carry, EpochPlan, EpochRunner, Totals
-from samrobust.training.history import History, TrainingDivergedError
-from samrobust.training.setup import make_parts, make_plan
+from samrobust.training.epoch import (
+    Carry,
+    EpochPlan,
+    EpochRunner,
+    Totals,
+    make_plan,
+    zero_totals,
+)
+from samrobust.training.log import RunIdentity, RunLog, TrainingDivergedError
 from samrobust.training.state import TrainState
-from samrobust.types import Config
+from samrobust.training.step import Method
+from samrobust.types import Array
 
 __all__ = [
     "InterruptedRunError",
     "Outcome",
     "Progress",
     "TrainingDivergedError",
-    "train",
+    "check_total_steps",
+    "fit",
+    "fresh_carry",
 ]
 
 Validate = Callable[[TrainState], dict[str, float]]
@@ -66,90 +74,153 @@ class Outcome:
       seconds: spent in training steps, over all restarts.
       step_seconds: median over the epochs of the mean seconds of a step.
       step: the last one.
-      identity: of the run.
+      identity: of the run; None where nobody told.
     """
 
     state: TrainState
     seconds: float
     step_seconds: float
     step: int
-    identity: Identity
+    identity: RunIdentity | None
 
 
-def train(
-    config: Config,
-    dataset: Dataset,
-    workdir: pathlib.Path,
+def fit(
+    method: Method,
+    split: Split,
     *,
+    epochs: int,
+    batch_size: int,
+    key: Array,
+    padding: int = 0,
+    flip: bool = False,
+    drop_remainder: bool = False,
+    steps_per_call: int = 0,
+    log: RunLog | None = None,
+    schedules: Mapping[str, optax.Schedule] | None = None,
     validate: Validate | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
-    may_write: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Trains to the end, from the newest intact checkpoint where there is one.
 
     Args:
-      config: validated.
-      dataset: that of `config.data`.
-      workdir: receives `metrics.jsonl` and `checkpoints/`; claimed by the caller. Of
-        several processes, 0 alone sees it.
+      method: `init, train_step` of `make_train_step`.
+      split: training images uint8 [N, H, W, C] and labels, copied to every device.
+      epochs: number of them, >= 1.
+      batch_size: over all devices.
+      key: of the initialization, the order of examples, augmentation, and all that is
+        random in the steps. Consumed.
+      padding: reflect-pad by this many pixels and crop at random; 0: none.
+      flip: mirror left-right at random.
+      drop_remainder: whether an incomplete last batch of an epoch is left out.
+      steps_per_call: steps in one call of the device; 0: 1 on the CPU, else 25.
+      log: keeps checkpoints and the lines of the epochs, `RunFolder(workdir)` in files;
+        None: in memory, and no checkpoints.
+      schedules: functions of the step whose values at an epoch's last one the log
+        holds, by their names there.
       validate: called after each epoch with the state; its `score` (higher is better)
         decides which state is kept as the best one.
       on_progress: called after each call of the device.
       should_stop: asked as often; if true, the state is saved and the run stops. Of
         several processes all must get the same answer, see `AgreedStop`.
-      may_write: called before each checkpoint, by process 0; raises if not.
+
+    Returns:
+      The final state and how long it took. **Guarantees**: a run that was stopped or
+      killed and called again ends bit-identical to one that was not.
 
     Raises:
+      ValueError: if there is not one batch, the devices do not divide a batch, or there
+        are more steps than an int32 counts.
       TrainingDivergedError: with the step and the last good checkpoint.
       InterruptedRunError: after `should_stop`.
       CheckpointError: if there are checkpoints and none is intact, or the newest intact
         one is of another run.
     """
-    plan = make_plan(config, len(dataset.train))
-    parts = make_parts(config, dataset, plan.num_steps)
-    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    plan = make_plan(
+        len(split),
+        batch_size,
+        steps_per_call=steps_per_call,
+        drop_remainder=drop_remainder,
+    )
+    check_total_steps(epochs, plan.num_steps)
+    init_key, run_key = jax.random.split(key)
     mesh = data_mesh()
     runner = EpochRunner(
-        parts.train_step,
+        method.train_step,
         plan,
-        dataset.train,
-        padding=config.data.padding,
-        flip=config.data.flip,
+        split,
+        padding=padding,
+        flip=flip,
         mesh=mesh,
         key=run_key,
     )
     init = jax.jit(
-        lambda key: Carry(parts.init(key), parts.zero_totals),
+        fresh_carry(method, batch_size, split.images.shape[1:]),
         out_shardings=replicated(mesh),
     )
     fresh = init(init_key)
     zeros = jax.tree.map(jnp.copy, fresh.totals)  # fresh itself is donated
-    identity = identity_of(config, dataset)
-    with History(config, workdir, identity, may_write) as history:
-        carry = history.restore(fresh, mesh, plan.num_steps * config.training.epochs)
+    with log or RunLog() as kept:
+        carry = kept.restore(fresh, mesh, plan.num_steps * epochs)
         run = _Run(
-            config, plan, runner, zeros, history, validate, on_progress, should_stop
+            *(epochs, plan, runner, zeros, kept, schedules or {}),
+            *(validate, on_progress, should_stop),
         )
         return run.to_the_end(carry)
+
+
+def check_total_steps(epochs: int, steps_per_epoch: int) -> None:
+    """Refuses more steps than an int32 counts, as optimizers do.
+
+    Raises:
+      ValueError: see above.
+    """
+    check(
+        epochs >= 1 and epochs * steps_per_epoch <= LARGEST_COUNT,
+        f"1 <= epochs <= {LARGEST_COUNT // steps_per_epoch}",
+        f"An epoch has {steps_per_epoch} steps; they are counted in 32 bits.",
+        epochs=epochs,
+    )
+
+
+def fresh_carry(
+    method: Method, batch_size: int, image_shape: tuple[int, ...]
+) -> Callable[[Array], Carry]:
+    """Returns the function of a key to what a run begins with, and checkpoints hold.
+
+    Args:
+      method: of the run.
+      batch_size: of a full batch.
+      image_shape: (H, W, C).
+    """
+    images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+
+    def begin(key: Array) -> Carry:
+        state = method.init(key, images)
+        _, metrics = jax.eval_shape(method.train_step, state, images, labels, key)
+        return Carry(state, zero_totals(metrics))
+
+    return begin
 
 
 @dataclasses.dataclass
 class _Run:
     """The loop over epochs and calls."""
 
-    config: Config
+    epochs: int
     plan: EpochPlan
     runner: EpochRunner
     zero_totals: Totals
-    history: History
+    log: RunLog
+    schedules: Mapping[str, optax.Schedule]
     validate: Validate | None
     on_progress: Callable[[Progress], None]
     should_stop: Callable[[], bool]
 
     @property
     def num_steps(self) -> int:
-        return self.plan.num_steps * self.config.training.epochs
+        return self.plan.num_steps * self.epochs
 
     def to_the_end(self, carry: Carry) -> Outcome:
         """Trains what is left."""
@@ -160,18 +231,16 @@ class _Run:
                 self.runner.compile(call, carry)
         while step < self.num_steps:
             carry, step = self._epoch(carry, step)
-        self.history.save(carry, step, 0.0)
-        seconds = [line["seconds"] for line in self.history.lines]
+        self.log.save(carry, step, 0.0)
+        seconds = [line["seconds"] for line in self.log.lines]
         step_seconds = statistics.median(seconds) / self.plan.num_steps
-        return Outcome(
-            carry.state, sum(seconds), step_seconds, step, self.history.identity
-        )
+        return Outcome(carry.state, sum(seconds), step_seconds, step, self.log.identity)
 
     def _epoch(self, carry: Carry, step: int) -> tuple[Carry, int]:
         """From a step to the end of its epoch; then its metrics and validation."""
         epoch = step // self.plan.num_steps
-        started = time.monotonic() - self.history.earlier_seconds
-        self.history.earlier_seconds = 0.0
+        started = time.monotonic() - self.log.earlier_seconds
+        self.log.earlier_seconds = 0.0
         permutation = self.runner.permutation(epoch)
         previous = None
         for call in self.plan.calls(step % self.plan.num_steps):
@@ -184,15 +253,15 @@ class _Run:
             if step % self.plan.num_steps:
                 self._pause(carry, step, time.monotonic() - started)
         totals = jax.device_get(carry.totals)
-        self.history.check_finite(totals)
+        self.log.check_finite(totals)
         line = self._summarise(totals, step, time.monotonic() - started)
         carry = Carry(carry.state, jax.tree.map(jnp.copy, self.zero_totals))
         if self.validate is not None:
             self._report("validating", step)
             scores = self.validate(carry.state)
-            self.history.keep_best(carry, step, scores)
+            self.log.keep_best(carry, step, scores)
             line |= {f"validation_{name}": score for name, score in scores.items()}
-        self.history.append(line)
+        self.log.append(line)
         self._report("training", step)
         self._pause(carry, step, 0.0)
         return carry, step
@@ -201,9 +270,9 @@ class _Run:
         """Saves when it is time to, or when the run is asked to stop."""
         stop = self.should_stop()
         if stop:
-            self.history.save(carry, step, epoch_seconds)
+            self.log.save(carry, step, epoch_seconds)
         else:
-            self.history.save_if_due(carry, step, epoch_seconds)
+            self.log.save_if_due(carry, step, epoch_seconds)
         if stop and step < self.num_steps:
             message = (
                 f"Stopped at step {step} of {self.num_steps}; the state is saved. "
@@ -215,18 +284,21 @@ class _Run:
         """The epoch's line of `metrics.jsonl`."""
         examples = float(totals["examples"])
         means = {name: float(v) / examples for name, v in totals["sums"].items()}
-        schedule = building.learning_rate_schedule(self.config, self.plan.num_steps)
+        scheduled = {
+            name: float(jnp.asarray(schedule(step - 1)))
+            for name, schedule in self.schedules.items()
+        }
         return {
             "step": step,
             "epoch": step // self.plan.num_steps,
             **means,
             "accuracy": 100 * means["accuracy"],
-            "learning_rate": float(jnp.asarray(schedule(step - 1))),
+            **scheduled,
             "examples_per_second": examples / seconds,
             "seconds": seconds,
         }
 
     def _report(self, phase: str, step: int) -> None:
-        lines = self.history.lines
+        lines = self.log.lines
         metrics = lines[-1] if lines else {}
         self.on_progress(Progress(phase, step, self.num_steps, metrics))

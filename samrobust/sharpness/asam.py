@@ -1,0 +1,87 @@
+"""Adaptive SAM: a ball of weights that scales with each weight.
+
+Reference: Kwon et al. (2021), arXiv 2102.11600, Algorithm 1.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samrobust.checks import check, check_real
+from samrobust.sharpness.sam import check_strength, unit
+from samrobust.sharpness.trees import norm
+from samrobust.sharpness.two_pass import two_pass
+from samrobust.types import Array, Entry, Field, PyTree
+
+__all__ = ["ENTRY", "asam", "is_bias"]
+
+
+def _eta(**values: float) -> None:
+    check_real(0, 1e6, **values)
+
+
+def is_bias(path: Any) -> bool:
+    """Returns whether the last key of a parameter's path names a bias."""
+    key = path[-1] if path else ""
+    name = getattr(key, "key", getattr(key, "name", key))
+    return "bias" in str(name).lower()
+
+
+def asam(
+    rho: float | Array | optax.Schedule,
+    eta: float = 0.01,
+    *,
+    is_fixed: Callable[[Any], bool] = is_bias,
+    aux: PyTree = None,
+    grouped: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds ASAM: the gradient at w + rho T^2 g / ||T g||_2, T = |w| + eta.
+
+    Args:
+      rho: the radius in the norm ||T^-1 e||_2, or a schedule of it; the authors' is 0.5
+        for CIFAR-10.
+      eta: >= 0, added to |w|.
+      is_fixed: of the path of a parameter, whether T is 1 there; by default of biases.
+        Scales of normalization layers are adapted.
+      aux: see `two_pass`.
+      grouped: see `two_pass`.
+
+    Returns:
+      A transformation with the contract of `two_pass`. Costs one further pass.
+
+    Raises:
+      ValueError: as `two_pass`; if eta is negative or not finite.
+
+    Reference: Kwon et al. (2021), arXiv 2102.11600, Algorithm 1; T as in the authors'
+    code, SamsungLabs/ASAM. *Our deviation*: no 1e-16 is added to the norm, zero is
+    treated exactly instead.
+
+    >>> tx = optax.chain(asam(rho=0.5, eta=0.0), optax.sgd(0.1))
+    >>> w = {"kernel": jnp.array([3.0, 4.0])}
+    >>> gradient = jax.grad(lambda w: jnp.sum(w["kernel"]))
+    >>> updates, _ = tx.update(gradient(w), tx.init(w), w, grad_fn=gradient)
+    >>> updates["kernel"]
+    Array([-0.1, -0.1], dtype=float32)
+    """
+    _eta(eta=eta)
+    check(callable(is_fixed), "is_fixed as a function of a path", is_fixed=is_fixed)
+
+    def scale(path: Any, w: Array, g: Array) -> Array:
+        return g if is_fixed(path) else (jnp.abs(w) + eta) * g
+
+    def ascend(grads: PyTree, params: PyTree) -> PyTree:
+        scaled = jax.tree_util.tree_map_with_path(scale, params, grads)  # T g
+        twice = jax.tree_util.tree_map_with_path(scale, params, scaled)  # T^2 g
+        return unit(twice, norm(scaled))
+
+    return two_pass(rho, optax.stateless(ascend), aux=aux, grouped=grouped)
+
+
+ENTRY = Entry(
+    asam,
+    "ASAM (rho = {rho:g})",
+    fields={"rho": Field(0.0, check_strength), "eta": Field(0.01, _eta)},
+)

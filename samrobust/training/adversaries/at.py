@@ -1,0 +1,166 @@
+"""PGD adversarial training: the adversary of Madry et al.
+
+Reference: Madry et al. (2018), arXiv 1706.06083, equation (2.1).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from samrobust import attacks
+from samrobust.attacks import Ball, l2, linf
+from samrobust.checks import (
+    check,
+    check_choice,
+    check_radius,
+    check_real,
+    check_whole,
+    one_of,
+    switch,
+)
+from samrobust.objectives import LOSSES
+from samrobust.training.parts import Adversary, as_adversary
+from samrobust.types import Entry, Field
+
+__all__ = [
+    "ENTRY",
+    "PGD_FIELDS",
+    "at",
+    "attack_passes",
+    "check_options",
+    "check_steps",
+    "make_ball",
+]
+
+# Of a step to its radius. Beyond ten radii steps only jump between the ball's faces;
+# below this fraction a step is lost in float32's rounding of pixels.
+STEP = (1e-4, 10.0)
+_MOST = 3e38  # finite in float32
+
+
+def _fraction(**values: Any) -> None:
+    check_real(*STEP, **values)
+
+
+def _radius(**values: Any) -> None:
+    check_real(0, _MOST, **values)
+
+
+def _floor(**values: Any) -> None:
+    check_real(0, 1e-3, **values)  # the reference code's 1e-10 times a batch below 1e7
+
+
+def _count(**values: Any) -> None:
+    check_whole(1, **values)
+
+
+# The fields of every attack by PGD in training; radii and steps in 1/255 units.
+PGD_FIELDS: Mapping[str, Field] = {
+    "norm": Field("linf", one_of("linf", "l2")),
+    "epsilon": Field(0.0, _radius),
+    # A step as a fraction of epsilon, by norm; `step_size` follows.
+    "relative_step_size.linf": Field(0.25, _fraction),
+    "relative_step_size.l2": Field(0.125, _fraction),
+    "step_size": Field(0.0, _radius),
+    "num_steps": Field(10, _count),
+    # How the attacked network normalizes: by the batch (train) or running statistics.
+    "batch_norm": Field("train", one_of("train", "eval")),
+    # Added to the norm of an example's gradient in l2 steps; the reference code's
+    # 1e-10 on the gradient of the mean loss, times its batch of 128.
+    "gradient_floor": Field(128e-10, _floor),
+}
+
+
+def make_ball(norm: str, epsilon: float, gradient_floor: float = 0.0) -> Ball:
+    """Returns a ball of radius `epsilon` in 1/255 units."""
+    if norm == "l2":
+        return l2(epsilon / 255, gradient_floor=gradient_floor)
+    return linf(epsilon / 255)
+
+
+def check_options(norm: str, eps: float, **_: Any) -> None:
+    """Refuses a radius in other units than 1/255 in the name of a row."""
+    check_radius(norm, eps=eps)
+
+
+def check_steps(norm: str, epsilon: float, step_size: float) -> None:
+    """Refuses a radius in other units than 1/255, and steps that do not fit it.
+
+    Raises:
+      ValueError: see above.
+    """
+    check_choice(("linf", "l2"), norm=norm)
+    check_radius(norm, epsilon=epsilon)
+    low, high = STEP
+    check(
+        low <= step_size / epsilon <= high,
+        f"a step of {low:g} to {high:g} radii",
+        step_size=step_size,
+        epsilon=epsilon,
+    )
+
+
+def at(
+    norm: str,
+    epsilon: float,
+    step_size: float,
+    num_steps: int = 10,
+    random_start: bool = True,
+    restarts: int = 1,
+    loss: str = "cross_entropy",
+    judge: str = "final",
+    batch_norm: str = "train",
+    gradient_floor: float = 128e-10,
+) -> Adversary:
+    """Builds the adversary of PGD adversarial training.
+
+    Args:
+      norm: `linf` or `l2`.
+      epsilon: radius in 1/255 units.
+      step_size: in 1/255 units.
+      num_steps: of PGD.
+      random_start: see `samrobust.attacks.pgd`.
+      restarts: see there; each example keeps its worst case.
+      loss: `cross_entropy` or `margin`.
+      judge: iterate handed in, `final` or `any`.
+      batch_norm: see `Adversary`.
+      gradient_floor: see `samrobust.attacks.l2`.
+
+    Raises:
+      ValueError: for a value out of range.
+
+    Reference: Madry et al. (2018), arXiv 1706.06083; of the paper equation (5).
+    """
+    check_steps(norm, epsilon, step_size)
+    check_choice(tuple(LOSSES), loss=loss)
+    attack = attacks.pgd(
+        make_ball(norm, epsilon, gradient_floor),
+        step_size=step_size / 255,
+        num_steps=num_steps,
+        random_start=random_start,
+        restarts=restarts,
+        loss=LOSSES[loss],
+        judge=judge,
+    )
+    return as_adversary(attack, batch_norm=batch_norm)
+
+
+def attack_passes(values: Mapping[str, Any]) -> float:
+    """Returns the cost of PGD in passes with weight gradients: 2/3 a step."""
+    return values.get("restarts", 1) * values["num_steps"] * 2 / 3
+
+
+ENTRY = Entry(
+    at,
+    "AT ({norm}, eps = {eps:g}/255)",
+    options={"norm": "norm", "eps": "epsilon"},
+    fields={
+        **PGD_FIELDS,
+        "random_start": Field(True, switch),
+        "restarts": Field(1, _count),  # each example keeps its worst case
+        "loss": Field("cross_entropy", one_of(*LOSSES)),
+        "judge": Field("final", one_of("final", "any")),  # iterate handed in
+    },
+    section="attack",
+    attack_passes=attack_passes,
+    check=check_options,
+)

@@ -1,0 +1,299 @@
+"""The log of a run: checkpoints, the best score, the lines of its epochs.
+
+Of several processes, 0 alone reads and writes files. A checkpoint that falls due is its
+business; what all must know, such as a failed write at the end, reaches all of them.
+"""
+
+import contextlib
+import os
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from samrobust.files import MetricsLog
+from samrobust.parallel import from_primary, is_primary
+from samrobust.training.checkpoint import CheckpointError, Checkpoints
+from samrobust.training.epoch import Carry, Totals
+from samrobust.training.restoring import read_and_spread
+
+__all__ = [
+    "RunFolder",
+    "RunIdentity",
+    "RunLog",
+    "TrainingDivergedError",
+    "checkpoint_folder",
+    "checkpoint_metadata",
+]
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss, a gradient or the parameters stopped being finite."""
+
+
+class RunIdentity(Protocol):
+    """Tells whose checkpoints they are; `samrobust.identity.Identity` is one."""
+
+    def refuse(self, stored: Any) -> str:
+        """Says why what a checkpoint holds of its run is not this run; empty if not."""
+        ...
+
+    def resumed(self, stored: Any) -> "RunIdentity":
+        """Returns the identity of the run that goes on from such a checkpoint."""
+        ...
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint is to hold of it, in JSON's types."""
+        ...
+
+
+def checkpoint_folder(workdir: pathlib.Path, which: str) -> pathlib.Path:
+    """Returns where the checkpoints of a kind, `last` or `best`, lie."""
+    return workdir / "checkpoints" / which
+
+
+def checkpoint_metadata(
+    identity: RunIdentity | None,
+    *,
+    epoch_seconds: float = 0.0,
+    best_score: float | None = None,
+    lines: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Returns what a checkpoint holds beside the state.
+
+    Args:
+      identity: of the run.
+      epoch_seconds: of the epoch in progress.
+      best_score: so far.
+      lines: of `metrics.jsonl`, which can so be written again.
+    """
+    return {
+        "identity": None if identity is None else identity.as_dict(),
+        "epoch_seconds": epoch_seconds,
+        "best_score": best_score,
+        "lines": list(lines),
+    }
+
+
+class RunLog(contextlib.AbstractContextManager):
+    """Log of a training run in memory, without checkpoints; a context manager.
+
+    Attributes:
+      identity: of the run as it was begun, with the libraries that took part.
+      earlier_seconds: of the current epoch, spent before this process.
+      lines: of the epochs, one each.
+    """
+
+    identity: RunIdentity | None = None
+
+    def __init__(self) -> None:
+        self.earlier_seconds = 0.0
+        self.lines: list[dict[str, Any]] = []
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, *exc_info: object
+    ) -> None:
+        pass
+
+    def restore(self, fresh: Carry, mesh: Mesh, num_steps: int) -> Carry:
+        """Returns the state that the run goes on from."""
+        del mesh, num_steps
+        return fresh
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds an epoch."""
+        self.lines.append(line)
+
+    def save(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+        """Saves the state.
+
+        Raises:
+          TrainingDivergedError: if its numbers are not finite.
+        """
+        del step, epoch_seconds
+        self.check_finite(jax.device_get(carry.totals))
+
+    def save_if_due(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+        """Saves the state where the last one saved is old enough."""
+
+    def keep_best(self, carry: Carry, step: int, scores: dict[str, float]) -> None:
+        """Keeps the state if its score is the best so far."""
+
+    def check_finite(self, totals: Totals) -> None:
+        """Raises `TrainingDivergedError` if a step of this epoch was not finite."""
+        bad_step = int(totals["first_bad_step"])
+        if bad_step >= 0:
+            raise TrainingDivergedError(
+                "The loss, a gradient or the parameters are not finite at step "
+                f"{bad_step}. {self._last_good()}Lower the learning rate or rho."
+            )
+
+    def _last_good(self) -> str:
+        """Says in a sentence which checkpoint is the last good one."""
+        return ""
+
+
+class RunFolder(RunLog):
+    """Log of a training run in files, with its checkpoints; a context manager.
+
+    Args:
+      workdir: receives `metrics.jsonl` and `checkpoints/`; one job at a time.
+      minutes: between checkpoints; a kill costs no more.
+      keep: how many of the newest checkpoints are kept.
+      identity: of the run; None: any checkpoint there is taken for this run's.
+      may_write: called before each checkpoint, by process 0; raises if not.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        minutes: float = 5.0,
+        keep: int = 2,
+        identity: RunIdentity | None = None,
+        may_write: Callable[[], None] = lambda: None,
+    ):
+        super().__init__()
+        self._may_write = may_write
+        self.identity = identity
+        self._minutes = minutes
+        self._workdir = pathlib.Path(workdir)
+        self._folder = checkpoint_folder(self._workdir, "last")
+        self._checkpoints = Checkpoints(self._folder, keep=keep)
+        self._best = Checkpoints(checkpoint_folder(self._workdir, "best"), keep=1)
+        self._best_score: float | None = None
+        self._saved_step, self._saved_at = -1, time.monotonic()
+        self._log: MetricsLog | None = None  # of process 0
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, *exc_info: object
+    ) -> None:
+        # What a pending write meets is not to hide an error that is on its way: that
+        # one the other processes may have met, too.
+        hidden = () if error_type is None else (CheckpointError,)
+        with contextlib.suppress(*hidden), self._checkpoints, self._best:
+            pass  # waits for both
+
+    def restore(self, fresh: Carry, mesh: Mesh, num_steps: int) -> Carry:
+        """Returns the newest intact state, or the fresh one; reads what is beside it.
+
+        The log is written anew from the checkpoint, which holds it: losing it, or
+        lines behind the step that the run goes on from, costs nothing.
+
+        Raises:
+          CheckpointError: if the state is not of this run, or beyond `num_steps`.
+        """
+        like, own = _abstract(fresh), self.identity
+
+        def refuse(metadata: dict[str, Any]) -> str:
+            return "" if own is None else own.refuse(metadata.get("identity"))
+
+        restored = read_and_spread(
+            self._folder, like, mesh, lambda c: c.restore_latest(like, refuse=refuse)
+        )
+        if restored is not None:
+            step, metadata = restored.step, restored.metadata
+            if not step == int(restored.state.state.step) <= num_steps:
+                raise CheckpointError(
+                    f"Expected a step <= {num_steps} in {self._folder}, got the state "
+                    f"of step {int(restored.state.state.step)} as step {step}. Move it "
+                    "away, or use another directory."
+                )
+            if own is not None:
+                self.identity = own.resumed(metadata["identity"])
+            self.earlier_seconds = metadata["epoch_seconds"]
+            self._best_score = metadata["best_score"]
+            self._saved_step = step
+            self.lines = list(metadata["lines"])
+
+        def open_log() -> None:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            self._log = MetricsLog(self._workdir / "metrics.jsonl", self.lines)
+
+        from_primary(open_log)
+        return fresh if restored is None else restored.state
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds an epoch to the log."""
+        self.lines.append(line)
+        from_primary(lambda: self._log and self._log.append(line))
+
+    def save(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+        """Saves the state and waits until it is written, in all processes.
+
+        Raises:
+          TrainingDivergedError: if its numbers are not finite.
+          CheckpointError: if it cannot be written.
+        """
+        self.check_finite(jax.device_get(carry.totals))
+
+        def write() -> None:
+            self._begin_to_save(carry, step, epoch_seconds)
+            self._checkpoints.wait()
+
+        from_primary(write)
+
+    def save_if_due(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+        """Process 0: begins to save the state where the last checkpoint is old enough.
+
+        A state that is not finite is not saved; one process says so at once, several
+        do so together when the epoch ends.
+        """
+        due = time.monotonic() - self._saved_at >= 60 * self._minutes
+        if not due or not is_primary():
+            return
+        totals = jax.device_get(carry.totals)
+        if jax.process_count() == 1:
+            self.check_finite(totals)
+        if int(totals["first_bad_step"]) < 0:
+            self._begin_to_save(carry, step, epoch_seconds)
+
+    def keep_best(self, carry: Carry, step: int, scores: dict[str, float]) -> None:
+        """Saves the state apart if its score is the best so far."""
+
+        def keep() -> float:
+            score = scores["score"]
+            if self._best_score is not None and score <= self._best_score:
+                return self._best_score
+            self._may_write()
+            metadata = self._metadata() | {"validation": scores}
+            self._best.save(step, carry, metadata, wait=True)
+            return score
+
+        self._best_score = from_primary(keep)
+
+    def check_finite(self, totals: Totals) -> None:
+        """Raises `TrainingDivergedError` in all processes, if in one."""
+        if int(totals["first_bad_step"]) >= 0:
+            refuse = super().check_finite
+            from_primary(lambda: refuse(totals))
+
+    def _last_good(self) -> str:
+        self._checkpoints.wait()
+        good = self._checkpoints.latest_step()
+        where = "none was saved before" if good is None else f"step {good}"
+        return f"Last good checkpoint: {where} ({self._folder}). "
+
+    def _begin_to_save(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+        """Saves in the background, unless this step is saved."""
+        if step != self._saved_step:
+            self._checkpoints.wait()
+            self._may_write()
+            self._checkpoints.save(step, carry, self._metadata(epoch_seconds))
+            self._saved_step = step
+        self._saved_at = time.monotonic()
+
+    def _metadata(self, epoch_seconds: float = 0.0) -> dict[str, Any]:
+        return checkpoint_metadata(
+            self.identity,
+            epoch_seconds=epoch_seconds,
+            best_score=self._best_score,
+            lines=self.lines,
+        )
+
+
+def _abstract(carry: Carry) -> Carry:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), carry)

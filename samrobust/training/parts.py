@@ -1,0 +1,134 @@
+"""The parts that a training method is composed of, beside its optimizer.
+
+    min_w  E [ max_{e in W}  max_{d in X}  loss(w + e; x + d, y) ]
+               sharpness     adversary     objective
+
+and the averaging: which weights are evaluated. A part is a tuple of pure functions,
+with its configuration closed over; what it remembers it is given and returns. Sharpness
+is an optax transformation, see `samrobust.sharpness`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias
+
+from samrobust.checks import check
+from samrobust.objectives import cross_entropy
+from samrobust.types import Array, Attack, LogitsFn, LossFn, PyTree
+
+__all__ = [
+    "VIEWS",
+    "Adversary",
+    "Averaging",
+    "Learn",
+    "Objective",
+    "Perturb",
+    "as_adversary",
+    "as_objective",
+]
+
+VIEWS = ("natural", "adversarial")
+
+
+class Perturb(Protocol):
+    """An attack with a memory: makes images [B, H, W, C], and its next state."""
+
+    def __call__(
+        self,
+        logits_fn: LogitsFn,
+        images: Array,
+        labels: Array,
+        state: PyTree,
+        /,
+        *,
+        key: Array,
+    ) -> tuple[Array, PyTree]:
+        """See the class."""
+        ...
+
+
+class Learn(Protocol):
+    """A lesson from the step's first pass: the state that follows.
+
+    `images` are the adversarial ones, `gradients` those of the mean loss with respect
+    to them, [B, H, W, C]; `correct` is bool [B].
+    """
+
+    def __call__(
+        self,
+        state: PyTree,
+        images: Array,
+        labels: Array,
+        gradients: Array,
+        correct: Array,
+        /,
+    ) -> PyTree:
+        """See the class."""
+        ...
+
+
+class Adversary(NamedTuple):
+    """Maker of the images that are trained on.
+
+    Attributes:
+      perturb: makes them. The key is consumed.
+      init: zeros of a full batch, float32 [B, H, W, C], to the state before the first
+        step; () without a memory.
+      learn: if given, makes the state that follows from what the first pass over the
+        images gave. An incomplete last batch of an epoch has fewer examples.
+      batch_norm: `train`: the attacked network is the one that trains: it normalizes by
+        its batch, and drops the units that the passes will drop. `eval`: it normalizes
+        by the running statistics and drops nothing. Neither updates the statistics.
+    """
+
+    perturb: Perturb
+    init: Callable[[Array], PyTree] = lambda _: ()
+    learn: Learn | None = None
+    batch_norm: str = "train"
+
+
+class Objective(NamedTuple):
+    """Loss of each example, from the logits of one view of the images or of several.
+
+    Attributes:
+      loss: `loss(*logits, labels)`, the logits [B, K] of each of the views, to [B]. Its
+        mean is minimized.
+      views: `natural` or `adversarial`, each one forward pass; BatchNorm's running
+        statistics are updated by all of them, in order. Of equal ones XLA computes one.
+    """
+
+    loss: Callable[..., Array]
+    views: tuple[str, ...] = ("adversarial",)
+
+
+class Averaging(NamedTuple):
+    """Weights that are evaluated in place of the last ones.
+
+    Attributes:
+      init: `variables -> average`, of parameters and statistics, both trees alike.
+      update: `(average, variables, step) -> average`, after each step; `step` is the
+        number of steps before it, int32.
+    """
+
+    init: Callable[[PyTree], PyTree]
+    update: Callable[[PyTree, PyTree, Array], PyTree]
+
+
+AdversaryLike: TypeAlias = "Adversary | Attack"
+ObjectiveLike: TypeAlias = "Objective | LossFn"
+
+
+def as_adversary(attack: Attack, *, batch_norm: str = "train") -> Adversary:
+    """Returns the adversary without a memory that an attack is."""
+
+    def perturb(
+        logits_fn: LogitsFn, images: Array, labels: Array, state: PyTree, *, key: Array
+    ) -> tuple[Array, PyTree]:
+        return attack(logits_fn, images, labels, key=key), state
+
+    return Adversary(perturb, batch_norm=batch_norm)
+
+
+def as_objective(loss: LossFn = cross_entropy) -> Objective:
+    """Returns the objective of a loss on the images trained on."""
+    check(callable(loss), "loss as a function of logits and labels", loss=loss)
+    return Objective(loss)

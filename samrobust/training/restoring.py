@@ -1,0 +1,51 @@
+"""Checkpoints read by process 0, in the hands of all processes."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from samrobust.parallel import broadcast, from_primary
+from samrobust.training.checkpoint import Checkpoints, Restored
+from samrobust.types import PyTree
+
+__all__ = ["read_and_spread"]
+
+
+def read_and_spread(
+    folder: pathlib.Path,
+    like: PyTree,
+    mesh: Mesh,
+    read: Callable[[Checkpoints], Restored | None],
+) -> Restored | None:
+    """Returns what process 0 reads, replicated over all devices.
+
+    Args:
+      folder: of the checkpoints; process 0 alone needs to see it.
+      like: the structure, shapes and dtypes of the state.
+      mesh: of all devices, whatever their number was when the state was saved.
+      read: of the checkpoints there.
+
+    Raises:
+      CheckpointError: as `read` does, in all processes.
+    """
+    found: list[Restored] = []
+
+    def here() -> tuple[int, dict[str, Any]] | None:
+        with Checkpoints(folder) as checkpoints:
+            restored = read(checkpoints)
+        found.extend([] if restored is None else [restored])
+        return None if restored is None else (restored.step, restored.metadata)
+
+    known = from_primary(here)
+    if known is None:
+        return None
+    state = found[0].state if found else jax.tree.map(_zeros, like)
+    return Restored(known[0], broadcast(state, mesh), known[1])
+
+
+def _zeros(model: jax.ShapeDtypeStruct) -> np.ndarray:
+    return np.zeros(model.shape, model.dtype)

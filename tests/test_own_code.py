@@ -1,0 +1,226 @@
+"""A method, a network and a data set outside of the package: one file of one's own."""
+
+import importlib
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import samrobust
+from samrobust import configuration, entries
+
+MINE = '''
+"""Adversarial training whose perturbations persist, a linear network, and stripes."""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from samrobust.training import Adversary
+
+
+def persistent(radius: float, shrink: float = 0.9) -> Adversary:
+    """Steps on the perturbation that the batch before ended with."""
+    radius = radius / 255
+
+    def perturb(logits_fn, images, labels, state, *, key):
+        return jnp.clip(images + state[: len(images)], 0, 1), state
+
+    def learn(state, images, labels, gradients, correct):
+        moved = shrink * state[: len(images)] + radius * jnp.sign(gradients)
+        return state.at[: len(images)].set(jnp.clip(moved, -radius, radius))
+
+    return Adversary(perturb, jnp.zeros_like, learn)
+
+
+class Linear(nn.Module):
+    num_classes: int = 2
+    hidden: int = 3
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        hidden = nn.Dense(self.hidden)(images.reshape(len(images), -1))
+        hidden = nn.LayerNorm()(nn.Dropout(0.1)(hidden, deterministic=not train))
+        return nn.Dense(self.num_classes)(hidden)
+
+
+def stripes():
+    rng = np.random.default_rng(0)
+    found = {}
+    for split, size in (("train", 66), ("test", 24)):
+        labels = np.arange(size) % 3
+        images = rng.integers(0, 40, (size, 4, 6, 1))
+        for i, label in enumerate(labels):
+            images[i, label] += 200
+        found[f"x_{split}"] = images.astype(np.uint8)
+        found[f"y_{split}"] = labels
+    return found
+'''
+ROW = "mine:persistent,radius=16+sam,rho=0.1+ema,decay=0.5"
+FLAGS = [
+    "--config.data.name=mine:stripes",
+    "--config.data.padding=1",
+    "--config.model.name=mine:Linear",
+    "--config.model.hidden=4",
+    "--config.training.batch_size=16",
+    "--config.training.drop_remainder=False",
+    "--config.training.epochs=12",
+    "--config.training.optimizer=adamw",
+    "--config.training.learning_rate=0.01",
+    "--config.evaluation.linf=(16.0,)",
+    "--config.evaluation.l2=()",
+    "--config.evaluation.num_steps=2",
+    "--config.evaluation.batch_size=24",
+    "--config.checkpoint.minutes=0",
+]
+CONFIG = f"--config={helpers.ROOT}/configs/digits.py:{ROW}"
+
+
+def start(folder: pathlib.Path, *arguments: str) -> subprocess.Popen[str]:
+    """The command in the folder of the file, which is on nobody's path."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "samrobust.cli", *arguments],
+        env={
+            **os.environ,
+            **helpers.QUICK_COMPILATION,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(helpers.ROOT),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+    )
+
+
+def do(folder: pathlib.Path, *arguments: str) -> str:
+    code, output, errors = helpers.finish_command(start(folder, *arguments))
+    assert code == 0, errors
+    return output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where `mine.py` lies, with a run of it that was never stopped."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "mine.py").write_text(MINE)
+    do(folder, "train", CONFIG, *FLAGS, f"--workdir=runs/{ROW}/seed0")
+    return folder
+
+
+@pytest.fixture
+def own(folder, monkeypatch):
+    """The same folder, and its file at hand in this process."""
+    monkeypatch.chdir(folder)
+    yield folder
+    sys.modules.pop("mine", None)
+
+
+def test_it_is_trained_with_what_it_remembers_and_its_own_fields(folder):
+    workdir = folder / "runs" / ROW / "seed0"
+    leaves = helpers.read_checkpoint(workdir)
+    assert leaves["state.state.adversary"].shape == (16, 4, 6, 1)
+    assert np.abs(leaves["state.state.adversary"]).max() == pytest.approx(16 / 255)
+    kernel = "state.state.params['Dense_0']['kernel']"
+    assert leaves[kernel].shape == (24, 4)
+    average = leaves["state.state.average['params']['Dense_0']['kernel']"]
+    assert np.abs(average - leaves[kernel]).max() > 0
+    config = samrobust.files.read_json(workdir / "config.json")
+    assert config["persistent"] == {"radius": 16.0, "shrink": 0.9}
+    assert (
+        config["label"]
+        == "persistent (radius = 16) + SAM (rho = 0.1) + EMA (decay = 0.5)"
+    )
+    assert helpers.log_of(workdir)[-1]["accuracy"] > 60
+
+
+def test_a_killed_run_ends_with_the_same_bits(folder):
+    killed = folder / "killed"
+    process = start(folder, "train", CONFIG, *FLAGS, "--workdir=killed")
+    deadline = time.monotonic() + 120
+    while not any(0 < step < 60 for step in helpers.checkpoint_steps(killed)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    do(folder, "train", CONFIG, *FLAGS, "--workdir=killed")
+    expected = helpers.read_checkpoint(folder / "runs" / ROW / "seed0")
+    helpers.assert_same_bits(helpers.read_checkpoint(killed), expected)
+
+
+def test_it_is_evaluated_rechecked_and_exported(folder):
+    workdir = f"runs/{ROW}/seed0"
+    output = do(folder, "evaluate", f"--workdir={workdir}", "--num-steps=3")
+    assert "natural" in output
+    flags = ["--linf=16", "--l2=", "--num-examples=6"]
+    assert "persistent" in do(folder, "recheck", "--workdir=runs", *flags)
+    flags = ["--format=safetensors", "--output=mine.safetensors"]
+    do(folder, "export", f"--workdir={workdir}", *flags)
+    flags = [*FLAGS, "--input=mine.safetensors", "--workdir=back"]
+    output = do(folder, "import", CONFIG, *flags)
+    assert "hidden 4, 3 classes" in output
+
+
+def test_it_is_loaded_and_attacked(own):
+    trained = samrobust.load(own / "runs" / ROW / "seed0")
+    images = jnp.full([2, 4, 6, 1], 0.5)
+    attack = samrobust.pgd(samrobust.linf(8 / 255), step_size=2 / 255, num_steps=2)
+    attacked = attack(
+        trained.logits_fn, images, jnp.array([0, 1]), key=jax.random.key(0)
+    )
+    assert attacked.shape == images.shape
+    assert trained.logits_fn(images).shape == (2, 3)
+
+
+MESSAGES = {
+    "mine:nothing": r"^Expected a method nothing in .*mine\.py, got .*persistent",
+    "mine:persistent": r"^Expected the options radius for mine:persistent, got row=",
+    "mine:persistent,radius=x": r"^Expected a number for radius, got row=",
+    "other:persistent": r"^Expected a module other with a method, got .* Run in",
+    "sam,rho=0.1+mine:stripes": r"^Expected mine:stripes to build one of adversary",
+}
+
+
+@pytest.mark.parametrize("row", MESSAGES)
+def test_what_it_lacks_is_said_before_any_work(row, own, capsys):
+    assert own
+    arguments = ["train", f"--config={helpers.ROOT}/configs/digits.py:{row}"]
+    assert helpers.main(*arguments, "--workdir=refused") == 2
+    error = capsys.readouterr().err.removeprefix("samrobust: error: ").strip()
+    assert re.search(MESSAGES[row], error), error
+    assert not (own / "refused").exists()
+
+
+def test_every_public_name_is_there():
+    for name in samrobust.__all__:
+        assert getattr(samrobust, name).__name__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = samrobust.nothing
+
+
+@pytest.mark.parametrize(
+    "registry",
+    [
+        ("samrobust.sharpness", "SHARPNESS"),
+        ("samrobust.training.adversaries", "ADVERSARIES"),
+        ("samrobust.training.objectives", "OBJECTIVES"),
+        ("samrobust.training.averaging", "AVERAGES"),
+    ],
+)
+def test_a_name_of_a_registry_is_one_line_there(registry):
+    """A new file and a line in the dict: nothing else knows a name."""
+    module, name = registry
+    names = getattr(importlib.import_module(module), name)
+    for part in names:
+        assert entries.find(part).make
+        assert entries.section_of(part) in configuration.base_config()
