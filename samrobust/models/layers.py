@@ -81,7 +81,7 @@ class ImageClassifier(nn.Module):
 
     def __post_init__(self) -> None:
         check_whole(1, num_classes=self.num_classes)
-        check(min(self.std) > 0, "std > 0", std=self.std)
+        check(all(s > 0 for s in self.std), "std > 0", std=self.std)
         check(
             jax.dtypes.canonicalize_dtype(self.dtype) == jnp.dtype(self.dtype),
             "a dtype that JAX computes in",
