@@ -57,9 +57,10 @@ def bench_command(
         return _profile(tasks, options, workdir, console, should_stop)
     outcomes: dict[Task, list[dict[str, Any]]] = collections.defaultdict(list)
     ceilings: dict[str, dict[str, Any]] = {}
+    counts: dict[str, Any] = {}
 
     def report() -> Report:
-        made = summarise(tasks, outcomes, ceilings, options)
+        made = summarise(tasks, outcomes, ceilings, counts, options)
         command = shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
         made.provenance["command"] = command
         return made
@@ -67,12 +68,14 @@ def bench_command(
     def on_outcome(task: Task, outcome: dict[str, Any]) -> None:
         if task.kind == "ceilings":
             ceilings[task.precision] = outcome
+        elif task.kind == "counts":
+            counts.update(outcome)
         else:
             outcomes[task].append(outcome)
         write_report(report(), workdir)
 
     precisions = len({task.precision for task in tasks})
-    display = ProgressDisplay(console, precisions + options.rounds * len(tasks))
+    display = ProgressDisplay(console, precisions + 1 + options.rounds * len(tasks))
     with display.live():
         run_suite(
             tasks,

@@ -1,24 +1,37 @@
-"""What a training step costs on paper: multiplications, and bytes through memory.
+"""The cost of a training step on paper: operations, and elements through memory.
 
-Counted from the network's shape, not from a compiled program: XLA's own analysis counts
-the body of a loop once, and an attack is a loop. Only convolutions and the last matrix
-product count as arithmetic, a multiply-add as two operations.
+A step is a number of passes forward and backward, which XLA's cost analysis counts for
+any network. It cannot count the step itself: of a loop it counts the body once, and an
+attack is a loop. Nor can it count on a GPU, where programs are analyzed after
+compilation alone and products are calls without operations; so all is counted on a CPU.
 
-Conventions: per image, unless said otherwise; sizes in elements or operations.
+Operations are those of a pass as traced, without what nobody reads: a multiply-add is
+two, one with a zero of the padding is none. Elements are those that the operations of
+the compiled pass read and write, with elementwise work fused as on a CPU.
+
+Conventions: counts are per image.
 """
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from samrobust.checks import check
+from samrobust.types import Array, PyTree
 
 __all__ = ["Counts", "Work", "count"]
+
+# Passes by what they differentiate: positions of arguments.
+_PASSES = {"weights": 0, "images": 1, "both": (0, 1)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a training step does, as far as its cost goes.
+    """The passes of a training step.
 
     Attributes:
       attack_steps: gradient steps of the attack; 0: none.
@@ -34,121 +47,65 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Counts of one network.
+    """Counts of one network, by pass: `weights`, `images` or `both`.
 
     Attributes:
-      macs: multiply-adds of a forward pass.
-      stem_macs: those of the first convolution, whose input needs no gradient in
-        training.
-      forward_traffic: elements read and written in a forward pass, if every operation
-        reads its inputs from memory and writes its outputs there, with ReLU as part of
-        the normalisation before it, whose batch statistics take a pass of their own.
-      backward_traffic: likewise, for gradients of weights and inputs.
-      image_backward_traffic: likewise, without the gradients of the weights.
+      operations: floating point operations.
+      elements: read and written in memory.
     """
 
-    macs: int
-    stem_macs: int
-    forward_traffic: int
-    backward_traffic: int
-    image_backward_traffic: int
+    operations: Mapping[str, float]
+    elements: Mapping[str, float]
 
-    def flops(self, work: Work) -> int:
-        """Operations of a training step.
+    def flops(self, work: Work) -> float:
+        """Returns the operations of a training step."""
+        return _total(self.operations, work)
 
-        >>> counts = count()
-        >>> round(counts.flops(Work()) / 1e9, 3)
-        3.329
-        >>> round(counts.flops(Work(attack_steps=10)) / counts.flops(Work()), 2)
-        7.67
-        """
-        training = 6 * self.macs - 2 * self.stem_macs
-        attack_step = (6 if work.attack_weight_gradients else 4) * self.macs
-        return work.passes * training + work.attack_steps * attack_step
+    def traffic(self, work: Work) -> float:
+        """Returns the elements through memory in a training step."""
+        return _total(self.elements, work)
 
-    def traffic(self, work: Work) -> int:
-        """Elements through memory in a training step."""
-        backward = self.image_backward_traffic
-        if work.attack_weight_gradients:
-            backward = self.backward_traffic
-        return work.passes * (
-            self.forward_traffic + self.backward_traffic
-        ) + work.attack_steps * (self.forward_traffic + backward)
+
+def _total(by_pass: Mapping[str, float], work: Work) -> float:
+    attack = "both" if work.attack_weight_gradients else "images"
+    return work.passes * by_pass["weights"] + work.attack_steps * by_pass[attack]
 
 
 def count(
-    width: int = 64,
-    blocks: Sequence[int] = (2, 2, 2, 2),
-    image_shape: tuple[int, int, int] = (32, 32, 3),
-    num_classes: int = 10,
+    model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 128
 ) -> Counts:
-    """Counts of a `samrobust.models.PreActResNet`; see there for the arguments.
+    """Counts the passes of a network in training; no array is allocated.
 
-    >>> count().macs  # PreActResNet-18 on CIFAR-10
-    555422720
+    Args:
+      model: called as `model.apply(variables, images, train=True)`.
+      image_shape: (H, W, C).
+      batch_size: of a pass; each image bears its share of the weights' elements.
+
+    Raises:
+      ValueError: where JAX's default device is not a CPU.
     """
-    check(len(blocks) > 0, "at least one stage", blocks=tuple(blocks))
-    tally = _Tally(image_shape)
-    channels = image_shape[-1]
-    tally.convolution(channels, width, window=3, stride=1)
-    stem_macs, channels = tally.macs, width
-    for stage, number in enumerate(blocks):
-        for block in range(number):
-            stride = 2 if stage > 0 and block == 0 else 1
-            features = width * 2**stage
-            tally.norm(channels)
-            if stride != 1 or channels != features:
-                tally.convolution(
-                    channels, features, window=1, stride=stride, keep=True
-                )
-            tally.convolution(channels, features, window=3, stride=stride)
-            tally.norm(features)
-            tally.convolution(features, features, window=3, stride=1)
-            tally.addition(features)
-            channels = features
-    tally.norm(channels)
-    tally.macs += channels * num_classes
-    return Counts(
-        tally.macs, stem_macs, tally.forward, tally.backward, tally.image_backward
-    )
+    platform = jax.default_backend()
+    check(platform == "cpu", "a CPU to count on", "Set JAX_PLATFORMS.", device=platform)
+    images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
+    key = jax.random.key(0)
+    variables = jax.eval_shape(lambda x: model.init(key, x, train=False), images)
+    params = variables.pop("params")
 
+    def loss(params: PyTree, images: Array, rest: PyTree) -> tuple[Array, Any]:
+        logits, updated = model.apply(
+            {"params": params, **rest},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
+        )
+        return jnp.sum(logits), updated
 
-class _Tally:
-    """Sums, at the resolution reached so far."""
-
-    def __init__(self, image_shape: tuple[int, int, int]):
-        self._height, self._width, _ = image_shape
-        self.macs = self.forward = self.backward = self.image_backward = 0
-
-    @property
-    def _pixels(self) -> int:
-        return self._height * self._width
-
-    def convolution(
-        self, inputs: int, outputs: int, *, window: int, stride: int, keep: bool = False
-    ) -> None:
-        """A convolution; `keep` leaves the resolution to the one beside it."""
-        before, size = self._pixels * inputs, (self._height, self._width)
-        self._height = math.ceil(self._height / stride)
-        self._width = math.ceil(self._width / stride)
-        after = self._pixels * outputs
-        self.macs += self._pixels * window**2 * inputs * outputs
-        self.forward += before + after
-        self.image_backward += before + after
-        self.backward += 2 * (before + after)
-        if keep:
-            self._height, self._width = size
-
-    def norm(self, channels: int) -> None:
-        """Batch normalisation and ReLU: statistics, then the result; and back."""
-        size = self._pixels * channels
-        self.forward += 3 * size
-        self.backward += 5 * size
-        self.image_backward += 5 * size
-
-    def addition(self, channels: int) -> None:
-        """The end of a residual block, and the sum of two gradients at its start."""
-        size = self._pixels * channels
-        self.forward += 3 * size
-        self.backward += 3 * size
-        self.image_backward += 3 * size
+    operations, elements = {}, {}
+    for name, argnums in _PASSES.items():
+        both_ways = jax.value_and_grad(loss, argnums, has_aux=True)
+        lowered: Any = jax.jit(both_ways).lower(params, images, variables)
+        operations[name] = lowered.cost_analysis()["flops"] / batch_size
+        accessed = lowered.compile().cost_analysis()["bytes accessed"]
+        elements[name] = accessed / images.dtype.itemsize / batch_size
+    return Counts(operations, elements)

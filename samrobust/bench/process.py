@@ -75,9 +75,11 @@ class Launcher:
             if task.devices and not self._platform:
                 self.worker({**spec, "kind": "probe"})
             environment |= self._devices(task, environment)
+        counts = spec["kind"] == "counts"  # on the CPU, whatever the device
+        environment |= {"JAX_PLATFORMS": "cpu"} if counts else {}
         command = [sys.executable, "-m", "samrobust.bench.worker"]
         outcome = self._run(command, environment, json.dumps(spec))
-        if not self._platform and "error" not in outcome:
+        if not self._platform and not counts and "error" not in outcome:
             self._platform = outcome["platform"]
             self._num_devices = outcome["num_devices"]
             self._matmul_precision = outcome["matmul_precision"]

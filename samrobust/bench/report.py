@@ -180,7 +180,7 @@ def _notes(report: Report) -> list[str]:
     """How to read the tables, one sentence or two a line."""
     notes = [
         "ms a step: median ± interquartile range over all repeats of all processes. "
-        "TFLOP/s from analytic counts; % matmul and % copy are fractions of "
+        "TFLOP/s by XLA's counts of a pass; % matmul and % copy are fractions of "
         "what a large matrix product, and a copy through memory, reach here:"
     ]
     for precision, ceiling in report.ceilings.items():

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from samrobust import configuration
-from samrobust.bench.counts import Counts, Work, count
-from samrobust.bench.images import NUM_EXAMPLES, image_shape
+from samrobust.bench.counts import Counts, Work
+from samrobust.bench.images import NUM_EXAMPLES
 from samrobust.bench.plan import Options, Task, task_overrides, work_of
 from samrobust.bench.timing import spread
 
@@ -49,6 +49,7 @@ def summarise(
     tasks: Sequence[Task],
     outcomes: Mapping[Task, Sequence[dict[str, Any]]],
     ceilings: Mapping[str, dict[str, Any]],
+    counts: Mapping[str, Any],
     options: Options,
 ) -> Report:
     """Makes the rows of a bench.
@@ -57,6 +58,7 @@ def summarise(
       tasks: in order.
       outcomes: of each row, a dict a round, raw or with an `error`.
       ceilings: raw outcomes, by precision.
+      counts: raw outcome, empty before there is one.
       options: of the bench.
 
     Returns:
@@ -78,7 +80,10 @@ def summarise(
             if "error" in raw
         ]
         if good:
-            rows.append(_row(task, good, ceilings, options))
+            rows.append(_row(task, good, options))
+            _add_rates(
+                rows[-1], task, ceilings.get(task.precision, {}), counts, options
+            )
     for row in rows:
         _compare(row, rows)
     clean = {
@@ -91,6 +96,7 @@ def summarise(
         for precision, raw in ceilings.items()
         if "error" in raw
     ]
+    failures += [("counts", counts["error"])] if "error" in counts else []
     first = next((raw for raw in ceilings.values() if "error" not in raw), {})
     return Report(
         rows,
@@ -105,7 +111,6 @@ def summarise(
 def _row(
     task: Task,
     good: Sequence[dict[str, Any]],
-    ceilings: Mapping[str, dict[str, Any]],
     options: Options,
 ) -> Row:
     """A row by itself."""
@@ -133,14 +138,11 @@ def _row(
     config = configuration.load_config(
         f"{options.config}:{task.row}", task_overrides(task, options)
     )
-    counts = _counts(config)
     if task.kind == "evaluation":
         num_test = NUM_EXAMPLES[config.data.name][1]
         row["num_test"] = num_test
         row["test_set_seconds"] = median / task.batch_size * num_test
         return row
-    work = work_of(task, options)
-    _add_rates(row, task, counts, work, ceilings.get(task.precision, {}))
     if task.kind == "epoch":
         steps = -(-NUM_EXAMPLES[config.data.name][0] // task.batch_size)
         saving = statistics.median(raw["checkpoint_seconds"] for raw in good)
@@ -154,30 +156,28 @@ def _row(
     return row
 
 
-def _counts(config: Any) -> Counts:
-    shape, num_classes = image_shape(config.data.name)
-    return count(config.model.width, tuple(config.model.blocks), shape, num_classes)
-
-
 def _add_rates(
     row: Row,
     task: Task,
-    counts: Counts,
-    work: Work,
     ceiling: Mapping[str, Any],
+    counts: Mapping[str, Any],
+    options: Options,
 ) -> None:
-    """What the hardware did, and how much of what it can."""
-    own = dataclasses.replace(work, attack_weight_gradients=False)
-    rate = row["images_per_second"]
-    row["tflops"] = rate * counts.flops(work) / 1e12
-    row["flop_cost"] = counts.flops(work) / counts.flops(Work())
-    devices = max(1, task.devices)
-    if "matmul" in ceiling:
-        row["matmul_fraction"] = rate * counts.flops(work) / ceiling["matmul"] / devices
-        traffic = counts.traffic(own) * _ITEM_SIZES[task.precision]
-        row["copy_fraction"] = rate * traffic / ceiling["copy"] / devices
+    """Adds what the hardware did, and how much of what it can."""
     if task.method in PAPER_COSTS:
         row["paper_cost"] = PAPER_COSTS[task.method]
+    if task.kind == "evaluation" or "counts" not in counts:
+        return
+    of_pass, work = Counts(**counts["counts"]), work_of(task, options)
+    rate, flops = row["images_per_second"], of_pass.flops(work)
+    row["tflops"] = rate * flops / 1e12
+    row["flop_cost"] = flops / of_pass.flops(Work())
+    devices = max(1, task.devices)
+    if "matmul" in ceiling:
+        row["matmul_fraction"] = rate * flops / ceiling["matmul"] / devices
+        own = dataclasses.replace(work, attack_weight_gradients=False)
+        traffic = of_pass.traffic(own) * _ITEM_SIZES[task.precision]
+        row["copy_fraction"] = rate * traffic / ceiling["copy"] / devices
 
 
 def _compare(row: Row, rows: Sequence[Row]) -> None:

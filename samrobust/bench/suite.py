@@ -30,8 +30,8 @@ def run_suite(
     Args:
       tasks: from `plan`.
       options: the same as there.
-      on_outcome: called after every process with the row (of kind `ceilings` first)
-        and the worker's outcome, or `{"error": ...}`.
+      on_outcome: called after every process with the row (of kinds `ceilings` and
+        `counts` first) and the worker's outcome, or `{"error": ...}`.
       on_start: called before every process, with its name, its number and how many
         there are.
       should_stop: asked all the time; if true, the process is ended and
@@ -42,7 +42,7 @@ def run_suite(
         order = list(_order(tasks, options))
         for number, (name, task) in enumerate(order):
             on_start(name, number, len(order))
-            if task.kind == "ceilings":
+            if task.kind in ("ceilings", "counts"):
                 on_outcome(task, launch.worker(spec_of(task, options)))
             elif task.kind == "pytorch":
                 on_outcome(task, launch.pytorch(task, options))
@@ -51,12 +51,13 @@ def run_suite(
 
 
 def _order(tasks: Sequence[Task], options: Options) -> Iterator[tuple[str, Task]]:
-    """What runs after what: ceilings, then every row once, then every row again."""
+    """Yields what runs: ceilings, counts, then every row once, and once again."""
     for precision in dict.fromkeys(task.precision for task in tasks):
         ceiling = dataclasses.replace(
             tasks[0], kind="ceilings", precision=precision, xla_flags="", devices=0
         )
         yield f"ceilings, {precision}", ceiling
+    yield "counts", dataclasses.replace(tasks[0], kind="counts")
     for number in range(options.rounds):
         for task in tasks:
             yield f"round {number + 1}: {task.name}", task

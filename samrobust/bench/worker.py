@@ -14,8 +14,10 @@ from typing import Any
 
 import jax
 
-from samrobust import configuration
+from samrobust import building, configuration
 from samrobust.bench import ceilings, programs
+from samrobust.bench.counts import count
+from samrobust.bench.images import make_dataset
 from samrobust.bench.parity import parity
 from samrobust.bench.timing import Protocol
 from samrobust.parallel import check_platform
@@ -32,8 +34,8 @@ class Spec:
     """What a worker measures.
 
     Attributes:
-      kind: `ceilings`, `step`, `unrolled`, `epoch`, `evaluation`, `parity`, or `probe`
-        for nothing but what every outcome says.
+      kind: `ceilings`, `counts`, `step`, `unrolled`, `epoch`, `evaluation`, `parity`,
+        or `probe` for nothing but what every outcome says.
       config: a config file and its row.
       overrides: of the config, as on the command line.
       repeats: see `Protocol`.
@@ -71,6 +73,7 @@ def main() -> None:
     kinds: dict[str, Callable[..., dict[str, Any]]] = {
         "probe": lambda *_: {},
         "ceilings": _ceilings,
+        "counts": _counts,
         "step": programs.step,
         "unrolled": programs.unrolled,
         "epoch": programs.epoch,
@@ -96,6 +99,15 @@ def _ceilings(config: Any, spec: Spec) -> dict[str, Any]:
         "matmul": ceilings.matmul_rate(config.model.dtype, protocol),
         "copy": ceilings.copy_bandwidth(protocol),
     }
+
+
+def _counts(config: Any, _: Spec) -> dict[str, Any]:
+    config = config.copy_and_resolve_references()
+    config.model.dtype = "float32"  # a CPU computes bfloat16 in float32
+    dataset = make_dataset(config.data.name, 1, 1)
+    model = building.make_model(config, dataset)
+    counts = count(model, dataset.image_shape, config.training.batch_size)
+    return {"counts": dataclasses.asdict(counts)}
 
 
 def _peak_memory() -> int:

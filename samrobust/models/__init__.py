@@ -1,8 +1,31 @@
-"""Classifiers: pre-activation ResNets and the layers they are made of."""
+"""Classifiers, by their names in configs, and the layers that they are made of."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
 
 from samrobust.models.conv import conv2d
-from samrobust.models.preact_resnet import BatchNorm, PreActResNet
+from samrobust.models.layers import BatchNorm
+from samrobust.models.preact_resnet import PreActResNet
+from samrobust.models.resnet import ResNet
+from samrobust.models.vit import ViT
+from samrobust.models.wide_resnet import WideResNet
 
-__all__ = ["MODELS", "BatchNorm", "PreActResNet", "conv2d"]
+__all__ = [
+    "MODELS",
+    "BatchNorm",
+    "PreActResNet",
+    "ResNet",
+    "ViT",
+    "WideResNet",
+    "conv2d",
+]
 
-MODELS = {"preact_resnet": PreActResNet}
+# An entry takes num_classes, mean, std and dtype, where it has BatchNorm also
+# batch_norm_group; its other parameters are plain values, the config's fields.
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "preact_resnet": PreActResNet,
+    "wide_resnet": WideResNet,
+    "resnet18": ResNet,
+    "vit": ViT,
+}

@@ -32,7 +32,7 @@ _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
 def conv2d(images: Array, kernel: Array, stride: int, padding: int) -> Array:
-    """Cross-correlation of images with a kernel, as `torch.nn.functional.conv2d`.
+    """Correlates images with a kernel, as `torch.nn.functional.conv2d`.
 
     Args:
       images: [B, H, W, C].
@@ -104,7 +104,7 @@ def _backward(
 
 
 def _apart(function: Callable[..., Array]) -> Callable[..., Array]:
-    """A function that XLA keeps as a computation of its own, called with arrays."""
+    """Returns a function that XLA keeps as a computation of its own."""
     jitted = jax.jit(function)
 
     def call(*arrays: Array) -> Array:
@@ -122,7 +122,7 @@ def _image_gradient(
     stride: int,
     padding: int,
 ) -> Array:
-    """The transpose of `_convolve` in its first argument, as a forward convolution."""
+    """Transposes `_convolve` in its first argument, as a forward convolution."""
     if _is_smaller(cotangent, kernel):
         matrix = _matrix(kernel, shape[1:3], stride, padding)
         return jnp.einsum("bijk,hwcijk->bhwc", cotangent, matrix)
@@ -145,21 +145,21 @@ def _image_gradient(
 
 
 def _is_smaller(images: Array, kernel: Array) -> bool:
-    """Whether images [B, H, W, C] are smaller than the window along an axis."""
+    """Tells whether images [B, H, W, C] are smaller than the window along an axis."""
     return images.shape[1] < kernel.shape[0] or images.shape[2] < kernel.shape[1]
 
 
 def _multiply(images: Array, kernel: Array, *, stride: int, padding: int) -> Array:
-    """`_convolve` as a matrix product."""
+    """Computes `_convolve` as a matrix product."""
     matrix = _matrix(kernel, images.shape[1:3], stride, padding)
     return jnp.einsum("bhwc,hwcijk->bijk", images, matrix)
 
 
 def _matrix(kernel: Array, size: tuple[int, ...], stride: int, padding: int) -> Array:
-    """The linear map that `_convolve` is, [H, W, C, H', W', K], of images [H, W]."""
+    """Returns the linear map that `_convolve` is, [H, W, C, H', W', K]."""
 
     def taps(size: int, window: int) -> np.ndarray:
-        """Which tap of the window connects a pixel with an output: 0 or 1."""
+        """Tells by 0 or 1 which tap of the window joins a pixel and an output."""
         num_outputs = (size + 2 * padding - window) // stride + 1
         pixel, output, tap = np.ix_(range(size), range(num_outputs), range(window))
         return pixel == output * stride - padding + tap
@@ -186,7 +186,7 @@ def _kernel_gradient(
     stride: int,
     padding: int,
 ) -> Array:
-    """The transpose of `_convolve` in its second argument, as a forward convolution.
+    """Transposes `_convolve` in its second argument, as a forward convolution.
 
     The channels take the place of the batch, and the batch that of the channels.
     """

@@ -1,0 +1,263 @@
+"""Layers that the networks share, and what all of them do to pixels.
+
+Conventions: images and activations are [B, H, W, C]. Layers compute in `dtype`;
+parameters and statistics are kept and taken in `exact_dtype(dtype)`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from samrobust.checks import check, check_real, check_whole
+from samrobust.models.conv import conv2d
+from samrobust.types import Array
+
+__all__ = [
+    "BatchNorm",
+    "Conv",
+    "ImageClassifier",
+    "check_dropout",
+    "check_stages",
+    "exact_dtype",
+    "residual_stages",
+    "torch_init",
+    "torch_linear",
+]
+
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of torch.nn.Conv2d and Linear.
+torch_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_linear(features: int, fan_in: int, dtype: Any, name: str) -> nn.Dense:
+    """Builds `torch.nn.Linear`, its bias drawn with the bound of its kernel."""
+    bound = fan_in**-0.5
+
+    def bias_init(key: Array, shape: Any, dtype: Any = jnp.float32, **_: Any) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nn.Dense(
+        features,
+        dtype=dtype,
+        param_dtype=exact_dtype(dtype),
+        kernel_init=torch_init,
+        bias_init=bias_init,
+        name=name,
+    )
+
+
+def exact_dtype(dtype: Any) -> Any:
+    """Returns the dtype of parameters and statistics: float32, or float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class ImageClassifier(nn.Module):
+    """A network that normalizes pixels itself: what every entry of `MODELS` has.
+
+    Attributes:
+      num_classes: number of logits K.
+      mean: of the pixels, per channel, in [0, 1]; subtracted first.
+      std: of the pixels, per channel, > 0; divided by.
+      dtype: of layers and activations, float32 or bfloat16. Parameters, running
+        statistics, their computation and the logits are float32 all the same. Or
+        float64, where JAX has it switched on: then everything is.
+
+    `init(key, images, train=False)` makes `{"params": ...}`, with BatchNorm also
+    `"batch_stats"`; `apply(variables, images, train=True, mutable=["batch_stats"])`
+    then returns the updated statistics too, and without `mutable` it normalizes by the
+    batch and updates nothing. Dropout, where there is any, draws from
+    `rngs={"dropout": key}` in training alone.
+
+    Raises:
+      ValueError: at construction, for a field out of its range.
+    """
+
+    num_classes: int = 10
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        check_whole(1, num_classes=self.num_classes)
+        check(all(s > 0 for s in self.std), "std > 0", std=self.std)
+        check(
+            jax.dtypes.canonicalize_dtype(self.dtype) == jnp.dtype(self.dtype),
+            "a dtype that JAX computes in",
+            "Set jax_enable_x64 for float64.",
+            dtype=jnp.dtype(self.dtype).name,
+        )
+        super().__post_init__()
+
+    def normalize(self, images: Array) -> Array:
+        """Returns `(images - mean) / std`, exact.
+
+        Raises:
+          ValueError: if `mean` or `std` has neither one value nor one a channel.
+        """
+        channels = images.shape[-1]
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            check(
+                len(values) in (1, channels),
+                f"one {name} or one a channel ({channels})",
+                **{name: values},
+            )
+        exact = exact_dtype(self.dtype)
+        mean, std = jnp.asarray(self.mean, exact), jnp.asarray(self.std, exact)
+        return (images.astype(exact) - mean) / std
+
+
+def check_stages(width: Any, blocks: Any) -> None:
+    """Raises `ValueError` unless a ResNet can have these fields, and fit in memory."""
+    check_whole(1, 2**16, width=width)
+    holds = isinstance(blocks, tuple) and 1 <= len(blocks) <= 10
+    check(holds, "a tuple of 1 to 10 numbers of blocks", blocks=blocks)
+    for count in blocks:
+        check_whole(1, 1000, blocks=count)
+
+
+def check_dropout(dropout: Any) -> None:
+    """Raises `ValueError` unless it is a share that leaves something, in [0, 1)."""
+    check_real(0, 1, dropout=dropout)
+    check(dropout < 1, "dropout < 1", dropout=dropout)
+
+
+def residual_stages(
+    block: Callable[..., nn.Module],
+    widths: Sequence[int],
+    blocks: Sequence[int],
+    hidden: Array,
+    *,
+    train: bool,
+) -> Array:
+    """Applies the stages of a ResNet, within a compact method of a module.
+
+    Args:
+      block: builds a block from its features, its stride and a `name`.
+      widths: features of each stage.
+      blocks: blocks in each stage; every stage but the first halves the resolution.
+      hidden: [B, H, W, C].
+      train: handed to the blocks.
+    """
+    for i, (features, count) in enumerate(zip(widths, blocks, strict=True)):
+        for j in range(count):
+            stride = 2 if i > 0 and j == 0 else 1
+            layer = block(features, stride, name=f"stage{i + 1}_block{j + 1}")
+            hidden = layer(hidden, train=train)
+    return hidden
+
+
+class Conv(nn.Module):
+    """A convolution without bias, computed in `dtype`; its kernel is exact.
+
+    Attributes:
+      features: number of output channels.
+      window: side of the square kernel, odd; padded by `window // 2` on every side.
+      stride: along both axes.
+      dtype: of the computation.
+      kernel_init: of the kernel.
+    """
+
+    features: int
+    window: int = 3
+    stride: int = 1
+    dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer = torch_init
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """Maps [B, H, W, C] to [B, H', W', features]."""
+        shape = (self.window, self.window, images.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, exact_dtype(self.dtype))
+        kernel = kernel.astype(self.dtype)
+        return conv2d(images.astype(self.dtype), kernel, self.stride, self.window // 2)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization over all axes but the last, as in PyTorch.
+
+    Statistics are taken in float32 (float64 if that is `dtype`) over the whole batch,
+    over all devices under `jit`, or over groups of consecutive examples of it, each
+    normalized by its own. The running variance is the unbiased one, as PyTorch keeps
+    it and Flax does not. With groups, running statistics move towards the mean over
+    groups of the means and of the unbiased variances: what averaging the statistics of
+    devices gives, that each keep those of one group.
+
+    Attributes:
+      momentum: share of the old running statistics kept in an update.
+      epsilon: added to the variance.
+      dtype: of the result.
+      batch_norm_group: examples over which a batch is normalized in training; 0: all.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    batch_norm_group: int = 0
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, train: bool) -> Array:
+        """Normalises with the batch's statistics if `train`, else the running ones.
+
+        Raises:
+          ValueError: in training, if the groups do not divide the batch.
+        """
+        channels, exact = inputs.shape[-1:], exact_dtype(self.dtype)
+        zeros, ones = nn.initializers.zeros, nn.initializers.ones
+        scale = self.param("scale", ones, channels, exact)
+        bias = self.param("bias", zeros, channels, exact)
+        running_mean = self.variable(
+            "batch_stats", "mean", zeros, None, channels, exact
+        )
+        running_var = self.variable("batch_stats", "var", ones, None, channels, exact)
+
+        def normalize(inputs: Array, mean: Array, var: Array) -> Array:
+            multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
+            normalized = inputs.astype(exact) * multiplier + (bias - mean * multiplier)
+            return normalized.astype(self.dtype)
+
+        if not train:
+            return normalize(inputs, running_mean.value, running_var.value)
+        num_groups = self._num_groups(len(inputs))
+        if num_groups == 1:
+            mean, var = _statistics(inputs.astype(exact))
+            self._update(running_mean, running_var, mean, var, inputs.size)
+            return normalize(inputs, mean, var)
+        groups = inputs.reshape(num_groups, -1, *inputs.shape[1:])
+        means, variances = jax.vmap(_statistics)(groups.astype(exact))
+        mean, var = jnp.mean(means, axis=0), jnp.mean(variances, axis=0)
+        self._update(running_mean, running_var, mean, var, groups[0].size)
+        return jax.vmap(normalize)(groups, means, variances).reshape(inputs.shape)
+
+    def _num_groups(self, size: int) -> int:
+        group = self.batch_norm_group
+        if group == 0 or self.is_initializing():
+            return 1
+        check(
+            group > 0 and size % group == 0,
+            "a batch divisible by batch_norm_group",
+            "Choose a group that divides every batch, or 0 for the whole batch.",
+            batch_norm_group=group,
+            batch_size=size,
+        )
+        return size // group
+
+    def _update(
+        self, running_mean: Any, running_var: Any, mean: Array, var: Array, size: int
+    ) -> None:
+        """Moves the running statistics towards those of `size` inputs."""
+        if self.is_initializing() or not self.is_mutable_collection("batch_stats"):
+            return
+        count = size // mean.size
+        unbiased = var * (count / max(count - 1, 1))
+        old, new = self.momentum, 1 - self.momentum
+        running_mean.value = old * running_mean.value + new * mean
+        running_var.value = old * running_var.value + new * unbiased
+
+
+def _statistics(inputs: Array) -> tuple[Array, Array]:
+    """Returns mean and biased variance over all axes but the last."""
+    axes = tuple(range(inputs.ndim - 1))
+    mean = jnp.mean(inputs, axes)
+    return mean, jnp.mean(jnp.square(inputs - mean), axes)

@@ -1,0 +1,90 @@
+"""The post-activation ResNet for small images; the default is ResNet-18.
+
+As in kuangliu/pytorch-cifar and the papers on adversarial training that take it from
+there: 11,173,962 parameters for 10 classes, a 3x3 stem without pooling, symmetric
+padding, a 1x1 convolution with BatchNorm as shortcut, PyTorch's initialization.
+
+Reference: He et al. (2016), "Deep Residual Learning for Image Recognition",
+arXiv 1512.03385. *Our deviation*: the stem, which has stride 2 and pools there.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from samrobust.models.layers import (
+    BatchNorm,
+    Conv,
+    ImageClassifier,
+    check_stages,
+    exact_dtype,
+    residual_stages,
+    torch_linear,
+)
+from samrobust.types import Array
+
+__all__ = ["ResNet"]
+
+
+class BasicBlock(nn.Module):
+    """A basic block: 3x3, BN, ReLU, 3x3, BN, plus the shortcut, ReLU."""
+
+    features: int
+    stride: int
+    dtype: Any
+    batch_norm_group: int
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, train: bool) -> Array:
+        """Maps [B, H, W, C] to [B, H / stride, W / stride, features]."""
+
+        def conv_norm(inputs: Array, window: int, stride: int, names: str) -> Array:
+            conv, norm = names.split()
+            conv = Conv(self.features, window, stride, self.dtype, name=conv)
+            norm = BatchNorm(
+                dtype=self.dtype, batch_norm_group=self.batch_norm_group, name=norm
+            )
+            return norm(conv(inputs), train=train)
+
+        hidden = nn.relu(conv_norm(inputs, 3, self.stride, "conv1 norm1"))
+        hidden = conv_norm(hidden, 3, 1, "conv2 norm2")
+        shortcut = inputs
+        if self.stride != 1 or inputs.shape[-1] != self.features:
+            shortcut = conv_norm(inputs, 1, self.stride, "shortcut shortcut_norm")
+        return nn.relu(hidden + shortcut)
+
+
+class ResNet(ImageClassifier):
+    """A ResNet of basic blocks; see `ImageClassifier` for the other attributes.
+
+    Attributes:
+      width: channels of the first stage; each further stage has twice as many.
+      blocks: blocks in each stage; every stage but the first halves the resolution.
+      batch_norm_group: examples over which BatchNorm normalizes in training; 0: the
+        whole batch. See `BatchNorm`.
+    """
+
+    width: int = 64
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    batch_norm_group: int = 0
+
+    def __post_init__(self) -> None:
+        check_stages(self.width, self.blocks)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool) -> Array:
+        """Returns logits [B, K] of images [B, H, W, C] with pixels in [0, 1]."""
+        options = {"dtype": self.dtype, "batch_norm_group": self.batch_norm_group}
+        hidden = Conv(self.width, dtype=self.dtype, name="stem")(self.normalize(images))
+        hidden = nn.relu(BatchNorm(**options, name="norm")(hidden, train=train))
+        block = functools.partial(BasicBlock, **options)
+        widths = [self.width * 2**i for i in range(len(self.blocks))]
+        hidden = residual_stages(block, widths, self.blocks, hidden, train=train)
+        features = jnp.mean(hidden.astype(exact_dtype(self.dtype)), axis=(1, 2))
+        head = torch_linear(
+            self.num_classes, features.shape[-1], features.dtype, name="head"
+        )
+        return head(features)
