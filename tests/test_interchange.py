@@ -22,7 +22,7 @@ from samrobust.interchange import (
     to_tensors,
     write_safetensors,
 )
-from samrobust.interchange.blank import NUM_TEST, without_images
+from samrobust.interchange.blank import facts_of, without_images
 from samrobust.interchange.robustbench import find_evaluation
 from samrobust.models import PreActResNet
 from samrobust.training import load_network, save_variables
@@ -475,7 +475,7 @@ def test_what_stands_for_a_data_set_has_its_facts(validation_size):
     for name in ("name", "num_classes", "mean", "std", "image_shape"):
         assert getattr(blank, name) == getattr(dataset, name)
     assert len(blank.train) == len(dataset.train)
-    assert NUM_TEST["digits"] == len(dataset.test)
+    assert facts_of(config).num_test == len(dataset.test)
 
 
 def test_export_and_import_read_no_images(exported, tmp_path, monkeypatch):

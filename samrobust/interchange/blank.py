@@ -2,13 +2,15 @@
 
 import numpy as np
 
-from samrobust.data import Dataset, Split, dataset_facts
+from samrobust.data import Dataset, DatasetFacts, Split, dataset_facts
 from samrobust.types import Config
 
-__all__ = ["NUM_TEST", "without_images"]
+__all__ = ["facts_of", "without_images"]
 
-_NUM_TRAIN = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1297}
-NUM_TEST = {"cifar10": 10_000, "cifar100": 10_000, "digits": 500}
+
+def facts_of(config: Config) -> DatasetFacts:
+    """Returns what is known of the data set of `config.data`."""
+    return dataset_facts(config.data.name, data_dir=config.data.data_dir)
 
 
 def without_images(config: Config) -> Dataset:
@@ -17,9 +19,8 @@ def without_images(config: Config) -> Dataset:
     **Guarantees**: classes, shape, mean, standard deviation and the number of training
     images are the data set's; they take no memory.
     """
-    data = config.data
-    facts = dataset_facts(data.name)
-    size = data.train_size or max(_NUM_TRAIN[data.name] - data.validation_size, 1)
+    data, facts = config.data, facts_of(config)
+    size = data.train_size or max(facts.num_train - data.validation_size, 1)
 
     def black(count: int) -> Split:
         images = np.broadcast_to(np.uint8(0), (count, *facts.image_shape))
