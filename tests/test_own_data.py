@@ -285,7 +285,6 @@ def with_a_damaged_member(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (pathlib.Path.unlink, r"an \.npz file own\.npz, got: FileNotFoundError: .*"),
         (lambda path: path.write_bytes(b""), r"an \.npz file own\.npz, got: EOFError"),
         (
             lambda path: path.write_bytes(path.read_bytes()[:900]),
@@ -307,6 +306,14 @@ def test_an_npz_file_that_cannot_be_read_is_named_and_nothing_unpickled(
     assert str(error.value).endswith("numpy.savez, of arrays of numbers alone.")
     assert "\n" not in str(error.value)
     assert not (here / "exploded").exists()
+
+
+def test_an_npz_file_that_is_not_there_is_looked_for_from_here(here):
+    message = (
+        rf"an \.npz file x/own\.npz, got no such file in {here}\. Run where it lies"
+    )
+    with pytest.raises(DatasetUnavailableError, match=message):
+        load_dataset("x/own.npz")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from samrobust import cli, configuration
+from samrobust.data import from_arrays
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -56,8 +57,14 @@ def check_as_torch(names):
     np.testing.assert_allclose(names["gradient"], 1 / (3 * 8 * 8), rtol=1e-5)
 
 
+def check_flowers(names):
+    flowers = from_arrays("flowers", names["flowers"]())
+    assert (flowers.num_classes, flowers.image_shape) == (5, (16, 12, 3))
+
+
 CHECKS = {
     "README.md": [check_sam, check_pgd, check_autoattack],
+    "docs/data.md": [check_flowers],
     "docs/interchange.md": [check_as_torch, check_pgd],
 }
 

@@ -7,15 +7,13 @@ cuts that real pixels do not.
 
 import numpy as np
 
-from samrobust.data import Dataset, Split, dataset_facts
+from samrobust.data import DATASETS, Dataset, Split, dataset_facts
 
 __all__ = ["NUM_EXAMPLES", "image_shape", "make_dataset"]
 
-# Official training and test images; of digits, those that samrobust.data makes.
+# Official training and test images.
 NUM_EXAMPLES = {
-    "cifar10": (50_000, 10_000),
-    "cifar100": (50_000, 10_000),
-    "digits": (1_297, 500),
+    name: (facts.num_train, facts.num_test) for name, (facts, _) in DATASETS.items()
 }
 
 

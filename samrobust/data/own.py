@@ -27,6 +27,11 @@ def load_npz(path: pathlib.Path) -> dict[str, Any]:
       DatasetUnavailableError: if it is missing, no such file, or has an array that is
         damaged or pickled; names the file and the array.
     """
+    if not path.is_file():
+        raise DatasetUnavailableError(
+            f"Expected an .npz file {path}, got no such file in {pathlib.Path.cwd()}. "
+            "Run where it lies, or write its path in full."
+        )
     name = None
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from samrobust.data import dataset_facts
+from samrobust.building import load_facts
 from samrobust.files import read_json_lines, write_bytes, write_json, write_text
 from samrobust.interchange.pytorch import torch_bytes
 from samrobust.interchange.weights import Weights
@@ -48,7 +48,7 @@ def write_bundle(
     lines = read_json_lines(workdir / "evaluations.jsonl")
     origin = weights.metadata["origin"]
     found = find_evaluation(lines, which, config.model.dtype, origin)
-    full = dataset_facts(config.data.name).num_test
+    full = load_facts(config).num_test
     evaluation = found if found and found["num_test"] == full else None
     info = model_info(config, weights, evaluation)
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def _readme(
         row=config.row,
         seed=config.seed,
         architecture=info["architecture"],
-        claims=_claims_in_words(found, which, dataset_facts(config.data.name).num_test),
+        claims=_claims_in_words(found, which, load_facts(config).num_test),
         by_hand=", ".join(f"`{name}`" for name in by_hand),
     )
 
