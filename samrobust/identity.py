@@ -17,10 +17,9 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-import jax
-
 from samrobust.configuration import differences, with_defaults
 from samrobust.data import Dataset, fingerprint
+from samrobust.provenance import random_bits
 from samrobust.types import Config
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "changed_fields",
     "identity_of",
     "imported",
-    "random_bits",
 ]
 
 # To be raised when a config and a seed come to mean other numbers, beyond rounding.
@@ -154,13 +152,6 @@ def changed_fields(
 
 def _training_data(dataset: Dataset) -> str:
     return f"{fingerprint(dataset.train)}+{fingerprint(dataset.validation)}"
-
-
-@functools.cache
-def random_bits() -> str:
-    """Returns what JAX draws from key 0, in hexadecimal digits."""
-    bits = jax.random.bits(jax.random.key(0), (3,))  # several: settings differ there
-    return "".join(f"{value:08x}" for value in bits.tolist())
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Where a number comes from: commit, versions, device, command, time."""
 
 import datetime
+import functools
 import pathlib
 import platform
 import shlex
@@ -11,7 +12,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["provenance"]
+__all__ = ["provenance", "random_bits"]
 
 _PACKAGES = ("samrobust", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
@@ -36,6 +37,13 @@ def provenance() -> dict[str, Any]:
         "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+@functools.cache
+def random_bits() -> str:
+    """Returns what JAX draws from key 0, in hexadecimal digits."""
+    bits = jax.random.bits(jax.random.key(0), (3,))  # several: settings differ there
+    return "".join(f"{value:08x}" for value in bits.tolist())
 
 
 def _commit() -> str | None:

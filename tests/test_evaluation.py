@@ -16,7 +16,7 @@ import pytest
 from samrobust.attacks import StagedPgd, identity, l2, linf, pgd
 from samrobust.data import Split
 from samrobust.evaluation import (
-    accuracies,
+    Outcome,
     make_early_stop_evaluator,
     make_evaluator,
     measure,
@@ -73,7 +73,7 @@ def evaluate(batch_size: int = NUM_EXAMPLES, *, random_start=False):
         ),
     }
     evaluator = make_evaluator(model, attacks, batch_size=batch_size)
-    return evaluator(variables, split, KEY)
+    return evaluator(variables, split, KEY).correct
 
 
 # The evaluator.
@@ -83,7 +83,7 @@ def evaluate(batch_size: int = NUM_EXAMPLES, *, random_start=False):
 def evaluate_natural(batch_size: int) -> np.ndarray:
     model, variables, split = network()
     evaluator = make_evaluator(model, {"natural": identity}, batch_size=batch_size)
-    return evaluator(variables, split, KEY)["natural"]
+    return evaluator(variables, split, KEY).correct["natural"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, NUM_EXAMPLES, 64])
@@ -113,7 +113,7 @@ def test_every_example_is_reported_once(batch_size, monkeypatch):
         variables,
         split,
         KEY,
-        on_batch=lambda done, total: reports.append((done, total)),
+        on_batch=lambda done, total, _="": reports.append((done, total)),
     )
     sizes = np.diff([0, *(done for done, _ in reports)])
     assert sizes.sum() == NUM_EXAMPLES
@@ -139,7 +139,7 @@ def test_the_same_key_gives_the_same_outcome():
     attack = pgd(linf(0.05), step_size=0.05, num_steps=0)  # a random point of the ball
     evaluator = make_evaluator(model, {"noise": attack}, batch_size=NUM_EXAMPLES)
     one, again = [
-        evaluator(variables, split, jax.random.key(s))["noise"] for s in (1, 1)
+        evaluator(variables, split, jax.random.key(s)).correct["noise"] for s in (1, 1)
     ]
     np.testing.assert_array_equal(one, again)
 
@@ -149,7 +149,7 @@ def test_the_network_is_judged_by_its_running_statistics():
     model, variables, split = network()
     one = Split(split.images[4:5], split.labels[4:5])
     evaluator = make_evaluator(model, {"natural": identity}, batch_size=NUM_EXAMPLES)
-    correct = evaluator(variables, one, KEY)["natural"]
+    correct = evaluator(variables, one, KEY).correct["natural"]
     assert correct.tolist() == evaluate()["natural"][4:5].tolist()
 
 
@@ -158,8 +158,8 @@ def test_the_outcome_has_the_order_of_the_attacks():
 
 
 def test_accuracies_are_percentages():
-    outcome = {"natural": np.array([True, True, True, False])}
-    assert accuracies(outcome) == {"natural": 75.0}
+    correct = {"natural": np.array([True, True, True, False])}
+    assert Outcome(correct, {}).accuracy == {"natural": 75.0}
 
 
 def test_a_batch_of_no_examples_is_refused():
@@ -236,13 +236,11 @@ def brittle_evaluator(kind):
 
 @pytest.mark.parametrize("kind", ["plain", "early stop"])
 def test_logits_that_are_not_finite_are_no_prediction_and_are_reported(kind):
-    evaluator, counts = brittle_evaluator(kind), []
-    outcome = evaluator(SOUND, GRAY, KEY, on_non_finite=counts.append)
-    assert outcome["natural"].tolist() == [True] * 4
-    assert outcome["brighten"].tolist() == [True, True, False, False]
-    assert counts == [{"brighten": 2}]
     with pytest.warns(UserWarning, match=r"misclassified") as caught:
-        evaluator(SOUND, GRAY, KEY)
+        outcome = brittle_evaluator(kind)(SOUND, GRAY, KEY)
+    assert outcome.correct["natural"].tolist() == [True] * 4
+    assert outcome.correct["brighten"].tolist() == [True, True, False, False]
+    assert outcome.details == {"non_finite": {"brighten": 2}}
     assert str(caught[0].message) == (
         "The network has NaN or infinite logits on adversarial images (2 under "
         "brighten). They count as misclassified."
@@ -409,7 +407,7 @@ def test_more_restarts_never_raise_the_accuracy():
     sums = {}
     for name, attack in attacks.items():  # the key of a start is by the attack's name
         evaluator = make_evaluator(model, {"pgd": attack}, batch_size=150)
-        sums[name] = evaluator(variables, dataset.test, KEY)["pgd"]
+        sums[name] = evaluator(variables, dataset.test, KEY).correct["pgd"]
     assert not np.any(sums["8"] & ~sums["1"])
     assert sums["8"].sum() < sums["1"].sum()
 

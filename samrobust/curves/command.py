@@ -79,10 +79,12 @@ def curves_command(
             config, source = configs[path], source_of(path)
             shown = display.run(f"{config.label}, seed {config.seed}", 0.0, 1.0)
 
-            def on_batch(done: int, total: int, shown: Any = shown) -> None:
-                shown.on_batch(done, total)
+            def on_batch(
+                done: int, total: int, doing: str = "", shown: Any = shown
+            ) -> None:
+                shown.on_batch(done, total, doing)
                 if should_stop():
-                    message = "Stopped between runs. The same command goes on."
+                    message = "Stopped between runs. Rerun the same command to resume."
                     raise InterruptedRunError(message)
 
             stored[path] = {

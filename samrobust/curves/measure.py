@@ -1,7 +1,7 @@
 """The accuracy of a run over a grid of radii, and what several seeds make of it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from flax import linen as nn
 from samrobust import attacks, building
 from samrobust.checks import check, check_choice
 from samrobust.data import Split
-from samrobust.evaluation import Evaluator, make_evaluator
+from samrobust.evaluation import Evaluator, OnBatch, make_evaluator
 from samrobust.objectives import LOSSES
 from samrobust.types import Array, PyTree
 
@@ -95,7 +95,7 @@ def measure_run(
     settings: Settings,
     *,
     key: Array,
-    on_batch: Callable[[int, int], None] = lambda *_: None,
+    on_batch: OnBatch,
 ) -> dict[str, list[float]]:
     """The accuracies in percent of a network, by norm, from radius 0 on.
 
@@ -110,11 +110,11 @@ def measure_run(
       key: of the random starts.
       on_batch: told of progress.
     """
-    outcome = evaluate(variables, split, key, on_batch=on_batch)
+    correct = evaluate(variables, split, key, on_batch=on_batch).correct
     curves = {}
     for norm, radii in settings.radii.items():
         names = ["natural", *(f"{norm} {radius:g}/255" for radius in radii)]
-        standing = np.logical_and.accumulate([outcome[name] for name in names])
+        standing = np.logical_and.accumulate([correct[name] for name in names])
         curves[norm] = [100 * float(share) for share in standing.mean(axis=1)]
     return curves
 
