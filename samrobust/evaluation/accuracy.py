@@ -11,7 +11,7 @@ All evaluators are called alike (`Evaluator`) and return an `Outcome`.
 import dataclasses
 import pathlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -191,9 +191,26 @@ def make_evaluator(
     return evaluate
 
 
-def make_natural(model: nn.Module, *, batch_size: int) -> Evaluator:
-    """Builds the evaluator of the images as they are; its column is `natural`."""
-    return make_evaluator(model, {"natural": identity}, batch_size=batch_size)
+def make_natural(
+    model: nn.Module, *, batch_size: int
+) -> Callable[[PyTree, Split, Array, OnBatch], np.ndarray]:
+    """Builds the evaluator with which others begin, of the images as they are.
+
+    Returns:
+      `is_right(variables, split, key, on_batch) -> bool [N]`; `on_batch` is told that
+      nothing is done yet.
+    """
+    evaluate = make_evaluator(model, {"natural": identity}, batch_size=batch_size)
+
+    def is_right(
+        variables: PyTree, split: Split, key: Array, on_batch: OnBatch
+    ) -> np.ndarray:
+        def tell(*_: Any) -> None:
+            on_batch(0, len(split), "natural")
+
+        return evaluate(variables, split, key, on_batch=tell).correct["natural"]
+
+    return is_right
 
 
 def conclude(

@@ -4,7 +4,7 @@ The outcome is written to a file as it grows: a killed evaluation goes on where 
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -66,11 +66,16 @@ def make_autoattack_evaluator(
     Raises:
       ValueError: if batch_size < 1.
     """
-    natural = make_natural(model, batch_size=batch_size)
+    is_right = make_natural(model, batch_size=batch_size)
     programs = {
         (column, member.name): _compile(model, column, member)
         for column, attack in attacks.items()
         for member in attack.members
+    }
+
+    balls = {
+        column: [f"l{attack.order:g}", attack.radius, attack.is_random, attack.box]
+        for column, attack in attacks.items()
     }
 
     def evaluate(
@@ -84,37 +89,26 @@ def make_autoattack_evaluator(
         folder, examples, provenance = archive or (None, False, None)
         num_classes = _num_classes(model, variables, split)
         parts = {c: list(_parts(each, num_classes)) for c, each in attacks.items()}
-        about = identify(
-            *(model, variables, split, key),
-            columns={c: [part.name for part in each] for c, each in parts.items()},
-            attacks={
-                column: [f"l{a.order:g}", a.radius, a.is_random, a.box]
-                for column, a in attacks.items()
-            },
-            examples=examples,
+        file = FatesFile(
+            folder,
+            identify(
+                *(model, variables, split, key),
+                columns={c: [part.name for part in each] for c, each in parts.items()},
+                attacks=balls,
+                examples=examples,
+            ),
         )
-        file = FatesFile(folder, about)
         members = {c: [part.member.name for part in each] for c, each in parts.items()}
         fresh = Fates.fresh(members, len(split))
         fates = file.open(fresh, split.images if examples else None)
         if not fates.is_whole:
-            if provenance is not None:
-                fates.provenance += (provenance,)
+            fates.provenance += (provenance,) if provenance else ()
             try:
                 if fates.place == Place():
-                    right = natural(
-                        *(variables, split, key),
-                        on_batch=lambda *_: on_batch(0, len(split), "natural"),
-                    ).correct["natural"]
+                    right = is_right(variables, split, key, on_batch)
                     fates.broken_at[:, ~right] = MISCLASSIFIED
                 data = (*to_devices(variables, split), key)
-                stages = {
-                    column: [
-                        _stage(programs[column, part.member.name], data, place, part)
-                        for place, part in enumerate(each)
-                    ]
-                    for column, each in parts.items()
-                }
+                stages = _stages(programs, parts, data)
                 sizes = _batch_sizes(batch_size_for(len(split), batch_size))
                 for batch in survivors(stages, fates, sizes=sizes, on_batch=on_batch):
                     file.put_examples(*batch)
@@ -177,13 +171,26 @@ def _compile(model: nn.Module, column: str, member: Member) -> Callable[..., Any
     return attack_batch
 
 
-def _stage(
-    program: Callable[..., Any], data: tuple[Any, ...], stage: int, part: _Part
-) -> Stage:
-    numbers = np.int32(stage), np.int32(part.number)
-    return Stage(
-        part.name, part.member.cost, lambda indices: program(*data, indices, *numbers)
-    )
+def _stages(
+    programs: Mapping[tuple[str, str], Callable[..., Any]],
+    parts: Mapping[str, Sequence[_Part]],
+    data: tuple[Any, ...],
+) -> dict[str, list[Stage]]:
+    """The parts as stages on the network and the split in `data`."""
+
+    def stage(column: str, number: int, part: _Part) -> Stage:
+        program = programs[column, part.member.name]
+        numbers = np.int32(number), np.int32(part.number)
+
+        def run(indices: np.ndarray) -> tuple[Array, Array, Array]:
+            return program(*data, indices, *numbers)
+
+        return Stage(part.name, part.member.cost, run)
+
+    return {
+        column: [stage(column, number, part) for number, part in enumerate(each)]
+        for column, each in parts.items()
+    }
 
 
 def _batch_sizes(size: int) -> list[int]:

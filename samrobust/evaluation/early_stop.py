@@ -58,7 +58,7 @@ def make_early_stop_evaluator(
     Raises:
       ValueError: if batch_size < 1.
     """
-    natural = make_natural(model, batch_size=batch_size)
+    is_right = make_natural(model, batch_size=batch_size)
     programs = {name: _compile(model, pgd, name) for name, pgd in attacks.items()}
 
     def evaluate(
@@ -70,10 +70,7 @@ def make_early_stop_evaluator(
         on_batch: OnBatch = tell_nobody,
     ) -> Outcome:
         del archive
-        right = natural(
-            *(variables, split, key),
-            on_batch=lambda *_: on_batch(0, len(split), "natural"),
-        )
+        right = is_right(variables, split, key, on_batch)
         data = (*to_devices(variables, split), key)
         iterates = np.zeros(split.images.shape, np.float32)
         columns = {
@@ -88,7 +85,8 @@ def make_early_stop_evaluator(
             iterates[batch.indices] = images[: len(batch.indices)]
         on_batch(len(split), len(split), "done")
         # An image that is misclassified as it is may be right at every iterate.
-        return conclude(fates.correct() | right.correct, fates.num_non_finite())
+        correct = fates.correct() | {"natural": right}
+        return conclude(correct, fates.num_non_finite())
 
     return evaluate
 
