@@ -1,6 +1,7 @@
 """Data sets: small archives in the official layout, a local server, a damaged cache."""
 
 import dataclasses
+import functools
 import hashlib
 import http.server
 import io
@@ -20,7 +21,9 @@ import pytest
 import sklearn.datasets
 
 from samrobust.data import (
+    DATASETS,
     DatasetUnavailableError,
+    Entry,
     Split,
     archive,
     cifar,
@@ -28,13 +31,15 @@ from samrobust.data import (
     fingerprint,
     folders,
     load_dataset,
+    official,
+    prepared,
 )
 from samrobust.data.archive import Archive, ResumingDownloader, find_archive
 from samrobust.data.cache import default_cache_dir
 from samrobust.data.official import OfficialSplit, checksum
 
 PER_FILE = 4
-OFFICIAL = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
+OFFICIAL = {"cifar10": official.CIFAR10, "cifar100": official.CIFAR100}
 NOWHERE = "http://127.0.0.1:9/"  # nobody listens at the discard port
 
 
@@ -84,13 +89,13 @@ def make_archive(name, path, arrays=None):
         num_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
     )
-    official = {
+    checksums = {
         split: OfficialSplit(
             len(labels), spec.labels[0][2], checksum(labels), checksum(images)
         )
         for split, (images, labels, _) in arrays.items()
     }
-    return dataclasses.replace(spec, archive=fake, official=official), arrays
+    return dataclasses.replace(spec, archive=fake, official=checksums), arrays
 
 
 @dataclasses.dataclass
@@ -98,7 +103,7 @@ class Place:
     """A small archive in a manual directory, and empty directories for the rest."""
 
     name: str
-    spec: cifar.CifarSpec
+    spec: official.CifarSpec
     arrays: dict
     root: pathlib.Path
 
@@ -119,13 +124,18 @@ class Place:
             assert (got.images.dtype, got.labels.dtype) == (np.uint8, np.int32)
 
 
+def register(monkeypatch, spec):
+    entry = Entry(spec.facts, functools.partial(cifar.load_cifar, spec))
+    monkeypatch.setitem(DATASETS, spec.name, entry)
+
+
 @pytest.fixture
 def make_place(tmp_path, monkeypatch):
     def make(name):
         (tmp_path / "manual").mkdir()
         path = tmp_path / "manual" / OFFICIAL[name].archive.name
         spec, arrays = make_archive(name, path)
-        monkeypatch.setattr(f"samrobust.data.datasets.{name.upper()}", spec)
+        register(monkeypatch, spec)
         return Place(name, spec, arrays, tmp_path)
 
     monkeypatch.setattr(archive.time, "sleep", lambda _: None)
@@ -303,29 +313,29 @@ def test_examples_that_are_not_the_official_ones_are_refused(
 
 
 def test_other_pixels_under_the_official_labels_are_warned_of(place):
-    official = fingerprint(place.prepare().test)
+    original = fingerprint(place.prepare().test)
     data_dir = write_other(place, "test", repaint)
     for _ in range(2):  # decoded, then out of the cache
         with pytest.warns(UserWarning, match="The test images in .* are not those of"):
             dataset = place.load(data_dir=data_dir)
-        assert fingerprint(dataset.test) != official
+        assert fingerprint(dataset.test) != original
 
 
 def test_rows_left_out_of_a_checksum_may_be_anything():
     images = np.random.default_rng(0).integers(0, 256, (6, 2, 2, 3)).astype(np.uint8)
     for left_out in ((), (0,), (5,), (2, 3), (0, 1, 2, 3, 4, 5)):
-        official = OfficialSplit(6, 10, "", checksum(images, left_out), left_out)
+        known = OfficialSplit(6, 10, "", checksum(images, left_out), left_out)
         for row in range(6):
             other = images.copy()
             other[row, 1, 1, 2] ^= 1
-            assert official.has_images(other) == (row in left_out)
+            assert known.has_images(other) == (row in left_out)
     assert not OfficialSplit(6, 10, "", checksum(images)).has_images(images[::-1])
 
 
 def test_two_directories_of_the_same_data_share_a_cache(place, monkeypatch):
     place.prepare()
     shutil.copytree(place.root / "data", place.root / "copy")
-    monkeypatch.setattr(cifar, "decode", None)
+    monkeypatch.setattr(prepared, "_decode", None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("copy", "data", "copy"):
@@ -339,18 +349,18 @@ def test_directories_of_different_data_do_not_rebuild_each_others_cache(
     other = write_other(place, "test", repaint)
     with pytest.warns(UserWarning, match="not those of CIFAR-10"):
         place.load(data_dir=other)
-    monkeypatch.setattr(cifar, "decode", None)
+    monkeypatch.setattr(prepared, "_decode", None)
     place.check(place.load())
     with pytest.warns(UserWarning, match="not those of CIFAR-10"):
         place.load(data_dir=other)
 
 
 def test_a_cache_that_others_can_write_to_is_not_read(place, monkeypatch):
-    monkeypatch.setattr(cifar, "default_cache_dir", lambda: None)
+    monkeypatch.setattr(prepared, "default_cache_dir", lambda: None)
     place.prepare()
     place.check(place.load(cache_dir=None))
     monkeypatch.undo()
-    monkeypatch.setattr(f"samrobust.data.datasets.{place.name.upper()}", place.spec)
+    register(monkeypatch, place.spec)
     monkeypatch.setenv("XDG_CACHE_HOME", str(place.root / "shared"))
     (place.root / "shared" / "samrobust").mkdir(parents=True)
     (place.root / "shared" / "samrobust").chmod(0o777)
@@ -381,9 +391,9 @@ def test_a_manual_archive_with_a_wrong_hash_is_refused(place):
 
 
 def check_advice(place, error):
-    official, message = place.spec.archive, str(error.value)
+    wanted, message = place.spec.archive, str(error.value)
     for part in (
-        *(official.name, official.url, official.sha256, f"{official.num_bytes} bytes"),
+        *(wanted.name, wanted.url, wanted.sha256, f"{wanted.num_bytes} bytes"),
         *("data_dir", "TFDS_DATA_DIR", "cifar10/3.0.2"),
     ):
         assert part in message
@@ -540,9 +550,9 @@ def test_a_preparation_that_loses_the_race_uses_the_winners_data(place, monkeypa
     place.prepare()
     calls = []
 
-    def not_there_at_first(name, data_dir):
+    def not_there_at_first(*args):
         calls.append(None)
-        return None if len(calls) <= 2 else find_prepared(name, data_dir)
+        return None if len(calls) <= 2 else find_prepared(*args)
 
     def fail(_):
         (place.root / "data" / "cifar10" / "moved").rename(target)
@@ -565,7 +575,7 @@ class Server:
         self.content = content
         self.drop_after = []  # one entry a request; None or no entry: all is sent
         self.ranges = []
-        self.honours_range = True
+        self.honors_range = True
         self.status = None
         server = self
 
@@ -586,7 +596,7 @@ class Server:
             request.send_error(self.status)
             return
         begin = 0
-        if wanted and self.honours_range:
+        if wanted and self.honors_range:
             begin = int(wanted.removeprefix("bytes=").removesuffix("-"))
         if begin >= len(self.content):
             request.send_error(416)
@@ -643,7 +653,7 @@ def test_a_finished_download_is_not_repeated(server, tmp_path):
 
 
 def test_a_server_that_cannot_resume_sends_everything_anew(server, tmp_path):
-    server.honours_range = False
+    server.honors_range = False
     server.drop_after = [100_000]
     assert find_archive(served(server), tmp_path).read_bytes() == CONTENT
     assert len(server.ranges) == 2
@@ -693,7 +703,7 @@ def test_a_downloader_without_attempts_is_refused(tmp_path):
 
 def test_a_cached_data_set_is_not_decoded_again(place, monkeypatch):
     place.prepare()
-    monkeypatch.setattr(cifar, "decode", None)
+    monkeypatch.setattr(prepared, "_decode", None)
     place.check(place.load())
 
 
@@ -704,7 +714,7 @@ def test_the_cache_lies_where_the_system_keeps_caches(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / ".cache" / "samrobust" / "data"
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    assert cifar.default_data_dir() == tmp_path / "tensorflow_datasets"
+    assert folders.default_data_dir() == tmp_path / "tensorflow_datasets"
 
 
 @pytest.fixture(scope="module")
@@ -835,7 +845,7 @@ def test_sizes_out_of_range_are_refused(sizes: Any, message):
 
 
 def test_sizes_are_refused_before_anything_is_read(monkeypatch):
-    monkeypatch.setattr("samrobust.data.datasets.load_cifar", None)
+    monkeypatch.setitem(DATASETS, "cifar10", DATASETS["cifar10"]._replace(load=None))
     wrong = {"train_size": 50_001, "test_size": 0, "validation_size": 50_000}
     for name, size in wrong.items():
         sizes: Any = {name: size}
@@ -900,14 +910,7 @@ def test_without_a_home_the_default_folder_is_refused(monkeypatch):
     with pytest.raises(
         ValueError, match=r"known in TFDS_DATA_DIR, got .*Write the path"
     ):
-        cifar.default_data_dir()
-
-
-def test_an_unknown_data_set_is_refused_with_the_known_names():
-    with pytest.raises(
-        ValueError, match=r"\{cifar10, cifar100, digits\}, got name='mnist'"
-    ):
-        load_dataset("mnist")
+        folders.default_data_dir()
 
 
 def test_the_digits_need_no_directory_and_no_warning(tmp_path):

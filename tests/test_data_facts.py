@@ -8,7 +8,6 @@ from samrobust.data import (
     Dataset,
     Split,
     dataset_facts,
-    datasets,
     fingerprint,
     load_dataset,
     splits,
@@ -18,26 +17,22 @@ from samrobust.data import (
 def test_the_facts_of_a_data_set_are_those_of_its_images():
     digits = load_dataset("digits")
     facts = dataset_facts("digits")
-    for name, fact in facts._asdict().items():
-        assert getattr(digits, name) == fact
+    for name in ("num_classes", "image_shape", "mean", "std"):
+        assert getattr(digits, name) == getattr(facts, name)
+    assert (len(digits.train), len(digits.test)) == (facts.num_train, facts.num_test)
     pixels = digits.train.images / 255
     np.testing.assert_allclose(facts.mean, pixels.mean(), rtol=1e-14)
     np.testing.assert_allclose(facts.std, pixels.std(), rtol=1e-14)
 
 
 def test_every_data_set_has_facts_and_they_read_no_image(monkeypatch):
-    monkeypatch.setattr(datasets, "load_cifar", None)
-    monkeypatch.setattr(datasets, "load_digits", None)
+    for name, entry in DATASETS.items():
+        monkeypatch.setitem(DATASETS, name, entry._replace(load=None))
     for name in DATASETS:
         facts = dataset_facts(name)
         channels = facts.image_shape[-1]
         assert len(facts.mean) == len(facts.std) == channels
     assert dataset_facts("cifar100").num_classes == 100
-
-
-def test_the_facts_of_an_unknown_data_set_are_refused():
-    with pytest.raises(ValueError, match=r"Expected name in \{.*\}, got name='mnist'"):
-        dataset_facts("mnist")
 
 
 def make_dataset(**changes):

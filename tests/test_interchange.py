@@ -482,8 +482,8 @@ def test_export_and_import_read_no_images(exported, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError
 
-    refusing = dict.fromkeys(datasets.DATASETS, refuse)
-    monkeypatch.setattr(datasets, "DATASETS", refusing)
+    for name, entry in datasets.DATASETS.items():
+        monkeypatch.setitem(datasets.DATASETS, name, entry._replace(load=refuse))
     workdir = tmp_path / "imported"
     assert bring(exported, workdir) == 0
     assert export(workdir, tmp_path / "again.safetensors") == 0

@@ -33,7 +33,7 @@ def make_dataset(name: str, num_train: int, num_test: int) -> Dataset:
       num_train: training images.
       num_test: test images.
     """
-    num_classes, shape, mean, std = dataset_facts(name)
+    num_classes, shape, mean, std, *_ = dataset_facts(name)
     rng = np.random.default_rng(0)
 
     def split(number: int) -> Split:

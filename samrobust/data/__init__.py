@@ -5,31 +5,36 @@ and `random_crop_and_flip` are pure functions for the inside of a compiled step.
 Images are `[N, H, W, C]`: uint8 at rest, float32 in [0, 1] in a batch.
 """
 
-from samrobust.data.archive import DatasetUnavailableError
-from samrobust.data.augment import random_crop_and_flip
 from samrobust.data.batches import (
+    check_padding,
     epoch_permutation,
     evaluation_batches,
+    random_crop_and_flip,
     take_batch,
 )
-from samrobust.data.datasets import (
-    DATASETS,
+from samrobust.data.datasets import DATASETS, Entry, dataset_facts, load_dataset
+from samrobust.data.splits import (
+    Dataset,
     DatasetFacts,
-    dataset_facts,
-    load_dataset,
+    DatasetUnavailableError,
+    Split,
+    fingerprint,
+    from_arrays,
 )
-from samrobust.data.splits import Dataset, Split, fingerprint
 
 __all__ = [
     "DATASETS",
     "Dataset",
     "DatasetFacts",
     "DatasetUnavailableError",
+    "Entry",
     "Split",
+    "check_padding",
     "dataset_facts",
     "epoch_permutation",
     "evaluation_batches",
     "fingerprint",
+    "from_arrays",
     "load_dataset",
     "random_crop_and_flip",
     "take_batch",

@@ -11,16 +11,13 @@ import pathlib
 import time
 
 from samrobust.checks import check
+from samrobust.data.splits import DatasetUnavailableError
 
-__all__ = ["Archive", "DatasetUnavailableError", "ResumingDownloader", "find_archive"]
+__all__ = ["Archive", "ResumingDownloader", "find_archive"]
 
 _MAX_NAMES = 4  # in a message
 
 logger = logging.getLogger(__name__)
-
-
-class DatasetUnavailableError(RuntimeError):
-    """The data are not there; the message says what to put where."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Which examples form a batch, and the batch itself.
+"""Batches of a data set: which examples form one, and how it is augmented.
 
 A data set lies on the device as uint8; a training step takes its batch out of it
-inside jit with `take_batch`, along the epoch's permutation. Every choice is a pure
-function of (key, epoch, step): a run that is stopped and resumed sees the same batches.
+inside jit with `take_batch`, along the epoch's permutation, and may cut and mirror it
+at random. Every choice is a pure function of (key, epoch, step): a run that is stopped
+and resumed sees the same batches.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,13 @@ from jax import lax
 
 from samrobust.checks import check
 
-__all__ = ["epoch_permutation", "evaluation_batches", "take_batch"]
+__all__ = [
+    "check_padding",
+    "epoch_permutation",
+    "evaluation_batches",
+    "random_crop_and_flip",
+    "take_batch",
+]
 
 # XLA turns a division by 255 into a multiplication by 1/255, which is off by one unit
 # in the last place for 126 of the 256 values. A table is exact on every backend.
@@ -88,6 +95,79 @@ def take_batch(
     batch = jnp.asarray(_UNIT_PIXELS).at[pixels].get(mode="promise_in_bounds")
     chosen = jnp.take(jnp.asarray(labels), indices, axis=0, mode="clip")
     return batch, chosen.astype(jnp.int32)
+
+
+def check_padding(image_shape: tuple[int, int, int], /, **values: int) -> None:
+    """Refuses a padding that `random_crop_and_flip` cannot reflect into an image.
+
+    Args:
+      image_shape: height, width and channels.
+      **values: the padding, by the name that a message shall give it.
+
+    Raises:
+      ValueError: unless 0 <= padding < min(height, width).
+
+    >>> check_padding((8, 6, 1), **{"data.padding": 8})
+    Traceback (most recent call last):
+    ValueError: Expected 0 <= data.padding < 6, got data.padding=8. Images are 8x6.
+    """
+    height, width, _ = image_shape
+    shortest = min(height, width)
+    for name, padding in values.items():
+        condition, fix = f"0 <= {name} < {shortest}", f"Images are {height}x{width}."
+        check(0 <= padding < shortest, condition, fix, **{name: padding})
+
+
+def random_crop_and_flip(
+    images: jax.Array | np.ndarray, *, padding: int, flip: bool, key: jax.Array
+) -> jax.Array:
+    """Cuts a random window out of every reflect-padded image, and mirrors half of them.
+
+    Output pixel (i, j) is input pixel (r(i + v), r(j + h)), with v and h uniform in
+    -padding..padding and r the reflection into the image. The padded image is never
+    built: all is one gather with computed indices, on a CPU several times faster than
+    padding and `vmap(dynamic_slice)`.
+
+    Args:
+      images: `[B, H, W, C]` of any dtype.
+      padding: pixels added on every side, 0 <= padding < min(H, W).
+      flip: whether each image is mirrored left to right with probability 1/2.
+      key: is consumed.
+
+    Returns:
+      An array of the same shape and dtype. **Guarantees**: every image is one of the
+      (2 padding + 1)^2 windows of its padded self or the mirror image of one; with
+      `padding=0, flip=False` the images are returned untouched.
+
+    Raises:
+      ValueError: if images is not four-dimensional or padding is out of range.
+
+    >>> images = jnp.ones([8, 32, 32, 3])
+    >>> random_crop_and_flip(images, padding=4, flip=True, key=jax.random.key(0)).shape
+    (8, 32, 32, 3)
+    """
+    check(images.ndim == 4, "images of shape [B, H, W, C]", shape=images.shape)
+    count, height, width, channels = images.shape
+    check_padding((height, width, channels), padding=padding)
+    if padding == 0 and not flip:
+        return jnp.asarray(images)
+
+    vertical_key, horizontal_key, flip_key = jax.random.split(key, 3)
+    rows = _window(vertical_key, count, height, padding)
+    columns = _window(horizontal_key, count, width, padding)
+    if flip:
+        mirrored = jax.random.bernoulli(flip_key, shape=(count, 1))
+        columns = jnp.where(mirrored, columns[:, ::-1], columns)
+    examples = jnp.arange(count)[:, None, None]
+    source = jnp.asarray(images).at[examples, rows[:, :, None], columns[:, None, :]]
+    return source.get(mode="promise_in_bounds")
+
+
+def _window(key: jax.Array, count: int, length: int, padding: int) -> jax.Array:
+    """Returns the `[count, length]` source positions of random windows of one axis."""
+    shift = jax.random.randint(key, (count, 1), -padding, padding + 1)
+    before = jnp.abs(jnp.arange(length)[None, :] + shift)  # reflects at the first pixel
+    return (length - 1) - jnp.abs((length - 1) - before)  # and at the last
 
 
 def evaluation_batches(

@@ -18,7 +18,7 @@ import numpy as np
 
 from samrobust.runtime import trusted_cache_folder
 
-__all__ = ["cached_arrays", "default_cache_dir"]
+__all__ = ["Arrays", "cached_arrays", "default_cache_dir"]
 
 Arrays = dict[str, np.ndarray]
 

@@ -6,122 +6,30 @@ the cache is intact TFDS is not even imported.
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import logging
-import os
 import pathlib
 import warnings
 from collections.abc import Iterator
 
-import numpy as np
+from samrobust.data.archive import find_archive
+from samrobust.data.cache import Arrays
+from samrobust.data.folders import default_data_dir
+from samrobust.data.official import VERSION, CifarSpec, check_examples
+from samrobust.data.prepared import file_formats, find_prepared, read_split
+from samrobust.data.splits import DatasetUnavailableError
 
-from samrobust.data.archive import Archive, DatasetUnavailableError, find_archive
-from samrobust.data.cache import cached_arrays, default_cache_dir
-from samrobust.data.folders import local_folder
-from samrobust.data.official import (
-    CIFAR10_SPLITS,
-    CIFAR100_SPLITS,
-    OfficialSplit,
-    check_examples,
-)
-from samrobust.data.prepared import (
-    VERSION,
-    decode,
-    file_formats,
-    find_prepared,
-    records_identity,
-)
-
-__all__ = ["CIFAR10", "CIFAR100", "CifarSpec", "default_data_dir", "load_cifar"]
-
-_SHAPE = (32, 32, 3)
+__all__ = ["load_cifar"]
 
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class CifarSpec:
-    """What tells the two data sets apart.
-
-    Attributes:
-      name: in TFDS.
-      title: for people.
-      archive: the official archive of the binary version.
-      splits: the archive's files of each split, in order.
-      labels: key, file of class names and number of classes of each label feature.
-      label_bytes: the keys of the bytes before the pixels of a record.
-      official: what is known of the examples of each split.
-    """
-
-    name: str
-    title: str
-    archive: Archive
-    splits: dict[str, tuple[str, ...]]
-    labels: tuple[tuple[str, str, int], ...]
-    label_bytes: tuple[str, ...]
-    official: dict[str, OfficialSplit]
-
-    @property
-    def members(self) -> list[str]:
-        """All files of the archive that we need."""
-        names = [member for _, member, _ in self.labels]
-        return names + [
-            member for members in self.splits.values() for member in members
-        ]
-
-
-CIFAR10 = CifarSpec(
-    name="cifar10",
-    title="CIFAR-10",
-    archive=Archive(
-        name="cifar-10-binary.tar.gz",
-        url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        num_bytes=170052171,
-        sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-    ),
-    splits={
-        "train": tuple(f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)),
-        "test": ("cifar-10-batches-bin/test_batch.bin",),
-    },
-    labels=(("label", "cifar-10-batches-bin/batches.meta.txt", 10),),
-    label_bytes=("label",),
-    official=CIFAR10_SPLITS,
-)
-CIFAR100 = CifarSpec(
-    name="cifar100",
-    title="CIFAR-100",
-    archive=Archive(
-        name="cifar-100-binary.tar.gz",
-        url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-        num_bytes=168513733,
-        sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-    ),
-    splits={
-        "train": ("cifar-100-binary/train.bin",),
-        "test": ("cifar-100-binary/test.bin",),
-    },
-    labels=(
-        ("label", "cifar-100-binary/fine_label_names.txt", 100),
-        ("coarse_label", "cifar-100-binary/coarse_label_names.txt", 20),
-    ),
-    label_bytes=("coarse_label", "label"),
-    official=CIFAR100_SPLITS,
-)
-
-
-def default_data_dir() -> pathlib.Path:
-    """Returns the directory that TFDS uses: `$TFDS_DATA_DIR` or its place at home."""
-    root = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return local_folder("TFDS_DATA_DIR", root)
-
-
 def load_cifar(
     spec: CifarSpec,
-    data_dir: pathlib.Path | None = None,
-    manual_dir: pathlib.Path | None = None,
-    cache_dir: pathlib.Path | None = None,
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    data_dir: pathlib.Path | None,
+    manual_dir: pathlib.Path | None,
+    cache_dir: pathlib.Path | None,
+) -> Arrays:
     """Returns the official splits in the official order, preparing them if need be.
 
     Args:
@@ -131,9 +39,9 @@ def load_cifar(
       cache_dir: for the decoded arrays; None for the default.
 
     Returns:
-      `{"train": (images, labels), "test": (images, labels)}`, images uint8
-      `[N, 32, 32, 3]` and labels int32 `[N]`, read-only and if possible memory-mapped.
-      **Guarantees**: the labels are the official ones in the official order.
+      `x_train` and `x_test`, uint8 `[N, 32, 32, 3]`, and `y_train` and `y_test`, int32
+      `[N]`, read-only and if possible memory-mapped. **Guarantees**: the labels are the
+      official ones in the official order.
 
     Raises:
       DatasetUnavailableError: if there are no data, or they cannot be read, or their
@@ -143,18 +51,17 @@ def load_cifar(
       UserWarning: if the images are not the official ones.
     """
     data_dir = data_dir or default_data_dir()
-    cache_dir = cache_dir or default_cache_dir()
-    prepared = find_prepared(spec.name, data_dir)
+    prepared = find_prepared(spec.name, data_dir, VERSION)
     if prepared is None:
         prepared = _prepare(spec, data_dir, manual_dir)
-    splits = {
-        split: _load_split(spec, prepared, split, cache_dir)
-        for split in ("train", "test")
-    }
+    arrays: Arrays = {}
+    for split in ("train", "test"):
+        found = _load_split(spec, prepared, split, cache_dir)
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = found["images"], found["labels"]
     other = [
         split
-        for split, (images, _) in splits.items()
-        if not spec.official[split].has_images(images)
+        for split in ("train", "test")
+        if not spec.official[split].has_images(arrays[f"x_{split}"])
     ]
     if other:
         warnings.warn(
@@ -163,7 +70,7 @@ def load_cifar(
             f"{_remedy(spec.name)}",
             stacklevel=2,
         )
-    return splits
+    return arrays
 
 
 def _load_split(
@@ -171,22 +78,20 @@ def _load_split(
     prepared: pathlib.Path,
     split: str,
     cache_dir: pathlib.Path | None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Arrays:
     """Returns images and labels, once they are what they have to be."""
     try:
-        arrays = cached_arrays(
+        return read_split(
+            prepared,
+            split,
             cache_dir,
-            f"{spec.name}-{split}",
-            records_identity(prepared, split),
-            decode=lambda: decode(prepared, split),
-            verify=lambda arrays: check_examples(spec.official[split], _SHAPE, arrays),
+            verify=lambda arrays: check_examples(spec.official[split], arrays),
         )
     except (OSError, ValueError) as error:
         raise DatasetUnavailableError(
             f"Expected the {split} examples of {spec.title} in {prepared}, got: "
             f"{error} {_remedy(spec.name)}"
         ) from error
-    return arrays["images"], arrays["labels"]
 
 
 def _remedy(name: str) -> str:
@@ -205,7 +110,7 @@ def _prepare(
     _check_vacant(spec.name, data_dir)
     try:
         with _one_process_at_a_time(data_dir / "downloads" / f"{spec.name}.lock"):
-            if (prepared := find_prepared(spec.name, data_dir)) is not None:
+            if (prepared := find_prepared(spec.name, data_dir, VERSION)) is not None:
                 return prepared  # another process was faster
             archive = find_archive(spec.archive, data_dir / "downloads", manual_dir)
             from samrobust.data.cifar_builder import CifarBuilder
@@ -219,7 +124,7 @@ def _prepare(
         RuntimeError,
     ) as error:  # on a full disk ArrayRecord's is no OSError
         # Without locks another machine may have been faster: then the rename fails.
-        if find_prepared(spec.name, data_dir) is None:
+        if find_prepared(spec.name, data_dir, VERSION) is None:
             raise DatasetUnavailableError(
                 f"Expected to write {spec.name} to {data_dir}, got: "
                 f"{' '.join(str(error).split())}. {_remedy(spec.name)}"
@@ -230,7 +135,7 @@ def _prepare(
 def _check_vacant(name: str, data_dir: pathlib.Path) -> None:
     """Refuses to write where something else lies already; it is left as it is."""
     for root in (data_dir.absolute().parent, data_dir.absolute().parent.parent):
-        found = find_prepared(name, root)
+        found = find_prepared(name, root, VERSION)
         if found and data_dir.absolute() in (found, found.parent):
             raise DatasetUnavailableError(
                 f"Expected the directory that holds {name}/ as data_dir, got "

@@ -2,26 +2,22 @@
 
 They leave on disk what TFDS's own builders of these names and this version would leave
 as ArrayRecord, so that `tfds.data_source` reads it. Importing this module imports TFDS.
-
-Reference: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
 
 import io
 import pathlib
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-if TYPE_CHECKING:
-    from samrobust.data.cifar import CifarSpec
+from samrobust.data.official import IMAGE_SHAPE, VERSION, CifarSpec
 
 __all__ = ["CifarBuilder"]
 
-_SHAPE = (32, 32, 3)
 _CITATION = """\
 @TECHREPORT{Krizhevsky09learningmultiple,
     author = {Alex Krizhevsky},
@@ -35,12 +31,10 @@ _CITATION = """\
 class CifarBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Writes the official archive as a TFDS data set in ArrayRecord format."""
 
-    VERSION = tfds.core.Version("3.0.2")
+    VERSION = tfds.core.Version(VERSION)
     pkg_dir_path = None  # there is no folder with metadata of the data set
 
-    def __init__(
-        self, spec: "CifarSpec", archive: pathlib.Path, data_dir: pathlib.Path
-    ):
+    def __init__(self, spec: CifarSpec, archive: pathlib.Path, data_dir: pathlib.Path):
         """Configures the builder.
 
         Args:
@@ -57,7 +51,7 @@ class CifarBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Describes the data set with the features of TFDS's own builder."""
         features: dict[str, Any] = {
             "id": tfds.features.Text(),
-            "image": tfds.features.Image(shape=_SHAPE),
+            "image": tfds.features.Image(shape=IMAGE_SHAPE),
         }
         for key, _, num_classes in self._spec.labels:
             features[key] = tfds.features.ClassLabel(num_classes=num_classes)
@@ -88,7 +82,7 @@ class CifarBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields the records: label bytes in the archive's order, then the pixels."""
         keys = self._spec.label_bytes
-        length = len(keys) + int(np.prod(_SHAPE))
+        length = len(keys) + int(np.prod(IMAGE_SHAPE))
         records = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, length)
         for index, record in enumerate(records):
             channels_first = record[len(keys) :].reshape(3, 32, 32)

@@ -3,54 +3,99 @@
 A data set is three splits of NumPy arrays in a fixed order. The official test split is
 never touched; a validation split, if any, is taken from the official training split.
 Normalisation belongs to the model: images stay uint8, `mean` and `std` travel along.
+
+To add one that is known by name: a module with its facts and a function that loads it,
+and its line in `DATASETS`.
 """
 
+import dataclasses
 import pathlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from samrobust.checks import check, check_choice
-from samrobust.data.cifar import CIFAR10, CIFAR100, load_cifar
-from samrobust.data.digits import NUM_TEST, NUM_TRAIN, load_digits
-from samrobust.data.folders import PathLike, local_folder
-from samrobust.data.splits import Dataset, Split
+from samrobust.checks import check
+from samrobust.data.cifar import load_cifar
+from samrobust.data.digits import FACTS, load_digits
+from samrobust.data.folders import PathLike, default_data_dir, local_folder
+from samrobust.data.official import CIFAR10, CIFAR100
+from samrobust.data.own import load_images, load_npz
+from samrobust.data.prepared import (
+    describe_folder,
+    find_prepared,
+    is_tfds_name,
+    load_prepared,
+)
+from samrobust.data.splits import (
+    Dataset,
+    DatasetFacts,
+    DatasetUnavailableError,
+    Split,
+    from_arrays,
+)
+from samrobust.resolve import failure_of, is_reference, resolve
 
-__all__ = [
-    "DATASETS",
-    "DatasetFacts",
-    "dataset_facts",
-    "load_dataset",
-]
+__all__ = ["DATASETS", "Entry", "dataset_facts", "load_dataset"]
 
 
-class DatasetFacts(NamedTuple):
-    """What is known of a data set without its images, as in `Dataset`."""
+class Entry(NamedTuple):
+    """Entry of a data set that is known by name.
 
-    num_classes: int
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    Attributes:
+      facts: are known without reading an image.
+      load: takes `data_dir`, `manual_dir` and `cache_dir`, paths or None, and returns
+        `x_train`, `y_train`, `x_test` and `y_test` as `from_arrays` takes them.
+    """
+
+    facts: DatasetFacts
+    load: Callable[..., Mapping[str, Any]]
 
 
-def dataset_facts(name: str) -> DatasetFacts:
-    """Returns what a network has to know of a data set; reads no image.
+DATASETS = {
+    "cifar10": Entry(CIFAR10.facts, partial(load_cifar, CIFAR10)),
+    "cifar100": Entry(CIFAR100.facts, partial(load_cifar, CIFAR100)),  # 100 fine labels
+    "digits": Entry(FACTS, lambda **_: load_digits()),  # they come with scikit-learn
+}
+
+
+def dataset_facts(
+    name: str,
+    *,
+    data_dir: PathLike | None = None,
+    cache_dir: PathLike | None = None,
+) -> DatasetFacts:
+    """Returns what a network has to know of a data set.
+
+    Of one of `DATASETS` no image is read; any other is loaded for it.
 
     Args:
-      name: one of `DATASETS`.
+      name: as in `load_dataset`.
+      data_dir: as there.
+      cache_dir: as there.
 
     Returns:
       The attributes of the same names that `load_dataset(name)` has.
 
     Raises:
-      ValueError: if the name is unknown.
+      ValueError: as `load_dataset` does.
+      DatasetUnavailableError: likewise.
 
     >>> dataset_facts("digits").image_shape
     (8, 8, 1)
     """
-    check_choice(DATASETS, name=name)
-    return _FACTS[name]
+    if name in DATASETS:
+        return DATASETS[name].facts
+    full = load_dataset(name, data_dir=data_dir, cache_dir=cache_dir)
+    return DatasetFacts(
+        num_classes=full.num_classes,
+        image_shape=full.image_shape,
+        mean=full.mean,
+        std=full.std,
+        num_train=len(full.train),
+        num_test=len(full.test),
+    )
 
 
 def load_dataset(
@@ -67,7 +112,17 @@ def load_dataset(
     """Loads a data set; the first time it is downloaded, prepared and cached.
 
     Args:
-      name: one of `DATASETS`.
+      name: says where the images come from, in this order:
+
+        - one of `DATASETS`;
+        - `package.module:function`, of one's own: called without arguments it returns
+          the mapping that `from_arrays` takes;
+        - a path that ends in `.npz`: the same arrays in a file of `numpy.savez`;
+        - a path of a folder, with a slash in it, as `./flowers`: PNG or JPEG files
+          `train/CLASS/*` and `test/CLASS/*`, all of one shape, labels by the sorted
+          names of the classes;
+        - a data set that TFDS has prepared in ArrayRecord format, as `mnist` or
+          `imagenet_resized/32x32`, with `image`, `label`, `train` and `test`.
       data_dir: TFDS's directory of prepared data; by default `TFDS_DATA_DIR` or
         ~/tensorflow_datasets, as in TFDS. Prepared data in it are used as they are.
       manual_dir: where the official archive was put, which is not downloaded then; in
@@ -87,10 +142,11 @@ def load_dataset(
       train_size keeps a subset of a larger one's. The arrays are read-only.
 
     Raises:
-      ValueError: if the name is unknown, a size is out of range, or a directory is no
-        path of the file system.
+      ValueError: if the name is of none of these forms, a size is out of range, a
+        directory is no path of the file system, or the arrays are not as they have to
+        be.
       DatasetUnavailableError: if the data are not there and cannot be downloaded, or
-        are not the official ones.
+        are damaged or not the official ones.
 
     Warns:
       UserWarning: if labels and order are CIFAR's, and pixels are not.
@@ -101,7 +157,7 @@ def load_dataset(
     >>> digits.image_shape
     (8, 8, 1)
     """
-    check_choice(DATASETS, name=name)
+    check(isinstance(name, str), "text as name", name=name)
     sizes = {
         **{"validation_size": validation_size, "split_seed": split_seed},
         **{"train_size": train_size, "test_size": test_size},
@@ -119,21 +175,70 @@ def load_dataset(
         folder: None if path is None else local_folder(folder, path)
         for folder, path in given.items()
     }
-    num_train, num_test = _num_examples(name)
-    kept, held_out = _choose_train(num_train, validation_size, train_size, split_seed)
-    tested = _choose_test(num_test, test_size, split_seed)
-    splits = DATASETS[name](**folders)  # may take minutes: all else is checked by now
-    train, test = Split(*splits["train"]), Split(*splits["test"])
-    num_classes, _, mean, std = dataset_facts(name)
-    return Dataset(
-        name=name,
-        num_classes=num_classes,
-        mean=mean,
-        std=std,
-        train=_select(train, kept),
-        validation=_select(train, held_out),
-        test=_select(test, tested),
+
+    def choose(num_train: int, num_test: int) -> tuple[np.ndarray, ...]:
+        return (
+            *_choose_train(num_train, validation_size, train_size, split_seed),
+            _choose_test(num_test, test_size, split_seed),
+        )
+
+    if name in DATASETS:  # what is out of range is refused before a long download
+        choose(DATASETS[name].facts.num_train, DATASETS[name].facts.num_test)
+    full = from_arrays(name, _read(name, **folders))
+    kept, held_out, tested = choose(len(full.train), len(full.test))
+    return dataclasses.replace(
+        full,
+        train=_select(full.train, kept),
+        validation=_select(full.train, held_out),
+        test=_select(full.test, tested),
     )
+
+
+def _read(
+    name: str,
+    data_dir: pathlib.Path | None,
+    manual_dir: pathlib.Path | None,
+    cache_dir: pathlib.Path | None,
+) -> Mapping[str, Any]:
+    """Returns the arrays of a data set by the form of its name; see `load_dataset`."""
+    if name in DATASETS:
+        facts, load = DATASETS[name]
+        arrays = load(data_dir=data_dir, manual_dir=manual_dir, cache_dir=cache_dir)
+        known = {key: getattr(facts, key) for key in ("num_classes", "mean", "std")}
+        return {**arrays, **known}
+    if is_reference(name):
+        return _call(name)
+    if name.endswith(".npz"):
+        return load_npz(local_folder("name", name))
+    if "/" in name and (folder := local_folder("name", name)).is_dir():
+        return load_images(folder, cache_dir)
+    check(
+        is_tfds_name(name),
+        f"one of {', '.join(DATASETS)}, package.module:function, a file NAME.npz, "
+        "a folder ./NAME that is there, or the name of a data set in TFDS",
+        name=name,
+    )
+    data_dir = data_dir or default_data_dir()
+    prepared = find_prepared(name, data_dir)
+    if prepared is None:
+        raise DatasetUnavailableError(
+            f"Expected {', '.join(DATASETS)}, or {name} in {data_dir} as TFDS prepares "
+            f"it in ArrayRecord format, got {describe_folder(name, data_dir)}. Set "
+            "data_dir (or TFDS_DATA_DIR), or prepare it where TensorFlow is installed: "
+            f"tfds.builder({name!r}, file_format='array_record')"
+            ".download_and_prepare()."
+        )
+    return load_prepared(prepared, cache_dir)
+
+
+def _call(name: str) -> Mapping[str, Any]:
+    """Calls a function of somebody's own."""
+    function = resolve(name, "a data set")
+    check(callable(function), "a function", name=name, value=function)
+    try:
+        return function()
+    except Exception as error:
+        raise failure_of(f"the data set {name}", error) from error
 
 
 def _is_count(value: object) -> bool:
@@ -189,53 +294,3 @@ def _select(split: Split, positions: np.ndarray) -> Split:
     images, labels = split.images[positions], split.labels[positions]
     images.flags.writeable = labels.flags.writeable = False
     return Split(images, labels)
-
-
-# CIFAR's means and deviations are those that the literature uses.
-_FACTS = {
-    "cifar10": DatasetFacts(
-        10, (32, 32, 3), (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
-    ),
-    "cifar100": DatasetFacts(
-        100, (32, 32, 3), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-    ),
-    "digits": DatasetFacts(
-        10, (8, 8, 1), (0.30488547288614753,), (0.3758450217031884,)
-    ),
-}
-
-Splits = dict[str, tuple[np.ndarray, np.ndarray]]
-
-
-def _num_examples(name: str) -> tuple[int, int]:
-    """Returns the sizes of the official training and test splits."""
-    if name == "digits":
-        return NUM_TRAIN, NUM_TEST
-    official = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name].official
-    return official["train"].num_examples, official["test"].num_examples
-
-
-def _cifar10(**folders: pathlib.Path | None) -> Splits:
-    """CIFAR-10."""
-    return load_cifar(CIFAR10, **folders)
-
-
-def _cifar100(**folders: pathlib.Path | None) -> Splits:
-    """CIFAR-100, with its 100 fine labels."""
-    return load_cifar(CIFAR100, **folders)
-
-
-def _digits(**_: pathlib.Path | None) -> Splits:
-    """scikit-learn's digits, which come with it: the directories are not used."""
-    splits = load_digits()
-    for array in (array for arrays in splits.values() for array in arrays):
-        array.flags.writeable = False
-    return splits
-
-
-# Each takes data_dir, manual_dir and cache_dir, and returns the official splits.
-DATASETS: dict[str, Callable[..., Splits]] = {
-    "cifar10": _cifar10,
-    "cifar100": _cifar100,
-    "digits": _digits,
-}

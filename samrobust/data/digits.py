@@ -8,26 +8,35 @@ Reference: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI
 
 import numpy as np
 
-__all__ = ["NUM_TEST", "NUM_TRAIN", "load_digits"]
+from samrobust.data.splits import DatasetFacts
 
-NUM_TRAIN, NUM_TEST = 1297, 500
+__all__ = ["FACTS", "load_digits"]
+
+FACTS = DatasetFacts(
+    num_classes=10,
+    image_shape=(8, 8, 1),
+    mean=(0.30488547288614753,),
+    std=(0.3758450217031884,),
+    num_train=1297,
+    num_test=500,
+)
 _SPLIT_SEED = 0
 
 
-def load_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def load_digits() -> dict[str, np.ndarray]:
     """Returns the two splits of the digits.
 
     Pixel values 0..16 become round(255 v / 16).
 
     Returns:
-      `{"train": (images, labels), "test": (images, labels)}` with images uint8
-      `[1297 or 500, 8, 8, 1]` and labels int32. **Guarantees**: the splits are disjoint
-      and together hold every image once, in scikit-learn's order; the share of each
-      class in the test split differs from its share in all images by less than 1 image;
-      the split never changes.
+      `x_train` and `x_test`, uint8 `[1297, 8, 8, 1]` and `[500, 8, 8, 1]`, and their
+      labels `y_train` and `y_test`, int32. **Guarantees**: the splits are disjoint and
+      together hold every image once, in scikit-learn's order; the share of each class
+      in the test split differs from its share in all images by less than 1 image; the
+      split never changes.
 
-    >>> {name: images.shape for name, (images, _) in load_digits().items()}
-    {'train': (1297, 8, 8, 1), 'test': (500, 8, 8, 1)}
+    >>> load_digits()["x_train"].shape
+    (1297, 8, 8, 1)
     """
     from sklearn import datasets  # takes a second to import
 
@@ -35,10 +44,10 @@ def load_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     images = np.round(pixels.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
     labels = targets.astype(np.int32)
     is_test = np.zeros(len(labels), bool)
-    is_test[_stratified_choice(labels, NUM_TEST)] = True
+    is_test[_stratified_choice(labels, FACTS.num_test)] = True
     return {
-        "train": (images[~is_test], labels[~is_test]),
-        "test": (images[is_test], labels[is_test]),
+        **{"x_train": images[~is_test], "y_train": labels[~is_test]},
+        **{"x_test": images[is_test], "y_test": labels[is_test]},
     }
 
 

@@ -10,7 +10,7 @@ import re
 
 from samrobust.checks import check
 
-__all__ = ["PathLike", "local_folder"]
+__all__ = ["PathLike", "default_data_dir", "local_folder"]
 
 PathLike = str | os.PathLike[str]
 
@@ -52,3 +52,9 @@ data_dir='gs://bucket/data'. Copy or mount it, and name that folder.
         **got,
     )
     return pathlib.Path(text)
+
+
+def default_data_dir() -> pathlib.Path:
+    """Returns the directory that TFDS uses: `$TFDS_DATA_DIR` or its place at home."""
+    root = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return local_folder("TFDS_DATA_DIR", root)

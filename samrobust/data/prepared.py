@@ -1,41 +1,76 @@
-"""Data sets that TFDS has prepared as ArrayRecord: found, told apart and decoded."""
+"""Data sets that TFDS has prepared as ArrayRecord: found, told apart and decoded.
+
+Decoded arrays are cached by the content of the records. Nothing is downloaded, and TFDS
+is imported without TensorFlow.
+"""
 
 import hashlib
 import io
 import logging
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from samrobust.checks import shorten
+from samrobust.data.cache import Arrays, cached_arrays, default_cache_dir
+from samrobust.data.own import read_image
+from samrobust.data.splits import DatasetUnavailableError
 from samrobust.files import glance
 
-__all__ = ["VERSION", "decode", "file_formats", "find_prepared", "records_identity"]
+__all__ = [
+    "describe_folder",
+    "file_formats",
+    "find_prepared",
+    "is_tfds_name",
+    "load_prepared",
+    "read_split",
+]
 
-VERSION = "3.0.2"  # of TFDS's builders; versions differ in the form of the files only
 _CHUNK = 1000  # records read at a time
 _DECODING = 1  # to be raised when the same records become other arrays
-_MAX_MESSAGE = 300  # characters of an error that is not ours
 
 logger = logging.getLogger(__name__)
 
 
-def find_prepared(name: str, data_dir: pathlib.Path) -> pathlib.Path | None:
-    """Returns the directory of finished ArrayRecord data: 3.0.2, else the newest."""
+def is_tfds_name(name: str) -> bool:
+    """Returns whether this can name a data set of TFDS, or one's configuration.
+
+    >>> is_tfds_name("mnist"), is_tfds_name("imagenet_resized/32x32")
+    (True, True)
+    """
+    return re.fullmatch(r"[a-z]\w*(/[\w.-]+)?", name) is not None
+
+
+def find_prepared(
+    name: str, data_dir: pathlib.Path, preferred: str = ""
+) -> pathlib.Path | None:
+    """Returns the directory of finished ArrayRecord data: preferred, else the newest.
+
+    Args:
+      name: of the data set in TFDS.
+      data_dir: TFDS's directory.
+      preferred: a version.
+    """
 
     def preference(path: pathlib.Path) -> tuple[bool, list[int]]:
-        return path.name == VERSION, [int(part) for part in path.name.split(".")]
+        return path.name == preferred, [int(part) for part in path.name.split(".")]
 
-    directories = (data_dir / name).glob("*.*.*")
-    # TFDS writes into incomplete.XXXXXX_3.0.2 and renames it when all is there.
-    versions = [
-        path for path in directories if re.fullmatch(r"\d+\.\d+\.\d+", path.name)
-    ]
-    for path in sorted(versions, key=preference, reverse=True):
+    for path in sorted(_versions(data_dir / name), key=preference, reverse=True):
         if "array_record" in file_formats(path):
             return path
     return None
+
+
+def _versions(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the folders of finished versions of a data set.
+
+    TFDS writes into incomplete.XXXXXX_3.0.2 and renames it when all is there.
+    """
+    paths = folder.glob("*.*.*")
+    return [path for path in paths if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
 
 
 def file_formats(prepared: pathlib.Path) -> list[str]:
@@ -46,23 +81,112 @@ def file_formats(prepared: pathlib.Path) -> list[str]:
     return [name for name in formats if isinstance(name, str)]
 
 
-def records_identity(prepared: pathlib.Path, split: str) -> dict[str, Any]:
-    """Returns what the decoded arrays are a function of; 130 MB take 0.1 s.
+def describe_folder(name: str, data_dir: pathlib.Path) -> str:
+    """Returns what lies there in place of prepared data: for a message."""
+    versions = _versions(data_dir / name)
+    if formats := [form for path in versions for form in file_formats(path)]:
+        return f"{name} as {', '.join(formats)}"
+    paths = [*data_dir.glob("*/*.*.*"), *data_dir.glob("*/*/*.*.*")]
+    others = {
+        str(path.parent.relative_to(data_dir))
+        for path in paths
+        if "array_record" in file_formats(path)
+    }
+    return shorten(", ".join(sorted(others))) or "nothing of the kind"
 
-    By content: a copy of the data elsewhere shares their cache, and other data under
-    the same name and time have their own.
+
+def load_prepared(
+    prepared: pathlib.Path, cache_dir: pathlib.Path | None
+) -> dict[str, Any]:
+    """Returns the arrays of any image classification data set that TFDS prepared.
+
+    Examples are in the order of their `id`, where they have one, and of the records.
+
+    Args:
+      prepared: the directory of a version.
+      cache_dir: for the decoded arrays; None for the default.
+
+    Raises:
+      DatasetUnavailableError: if it has no splits `train` and `test` or features
+        `image` and `label`, or is damaged; says what was found.
+    """
+    try:
+        num_classes = _num_classes(prepared)
+        train, test = (
+            read_split(prepared, split, cache_dir) for split in ("train", "test")
+        )
+    except (OSError, ValueError) as error:
+        raise DatasetUnavailableError(
+            f"Expected images and labels in {prepared}, got: {error}"
+        ) from error
+    return {
+        **{"x_train": train["images"], "y_train": train["labels"]},
+        **{"x_test": test["images"], "y_test": test["labels"]},
+        "num_classes": num_classes,
+    }
+
+
+def _num_classes(prepared: pathlib.Path) -> int:
+    """Returns the number of classes, once splits and features are as they have to be.
+
+    Raises:
+      ValueError: for other splits or features; in one line.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        info: Any = tfds.builder_from_directory(prepared).info
+        splits, features = sorted(info.splits), dict(info.features or {})
+    except Exception as error:  # TFDS raises anything on damaged files
+        raise _one_line(error) from error
+    image, label = features.get("image"), features.get("label")
+    if (
+        not {"train", "test"} <= {*splits}
+        or not isinstance(image, tfds.features.Image)
+        or not isinstance(label, tfds.features.ClassLabel)
+    ):
+        kinds = {name: type(features[name]).__name__ for name in sorted(features)}
+        raise ValueError(
+            f"splits {splits} and features {kinds}. Wanted are train and test, image "
+            "and label (a ClassLabel): write a function of your own for others."
+        )
+    return int(label.num_classes or 0)
+
+
+def read_split(
+    prepared: pathlib.Path,
+    split: str,
+    cache_dir: pathlib.Path | None,
+    *,
+    verify: Callable[[Arrays], None] = lambda _: None,
+) -> Arrays:
+    """Returns `images` and `labels` of a split, decoded or out of the cache.
+
+    The cache is found by the records' content: a copy of the data elsewhere shares it,
+    and other data under the same name have their own. To hash 130 MB takes 0.1 s.
+
+    Args:
+      prepared: the directory of a version.
+      split: `train` or `test`.
+      cache_dir: for the decoded arrays; None for the default.
+      verify: raises `ValueError` for arrays that cannot be right.
+
+    Raises:
+      ValueError: if the records cannot be decoded, in one line, or verify refuses.
     """
     records = {}
     for path in sorted(prepared.glob(f"*-{split}.array_record*")):
         with path.open("rb") as file:
             records[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"decoding": _DECODING, "records": records}
+    source = {"decoding": _DECODING, "records": records}
+    stem = f"{prepared.parent.name}-{split}"
+    folder = cache_dir or default_cache_dir()
+    return cached_arrays(folder, stem, source, lambda: _decode(prepared, split), verify)
 
 
-def decode(prepared: pathlib.Path, split: str) -> dict[str, np.ndarray]:
-    """Reads a split, in the order of the ids: on disk the order is hashed."""
+def _decode(prepared: pathlib.Path, split: str) -> Arrays:
+    """Reads a split in the order of its ids: on disk the order is hashed."""
     import tensorflow_datasets as tfds
-    from PIL import Image
 
     logger.info("Decoding %s of %s", split, prepared)
     try:
@@ -76,13 +200,17 @@ def decode(prepared: pathlib.Path, split: str) -> dict[str, np.ndarray]:
         ids, images, labels = [], [], []
         for start in range(0, len(source), _CHUNK):
             chunk = range(start, min(start + _CHUNK, len(source)))
-            for record in source.__getitems__(chunk):
-                ids.append(record["id"])
-                images.append(np.asarray(Image.open(io.BytesIO(record["image"]))))
+            for index, record in zip(chunk, source.__getitems__(chunk), strict=True):
+                ids.append(record.get("id", index))
+                images.append(read_image(io.BytesIO(record["image"])))
                 labels.append(record["label"])
         order = np.argsort(ids, kind="stable")
         arrays = {"images": np.stack(images), "labels": np.array(labels, np.int32)}
     except Exception as error:  # TFDS and its readers raise anything on damaged files
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_MESSAGE]
-        raise ValueError(f"{text}.") from error
+        raise _one_line(error) from error
     return {name: array[order] for name, array in arrays.items()}
+
+
+def _one_line(error: Exception) -> ValueError:
+    """Returns an error of another library as one line."""
+    return ValueError(f"{shorten(f'{type(error).__name__}: {error}')}.")

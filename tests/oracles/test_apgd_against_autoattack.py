@@ -35,8 +35,8 @@ BALLS = {
 @functools.cache
 def weights():
     """Two layers, trained on the digits for a moment: not too sure of themselves."""
-    images, digits = load_digits()["train"]
-    labels = jnp.asarray(digits)
+    arrays = load_digits()
+    images, labels = arrays["x_train"], jnp.asarray(arrays["y_train"])
     pixels = jnp.asarray(images.reshape(len(images), -1) / 255, jnp.float32)
     rng = np.random.default_rng(0)
     params = [jnp.asarray(rng.normal(0, 0.15, s), jnp.float32) for s in SHAPES]
@@ -76,7 +76,8 @@ class Twin(torch.nn.Module):
 
 @functools.cache
 def batch():
-    images, labels = load_digits()["test"]
+    arrays = load_digits()
+    images, labels = arrays["x_test"], arrays["y_test"]
     pixels = images.reshape(len(images), -1)[:NUM] / 255
     return np.asarray(pixels, np.float32), labels[:NUM]
 

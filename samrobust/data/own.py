@@ -1,0 +1,158 @@
+"""Data sets of one's own: an `.npz` file, or a folder of class folders of images.
+
+Both give the mapping that `samrobust.data.splits.from_arrays` takes and checks.
+"""
+
+import hashlib
+import os
+import pathlib
+from typing import IO, Any
+
+import numpy as np
+
+from samrobust.checks import check, shorten
+from samrobust.data.cache import cached_arrays, default_cache_dir
+from samrobust.data.splits import DatasetUnavailableError
+
+__all__ = ["load_images", "load_npz", "read_image"]
+
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+_DECODING = 1  # to be raised when the same files become other arrays
+
+
+def load_npz(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the arrays of an `.npz` file by name; nothing in it is unpickled.
+
+    Raises:
+      DatasetUnavailableError: if it is missing, no such file, or has an array that is
+        damaged or pickled; names the file and the array.
+    """
+    name = None
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = {}
+            for name in file.files:
+                arrays[name] = file[name]
+            return arrays
+    except Exception as error:  # zipfile, zlib and NumPy raise many kinds
+        where = f"the array {name} in {path}" if name else f"an .npz file {path}"
+        raise DatasetUnavailableError(
+            f"Expected {where}, got: {_line(error)}. Write it with numpy.savez, of "
+            "arrays of numbers alone."
+        ) from error
+
+
+def load_images(folder: pathlib.Path, cache_dir: pathlib.Path | None) -> dict[str, Any]:
+    """Returns the images of `train/CLASS/*` and `test/CLASS/*`: PNG or JPEG files.
+
+    Labels follow the sorted names of the class folders, images within a class their
+    sorted names: the arrays are a function of the files, in whatever order a file
+    system lists them. Names that begin with a dot are left out.
+
+    Args:
+      folder: holds `train` and `test`.
+      cache_dir: for the decoded arrays, which are found again by the names and
+        contents of the files; None for the default.
+
+    Raises:
+      DatasetUnavailableError: if a folder or its images are missing, or an image
+        cannot be decoded.
+      ValueError: for other files, other classes in `test`, or images of several shapes.
+    """
+    classes = _names(folder / "train")
+    found, fix = _names(folder / "test"), "Give both the same class folders."
+    odd = sorted({*classes} ^ {*found})
+    check(not odd, f"the classes of {folder}/train in {folder}/test", fix, odd=odd[:4])
+    files = {
+        split: [
+            (path, label)
+            for label, name in enumerate(classes)
+            for path in _images(folder / split / name)
+        ]
+        for split in ("train", "test")
+    }
+    sha256 = hashlib.sha256()
+    for path, _ in (pair for pairs in files.values() for pair in pairs):
+        sha256.update(os.fsencode(path.relative_to(folder)) + b"\0")
+        sha256.update(hashlib.sha256(path.read_bytes()).digest())
+    source = {"decoding": _DECODING, "files": sha256.hexdigest()}
+
+    def decode() -> dict[str, np.ndarray]:
+        arrays = {}
+        for split, pairs in files.items():
+            arrays[f"x_{split}"] = _stack([path for path, _ in pairs])
+            arrays[f"y_{split}"] = np.array([label for _, label in pairs], np.int32)
+        return arrays
+
+    arrays = cached_arrays(cache_dir or default_cache_dir(), "images", source, decode)
+    return {**arrays, "num_classes": len(classes)}
+
+
+def read_image(file: IO[bytes] | pathlib.Path) -> np.ndarray:
+    """Decodes a PNG or JPEG to uint8 `[H, W, C]`, C = 3, or 1 where it is grayscale.
+
+    Raises:
+      ValueError: for other modes: palettes, transparency, 16 bits.
+    """
+    from PIL import Image
+
+    with Image.open(file) as image:
+        fix = 'Convert it: image.convert("RGB").'
+        check(
+            image.mode in ("RGB", "L"),
+            "an RGB or a grayscale image",
+            fix,
+            mode=image.mode,
+        )
+        pixels = np.asarray(image)
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _names(folder: pathlib.Path) -> list[str]:
+    """Returns the sorted names in a folder of folders, those with a dot left out."""
+    try:
+        names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    except OSError as error:
+        raise DatasetUnavailableError(
+            f"Expected a folder {folder} of class folders, got: {_line(error)}. Put "
+            f"images into {folder}/CLASS/."
+        ) from error
+    check(bool(names), f"images in {folder}", "Or remove it.", found=names)
+    return names
+
+
+def _images(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files of a class, sorted by name."""
+    paths = [folder / name for name in _names(folder)]
+    fix = f"Convert it, or move it out of {folder}."
+    for path in paths:
+        is_image = path.suffix.lower() in _SUFFIXES and path.is_file()
+        check(is_image, f"{', '.join(_SUFFIXES)} files alone", fix, file=path.name)
+    return paths
+
+
+def _stack(paths: list[pathlib.Path]) -> np.ndarray:
+    """Decodes image files of one shape to uint8 `[N, H, W, C]`."""
+    images = None
+    for i, path in enumerate(paths):
+        try:
+            image = read_image(path)
+        except Exception as error:  # Pillow raises anything on damaged files
+            raise DatasetUnavailableError(
+                f"Expected an image {path}, got: {_line(error)}. Replace the file, or "
+                "move it away."
+            ) from error
+        if images is None:
+            images = np.empty((len(paths), *image.shape), np.uint8)
+        shape = images.shape[1:]
+        fix = "Resize all images to one shape, all RGB or all grayscale."
+        wanted = f"shape {shape}, as of {paths[0]}, of {path}"
+        check(image.shape == shape, wanted, fix, shape=image.shape)
+        images[i] = image
+    assert images is not None
+    return images
+
+
+def _line(error: Exception) -> str:
+    """Returns an error of another library as one line."""
+    return shorten(f"{type(error).__name__}: {error}").rstrip(".")
