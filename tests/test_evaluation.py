@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from samrobust.attacks import StagedPgd, identity, l2, linf, pgd
 from samrobust.data import Split
@@ -97,6 +99,20 @@ def test_natural_accuracy_is_that_of_a_plain_loop_whatever_the_batch(batch_size)
     assert correct.dtype == bool
     assert correct.tolist() == expected
     assert expected == [i % 2 == 0 for i in range(NUM_EXAMPLES)]
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.integers(0, 300), st.sets(st.integers(1, 99), min_size=1))
+def test_batches_of_few_sizes_visit_every_example_exactly_once(num_examples, sizes):
+    positions, visited, padding = 3 * np.arange(num_examples), [], 0
+    for indices, count in measure.packed(positions, sorted(sizes, reverse=True)):
+        assert len(indices) in sizes
+        assert indices.dtype == np.int32
+        assert set(indices) == set(indices[:count])
+        visited.extend(indices[:count].tolist())
+        padding += len(indices) - count
+    assert visited == positions.tolist()
+    assert padding < min(sizes) or not visited
 
 
 def test_without_a_random_start_attacks_do_not_depend_on_the_batch():
