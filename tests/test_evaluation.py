@@ -13,12 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import strategies as st
 
-from samrobust.attacks import StagedPgd, identity, l2, linf, pgd
+from samrobust.attacks import (
+    AutoAttack,
+    Member,
+    StagedPgd,
+    identity,
+    l2,
+    linf,
+    pgd,
+    staged_pgd,
+)
 from samrobust.data import Split
 from samrobust.evaluation import (
+    Archive,
     Outcome,
+    make_autoattack_evaluator,
     make_early_stop_evaluator,
     make_evaluator,
     measure,
@@ -269,6 +281,70 @@ def test_a_network_without_finite_logits_is_refused(kind, factor, count):
     message = f"Expected a network with finite logits, got images_without={count}, num"
     with pytest.raises(ValueError, match=message):
         brittle_evaluator(kind)({"factor": jnp.float32(factor)}, GRAY, KEY)
+
+
+# One interface, whatever the attacks and the network.
+
+
+class Linear(nn.Module):
+    """A network without BatchNorm: its variables are `params` alone."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        del train
+        return nn.Dense(2)(images.reshape(len(images), -1) - 0.5)
+
+
+def test_all_evaluators_are_called_alike_and_agree_on_a_network_without_batch_norm(
+    tmp_path,
+):
+    model, split = Linear(), helpers.make_split(9, side=4)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), train=False)
+    assert variables.keys() == {"params"}
+    split = Split(split.images, split.labels % 2)
+    ball = linf(0.1)
+    options: Any = {"step_size": 0.05, "num_steps": 2, "random_start": False}
+    attack = pgd(ball, **options, judge="any")
+    stages = staged_pgd(ball, **options)
+    member = Member("pgd", lambda _: 1, lambda *a, key: attack(*a[:3], key=key), 6)
+    ensemble = AutoAttack((member,), 0.1, False)
+    evaluators = [
+        make_evaluator(model, {"natural": identity, "a": attack}, batch_size=4),
+        make_early_stop_evaluator(
+            model, {"a": staged_pgd(ball, **options)}, batch_size=4
+        ),
+        make_autoattack_evaluator(
+            model, {"a": AutoAttack((member,), 0.1, False)}, batch_size=4
+        ),
+    ]
+    told = []
+    outcomes = [
+        evaluate(
+            *(variables, split, KEY),
+            archive=Archive(tmp_path / "fates", provenance={"who": "a test"}),
+            on_batch=lambda done, total, _="": told.append((done, total)),
+        )
+        for evaluate in evaluators
+    ]
+    natural = outcomes[0].correct["natural"]
+    assert 0 < outcomes[0].accuracy["a"] < outcomes[0].accuracy["natural"] < 100
+    for outcome in outcomes:
+        assert list(outcome.correct) == ["natural", "a"]
+        np.testing.assert_array_equal(outcome.correct["natural"], natural)
+        # A wrong image may become right; for AutoAttack it is wrong for good.
+        np.testing.assert_array_equal(
+            outcome.correct["a"] & natural, outcomes[0].correct["a"] & natural
+        )
+        assert outcome.non_finite == {}
+    assert told.count((9, 9)) == 3
+    assert [outcome.ended_by for outcome in outcomes] == [None, None, {"who": "a test"}]
+    (path,) = (tmp_path / "fates").iterdir()
+    summary = outcomes[2].details["autoattack"]
+    assert summary == {
+        "after_each": {"a": {"pgd": outcomes[2].accuracy["a"]}},
+        "outcome": f"fates/{path.name}",
+        "begun_by": {"who": "a test"},
+    }
 
 
 # Precision, and what goes on while the device computes.

@@ -78,7 +78,7 @@ class Outcome:
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """The percentage of examples classified rightly, by column.
+        """Returns the percentage of examples classified rightly, by column.
 
         >>> Outcome({"natural": np.array([True, True, False, True])}, {}).accuracy
         {'natural': 75.0}
@@ -87,14 +87,14 @@ class Outcome:
 
     @property
     def ended_by(self) -> dict[str, Any] | None:
-        """The provenance of the process that ended it, of what an archive keeps."""
+        """Returns whose call ended an evaluation that an archive keeps, if known."""
         return (
             self.fates.provenance[-1] if self.fates and self.fates.provenance else None
         )
 
     @property
     def details(self) -> dict[str, Any]:
-        """What there is to say beside the accuracies, in JSON's types."""
+        """Returns what there is to say beside the accuracies, in JSON's types."""
         found: dict[str, Any] = {}
         if self.non_finite:
             found["non_finite"] = self.non_finite

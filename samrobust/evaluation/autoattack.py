@@ -176,7 +176,7 @@ def _stages(
     parts: Mapping[str, Sequence[_Part]],
     data: tuple[Any, ...],
 ) -> dict[str, list[Stage]]:
-    """The parts as stages on the network and the split in `data`."""
+    """Returns the parts as stages on the network and the split in `data`."""
 
     def stage(column: str, number: int, part: _Part) -> Stage:
         program = programs[column, part.member.name]

@@ -92,7 +92,7 @@ def make_early_stop_evaluator(
 
 
 def _compile(model: nn.Module, pgd: StagedPgd, name: str) -> Callable[..., Any]:
-    """A stretch of a restart on examples of the split, from its start or an iterate."""
+    """Compiles a stretch of a restart, from its start or from an iterate."""
 
     @jit_for_all
     def attack_batch(
@@ -123,7 +123,7 @@ def _stages(
     data: tuple[Any, ...],
     iterates: np.ndarray,
 ) -> Iterator[Stage]:
-    """The stretches of all restarts; `iterates` [N, ...] are where they go on."""
+    """Yields the stretches of all restarts; they go on at `iterates` [N, ...]."""
     for restart in range(pgd.restarts):
         which = f" of restart {restart + 1}/{pgd.restarts}" if pgd.restarts > 1 else ""
         for begin, end in _stretches(pgd.num_steps):
@@ -138,7 +138,7 @@ def _stages(
 
 
 def _stretches(num_steps: int) -> Iterator[tuple[int, int]]:
-    """Steps between the pauses: few at first, since most examples break at once.
+    """Yields steps between pauses: few at first, since most examples break at once.
 
     A pause costs a forward pass for all that are left.
 

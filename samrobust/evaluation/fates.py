@@ -79,11 +79,11 @@ class Fates:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is left to do."""
+        """Says whether nothing is left to do."""
         return self.place.column >= len(self.stages)
 
     def is_possible(self) -> bool:
-        """Whether an evaluation can have come to these values."""
+        """Says whether an evaluation can have come to these values."""
         nums = np.array([len(stages) for stages in self.stages.values()])
         columns = np.arange(len(nums))
         begun = np.where(columns == self.place.column, self.place.stage + 1, 0)
@@ -125,10 +125,11 @@ class Fates:
         return left
 
     def summary(self) -> dict[str, Any]:
-        """Returns what to report of them, in JSON's types.
+        """Returns what to report, in JSON's types.
 
-        The accuracy after each member by column; of what is kept, the file, relative
-        to the folder above its own, and the provenance of the process that began it.
+        That is the accuracy after each member, by column; of fates that are kept also
+        their file, relative to the folder above its own, and the provenance of the
+        process that began them.
         """
         path, begun_by = self.path, self.provenance[:1]
         return {

@@ -60,7 +60,7 @@ class OnBatch(Protocol):
     """
 
     def __call__(self, done: int, num_examples: int, doing: str = "", /) -> None:
-        """Called with how many examples are done, or that share of the work.
+        """Hears how many examples are done, or that share of the work.
 
         `doing` may say what is being done.
         """
@@ -73,12 +73,12 @@ def tell_nobody(done: int, num_examples: int, doing: str = "", /) -> None:
 
 
 class BatchFn(Protocol):
-    """What is measured: images [B, ...] and labels [B] to arrays [B, ...], by name."""
+    """A measurement: images [B, ...] and labels [B] to arrays [B, ...], by name."""
 
     def __call__(
         self, variables: PyTree, images: Array, labels: Array, *, key: Array
     ) -> Mapping[str, Array]:
-        """Called inside `jit`; `variables` are those that `measure` is given.
+        """Measures inside `jit`; `variables` are those that `measure` is given.
 
         `key` is a key array [B], one an example, as attacks take it.
         """
@@ -142,7 +142,7 @@ def to_devices(variables: PyTree, split: Split) -> tuple[PyTree, Array, Array]:
 
 
 def examples_of(images: Array, labels: Array, indices: Array, key: Array) -> Examples:
-    """Inside `jit`: examples of a split by their positions [B], over the devices.
+    """Takes examples out of a split, inside `jit`, and splits them over the devices.
 
     Args:
       images: uint8 [N, ...].
@@ -159,13 +159,13 @@ def examples_of(images: Array, labels: Array, indices: Array, key: Array) -> Exa
 
 
 def of_name(keys: Array, name: str) -> Array:
-    """The keys [B] of what goes by a name, out of those of the examples."""
+    """Returns the keys [B] of what goes by a name, out of those of the examples."""
     number = np.uint32(zlib.crc32(name.encode()))
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
 def is_correct(logits: Array, labels: Array) -> Array:
-    """Whether examples are classified rightly, bool [B]; without a decision never.
+    """Says who is classified rightly, bool [B]; without a decision nobody.
 
     >>> logits = jnp.array([[2.0, 1.0], [jnp.nan, 0.0]])
     >>> is_correct(logits, jnp.array([0, 0])).tolist()
@@ -175,7 +175,7 @@ def is_correct(logits: Array, labels: Array) -> Array:
 
 
 def is_finite(logits: Array) -> Array:
-    """Whether logits make a decision, bool [B]: none is NaN, the highest is finite."""
+    """Says which logits decide, bool [B]: none is NaN, the highest is finite."""
     return jnp.isfinite(jnp.max(logits, axis=-1))
 
 
@@ -220,7 +220,7 @@ def jit_for_all(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def classifier(model: nn.Module, variables: PyTree) -> LogitsFn:
-    """The network as it is judged: with running statistics, in its own precision."""
+    """Returns a network as it is judged: in inference mode, in its own precision."""
 
     def logits_fn(images: Array) -> Array:
         return cast(Array, model.apply(variables, images, train=False))
@@ -261,7 +261,10 @@ def packed(
 
 
 def batch_size_for(num_examples: int, batch_size: int) -> int:
-    """At most `batch_size`, no more than there are examples; the devices divide it."""
+    """Returns the size of a batch: no more than asked for, nor than there are examples.
+
+    Rounded up to a multiple of the devices.
+    """
     num_devices = data_mesh().devices.size
     size = min(batch_size, max(1, num_examples))
     return -(-size // num_devices) * num_devices
