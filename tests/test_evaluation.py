@@ -310,12 +310,8 @@ def test_all_evaluators_are_called_alike_and_agree_on_a_network_without_batch_no
     ensemble = AutoAttack((member,), 0.1, False)
     evaluators = [
         make_evaluator(model, {"natural": identity, "a": attack}, batch_size=4),
-        make_early_stop_evaluator(
-            model, {"a": staged_pgd(ball, **options)}, batch_size=4
-        ),
-        make_autoattack_evaluator(
-            model, {"a": AutoAttack((member,), 0.1, False)}, batch_size=4
-        ),
+        make_early_stop_evaluator(model, {"a": stages}, batch_size=4),
+        make_autoattack_evaluator(model, {"a": ensemble}, batch_size=4),
     ]
     told = []
     outcomes = [

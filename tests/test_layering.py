@@ -15,7 +15,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # From the bottom up: a module imports from rows above it here, and its own package.
 LAYERS = [
     {"types", "checks"},
-    {"files", "runtime", "provenance", "resolve"},
+    {"comparable", "files", "runtime", "provenance", "resolve"},
     {"objectives", "validation", "rows", "claims", "failures"},
     {"attacks", "sharpness", "models", "data", "parallel", "configuration"},
     {"identity", "survey"},
