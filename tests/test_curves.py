@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from samrobust.curves import Curve, Settings, curves_of, draw_curves, measure_run
+from samrobust.curves import Curve, CurveSettings, curves_of, draw_curves, measure_run
 from samrobust.evaluation import Outcome
 from samrobust.experiments import run
 from samrobust.files import read_sealed, write_sealed
 
-SETTINGS = Settings({"linf": (8.0, 16.0)})
+SETTINGS = CurveSettings({"linf": (8.0, 16.0)})
 ROWS = ("st", "sam,rho=0.2")
 
 
@@ -66,7 +66,7 @@ def test_what_breaks_in_a_ball_is_broken_in_a_larger_one():
 )
 def test_settings_that_mean_no_curve_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        Settings(**fields)
+        CurveSettings(**fields)
 
 
 def test_the_picture_has_a_panel_a_norm_and_a_line_a_row():
