@@ -29,7 +29,6 @@ from samrobust.evaluation.measure import (
     is_finite,
     make_measure,
     of_name,
-    tell_nobody,
 )
 from samrobust.parallel import is_primary
 from samrobust.types import Array, Attack, PyTree
@@ -116,7 +115,7 @@ class Evaluator(Protocol):
         key: Array,
         *,
         archive: Archive | None = None,
-        on_batch: OnBatch = tell_nobody,
+        on_batch: OnBatch = lambda *_: None,
     ) -> Outcome:
         """Judges a network.
 
@@ -177,7 +176,7 @@ def make_evaluator(
         key: Array,
         *,
         archive: Archive | None = None,
-        on_batch: OnBatch = tell_nobody,
+        on_batch: OnBatch = lambda *_: None,
     ) -> Outcome:
         del archive
         found = measure(variables, split, key, on_batch=on_batch)

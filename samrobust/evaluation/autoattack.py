@@ -22,20 +22,9 @@ from samrobust.evaluation.accuracy import (
     make_natural,
 )
 from samrobust.evaluation.fates import MISCLASSIFIED, Fates, FatesFile, Place, identify
-from samrobust.evaluation.measure import (
-    OnBatch,
-    batch_size_for,
-    classifier,
-    examples_of,
-    is_correct,
-    is_finite,
-    jit_for_all,
-    of_name,
-    tell_nobody,
-    to_devices,
-)
-from samrobust.evaluation.survivors import Stage, survivors
-from samrobust.types import Array, PyTree
+from samrobust.evaluation.measure import OnBatch, batch_size_for, to_devices
+from samrobust.evaluation.survivors import Stage, compile_attack, survivors
+from samrobust.types import Array, LogitsFn, PyTree
 
 __all__ = ["make_autoattack_evaluator"]
 
@@ -68,7 +57,7 @@ def make_autoattack_evaluator(
     """
     is_right = make_natural(model, batch_size=batch_size)
     programs = {
-        (column, member.name): _compile(model, column, member)
+        (column, member.name): compile_attack(model, column, _attack(member))
         for column, attack in attacks.items()
         for member in attack.members
     }
@@ -84,7 +73,7 @@ def make_autoattack_evaluator(
         key: Array,
         *,
         archive: Archive | None = None,
-        on_batch: OnBatch = tell_nobody,
+        on_batch: OnBatch = lambda *_: None,
     ) -> Outcome:
         folder, examples, provenance = archive or (None, False, None)
         num_classes = _num_classes(model, variables, split)
@@ -143,32 +132,25 @@ def _num_classes(model: nn.Module, variables: PyTree, split: Split) -> int:
     return cast(jax.ShapeDtypeStruct, jax.eval_shape(apply, variables, image)).shape[-1]
 
 
-def _compile(model: nn.Module, column: str, member: Member) -> Callable[..., Any]:
-    """Compiles a member's parts, on examples of the split by their indices [B]."""
+def _attack(member: Member) -> Callable[..., tuple[Array, bool]]:
+    """Builds the attack by a part of a member."""
 
-    @jit_for_all
-    def attack_batch(
-        variables: PyTree,
+    def attack(
+        classify: LogitsFn,
         images: Array,
         labels: Array,
-        key: Array,
-        indices: Array,
+        keys: Array,
         stage: Array,
         number: Array,
-    ) -> tuple[Array, Array, Array]:
-        images, labels, keys = examples_of(images, labels, indices, key)
-        own_keys = draws.fold_in(of_name(keys, column), stage)
-        classify = classifier(model, variables)
-
+    ) -> tuple[Array, bool]:
         def logits_fn(images: Array, *, key: Array | None = None) -> Array:
             del key  # random logits are asked for with one
             return classify(images)
 
-        attacked = member.part(logits_fn, images, labels, number, key=own_keys)
-        logits = classify(attacked)
-        return attacked, ~is_correct(logits, labels), is_finite(logits)
+        own_keys = draws.fold_in(keys, stage)
+        return member.part(logits_fn, images, labels, number, key=own_keys), False
 
-    return attack_batch
+    return attack
 
 
 def _stages(

@@ -22,20 +22,9 @@ from samrobust.evaluation.accuracy import (
     make_natural,
 )
 from samrobust.evaluation.fates import Fates
-from samrobust.evaluation.measure import (
-    OnBatch,
-    batch_size_for,
-    classifier,
-    examples_of,
-    is_correct,
-    is_finite,
-    jit_for_all,
-    of_name,
-    tell_nobody,
-    to_devices,
-)
-from samrobust.evaluation.survivors import Stage, survivors
-from samrobust.types import Array, PyTree
+from samrobust.evaluation.measure import OnBatch, batch_size_for, to_devices
+from samrobust.evaluation.survivors import Stage, compile_attack, survivors
+from samrobust.types import Array, LogitsFn, PyTree
 
 __all__ = ["make_early_stop_evaluator"]
 
@@ -59,7 +48,10 @@ def make_early_stop_evaluator(
       ValueError: if batch_size < 1.
     """
     is_right = make_natural(model, batch_size=batch_size)
-    programs = {name: _compile(model, pgd, name) for name, pgd in attacks.items()}
+    programs = {
+        name: compile_attack(model, name, _stretch(pgd))
+        for name, pgd in attacks.items()
+    }
 
     def evaluate(
         variables: PyTree,
@@ -67,7 +59,7 @@ def make_early_stop_evaluator(
         key: Array,
         *,
         archive: Archive | None = None,
-        on_batch: OnBatch = tell_nobody,
+        on_batch: OnBatch = lambda *_: None,
     ) -> Outcome:
         del archive
         right = is_right(variables, split, key, on_batch)
@@ -91,30 +83,24 @@ def make_early_stop_evaluator(
     return evaluate
 
 
-def _compile(model: nn.Module, pgd: StagedPgd, name: str) -> Callable[..., Any]:
-    """Compiles a stretch of a restart, from its start or from an iterate."""
+def _stretch(pgd: StagedPgd) -> Callable[..., tuple[Array, Array]]:
+    """Builds a stretch of a restart, from its start or from an iterate."""
 
-    @jit_for_all
-    def attack_batch(
-        variables: PyTree,
+    def attack(
+        logits_fn: LogitsFn,
         images: Array,
         labels: Array,
-        key: Array,
-        indices: Array,
+        keys: Array,
         current: Array,
         restart: Array,
         begin: Array,
         end: Array,
-    ) -> tuple[Array, Array, Array]:
-        images, labels, keys = examples_of(images, labels, indices, key)
-        start = pgd.start(images, labels, restart, key=of_name(keys, name))
+    ) -> tuple[Array, Array]:
+        start = pgd.start(images, labels, restart, key=keys)
         current = jnp.where(begin == 0, start, current)
-        logits_fn = classifier(model, variables)
-        moved, broken = pgd.advance(logits_fn, current, images, labels, end - begin)
-        logits = logits_fn(moved)
-        return moved, broken | ~is_correct(logits, labels), is_finite(logits)
+        return pgd.advance(logits_fn, current, images, labels, end - begin)
 
-    return attack_batch
+    return attack
 
 
 def _stages(

@@ -42,7 +42,6 @@ __all__ = [
     "make_measure",
     "of_name",
     "packed",
-    "tell_nobody",
     "to_devices",
 ]
 
@@ -65,11 +64,6 @@ class OnBatch(Protocol):
         `doing` may say what is being done.
         """
         ...
-
-
-def tell_nobody(done: int, num_examples: int, doing: str = "", /) -> None:
-    """Ignores what it is told."""
-    del done, num_examples, doing
 
 
 class BatchFn(Protocol):
@@ -119,7 +113,7 @@ def make_measure(batch_fn: BatchFn, *, batch_size: int) -> Measure:
         split: Split,
         key: Array,
         *,
-        on_batch: Callable[[int, int], None] = tell_nobody,
+        on_batch: Callable[[int, int], None] = lambda *_: None,
     ) -> dict[str, np.ndarray]:
         num_examples, done = len(split), 0
         check(num_examples > 0, "a split with examples", num_examples=num_examples)

@@ -9,12 +9,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from flax import linen as nn
 
 from samrobust.evaluation.fates import MISCLASSIFIED, STANDING, Fates, Place
-from samrobust.evaluation.measure import OnBatch, fetch, packed
-from samrobust.types import Array
+from samrobust.evaluation.measure import (
+    OnBatch,
+    classifier,
+    examples_of,
+    fetch,
+    is_correct,
+    is_finite,
+    jit_for_all,
+    of_name,
+    packed,
+)
+from samrobust.types import Array, PyTree
 
-__all__ = ["Attacked", "Stage", "survivors"]
+__all__ = ["Attacked", "Stage", "compile_attack", "survivors"]
 
 
 class Stage(NamedTuple):
@@ -47,6 +58,40 @@ class Attacked(NamedTuple):
     indices: np.ndarray
     images: Array
     broken: np.ndarray
+
+
+def compile_attack(
+    model: nn.Module, column: str, attack: Callable[..., tuple[Array, Array | bool]]
+) -> Callable[..., tuple[Array, Array, Array]]:
+    """Compiles an attack on examples of a split, for `Stage.run`.
+
+    Args:
+      model: the network.
+      column: of the attack; its name is folded into the keys.
+      attack: `attack(logits_fn, images, labels, keys, *rest) -> (images, broken)`, with
+        what it knows to be broken beside those that the last look finds.
+
+    Returns:
+      `program(variables, images, labels, key, indices, *rest)`: see `Stage.run`.
+    """
+
+    @jit_for_all
+    def program(
+        variables: PyTree,
+        images: Array,
+        labels: Array,
+        key: Array,
+        indices: Array,
+        *rest: Array,
+    ) -> tuple[Array, Array, Array]:
+        images, labels, keys = examples_of(images, labels, indices, key)
+        logits_fn = classifier(model, variables)
+        own_keys = of_name(keys, column)
+        attacked, broken = attack(logits_fn, images, labels, own_keys, *rest)
+        logits = logits_fn(attacked)
+        return attacked, broken | ~is_correct(logits, labels), is_finite(logits)
+
+    return program
 
 
 def survivors(
