@@ -82,7 +82,7 @@ def recheck_command(
 
 
 def _config(config: Config, attack: str, arguments: argparse.Namespace) -> Config:
-    """A run's config with the flags written into it."""
+    """Returns a run's config with the flags written into it."""
     config = config.copy_and_resolve_references()
     evaluation: Config = config.evaluation
     evaluation.attack = attack
@@ -119,7 +119,7 @@ def _config(config: Config, attack: str, arguments: argparse.Namespace) -> Confi
 
 
 class _Judge:
-    """Judges one run after the other; runs alike share data and compiled programs."""
+    """Judge of one run after the other; runs alike share data and compiled programs."""
 
     def __init__(self, should_stop: Callable[[], bool]):
         self._should_stop = should_stop
@@ -127,7 +127,7 @@ class _Judge:
         self._scorers: dict[tuple[str, ...], Scorer] = {}
 
     def dataset(self, config: Config) -> Dataset:
-        """The data set of a config."""
+        """Returns the data set of a config."""
         key = config.data.to_json_best_effort()
         if key not in self._datasets:
             self._datasets[key] = building.load_data(config)
@@ -136,7 +136,7 @@ class _Judge:
     def result(
         self, configs: dict[str, Config], folder: pathlib.Path, shown: ScoreObserver
     ) -> dict[str, Any]:
-        """What a run reports, with the accuracies under every attack."""
+        """Returns what a run reports, with the accuracies under every attack."""
         config = configs["pgd"]
         dataset = self.dataset(config)
         checkpoint = config.evaluation.checkpoint
@@ -178,7 +178,7 @@ class _Judge:
 
 
 def _provenance_of(folder: pathlib.Path) -> dict[str, Any]:
-    """Where a finished run was trained."""
+    """Returns where a finished run was trained."""
     result = read_result(folder, identity_of(config_of_run(folder), None))
     return {} if result is None else result["provenance"]
 

@@ -1,6 +1,5 @@
 """What a network of a run is worth, by the attacks of its config."""
 
-import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -10,11 +9,11 @@ import jax
 from samrobust import building
 from samrobust.data import Dataset, Split, fingerprint
 from samrobust.evaluation import (
-    accuracies,
+    Archive,
+    Evaluator,
     make_autoattack_evaluator,
     make_early_stop_evaluator,
     make_evaluator,
-    warn_of_non_finite,
 )
 from samrobust.networks import Network, load_network
 from samrobust.provenance import provenance
@@ -140,18 +139,15 @@ class Scorer:
 
     def __init__(self, config: Config, dataset: Dataset):
         self._split = evaluated_split(config, dataset)
-        self._of_autoattack = config.evaluation.attack == "autoattack"
-        self._evaluate: Callable[..., Any]
-        model, size = building.make_model(config, dataset), config.evaluation.batch_size
-        if self._of_autoattack:
-            ensemble = building.autoattacks(config)
-            self._evaluate = make_autoattack_evaluator(model, ensemble, batch_size=size)
+        make: Callable[..., Evaluator]
+        if config.evaluation.attack == "autoattack":
+            make, attacks = make_autoattack_evaluator, building.autoattacks(config)
         elif config.evaluation.early_stop:
-            stages = building.staged_attacks(config)
-            self._evaluate = make_early_stop_evaluator(model, stages, batch_size=size)
+            make, attacks = make_early_stop_evaluator, building.staged_attacks(config)
         else:
-            attacks = building.evaluation_attacks(config)
-            self._evaluate = make_evaluator(model, attacks, batch_size=size)
+            make, attacks = make_evaluator, building.evaluation_attacks(config)
+        model, size = building.make_model(config, dataset), config.evaluation.batch_size
+        self._evaluate = make(model, attacks, batch_size=size)
 
     def __call__(
         self,
@@ -176,49 +172,24 @@ class Scorer:
         Raises:
           InterruptedRunError: as `evaluate_run`.
         """
-        redoes = "goes on" if self._of_autoattack else "redoes it"
 
         def on_batch(done: int, num_examples: int, doing: str = "") -> None:
             observer.on_batch(done, num_examples, doing)
             if should_stop() and done < num_examples:
-                message = f"Stopped during evaluation. The same command {redoes}."
+                message = "Stopped during evaluation. Rerun the same command to resume."
                 raise InterruptedRunError(message)
 
-        details: dict[str, Any] = {}
-
-        def on_non_finite(counts: dict[str, int]) -> None:
-            warn_of_non_finite(counts)
-            details["non_finite"] = counts
-
-        evaluate = functools.partial(
-            self._evaluate,
-            *(network.variables, self._split, key),
-            on_batch=on_batch,
-            on_non_finite=on_non_finite,
+        archive = Archive(workdir / "autoattack", keep_examples, provenance())
+        outcome = self._evaluate(
+            *(network.variables, self._split, key), archive=archive, on_batch=on_batch
         )
-        if self._of_autoattack:
-            folder = workdir / "autoattack"
-            outcome = evaluate(
-                folder=folder, keep_examples=keep_examples, provenance=provenance()
-            )
-            correct = outcome.correct()
-            made_by = outcome.provenance or (provenance(),)
-            details["autoattack"] = {
-                "after_each": {
-                    name: outcome.after_each(name) for name in outcome.stages
-                },
-                "outcome": f"{folder.name}/{outcome.path.name}",
-                "begun_by": made_by[0],
-            }
-        else:
-            correct, made_by = evaluate(), (provenance(),)
         return Score(
-            accuracy=accuracies(correct),
+            accuracy=outcome.accuracy,
             step=network.step,
             identity=network.identity.hash,
             images=fingerprint(self._split),
-            provenance=made_by[-1],
-            details=details,
+            provenance=outcome.ended_by or provenance(),
+            details=outcome.details,
         )
 
 
@@ -269,7 +240,7 @@ def make_validate(
     key = _key(config, _VALIDATION_STREAM)
 
     def validate(state: TrainState) -> dict[str, float]:
-        accuracy = accuracies(evaluate(state.eval_variables, dataset.validation, key))
+        accuracy = evaluate(state.eval_variables, dataset.validation, key).accuracy
         return {**accuracy, "score": accuracy.get("robust", accuracy["natural"])}
 
     return validate

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from samrobust import building, configuration, parallel, reporting
 from samrobust.checks import LARGEST_SEED, check, check_whole
+from samrobust.comparable import unlike
 from samrobust.components import model_fields
 from samrobust.experiments import PlannedRun, work
 from samrobust.files import WorkdirError
@@ -210,22 +211,20 @@ def _results(
             result, why = finished(planned), ""
         except WorkdirError as error:
             result, why = None, str(error)
-        if result is not None and _data_of(result) != _data_of(
-            (results or [result])[0]
-        ):
-            first = results[0]
-            name = f"{first['label']}, seed {first['seed']}"
-            result, why = None, f"it is on other data than {name}"
-        if result is None:
+        if result is not None and results:
+            why = _incomparable(result, results[0])
+        if result is None or why:
             missing.append((planned, why or _describe(planned)))
         else:
             results.append(result)
     return results, missing
 
 
-def _data_of(result: dict[str, Any]) -> tuple[str | None, str]:
-    """The hashes of what a run was trained and judged on."""
-    return result["run"]["data"], result["images"]
+def _incomparable(result: dict[str, Any], first: dict[str, Any]) -> str:
+    """Says why two results make no one table; empty if they do."""
+    told = [f"{n} is {a!r}, not {b!r}" for n, (a, b) in unlike(result, first).items()]
+    beside = f"{first['label']}, seed {first['seed']}"
+    return f"not comparable with {beside}: {'; '.join(told)}" if told else ""
 
 
 def _describe(planned: PlannedRun) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from samrobust.checks import check
+from samrobust.comparable import check_comparable
 from samrobust.configuration import with_defaults
 from samrobust.files import (
     WorkdirError,
@@ -32,11 +33,6 @@ __all__ = [
     "stored_config",
 ]
 
-# The fields that make the numbers of two runs comparable.
-_OF_THE_JUDGEMENT = (
-    *("data.name", "data.test_size", "data.validation_size", "data.split_seed"),
-    *("evaluation.", "model.dtype"),
-)
 # What a run leaves beside its config.
 _LEFT_BY_A_RUN = (
     *("result.json", "metrics.jsonl", "checkpoints"),
@@ -132,16 +128,8 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
         workdir=str(workdir),
         **({"rows_without": sorted(lacking)} if wanted else {}),
     )
-    first, *others = configs.items()
-    for name, config in others:
-        changed = changed_fields(first[1].to_dict(), config.to_dict())
-        unlike = {n: v for n, v in changed.items() if n.startswith(_OF_THE_JUDGEMENT)}
-        check(
-            not unlike,
-            f"runs that are judged alike, as {first[0]}",
-            "Choose some with --rows.",
-            **{"run": name, **unlike},
-        )
+    fields = {name: config.to_dict() for name, config in configs.items()}
+    check_comparable(fields, "Choose some with --rows.")
     return configs
 
 

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from samrobust.curves import Curve, Settings, curves_of, draw_curves, measure_run
+from samrobust.curves import Curve, CurveSettings, curves_of, draw_curves, measure_run
+from samrobust.evaluation import Outcome
 from samrobust.experiments import run
 from samrobust.files import read_sealed, write_sealed
 
-SETTINGS = Settings({"linf": (8.0, 16.0)})
+SETTINGS = CurveSettings({"linf": (8.0, 16.0)})
 ROWS = ("st", "sam,rho=0.2")
 
 
@@ -41,14 +42,15 @@ def test_the_mean_and_the_spread_are_over_the_seeds_of_a_row():
 
 
 def test_what_breaks_in_a_ball_is_broken_in_a_larger_one():
-    outcome = {
+    correct = {
         "natural": np.array([True, True, True, False]),
         "linf 8/255": np.array([True, False, True, False]),
         "linf 16/255": np.array([True, True, False, True]),
     }
     found = measure_run(
-        *(lambda *_, **__: outcome, {}, helpers.make_split(4), SETTINGS),
+        *(lambda *_, **__: Outcome(correct, {}), {}, helpers.make_split(4), SETTINGS),
         key=jax.random.key(0),
+        on_batch=lambda *_: None,
     )
     assert found == {"linf": [75.0, 50.0, 25.0]}
 
@@ -64,7 +66,7 @@ def test_what_breaks_in_a_ball_is_broken_in_a_larger_one():
 )
 def test_settings_that_mean_no_curve_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        Settings(**fields)
+        CurveSettings(**fields)
 
 
 def test_the_picture_has_a_panel_a_norm_and_a_line_a_row():

@@ -1,7 +1,5 @@
 """Batches and augmentation, against NumPy."""
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 
 from samrobust.data import (
     epoch_permutation,
-    evaluation_batches,
     random_crop_and_flip,
     take_batch,
 )
@@ -137,24 +134,6 @@ def test_an_epoch_permutation_depends_on_key_and_epoch_only():
 def test_an_empty_permutation_is_refused():
     with pytest.raises(ValueError, match="Expected 1 <= num_examples"):
         epoch_permutation(KEY, 0, 0)
-
-
-@pytest.mark.parametrize(("num_examples", "batch_size"), [(0, 1), (1, 0)])
-def test_empty_data_and_batches_are_refused(num_examples, batch_size):
-    with pytest.raises(ValueError, match="Expected 1 <= "):
-        evaluation_batches(num_examples, batch_size)
-
-
-@hypothesis.settings(deadline=None)
-@hypothesis.given(st.integers(1, 300), st.integers(1, 300))
-def test_evaluation_visits_every_example_exactly_once(num_examples, batch_size):
-    visited = []
-    for indices, mask in evaluation_batches(num_examples, batch_size):
-        assert (indices.shape, indices.dtype) == ((batch_size,), np.int32)
-        assert (mask.shape, mask.dtype) == ((batch_size,), np.bool_)
-        assert not indices[~mask].any()
-        visited.extend(indices[mask].tolist())
-    assert visited == list(range(num_examples))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -4,6 +4,7 @@ from typing import Any
 
 import helpers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,8 +12,8 @@ from samrobust.attacks import identity, l2, linf, margin, pgd, staged_pgd
 from samrobust.evaluation import make_early_stop_evaluator, make_evaluator
 
 BALLS: dict[str, Any] = {
-    "linf": (linf(2 / 255), {"step_size": 0.5 / 255}),
-    "l2": (l2(16 / 255), {"step_size": 4 / 255}),
+    "linf": (linf(0.05), {"step_size": 0.0125}),
+    "l2": (l2(0.2), {"step_size": 0.05}),
 }
 
 
@@ -22,33 +23,42 @@ def _compile_quickly():
         yield
 
 
-def predict(model, variables, split):
-    """The network's own labels, int32 [N]."""
-    pixels = split.images.astype(np.float32) / np.float32(255)
-    logits: Any = model.apply(variables, pixels, train=False)
-    return np.argmax(logits, axis=-1).astype(np.int32)
+class Bent:
+    """A small network that bends; some examples survive an attack, some do not."""
+
+    def apply(self, variables, images, train):
+        assert not train
+        first, second = variables["params"]
+        return jnp.tanh((images.reshape(len(images), -1) - 0.5) @ first) @ second
 
 
-def undecided_network(split):
-    """A network whose logits are 0 on average over a split: small changes matter."""
-    model, variables = helpers.make_network(width=8)
-    pixels = split.images.astype(np.float32) / np.float32(255)
-    logits: Any = model.apply(variables, pixels, train=False)
-    variables["params"]["head"]["bias"] -= logits.mean(axis=0)
-    return model, variables
+MODEL: Any = Bent()
+_RNG = np.random.default_rng(5)
+VARIABLES = {
+    "params": [
+        jnp.asarray(_RNG.standard_normal(shape) / 2, jnp.float32)
+        for shape in ((16, 12), (12, 5))
+    ]
+}
 
 
-def evaluate_both(network, split, options, *, batch_size):
-    """Outcomes without and with early stopping, under the same key."""
-    model, variables = network
+def make_split(num_examples):
+    """Images with the network's own labels."""
+    images = helpers.make_split(num_examples, side=4).images
+    logits = MODEL.apply(VARIABLES, images / np.float32(255), train=False)
+    return helpers.Split(images, np.argmax(logits, axis=-1).astype(np.int32))
+
+
+def evaluate_both(split, options, *, batch_size):
+    """What stands without and with early stopping, under the same key."""
     key = jax.random.key(3)
     attacks, stages = {"natural": identity}, {}
     for name, (ball, step) in BALLS.items():
         attacks[name] = pgd(ball, judge="any", **step, **options)
         stages[name] = staged_pgd(ball, **step, **options)
-    plain = make_evaluator(model, attacks, batch_size=batch_size)
-    early = make_early_stop_evaluator(model, stages, batch_size=batch_size)
-    return plain(variables, split, key), early(variables, split, key)
+    plain = make_evaluator(MODEL, attacks, batch_size=batch_size)
+    early = make_early_stop_evaluator(MODEL, stages, batch_size=batch_size)
+    return [each(VARIABLES, split, key).correct for each in (plain, early)]
 
 
 @pytest.mark.parametrize(
@@ -61,11 +71,7 @@ def evaluate_both(network, split, options, *, batch_size):
     ],
 )
 def test_every_example_has_the_outcome_of_the_plain_evaluation(options, batch_size):
-    """Labels the network gives itself, so that some survive and some do not."""
-    split = helpers.make_split(50)
-    model, variables = network = undecided_network(split)
-    split = type(split)(split.images, predict(model, variables, split))
-    plain, early = evaluate_both(network, split, options, batch_size=batch_size)
+    plain, early = evaluate_both(make_split(50), options, batch_size=batch_size)
     assert list(early) == list(plain)
     assert plain["natural"].all()
     for name, correct in plain.items():
@@ -76,12 +82,8 @@ def test_every_example_has_the_outcome_of_the_plain_evaluation(options, batch_si
 
 
 def test_when_all_are_broken_at_once_nothing_more_is_computed():
-    network = helpers.make_network()
-    model, variables = network
-    split = helpers.make_split(20)
-    wrong = (predict(model, variables, split) + 1) % 10
-    split = type(split)(split.images, wrong)
-    steps = []
+    split, steps = make_split(20), []
+    split = type(split)(split.images, (split.labels + 1) % 5)
     stages = staged_pgd(linf(1 / 255), step_size=1 / 255, num_steps=50, restarts=4)
 
     def advance(*arguments):
@@ -89,37 +91,42 @@ def test_when_all_are_broken_at_once_nothing_more_is_computed():
         return stages.advance(*arguments)
 
     evaluate = make_early_stop_evaluator(
-        model, {"linf": stages._replace(advance=advance)}, batch_size=20
+        MODEL, {"linf": stages._replace(advance=advance)}, batch_size=20
     )
-    outcome = evaluate(variables, split, jax.random.key(0))
+    outcome = evaluate(VARIABLES, split, jax.random.key(0))
     jax.effects_barrier()
-    assert not outcome["linf"].any()
+    assert not outcome.correct["linf"].any()
     assert steps == [1]
 
 
+def progress(stages, split):
+    """What is told of an evaluation."""
+    told = []
+    evaluate = make_early_stop_evaluator(MODEL, stages, batch_size=8)
+    key = jax.random.key(0)
+    evaluate(VARIABLES, split, key, on_batch=lambda *report: told.append(report))
+    return told
+
+
 def test_progress_ends_at_the_last_example_and_never_goes_back():
-    model, variables = helpers.make_network()
     stages = {
-        name: staged_pgd(ball, num_steps=3, **step)
+        name: staged_pgd(ball, num_steps=3, restarts=2, **step)
         for name, (ball, step) in BALLS.items()
     }
-    evaluate = make_early_stop_evaluator(model, stages, batch_size=8)
-    seen = []
-    split = helpers.make_split(20)
-    evaluate(variables, split, jax.random.key(0), on_batch=lambda *x: seen.append(x))
-    assert seen[-1] == (20, 20)
-    assert seen == sorted(seen)
+    told = progress(stages, make_split(20))
+    shares = [done for done, *_ in told]
+    assert shares == sorted(shares)
+    assert told[0] == (0, 20, "natural")
+    assert told[-1] == (20, 20, "done")
+    last = "l2: step 3/3 of restart 2/2, "
+    assert any(doing.startswith(last) for _, _, doing in told)
 
 
-def test_progress_is_told_after_every_batch():
-    model, variables = helpers.make_network()
+def test_progress_is_told_after_every_batch_by_the_passes_it_took():
     stages = {"linf": staged_pgd(linf(0.0), step_size=1, num_steps=3)}  # none breaks
-    evaluate = make_early_stop_evaluator(model, stages, batch_size=8)
-    split = helpers.make_split(24)
-    split = type(split)(split.images, predict(model, variables, split))
-    seen = []
-    evaluate(variables, split, jax.random.key(0), on_batch=lambda *x: seen.append(x[0]))
-    assert sorted({*seen}) == [0, 4, 8, 12, 16, 20, 23, 24]  # two stages, three batches
+    shares = {done for done, *_ in progress(stages, make_split(24))}
+    # Three batches of one step, which cost 5 passes, and three of two, which cost 8.
+    assert sorted(shares) == [0, 3, 6, 9, 14, 19, 23, 24]
 
 
 def test_the_stages_refuse_what_the_attack_refuses():

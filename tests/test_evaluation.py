@@ -8,15 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from hypothesis import strategies as st
 
-from samrobust.attacks import StagedPgd, identity, l2, linf, pgd
+from samrobust.attacks import (
+    AutoAttack,
+    Member,
+    StagedPgd,
+    identity,
+    l2,
+    linf,
+    pgd,
+    staged_pgd,
+)
 from samrobust.data import Split
 from samrobust.evaluation import (
-    accuracies,
+    Archive,
+    Outcome,
+    make_autoattack_evaluator,
     make_early_stop_evaluator,
     make_evaluator,
     measure,
@@ -73,7 +87,7 @@ def evaluate(batch_size: int = NUM_EXAMPLES, *, random_start=False):
         ),
     }
     evaluator = make_evaluator(model, attacks, batch_size=batch_size)
-    return evaluator(variables, split, KEY)
+    return evaluator(variables, split, KEY).correct
 
 
 # The evaluator.
@@ -83,7 +97,7 @@ def evaluate(batch_size: int = NUM_EXAMPLES, *, random_start=False):
 def evaluate_natural(batch_size: int) -> np.ndarray:
     model, variables, split = network()
     evaluator = make_evaluator(model, {"natural": identity}, batch_size=batch_size)
-    return evaluator(variables, split, KEY)["natural"]
+    return evaluator(variables, split, KEY).correct["natural"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, NUM_EXAMPLES, 64])
@@ -97,6 +111,20 @@ def test_natural_accuracy_is_that_of_a_plain_loop_whatever_the_batch(batch_size)
     assert correct.dtype == bool
     assert correct.tolist() == expected
     assert expected == [i % 2 == 0 for i in range(NUM_EXAMPLES)]
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.integers(0, 300), st.sets(st.integers(1, 99), min_size=1))
+def test_batches_of_few_sizes_visit_every_example_exactly_once(num_examples, sizes):
+    positions, visited, padding = 3 * np.arange(num_examples), [], 0
+    for indices, count in measure.packed(positions, sorted(sizes, reverse=True)):
+        assert len(indices) in sizes
+        assert indices.dtype == np.int32
+        assert set(indices) == set(indices[:count])
+        visited.extend(indices[:count].tolist())
+        padding += len(indices) - count
+    assert visited == positions.tolist()
+    assert padding < min(sizes) or not visited
 
 
 def test_without_a_random_start_attacks_do_not_depend_on_the_batch():
@@ -113,7 +141,7 @@ def test_every_example_is_reported_once(batch_size, monkeypatch):
         variables,
         split,
         KEY,
-        on_batch=lambda done, total: reports.append((done, total)),
+        on_batch=lambda done, total, _="": reports.append((done, total)),
     )
     sizes = np.diff([0, *(done for done, _ in reports)])
     assert sizes.sum() == NUM_EXAMPLES
@@ -139,7 +167,7 @@ def test_the_same_key_gives_the_same_outcome():
     attack = pgd(linf(0.05), step_size=0.05, num_steps=0)  # a random point of the ball
     evaluator = make_evaluator(model, {"noise": attack}, batch_size=NUM_EXAMPLES)
     one, again = [
-        evaluator(variables, split, jax.random.key(s))["noise"] for s in (1, 1)
+        evaluator(variables, split, jax.random.key(s)).correct["noise"] for s in (1, 1)
     ]
     np.testing.assert_array_equal(one, again)
 
@@ -149,7 +177,7 @@ def test_the_network_is_judged_by_its_running_statistics():
     model, variables, split = network()
     one = Split(split.images[4:5], split.labels[4:5])
     evaluator = make_evaluator(model, {"natural": identity}, batch_size=NUM_EXAMPLES)
-    correct = evaluator(variables, one, KEY)["natural"]
+    correct = evaluator(variables, one, KEY).correct["natural"]
     assert correct.tolist() == evaluate()["natural"][4:5].tolist()
 
 
@@ -158,8 +186,8 @@ def test_the_outcome_has_the_order_of_the_attacks():
 
 
 def test_accuracies_are_percentages():
-    outcome = {"natural": np.array([True, True, True, False])}
-    assert accuracies(outcome) == {"natural": 75.0}
+    correct = {"natural": np.array([True, True, True, False])}
+    assert Outcome(correct, {}).accuracy == {"natural": 75.0}
 
 
 def test_a_batch_of_no_examples_is_refused():
@@ -236,13 +264,11 @@ def brittle_evaluator(kind):
 
 @pytest.mark.parametrize("kind", ["plain", "early stop"])
 def test_logits_that_are_not_finite_are_no_prediction_and_are_reported(kind):
-    evaluator, counts = brittle_evaluator(kind), []
-    outcome = evaluator(SOUND, GRAY, KEY, on_non_finite=counts.append)
-    assert outcome["natural"].tolist() == [True] * 4
-    assert outcome["brighten"].tolist() == [True, True, False, False]
-    assert counts == [{"brighten": 2}]
     with pytest.warns(UserWarning, match=r"misclassified") as caught:
-        evaluator(SOUND, GRAY, KEY)
+        outcome = brittle_evaluator(kind)(SOUND, GRAY, KEY)
+    assert outcome.correct["natural"].tolist() == [True] * 4
+    assert outcome.correct["brighten"].tolist() == [True, True, False, False]
+    assert outcome.details == {"non_finite": {"brighten": 2}}
     assert str(caught[0].message) == (
         "The network has NaN or infinite logits on adversarial images (2 under "
         "brighten). They count as misclassified."
@@ -255,6 +281,66 @@ def test_a_network_without_finite_logits_is_refused(kind, factor, count):
     message = f"Expected a network with finite logits, got images_without={count}, num"
     with pytest.raises(ValueError, match=message):
         brittle_evaluator(kind)({"factor": jnp.float32(factor)}, GRAY, KEY)
+
+
+# One interface, whatever the attacks and the network.
+
+
+class Linear(nn.Module):
+    """A network without BatchNorm: its variables are `params` alone."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        del train
+        return nn.Dense(2)(images.reshape(len(images), -1) - 0.5)
+
+
+def test_all_evaluators_are_called_alike_and_agree_on_a_network_without_batch_norm(
+    tmp_path,
+):
+    model, split = Linear(), helpers.make_split(9, side=4)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), train=False)
+    assert variables.keys() == {"params"}
+    split = Split(split.images, split.labels % 2)
+    ball = linf(0.1)
+    options: Any = {"step_size": 0.05, "num_steps": 2, "random_start": False}
+    attack = pgd(ball, **options, judge="any")
+    stages = staged_pgd(ball, **options)
+    member = Member("pgd", lambda _: 1, lambda *a, key: attack(*a[:3], key=key), 6)
+    ensemble = AutoAttack((member,), 0.1, False)
+    evaluators = [
+        make_evaluator(model, {"natural": identity, "a": attack}, batch_size=4),
+        make_early_stop_evaluator(model, {"a": stages}, batch_size=4),
+        make_autoattack_evaluator(model, {"a": ensemble}, batch_size=4),
+    ]
+    told = []
+    outcomes = [
+        evaluate(
+            *(variables, split, KEY),
+            archive=Archive(tmp_path / "fates", provenance={"who": "a test"}),
+            on_batch=lambda done, total, _="": told.append((done, total)),
+        )
+        for evaluate in evaluators
+    ]
+    natural = outcomes[0].correct["natural"]
+    assert 0 < outcomes[0].accuracy["a"] < outcomes[0].accuracy["natural"] < 100
+    for outcome in outcomes:
+        assert list(outcome.correct) == ["natural", "a"]
+        np.testing.assert_array_equal(outcome.correct["natural"], natural)
+        # A wrong image may become right; for AutoAttack it is wrong for good.
+        np.testing.assert_array_equal(
+            outcome.correct["a"] & natural, outcomes[0].correct["a"] & natural
+        )
+        assert outcome.non_finite == {}
+    assert told.count((9, 9)) == 3
+    assert [outcome.ended_by for outcome in outcomes] == [None, None, {"who": "a test"}]
+    (path,) = (tmp_path / "fates").iterdir()
+    summary = outcomes[2].details["autoattack"]
+    assert summary == {
+        "after_each": {"a": {"pgd": outcomes[2].accuracy["a"]}},
+        "outcome": f"fates/{path.name}",
+        "begun_by": {"who": "a test"},
+    }
 
 
 # Precision, and what goes on while the device computes.
@@ -409,7 +495,7 @@ def test_more_restarts_never_raise_the_accuracy():
     sums = {}
     for name, attack in attacks.items():  # the key of a start is by the attack's name
         evaluator = make_evaluator(model, {"pgd": attack}, batch_size=150)
-        sums[name] = evaluator(variables, dataset.test, KEY)["pgd"]
+        sums[name] = evaluator(variables, dataset.test, KEY).correct["pgd"]
     assert not np.any(sums["8"] & ~sums["1"])
     assert sums["8"].sum() < sums["1"].sum()
 

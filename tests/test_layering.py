@@ -15,11 +15,13 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # From the bottom up: a module imports from rows above it here, and its own package.
 LAYERS = [
     {"types", "checks"},
-    {"files", "runtime", "provenance", "resolve"},
+    {"comparable", "files", "runtime", "provenance", "resolve"},
     {"objectives", "claims", "failures"},
     {"attacks", "sharpness", "models", "data", "parallel"},
     {"survey"},
     {"training", "evaluation"},
+    {"entries"},
+    {"rows"},
     {"methods"},
     {"components"},
     {"validation"},

@@ -222,12 +222,14 @@ def make_outcomes(batch_size: int) -> dict[str, np.ndarray]:
     ensemble = {
         "noise": AutoAttack((Member("noise", lambda _: 2, part, 1),), 0.1, False)
     }
-    found = make_evaluator(model, plain, batch_size=batch_size)(variables, split, key)
+    judge = make_evaluator(model, plain, batch_size=batch_size)
     early = make_early_stop_evaluator(model, staged, batch_size=batch_size)
     pursue = make_autoattack_evaluator(model, ensemble, batch_size=batch_size)
-    found |= {f"early {k}": v for k, v in early(variables, split, key).items()}
-    thorough = pursue(variables, split, key).correct()
-    return found | {f"members {k}": v for k, v in thorough.items()}
+    return {
+        f"{prefix}{name}": correct
+        for prefix, evaluate in {"": judge, "early ": early, "members ": pursue}.items()
+        for name, correct in evaluate(variables, split, key).correct.items()
+    }
 
 
 @functools.cache

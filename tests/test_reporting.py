@@ -186,18 +186,18 @@ class TestSummarise:
         [
             ([], r"at least one finished run, got results=\[\]"),
             ([{"row": "st"}], r"a result with the key 'dataset', got keys=\['row'\]"),
-            ([run("st"), run("st")], "one run a row and seed, got row='st', seed=0"),
+            ([run("st"), run("st")], "one run a row and seed, got run='st/seed0'"),
             (
                 [run("st"), run("st", 1, dataset="digits")],
-                "same dataset in every run, 'cifar10' .* got row='st', seed=1, dataset",
+                r"alike, as st/seed0, got run='st/seed1', dataset=\('digits', 'cifar",
             ),
             (
                 [run("st"), run("st", 1, num_test=500)],
-                "same num_test in every run, 10000 .* num_test=500",
+                r"alike, as st/seed0, .* num_test=\(500, 10000\)\. Make one table",
             ),
             (
                 [run("st"), run("st", 1, {"natural": 9.0})],
-                r"the same accuracies .* accuracy=\['natural'\]\. Evaluate all runs",
+                r"alike, as st/seed0, .* columns=\(\['natural'\], \['l2 16/255', 'l",
             ),
             ([run("st", accuracy={"natural": math.nan})], "column='natural'"),
             ([run("st", accuracy={"natural": 100.5})], "percentages.* accuracy=100.5"),

@@ -4,6 +4,6 @@
 """
 
 from samrobust.curves.drawing import draw_curves
-from samrobust.curves.measure import Curve, Settings, curves_of, measure_run
+from samrobust.curves.measure import Curve, CurveSettings, curves_of, measure_run
 
-__all__ = ["Curve", "Settings", "curves_of", "draw_curves", "measure_run"]
+__all__ = ["Curve", "CurveSettings", "curves_of", "draw_curves", "measure_run"]

@@ -15,7 +15,7 @@ from samrobust.attacks import ATTACKS_VERSION
 from samrobust.checks import check
 from samrobust.curves.drawing import draw_curves
 from samrobust.curves.measure import (
-    Settings,
+    CurveSettings,
     curves_of,
     make_curve_evaluator,
     measure_run,
@@ -80,10 +80,12 @@ def curves_command(
             config, source = configs[path], source_of(path)
             shown = display.run(f"{config.label}, seed {config.seed}", 0.0, 1.0)
 
-            def on_batch(done: int, total: int, shown: Any = shown) -> None:
-                shown.on_batch(done, total)
+            def on_batch(
+                done: int, total: int, doing: str = "", shown: Any = shown
+            ) -> None:
+                shown.on_batch(done, total, doing)
                 if should_stop():
-                    message = "Stopped between runs. The same command goes on."
+                    message = "Stopped between runs. Rerun the same command to resume."
                     raise InterruptedRunError(message)
 
             stored[path] = {
@@ -99,8 +101,8 @@ def curves_command(
     return 0
 
 
-def _settings(config: Config, arguments: argparse.Namespace) -> Settings:
-    """By default radii up to twice the largest that the table is evaluated at."""
+def _settings(config: Config, arguments: argparse.Namespace) -> CurveSettings:
+    """Returns how to measure; by default up to twice the table's largest radius."""
     radii = {}
     for norm in ("linf", "l2"):
         given = getattr(arguments, norm)
@@ -112,11 +114,11 @@ def _settings(config: Config, arguments: argparse.Namespace) -> Settings:
             radii[norm] = tuple(float(f"{radius:.4g}") for radius in grid)
     names = ("num_steps", "loss", "num_examples")
     given = {name: getattr(arguments, name) for name in names}
-    return Settings(radii, **{n: v for n, v in given.items() if v is not None})
+    return CurveSettings(radii, **{n: v for n, v in given.items() if v is not None})
 
 
 class _Source(NamedTuple):
-    """What is measured: a network, on some images."""
+    """A network and the images that it is measured on."""
 
     network: Network
     dataset: Dataset
@@ -126,10 +128,10 @@ class _Source(NamedTuple):
 def _source(
     config: Config,
     folder: pathlib.Path,
-    settings: Settings,
+    settings: CurveSettings,
     datasets: dict[str, Dataset],
 ) -> _Source:
-    """The network of a run; runs of the same data share them."""
+    """Loads the network of a run; runs of the same data share them."""
     data = config.data.to_json_best_effort()
     if data not in datasets:
         datasets[data] = building.load_data(config)
@@ -140,7 +142,7 @@ def _source(
 
 
 def _about(source: _Source) -> dict[str, Any]:
-    """Of what a curve is one, in JSON's types."""
+    """Returns of what a curve is one, in JSON's types."""
     return {
         "identity": source.network.identity.hash,
         "step": source.network.step,
@@ -151,18 +153,18 @@ def _about(source: _Source) -> dict[str, Any]:
 
 
 def _is_of(stored: dict[str, Any] | None, source: _Source) -> bool:
-    """Whether stored curves are of this network and these images."""
+    """Says whether stored curves are of this network and these images."""
     return stored is not None and stored.items() >= _about(source).items()
 
 
 def _measure(
     config: Config,
     source: _Source,
-    settings: Settings,
+    settings: CurveSettings,
     evaluators: dict[Any, Any],
     on_batch: Any,
 ) -> dict[str, list[float]]:
-    """One run; runs of the same model share the program."""
+    """Measures one run; runs of the same model share the program."""
     model = building.make_model(config, source.dataset)
     if model not in evaluators:
         size = config.evaluation.batch_size
@@ -174,12 +176,12 @@ def _measure(
     )
 
 
-def _as_json(settings: Settings) -> dict[str, Any]:
+def _as_json(settings: CurveSettings) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
-def _stored(workdir: pathlib.Path, settings: Settings) -> dict[str, Any]:
-    """What was measured before under the same settings."""
+def _stored(workdir: pathlib.Path, settings: CurveSettings) -> dict[str, Any]:
+    """Returns what was measured before under the same settings."""
     path = workdir / "curves.json"
     try:
         known, problem = read_sealed(path), f"{path} is of other settings"
@@ -194,19 +196,19 @@ def _stored(workdir: pathlib.Path, settings: Settings) -> dict[str, Any]:
     return {}
 
 
-def _keep(workdir: pathlib.Path, settings: Settings, runs: dict[str, Any]) -> None:
+def _keep(workdir: pathlib.Path, settings: CurveSettings, runs: dict[str, Any]) -> None:
     content = {"settings": _as_json(settings), "runs": runs}
     parallel.from_primary(lambda: write_sealed(workdir / "curves.json", content))
 
 
 def _write(
     workdir: pathlib.Path,
-    settings: Settings,
+    settings: CurveSettings,
     found: list[tuple[str, str, Any]],
     runs: dict[str, Any],
     configs: dict[str, Config],
 ) -> None:
-    """The file and the pictures."""
+    """Writes the file and the pictures."""
     curves = curves_of(found, settings)
     content = {
         "settings": _as_json(settings),

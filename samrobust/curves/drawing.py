@@ -91,7 +91,7 @@ def draw_curves(curves: Sequence[Curve], title: str) -> "Figure":
 
 
 def _looks(rows: Iterable[str]) -> dict[str, tuple[str, str, str]]:
-    """Colour, line style and mark of every row."""
+    """Returns color, line style and mark of every row."""
     names = list(dict.fromkeys(rows))
     colours = family_colours(map(family, names))
     looks, seen = {}, dict.fromkeys(map(family, names), 0)

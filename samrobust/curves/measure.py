@@ -1,7 +1,7 @@
 """The accuracy of a run over a grid of radii, and what several seeds make of it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,18 +10,18 @@ from flax import linen as nn
 from samrobust import attacks, building
 from samrobust.checks import check, check_choice
 from samrobust.data import Split
-from samrobust.evaluation import Evaluator, make_evaluator
+from samrobust.evaluation import Evaluator, OnBatch, make_evaluator
 from samrobust.objectives import LOSSES
 from samrobust.types import Array, PyTree
 
-__all__ = ["Curve", "Settings", "curves_of", "make_curve_evaluator", "measure_run"]
+__all__ = ["Curve", "CurveSettings", "curves_of", "make_curve_evaluator", "measure_run"]
 
 _NORMS = ("linf", "l2")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """How curves are measured.
+class CurveSettings:
+    """Choice of how curves are measured.
 
     Attributes:
       radii: by norm, in 1/255, rising and > 0; radius 0 is natural accuracy.
@@ -52,7 +52,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Accuracy in percent against the radius, over seeds.
+    """Line of accuracy in percent against the radius, over seeds.
 
     Attributes:
       row, label: of the table's row.
@@ -72,9 +72,9 @@ class Curve:
 
 
 def make_curve_evaluator(
-    model: nn.Module, settings: Settings, *, batch_size: int
+    model: nn.Module, settings: CurveSettings, *, batch_size: int
 ) -> Evaluator:
-    """The evaluator of all radii at once, for networks of one shape."""
+    """Builds the evaluator of all radii at once, for networks of one shape."""
     columns: dict[str, Any] = {"natural": attacks.identity}
     for norm, radii in settings.radii.items():
         for radius in radii:
@@ -92,12 +92,12 @@ def measure_run(
     evaluate: Evaluator,
     variables: PyTree,
     split: Split,
-    settings: Settings,
+    settings: CurveSettings,
     *,
     key: Array,
-    on_batch: Callable[[int, int], None] = lambda *_: None,
+    on_batch: OnBatch,
 ) -> dict[str, list[float]]:
-    """The accuracies in percent of a network, by norm, from radius 0 on.
+    """Returns the accuracies in percent of a network, by norm, from radius 0 on.
 
     **Guarantees.** Curves do not rise: what breaks in a ball counts as broken in every
     larger one, which holds it.
@@ -110,19 +110,20 @@ def measure_run(
       key: of the random starts.
       on_batch: told of progress.
     """
-    outcome = evaluate(variables, split, key, on_batch=on_batch)
+    correct = evaluate(variables, split, key, on_batch=on_batch).correct
     curves = {}
     for norm, radii in settings.radii.items():
         names = ["natural", *(f"{norm} {radius:g}/255" for radius in radii)]
-        standing = np.logical_and.accumulate([outcome[name] for name in names])
+        standing = np.logical_and.accumulate([correct[name] for name in names])
         curves[norm] = [100 * float(share) for share in standing.mean(axis=1)]
     return curves
 
 
 def curves_of(
-    runs: Sequence[tuple[str, str, Mapping[str, Sequence[float]]]], settings: Settings
+    runs: Sequence[tuple[str, str, Mapping[str, Sequence[float]]]],
+    settings: CurveSettings,
 ) -> list[Curve]:
-    """The curves of all rows, in order.
+    """Returns the curves of all rows, in order.
 
     Args:
       runs: (row, label, outcome of `measure_run`) of every run.

@@ -8,7 +8,6 @@ Images are `[N, H, W, C]`: uint8 at rest, float32 in [0, 1] in a batch.
 from samrobust.data.batches import (
     check_padding,
     epoch_permutation,
-    evaluation_batches,
     random_crop_and_flip,
     take_batch,
 )
@@ -32,7 +31,6 @@ __all__ = [
     "check_padding",
     "dataset_facts",
     "epoch_permutation",
-    "evaluation_batches",
     "fingerprint",
     "from_arrays",
     "load_dataset",

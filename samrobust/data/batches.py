@@ -6,8 +6,6 @@ at random. Every choice is a pure function of (key, epoch, step): a run that is 
 and resumed sees the same batches.
 """
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +16,6 @@ from samrobust.checks import check
 __all__ = [
     "check_padding",
     "epoch_permutation",
-    "evaluation_batches",
     "random_crop_and_flip",
     "take_batch",
 ]
@@ -168,34 +165,3 @@ def _window(key: jax.Array, count: int, length: int, padding: int) -> jax.Array:
     shift = jax.random.randint(key, (count, 1), -padding, padding + 1)
     before = jnp.abs(jnp.arange(length)[None, :] + shift)  # reflects at the first pixel
     return (length - 1) - jnp.abs((length - 1) - before)  # and at the last
-
-
-def evaluation_batches(
-    num_examples: int, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields batches of one shape that visit every example exactly once.
-
-    Args:
-      num_examples: size of the data set.
-      batch_size: examples in a batch.
-
-    Returns:
-      An iterator over (indices int32 `[batch_size]`, mask bool `[batch_size]`).
-      **Guarantees**: the indices under the mask are 0..num_examples - 1 in order; the
-      padding of the last batch repeats index 0 and is masked out.
-
-    Raises:
-      ValueError: if a size is below 1.
-
-    >>> [(i.tolist(), m.tolist()) for i, m in evaluation_batches(3, 2)]
-    [([0, 1], [True, True]), ([2, 0], [True, False])]
-    """
-    check(num_examples >= 1, "1 <= num_examples", num_examples=num_examples)
-    check(batch_size >= 1, "1 <= batch_size", batch_size=batch_size)
-
-    def batch(start: int) -> tuple[np.ndarray, np.ndarray]:
-        positions = np.arange(start, start + batch_size, dtype=np.int32)
-        mask = positions < num_examples
-        return np.where(mask, positions, np.int32(0)), mask
-
-    return map(batch, range(0, num_examples, batch_size))

@@ -1,30 +1,33 @@
 """What a trained network is worth: natural accuracy and accuracy under attack."""
 
-from samrobust.evaluation.autoattack import make_autoattack_evaluator
-from samrobust.evaluation.early_stop import make_early_stop_evaluator
-from samrobust.evaluation.evaluate import (
+from samrobust.evaluation.accuracy import (
+    Archive,
     Evaluator,
-    accuracies,
+    Outcome,
     check_finite,
     make_evaluator,
-    warn_of_non_finite,
 )
+from samrobust.evaluation.autoattack import make_autoattack_evaluator
+from samrobust.evaluation.early_stop import make_early_stop_evaluator
+from samrobust.evaluation.fates import Fates
 from samrobust.evaluation.measure import (
     BatchFn,
     Measure,
+    OnBatch,
     is_correct,
     is_finite,
     make_measure,
     of_name,
 )
-from samrobust.evaluation.outcome import Outcome
 
 __all__ = [
+    "Archive",
     "BatchFn",
     "Evaluator",
+    "Fates",
     "Measure",
+    "OnBatch",
     "Outcome",
-    "accuracies",
     "check_finite",
     "is_correct",
     "is_finite",
@@ -33,5 +36,4 @@ __all__ = [
     "make_evaluator",
     "make_measure",
     "of_name",
-    "warn_of_non_finite",
 ]

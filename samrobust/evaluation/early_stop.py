@@ -1,35 +1,30 @@
-"""The evaluation that leaves broken examples behind: same answer, less work.
+"""The evaluation by PGD that leaves broken examples behind: same answer, less work.
 
 When any misclassified iterate counts (`judge="any"`), an example is settled as soon as
-it is broken. Here the attack pauses after a few steps, drops what is broken, and packs
-the survivors of the whole split into full batches again: always the same shape, so
-that nothing recompiles. On a network that breaks easily most of the attack falls away.
+it is broken. Here the attack pauses after a few steps and drops what is broken.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from samrobust.attacks import StagedPgd, identity
-from samrobust.data import Split, evaluation_batches
-from samrobust.evaluation.evaluate import (
+from samrobust.attacks import StagedPgd
+from samrobust.data import Split
+from samrobust.evaluation.accuracy import (
+    Archive,
     Evaluator,
-    make_evaluator,
-    warn_of_non_finite,
+    Outcome,
+    conclude,
+    make_natural,
 )
-from samrobust.evaluation.measure import (
-    batch_size_for,
-    classifier,
-    examples_of,
-    fetch,
-    is_correct,
-    is_finite,
-    jit_for_all,
-    of_name,
-)
-from samrobust.parallel import data_mesh, replicate
-from samrobust.types import Array, PyTree
+from samrobust.evaluation.fates import Fates
+from samrobust.evaluation.measure import OnBatch, batch_size_for, to_devices
+from samrobust.evaluation.survivors import Stage, compile_attack, survivors
+from samrobust.types import Array, LogitsFn, PyTree
 
 __all__ = ["make_early_stop_evaluator"]
 
@@ -42,20 +37,20 @@ def make_early_stop_evaluator(
     Args:
       model: as there.
       attacks: by the names of the columns; `natural` is added in front.
-      batch_size: as there.
+      batch_size: as there; all batches have this one size.
 
     Returns:
-      `evaluate`, as from `make_evaluator`. **Guarantees**: the outcome of `pgd(...,
-      judge="any")` under the same key, up to rounding: an example starts where it
-      starts there and makes the same steps until it is broken.
+      The evaluator. **Guarantees**: the outcome of `pgd(..., judge="any")` under the
+      same key, up to rounding: an example starts where it starts there and makes the
+      same steps until it is broken.
 
     Raises:
-      ValueError: if batch_size < 1 or the split is empty.
+      ValueError: if batch_size < 1.
     """
-    natural = make_evaluator(model, {"natural": identity}, batch_size=batch_size)
-    pursuits = {
-        name: _Pursuit(model, attack, name, batch_size)
-        for name, attack in attacks.items()
+    is_right = make_natural(model, batch_size=batch_size)
+    programs = {
+        name: compile_attack(model, name, _stretch(pgd))
+        for name, pgd in attacks.items()
     }
 
     def evaluate(
@@ -63,111 +58,87 @@ def make_early_stop_evaluator(
         split: Split,
         key: Array,
         *,
-        on_batch: Callable[[int, int], None] = lambda *_: None,
-        on_non_finite: Callable[[dict[str, int]], None] = warn_of_non_finite,
-    ) -> dict[str, np.ndarray]:
-        num_examples, counts = len(split), {}
-        outcome = natural(
-            variables, split, key, on_batch=lambda *_: on_batch(0, num_examples)
-        )
-        data = replicate((variables, split.images, split.labels), data_mesh())
-        for number, (name, pursuit) in enumerate(pursuits.items()):
-
-            def on_share(done: float, number: int = number) -> None:
-                reached = int((number + done) / len(pursuits) * num_examples)
-                on_batch(min(num_examples - 1, reached), num_examples)
-
-            outcome[name], counts[name] = pursuit(data, num_examples, key, on_share)
-        if any(counts.values()):
-            on_non_finite({name: count for name, count in counts.items() if count})
-        on_batch(num_examples, num_examples)
-        return outcome
+        archive: Archive | None = None,
+        on_batch: OnBatch = lambda *_: None,
+    ) -> Outcome:
+        del archive
+        right = is_right(variables, split, key, on_batch)
+        data = (*to_devices(variables, split), key)
+        iterates = np.zeros(split.images.shape, np.float32)
+        columns = {
+            name: list(_stages(programs[name], pgd, data, iterates))
+            for name, pgd in attacks.items()
+        }
+        names = {c: [stage.name for stage in each] for c, each in columns.items()}
+        fates = Fates.fresh(names, len(split))
+        sizes = [batch_size_for(len(split), batch_size)]
+        for batch in survivors(columns, fates, sizes=sizes, on_batch=on_batch):
+            images = jax.device_get(batch.images)
+            iterates[batch.indices] = images[: len(batch.indices)]
+        on_batch(len(split), len(split), "done")
+        # An image that is misclassified as it is may be right at every iterate.
+        correct = fates.correct() | {"natural": right}
+        return conclude(correct, fates.num_non_finite())
 
     return evaluate
 
 
-class _Pursuit:
-    """One attack after its survivors."""
+def _stretch(pgd: StagedPgd) -> Callable[..., tuple[Array, Array]]:
+    """Builds a stretch of a restart, from its start or from an iterate."""
 
-    def __init__(self, model: nn.Module, attack: StagedPgd, name: str, size: int):
-        self._attack, self._size = attack, size
+    def attack(
+        logits_fn: LogitsFn,
+        images: Array,
+        labels: Array,
+        keys: Array,
+        current: Array,
+        restart: Array,
+        begin: Array,
+        end: Array,
+    ) -> tuple[Array, Array]:
+        start = pgd.start(images, labels, restart, key=keys)
+        current = jnp.where(begin == 0, start, current)
+        return pgd.advance(logits_fn, current, images, labels, end - begin)
 
-        def start(
-            images: Array, labels: Array, indices: Array, key: Array, restart: Array
-        ) -> Array:
-            images, labels, keys = examples_of(images, labels, indices, key)
-            return attack.start(images, labels, restart, key=of_name(keys, name))
-
-        def advance(
-            variables: PyTree,
-            images: Array,
-            labels: Array,
-            indices: Array,
-            key: Array,
-            current: Array,
-            num_steps: Array,
-        ) -> tuple[Array, Array, Array]:
-            images, labels, _ = examples_of(images, labels, indices, key)
-            logits_fn = classifier(model, variables)
-            moved, broken = attack.advance(
-                logits_fn, current, images, labels, num_steps
-            )
-            logits = logits_fn(moved)
-            return moved, broken | ~is_correct(logits, labels), is_finite(logits)
-
-        self._start, self._advance = jit_for_all(start), jit_for_all(advance)
-
-    def __call__(
-        self,
-        data: tuple[PyTree, Array, Array],
-        num_examples: int,
-        key: Array,
-        on_share: Callable[[float], None],
-    ) -> tuple[np.ndarray, int]:
-        """Who is classified rightly at every iterate; how many not by finite logits."""
-        size = batch_size_for(num_examples, self._size)
-        alive, non_finite = np.arange(num_examples, dtype=np.int32), 0
-        current = np.empty((num_examples, *data[1].shape[1:]), np.float32)
-        stages = list(_stages(self._attack.num_steps)) * self._attack.restarts
-        per_restart = len(stages) // self._attack.restarts
-        for number, num_steps in enumerate(stages):
-            restart, standing, done = number // per_restart, [alive[:0]], 0
-            for padded, count in _batches(alive, size):
-                share, own = (number + done / len(alive)) / len(stages), padded[:count]
-                if number % per_restart == 0:
-                    starts = self._start(*data[1:], padded, key, restart)
-                    current[own] = fetch(starts, on_share, share)[:count]
-                values = self._advance(*data, padded, key, current[padded], num_steps)
-                moved, broken, finite = fetch(values, on_share, share)
-                current[own] = moved[:count]
-                standing.append(own[~broken[:count]])
-                non_finite += int(np.sum(~finite[:count]))
-                done += count
-                on_share((number + done / len(alive)) / len(stages))
-            alive = np.concatenate(standing)
-        return np.isin(np.arange(num_examples), alive), non_finite
+    return attack
 
 
-def _batches(alive: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Examples in batches of one shape, and how many of each are not padding."""
-    if len(alive):
-        for positions, mask in evaluation_batches(len(alive), size):
-            yield alive[positions], int(mask.sum())
+def _stages(
+    program: Callable[..., Any],
+    pgd: StagedPgd,
+    data: tuple[Any, ...],
+    iterates: np.ndarray,
+) -> Iterator[Stage]:
+    """Yields the stretches of all restarts; they go on at `iterates` [N, ...]."""
+    for restart in range(pgd.restarts):
+        which = f" of restart {restart + 1}/{pgd.restarts}" if pgd.restarts > 1 else ""
+        for begin, end in _stretches(pgd.num_steps):
+
+            def run(
+                indices: np.ndarray, numbers: tuple[int, ...] = (restart, begin, end)
+            ) -> tuple[Array, Array, Array]:
+                return program(*data, indices, iterates[indices], *numbers)
+
+            cost = 3 * (end - begin) + 2  # a step is a forward and a backward pass
+            yield Stage(f"step {end}/{pgd.num_steps}{which}", cost, run)
 
 
-def _stages(num_steps: int) -> Iterator[int]:
-    """Steps until the next pause: few at first, since most examples break at once.
+def _stretches(num_steps: int) -> Iterator[tuple[int, int]]:
+    """Yields steps between pauses: few at first, since most examples break at once.
 
     A pause costs a forward pass for all that are left.
 
-    >>> list(_stages(10)), list(_stages(50)), list(_stages(0))
-    ([1, 2, 7], [1, 2, 6, 18, 23], [0])
+    >>> list(_stretches(10)), list(_stretches(0))
+    ([(0, 1), (1, 3), (3, 10)], [(0, 0)])
+    >>> list(_stretches(50))
+    [(0, 1), (1, 3), (3, 9), (9, 27), (27, 50)]
     """
-    done, left = 0, num_steps
-    while left:
-        following = max(1, 2 * done)
-        following = left if left < 1.5 * following else following
-        yield following
-        done, left = done + following, left - following
+    begin = 0
+    while begin < num_steps:
+        following = max(1, 2 * begin)
+        left = num_steps - begin
+        end = begin + (left if left < 1.5 * following else following)
+        yield begin, end
+        begin = end
     if num_steps == 0:
-        yield 0
+        yield 0, 0

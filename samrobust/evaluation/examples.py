@@ -88,7 +88,7 @@ class ExamplesFile:
 
 
 def _unit(image: np.ndarray) -> np.ndarray:
-    """Pixels in [0, 1], as `take_batch` makes them."""
+    """Returns pixels in [0, 1], as `take_batch` makes them."""
     return image.astype(np.float32) / np.float32(255)
 
 

@@ -2,7 +2,7 @@
 
 The batch is split over the devices, the outcome is on every process, and an incomplete
 last batch is padded, so that the function compiles once. What is measured is left to
-the function; `samrobust.evaluation.evaluate` measures accuracy.
+the function; `samrobust.evaluation.accuracy` measures accuracy.
 
 Every random number of an evaluation is a function of the key and of the example's
 position in the split: never of the batch, its padding or the number of devices.
@@ -11,7 +11,7 @@ position in the split: never of the batch, its padding or the number of devices.
 import functools
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import jax
@@ -20,7 +20,7 @@ import numpy as np
 from flax import linen as nn
 
 from samrobust.checks import check
-from samrobust.data import Split, evaluation_batches, take_batch
+from samrobust.data import Split, take_batch
 from samrobust.objectives import misclassified
 from samrobust.parallel import data_mesh, replicate, replicated, shard_batch
 from samrobust.runtime import compiler_options
@@ -30,6 +30,7 @@ __all__ = [
     "BatchFn",
     "Examples",
     "Measure",
+    "OnBatch",
     "batch_size_for",
     "check_batch_size",
     "classifier",
@@ -40,6 +41,8 @@ __all__ = [
     "jit_for_all",
     "make_measure",
     "of_name",
+    "packed",
+    "to_devices",
 ]
 
 Measure = Callable[..., dict[str, np.ndarray]]
@@ -49,13 +52,27 @@ _SECONDS_UNTOLD = 0.5  # that a batch may take before `meanwhile` is called
 _POLLS = (1e-4, 2e-2)  # the first and the longest pause in waiting, seconds
 
 
+class OnBatch(Protocol):
+    """A listener, told after every batch, and in between where one takes long.
+
+    It may raise, and so end the work.
+    """
+
+    def __call__(self, done: int, num_examples: int, doing: str = "", /) -> None:
+        """Hears how many examples are done, or that share of the work.
+
+        `doing` may say what is being done.
+        """
+        ...
+
+
 class BatchFn(Protocol):
-    """What is measured: images [B, ...] and labels [B] to arrays [B, ...], by name."""
+    """A measurement: images [B, ...] and labels [B] to arrays [B, ...], by name."""
 
     def __call__(
         self, variables: PyTree, images: Array, labels: Array, *, key: Array
     ) -> Mapping[str, Array]:
-        """Called inside `jit`; `variables` are those that `measure` is given.
+        """Measures inside `jit`; `variables` are those that `measure` is given.
 
         `key` is a key array [B], one an example, as attacks take it.
         """
@@ -101,20 +118,25 @@ def make_measure(batch_fn: BatchFn, *, batch_size: int) -> Measure:
         num_examples, done = len(split), 0
         check(num_examples > 0, "a split with examples", num_examples=num_examples)
         size = batch_size_for(num_examples, batch_size)
-        data = replicate((variables, split.images, split.labels), data_mesh())
+        data = to_devices(variables, split)
         parts: list[dict[str, np.ndarray]] = []
-        for indices, mask in evaluation_batches(num_examples, size):
+        for indices, count in packed(np.arange(num_examples), [size]):
             values = fetch(of_batch(*data, indices, key), on_batch, done, num_examples)
-            parts.append({name: value[mask] for name, value in values.items()})
-            done += int(mask.sum())
+            parts.append({name: value[:count] for name, value in values.items()})
+            done += count
             on_batch(done, num_examples)
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
     return measure
 
 
+def to_devices(variables: PyTree, split: Split) -> tuple[PyTree, Array, Array]:
+    """Replicates a network, images and labels over the devices."""
+    return replicate((variables, split.images, split.labels), data_mesh())
+
+
 def examples_of(images: Array, labels: Array, indices: Array, key: Array) -> Examples:
-    """Inside `jit`: examples of a split by their positions [B], over the devices.
+    """Takes examples out of a split, inside `jit`, and splits them over the devices.
 
     Args:
       images: uint8 [N, ...].
@@ -131,13 +153,13 @@ def examples_of(images: Array, labels: Array, indices: Array, key: Array) -> Exa
 
 
 def of_name(keys: Array, name: str) -> Array:
-    """The keys [B] of what goes by a name, out of those of the examples."""
+    """Returns the keys [B] of what goes by a name, out of those of the examples."""
     number = np.uint32(zlib.crc32(name.encode()))
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
 def is_correct(logits: Array, labels: Array) -> Array:
-    """Whether examples are classified rightly, bool [B]; without a decision never.
+    """Says who is classified rightly, bool [B]; without a decision nobody.
 
     >>> logits = jnp.array([[2.0, 1.0], [jnp.nan, 0.0]])
     >>> is_correct(logits, jnp.array([0, 0])).tolist()
@@ -147,7 +169,7 @@ def is_correct(logits: Array, labels: Array) -> Array:
 
 
 def is_finite(logits: Array) -> Array:
-    """Whether logits make a decision, bool [B]: none is NaN, the highest is finite."""
+    """Says which logits decide, bool [B]: none is NaN, the highest is finite."""
     return jnp.isfinite(jnp.max(logits, axis=-1))
 
 
@@ -192,7 +214,7 @@ def jit_for_all(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def classifier(model: nn.Module, variables: PyTree) -> LogitsFn:
-    """The network as it is judged: with running statistics, in its own precision."""
+    """Returns a network as it is judged: in inference mode, in its own precision."""
 
     def logits_fn(images: Array) -> Array:
         return cast(Array, model.apply(variables, images, train=False))
@@ -205,8 +227,38 @@ def check_batch_size(batch_size: int) -> None:
     check(batch_size >= 1, "batch_size >= 1", batch_size=batch_size)
 
 
+def packed(
+    positions: np.ndarray, sizes: Sequence[int]
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields batches of few sizes, with how many of each are not padding.
+
+    As little padding as the smallest size allows, in as few batches as that takes.
+
+    Args:
+      positions: in a split, int [n].
+      sizes: of batches, falling.
+
+    >>> [(len(i), n) for i, n in packed(np.arange(21), [8, 4, 2])]
+    [(8, 8), (8, 8), (4, 4), (2, 1)]
+    >>> [(len(i), n) for i, n in packed(np.arange(7), [8, 4, 2])]
+    [(8, 7)]
+    >>> [i.tolist() for i, _ in packed(np.arange(3), [2])]
+    [[0, 1], [2, 2]]
+    """
+    smallest, done = sizes[-1], 0
+    while done < len(positions):
+        slots = -(-(len(positions) - done) // smallest) * smallest
+        length = next(length for length in sizes if length <= slots)
+        taken = positions[done : done + length]
+        yield np.resize(taken, length).astype(np.int32), len(taken)
+        done += len(taken)
+
+
 def batch_size_for(num_examples: int, batch_size: int) -> int:
-    """At most `batch_size`, no more than there are examples; the devices divide it."""
+    """Returns the size of a batch: no more than asked for, nor than there are examples.
+
+    Rounded up to a multiple of the devices.
+    """
     num_devices = data_mesh().devices.size
     size = min(batch_size, max(1, num_examples))
     return -(-size // num_devices) * num_devices

@@ -1,0 +1,241 @@
+"""Natural and robust accuracy: every test example exactly once, whatever the batch.
+
+The network is evaluated in inference mode (`model.apply(variables, images,
+train=False)`), in the precision it was made with. An example with a logit that is not
+finite is not classified rightly: a network that has some on the images as they are is
+refused, and those that an attack led it to are reported.
+
+All evaluators are called alike (`Evaluator`) and return an `Outcome`.
+"""
+
+import dataclasses
+import pathlib
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from samrobust.attacks import identity
+from samrobust.checks import check
+from samrobust.data import Split
+from samrobust.evaluation.fates import Fates
+from samrobust.evaluation.measure import (
+    OnBatch,
+    classifier,
+    is_correct,
+    is_finite,
+    make_measure,
+    of_name,
+)
+from samrobust.parallel import is_primary
+from samrobust.types import Array, Attack, PyTree
+
+__all__ = [
+    "Archive",
+    "Evaluator",
+    "Outcome",
+    "check_finite",
+    "conclude",
+    "make_evaluator",
+    "make_natural",
+]
+
+
+class Archive(NamedTuple):
+    """A folder in which an evaluation keeps what became of every example.
+
+    Attributes:
+      folder: receives the files.
+      examples: whether the adversarial images are kept too.
+      provenance: of the caller, in JSON's types; kept with the outcome if this call has
+        a part in it.
+    """
+
+    folder: pathlib.Path
+    examples: bool = False
+    provenance: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The verdict on a network, example by example, under every attack.
+
+    Attributes:
+      correct: by column, bool [N] in the order of the split: whether the example is
+        classified rightly after the attack.
+      non_finite: how many examples an attack led to logits that are not finite, by
+        column; none where there are none.
+      fates: which part of an attack broke which example, of attacks that tell.
+    """
+
+    correct: dict[str, np.ndarray]
+    non_finite: dict[str, int]
+    fates: Fates | None = None
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """Returns the percentage of examples classified rightly, by column.
+
+        >>> Outcome({"natural": np.array([True, True, False, True])}, {}).accuracy
+        {'natural': 75.0}
+        """
+        return {name: 100 * float(np.mean(of)) for name, of in self.correct.items()}
+
+    @property
+    def ended_by(self) -> dict[str, Any] | None:
+        """Returns whose call ended an evaluation that an archive keeps, if known."""
+        return (
+            self.fates.provenance[-1] if self.fates and self.fates.provenance else None
+        )
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """Returns what there is to say beside the accuracies, in JSON's types."""
+        found: dict[str, Any] = {}
+        if self.non_finite:
+            found["non_finite"] = self.non_finite
+        if self.fates is not None:
+            found["autoattack"] = self.fates.summary()
+        return found
+
+
+class Evaluator(Protocol):
+    """A function that attacks a trained network on a whole split.
+
+    It compiles once for splits of one size and may be called for many networks.
+    """
+
+    def __call__(
+        self,
+        variables: PyTree,
+        split: Split,
+        key: Array,
+        *,
+        archive: Archive | None = None,
+        on_batch: OnBatch = lambda *_: None,
+    ) -> Outcome:
+        """Judges a network.
+
+        Args:
+          variables: of the network: whatever `model.apply` takes.
+          split: N images and their labels.
+          key: of all random numbers.
+          archive: where an evaluation that can go on after a kill, as AutoAttack's,
+            keeps what it needs for that; others start again and leave nothing there.
+          on_batch: called after every batch, and in between where one takes long; may
+            raise, and so end the evaluation.
+
+        Returns:
+          The outcome. **Guarantees.** Each example is judged exactly once. Its random
+          numbers depend on the key, the column's name and the example's position in the
+          split alone, so that its outcome depends neither on the batch nor on the
+          devices, up to rounding.
+
+        Raises:
+          ValueError: if the split is empty, or the network's logits of an image as it
+            is are not finite.
+        """
+        ...
+
+
+def make_evaluator(
+    model: nn.Module, attacks: Mapping[str, Attack], *, batch_size: int
+) -> Evaluator:
+    """Builds the evaluator of attacks that run to their end, in one pass over the data.
+
+    Args:
+      model: `apply(variables, images, train=False)` gives logits.
+      attacks: by the names of the columns; `identity` gives natural accuracy.
+      batch_size: over all devices; at most the number of examples is used, rounded up
+        to a multiple of the devices.
+
+    Raises:
+      ValueError: if batch_size < 1.
+    """
+
+    def judge(
+        variables: PyTree, images: Array, labels: Array, *, key: Array
+    ) -> dict[str, Array]:
+        logits_fn = classifier(model, variables)
+        found = {}
+        for name, attack in attacks.items():
+            attacked = attack(logits_fn, images, labels, key=of_name(key, name))
+            logits = logits_fn(attacked)
+            verdict = is_correct(logits, labels), is_finite(logits)
+            found[name] = jnp.stack(verdict, axis=-1)
+        return found
+
+    measure = make_measure(judge, batch_size=batch_size)
+
+    def evaluate(
+        variables: PyTree,
+        split: Split,
+        key: Array,
+        *,
+        archive: Archive | None = None,
+        on_batch: OnBatch = lambda *_: None,
+    ) -> Outcome:
+        del archive
+        found = measure(variables, split, key, on_batch=on_batch)
+        bad = {name: int(np.sum(~found[name][:, 1])) for name in attacks}
+        for name, attack in attacks.items():
+            if attack is identity:
+                check_finite(bad.pop(name), len(split))
+        correct = {name: found[name][:, 0] for name in attacks}  # in their order
+        return conclude(correct, bad)
+
+    return evaluate
+
+
+def make_natural(
+    model: nn.Module, *, batch_size: int
+) -> Callable[[PyTree, Split, Array, OnBatch], np.ndarray]:
+    """Builds the evaluator with which others begin, of the images as they are.
+
+    Returns:
+      `is_right(variables, split, key, on_batch) -> bool [N]`; `on_batch` is told that
+      nothing is done yet.
+    """
+    evaluate = make_evaluator(model, {"natural": identity}, batch_size=batch_size)
+
+    def is_right(
+        variables: PyTree, split: Split, key: Array, on_batch: OnBatch
+    ) -> np.ndarray:
+        def tell(*_: Any) -> None:
+            on_batch(0, len(split), "natural")
+
+        return evaluate(variables, split, key, on_batch=tell).correct["natural"]
+
+    return is_right
+
+
+def conclude(
+    correct: dict[str, np.ndarray],
+    non_finite: Mapping[str, int],
+    fates: Fates | None = None,
+) -> Outcome:
+    """Builds an outcome, and warns of logits that are not finite."""
+    counts = {name: count for name, count in non_finite.items() if count}
+    if counts and is_primary():
+        told = ", ".join(f"{count} under {name}" for name, count in counts.items())
+        warnings.warn(
+            f"The network has NaN or infinite logits on adversarial images ({told}). "
+            "They count as misclassified.",
+            stacklevel=3,
+        )
+    return Outcome(correct, counts, fates)
+
+
+def check_finite(non_finite: int, num_examples: int) -> None:
+    """Refuses a network whose logits of the images as they are are not all finite."""
+    check(
+        non_finite == 0,
+        "a network with finite logits",
+        "NaN or infinity is no prediction: there is no accuracy to report. Its weights "
+        "are broken, as by a training that diverged, or its numbers overflow.",
+        images_without=non_finite,
+        num_images=num_examples,
+    )

@@ -1,0 +1,95 @@
+"""The loop over attacks in stages: each example once a stage, until it breaks."""
+
+import itertools
+from collections import Counter
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from samrobust.evaluation.fates import Fates
+from samrobust.evaluation.survivors import Stage, survivors
+
+NUM_EXAMPLES, NUM_STAGES = 29, (3, 2)
+# The stage that breaks an example, by column; beyond the last one none does.
+BREAKS_AT = np.random.default_rng(0).integers(0, 5, (2, NUM_EXAMPLES))
+
+
+def make_columns(passes: Counter) -> dict[str, list[Stage]]:
+    """Stages that count which example went through which of them."""
+
+    def make_stage(column: int, number: int) -> Stage:
+        def run(indices):
+            passes.update((column, number, i) for i in set(indices.tolist()))
+            broken = BREAKS_AT[column][indices] == number
+            images = np.full(len(indices), 10 * column + number)
+            return jnp.asarray(images), jnp.asarray(broken), jnp.asarray(~broken)
+
+        return Stage(f"stage {number}", 1.0, run)
+
+    return {
+        f"column {column}": [make_stage(column, number) for number in range(count)]
+        for column, count in enumerate(NUM_STAGES)
+    }
+
+
+def fresh(columns: dict[str, list[Stage]]) -> Fates:
+    names = {name: [stage.name for stage in each] for name, each in columns.items()}
+    return Fates.fresh(names, NUM_EXAMPLES)
+
+
+def pursue(columns, fates, sizes, on_batch=lambda *_: None):
+    return survivors(columns, fates, sizes=sizes, on_batch=on_batch)
+
+
+@pytest.mark.parametrize("sizes", [[1], [8], [8, 4, 2], [64]])
+def test_every_example_goes_through_each_stage_once_until_it_breaks(sizes):
+    passes: Counter = Counter()
+    columns = make_columns(passes)
+    fates = fresh(columns)
+    batches = list(pursue(columns, fates, sizes))
+    expected = {
+        (column, number, i)
+        for column, count in enumerate(NUM_STAGES)
+        for number, i in itertools.product(range(count), range(NUM_EXAMPLES))
+        if number <= BREAKS_AT[column, i]
+    }
+    assert passes == dict.fromkeys(expected, 1)
+    beyond = np.array(NUM_STAGES)[:, None] <= BREAKS_AT
+    np.testing.assert_array_equal(fates.broken_at, np.where(beyond, -1, BREAKS_AT))
+    np.testing.assert_array_equal(fates.non_finite, ~beyond)
+    assert fates.is_whole
+    assert fates.is_possible()
+    for batch in batches:
+        stage = int(batch.images[0]) - 10 * batch.column
+        np.testing.assert_array_equal(
+            batch.broken, BREAKS_AT[batch.column, batch.indices] == stage
+        )
+
+
+@pytest.mark.parametrize("cut", [0, 1, 4, 7, 11])
+def test_a_loop_that_is_cut_after_a_batch_goes_on_with_what_is_left(cut):
+    """With batches of other sizes, so that nothing hangs on their borders."""
+    passes: Counter = Counter()
+    columns = make_columns(passes)
+    fates = fresh(columns)
+    assert len(list(itertools.islice(pursue(columns, fates, [4]), cut))) == cut
+    assert fates.is_possible()
+    assert not fates.is_whole
+    list(pursue(columns, fates, [5, 3]))
+    whole = fresh(columns)
+    assert set(passes.values()) == {1}
+    list(pursue(columns, whole, [8]))
+    np.testing.assert_array_equal(fates.broken_at, whole.broken_at)
+
+
+def test_the_work_that_is_told_rises_to_all_but_the_last_example():
+    columns, told = make_columns(Counter()), []
+    list(pursue(columns, fresh(columns), [8], lambda *report: told.append(report)))
+    shares = [done for done, *_ in told]
+    assert shares == sorted(shares)
+    assert {total for _, total, _ in told} == {NUM_EXAMPLES}
+    assert shares[-1] == NUM_EXAMPLES - 1  # that all is done the caller says
+    standing = np.sum(BREAKS_AT[0] >= 1)
+    lines = [line for *_, line in told]
+    assert f"column 0: stage 0, {standing} of 29 images stand" in lines
