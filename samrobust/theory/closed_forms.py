@@ -8,6 +8,7 @@ Reference: Wei, Zhu and Zhang (2023), Section 4.
 """
 
 import numpy as np
+from scipy.optimize import elementwise
 from scipy.special import logsumexp
 
 from samrobust.theory.population import adversarial
@@ -80,8 +81,8 @@ def adversarial_weight_all_features(world: World, epsilon: Floats) -> np.ndarray
     square = gap**2 - 2 * epsilon * odds / world.d
     root = odds / (gap + np.sqrt(np.maximum(square, 0)))
     root = np.maximum(root, 0.0)  # robust x_1 that misleads more than it helps
-    loss = adversarial(world, epsilon, moves_robust=True)(root[..., None])
-    exists = (square >= 0) & (loss.log_loss[..., 0] < np.log1p(-np.asarray(world.p)))
+    loss = adversarial(world, epsilon, moves_robust=True)(root)
+    exists = (square >= 0) & (loss.log_loss < np.log1p(-np.asarray(world.p)))
     return np.where(exists, root, np.inf)
 
 
@@ -93,27 +94,24 @@ def sam_weight(world: World, rho: Floats) -> np.ndarray:
         w = w* + ln(I(d eta + w) / I(d eta - w)) / (2 eta),
         I(m) = integral from 0 to rho of cosh(m t / d) exp(-t^2 / (2 d)) dt
 
-    For all of equation (7) and every rho > 0; found by bisection between w* and w* +
-    rho, with Gauss-Legendre quadrature. `sam_weight_bounds` says what it lies between.
+    between w* and w* + rho, with Gauss-Legendre quadrature. `sam_weight_bounds` says
+    what it lies between.
 
     Raises:
       ValueError: if rho is not a radius.
     """
     check_sam_radius(rho)
-    rho, start = np.asarray(rho, float), standard_weight(world)
-    d, eta = np.asarray(world.d, float), np.asarray(world.eta, float)
+    start = standard_weight(world)
 
-    def excess(w: np.ndarray) -> np.ndarray:
+    def excess(w: np.ndarray, *parameters: np.ndarray) -> np.ndarray:
+        start, rho, eta, d = parameters
         ratio = _log_integral(d * eta + w, d, rho) - _log_integral(d * eta - w, d, rho)
         return w - start - ratio / (2 * eta)
 
-    low = np.broadcast_arrays(start, rho)[0].astype(float)
-    high = start + rho
-    for _ in range(64):
-        middle = (low + high) / 2
-        above = excess(middle) > 0
-        low, high = np.where(above, low, middle), np.where(above, middle, high)
-    return (low + high) / 2
+    bracket, parameters = (start, start + rho), (start, rho, world.eta, world.d)
+    found = elementwise.find_root(excess, bracket, args=parameters)
+    # A shift below the rounding of w* has no sign to search by.
+    return np.where(found.success, found.x, start)
 
 
 def _log_integral(m: np.ndarray, d: np.ndarray, rho: np.ndarray) -> np.ndarray:
