@@ -193,10 +193,13 @@ def test_the_fixed_point_solves_its_equation_as_quadrature_by_scipy_has_it():
 
 
 def test_at_the_minimum_of_sam_both_ends_of_the_ball_are_equally_bad():
-    for rho in (0.3, 2.0):
-        w = float(sam_weight(WORLD, rho))
-        ends = accuracy(natural(WORLD), w - rho), accuracy(natural(WORLD), w + rho)
-        assert ends[0] == pytest.approx(ends[1], abs=1e-12)
+    # Beyond a few sqrt(d) the integrand is a narrow peak: it may not be missed.
+    rho = np.array([0.3, 2.0, 100.0, 1e4])
+    w = sam_weight(WORLD, rho)
+    ends = accuracy(natural(WORLD), w - rho), accuracy(natural(WORLD), w + rho)
+    np.testing.assert_allclose(ends[0], ends[1], rtol=0, atol=1e-9)
+    start = standard_weight(WORLD)
+    assert np.all((start < w) & (w <= start + rho))
 
 
 def test_the_corrected_expansion_is_the_limit_and_the_printed_one_is_not():

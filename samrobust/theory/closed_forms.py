@@ -94,8 +94,8 @@ def sam_weight(world: World, rho: Floats) -> np.ndarray:
         w = w* + ln(I(d eta + w) / I(d eta - w)) / (2 eta),
         I(m) = integral from 0 to rho of cosh(m t / d) exp(-t^2 / (2 d)) dt
 
-    between w* and w* + rho, with Gauss-Legendre quadrature. `sam_weight_bounds` says
-    what it lies between.
+    between w* and w* + rho, for all of equation (7) and every rho > 0, with
+    Gauss-Legendre quadrature. `sam_weight_bounds` says what it lies between.
 
     Raises:
       ValueError: if rho is not a radius.
@@ -116,11 +116,13 @@ def sam_weight(world: World, rho: Floats) -> np.ndarray:
 
 def _log_integral(m: np.ndarray, d: np.ndarray, rho: np.ndarray) -> np.ndarray:
     """Ln I(m), up to a term that does not depend on m."""
-    m, d, rho = (part[..., None] for part in np.broadcast_arrays(m, d, rho))
-    t = rho * (1 + _NODES) / 2
-    slope = np.abs(m) * t / d
-    log_cosh = slope + np.log1p(np.exp(-2 * slope)) - np.log(2)
-    return np.asarray(logsumexp(log_cosh - t**2 / (2 * d), b=_WEIGHTS, axis=-1))
+    m, d, rho = (part[..., None] for part in np.broadcast_arrays(np.abs(m), d, rho))
+    # The integrand is a normal density around |m|: nothing lies beyond 12 deviations.
+    low = np.maximum(0, np.minimum(m, rho) - 12 * np.sqrt(d))
+    half = (np.minimum(rho, m + 12 * np.sqrt(d)) - low) / 2
+    t = low + half * (1 + _NODES)
+    log_cosh = m * t / d + np.log1p(np.exp(-2 * m * t / d))
+    return logsumexp(log_cosh - t**2 / (2 * d), b=half * _WEIGHTS, axis=-1)
 
 
 def sam_weight_bounds(
