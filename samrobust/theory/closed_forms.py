@@ -122,7 +122,8 @@ def _log_integral(m: np.ndarray, d: np.ndarray, rho: np.ndarray) -> np.ndarray:
     half = (np.minimum(rho, m + 12 * np.sqrt(d)) - low) / 2
     t = low + half * (1 + _NODES)
     log_cosh = m * t / d + np.log1p(np.exp(-2 * m * t / d))
-    return logsumexp(log_cosh - t**2 / (2 * d), b=half * _WEIGHTS, axis=-1)
+    log_values = log_cosh - t**2 / (2 * d)
+    return np.asarray(logsumexp(log_values, b=half * _WEIGHTS, axis=-1))
 
 
 def sam_weight_bounds(
