@@ -37,7 +37,7 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 def standard_weight(world: World) -> np.ndarray:
-    """Theorem 4.1: `w* = ln(p / (1 - p)) / (2 eta)`. Exact, for all of equation (7).
+    """Returns Theorem 4.1: `w* = ln(p / (1 - p)) / (2 eta)`. Exact for all of (7).
 
     >>> float(standard_weight(World(p=0.7, eta=0.1, d=10)).round(4))
     4.2365
@@ -46,7 +46,7 @@ def standard_weight(world: World) -> np.ndarray:
 
 
 def adversarial_weight(world: World, epsilon: Floats) -> np.ndarray:
-    """Theorem 4.2 as printed: `ln(p / (1 - p)) / (2 (eta - epsilon))`.
+    """Returns Theorem 4.2 as printed: `ln(p / (1 - p)) / (2 (eta - epsilon))`.
 
     Exact for 0 < epsilon < eta if the perturbation leaves x_1 alone, or rounds it back
     to its sign. With x_1 perturbed too see `adversarial_weight_all_features`.
@@ -59,7 +59,7 @@ def adversarial_weight(world: World, epsilon: Floats) -> np.ndarray:
 
 
 def adversarial_weight_all_features(world: World, epsilon: Floats) -> np.ndarray:
-    """Theorem 4.2 where all features are perturbed, as equation (9) is written.
+    """Returns Theorem 4.2 for all features perturbed, as equation (9) is written.
 
     The smaller root of
 
@@ -87,7 +87,7 @@ def adversarial_weight_all_features(world: World, epsilon: Floats) -> np.ndarray
 
 
 def sam_weight(world: World, rho: Floats) -> np.ndarray:
-    """Theorem 4.3 made quantitative: the exact w_1 of SAM on the robust weight.
+    """Solves for the exact w_1 of SAM on the robust weight: Theorem 4.3 in numbers.
 
     The solution of
 
@@ -115,7 +115,7 @@ def sam_weight(world: World, rho: Floats) -> np.ndarray:
 
 
 def _log_integral(m: np.ndarray, d: np.ndarray, rho: np.ndarray) -> np.ndarray:
-    """Ln I(m), up to a term that does not depend on m."""
+    """Returns ln I(m), up to a term that does not depend on m."""
     m, d, rho = (part[..., None] for part in np.broadcast_arrays(np.abs(m), d, rho))
     # The integrand is a normal density around |m|: nothing lies beyond 12 deviations.
     low = np.maximum(0, np.minimum(m, rho) - 12 * np.sqrt(d))
@@ -129,7 +129,7 @@ def _log_integral(m: np.ndarray, d: np.ndarray, rho: np.ndarray) -> np.ndarray:
 def sam_weight_bounds(
     world: World, rho: Floats, w: Floats
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Our bounds on `w_SAM - w*`, at w = w_SAM; not in the paper.
+    """Returns our bounds on `w_SAM - w*`, at w = w_SAM; not in the paper.
 
         c w rho^2 / (3 d)  <=  w_SAM - w*  <=  min(rho, w rho^2 / (3 d)),
         c = exp(-rho^2 / (2 d)) / (1 + (rho (eta + w / d))^2 / 3)
@@ -144,12 +144,12 @@ def sam_weight_bounds(
 
 
 def sam_weight_printed(world: World, rho: Floats) -> np.ndarray:
-    """Theorem 4.4 as printed: `w* + (2 / 3) w* rho^2`. Off: see the corrected one."""
+    """Returns Theorem 4.4 as printed: `w* + (2 / 3) w* rho^2`. Off: see below."""
     return standard_weight(world) * (1 + 2 * np.square(rho) / 3)
 
 
 def sam_weight_corrected(world: World, rho: Floats) -> np.ndarray:
-    """Theorem 4.4 corrected: `w* + w* rho^2 / (3 d)`.
+    """Returns Theorem 4.4 corrected: `w* + w* rho^2 / (3 d)`.
 
     The expansion of `sam_weight` for small rho; good while rho (eta + w* / d) and rho^2
     / d are small.
@@ -158,22 +158,22 @@ def sam_weight_corrected(world: World, rho: Floats) -> np.ndarray:
 
 
 def equal_attack_radius_printed(world: World, rho: Floats) -> np.ndarray:
-    """Theorem 4.5 as printed: the epsilon of `2 + 3 / rho^2 = 2 eta / epsilon`."""
+    """Solves Theorem 4.5 as printed for epsilon: `2 + 3 / rho^2 = 2 eta / epsilon`."""
     return 2 * world.eta / (2 + 3 / np.square(rho))
 
 
 def equal_attack_radius_corrected(world: World, rho: Floats) -> np.ndarray:
-    """Theorem 4.5 corrected: the epsilon of `1 + 3 d / rho^2 = eta / epsilon`."""
+    """Solves Theorem 4.5 corrected for epsilon: `1 + 3 d / rho^2 = eta / epsilon`."""
     return world.eta / (1 + 3 * world.d / np.square(rho))
 
 
 def equal_attack_radius(world: World, w: Floats) -> np.ndarray:
-    """Where `adversarial_weight` is w >= w*: `epsilon = eta (1 - w* / w)`. Exact."""
+    """Returns where `adversarial_weight` is w >= w*: `eta (1 - w* / w)`. Exact."""
     return world.eta * (1 - standard_weight(world) / w)
 
 
 def all_weights_coefficient(world: World) -> np.ndarray:
-    """K in `w_SAM = w* + K w* rho^2 + ...` where SAM perturbs all d + 1 weights.
+    """Returns K in `w_SAM = w* + K w* rho^2 + ...` for SAM on all d + 1 weights.
 
         K = (w*^2 / d - 2) / (3 d)
 

@@ -68,7 +68,7 @@ def theory_command(
 
 
 def _from_flags(kind: type[_T], arguments: argparse.Namespace) -> _T:
-    """An object from the flags that were given; its defaults for the others."""
+    """Builds an object from the flags that were given; its defaults for the others."""
     names = [field.name for field in dataclasses.fields(kind)]
     given = {name: getattr(arguments, name) for name in names}
     return kind(**{name: value for name, value in given.items() if value is not None})

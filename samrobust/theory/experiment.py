@@ -45,7 +45,7 @@ class Estimate:
 
     @property
     def agrees(self) -> str | None:
-        """Whether the population value lies in the band widened by half.
+        """Tells whether the population value lies in the band widened by half.
 
         `yes`, `no`, or `unresolved` where 0 lies in it too: a training without the
         effect would agree as well. None where no population value is known.
@@ -133,7 +133,7 @@ def all_weights_shift(world: World, rho: float) -> float | None:
 def _optima(
     world: World, method: str, radius: float, batch_size: int
 ) -> tuple[float | None, float | None]:
-    """Where the trained and the 0-1 loss have their minima; for SAM less w*."""
+    """Returns the minima of the trained and of the 0-1 loss; for SAM less w*."""
     start = float(forms.standard_weight(world))
     if method == "st":
         return logistic_weight(world), start

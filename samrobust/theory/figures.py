@@ -86,7 +86,7 @@ def draw_all(
 
 
 def _robust_weight(content: _Content) -> "Figure":
-    """w_1 against the radius: theory, direct minimum and training."""
+    """Draws w_1 against the radius: theory, direct minimum and training."""
     title = f"The robust weight in a world of {_name(content.world)}"
     figure, (attack, sam) = _make_panels(2, (8.6, 3.9), title)
     _draw_attack(attack, content)
@@ -160,7 +160,7 @@ def _draw_sam(panel: "Axes", content: _Content) -> None:
 
 
 def _equal_weight(content: _Content) -> "Figure":
-    """The radii of AT and SAM that give the same w_1."""
+    """Draws the radii of AT and SAM that give the same w_1."""
     p, eta = float(content.world.p), float(content.world.eta)
     title = f"Radii of SAM and AT of equal $w_1$ (p = {p:g}, $\\eta$ = {eta:g})"
     figure, (panel,) = _make_panels(1, (5.2, 4.2), title)
@@ -195,7 +195,7 @@ def _equal_weight(content: _Content) -> "Figure":
 
 
 def _all_weights(content: _Content) -> "Figure":
-    """Where SAM on all weights raises the robust one."""
+    """Draws where SAM on all weights raises the robust one."""
     title = "SAM on all weights: the sign of its effect on $w_1$"
     figure, (panel,) = _make_panels(1, (5.2, 4.0), title)
     d, low, high = np.geomspace(0.7, 2000, 200), 0.3, 400
@@ -222,7 +222,7 @@ def _all_weights(content: _Content) -> "Figure":
 
 
 def _trade_off(content: _Content) -> "Figure":
-    """Natural and robust accuracy of all classifiers of the model class."""
+    """Draws natural and robust accuracy of all classifiers of the model class."""
     name = _name(content.world)
     title = f"What robustness costs: $w_1$ from $w^*/2$ to $\\infty$, {name}"
     figure, (alone, whole) = _make_panels(2, (8.6, 3.7), title)
@@ -273,7 +273,7 @@ def _draw_trade_off(panel: "Axes", content: _Content, *, moves_robust: bool) -> 
 def _make_panels(
     count: int, size: tuple[float, float], title: str
 ) -> "tuple[Figure, list[Axes]]":
-    """A figure of `count` panels in a row; its size is in inches."""
+    """Makes a figure of `count` panels in a row; its size is in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -284,7 +284,7 @@ def _make_panels(
 
 
 def _draw_bands(panel: "Axes", content: _Content, method: str, **style: Any) -> None:
-    """Trained weights, with the band; one that reaches below 0 has no lower end."""
+    """Draws trained weights; a band that reaches below 0 has no lower end."""
     own = [e for e in content.estimates if e.method == method]
     if own:
         radius, mean, band = zip(
@@ -299,11 +299,11 @@ def _draw_legend_below(figure: "Figure", panel: "Axes") -> None:
 
 
 def _of_world(points: Points, world: World) -> Points:
-    """The points of one world."""
+    """Selects the points of one world."""
     same = (points.p == world.p) & (points.eta == world.eta) & (points.d == world.d)
     return points.where(same)
 
 
 def _name(world: World) -> str:
-    """The parameters of a world of scalars, as Matplotlib's mathematics."""
+    """Returns the parameters of a world of scalars, as Matplotlib's mathematics."""
     return f"p = {world.p:g}, $\\eta$ = {world.eta:g}, d = {world.d:g}"

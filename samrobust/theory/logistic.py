@@ -1,4 +1,4 @@
-"""What the logistic loss, which can be trained, has its minimum at: population optima.
+"""Minima of the logistic loss, which can be trained: population optima.
 
 In this world the log-odds of the label are linear, ln(p / (1 - p)) x_1 + 2 eta (x_2 +
 ... + x_{d+1}), so that logistic regression is well specified: its minimum is the Bayes
@@ -130,7 +130,7 @@ def sam_step_weight(world: World, rho: Floats, batch_size: int) -> np.ndarray:
 
 
 def _quadrature(world: World, epsilon: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """The log-probabilities [2, N] of nodes, and x_2 + ... + x_{d+1} [N] there.
+    """Returns log-probabilities [2, N] of nodes, and x_2 + ... + x_{d+1} [N] there.
 
     By the trapezoidal rule for a standard normal, beside both signs of x_1; epsilon is
     what an attack takes off each x_i.
@@ -146,7 +146,7 @@ def _quadrature(world: World, epsilon: float = 0.0) -> tuple[np.ndarray, np.ndar
 def _root(
     world: World, rho: Floats, reach: float, function: Callable[..., np.ndarray]
 ) -> np.ndarray:
-    """Where a function of (w, rho) is zero, within `reach` radii of w*."""
+    """Finds where a function of (w, rho) is zero, within `reach` radii of w*."""
     start, rho = standard_weight(world), np.asarray(rho, float)
     bracket = (start - reach * rho, start + reach * rho)
     return elementwise.find_root(function, bracket, args=(rho,)).x

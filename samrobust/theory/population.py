@@ -58,7 +58,7 @@ Objective: TypeAlias = Callable[[np.ndarray], Value]
 
 
 class Optimum(NamedTuple):
-    """Where a loss is smallest.
+    """A place where a loss is smallest.
 
     Attributes:
       w: the weight w_1; infinite where x_1 alone is best, all others being 0 beside it.
@@ -209,9 +209,9 @@ def accuracy(objective: Objective, w: Floats) -> np.ndarray:
 def _scan(
     objective: Objective, root: np.ndarray, num_points: int, num_searches: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The angles [S, ...] around the lowest valley, else the last; and if there is one.
+    """Brackets each search's lowest valley by two angles [S, ...].
 
-    There is one [...] where all searches see it.
+    By the last two where it sees none; the third result [...] is where all see one.
     """
     starts = (np.arange(num_searches)[:, None] + 0.5) / num_searches
     end = np.pi / 2 - 1e-9
@@ -235,7 +235,7 @@ def _search(
     half: float,
     grids: Sequence[int],
 ) -> np.ndarray:
-    """The worst point of middle +- half, by grids that shrink around the worst."""
+    """Finds the worst point of middle +- half, by grids that shrink around it."""
     low, high = middle - half, middle + half
     for count in grids:
         points = middle + half * _leading(np.linspace(-1, 1, count), middle)
@@ -247,13 +247,13 @@ def _search(
 
 
 def _worst(value: Value) -> Value:
-    """The largest of the losses along the first axis."""
+    """Selects the largest of the losses along the first axis."""
     worst = np.argmax(value.log_loss, axis=0, keepdims=True)
     return Value(*(np.take_along_axis(part, worst, axis=0)[0] for part in value))
 
 
 def _leading(values: np.ndarray, beside: np.ndarray) -> np.ndarray:
-    """The values [N] on an axis before those of another array."""
+    """Puts values [N] on an axis before those of another array."""
     return values.reshape(-1, *[1] * np.ndim(beside))
 
 
@@ -264,7 +264,7 @@ def _mixture(
     down: np.ndarray,
     down_slope: np.ndarray,
 ) -> Value:
-    """The loss of two margins with their derivatives by w_1, > 0 and < 0."""
+    """Returns the loss of two margins with their derivatives by w_1, > 0 and < 0."""
     right = np.log(p) + log_ndtr(-up)
     wrong = np.log1p(-p) + log_ndtr(-down)
     total = np.logaddexp(right, wrong)
@@ -280,5 +280,5 @@ def _mixture(
 
 
 def _hazard(x: np.ndarray) -> np.ndarray:
-    """phi(x) / Phi(-x), the slope of -log Phi(-x)."""
+    """Returns phi(x) / Phi(-x), the slope of -log Phi(-x)."""
     return np.sqrt(2 / np.pi) / erfcx(x / np.sqrt(2))

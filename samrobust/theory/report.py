@@ -23,7 +23,7 @@ _Row: TypeAlias = tuple[dict[str, str], bool]  # cells by column; whether it sta
 
 
 class Report(NamedTuple):
-    """Everything that `samrobust theory` found.
+    """The findings of `samrobust theory`, all of them.
 
     Attributes:
       grid, effort: what was asked for.
@@ -100,7 +100,7 @@ def to_markdown(report: Report) -> str:
 
 
 def _tables(report: Report) -> dict[str, list[_Row]]:
-    """The rows by the tables' titles."""
+    """Returns the rows by the tables' titles."""
     verdicts = [(_verdict_row(v), v.holds is False) for v in report.verdicts]
     tables = {"Section 4 against direct minimisation": verdicts}
     if report.estimates:
@@ -172,7 +172,7 @@ def _notes(report: Report) -> list[str]:
 
 
 def _rows(points: Points) -> list[dict[str, float | None]]:
-    """A dictionary for each point."""
+    """Returns a dictionary for each point."""
     columns = vars(points)
     return [
         {name: _finite(float(column[number])) for name, column in columns.items()}

@@ -58,7 +58,7 @@ class Grid:
 
     @property
     def world(self) -> World:
-        """The world that is trained and drawn."""
+        """Returns the world that is trained and drawn."""
         return World(self.p[0], self.eta[0], self.d[0])
 
     def attack_radii(self, eta: float) -> np.ndarray:
@@ -78,7 +78,7 @@ class Points(types.SimpleNamespace):
 
     @property
     def world(self) -> World:
-        """The worlds of all points."""
+        """Returns the worlds of all points."""
         return World(self.p, self.eta, self.d)
 
     def where(self, mask: np.ndarray) -> "Points":
@@ -135,7 +135,7 @@ def study(grid: Grid, *, on_part: Callable[[str], None] = lambda _: None) -> Stu
 
 
 def _points(grid: Grid, radii: Callable[[float], Iterable[float]]) -> Points:
-    """The grid's worlds, each with its radii, and with w*."""
+    """Returns the grid's worlds, each with its radii, and with w*."""
     rows = [
         (*world, radius)
         for world in itertools.product(grid.p, grid.eta, grid.d)

@@ -35,7 +35,7 @@ _TAIL = 8.0  # standard deviations that fit into a pixel: none of 1e14 samples i
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """How much is trained.
+    """The amount of training.
 
     Attributes:
       seeds: independent runs of each method, >= 2; 0 trains nothing.
@@ -181,7 +181,7 @@ def _train(
 
 
 def _rate(curvature: ArrayLike) -> optax.Schedule:
-    """A rate that falls as 1 / sqrt(step), from the inverse of the curvature."""
+    """Builds a rate that falls as 1 / sqrt(step), from the curvature's inverse."""
     return lambda count: 1 / (curvature * jnp.sqrt(1 + jnp.asarray(count) / 50))
 
 

@@ -1,4 +1,4 @@
-"""Which statement of Section 4 holds where, and by how much the others are off.
+"""Verdicts: which statement of Section 4 holds where, and how far off others are.
 
 A verdict is computed from the points, never written down: a formula holds where it
 equals the direct minimum within twice the error of that minimum.
@@ -74,7 +74,7 @@ def judge(study: Study) -> list[Verdict]:
 
 
 def _verdicts(undecided: int, *rows: tuple[str, str, _Outcome]) -> list[Verdict]:
-    """The verdicts, or that there is none: nothing holds by having no points."""
+    """Names the outcomes; nothing holds by having no points."""
     verdicts = []
     for statement, source, (words, holds, points, *numbers) in rows:
         if not points:
@@ -92,7 +92,7 @@ def _verdicts(undecided: int, *rows: tuple[str, str, _Outcome]) -> list[Verdict]
 def _formulas(
     points: Points, *rows: tuple[str, str, str], exact: str = "w"
 ) -> list[Verdict]:
-    """Whether columns equal the minimum, infinity included."""
+    """Judges whether columns equal the minimum, infinity included."""
     known = points.where(np.isfinite(points.error))
     return _verdicts(
         len(points) - len(known),
@@ -169,13 +169,13 @@ def _sam_all(points: Points) -> list[Verdict]:
 
 
 def _is_small(points: Points) -> np.ndarray:
-    """Where rho is small in the sense of the corrected expansion."""
+    """Tells where rho is small in the sense of the corrected expansion."""
     slope = points.radius * (points.eta + points.standard / points.d)
     return (slope < _SMALL) & (points.radius**2 / points.d < _SMALL)
 
 
 def _is_stated(points: Points) -> np.ndarray:
-    """Where Theorem 4.5 orders the radii."""
+    """Tells where Theorem 4.5 orders the radii."""
     return points.eta <= np.sqrt(3 * points.d)
 
 
@@ -196,14 +196,14 @@ def _equality(known: Points, column: str, exact: str) -> _Outcome:
 
 
 def _every(true: np.ndarray) -> _Outcome:
-    """Whether an inequality is true at every point."""
+    """Judges whether an inequality is true at every point."""
     holds = np.all(true)
     words = "holds" if holds else f"holds at {np.sum(true)} of {len(true)} points"
     return _Outcome(words, holds, len(true))
 
 
 def _factor(ratio: np.ndarray, words: str, error: np.ndarray | None = None) -> _Outcome:
-    """Whether a printed expansion's ratio to the minimum is about 1 everywhere."""
+    """Judges whether a printed expansion's ratio to the minimum is about 1."""
     off = np.abs(ratio - 1)
     holds = np.all(off <= _SMALL)
     least, most = np.min(ratio, initial=np.inf), np.max(ratio, initial=0)
@@ -212,7 +212,7 @@ def _factor(ratio: np.ndarray, words: str, error: np.ndarray | None = None) -> _
 
 
 def _expansion(ratio: np.ndarray, error: np.ndarray | None = None) -> _Outcome:
-    """Whether an expansion's ratio to the minimum is about 1 where rho is small."""
+    """Judges whether an expansion's ratio to the minimum is about 1 for small rho."""
     off = np.abs(ratio - 1)
     holds = np.all(off < _SMALL)
     word = "holds for small rho: within" if holds else "off for small rho by up to"

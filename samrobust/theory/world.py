@@ -72,7 +72,7 @@ class World:
 
     @property
     def log_odds(self) -> np.ndarray:
-        """ln(p / (1 - p)) > 0: what x_1 says about the label."""
+        """Returns ln(p / (1 - p)) > 0: what x_1 says about the label."""
         p = np.asarray(self.p, float)
         return np.log(p) - np.log1p(-p)
 
