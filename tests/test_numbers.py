@@ -247,9 +247,9 @@ def speed_on_the_gpu() -> Rows:
 @functools.cache
 def theory() -> str:
     """The theory's tables and notes as its JSON has them."""
-    grid, experiment, report, verdicts = (
+    study, training, experiment, report, verdicts = (
         importlib.import_module(f"samrobust.theory.{name}")
-        for name in ("grid", "experiment", "report", "verdicts")
+        for name in ("study", "training", "experiment", "report", "verdicts")
     )
     content = stored("theory/theory.json")
     estimates = []
@@ -262,8 +262,8 @@ def theory() -> str:
         estimates.append(estimate)
     options = {k: tuple(v) for k, v in content["grid"].items() if v is not None}
     found = report.Report(
-        grid.Grid(**options),
-        experiment.Effort(**content["effort"]),
+        study.Grid(**options),
+        training.Effort(**content["effort"]),
         None,
         [verdicts.Verdict(**verdict) for verdict in content["verdicts"]],
         estimates,

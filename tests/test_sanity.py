@@ -28,9 +28,7 @@ from samrobust.sanity import (
     Finding,
     Surrogate,
     allowance,
-    attacked,
-    network,
-    network_verdicts,
+    measures,
     run_sanity,
     some_of,
     to_json,
@@ -271,27 +269,27 @@ def test_what_the_products_of_a_network_are_taken_in_is_looked_up(
 ):
     model = Dense(tuple(options.items()))
     variables = model.init(jax.random.key(0), jnp.zeros((1, 2, 2, 1)), train=False)
-    products = network.count_products(model, variables, (2, 2, 1))
+    products = measures.count_products(model, variables, (2, 2, 1))
     assert products == {precision: 1}
-    found = network_verdicts.judge_precision("float32", products)
+    found = verdicts.judge_products("float32", products)
     assert (found.verdict, found.values["products"]) == (expected, products)
 
 
 def test_the_products_of_our_networks_keep_their_precision():
     model, variables = helpers.make_network()
-    assert network.count_products(model, variables, (8, 8, 1)).keys() == {"float32"}
+    assert measures.count_products(model, variables, (8, 8, 1)).keys() == {"float32"}
     coarse = model.clone(dtype=jnp.bfloat16)
-    assert "bfloat16" in network.count_products(coarse, variables, (8, 8, 1))
+    assert "bfloat16" in measures.count_products(coarse, variables, (8, 8, 1))
 
 
 def test_what_a_random_network_draws_does_not_depend_on_the_batch():
     model, variables, (images, _) = Network(noise=0.1), trained(), make_images(6)
     keys = jax.random.split(KEY, 6)
     for key, some in ((keys, keys[:2]), (None, None)):
-        logits = network.logits_of(model, variables, key)(images)
-        few = network.logits_of(model, variables, some)(images[:2])
+        logits = measures.logits_of(model, variables, key)(images)
+        few = measures.logits_of(model, variables, some)(images[:2])
         np.testing.assert_allclose(few, logits[:2], rtol=1e-5)
-    assert np.any(network.logits_of(model, variables, keys)(images) != logits)
+    assert np.any(measures.logits_of(model, variables, keys)(images) != logits)
 
 
 def make_images(count):
@@ -319,8 +317,8 @@ def test_images_without_finite_logits_count_as_wrong_and_are_reported():
         del logits_fn, labels, key
         return images + 0.2
 
-    crafts = {"brighten": attacked.Craft(brighten, model)}
-    measure = attacked.measure_crafts(model, crafts)
+    crafts = {"brighten": measures.Craft(brighten, model)}
+    measure = measures.measure_crafts(model, crafts)
     images = jnp.array([0.1, 0.4]).reshape(2, 1, 1, 1)
     keys = jax.random.split(KEY, 2)
     outcome = measure({"": {}}, images, jnp.array([0, 0]), key=keys)

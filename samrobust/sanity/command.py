@@ -104,7 +104,7 @@ def sanity_of_run(
 def check_surrogates(
     config: Config, folders: Sequence[str]
 ) -> list[tuple[str, Config]]:
-    """The configs of other runs, by their folders' names; process 0 alone sees them.
+    """Reads the configs of other runs, by folder; process 0 alone sees them.
 
     Raises:
       ValueError: if a folder holds no run, or one on other images.
@@ -122,7 +122,7 @@ def check_surrogates(
 
 
 def largest_balls(config: Config) -> dict[str, Ball]:
-    """The largest ball of each norm that the evaluation names; none of radius 0."""
+    """Builds the largest ball > 0 of each norm that the evaluation names."""
     return {
         f"{norm} {max(radii):g}/255": make_ball(norm, max(radii))
         for norm in ("linf", "l2")

@@ -1,4 +1,4 @@
-"""What a check finds, and the one rule by which counts of images are judged.
+"""Findings of the checks, and the one rule by which counts of images are judged.
 
 A sound attack is allowed to be worse than another on one image in a hundred: robust
 accuracies are quoted to a point. A count is held against that rate with its luck: more
@@ -45,7 +45,7 @@ class Finding:
 
     @property
     def anchor(self) -> str:
-        """Where it is explained.
+        """Returns where it is explained.
 
         >>> Finding("logit scale", PASSED, "", {}).anchor
         'docs/sanity.md#logit-scale'
@@ -54,7 +54,7 @@ class Finding:
 
 
 def allowance(total: int) -> int:
-    """How many of `total` images may speak against an attack that is sound.
+    """Returns how many of `total` images may speak against an attack that is sound.
 
     The 99 % quantile of the binomial distribution of `total` images with a rate of 1 %.
 
@@ -65,12 +65,12 @@ def allowance(total: int) -> int:
 
 
 def is_more(count: int, total: int) -> bool:
-    """Whether `count` of `total` images are more than `allowance` gives."""
+    """Tells whether `count` of `total` images are more than `allowance` gives."""
     return count > allowance(total)
 
 
 def is_mostly(count: int, total: int) -> bool:
-    """Whether something holds for more than half of all images like these `total`.
+    """Tells whether something holds for most of all images like these `total`.
 
     The one-sided sign test: a coin would show `count` heads or more in fewer than one
     of a hundred throws. Fewer than 7 images cannot say so.

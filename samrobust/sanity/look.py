@@ -1,8 +1,8 @@
-"""What all checks share: the network, some images, how hard to try, who is told."""
+"""The look that all checks share: network, images, how hard to try, who is told."""
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ __all__ = ["Effort", "Look", "Surrogate", "some_of"]
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """How hard the checks try; the default is for a verdict, less is for tests.
+    """The effort of the checks; the default is for a verdict, less is for tests.
 
     Attributes:
       steps: numbers of PGD steps whose curve is looked at, rising, at least two.
@@ -59,6 +59,7 @@ class Surrogate(NamedTuple):
     variables: PyTree
 
 
+@dataclasses.dataclass
 class Look:
     """A network under examination, and the measuring of it.
 
@@ -67,39 +68,25 @@ class Look:
       transfer: others, by name.
       split: the images.
       effort: how hard to try.
-
-    Args:
-      model: the network.
-      variables: of the model.
-      transfer: others, by name.
-      split: the images.
-      effort: how hard to try.
       batch_size: over all devices.
       num_measures: how often `measure` will be called.
       key: the randomness of all measurements.
       on_batch: told of progress, as by `run_sanity`.
       should_stop: asked after every batch.
+      num_measured: how often `measure` was called.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        variables: PyTree,
-        transfer: dict[str, Surrogate],
-        split: Split,
-        effort: Effort,
-        *,
-        batch_size: int,
-        num_measures: int,
-        key: Array,
-        on_batch: Callable[[int, int], None],
-        should_stop: Callable[[], bool],
-    ):
-        self.model, self.variables, self.transfer = model, variables, transfer
-        self.split, self.effort = split, effort
-        self._batch_size, self._key = batch_size, key
-        self._num_measures, self._done = num_measures, 0
-        self._on_batch, self._should_stop = on_batch, should_stop
+    model: nn.Module
+    variables: PyTree
+    transfer: Mapping[str, Surrogate]
+    split: Split
+    effort: Effort
+    batch_size: int
+    num_measures: int
+    key: Array
+    on_batch: Callable[[int, int], None]
+    should_stop: Callable[[], bool]
+    num_measured: int = 0
 
     def measure(
         self, batch_fn: BatchFn, variables: PyTree | None = None
@@ -111,25 +98,25 @@ class Look:
         """
 
         def on_batch(done: int, num_examples: int) -> None:
-            total = self._num_measures * num_examples
-            reached = self._done * num_examples + done
-            self._on_batch(reached, total)
-            if self._should_stop() and reached < total:
+            total = self.num_measures * num_examples
+            reached = self.num_measured * num_examples + done
+            self.on_batch(reached, total)
+            if self.should_stop() and reached < total:
                 message = (
                     "Stopped during the sanity checks. The same command redoes them."
                 )
                 raise InterruptedRunError(message)
 
-        measure = make_measure(batch_fn, batch_size=self._batch_size)
+        measure = make_measure(batch_fn, batch_size=self.batch_size)
         variables = self.variables if variables is None else variables
-        own_key = jax.random.fold_in(self._key, self._done)
+        own_key = jax.random.fold_in(self.key, self.num_measured)
         outcome = measure(variables, self.split, own_key, on_batch=on_batch)
-        self._done += 1
+        self.num_measured += 1
         return outcome
 
 
 def some_of(split: Split, num_examples: int) -> Split:
-    """At most `num_examples` of a split, evenly spaced, in order.
+    """Selects at most `num_examples` of a split, evenly spaced, in order.
 
     >>> split = Split(np.zeros([10, 1, 1, 1], np.uint8), np.arange(10, dtype=np.int32))
     >>> some_of(split, 4).labels.tolist()

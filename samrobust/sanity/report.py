@@ -20,7 +20,7 @@ _NETWORK = "the network"
 
 
 def to_rich(findings: Sequence[Finding], note: str = "") -> Group:
-    """The findings for a Rich console, warnings first told as a number."""
+    """Returns the findings for a Rich console, with the number of warnings."""
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
     for name in ("check", "verdict"):
         table.add_column(name, no_wrap=True)
@@ -41,7 +41,7 @@ def to_rich(findings: Sequence[Finding], note: str = "") -> Group:
 
 
 def to_markdown(findings: Sequence[Finding], note: str = "") -> str:
-    """The same in Markdown."""
+    """Returns the same in Markdown."""
     lines = [f"**Sanity checks.** {_summary(findings)}"]
     lines += ["", note] if note else []
     previous = None
@@ -58,7 +58,7 @@ def to_markdown(findings: Sequence[Finding], note: str = "") -> str:
 
 
 def to_json(findings: Sequence[Finding], **about: Any) -> dict[str, Any]:
-    """The findings with all numbers; `about` goes in front."""
+    """Returns the findings with all numbers; `about` goes in front."""
     listed = [{**dataclasses.asdict(f), "explained": f.anchor} for f in findings]
     counts = {v: sum(f.verdict == v for f in findings) for v in _STYLES}
     return {**about, "verdicts": counts, "findings": listed}
@@ -89,10 +89,9 @@ def write_report(
 
 
 def _summary(findings: Sequence[Finding]) -> str:
-    counts = [(sum(f.verdict == v for f in findings), v) for v in _STYLES]
-    parts = [f"{count} {_plural(verdict, count)}" for count, verdict in counts if count]
-    return f"Of {len(findings)} checks: {', '.join(parts)}."
-
-
-def _plural(verdict: str, count: int) -> str:
-    return "warnings" if verdict == WARNING and count > 1 else verdict
+    counts = {v: sum(f.verdict == v for f in findings) for v in _STYLES}
+    parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
+    told = ", ".join(parts)
+    if counts[WARNING] > 1:
+        told = told.replace(WARNING, "warnings")
+    return f"Of {len(findings)} checks: {told}."

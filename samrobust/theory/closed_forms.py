@@ -8,6 +8,7 @@ Reference: Wei, Zhu and Zhang (2023), Section 4.
 """
 
 import numpy as np
+from scipy.optimize import elementwise
 from scipy.special import logsumexp
 
 from samrobust.theory.population import adversarial
@@ -36,7 +37,7 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 def standard_weight(world: World) -> np.ndarray:
-    """Theorem 4.1: `w* = ln(p / (1 - p)) / (2 eta)`. Exact, for all of equation (7).
+    """Returns Theorem 4.1: `w* = ln(p / (1 - p)) / (2 eta)`. Exact for all of (7).
 
     >>> float(standard_weight(World(p=0.7, eta=0.1, d=10)).round(4))
     4.2365
@@ -45,7 +46,7 @@ def standard_weight(world: World) -> np.ndarray:
 
 
 def adversarial_weight(world: World, epsilon: Floats) -> np.ndarray:
-    """Theorem 4.2 as printed: `ln(p / (1 - p)) / (2 (eta - epsilon))`.
+    """Returns Theorem 4.2 as printed: `ln(p / (1 - p)) / (2 (eta - epsilon))`.
 
     Exact for 0 < epsilon < eta if the perturbation leaves x_1 alone, or rounds it back
     to its sign. With x_1 perturbed too see `adversarial_weight_all_features`.
@@ -58,7 +59,7 @@ def adversarial_weight(world: World, epsilon: Floats) -> np.ndarray:
 
 
 def adversarial_weight_all_features(world: World, epsilon: Floats) -> np.ndarray:
-    """Theorem 4.2 where all features are perturbed, as equation (9) is written.
+    """Returns Theorem 4.2 for all features perturbed, as equation (9) is written.
 
     The smaller root of
 
@@ -80,55 +81,55 @@ def adversarial_weight_all_features(world: World, epsilon: Floats) -> np.ndarray
     square = gap**2 - 2 * epsilon * odds / world.d
     root = odds / (gap + np.sqrt(np.maximum(square, 0)))
     root = np.maximum(root, 0.0)  # robust x_1 that misleads more than it helps
-    loss = adversarial(world, epsilon, moves_robust=True)(root[..., None])
-    exists = (square >= 0) & (loss.log_loss[..., 0] < np.log1p(-np.asarray(world.p)))
+    loss = adversarial(world, epsilon, moves_robust=True)(root)
+    exists = (square >= 0) & (loss.log_loss < np.log1p(-np.asarray(world.p)))
     return np.where(exists, root, np.inf)
 
 
 def sam_weight(world: World, rho: Floats) -> np.ndarray:
-    """Theorem 4.3 made quantitative: the exact w_1 of SAM on the robust weight.
+    """Solves for the exact w_1 of SAM on the robust weight: Theorem 4.3 in numbers.
 
     The solution of
 
         w = w* + ln(I(d eta + w) / I(d eta - w)) / (2 eta),
         I(m) = integral from 0 to rho of cosh(m t / d) exp(-t^2 / (2 d)) dt
 
-    For all of equation (7) and every rho > 0; found by bisection between w* and w* +
-    rho, with Gauss-Legendre quadrature. `sam_weight_bounds` says what it lies between.
+    between w* and w* + rho, for all of equation (7) and every rho > 0, with
+    Gauss-Legendre quadrature. `sam_weight_bounds` says what it lies between.
 
     Raises:
       ValueError: if rho is not a radius.
     """
     check_sam_radius(rho)
-    rho, start = np.asarray(rho, float), standard_weight(world)
-    d, eta = np.asarray(world.d, float), np.asarray(world.eta, float)
+    start = standard_weight(world)
 
-    def excess(w: np.ndarray) -> np.ndarray:
+    def excess(w: np.ndarray, *parameters: np.ndarray) -> np.ndarray:
+        start, rho, eta, d = parameters
         ratio = _log_integral(d * eta + w, d, rho) - _log_integral(d * eta - w, d, rho)
         return w - start - ratio / (2 * eta)
 
-    low = np.broadcast_arrays(start, rho)[0].astype(float)
-    high = start + rho
-    for _ in range(64):
-        middle = (low + high) / 2
-        above = excess(middle) > 0
-        low, high = np.where(above, low, middle), np.where(above, middle, high)
-    return (low + high) / 2
+    bracket, parameters = (start, start + rho), (start, rho, world.eta, world.d)
+    found = elementwise.find_root(excess, bracket, args=parameters)
+    # A shift below the rounding of w* has no sign to search by.
+    return np.where(found.success, found.x, start)
 
 
 def _log_integral(m: np.ndarray, d: np.ndarray, rho: np.ndarray) -> np.ndarray:
-    """Ln I(m), up to a term that does not depend on m."""
-    m, d, rho = (part[..., None] for part in np.broadcast_arrays(m, d, rho))
-    t = rho * (1 + _NODES) / 2
-    slope = np.abs(m) * t / d
-    log_cosh = slope + np.log1p(np.exp(-2 * slope)) - np.log(2)
-    return np.asarray(logsumexp(log_cosh - t**2 / (2 * d), b=_WEIGHTS, axis=-1))
+    """Returns ln I(m), up to a term that does not depend on m."""
+    m, d, rho = (part[..., None] for part in np.broadcast_arrays(np.abs(m), d, rho))
+    # The integrand is a normal density around |m|: nothing lies beyond 12 deviations.
+    low = np.maximum(0, np.minimum(m, rho) - 12 * np.sqrt(d))
+    half = (np.minimum(rho, m + 12 * np.sqrt(d)) - low) / 2
+    t = low + half * (1 + _NODES)
+    log_cosh = m * t / d + np.log1p(np.exp(-2 * m * t / d))
+    log_values = log_cosh - t**2 / (2 * d)
+    return np.asarray(logsumexp(log_values, b=half * _WEIGHTS, axis=-1))
 
 
 def sam_weight_bounds(
     world: World, rho: Floats, w: Floats
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Our bounds on `w_SAM - w*`, at w = w_SAM; not in the paper.
+    """Returns our bounds on `w_SAM - w*`, at w = w_SAM; not in the paper.
 
         c w rho^2 / (3 d)  <=  w_SAM - w*  <=  min(rho, w rho^2 / (3 d)),
         c = exp(-rho^2 / (2 d)) / (1 + (rho (eta + w / d))^2 / 3)
@@ -143,12 +144,12 @@ def sam_weight_bounds(
 
 
 def sam_weight_printed(world: World, rho: Floats) -> np.ndarray:
-    """Theorem 4.4 as printed: `w* + (2 / 3) w* rho^2`. Off: see the corrected one."""
+    """Returns Theorem 4.4 as printed: `w* + (2 / 3) w* rho^2`. Off: see below."""
     return standard_weight(world) * (1 + 2 * np.square(rho) / 3)
 
 
 def sam_weight_corrected(world: World, rho: Floats) -> np.ndarray:
-    """Theorem 4.4 corrected: `w* + w* rho^2 / (3 d)`.
+    """Returns Theorem 4.4 corrected: `w* + w* rho^2 / (3 d)`.
 
     The expansion of `sam_weight` for small rho; good while rho (eta + w* / d) and rho^2
     / d are small.
@@ -157,22 +158,22 @@ def sam_weight_corrected(world: World, rho: Floats) -> np.ndarray:
 
 
 def equal_attack_radius_printed(world: World, rho: Floats) -> np.ndarray:
-    """Theorem 4.5 as printed: the epsilon of `2 + 3 / rho^2 = 2 eta / epsilon`."""
+    """Solves Theorem 4.5 as printed for epsilon: `2 + 3 / rho^2 = 2 eta / epsilon`."""
     return 2 * world.eta / (2 + 3 / np.square(rho))
 
 
 def equal_attack_radius_corrected(world: World, rho: Floats) -> np.ndarray:
-    """Theorem 4.5 corrected: the epsilon of `1 + 3 d / rho^2 = eta / epsilon`."""
+    """Solves Theorem 4.5 corrected for epsilon: `1 + 3 d / rho^2 = eta / epsilon`."""
     return world.eta / (1 + 3 * world.d / np.square(rho))
 
 
 def equal_attack_radius(world: World, w: Floats) -> np.ndarray:
-    """Where `adversarial_weight` is w >= w*: `epsilon = eta (1 - w* / w)`. Exact."""
+    """Returns where `adversarial_weight` is w >= w*: `eta (1 - w* / w)`. Exact."""
     return world.eta * (1 - standard_weight(world) / w)
 
 
 def all_weights_coefficient(world: World) -> np.ndarray:
-    """K in `w_SAM = w* + K w* rho^2 + ...` where SAM perturbs all d + 1 weights.
+    """Returns K in `w_SAM = w* + K w* rho^2 + ...` for SAM on all d + 1 weights.
 
         K = (w*^2 / d - 2) / (3 d)
 

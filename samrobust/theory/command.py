@@ -1,27 +1,31 @@
 """`samrobust theory`: computes, trains, shows and writes."""
 
 import argparse
+import dataclasses
+import itertools
 import pathlib
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 from samrobust.checks import check
 from samrobust.files import check_writable, write_json, write_text
 from samrobust.reporting.console import make_console
 from samrobust.reporting.progress import ProgressDisplay
-from samrobust.theory.experiment import Effort, experiment, plan_experiment
+from samrobust.theory.experiment import experiment, plan
 from samrobust.theory.figures import draw_all
-from samrobust.theory.grid import Grid, study
 from samrobust.theory.report import Report, to_json, to_markdown, to_rich
+from samrobust.theory.study import Grid, study
+from samrobust.theory.training import Effort
 from samrobust.theory.verdicts import judge
 from samrobust.training import InterruptedRunError
 
 __all__ = ["theory_command"]
 
 _PARTS = 4  # of a study; each takes about as long as a training
+_T = TypeVar("_T", Grid, Effort)
 
 
 def theory_command(
@@ -36,21 +40,17 @@ def theory_command(
       InterruptedRunError: when it was stopped; then nothing is written.
     """
     check(not overrides, "no --config flags for theory", config=overrides)
-    grid = _make(Grid, arguments, "p", "eta", "d", "epsilon", "rho")
-    effort = _make(Effort, arguments, "seeds", "samples", "batch_size")
+    grid, effort = _from_flags(Grid, arguments), _from_flags(Effort, arguments)
     console, folder = make_console(), pathlib.Path(arguments.workdir)
     check_writable(folder)
-    started = time.monotonic()
-    display = ProgressDisplay(console, _PARTS + plan_experiment(grid, effort))
-    done = 0
+    started, done = time.monotonic(), itertools.count()
+    display = ProgressDisplay(console, _PARTS + len(plan(grid, effort)))
 
     def show(text: str) -> None:
-        nonlocal done
         if should_stop():
             message = "Stopped. It takes about a minute: start it again."
             raise InterruptedRunError(message)
-        display.show(text, float(done))
-        done += 1
+        display.show(text, float(next(done)))
 
     with display.live():
         points = study(grid, on_part=show)
@@ -67,7 +67,8 @@ def theory_command(
     return 0
 
 
-def _make(kind: Callable[..., Any], arguments: argparse.Namespace, *names: str) -> Any:
-    """An object from the flags that were given; its defaults for the others."""
+def _from_flags(kind: type[_T], arguments: argparse.Namespace) -> _T:
+    """Builds an object from the flags that were given; its defaults for the others."""
+    names = [field.name for field in dataclasses.fields(kind)]
     given = {name: getattr(arguments, name) for name in names}
     return kind(**{name: value for name, value in given.items() if value is not None})

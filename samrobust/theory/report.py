@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from rich import box
@@ -11,30 +11,19 @@ from rich.table import Table
 from rich.text import Text
 
 from samrobust.provenance import provenance
-from samrobust.theory.experiment import Effort, Estimate
-from samrobust.theory.grid import Grid, Study
+from samrobust.theory.experiment import Estimate
+from samrobust.theory.study import Grid, Points, Study
+from samrobust.theory.training import Effort
 from samrobust.theory.verdicts import Verdict
 
 __all__ = ["Report", "to_json", "to_markdown", "to_rich"]
 
-_Row: TypeAlias = tuple[tuple[str, ...], str]  # cells, and a style
-_Table: TypeAlias = tuple[str, tuple[str, ...], list[_Row]]  # title, header, rows
 _WORDS = ("statement", "source", "verdict", "trained")  # columns of words
-_HEADER = ("statement", "source", "verdict", "points", "deviation", "error")
-_TRAINED = (
-    "trained",
-    "radius",
-    "weight",
-    "95 % band",
-    "population",
-    "0-1 theory",
-    "agrees",
-)
+_Row: TypeAlias = tuple[dict[str, str], bool]  # cells by column; whether it stands out
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """Everything that `samrobust theory` found.
+class Report(NamedTuple):
+    """The findings of `samrobust theory`, all of them.
 
     Attributes:
       grid, effort: what was asked for.
@@ -55,7 +44,7 @@ class Report:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """The whole report; what is infinite or unknown is None."""
+    """Returns the whole report; what is infinite or unknown is None."""
     return {
         "grid": dataclasses.asdict(report.grid),
         "effort": dataclasses.asdict(report.effort),
@@ -69,8 +58,7 @@ def to_json(report: Report) -> dict[str, Any]:
             for estimate in report.estimates
         ],
         "points": {
-            field.name: getattr(report.study, field.name).rows()
-            for field in dataclasses.fields(report.study)
+            name: _rows(points) for name, points in report.study._asdict().items()
         },
         "provenance": {
             **provenance(),
@@ -81,93 +69,84 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def to_rich(report: Report) -> Group:
-    """The tables and notes for a Rich console."""
-    parts: list[Any] = []
-    for title, header, rows in _tables(report):
+    """Returns the tables and notes for a Rich console."""
+    parts: list[Table | Text] = []
+    for title, rows in _tables(report).items():
         table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, title=title)
         table.title_justify, table.title_style = "left", "bold"
         table.padding = (0, 1, 0, 0)
-        for number, name in enumerate(header):
+        for number, name in enumerate(rows[0][0]):
             side = "left" if name in _WORDS else "right"
             table.add_column(name, justify=side, overflow="fold", no_wrap=number > 2)
-        for row, style in rows:
-            table.add_row(*map(Text, row), style=style)
+        for cells, stands_out in rows:
+            style = "yellow" if stands_out else ""
+            table.add_row(*map(Text, cells.values()), style=style)
         parts += [table, Text()]
     return Group(*parts, Text("\n".join(_notes(report)), style="dim"))
 
 
 def to_markdown(report: Report) -> str:
-    """The same in Markdown."""
+    """Returns the same in Markdown."""
     blocks = []
-    for title, header, rows in _tables(report):
-        lines = [f"**{title}**", "", _line(header)]
-        lines.append(_line([":---" if name in _WORDS else "---:" for name in header]))
-        blocks.append("\n".join([*lines, *(_line(row) for row, _ in rows)]))
+    for title, rows in _tables(report).items():
+        header = list(rows[0][0])
+        ruler = [":---" if name in _WORDS else "---:" for name in header]
+        lines = [header, ruler, *(cells.values() for cells, _ in rows)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        # `*` and `_` would be read as emphasis.
+        table = table.replace("*", "\\*").replace("_", "\\_")
+        blocks.append(f"**{title}**\n\n{table}")
     return "\n\n".join([*blocks, *_notes(report)]) + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
-    # `*` and `_` would be read as emphasis.
-    escaped = [
-        c.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_") for c in cells
-    ]
-    return f"| {' | '.join(escaped)} |"
-
-
-def _tables(
-    report: Report,
-) -> list[_Table]:
-    """(title, header, rows of cells with a style) of each table."""
-    grid = report.grid
-    verdicts: list[_Row] = [
-        (
-            (
-                verdict.statement,
-                verdict.source,
-                verdict.verdict,
-                str(verdict.points),
-                _digits(verdict.deviation),
-                _digits(verdict.error),
-            ),
-            "yellow" if verdict.holds is False else "",
-        )
-        for verdict in report.verdicts
-    ]
-    tables: list[_Table] = [
-        ("Section 4 against direct minimisation", _HEADER, verdicts)
-    ]
+def _tables(report: Report) -> dict[str, list[_Row]]:
+    """Returns the rows by the tables' titles."""
+    verdicts = [(_verdict_row(v), v.holds is False) for v in report.verdicts]
+    tables = {"Section 4 against direct minimisation": verdicts}
     if report.estimates:
-        world = f"p = {grid.p[0]:g}, eta = {grid.eta[0]:g}, d = {grid.d[0]:g}"
-        title = f"Trained with the logistic loss: {world}"
-        tables.append((title, _TRAINED, [_trained_row(e) for e in report.estimates]))
+        world = report.grid.world
+        world = f"p = {world.p:g}, eta = {world.eta:g}, d = {world.d:g}"
+        trained = [(_trained_row(e), e.agrees == "no") for e in report.estimates]
+        tables[f"Trained with the logistic loss: {world}"] = trained
     return tables
 
 
-def _trained_row(estimate: Estimate) -> _Row:
+def _verdict_row(verdict: Verdict) -> dict[str, str]:
+    deviation, error = verdict.deviation, verdict.error
+    return {
+        "statement": verdict.statement,
+        "source": verdict.source,
+        "verdict": verdict.verdict,
+        "points": str(verdict.points),
+        "deviation": "-" if deviation is None else f"{deviation:.1e}",
+        "error": "-" if error is None else f"{error:.1e}",
+    }
+
+
+def _trained_row(estimate: Estimate) -> dict[str, str]:
     def shown(value: float | None) -> str:
         if value is None:
             return "-"
         return f"{value:.4f}" if np.isfinite(value) else "x_1 alone"
 
-    cells = (
-        estimate.method,
-        f"{estimate.radius:g}",
-        format(estimate.mean, "+.4f" if estimate.quantity == "shift" else ".4f"),
-        f"±{estimate.half_width:.4f}",
-        shown(estimate.population),
-        shown(estimate.zero_one),
-        estimate.agrees or "-",
-    )
-    return cells, "yellow" if estimate.agrees == "no" else ""
+    sign = "+" if estimate.quantity == "shift" else ""
+    return {
+        "trained": estimate.method,
+        "radius": f"{estimate.radius:g}",
+        "weight": f"{estimate.mean:{sign}.4f}",
+        "95 % band": f"±{estimate.half_width:.4f}",
+        "population": shown(estimate.population),
+        "0-1 theory": shown(estimate.zero_one),
+        "agrees": estimate.agrees or "-",
+    }
 
 
 def _notes(report: Report) -> list[str]:
-    undecided = max(verdict.undecided for verdict in report.verdicts)
     notes = [
         "deviation: the largest relative one, of w, or of the shift w - w* for SAM; "
         "error: that of the direct minimum, in the same unit.",
     ]
-    if undecided:
+    if undecided := max(verdict.undecided for verdict in report.verdicts):
         notes.append(
             f"Up to {undecided} more points of a row are left out: the loss is so flat "
             "there that float64 cannot tell."
@@ -192,8 +171,13 @@ def _notes(report: Report) -> list[str]:
     return notes
 
 
-def _digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1e}"
+def _rows(points: Points) -> list[dict[str, float | None]]:
+    """Returns a dictionary for each point."""
+    columns = vars(points)
+    return [
+        {name: _finite(float(column[number])) for name, column in columns.items()}
+        for number in range(len(points))
+    ]
 
 
 def _finite(value: float | None) -> float | None:

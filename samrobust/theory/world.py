@@ -12,7 +12,6 @@ Reference: Wei, Zhu and Zhang (2023), Section 4.1, after Tsipras et al. (2019), 
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
@@ -49,54 +48,63 @@ class World:
 
     def __post_init__(self) -> None:
         """Checks the assumptions of equation (7)."""
-        _check_each("p", self.p, lambda p: (p > 0.5) & (p < 1), _P)
-        _check_each("eta", self.eta, lambda eta: (eta >= 1e-6) & (eta <= 1e3), _ETA)
-        _check_each("d", self.d, lambda d: (d >= 1) & (d == np.floor(d)), _D)
+        p, eta, d = (np.asarray(part, float) for part in (self.p, self.eta, self.d))
+        _check_each(
+            (p > 0.5) & (p < 1),
+            "1/2 < p < 1",
+            "Equation (7) assumes that x_1 predicts the label better than chance, and "
+            "not always.",
+            p=p,
+        )
+        _check_each(
+            (eta >= 1e-6) & (eta <= 1e3),
+            "1e-6 <= eta <= 1e3",
+            "Equation (7) assumes that the non-robust features point to the label; "
+            "float64 resolves no others.",
+            eta=eta,
+        )
+        _check_each(
+            (d >= 1) & (d == np.floor(d)),
+            "an integer d >= 1",
+            "Equation (7) has d non-robust features.",
+            d=d,
+        )
 
     @property
     def log_odds(self) -> np.ndarray:
-        """ln(p / (1 - p)) > 0: what x_1 says about the label."""
+        """Returns ln(p / (1 - p)) > 0: what x_1 says about the label."""
         p = np.asarray(self.p, float)
         return np.log(p) - np.log1p(-p)
 
 
-_P = (
-    "1/2 < p < 1",
-    "Equation (7) assumes that x_1 predicts the label better than chance, and not "
-    "always.",
-)
-_ETA = (
-    "1e-6 <= eta <= 1e3",
-    "Equation (7) assumes that the non-robust features point to the label; float64 "
-    "resolves no others.",
-)
-_D = ("an integer d >= 1", "Equation (7) has d non-robust features.")
-_AT_ETA = (
-    "0 < epsilon < eta",
-    "Theorem 4.2 assumes an attack that leaves the non-robust features some of their "
-    "meaning; from eta on the best of these weights is unbounded.",
-)
-_AT_ONE = (
-    "epsilon < 1",
-    "Equation (7) assumes that no perturbation changes the sign of x_1 = +-1.",
-)
-_SAM = (
-    "1e-9 <= rho <= 1e9",
-    "Equation (11) maximises over a ball of weights; float64 resolves no others.",
-)
-
-
 def check_attack_radius(epsilon: Floats, eta: Floats) -> None:
     """Refuses attacks outside Theorem 4.2 with a `ValueError` that says why."""
-    epsilon = np.asarray(epsilon, float)
-    least = float(np.min(eta))
-    _check_each("epsilon", epsilon, lambda e: (e > 0) & (e < eta), _AT_ETA, eta=least)
-    _check_each("epsilon", epsilon, lambda e: e < 1, _AT_ONE)
+    epsilon, eta = np.asarray(epsilon, float), np.asarray(eta, float)
+    _check_each(
+        (epsilon > 0) & (epsilon < eta),
+        "0 < epsilon < eta",
+        "Theorem 4.2 assumes an attack that leaves the non-robust features some of "
+        "their meaning; from eta on the best of these weights is unbounded.",
+        epsilon=epsilon,
+        eta=eta,
+    )
+    _check_each(
+        epsilon < 1,
+        "epsilon < 1",
+        "Equation (7) assumes that no perturbation changes the sign of x_1 = +-1.",
+        epsilon=epsilon,
+    )
 
 
 def check_sam_radius(rho: Floats) -> None:
     """Refuses radii that are no radii with a `ValueError`."""
-    _check_each("rho", rho, lambda rho: (rho >= 1e-9) & (rho <= 1e9), _SAM)
+    rho = np.asarray(rho, float)
+    _check_each(
+        (rho >= 1e-9) & (rho <= 1e9),
+        "1e-9 <= rho <= 1e9",
+        "Equation (11) maximises over a ball of weights; float64 resolves no others.",
+        rho=rho,
+    )
 
 
 def sample(world: World, num_examples: int, key: Array) -> tuple[Array, Array]:
@@ -124,13 +132,13 @@ def sample(world: World, num_examples: int, key: Array) -> tuple[Array, Array]:
 
 
 def _check_each(
-    name: str,
-    values: Floats,
-    holds: Callable[[np.ndarray], np.ndarray],
-    assumption: tuple[str, str],
-    **beside: float,
+    holds: np.ndarray, condition: str, fix: str, **values: np.ndarray
 ) -> None:
-    values = np.asarray(values, float)
-    broken = values[~np.broadcast_to(holds(values), values.shape)]
-    first = float(broken.flat[0]) if broken.size else None
-    check(first is None, *assumption, **{name: first}, **beside)
+    """Checks all elements; the message shows the first that breaks the condition."""
+    holds, *arrays = np.broadcast_arrays(holds, *values.values())
+    first = np.argmin(holds)
+    shown = {
+        name: float(array.flat[first])
+        for name, array in zip(values, arrays, strict=True)
+    }
+    check(bool(holds.flat[first]), condition, fix, **shown)

@@ -1,8 +1,10 @@
 """Every closed form beside its numerical truth, over a grid of worlds and radii."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import itertools
+import types
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,9 +12,8 @@ from samrobust.checks import check
 from samrobust.theory import closed_forms as forms
 from samrobust.theory.logistic import logistic_weight
 from samrobust.theory.population import (
-    Optimum,
     adversarial,
-    minimise,
+    minimize,
     natural,
     sam_all_weights,
     sam_robust_weight,
@@ -50,69 +51,50 @@ class Grid:
         for name in ("p", "eta", "d", "rho"):
             values = getattr(self, name)
             check(len(values) > 0, f"at least one {name}", **{name: values})
-        World(np.array(self.p)[:, None], np.array(self.eta), np.array(self.d)[0])
-        World(self.p[0], self.eta[0], np.array(self.d))
+        World(*np.ix_(self.p, self.eta, self.d))
         for eta in self.eta:
             check_attack_radius(self.attack_radii(eta), eta)
         check_sam_radius(np.array(self.rho))
 
     @property
     def world(self) -> World:
-        """The world that is trained and drawn."""
+        """Returns the world that is trained and drawn."""
         return World(self.p[0], self.eta[0], self.d[0])
 
     def attack_radii(self, eta: float) -> np.ndarray:
-        """The radii of the attack in worlds with this eta."""
+        """Returns the radii of the attack in worlds with this eta."""
         return np.array(self.epsilon or [part * min(eta, 1) for part in _FRACTIONS])
 
 
-@dataclasses.dataclass(frozen=True)
-class Points:
-    """Arrays [N] of one sort of point: p, eta, d, a radius, and what was computed.
+class Points(types.SimpleNamespace):
+    """Arrays [N] of one sort of point, by name.
 
-    Attributes:
-      columns: the arrays, by name; `w` and `error` are the direct minimum.
+    `p`, `eta`, `d`, `radius` (NaN where there is none), `standard` (w*), `w` and
+    `error` (the direct minimum), and what formulas say.
     """
 
-    columns: dict[str, np.ndarray]
-
-    def __getattr__(self, name: str) -> np.ndarray:
-        """A column."""
-        try:
-            return self.columns[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
     def __len__(self) -> int:
-        return len(self.columns["p"])
+        return len(self.p)
 
     @property
     def world(self) -> World:
-        """The worlds of all points."""
+        """Returns the worlds of all points."""
         return World(self.p, self.eta, self.d)
 
     def where(self, mask: np.ndarray) -> "Points":
-        """Those of a mask [N]."""
-        return Points({name: column[mask] for name, column in self.columns.items()})
+        """Returns those of a mask [N]."""
+        return Points(**{name: column[mask] for name, column in vars(self).items()})
 
     def resolved(self) -> "Points":
-        """Those whose shift w - w* the direct minimum knows to a thousandth."""
+        """Returns those whose shift w - w* the direct minimum knows to a thousandth."""
         return self.where(self.error < 1e-3 * np.abs(self.w - self.standard))
 
-    def rows(self) -> list[dict[str, Any]]:
-        """A dictionary for each point; what is not finite is None."""
-        names, columns = list(self.columns), list(self.columns.values())
-        return [
-            {
-                name: float(value) if np.isfinite(value) else None
-                for name, value in zip(names, values, strict=True)
-            }
-            for values in zip(*columns, strict=True)
-        ]
+    def beside(self, **columns: np.ndarray) -> "Points":
+        """Returns them with more columns, or others."""
+        return Points(**vars(self) | columns)
 
 
-@dataclasses.dataclass(frozen=True)
-class Study:
+class Study(NamedTuple):
     """The points of each part of the theory.
 
     Attributes:
@@ -139,62 +121,57 @@ def study(grid: Grid, *, on_part: Callable[[str], None] = lambda _: None) -> Stu
     """
     on_part("standard training")
     worlds = _points(grid, lambda _: [np.nan])
-    standard = _with(worlds, minimise(natural(worlds.world), worlds.world))
+    world = worlds.world
+    standard = worlds.beside(**minimize(natural(world), world)._asdict())
     on_part("adversarial training")
     attacks = _points(grid, grid.attack_radii)
-    fixed, moved = (_attack(attacks, moves_robust=moves) for moves in (False, True))
+    attack, attack_all = (
+        _attack(attacks, moves_robust=moves) for moves in (False, True)
+    )
     on_part("SAM on the robust weight")
-    radii = _points(grid, lambda _: grid.rho)
-    sam = _sam(radii)
+    sam = _sam(_points(grid, lambda _: grid.rho))
     on_part("SAM on all weights")
-    return Study(standard, fixed, moved, sam, _sam_all(worlds))
+    return Study(standard, attack, attack_all, sam, _sam_all(worlds))
 
 
-def _points(grid: Grid, radii: Callable[[float], Any]) -> Points:
+def _points(grid: Grid, radii: Callable[[float], Iterable[float]]) -> Points:
+    """Returns the grid's worlds, each with its radii, and with w*."""
     rows = [
-        (p, eta, d, radius)
-        for p in grid.p
-        for eta in grid.eta
-        for d in grid.d
-        for radius in radii(eta)
+        (*world, radius)
+        for world in itertools.product(grid.p, grid.eta, grid.d)
+        for radius in radii(world[1])
     ]
     columns = np.array(rows, float).T
-    return Points(dict(zip(("p", "eta", "d", "radius"), columns, strict=True)))
-
-
-def _with(points: Points, optimum: Optimum, **columns: np.ndarray) -> Points:
-    start = forms.standard_weight(points.world)
-    found = {"w": optimum.w, "error": optimum.error}
-    return Points({**points.columns, "standard": start, **found, **columns})
+    points = Points(**dict(zip(("p", "eta", "d", "radius"), columns, strict=True)))
+    return points.beside(standard=forms.standard_weight(points.world))
 
 
 def _attack(points: Points, *, moves_robust: bool) -> Points:
     world, epsilon = points.world, points.radius
     objective = adversarial(world, epsilon, moves_robust=moves_robust)
-    rows = zip(*points.columns.values(), strict=True)
+    printed = forms.adversarial_weight(world, epsilon)
+    whole = forms.adversarial_weight_all_features(world, epsilon)
     logistic = [
-        logistic_weight(World(p, eta, d), epsilon, moves_robust=moves_robust)
-        for p, eta, d, epsilon in rows
+        logistic_weight(World(p, eta, d), radius, moves_robust=moves_robust)
+        for p, eta, d, radius in zip(
+            points.p, points.eta, points.d, epsilon, strict=True
+        )
     ]
-    return _with(
-        points,
-        minimise(objective, world),
-        printed=forms.adversarial_weight(world, epsilon),
-        formula=forms.adversarial_weight_all_features(world, epsilon)
-        if moves_robust
-        else forms.adversarial_weight(world, epsilon),
+    return points.beside(
+        **minimize(objective, world)._asdict(),
+        printed=printed,
+        formula=whole if moves_robust else printed,
         logistic=np.array(logistic),
     )
 
 
 def _sam(points: Points) -> Points:
     world, rho = points.world, points.radius
-    optimum = minimise(sam_robust_weight(world, rho), world, has_kink=True)
+    optimum = minimize(sam_robust_weight(world, rho), world, has_kink=True)
     formula = forms.sam_weight(world, rho)
     lower, upper = forms.sam_weight_bounds(world, rho, formula)
-    return _with(
-        points,
-        optimum,
+    return points.beside(
+        **optimum._asdict(),
         formula=formula,
         lower=lower,
         upper=upper,
@@ -206,20 +183,19 @@ def _sam(points: Points) -> Points:
     )
 
 
-def _sam_all(worlds: Points) -> Points:
-    world = worlds.world
-    root, start = np.sqrt(world.d), forms.standard_weight(world)
+def _sam_all(points: Points) -> Points:
+    world, start = points.world, points.standard
+    root = np.sqrt(points.d)
     # Beside the margins' deviation; and what across (1, ..., 1) costs less, w*^2 / d.
-    scale = 1 / (root * world.eta + (1 + start) / root)
-    rho = _SMALL * np.minimum(scale, 10 * start**2 / world.d)
-    points = Points({**worlds.columns, "radius": rho})
-    objective = sam_all_weights(world, rho)
-    optimum = minimise(
-        objective,
+    scale = 1 / (root * points.eta + (1 + start) / root)
+    rho = _SMALL * np.minimum(scale, 10 * start**2 / points.d)
+    optimum = minimize(
+        sam_all_weights(world, rho),
         world,
         has_kink=True,
         num_scanned=24,
         num_bisections=36,
         num_searches=1,
     )
-    return _with(points, optimum, coefficient=forms.all_weights_coefficient(world))
+    coefficient = forms.all_weights_coefficient(world)
+    return points.beside(radius=rho, **optimum._asdict(), coefficient=coefficient)
