@@ -85,10 +85,3 @@ def _affinity() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
-
-
-@functools.cache
-def random_bits() -> str:
-    """Returns what JAX draws from key 0, in hexadecimal digits."""
-    bits = jax.random.bits(jax.random.key(0), (3,))  # several: settings differ there
-    return "".join(f"{value:08x}" for value in bits.tolist())

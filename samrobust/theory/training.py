@@ -169,7 +169,7 @@ def _train(
             (weights,) = jax.tree.leaves(state.params)
             return (state, mean + (weights - mean) / (count + 1)), None
 
-        state = init_state(model, tx, (1, int(world.d) + 1, 1), key)
+        state = init(key, jnp.zeros([1, 1, int(world.d) + 1, 1]))
         (weights,) = jax.tree.leaves(state.params)
         (_, mean), _ = jax.lax.scan(advance, (state, weights), jnp.arange(num_steps))
         return mean

@@ -122,7 +122,7 @@ def test_a_pytorch_file_there_and_back_is_the_same_to_the_bit(tmp_path):
 
 
 def test_the_counters_of_batches_are_int64_scalars():
-    _, variables = make_ours(NETWORKS["uneven"])
+    model, variables = make_ours(NETWORKS["uneven"])
     tensors = to_tensors(variables, model)
     counters = [n for n in tensors if n.endswith("num_batches_tracked")]
     theirs = reference.ReferenceNetwork(**NETWORKS["uneven"]).state_dict()
@@ -267,7 +267,7 @@ def test_a_cut_off_pytorch_file_is_refused(tmp_path):
 
 
 def test_the_json_file_of_other_weights_is_refused(tmp_path):
-    _, variables = make_ours(NETWORKS["uneven"])
+    model, variables = make_ours(NETWORKS["uneven"])
     path = tmp_path / "weights.pth"
     write_pytorch(path, Weights(to_tensors(variables, model), {"width": 4}))
     _, others = make_ours(NETWORKS["uneven"], seed=1)
