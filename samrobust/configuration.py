@@ -177,6 +177,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     name, colon, row = path.partition(":")
     config = _call_get_config(find_config_file(name), [row] if colon else [])
     _check_overrides(overrides)
+    _check_finished(config)
     config = _choose_model(config, overrides)
     config = _override(config, overrides)
     validate(config)
@@ -279,6 +280,16 @@ def _check_fields(config: Config) -> None:
             near = difflib.get_close_matches(field, known, 1)
             fix = f"Did you mean {near[0]}?" if near else ""
             check(False, "a field of configs/base.py or of a method", fix, field=field)
+
+
+def _check_finished(config: Config) -> None:
+    """Refuses what `get_config` did not end with `finish`."""
+    check(
+        isinstance(config.get("row"), str) and config.row != "",
+        "a config of a row",
+        "End get_config with `return finish(config, row)`.",
+        row=config.get("row"),
+    )
 
 
 def _check_row(config: Config, wanted: str) -> None:
