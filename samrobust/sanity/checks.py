@@ -69,7 +69,7 @@ def run_sanity(
     check(len(split) >= 1, "a split with examples", num_examples=len(split))
     for name, ball in balls.items():
         check(
-            0 < ball.radius < math.inf,
+            0 < float(ball.radius) < math.inf,
             "balls of radius > 0",
             ball=name,
             radius=ball.radius,
