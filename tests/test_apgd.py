@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from samrobust.attacks import apgd, apgd_targeted, cross_entropy, dlr, l2, linf
-from samrobust.attacks.ascent import Ascent
+from samrobust.attacks.apgd import ApgdRun
 
 KEY = jax.random.key(3)
 EPS = float(np.finfo(np.float32).eps)
@@ -154,7 +154,7 @@ def test_targets_beyond_all_wrong_classes_change_nothing():
 def test_the_best_score_never_falls_and_belongs_to_the_best_images():
     make_ball, radius = BALLS["l2"]
     images, labels = batch()
-    ascent = Ascent(
+    ascent = ApgdRun(
         make_ball(radius), 20, 0.75, 1, (0.0, 1.0), cross_entropy, LOGITS_FN,
         images, labels,
     )  # fmt: skip
@@ -245,7 +245,7 @@ def noisy(images, *, key):
 
 def test_the_gradient_of_random_logits_is_the_mean_over_the_draws():
     images, labels = batch(4)
-    ascent = Ascent(
+    ascent = ApgdRun(
         linf(0.1), 3, 0.75, 4, (0.0, 1.0), cross_entropy, noisy, images, labels
     )
     gradient, losses, _ = jax.jit(ascent.measure)(images, KEY)

@@ -262,6 +262,143 @@ def test_float64_strict_promotion_and_checks_for_nan_are_borne(name, ball):
     np.testing.assert_allclose(precise, outcome(name, ball), atol=1e-5)
 
 
+# Radii of one's own
+
+MAKE_BALL = {"linf": linf, "l2": l2}
+# Neither has a radius that could differ by example: see the refusal of `autoattack`.
+SCALED = [name for name in PROGRAMS if name not in ("ddn", "autoattack")]
+
+
+def attack_of_radius(name, ball, images, labels, keys, radius):
+    attack = ATTACKS[name](MAKE_BALL[ball](radius))
+    return attack(logits_fn, images, labels, key=keys)
+
+
+@functools.cache
+def with_radii(name, ball):
+    """A program that is given the radii with the images."""
+    return jax.jit(functools.partial(attack_of_radius, name, ball))
+
+
+@pytest.mark.parametrize(
+    ("name", "ball"),
+    [
+        *((name, "l2") for name in ("staged_pgd", "noise", "apgd", "fab_targeted")),
+        *((name, ball) for name in ("pgd", "square") for ball in BALLS),
+    ],
+)
+def test_each_example_has_the_outcome_of_its_own_radius_and_of_0_none(name, ball):
+    (images, labels), radius = make_problem(), BALLS[ball].radius
+    attack: Any = with_radii(name, ball)
+    radii = jnp.full(5, radius).at[1].set(0.0).at[4].set(2 * radius)
+    found = np.asarray(attack(images, labels, KEYS, radii))
+    np.testing.assert_array_equal(found[1], images[1])
+    expected = outcome(name, ball)
+    same = np.array([0, 2, 3])
+    np.testing.assert_allclose(found[same], expected[same], atol=1e-6)
+    assert BALLS[ball].norm(found - images)[4] <= 2 * radius * (1 + 1e-5)
+    if name in RANDOM:
+        assert np.any(found[4] != expected[4])
+    attack(images, labels, KEYS, radii[::-1])
+    assert attack._cache_size() == 1
+
+
+@every_ball
+@pytest.mark.parametrize("name", [*SCALED, "fgsm", "fab_minimal"])
+def test_a_traced_radius_and_radii_of_another_precision_keep_shape_and_dtype(
+    name, ball
+):
+    images, labels = make_problem()
+    for radius in (jnp.float32(0.1), np.full(5, 0.1), jnp.full(5, 0.1, jnp.float16)):
+        attack = functools.partial(attack_of_radius, name, ball)
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+            of = jax.eval_shape(attack, images, labels, KEYS, radius)
+        assert (of.shape, of.dtype) == (images.shape, images.dtype)
+
+
+def test_fgsm_goes_as_far_as_each_radius():
+    images, labels = make_problem()
+    radii = jnp.array([0.0, 0.01, 0.02, 0.03, 0.0])
+    for make in (linf, l2):
+        found = fgsm(make(radii))(logits_fn, images, labels, key=KEYS)
+        np.testing.assert_allclose(make(1.0).norm(found - images), radii, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [linf, l2])
+def test_radii_of_another_batch_or_other_units_are_refused(make):
+    attack = pgd(make(jnp.full(4, 0.1)), step_size=0.1, num_steps=1)
+    message = r"one radius, or radii \[B\].*radius_shape=\(4,\), images_shape=\(5, 3"
+    with pytest.raises(ValueError, match=message):
+        attack(logits_fn, *make_problem(), key=KEYS)
+    far = make(jnp.array([0.1, 0.1, 8.0, 0.1, 0.1]))
+    with pytest.raises(ValueError, match=r"radius within.*mean 8 / 255\?"):
+        fgsm(far)(logits_fn, *make_problem(), key=KEYS)
+    for radii in ([0.1, -0.1], [0.1, np.nan], [0.1, np.inf]):
+        with pytest.raises(ValueError, match=r"0 <= radius < inf, got radius="):
+            make(jnp.array(radii))
+
+
+def test_step_sizes_may_be_each_examples_own_and_are_looked_at():
+    images, labels = make_problem()
+    steps = jnp.array([0.0, 0.01, 0.02, 0.03, 0.04])
+    options = {"num_steps": 1, "random_start": False}
+    attack = pgd(linf(0.1), step_size=steps, **options)
+    found = attack(logits_fn, images, labels, key=KEYS)
+    np.testing.assert_allclose(linf(1.0).norm(found - images), steps, atol=1e-6)
+    with pytest.raises(ValueError, match="0 < step_size < inf, got step_size="):
+        pgd(linf(0.1), step_size=-steps, **options)
+    attack = pgd(linf(0.1), step_size=steps[:4], **options)
+    with pytest.raises(ValueError, match=r"numbers \[B\].*shape=\(4,\), images_shape="):
+        attack(logits_fn, images, labels, key=KEYS)
+
+
+def test_autoattack_and_random_starts_of_no_length_refuse_radii_by_name():
+    with pytest.raises(ValueError, match=r"one radius that is known.*got radius=.*`ap"):
+        autoattack(linf(jnp.full(5, 0.1)))
+    with pytest.raises(ValueError, match=r"ball.radius > 0 when restarts > 1, got"):
+        fab_minimal(l2(jnp.array([0.1, 0.0])), restarts=2)
+
+
+# Losses and starts of one's own
+
+
+def test_a_loss_may_close_over_traced_logits_and_a_ball_may_start_elsewhere():
+    """A step of the attack of TRADES: on the divergence from the natural logits."""
+    images, labels = make_problem()
+    noise_of = 0.01 * np.random.default_rng(1).standard_normal(images.shape)
+    drawn = jnp.asarray(noise_of, jnp.float32)
+    ball = linf(0.03)._replace(sample=lambda *_: drawn)
+
+    @jax.jit
+    def attacked(images, weights):
+        def logits_fn(images):
+            return (images.reshape(len(images), -1) - 0.5) @ weights
+
+        natural = jax.nn.log_softmax(logits_fn(images))
+
+        def divergence(logits, _):
+            ratio = natural - jax.nn.log_softmax(logits)
+            return jnp.sum(jnp.exp(natural) * ratio, axis=-1)
+
+        attack = pgd(ball, step_size=0.025, num_steps=1, loss=divergence)
+        return attack(logits_fn, images, labels, key=KEYS)
+
+    weights = make_weights().astype(np.float64)
+
+    def odds(flat):
+        exp = np.exp((flat - 0.5) @ weights)
+        return exp / exp.sum(-1, keepdims=True)
+
+    flat = images.reshape(5, -1).astype(np.float64)
+    start = flat + np.clip(noise_of.reshape(5, -1), -0.03, 0.03)
+    gradient = (odds(start) - odds(flat)) @ weights.T
+    moved = start + 0.025 * np.sign(gradient)
+    expected = flat + np.clip(moved - flat, -0.03, 0.03)
+    found = attacked(images, make_weights()).reshape(5, -1)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(expected - flat).min() < 0.029  # not all at the surface
+
+
 # Over devices
 
 
@@ -287,6 +424,13 @@ def work() -> None:
                     # The same images on both devices, each with keys of its own.
                     keys_alone = mapped(attack, in_specs=(same, same, split))
                     jax.eval_shape(keys_alone, images[:2], labels[:2], keys)
+                    if name in SCALED:
+                        for spec, radius in ((split, jnp.full(4, 0.1)), (same, 0.1)):
+                            own = mapped(
+                                functools.partial(attack_of_radius, name, ball),
+                                in_specs=(split, split, split, spec),
+                            )
+                            jax.eval_shape(own, *batch, radius)
                     attack = mapped(attack, in_specs=split)
                 else:
                     jax.eval_shape(attack, *batch[:2], KEYS[0])
@@ -462,7 +606,9 @@ def test_radii_of_other_units_and_what_is_no_ball_are_refused(name):
 
 
 @pytest.mark.parametrize("make", [linf, l2])
-@pytest.mark.parametrize("radius", ["8", None, True, np.ones(2), 1j, np.nan, -1, "1/0"])
+@pytest.mark.parametrize(
+    "radius", ["8", None, True, np.ones((2, 2)), np.ones(2, int), 1j, np.nan, -1, "1/0"]
+)
 def test_a_radius_that_is_no_number_is_refused(make, radius):
     with pytest.raises(ValueError, match=r"^Expected .*radius.*, got radius="):
         make(radius)

@@ -6,10 +6,13 @@
 An attack is a pure function: configuration at construction, data at call; it works
 inside and outside `jax.jit`, `vmap` and `shard_map`, with models of Flax, Equinox or
 plain functions. Images are [B, ...] with pixels in [0, 1], labels int [B], radii in
-pixel units, keys one or one an example; all else is refused by name
+pixel units, radii and keys one or one an example; all else is refused by name
 (`samrobust.attacks.calls`). Logits that are not finite count as a mistake.
 Normalisation belongs into `logits_fn`. Out of scope: training, data sets, accuracy (see
 `samrobust.evaluation`).
+
+An algorithm is a file; what all share is in `per_example` and `draws`, `calls` and
+`numbers`, `balls`.
 """
 
 from samrobust.attacks.apgd import apgd, apgd_targeted
@@ -26,9 +29,8 @@ from samrobust.attacks.fab import fab_minimal, fab_targeted
 from samrobust.attacks.fgsm import fgsm
 from samrobust.attacks.hyperplanes import step_onto_hyperplane
 from samrobust.attacks.noise import noise
-from samrobust.attacks.pgd import JUDGES, identity, pgd
+from samrobust.attacks.pgd import JUDGES, StagedPgd, identity, pgd, staged_pgd
 from samrobust.attacks.square import square
-from samrobust.attacks.staged import StagedPgd, staged_pgd
 from samrobust.objectives import cross_entropy, dlr, margin, targeted_dlr
 
 __all__ = [

@@ -4,33 +4,48 @@
 `x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))`; the step starts at twice the
 radius and halves at checkpoints where the loss stalls, and the ascent goes on from the
 best iterate. Two of the four attacks of AutoAttack: `apgd(ball)` on the cross entropy
-and `apgd_targeted(ball)`. The single run is in `samrobust.attacks.ascent`.
+and `apgd_targeted(ball)`. A single run is `ApgdRun`, cut into its first state and its
+steps, so that restarts and targets are loops around it.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from samrobust.attacks import draws
-from samrobust.attacks.ascent import Ascent, State, Worst, worse
-from samrobust.attacks.balls import Ball
+from samrobust.attacks.balls import Ball, into_set
 from samrobust.attacks.calls import (
     Call,
-    accept,
-    check_ball,
-    check_box,
+    attack_of,
     check_losses,
+    check_set,
     check_target,
 )
-from samrobust.attacks.examples import filled
 from samrobust.attacks.numbers import real, whole
+from samrobust.attacks.per_example import (
+    BestSoFar,
+    any_is_left,
+    better,
+    filled,
+    judged_first,
+    likeliest_wrong,
+    repeat_while,
+    score,
+    select,
+    spread,
+)
 from samrobust.checks import check
-from samrobust.objectives import cross_entropy, misclassified, targeted_dlr
-from samrobust.types import Array, Attack, LogitsFn, LossFn
+from samrobust.objectives import cross_entropy, targeted_dlr
+from samrobust.types import Array, Attack, LossFn
 
-__all__ = ["apgd", "apgd_targeted"]
+__all__ = ["ApgdRun", "ApgdState", "apgd", "apgd_targeted", "windows"]
+
+_MOMENTUM = 0.75  # the share of the new step; the rest is the last one again
+_FIRST_WINDOW, _LEAST_WINDOW, _SHRINKAGE = 0.22, 0.06, 0.03  # of the number of steps
 
 
 def apgd(
@@ -43,7 +58,7 @@ def apgd(
     eot: int = 1,
     box: tuple[float, float] = (0.0, 1.0),
 ) -> Attack:
-    """Auto-PGD within a ball and a box.
+    """Builds Auto-PGD within a ball and a box.
 
     Every run starts at a random point of the ball's surface. At a checkpoint the step
     of an example halves, and it goes back to its best iterate, if its loss rose in at
@@ -95,21 +110,18 @@ def apgd(
     >>> jnp.round((adversarial - 0.5) * 255)
     Array([[-8., -8.]], dtype=float32)
     """
-    settings = _make_settings(ball, num_steps, rho, eot, box)
-    restarts, loss = _positive(restarts=restarts), check_losses(loss)
+    box, loss = check_set(ball, box), check_losses(loss)
+    restarts = whole(1, restarts=restarts)
+    make_run = _run_maker(ball, num_steps, rho, eot, box)
 
-    def attack(
-        logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
-    ) -> Array:
-        call = settings.accept(logits_fn, images, labels, key)
-        if ball.radius == 0:
-            return call.images
-        natural_key, runs_key = draws.split(call.key)
-        task = _Task(settings, *call[:3])
-        natural = task.natural_logits(natural_key)
-        return task.worst(restarts, lambda _: loss, natural, runs_key)
+    def attacked(call: Call) -> Array:
+        first_key, runs_key = draws.split(call.key)
+        run = make_run(loss, *call[:3])
+        logits = run.logits(call.images, first_key)
+        first = judged_first(call.images, logits, call.labels)
+        return _worst_of(restarts, lambda _: run, first, runs_key)
 
-    return attack
+    return attack_of(attacked, box=box, ball=ball, is_random=eot > 1)
 
 
 def apgd_targeted(
@@ -123,7 +135,7 @@ def apgd_targeted(
     eot: int = 1,
     box: tuple[float, float] = (0.0, 1.0),
 ) -> Attack:
-    """Auto-PGD on the targeted DLR loss, one target class after the other.
+    """Builds Auto-PGD on the targeted DLR loss, one target class after the other.
 
     The targets of an example are its most likely wrong classes at the image itself,
     the likeliest first. An example counts as broken wherever it is misclassified,
@@ -158,137 +170,230 @@ def apgd_targeted(
     >>> int(jnp.argmax(adversarial))
     1
     """
-    settings = _make_settings(ball, num_steps, rho, eot, box)
-    restarts, num_targets = (
-        _positive(restarts=restarts),
-        _positive(num_targets=num_targets),
-    )
+    box, restarts = check_set(ball, box), whole(1, restarts=restarts)
+    num_targets = whole(1, num_targets=num_targets)
+    make_run = _run_maker(ball, num_steps, rho, eot, box)
 
-    def attack(
-        logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
-    ) -> Array:
-        call = settings.accept(logits_fn, images, labels, key)
-        if ball.radius == 0:
-            return call.images
-        natural_key, runs_key = draws.split(call.key)
-        task = _Task(settings, *call[:3])
-        natural = task.natural_logits(natural_key)
-        classes = _wrong_classes(natural, call.labels)
-        check_target(first_target, natural.shape[-1])
+    def attacked(call: Call) -> Array:
+        first_key, runs_key = draws.split(call.key)
+        run = make_run(cross_entropy, *call[:3])
+        logits = run.logits(call.images, first_key)
+        check_target(first_target, logits.shape[-1])
+        classes = likeliest_wrong(logits, call.labels)
 
-        def loss_of(run: Array) -> LossFn:
-            targets = classes[:, first_target + run // restarts]
-            return lambda logits, labels: targeted_dlr(logits, labels, targets)
+        def towards(index: Array) -> ApgdRun:
+            targets = classes[:, first_target + index // restarts]
+            return run._replace(loss=lambda z, y: targeted_dlr(z, y, targets))
 
         num_left = jnp.minimum(num_targets, classes.shape[1] - first_target)
-        num_runs = num_left * restarts
-        return task.worst(num_runs, loss_of, natural, runs_key)
+        first = judged_first(call.images, logits, call.labels)
+        return _worst_of(num_left * restarts, towards, first, runs_key)
 
-    return attack
+    return attack_of(attacked, box=box, ball=ball, is_random=eot > 1)
 
 
-class _Settings(NamedTuple):
-    """The arguments that a single run needs."""
+_Measured = tuple[Array, Array, Array]
+
+
+class ApgdState(NamedTuple):
+    """State of a run: an example a row, so that a caller may drop rows between steps.
+
+    Attributes:
+      current: the iterate, [B, ...].
+      previous: the iterate before, [B, ...].
+      gradient: of the loss at `current`, [B, ...].
+      loss: [B], as measured last; 0 before the first step.
+      best: the first misclassified iterate, or else the one of highest loss.
+      best_gradient: the gradient there, [B, ...].
+      step_size: [B].
+      rises: int [B], how often the loss rose since the last checkpoint.
+      last_score: [B], the best score at the last checkpoint.
+      halved: bool [B], whether the step was halved there; at the start it counts as
+        halved.
+    """
+
+    current: Array
+    previous: Array
+    gradient: Array
+    loss: Array
+    best: BestSoFar
+    best_gradient: Array
+    step_size: Array
+    rises: Array
+    last_score: Array
+    halved: Array
+
+
+class ApgdRun(NamedTuple):
+    """Options and data of a run; see `apgd`.
+
+    `logits_fn` is called with a `key` where `eot` > 1.
+    """
 
     ball: Ball
     num_steps: int
     rho: float
     eot: int
     box: tuple[float, float]
-
-    def accept(
-        self, logits_fn: LogitsFn, images: Array, labels: Array, key: Array
-    ) -> Call:
-        """The arguments of a call, looked at."""
-        options = {"box": self.box, "ball": self.ball, "is_random": self.eot > 1}
-        return accept(logits_fn, images, labels, key, **options)
-
-
-def _make_settings(
-    ball: Ball, num_steps: int, rho: float, eot: int, box: tuple[float, float]
-) -> _Settings:
-    """Refuses what the attacks cannot mean."""
-    num_steps, eot = _positive(num_steps=num_steps), _positive(eot=eot)
-    rho, box = real(rho=rho), check_box(box)
-    check(0 <= rho <= 1, "0 <= rho <= 1", rho=rho)
-    check_ball(ball, box)
-    return _Settings(ball, num_steps, rho, eot, box)
-
-
-def _positive(**one: Any) -> int:
-    ((name, value),) = one.items()
-    check(whole(**one) >= 1, f"{name} >= 1", **one)
-    return value
-
-
-class _Task(NamedTuple):
-    """Settings and data of all runs of an attack."""
-
-    settings: _Settings
+    loss: LossFn
     logits_fn: Callable[..., Array]
     images: Array
     labels: Array
 
-    def ascent(self, loss: LossFn) -> Ascent:
-        """A run on a loss."""
-        return Ascent(*self.settings, loss, self.logits_fn, self.images, self.labels)
+    def outcome(self, known: Array, key: Array) -> BestSoFar:
+        """Returns the best of all steps; where `known` is infinite none is."""
+        start_key, draws_key = draws.split(key)
 
-    def natural_logits(self, key: Array) -> Array:
-        """The logits of the images, [B, K]."""
-        return self.ascent(cross_entropy).logits(self.images, key)
+        def is_left(state: ApgdState) -> Array:
+            best = jnp.maximum(known, state.best.score)
+            return any_is_left(state.best._replace(score=best))
 
-    def worst(
-        self,
-        num_runs: int | Array,
-        loss_of: Callable[[Array], LossFn],
-        natural: Array,
-        key: Array,
-    ) -> Array:
-        """The outcome of runs on the losses `loss_of(run)`, until nothing is left."""
-        wrong = misclassified(natural, self.labels)
-        lowest = filled(self.images, -jnp.inf)
-        unseen = Worst(self.images, jnp.where(wrong, jnp.inf, lowest))
+        def step(index: Array, state: ApgdState) -> ApgdState:
+            return self.step(state, index, draws.fold_in(draws_key, index))
 
-        def is_unfinished(carry: tuple[Array, Worst]) -> Array:
-            run, worst = carry
-            return (run < num_runs) & _any_is_left(worst.score)
+        first_key = draws.fold_in(draws_key, self.num_steps)
+        first = self.begin(self.start(start_key), first_key)
+        return repeat_while(is_left, self.num_steps, step, first).best
 
-        def pursue(carry: tuple[Array, Worst]) -> tuple[Array, Worst]:
-            run, worst = carry
-            own_key = draws.fold_in(key, run)
-            outcome = _run(self.ascent(loss_of(run)), worst.score, own_key)
-            return run + 1, worse(worst, outcome)
+    def start(self, key: Array) -> Array:
+        """Returns random images at the surface of the ball, clipped to the box."""
+        noise = self.ball.sample(key, self.images.shape).astype(self.images.dtype)
+        length = self.ball.norm(noise)
+        radius = filled(self.images, self.ball.radius)
+        scale = radius / jnp.where(length > 0, length, 1.0)
+        return jnp.clip(self.images + noise * spread(scale, noise), *self.box)
 
-        _, worst = jax.lax.while_loop(is_unfinished, pursue, (jnp.int32(0), unseen))
-        return jax.lax.stop_gradient(worst.images)
+    def begin(self, start: Array, key: Array) -> ApgdState:
+        """Returns the state before the first step; the key is for random logits."""
+        gradient, _, reached = self.measure(start, key)
+        return ApgdState(
+            current=start,
+            previous=start,
+            gradient=gradient,
+            loss=jnp.zeros_like(reached),
+            best=BestSoFar(start, reached),
+            best_gradient=gradient,
+            step_size=2 * filled(start, self.ball.radius),
+            rises=filled(start, 0, jnp.int32),
+            last_score=reached,
+            halved=filled(start, 1, bool),
+        )
+
+    def step(self, state: ApgdState, index: Array, key: Array) -> ApgdState:
+        """Takes step number `index`, and the checkpoint behind it if one is due."""
+        current = self.moved(state, index)
+        gradient, loss, reached = self.measure(current, key)
+        higher = reached > state.best.score
+        following = state._replace(
+            current=current,
+            previous=state.current,
+            gradient=gradient,
+            loss=loss,
+            best=select(higher, BestSoFar(current, reached), state.best),
+            best_gradient=select(higher, gradient, state.best_gradient),
+            rises=state.rises + (loss > state.loss).astype(jnp.int32),
+        )
+        return self.checked(following, jnp.asarray(windows(self.num_steps))[index])
+
+    def moved(self, state: ApgdState, index: Array) -> Array:
+        """Returns the next iterate: a projected step mixed with the last, projected."""
+        current, previous = state.current, state.previous
+        direction = self.ball.steepest_ascent(state.gradient)
+        length = spread(state.step_size, current)
+        plain = into_set(current + length * direction, self.images, self.ball, self.box)
+        share = jnp.where(index > 0, _MOMENTUM, 1.0).astype(current.dtype)
+        mixed = share * (plain - current) + (1 - share) * (current - previous)
+        return into_set(current + mixed, self.images, self.ball, self.box)
+
+    def checked(self, state: ApgdState, window: Array) -> ApgdState:
+        """Halves the step and goes back to the best iterate where the loss stalls.
+
+        `window` is the number of steps since the last checkpoint, 0 where none is due.
+        """
+        # The paper's conditions 1 and 2.
+        enough = self.rho * window.astype(jnp.float32)
+        seldom = state.rises.astype(jnp.float32) <= enough
+        in_vain = ~state.halved & (state.last_score >= state.best.score)
+        due = window > 0
+        halve = due & (seldom | in_vain)
+        return state._replace(
+            current=select(halve, state.best.images, state.current),
+            gradient=select(halve, state.best_gradient, state.gradient),
+            step_size=jnp.where(halve, state.step_size / 2, state.step_size),
+            rises=jnp.where(due, 0, state.rises),
+            last_score=jnp.where(due, state.best.score, state.last_score),
+            halved=jnp.where(due, halve, state.halved),
+        )
+
+    def measure(self, current: Array, key: Array) -> _Measured:
+        """Returns the gradient, mean over draws, and the last losses and scores [B]."""
+        gradient_of = jax.grad(self.total_loss, has_aux=True)
+        if self.eot == 1:
+            gradient, (losses, scores) = gradient_of(current, key)
+            return gradient, losses, scores
+
+        def draw(index: Array | int, carry: _Measured) -> _Measured:
+            own_key = draws.fold_in(key, index)
+            gradient, (losses, scores) = gradient_of(current, own_key)
+            return carry[0] + gradient, losses, scores
+
+        none = filled(current, 0)
+        nothing = (jnp.zeros_like(current), none, none)
+        gradient, losses, scores = jax.lax.fori_loop(0, self.eot, draw, nothing)
+        return gradient / self.eot, losses, scores
+
+    def total_loss(self, current: Array, key: Array) -> tuple[Array, tuple]:
+        """Returns the sum of the losses; the losses [B] and the scores [B]."""
+        logits = self.logits(current, key)
+        losses = self.loss(logits, self.labels).astype(current.dtype)
+        return jnp.sum(losses), (losses, score(losses, logits, self.labels))
+
+    def logits(self, images: Array, key: Array) -> Array:
+        """Returns the logits, one draw of them where they are random."""
+        if self.eot == 1:
+            return self.logits_fn(images)
+        return self.logits_fn(images, key=key)
 
 
-def _run(ascent: Ascent, known: Array, key: Array) -> Worst:
-    """The outcome of one run; examples of infinite `known` score need not be broken."""
-    start_key, draws_key = draws.split(key)
+def windows(num_steps: int) -> np.ndarray:
+    """Returns the checkpoints: for each step the length of the window it ends, or 0.
 
-    def is_unfinished(carry: tuple[Array, State]) -> Array:
-        index, state = carry
-        best = jnp.maximum(known, state.best.score)
-        return (index < ascent.num_steps) & _any_is_left(best)
+    The paper's recursion, in whole steps as its code rounds them. int32 [num_steps].
 
-    def step(carry: tuple[Array, State]) -> tuple[Array, State]:
-        index, state = carry
-        own_key = draws.fold_in(draws_key, index)
-        return index + 1, ascent.step(state, index, own_key)
-
-    first_key = draws.fold_in(draws_key, ascent.num_steps)
-    state = ascent.begin(ascent.start(start_key), first_key)
-    _, state = jax.lax.while_loop(is_unfinished, step, (jnp.int32(0), state))
-    return state.best
-
-
-def _any_is_left(score: Array) -> Array:
-    return jnp.any(~jnp.isposinf(score))
+    >>> [(step + 1, k) for step, k in enumerate(windows(100).tolist()) if k]
+    [(22, 22), (41, 19), (57, 16), (70, 13), (80, 10), (87, 7), (93, 6), (99, 6)]
+    """
+    least = max(int(_LEAST_WINDOW * num_steps), 1)
+    shrinkage = max(int(_SHRINKAGE * num_steps), 1)
+    ends = np.zeros(num_steps, np.int32)
+    window = end = max(int(_FIRST_WINDOW * num_steps), 1)
+    while end <= num_steps:
+        ends[end - 1] = window
+        window = max(window - shrinkage, least)
+        end += window
+    return ends
 
 
-def _wrong_classes(logits: Array, labels: Array) -> Array:
-    """The classes but the label, the likeliest first: [B, K - 1]."""
-    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-    others = jnp.where(is_label, -jnp.inf, logits)
-    return jnp.argsort(others, axis=-1, descending=True)[:, :-1]
+def _run_maker(
+    ball: Ball, num_steps: int, rho: float, eot: int, box: tuple[float, float]
+) -> Callable[..., ApgdRun]:
+    """Refuses what the attacks cannot mean; returns what makes a run of the rest."""
+    num_steps, eot = whole(1, num_steps=num_steps), whole(1, eot=eot)
+    rho = real(rho=rho)
+    check(0 <= rho <= 1, "0 <= rho <= 1", rho=rho)
+    return functools.partial(ApgdRun, ball, num_steps, rho, eot, box)
+
+
+def _worst_of(
+    num_runs: int | Array,
+    run_of: Callable[[Array], ApgdRun],
+    first: BestSoFar,
+    key: Array,
+) -> Array:
+    """Returns the worst images that the runs find, until no example is left."""
+
+    def pursue(index: Array, best: BestSoFar) -> BestSoFar:
+        found = run_of(index).outcome(best.score, draws.fold_in(key, index))
+        return better(best, found)
+
+    return repeat_while(any_is_left, num_runs, pursue, first).images

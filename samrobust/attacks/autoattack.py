@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from samrobust.attacks import draws
 from samrobust.attacks.apgd import apgd, apgd_targeted
 from samrobust.attacks.balls import Ball, l2
-from samrobust.attacks.calls import accept, check_ball, check_box
-from samrobust.attacks.examples import filled, spread
+from samrobust.attacks.calls import accept, check_set
 from samrobust.attacks.fab import fab_targeted
+from samrobust.attacks.per_example import filled, select
 from samrobust.attacks.square import square
 from samrobust.checks import check, check_choice
 from samrobust.objectives import dlr, margin, misclassified
@@ -31,7 +30,7 @@ _DRAWS = 20  # of a gradient of random logits
 
 
 class Member(NamedTuple):
-    """One attack of the ensemble, in parts that follow each other.
+    """An attack of the ensemble, in parts that follow each other.
 
     Attributes:
       name: as in the authors' code: `apgd-ce`, `apgd-t`, `fab-t`, `square`, `apgd-dlr`.
@@ -74,7 +73,7 @@ class AutoAttack:
         *,
         key: Array,
     ) -> Array:
-        """All members one after the other, with the batch as it is."""
+        """Lets all members attack, one after the other, with the batch as it is."""
         logits_fn, images, labels, key = accept(
             logits_fn, images, labels, key, box=self.box, is_random=self.is_random
         )
@@ -98,8 +97,7 @@ class AutoAttack:
                 part_key, judge_key = draws.split(draws.fold_in(key, part))
                 attacked = member.part(logits_fn, found, labels, part, key=part_key)
                 broken = misclassified(judge(attacked, judge_key), labels)
-                newly = spread(broken & ~done, attacked)
-                return jnp.where(newly, attacked, found), done | broken
+                return select(broken & ~done, attacked, found), done | broken
 
             num_parts = member.num_parts(num_classes)
             carry = jax.lax.fori_loop(0, num_parts, pursue, carry)
@@ -113,7 +111,7 @@ def autoattack(
     members: Sequence[str] = (),
     box: tuple[float, float] = (0.0, 1.0),
 ) -> AutoAttack:
-    """The ensemble of Croce and Hein, without a step size to choose.
+    """Builds the ensemble of Croce and Hein, without a step size to choose.
 
     | version | members, in this order |
     |---|---|
@@ -125,7 +123,7 @@ def autoattack(
     all, Square asks 5000 queries; none restarts.
 
     Args:
-      ball: the allowed perturbations, from `linf` or `l2`.
+      ball: the allowed perturbations, from `linf` or `l2`, of one radius: a float.
       version: `standard`; `rand`, for classifiers with random logits, which are called
         as `logits_fn(images, key=key)`; or `custom`.
       members: names out of `MEMBERS`, for `custom` alone.
@@ -145,6 +143,7 @@ def autoattack(
     deviation*: with 3 classes, too few for the targeted DLR loss, `apgd-t` is one run
     on the DLR loss, with 2 on the margin (so is `apgd-dlr`), where their code fails.
 
+    >>> import jax.numpy as jnp
     >>> from samrobust.attacks import linf
     >>> attack = autoattack(linf(0.1), version="custom", members=["apgd-ce"])
     >>> adversarial = attack(
@@ -153,8 +152,13 @@ def autoattack(
     >>> jnp.argmax(adversarial, -1)
     Array([1, 0], dtype=int32)
     """
-    box = check_box(box)
-    check_ball(ball, box)
+    box = check_set(ball, box)
+    check(
+        isinstance(ball.radius, float),
+        "one radius that is known, for all examples",
+        "Its members, `apgd`, `fab_targeted` and `square`, take radii [B].",
+        radius=ball.radius,
+    )
     check_choice(VERSIONS, version=version)
     check(not isinstance(members, str), "a list of members", members=members)
     check(
@@ -176,11 +180,11 @@ def autoattack(
     names = tuple(members) or _VERSIONS[version]
     eot = _DRAWS if version == "rand" else 1
     made = tuple(_MAKERS[name](name, ball, eot, box) for name in names)
-    return AutoAttack(made, ball.radius, eot > 1, box, ball.order)
+    return AutoAttack(made, float(ball.radius), eot > 1, box, ball.order)
 
 
 def _whole(attack: Attack) -> Callable[..., Array]:
-    """An attack as the only part of a member."""
+    """Makes an attack the only part of a member."""
 
     def part(
         logits_fn: LogitsFn, images: Array, labels: Array, number: Array, *, key: Array

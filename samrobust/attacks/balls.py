@@ -1,6 +1,6 @@
 """The sets of allowed perturbations: l-inf and l2 balls around each image.
 
-A ball is three pure functions of perturbations [B, ...], one ball an example: all axes
+A ball is a few pure functions of perturbations [B, ...], one ball an example: all axes
 but the first belong to an example. Radii are in pixel units (8/255, not 8).
 """
 
@@ -8,17 +8,22 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from samrobust.attacks import draws
-from samrobust.attacks.numbers import real
+from samrobust.attacks.numbers import real, real_or_each, seen
+from samrobust.attacks.per_example import factor
 from samrobust.checks import check
 from samrobust.types import Array
 
-__all__ = ["Ball", "l2", "linf"]
+__all__ = ["Ball", "into_set", "l2", "linf"]
 
 
 class Ball(NamedTuple):
-    """A norm ball as three pure functions; `linf` and `l2` make one.
+    """A norm ball as a few pure functions; `linf` and `l2` make one.
+
+    A random start of another kind is `ball._replace(sample=...)`; what it draws is
+    projected onto ball and box.
 
     Attributes:
       project: perturbations [B, ...] to the nearest ones in the ball.
@@ -28,7 +33,7 @@ class Ball(NamedTuple):
       steepest_ascent: gradients [B, ...] to the directions of unit norm that increase
         the loss fastest; a gradient of zero or NaN gives a zero direction.
       norm: perturbations [B, ...] to their norms [B].
-      radius: the radius, in pixel units.
+      radius: the radius, in pixel units: a float, or an array that is traced or [B].
       order: of the norm, `inf` or 2, for attacks that are made for one norm.
     """
 
@@ -36,21 +41,24 @@ class Ball(NamedTuple):
     sample: Callable[[Array, tuple[int, ...]], Array]
     steepest_ascent: Callable[[Array], Array]
     norm: Callable[[Array], Array]
-    radius: float
+    radius: float | Array
     order: float
 
 
-def linf(radius: float) -> Ball:
-    """The ball `max_i |d_i| <= radius`; steps follow the gradient's sign.
+def linf(radius: float | Array) -> Ball:
+    """Builds the ball `max_i |d_i| <= radius`; steps follow the gradient's sign.
 
     Args:
-      radius: in pixel units, >= 0.
+      radius: in pixel units, >= 0. A float, or a floating array: one number, which may
+        be traced, or [B], one an example. An attack leaves an example of radius 0 as it
+        is.
 
     Returns:
       The ball. `sample` is uniform in it.
 
     Raises:
-      ValueError: if the radius is no number, negative or not finite.
+      ValueError: if the radius is no number, negative or not finite; what is traced
+        cannot be looked at.
 
     >>> linf(0.5).project(jnp.array([[0.2, -0.7]]))
     Array([[ 0.2, -0.5]], dtype=float32)
@@ -58,7 +66,8 @@ def linf(radius: float) -> Ball:
     radius = _checked(radius)
 
     def project(delta: Array) -> Array:
-        return jnp.clip(delta, -radius, radius)
+        most = factor(radius, delta)
+        return jnp.clip(delta, -most, most)
 
     def sample(key: Array, shape: tuple[int, ...]) -> Array:
         return draws.uniform(key, shape, -radius, radius)
@@ -72,11 +81,11 @@ def linf(radius: float) -> Ball:
     return Ball(project, sample, steepest_ascent, norm, radius, float("inf"))
 
 
-def l2(radius: float, *, gradient_floor: float = 0.0) -> Ball:
-    """The ball `||d||_2 <= radius`; steps follow the normalised gradient.
+def l2(radius: float | Array, *, gradient_floor: float = 0.0) -> Ball:
+    """Builds the ball `||d||_2 <= radius`; steps follow the normalised gradient.
 
     Args:
-      radius: in pixel units, >= 0.
+      radius: in pixel units, >= 0; a float or an array, as for `linf`.
       gradient_floor: >= 0, added to the norm of each example's loss gradient before
         dividing by it. The default 0 takes a full step however small the gradient is.
         The paper's reference code divides the gradient of the MEAN loss over a batch
@@ -106,7 +115,8 @@ def l2(radius: float, *, gradient_floor: float = 0.0) -> Ball:
 
     def project(delta: Array) -> Array:
         length = _norm(delta)
-        return delta * jnp.minimum(1.0, radius / jnp.where(length > 0, length, 1.0))
+        most = factor(radius, delta)
+        return delta * jnp.minimum(1.0, most / jnp.where(length > 0, length, 1.0))
 
     def sample(key: Array, shape: tuple[int, ...]) -> Array:
         direction_key, length_key = draws.split(key)
@@ -121,10 +131,18 @@ def l2(radius: float, *, gradient_floor: float = 0.0) -> Ball:
     return Ball(project, sample, steepest_ascent, norm, radius, 2.0)
 
 
-def _checked(radius: float) -> float:
-    radius = real(radius=radius)
+def into_set(
+    candidates: Array, images: Array, ball: Ball, box: tuple[float, float]
+) -> Array:
+    """Projects candidates onto the ball around the images, then onto the box."""
+    return jnp.clip(images + ball.project(candidates - images), *box)
+
+
+def _checked(radius: float | Array) -> float | Array:
+    radius = real_or_each(radius=radius)
+    numbers = seen(radius)
     check(
-        0 <= radius < float("inf"),
+        bool(np.all((numbers >= 0) & (numbers < np.inf))),
         "0 <= radius < inf",
         "Radii are in pixel units: write 8/255 as `8 / 255`.",
         radius=radius,
@@ -137,7 +155,10 @@ def _example_axes(array: Array) -> tuple[int, ...]:
 
 
 def _norm(array: Array) -> Array:
-    """The l2 norm of each example, [B, 1, ...]; exact for entries far below 1e-19."""
+    """Returns the l2 norm of each example, [B, 1, ...].
+
+    Dividing by the largest entry keeps squares from underflowing below 1e-19.
+    """
     axes = _example_axes(array)
     scale = jnp.max(jnp.abs(array), axis=axes, keepdims=True)
     safe = jnp.where(scale > 0, scale, 1.0)

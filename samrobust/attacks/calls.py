@@ -1,7 +1,8 @@
-"""What attacks accept: looked at here for all of them, at construction and at call.
+"""Checks of all attacks, of what they are made with and of what they are called with.
 
-Ranks and dtypes are known inside `jax.jit` too and are always looked at; pixels and the
-range of labels where they are concrete. Nothing here runs inside a compiled program.
+`attack_of` makes an attack of a function that may rely on them. Ranks and dtypes are
+known inside `jax.jit` too and are always looked at; pixels, radii and the range of
+labels where they are concrete. Nothing here runs inside a compiled program.
 """
 
 import math
@@ -11,21 +12,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from samrobust.attacks.balls import Ball
 from samrobust.attacks.draws import check_key, one_an_example
-from samrobust.attacks.numbers import real
+from samrobust.attacks.numbers import real, seen
+from samrobust.attacks.per_example import filled, select
 from samrobust.checks import check
-from samrobust.types import Array, LossFn
+from samrobust.types import Array, Attack, LogitsFn, LossFn
 
 __all__ = [
     "Call",
     "accept",
-    "check_ball",
+    "attack_of",
     "check_box",
     "check_losses",
+    "check_set",
     "check_target",
+    "is_point",
+    "keep_still",
 ]
 
 _ROUNDING = 1e-6  # how far a pixel may lie outside the box, as a share of it
@@ -41,8 +45,60 @@ class Call(NamedTuple):
     key: Array
 
 
+def attack_of(
+    function: Callable[[Call], Array],
+    *,
+    box: tuple[float, float],
+    ball: Ball | None = None,
+    is_random: bool = False,
+    ndim: int | None = None,
+    is_minimal: bool = False,
+) -> Attack:
+    """Builds the attack that looks at a call and hands it to the function.
+
+    No gradient flows through the result. Where the radius of the ball is 0 the images
+    come back unchanged; if that is all of them, the function is not asked.
+
+    Args:
+      function: makes adversarial images [B, ...] of a call.
+      box: as for `accept`, as are the three that follow.
+      ball: see there.
+      is_random: see there.
+      ndim: see there.
+      is_minimal: whether the ball is but a scale, so that radius 0 means nothing.
+
+    Returns:
+      The attack, which raises `ValueError` as `accept` does.
+    """
+    options: Any = {"box": box, "ball": ball, "is_random": is_random, "ndim": ndim}
+    bound = None if is_minimal else ball
+
+    def attack(
+        logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
+    ) -> Array:
+        call = accept(logits_fn, images, labels, key, **options)
+        if bound is not None and is_point(bound):
+            return call.images
+        found = jax.lax.stop_gradient(function(call))
+        return found if bound is None else keep_still(bound, call.images, found)
+
+    return attack
+
+
+def is_point(ball: Ball) -> bool:
+    """Returns whether the radius is known to be 0 for all examples."""
+    return isinstance(ball.radius, float) and ball.radius == 0
+
+
+def keep_still(ball: Ball, images: Array, moved: Array) -> Array:
+    """Returns the moved images, but where the radius is 0 the images."""
+    if isinstance(ball.radius, float):
+        return images if is_point(ball) else moved
+    return select(filled(images, ball.radius) > 0, moved, images)
+
+
 def check_box(box: tuple[float, float]) -> tuple[float, float]:
-    """The range of pixel values as two floats.
+    """Returns the range of pixel values as two floats.
 
     Raises:
       ValueError: unless they are two finite numbers, the lower one first.
@@ -58,24 +114,28 @@ def check_box(box: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-def check_ball(ball: Ball, box: tuple[float, float]) -> None:
-    """Refuses what is no ball, and a radius in other units than the box's.
+def check_set(ball: Ball, box: tuple[float, float]) -> tuple[float, float]:
+    """Returns the box as two floats.
 
     Raises:
-      ValueError: see above.
+      ValueError: as `check_box` does; for what is no ball, and for a radius in other
+        units than the box's.
     """
     check(isinstance(ball, Ball), "a ball from `linf` or `l2`", ball=ball)
+    low, high = check_box(box)
+    largest = _largest_radius(ball)
     check(
-        ball.order == 2 or ball.radius <= _grown(box[1] - box[0]),
+        ball.order == 2 or largest <= _grown(high - low),
         "an l-inf radius within the range of the box",
-        _UNITS.format(ball.radius),
-        radius=ball.radius,
+        _UNITS.format(largest),
+        radius=largest,
         box=box,
     )
+    return low, high
 
 
 def check_losses(loss: LossFn) -> LossFn:
-    """The loss, which is looked at whenever it is asked.
+    """Returns the loss, which is looked at whenever it is asked.
 
     Raises:
       ValueError: unless it is a function; when called, unless it gives losses [B].
@@ -100,8 +160,9 @@ def accept(
     box: tuple[float, float],
     ball: Ball | None = None,
     is_random: bool = False,
+    ndim: int | None = None,
 ) -> Call:
-    """The arguments of a call, once they are what an attack can work on.
+    """Returns the arguments of a call, once they are what an attack can work on.
 
     Args:
       logits_fn: a function; what it returns is looked at whenever it is asked.
@@ -109,8 +170,9 @@ def accept(
       labels: int [B], classes of the logits where that can be seen.
       key: one, or one an example.
       box: the range of pixel values.
-      ball: whose radius must not exceed the box's diagonal.
+      ball: whose radius must not exceed the box's diagonal, and be one or one an image.
       is_random: whether `logits_fn` is given keys, so that one key remains one.
+      ndim: of the images, if only 4 will do: [B, H, W, C].
 
     Returns:
       The same, as arrays through which no gradient flows; the key as one an example,
@@ -127,6 +189,7 @@ def accept(
     _check_labels(labels, images)
     labels = labels.astype(jnp.int32)  # uint8 cannot count to more than 256 classes
     check_key(key, len(images))
+    check(ndim in (None, images.ndim), "images [B, H, W, C]", shape=images.shape)
     images = _varying(images, labels, key)
     if not is_random:
         key = one_an_example(key, images)
@@ -145,11 +208,11 @@ def check_target(first_target: int | Array, num_classes: int) -> None:
     Raises:
       ValueError: see above.
     """
-    if _is_concrete(first_target):
+    for first in seen(first_target):
         check(
-            0 <= int(first_target) < num_classes - 1,
+            0 <= first < num_classes - 1,
             "0 <= first_target < the number of wrong classes",
-            first_target=int(first_target),
+            first_target=int(first),
             classes=num_classes,
         )
 
@@ -177,17 +240,10 @@ def _check_images(images: Array, box: tuple[float, float], ball: Ball | None) ->
         "A single image needs an axis in front: `images[None]`.",
         images_shape=images.shape,
     )
-    if ball is not None and ball.order == 2:
-        diagonal = (box[1] - box[0]) * math.sqrt(math.prod(images.shape[1:]))
-        check(
-            len(images) == 0 or ball.radius <= _grown(diagonal),
-            "an l2 radius within the diagonal of the box",
-            _UNITS.format(ball.radius),
-            radius=ball.radius,
-            diagonal=round(diagonal, 4),
-        )
-    if _is_concrete(images) and images.size:
-        pixels = np.asarray(images)
+    if ball is not None:
+        _check_radius(ball, images, box)
+    pixels = seen(images)
+    if pixels.size:
         low, high = float(pixels.min()), float(pixels.max())
         slack = _grown(box[1] - box[0]) - (box[1] - box[0])
         check(
@@ -197,6 +253,25 @@ def _check_images(images: Array, box: tuple[float, float], ball: Ball | None) ->
             lowest=low,
             highest=high,
         )
+
+
+def _check_radius(ball: Ball, images: Array, box: tuple[float, float]) -> None:
+    shape = jnp.shape(ball.radius)
+    check(
+        shape in ((), images.shape[:1]),
+        "one radius, or radii [B], one an image",
+        radius_shape=shape,
+        images_shape=images.shape,
+    )
+    diagonal = (box[1] - box[0]) * math.sqrt(math.prod(images.shape[1:]))
+    largest = _largest_radius(ball)
+    check(
+        ball.order != 2 or len(images) == 0 or largest <= _grown(diagonal),
+        "an l2 radius within the diagonal of the box",
+        _UNITS.format(largest),
+        radius=largest,
+        diagonal=round(diagonal, 4),
+    )
 
 
 def _check_labels(labels: Array, images: Array) -> None:
@@ -232,8 +307,8 @@ def _check_logits(logits: Any, labels: Array) -> None:
         batch=len(labels),
     )
     check(jnp.issubdtype(dtype, jnp.floating), "real logits", logits_dtype=str(dtype))
-    if _is_concrete(labels) and labels.size:
-        values = np.asarray(labels)
+    values = seen(labels)
+    if values.size:
         low, high = int(values.min()), int(values.max())
         check(
             low >= 0 and high < shape[1],
@@ -245,7 +320,7 @@ def _check_logits(logits: Any, labels: Array) -> None:
 
 
 def _varying(images: Array, labels: Array, key: Array) -> Array:
-    """The images, which inside `jax.shard_map` vary over whatever one of them does.
+    """Returns the images, varying inside `jax.shard_map` over what one of them does.
 
     Where two arrays meet JAX sees to it, so here they meet, and nothing is computed.
     """
@@ -254,11 +329,9 @@ def _varying(images: Array, labels: Array, key: Array) -> Array:
     return jnp.where(always, images, images)
 
 
-def _is_concrete(value: Any) -> bool:
-    """Whether its numbers are there to be looked at, all of them on this process."""
-    if isinstance(value, Tracer):
-        return False
-    return getattr(value, "is_fully_addressable", True)
+def _largest_radius(ball: Ball) -> float:
+    """Returns the largest radius that can be looked at, 0 if none can."""
+    return float(np.max(seen(ball.radius), initial=0.0))
 
 
 def _grown(length: float) -> float:

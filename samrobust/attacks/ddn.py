@@ -15,12 +15,12 @@ import jax.numpy as jnp
 
 from samrobust.attacks import draws
 from samrobust.attacks.balls import l2
-from samrobust.attacks.calls import accept, check_box
-from samrobust.attacks.examples import spread
+from samrobust.attacks.calls import Call, attack_of, check_box
 from samrobust.attacks.numbers import real, whole
+from samrobust.attacks.per_example import BestSoFar, select, spread
 from samrobust.checks import check
 from samrobust.objectives import cross_entropy, misclassified
-from samrobust.types import Array, Attack, LogitsFn
+from samrobust.types import Array, Attack
 
 __all__ = ["ddn"]
 
@@ -35,7 +35,7 @@ def ddn(
     gamma: float = 0.05,
     box: tuple[float, float] = (0.0, 1.0),
 ) -> Attack:
-    """The DDN attack: small l2 perturbations that are misclassified.
+    """Builds the DDN attack: small l2 perturbations that are misclassified.
 
         d    <-  d + step_size * g / ||g||      with g the gradient of the cross entropy
         eps  <-  (1 - gamma) eps where x is misclassified, else (1 + gamma) eps
@@ -77,9 +77,8 @@ def ddn(
     >>> jnp.linalg.norm(adversarial - image).round(2)  # of a plane 0.05 away
     Array(0.05, dtype=float32)
     """
-    num_steps, box = whole(num_steps=num_steps), check_box(box)
+    num_steps, box = whole(0, num_steps=num_steps), check_box(box)
     init_epsilon, gamma = real(init_epsilon=init_epsilon), real(gamma=gamma)
-    check(num_steps >= 0, "num_steps >= 0", num_steps=num_steps)
     check(
         0 < init_epsilon < float("inf"),
         "0 < init_epsilon < inf",
@@ -88,25 +87,25 @@ def ddn(
     )
     check(0 < gamma < 1, "0 < gamma < 1", gamma=gamma)
 
-    def attack(
-        logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
-    ) -> Array:
-        call = accept(logits_fn, images, labels, key, box=box)
+    def attacked(call: Call) -> Array:
         images = call.images
         farthest = _SPHERE.norm(jnp.maximum(images - box[0], box[1] - images))
 
-        def step(index: Array, state: _State) -> _State:
-            gradient, wrong = jax.grad(total_loss, has_aux=True)(state.current)
-            state = _remember(state, images, wrong)
+        def step(index: Array, state: _DdnState) -> _DdnState:
+            current, epsilon, best = state
+            gradient, wrong = jax.grad(total_loss, has_aux=True)(current)
+            nearness = -_SPHERE.norm(current - images)
+            # Of equal ones the last.
+            take = wrong & (nearness >= best.score)
+            best = select(take, BestSoFar(current, nearness), best)
             direction = _direction(gradient, draws.fold_in(call.key, index))
             share = (1 + jnp.cos(jnp.pi * index / num_steps)) / 2
             step_size = _LAST_STEP_SIZE + (1 - _LAST_STEP_SIZE) * share
-            delta = state.current - images + step_size.astype(images.dtype) * direction
-            epsilon = state.epsilon * jnp.where(wrong, 1 - gamma, 1 + gamma)
+            delta = current - images + step_size.astype(images.dtype) * direction
+            epsilon = epsilon * jnp.where(wrong, 1 - gamma, 1 + gamma)
             epsilon = jnp.minimum(epsilon, farthest)
             delta = _SPHERE.steepest_ascent(delta) * spread(epsilon, images)
-            current = jnp.clip(images + delta, *box)
-            return state._replace(current=current, epsilon=epsilon)
+            return _DdnState(jnp.clip(images + delta, *box), epsilon, best)
 
         def total_loss(current: Array) -> tuple[Array, Array]:
             logits = call.logits_fn(current)
@@ -115,33 +114,22 @@ def ddn(
             return jnp.sum(losses.astype(current.dtype)), wrong
 
         epsilon = jnp.full_like(farthest, init_epsilon)
-        start = _State(images, epsilon, images, farthest)
-        best = jax.lax.fori_loop(0, num_steps, step, start).best
-        return jax.lax.stop_gradient(best)
+        start = _DdnState(images, epsilon, BestSoFar(images, -farthest))
+        return jax.lax.fori_loop(0, num_steps, step, start).best.images
 
-    return attack
+    return attack_of(attacked, box=box)
 
 
-class _State(NamedTuple):
-    """Iterates and their spheres; the smallest misclassified ones, and how far."""
+class _DdnState(NamedTuple):
+    """Iterates, the radii of their spheres [B], and the smallest mistakes so far."""
 
     current: Array
     epsilon: Array
-    best: Array
-    distance: Array
-
-
-def _remember(state: _State, images: Array, wrong: Array) -> _State:
-    """Keeps the iterate where it is misclassified and no larger than the best."""
-    distance = _SPHERE.norm(state.current - images)
-    smaller = wrong & (distance <= state.distance)
-    best = jnp.where(spread(smaller, images), state.current, state.best)
-    distance = jnp.where(smaller, distance, state.distance)
-    return state._replace(best=best, distance=distance)
+    best: BestSoFar
 
 
 def _direction(gradient: Array, key: Array) -> Array:
-    """The gradient at unit norm; a random direction where it is zero or NaN."""
+    """Returns gradients at unit norm; a random direction where one is zero or NaN."""
     unit = _SPHERE.steepest_ascent(gradient)
     zero = _SPHERE.norm(unit) == 0
 

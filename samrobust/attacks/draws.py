@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from samrobust.attacks.examples import filled
+from samrobust.attacks.per_example import factor, filled
 from samrobust.checks import check
 from samrobust.types import Array
 
@@ -47,7 +47,7 @@ def check_key(key: Array, batch: int) -> None:
 
 
 def one_an_example(key: Array, images: Array) -> Array:
-    """The key of each example, [B], split over devices as the images [B, ...] are."""
+    """Returns the key of each example, [B], split over devices as the images are."""
     keys = _each(key, len(images))
     zeros = filled(images, 0, jnp.uint32)[:, None]
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
@@ -57,12 +57,12 @@ def one_an_example(key: Array, images: Array) -> Array:
 
 
 def fold_in(key: Array, number: Array | int) -> Array:
-    """The key, or each example's, with a number folded in."""
+    """Folds a number into the key, or into each example's."""
     return _map(lambda own: jax.random.fold_in(own, number), key)
 
 
 def split(key: Array) -> tuple[Array, Array]:
-    """Two keys, or two for each example."""
+    """Splits the key into two, or each example's."""
 
     def halves(own: Array) -> tuple[Array, Array]:
         first, second = jax.random.split(own)
@@ -72,29 +72,33 @@ def split(key: Array) -> tuple[Array, Array]:
 
 
 def uniform(
-    key: Array, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0
+    key: Array,
+    shape: tuple[int, ...],
+    low: float | Array = 0.0,
+    high: float | Array = 1.0,
 ) -> Array:
-    """Numbers in [low, high), float32 [B, ...].
+    """Draws numbers in [low, high), float32 [B, ...]; the ends may be [B].
 
     >>> keys = jax.random.split(jax.random.key(0), 3)
     >>> alone = uniform(keys[2:], (1, 4))
     >>> bool(jnp.all(uniform(keys, (3, 4))[2:] == alone))
     True
     """
-    return _draw(
-        lambda own: jax.random.uniform(own, shape[1:], jnp.float32, low, high),
-        key,
-        shape,
+    numbers = _draw(
+        lambda own: jax.random.uniform(own, shape[1:], jnp.float32), key, shape
     )
+    low, high = factor(low, numbers), factor(high, numbers)
+    # As `jax.random.uniform` stretches them, which takes no ends of [B].
+    return jnp.maximum(low, numbers * (high - low) + low)
 
 
 def normal(key: Array, shape: tuple[int, ...]) -> Array:
-    """Numbers of the standard normal distribution, float32 [B, ...]."""
+    """Draws numbers of the standard normal distribution, float32 [B, ...]."""
     return _draw(lambda own: jax.random.normal(own, shape[1:], jnp.float32), key, shape)
 
 
 def coins(key: Array, shape: tuple[int, ...]) -> Array:
-    """Fair coins, bool [B, ...]; the same ones whatever the images' precision."""
+    """Tosses fair coins, bool [B, ...]; the same ones whatever images are made of."""
     half = jnp.float32(0.5)
     return _draw(lambda own: jax.random.bernoulli(own, half, shape[1:]), key, shape)
 
@@ -102,13 +106,13 @@ def coins(key: Array, shape: tuple[int, ...]) -> Array:
 def _draw(
     sampler: Callable[[Array], Array], key: Array, shape: tuple[int, ...]
 ) -> Array:
-    """What each example draws with its own key."""
+    """Draws for each example with its own key."""
     check_key(key, shape[0])
     return jax.vmap(sampler)(_each(key, shape[0]))
 
 
 def _each(key: Array, batch: int) -> Array:
-    """The keys [B]: themselves, or the one key with each position folded in."""
+    """Returns keys [B]: themselves, or the one key with each position folded in."""
     if _is_one_an_example(key):
         return key
     positions = jnp.arange(batch, dtype=jnp.uint32)
@@ -120,7 +124,7 @@ def _map(function: Callable[[Array], _Keys], key: Array) -> _Keys:
 
 
 def _is_key(key: Any) -> bool:
-    """A key or an array of keys; those of the old kind are numbers, [2] each."""
+    """Tells a key or an array of keys; those of the old kind are numbers, [2] each."""
     if not isinstance(key, (jax.Array, np.ndarray)):
         return False
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

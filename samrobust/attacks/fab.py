@@ -5,24 +5,44 @@ replaces the boundary between the label and a target class by its tangent hyperp
 steps a little beyond the plane, both from the iterate and from the original image, and
 mixes the two; from a misclassified point it walks back to the original. As part of
 AutoAttack (`fab_targeted`) it counts what it finds within a radius, and alone
-(`fab_minimal`) it measures distances to the decision boundary.
+(`fab_minimal`) it measures distances to the decision boundary. A score is minus the
+distance here: see `BestSoFar`.
 
 Reference: Croce and Hein (2020), arXiv 1907.02044; the targeted version and its place
 in AutoAttack: Croce and Hein (2020), arXiv 2003.01690.
 """
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
-from samrobust.attacks.calls import accept, check_target
-from samrobust.attacks.examples import filled
-from samrobust.attacks.fab_run import Found, Problem, Settings, choose, make_settings
+from samrobust.attacks.calls import Call, attack_of, check_set, check_target
+from samrobust.attacks.hyperplanes import step_onto_hyperplane
+from samrobust.attacks.numbers import real, seen, whole
+from samrobust.attacks.per_example import (
+    BestSoFar,
+    better,
+    factor,
+    filled,
+    likeliest_wrong,
+    repeat_while,
+    select,
+    spread,
+    unseen,
+)
 from samrobust.checks import check
 from samrobust.objectives import misclassified
 from samrobust.types import Array, Attack, LogitsFn
 
 __all__ = ["fab_minimal", "fab_targeted"]
+
+_LEAST_STEP = 1e-8  # upstream's floor of a step's norm where two are compared
 
 
 def fab_targeted(
@@ -37,7 +57,7 @@ def fab_targeted(
     beta: float = 0.9,
     box: tuple[float, float] = (0.0, 1.0),
 ) -> Attack:
-    """FAB-T, the third attack of AutoAttack: what it finds within a ball.
+    """Builds FAB-T, the third attack of AutoAttack: what it finds within a ball.
 
     With `z` the logits, `y` the label and `t` a target class, a step from `x` is
 
@@ -95,11 +115,14 @@ def fab_targeted(
     >>> bool(jnp.all(jnp.abs(adversarial - (0.5 - 0.02)) <= 0.0011))
     True
     """
-    counts = num_targets, num_steps, restarts
-    settings = make_settings(ball, *counts, alpha_max, eta, beta, box)
-    return _make_attack(
-        settings, goal=ball.radius, limit=ball.radius, first_target=first_target
-    )
+    box, num_targets = check_set(ball, box), whole(1, num_targets=num_targets)
+    make_run = _run_maker(ball, num_steps, restarts, alpha_max, eta, beta, box)
+
+    def attacked(call: Call) -> Array:
+        radius = filled(call.images, ball.radius)
+        return _search(make_run, call, num_targets, first_target, radius, radius)
+
+    return attack_of(attacked, box=box, ball=ball)
 
 
 def fab_minimal(
@@ -113,7 +136,7 @@ def fab_minimal(
     beta: float = 0.9,
     box: tuple[float, float] = (0.0, 1.0),
 ) -> Attack:
-    """FAB-T without a radius: small misclassified perturbations, to measure distances.
+    """Builds FAB-T without a radius: to measure how far the boundary is.
 
     Args:
       ball: says in which norm a perturbation is small. **The result may lie outside
@@ -149,62 +172,146 @@ def fab_minimal(
     >>> ball.norm(adversarial - image).round(3)  # of a plane 0.05 away
     Array([0.05], dtype=float32)
     """
-    counts = num_targets, num_steps, restarts
-    settings = make_settings(ball, *counts, alpha_max, eta, beta, box)
+    box, num_targets = check_set(ball, box), whole(1, num_targets=num_targets)
+    make_run = _run_maker(ball, num_steps, restarts, alpha_max, eta, beta, box)
     check(
-        restarts == 1 or ball.radius > 0,
+        restarts == 1 or bool(np.all(seen(ball.radius) > 0)),
         "ball.radius > 0 when restarts > 1",
         "Random starts lie half a radius away.",
         radius=ball.radius,
         restarts=restarts,
     )
-    return _make_attack(settings, goal=0.0, limit=float("inf"))
+
+    def attacked(call: Call) -> Array:
+        return _search(make_run, call, num_targets, 0, 0.0, float("inf"))
+
+    return attack_of(attacked, box=box, ball=ball, is_minimal=True)
 
 
-def _make_attack(
-    settings: Settings, *, goal: float, limit: float, first_target: int | Array = 0
-) -> Attack:
+class _FabRun(NamedTuple):
+    """Options and data of a run: what it depends on beside its start and its target."""
+
+    ball: Ball
+    num_steps: int
+    restarts: int
+    alpha_max: float
+    eta: float
+    beta: float
+    box: tuple[float, float]
+    logits_fn: LogitsFn
+    images: Array
+    labels: Array
+
+    def start(self, restart: Array, key: Array) -> Array:
+        """Returns the images, or from the second run on points half a radius away."""
+        if self.restarts == 1:
+            return self.images
+        noise = self.ball.sample(key, self.images.shape).astype(self.images.dtype)
+        length = spread(self.ball.norm(noise), noise)
+        half = 0.5 * factor(self.ball.radius, noise)
+        noise = noise / jnp.where(length > 0, length, 1.0) * half
+        start = jnp.clip(self.images + noise, *self.box)
+        return jnp.where(restart == 0, self.images, start)
+
+    def outcome(self, start: Array, targets: Array) -> BestSoFar:
+        """Returns the smallest misclassified images among the iterates."""
+
+        def step(_: Array, carry: tuple[Array, BestSoFar]) -> tuple[Array, BestSoFar]:
+            current, best = carry
+            return self.judge(self.advance(current, targets), best)
+
+        carry = (start, unseen(self.images))
+        return jax.lax.fori_loop(0, self.num_steps, step, carry)[1]
+
+    def advance(self, current: Array, targets: Array) -> Array:
+        """Steps beyond the tangent plane of the boundary to the targets."""
+        ball, eta = self.ball, self.eta
+        gradient, gap = jax.grad(self.total_gap, has_aux=True)(current, targets)
+        gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
+        axes = tuple(range(1, current.ndim))
+        # Of the plane <w, z> = b through x0 only <w, x0 - x> is new: exact near x.
+        from_images = gap + jnp.sum(gradient * (self.images - current), axis=axes)
+        step = self.onto_plane(current, gradient, gap)
+        step_of_images = self.onto_plane(self.images, gradient, from_images)
+        length = jnp.maximum(ball.norm(step), _LEAST_STEP)
+        total = length + jnp.maximum(ball.norm(step_of_images), _LEAST_STEP)
+        alpha = spread(jnp.minimum(length / total, self.alpha_max), current)
+        mixed = (1 - alpha) * (current + eta * step)
+        mixed += alpha * (self.images + eta * step_of_images)
+        return jnp.clip(mixed, *self.box)
+
+    def onto_plane(self, points: Array, normal: Array, excess: Array) -> Array:
+        """Returns the smallest step from the points onto the planes."""
+        return step_onto_hyperplane(self.ball, points, normal, excess, box=self.box)
+
+    def total_gap(self, current: Array, targets: Array) -> tuple[Array, Array]:
+        """Returns the sum of `z_t - z_y`, and the gaps [B]."""
+        logits = self.logits_fn(current).astype(self.images.dtype)
+        gap = _logit(logits, targets) - _logit(logits, self.labels)
+        return jnp.sum(gap), gap
+
+    def judge(self, current: Array, best: BestSoFar) -> tuple[Array, BestSoFar]:
+        """Remembers what is misclassified and smaller, and walks back from there."""
+        wrong = misclassified(self.logits_fn(current), self.labels)
+        distance = self.ball.norm(current - self.images)
+        found = BestSoFar(current, jnp.where(wrong, -distance, -jnp.inf))
+        back = self.images + self.beta * (current - self.images)
+        return select(wrong, back, current), better(best, found)
+
+
+def _run_maker(
+    ball: Ball,
+    num_steps: int,
+    restarts: int,
+    alpha_max: float,
+    eta: float,
+    beta: float,
+    box: tuple[float, float],
+) -> Callable[..., _FabRun]:
+    """Refuses what the attacks cannot mean; returns what makes a run of the data."""
+    num_steps, restarts = whole(0, num_steps=num_steps), whole(1, restarts=restarts)
+    alpha_max, eta, beta = real(alpha_max=alpha_max), real(eta=eta), real(beta=beta)
+    check(0 <= alpha_max <= 1, "0 <= alpha_max <= 1", alpha_max=alpha_max)
+    check(1 <= eta < float("inf"), "1 <= eta < inf", eta=eta)
+    check(0 < beta < 1, "0 < beta < 1", beta=beta)
+    return functools.partial(
+        _FabRun, ball, num_steps, restarts, alpha_max, eta, beta, box
+    )
+
+
+def _search(
+    make_run: Callable[..., _FabRun],
+    call: Call,
+    num_targets: int,
+    first_target: int | Array,
+    goal: float | Array,
+    limit: float | Array,
+) -> Array:
     """Runs until all distances reach the goal; drops what lies beyond the limit."""
+    run = make_run(*call[:3])
+    logits = call.logits_fn(call.images)
+    check_target(first_target, logits.shape[-1])
+    classes = likeliest_wrong(logits, call.labels)
+    num_left = jnp.minimum(num_targets, classes.shape[1] - first_target)
 
-    def attack(
-        logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
-    ) -> Array:
-        logits_fn, images, labels, key = accept(
-            logits_fn, images, labels, key, box=settings.box, ball=settings.ball
-        )
-        if limit == 0:
-            return images
-        logits = logits_fn(images)
-        targets = _targets(logits, labels)
-        check_target(first_target, logits.shape[-1])
-        num_targets = jnp.minimum(settings.num_targets, len(targets) - first_target)
-        problem = Problem(settings, logits_fn, images, labels)
+    def is_sought(best: BestSoFar) -> Array:
+        return -best.score > goal
 
-        def goes_on(carry: tuple[Array, Found]) -> Array:
-            index, best = carry
-            unfinished = jnp.any(best.distance > goal)
-            return (index < num_targets * settings.restarts) & unfinished
+    def pursue(index: Array, best: BestSoFar) -> BestSoFar:
+        start = run.start(index % run.restarts, draws.fold_in(call.key, index))
+        found = run.outcome(start, classes[:, first_target + index // run.restarts])
+        closer = (found.score > best.score) & (-found.score <= limit)
+        return select(closer & is_sought(best), found, best)
 
-        def body(carry: tuple[Array, Found]) -> tuple[Array, Found]:
-            index, best = carry
-            start = problem.start(index % settings.restarts, index, key)
-            target = targets[first_target + index // settings.restarts]
-            found = problem.run(start, target)
-            better = (found.distance < best.distance) & (found.distance <= limit)
-            return index + 1, choose(better & (best.distance > goal), found, best)
-
-        unknown = filled(images, jnp.inf)
-        distance = jnp.where(misclassified(logits, labels), 0.0, unknown)
-        first = (jnp.int32(0), Found(images, distance))
-        best = jax.lax.while_loop(goes_on, body, first)[1]
-        return jax.lax.stop_gradient(best.images)
-
-    return attack
+    unknown = unseen(call.images)
+    wrong = misclassified(logits, call.labels)
+    first = unknown._replace(score=jnp.where(wrong, 0.0, unknown.score))
+    return repeat_while(
+        lambda best: jnp.any(is_sought(best)), num_left * run.restarts, pursue, first
+    ).images
 
 
-def _targets(logits: Array, labels: Array) -> Array:
-    """The classes but the label, that of the highest logit first: int32 [K - 1, B]."""
-    num_classes = logits.shape[-1]
-    is_label = jax.nn.one_hot(labels, num_classes, dtype=bool)
-    order = jnp.argsort(jnp.where(is_label, jnp.inf, -logits), axis=-1)
-    return order[:, :-1].T
+def _logit(logits: Array, classes: Array) -> Array:
+    """Returns the logit [B] of one class an example."""
+    chosen = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
+    return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)

@@ -15,7 +15,7 @@ def fgsm(
     loss: LossFn = cross_entropy,
     box: tuple[float, float] = (0.0, 1.0),
 ) -> Attack:
-    """The fast gradient sign method, and its l2 form.
+    """Builds the fast gradient sign method, and its l2 form.
 
     `x + radius * steepest_ascent(grad loss(x))`, clipped to the box: with `linf` the
     sign of the gradient, with `l2` the gradient at unit length. A quick look at a

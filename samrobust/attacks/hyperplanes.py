@@ -27,7 +27,7 @@ def step_onto_hyperplane(
     *,
     box: tuple[float, float] = (0.0, 1.0),
 ) -> Array:
-    """The smallest step, in the ball's norm, from each point onto its hyperplane.
+    """Computes the smallest step, in the ball's norm, from each point onto its plane.
 
     Args:
       ball: says in which norm a step is small; its radius plays no role.
@@ -74,7 +74,7 @@ def step_onto_hyperplane(
 def _common_length(
     size: Array, speed: Array, room: Array, demand: Array, axes: tuple[int, ...]
 ) -> Array:
-    """The `t` [B, 1, ...] at which `sum size * min(t * speed, room)` meets the demand.
+    """Finds the `t` [B, 1, ...] where `sum size * min(t * speed, room)` is the demand.
 
     Infinite where no `t` does. An example that has converged does not change any more,
     whatever the others of its batch need.

@@ -4,17 +4,23 @@ A model that noise of the radius misleads is not robust however few of its gradi
 help, and an attack that misleads it less often than noise does is broken.
 """
 
-import jax
 import jax.numpy as jnp
 
 from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
-from samrobust.attacks.calls import accept, check_ball, check_box
-from samrobust.attacks.examples import filled, spread
+from samrobust.attacks.calls import Call, attack_of, check_set
 from samrobust.attacks.numbers import whole
-from samrobust.checks import check
-from samrobust.objectives import cross_entropy, misclassified
-from samrobust.types import Array, Attack, LogitsFn
+from samrobust.attacks.per_example import (
+    BestSoFar,
+    any_is_left,
+    better,
+    factor,
+    judged_first,
+    repeat_while,
+    score,
+)
+from samrobust.objectives import cross_entropy
+from samrobust.types import Array, Attack
 
 __all__ = ["noise"]
 
@@ -25,7 +31,7 @@ def noise(
     num_draws: int = 10,
     box: tuple[float, float] = (0.0, 1.0),
 ) -> Attack:
-    """Random points at the full radius; any misclassified one counts.
+    """Builds random points at the full radius; any misclassified one counts.
 
     A draw is `clip(x0 + radius * a)`, with `a` the ball's steepest ascent of a random
     linear function: a random corner of the l-inf ball, where noise is as large as it
@@ -51,6 +57,7 @@ def noise(
       ValueError: if an argument is outside its range; when called, if the images are of
         another dtype.
 
+    >>> import jax
     >>> from samrobust.attacks import linf
     >>> images, labels = jnp.full([1, 2], 0.5), jnp.array([0])
     >>> noisy = noise(linf(0.25))(
@@ -59,44 +66,22 @@ def noise(
     >>> noisy  # of four corners the one that is misclassified
     Array([[0.25, 0.75]], dtype=float32)
     """
-    num_draws, box = whole(num_draws=num_draws), check_box(box)
-    check_ball(ball, box)
-    check(num_draws >= 1, "num_draws >= 1", num_draws=num_draws)
+    num_draws, box = whole(1, num_draws=num_draws), check_set(ball, box)
 
-    def attack(
-        logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
-    ) -> Array:
-        call = accept(logits_fn, images, labels, key, box=box, ball=ball)
+    def attacked(call: Call) -> Array:
         images = call.images
-        if ball.radius == 0:
-            return images
 
-        def damage(current: Array) -> Array:
-            logits = call.logits_fn(current)
-            loss = jnp.nan_to_num(cross_entropy(logits, call.labels), nan=-jnp.inf)
-            wrong = misclassified(logits, call.labels)
-            return jnp.where(wrong, jnp.inf, loss).astype(images.dtype)
-
-        def draw(index: Array) -> Array:
+        def draw(index: Array, best: BestSoFar) -> BestSoFar:
             values = draws.normal(draws.fold_in(call.key, index), images.shape)
-            delta = ball.radius * ball.steepest_ascent(values.astype(images.dtype))
-            return jnp.clip(images + delta, *box)
+            direction = ball.steepest_ascent(values.astype(images.dtype))
+            delta = factor(ball.radius, images) * direction
+            current = jnp.clip(images + delta, *box)
+            logits = call.logits_fn(current)
+            losses = cross_entropy(logits, call.labels).astype(images.dtype)
+            reached = score(losses, logits, call.labels)
+            return better(best, BestSoFar(current, reached))
 
-        def goes_on(carry: tuple[Array, Array, Array]) -> Array:
-            index, _, worst = carry
-            return (index < num_draws) & ~jnp.all(jnp.isposinf(worst))
+        first = judged_first(images, call.logits_fn(images), call.labels)
+        return repeat_while(any_is_left, num_draws, draw, first).images
 
-        def body(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            index, best, worst = carry
-            current = draw(index)
-            reached = damage(current)
-            take = reached > worst
-            best = jnp.where(spread(take, images), current, best)
-            return index + 1, best, jnp.where(take, reached, worst)
-
-        lowest = filled(images, -jnp.inf)
-        unseen = jnp.where(jnp.isposinf(damage(images)), jnp.inf, lowest)
-        first = (jnp.int32(0), images, unseen)
-        return jax.lax.stop_gradient(jax.lax.while_loop(goes_on, body, first)[1])
-
-    return attack
+    return attack_of(attacked, box=box, ball=ball)

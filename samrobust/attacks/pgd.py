@@ -4,39 +4,51 @@
 equation (4), as a pure function: configuration at construction, data at call. The
 steps run in `lax.fori_loop`, restarts too, so that the compiled size does not depend
 on their numbers. Only gradients of the images are computed, never of the parameters.
+
+`staged_pgd` is `pgd(judge="any")` cut open, so that a caller can drop examples between
+the steps: once one is misclassified at an iterate, further steps on it are wasted. See
+`samrobust.evaluation` for the loop around it.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from samrobust.attacks import draws
-from samrobust.attacks.balls import Ball
-from samrobust.attacks.calls import accept, check_ball, check_box, check_losses
-from samrobust.attacks.examples import filled, spread
-from samrobust.attacks.numbers import real, whole
+from samrobust.attacks.balls import Ball, into_set
+from samrobust.attacks.calls import (
+    Call,
+    accept,
+    attack_of,
+    check_losses,
+    check_set,
+    is_point,
+    keep_still,
+)
+from samrobust.attacks.numbers import real_or_each, seen, whole
+from samrobust.attacks.per_example import (
+    BestSoFar,
+    better,
+    factor,
+    filled,
+    score,
+    unseen,
+)
 from samrobust.checks import check, check_choice
-from samrobust.objectives import cross_entropy, misclassified
+from samrobust.objectives import cross_entropy
 from samrobust.types import Array, Attack, LogitsFn, LossFn
 
-__all__ = ["JUDGES", "Problem", "Settings", "identity", "make_settings", "pgd"]
+__all__ = ["JUDGES", "StagedPgd", "identity", "pgd", "staged_pgd"]
 
 JUDGES = ("final", "any")
 
-_Carry = TypeVar("_Carry")
-
-
-class _Worst(NamedTuple):
-    """The most damaging images so far and how damaging: [B, ...] and [B]."""
-
-    images: Array
-    score: Array
-
 
 def identity(logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array) -> Array:
-    """The attack that changes nothing: standard training and natural accuracy."""
+    """Returns the images: the attack of standard training and natural accuracy."""
     del logits_fn, labels, key
     return images
 
@@ -44,7 +56,7 @@ def identity(logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array) -
 def pgd(
     ball: Ball,
     *,
-    step_size: float,
+    step_size: float | Array,
     num_steps: int,
     random_start: bool = True,
     restarts: int = 1,
@@ -52,16 +64,18 @@ def pgd(
     judge: str = "final",
     box: tuple[float, float] = (0.0, 1.0),
 ) -> Attack:
-    """Projected gradient descent on `loss` within a ball and a box.
+    """Builds projected gradient descent on `loss` within a ball and a box.
 
     Args:
       ball: the allowed perturbations, from `linf` or `l2`.
       step_size: the length of a step in the ball's norm and pixel units, > 0 (any
-        value if the radius or `num_steps` is 0).
+        value if the radius or `num_steps` is 0); a float or an array, as a radius is.
       num_steps: number of gradient steps, >= 0.
       random_start: start at a random point of the ball instead of the image itself.
       restarts: number of independent runs, >= 1; needs a random start if > 1.
-      loss: what is maximised, per example; `cross_entropy` or `margin`.
+      loss: what is maximised, per example; `cross_entropy`, `margin` or a function of
+        one's own of logits and labels. It may close over arrays, traced ones too: the
+        natural logits for TRADES, if the attack is built where they are computed.
       judge: which images a run hands in: its `final` iterate (the reference code), or
         the first misclassified one of `any` iterates, the start included, and the one
         of highest loss where there is none.
@@ -74,9 +88,9 @@ def pgd(
 
       **Guarantees.** Shape and dtype of the images are kept. The result lies in the
       box, and in the ball up to a few units in the last place. Radius 0 returns the
-      images unchanged. With several restarts each example gets its own worst case:
-      a misclassified one wherever a run found one, so that more restarts never raise
-      the accuracy. No gradient flows through the result.
+      images, or those examples that have it, unchanged. With several restarts each
+      example gets its own worst case: a misclassified one wherever a run found one, so
+      that more restarts never raise the accuracy. No gradient flows through the result.
 
     Raises:
       ValueError: if an argument is outside its range, the radius in other units than
@@ -98,147 +112,204 @@ def pgd(
     >>> jnp.round((adversarial - 0.5) * 255)
     Array([[-8., -8.]], dtype=float32)
     """
-    restarts = whole(restarts=restarts)
-    settings = make_settings(
-        Settings(ball, step_size, num_steps, random_start, loss, judge, box), restarts
+    box, restarts = check_set(ball, box), whole(1, restarts=restarts)
+    make_run = _run_maker(
+        ball, step_size, num_steps, random_start, restarts, loss, judge, box
     )
 
-    def attack(
-        logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
-    ) -> Array:
-        call = accept(logits_fn, images, labels, key, box=settings.box, ball=ball)
-        if ball.radius == 0:
-            return call.images
-        problem = Problem(settings, *call[:3])
-        key = call.key
+    def attacked(call: Call) -> Array:
+        run = make_run(*call[:3])
 
-        def restart(index: Array | int, worst: _Worst) -> _Worst:
-            return _worse(worst, problem.run(draws.fold_in(key, index)))
+        def restart(index: Array | int, best: BestSoFar) -> BestSoFar:
+            return better(best, run.outcome(draws.fold_in(call.key, index)))
 
-        unseen = _Worst(call.images, filled(call.images, -jnp.inf))
+        best = unseen(call.images)
         if restarts > 1:
-            worst = jax.lax.fori_loop(0, restarts, restart, unseen)
-        elif judge == "final":  # nothing to compare: spare the forward pass
-            return jax.lax.stop_gradient(problem.last(draws.fold_in(key, 0)))
-        else:
-            worst = restart(0, unseen)
-        return jax.lax.stop_gradient(worst.images)
+            return jax.lax.fori_loop(0, restarts, restart, best).images
+        if judge == "final":  # nothing to compare: spare the forward pass
+            return run.last(draws.fold_in(call.key, 0))
+        return restart(0, best).images
 
-    return attack
+    return attack_of(attacked, box=box, ball=ball)
 
 
-class Settings(NamedTuple):
-    """The arguments of `pgd` that a single run needs."""
+class StagedPgd(NamedTuple):
+    """Pieces of an attack, between which a caller may drop examples.
+
+    Attributes:
+      start: `start(images, labels, restart, *, key) -> current`, the first iterates of
+        a restart.
+      advance: `advance(logits_fn, current, images, labels, num_steps) -> (current,
+        broken)`: goes on for `num_steps` (may be traced); `broken` bool [B] says which
+        examples were misclassified at one of the iterates, the first and the last one
+        included. An example's outcome does not depend on the batch it is in, up to
+        rounding.
+      num_steps: of a restart.
+      restarts: of the attack.
+    """
+
+    start: Callable[..., Array]
+    advance: Callable[..., tuple[Array, Array]]
+    num_steps: int
+    restarts: int
+
+
+def staged_pgd(
+    ball: Ball,
+    *,
+    step_size: float | Array,
+    num_steps: int,
+    random_start: bool = True,
+    restarts: int = 1,
+    loss: LossFn = cross_entropy,
+    box: tuple[float, float] = (0.0, 1.0),
+) -> StagedPgd:
+    """Builds the pieces of `pgd(..., judge="any")`; the arguments are explained there.
+
+    Raises:
+      ValueError: as `pgd` does.
+    """
+    box, restarts = check_set(ball, box), whole(1, restarts=restarts)
+    make_run = _run_maker(
+        ball, step_size, num_steps, random_start, restarts, loss, "any", box
+    )
+
+    def start(
+        images: Array, labels: Array, restart: Array | int, *, key: Array
+    ) -> Array:
+        call = accept(identity, images, labels, key, box=box, ball=ball)
+        if is_point(ball):
+            return call.images
+        run = make_run(*call[:3])
+        first = run.start(draws.fold_in(call.key, restart))
+        return keep_still(ball, call.images, first)
+
+    def advance(
+        logits_fn: LogitsFn,
+        current: Array,
+        images: Array,
+        labels: Array,
+        num_steps: Array | int,
+    ) -> tuple[Array, Array]:
+        key = jax.random.key(0)  # nothing is drawn
+        call = accept(logits_fn, images, labels, key, box=box, ball=ball)
+        run = make_run(*call[:3])
+
+        def step(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            current, broken = carry
+            following, reached = run.ascend(current)
+            following = keep_still(ball, current, following)
+            return following, broken | jnp.isposinf(reached)
+
+        unbroken = filled(current, 0, bool)
+        final, broken = jax.lax.fori_loop(0, num_steps, step, (current, unbroken))
+        return final, broken | jnp.isposinf(run.scored(final).score)
+
+    return StagedPgd(start, advance, whole(0, num_steps=num_steps), restarts)
+
+
+class _PgdRun(NamedTuple):
+    """Options and data of a run: what it depends on beside its key."""
 
     ball: Ball
-    step_size: float
+    step_size: float | Array
     num_steps: int
     random_start: bool
     loss: LossFn
     judge: str
     box: tuple[float, float]
-
-
-def make_settings(settings: Settings, restarts: int) -> Settings:
-    """Refuses what `pgd` cannot mean; see there."""
-    step_size = real(step_size=settings.step_size)
-    num_steps, box = whole(num_steps=settings.num_steps), check_box(settings.box)
-    check_ball(settings.ball, box)
-    check(num_steps >= 0, "num_steps >= 0", num_steps=num_steps)
-    check(
-        0 < step_size < float("inf") or settings.ball.radius == 0 or num_steps == 0,
-        "0 < step_size < inf",
-        step_size=step_size,
-    )
-    check(restarts >= 1, "restarts >= 1", restarts=restarts)
-    check(
-        restarts == 1 or settings.random_start,
-        "random_start when restarts > 1",
-        "Without one all restarts are the same.",
-        restarts=restarts,
-        random_start=settings.random_start,
-    )
-    check_choice(JUDGES, judge=settings.judge)
-    return settings._replace(
-        step_size=step_size,
-        num_steps=num_steps,
-        loss=check_losses(settings.loss),
-        box=box,
-    )
-
-
-class Problem(NamedTuple):
-    """Settings and data: what a run from a random start depends on beside its key."""
-
-    settings: Settings
     logits_fn: LogitsFn
     images: Array
     labels: Array
 
-    def run(self, key: Array) -> _Worst:
-        """The images that a run hands in, and their score."""
-        if self.settings.judge == "final":
+    def outcome(self, key: Array) -> BestSoFar:
+        """Returns the images that the run hands in, and their score."""
+        if self.judge == "final":
             return self.scored(self.last(key))
 
-        def ascend_and_judge(carry: tuple[Array, _Worst]) -> tuple[Array, _Worst]:
-            current, worst = carry
-            following, score = self.ascend(current)
-            return following, _worse(worst, _Worst(current, score))
+        def step(_: Array, carry: tuple[Array, BestSoFar]) -> tuple[Array, BestSoFar]:
+            current, best = carry
+            following, reached = self.ascend(current)
+            return following, better(best, BestSoFar(current, reached))
 
         start = self.start(key)
-        unseen = _Worst(start, filled(start, -jnp.inf))
-        steps = self.settings.num_steps
-        final, worst = _repeat(steps, ascend_and_judge, (start, unseen))
-        return _worse(worst, self.scored(final))
+        carry = (start, unseen(start))
+        final, best = jax.lax.fori_loop(0, self.num_steps, step, carry)
+        return better(best, self.scored(final))
 
     def last(self, key: Array) -> Array:
-        """The final iterate of a run."""
-        start = self.start(key)
-        return _repeat(self.settings.num_steps, lambda x: self.ascend(x)[0], start)
+        """Returns the final iterate."""
+
+        def step(_: Array, current: Array) -> Array:
+            return self.ascend(current)[0]
+
+        return jax.lax.fori_loop(0, self.num_steps, step, self.start(key))
 
     def start(self, key: Array) -> Array:
-        """A random point of the ball and the box, or the images themselves."""
-        if not self.settings.random_start:
+        """Returns a random point of the ball and the box, or the images themselves."""
+        if not self.random_start:
             return self.images
-        noise = self.settings.ball.sample(key, self.images.shape)
-        return self.into_set(self.images + noise.astype(self.images.dtype))
-
-    def into_set(self, candidates: Array) -> Array:
-        """The projection onto the ball, then onto the box."""
-        delta = self.settings.ball.project(candidates - self.images)
-        return jnp.clip(self.images + delta, *self.settings.box)
+        noise = self.ball.sample(key, self.images.shape)
+        noise = noise.astype(self.images.dtype)
+        return into_set(self.images + noise, self.images, self.ball, self.box)
 
     def ascend(self, current: Array) -> tuple[Array, Array]:
-        """One step, and the score of the images it started from."""
-        gradient, score = jax.grad(self.total_loss, has_aux=True)(current)
-        direction = self.settings.ball.steepest_ascent(gradient)
-        return self.into_set(current + self.settings.step_size * direction), score
+        """Takes a step, and returns the score [B] of where it started as well."""
+        gradient, reached = jax.grad(self.total_loss, has_aux=True)(current)
+        step = factor(self.step_size, current) * self.ball.steepest_ascent(gradient)
+        moved = into_set(current + step, self.images, self.ball, self.box)
+        return moved, reached
 
-    def scored(self, current: Array) -> _Worst:
-        """Images with their score."""
-        return _Worst(current, self.total_loss(current)[1])
+    def scored(self, current: Array) -> BestSoFar:
+        """Returns images with their score."""
+        return BestSoFar(current, self.total_loss(current)[1])
 
     def total_loss(self, current: Array) -> tuple[Array, Array]:
-        """The sum of the losses, and the scores [B]."""
+        """Returns the sum of the losses, and the scores [B].
+
+        The gradient of the sum has in each example that of the example's own loss.
+        """
         logits = self.logits_fn(current)
-        losses = self.settings.loss(logits, self.labels).astype(current.dtype)
-        return jnp.sum(losses), _score(losses, logits, self.labels)
+        losses = self.loss(logits, self.labels).astype(current.dtype)
+        return jnp.sum(losses), score(losses, logits, self.labels)
 
 
-def _repeat(
-    num_steps: int, function: Callable[[_Carry], _Carry], start: _Carry
-) -> _Carry:
-    return jax.lax.fori_loop(0, num_steps, lambda _, carry: function(carry), start)
-
-
-def _score(losses: Array, logits: Array, labels: Array) -> Array:
-    """Orders outcomes: every misclassification above all else, then by the loss."""
-    wrong = misclassified(logits, labels)
-    return jnp.where(wrong, jnp.inf, jnp.where(jnp.isnan(losses), -jnp.inf, losses))
-
-
-def _worse(first: _Worst, second: _Worst) -> _Worst:
-    """Per example the more damaging of two; the first where they tie."""
-    take = second.score > first.score
-    images = jnp.where(spread(take, first.images), second.images, first.images)
-    return _Worst(images, jnp.where(take, second.score, first.score))
+def _run_maker(
+    ball: Ball,
+    step_size: float | Array,
+    num_steps: int,
+    random_start: bool,
+    restarts: int,
+    loss: LossFn,
+    judge: str,
+    box: tuple[float, float],
+) -> Callable[..., _PgdRun]:
+    """Refuses what `pgd` cannot mean; returns what makes a run of the data."""
+    step_size = real_or_each(step_size=step_size)
+    num_steps = whole(0, num_steps=num_steps)
+    lengths = seen(step_size)
+    # Among many an example's step may be 0, as its radius may be.
+    is_long = lengths > 0 if isinstance(step_size, float) else lengths >= 0
+    check(
+        bool(np.all(is_long & (lengths < np.inf))) or num_steps == 0 or is_point(ball),
+        "0 < step_size < inf",
+        step_size=step_size,
+    )
+    check(
+        restarts == 1 or random_start,
+        "random_start when restarts > 1",
+        "Without one all restarts are the same.",
+        restarts=restarts,
+        random_start=random_start,
+    )
+    check_choice(JUDGES, judge=judge)
+    return functools.partial(
+        _PgdRun,
+        ball,
+        step_size,
+        num_steps,
+        random_start,
+        check_losses(loss),
+        judge,
+        box,
+    )

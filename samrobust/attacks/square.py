@@ -3,7 +3,13 @@
 At each query a window of every image is changed at random, and an example keeps the
 change where it raises the loss. No gradient is asked for, so the attack tells
 whether a network that holds against gradients merely hides them. The queries run in
-one `lax.while_loop`; windows of all sizes are masks of one shape.
+one `lax.while_loop`; windows of all sizes are masks of one shape, [B, H, W, C].
+
+What a query draws (`draw`) is apart from what it does with that (`move`), so that the
+same numbers can be given to another implementation. They are drawn in float32, the same
+ones for images in float64.
+
+Reference: Andriushchenko et al. (2020), arXiv 1912.00049, and the code of AutoAttack.
 """
 
 import math
@@ -11,19 +17,31 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
-from samrobust.attacks.calls import accept, check_ball, check_box, check_losses
-from samrobust.attacks.examples import spread
-from samrobust.attacks.moves import L2Moves, LinfMoves
+from samrobust.attacks.calls import Call, attack_of, check_losses, check_set
 from samrobust.attacks.numbers import real, whole
-from samrobust.attacks.windows import window_sizes
+from samrobust.attacks.per_example import (
+    BestSoFar,
+    any_is_left,
+    better,
+    factor,
+    repeat_while,
+    score,
+    select,
+)
 from samrobust.checks import check
-from samrobust.objectives import margin, misclassified
+from samrobust.objectives import margin
 from samrobust.types import Array, Attack, LogitsFn, LossFn
 
-__all__ = ["square"]
+__all__ = ["L2Moves", "LinfMoves", "pulse", "pulses", "square", "window_sizes"]
+
+_FLOOR = 1e-12  # upstream adds it to every norm that it divides by
+# The share of the image that a window covers halves after each of these queries.
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+_HALVINGS_END = 10000  # the number of queries that they are made for
 
 
 def square(
@@ -36,7 +54,7 @@ def square(
     loss: LossFn = margin,
     box: tuple[float, float] = (0.0, 1.0),
 ) -> Attack:
-    """The Square attack: random search over square windows, without gradients.
+    """Builds the Square attack: random search over square windows, no gradients.
 
     A query changes a window of side `sqrt(p H W)` at a random place, another one in
     every example; p falls from `p_init` in steps. In the l-inf ball each channel of the
@@ -93,93 +111,290 @@ def square(
     >>> jnp.argmax(logits_fn(images), -1), jnp.argmax(logits_fn(adversarial), -1)
     (Array([0], dtype=int32), Array([1], dtype=int32))
     """
-    num_queries, restarts = whole(num_queries=num_queries), whole(restarts=restarts)
-    p_init, box, loss = real(p_init=p_init), check_box(box), check_losses(loss)
-    check_ball(ball, box)
-    check(num_queries >= 1, "num_queries >= 1", num_queries=num_queries)
+    num_queries = whole(1, num_queries=num_queries)
+    p_init, restarts = real(p_init=p_init), whole(1, restarts=restarts)
+    box, loss = check_set(ball, box), check_losses(loss)
     check(0 < p_init <= 1, "0 < p_init <= 1", p_init=p_init)
-    check(restarts >= 1, "restarts >= 1", restarts=restarts)
+    moves_of = LinfMoves if math.isinf(ball.order) else L2Moves
+    schedule = {"rescale": rescale_schedule, "odd": moves_of is L2Moves}
 
-    def attack(
-        logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
-    ) -> Array:
-        logits_fn, images, labels, key = accept(
-            logits_fn, images, labels, key, box=box, ball=ball
-        )
-        check(images.ndim == 4, "images [B, H, W, C]", shape=images.shape)
-        if ball.radius == 0:
-            return images
-        moves_of = LinfMoves if math.isinf(ball.order) else L2Moves
-        sizes = window_sizes(
-            num_queries,
-            p_init,
-            images.shape[1:],
-            rescale=rescale_schedule,
-            odd=moves_of is L2Moves,
-        )
-        search = _Search(
-            logits_fn, labels, loss, moves_of(images, ball.radius, box, sizes)
-        )
+    def attacked(call: Call) -> Array:
+        images, radius = call.images, factor(ball.radius, call.images)
+        sizes = window_sizes(num_queries, p_init, images.shape[1:], **schedule)
+        moves = moves_of(images, radius, box, sizes)
+        run = _SquareRun(call.logits_fn, call.labels, loss, moves)
 
-        def restart(index: Array | int, best: _Best) -> _Best:
-            return search.run(best, draws.fold_in(key, index))
+        def restart(index: Array | int, best: BestSoFar) -> BestSoFar:
+            return run.outcome(best, draws.fold_in(call.key, index))
 
-        natural, _ = search.judged(images)
+        natural, _ = run.judged(images)
         return jax.lax.fori_loop(0, restarts, restart, natural).images
 
-    return attack
+    return attack_of(attacked, box=box, ball=ball, ndim=4)
 
 
-class _Best(NamedTuple):
-    """The most damaging images so far."""
+class LinfMoves(NamedTuple):
+    """Start and changes of the search in the l-inf ball, the paper's Algorithm 2."""
 
     images: Array
-    loss: Array  # [B]
-    broken: Array  # bool [B]: misclassified
+    radius: float | Array  # or [B, 1, 1, 1]
+    box: tuple[float, float]
+    sizes: np.ndarray
+
+    def start(self, key: Array) -> Array:
+        """Lays stripes along the columns, each of a random sign."""
+        batch, _, width, channels = self.images.shape
+        signs = _signs(key, (batch, 1, width, channels), self.images.dtype)
+        return jnp.clip(self.images + self.radius * signs, *self.box)
+
+    def draw(self, query: Array, key: Array) -> dict[str, Array]:
+        """Draws the random numbers of a query."""
+        batch, _, _, channels = self.images.shape
+        place_key, sign_key = draws.split(key)
+        size = jnp.asarray(self.sizes)[query]
+        numbers = draws.uniform(place_key, (batch, 2))
+        return {
+            "size": size,
+            "corner": _corner(numbers, size, self.images.shape),
+            "signs": _signs(sign_key, (batch, 1, 1, channels), self.images.dtype),
+        }
+
+    def move(self, best: Array, drawn: dict[str, Array]) -> Array:
+        """Returns the best images with one window changed."""
+        window = _window(best.shape, drawn["corner"], drawn["size"])
+        moved = jnp.where(window, best + 2 * self.radius * drawn["signs"], best)
+        low = jnp.maximum(self.images - self.radius, self.box[0])
+        high = jnp.minimum(self.images + self.radius, self.box[1])
+        return jnp.clip(moved, low, high)
 
 
-class _Search(NamedTuple):
-    """What a run depends on beside its key."""
+class L2Moves(NamedTuple):
+    """Start and changes of the search in the l2 ball, the paper's Algorithm 3."""
+
+    images: Array
+    radius: float | Array  # or [B, 1, 1, 1]
+    box: tuple[float, float]
+    sizes: np.ndarray
+
+    def start(self, key: Array) -> Array:
+        """Lays tiles of pulses, each of a random direction and sign, five along H."""
+        batch, height, width, channels = self.images.shape
+        side = max(height // 5, 1)
+        before = max((height - 5 * side) // 2, 0)
+        grid = (height // side, width // side)
+        flip_key, sign_key = draws.split(key)
+        flipped = draws.coins(flip_key, (batch, *grid, 1, 1))
+        upright = jnp.asarray(pulse(side), self.images.dtype)[None, None, None]
+        tiles = jnp.where(flipped, upright.mT, upright).transpose(0, 1, 3, 2, 4)
+        each_tile = (batch, grid[0], 1, grid[1], 1, channels)
+        laid = tiles[..., None] * _signs(sign_key, each_tile, self.images.dtype)
+        laid = laid.reshape(batch, grid[0] * side, grid[1] * side, channels)
+        room = [(0, 0), (before, height), (before, width), (0, 0)]
+        return self.scaled(jnp.pad(laid, room)[:, :height, :width])
+
+    def draw(self, query: Array, key: Array) -> dict[str, Array]:
+        """Draws the random numbers of a query."""
+        batch, _, _, channels = self.images.shape
+        place_key, sign_key = draws.split(key)
+        size = jnp.asarray(self.sizes)[query]
+        numbers = draws.uniform(place_key, (batch, 5))
+        table, which = pulses(self.sizes)
+        return {
+            "size": size,
+            "corner": _corner(numbers[:, :2], size, self.images.shape),
+            "source": _corner(numbers[:, 2:4], size, self.images.shape),
+            "upright": jnp.asarray(table, self.images.dtype)[jnp.asarray(which)[query]],
+            "flipped": numbers[:, 4] >= 0.5,
+            "signs": _signs(sign_key, (batch, 1, 1, channels), self.images.dtype),
+        }
+
+    def move(self, best: Array, drawn: dict[str, Array]) -> Array:
+        """Returns the best images with one window changed and another one emptied."""
+        delta = best - self.images
+        window = _window(best.shape, drawn["corner"], drawn["size"])
+        emptied = _window(best.shape, drawn["source"], drawn["size"])
+        inside = jnp.where(window, delta, 0.0)
+        spent = jnp.sum(_energy(delta), -1)[..., None]
+        unspent = jnp.maximum(self.radius**2 - spent, 0)
+        held = _energy(jnp.where(window | emptied, delta, 0.0))
+        budget = jnp.sqrt(unspent / best.shape[-1] + held)
+        laid = _placed(drawn["upright"], drawn["flipped"], drawn["corner"], best.shape)
+        fresh = _unit_channels(laid * drawn["signs"] + _unit_channels(inside)) * budget
+        kept = jnp.where(emptied, 0.0, delta)
+        return self.scaled(jnp.where(window, fresh, kept))
+
+    def scaled(self, delta: Array) -> Array:
+        """Returns images with perturbations of full length, clipped to the box."""
+        return jnp.clip(self.images + self.radius * _unit(delta), *self.box)
+
+
+class _SquareRun(NamedTuple):
+    """Options and data of a run: what it depends on beside its key."""
 
     logits_fn: LogitsFn
     labels: Array
     loss: LossFn
     moves: LinfMoves | L2Moves
 
-    def run(self, best: _Best, key: Array) -> _Best:
-        """A run on what is not broken yet, and the best of it and before."""
+    def outcome(self, best: BestSoFar, key: Array) -> BestSoFar:
+        """Runs on what is not broken yet; returns the best of the run and before."""
         start_key, query_key = draws.split(key)
         start, _ = self.judged(self.moves.start(start_key))
 
-        def unfinished(carry: tuple[Array, _Best]) -> Array:
-            query, current = carry
-            return (query < len(self.moves.sizes)) & ~jnp.all(current.broken)
-
-        def ask(carry: tuple[Array, _Best]) -> tuple[Array, _Best]:
-            query, current = carry
+        def ask(query: Array, current: BestSoFar) -> BestSoFar:
             drawn = self.moves.draw(query, draws.fold_in(query_key, query))
-            candidate, level = self.judged(self.moves.move(current.images, **drawn))
-            return query + 1, _better(current, candidate, level)
+            tried, level = self.judged(self.moves.move(current.images, drawn))
+            is_broken = jnp.isposinf(current.score)
+            take = ~is_broken & (level | (tried.score > current.score))
+            # What is taken for being level must not make a lower loss look better.
+            highest = jnp.maximum(tried.score, current.score)
+            return select(take, tried._replace(score=highest), current)
 
-        start = start._replace(broken=start.broken | best.broken)
-        _, found = jax.lax.while_loop(unfinished, ask, (jnp.int32(0), start))
-        return _better(best, found, found.broken)
+        known = jnp.where(jnp.isposinf(best.score), jnp.inf, start.score)
+        start = start._replace(score=known)
+        found = repeat_while(any_is_left, len(self.moves.sizes), ask, start)
+        return better(best, found)
 
-    def judged(self, images: Array) -> tuple[_Best, Array]:
-        """Images with their loss, and whether another logit is as high, [B]."""
+    def judged(self, images: Array) -> tuple[BestSoFar, Array]:
+        """Returns images with their score, and where another logit is as high, [B]."""
         logits = jax.lax.stop_gradient(self.logits_fn(images))
         losses = self.loss(logits, self.labels).astype(images.dtype)
-        losses = jnp.where(jnp.isnan(losses), -jnp.inf, losses)
-        broken = misclassified(logits, self.labels)
-        level = broken | (margin(logits, self.labels) >= 0)
-        return _Best(images, losses, broken), level
+        reached = score(losses, logits, self.labels)
+        level = jnp.isposinf(reached) | (margin(logits, self.labels) >= 0)
+        return BestSoFar(images, reached), level
 
 
-def _better(best: _Best, candidate: _Best, always: Array) -> _Best:
-    """What is broken stays; else the candidate where its loss is higher or `always`."""
-    take = ~best.broken & (always | (candidate.loss > best.loss))
-    return _Best(
-        jnp.where(spread(take, best.images), candidate.images, best.images),
-        jnp.where(take, jnp.maximum(candidate.loss, best.loss), best.loss),
-        best.broken | (take & candidate.broken),
+def _signs(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    return jnp.where(draws.coins(key, shape), 1.0, -1.0).astype(dtype)
+
+
+def _corner(uniform: Array, size: Array, shape: tuple[int, ...]) -> Array:
+    """Returns upper left pixels of windows, int [B, 2]; as upstream, never the last."""
+    room = jnp.array(shape[1:3], jnp.int32) - size
+    return jnp.floor(uniform * room.astype(uniform.dtype)[None]).astype(jnp.int32)
+
+
+def _window(shape: tuple[int, ...], corner: Array, size: Array) -> Array:
+    """Returns the pixels that the windows cover, bool [B, H, W, 1]."""
+    rows, columns = (
+        (places >= 0) & (places < size)
+        for axis, length in enumerate(shape[1:3])
+        for places in [_places(length, corner[:, axis])]
     )
+    return rows[:, :, None, None] & columns[:, None, :, None]
+
+
+def _placed(
+    upright: Array, flipped: Array, corner: Array, shape: tuple[int, ...]
+) -> Array:
+    """Lays a pulse [S, S] in zeros, [B, H, W, 1], on its side where `flipped`.
+
+    Cut off at the edge. Rows and columns are taken by products with zeros and ones,
+    exact at this precision: an indexing that differs by example does not shard.
+    """
+    pulses_of = jnp.where(flipped[:, None, None], upright.T[None], upright[None])
+    sides = jnp.arange(len(upright), dtype=jnp.int32)[None, None]
+    rows, columns = (
+        _places(length, corner[:, axis])[:, :, None] == sides
+        for axis, length in enumerate(shape[1:3])
+    )
+    taken = jnp.matmul(rows.astype(upright.dtype), pulses_of, precision="highest")
+    across = columns.astype(upright.dtype).mT
+    return jnp.matmul(taken, across, precision="highest")[..., None]
+
+
+def _places(length: int, start: Array) -> Array:
+    """Returns the place of each row or column in a window, int [B, length]."""
+    return jnp.arange(length, dtype=jnp.int32)[None, :] - start[:, None]
+
+
+def _energy(delta: Array) -> Array:
+    """Sums the squares of each channel, [B, 1, 1, C].
+
+    Rows first: on the CPU twice as fast as the sum over both axes at once.
+    """
+    rows = jnp.sum(jnp.square(delta), axis=1, keepdims=True)
+    return jnp.sum(rows, axis=2, keepdims=True)
+
+
+def _unit_channels(delta: Array) -> Array:
+    return delta / (_FLOOR + jnp.sqrt(_energy(delta)))
+
+
+def _unit(delta: Array) -> Array:
+    whole = jnp.sum(_energy(delta), axis=3, keepdims=True)
+    return delta / (_FLOOR + jnp.sqrt(whole))
+
+
+def window_sizes(
+    num_queries: int, p_init: float, shape: tuple[int, ...], *, rescale: bool, odd: bool
+) -> np.ndarray:
+    """Returns the side of the square window of each query in images [H, W, C].
+
+    int32 [num_queries], not rising, each at least 1 and at most min(H, W). The first
+    covers the share `p_init`. With `odd`, as the l2 attack has it, even sides are
+    rounded up and none is below 3.
+
+    >>> window_sizes(60, 0.8, (32, 32, 3), rescale=False, odd=False)[[0, 10, 11, 51]]
+    array([29, 29, 20, 14], dtype=int32)
+    """
+    sides = [
+        _side(p_init / 2 ** _halvings(query, num_queries, rescale), shape, odd)
+        for query in range(num_queries)
+    ]
+    return np.array(sides, np.int32)
+
+
+def _halvings(query: int, num_queries: int, rescale: bool) -> int:
+    if rescale:
+        query = int(query / num_queries * _HALVINGS_END)
+    return sum(query > after for after in _HALVINGS)
+
+
+def _side(share: float, shape: tuple[int, ...], odd: bool) -> int:
+    height, width, channels = shape
+    # Multiplied and divided by the channels as in upstream's code: the same rounding.
+    side = round(math.sqrt(share * (height * width * channels) / channels))
+    side = max(side, 3) | 1 if odd else max(side, 1)
+    return min(side, height, width)
+
+
+def pulse(size: int) -> np.ndarray:
+    """Returns what the l2 attack writes into a window: two opposite pulses, of norm 1.
+
+    The upper half falls off from its centre in square rings, the lower half is minus
+    the same; where `size` is odd the lower half is a row higher. float32 [size, size].
+
+    >>> pulse(2).round(4)
+    array([[ 0.1387,  0.6934],
+           [-0.1387, -0.6934]], dtype=float32)
+    """
+    upper, lower = _half(size // 2, size), _half(size - size // 2, size)
+    both = np.concatenate([upper, -lower])
+    return (both / np.sqrt(np.sum(both**2))).astype(np.float32)
+
+
+def _half(height: int, width: int) -> np.ndarray:
+    """Returns a pulse of unit norm, float64 [height, width]; none of height 0.
+
+    At distance d from the centre, in rings, it is `1/(d+1)**2 + ... + 1/M**2`: M
+    squares of growing side and falling height lie on top of each other.
+    """
+    rows = np.abs(np.arange(height) - height // 2)[:, None]
+    columns = np.abs(np.arange(width) - width // 2)[None, :]
+    num_squares = max(height // 2, width // 2) + 1
+    heights = 1 / np.arange(1, num_squares + 1) ** 2
+    stacked = np.cumsum(heights[::-1])[::-1]
+    values = stacked[np.maximum(rows, columns)]
+    return values / np.sqrt(np.sum(values**2)) if height else values
+
+
+def pulses(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the pulses of all windows, and int32 [num_queries], which a query takes.
+
+    float32 [D, S, S]: the D distinct ones, S the largest size; smaller pulses have
+    zeros below and to the right.
+    """
+    distinct, which = np.unique(sizes, return_inverse=True)
+    padded = [np.pad(pulse(size), (0, distinct[-1] - size)) for size in distinct]
+    return np.stack(padded), which.astype(np.int32)

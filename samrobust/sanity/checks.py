@@ -81,7 +81,7 @@ def run_sanity(
     check(num_examples >= 1, "num_examples >= 1", num_examples=num_examples)
     check(len(split) >= 1, "a split with examples", num_examples=len(split))
     for name, ball in balls.items():
-        holds = 0 < ball.radius < math.inf
+        holds = 0 < float(ball.radius) < math.inf
         check(holds, "balls of radius > 0", ball=name, radius=ball.radius)
     transfer = dict(transfer or {})
     check("" not in transfer, "names for the networks of transfer", names=[*transfer])
@@ -201,7 +201,7 @@ def _radii(look: Look, ball: Ball) -> Finding:
     """Tries radii up to where the ball around any image of the box is the whole box."""
     is_linf = math.isinf(ball.order)
     whole = 1.0 if is_linf else math.sqrt(math.prod(look.split.images.shape[1:]))
-    start = min(ball.radius, whole / 2)
+    start = min(float(ball.radius), whole / 2)
     radii = [float(r) for r in np.geomspace(start, whole, look.effort.radii)]
     make = attacks.linf if is_linf else attacks.l2
     steps = look.effort.restart_steps

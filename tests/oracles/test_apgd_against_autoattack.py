@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from samrobust.attacks import apgd, apgd_targeted, cross_entropy, dlr, l2, linf
-from samrobust.attacks.ascent import Ascent, windows
+from samrobust.attacks.apgd import ApgdRun, windows
 from samrobust.data.digits import load_digits
 from samrobust.objectives import targeted_dlr
 
@@ -151,7 +151,7 @@ def our_ascent(norm, loss, num_steps, rho=0.75, scale=1.0):
         "targeted_dlr": lambda logits, labels: targeted_dlr(logits, labels, targets),
     }
     images, labels = (jnp.asarray(a) for a in batch())
-    return Ascent(
+    return ApgdRun(
         BALLS[norm], num_steps, rho, 1, (0.0, 1.0), loss_fns[loss],
         lambda images: logits_fn(images) * scale, images, labels,
     )  # fmt: skip
@@ -242,7 +242,7 @@ def test_the_attack_breaks_the_examples_that_the_authors_code_breaks(
 ):
     noise = jnp.asarray(shared_start(norm, np.full_like(batch()[0], 0.5)) - 0.5)
     monkeypatch.setattr(
-        Ascent, "start", lambda self, _: jnp.clip(self.images + noise, 0, 1)
+        ApgdRun, "start", lambda self, _: jnp.clip(self.images + noise, 0, 1)
     )
     images, labels = batch()
     labels = np.where(np.arange(NUM) < 3, (labels + 1) % 10, labels)  # wrong ones too

@@ -12,8 +12,7 @@ import pytest
 
 from samrobust.attacks import cross_entropy, l2, linf, margin, square
 from samrobust.attacks.draws import fold_in, split
-from samrobust.attacks.moves import L2Moves, LinfMoves
-from samrobust.attacks.windows import pulse, window_sizes
+from samrobust.attacks.square import L2Moves, LinfMoves, pulse, window_sizes
 
 torch = pytest.importorskip("torch")
 upstream = pytest.importorskip("pyautoattack.square")
