@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from samrobust.checks import check, check_real
-from samrobust.sharpness.sam import check_strength, unit
+from samrobust.sharpness.sam import check_strength, of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, Entry, Field, PyTree
@@ -72,12 +72,12 @@ def asam(
     def scale(path: Any, w: Array, g: Array) -> Array:
         return g if is_fixed(path) else (jnp.abs(w) + eta) * g
 
-    def ascend(grads: PyTree, params: PyTree) -> PyTree:
+    def ascend(grads: PyTree, params: PyTree, rho: Array) -> PyTree:
         scaled = jax.tree_util.tree_map_with_path(scale, params, grads)  # T g
         twice = jax.tree_util.tree_map_with_path(scale, params, scaled)  # T^2 g
-        return unit(twice, norm(scaled))
+        return of_length(rho, twice, norm(scaled))
 
-    return two_pass(rho, optax.stateless(ascend), aux=aux, grouped=grouped)
+    return two_pass(rho, ascend, aux=aux, grouped=grouped)
 
 
 ENTRY = Entry(

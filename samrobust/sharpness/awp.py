@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from samrobust.checks import check_real, one_of
-from samrobust.sharpness.sam import check_strength, unit
+from samrobust.sharpness.sam import check_strength, of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, Entry, Field, PyTree
@@ -59,11 +59,13 @@ def awp(
     """
     check_real(0, 3e38, weight_decay=weight_decay)
 
-    def direction(g: Array, w: Array) -> Array:
-        return norm(w) * unit(g, norm(g)) if g.ndim > 1 else jnp.zeros_like(g)
+    def ascend(grads: PyTree, params: PyTree, gamma: Array) -> PyTree:
+        def move(g: Array, w: Array) -> Array:
+            if g.ndim <= 1:
+                return jnp.zeros_like(g)
+            return of_length(gamma * norm(w), g, norm(g))
 
-    def ascend(grads: PyTree, params: PyTree) -> PyTree:
-        return jax.tree.map(direction, grads, params)
+        return jax.tree.map(move, grads, params)
 
     def combine(first: PyTree, second: PyTree, perturbation: PyTree) -> PyTree:
         del first
@@ -74,8 +76,7 @@ def awp(
     def _decayed(g: Array, v: Any) -> Array:
         return g.astype(v.dtype) + weight_decay * v
 
-    ascent = optax.stateless(ascend)
-    return two_pass(gamma, ascent, combine=combine, aux=aux, grouped=grouped)
+    return two_pass(gamma, ascend, combine=combine, aux=aux, grouped=grouped)
 
 
 ENTRY = Entry(

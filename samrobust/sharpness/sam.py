@@ -14,7 +14,7 @@ from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, Entry, Field, PyTree
 
-__all__ = ["ENTRY", "check_strength", "sam", "unit"]
+__all__ = ["ENTRY", "check_strength", "of_length", "sam"]
 
 
 def sam(
@@ -50,19 +50,21 @@ def sam(
     >>> optax.apply_updates(w, updates).round(4)
     Array([2.34, 3.12], dtype=float32)
     """
-    ascent = optax.stateless(lambda grads, _: unit(grads, norm(grads)))
-    return two_pass(rho, ascent, aux=aux, grouped=grouped)
+
+    def ascend(grads: PyTree, params: PyTree, rho: Array) -> PyTree:
+        del params
+        return of_length(rho, grads, norm(grads))
+
+    return two_pass(rho, ascend, aux=aux, grouped=grouped)
 
 
-def unit(tree: PyTree, length: Array) -> PyTree:
-    """Returns a tree divided by a length; zeros where that is zero."""
-    safe = jnp.where(length != 0, length, 1.0)
-
-    def divide(leaf: Any) -> Array:
-        scaled = leaf / safe.astype(jnp.finfo(leaf.dtype).dtype)
-        return jnp.where(length != 0, scaled, jnp.zeros_like(leaf))
-
-    return jax.tree.map(divide, tree)
+def of_length(rho: Array, tree: PyTree, length: Array) -> PyTree:
+    """Returns rho / length times a tree; zeros where the length or rho is zero."""
+    moves = (length != 0) & (rho != 0)  # NaN moves: it must not pass for "off"
+    scale = jnp.where(moves, rho / jnp.where(moves, length, 1.0), 0.0)
+    return jax.tree.map(
+        lambda leaf: scale.astype(jnp.finfo(leaf.dtype).dtype) * leaf, tree
+    )
 
 
 def check_strength(**values: Any) -> None:

@@ -6,10 +6,10 @@ come after it and act at w:
     tx = optax.chain(sam(rho=0.2), optax.add_decayed_weights(5e-4), optax.sgd(0.1))
     updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
 
-A method of this family is an `ascent`, an optax transformation of the gradient at w
-into the direction that the weights move in, and a `combine`, which makes of both
-gradients the one that is descended by. SAM's ascent is g / ||g||_2 and it descends by
-the second gradient; see `samrobust.sharpness.sam`.
+A method of this family is an `ascent`, from the gradient at w to the perturbation e(w),
+and a `combine`, which makes of both gradients the one that is descended by. SAM's
+ascent is rho g / ||g||_2 and it descends by the second gradient; see
+`samrobust.sharpness.sam`.
 
 With `grouped=True` every group of examples has an ascent direction of its own
 (m-sharpness): gradients then carry a leading axis of groups until they are averaged.
@@ -58,6 +58,7 @@ from samrobust.sharpness.trees import (
 from samrobust.types import Array, PyTree
 
 __all__ = [
+    "Ascent",
     "Combine",
     "GradFn",
     "TwoPassMetrics",
@@ -69,6 +70,7 @@ __all__ = [
 ]
 
 GradFn: TypeAlias = Callable[[PyTree], Any]
+Ascent: TypeAlias = Callable[[PyTree, PyTree, Array], PyTree]
 Combine: TypeAlias = Callable[[PyTree, PyTree, PyTree], PyTree]
 
 
@@ -118,7 +120,7 @@ def second(first: PyTree, second: PyTree, perturbation: PyTree) -> PyTree:
 
 def two_pass(
     rho: float | Array | optax.Schedule,
-    ascent: optax.GradientTransformation,
+    ascent: Ascent | optax.GradientTransformationExtraArgs,
     *,
     combine: Combine = second,
     aux: PyTree = None,
@@ -126,15 +128,14 @@ def two_pass(
 ) -> optax.GradientTransformationExtraArgs:
     """Builds a transformation of g(w) into `combine(g(w), g(w + e), e)`.
 
-    e = rho d with d the direction that `ascent` makes of g(w).
-
     Args:
       rho: the strength, in [0, inf), a number or a scalar array, also a traced one; or
         a schedule from the number of updates so far, int32, to it (negative values
         count as 0).
-      ascent: an optax transformation; its `update(grads, state, params)` returns the
-        direction. It is given gradients and parameters in float32 at least, None in
-        both where parameters are frozen. A zero gradient must give a zero direction.
+      ascent: `(grads, params, rho) -> e`; or, with a memory, an optax transformation
+        whose `update(grads, state, params, rho=...)` returns e. It is given gradients
+        and parameters in float32 at least, None in both where parameters are frozen. A
+        zero gradient or rho must give zeros.
       combine: of (g(w), g(w + e), e), trees of one structure, makes the gradient that
         goes down the chain; by default the second.
       aux: None if `grad_fn` returns gradients alone; else the structure of the second
@@ -181,14 +182,17 @@ def two_pass(
         plain = optax.stateless(mean_of_groups) if grouped else optax.identity()
         return optax.with_extra_args_support(plain)
     schedule = rho if callable(rho) else lambda _: rho
+    climber: Any = ascent  # optax's type does not name the extra argument
+    if not isinstance(ascent, optax.GradientTransformation):
+        climber = _without_memory(ascent)
 
     def climb(
         params: PyTree, grads: PyTree, state: PyTree, radius: Array
     ) -> tuple["_Ascended", PyTree]:
         weights = jax.tree.map(_live, grads, params, is_leaf=is_gap)
         exact = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, weights)
-        direction, state = ascent.update(exact, state, weights)
-        return _move(params, grads, direction, radius), state
+        perturbation, state = climber.update(exact, state, weights, rho=radius)
+        return _move(params, grads, perturbation), state
 
     def conclude(
         grads: PyTree, perturbed: PyTree, ascended: "_Ascended"
@@ -213,7 +217,7 @@ def two_pass(
 
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         metrics = TwoPassMetrics(*(start(scalar) for _ in TwoPassMetrics._fields))
-        memory = ascent.init(params)
+        memory = climber.init(params)
         check_ascent(memory, grouped=grouped)
         no_aux = jax.tree.map(start, template)
         return TwoPassState(jnp.zeros([], jnp.int32), metrics, no_aux, memory)
@@ -274,11 +278,23 @@ def _live(g: Array | None, w: Any) -> Array | None:
     return None if g is None else at_least_float32(jnp.asarray(w))
 
 
-def _move(params: PyTree, grads: PyTree, direction: PyTree, radius: Array) -> _Ascended:
-    perturbation = jax.tree.map(
-        lambda d: radius.astype(jnp.finfo(d.dtype).dtype) * d, direction
-    )
+def _without_memory(ascend: Ascent) -> optax.GradientTransformationExtraArgs:
+    def init(params: PyTree) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
 
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, PyTree]:
+        return ascend(updates, params, extra_args["rho"]), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _move(params: PyTree, grads: PyTree, perturbation: PyTree) -> _Ascended:
     def move(g: Array | None, w: Any, e: Array | None) -> Any:
         if g is None or e is None:
             return w
