@@ -157,7 +157,7 @@ def test_commands_are_found():
     ),
 )
 def test_every_field_exists(field):
-    value = configuration.base_config()
+    value = configuration.finish(configuration.base_config(), "st")
     for name in field.split("."):
         assert name in value
         value = value[name]
