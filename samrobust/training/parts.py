@@ -93,7 +93,8 @@ class Objective(NamedTuple):
       loss: `loss(*logits, labels)`, the logits [B, K] of each of the views, to [B]. Its
         mean is minimized.
       views: `natural` or `adversarial`, each one forward pass; BatchNorm's running
-        statistics are updated by all of them, in order. Of equal ones XLA computes one.
+        statistics are updated by all of them, in order. One that stands again moves
+        the statistics again and costs nothing else.
     """
 
     loss: Callable[..., Array]

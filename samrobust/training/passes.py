@@ -32,8 +32,8 @@ class Pass(NamedTuple):
 
     Attributes:
       loss: the mean over the batch, float32 scalar.
-      logits: [B, K] of the last adversarial view, in the order of the batch; of the
-        last view where none is adversarial.
+      logits: [B, K] of the adversarial view, in the order of the batch; of the natural
+        one where none is adversarial.
       batch_stats: the running statistics after the pass; of groups, their mean.
       grads: of the mean loss; of groups, of each one's own, [G, ...].
       image_grads: of the batch's mean loss with respect to the adversarial images,
@@ -108,7 +108,7 @@ def make_passes(
       image_grads: whether the first pass gives gradients of the adversarial images.
     """
     check(group_size >= 0, "0 <= group_size", group_size=group_size)
-    judged = max(range(len(objective.views)), key=lambda i: (_is_hard(objective, i), i))
+    judged = "adversarial" if "adversarial" in objective.views else "natural"
 
     def mean_loss(
         params: PyTree,
@@ -118,20 +118,25 @@ def make_passes(
         labels: Array,
         key: Array,
     ) -> tuple[Array, tuple[PyTree, Array]]:
-        views, logits = views | {"adversarial": adversarial}, []
+        views = views | {"adversarial": adversarial}
+        outputs: dict[str, Array] = {}
         for view in objective.views:
-            images = views[view]
-            outputs, batch_stats = apply_in_training(
-                model, params, batch_stats, images, key
+            # A view that stands again moves the statistics again, and has no backward
+            # pass of its own; XLA computes its forward pass once.
+            again = view in outputs
+            weights = jax.lax.stop_gradient(params) if again else params
+            found, batch_stats = apply_in_training(
+                model, weights, batch_stats, views[view], key
             )
-            logits.append(outputs)
+            outputs.setdefault(view, found)
+        logits = [outputs[view] for view in objective.views]
         losses = objective.loss(*logits, labels)
         check(
             losses.shape == labels.shape,
             f"an objective that gives a loss [{len(labels)}] to each example",
             shape=losses.shape,
         )
-        return jnp.mean(losses), (batch_stats, logits[judged])
+        return jnp.mean(losses), (batch_stats, outputs[judged])
 
     def whole(
         params: PyTree,
@@ -184,10 +189,6 @@ def make_passes(
         return over_groups(whole, shared, own, *batch_and_key)
 
     return Passes(first, second, _mean_norm)
-
-
-def _is_hard(objective: Objective, index: int) -> bool:
-    return objective.views[index] == "adversarial"
 
 
 def _count(batch_size: int, group_size: int) -> int:

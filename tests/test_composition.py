@@ -1,0 +1,247 @@
+"""The parts of a method in one step: what each is given, and what it leaves."""
+
+import contextlib
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from samrobust.attacks import linf
+from samrobust.models import BatchNorm
+from samrobust.objectives import cross_entropy
+from samrobust.sharpness import sam
+from samrobust.training import Adversary, Objective, make_train_step
+from samrobust.training.averaging.ema import ema
+from samrobust.training.objectives.trades import kl_divergence, kl_pgd, trades_loss
+
+KEY = jax.random.key(0)
+IMAGES = jax.random.uniform(jax.random.key(1), (8, 2, 2, 1))
+LABELS = jnp.arange(8, dtype=jnp.int32) % 3
+DELTA = 0.1 * jax.random.normal(jax.random.key(2), IMAGES.shape)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly():
+    with helpers.quick_compilation():
+        yield
+
+
+@contextlib.contextmanager
+def optimized():
+    """Programs as a run has them: XLA then computes nothing twice."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
+
+
+class Network(nn.Module):
+    """A hidden layer, and BatchNorm where that is wanted."""
+
+    normalizes: bool = False
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        hidden = nn.Dense(4)(images.reshape(len(images), -1))
+        if self.normalizes:
+            hidden = BatchNorm(batch_norm_group=4)(hidden, train=train)
+        return nn.Dense(3)(jnp.tanh(hidden))
+
+
+def remembers(learns: bool = True) -> Adversary:
+    """Moves images by what it remembers, and keeps what it is taught."""
+
+    def perturb(logits_fn, images, labels, state, *, key):
+        del logits_fn, labels, key
+        return images + state["delta"], state | {"calls": state["calls"] + 1}
+
+    def learn(state, images, labels, gradients, correct):
+        return state | {
+            "images": images,
+            "labels": labels,
+            "gradients": gradients,
+            "correct": correct,
+        }
+
+    def init(images):
+        empty = {name: jnp.zeros_like(images) for name in ("images", "gradients")}
+        zeros = jnp.zeros(len(images), jnp.int32)
+        return {
+            "delta": DELTA,
+            "calls": jnp.zeros([], jnp.int32),
+            "labels": zeros,
+            "correct": zeros > 0,
+            **empty,
+        }
+
+    return Adversary(perturb, init, learn if learns else None)
+
+
+@pytest.mark.parametrize("group_size", [0, 4])
+def test_an_adversary_learns_from_the_first_pass(group_size):
+    model = Network()
+    tx = optax.chain(sam(0.1, aux={}, grouped=group_size > 0), optax.sgd(0.1))
+    init, step = make_train_step(
+        model, tx, adversary=remembers(), group_size=group_size
+    )
+    state = init(KEY, IMAGES)
+
+    def loss(images):
+        logits = model.apply(state.variables, images, train=True)
+        return jnp.mean(cross_entropy(logits, LABELS)), logits
+
+    gradients, logits = jax.grad(loss, has_aux=True)(IMAGES + DELTA)
+    after, metrics = jax.jit(step)(state, IMAGES, LABELS, KEY)
+    learned = after.adversary
+    assert int(learned["calls"]) == 1
+    np.testing.assert_array_equal(learned["images"], IMAGES + DELTA)
+    np.testing.assert_array_equal(learned["labels"], LABELS)
+    np.testing.assert_allclose(learned["gradients"], gradients, atol=1e-7)
+    correct = np.argmax(logits, -1) == LABELS
+    np.testing.assert_array_equal(learned["correct"], correct)
+    assert float(metrics["accuracy"]) == pytest.approx(correct.mean())
+
+
+def test_images_are_differentiated_for_those_who_learn_alone():
+    def flops(learns):
+        init, step = make_train_step(
+            Network(), optax.sgd(0.1), adversary=remembers(learns)
+        )
+        state = init(KEY, IMAGES)
+        return len(str(jax.make_jaxpr(step)(state, IMAGES, LABELS, KEY)))
+
+    assert flops(True) > flops(False)
+
+
+def test_running_statistics_see_the_views_in_their_order():
+    model = Network(normalizes=True)
+    views = ("natural", "adversarial", "natural")
+
+    def loss(natural, adversarial, again, labels):
+        return cross_entropy(natural + adversarial + again, labels)
+
+    init, step = make_train_step(
+        model,
+        optax.sgd(0.1),
+        adversary=remembers(),
+        objective=Objective(loss, views),
+    )
+    state = init(KEY, IMAGES)
+    after, _ = jax.jit(step)(state, IMAGES, LABELS, KEY)
+    variables, images = state.variables, {"natural": IMAGES}
+    images["adversarial"] = IMAGES + DELTA
+    for view in views:
+        _, updated = model.apply(
+            variables, images[view], train=True, mutable=["batch_stats"]
+        )
+        variables = {**variables, **updated}
+    helpers.assert_close(after.batch_stats, variables["batch_stats"], atol=1e-6)
+
+
+def test_a_view_that_stands_twice_is_computed_once():
+    def operations(views):
+        def loss(*logits_and_labels):
+            *logits, labels = logits_and_labels
+            return sum(cross_entropy(z, labels) for z in logits)
+
+        init, step = make_train_step(
+            Network(normalizes=True), optax.sgd(0.1), objective=Objective(loss, views)
+        )
+        arguments = (init(KEY, IMAGES), IMAGES, LABELS, KEY)
+        program = jax.jit(step).lower(*arguments).compile()
+        return program.cost_analysis()["flops"]
+
+    with optimized():
+        once = operations(("natural",))
+        assert operations(("natural", "adversarial")) > 1.5 * once
+        assert operations(("natural", "natural")) < 1.1 * once
+
+
+def test_accuracy_is_that_of_the_images_under_attack():
+    def loss(natural, adversarial, again, labels):
+        del adversarial, again
+        return cross_entropy(natural, labels)
+
+    def perturb(logits_fn, images, labels, state, *, key):
+        del logits_fn, labels, key
+        return jnp.zeros_like(images), state
+
+    init, step = make_train_step(
+        Network(),
+        optax.sgd(0.1),
+        adversary=Adversary(perturb),
+        objective=Objective(loss, ("natural", "adversarial", "natural")),
+    )
+    _, metrics = jax.jit(step)(init(KEY, IMAGES), IMAGES, LABELS, KEY)
+    # All images are alike under this attack: those of one class are right.
+    assert float(metrics["accuracy"]) in (2 / 8, 3 / 8)
+
+
+def test_an_average_is_of_all_variables_and_is_what_is_evaluated():
+    model = Network(normalizes=True)
+    init, step = make_train_step(model, optax.sgd(0.5), averaging=ema(0.75))
+    state = init(KEY, IMAGES)
+    trained = []
+    for number in range(3):
+        state, _ = jax.jit(step)(state, IMAGES, LABELS, jax.random.key(number))
+        trained.append(state.variables)
+    expected = trained[0]
+    for variables in trained[1:]:
+        expected = jax.tree.map(lambda a, w: 0.75 * a + 0.25 * w, expected, variables)
+    helpers.assert_close(state.eval_variables, expected, atol=1e-6)
+    assert state.eval_variables.keys() == {"params", "batch_stats"}
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "lion", "rmsprop", "adafactor"])
+def test_any_optax_optimizer_trains(name):
+    init, step = make_train_step(Network(), getattr(optax, name)(1e-2))
+    state = init(KEY, IMAGES)
+    losses = []
+    for number in range(5):
+        state, metrics = jax.jit(step)(state, IMAGES, LABELS, jax.random.key(number))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+
+
+def test_the_attack_of_trades_stays_in_its_set_and_raises_the_divergence():
+    model = Network()
+    variables = model.init(KEY, IMAGES, train=False)
+    attack = kl_pgd(linf(0.05), step_size=0.02, num_steps=5)
+
+    def logits_fn(images):
+        return model.apply(variables, images, train=False)
+
+    attacked = jax.jit(lambda key: attack(logits_fn, IMAGES, LABELS, key=key))(KEY)
+    assert float(jnp.max(jnp.abs(attacked - IMAGES))) <= 0.05 + 1e-6
+    assert float(jnp.min(attacked)) >= 0
+    assert float(jnp.max(attacked)) <= 1
+    found = kl_divergence(logits_fn(IMAGES), logits_fn(attacked))
+    corner = jnp.clip(IMAGES + 0.05 * jnp.sign(attacked - IMAGES), 0, 1)
+    # On so smooth a network a corner of the ball is the worst there is.
+    expected = kl_divergence(logits_fn(IMAGES), logits_fn(corner))
+    np.testing.assert_allclose(found, expected, rtol=0.2)
+    assert float(jnp.min(found)) > 0
+
+
+BAD = {
+    "beta": (lambda: trades_loss(-1.0), "0 <= beta, got beta=-1"),
+    "decay": (lambda: ema(1.0), "decay <= 1, got decay=1"),
+    "view": (
+        lambda: make_train_step(
+            Network(), optax.sgd(0.1), objective=Objective(cross_entropy, ("hard",))
+        ),
+        "view in {natural, adversarial}, got view='hard'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_a_part_cannot_mean_is_refused(name):
+    make, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        make()
