@@ -24,10 +24,10 @@ from samrobust.types import Config, Field
 __all__ = [
     "OPTIMIZERS",
     "check_model",
-    "has_batch_norm_groups",
     "make_model",
     "make_optimizer",
     "model_fields",
+    "takes",
 ]
 
 # Given to a network's constructor where it has such a parameter.
@@ -66,9 +66,9 @@ def model_fields(name: str) -> Mapping[str, Field]:
     }
 
 
-def has_batch_norm_groups(name: str) -> bool:
-    """Returns whether a network normalizes by groups of a batch if it is told to."""
-    return "batch_norm_group" in inspect.signature(_find(name, "model")).parameters
+def takes(name: str, parameter: str) -> bool:
+    """Returns whether a network's constructor has a parameter, such as `mean`."""
+    return parameter in inspect.signature(_find(name, "model")).parameters
 
 
 def make_model(config: Config, dataset: Dataset | DatasetFacts) -> nn.Module:
@@ -82,11 +82,10 @@ def make_model(config: Config, dataset: Dataset | DatasetFacts) -> nn.Module:
     """
     section, name = config.model, config.model.name
     make = _find(name, "model")
-    parameters = inspect.signature(make).parameters
     offs = {"mean": None, "std": None, "dtype": "float32", "batch_norm_group": 0}
     for field, off in offs.items():
         check(
-            field in parameters or section[field] == off,
+            takes(name, field) or section[field] == off,
             f"no model.{field} with the network {name}",
             **{f"model.{field}": section[field]},
         )
@@ -102,7 +101,7 @@ def make_model(config: Config, dataset: Dataset | DatasetFacts) -> nn.Module:
     fields = {key: _as_tuple(section[key]) for key in model_fields(name)}
     names = {key: f"model.{key}" for key in (*fields, *_OF_THE_DATA, *_COMMON)}
     with renamed(names, name):
-        made = make(**fields, **{k: v for k, v in given.items() if k in parameters})
+        made = make(**fields, **{k: v for k, v in given.items() if takes(name, k)})
     shown = type(made).__name__
     check(isinstance(made, nn.Module), f"{name} to build a Linen module", built=shown)
     return made
