@@ -174,6 +174,21 @@ def test_it_is_evaluated_rechecked_and_exported(folder):
     assert "hidden 4, 3 classes" in output
 
 
+def test_a_changed_file_is_not_taken_for_the_one_that_a_run_began_with(folder):
+    """Neither to go on with the run nor to judge it; put back, it does both."""
+    workdir = f"runs/{ROW}/seed0"
+    (folder / "mine.py").write_text(MINE.replace("shrink *", "0.5 * shrink *"))
+    evaluate = ["evaluate", f"--workdir={workdir}", "--num-steps=1"]
+    train = ["train", CONFIG, *FLAGS, f"--workdir={workdir}"]
+    for command in (evaluate, train):
+        code, _, errors = helpers.finish_command(start(folder, *command))
+        assert code != 0
+        assert re.search(r"source\.mine is '\w+', not '\w+'", errors), errors
+        assert "Traceback" not in errors
+    (folder / "mine.py").write_text(MINE)
+    do(folder, *evaluate)
+
+
 def test_it_is_loaded_and_attacked(own):
     trained = samrobust.load(own / "runs" / ROW / "seed0")
     images = jnp.full([2, 4, 6, 1], 0.5)
