@@ -171,11 +171,15 @@ def changed_fields(
     """Returns the fields that shape a result and differ between two configs.
 
     Returns:
-      Both values by dotted names. A field that one lacks has the base's value.
+      Both values by dotted names. A field that one lacks has the base's value; a source
+      that one does not know is not compared.
     """
     both = (with_defaults(dict(fields)).to_dict() for fields in (stored, config))
-    changed = differences(*both)
-    return {n: v for n, v in changed.items() if not n.startswith(_MAY_CHANGE)}
+    changed = {
+        n: v for n, v in differences(*both).items() if not n.startswith(_MAY_CHANGE)
+    }
+    unknown = [n for n, v in changed.items() if n.startswith("source.") and None in v]
+    return {n: v for n, v in changed.items() if n not in unknown}
 
 
 def _training_data(dataset: Dataset) -> str:

@@ -172,6 +172,12 @@ def test_it_is_evaluated_rechecked_and_exported(folder):
     flags = [*FLAGS, "--input=mine.safetensors", "--workdir=back"]
     output = do(folder, "import", CONFIG, *flags)
     assert "hidden 4, 3 classes" in output
+    average = "state.state.average"
+    back, sent = map(helpers.read_checkpoint, (folder / "back", folder / workdir))
+    names = [name for name in sent if name.startswith(average)]
+    assert len(names) == 6
+    for name in names:
+        np.testing.assert_array_equal(back[name], sent[name])
 
 
 def test_a_changed_file_is_not_taken_for_the_one_that_a_run_began_with(folder):
