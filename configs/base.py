@@ -7,9 +7,10 @@ command line: `--config.training.epochs=2`.
 
 Each training method has a section beside these, whose fields are the parameters of its
 constructor, radii and steps in 1/255 units: `config.attack` those of
-`samrobust.training.adversaries.at.at`, `config.trades` of `...objectives.trades.trades`,
-`config.sam`, `config.asam` and `config.awp` of `samrobust.sharpness`, `config.ema` of
-`...averaging.ema.ema`. Those with two passes also have `batch_stats` (which pass updates
+`samrobust.training.adversaries.at.at`, `config.trades` of
+`...objectives.trades.trades`, `config.sam`, `config.asam` and `config.awp` of
+`samrobust.sharpness`, `config.ema` of `...averaging.ema.ema`. Those with two passes
+also have `batch_stats` (which pass updates
 BatchNorm's running statistics: first, second or both, as in the paper's code), `m` (of
 m-sharpness: every m consecutive examples of a batch have an ascent direction of their
 own; it divides `training.batch_size`, and `model.batch_norm_group` must divide it; 0:
@@ -34,8 +35,8 @@ def get_config() -> ConfigDict:
     config.paper = ConfigDict()
 
     config.data = ConfigDict()
-    # cifar10, cifar100 or digits; another image classification data set of TFDS; the
-    # path of an .npz file or of a folder of class folders; or `package.module:function`.
+    # cifar10, cifar100 or digits; another image classification data set of TFDS, as
+    # prepared; an .npz file or ./FOLDER of class folders; `package.module:function`.
     config.data.name = "cifar10"
     # Where TFDS datasets lie; None: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
     config.data.data_dir = config_dict.placeholder(str)

@@ -24,10 +24,10 @@ from samrobust.types import Config, Field
 __all__ = [
     "OPTIMIZERS",
     "check_model",
-    "has_batch_norm_groups",
     "make_model",
     "make_optimizer",
     "model_fields",
+    "takes",
 ]
 
 # Given to a network's constructor where it has such a parameter.
@@ -44,10 +44,12 @@ def _find(name: str, what: str) -> Callable[..., Any]:
     known = ", ".join(registry)
     check(
         name in registry or is_reference(name),
-        f"a {what} in {{{known}}} or package.module:name",
+        f"{field} in {{{known}}} or package.module:name",
         **{field: name},
     )
-    return registry[name] if name in registry else resolve(name, f"a {what}")
+    found = registry[name] if name in registry else resolve(name, f"the {what}")
+    check(callable(found), f"the {what}'s constructor", **{field: name})
+    return found
 
 
 @functools.cache
@@ -64,9 +66,9 @@ def model_fields(name: str) -> Mapping[str, Field]:
     }
 
 
-def has_batch_norm_groups(name: str) -> bool:
-    """Returns whether a network normalizes by groups of a batch if it is told to."""
-    return "batch_norm_group" in inspect.signature(_find(name, "model")).parameters
+def takes(name: str, parameter: str) -> bool:
+    """Returns whether a network's constructor has a parameter, such as `mean`."""
+    return parameter in inspect.signature(_find(name, "model")).parameters
 
 
 def make_model(config: Config, dataset: Dataset | DatasetFacts) -> nn.Module:
@@ -80,10 +82,10 @@ def make_model(config: Config, dataset: Dataset | DatasetFacts) -> nn.Module:
     """
     section, name = config.model, config.model.name
     make = _find(name, "model")
-    parameters = inspect.signature(make).parameters
-    for field, off in (("mean", None), ("std", None), ("batch_norm_group", 0)):
+    offs = {"mean": None, "std": None, "dtype": "float32", "batch_norm_group": 0}
+    for field, off in offs.items():
         check(
-            field in parameters or section[field] == off,
+            takes(name, field) or section[field] == off,
             f"no model.{field} with the network {name}",
             **{f"model.{field}": section[field]},
         )
@@ -98,8 +100,11 @@ def make_model(config: Config, dataset: Dataset | DatasetFacts) -> nn.Module:
     }
     fields = {key: _as_tuple(section[key]) for key in model_fields(name)}
     names = {key: f"model.{key}" for key in (*fields, *_OF_THE_DATA, *_COMMON)}
-    with renamed(names):
-        return make(**fields, **{k: v for k, v in given.items() if k in parameters})
+    with renamed(names, name):
+        made = make(**fields, **{k: v for k, v in given.items() if takes(name, k)})
+    shown = type(made).__name__
+    check(isinstance(made, nn.Module), f"{name} to build a Linen module", built=shown)
+    return made
 
 
 def check_model(config: Config) -> None:
@@ -153,9 +158,10 @@ def make_optimizer(
     parameters = inspect.signature(make).parameters
     given = {"momentum": training.momentum, "weight_decay": training.weight_decay}
     names = {key: f"training.{key}" for key in given}
-    with renamed(names):
+    with renamed(names, training.optimizer):
         made = make(learning_rate, **{k: given[k] for k in given if k in parameters})
-    links = (made,) if isinstance(made, optax.GradientTransformation) else tuple(made)
+    is_chain = type(made) in (tuple, list)
+    links = tuple(made) if is_chain else (made,)
     for link in links:
         check(
             isinstance(link, optax.GradientTransformation),

@@ -49,18 +49,40 @@ def finish(config: Config, row: str) -> Config:
     are changed later.
     """
     parsed = parse_row(row)
+    _check_sections(parsed)
     config.row = row
     config.label = parsed.label
-    for section, name in methods.sections(row).items():
-        _add_fields(config, section, entries.section_fields(name))
+    _complete(config)
     for part in parsed.parts:
         section = config[entries.section_of(part.name)]
         for option, field in entries.options(part.name).items():
             section[field] = part.values[option]
     for section in methods.sections(row):
         _link_steps(config[section])
-    _settle_model(config)
     return config.lock()
+
+
+def _complete(config: Config) -> None:
+    """Adds what a config lacks of the fields of its methods and its network."""
+    for section, name in methods.sections(config.row).items():
+        _add_fields(config, section, entries.section_fields(name))
+    _add_fields(config, "model", model_fields(config.model.name))
+
+
+def _check_sections(row: rows.Row) -> None:
+    """Refuses names of somebody's own parts that would share a section of a config."""
+    taken = set(base_config())
+    for part in row.parts:
+        if part.name not in entries.REGISTRY:
+            section = entries.section_of(part.name)
+            fix = f"Call it otherwise: its fields are those of config.{section}."
+            check(
+                section not in taken,
+                f"another name than {section}",
+                fix,
+                part=part.name,
+            )
+            taken.add(section)
 
 
 def _add_fields(config: Config, section: str, fields: Mapping[str, Field]) -> None:
@@ -87,26 +109,15 @@ def _link_steps(section: Config) -> None:
         section.step_size = section.get_ref("epsilon") * relative
 
 
-def _settle_model(config: Config) -> None:
-    """Gives `config.model` the fields of its network, and no others.
-
-    The base's network is another one's where a config file has chosen that.
-    """
-    model = config.model
-    fields, of_base = model_fields(model.name), model_fields(base_config().model.name)
-    for name, field in of_base.items():
-        if name not in fields and name in model and model[name] == field.default:
-            del model[name]
-    _add_fields(config, "model", fields)
-
-
 def base_config() -> Config:
-    """Returns the fields that every config begins with, unlocked."""
+    """Returns the fields that every config begins with, unlocked.
+
+    Those of the network are added by `finish`, which knows which one it is.
+    """
     file = next(f for folder in _shipped() if (f := folder / "base.py").is_file())
     config = _load_module(file).get_config()
     for section, name in methods.sections().items():
         _add_fields(config, section, entries.section_fields(name))
-    _add_fields(config, "model", model_fields(config.model.name))
     return config
 
 
@@ -123,12 +134,9 @@ def with_defaults(stored: dict) -> Config:
     """
     defaults = json.loads(base_config().to_json_best_effort())
     config: Config = ConfigDict(defaults, type_safe=False)
-    name = stored.get("model", {}).get("name", config.model.name)
-    if name != config.model.name:
-        for field in model_fields(config.model.name):
-            del config.model[field]
     config.update(stored)
     config.row = rows.modern_row(config.row)
+    _complete(config)
     return config
 
 
@@ -238,17 +246,18 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 
 
 def _choose_model(config: Config, overrides: Sequence[str]) -> Config:
-    """Applies an override of `model.name` first: it decides which fields there are."""
+    """Applies an override of `model.name` first: it decides which fields there are.
+
+    What the config file says of its own network says nothing of another one.
+    """
     chosen = [item for item in overrides if item.startswith("--config.model.name=")]
-    if not chosen:
-        return config
-    before = model_fields(config.model.name)
+    before = config.model.name
     config = _override(config, chosen)
-    with config.unlocked():
-        after = model_fields(config.model.name)
-        for name in set(before) - set(after):
-            del config.model[name]
-        _add_fields(config, "model", after)
+    if config.model.name != before:
+        with config.unlocked():
+            for name in model_fields(before):
+                del config.model[name]
+            _complete(config)
     return config
 
 

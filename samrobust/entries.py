@@ -22,7 +22,7 @@ from samrobust.checks import (
     switch,
     text,
 )
-from samrobust.resolve import is_reference, resolve
+from samrobust.resolve import failure_of, is_reference, resolve
 from samrobust.sharpness import SHARPNESS
 from samrobust.training.adversaries import ADVERSARIES
 from samrobust.training.averaging import AVERAGES
@@ -41,6 +41,7 @@ __all__ = [
     "renamed",
     "section_fields",
     "section_of",
+    "strength_of",
 ]
 
 # In the order of the parts of a row.
@@ -115,15 +116,24 @@ def _is_sharpness(entry: Entry) -> bool:
 
 
 def field_of_default(default: Any, annotation: Any = None) -> Field:
-    """Returns a field by the type of its default: the constructor checks the rest."""
-    kind = type(default)
-    if default is inspect.Parameter.empty or default is None:
-        named = {"int": int, "str": str, "bool": bool, int: int, str: str, bool: bool}
-        kind = named.get(annotation, float)
-        if default is None:
-            return Field(None, maybe(_rule_of(kind)), kind)
-        default = kind()
-    return Field(default, _rule_of(kind))
+    """Returns a field by the type of its default: the constructor checks the rest.
+
+    One without a default has to be given a value.
+    """
+    if default is inspect.Parameter.empty:
+        kind = _kind_of(annotation)
+        return Field(None, _rule_of(kind), kind)
+    if default is None:
+        kind = _kind_of(annotation)
+        return Field(None, maybe(_rule_of(kind)), kind)
+    return Field(default, _rule_of(type(default)))
+
+
+def _kind_of(annotation: Any) -> type:
+    """Returns the plain type that an annotation begins with; float for any other."""
+    text = getattr(annotation, "__name__", str(annotation))
+    kinds = {kind.__name__: kind for kind in _PLAIN}
+    return kinds.get(re.split(r"\W", text, maxsplit=1)[0], float)
 
 
 def _rule_of(kind: type) -> Rule:
@@ -136,6 +146,14 @@ def _rule_of(kind: type) -> Rule:
     return rules.get(kind, each(lambda **_: None))
 
 
+def strength_of(name: str) -> str | None:
+    """Returns the field that says how far weights move: the first option, a number."""
+    parameters = inspect.signature(find(name).make).parameters
+    named = [parameters[field] for field in options(name).values()]
+    numbers = [p.name for p in named if _kind_of(p.annotation) is float]
+    return next(iter(numbers), None)
+
+
 @functools.cache
 def section_fields(name: str) -> Mapping[str, Field]:
     """Returns the fields of a part's config section, by dotted names."""
@@ -145,7 +163,7 @@ def section_fields(name: str) -> Mapping[str, Field]:
         for key, parameter in own_parameters(entry.make, Given._fields).items()
     }
     if _is_sharpness(entry):
-        strength = next(iter(options(name)), None)
+        strength = strength_of(name)
         if strength is not None:
             # Its value at the end of training, reached linearly; None: constant.
             end = maybe(functools.partial(check_real, 0, 1e3))
@@ -166,11 +184,13 @@ def section_of(name: str) -> str:
 
 
 @contextlib.contextmanager
-def renamed(names: Mapping[str, str]) -> Iterator[None]:
+def renamed(names: Mapping[str, str], maker: str = "") -> Iterator[None]:
     """Puts fields' full names into the messages of errors raised inside.
 
     Args:
       names: as they stand in messages, to what is to stand there.
+      maker: name of the constructor that runs inside; whatever goes wrong in somebody's
+        own becomes a `ValueError` of one line.
     """
     try:
         yield
@@ -179,6 +199,10 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         for name, full in names.items():
             message = re.sub(rf"(?<![\w.]){name}(?=\W|$)", full, message)
         raise ValueError(message) from error
+    except Exception as error:
+        if not is_reference(maker):
+            raise
+        raise failure_of(maker, error) from error
 
 
 def added_passes(name: str) -> float:

@@ -20,6 +20,8 @@ from typing import Any
 from samrobust.configuration import differences, with_defaults
 from samrobust.data import Dataset, fingerprint
 from samrobust.provenance import random_bits
+from samrobust.resolve import is_reference, sources
+from samrobust.rows import STANDARD, parse_row
 from samrobust.types import Config
 
 __all__ = [
@@ -47,7 +49,8 @@ class Identity:
     """The identity of a run.
 
     Attributes:
-      config: of the run, as JSON holds it.
+      config: of the run, as JSON holds it; with parts, a network or an optimizer of
+        somebody's own also `source`, the SHA-256 of their files.
       data: fingerprint of the training and held-out examples; of an imported network
         `imported` gives it; None where nothing is known.
       format: `FORMAT` when the run began.
@@ -149,8 +152,12 @@ def identity_of(config: Config, dataset: Dataset | None) -> Identity:
       dataset: that of `config.data`; None where the network was not trained on it, or
         one without test images where no image is at hand.
     """
+    names = [part.name for part in parse_row(config.row or STANDARD).parts]
+    names += [config.model.name, config.training.optimizer]
+    source = sources(filter(is_reference, names))
+    stored = json.loads(config.to_json_best_effort())
     return Identity(
-        config=json.loads(config.to_json_best_effort()),
+        config={**stored, "source": source} if source else stored,
         data=_training_data(dataset) if dataset and len(dataset.test) else None,
         format=FORMAT,
         random=random_bits(),
@@ -164,11 +171,15 @@ def changed_fields(
     """Returns the fields that shape a result and differ between two configs.
 
     Returns:
-      Both values by dotted names. A field that one lacks has the base's value.
+      Both values by dotted names. A field that one lacks has the base's value; a source
+      that one does not know is not compared.
     """
     both = (with_defaults(dict(fields)).to_dict() for fields in (stored, config))
-    changed = differences(*both)
-    return {n: v for n, v in changed.items() if not n.startswith(_MAY_CHANGE)}
+    changed = {
+        n: v for n, v in differences(*both).items() if not n.startswith(_MAY_CHANGE)
+    }
+    unknown = [n for n, v in changed.items() if n.startswith("source.") and None in v]
+    return {n: v for n, v in changed.items() if n not in unknown}
 
 
 def _training_data(dataset: Dataset) -> str:

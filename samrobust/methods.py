@@ -15,10 +15,10 @@ from samrobust.entries import (
     Given,
     added_passes,
     find,
-    options,
     renamed,
     section_fields,
     section_of,
+    strength_of,
 )
 from samrobust.rows import STANDARD, parse_row
 from samrobust.training.parts import Adversary, Averaging, Objective
@@ -115,15 +115,15 @@ def build(config: Config, given: Given) -> Composition:
 def _construct(config: Config, name: str, given: Given) -> list[tuple[str, Any]]:
     """Returns what a constructor built, with the kind of part that each is."""
     entry, values = find(name), values_of(config, name)
-    section, strength = section_of(name), next(iter(options(name)), None)
+    section, strength = section_of(name), strength_of(name)
     end = values.get(f"{strength}_end")
-    if end is not None and strength is not None:
+    if strength is not None and end is not None:
         values[strength] = optax.linear_schedule(
             values[strength], end, given.total_steps
         )
     parameters = inspect.signature(entry.make).parameters
     arguments = {k: v for k, v in (given._asdict() | values).items() if k in parameters}
-    with renamed({key: f"{section}.{key}" for key in section_fields(name)}):
+    with renamed({key: f"{section}.{key}" for key in section_fields(name)}, name):
         made = entry.make(**arguments)
     is_part = isinstance(made, tuple(_SLOTS.values()))
     several = isinstance(made, tuple) and not is_part

@@ -192,7 +192,11 @@ def save_variables(
         carry = init(key)
         state = dataclasses.replace(carry.state, **variables)
         if state.average:
-            average = jax.tree.map(jnp.copy, state.variables)
+            average = jax.tree.map(
+                lambda old, new: jnp.array(new, old.dtype),
+                state.average,
+                state.variables,
+            )
             state = dataclasses.replace(state, average=average)
         return Carry(state, carry.totals)
 

@@ -6,6 +6,8 @@ module runs it; nothing else is done here.
 """
 
 import contextlib
+import functools
+import hashlib
 import importlib
 import os
 import pathlib
@@ -13,12 +15,12 @@ import sys
 import sysconfig
 import traceback
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from samrobust.checks import check, shorten
 
-__all__ = ["failure_of", "is_reference", "resolve"]
+__all__ = ["failure_of", "is_reference", "resolve", "sources"]
 
 # Lines in these folders are not where somebody's own code went wrong.
 _INSTALLED = (
@@ -93,12 +95,44 @@ def failure_of(what: str, error: BaseException) -> ValueError:
     )
 
 
+def sources(references: Iterable[str]) -> dict[str, str]:
+    """Returns the SHA-256 of the files that references name, as they were imported.
+
+    Returns:
+      Digests of the modules that are named, and of those where what is named was
+      defined, by the modules' names with slashes. Installed packages are left out:
+      their versions say what they are.
+    """
+    found = {}
+    for reference in references:
+        named = resolve(reference, "code")
+        defined = getattr(getattr(named, "make", named), "__module__", "")
+        for module in (reference.partition(":")[0], defined):
+            if digest := _own_source(sys.modules.get(module)):
+                found[module.replace(".", "/")] = digest
+    return found
+
+
+def _own_source(module: types.ModuleType | None) -> str:
+    file = getattr(module, "__file__", None) or "<frozen"
+    return "" if file.startswith(_INSTALLED) else _digest(file)
+
+
+@functools.cache  # asked for at import: what changes later is not what runs
+def _digest(file: str) -> str:
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+    return ""
+
+
 def _import(module: str, what: str, reference: str) -> types.ModuleType:
     """Imports a module that may lie in the current directory."""
     importlib.invalidate_caches()  # the file may be younger than the last look
     try:
         with _current_directory_last():
-            return importlib.import_module(module)
+            found = importlib.import_module(module)
+            _own_source(found)
+            return found
     except (Exception, SystemExit) as error:
         missing = getattr(error, "name", None) or ""
         # A module that is there may miss another one; that is a failure of its own.

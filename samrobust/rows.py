@@ -5,8 +5,8 @@
 
 Parts stand in the order of the composition: what is trained on, sharpness, averaging.
 `st`, standard training, has no part. A row has one spelling, since directories are
-named by it, and strengths above 0: with none it would be another row. Radii (eps) are
-in 1/255 units.
+named by it, and strengths above 0: with none it would be another row (of somebody's own
+parts we know nothing). Radii (eps) are in 1/255 units.
 """
 
 import dataclasses
@@ -151,7 +151,7 @@ def _parse_part(spelling: str, row: str) -> Part:
     values = {}
     for option, field in wanted.items():
         value = _read(given[option], fields[field], option, row)
-        if not isinstance(value, str):
+        if name in REGISTRY:
             left = [part for part in row.split("+") if part != spelling]
             check(
                 value != 0,
@@ -171,6 +171,8 @@ def _read(given: str, field: Field, option: str, row: str) -> Any:
     """Returns an option's value, of the type of its field."""
     kind = field.kind or type(field.default)
     if kind is str:
+        plain = re.fullmatch(r"[\w.-]+", given) is not None
+        check(plain, f"letters, digits, _, . and - for {option}", row=row)
         return given
     try:
         return kind(given) if kind in (int, float) else _literal(given)

@@ -22,6 +22,7 @@ from samrobust.survey import survey_run
 from samrobust.sweep import finished, record_plan, refuse_other_configs, run_all
 from samrobust.tracking import check_installed
 from samrobust.types import Config
+from samrobust.workdir import run_folder
 
 __all__ = ["table_command"]
 
@@ -103,7 +104,7 @@ def _make_plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> _Plan
         for row in _rows(arguments.rows) or configuration.load_rows(arguments.config)
     }
     runs = [
-        PlannedRun(_with_seed(config, seed), workdir / row / f"seed{seed}")
+        PlannedRun(_with_seed(config, seed), run_folder(workdir, row, seed))
         for i in range(arguments.seeds)
         for row, config in configs.items()
         for seed in (config.seed + i,)

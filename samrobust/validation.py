@@ -29,7 +29,7 @@ from samrobust.checks import (
     switch,
     text,
 )
-from samrobust.components import check_model, has_batch_norm_groups, model_fields
+from samrobust.components import check_model, model_fields, takes
 from samrobust.types import Config
 
 __all__ = ["FIELDS", "fields_of", "validate"]
@@ -199,7 +199,7 @@ def _validate_groups(config: Config) -> None:
         )
     check(
         m in (0, batch_size)
-        or not has_batch_norm_groups(config.model.name)
+        or not takes(config.model.name, "batch_norm_group")
         or (group > 0 and m % group == 0),
         f"model.batch_norm_group > 0 that divides {field}",
         f"BatchNorm cannot reach across groups of {m} that have parameters of their "

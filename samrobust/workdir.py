@@ -19,6 +19,7 @@ from samrobust.files import (
     write_json,
 )
 from samrobust.identity import Identity, changed_fields
+from samrobust.rows import modern_row
 from samrobust.survey import read_plan
 from samrobust.types import Config
 from samrobust.validation import validate
@@ -29,6 +30,7 @@ __all__ = [
     "config_of_run",
     "finished_runs",
     "read_result",
+    "run_folder",
     "settle_config",
     "stored_config",
 ]
@@ -113,12 +115,12 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
     plan = list(read_plan(workdir))
     names = [path.relative_to(workdir).as_posix() for path in paths]
     names.sort(key=lambda name: plan.index(name) if name in plan else len(plan))
-    wanted = [row for text in rows for row in text.split(";") if row]
+    wanted = [modern_row(row) for text in rows for row in text.split(";") if row]
     configs = {}
     for name in names:
-        if not wanted or name.rpartition("/")[0] in wanted:
+        if not wanted or modern_row(name.rpartition("/")[0]) in wanted:
             config = config_of_run(workdir / name)
-            if name == f"{config.row}/seed{config.seed}":
+            if workdir / name == run_folder(workdir, config.row, config.seed):
                 configs[name] = config
     lacking = set(wanted).difference(config.row for config in configs.values())
     check(
@@ -131,6 +133,15 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
     fields = {name: config.to_dict() for name, config in configs.items()}
     check_comparable(fields, "Choose some with --rows.")
     return configs
+
+
+def run_folder(workdir: pathlib.Path, row: str, seed: int) -> pathlib.Path:
+    """Returns where a table has a run: `ROW/seed0`, the row as its version wrote it."""
+    folder = workdir / row / f"seed{seed}"
+    older = (path / folder.name for path in sorted(workdir.glob("at+sam,*")))
+    named = (path for path in older if modern_row(path.parent.name) == row)
+    found = filter(pathlib.Path.is_dir, (folder, *named))
+    return next(found, folder)
 
 
 def settle_config(workdir: pathlib.Path, config: Config) -> None:
@@ -183,4 +194,4 @@ def read_result(workdir: pathlib.Path, identity: Identity) -> dict[str, Any] | N
             "that file away (the last checkpoint is then evaluated again), or choose "
             "another --workdir."
         )
-    return result
+    return {**result, "row": modern_row(str(result.get("row")))}

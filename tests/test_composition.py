@@ -1,6 +1,7 @@
 """The parts of a method in one step: what each is given, and what it leaves."""
 
 import contextlib
+from typing import Any
 
 import helpers
 import jax
@@ -213,7 +214,7 @@ def test_the_attack_of_trades_stays_in_its_set_and_raises_the_divergence():
     variables = model.init(KEY, IMAGES, train=False)
     attack = kl_pgd(linf(0.05), step_size=0.02, num_steps=5)
 
-    def logits_fn(images):
+    def logits_fn(images: Any) -> Any:
         return model.apply(variables, images, train=False)
 
     attacked = jax.jit(lambda key: attack(logits_fn, IMAGES, LABELS, key=key))(KEY)

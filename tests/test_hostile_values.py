@@ -48,7 +48,8 @@ def flatten(config, prefix=""):
     return fields
 
 
-BASE = flatten(configuration.base_config())
+BASE_CONFIG = configuration.finish(configuration.base_config(), "st")
+BASE = flatten(BASE_CONFIG)
 OPTIONAL = {
     **dict.fromkeys(("data.data_dir", "data.manual_dir"), "text"),
     **dict.fromkeys(("data.train_size", "data.test_size"), 1),
@@ -82,7 +83,7 @@ def assert_one_line(message, name):
 
 
 def test_every_field_of_the_base_config_has_its_rule():
-    assert set(fields_of(configuration.base_config())) == set(BASE)
+    assert set(fields_of(BASE_CONFIG)) == set(BASE)
 
 
 @pytest.mark.parametrize("field", BASE)

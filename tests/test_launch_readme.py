@@ -65,6 +65,6 @@ def test_every_variable_is_one_of_the_scripts(name):
 
 @pytest.mark.parametrize("field", re.findall(r"--config\.([\w.]+)=", README))
 def test_every_field_exists(field):
-    value = configuration.base_config()
+    value = configuration.finish(configuration.base_config(), "st")
     for name in field.split("."):
         value = value[name]

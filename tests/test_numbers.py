@@ -39,7 +39,10 @@ TABLES = sorted(  # what `table` and `recheck` wrote
 )
 # Tables without a measured number, by their header.
 WORDS = {
-    ("", "over the inputs: `attack`", "over the weights: in `tx`"),
+    (
+        *("", "adversary: the images", "objective: the loss", "sharpness: in `tx`"),
+        "averaging: what is evaluated",
+    ),
     ("", "reference code", "samrobust", "because"),
     ("code", "meaning", "SLURM", "Kubernetes", "`tpu_vm.sh up`"),
     ("folder", "command", "hardware"),

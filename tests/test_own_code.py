@@ -1,6 +1,7 @@
 """A method, a network and a data set outside of the package: one file of one's own."""
 
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 import samrobust
-from samrobust import configuration, entries
+from samrobust import configuration, entries, identity
 
 MINE = '''
 """Adversarial training whose perturbations persist, a linear network, and stripes."""
@@ -113,6 +114,7 @@ def folder(tmp_path_factory):
     """Where `mine.py` lies, with a run of it that was never stopped."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "mine.py").write_text(MINE)
+    (folder / "odd.py").write_text(ODD)
     do(folder, "train", CONFIG, *FLAGS, f"--workdir=runs/{ROW}/seed0")
     return folder
 
@@ -122,7 +124,8 @@ def own(folder, monkeypatch):
     """The same folder, and its file at hand in this process."""
     monkeypatch.chdir(folder)
     yield folder
-    sys.modules.pop("mine", None)
+    for name in ("mine", "odd"):
+        sys.modules.pop(name, None)
 
 
 def test_it_is_trained_with_what_it_remembers_and_its_own_fields(folder):
@@ -169,6 +172,27 @@ def test_it_is_evaluated_rechecked_and_exported(folder):
     flags = [*FLAGS, "--input=mine.safetensors", "--workdir=back"]
     output = do(folder, "import", CONFIG, *flags)
     assert "hidden 4, 3 classes" in output
+    average = "state.state.average"
+    back, sent = map(helpers.read_checkpoint, (folder / "back", folder / workdir))
+    names = [name for name in sent if name.startswith(average)]
+    assert len(names) == 6
+    for name in names:
+        np.testing.assert_array_equal(back[name], sent[name])
+
+
+def test_a_changed_file_is_not_taken_for_the_one_that_a_run_began_with(folder):
+    """Neither to go on with the run nor to judge it; put back, it does both."""
+    workdir = f"runs/{ROW}/seed0"
+    (folder / "mine.py").write_text(MINE.replace("shrink *", "0.5 * shrink *"))
+    evaluate = ["evaluate", f"--workdir={workdir}", "--num-steps=1"]
+    train = ["train", CONFIG, *FLAGS, f"--workdir={workdir}"]
+    for command in (evaluate, train):
+        code, _, errors = helpers.finish_command(start(folder, *command))
+        assert code != 0
+        assert re.search(r"source\.mine is '\w+', not '\w+'", errors), errors
+        assert "Traceback" not in errors
+    (folder / "mine.py").write_text(MINE)
+    do(folder, *evaluate)
 
 
 def test_it_is_loaded_and_attacked(own):
@@ -188,7 +212,57 @@ MESSAGES = {
     "mine:persistent,radius=x": r"^Expected a number for radius, got row=",
     "other:persistent": r"^Expected a module other with a method, got .* Run in",
     "sam,rho=0.1+mine:stripes": r"^Expected mine:stripes to build one of adversary",
+    "odd:data,share=1": r"^Expected another name than data, got part='odd:data'",
+    "sam,rho=0.1+odd:sam,rho=1": r"^Expected another name than sam, got part=",
+    "odd:fails,share=1": r"^Expected odd:fails to run, got at .*odd\.py, line 17: Type",
+    "odd:by_place,share=1": r"^Expected odd:by_place to run, got: TypeError: .*share",
+    "odd:called,kind=../up": r"^Expected letters, digits, _, \. and - for kind, got",
 }
+ODD = '''
+from flax import linen as nn
+
+from samrobust.training import Averaging
+
+
+def data(share: float):
+    return called("", share)
+
+
+def sam(rho: float):
+    return called("", rho)
+
+
+def fails(share):
+    if share != 0:
+        raise TypeError("no")
+    return called("", share)
+
+
+def by_place(share, /):
+    return share
+
+
+def called(kind: str, power: float = 1.0, top: int | None = None, on: bool = False):
+    return Averaging(lambda variables: variables, lambda average, variables, step: 0)
+
+
+class Plain(nn.Module):
+    """`width` and `blocks` are something else than those of our networks."""
+
+    hidden: int
+    num_classes: int = 2
+    width: int = 3
+    blocks: int = 1
+    stages: tuple[int, ...] = (1, 2)
+
+
+def nothing(*_):
+    return None
+
+
+def breaks(*_):
+    raise RuntimeError("no")
+'''
 
 
 @pytest.mark.parametrize("row", MESSAGES)
@@ -199,6 +273,69 @@ def test_what_it_lacks_is_said_before_any_work(row, own, capsys):
     error = capsys.readouterr().err.removeprefix("samrobust: error: ").strip()
     assert re.search(MESSAGES[row], error), error
     assert not (own / "refused").exists()
+
+
+OVERRIDES = {
+    "model.name=odd:nothing": r"^Expected odd:nothing to build a Linen module, got",
+    "model.name=odd:breaks": r"^Expected odd:breaks to run, got .*odd\.py, line ",
+    "model.name=odd:Plain": r"^Expected a whole number for model\.hidden, got .*None",
+    "model.name=odd:nn": r"^Expected the model's constructor, got model\.name=",
+    "training.optimizer=odd:nothing": r"^Expected training\.optimizer=odd:nothing to",
+    "training.optimizer=odd:breaks": r"^Expected odd:breaks to run, got .*line ",
+    "training.optimizer=odd:nn": r"^Expected the optimizer's constructor, got",
+    "model.name=mine:Linear --config.model.dtype=bfloat16": r"^Expected no model\.dt",
+}
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES)
+def test_what_a_network_or_an_optimizer_lacks_is_one_line(overrides, own):
+    assert own
+    with pytest.raises(ValueError, match=OVERRIDES[overrides]) as error:
+        configuration.load_config("digits.py", f"--config.{overrides}".split())
+    assert "\n" not in str(error.value)
+
+
+def test_its_options_may_be_of_any_plain_type_and_zero(own):
+    assert own
+    config = configuration.load_config(
+        "digits.py:odd:called,kind=a-b", ["--config.called.top=3"]
+    )
+    expected = {"kind": "a-b", "power": 1.0, "top": 3, "on": False}
+    assert config["called"].to_dict() == expected
+    assert isinstance(config["called"].top, int)
+    zero = "odd:fails,share=0"
+    assert configuration.load_config(f"digits.py:{zero}").row == zero
+
+
+def test_its_network_has_its_own_defaults_whatever_other_networks_are_told(own):
+    overrides = ["--config.model.name=odd:Plain", "--config.model.hidden=4"]
+    model = configuration.load_config("digits.py", overrides).model
+    expected = {"hidden": 4, "width": 3, "blocks": 1, "stages": (1, 2)}
+    assert {name: model[name] for name in expected} == expected
+    (own / "own_config.py").write_text(
+        "from samrobust.configuration import base_config, finish\n"
+        "def get_config(row='st'):\n"
+        "    config = base_config()\n"
+        "    config.model.name = 'odd:Plain'\n"
+        "    config.model.hidden = 4\n"
+        "    return finish(config, row)\n"
+    )
+    model = configuration.load_config("own_config.py").model
+    assert {name: model[name] for name in expected} == expected
+
+
+def test_a_run_from_before_a_parameter_had_its_default(own):
+    """As a field that a newer version of samrobust adds."""
+    assert own
+    row = "odd:called,kind=a"
+    config = configuration.load_config(
+        f"digits.py:{row}",
+        ["--config.model.name=odd:Plain", "--config.model.hidden=4"],
+    )
+    stored = json.loads(config.to_json_best_effort())
+    older = json.loads(config.to_json_best_effort())
+    del older["called"]["power"], older["model"]["width"]
+    assert identity.changed_fields(older, stored) == {}
 
 
 def test_every_public_name_is_there():

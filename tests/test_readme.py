@@ -220,7 +220,7 @@ def test_every_field_exists(field):
     own = {"smoothed": "mine:smoothed"}
     if section in own and name in section_fields(own[section]):
         return
-    value = configuration.base_config()
+    value = configuration.finish(configuration.base_config(), "st")
     for part in field.split("."):
         assert part in value
         value = value[part]

@@ -1,10 +1,11 @@
 """Objects named as package.module:name: found, and what is said where they are not."""
 
+import hashlib
 import sys
 
 import pytest
 
-from samrobust.resolve import failure_of, is_reference, resolve
+from samrobust.resolve import failure_of, is_reference, resolve, sources
 
 
 @pytest.fixture
@@ -106,3 +107,17 @@ def test_a_module_that_fails_is_blamed_by_file_and_line(write, text, failure):
 def test_an_error_that_arose_nowhere_is_still_told():
     message = "Expected it to run, got: KeyError: 'a'"
     assert str(failure_of("it", KeyError("a"))) == message
+
+
+def test_the_source_of_somebodys_own_code_is_known_as_it_was_imported(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "where_defined.py").write_text("def made(): ...\n")
+    (tmp_path / "where_named.py").write_text("from where_defined import made\n")
+    found = sources(["where_named:made", "math:tau", "optax:adam"])
+    assert found.keys() == {"where_named", "where_defined"}
+    text = (tmp_path / "where_named.py").read_bytes()
+    assert found["where_named"] == hashlib.sha256(text).hexdigest()
+    (tmp_path / "where_named.py").write_text("made = 3\n")
+    assert sources(["where_named:made"]) == found

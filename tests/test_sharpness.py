@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 from samrobust.sharpness import (
     TwoPassMetrics,
@@ -17,7 +18,9 @@ from samrobust.sharpness import (
     last_aux,
     last_metrics,
     sam,
+    two_pass,
 )
+from samrobust.sharpness.asam import is_bias
 
 RHO = 0.3
 ROOT = np.random.default_rng(0).standard_normal((4, 4))
@@ -592,6 +595,45 @@ def test_a_scan_over_steps_equals_the_loop():
     np.testing.assert_allclose(w, momentum_loop(4, RHO), rtol=2e-5)
     assert int(state[0].step) == 4
     assert np.all(np.asarray(cosines[1:]) > 0)
+
+
+def test_an_ascent_with_a_memory_keeps_it_in_the_precision_of_its_gradients():
+    """Half precision, so that a scan finds the types of the carry again."""
+
+    def init(params):
+        return optax.tree.zeros_like(params)
+
+    def update(updates, state, params=None, **extra):
+        del params
+        state = jax.tree.map(lambda m, g: 0.5 * m + g, state, updates)
+        return jax.tree.map(lambda m: extra["rho"] * jnp.sign(m), state), state
+
+    tx: Any = two_pass(0.25, optax.GradientTransformationExtraArgs(init, update))
+    w = {"half": jnp.ones(2, jnp.bfloat16), "full": jnp.ones(3)}
+
+    def grad_fn(w):
+        return jax.tree.map(lambda leaf: 2 * leaf, w)
+
+    def step(state, _):
+        updates, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
+        return state, updates
+
+    state: Any
+    updates: Any
+    state, updates = jax.lax.scan(step, tx.init(w), length=2)
+    assert state.ascent["half"].dtype == jnp.float32
+    np.testing.assert_array_equal(state.ascent["full"], 3.0)
+    np.testing.assert_array_equal(updates["half"], 2.5)
+
+
+def test_the_biases_of_asam_are_found_on_the_paths_of_every_library():
+    layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    linen = {"bias_free": {"bias": 0, "kernel": 0}}
+    for tree in (nnx.state(layer), nnx.to_pure_dict(nnx.state(layer)), linen):
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        found = [is_bias(path) for path in paths]
+        assert found == [True, False], paths
+    assert not is_bias(())
 
 
 def test_the_step_may_be_donated_its_parameters_and_state():

@@ -5,6 +5,7 @@ import json
 import helpers
 import pytest
 
+from samrobust import configuration
 from samrobust.files import (
     MetricsLog,
     WorkdirError,
@@ -19,9 +20,12 @@ from samrobust.files import (
     write_sealed,
     write_text,
 )
+from samrobust.identity import identity_of
 from samrobust.workdir import (
     config_of_run,
     finished_runs,
+    read_result,
+    run_folder,
     settle_config,
 )
 
@@ -263,6 +267,23 @@ def test_rows_without_a_finished_run_are_named_and_others_need_not_be_whole(tmp_
     assert list(finished_runs(tmp_path, ["st"])) == ["st/seed0"]
     with pytest.raises(ValueError, match=r"of all --rows, .*sam,rho=0\.4"):
         finished_runs(tmp_path, ["st", "sam,rho=0.4"])
+
+
+def test_runs_in_directories_that_an_older_version_named_are_found(tmp_path):
+    older = "at+sam,norm=linf,eps=16,rho=0.1"
+    row = configuration.parse_row("at,norm=linf,eps=16+sam,rho=0.1").name
+    folder = helpers.make_folder(tmp_path / older / "seed0")
+    config = helpers.make_config(row, {"seed": 0})
+    stored = {**json.loads(config.to_json_best_effort()), "row": older}
+    write_json(folder / "config.json", stored)
+    whose = identity_of(config, None)
+    write_sealed(folder / "result.json", {"row": older, "run": whose.as_dict()})
+    assert list(finished_runs(tmp_path)) == [f"{older}/seed0"]
+    assert list(finished_runs(tmp_path, [row])) == [f"{older}/seed0"]
+    assert list(finished_runs(tmp_path, [older])) == [f"{older}/seed0"]
+    assert run_folder(tmp_path, row, 0) == folder
+    assert run_folder(tmp_path, row, 1) == tmp_path / row / "seed1"
+    assert (read_result(folder, whose) or {})["row"] == row
 
 
 def test_the_directory_of_a_table_is_not_that_of_a_run(tmp_path):

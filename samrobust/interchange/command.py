@@ -11,7 +11,7 @@ from typing import Any
 from samrobust import building, configuration
 from samrobust.checks import check
 from samrobust.claims import claim
-from samrobust.components import model_fields
+from samrobust.components import model_fields, takes
 from samrobust.files import WorkdirError, glance, write_json
 from samrobust.identity import changed_fields
 from samrobust.interchange.names import from_tensors, infer_architecture, to_tensors
@@ -265,6 +265,7 @@ def _describe(config: Config, weights: Weights, dataset: str | None) -> None:
         config.model.width = architecture["width"]
         config.model.blocks = architecture["blocks"]
     for name in ("mean", "std"):
-        if config.model[name] is None and name in weights.metadata:
+        is_open = takes(config.model.name, name) and config.model[name] is None
+        if is_open and name in weights.metadata:
             config.model[name] = tuple(weights.metadata[name])
     config.label = f"Imported {config.label}"

@@ -139,7 +139,6 @@ def from_tensors(
     leaves: Any = traverse_util.flatten_dict(like)
     as_torch = isinstance(model, PreActResNet)
     paths = {_torch_name(p) if as_torch else ".".join(p): p for p in leaves}
-    back = _FROM_TORCH if as_torch else {}
     wanted = {}
     for name, path in paths.items():
         shape = leaves[path].shape
@@ -147,10 +146,9 @@ def from_tensors(
     given = {n: t for n, t in tensors.items() if n.rpartition(".")[2] != _COUNTER}
     _check_fit(wanted, given, type(model).__name__)
     _check_values(given)
-    values = {
-        paths[name]: np.array(tensor.transpose(back.get(tensor.ndim)), order="C")
-        for name, tensor in given.items()
-    }
+    if as_torch:
+        given = {n: t.transpose(_FROM_TORCH[t.ndim]) for n, t in given.items()}
+    values = {paths[name]: np.array(t, order="C") for name, t in given.items()}
     return traverse_util.unflatten_dict(values)
 
 

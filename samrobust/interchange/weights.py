@@ -79,7 +79,10 @@ def read_weights(path: pathlib.Path) -> Weights:
     else:
         (tensors, notes), metadata = read_pytorch(path), _metadata_beside(path)
     tensors, of_types = _in_float32(tensors)
-    weights = unwrapped(Weights(tensors, _checked(metadata), (*notes, *of_types)))
+    weights = Weights(tensors, _checked(metadata), (*notes, *of_types))
+    if "model" in metadata:  # of an export of another network, which nothing wraps
+        return weights
+    weights = unwrapped(weights)
     _checked(weights.metadata)
     return weights
 

@@ -24,10 +24,13 @@ def _eta(**values: float) -> None:
 
 
 def is_bias(path: Any) -> bool:
-    """Returns whether the last key of a parameter's path names a bias."""
-    key = path[-1] if path else ""
-    name = getattr(key, "key", getattr(key, "name", key))
-    return "bias" in str(name).lower()
+    """Returns whether the last key of a parameter's path names a bias.
+
+    NNX's paths, which end in the attribute of the variable, are read up to it.
+    """
+    keys = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
+    names = [key for key in keys if key not in ("value", "raw_value")]
+    return "bias" in "".join(names[-1:]).lower()
 
 
 def asam(

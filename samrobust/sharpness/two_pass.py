@@ -217,7 +217,8 @@ def two_pass(
 
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         metrics = TwoPassMetrics(*(start(scalar) for _ in TwoPassMetrics._fields))
-        memory = climber.init(params)
+        # In the precision in which it will be given gradients: a memory keeps its.
+        memory = climber.init(jax.tree.map(_exact, params))
         check_ascent(memory, grouped=grouped)
         no_aux = jax.tree.map(start, template)
         return TwoPassState(jnp.zeros([], jnp.int32), metrics, no_aux, memory)
@@ -275,7 +276,11 @@ class _Ascended(NamedTuple):
 
 def _live(g: Array | None, w: Any) -> Array | None:
     """Returns a parameter with a gradient, in float32 at least; None without one."""
-    return None if g is None else at_least_float32(jnp.asarray(w))
+    return None if g is None else _exact(w)
+
+
+def _exact(w: Any) -> Array:
+    return at_least_float32(jnp.asarray(w))
 
 
 def _without_memory(ascend: Ascent) -> optax.GradientTransformationExtraArgs:

@@ -26,7 +26,8 @@ def ema(decay: float) -> Averaging:
 
     Returns:
       An averaging of all variables, BatchNorm's running statistics too, so that it can
-      be evaluated after any step. **Guarantees**: the first step copies, as
+      be evaluated after any step; half precisions are averaged in float32, whole
+      numbers copied. **Guarantees**: the first step copies, as
       `torch.optim.swa_utils.AveragedModel` does; `ema(0)` is the last weights bit for
       bit.
 
@@ -41,12 +42,19 @@ def ema(decay: float) -> Averaging:
         kept = jnp.where(step == 0, 0.0, decay)
 
         def mix(old: Array, new: Array) -> Array:
-            share = kept.astype(new.dtype)
+            new, share = _exact(new), kept.astype(old.dtype)
             return jnp.where(share == 0, new, share * old + (1 - share) * new)
 
         return jax.tree.map(mix, average, variables)
 
-    return Averaging(lambda variables: jax.tree.map(jnp.copy, variables), update)
+    return Averaging(lambda variables: jax.tree.map(_exact, variables), update)
+
+
+def _exact(leaf: Array) -> Array:
+    """Returns a copy, half precisions in float32: in bfloat16 0.999 is 1."""
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.copy(leaf)
+    return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 ENTRY = Entry(ema, "EMA (decay = {decay:g})", fields={"decay": Field(0.0, _decay)})
