@@ -4,15 +4,25 @@ import itertools
 import pathlib
 import re
 import shlex
+import sys
+import types
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import linen as nn
 
 from samrobust import cli, configuration
+from samrobust.components import model_fields
 from samrobust.data import from_arrays
+from samrobust.entries import section_fields
+from samrobust.models import MODELS
+from samrobust.training import make_train_step
 
+KEY = jax.random.key(0)
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = ["README.md", "CONTRIBUTING.md", "results/README.md", "launch/README.md"]
@@ -62,10 +72,57 @@ def check_flowers(names):
     assert (flowers.num_classes, flowers.image_shape) == (5, (16, 12, 3))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _mine():
+    """The file of one's own that docs/own.md speaks of."""
+    module: Any = types.ModuleType("mine")
+    for index in range(2):
+        run_snippet("docs/own.md", index, vars(module))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "mine", module)
+        yield
+
+
+def check_parts(names):
+    """The constructors of the page build the parts that it says, and these train."""
+    images, labels = jnp.full([4, 2, 2, 1], 0.5), jnp.array([0, 1, 2, 0])
+    parts = [names[name](0.1) for name in ("smoothed", "signed", "noisy")]
+    composition = dict(zip(("objective", "tx", "adversary"), parts, strict=True))
+    tx = optax.chain(composition.pop("tx"), optax.sgd(0.1))
+
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            del train
+            return nn.Dense(3)(images.reshape(len(images), -1))
+
+    init, step = make_train_step(
+        Plain(), tx, averaging=names["tail"](1), batch_stats="first", **composition
+    )
+    state, _ = step(init(KEY, images), images, labels, KEY)
+    first = state.params
+    for _ in range(2):
+        state, _ = step(state, images, labels, KEY)
+    assert jax.tree.map(jnp.shape, state.average["params"]) == jax.tree.map(
+        jnp.shape, first
+    )
+
+
+def check_network(names):
+    model, images = names["Linear"](), jnp.zeros([2, 4, 4, 1])
+    variables = model.init(KEY, images, train=False)
+    assert model.apply(variables, images, train=True).shape == (2, 10)
+
+
+def check_loop(names):
+    assert int(names["outcome"].state.step) == len(names["data"].train) // 64
+
+
 CHECKS = {
     "README.md": [check_sam, check_pgd, check_autoattack],
     "docs/data.md": [check_flowers],
     "docs/interchange.md": [check_as_torch, check_pgd],
+    "docs/own.md": [check_parts, check_network, check_loop],
 }
 
 
@@ -157,10 +214,16 @@ def test_commands_are_found():
     ),
 )
 def test_every_field_exists(field):
-    value = configuration.finish(configuration.base_config(), "st")
-    for name in field.split("."):
-        assert name in value
-        value = value[name]
+    section, _, name = field.partition(".")
+    if section == "model" and any(name in model_fields(model) for model in MODELS):
+        return
+    own = {"smoothed": "mine:smoothed"}
+    if section in own and name in section_fields(own[section]):
+        return
+    value = configuration.base_config()
+    for part in field.split("."):
+        assert part in value
+        value = value[part]
 
 
 @pytest.mark.parametrize("target", re.findall(r"^ {4}make (\w+)", README, re.MULTILINE))
