@@ -52,8 +52,14 @@ def torch_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-def read_pytorch(path: pathlib.Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+def read_pytorch(
+    path: pathlib.Path, *, is_whole: bool = False
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Reads the one network of a file.
+
+    Args:
+      path: of the file.
+      is_whole: whether it is known to be one state dict, of whatever network.
 
     Returns:
       Arrays of floats or integers by the file's names; and what was chosen or left out,
@@ -65,7 +71,8 @@ def read_pytorch(path: pathlib.Path) -> tuple[dict[str, np.ndarray], tuple[str, 
     """
     torch = import_torch("read its files")
     loaded = _load(path, torch)
-    place, state = _only_network(loaded, path, torch)
+    is_known = is_whole and isinstance(loaded, Mapping)
+    place, state = ("", loaded) if is_known else _only_network(loaded, path, torch)
     notes = [f"Of the file its entry {place} was taken."] if place else []
     is_tensor = {name: isinstance(value, torch.Tensor) for name, value in state.items()}
     others = [name for name, tensor in is_tensor.items() if not tensor]

@@ -77,7 +77,8 @@ def read_weights(path: pathlib.Path) -> Weights:
         tensors, metadata = _read_safetensors(path)
         notes: tuple[str, ...] = ()
     else:
-        (tensors, notes), metadata = read_pytorch(path), _metadata_beside(path)
+        metadata = _metadata_beside(path)
+        tensors, notes = read_pytorch(path, is_whole="model" in metadata)
     tensors, of_types = _in_float32(tensors)
     weights = Weights(tensors, _checked(metadata), (*notes, *of_types))
     if "model" in metadata:  # of an export of another network, which nothing wraps

@@ -658,3 +658,14 @@ def test_damaged_pytorch_files_are_refused_without_pytorchs_advice(content, tmp_
     assert "\n" not in str(raised.value)
     assert "weights_only" not in str(raised.value)
     assert raised.value.__cause__ is None
+
+
+def test_a_network_of_ones_own_comes_back_from_a_file_that_names_it(tmp_path):
+    tensors = {"params.Dense_0.kernel": np.arange(4.0, dtype=np.float32).reshape(2, 2)}
+    metadata = {"model": {"name": "mine:Linear"}}
+    write_pytorch(tmp_path / "own.pth", Weights(tensors, metadata))
+    read = read_weights(tmp_path / "own.pth")
+    assert read.metadata == metadata
+    assert read.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(read.tensors[name], tensor)
