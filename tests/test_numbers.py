@@ -44,6 +44,8 @@ WORDS = {
         "averaging: what is evaluated",
     ),
     ("", "reference code", "samrobust", "because"),
+    ("`--config.data.name=`", "is"),
+    ("array", "meaning"),
     ("code", "meaning", "SLURM", "Kubernetes", "`tpu_vm.sh up`"),
     ("folder", "command", "hardware"),
     ("here", "there"),
