@@ -331,7 +331,8 @@ def sanity(name: str) -> tuple[Rows, ...]:
 
 
 def natural_words(cost: float) -> str:
-    return {2: "twice", 7: "seven times"}[round(cost)]
+    numbers = {7: "seven", 8: "eight", 9: "nine"}
+    return "twice" if round(cost) == 2 else f"{numbers[round(cost)]} times"
 
 
 def experiments_in_words() -> list[str]:
@@ -357,7 +358,7 @@ def experiments_in_words() -> list[str]:
         f"{gain(DIGITS, sam, 'l2 128/255')} at l2 128/255",
         f"at no cost in natural accuracy ({gain(DIGITS, sam, 'natural', '+.1f')}) and "
         f"{natural_words(costs[sam])} the time",
-        f"adds far more, at {' or '.join(sorted(at))} the time",
+        f"adds far more, at {' or '.join(sorted(at)).replace(' times or', ' or')} the time",
         f"ST is above it under attack by {min(above):.1f} to {max(above):.1f} points",
         "an earlier run with the same seed gave "
         + ", ".join(f"{earlier['accuracy'][c]:.1f}" for c in columns)
