@@ -339,6 +339,7 @@ def experiments_in_words() -> list[str]:
     st, sam = "st", "sam,rho=0.4"
     costs = {row.name: row.cost or 0.0 for row in table(DIGITS).rows}
     at = {natural_words(costs[name]) for name in costs if name.startswith("at")}
+    as_long = " or ".join(sorted(at)).replace(" times or", " or")
     columns = table(FULL).columns
     numbers, earlier = (
         paper("cifar10.py"),
@@ -358,7 +359,7 @@ def experiments_in_words() -> list[str]:
         f"{gain(DIGITS, sam, 'l2 128/255')} at l2 128/255",
         f"at no cost in natural accuracy ({gain(DIGITS, sam, 'natural', '+.1f')}) and "
         f"{natural_words(costs[sam])} the time",
-        f"adds far more, at {' or '.join(sorted(at)).replace(' times or', ' or')} the time",
+        f"adds far more, at {as_long} the time",
         f"ST is above it under attack by {min(above):.1f} to {max(above):.1f} points",
         "an earlier run with the same seed gave "
         + ", ".join(f"{earlier['accuracy'][c]:.1f}" for c in columns)
