@@ -19,8 +19,8 @@ __all__ = [
     "BatchNorm",
     "Conv",
     "ImageClassifier",
+    "StagedClassifier",
     "check_dropout",
-    "check_stages",
     "exact_dtype",
     "residual_stages",
     "torch_init",
@@ -108,13 +108,32 @@ class ImageClassifier(nn.Module):
         return (images.astype(exact) - mean) / std
 
 
-def check_stages(width: Any, blocks: Any) -> None:
-    """Raises `ValueError` unless a ResNet can have these fields, and fit in memory."""
-    check_whole(1, 2**16, width=width)
-    holds = isinstance(blocks, tuple) and 1 <= len(blocks) <= 10
-    check(holds, "a tuple of 1 to 10 numbers of blocks", blocks=blocks)
-    for count in blocks:
-        check_whole(1, 1000, blocks=count)
+class StagedClassifier(ImageClassifier):
+    """A ResNet's fields; see `ImageClassifier` for the other attributes.
+
+    Attributes:
+      width: channels of the first stage; each further stage has twice as many.
+      blocks: blocks in each stage; every stage but the first halves the resolution.
+      batch_norm_group: examples over which BatchNorm normalizes in training; 0: the
+        whole batch. See `BatchNorm`.
+    """
+
+    width: int = 64
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    batch_norm_group: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole(1, 2**16, width=self.width)
+        holds = isinstance(self.blocks, tuple) and 1 <= len(self.blocks) <= 10
+        check(holds, "a tuple of 1 to 10 numbers of blocks", blocks=self.blocks)
+        for count in self.blocks:
+            check_whole(1, 1000, blocks=count)
+        super().__post_init__()
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each stage."""
+        return [self.width * 2**i for i in range(len(self.blocks))]
 
 
 def check_dropout(dropout: Any) -> None:

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from samrobust.models.layers import (
     BatchNorm,
     Conv,
-    ImageClassifier,
-    check_stages,
+    StagedClassifier,
     exact_dtype,
     residual_stages,
     torch_init,
@@ -93,23 +92,8 @@ def preact_features(
     return jnp.mean(hidden.astype(exact_dtype(dtype)), axis=(1, 2))
 
 
-class PreActResNet(ImageClassifier):
-    """A pre-activation ResNet; see `ImageClassifier` for the other attributes.
-
-    Attributes:
-      width: channels of the first stage; each further stage has twice as many.
-      blocks: blocks in each stage; every stage but the first halves the resolution.
-      batch_norm_group: examples over which BatchNorm normalizes in training; 0: the
-        whole batch. See `BatchNorm`.
-    """
-
-    width: int = 64
-    blocks: tuple[int, ...] = (2, 2, 2, 2)
-    batch_norm_group: int = 0
-
-    def __post_init__(self) -> None:
-        check_stages(self.width, self.blocks)
-        super().__post_init__()
+class PreActResNet(StagedClassifier):
+    """A pre-activation ResNet; see `StagedClassifier` for the attributes."""
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
@@ -117,7 +101,7 @@ class PreActResNet(ImageClassifier):
         features = preact_features(
             self.normalize(images),
             stem=self.width,
-            widths=[self.width * 2**i for i in range(len(self.blocks))],
+            widths=self.widths,
             blocks=self.blocks,
             train=train,
             dtype=self.dtype,

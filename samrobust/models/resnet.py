@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from samrobust.models.layers import (
     BatchNorm,
     Conv,
-    ImageClassifier,
-    check_stages,
+    StagedClassifier,
     exact_dtype,
     residual_stages,
     torch_linear,
@@ -56,23 +55,8 @@ class BasicBlock(nn.Module):
         return nn.relu(hidden + shortcut)
 
 
-class ResNet(ImageClassifier):
-    """A ResNet of basic blocks; see `ImageClassifier` for the other attributes.
-
-    Attributes:
-      width: channels of the first stage; each further stage has twice as many.
-      blocks: blocks in each stage; every stage but the first halves the resolution.
-      batch_norm_group: examples over which BatchNorm normalizes in training; 0: the
-        whole batch. See `BatchNorm`.
-    """
-
-    width: int = 64
-    blocks: tuple[int, ...] = (2, 2, 2, 2)
-    batch_norm_group: int = 0
-
-    def __post_init__(self) -> None:
-        check_stages(self.width, self.blocks)
-        super().__post_init__()
+class ResNet(StagedClassifier):
+    """A ResNet of basic blocks; see `StagedClassifier` for the attributes."""
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
@@ -81,8 +65,7 @@ class ResNet(ImageClassifier):
         hidden = Conv(self.width, dtype=self.dtype, name="stem")(self.normalize(images))
         hidden = nn.relu(BatchNorm(**options, name="norm")(hidden, train=train))
         block = functools.partial(BasicBlock, **options)
-        widths = [self.width * 2**i for i in range(len(self.blocks))]
-        hidden = residual_stages(block, widths, self.blocks, hidden, train=train)
+        hidden = residual_stages(block, self.widths, self.blocks, hidden, train=train)
         features = jnp.mean(hidden.astype(exact_dtype(self.dtype)), axis=(1, 2))
         head = torch_linear(
             self.num_classes, features.shape[-1], features.dtype, name="head"
