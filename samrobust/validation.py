@@ -30,6 +30,7 @@ from samrobust.checks import (
     text,
 )
 from samrobust.components import check_model, model_fields, takes
+from samrobust.training.adversaries import at
 from samrobust.types import Config
 
 __all__ = ["FIELDS", "fields_of", "validate"]
@@ -37,13 +38,10 @@ __all__ = ["FIELDS", "fields_of", "validate"]
 _SECTION = (ConfigDict, Mapping)
 _MOST = 3e38  # finite in float32
 _LEAST = 1e-30  # above 0 in float32
-# Of a step to its radius. Beyond ten radii steps only jump between the ball's faces;
-# below this fraction a step is lost in float32's rounding of pixels.
-_STEP = (1e-4, 10.0)
 _size, _count = partial(check_whole, 0), partial(check_whole, 1)
 _seed = partial(check_whole, 0, LARGEST_SEED)
-# The reference code's 1e-10 times the batch, which is below 1e7.
-_floor = partial(check_real, 0, 1e-3)
+# PGD judges by the rules that it trains by.
+_pgd = {name: field.rule for name, field in at.ENTRY.fields.items()}
 
 
 def _percentages(**values: Any) -> None:
@@ -88,15 +86,15 @@ FIELDS: dict[str, Rule] = {
     "evaluation.attack": one_of("pgd", "autoattack"),
     "evaluation.version": one_of(*VERSIONS),
     "evaluation.members": each(one_of(*MEMBERS)),
-    "evaluation.linf_step": partial(check_real, *_STEP),
-    "evaluation.l2_step": partial(check_real, *_STEP),
-    "evaluation.num_steps": _count,
-    "evaluation.random_start": switch,
-    "evaluation.restarts": _count,
-    "evaluation.loss": one_of("cross_entropy", "margin"),
-    "evaluation.judge": one_of("final", "any"),
+    "evaluation.linf_step": _pgd["relative_step_size.linf"],
+    "evaluation.l2_step": _pgd["relative_step_size.l2"],
+    "evaluation.num_steps": _pgd["num_steps"],
+    "evaluation.random_start": _pgd["random_start"],
+    "evaluation.restarts": _pgd["restarts"],
+    "evaluation.loss": _pgd["loss"],
+    "evaluation.judge": _pgd["judge"],
     "evaluation.early_stop": switch,
-    "evaluation.gradient_floor": _floor,
+    "evaluation.gradient_floor": _pgd["gradient_floor"],
     "evaluation.batch_size": _count,
     "evaluation.split": one_of("test", "validation"),
     "evaluation.checkpoint": one_of("last", "best"),
@@ -126,8 +124,9 @@ def validate(config: Config) -> None:
     """
     for field, rule in FIELDS.items():
         rule(**{field: _read(config, field)})
-    for field, rule in fields_of(config).items():
-        rule(**{field: _read(config, field)})
+    for field, rule in fields_of(config).items():  # known now that names are texts
+        if field not in FIELDS:
+            rule(**{field: _read(config, field)})
     _validate_training(config.training)
     _validate_methods(config)
     check_model(config)
