@@ -9,7 +9,7 @@ Robustness", arXiv 2305.05392: PreActResNet-18, 100 epochs, batch 128, SGD.
 
 from ml_collections import ConfigDict
 
-from samrobust.configuration import base_config, finish
+from samrobust.experiments.configuration import base_config, finish
 from samrobust.types import Config
 
 COLUMNS = ("natural", "linf 1/255", "linf 2/255", "l2 16/255", "l2 32/255")

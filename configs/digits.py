@@ -11,7 +11,7 @@ cost robustness in every row and hid what SAM adds; 40 epochs gave what 20 give;
 of 0.8 gave no more than 0.4.
 """
 
-from samrobust.configuration import base_config, finish
+from samrobust.experiments.configuration import base_config, finish
 from samrobust.types import Config
 
 ROWS = [

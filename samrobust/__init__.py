@@ -18,9 +18,9 @@ _HOMES = {
     "samrobust.attacks": (
         *("Ball", "apgd", "apgd_targeted", "autoattack", "ddn", "fab_minimal"),
         *("fab_targeted", "fgsm", "l2", "linf", "pgd", "square"),
+        *("cross_entropy", "dlr", "margin", "targeted_dlr"),
     ),
-    "samrobust.networks": ("load",),
-    "samrobust.objectives": ("cross_entropy", "dlr", "margin", "targeted_dlr"),
+    "samrobust.experiments.networks": ("load",),
     "samrobust.sharpness": ("asam", "awp", "sam", "two_pass"),
     "samrobust.training": (
         *("Adversary", "Averaging", "Method", "Objective", "RunFolder", "TrainState"),

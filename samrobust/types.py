@@ -84,7 +84,7 @@ class Entry:
     Attributes:
       make: the constructor. Its parameters without a default are the options of a row,
         in order; those and the others are the fields of a config section, but for what
-        the training provides (see `samrobust.methods`).
+        the training provides (see `samrobust.experiments.methods`).
       label: of a row in tables, `str.format` of the options; empty: name and options.
       options: names of options in rows to fields, where not all parameters without a
         default are options of their names.

@@ -26,10 +26,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from samrobust import building, cli, configuration
+from samrobust import cli
 from samrobust.data import Dataset, Split
+from samrobust.experiments import building, configuration
+from samrobust.experiments.validation import validate
 from samrobust.models import PreActResNet
-from samrobust.validation import validate
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = {
@@ -100,7 +101,7 @@ def write_diverging_config(folder: pathlib.Path) -> pathlib.Path:
     """A file like configs/digits.py of which one row's loss does not stay finite."""
     path = folder / "diverging.py"
     path.write_text(
-        "from samrobust.configuration import load_config\n"
+        "from samrobust.experiments.configuration import load_config\n"
         "def get_config(row='st'):\n"
         f"    config = load_config('{ROOT}/configs/digits.py:' + row)\n"
         f"    if row == {DIVERGING!r}:\n"

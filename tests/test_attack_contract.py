@@ -36,7 +36,7 @@ from samrobust.attacks import (
     staged_pgd,
 )
 from samrobust.attacks.ddn import _direction
-from samrobust.objectives import misclassified
+from samrobust.attacks.losses import misclassified
 
 KEYS = jax.random.split(jax.random.key(3), 5)
 BALLS = {"linf": linf(0.1), "l2": l2(0.2)}

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from samrobust import configuration
-from samrobust.bench.counts import Counts, Work, count
-from samrobust.bench.images import image_shape, make_dataset
-from samrobust.bench.plan import Options, plan
-from samrobust.bench.process import Launcher, StoppedError
-from samrobust.bench.report import to_markdown, write_report
-from samrobust.bench.results import summarise
-from samrobust.bench.timing import Protocol, measure, spread
 from samrobust.data import load_dataset
+from samrobust.experiments import configuration
 from samrobust.models import PreActResNet, ViT
+from samrobust.studies.bench.counts import Counts, Work, count
+from samrobust.studies.bench.images import image_shape, make_dataset
+from samrobust.studies.bench.plan import Options, plan
+from samrobust.studies.bench.process import Launcher, StoppedError
+from samrobust.studies.bench.report import to_markdown, write_report
+from samrobust.studies.bench.results import summarise
+from samrobust.studies.bench.timing import Protocol, measure, spread
 
 DIGITS = f"{helpers.ROOT}/configs/digits.py"
 CIFAR = f"{helpers.ROOT}/configs/cifar10.py"
@@ -369,7 +369,7 @@ def test_the_command_measures_writes_and_shows(tmp_path):
     assert rows["at step"]["compile_cached"] < rows["at step"]["compile_cold"]
     assert 0 < rows["at epoch"]["pipeline_share"] < 1
     assert report["projection"] is None  # no SAM row was measured
-    assert report["provenance"]["command"].startswith("cli.py bench")
+    assert report["provenance"]["command"].startswith("samrobust bench")
 
 
 def test_several_devices_and_steps_per_call_are_rows_of_their_own(tmp_path):

@@ -11,9 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from samrobust import claims
-from samrobust.claims import ClaimedError, await_verdict, claim, lease, read_holder
-from samrobust.files import WorkdirError
+from samrobust.system import claims
+from samrobust.system.claims import (
+    ClaimedError,
+    await_verdict,
+    claim,
+    lease,
+    read_holder,
+)
+from samrobust.system.files import WorkdirError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each holds what it wins until its input ends; JAX must not be needed for any of it.
 CONTEND = """
 import contextlib, json, pathlib, sys
-from samrobust.claims import ClaimedError, claim
+from samrobust.system.claims import ClaimedError, claim
 won = []
 with contextlib.ExitStack() as stack:
     print("ready", flush=True)
@@ -37,7 +43,7 @@ with contextlib.ExitStack() as stack:
 # Comes and goes; while inside it would meet whoever else is.
 COME_AND_GO = """
 import pathlib, sys, time
-from samrobust.claims import ClaimedError, claim
+from samrobust.system.claims import ClaimedError, claim
 workdir, inside, until = pathlib.Path(sys.argv[1]), None, time.monotonic() + 1.5
 entered = 0
 while time.monotonic() < until:
@@ -55,7 +61,7 @@ print(entered)
 # Asks whether it still has the claim whenever it is told to.
 HOLD = """
 import pathlib, sys
-from samrobust.claims import ClaimedError, claim
+from samrobust.system.claims import ClaimedError, claim
 with claim(pathlib.Path(sys.argv[1])) as held:
     print("held", flush=True)
     for line in sys.stdin:

@@ -9,12 +9,12 @@ import sys
 import helpers
 import pytest
 
-from samrobust import configuration
 from samrobust.cli import main
-from samrobust.files import write_json
-from samrobust.reporting.console import make_console
-from samrobust.reporting.progress import ProgressDisplay
-from samrobust.workdir import settle_config
+from samrobust.experiments import configuration
+from samrobust.experiments.reporting.console import make_console
+from samrobust.experiments.reporting.progress import ProgressDisplay
+from samrobust.experiments.workdir import settle_config
+from samrobust.system.files import write_json
 
 
 def samrobust(*arguments):
@@ -191,7 +191,7 @@ def test_a_lack_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
     def load_config(*_):
         raise MemoryError
 
-    monkeypatch.setattr("samrobust.configuration.load_config", load_config)
+    monkeypatch.setattr("samrobust.experiments.configuration.load_config", load_config)
     assert main(["train", "--config=x.py:st", f"--workdir={tmp_path}"]) == 1
     assert capsys.readouterr().err == "samrobust: error: MemoryError\n"
 
@@ -294,8 +294,10 @@ def test_what_cannot_be_written_is_refused_before_the_work(
     for folder in (workdir, workdir / "st" / "seed0"):
         settle_config(helpers.make_folder(folder), config)
     (workdir / "st" / "seed0" / "result.json").write_text("{}")
-    monkeypatch.setattr("samrobust.building.load_data", lambda _: pytest.fail("works"))
-    monkeypatch.setattr("samrobust.theory.command.study", lambda *_: pytest.fail("!"))
+    monkeypatch.setattr(
+        "samrobust.experiments.building.load_data", lambda _: pytest.fail("works")
+    )
+    monkeypatch.setattr("samrobust.cli.theory.study", lambda *_: pytest.fail("!"))
 
     def fsync(_):
         raise OSError(30, "Read-only file system")

@@ -12,8 +12,8 @@ import pytest
 from flax import linen as nn
 
 from samrobust.attacks import linf
+from samrobust.attacks.losses import cross_entropy
 from samrobust.models import BatchNorm
-from samrobust.objectives import cross_entropy
 from samrobust.sharpness import sam
 from samrobust.training import Adversary, Objective, make_train_step
 from samrobust.training.averaging.ema import ema

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from samrobust import building, configuration
+from samrobust.experiments import building, configuration
 
 SHIPPED = ["configs/digits.py", "configs/cifar10.py", "configs/cifar100.py"]
 PAPER_ROWS = [
@@ -366,7 +366,7 @@ def test_shipped_configs_are_found_from_any_directory(tmp_path, monkeypatch):
 def test_a_users_own_config_file_is_used_as_given(tmp_path):
     own = tmp_path / "mine.py"
     own.write_text(
-        "from samrobust.configuration import base_config, finish\n"
+        "from samrobust.experiments.configuration import base_config, finish\n"
         'ROWS = ["st"]\n'
         "def get_config(row='st'):\n"
         "    config = base_config()\n"
@@ -399,7 +399,7 @@ def test_what_is_no_config_file_is_refused(path):
 
 
 OWN = """
-from samrobust.configuration import base_config, finish
+from samrobust.experiments.configuration import base_config, finish
 ROWS = ["st"]
 def get_config(row="st"):
     config = base_config()

@@ -9,10 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from samrobust.curves import Curve, CurveSettings, curves_of, draw_curves, measure_run
 from samrobust.evaluation import Outcome
-from samrobust.experiments import run
-from samrobust.files import read_sealed, write_sealed
+from samrobust.experiments.curves import (
+    Curve,
+    CurveSettings,
+    curves_of,
+    draw_curves,
+    measure_run,
+)
+from samrobust.experiments.run import run
+from samrobust.system.files import read_sealed, write_sealed
 
 SETTINGS = CurveSettings({"linf": (8.0, 16.0)})
 ROWS = ("st", "sam,rho=0.2")
@@ -101,7 +107,7 @@ def test_the_command_measures_draws_and_does_not_measure_twice(
         assert (workdir / name).stat().st_size > 1000
     measured = []
     monkeypatch.setattr(
-        "samrobust.curves.command.measure_run",
+        "samrobust.cli.curves.measure_run",
         lambda *_, **__: measured.append(1) or {"linf": [0.0, 0.0, 0.0]},
     )
     assert helpers.main("curves", f"--workdir={workdir}", *flags) == 0
@@ -121,7 +127,7 @@ def test_curves_that_are_damaged_or_of_other_settings_are_kept_aside(
 ):
     workdir = Path(shutil.copytree(table, tmp_path / "table"))
     monkeypatch.setattr(
-        "samrobust.curves.command.measure_run", lambda *_, **__: {"linf": [50.0, 9.0]}
+        "samrobust.cli.curves.measure_run", lambda *_, **__: {"linf": [50.0, 9.0]}
     )
     path = workdir / "curves.json"
     contents = ["{damaged", '{"settings": {}}']

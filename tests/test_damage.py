@@ -18,18 +18,18 @@ import jax
 import numpy as np
 import pytest
 
-from samrobust import networks
-from samrobust.experiments import run, train
-from samrobust.files import WorkdirError, append_json_line
-from samrobust.identity import identity_of
-from samrobust.networks import load_network
-from samrobust.parallel import data_mesh
-from samrobust.survey import survey_run
+from samrobust.experiments import networks
+from samrobust.experiments.identity import identity_of
+from samrobust.experiments.networks import load_network
+from samrobust.experiments.run import run, train
+from samrobust.experiments.survey import survey_run
+from samrobust.experiments.workdir import config_of_run, read_result, settle_config
+from samrobust.system.distributed import data_mesh
+from samrobust.system.files import WorkdirError, append_json_line
 from samrobust.training import InterruptedRunError
 from samrobust.training.checkpoint import CheckpointError
 from samrobust.training.epoch import Carry
 from samrobust.training.log import RunFolder
-from samrobust.workdir import config_of_run, read_result, settle_config
 
 REFUSED = (WorkdirError, CheckpointError)
 

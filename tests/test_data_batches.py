@@ -5,11 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from samrobust.data import (
-    epoch_permutation,
-    random_crop_and_flip,
-    take_batch,
-)
+from samrobust.data import epoch_permutation, random_crop_and_flip, take_batch
 
 KEY = jax.random.key(7)
 augment = jax.jit(random_crop_and_flip, static_argnames=("padding", "flip"))

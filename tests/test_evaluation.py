@@ -35,9 +35,9 @@ from samrobust.evaluation import (
     make_evaluator,
     measure,
 )
-from samrobust.experiments import run
-from samrobust.files import read_sealed
-from samrobust.networks import load_network
+from samrobust.experiments.networks import load_network
+from samrobust.experiments.run import run
+from samrobust.system.files import read_sealed
 
 KEY = jax.random.key(3)
 NUM_EXAMPLES = 23

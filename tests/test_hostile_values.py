@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from samrobust import configuration
-from samrobust.flags import ADDERS
-from samrobust.validation import fields_of, validate
+from samrobust.cli.flags import ADDERS
+from samrobust.experiments import configuration
+from samrobust.experiments.validation import fields_of, validate
 
 DIGITS = "configs/digits.py"
 PARAGRAPH = "x" * 5_000
@@ -171,7 +171,10 @@ def test_a_hostile_value_of_a_flag_is_refused_by_its_name(
     command, flag, required, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    for work in ("samrobust.building.load_data", "samrobust.bench.command.run_suite"):
+    for work in (
+        "samrobust.experiments.building.load_data",
+        "samrobust.cli.bench.run_suite",
+    ):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("work has started"))
     others = [f"{name}={VALID.get(name, 'none')}" for name in required if name != flag]
     for text in texts_for(flag):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from samrobust.data import Split
-from samrobust.experiments import run, train
-from samrobust.files import WorkdirError
-from samrobust.identity import Identity, identity_of
-from samrobust.networks import load_network
+from samrobust.experiments.identity import Identity, identity_of
+from samrobust.experiments.networks import load_network
+from samrobust.experiments.run import run, train
+from samrobust.system.files import WorkdirError
 from samrobust.training.checkpoint import CheckpointError, Checkpoints
 from samrobust.training.log import RunFolder, checkpoint_folder
 
@@ -202,7 +202,7 @@ def test_another_generator_of_random_numbers_makes_another_run(dataset):
 def test_another_generator_trains_no_further_but_reads_the_network(
     first, dataset, monkeypatch
 ):
-    monkeypatch.setattr("samrobust.identity.random_bits", lambda: "0" * 24)
+    monkeypatch.setattr("samrobust.experiments.identity.random_bits", lambda: "0" * 24)
     config = config_of_first()
     assert load_network(config, dataset, first, "last").step == 3
     with pytest.raises(CheckpointError, match="JAX_DEFAULT_PRNG_IMPL"):
@@ -212,7 +212,7 @@ def test_another_generator_trains_no_further_but_reads_the_network(
 def test_what_cannot_be_added_to_is_found_out_before_the_attack(
     first, capsys, monkeypatch
 ):
-    monkeypatch.setattr("samrobust.evaluate.evaluate_run", pytest.fail)
+    monkeypatch.setattr("samrobust.cli.evaluate.evaluate_run", pytest.fail)
     (first / "evaluations.jsonl").mkdir()
     assert helpers.main("evaluate", f"--workdir={first}") == 2
     assert "Expected a writable directory" in capsys.readouterr().err

@@ -13,20 +13,15 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from samrobust import building, configuration
+from samrobust.cli import interchange
 from samrobust.data import datasets
-from samrobust.interchange import (
-    Weights,
-    command,
-    read_weights,
-    to_tensors,
-    write_safetensors,
-)
-from samrobust.interchange.robustbench import find_evaluation
+from samrobust.experiments import building, configuration
+from samrobust.experiments.networks import load_network, save_variables
+from samrobust.experiments.robustbench import find_evaluation
+from samrobust.experiments.workdir import config_of_run
 from samrobust.models import PreActResNet
-from samrobust.networks import load_network, save_variables
+from samrobust.models.torch import Weights, read_weights, to_tensors, write_safetensors
 from samrobust.training.checkpoint import CheckpointError
-from samrobust.workdir import config_of_run
 
 DIGITS = "--config=configs/digits.py:st"
 FIELDS = {"model.width": 4, "model.blocks": (1, 2), "model.mean": (0.3,)}
@@ -394,7 +389,7 @@ def kill_at(monkeypatch, moment):
         return call
 
     for name in ("write_json", "save_variables"):
-        monkeypatch.setattr(command, name, dying(getattr(command, name)))
+        monkeypatch.setattr(interchange, name, dying(getattr(interchange, name)))
     return moments
 
 

@@ -8,7 +8,8 @@ import sys
 import helpers
 import pytest
 
-from samrobust import cli, configuration
+from samrobust import cli
+from samrobust.experiments import configuration
 
 LAUNCH = helpers.ROOT / "launch"
 README = re.sub(r" *\\\n *", " ", (LAUNCH / "README.md").read_text())

@@ -1,6 +1,7 @@
-"""The architecture, held: which module may import which, and how long one may be."""
+"""The architecture, held: which room may import which, and how long a module may be."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -12,81 +13,84 @@ import samrobust
 ROOT = pathlib.Path(samrobust.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
-# From the bottom up: a module imports from rows above it here, and its own package.
+# From the bottom up: a module imports from rows above it here, and its own room.
 LAYERS = [
     {"types", "checks"},
-    {"comparable", "files", "runtime", "provenance", "resolve"},
-    {"objectives", "claims", "failures"},
-    {"attacks", "sharpness", "models", "data", "parallel"},
-    {"survey"},
-    {"training", "evaluation"},
-    {"entries"},
-    {"rows"},
-    {"methods"},
-    {"components"},
-    {"validation"},
-    {"configuration"},
-    {"identity", "tracking", "building"},
-    {"workdir", "runfiles"},
-    {"networks"},
-    {"scoring"},
-    {"experiments", "reporting"},
-    {"bench", "interchange", "sanity", "sweep", "status", "theory"},
-    {"curves", "evaluate", "recheck", "table"},
-    {"commands", "flags"},
+    {"system", "attacks", "sharpness"},
+    {"data", "models"},
+    {"training"},
+    {"evaluation"},
+    {"experiments"},
+    {"studies"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+TWIN = "samrobust.studies.bench.twin"
 
 
-def part(module: str) -> str:
+def name_of(path: pathlib.Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+NAMES = {name_of(path): path for path in MODULES}
+
+
+def room(module: str) -> str:
     """`samrobust.attacks.pgd` belongs to `attacks`."""
     return module.split(".")[1]
 
 
 def imports_of(path: pathlib.Path) -> set[str]:
-    """The parts of samrobust that a module imports, inside functions too."""
+    """The modules of samrobust that a module imports, inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "samrobust":
-            names = [f"samrobust.{alias.name}" for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            names = [node.module or ""]
-        else:
-            continue
-        found |= {part(name) for name in names if name.startswith("samrobust.")}
-    return found - {"__version__"}
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in NAMES else node.module or "")
+    return {name for name in found if name.startswith("samrobust.")}
 
 
-def own_part(path: pathlib.Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def test_the_house_has_ten_rooms_and_three_modules():
+    found = {path.name for path in ROOT.iterdir() if path.suffix == ".py"}
+    assert found == {"__init__.py", "types.py", "checks.py"}
+    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert rooms == set(RANK) - {"types", "checks"}
+    assert len(found) + len(rooms) == 13
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_imports_from_lower_layers_only(path):
-    own = own_part(path)
-    if own == "__init__":
-        assert not imports_of(path)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_imports_from_lower_layers_only(name):
+    if name == "samrobust":
+        assert not imports_of(NAMES[name])
         return
-    for imported in imports_of(path) - {own}:
+    own = room(name)
+    for imported in {room(other) for other in imports_of(NAMES[name])} - {own}:
         assert RANK[imported] < RANK[own], f"{own} must not import {imported}"
 
 
-def test_every_part_has_its_layer():
-    assert {own_part(path) for path in MODULES} - {"__init__"} == set(RANK)
+def test_no_imports_run_in_a_circle():
+    graph = {name: imports_of(path) - {name} for name, path in NAMES.items()}
+    graphlib.TopologicalSorter(graph).prepare()
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_is_readable_at_one_sitting(path):
-    assert len(path.read_text().splitlines()) <= 400
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(TWIN)])
+def test_the_twin_in_pytorch_shares_no_code(name):
+    assert all(other.startswith(TWIN) for other in imports_of(NAMES[name]))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_says_what_it_is_for_and_what_it_offers(path):
-    tree = ast.parse(path.read_text())
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_is_readable_at_one_sitting(name):
+    assert len(NAMES[name].read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_says_what_it_is_for_and_what_it_offers(name):
+    tree = ast.parse(NAMES[name].read_text())
     assert ast.get_docstring(tree)
     targets = [
         target.id
@@ -95,20 +99,26 @@ def test_a_module_says_what_it_is_for_and_what_it_offers(path):
         for target in node.targets
         if isinstance(target, ast.Name)
     ]
-    assert "__all__" in targets or path == ROOT / "__init__.py"
+    assert "__all__" in targets or name == "samrobust"
+
+
+def modules_after(statement: str) -> set[str]:
+    """What a fresh Python has loaded after a statement."""
+    script = f"import sys\n{statement}\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    return set(done.stdout.split())
 
 
 @pytest.mark.parametrize("library", ["samrobust.attacks", "samrobust.sharpness"])
 def test_the_libraries_import_nothing_of_experiments(library):
+    loaded = modules_after(f"import {library}")
     heavy = "flax orbax tensorflow_datasets ml_collections sklearn matplotlib rich"
-    script = (
-        f"import sys, {library}\n"
-        f"loaded = [m for m in {heavy.split()} if m in sys.modules]\n"
-        "inside = [m for m in sys.modules if m.startswith('samrobust.')]\n"
-        "print(loaded, [m for m in inside if m.split('.')[1] in"
-        " ('data', 'training', 'evaluation', 'configuration', 'building')])"
-    )
-    output = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True
-    ).stdout
-    assert output.strip() == "[] []"
+    assert not set(heavy.split()) & loaded
+    rooms = {room(name) for name in loaded if name.startswith("samrobust.")}
+    assert rooms <= {"types", "checks", "attacks", "sharpness"}
+
+
+def test_the_twin_in_pytorch_loads_no_jax():
+    assert "jax" not in modules_after(f"import {TWIN}.spec")

@@ -24,10 +24,10 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from samrobust.attacks import identity, linf, pgd
+from samrobust.attacks.losses import cross_entropy
 from samrobust.models import BatchNorm, PreActResNet
-from samrobust.objectives import cross_entropy
-from samrobust.parallel import data_mesh, replicated, shard_batch
 from samrobust.sharpness import sam
+from samrobust.system.distributed import data_mesh, replicated, shard_batch
 from samrobust.training import TrainState, make_train_step
 from samrobust.types import Attack
 

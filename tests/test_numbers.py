@@ -18,12 +18,19 @@ from typing import Any
 
 import pytest
 
-from samrobust import configuration
-from samrobust.bench import report as bench_report
-from samrobust.bench.results import Report as BenchReport
-from samrobust.reporting import Cell, Difference, Table, summarise, to_json, to_markdown
-from samrobust.reporting.notes import tail_probability
-from samrobust.sanity.finding import allowance
+from samrobust.evaluation.diagnostics.finding import allowance
+from samrobust.experiments import configuration
+from samrobust.experiments.reporting import (
+    Cell,
+    Difference,
+    Table,
+    summarise,
+    to_json,
+    to_markdown,
+)
+from samrobust.experiments.reporting.notes import tail_probability
+from samrobust.studies.bench import report as bench_report
+from samrobust.studies.bench.results import Report as BenchReport
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -253,7 +260,7 @@ def speed_on_the_gpu() -> Rows:
 def theory() -> str:
     """The theory's tables and notes as its JSON has them."""
     study, training, experiment, report, verdicts = (
-        importlib.import_module(f"samrobust.theory.{name}")
+        importlib.import_module(f"samrobust.studies.theory.{name}")
         for name in ("study", "training", "experiment", "report", "verdicts")
     )
     content = stored("theory/theory.json")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from samrobust.objectives import LOSSES, cross_entropy, dlr, margin, targeted_dlr
+from samrobust.attacks.losses import LOSSES, cross_entropy, dlr, margin, targeted_dlr
 
 settings = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 logits_and_labels = st.tuples(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import samrobust
-from samrobust import configuration, entries, identity
+from samrobust.experiments import configuration, entries, identity
 
 MINE = '''
 """Adversarial training whose perturbations persist, a linear network, and stripes."""
@@ -137,7 +137,7 @@ def test_it_is_trained_with_what_it_remembers_and_its_own_fields(folder):
     assert leaves[kernel].shape == (24, 4)
     average = leaves["state.state.average['params']['Dense_0']['kernel']"]
     assert np.abs(average - leaves[kernel]).max() > 0
-    config = samrobust.files.read_json(workdir / "config.json")
+    config = samrobust.system.files.read_json(workdir / "config.json")
     assert config["persistent"] == {"radius": 16.0, "shrink": 0.9}
     assert (
         config["label"]
@@ -313,7 +313,7 @@ def test_its_network_has_its_own_defaults_whatever_other_networks_are_told(own):
     expected = {"hidden": 4, "width": 3, "blocks": 1, "stages": (1, 2)}
     assert {name: model[name] for name in expected} == expected
     (own / "own_config.py").write_text(
-        "from samrobust.configuration import base_config, finish\n"
+        "from samrobust.experiments.configuration import base_config, finish\n"
         "def get_config(row='st'):\n"
         "    config = base_config()\n"
         "    config.model.name = 'odd:Plain'\n"

@@ -37,8 +37,8 @@ from samrobust.evaluation import (
     make_early_stop_evaluator,
     make_evaluator,
 )
-from samrobust.experiments import run, train
-from samrobust.parallel import (
+from samrobust.experiments.run import run, train
+from samrobust.system.distributed import (
     data_mesh,
     map_groups,
     replicated,

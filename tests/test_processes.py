@@ -13,9 +13,9 @@ import helpers
 import jax
 import pytest
 
-from samrobust import parallel
-from samrobust.experiments import run, train
-from samrobust.scoring import evaluate_run
+from samrobust.experiments.run import run, train
+from samrobust.experiments.scoring import evaluate_run
+from samrobust.system import distributed
 from samrobust.training import InterruptedRunError
 
 ST, SAM, AT = "st", "sam,rho=0.2", "at,norm=linf,eps=16"
@@ -45,13 +45,13 @@ def work(folder: pathlib.Path, layout: str) -> None:
     accuracy = evaluate_run(
         config, folder / layout / AT, helpers.Silent(), dataset=dataset
     ).accuracy
-    values = parallel.from_primary(lambda: {"who": 0, "layout": layout})
+    values = distributed.from_primary(lambda: {"who": 0, "layout": layout})
     assert values == {"who": 0, "layout": layout}
     try:
-        parallel.from_primary(lambda: 1 // 0)
+        distributed.from_primary(lambda: 1 // 0)
     except ZeroDivisionError as error:
-        assert parallel.is_shared(error) == (jax.process_count() > 1)  # noqa: PT017
-    if parallel.is_primary():
+        assert distributed.is_shared(error) == (jax.process_count() > 1)  # noqa: PT017
+    if distributed.is_primary():
         (folder / layout / "early.json").write_text(json.dumps(accuracy))
     if layout == "2x1":
         move(folder / "1x1 to 2x1")
@@ -160,6 +160,6 @@ def test_a_run_moves_to_another_number_of_processes(folder, way):
 
 
 if __name__ == "__main__":
-    parallel.join(lambda: False)
+    distributed.join(lambda: False)
     work(pathlib.Path(sys.argv[1]), sys.argv[2])
-    parallel.part()
+    distributed.part()

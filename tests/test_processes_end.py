@@ -13,7 +13,7 @@ import time
 import helpers
 import pytest
 
-from samrobust.claims import claim
+from samrobust.system.claims import claim
 
 ST, SAM = "st", "sam,rho=0.2"
 

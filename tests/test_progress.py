@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from samrobust.reporting import progress as progress_module
-from samrobust.reporting.progress import ProgressDisplay
+from samrobust.experiments.reporting import progress as progress_module
+from samrobust.experiments.reporting.progress import ProgressDisplay
 from samrobust.training import Progress
 
 METRICS = {"epoch": 3, "loss": 0.25, "accuracy": 91.5}

@@ -15,10 +15,11 @@ import optax
 import pytest
 from flax import linen as nn
 
-from samrobust import cli, configuration
-from samrobust.components import model_fields
+from samrobust import cli
 from samrobust.data import from_arrays
-from samrobust.entries import section_fields
+from samrobust.experiments import configuration
+from samrobust.experiments.components import model_fields
+from samrobust.experiments.entries import section_fields
 from samrobust.models import MODELS
 from samrobust.training import make_train_step
 

@@ -8,7 +8,7 @@ import helpers
 import numpy as np
 import pytest
 
-from samrobust.experiments import run
+from samrobust.experiments.run import run
 
 VERSION = ("--version=custom", "--members=apgd-ce")
 IMAGES = ("--num-examples=24", "--batch-size=24")
@@ -112,7 +112,9 @@ def test_every_run_names_its_network_and_who_made_what(
     """Also where an outcome is only read again, by another process at another time."""
     workdir = Path(shutil.copytree(rechecked, tmp_path / "table"))
     before = json.loads((workdir / "autoattack.json").read_text())["runs"]
-    monkeypatch.setattr("samrobust.scoring.provenance", lambda: {"commit": "later"})
+    monkeypatch.setattr(
+        "samrobust.experiments.scoring.provenance", lambda: {"commit": "later"}
+    )
     assert helpers.main("recheck", f"--workdir={workdir}", *FLAGS) == 0
     after = json.loads((workdir / "autoattack.json").read_text())["runs"]
     for run_before, run_after in zip(before, after, strict=True):

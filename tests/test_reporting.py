@@ -12,7 +12,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from samrobust.reporting import (
+from samrobust.experiments.reporting import (
     notes,
     plot,
     summarise,
@@ -22,8 +22,8 @@ from samrobust.reporting import (
     to_rich,
     write_table,
 )
-from samrobust.reporting.names import family, short_label
-from samrobust.reporting.notes import tail_probability
+from samrobust.experiments.reporting.names import family, short_label
+from samrobust.experiments.reporting.notes import tail_probability
 
 ROWS = [
     ("st", "ST"),
@@ -538,7 +538,7 @@ class TestWriteTable:
             path.write_bytes(b"half a picture")
             raise OSError("disk full")
 
-        monkeypatch.setattr("samrobust.reporting.files.plot", fail)
+        monkeypatch.setattr("samrobust.experiments.reporting.files.plot", fail)
         with pytest.raises(OSError, match="disk full"):
             write_table(grid(seeds=3), tmp_path)
         assert (tmp_path / "table.png").read_bytes() == before
@@ -552,7 +552,7 @@ def test_families_follow_the_names_of_rows():
 
 def test_importing_the_package_imports_neither_jax_nor_matplotlib():
     code = (
-        "import sys, samrobust.reporting; "
+        "import sys, samrobust.experiments.reporting; "
         "assert not {'jax', 'matplotlib', 'scipy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

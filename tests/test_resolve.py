@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from samrobust.resolve import failure_of, is_reference, resolve, sources
+from samrobust.system.resolve import failure_of, is_reference, resolve, sources
 
 
 @pytest.fixture

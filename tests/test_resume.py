@@ -17,12 +17,12 @@ from typing import Any
 import helpers
 import pytest
 
-from samrobust import building
-from samrobust.claims import ClaimedError, claim
 from samrobust.data import DatasetUnavailableError
-from samrobust.experiments import run, train
+from samrobust.experiments import building
+from samrobust.experiments.run import run, train
+from samrobust.experiments.workdir import WorkdirError
+from samrobust.system.claims import ClaimedError, claim
 from samrobust.training import InterruptedRunError
-from samrobust.workdir import WorkdirError
 
 ROWS = {"sam": "sam,rho=0.2", "at": "at,norm=linf,eps=16"}
 KEPT = [("sam", "last"), ("sam", "best"), ("at", "last")]

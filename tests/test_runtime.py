@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from samrobust.provenance import provenance
-from samrobust.runtime import (
+from samrobust.system.provenance import provenance
+from samrobust.system.runtime import (
     StopRequest,
     cache_folder,
     compiler_options,
@@ -25,7 +25,7 @@ from samrobust.runtime import (
 
 def compilation_cache(**environment):
     script = (
-        "import jax\nfrom samrobust.runtime import enable_compilation_cache\n"
+        "import jax\nfrom samrobust.system.runtime import enable_compilation_cache\n"
         "enable_compilation_cache()\nprint(jax.config.jax_compilation_cache_dir)"
     )
     inherited = {
@@ -112,7 +112,7 @@ def in_a_fresh_process(script, **environment):
 
 
 OPTIONS = (
-    "from samrobust.runtime import compiler_options; import os\n"
+    "from samrobust.system.runtime import compiler_options; import os\n"
     "print(bool(compiler_options()), os.environ.get('XLA_FLAGS'))"
 )
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="options of the CPU")
@@ -144,7 +144,7 @@ def test_the_users_own_choice_among_xlas_flags_wins():
 
 
 KEEP = """
-from samrobust.runtime import keep_freed_memory
+from samrobust.system.runtime import keep_freed_memory
 import numpy as np, resource
 kept = keep_freed_memory()
 def faults():
@@ -190,7 +190,7 @@ def test_the_second_ctrl_c_interrupts_at_once():
 # One call that no signal interrupts, like a compilation or a batch on the device.
 BUSY = """
 import hashlib, sys
-from samrobust.runtime import StopRequest
+from samrobust.system.runtime import StopRequest
 patience, alone = eval(sys.argv[1])
 with StopRequest(patience, is_alone=lambda: alone).listening():
     print("now", flush=True)

@@ -19,8 +19,7 @@ from rich.console import Console
 from samrobust.attacks import l2, linf
 from samrobust.data import Split, load_dataset
 from samrobust.evaluation import measure as measuring
-from samrobust.experiments import run
-from samrobust.sanity import (
+from samrobust.evaluation.diagnostics import (
     PASSED,
     UNDECIDED,
     WARNING,
@@ -36,7 +35,8 @@ from samrobust.sanity import (
     verdicts,
     write_report,
 )
-from samrobust.sanity.finding import is_mostly
+from samrobust.evaluation.diagnostics.finding import is_mostly
+from samrobust.experiments.run import run
 from samrobust.training import InterruptedRunError
 
 KEY = jax.random.key(5)

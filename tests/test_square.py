@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 
 from samrobust.attacks import cross_entropy, l2, linf, margin, square
-from samrobust.attacks.square import (
-    L2Moves,
-    LinfMoves,
-    pulse,
-    pulses,
-    window_sizes,
-)
+from samrobust.attacks.square import L2Moves, LinfMoves, pulse, pulses, window_sizes
 
 KEY = jax.random.key(3)
 BALLS = {"linf": linf, "l2": l2}

@@ -7,9 +7,13 @@ import helpers
 import jax
 import pytest
 
-from samrobust.parallel.environment import Settings, find_settings, starts_first
-from samrobust.parallel.start import DistributedError
-from samrobust.parallel.start import initialize as start
+from samrobust.system.distributed.environment import (
+    Settings,
+    find_settings,
+    starts_first,
+)
+from samrobust.system.distributed.start import DistributedError
+from samrobust.system.distributed.start import initialize as start
 
 EXPLICIT = {
     "JAX_COORDINATOR_ADDRESS": "node1:1234",

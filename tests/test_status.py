@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from samrobust import cli, status
-from samrobust.claims import claim
-from samrobust.files import write_json
-from samrobust.reporting.status import status_to_rich
-from samrobust.survey import (
+from samrobust import cli
+from samrobust.cli import status
+from samrobust.experiments.reporting.status import status_to_rich
+from samrobust.experiments.survey import (
     STATES,
     RunStatus,
     read_plan,
@@ -23,6 +22,8 @@ from samrobust.survey import (
     survey,
     survey_run,
 )
+from samrobust.system.claims import claim
+from samrobust.system.files import write_json
 
 CONFIG = {"label": "ST", "seed": 0, "training": {"epochs": 8}}
 RESULT = {"row": "st"}

@@ -16,24 +16,24 @@ import helpers
 import jax
 import pytest
 
-from samrobust import sweep
-from samrobust.claims import ClaimedError, claim
-from samrobust.experiments import PlannedRun
-from samrobust.failures import read_failure, recording_failure
-from samrobust.files import WorkdirError, write_json, write_sealed
-from samrobust.identity import identity_of
-from samrobust.survey import read_plan
+from samrobust.experiments import sweep
+from samrobust.experiments.identity import identity_of
+from samrobust.experiments.run import PlannedRun
+from samrobust.experiments.survey import read_plan
+from samrobust.experiments.workdir import settle_config
+from samrobust.system.claims import ClaimedError, claim
+from samrobust.system.failures import read_failure, recording_failure
+from samrobust.system.files import WorkdirError, write_json, write_sealed
 from samrobust.training import InterruptedRunError, TrainingDivergedError
-from samrobust.workdir import settle_config
 
 NAMES = ["a", "b", "c"]
 
 # A worker whose runs are short: they note who does them, and take a while.
 WORKER = """
 import os, pathlib, sys, time
-from samrobust import sweep
-from samrobust.claims import claim
-from samrobust.files import append_json_line, read_json, write_json
+from samrobust.experiments import sweep
+from samrobust.system.claims import claim
+from samrobust.system.files import append_json_line, read_json, write_json
 
 class Planned:
     config = None

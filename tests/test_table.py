@@ -8,8 +8,8 @@ from pathlib import Path
 import helpers
 import pytest
 
-from samrobust.files import read_sealed, write_sealed
-from samrobust.workdir import settle_config
+from samrobust.experiments.workdir import settle_config
+from samrobust.system.files import read_sealed, write_sealed
 
 ROWS = ["st", "sam,rho=0.2"]
 COLUMNS = {"natural", "linf 16/255"}
@@ -203,7 +203,7 @@ def test_collecting_a_finished_table_equals_making_it(table, copy, capsys):
 
 
 def test_collecting_trains_nothing_and_says_what_is_missing(copy, capsys, monkeypatch):
-    monkeypatch.setattr("samrobust.building.load_data", pytest.fail)
+    monkeypatch.setattr("samrobust.experiments.building.load_data", pytest.fail)
     (copy / "st" / "seed1" / "result.json").unlink()
     failed = copy / "sam,rho=0.2" / "seed1"
     (failed / "result.json").unlink()

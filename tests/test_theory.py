@@ -12,8 +12,8 @@ import pytest
 from hypothesis import strategies
 from scipy import integrate, optimize, stats
 
-from samrobust.theory import Grid, World, judge, sample, study
-from samrobust.theory.closed_forms import (
+from samrobust.studies.theory import Grid, World, judge, sample, study
+from samrobust.studies.theory.closed_forms import (
     adversarial_weight,
     adversarial_weight_all_features,
     all_weights_coefficient,
@@ -26,14 +26,19 @@ from samrobust.theory.closed_forms import (
     sam_weight_printed,
     standard_weight,
 )
-from samrobust.theory.experiment import Estimate, all_weights_shift, experiment, plan
-from samrobust.theory.figures import draw_all
-from samrobust.theory.logistic import (
+from samrobust.studies.theory.experiment import (
+    Estimate,
+    all_weights_shift,
+    experiment,
+    plan,
+)
+from samrobust.studies.theory.figures import draw_all
+from samrobust.studies.theory.logistic import (
     logistic_weight,
     sam_minimax_weight,
     sam_step_weight,
 )
-from samrobust.theory.population import (
+from samrobust.studies.theory.population import (
     accuracy,
     adversarial,
     minimize,
@@ -41,7 +46,7 @@ from samrobust.theory.population import (
     sam_all_weights,
     sam_robust_weight,
 )
-from samrobust.theory.training import Effort, train
+from samrobust.studies.theory.training import Effort, train
 
 WORLD = World(p=0.7, eta=0.1, d=10)
 GRID = Grid(p=(0.7, 0.95), eta=(0.1, 0.5), d=(10, 1, 100), rho=(0.1, 1.0))
@@ -452,7 +457,7 @@ def test_an_experiment_gives_what_was_planned_and_bands_over_seeds(monkeypatch):
         effort, radius = arguments[2:]
         return np.random.default_rng(int(1e4 * radius)).random(effort.seeds)
 
-    monkeypatch.setattr("samrobust.theory.experiment.train", made_up)
+    monkeypatch.setattr("samrobust.studies.theory.experiment.train", made_up)
     effort = Effort(seeds=3, samples=2000, batch_size=100)
     grid = dataclasses.replace(GRID, epsilon=(0.03,), rho=(1.0,))
     names = []

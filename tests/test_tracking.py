@@ -12,10 +12,10 @@ from typing import Any
 import helpers
 import pytest
 
-from samrobust import tracking
-from samrobust.experiments import run
-from samrobust.files import append_json_line
-from samrobust.tracking import Tracking, check_installed, track
+from samrobust.experiments import tracking
+from samrobust.experiments.run import run
+from samrobust.experiments.tracking import Tracking, check_installed, track
+from samrobust.system.files import append_json_line
 from samrobust.training import InterruptedRunError, Progress
 
 ON = {"tracking.tensorboard": True}
@@ -138,8 +138,8 @@ def test_event_files_of_a_run_stopped_and_resumed_agree_with_the_log(tmp_path):
 
 FULL_DISK = """
 import pathlib, sys, types, warnings
-from samrobust import tracking
-from samrobust.files import append_json_line
+from samrobust.experiments import tracking
+from samrobust.system.files import append_json_line
 warnings.formatwarning = lambda message, *_: f"warning: {message}\\n"
 workdir = pathlib.Path(sys.argv[1])
 (workdir / "tensorboard").mkdir()

@@ -18,14 +18,15 @@ import optax
 import pytest
 from hypothesis import strategies as st
 
-from samrobust import building
-from samrobust.building import make_method, make_plan
-from samrobust.components import make_optimizer
 from samrobust.data import Dataset, Split, epoch_permutation, take_batch
-from samrobust.experiments import run, train
-from samrobust.networks import load_network
-from samrobust.parallel import data_mesh, replicated
+from samrobust.experiments import building
+from samrobust.experiments.building import make_method, make_plan
+from samrobust.experiments.components import make_optimizer
+from samrobust.experiments.networks import load_network
+from samrobust.experiments.run import run, train
+from samrobust.experiments.workdir import settle_config
 from samrobust.sharpness import sam
+from samrobust.system.distributed import data_mesh, replicated
 from samrobust.training import (
     InterruptedRunError,
     TrainingDivergedError,
@@ -33,7 +34,6 @@ from samrobust.training import (
 )
 from samrobust.training.epoch import Call, EpochPlan, EpochRunner
 from samrobust.training.fit import fresh_carry
-from samrobust.workdir import settle_config
 
 FIELDS = {
     *("step", "epoch", "loss", "accuracy", "learning_rate"),

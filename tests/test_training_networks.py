@@ -15,11 +15,11 @@ import pytest
 from flax import linen as nn
 
 from samrobust.attacks import linf, pgd
-from samrobust.building import make_method, make_plan
+from samrobust.attacks.losses import cross_entropy
+from samrobust.experiments.building import make_method, make_plan
 from samrobust.models import BatchNorm, PreActResNet
-from samrobust.objectives import cross_entropy
-from samrobust.parallel import data_mesh
 from samrobust.sharpness import sam
+from samrobust.system.distributed import data_mesh
 from samrobust.training import as_adversary, as_objective, make_train_step
 from samrobust.training.checkpoint import Checkpoints
 from samrobust.training.epoch import Call, EpochRunner

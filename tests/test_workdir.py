@@ -5,8 +5,16 @@ import json
 import helpers
 import pytest
 
-from samrobust import configuration
-from samrobust.files import (
+from samrobust.experiments import configuration
+from samrobust.experiments.identity import identity_of
+from samrobust.experiments.workdir import (
+    config_of_run,
+    finished_runs,
+    read_result,
+    run_folder,
+    settle_config,
+)
+from samrobust.system.files import (
     MetricsLog,
     WorkdirError,
     append_json_line,
@@ -19,14 +27,6 @@ from samrobust.files import (
     write_json,
     write_sealed,
     write_text,
-)
-from samrobust.identity import identity_of
-from samrobust.workdir import (
-    config_of_run,
-    finished_runs,
-    read_result,
-    run_folder,
-    settle_config,
 )
 
 

@@ -28,10 +28,10 @@ from samrobust.attacks.ddn import ddn
 from samrobust.attacks.fab import fab_minimal, fab_targeted
 from samrobust.attacks.fgsm import fgsm
 from samrobust.attacks.hyperplanes import step_onto_hyperplane
+from samrobust.attacks.losses import cross_entropy, dlr, margin, targeted_dlr
 from samrobust.attacks.noise import noise
 from samrobust.attacks.pgd import JUDGES, StagedPgd, identity, pgd, staged_pgd
 from samrobust.attacks.square import square
-from samrobust.objectives import cross_entropy, dlr, margin, targeted_dlr
 
 __all__ = [
     "ATTACKS_VERSION",

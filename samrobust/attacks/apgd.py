@@ -25,6 +25,7 @@ from samrobust.attacks.calls import (
     check_set,
     check_target,
 )
+from samrobust.attacks.losses import cross_entropy, targeted_dlr
 from samrobust.attacks.numbers import real, whole
 from samrobust.attacks.per_example import (
     BestSoFar,
@@ -39,7 +40,6 @@ from samrobust.attacks.per_example import (
     spread,
 )
 from samrobust.checks import check
-from samrobust.objectives import cross_entropy, targeted_dlr
 from samrobust.types import Array, Attack, LossFn
 
 __all__ = ["ApgdRun", "ApgdState", "apgd", "apgd_targeted", "windows"]

@@ -16,10 +16,10 @@ from samrobust.attacks.apgd import apgd, apgd_targeted
 from samrobust.attacks.balls import Ball, l2
 from samrobust.attacks.calls import accept, check_set
 from samrobust.attacks.fab import fab_targeted
+from samrobust.attacks.losses import dlr, margin, misclassified
 from samrobust.attacks.per_example import filled, select
 from samrobust.attacks.square import square
 from samrobust.checks import check, check_choice
-from samrobust.objectives import dlr, margin, misclassified
 from samrobust.types import Array, Attack, LogitsFn
 
 __all__ = ["MEMBERS", "VERSIONS", "AutoAttack", "Member", "autoattack"]

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from samrobust.attacks import draws
 from samrobust.attacks.balls import l2
 from samrobust.attacks.calls import Call, attack_of, check_box
+from samrobust.attacks.losses import cross_entropy, misclassified
 from samrobust.attacks.numbers import real, whole
 from samrobust.attacks.per_example import BestSoFar, select, spread
 from samrobust.checks import check
-from samrobust.objectives import cross_entropy, misclassified
 from samrobust.types import Array, Attack
 
 __all__ = ["ddn"]

@@ -24,6 +24,7 @@ from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
 from samrobust.attacks.calls import Call, attack_of, check_set, check_target
 from samrobust.attacks.hyperplanes import step_onto_hyperplane
+from samrobust.attacks.losses import misclassified
 from samrobust.attacks.numbers import real, seen, whole
 from samrobust.attacks.per_example import (
     BestSoFar,
@@ -37,7 +38,6 @@ from samrobust.attacks.per_example import (
     unseen,
 )
 from samrobust.checks import check
-from samrobust.objectives import misclassified
 from samrobust.types import Array, Attack, LogitsFn
 
 __all__ = ["fab_minimal", "fab_targeted"]

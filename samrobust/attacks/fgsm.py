@@ -1,9 +1,9 @@
 """The fast gradient method: one step of full length from the image itself."""
 
 from samrobust.attacks.balls import Ball
+from samrobust.attacks.losses import cross_entropy
 from samrobust.attacks.pgd import pgd
 from samrobust.checks import check
-from samrobust.objectives import cross_entropy
 from samrobust.types import Attack, LossFn
 
 __all__ = ["fgsm"]

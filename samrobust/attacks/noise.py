@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
 from samrobust.attacks.calls import Call, attack_of, check_set
+from samrobust.attacks.losses import cross_entropy
 from samrobust.attacks.numbers import whole
 from samrobust.attacks.per_example import (
     BestSoFar,
@@ -19,7 +20,6 @@ from samrobust.attacks.per_example import (
     repeat_while,
     score,
 )
-from samrobust.objectives import cross_entropy
 from samrobust.types import Array, Attack
 
 __all__ = ["noise"]

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from samrobust.attacks.losses import misclassified
 from samrobust.checks import check
-from samrobust.objectives import misclassified
 from samrobust.types import Array
 
 __all__ = [

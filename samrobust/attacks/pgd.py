@@ -29,6 +29,7 @@ from samrobust.attacks.calls import (
     is_point,
     keep_still,
 )
+from samrobust.attacks.losses import cross_entropy
 from samrobust.attacks.numbers import real_or_each, seen, whole
 from samrobust.attacks.per_example import (
     BestSoFar,
@@ -39,7 +40,6 @@ from samrobust.attacks.per_example import (
     unseen,
 )
 from samrobust.checks import check, check_choice
-from samrobust.objectives import cross_entropy
 from samrobust.types import Array, Attack, LogitsFn, LossFn
 
 __all__ = ["JUDGES", "StagedPgd", "identity", "pgd", "staged_pgd"]

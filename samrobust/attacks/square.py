@@ -22,6 +22,7 @@ import numpy as np
 from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
 from samrobust.attacks.calls import Call, attack_of, check_losses, check_set
+from samrobust.attacks.losses import margin
 from samrobust.attacks.numbers import real, whole
 from samrobust.attacks.per_example import (
     BestSoFar,
@@ -33,7 +34,6 @@ from samrobust.attacks.per_example import (
     select,
 )
 from samrobust.checks import check
-from samrobust.objectives import margin
 from samrobust.types import Array, Attack, LogitsFn, LossFn
 
 __all__ = ["L2Moves", "LinfMoves", "pulse", "pulses", "square", "window_sizes"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from samrobust.runtime import trusted_cache_folder
+from samrobust.system.runtime import trusted_cache_folder
 
 __all__ = ["Arrays", "cached_arrays", "default_cache_dir"]
 

@@ -35,7 +35,7 @@ from samrobust.data.splits import (
     Split,
     from_arrays,
 )
-from samrobust.resolve import failure_of, is_reference, resolve
+from samrobust.system.resolve import failure_of, is_reference, resolve
 
 __all__ = ["DATASETS", "Entry", "dataset_facts", "load_dataset"]
 

@@ -18,7 +18,7 @@ from samrobust.checks import shorten
 from samrobust.data.cache import Arrays, cached_arrays, default_cache_dir
 from samrobust.data.own import read_image
 from samrobust.data.splits import DatasetUnavailableError
-from samrobust.files import glance
+from samrobust.system.files import glance
 
 __all__ = [
     "describe_folder",

@@ -30,7 +30,7 @@ from samrobust.evaluation.measure import (
     make_measure,
     of_name,
 )
-from samrobust.parallel import is_primary
+from samrobust.system.distributed import is_primary
 from samrobust.types import Array, Attack, PyTree
 
 __all__ = [

@@ -23,9 +23,9 @@ from flax import linen as nn
 from samrobust.attacks import ATTACKS_VERSION
 from samrobust.data import Split, fingerprint
 from samrobust.evaluation.examples import ExamplesFile
-from samrobust.files import set_aside, write_bytes
-from samrobust.parallel import from_primary, is_primary
-from samrobust.provenance import random_bits
+from samrobust.system.distributed import from_primary, is_primary
+from samrobust.system.files import set_aside, write_bytes
+from samrobust.system.provenance import random_bits
 from samrobust.types import Array, PyTree
 
 __all__ = ["MISCLASSIFIED", "STANDING", "Fates", "FatesFile", "Place", "identify"]

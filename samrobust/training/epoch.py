@@ -16,8 +16,8 @@ from jax.stages import Lowered
 
 from samrobust.checks import check
 from samrobust.data import Split, epoch_permutation, random_crop_and_flip, take_batch
-from samrobust.parallel import replicate, replicated, shard_batch
-from samrobust.runtime import compiler_options
+from samrobust.system.distributed import replicate, replicated, shard_batch
+from samrobust.system.runtime import compiler_options
 from samrobust.training.state import TrainState
 from samrobust.training.step import TrainStep
 from samrobust.types import Array

@@ -17,7 +17,7 @@ import optax
 
 from samrobust.checks import LARGEST_COUNT, check
 from samrobust.data import Split
-from samrobust.parallel import data_mesh, replicated
+from samrobust.system.distributed import data_mesh, replicated
 from samrobust.training.epoch import (
     Carry,
     EpochPlan,

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
-from samrobust.files import MetricsLog
-from samrobust.parallel import from_primary, is_primary
+from samrobust.system.distributed import from_primary, is_primary
+from samrobust.system.files import MetricsLog
 from samrobust.training.checkpoint import CheckpointError, Checkpoints
 from samrobust.training.epoch import Carry, Totals
 from samrobust.training.restoring import read_and_spread
@@ -35,7 +35,7 @@ class TrainingDivergedError(RuntimeError):
 
 
 class RunIdentity(Protocol):
-    """Tells whose checkpoints they are; `samrobust.identity.Identity` is one."""
+    """Tells whose checkpoints they are; see `samrobust.experiments.identity`."""
 
     def refuse(self, stored: Any) -> str:
         """Says why what a checkpoint holds of its run is not this run; empty if not."""

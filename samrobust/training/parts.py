@@ -11,8 +11,8 @@ is an optax transformation, see `samrobust.sharpness`.
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeAlias
 
+from samrobust.attacks.losses import cross_entropy
 from samrobust.checks import check
-from samrobust.objectives import cross_entropy
 from samrobust.types import Array, Attack, LogitsFn, LossFn, PyTree
 
 __all__ = [

@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from samrobust.checks import check
-from samrobust.parallel import map_groups
+from samrobust.system.distributed import map_groups
 from samrobust.training.parts import Objective
 from samrobust.types import Array, PyTree
 

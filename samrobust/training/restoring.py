@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from samrobust.parallel import broadcast, from_primary
+from samrobust.system.distributed import broadcast, from_primary
 from samrobust.training.checkpoint import Checkpoints, Restored
 from samrobust.types import PyTree
 

@@ -18,8 +18,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from samrobust.attacks import identity
+from samrobust.attacks.losses import cross_entropy
 from samrobust.checks import check, check_choice
-from samrobust.objectives import cross_entropy
 from samrobust.sharpness import last_aux, last_metrics
 from samrobust.training.parts import (
     VIEWS,
@@ -100,8 +100,8 @@ def make_train_step(
       group_size: examples in a group with an ascent direction of its own, m of
         m-sharpness: both passes then run over each group apart, BatchNorm included,
         and `tx` begins with a `sam(..., grouped=True)`. 0: the whole batch, no groups.
-      mesh: of `samrobust.parallel.data_mesh`, over which the groups are spread; None:
-        one device. Of no account without groups.
+      mesh: of `samrobust.system.distributed.data_mesh`, over which the groups are
+        spread; None: one device. Of no account without groups.
 
     Returns:
       `init(key, images) -> state` and `train_step(state, images, labels, key) ->

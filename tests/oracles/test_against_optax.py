@@ -11,7 +11,7 @@ import optax
 import pytest
 from optax import contrib
 
-from samrobust.objectives import cross_entropy
+from samrobust.attacks.losses import cross_entropy
 from samrobust.sharpness import sam
 
 NUM_STEPS = 5

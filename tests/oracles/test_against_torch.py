@@ -16,12 +16,12 @@ import optax
 import pytest
 from scipy import stats
 
-from samrobust import building, entries, methods
 from samrobust.attacks import identity, l2, linf, pgd
-from samrobust.components import make_optimizer
-from samrobust.configuration import base_config, finish
+from samrobust.attacks.losses import cross_entropy
+from samrobust.experiments import building, entries, methods
+from samrobust.experiments.components import make_optimizer
+from samrobust.experiments.configuration import base_config, finish
 from samrobust.models import PreActResNet
-from samrobust.objectives import cross_entropy
 from samrobust.training import TrainState, as_adversary, make_train_step
 
 torch = pytest.importorskip("torch")

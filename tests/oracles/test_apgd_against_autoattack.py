@@ -15,8 +15,8 @@ import pytest
 
 from samrobust.attacks import apgd, apgd_targeted, cross_entropy, dlr, l2, linf
 from samrobust.attacks.apgd import ApgdRun, windows
+from samrobust.attacks.losses import targeted_dlr
 from samrobust.data.digits import load_digits
-from samrobust.objectives import targeted_dlr
 
 torch = pytest.importorskip("torch")
 autopgd = pytest.importorskip("pyautoattack.autopgd_base")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from samrobust.attacks import linf, pgd
-from samrobust.interchange import as_torch, from_torch
-from samrobust.objectives import cross_entropy
+from samrobust.attacks.losses import cross_entropy
+from samrobust.models.torch import as_torch, from_torch
 
 torch = pytest.importorskip("torch")
 twin = pytest.importorskip("torch_twin")

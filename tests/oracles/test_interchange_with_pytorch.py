@@ -11,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from samrobust import configuration
-from samrobust.interchange import (
+from samrobust.experiments import configuration
+from samrobust.experiments.networks import load_network, save_variables
+from samrobust.models import PreActResNet
+from samrobust.models.torch import (
     Weights,
     from_tensors,
     infer_architecture,
@@ -20,8 +22,6 @@ from samrobust.interchange import (
     to_tensors,
     write_pytorch,
 )
-from samrobust.models import PreActResNet
-from samrobust.networks import load_network, save_variables
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")

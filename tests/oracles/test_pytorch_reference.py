@@ -7,7 +7,6 @@ what it is there for. The steps are held to the oracle in `torch_twin`.
 import dataclasses
 import functools
 import json
-import pathlib
 import subprocess
 import sys
 from typing import Any
@@ -18,18 +17,16 @@ import numpy as np
 import optax
 import pytest
 
-import samrobust
+from samrobust.attacks.losses import cross_entropy
 from samrobust.models import PreActResNet
-from samrobust.objectives import cross_entropy
 from samrobust.training import make_train_step
 
 torch = pytest.importorskip("torch")
 twin = pytest.importorskip("torch_twin")
-benchmark = pytest.importorskip("pytorch_reference")
-spec_module = pytest.importorskip("torch_spec")
-steps = pytest.importorskip("torch_steps")
+benchmark = pytest.importorskip("samrobust.studies.bench.twin.reference")
+spec_module = pytest.importorskip("samrobust.studies.bench.twin.spec")
+steps = pytest.importorskip("samrobust.studies.bench.twin.steps")
 
-SCRIPT = pathlib.Path(samrobust.__file__).parents[1] / "benchmarks/pytorch_reference.py"
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 SGD = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 SPEC = {
@@ -112,7 +109,7 @@ def parity_file(arrays, tmp_path_factory):
 
 def run_script(parity_file, **changes):
     flags = [f"--spec={json.dumps(SPEC | changes)}", f"--parity={parity_file}"]
-    command = [sys.executable, str(SCRIPT), *flags]
+    command = [sys.executable, "-m", benchmark.__name__, *flags]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

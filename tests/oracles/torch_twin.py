@@ -4,7 +4,7 @@ Written from the facts about the paper's PyTorch code (weizeming/SAM_AT), withou
 samrobust and without JAX: images are [B, C, H, W] in [0, 1], radii in pixel units.
 Attacks start where they are told to, so that no random numbers have to agree. The
 network and the way of its weights to and from Flax are those of
-`benchmarks/torch_network.py`.
+`samrobust/studies/bench/twin/network.py`.
 
 Out of scope: data, schedules, speed.
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own custom
 from torch import Tensor, nn
 
-from torch_network import PreActResNet, from_jax, to_jax
+from samrobust.studies.bench.twin.network import PreActResNet, from_jax, to_jax
 
 __all__ = [
     "PreActResNet",

@@ -8,6 +8,7 @@ from typing import Any
 
 from samrobust import attacks
 from samrobust.attacks import Ball, l2, linf
+from samrobust.attacks.losses import LOSSES
 from samrobust.checks import (
     check,
     check_choice,
@@ -17,7 +18,6 @@ from samrobust.checks import (
     one_of,
     switch,
 )
-from samrobust.objectives import LOSSES
 from samrobust.training.parts import Adversary, as_adversary
 from samrobust.types import Entry, Field
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from samrobust import attacks
 from samrobust.attacks import Ball, draws
+from samrobust.attacks.losses import cross_entropy
 from samrobust.checks import check_real
-from samrobust.objectives import cross_entropy
 from samrobust.training.adversaries.at import (
     PGD_FIELDS,
     attack_passes,

@@ -1,0 +1,40 @@
+"""Signs of gradient masking: whether a robust accuracy can be believed.
+
+    balls = {"linf 8/255": linf(8 / 255)}
+    findings = run_sanity(model, variables, split, balls, key=key)
+    console.print(to_rich(findings))
+
+docs/sanity.md explains what each check looks for, and its threshold.
+"""
+
+from samrobust.evaluation.diagnostics.checks import run_sanity
+from samrobust.evaluation.diagnostics.finding import (
+    PASSED,
+    UNDECIDED,
+    WARNING,
+    Finding,
+    allowance,
+)
+from samrobust.evaluation.diagnostics.look import Effort, Surrogate, some_of
+from samrobust.evaluation.diagnostics.report import (
+    to_json,
+    to_markdown,
+    to_rich,
+    write_report,
+)
+
+__all__ = [
+    "PASSED",
+    "UNDECIDED",
+    "WARNING",
+    "Effort",
+    "Finding",
+    "Surrogate",
+    "allowance",
+    "run_sanity",
+    "some_of",
+    "to_json",
+    "to_markdown",
+    "to_rich",
+    "write_report",
+]

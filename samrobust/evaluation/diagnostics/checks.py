@@ -1,0 +1,234 @@
+"""The sanity checks, one after the other, on a trained network.
+
+    balls = {"linf 8/255": linf(8 / 255)}
+    findings = run_sanity(model, variables, split, balls, key=key)
+
+Gradient masking is a network without useful gradients, not one that is robust;
+docs/sanity.md explains every check. Out of scope: robust accuracy itself, for which
+these images are too few.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from samrobust import attacks
+from samrobust.attacks import Ball
+from samrobust.checks import check
+from samrobust.data import Split
+from samrobust.evaluation import check_finite
+from samrobust.evaluation.diagnostics import verdicts
+from samrobust.evaluation.diagnostics.finding import Finding
+from samrobust.evaluation.diagnostics.look import Effort, Look, Surrogate, some_of
+from samrobust.evaluation.diagnostics.measures import (
+    Craft,
+    count_products,
+    float32_copy,
+    measure_crafts,
+    measure_gradients,
+    measure_logits,
+    measure_steps,
+    rescaled_cross_entropy,
+)
+from samrobust.types import Array, Attack, LossFn, PyTree
+
+__all__ = ["run_sanity"]
+
+
+def run_sanity(
+    model: nn.Module,
+    variables: PyTree,
+    split: Split,
+    balls: Mapping[str, Ball],
+    *,
+    transfer: Mapping[str, Surrogate] | None = None,
+    num_examples: int = 256,
+    batch_size: int = 256,
+    effort: Effort | None = None,
+    key: Array,
+    on_batch: Callable[[int, int], None] = lambda *_: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Finding]:
+    """Looks for signs that a network's robustness is an illusion.
+
+    Args:
+      model: `apply(variables, images, train=False)` gives logits [B, K], K >= 2. That
+        it draws random numbers (`make_rng`) is one of the defects; it is attacked
+        under one draw.
+      variables: of the model.
+      split: images to look at; `some_of(split, num_examples)` are taken.
+      balls: by name, as in `linf 8/255`; best the largest ball of each norm that robust
+        accuracy is stated for.
+      transfer: other networks on the same images, by name, not empty.
+      num_examples: images to look at, >= 1. With fewer than 100 little is resolved.
+      batch_size: over all devices; at most the number of images is used.
+      effort: see there.
+      key: consumed.
+      on_batch: called as `on_batch(done, total)`, in images times measurements.
+      should_stop: asked after every batch.
+
+    Returns:
+      The findings: those on the network, then those on each ball.
+
+    Raises:
+      ValueError: for arguments outside their range, a ball of radius 0 among them.
+      InterruptedRunError: after `should_stop`.
+    """
+    check(num_examples >= 1, "num_examples >= 1", num_examples=num_examples)
+    check(len(split) >= 1, "a split with examples", num_examples=len(split))
+    for name, ball in balls.items():
+        holds = 0 < float(ball.radius) < math.inf
+        check(holds, "balls of radius > 0", ball=name, radius=ball.radius)
+    transfer = dict(transfer or {})
+    check("" not in transfer, "names for the networks of transfer", names=[*transfer])
+    # How often `_on_network` and `_on_ball` measure, for an honest progress bar.
+    has_copy = float32_copy(model) is not None
+    num_measures = 3 + (6 + bool(transfer) + 2 * has_copy) * len(balls)
+    look = Look(
+        model,
+        variables,
+        transfer,
+        some_of(split, num_examples),
+        effort or Effort(),
+        batch_size,
+        num_measures,
+        key,
+        on_batch,
+        should_stop,
+    )
+    findings = _on_network(look)
+    for name, ball in balls.items():
+        findings += [dataclasses.replace(f, ball=name) for f in _on_ball(look, ball)]
+    return findings
+
+
+def _on_network(look: Look) -> list[Finding]:
+    """Judges whether there are gradients to follow, and whether two passes agree.
+
+    Raises:
+      ValueError: if the logits are not finite: there is nothing to check.
+    """
+    first, second = (look.measure(measure_logits(look.model)) for _ in range(2))
+    check_finite(int(np.sum(~first["finite"])), len(first["finite"]))
+    gradients = look.measure(measure_gradients(look.model))
+    names = ("correct", "zero", "zero_margin", "saturated")
+    return [
+        verdicts.judge_gradients(*(gradients[name] for name in names)),
+        verdicts.judge_randomness(first["logits"], second["logits"]),
+    ]
+
+
+def _on_ball(look: Look, ball: Ball) -> list[Finding]:
+    """Runs all checks on the attack within one ball."""
+    images = look.measure(measure_logits(look.model))
+    pgd = _pgd(look, ball)
+    effort, logits = look.effort, images["logits"]
+    # The ascent on this loss does not change with a factor of the logits.
+    scale_free = attacks.dlr if logits.shape[-1] >= 3 else attacks.margin
+    crafts = {
+        "apgd": attacks.apgd(ball, num_steps=effort.apgd_steps),
+        "apgd dlr": attacks.apgd(ball, loss=scale_free, num_steps=effort.apgd_steps),
+        "pgd": pgd,
+        "rescaled": _pgd(look, ball, rescaled_cross_entropy),
+        "noise": attacks.noise(ball, num_draws=effort.draws),
+        "natural": attacks.identity,
+    }
+    outcome = _attacked(look, crafts)
+    white_box = outcome["apgd"] & outcome["apgd dlr"]
+    white_margin = np.maximum(outcome["apgd margin"], outcome["apgd dlr margin"])
+    square = attacks.square(ball, num_queries=effort.queries)
+    square = _attacked(look, {"square": square})["square"]
+    return [
+        _steps(look, ball),
+        _restarts(look, ball),
+        _radii(look, ball),
+        verdicts.judge_square(white_box, square, effort.queries),
+        _transfer(look, ball, white_box),
+        verdicts.judge_logit_scale(
+            outcome["pgd"], outcome["rescaled"], outcome["natural margin"]
+        ),
+        _precision(look, logits, outcome["pgd"], pgd),
+        verdicts.judge_noise(
+            white_box,
+            outcome["noise"],
+            (white_margin, outcome["noise margin"]),
+            effort.draws,
+        ),
+        verdicts.judge_finite({name: outcome[f"{name} finite"] for name in crafts}),
+    ]
+
+
+def _pgd(look: Look, ball: Ball, loss: LossFn = attacks.cross_entropy) -> Attack:
+    return attacks.pgd(
+        ball,
+        step_size=ball.radius / 4,
+        num_steps=look.effort.restart_steps,
+        loss=loss,
+        judge="any",
+    )
+
+
+def _attacked(look: Look, by_name: dict[str, Attack]) -> dict[str, np.ndarray]:
+    """Measures the network on images of its own making."""
+    return _crafted(look, {n: Craft(a, look.model) for n, a in by_name.items()}, {})
+
+
+def _crafted(
+    look: Look, crafts: dict[str, Craft], others: dict[str, PyTree]
+) -> dict[str, np.ndarray]:
+    variables = {"": look.variables, **others}
+    return look.measure(measure_crafts(look.model, crafts), variables)
+
+
+def _steps(look: Look, ball: Ball) -> Finding:
+    stages = look.effort.steps
+    found = look.measure(measure_steps(look.model, ball, stages, 1))
+    return verdicts.judge_steps(stages, found["standing"][:, 0], found["margin"][:, 0])
+
+
+def _restarts(look: Look, ball: Ball) -> Finding:
+    numbers, steps = look.effort.restarts, (look.effort.restart_steps,)
+    outcome = look.measure(measure_steps(look.model, ball, steps, numbers[-1]))
+    after_each = np.logical_and.accumulate(outcome["standing"][:, :, 0], axis=1)
+    return verdicts.judge_restarts(numbers, after_each[:, np.array(numbers) - 1])
+
+
+def _radii(look: Look, ball: Ball) -> Finding:
+    """Tries radii up to where the ball around any image of the box is the whole box."""
+    is_linf = math.isinf(ball.order)
+    whole = 1.0 if is_linf else math.sqrt(math.prod(look.split.images.shape[1:]))
+    start = min(float(ball.radius), whole / 2)
+    radii = [float(r) for r in np.geomspace(start, whole, look.effort.radii)]
+    make = attacks.linf if is_linf else attacks.l2
+    steps = look.effort.restart_steps
+    grid = {f"{r}": attacks.apgd(make(r), num_steps=steps) for r in radii}
+    outcome = _attacked(look, grid)
+    return verdicts.judge_radii({255 * r: outcome[f"{r}"] for r in radii})
+
+
+def _transfer(look: Look, ball: Ball, white_box: np.ndarray) -> Finding:
+    if not look.transfer:
+        return verdicts.judge_transfer(white_box, {})
+    attack = attacks.apgd(ball, num_steps=look.effort.apgd_steps)
+    crafts = {n: Craft(attack, other.model, n) for n, other in look.transfer.items()}
+    others = {name: other.variables for name, other in look.transfer.items()}
+    outcome = _crafted(look, crafts, others)
+    return verdicts.judge_transfer(white_box, {name: outcome[name] for name in crafts})
+
+
+def _precision(look: Look, logits: np.ndarray, own: np.ndarray, pgd: Attack) -> Finding:
+    dtype = str(jnp.dtype(getattr(look.model, "dtype", None) or jnp.float32))
+    shape = look.split.images.shape[1:]
+    products = count_products(look.model, look.variables, shape)
+    copy = float32_copy(look.model)
+    if copy is None:
+        return verdicts.judge_products(dtype, products)
+    exact_logits = look.measure(measure_logits(copy))["logits"]
+    exact = _crafted(look, {"exact": Craft(pgd, copy)}, {})["exact"]
+    return verdicts.judge_precision(
+        dtype, products, (logits, exact_logits), (own, exact)
+    )

@@ -1,0 +1,218 @@
+"""From a config's fields to the objects they describe.
+
+The one place where the parts of an experiment are put together: data, network, method,
+schedule, attacks. Out of scope: validation, see `samrobust.experiments.validation`.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samrobust import attacks
+from samrobust.attacks.losses import LOSSES
+from samrobust.checks import check
+from samrobust.data import Dataset, DatasetFacts, dataset_facts, load_dataset
+from samrobust.experiments import entries, methods, rows
+from samrobust.experiments.components import make_model, make_optimizer
+from samrobust.system.distributed import data_mesh
+from samrobust.training import Method, make_train_step
+from samrobust.training.adversaries.at import make_ball
+from samrobust.training.epoch import EpochPlan
+from samrobust.training.epoch import make_plan as cut_epoch
+from samrobust.training.fit import check_total_steps
+from samrobust.types import Attack, Config
+
+__all__ = [
+    "autoattacks",
+    "evaluation_attacks",
+    "learning_rate_schedule",
+    "load_data",
+    "load_facts",
+    "make_method",
+    "make_model",
+    "make_plan",
+    "staged_attacks",
+    "validation_attacks",
+]
+
+
+def load_data(config: Config) -> Dataset:
+    """Returns the data set of `config.data`."""
+    fields = ("data_dir", "manual_dir", "validation_size", "train_size", "test_size")
+    options = {name: config.data[name] for name in (*fields, "split_seed")}
+    return load_dataset(config.data.name, **options)
+
+
+def load_facts(config: Config) -> DatasetFacts:
+    """Returns what is known of the data set of `config.data` without its images."""
+    return dataset_facts(config.data.name, data_dir=config.data.data_dir)
+
+
+def make_plan(config: Config, num_examples: int) -> EpochPlan:
+    """Returns how an epoch is cut into batches and calls.
+
+    Raises:
+      ValueError: if there is not one batch, or the devices do not divide a full one, or
+        the groups of m-sharpness or BatchNorm the incomplete last one.
+    """
+    training = config.training
+    with entries.renamed({"batch_size": "training.batch_size"}):
+        plan = cut_epoch(
+            num_examples,
+            training.batch_size,
+            steps_per_call=training.steps_per_call,
+            drop_remainder=training.drop_remainder,
+        )
+    field, size = methods.group_field(config)
+    groups = {field: size, "model.batch_norm_group": config.model.batch_norm_group}
+    for field, size in groups.items():
+        check(
+            size in (0, training.batch_size) or plan.remainder % size == 0,
+            f"the last batch of an epoch, {plan.remainder} of {num_examples} examples, "
+            f"divisible by {field}",
+            "Set training.drop_remainder, or choose a size that divides it.",
+            **{field: size},
+        )
+    return plan
+
+
+def make_method(
+    config: Config, dataset: Dataset | DatasetFacts, steps_per_epoch: int
+) -> Method:
+    """Builds the training method of a config's row; computes nothing yet.
+
+    Args:
+      config: validated.
+      dataset: that of `config.data`; its shapes and facts alone count.
+      steps_per_epoch: for the schedules.
+    """
+    model = make_model(config, dataset)
+    training = config.training
+    images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, images)
+    composition = methods.build(
+        config,
+        entries.Given(
+            aux=variables.get("batch_stats", {}),
+            grouped=methods.group_size(config) > 0,
+            # Decay that SGD couples; AdamW's is none of the gradient's.
+            weight_decay=training.weight_decay if training.optimizer == "sgd" else 0.0,
+            num_classes=dataset.num_classes,
+            total_steps=training.epochs * steps_per_epoch,
+            steps_per_epoch=steps_per_epoch,
+        ),
+    )
+    tx = optax.chain(
+        composition.sharpness or optax.identity(),
+        *make_optimizer(config, learning_rate_schedule(config, steps_per_epoch)),
+    )
+    parts = {
+        "adversary": composition.adversary,
+        "objective": composition.objective,
+        "averaging": composition.averaging,
+    }
+    return make_train_step(
+        model,
+        tx,
+        **{name: part for name, part in parts.items() if part is not None},
+        batch_stats=composition.batch_stats,
+        group_size=composition.group_size,
+        mesh=data_mesh(),
+    )
+
+
+def evaluation_attacks(config: Config) -> dict[str, Attack]:
+    """Returns the attacks of the table's columns: `natural`, `linf 1/255`, ..."""
+    columns: dict[str, Attack] = {"natural": attacks.identity}
+    for name, (ball, options) in _evaluation_columns(config).items():
+        columns[name] = attacks.pgd(ball, judge=config.evaluation.judge, **options)
+    return columns
+
+
+def staged_attacks(config: Config) -> dict[str, attacks.StagedPgd]:
+    """Returns the same columns in stages, for an evaluation that stops early."""
+    return {
+        name: attacks.staged_pgd(ball, **options)
+        for name, (ball, options) in _evaluation_columns(config).items()
+    }
+
+
+def autoattacks(config: Config) -> dict[str, attacks.AutoAttack]:
+    """Returns AutoAttack for every column; it has its own `gradient_floor`."""
+    evaluation = config.evaluation
+    return {
+        name: attacks.autoattack(
+            ball, version=evaluation.version, members=tuple(evaluation.members)
+        )
+        for name, (ball, _) in _evaluation_columns(config).items()
+    }
+
+
+def _evaluation_columns(config: Config) -> dict[str, tuple[attacks.Ball, dict]]:
+    """Returns ball and options of every column under attack, by its name, in order."""
+    evaluation = config.evaluation
+    return {
+        f"{norm} {radius:g}/255": _pgd_options(
+            evaluation, norm, radius, radius * evaluation[relative]
+        )
+        for norm, relative in (("linf", "linf_step"), ("l2", "l2_step"))
+        for radius in evaluation[norm]
+    }
+
+
+def _pgd_options(
+    section: Any, norm: str, epsilon: float, step_size: float
+) -> tuple[attacks.Ball, dict[str, Any]]:
+    """Returns PGD's arguments, of a radius and a step size in 1/255."""
+    return make_ball(norm, epsilon, section["gradient_floor"]), {
+        "step_size": step_size / 255,
+        "num_steps": section["num_steps"],
+        "random_start": section["random_start"],
+        "restarts": section["restarts"],
+        "loss": LOSSES[section["loss"]],
+    }
+
+
+def validation_attacks(config: Config) -> dict[str, Attack]:
+    """Returns how a state is judged on held-out images: as its own row means to be.
+
+    `natural`; with an attack in training also `robust`, PGD under the same ball, step
+    size and number of steps.
+    """
+    columns: dict[str, Attack] = {"natural": attacks.identity}
+    for part in rows.parse_row(config.row).parts:
+        values = methods.values_of(config, part.name)
+        if {"norm", "epsilon", "step_size", "num_steps"} <= values.keys():
+            own = {"random_start": True, "restarts": 1, "loss": "cross_entropy"}
+            ball, options = _pgd_options(
+                own | values, values["norm"], values["epsilon"], values["step_size"]
+            )
+            judge = values.get("judge", "final")
+            columns["robust"] = attacks.pgd(ball, judge=judge, **options)
+    return columns
+
+
+def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the step.
+
+    Raises:
+      ValueError: for more steps than an int32 counts, as optimizers do.
+    """
+    training = config.training
+    total_steps = training.epochs * steps_per_epoch
+    with entries.renamed({"epochs": "training.epochs"}):
+        check_total_steps(training.epochs, steps_per_epoch)
+    if training.schedule == "cosine":
+        return optax.cosine_decay_schedule(training.learning_rate, total_steps)
+    boundaries = {}
+    for milestone in training.milestones:
+        # The first epoch that is no longer `epoch < milestone * epochs`. Rounded, as
+        # 0.55 * 100 is a little more than 55 in binary.
+        epoch = math.ceil(round(milestone * training.epochs, 6))
+        step = epoch * steps_per_epoch
+        boundaries[step] = boundaries.get(step, 1.0) * training.decay_factor
+    return optax.piecewise_constant_schedule(training.learning_rate, boundaries)

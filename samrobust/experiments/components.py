@@ -1,0 +1,171 @@
+"""Networks and optimizers by their names in configs.
+
+A name is one of the registries', or `package.module:name`, somebody's own. A network's
+constructor gets what the data set and the config's common fields say, as far as it has
+parameters of these names; its other parameters are fields of `config.model`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from samrobust.checks import check
+from samrobust.data import Dataset, DatasetFacts
+from samrobust.experiments.entries import field_of_default, own_parameters, renamed
+from samrobust.models import MODELS
+from samrobust.system.resolve import is_reference, resolve
+from samrobust.types import Config, Field
+
+__all__ = [
+    "OPTIMIZERS",
+    "check_model",
+    "make_model",
+    "make_optimizer",
+    "model_fields",
+    "takes",
+]
+
+# Given to a network's constructor where it has such a parameter.
+_OF_THE_DATA = ("num_classes", "mean", "std")
+_COMMON = ("dtype", "batch_norm_group")
+_NO_FIELDS = (*_OF_THE_DATA, *_COMMON, "parent", "name")  # the last two are Flax's
+
+
+@functools.cache
+def _find(name: str, what: str) -> Callable[..., Any]:
+    registry: Mapping[str, Callable[..., Any]]
+    registry = MODELS if what == "model" else OPTIMIZERS
+    field = {"model": "model.name", "optimizer": "training.optimizer"}[what]
+    known = ", ".join(registry)
+    check(
+        name in registry or is_reference(name),
+        f"{field} in {{{known}}} or package.module:name",
+        **{field: name},
+    )
+    found = registry[name] if name in registry else resolve(name, f"the {what}")
+    check(callable(found), f"the {what}'s constructor", **{field: name})
+    return found
+
+
+@functools.cache
+def model_fields(name: str) -> Mapping[str, Field]:
+    """Returns the fields of `config.model` that a network of this name has.
+
+    Raises:
+      ValueError: if there is no such network.
+    """
+    make = _find(name, "model")
+    return {
+        key: field_of_default(parameter.default, parameter.annotation)
+        for key, parameter in own_parameters(make, _NO_FIELDS).items()
+    }
+
+
+def takes(name: str, parameter: str) -> bool:
+    """Returns whether a network's constructor has a parameter, such as `mean`."""
+    return parameter in inspect.signature(_find(name, "model")).parameters
+
+
+def make_model(config: Config, dataset: Dataset | DatasetFacts) -> nn.Module:
+    """Builds the network of `config.model`.
+
+    It normalizes pixels by the config's mean and std, or by the data's.
+
+    Raises:
+      ValueError: for a value that the constructor refuses, with the field's name, or a
+        field that the network has no parameter for.
+    """
+    section, name = config.model, config.model.name
+    make = _find(name, "model")
+    offs = {"mean": None, "std": None, "dtype": "float32", "batch_norm_group": 0}
+    for field, off in offs.items():
+        check(
+            takes(name, field) or section[field] == off,
+            f"no model.{field} with the network {name}",
+            **{f"model.{field}": section[field]},
+        )
+    group = section.batch_norm_group
+    given = {
+        "num_classes": dataset.num_classes,
+        "mean": tuple(section.mean or dataset.mean),
+        "std": tuple(section.std or dataset.std),
+        "dtype": jnp.dtype(section.dtype),
+        # A group that is the batch: 0, for an incomplete last one too.
+        "batch_norm_group": 0 if group == config.training.batch_size else group,
+    }
+    fields = {key: _as_tuple(section[key]) for key in model_fields(name)}
+    names = {key: f"model.{key}" for key in (*fields, *_OF_THE_DATA, *_COMMON)}
+    with renamed(names, name):
+        made = make(**fields, **{k: v for k, v in given.items() if takes(name, k)})
+    shown = type(made).__name__
+    check(isinstance(made, nn.Module), f"{name} to build a Linen module", built=shown)
+    return made
+
+
+def check_model(config: Config) -> None:
+    """Builds the network and the optimizer of a config, for whatever data.
+
+    Raises:
+      ValueError: as `make_model` and `make_optimizer`.
+    """
+    facts = DatasetFacts(10, (32, 32, 3), (0.0,), (1.0,), 1, 1)
+    make_model(config, facts)
+    make_optimizer(config, optax.constant_schedule(0.1))
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _sgd(
+    learning_rate: optax.Schedule, momentum: float, weight_decay: float
+) -> Sequence[optax.GradientTransformation]:
+    """Returns SGD with momentum after coupled weight decay."""
+    return (
+        optax.add_decayed_weights(weight_decay),
+        optax.sgd(learning_rate, momentum=momentum or None),
+    )
+
+
+def _adamw(
+    learning_rate: optax.Schedule, momentum: float, weight_decay: float
+) -> Sequence[optax.GradientTransformation]:
+    """Returns AdamW, of which `momentum` is b1 and weight decay is decoupled."""
+    return (optax.adamw(learning_rate, b1=momentum, weight_decay=weight_decay),)
+
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {"sgd": _sgd, "adamw": _adamw}
+
+
+def make_optimizer(
+    config: Config, learning_rate: optax.Schedule
+) -> Sequence[optax.GradientTransformation]:
+    """Builds the optimizer of `config.training`, without sharpness: a chain's links.
+
+    Somebody's own is called with `learning_rate`, a schedule, and with `momentum` and
+    `weight_decay` where it has such parameters; it returns an optax transformation.
+
+    Raises:
+      ValueError: if there is none of the name, or it builds something else.
+    """
+    training = config.training
+    make = _find(training.optimizer, "optimizer")
+    parameters = inspect.signature(make).parameters
+    given = {"momentum": training.momentum, "weight_decay": training.weight_decay}
+    names = {key: f"training.{key}" for key in given}
+    with renamed(names, training.optimizer):
+        made = make(learning_rate, **{k: given[k] for k in given if k in parameters})
+    is_chain = type(made) in (tuple, list)
+    links = tuple(made) if is_chain else (made,)
+    for link in links:
+        check(
+            isinstance(link, optax.GradientTransformation),
+            f"training.optimizer={training.optimizer} to build an optax transformation",
+            built=type(link).__name__,
+        )
+    return links

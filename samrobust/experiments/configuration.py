@@ -1,0 +1,373 @@
+"""Experiment configs: loading, overriding, and what they may say.
+
+A config file defines `get_config(row)`, which returns a locked `ConfigDict`, and
+`ROWS`, the rows of its table in order. `configs/base.py` describes every field but
+those of methods and networks, which are the parameters of their constructors;
+`samrobust.experiments.methods` the names of rows. Radii in configs are in 1/255 units.
+Everything a run could stumble over later is refused here, before any work starts.
+"""
+
+import ast
+import contextlib
+import difflib
+import json
+import os
+import pathlib
+import traceback
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import util
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_dict, config_flags
+
+from samrobust.checks import check, shorten
+from samrobust.experiments import entries, methods, rows
+from samrobust.experiments.components import model_fields
+from samrobust.experiments.rows import parse_row
+from samrobust.experiments.validation import fields_of, validate
+from samrobust.types import Config, Field
+
+__all__ = [
+    "base_config",
+    "differences",
+    "find_config_file",
+    "finish",
+    "load_config",
+    "load_rows",
+    "parse_row",
+    "with_defaults",
+]
+
+
+def finish(config: Config, row: str) -> Config:
+    """Writes a row into an unlocked config and locks it; the end of `get_config`.
+
+    Every method has a section, those of one's own in rows that have them. A `step_size`
+    refers to the section's `epsilon` and `relative_step_size`, and follows when these
+    are changed later.
+    """
+    parsed = parse_row(row)
+    _check_sections(parsed)
+    config.row = row
+    config.label = parsed.label
+    _complete(config)
+    for part in parsed.parts:
+        section = config[entries.section_of(part.name)]
+        for option, field in entries.options(part.name).items():
+            section[field] = part.values[option]
+    for section in methods.sections(row):
+        _link_steps(config[section])
+    return config.lock()
+
+
+def _complete(config: Config) -> None:
+    """Adds what a config lacks of the fields of its methods and its network."""
+    for section, name in methods.sections(config.row).items():
+        _add_fields(config, section, entries.section_fields(name))
+    _add_fields(config, "model", model_fields(config.model.name))
+
+
+def _check_sections(row: rows.Row) -> None:
+    """Refuses names of somebody's own parts that would share a section of a config."""
+    taken = set(base_config())
+    for part in row.parts:
+        if part.name not in entries.REGISTRY:
+            section = entries.section_of(part.name)
+            fix = f"Call it otherwise: its fields are those of config.{section}."
+            check(
+                section not in taken,
+                f"another name than {section}",
+                fix,
+                part=part.name,
+            )
+            taken.add(section)
+
+
+def _add_fields(config: Config, section: str, fields: Mapping[str, Field]) -> None:
+    """Adds the fields that a section lacks, with their defaults."""
+    if section not in config:
+        config[section] = ConfigDict()
+    for name, field in fields.items():
+        *folders, last = name.split(".")
+        holder = config[section]
+        for folder in folders:
+            if folder not in holder:
+                holder[folder] = ConfigDict()
+            holder = holder[folder]
+        if last not in holder:
+            empty = field.default is None and field.kind is not None
+            holder[last] = (
+                config_dict.placeholder(field.kind) if empty else field.default
+            )
+
+
+def _link_steps(section: Config) -> None:
+    if "relative_step_size" in section:
+        relative = section.relative_step_size.get_ref(section.norm)
+        section.step_size = section.get_ref("epsilon") * relative
+
+
+def base_config() -> Config:
+    """Returns the fields that every config begins with, unlocked.
+
+    Those of the network are added by `finish`, which knows which one it is.
+    """
+    file = next(f for folder in _shipped() if (f := folder / "base.py").is_file())
+    config = _load_module(file).get_config()
+    for section, name in methods.sections().items():
+        _add_fields(config, section, entries.section_fields(name))
+    return config
+
+
+def _shipped() -> list[pathlib.Path]:
+    """Where the package's own config files lie, in a checkout and in a wheel."""
+    package = pathlib.Path(__file__).resolve().parents[1]
+    return [package.parent / "configs", package / "_configs"]
+
+
+def with_defaults(stored: dict) -> Config:
+    """Returns a config as JSON keeps it, with the base's value for fields it lacks.
+
+    A run of an older version lacks the newest fields, and may have an older row's name.
+    """
+    defaults = json.loads(base_config().to_json_best_effort())
+    config: Config = ConfigDict(defaults, type_safe=False)
+    config.update(stored)
+    config.row = rows.modern_row(config.row)
+    _complete(config)
+    return config
+
+
+def find_config_file(path: str) -> pathlib.Path:
+    """The config file of this name: as given, or the one shipped with the package.
+
+    Raises:
+      ValueError: if there is none; names the shipped ones.
+    """
+    shipped, name = _shipped(), pathlib.Path(path)
+    known = sorted({file.stem for folder in shipped for file in folder.glob("*.py")})
+    for candidate in (name, *(folder / name.name for folder in shipped)):
+        if candidate.suffix == ".py" and os.path.isfile(candidate):
+            return candidate
+    found = ", ".join(f"configs/{stem}.py" for stem in known if stem != "base")
+    fix = f"Shipped with samrobust: {found}."
+    check(False, "an existing config file NAME.py", fix, config=path)
+    raise AssertionError
+
+
+def load_rows(path: str) -> list[str]:
+    """The rows of a config file's table, in order: its `ROWS`."""
+    file = find_config_file(path)
+    rows = getattr(_load_module(file), "ROWS", None)
+    check(
+        isinstance(rows, list | tuple) and 0 < len(rows) == len(set(map(str, rows))),
+        f"a list ROWS in {file}, its rows all different",
+        ROWS=rows,
+    )
+    return [parse_row(row).name for row in rows or ()]
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Loads, overrides and validates a config.
+
+    Args:
+      path: `FILE.py` or `FILE.py:ROW`.
+      overrides: in the form of the command line, `--config.training.epochs=2`.
+
+    Returns:
+      The locked config.
+
+    Raises:
+      ValueError: for a file, row, field or value that is not valid; names the field.
+    """
+    name, colon, row = path.partition(":")
+    config = _call_get_config(find_config_file(name), [row] if colon else [])
+    _check_overrides(overrides)
+    _check_finished(config)
+    config = _choose_model(config, overrides)
+    config = _override(config, overrides)
+    validate(config)
+    _check_fields(config)
+    _check_row(config, row if colon else config.row)
+    return config
+
+
+def _call_get_config(file: pathlib.Path, row: list[str]) -> Config:
+    """What the file's `get_config` returns, for a row or for its own choice."""
+    get_config: Any = getattr(_load_module(file), "get_config", None)
+    check(
+        callable(get_config), f"a function get_config(row) in {file}", config=get_config
+    )
+    with _blaming(file):
+        config = get_config(*row)
+    check(
+        isinstance(config, ConfigDict),
+        f"get_config of {file} to return finish(config, row)",
+        config=config,
+    )
+    return config
+
+
+@contextlib.contextmanager
+def _blaming(file: pathlib.Path) -> Iterator[None]:
+    """Turns what goes wrong in a config file into one line that says where."""
+    try:
+        yield
+    except ValueError:  # of our own checks
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+        where = f", line {lines[-1]}" if lines else ""
+        message = (
+            f"Expected a config file that can be run, got config='{file}'{where}: "
+            f"{type(error).__name__}: {shorten(str(error))}"
+        )
+        raise ValueError(message) from error
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    fix = "As on the command line: --config.training.epochs=2."
+    for item in overrides:
+        holds = item.startswith("--config.") and "=" in item
+        check(holds, "overrides --config.FIELD=VALUE", fix, override=item)
+    fields = {item.partition("=")[0].removeprefix("--config.") for item in overrides}
+    for section in methods.sections():
+        both = f"{section}.relative_step_size", f"{section}.step_size"
+        relative = [f for f in fields if f.startswith(f"{both[0]}.")]
+        check(
+            not relative or both[1] not in fields,
+            f"{both[1]} or {both[0]}, not both",
+            f"The one is the other times {section}.epsilon.",
+            overrides=list(overrides),
+        )
+
+
+def _choose_model(config: Config, overrides: Sequence[str]) -> Config:
+    """Applies an override of `model.name` first: it decides which fields there are.
+
+    What the config file says of its own network says nothing of another one.
+    """
+    chosen = [item for item in overrides if item.startswith("--config.model.name=")]
+    before = config.model.name
+    config = _override(config, chosen)
+    if config.model.name != before:
+        with config.unlocked():
+            for name in model_fields(before):
+                del config.model[name]
+            _complete(config)
+    return config
+
+
+def _override(config: Config, overrides: Sequence[str]) -> Config:
+    """Sets fields as `ml_collections` does on the command line, types checked."""
+    values = flags.FlagValues()
+    argv = ["samrobust", *overrides]
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=argv
+        )
+        values(argv)
+    except Exception as error:  # of several kinds, for values that are no literals
+        reason = str(error)
+        with contextlib.suppress(ValueError, SyntaxError):  # of a KeyError: quoted
+            reason = str(ast.literal_eval(reason))
+        reason = shorten(reason)
+        given = shorten(" ".join(overrides))
+        message = f"Expected valid fields and values, got {given}: {reason}"
+        raise ValueError(message) from error
+    return values.config
+
+
+def _check_fields(config: Config) -> None:
+    """Refuses fields that nothing reads; stored configs may have some, new ones not."""
+    known = fields_of(config)
+    for field in _flatten(config.to_dict()):
+        if field not in known and not field.startswith("paper."):
+            near = difflib.get_close_matches(field, known, 1)
+            fix = f"Did you mean {near[0]}?" if near else ""
+            check(False, "a field of configs/base.py or of a method", fix, field=field)
+
+
+def _check_finished(config: Config) -> None:
+    """Refuses what `get_config` did not end with `finish`."""
+    check(
+        isinstance(config.get("row"), str) and config.row != "",
+        "a config of a row",
+        "End get_config with `return finish(config, row)`.",
+        row=config.get("row"),
+    )
+
+
+def _check_row(config: Config, wanted: str) -> None:
+    """Refuses what would make the row's name and label untrue."""
+    fix = "End get_config with `return finish(config, row)`."
+    check(
+        config.row == wanted != "",
+        f"a config of the row {wanted!r}",
+        fix,
+        row=config.row,
+    )
+    row = parse_row(config.row)
+    label = config.label.removeprefix("Imported ")  # as `samrobust import` says
+    said: dict[str, tuple[Any, Any]] = {"label": (row.label, label)}
+    for part in row.parts:
+        section = entries.section_of(part.name)
+        for option, field in entries.options(part.name).items():
+            value = config[section][field]
+            said[f"{section}.{field}"] = (part.values[option], value)
+    for field, (named, value) in said.items():
+        check(
+            named == value,
+            f"{field}={named} as the row {config.row!r} says",
+            "Choose another row instead, as in --config=FILE.py:sam,rho=0.3.",
+            **{field: value},
+        )
+    for section, name in methods.sections(config.row).items():
+        if name in [part.name for part in row.parts]:
+            continue
+        for field in entries.options(name).values():
+            default = entries.section_fields(name)[field].default
+            value = config[section][field]
+            check(
+                value == default,
+                f"a row with {name} when {section}.{field} is set",
+                f"As in --config=FILE.py:{name},...",
+                **{f"{section}.{field}": value},
+            )
+
+
+def differences(one: dict, other: dict) -> dict[str, tuple[object, object]]:
+    """The fields in which two configs, as plain dicts, differ, by dotted names.
+
+    >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
+    {'a.b': (1, 3)}
+    """
+    flat, other_flat = _flatten(one), _flatten(other)
+    return {
+        name: (flat.get(name), other_flat.get(name))
+        for name in sorted(flat.keys() | other_flat.keys())
+        if flat.get(name) != other_flat.get(name)
+    }
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = json.loads(json.dumps(value))
+    return flat
+
+
+def _load_module(file: pathlib.Path) -> types.ModuleType:
+    spec = util.spec_from_file_location(f"samrobust_config_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    with _blaming(file):
+        spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,211 @@
+"""Entries: what the names of training methods stand for, and their config fields.
+
+A name is one of the registries', or `package.module:name`, a constructor (or an
+`Entry`) outside of this package.
+"""
+
+import contextlib
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from samrobust.checks import (
+    Rule,
+    check,
+    check_real,
+    check_whole,
+    each,
+    maybe,
+    one_of,
+    switch,
+    text,
+)
+from samrobust.sharpness import SHARPNESS
+from samrobust.system.resolve import failure_of, is_reference, resolve
+from samrobust.training.adversaries import ADVERSARIES
+from samrobust.training.averaging import AVERAGES
+from samrobust.training.objectives import OBJECTIVES
+from samrobust.types import Entry, Field
+
+__all__ = [
+    "REGISTRIES",
+    "REGISTRY",
+    "Given",
+    "added_passes",
+    "field_of_default",
+    "find",
+    "options",
+    "own_parameters",
+    "renamed",
+    "section_fields",
+    "section_of",
+    "strength_of",
+]
+
+# In the order of the parts of a row.
+REGISTRIES = (ADVERSARIES | OBJECTIVES, SHARPNESS, AVERAGES)
+REGISTRY: dict[str, str] = functools.reduce(lambda a, b: a | b, REGISTRIES)
+_PLAIN = (bool, int, float, str, tuple)  # what a field of a config can hold
+_MOST = 3e38  # finite in float32
+
+
+class Given(NamedTuple):
+    """Provided by the training; a constructor gets those that are parameters of it.
+
+    Attributes:
+      aux: the structure of BatchNorm's statistics, which leave a second pass.
+      grouped: whether groups of examples have an ascent direction of their own.
+      weight_decay: of the optimizer.
+      num_classes: of the data.
+      total_steps: of the training.
+      steps_per_epoch: of it.
+    """
+
+    aux: Any = None
+    grouped: bool = False
+    weight_decay: float = 0.0
+    num_classes: int = 10
+    total_steps: int = 1
+    steps_per_epoch: int = 1
+
+
+@functools.cache
+def find(name: str) -> Entry:
+    """Returns the entry of a name in rows.
+
+    Raises:
+      ValueError: if there is none, or it is no constructor.
+    """
+    found = resolve(name if is_reference(name) else REGISTRY[name], "a method")
+    if isinstance(found, Entry):
+        return found
+    check(callable(found), "a method's constructor", method=name)
+    return Entry(found)
+
+
+def own_parameters(
+    make: Callable[..., Any], provided: tuple[str, ...]
+) -> dict[str, inspect.Parameter]:
+    """Returns a constructor's parameters that are fields of a config.
+
+    Those that are not provided, and that can be given in a config.
+    """
+    found = {}
+    for name, parameter in inspect.signature(make).parameters.items():
+        default = parameter.default
+        plain = default is parameter.empty or isinstance(default, _PLAIN)
+        several = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if name not in provided and (plain or default is None) and not several:
+            found[name] = parameter
+    return found
+
+
+def options(name: str) -> Mapping[str, str]:
+    """Returns a part's options, in order, and the fields they are written to."""
+    entry = find(name)
+    if entry.options is not None:
+        return entry.options
+    parameters = own_parameters(entry.make, Given._fields)
+    return {n: n for n, p in parameters.items() if p.default is p.empty}
+
+
+def _is_sharpness(entry: Entry) -> bool:
+    return "aux" in inspect.signature(entry.make).parameters
+
+
+def field_of_default(default: Any, annotation: Any = None) -> Field:
+    """Returns a field by the type of its default: the constructor checks the rest.
+
+    One without a default has to be given a value.
+    """
+    if default is inspect.Parameter.empty:
+        kind = _kind_of(annotation)
+        return Field(None, _rule_of(kind), kind)
+    if default is None:
+        kind = _kind_of(annotation)
+        return Field(None, maybe(_rule_of(kind)), kind)
+    return Field(default, _rule_of(type(default)))
+
+
+def _kind_of(annotation: Any) -> type:
+    """Returns the plain type that an annotation begins with; float for any other."""
+    text = getattr(annotation, "__name__", str(annotation))
+    kinds = {kind.__name__: kind for kind in _PLAIN}
+    return kinds.get(re.split(r"\W", text, maxsplit=1)[0], float)
+
+
+def _rule_of(kind: type) -> Rule:
+    rules: dict[type, Rule] = {
+        bool: switch,
+        int: functools.partial(check_whole, -(2**31)),
+        float: functools.partial(check_real, -_MOST, _MOST),
+        str: text,
+    }
+    return rules.get(kind, each(lambda **_: None))
+
+
+def strength_of(name: str) -> str | None:
+    """Returns the field that says how far weights move: the first option, a number."""
+    parameters = inspect.signature(find(name).make).parameters
+    named = [parameters[field] for field in options(name).values()]
+    numbers = [p.name for p in named if _kind_of(p.annotation) is float]
+    return next(iter(numbers), None)
+
+
+@functools.cache
+def section_fields(name: str) -> Mapping[str, Field]:
+    """Returns the fields of a part's config section, by dotted names."""
+    entry = find(name)
+    fields = {
+        key: field_of_default(parameter.default, parameter.annotation)
+        for key, parameter in own_parameters(entry.make, Given._fields).items()
+    }
+    if _is_sharpness(entry):
+        strength = strength_of(name)
+        if strength is not None:
+            # Its value at the end of training, reached linearly; None: constant.
+            end = maybe(functools.partial(check_real, 0, 1e3))
+            fields[f"{strength}_end"] = Field(None, end, float)
+        # Which of the two passes updates BatchNorm's running statistics: first (at w),
+        # second (at w + e), or both, as in the paper's code.
+        fields["batch_stats"] = Field("both", one_of("first", "second", "both"))
+        # m of m-sharpness: every m consecutive examples of a batch have an ascent
+        # direction of their own; divides `training.batch_size`. 0: the whole batch.
+        fields["m"] = Field(0, functools.partial(check_whole, 0))
+    own = dict(entry.fields)
+    return own | {key: field for key, field in fields.items() if key not in own}
+
+
+def section_of(name: str) -> str:
+    """Returns the name of a part's config section."""
+    return find(name).section or name.rpartition(":")[2]
+
+
+@contextlib.contextmanager
+def renamed(names: Mapping[str, str], maker: str = "") -> Iterator[None]:
+    """Puts fields' full names into the messages of errors raised inside.
+
+    Args:
+      names: as they stand in messages, to what is to stand there.
+      maker: name of the constructor that runs inside; whatever goes wrong in somebody's
+        own becomes a `ValueError` of one line.
+    """
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for name, full in names.items():
+            message = re.sub(rf"(?<![\w.]){name}(?=\W|$)", full, message)
+        raise ValueError(message) from error
+    except Exception as error:
+        if not is_reference(maker):
+            raise
+        raise failure_of(maker, error) from error
+
+
+def added_passes(name: str) -> float:
+    """Returns the passes that a part adds to each one over the images."""
+    entry = find(name)
+    return entry.passes if _is_sharpness(entry) else 0.0

@@ -1,0 +1,191 @@
+"""Whose result is it? What makes a run this run and no other.
+
+Every checkpoint and result holds the identity of its run and is compared with the run
+that reads it; every number that leaves names its `hash`, beside the step of the network
+that it was measured on.
+
+Compared are the config's fields that shape a result, the data, the format of what a run
+leaves, and JAX's way to draw random numbers. The versions of libraries are part of the
+hash, but not compared: other versions round differently and are no other experiment.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from samrobust.data import Dataset, fingerprint
+from samrobust.experiments.configuration import differences, with_defaults
+from samrobust.experiments.rows import STANDARD, parse_row
+from samrobust.system.provenance import random_bits
+from samrobust.system.resolve import is_reference, sources
+from samrobust.types import Config
+
+__all__ = [
+    "FORMAT",
+    "Identity",
+    "changed_fields",
+    "identity_of",
+    "imported",
+]
+
+# To be raised when a config and a seed come to mean other numbers, beyond rounding.
+FORMAT = 1
+
+# What may change between two starts of the same run: none of it changes a result.
+_MAY_CHANGE = (
+    *("data.data_dir", "data.manual_dir", "training.steps_per_call"),
+    *("checkpoint.", "paper.", "tracking."),
+)
+_PACKAGES = ("samrobust", "jax", "jaxlib", "flax", "optax")
+_LENGTH = 16  # of a hash, in hexadecimal digits
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """The identity of a run.
+
+    Attributes:
+      config: of the run, as JSON holds it; with parts, a network or an optimizer of
+        somebody's own also `source`, the SHA-256 of their files.
+      data: fingerprint of the training and held-out examples; of an imported network
+        `imported` gives it; None where nothing is known.
+      format: `FORMAT` when the run began.
+      random: what JAX drew from key 0: another generator, chosen by a setting or by
+        another version, makes another run.
+      versions: of the libraries that the run was begun with, and of those that it was
+        then continued with, in order.
+    """
+
+    config: Mapping[str, Any]
+    data: str | None
+    format: int
+    random: str
+    versions: tuple[Mapping[str, str], ...]
+
+    @property
+    def hash(self) -> str:
+        """Names the run, in 16 hexadecimal digits."""
+        begun = dataclasses.replace(self, versions=self.versions[:1])
+        text = json.dumps(dataclasses.asdict(begun), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:_LENGTH]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns it in JSON's types, for `from_dict`."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, stored: object) -> "Identity | None":
+        """Returns what `as_dict` gave; None for anything else."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(stored, dict) or stored.keys() != names:
+            return None
+        return cls(**{**stored, "versions": tuple(stored["versions"])})
+
+    def continued_by(self, other: "Identity") -> "Identity":
+        """Returns it with the libraries of a process that goes on with the run."""
+        (versions,) = other.versions
+        new = () if versions == self.versions[-1] else (versions,)
+        return dataclasses.replace(
+            self, data=self.data or other.data, versions=(*self.versions, *new)
+        )
+
+    def refuse(self, stored: object, *, draws: bool = True) -> str:
+        """Says why what a checkpoint holds of its run is not this run; empty if not.
+
+        Args:
+          stored: what `as_dict` gave.
+          draws: as for `unlike`.
+        """
+        other = Identity.from_dict(stored)
+        if other is None:
+            return "it does not say of which, as those of older versions of samrobust"
+        return other.unlike(self, draws=draws)
+
+    def resumed(self, stored: object) -> "Identity":
+        """Returns the identity of a run that goes on from a checkpoint of it.
+
+        Args:
+          stored: what `as_dict` gave, and `refuse` did not refuse.
+        """
+        begun = Identity.from_dict(stored)
+        return self if begun is None else begun.continued_by(self)
+
+    def unlike(self, other: "Identity", *, draws: bool = True) -> str:
+        """Says in what another run differs: `seed is 1, not 0`; empty if it does not.
+
+        Args:
+          other: the run that reads what this one left.
+          draws: whether it draws further random numbers of the run.
+        """
+        changed = changed_fields(self.config, other.config)
+        goes_on = _is_imported(self.data) and not _is_imported(other.data)
+        if None not in (self.data, other.data) and not goes_on:
+            changed |= differences({"data": self.data}, {"data": other.data})
+        changed |= differences({"format": self.format}, {"format": other.format})
+        told = [f"{n} is {a!r}, not {b!r}" for n, (a, b) in changed.items()]
+        if draws and self.random != other.random:
+            told.append(
+                f"JAX drew {self.random!r} from a key and not {other.random!r}, which "
+                "JAX_DEFAULT_PRNG_IMPL, JAX_THREEFRY_PARTITIONABLE or its version says"
+            )
+        return "; ".join(told)
+
+
+def imported(digest: str) -> str:
+    """Returns the `data` of a network from a file with this SHA-256."""
+    return f"import {digest}"
+
+
+def _is_imported(data: str | None) -> bool:
+    return data is not None and data.startswith(imported(""))
+
+
+def identity_of(config: Config, dataset: Dataset | None) -> Identity:
+    """Returns the identity of a run that this process would begin.
+
+    Args:
+      config: of the run.
+      dataset: that of `config.data`; None where the network was not trained on it, or
+        one without test images where no image is at hand.
+    """
+    names = [part.name for part in parse_row(config.row or STANDARD).parts]
+    names += [config.model.name, config.training.optimizer]
+    source = sources(filter(is_reference, names))
+    stored = json.loads(config.to_json_best_effort())
+    return Identity(
+        config={**stored, "source": source} if source else stored,
+        data=_training_data(dataset) if dataset and len(dataset.test) else None,
+        format=FORMAT,
+        random=random_bits(),
+        versions=(_versions(),),
+    )
+
+
+def changed_fields(
+    stored: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, tuple[object, object]]:
+    """Returns the fields that shape a result and differ between two configs.
+
+    Returns:
+      Both values by dotted names. A field that one lacks has the base's value; a source
+      that one does not know is not compared.
+    """
+    both = (with_defaults(dict(fields)).to_dict() for fields in (stored, config))
+    changed = {
+        n: v for n, v in differences(*both).items() if not n.startswith(_MAY_CHANGE)
+    }
+    unknown = [n for n, v in changed.items() if n.startswith("source.") and None in v]
+    return {n: v for n, v in changed.items() if n not in unknown}
+
+
+def _training_data(dataset: Dataset) -> str:
+    return f"{fingerprint(dataset.train)}+{fingerprint(dataset.validation)}"
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {package: metadata.version(package) for package in _PACKAGES}

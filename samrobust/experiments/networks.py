@@ -1,0 +1,217 @@
+"""Trained networks of runs: read from their checkpoints, or put there.
+
+A checkpoint holds a `Carry` and, as metadata, the identity of its run, the log so far
+and what else a training that goes on must know.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from samrobust.checks import check_choice
+from samrobust.data import Dataset, DatasetFacts
+from samrobust.experiments import building
+from samrobust.experiments.identity import Identity, identity_of, imported
+from samrobust.experiments.workdir import config_of_run, stored_config
+from samrobust.system.distributed import data_mesh, from_primary
+from samrobust.system.files import glance
+from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
+from samrobust.training.epoch import Carry
+from samrobust.training.fit import fresh_carry
+from samrobust.training.log import checkpoint_folder, checkpoint_metadata
+from samrobust.training.restoring import read_and_spread
+from samrobust.types import Array, Config, PyTree
+
+__all__ = ["Network", "Trained", "load", "load_network", "save_variables"]
+
+
+class Network(NamedTuple):
+    """A trained network, as it is evaluated, and whose it is.
+
+    Attributes:
+      variables: parameters and statistics, for `model.apply`; averaged ones where the
+        run has an averaging.
+      step: after which it was saved.
+      identity: of the run that trained it.
+    """
+
+    variables: dict[str, PyTree]
+    step: int
+    identity: Identity
+
+
+class Trained(NamedTuple):
+    """A trained run, ready to be used.
+
+    Attributes:
+      model: a Flax network, `model.apply(variables, images, train=False)`.
+      variables: its parameters and statistics; averaged ones where the run has an
+        averaging.
+      config: of the run.
+      step: after which it was saved.
+      identity: of the run.
+    """
+
+    model: nn.Module
+    variables: dict[str, PyTree]
+    config: Config
+    step: int
+    identity: Identity
+
+    def logits_fn(self, images: Array) -> Array:
+        """Returns logits float32 [B, K] of images [B, H, W, C] with pixels in [0, 1].
+
+        Differentiable; it is what attacks take.
+        """
+        return cast(Array, self.model.apply(self.variables, images, train=False))
+
+
+def load(
+    workdir: str | os.PathLike[str],
+    *,
+    checkpoint: str | None = None,
+    step: int | None = None,
+) -> Trained:
+    """Returns the trained network of a run; its data set need not be there.
+
+    Args:
+      workdir: of `samrobust train`, or of a row and seed of `samrobust table`.
+      checkpoint: `last` or `best` on the validation images; None: the one that the
+        run was evaluated with.
+      step: of the checkpoint; None for the newest.
+
+    Raises:
+      ValueError: if the directory holds no run.
+      WorkdirError: if its config is damaged.
+      CheckpointError: if there is no such checkpoint, or it is damaged or of another
+        run.
+    """
+    folder = pathlib.Path(workdir)
+    config = config_of_run(folder)
+    facts = building.load_facts(config)
+    which = checkpoint or config.evaluation.checkpoint
+    check_choice(("last", "best"), checkpoint=which)
+    network = load_network(config, facts, folder, which, step=step)
+    return Trained(building.make_model(config, facts), network[0], config, *network[1:])
+
+
+def load_network(
+    config: Config,
+    dataset: Dataset | DatasetFacts,
+    workdir: pathlib.Path,
+    which: str,
+    *,
+    step: int | None = None,
+) -> Network:
+    """Returns the trained network of a run.
+
+    Args:
+      config: of the run; what an evaluation changes in it does not matter.
+      dataset: that of `config.data`, or what is known of it without its images, which
+        are not compared then with those that the run was trained on.
+      workdir: of the run; the `config.json` there says whose checkpoints they must be.
+      which: `last`, or `best` on the validation images.
+      step: of the checkpoint; None for the newest.
+
+    Raises:
+      CheckpointError: if there is none, or if it is damaged or of another run. An older
+        one never takes its place.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    like = jax.eval_shape(_make_init(config, dataset), key)
+    folder = checkpoint_folder(workdir, which)
+    own = from_primary(lambda: stored_config(workdir)) or config
+    expected = identity_of(own, dataset if isinstance(dataset, Dataset) else None)
+    digest = from_primary(lambda: glance(workdir / "import.json").get("sha256"))
+    if digest is not None:
+        expected = dataclasses.replace(expected, data=imported(str(digest)))
+
+    def refuse(metadata: dict[str, Any]) -> str:
+        return expected.refuse(metadata.get("identity"), draws=False)
+
+    restored = read_and_spread(
+        folder, like, data_mesh(), lambda c: c.restore(step, like, refuse=refuse)
+    )
+    assert restored is not None  # `Checkpoints.restore` raises
+    if step is None:
+        from_primary(lambda: _check_is_final(own, folder, restored))
+    identity = Identity.from_dict(restored.metadata["identity"])
+    assert identity is not None  # `refuse` was asked
+    return Network(restored.state.state.eval_variables, restored.step, identity)
+
+
+def _check_is_final(config: Config, folder: pathlib.Path, restored: Restored) -> None:
+    """Refuses an older step of a run that has finished."""
+    result = glance(folder.parent.parent / "result.json")
+    if not result:
+        return
+    lines = restored.metadata["lines"]
+    last = lines[-1]["epoch"] == config.training.epochs if lines else False
+    is_final = last if folder.name == "last" else True
+    wanted = "that of the last epoch"
+    if result.get("checkpoint") == folder.name:
+        wanted, is_final = f"step {result.get('step')}", restored.step == result["step"]
+    if not is_final:
+        raise CheckpointError(
+            f"Expected {wanted} in {folder}, with which the run finished, got step "
+            f"{restored.step}. An older one is used only where --step names it."
+        )
+
+
+def save_variables(
+    config: Config,
+    dataset: Dataset | DatasetFacts,
+    workdir: pathlib.Path,
+    variables: dict[str, PyTree],
+    digest: str | None = None,
+) -> None:
+    """Makes a network the last checkpoint of a run that has taken no step yet.
+
+    The optimizer is that of a fresh run.
+
+    Args:
+      config: of the run; validated.
+      dataset: that of `config.data`.
+      workdir: of the run, without checkpoints; claimed by the caller.
+      variables: `{"params": ..., "batch_stats": ...}`, arrays that fit the network.
+      digest: SHA-256 of the file that they come from, if they do.
+
+    Raises:
+      CheckpointError: if it cannot be written.
+    """
+    init = _make_init(config, dataset)
+
+    @jax.jit
+    def make(key: Array, variables: dict[str, PyTree]) -> Carry:
+        carry = init(key)
+        state = dataclasses.replace(carry.state, **variables)
+        if state.average:
+            average = jax.tree.map(
+                lambda old, new: jnp.array(new, old.dtype),
+                state.average,
+                state.variables,
+            )
+            state = dataclasses.replace(state, average=average)
+        return Carry(state, carry.totals)
+
+    carry = make(jax.random.key(config.seed), variables)
+    identity = identity_of(config, None)
+    if digest is not None:
+        identity = dataclasses.replace(identity, data=imported(digest))
+    metadata = checkpoint_metadata(identity)
+    with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
+        checkpoints.save(0, carry, metadata, wait=True)
+
+
+def _make_init(
+    config: Config, dataset: Dataset | DatasetFacts
+) -> Callable[[Array], Carry]:
+    """Returns the function of a key to what a checkpoint of the run holds."""
+    method = building.make_method(config, dataset, steps_per_epoch=1)
+    return fresh_carry(method, config.training.batch_size, dataset.image_shape)

@@ -1,0 +1,180 @@
+"""The sentences below a table: how to read it, and how far to trust it."""
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from samrobust.checks import check
+from samrobust.experiments.reporting.names import column_norm
+from samrobust.experiments.reporting.table import Difference, Row, Table
+
+__all__ = ["legend", "notes", "sampling_error", "signed", "tail_probability"]
+
+
+def notes(table: Table) -> tuple[str, ...]:
+    """Returns the sentences that belong to the table, most important first.
+
+    One sentence a group of columns compares a row with ST, seed by seed, and says
+    whether the difference is beyond two standard errors. The row is the last finished
+    SAM row, or without one the last finished row: chosen by its place in the table
+    and not by its result, since the best of several is too good by chance. Then: the
+    sampling error of the test set, the missing rows, and what the runs ran on.
+    """
+    error = sampling_error(table)
+    trust = (
+        f"Sampling error: {table.num_test:,} test images leave up to ±{error:.2g} "
+        "points (one standard error) on a cell, however many seeds."
+    )
+    missing = ", ".join(row.label for row in table.missing)
+    return (
+        *_comparisons(table),
+        trust,
+        *([f"missing: {missing}."] if missing else []),
+        *_provenance(table),
+    )
+
+
+def legend(table: Table, *, std: bool = True, paper: bool = True) -> str:
+    """Returns how to read a cell that shows, or does not, its std and the paper's."""
+    counts = sorted({len(row.seeds) for row in table.rows if row.seeds})
+    seeds = _plural(counts[-1]) if len(counts) == 1 else "the seeds of a row"
+    spreads = [c.std for row in table.rows for c in row.cells.values() if c.std]
+    parts = [f"Accuracy in %, mean over {seeds}"]
+    if counts[-1] == 1:
+        parts = ["Accuracy in %, one seed"]
+    elif std:
+        parts = [f"Accuracy in %, mean ± standard deviation over {seeds}"]
+    elif spreads:
+        parts.append(f"standard deviation at most {max(spreads):.1f}")
+    if table.has_paper and paper:
+        parts.append("the paper's number in brackets")
+    if any(row.cost is not None for row in table.rows):
+        parts.append(_cost_legend(table))
+    return "; ".join(parts) + "."
+
+
+def _cost_legend(table: Table) -> str:
+    """Says what a cost is, and what a dash in its place means."""
+    said = "cost: seconds a training step, ST = 1"
+    if any(row.cost_spread is not None for row in table.rows):
+        said += ", median over seeds ± interquartile range"
+    elif any(row.cost is not None and row.family != "ST" for row in table.rows):
+        said += ", one run each: other work on the machine moves it"
+    busy = any(row.cost is None and row.seeds for row in table.rows)
+    return said + (", - where the timings cannot tell" if busy else "")
+
+
+def sampling_error(table: Table) -> float:
+    """Returns the largest standard error of a cell due to the finite test set.
+
+    100 sqrt(p (1 - p) / num_test) points, for an accuracy of 100 p percent.
+    """
+    cells = [row.cells[column] for row in table.rows for column in table.columns]
+    shares = [cell.mean / 100 for cell in cells if cell.mean is not None]
+    return max(100 * math.sqrt(p * (1 - p) / table.num_test) for p in shares)
+
+
+def tail_probability(num_seeds: int, errors: float = 2.0) -> float:
+    """Returns how often chance alone goes beyond `errors` standard errors.
+
+    P(|t| > errors) for Student's t with `num_seeds - 1` degrees of freedom.
+
+    Reference:
+      Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
+
+    Raises:
+      ValueError: unless `2 <= num_seeds`.
+
+    >>> round(tail_probability(3), 3)  # 1 - 2 / sqrt(6)
+    0.184
+    """
+    check(num_seeds >= 2, "2 <= num_seeds", num_seeds=num_seeds)
+    freedom = num_seeds - 1
+    angle = math.atan(errors / math.sqrt(freedom))
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    series = 0.0
+    for k in range(2 + odd, freedom + 1, 2):
+        series += term
+        term *= (k - 1) / k * math.cos(angle) ** 2
+    series *= math.sin(angle)
+    return 1 - (2 / math.pi * (angle + series) if odd else series)
+
+
+def signed(difference: Difference) -> str:
+    """Formats a difference and its standard error, in as many digits as that needs.
+
+    >>> signed(Difference(3, 3.61, 0.8)), signed(Difference(3, -0.001, None))
+    ('+3.6 ± 0.8', '+0.0')
+    >>> signed(Difference(3, 0.08, 0.03))
+    '+0.08 ± 0.03'
+    """
+    error = difference.standard_error
+    digits = 1 if error is None or error >= 0.05 else 2
+    mean = f"{round(difference.mean, digits) + 0.0:+.{digits}f}"
+    return mean if error is None else f"{mean} ± {error:.{digits}f}"
+
+
+def _comparisons(table: Table) -> list[str]:
+    """Returns a sentence for each group of columns, and one on what it is worth."""
+    compared = [
+        (row, difference.num_seeds)
+        for row in table.rows
+        if (difference := row.cells[table.columns[0]].difference)
+    ]
+    if not compared:
+        return []
+    sams = [pair for pair in compared if pair[0].family == "SAM"]
+    row, num_seeds = (sams or compared)[-1]
+    baseline = next(r.label for r in table.rows if r.family == "ST")
+    said = f"{row.label} - {baseline} over {_plural(num_seeds)}: "
+    sentences = [
+        said + _sentence(row, list(columns))
+        for _, columns in groupby(table.columns, key=column_norm)
+    ]
+    if num_seeds > 1:
+        share = 100 * tail_probability(num_seeds)
+        sentences.append(
+            "Differences are paired by seed, ± one standard error; with "
+            f"{num_seeds} seeds chance alone goes beyond two of them in "
+            f"{share:.0f} % of cases."
+        )
+    return sentences
+
+
+def _sentence(row: Row, columns: Sequence[str]) -> str:
+    """Says how far a row is from ST in a group of columns, and whether it counts."""
+    pairs = [(c, row.cells[c].difference) for c in columns]
+    differences = [(c, d) for c, d in pairs if d is not None]
+    shown = ", ".join(f"{c} {signed(d)}" for c, d in differences) + " points"
+    if any(d.significant is None for _, d in differences):
+        return f"{shown}; one seed cannot say whether that is chance."
+    beyond = [c for c, d in differences if d.significant]
+    if len(differences) == 1:
+        verdict = "larger" if beyond else "not larger"
+    elif len(beyond) in (0, len(differences)):
+        verdict = "all larger" if beyond else "none larger"
+    else:
+        verdict = f"only {', '.join(beyond)} larger"
+    return f"{shown}; {verdict} than two standard errors."
+
+
+def _provenance(table: Table) -> list[str]:
+    """Says what the runs ran on, and warns when costs mix devices."""
+    records: list[Any] = [run.get("provenance") or {} for run in table.runs]
+
+    def values(key: str) -> list[str]:
+        return sorted({str(r[key]) for r in records if r.get(key) is not None})
+
+    words = (("at commit", "commit"), ("on", "device"), ("with jax", "jax"))
+    parts = [f"{word} {', '.join(values(key))}" for word, key in words if values(key)]
+    said = [f"Measured {' '.join(parts)}."] if parts else []
+    if len(values("device")) > 1 and any(row.cost is not None for row in table.rows):
+        said.append("The runs used several devices: the costs may not compare.")
+    return said
+
+
+def _plural(num_seeds: int) -> str:
+    """Returns `1 seed`, `3 seeds`."""
+    return f"{num_seeds} seed{'s' if num_seeds > 1 else ''}"

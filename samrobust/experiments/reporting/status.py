@@ -1,0 +1,71 @@
+"""The state of runs for the terminal: a line each, then totals, then errors."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table as Grid
+from rich.text import Text
+
+from samrobust.experiments.survey import (
+    STATES,
+    RunStatus,
+    remaining,
+    remaining_together,
+)
+
+__all__ = ["duration", "status_to_rich"]
+
+_STYLES = {"done": "green", "running": "bold", "failed": "red", "stale": "yellow"}
+
+
+def status_to_rich(runs: Sequence[RunStatus]) -> RenderableType:
+    """Returns the runs as a table, how many are in which state, and the errors."""
+    grid = Grid(box=box.SIMPLE, show_edge=False, pad_edge=False)
+    grid.add_column("run")
+    grid.add_column("state")
+    for header in ("epoch", "loss", "accuracy", "ETA"):
+        grid.add_column(header, justify="right", no_wrap=True)
+    for run, seconds in zip(runs, remaining(runs), strict=True):
+        grid.add_row(
+            Text(run.name),
+            Text(run.description, style=_STYLES.get(run.state, "")),
+            f"{run.epoch}/{run.epochs or '?'}",
+            "-" if run.loss is None else f"{run.loss:.3f}",
+            "-" if run.accuracy is None else f"{run.accuracy:.1f} %",
+            "-" if seconds is None or run.state == "done" else duration(seconds),
+        )
+    errors = [
+        Text(f"{run.name}: {run.error}", style=_STYLES["failed"])
+        for run in runs
+        if run.error
+    ]
+    return Group(grid, Text(), _totals(runs), *([Text(), *errors] if errors else []))
+
+
+def duration(seconds: float) -> str:
+    """Formats a time as precisely as a prediction deserves.
+
+    >>> [duration(seconds) for seconds in (8, 400, 20_000, 400_000)]
+    ['8 s', '7 min', '5 h 33 min', '111 h']
+    """
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h" if hours >= 48 else f"{hours} h {minutes:02} min"
+
+
+def _totals(runs: Sequence[RunStatus]) -> Text:
+    counts = Counter(run.state for run in runs)
+    shown = ", ".join(f"{counts[s]} {s}" for s in STATES if counts[s])
+    text = f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {shown}."
+    together = remaining_together(runs)
+    if together is not None:
+        text += f" ETA of all: {duration(together)} at this number of workers."
+    if any(seconds for seconds in remaining(runs)):
+        text += " ETAs are of training alone."
+    return Text(text)

@@ -1,0 +1,268 @@
+"""The table of an experiment: what its finished runs measured, a row a method.
+
+Rows are compared with standard training (ST), the first row named `st`, by seed:
+runs of one seed share their initial weights and their batches, so the difference of
+two such runs varies less than the runs do.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from samrobust.experiments.reporting.names import column_order, family
+from samrobust.experiments.reporting.results import validate
+
+__all__ = ["Cell", "Difference", "Row", "Table", "summarise"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A row minus ST in one column, over the seeds that both have.
+
+    Attributes:
+      num_seeds: the number of shared seeds, at least 1.
+      mean: the mean of the differences, in points of accuracy.
+      standard_error: of the mean, `std(ddof=1) / sqrt(num_seeds)`; None for one seed.
+    """
+
+    num_seeds: int
+    mean: float
+    standard_error: float | None
+
+    @property
+    def significant(self) -> bool | None:
+        """Whether it is beyond two standard errors; None where one seed cannot say."""
+        if self.standard_error is None:
+            return None
+        return abs(self.mean) > 2 * self.standard_error
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row in one column.
+
+    Attributes:
+      values: the accuracies in percent, in the order of the row's seeds.
+      mean: their mean; None when there are none.
+      std: their sample standard deviation (ddof = 1); None for fewer than two.
+      paper: the paper's number, if it has one.
+      difference: the comparison with ST; None for ST and without shared seeds.
+    """
+
+    values: tuple[float, ...] = ()
+    mean: float | None = None
+    std: float | None = None
+    paper: float | None = None
+    difference: Difference | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method.
+
+    Attributes:
+      name: the row's name in its config, as in `"sam,rho=0.2"`.
+      label: its name for readers, as in `"SAM (rho = 0.2)"`.
+      seeds: the seeds of its finished runs, ascending.
+      cells: a cell for every column of the table.
+      cost: seconds a training step relative to ST, the median over the shared seeds;
+        None when unknown, and when other work on the machine made it meaningless.
+      cost_spread: the interquartile range of that ratio; None for one seed.
+    """
+
+    name: str
+    label: str
+    seeds: tuple[int, ...]
+    cells: Mapping[str, Cell]
+    cost: float | None = None
+    cost_spread: float | None = None
+
+    def shown_cost(self, *, spread: bool = True) -> str:
+        """Returns the cost as it is printed, with its spread where there is one."""
+        if self.cost is None:
+            return "-"
+        spreads = spread and bool(self.cost_spread)
+        return f"{self.cost:.1f}x" + (f" ±{self.cost_spread:.1f}" if spreads else "")
+
+    @property
+    def family(self) -> str:
+        """The family of methods, as in `"AT linf"`."""
+        return family(self.name)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of results, made by `summarise`.
+
+    Attributes:
+      title: one line.
+      caption: what the reader should know beyond the numbers.
+      dataset: the name of the data set.
+      num_test: the number of test images behind every accuracy.
+      columns: natural first, then linf and l2, each by radius.
+      rows: in the order of the config, the unfinished ones too.
+      runs: of every run its row, seed, identity, step, images, seconds, provenance.
+    """
+
+    title: str
+    caption: str
+    dataset: str
+    num_test: int
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    runs: tuple[Mapping[str, Any], ...]
+
+    @property
+    def missing(self) -> tuple[Row, ...]:
+        """The rows without a finished run."""
+        return tuple(row for row in self.rows if not row.seeds)
+
+    @property
+    def has_paper(self) -> bool:
+        """Whether any cell has a number of the paper."""
+        return any(c.paper is not None for row in self.rows for c in row.cells.values())
+
+    def best(self, column: str) -> frozenset[str]:
+        """Returns the rows with the column's best mean, to the digit that is shown.
+
+        **Guarantees**: rows that tie in print are all best; of fewer than two
+        finished rows none is.
+        """
+        means = [(row.name, row.cells[column].mean) for row in self.rows]
+        shown = {name: round(mean, 1) for name, mean in means if mean is not None}
+        if len(shown) < 2:
+            return frozenset()
+        top = max(shown.values())
+        return frozenset(name for name, mean in shown.items() if mean == top)
+
+
+def summarise(
+    results: Sequence[Mapping[str, Any]],
+    *,
+    rows: Sequence[tuple[str, str]],
+    paper: Mapping[str, Mapping[str, float]] | None = None,
+    caption: str = "",
+    title: str = "",
+) -> Table:
+    """Summarises finished runs: mean, spread, difference to ST and cost of each row.
+
+    Args:
+      results: the finished runs, in any order;
+        `samrobust.experiments.reporting.results` has the keys.
+      rows: name and label of every row that the table should have, in order.
+      paper: the paper's percentages, `{row: {column: number}}`; rows and columns
+        that the table lacks are left out.
+      caption: what the reader should know beyond the numbers.
+      title: one line; the name of the data set when empty.
+
+    Returns:
+      The table. **Guarantees**: it depends on the set of results, not on their order.
+
+    Raises:
+      ValueError: if there is no result, a key is missing, a run is of another row,
+        data set or number of test images, two runs have the same row and seed, the
+        accuracies are of different columns, or a number is not what it should be.
+
+    >>> runs = [
+    ...     {"dataset": "digits", "row": "st", "seed": seed, "num_test": 500,
+    ...      "accuracy": {"natural": natural}}
+    ...     for seed, natural in enumerate((98.0, 99.0))
+    ... ]
+    >>> table = summarise(runs, rows=[("st", "ST"), ("sam,rho=0.1", "SAM")])
+    >>> table.rows[0].cells["natural"].mean
+    98.5
+    >>> [row.label for row in table.missing]
+    ['SAM']
+    """
+    paper = paper or {}
+    validate(results, [name for name, _ in rows], paper)
+    results = sorted(results, key=lambda result: result["seed"])
+    runs = {name: [r for r in results if r["row"] == name] for name, _ in rows}
+    columns = tuple(sorted(results[0]["accuracy"], key=column_order))
+    baseline = next((name for name, _ in rows if family(name) == "ST"), "")
+
+    def make_row(name: str, label: str) -> Row:
+        cells = {
+            column: _cell(
+                _by_seed(runs[name], column),
+                {} if name == baseline else _by_seed(runs.get(baseline, ()), column),
+                paper.get(name, {}).get(column),
+            )
+            for column in columns
+        }
+        seeds = tuple(run["seed"] for run in runs[name])
+        cost = _cost(runs[name], runs.get(baseline, ()))
+        return Row(name, label, seeds, cells, *cost)
+
+    kept = (
+        *("row", "seed", "identity", "step", "images"),
+        *("training_seconds", "step_seconds", "provenance"),
+        *("pgd_provenance", "training_provenance"),
+    )
+    return Table(
+        title=title or results[0]["dataset"],
+        caption=caption,
+        dataset=results[0]["dataset"],
+        num_test=results[0]["num_test"],
+        columns=columns,
+        rows=tuple(make_row(name, label) for name, label in rows),
+        runs=tuple(
+            {key: run[key] for key in kept if key in run}
+            for name, _ in rows
+            for run in runs[name]
+        ),
+    )
+
+
+def _by_seed(runs: Sequence[Mapping[str, Any]], column: str) -> dict[int, float]:
+    """Returns a column's accuracy of every seed."""
+    return {run["seed"]: float(run["accuracy"][column]) for run in runs}
+
+
+def _cell(
+    values: Mapping[int, float], baseline: Mapping[int, float], paper: float | None
+) -> Cell:
+    """Summarises one cell; the arguments map seeds to accuracies."""
+    if not values:
+        return Cell(paper=paper)
+    differences = [values[seed] - baseline[seed] for seed in values if seed in baseline]
+    mean, std = _mean_std(tuple(values.values()))
+    difference = None
+    if differences:
+        shift, spread = _mean_std(differences)
+        error = None if spread is None else spread / math.sqrt(len(differences))
+        difference = Difference(len(differences), shift, error)
+    return Cell(tuple(values.values()), mean, std, paper, difference)
+
+
+def _mean_std(values: Sequence[float]) -> tuple[float, float | None]:
+    """Returns the mean and the sample standard deviation, None for one value."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return statistics.fmean(values), std
+
+
+def _cost(
+    runs: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]
+) -> tuple[float | None, float | None]:
+    """Returns the cost relative to the baseline and its spread, over the shared seeds.
+
+    Runs of one seed are trained one after the other, on a machine as busy; the median
+    leaves a run alone that had company. No cost is better than a wrong one: below 1
+    (every method takes ST's step, and more), and where half of the ratios differ by
+    more than half of their median, what was timed is the machine's other work.
+    """
+    ours, theirs = (
+        {run["seed"]: run["step_seconds"] for run in group if run.get("step_seconds")}
+        for group in (runs, baseline)
+    )
+    ratios = [ours[seed] / theirs[seed] for seed in ours if seed in theirs]
+    if not ratios:
+        return None, None
+    cost, spread = statistics.median(ratios), None
+    if len(ratios) > 1:
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        spread = high - low
+    meaningless = cost < 1 or (spread or 0.0) > cost / 2
+    return (None, None) if meaningless else (cost, spread)

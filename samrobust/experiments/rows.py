@@ -1,0 +1,186 @@
+"""Rows of tables by name: parts joined by `+`, each `name,option=value`.
+
+    st    sam,rho=0.2    at,norm=linf,eps=8    at,norm=linf,eps=8+asam,rho=0.5
+    trades,norm=linf,eps=8,beta=6+awp,gamma=0.005+ema,decay=0.999
+
+Parts stand in the order of the composition: what is trained on, sharpness, averaging.
+`st`, standard training, has no part. A row has one spelling, since directories are
+named by it, and strengths above 0: with none it would be another row (of somebody's own
+parts we know nothing). Radii (eps) are in 1/255 units.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from samrobust.checks import check
+from samrobust.experiments.entries import (
+    REGISTRIES,
+    REGISTRY,
+    find,
+    options,
+    renamed,
+    section_fields,
+)
+from samrobust.system.resolve import is_reference
+from samrobust.types import Field
+
+__all__ = ["STANDARD", "Part", "Row", "modern_row", "parse_row"]
+
+STANDARD = "st"
+_EXAMPLES = (
+    "Examples: st; sam,rho=0.2; at,norm=linf,eps=8; at,norm=l2,eps=64+sam,rho=0.1."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a row: a name and the values of its options, in order."""
+
+    name: str
+    values: Mapping[str, Any]
+
+    @property
+    def spelling(self) -> str:
+        """The part's one spelling: `sam,rho=0.2`."""
+        options = (f"{key}={_shown(value)}" for key, value in self.values.items())
+        return ",".join((self.name, *options))
+
+    @property
+    def label(self) -> str:
+        """The name in tables: `SAM (rho = 0.2)`."""
+        label = find(self.name).label
+        if label:
+            return label.format(**self.values)
+        name = self.name.rpartition(":")[2]
+        options = ", ".join(f"{k} = {_shown(v)}" for k, v in self.values.items())
+        return f"{name} ({options})" if options else name
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a table: a training method and its strengths; no part is `st`."""
+
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The row's one spelling: `at,norm=linf,eps=8+sam,rho=0.2`."""
+        return "+".join(part.spelling for part in self.parts) or STANDARD
+
+    @property
+    def method(self) -> str:
+        """The parts' names: `at+sam`."""
+        return "+".join(part.name for part in self.parts) or STANDARD
+
+    @property
+    def label(self) -> str:
+        """The name in tables, as in the paper: `SAM (rho = 0.2)`."""
+        return " + ".join(part.label for part in self.parts) or "ST"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _registry_of(name: str) -> int | None:
+    """Returns the number of a name's registry; None for somebody's own."""
+    return next((i for i, names in enumerate(REGISTRIES) if name in names), None)
+
+
+def parse_row(row: str) -> Row:
+    """Reads a row's name.
+
+    Raises:
+      ValueError: for an unknown part or option, a missing option, a value that is no
+        number or out of range, parts in another order, or another spelling than
+        `Row.name`.
+
+    >>> parse_row("sam,rho=0.2").parts
+    (Part(name='sam', values={'rho': 0.2}),)
+    """
+    check(isinstance(row, str) and row != "", "the name of a row", row=row)
+    modern = modern_row(row)
+    check(modern == row, f"the row {modern!r}", "Each part has its options.", row=row)
+    if row == STANDARD:
+        return Row()
+    parsed = Row(
+        tuple(_parse_part(part, row) for part in re.split(r"\+(?=[A-Za-z_])", row))
+    )
+    names = [part.name for part in parsed.parts]
+    known = [n for name in names if (n := _registry_of(name)) is not None]
+    order = "; ".join(", ".join(names) for names in REGISTRIES)
+    check(
+        known == sorted(known) and len(set(names)) == len(names),
+        f"parts in the order {order}, each once",
+        row=row,
+    )
+    fix = "A row has one spelling: directories are named by it."
+    check(row == parsed.name, f"the row {parsed.name!r}", fix, row=row)
+    return parsed
+
+
+def modern_row(row: str) -> str:
+    """Returns a row's name of today for one of versions that wrote `at+sam,norm=..`.
+
+    >>> modern_row("at+sam,norm=linf,eps=8,rho=0.1")
+    'at,norm=linf,eps=8+sam,rho=0.1'
+    """
+    old = re.fullmatch(r"at\+sam,(norm=[^,+]*,eps=[^,+]*),(rho=[^,+]*)", row)
+    return f"at,{old[1]}+sam,{old[2]}" if old else row
+
+
+def _parse_part(spelling: str, row: str) -> Part:
+    name, *items = spelling.split(",")
+    given = {key: value for key, _, value in (item.partition("=") for item in items)}
+    known = ", ".join((STANDARD, *REGISTRY))
+    check(
+        name in REGISTRY or is_reference(name),
+        f"parts in {{{known}}} or package.module:name",
+        _EXAMPLES,
+        row=row,
+    )
+    fields, wanted = section_fields(name), options(name)
+    check(
+        sorted(given) == sorted(wanted) and len(items) == len(wanted),
+        f"the options {', '.join(wanted) or '(none)'} for {name}",
+        _EXAMPLES,
+        row=row,
+    )
+    values = {}
+    for option, field in wanted.items():
+        value = _read(given[option], fields[field], option, row)
+        if name in REGISTRY:
+            left = [part for part in row.split("+") if part != spelling]
+            check(
+                value != 0,
+                f"0 < {option}",
+                f"With {option}=0 it is another row: {'+'.join(left) or STANDARD}.",
+                row=row,
+            )
+        values[option] = value
+    for option, field in wanted.items():
+        with renamed({field: option}):
+            fields[field].rule(**{field: values[option]})
+    find(name).check(**values)
+    return Part(name, values)
+
+
+def _read(given: str, field: Field, option: str, row: str) -> Any:
+    """Returns an option's value, of the type of its field."""
+    kind = field.kind or type(field.default)
+    if kind is str:
+        plain = re.fullmatch(r"[\w.-]+", given) is not None
+        check(plain, f"letters, digits, _, . and - for {option}", row=row)
+        return given
+    try:
+        return kind(given) if kind in (int, float) else _literal(given)
+    except ValueError:
+        check(False, f"a number for {option}", row=row)
+        raise
+
+
+def _literal(given: str) -> Any:
+    choices = {"True": True, "False": False}
+    return choices[given] if given in choices else float(given)

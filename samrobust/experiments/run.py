@@ -1,0 +1,284 @@
+"""Experiments: a run trains, evaluates, and leaves its `result.json`.
+
+Everything here can be killed at any moment and started again with the same call:
+a finished run is read, another one goes on from its last checkpoint.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+
+from samrobust.checks import check
+from samrobust.data import Dataset, check_padding, fingerprint
+from samrobust.experiments import building, methods
+from samrobust.experiments.configuration import differences
+from samrobust.experiments.identity import Identity, identity_of
+from samrobust.experiments.networks import Network, load_network
+from samrobust.experiments.runfiles import RunFiles
+from samrobust.experiments.scoring import (
+    Score,
+    ScoreObserver,
+    evaluated_split,
+    evaluation_work,
+    make_validate,
+    score,
+)
+from samrobust.experiments.workdir import (
+    OtherConfigError,
+    WorkdirError,
+    read_result,
+    settle_config,
+)
+from samrobust.system.claims import ClaimedError
+from samrobust.system.distributed import from_primary, lost_a_peer
+from samrobust.system.provenance import provenance
+from samrobust.training import InterruptedRunError, Outcome, Progress, RunFolder, fit
+from samrobust.training.fit import Validate
+from samrobust.types import Config
+
+__all__ = [
+    "Observer",
+    "PlannedRun",
+    "as_dict",
+    "run",
+    "step_work",
+    "train",
+    "work",
+]
+
+# What the processes of a run may have each to itself.
+_OWN_FIELDS = ("config.data.data_dir", "config.data.manual_dir")
+
+
+class Observer(ScoreObserver, Protocol):
+    """Is told how a run proceeds; shows it."""
+
+    def on_progress(self, progress: Progress) -> None:
+        """Called after each call of the device in training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """A row of a table with a seed, and where its files go."""
+
+    config: Config
+    workdir: pathlib.Path
+
+    @property
+    def name(self) -> str:
+        """For messages: `SAM (rho = 0.2), seed 1`."""
+        return f"{self.config.label}, seed {self.config.seed}"
+
+
+def work(config: Config, dataset: Dataset) -> tuple[float, float]:
+    """The predicted cost of training and of evaluation, for an ETA.
+
+    Returns:
+      Both in forward and backward passes with weight gradients on one example: a
+      forward pass is 1/3, an attack step 2/3.
+    """
+    training = config.training.epochs * len(dataset.train) * step_work(config)
+    return training, evaluation_work(config, dataset)
+
+
+def step_work(config: Config) -> float:
+    """Returns the predicted cost of training on one example: that of ST is 1."""
+    return methods.cost(config)
+
+
+def run(
+    config: Config,
+    workdir: pathlib.Path,
+    observer: Observer,
+    *,
+    dataset: Dataset,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Trains and evaluates one row, or goes on where that was stopped.
+
+    Args:
+      config: validated.
+      workdir: receives config.json, metrics.jsonl, checkpoints/ and result.json.
+      observer: is told of progress.
+      dataset: that of `config.data`.
+      should_stop: asked now and then; see `samrobust.training.train`.
+
+    Of several processes all must call this; 0 alone sees the workdir.
+
+    Returns:
+      The content of `result.json`.
+
+    Raises:
+      InterruptedRunError: after `should_stop`; the same call goes on.
+      TrainingDivergedError: if the loss stops being finite.
+      ClaimedError: if another process works in the workdir, or took it over.
+      WorkdirError: if the workdir cannot be written, or holds another run, or a result
+        of another run or of other images.
+
+    Any failure of the run itself is also left in `failure.json`.
+    """
+    with RunFiles(is_failure=_is_failure) as files:
+
+        def begin() -> tuple[dict[str, Any], dict[str, Any] | None]:
+            files.open(config, workdir)
+            settle_config(workdir, config)
+            result = read_result(workdir, identity_of(config, dataset))
+            if result is not None:
+                _check_images(result, config, dataset, workdir)
+            return _inputs(config, dataset), result
+
+        inputs, result = from_primary(begin)
+        _check_same(inputs, _inputs(config, dataset))
+        if result is None:
+            should_stop = files.guard(should_stop)
+            on_progress = files.following(observer.on_progress)
+            outcome = train(
+                config,
+                dataset,
+                workdir,
+                on_progress=on_progress,
+                should_stop=should_stop,
+                may_write=files.check_claim,
+            )
+            if config.evaluation.checkpoint == "last":
+                variables = outcome.state.eval_variables
+                network = Network(variables, outcome.step, _identity_in(outcome))
+            else:
+                network = load_network(config, dataset, workdir, "best")
+            scored = score(config, dataset, network, workdir, observer, should_stop)
+            result = from_primary(
+                lambda: files.finish(
+                    _describe(config, dataset, outcome, scored), workdir
+                )
+            )
+        return result
+
+
+def train(
+    config: Config,
+    dataset: Dataset,
+    workdir: pathlib.Path,
+    *,
+    validate: Validate | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    may_write: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Trains what a config says; of a run that was stopped, what is left.
+
+    Args:
+      config: validated.
+      dataset: that of `config.data`.
+      workdir: receives `metrics.jsonl` and `checkpoints/`; claimed by the caller.
+      validate: see `samrobust.training.fit`; None: accuracy on the held-out images, if
+        there are some.
+      on_progress: see `samrobust.training.fit`.
+      should_stop: see there.
+      may_write: called before each checkpoint, by process 0; raises if not.
+
+    Raises:
+      ValueError: if the batches, groups and devices do not fit the data.
+      Further errors: as `samrobust.training.fit`.
+    """
+    training = config.training
+    check_padding(dataset.image_shape, **{"data.padding": config.data.padding})
+    plan = building.make_plan(config, len(dataset.train))
+    schedule = building.learning_rate_schedule(config, plan.num_steps)
+    log = RunFolder(
+        workdir,
+        minutes=config.checkpoint.minutes,
+        keep=config.checkpoint.keep,
+        identity=identity_of(config, dataset),
+        may_write=may_write,
+    )
+    return fit(
+        building.make_method(config, dataset, plan.num_steps),
+        dataset.train,
+        epochs=training.epochs,
+        batch_size=training.batch_size,
+        key=jax.random.key(config.seed),
+        padding=config.data.padding,
+        flip=config.data.flip,
+        drop_remainder=training.drop_remainder,
+        steps_per_call=training.steps_per_call,
+        log=log,
+        schedules={"learning_rate": schedule},
+        validate=validate or make_validate(config, dataset),
+        on_progress=on_progress,
+        should_stop=should_stop,
+    )
+
+
+def _identity_in(outcome: Outcome) -> Identity:
+    assert isinstance(outcome.identity, Identity)  # it was given to the log
+    return outcome.identity
+
+
+def _is_failure(error: Exception) -> bool:
+    """Whether what ends a run is a failure of it, and not of its surroundings."""
+    others = (InterruptedRunError, ClaimedError, OtherConfigError)
+    return not (isinstance(error, others) or lost_a_peer(error))
+
+
+def _inputs(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What all processes of a run must have alike; the data by their hashes."""
+    splits = {"train": dataset.train, "test": dataset.test}
+    hashes = {
+        name: fingerprint(split)
+        for name, split in splits.items()
+        if jax.process_count() > 1
+    }
+    return {"config": as_dict(config), "data": hashes}
+
+
+def _check_images(
+    result: dict[str, Any], config: Config, dataset: Dataset, workdir: pathlib.Path
+) -> None:
+    """Refuses a result on other images than those at hand."""
+    images = fingerprint(evaluated_split(config, dataset))
+    if result["images"] != images:
+        raise WorkdirError(
+            f"Expected a result on the {config.evaluation.split} images at hand in "
+            f"{workdir}, got one on others: {result['images']}, not {images}. Restore "
+            "the data, or choose another --workdir."
+        )
+
+
+def _check_same(of_primary: dict[str, Any], ours: dict[str, Any]) -> None:
+    changed = differences(of_primary, ours)
+    changed = {n: v for n, v in changed.items() if not n.startswith(_OWN_FIELDS)}
+    check(
+        not changed,
+        "the same config and the same data in all processes",
+        "Start all of them with the same command, and on the same data.",
+        differences=changed,
+    )
+
+
+def _describe(
+    config: Config, dataset: Dataset, outcome: Outcome, scored: Score
+) -> dict[str, Any]:
+    """The content of `result.json`."""
+    return {
+        "dataset": config.data.name,
+        "row": config.row,
+        "label": config.label,
+        "seed": config.seed,
+        **scored.as_dict(),
+        "run": _identity_in(outcome).as_dict(),
+        "num_test": len(evaluated_split(config, dataset)),
+        "split": config.evaluation.split,
+        "checkpoint": config.evaluation.checkpoint,
+        "training_seconds": outcome.seconds,
+        "step_seconds": outcome.step_seconds,
+        "provenance": provenance() | {"seconds": outcome.seconds},
+    }
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The config as it is stored in `config.json`."""
+    return json.loads(config.to_json_best_effort())

@@ -1,0 +1,246 @@
+"""What a network of a run is worth, by the attacks of its config."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from samrobust.data import Dataset, Split, fingerprint
+from samrobust.evaluation import (
+    Archive,
+    Evaluator,
+    make_autoattack_evaluator,
+    make_early_stop_evaluator,
+    make_evaluator,
+)
+from samrobust.experiments import building
+from samrobust.experiments.networks import Network, load_network
+from samrobust.system.provenance import provenance
+from samrobust.training import InterruptedRunError, TrainState
+from samrobust.types import Config
+
+__all__ = [
+    "Score",
+    "ScoreObserver",
+    "Scorer",
+    "evaluate_run",
+    "evaluated_split",
+    "evaluation_key",
+    "evaluation_work",
+    "make_validate",
+    "score",
+]
+
+# Evaluation keys must not coincide with those of training: another branch of the seed.
+_EVALUATION_STREAM, _VALIDATION_STREAM = 1, 2
+
+
+class ScoreObserver(Protocol):
+    """Is told how an evaluation proceeds; shows it."""
+
+    def on_batch(self, done: int, num_examples: int, doing: str = "") -> None:
+        """Called after each evaluated batch; `doing` may say what it did."""
+
+
+class Score(NamedTuple):
+    """The outcome of an evaluation, and of which network.
+
+    Attributes:
+      accuracy: in percent, by the attacks' names, `natural` first.
+      step: after which the network was saved.
+      identity: the hash of its run's identity.
+      images: the hash of the images that it was judged on.
+      provenance: of the process that ended the evaluation, also where it is only read
+        again.
+      details: what there is beyond that, in JSON's types. Of AutoAttack, `autoattack`:
+        the accuracy after each member by column, the file with what became of every
+        example, relative to the workdir, and the provenance of the process that began
+        it. `non_finite`: by attack, the images with logits that are not finite, if any.
+    """
+
+    accuracy: dict[str, float]
+    step: int
+    identity: str
+    images: str
+    provenance: dict[str, Any]
+    details: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns it in JSON's types."""
+        fields = self._asdict()
+        return fields.pop("details") | fields
+
+
+def evaluate_run(
+    config: Config,
+    workdir: pathlib.Path,
+    observer: ScoreObserver,
+    *,
+    dataset: Dataset,
+    step: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    keep_examples: bool = False,
+) -> Score:
+    """Evaluates the network of a run again, under other attacks if one likes.
+
+    Args:
+      config: of the run; its `evaluation` may differ from what the run was made with.
+      workdir: of the run.
+      observer: is told of progress.
+      dataset: that of `config.data`.
+      step: of the checkpoint; None for the newest.
+      should_stop: asked after every batch.
+      keep_examples: keep AutoAttack's adversarial images, beside its file.
+
+    Raises:
+      CheckpointError: as `load_network`.
+      InterruptedRunError: after `should_stop`. The same call begins again with PGD, and
+        goes on where it was with AutoAttack.
+    """
+    which = config.evaluation.checkpoint
+    network = load_network(config, dataset, workdir, which, step=step)
+    return score(
+        config,
+        dataset,
+        network,
+        workdir,
+        observer,
+        should_stop,
+        keep_examples=keep_examples,
+    )
+
+
+def score(
+    config: Config,
+    dataset: Dataset,
+    network: Network,
+    workdir: pathlib.Path,
+    observer: ScoreObserver,
+    should_stop: Callable[[], bool],
+    *,
+    keep_examples: bool = False,
+) -> Score:
+    """Evaluates a network; the arguments are those of `evaluate_run`."""
+    return Scorer(config, dataset)(
+        *(network, workdir, observer, should_stop),
+        key=evaluation_key(config),
+        keep_examples=keep_examples,
+    )
+
+
+class Scorer:
+    """The evaluation of a config, compiled once for as many networks as come.
+
+    Args:
+      config: its `model` and `evaluation` count, and nothing of training.
+      dataset: that of `config.data`.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset):
+        self._split = evaluated_split(config, dataset)
+        make: Callable[..., Evaluator]
+        if config.evaluation.attack == "autoattack":
+            make, attacks = make_autoattack_evaluator, building.autoattacks(config)
+        elif config.evaluation.early_stop:
+            make, attacks = make_early_stop_evaluator, building.staged_attacks(config)
+        else:
+            make, attacks = make_evaluator, building.evaluation_attacks(config)
+        model, size = building.make_model(config, dataset), config.evaluation.batch_size
+        self._evaluate = make(model, attacks, batch_size=size)
+
+    def __call__(
+        self,
+        network: Network,
+        workdir: pathlib.Path,
+        observer: ScoreObserver,
+        should_stop: Callable[[], bool],
+        *,
+        key: jax.Array,
+        keep_examples: bool = False,
+    ) -> Score:
+        """The score of a network.
+
+        Args:
+          network: as `load_network` gives it.
+          workdir: where AutoAttack keeps what became of every example.
+          observer: is told of progress.
+          should_stop: asked after every batch.
+          key: of the random numbers, see `evaluation_key`.
+          keep_examples: keep AutoAttack's adversarial images too.
+
+        Raises:
+          InterruptedRunError: as `evaluate_run`.
+        """
+
+        def on_batch(done: int, num_examples: int, doing: str = "") -> None:
+            observer.on_batch(done, num_examples, doing)
+            if should_stop() and done < num_examples:
+                message = "Stopped during evaluation. Rerun the same command to resume."
+                raise InterruptedRunError(message)
+
+        archive = Archive(workdir / "autoattack", keep_examples, provenance())
+        outcome = self._evaluate(
+            *(network.variables, self._split, key), archive=archive, on_batch=on_batch
+        )
+        return Score(
+            accuracy=outcome.accuracy,
+            step=network.step,
+            identity=network.identity.hash,
+            images=fingerprint(self._split),
+            provenance=outcome.ended_by or provenance(),
+            details=outcome.details,
+        )
+
+
+def evaluation_key(config: Config) -> jax.Array:
+    """The key of the random numbers in an evaluation."""
+    return _key(config, _EVALUATION_STREAM)
+
+
+def _key(config: Config, stream: int) -> jax.Array:
+    """Of threefry, whose keys give each example numbers of its own."""
+    return jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), stream)
+
+
+def evaluation_work(config: Config, dataset: Dataset) -> float:
+    """The predicted cost of the evaluation, in the unit of `experiments.work`."""
+    evaluation = config.evaluation
+    if evaluation.attack == "autoattack":
+        passes = [
+            member.cost * member.num_parts(dataset.num_classes)
+            for attack in building.autoattacks(config).values()
+            for member in attack.members
+        ]
+        judged = (1 + sum(passes)) / 3
+    else:
+        attacks = len(evaluation.linf) + len(evaluation.l2)
+        attacked = evaluation.restarts * evaluation.num_steps * 2 / 3
+        judged = (1 + attacks) / 3 + attacks * attacked
+    return judged * len(evaluated_split(config, dataset))
+
+
+def evaluated_split(config: Config, dataset: Dataset) -> Split:
+    """The split that `config.evaluation.split` names."""
+    return dataset.test if config.evaluation.split == "test" else dataset.validation
+
+
+def make_validate(
+    config: Config, dataset: Dataset
+) -> Callable[[TrainState], dict[str, float]] | None:
+    """Accuracy on the held-out images; its `score` is robust accuracy in AT rows."""
+    if len(dataset.validation) == 0:
+        return None
+    attacks = building.validation_attacks(config)
+    evaluate = make_evaluator(
+        building.make_model(config, dataset),
+        attacks,
+        batch_size=config.evaluation.batch_size,
+    )
+    key = _key(config, _VALIDATION_STREAM)
+
+    def validate(state: TrainState) -> dict[str, float]:
+        accuracy = evaluate(state.eval_variables, dataset.validation, key).accuracy
+        return {**accuracy, "score": accuracy.get("robust", accuracy["natural"])}
+
+    return validate

@@ -1,0 +1,240 @@
+"""How far runs are, read from their files while others work on them.
+
+Nothing is written and nothing need be whole: a file that is missing, half written or
+anything else but what it should be counts as absent, and so does a value in it. Whether
+a worker on another machine is alive is judged by this machine's clock. Nothing here
+needs JAX.
+"""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from samrobust.system.claims import Holder, read_holder
+from samrobust.system.failures import read_failure
+from samrobust.system.files import WorkdirError, glance, read_json_lines
+from samrobust.system.runtime import one_line
+
+__all__ = [
+    "STATES",
+    "RunStatus",
+    "read_plan",
+    "remaining",
+    "remaining_together",
+    "survey",
+    "survey_run",
+]
+
+STATES = ("done", "running", "stale", "waiting", "not started", "failed")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunStatus:
+    """One run.
+
+    Attributes:
+      name: label and seed, or the directory's name.
+      state: `done`; `running`; `stale` (its worker died, the next one takes it over);
+        `waiting` (started and stopped, nobody works on it); `not started`; `failed`.
+      host: the machine of the worker, where `running` or `stale`; else empty.
+      epoch: finished ones.
+      epochs: of the whole training; None if unknown.
+      loss: of the last epoch; None before.
+      accuracy: of the last epoch, on training images, in percent; None before.
+      epoch_seconds: median over the finished epochs; None without one.
+      work: predicted cost of an epoch relative to ST; None if unknown.
+      error: of the last attempt, where that failed; else empty.
+    """
+
+    name: str
+    state: str
+    host: str = ""
+    epoch: int = 0
+    epochs: int | None = None
+    loss: float | None = None
+    accuracy: float | None = None
+    epoch_seconds: float | None = None
+    work: float | None = None
+    error: str = ""
+
+    @property
+    def description(self) -> str:
+        """The state in words: `running on node7`."""
+        return f"{self.state} on {self.host}" if self.host else self.state
+
+
+def survey(workdir: pathlib.Path) -> list[RunStatus]:
+    """The runs of a table's workdir, the planned ones first, or the one of a run's.
+
+    Raises:
+      WorkdirError: if it is neither.
+    """
+    try:
+        if _is_run(workdir):
+            return [survey_run(workdir)]
+        found = [path.parent for path in workdir.glob("*/seed*/config.json")]
+    except OSError as error:
+        message = f"Expected a directory to look at, got {workdir}: {error}."
+        raise WorkdirError(message) from error
+    plan = read_plan(workdir)
+    paths = sorted(path.relative_to(workdir).as_posix() for path in found)
+    plan |= {path: {} for path in paths if path not in plan}
+    if not plan:
+        message = (
+            "Expected the directory of a table or of a run, got "
+            f"workdir={str(workdir)!r}. It is made by `samrobust table` or `train`."
+        )
+        raise WorkdirError(message)
+    return [survey_run(workdir / path, planned) for path, planned in plan.items()]
+
+
+def read_plan(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The runs in a table's `plan.json`, by their directories' names; may be none."""
+    runs = glance(workdir / "plan.json").get("runs")
+    return {
+        run["path"]: {name: value for name, value in run.items() if _is_plain(value)}
+        for run in (runs if isinstance(runs, list) else [])
+        if isinstance(run, dict) and _is_below(run.get("path"))
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a text or a number, which can be written again and compared."""
+    return isinstance(value, str | bool) or _number(value) is not None
+
+
+def _is_below(path: Any) -> bool:
+    """Whether it is the relative path of something in a directory."""
+    if not isinstance(path, str) or not path or not path.isprintable():
+        return False
+    return not path.startswith("/") and ".." not in path.split("/")
+
+
+def survey_run(
+    folder: pathlib.Path, planned: dict[str, Any] | None = None
+) -> RunStatus:
+    """The state of one run.
+
+    Args:
+      folder: its workdir; may not exist.
+      planned: what `plan.json` says of it.
+    """
+    planned = planned or {}
+    config = glance(folder / "config.json")
+    training, lines, holder = config.get("training"), [], None
+    with contextlib.suppress(OSError):
+        holder = read_holder(folder)
+    with contextlib.suppress(OSError, RecursionError):
+        if (folder / "metrics.jsonl").is_file():
+            lines = read_json_lines(folder / "metrics.jsonl")
+    last = lines[-1] if lines else {}
+    seconds = [x for line in lines if (x := _positive(line.get("seconds")))]
+    state = _state(folder, holder, started=bool(config or lines))
+    label = _text(planned.get("label")) or _text(config.get("label"))
+    seed = _count(planned.get("seed"), config.get("seed"))
+    seed = "?" if seed is None else seed
+    of_config = training.get("epochs") if isinstance(training, dict) else None
+    message = _text((read_failure(folder) or {}).get("message"))
+    return RunStatus(
+        name=one_line(f"{label}, seed {seed}" if label else folder.name),
+        state=state,
+        host=one_line(holder.host) if holder and state in ("running", "stale") else "",
+        epoch=_count(last.get("epoch")) or 0,
+        epochs=_count(of_config, planned.get("epochs")),
+        loss=_number(last.get("loss")),
+        accuracy=_number(last.get("accuracy")),
+        epoch_seconds=statistics.median(seconds) if seconds else None,
+        work=_positive(planned.get("work")),
+        error="" if state == "done" else one_line(message),
+    )
+
+
+def _text(value: Any) -> str:
+    """A text; empty if it is none."""
+    return value if isinstance(value, str) else ""
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    with contextlib.suppress(OverflowError):
+        return float(value) if math.isfinite(value) else None
+    return None
+
+
+def _positive(value: Any) -> float | None:
+    """A number that can be multiplied and divided by; None if it is none."""
+    number = _number(value)
+    return number if number is not None and 1e-9 < number < 1e12 else None
+
+
+def _count(*values: Any) -> int | None:
+    """The first of some values that is a number of things; None if none is."""
+    for value in values:
+        if type(value) is int and 0 <= value < 2**53:
+            return value
+    return None
+
+
+def remaining(runs: Sequence[RunStatus]) -> list[float | None]:
+    """The seconds of training that each run has left; evaluation is not counted.
+
+    Of a run without a finished epoch they are predicted from the others and the cost
+    of its row. None where nothing is known, or nothing will be done: failed runs.
+    """
+    rates = [r.epoch_seconds / r.work for r in runs if r.epoch_seconds and r.work]
+    rate = statistics.fmean(rates) if rates else None
+
+    def left(run: RunStatus) -> float | None:
+        if run.state == "done":
+            return 0.0
+        seconds = run.epoch_seconds
+        if seconds is None and rate is not None and run.work:
+            seconds = rate * run.work
+        if run.state == "failed" or seconds is None or run.epochs is None:
+            return None
+        return max(run.epochs - run.epoch, 0) * seconds
+
+    return [left(run) for run in runs]
+
+
+def remaining_together(runs: Sequence[RunStatus]) -> float | None:
+    """The seconds of training until all are done, by as many workers as there are now.
+
+    None without a worker, or where a run's own time is unknown.
+    """
+    at_work = sum(run.state == "running" for run in runs)
+    left = [
+        seconds
+        for run, seconds in zip(runs, remaining(runs), strict=True)
+        if run.state != "failed"
+    ]
+    known = [seconds for seconds in left if seconds is not None]
+    if not at_work or len(known) < len(left):
+        return None
+    return max(sum(known) / at_work, *known)
+
+
+def _is_run(folder: pathlib.Path) -> bool:
+    names = ("config.json", "metrics.jsonl", "result.json", ".claim")
+    return any((folder / name).exists() for name in names)
+
+
+def _state(folder: pathlib.Path, holder: Holder | None, *, started: bool) -> str:
+    if glance(folder / "result.json"):
+        return "done"
+    now = time.time()
+    # A claim from the future is no sign of life, unless a clock is a little off.
+    if holder and not holder.is_over(now) and holder.refreshed < now + holder.lease:
+        return "running"
+    if read_failure(folder) is not None:
+        return "failed"
+    if holder is not None and not holder.released:
+        return "stale"
+    return "waiting" if started or holder is not None else "not started"

@@ -1,0 +1,201 @@
+"""A grid of runs, shared by all that work on its directory.
+
+Whoever comes takes the next run that nobody holds. A run held by another is put off and
+asked for again, until that one has finished it, or died and left it. So every worker
+ends when all of its share is done, and one more of them is always of use.
+
+What a worker does next follows from what `samrobust.experiments.run.run` returns or
+raises, and from `last_failure`: processes that agree on these and on `should_stop` stay
+in step.
+"""
+
+import contextlib
+import functools
+import gc
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from samrobust.data import Dataset
+from samrobust.experiments.identity import changed_fields, identity_of
+from samrobust.experiments.run import Observer, PlannedRun, as_dict, run, step_work
+from samrobust.experiments.survey import read_plan
+from samrobust.experiments.workdir import OtherConfigError, read_result, stored_config
+from samrobust.system.claims import ClaimedError
+from samrobust.system.distributed import from_primary, met_by_all
+from samrobust.system.failures import describe, read_failure
+from samrobust.system.files import WorkdirError, write_json
+from samrobust.training import InterruptedRunError
+
+__all__ = [
+    "finished",
+    "last_failure",
+    "record_plan",
+    "refuse_other_configs",
+    "run_all",
+]
+
+_TICK, _LONGEST_PAUSE = 0.5, 5.0  # seconds
+
+
+def run_all(
+    runs: Sequence[PlannedRun],
+    dataset: Dataset,
+    observe: Callable[[PlannedRun], Observer],
+    *,
+    on_failure: Callable[[PlannedRun, str], None],
+    on_wait: Callable[[Sequence[PlannedRun]], None] = lambda _: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]]:
+    """Runs one after another; one that fails, for whatever reason, stops no other.
+
+    With several processes that holds for what they all meet alike; what one of them
+    meets alone, such as a lack of memory, is raised and ends them all.
+
+    Args:
+      runs: with a workdir of its own each.
+      dataset: that of all of them.
+      observe: gives the observer of a run that is about to be tried.
+      on_failure: is told of a run that failed, and why, here or at another worker
+        meanwhile. A run that had failed before is tried again.
+      on_wait: is told now and then which runs others hold, when only those are left.
+      should_stop: asked now and then.
+
+    Returns:
+      The results of those that finished, here or elsewhere, in order.
+
+    Raises:
+      InterruptedRunError: after `should_stop`.
+    """
+    before = from_primary(lambda: {p.workdir: last_failure(p) for p in runs})
+    results: dict[pathlib.Path, dict[str, Any]] = {}
+    left, pause = list(runs), _TICK
+    while left:
+        held = []
+        for planned in left:
+            failure = from_primary(functools.partial(last_failure, planned))
+            if failure is not None and failure != before[planned.workdir]:
+                on_failure(planned, f"{failure['message']} (on {failure['host']})")
+                continue
+            outcome = _attempt(planned, dataset, observe(planned), should_stop)
+            if outcome is None:
+                held.append(planned)
+            elif isinstance(outcome, str):
+                gc.collect()  # its error held what the run had on the device
+                on_failure(planned, outcome)
+            else:
+                results[planned.workdir] = outcome
+        if len(held) == len(left):
+            on_wait(held)
+            _wait(pause, should_stop)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        else:
+            pause = _TICK
+        left = held
+    return [results[p.workdir] for p in runs if p.workdir in results]
+
+
+def _attempt(
+    planned: PlannedRun,
+    dataset: Dataset,
+    observer: Observer,
+    should_stop: Callable[[], bool],
+) -> dict[str, Any] | str | None:
+    """The result; or why it failed; or None if another process holds the run."""
+    try:
+        return run(
+            planned.config,
+            planned.workdir,
+            observer,
+            dataset=dataset,
+            should_stop=should_stop,
+        )
+    except InterruptedRunError:
+        raise
+    except Exception as error:  # a bug in one row must not stop the others
+        if not met_by_all(error):  # these processes are out of step
+            raise
+        return None if isinstance(error, ClaimedError) else describe(error)
+
+
+def last_failure(planned: PlannedRun) -> dict[str, str] | None:
+    """What `failure.json` says of the last attempt: its id, message and host."""
+    failure = read_failure(planned.workdir)
+    if failure is None:
+        return None
+    return {name: str(failure.get(name, "")) for name in ("id", "message", "host")}
+
+
+def finished(planned: PlannedRun) -> dict[str, Any] | None:
+    """The content of a run's `result.json`; None if it has not finished.
+
+    Raises:
+      WorkdirError: if the directory or the result is of another config, or a file is
+        damaged.
+    """
+    stored = stored_config(planned.workdir)
+    if stored is None:
+        return None
+    changed = changed_fields(stored.to_dict(), as_dict(planned.config))
+    if changed:
+        message = f"it is of another config, which differs in {', '.join(changed)}"
+        raise WorkdirError(message)
+    return read_result(planned.workdir, identity_of(planned.config, None))
+
+
+def refuse_other_configs(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> None:
+    """Refuses a table whose runs there were started with another config.
+
+    Raises:
+      OtherConfigError: says once what differs, before any work.
+    """
+    found: list[dict[str, tuple[object, object]]] = []
+    for planned in runs:
+        with contextlib.suppress(WorkdirError):  # a damaged file fails its run alone
+            if (stored := stored_config(planned.workdir)) is not None:
+                found.append(changed_fields(stored.to_dict(), as_dict(planned.config)))
+    changed = [fields for fields in found if fields]
+    if changed:
+        what = f"{len(changed)} of the {len(runs)} runs"
+        raise OtherConfigError.over(workdir, what, max(changed, key=changed.count))
+
+
+def record_plan(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> None:
+    """Adds the runs to the table's `plan.json`, for `samrobust status`.
+
+    Raises:
+      WorkdirError: if the directory cannot be written.
+    """
+    ours = {entry["path"]: entry for entry in (_entry(workdir, run) for run in runs)}
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        # Read again after writing: others may be adding theirs.
+        while (plan := read_plan(workdir)) != (together := plan | ours):
+            write_json(workdir / "plan.json", {"runs": list(together.values())})
+    except OSError as error:
+        message = (
+            f"Expected a writable directory, got workdir={str(workdir)!r}: {error}."
+        )
+        raise WorkdirError(message) from error
+
+
+def _entry(workdir: pathlib.Path, planned: PlannedRun) -> dict[str, Any]:
+    config = planned.config
+    return {
+        "path": planned.workdir.relative_to(workdir).as_posix(),
+        "row": config.row,
+        "label": config.label,
+        "seed": config.seed,
+        "epochs": config.training.epochs,
+        "work": step_work(config),
+    }
+
+
+def _wait(seconds: float, should_stop: Callable[[], bool]) -> None:
+    """Waits by counting and not by the clock: processes in step ask equally often."""
+    for _ in range(round(seconds / _TICK)):
+        if should_stop():
+            message = "Stopped while others held the last runs. The same command waits."
+            raise InterruptedRunError(message)
+        time.sleep(_TICK)

@@ -1,0 +1,252 @@
+"""TensorBoard and Weights & Biases: what `metrics.jsonl` says, shown elsewhere too.
+
+`metrics.jsonl` stays the truth. A tracker is sent its lines after they are written
+there, from the first one on after every start, and drops what it had beyond: a run that
+was killed has no step twice. A tracker that fails warns once, is closed and left out;
+the run goes on.
+"""
+
+import contextlib
+import importlib
+import pathlib
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import util
+from typing import Any, Protocol
+
+from samrobust.checks import check
+from samrobust.system.files import glance, read_json_lines, write_json
+from samrobust.types import Config
+
+__all__ = ["Tracking", "check_installed", "track"]
+
+# Seconds for W&B to send what is left: at the end, and of a tracker that failed.
+_PATIENCE, _SHORT_PATIENCE = 60.0, 5.0
+
+
+def check_installed(config: Config) -> None:
+    """Refuses a tracker whose package is missing.
+
+    Raises:
+      ValueError: with the command that installs it.
+    """
+    for name, package, version in (
+        ("tensorboard", "tensorboardX", "2.6"),
+        ("wandb", "wandb", "0.18"),
+    ):
+        spec = util.find_spec(package) if config.tracking[name] else None
+        check(
+            # A mere directory of that name, as W&B makes, is found without an origin.
+            not config.tracking[name] or (spec is not None and bool(spec.origin)),
+            f"the package {package}",
+            f"Install it: pip install '{package}>={version}'.",
+            **{f"tracking.{name}": config.tracking[name]},
+        )
+
+
+@contextlib.contextmanager
+def track(config: Config, workdir: pathlib.Path) -> Iterator["Tracking"]:
+    """Tracks a run inside the context; opens nothing before the first epoch's line."""
+    tracking = Tracking(config, workdir)
+    try:
+        yield tracking
+    finally:
+        tracking.close()
+
+
+class Tracking:
+    """The trackers of a run, as its config says: `tracking.tensorboard` and `.wandb`.
+
+    Args:
+      config: of the run.
+      workdir: of the run; claimed.
+    """
+
+    def __init__(self, config: Config, workdir: pathlib.Path):
+        self._log = workdir / "metrics.jsonl"
+        self._seen = -1
+        self._finished = False
+        self._unopened: list[Callable[[], _Tracker]] = []
+        if config.tracking.tensorboard:
+            self._unopened.append(lambda: _TensorBoard(workdir))
+        if config.tracking.wandb:
+            self._unopened.append(lambda: _WandB(config, workdir))
+        self._open: list[_Tracker] = []
+
+    def following(self, on_progress: Callable[[Any], None]) -> Callable[[Any], None]:
+        """An `on_progress` that also passes on the lines that are new by then."""
+        if not self._unopened:
+            return on_progress
+
+        def follow(progress: Any) -> None:
+            if progress.metrics and progress.metrics["step"] > self._seen:
+                self._catch_up()
+            on_progress(progress)
+
+        return follow
+
+    def finish(self, accuracy: dict[str, float]) -> None:
+        """Passes on the final accuracies, in percent by the attacks' names."""
+        self._finished = True
+        self._catch_up()
+        for tracker in list(self._open):
+            self._attempt(tracker, lambda t: t.add_accuracy(accuracy, self._seen))
+
+    def close(self) -> None:
+        """Closes what was opened."""
+        while self._open:
+            tracker = self._open.pop()
+            self._attempt(tracker, lambda t: t.close(self._finished, _PATIENCE))
+
+    def _catch_up(self) -> None:
+        while self._unopened:
+            with _warning_once():
+                self._open.append(self._unopened.pop(0)())
+        lines = [
+            x for x in read_json_lines(self._log) if x.get("step", -1) > self._seen
+        ]
+        for line in lines:
+            self._seen = line["step"]
+            for tracker in list(self._open):
+                self._attempt(tracker, lambda t, line=line: t.add(line))
+
+    def _attempt(self, tracker: "_Tracker", act: Callable[["_Tracker"], None]) -> None:
+        """Does it, or closes the tracker and leaves it out from now on."""
+        failed = True
+        with _warning_once():
+            act(tracker)
+            failed = False
+        if failed and tracker in self._open:
+            self._open.remove(tracker)
+            with contextlib.suppress(Exception):  # why it failed was said
+                tracker.close(finished=False, patience=_SHORT_PATIENCE)
+
+
+class _Tracker(Protocol):
+    def add(self, line: dict[str, Any]) -> None: ...
+
+    def add_accuracy(self, accuracy: dict[str, float], step: int) -> None: ...
+
+    def close(self, finished: bool, patience: float) -> None: ...
+
+
+class _TensorBoard:
+    """Event files in `tensorboard/`, for `tensorboard --logdir=WORKDIR`.
+
+    Written here and now: the package's own writer hands events to a thread, where a
+    full disk would go unnoticed, then hang the run, then spoil the process's end.
+    """
+
+    def __init__(self, workdir: pathlib.Path):
+        from tensorboardX.event_file_writer import EventsWriter
+
+        proto: Any = importlib.import_module("tensorboardX.proto.event_pb2")
+        self._event = proto.Event
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        # All lines come again: whatever earlier processes wrote is purged.
+        start = proto.SessionLog(status=proto.SessionLog.START)
+        self._writer.write_event(proto.Event(step=0, session_log=start))
+
+    def add(self, line: dict[str, Any]) -> None:
+        self._write(_scalars(line), line["step"])
+
+    def add_accuracy(self, accuracy: dict[str, float], step: int) -> None:
+        self._write({f"result/{_tag(n)}": v for n, v in accuracy.items()}, step)
+
+    def _write(self, scalars: dict[str, float], step: int) -> None:
+        from tensorboardX.summary import scalar
+
+        now = time.time()
+        for name, value in scalars.items():
+            summary = scalar(name, value)
+            self._writer.write_event(
+                self._event(step=step, wall_time=now, summary=summary)
+            )
+        self._writer.flush()
+
+    def close(self, finished: bool, patience: float) -> None:
+        del finished, patience
+        self._writer.close()
+
+
+class _WandB:
+    """A W&B run; a restart goes on in it, by the id kept in `wandb.json`."""
+
+    def __init__(self, config: Config, workdir: pathlib.Path):
+        import wandb
+
+        self._tear_down: Callable[[], None] = wandb.teardown
+        path = workdir / "wandb.json"
+        stored = glance(path).get("id") or uuid.uuid4().hex[:8]
+        write_json(path, {"id": stored})
+        self._run = wandb.init(
+            project=config.tracking.wandb,
+            id=stored,
+            resume="allow",
+            name=f"{config.label}, seed {config.seed}",
+            group=config.data.name,
+            config=config.to_dict(),
+            dir=str(workdir),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+
+    def add(self, line: dict[str, Any]) -> None:
+        if line["step"] >= self._run.step:  # what it has cannot be changed
+            self._run.log(_scalars(line), step=line["step"], commit=True)
+
+    def add_accuracy(self, accuracy: dict[str, float], step: int) -> None:
+        del step
+        self._run.summary.update({f"result/{_tag(n)}": v for n, v in accuracy.items()})
+
+    def close(self, finished: bool, patience: float) -> None:
+        """Waits for what is left to be sent, but not for ever."""
+        errors: list[Exception] = []
+
+        def finish() -> None:
+            try:
+                self._run.finish(exit_code=0 if finished else 1)
+            except Exception as error:
+                errors.append(error)
+                with contextlib.suppress(Exception):
+                    self._tear_down()  # lest it try again at the process's end
+
+        thread = threading.Thread(target=finish, daemon=True)
+        thread.start()
+        thread.join(patience)
+        if thread.is_alive():
+            message = f"not sent within {patience:g} s; `wandb sync` sends it later"
+            raise TimeoutError(message)
+        if errors:
+            raise errors[0]
+
+
+@contextlib.contextmanager
+def _warning_once() -> Iterator[None]:
+    """Turns an error of a tracker into a warning."""
+    try:
+        yield
+    except Exception as error:
+        message = (
+            f"A tracker failed and is left out ({type(error).__name__}: {error}). "
+            "The run goes on; metrics.jsonl has it all."
+        )
+        warnings.warn(message, stacklevel=2)
+
+
+def _scalars(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line, all but the step."""
+    return {
+        name: value
+        for name, value in line.items()
+        if isinstance(value, int | float) and name != "step"
+    }
+
+
+def _tag(name: str) -> str:
+    """`linf 8/255` as a name that both trackers leave as it is: `linf_8_255`."""
+    return name.replace(" ", "_").replace("/", "_")

@@ -1,0 +1,193 @@
+"""The files of a run: its config, which must stay the same, and its log.
+
+A workdir holds `config.json`, `metrics.jsonl`, `checkpoints/`, `result.json`;
+`failure.json` where the last attempt failed, and `.claim/` (see
+`samrobust.system.claims`).
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from samrobust.checks import check
+from samrobust.experiments.comparable import check_comparable
+from samrobust.experiments.configuration import with_defaults
+from samrobust.experiments.identity import Identity, changed_fields
+from samrobust.experiments.rows import modern_row
+from samrobust.experiments.survey import read_plan
+from samrobust.experiments.validation import validate
+from samrobust.system.files import WorkdirError, read_object, read_sealed, write_json
+from samrobust.types import Config
+
+__all__ = [
+    "OtherConfigError",
+    "WorkdirError",
+    "config_of_run",
+    "finished_runs",
+    "read_result",
+    "run_folder",
+    "settle_config",
+    "stored_config",
+]
+
+# What a run leaves beside its config.
+_LEFT_BY_A_RUN = (
+    *("result.json", "metrics.jsonl", "checkpoints"),
+    *("evaluations.jsonl", "autoattack"),
+)
+
+
+class OtherConfigError(WorkdirError):
+    """The workdir holds a run of another config."""
+
+    @classmethod
+    def over(
+        cls, workdir: pathlib.Path, what: str, changed: Mapping[str, tuple[Any, Any]]
+    ) -> "OtherConfigError":
+        """Returns the error over fields that were and are something else."""
+        listed = "; ".join(
+            f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items()
+        )
+        return cls(
+            f"{workdir} holds {what} of another config: {listed}. Choose another "
+            "--workdir, or restore the field."
+        )
+
+
+def stored_config(workdir: pathlib.Path) -> Config | None:
+    """Returns the config that a run was started with; None if there is none.
+
+    Newer fields have the base's values.
+
+    Raises:
+      WorkdirError: if `config.json` is damaged, or no config that this version takes.
+    """
+    path = workdir / "config.json"
+    stored = read_object(path)
+    if stored is None:
+        return None
+    try:
+        config = with_defaults(stored)
+        validate(config)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        message = f"Expected the config of a run in {path}, got one where: {error}"
+        raise WorkdirError(message) from error
+    return config
+
+
+def config_of_run(workdir: pathlib.Path) -> Config:
+    """Returns the config that a run was started with.
+
+    Raises:
+      ValueError: if the directory holds no run.
+      WorkdirError: as `stored_config`.
+    """
+    stored = stored_config(workdir)
+    check(
+        stored is not None,
+        "a run's --workdir, with a config.json",
+        "Train it first: `samrobust train`.",
+        workdir=str(workdir),
+    )
+    assert stored is not None  # for type checkers
+    return stored
+
+
+def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, Config]:
+    """The configs of a table's finished runs by their directories, in its order.
+
+    Args:
+      workdir: of the table.
+      rows: only these, several in one string separated by `;`; all where empty.
+
+    Directories that are not named by the row and seed of their run, such as copies, are
+    left out.
+
+    Raises:
+      ValueError: if there are none, none of a wanted row, or they are not judged alike.
+    """
+    paths = [p.parent for p in sorted(workdir.glob("*/seed*/result.json"))]
+    plan = list(read_plan(workdir))
+    names = [path.relative_to(workdir).as_posix() for path in paths]
+    names.sort(key=lambda name: plan.index(name) if name in plan else len(plan))
+    wanted = [modern_row(row) for text in rows for row in text.split(";") if row]
+    configs = {}
+    for name in names:
+        if not wanted or modern_row(name.rpartition("/")[0]) in wanted:
+            config = config_of_run(workdir / name)
+            if workdir / name == run_folder(workdir, config.row, config.seed):
+                configs[name] = config
+    lacking = set(wanted).difference(config.row for config in configs.values())
+    check(
+        bool(configs) and not lacking,
+        "finished runs in --workdir" + (" of all --rows" if wanted else ""),
+        "It is the directory of a table: `samrobust table`.",
+        workdir=str(workdir),
+        **({"rows_without": sorted(lacking)} if wanted else {}),
+    )
+    fields = {name: config.to_dict() for name, config in configs.items()}
+    check_comparable(fields, "Choose some with --rows.")
+    return configs
+
+
+def run_folder(workdir: pathlib.Path, row: str, seed: int) -> pathlib.Path:
+    """Returns where a table has a run: `ROW/seed0`, the row as its version wrote it."""
+    folder = workdir / row / f"seed{seed}"
+    older = (path / folder.name for path in sorted(workdir.glob("at+sam,*")))
+    named = (path for path in older if modern_row(path.parent.name) == row)
+    found = filter(pathlib.Path.is_dir, (folder, *named))
+    return next(found, folder)
+
+
+def settle_config(workdir: pathlib.Path, config: Config) -> None:
+    """Writes `config.json`, or checks that the one there is of the same run.
+
+    Raises:
+      OtherConfigError: if a field that shapes the result differs; names it.
+      WorkdirError: if there is none beside what a run left.
+    """
+    stored = stored_config(workdir)
+    given = json.loads(config.to_json_best_effort())
+    if stored is None and (workdir / "plan.json").exists():
+        raise WorkdirError(
+            f"Expected the directory of one run, got that of a table: {workdir}. "
+            "Choose another --workdir, or one of its runs'."
+        )
+    if stored is None:
+        left = [name for name in _LEFT_BY_A_RUN if (workdir / name).exists()]
+        if left:
+            raise WorkdirError(
+                f"Expected a config.json beside {', '.join(left)} in {workdir}, got "
+                "none: nothing says of which run they are. Restore it from a copy, or "
+                "choose another --workdir."
+            )
+    changed = {} if stored is None else changed_fields(stored.to_dict(), given)
+    if changed:
+        raise OtherConfigError.over(workdir, "a run", changed)
+    write_json(workdir / "config.json", given)
+
+
+def read_result(workdir: pathlib.Path, identity: Identity) -> dict[str, Any] | None:
+    """Returns the content of a run's `result.json`; None if it has not finished.
+
+    Args:
+      workdir: of the run.
+      identity: of the run; its data are compared where they are known.
+
+    Raises:
+      WorkdirError: if the file is damaged, or the result of another run.
+    """
+    path = workdir / "result.json"
+    result = read_sealed(path)
+    if result is None:
+        return None
+    stored = Identity.from_dict(result.get("run"))
+    unlike = "it does not say of which" if stored is None else stored.unlike(identity)
+    if unlike:
+        raise WorkdirError(
+            f"Expected the result of this run in {path}, got another's: {unlike}. Move "
+            "that file away (the last checkpoint is then evaluated again), or choose "
+            "another --workdir."
+        )
+    return {**result, "row": modern_row(str(result.get("row")))}

@@ -1,0 +1,200 @@
+"""Calls across: a JAX classifier as a PyTorch module, a PyTorch module as `logits_fn`.
+
+No weights move, so any network will do on either side; images and gradients do, through
+the host's memory. Here images are [B, H, W, C], in PyTorch [B, C, H, W], both with
+pixels in [0, 1]. Only gradients with respect to the images cross, of first order.
+"""
+
+import functools
+import logging
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from samrobust.checks import check
+from samrobust.models.torch.files import import_torch
+from samrobust.models.torch.module import TorchModule, channels_first, channels_last
+from samrobust.types import Array, LogitsFn
+
+__all__ = ["as_torch", "from_torch"]
+
+
+def as_torch(logits_fn: LogitsFn) -> Any:
+    """Returns a `torch.nn.Module` that computes what `logits_fn` does, gradients too.
+
+    For attack libraries written for PyTorch. A batch of another shape compiles anew.
+
+    Args:
+      logits_fn: images [B, H, W, C] in [0, 1] to logits [B, K].
+
+    Returns:
+      A module in evaluation mode, without parameters: images [B, C, H, W] to logits
+      [B, K], on the images' device. Images are float32; bfloat16 is computed in
+      float32; float64 wants JAX's x64. **Guarantees**: the gradient is that of
+      `jax.vjp`; the network is run once where a gradient is asked for.
+
+    Raises:
+      ValueError: if PyTorch is not installed; by the module, for images of another
+        type and for logits that are no [B, K].
+    """
+    torch = import_torch("make a module of a JAX classifier")
+    predict = jax.jit(logits_fn)
+    predict_and_pull_back = jax.jit(functools.partial(jax.vjp, logits_fn))
+    pull_back = jax.jit(lambda vjp, cotangent: vjp(cotangent)[0])
+
+    def to_jax(images: Any) -> Array:
+        wide = images.dtype == torch.float64
+        check(
+            images.is_floating_point() and (not wide or jax.config.read(_X64)),
+            "images of float32",
+            f"For float64 set `jax.config.update({_X64!r}, True)`; else convert them.",
+            dtype=images.dtype,
+        )
+        return jnp.asarray(channels_last(images))
+
+    def to_torch(array: Array, device: Any) -> Any:
+        dtype = array.dtype if array.dtype == np.float64 else np.float32
+        return torch.from_numpy(np.array(array, dtype, order="C")).to(device)
+
+    def check_logits(logits: Array, images: Array) -> Array:
+        check(
+            logits.ndim == 2 and len(logits) == len(images),
+            f"logits [{len(images)}, K] from logits_fn",
+            shape=logits.shape,
+        )
+        return logits
+
+    class Call(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, images: Any) -> Any:
+            ours = to_jax(images)
+            if not context.needs_input_grad[0]:
+                return to_torch(check_logits(predict(ours), ours), images.device)
+            logits, context.vjp = predict_and_pull_back(ours)
+            context.logits_dtype = logits.dtype
+            return to_torch(check_logits(logits, ours), images.device)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(context: Any, cotangent: Any) -> Any:
+            ours = jnp.asarray(cotangent.cpu().numpy(), context.logits_dtype)
+            gradient = channels_first(np.asarray(pull_back(context.vjp, ours)))
+            return torch.from_numpy(gradient).to(cotangent.device)
+
+    class Classifier(torch.nn.Module):
+        def forward(self, images: Any) -> Any:
+            return Call.apply(images)
+
+    return Classifier().eval()
+
+
+def from_torch(module: Callable[[Any], Any]) -> LogitsFn:
+    """Returns a `logits_fn` that calls a PyTorch module, gradients included.
+
+    For `samrobust.attacks` on a network in PyTorch: inside `jit` and its loops too. The
+    module is run on the device that its weights are on, with images of their type.
+
+    Args:
+      module: a `torch.nn.Module` in evaluation mode: images [B, C, H, W] to logits
+        [B, K]. Its parameters are as they are at the time of each call. One out of
+        `torch.export` takes the batches that it was exported for.
+
+    Returns:
+      Images [B, H, W, C] to logits [B, K] in float32, or float64 where the images are;
+      differentiable once, in reverse mode. **Guarantees**: the gradient is that of
+      `torch.autograd.grad`; the parameters' gradients are left alone.
+
+    Raises:
+      ValueError: if PyTorch is not installed, or a part of the module is in training
+        mode, where its answer for an image would depend on the others; by `logits_fn`
+        also if the module fails, its logits are no [B, K], or where a gradient is asked
+        for and cut off. What shows only while a compiled program runs is raised by JAX
+        as its own error, which ends in the same line.
+    """
+    called = TorchModule(module)
+
+    @functools.cache
+    def count_classes(shape: tuple[int, ...], dtype: Any) -> int:
+        return called.predict(np.zeros(shape, dtype)).shape[1]
+
+    @functools.cache
+    def try_gradient(shape: tuple[int, ...], dtype: Any) -> None:
+        images = np.zeros(shape, dtype)
+        called.pull_back(images, np.ones_like(called.predict(images)))
+
+    def predict(images: Array) -> Array:
+        check(
+            jnp.issubdtype(images.dtype, jnp.floating),
+            "images of floats in [0, 1]",
+            dtype=images.dtype,
+        )
+        if not isinstance(images, Tracer):
+            return jnp.asarray(called.predict(np.asarray(images)))
+        called.check_mode()
+        dtype = jnp.float64 if images.dtype == jnp.float64 else jnp.float32
+        num_classes = count_classes(images.shape, images.dtype)
+        shape = jax.ShapeDtypeStruct((images.shape[0], num_classes), dtype)
+        return _callback(called.predict, shape, images)
+
+    @jax.custom_vjp
+    def logits_fn(images: Array) -> Array:
+        return predict(images)
+
+    def forward(images: Array) -> tuple[Array, Array]:
+        try_gradient(images.shape, images.dtype)
+        return predict(images), images
+
+    def backward(images: Array, cotangent: Array) -> tuple[Array]:
+        shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
+        return (_callback(called.pull_back, shape, images, cotangent),)
+
+    logits_fn.defvjp(forward, backward)
+    return logits_fn
+
+
+_X64 = "jax_enable_x64"
+
+
+class _CallError(ValueError):
+    """What went wrong in a module while a compiled program ran."""
+
+
+# JAX logs the errors of callbacks with their traceback before it raises them.
+logging.getLogger("jax._src.callback").addFilter(
+    lambda record: not (record.exc_info and record.exc_info[0] is _CallError)
+)
+
+
+def _callback(
+    function: Callable[..., np.ndarray], like: jax.ShapeDtypeStruct, *arrays: Array
+) -> Array:
+    """`jax.pure_callback` whose error is a line, and not the frames of the program."""
+
+    def call(*arrays: Any) -> np.ndarray:
+        try:
+            result = function(*map(np.asarray, arrays))
+            check(
+                result.shape == like.shape,
+                f"{list(like.shape)} from the module, as when it was compiled",
+                shape=list(result.shape),
+            )
+        except ValueError as error:
+            message = str(error)
+        else:
+            return result
+        # XLA prints the callers of the innermost frame: of this one there are none.
+        frame = _nowhere().gi_frame
+        alone = types.TracebackType(None, frame, 0, frame.f_lineno)
+        raise _CallError(message).with_traceback(alone)
+
+    return jax.pure_callback(call, like, *arrays, vmap_method="sequential")
+
+
+def _nowhere() -> Any:
+    """Never runs; its frame has no caller."""
+    yield

@@ -1,0 +1,170 @@
+"""PreActResNet in PyTorch, and its weights to and from Flax's layout.
+
+The network of the paper's PyTorch code, written from the facts about it, without
+the rest of samrobust and without JAX: an oracle of the tests, and what `reference.py`
+times. Images are [B, C, H, W] in [0, 1]; normalisation of the pixels is inside.
+
+Out of scope: attacks, training, data.
+
+Reference: He et al., 2016, arXiv 1603.05027; Wei, Zhu and Zhang, 2023, arXiv
+2305.05392.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["PreActBlock", "PreActResNet", "from_jax", "to_jax"]
+
+Variables = dict[str, Any]
+
+
+class PreActBlock(nn.Module):
+    """Batch norm, ReLU, 3x3 convolution, twice, and a shortcut."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(
+            in_channels, channels, 3, stride=stride, padding=1, bias=False
+        )
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.shortcut = None
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Conv2d(
+                in_channels, channels, 1, stride=stride, bias=False
+            )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, channels, H / stride, W / stride]."""
+        activated = torch.relu(self.norm1(inputs))
+        # The convolution of the shortcut sees activated inputs, the identity raw ones.
+        skip = inputs if self.shortcut is None else self.shortcut(activated)
+        hidden = self.conv1(activated)
+        hidden = self.conv2(torch.relu(self.norm2(hidden)))
+        return hidden + skip
+
+
+class PreActResNet(nn.Module):
+    """A pre-activation ResNet for small images; the defaults are PreActResNet-18.
+
+    Args:
+      width: channels of the first stage; stage i has `width * 2**i`.
+      blocks: number of blocks of each stage; all stages but the first halve the size.
+      num_classes: number of logits.
+      in_channels: channels of the images.
+      mean: per-channel mean that is subtracted from the images, 0 if not given.
+      std: per-channel standard deviation they are divided by, 1 if not given.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        width: int = 64,
+        blocks: Sequence[int] = (2, 2, 2, 2),
+        num_classes: int = 10,
+        in_channels: int = 3,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        mean = (0.0,) * in_channels if mean is None else mean
+        std = (1.0,) * in_channels if std is None else std
+        for name, value in (("mean", mean), ("std", std)):
+            buffer = torch.tensor(value).reshape(1, in_channels, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
+        self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        stages, channels = OrderedDict[str, nn.Module](), width
+        for i, num_blocks in enumerate(blocks):
+            for j in range(num_blocks):
+                stride = 2 if i > 0 and j == 0 else 1
+                block = PreActBlock(channels, width * 2**i, stride)
+                stages[f"stage{i + 1}_block{j + 1}"] = block
+                channels = width * 2**i
+        self.stages = nn.Sequential(stages)
+        self.norm = nn.BatchNorm2d(channels)
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [0, 1] -> logits [B, num_classes]."""
+        hidden = self.stages(self.stem((images - self.mean) / self.std))
+        return self.head(torch.relu(self.norm(hidden)).mean(dim=(2, 3)))
+
+
+# --- weights --------------------------------------------------------------------------
+
+# kind of layer -> (collection, Flax name, PyTorch name)
+_NAMES = {
+    nn.Conv2d: (("params", "kernel", "weight"),),
+    nn.Linear: (("params", "kernel", "weight"), ("params", "bias", "bias")),
+    nn.BatchNorm2d: (
+        ("params", "scale", "weight"),
+        ("params", "bias", "bias"),
+        ("batch_stats", "mean", "running_mean"),
+        ("batch_stats", "var", "running_var"),
+    ),
+}
+_TO_JAX = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}  # OIHW -> HWIO, [out, in] -> [in, out]
+_TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Pairs of a path in Flax's variables and the tensor of the model behind it."""
+    for name, module in model.named_modules():
+        path = name.removeprefix("stages.").split(".")
+        for collection, jax_name, torch_name in _NAMES.get(type(module), ()):
+            yield (collection, *path, jax_name), getattr(module, torch_name).detach()
+
+
+def to_jax(model: nn.Module) -> Variables:
+    """The model's weights as Flax's `{"params": ..., "batch_stats": ...}`, in NumPy."""
+    variables: Variables = {"params": {}, "batch_stats": {}}
+    for path, tensor in _tensors(model):
+        node = variables
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        # A copy: training the model must not change the variables it was given from.
+        value = tensor.cpu().numpy().transpose(_TO_JAX[tensor.ndim])
+        node[path[-1]] = np.array(value)
+    return variables
+
+
+def from_jax(model: nn.Module, variables: Mapping[str, Any]) -> None:
+    """Loads Flax's variables into the model, in place; every leaf must find its place.
+
+    Raises:
+      KeyError: if a tensor of the model has no counterpart.
+      ValueError: if a shape differs, or a leaf of `variables` is left over.
+    """
+    seen = set()
+    for path, tensor in _tensors(model):
+        value: Any = variables
+        for key in path:
+            value = value[key]
+        value = np.asarray(value)
+        value = value.transpose(_TO_TORCH[value.ndim])
+        if value.shape != tuple(tensor.shape):
+            raise ValueError(
+                f"Expected shape {tuple(tensor.shape)} at {'/'.join(path)}, "
+                f"got shape={value.shape}."
+            )
+        tensor.copy_(torch.from_numpy(np.array(value)))
+        seen.add(path)
+    if left := set(_leaf_paths(variables)) - seen:
+        raise ValueError(f"Expected no other variables, got left={sorted(left)}.")
+
+
+def _leaf_paths(tree: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Paths of all leaves of nested mappings."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from ((key, *path) for path in _leaf_paths(value))
+        else:
+            yield (key,)

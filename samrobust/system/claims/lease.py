@@ -1,0 +1,310 @@
+"""To take a claim, to keep it fresh, to see that it was lost, to release it."""
+
+import contextlib
+import json
+import os
+import pathlib
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from samrobust.checks import check
+from samrobust.system.claims.holder import (
+    LEASE,
+    LONGEST_LEASE,
+    Holder,
+    generations,
+    is_lease,
+    latest,
+    myself,
+    read_holder,
+)
+from samrobust.system.files import WorkdirError, temporary_beside
+
+__all__ = ["Claim", "ClaimedError", "await_verdict", "claim", "lease_seconds"]
+
+_REFRESHES = 12  # in a lease
+_KEPT = 16  # generations before the current one
+_LEFT_BEHIND = 3600.0  # seconds after which a contender's file is nobody's
+
+
+class ClaimedError(WorkdirError):
+    """Another process works in the directory."""
+
+
+class Claim:
+    """A claim that this process holds; a thread keeps it fresh until it is released."""
+
+    def __init__(self, workdir: pathlib.Path, generation: int, token: str):
+        self._workdir, self._generation, self._token = workdir, generation, token
+        self._path = workdir / ".claim" / f"{generation}.json"
+        self._lease = lease_seconds()
+        self._refreshed = time.monotonic()
+        self._lost, self._released = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Refuses to go on if another process took over. Cheap, to be asked often.
+
+        Raises:
+          ClaimedError: if so, before anything is written; this process stood still
+            for longer than its lease.
+        """
+        if time.monotonic() - self._refreshed > self._lease / 2:
+            self._refresh()  # we may be awake before the thread is
+        if self._lost.is_set():
+            raise ClaimedError(self._loss())
+
+    def guard(self, should_stop: Callable[[], bool]) -> Callable[[], bool]:
+        """The same question, that raises `ClaimedError` once the claim is lost."""
+
+        def ask() -> bool:
+            self.check()
+            return should_stop()
+
+        return ask
+
+    def _loss(self) -> str:
+        holder = read_holder(self._workdir)
+        if holder is None:
+            return f"Lost {self._workdir}: the directory was removed or moved."
+        return (
+            f"Another process ({holder}) took over {self._workdir}: this one gave no "
+            f"sign of life for longer than {self._lease:g} s. Let that one go on."
+        )
+
+    def release(self) -> None:
+        """Frees the directory, unless it was lost."""
+        self._released.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            if latest(self._path.parent) == self._generation:
+                self._mark_released()
+
+    def _mark_released(self) -> None:
+        temporary = temporary_beside(self._path)
+        try:
+            temporary.write_text(_content(self._token, released=True))
+            temporary.replace(self._path)
+        except OSError:  # a full disk: to set the time needs no space
+            os.utime(self._path, (0, 0))
+            temporary.unlink(missing_ok=True)
+
+    def _keep(self) -> None:
+        while not self._released.wait(self._lease / _REFRESHES):
+            self._refresh()
+
+    def _refresh(self) -> None:
+        try:
+            if latest(self._path.parent) == self._generation:
+                os.utime(self._path)
+                self._refreshed = time.monotonic()
+            else:
+                self._lost.set()
+        except FileNotFoundError:
+            self._lost.set()
+        except OSError:  # the file server is away; asked again when it is back
+            pass
+
+
+@contextlib.contextmanager
+def claim(workdir: pathlib.Path) -> Iterator[Claim]:
+    """Makes the directory and holds it for this process; freed on exit, even by a kill.
+
+    Files that a killed process left half written are removed.
+
+    Raises:
+      ClaimedError: if another process holds it; names it.
+      WorkdirError: if it cannot be written.
+    """
+    try:
+        (workdir / ".claim").mkdir(parents=True, exist_ok=True)
+        generation, token = _acquire(workdir)
+        for left_by_a_kill in workdir.glob(".*.tmp"):
+            left_by_a_kill.unlink(missing_ok=True)
+    except OSError as error:
+        message = (
+            f"Expected a writable directory, got workdir={str(workdir)!r}: {error}."
+        )
+        raise WorkdirError(message) from error
+    held = Claim(workdir, generation, token)
+    try:
+        yield held
+    finally:
+        held.release()
+
+
+class Pending(NamedTuple):
+    """What is waited for, and seconds until the next look."""
+
+    reason: str
+    pause: float
+
+
+def await_verdict(
+    workdir: pathlib.Path,
+    *,
+    should_stop: Callable[[], bool],
+    on_wait: Callable[[str], None],
+    agree: Callable[[Callable[[], Pending | None]], Pending | None] = lambda look: (
+        look()
+    ),
+) -> None:
+    """Waits until it is sure whether a holder on another machine is alive.
+
+    A job that was killed and starts again elsewhere finds a claim that looks alive, and
+    must wait until its lease has run out. Returns as soon as the holder gives a sign of
+    life, is over, or was none; the next `claim` tells which.
+
+    Args:
+      workdir: may not exist.
+      should_stop: asked about once a second; ends the waiting.
+      on_wait: is told once what is waited for.
+      agree: calls a look for several processes that wait together; of them, one looks.
+    """
+    suspense, told = _Suspense(workdir), False
+    while (pending := agree(suspense.look)) is not None:
+        if not told:
+            on_wait(pending.reason)
+            told = True
+        if should_stop():
+            return
+        time.sleep(pending.pause)
+
+
+class _Suspense:
+    """Looks at a holder again and again, until it is sure whether it is alive."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._workdir = workdir
+        self._first: Holder | None = None
+
+    def look(self) -> Pending | None:
+        holder = read_holder(self._workdir)
+        self._first = self._first or holder
+        if holder is None or holder.is_here or holder != self._first:
+            return None
+        try:
+            with _contender(self._workdir, "") as contender:
+                if _is_over(self._workdir, holder, _touch(contender)):
+                    return None
+        except OSError:  # read-only: the claim will say so
+            return None
+        return Pending(
+            f"{self._workdir} was claimed by another process ({holder}). Waiting up to "
+            f"{holder.lease:g} s for a sign of life.",
+            min(1.0, holder.lease / _REFRESHES),
+        )
+
+
+def _acquire(workdir: pathlib.Path) -> tuple[int, str]:
+    """Becomes the holder; returns the generation and its token."""
+    token = uuid.uuid4().hex
+    with _contender(workdir, token) as contender:
+        while True:
+            now = _touch(contender)
+            holder = read_holder(workdir)
+            if holder is not None and holder.token == token:
+                _prune(contender.parent, holder.generation, now)
+                return holder.generation, token
+            if holder is not None and not _is_over(workdir, holder, now):
+                message = (
+                    f"Another process ({holder}) is working in {workdir}. Wait for "
+                    "it, or choose another --workdir."
+                )
+                raise ClaimedError(message)
+            # Then looked at again: a number that was pruned can be made again, but
+            # only the highest one counts, and NFS may say that a link failed which
+            # was made.
+            generation = 1 if holder is None else holder.generation + 1
+            _create(contender, contender.with_name(f"{generation}.json"))
+
+
+_watched: dict[pathlib.Path, tuple[Holder, float]] = {}
+
+
+def _is_over(workdir: pathlib.Path, holder: Holder, now: float) -> bool:
+    """Whether a holder is done, or has been silent for its lease.
+
+    By the file server's clock, `now`, as far as that goes; but whatever time a claim
+    bears, nobody waits for longer than its lease by the clock of this process.
+    """
+    seen, since = _watched.get(workdir, (None, 0.0))
+    if seen != holder:
+        since = time.monotonic()
+        _watched[workdir] = holder, since
+    return holder.is_over(now) or time.monotonic() - since > holder.lease
+
+
+@contextlib.contextmanager
+def _contender(workdir: pathlib.Path, token: str) -> Iterator[pathlib.Path]:
+    """A file of this process in `.claim`, complete, to be linked as a generation."""
+    path = workdir / ".claim" / f".{uuid.uuid4().hex}.tmp"
+    try:
+        path.write_text(_content(token), encoding="utf-8")
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _create(contender: pathlib.Path, path: pathlib.Path) -> None:
+    """Gives the file a second name, unless that is taken."""
+    with contextlib.suppress(FileExistsError):
+        try:
+            os.link(contender, path)
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links here: exclusive creation is as good
+            with path.open("x", encoding="utf-8") as file:
+                file.write(contender.read_text(encoding="utf-8"))
+
+
+def _prune(folder: pathlib.Path, generation: int, now: float) -> None:
+    """Removes long-superseded generations, and what killed contenders left."""
+    for number in generations(folder):
+        if number < generation - _KEPT:
+            (folder / f"{number}.json").unlink(missing_ok=True)
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if now - path.stat().st_mtime > _LEFT_BEHIND:
+                path.unlink()
+
+
+def _touch(path: pathlib.Path) -> float:
+    """The file server's time."""
+    os.utime(path)
+    return path.stat().st_mtime
+
+
+def _content(token: str, *, released: bool = False) -> str:
+    content = {
+        "token": token,
+        **myself(),
+        "lease": lease_seconds(),
+        "released": released,
+    }
+    return json.dumps(content) + "\n"
+
+
+def lease_seconds() -> float:
+    """The lease of this process's claims, `SAMROBUST_CLAIM_LEASE`.
+
+    Raises:
+      ValueError: if that is no number of seconds, or more than an hour.
+    """
+    text = os.environ.get("SAMROBUST_CLAIM_LEASE", "") or str(LEASE)
+    try:
+        lease = float(text)
+    except ValueError:
+        lease = 0.0
+    check(
+        is_lease(lease),
+        f"a number of seconds > 0, at most {LONGEST_LEASE:g}",
+        f"The lease of a claim; {LEASE:g} by default.",
+        SAMROBUST_CLAIM_LEASE=text,
+    )
+    return lease

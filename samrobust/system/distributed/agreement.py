@@ -1,0 +1,191 @@
+"""What the processes of a run agree upon: values, arrays, stops.
+
+All processes run the same program in step. Process 0 alone reads and writes the files
+of a run; what it finds there reaches the others through `from_primary` and `broadcast`.
+A request to stop one becomes that of all at the same step (`AgreedStop`). With a single
+process everything here is the plain call.
+"""
+
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from samrobust.system.distributed.ending import watch_for_failures
+from samrobust.system.distributed.mesh import replicate
+from samrobust.system.distributed.start import initialize
+from samrobust.system.distributed.store import is_joined, is_primary, store, wait_for
+from samrobust.types import PyTree
+
+__all__ = [
+    "AgreedStop",
+    "broadcast",
+    "from_primary",
+    "is_shared",
+    "join",
+    "met_by_all",
+]
+
+T = TypeVar("T")
+
+_BARRIER_MILLISECONDS = 10_000
+
+
+def from_primary(function: Callable[[], T]) -> T:
+    """Calls a function on process 0; all processes get what it returned or raised.
+
+    All processes must call it, in the same order.
+
+    Args:
+      function: called on process 0 alone; returns what can be pickled, of at most
+        a megabyte or so. For arrays see `broadcast`.
+
+    Raises:
+      Exception: whatever the function raised; of the same class in all processes, or a
+        RuntimeError in the others if it cannot be pickled.
+    """
+    if not is_joined():
+        return function()
+    key = f"samrobust/value/{_calls.count()}"
+    if not is_primary():
+        return _unpack(wait_for(key))
+    try:
+        value = function()
+    except Exception as error:
+        store().key_value_set_bytes(key, _pack(None, error))
+        error._samrobust_is_shared = True  # type: ignore[attr-defined]
+        raise
+    store().key_value_set_bytes(key, _pack(value, None))
+    return value
+
+
+def is_shared(error: BaseException) -> bool:
+    """Whether all processes raise this error, from `from_primary`."""
+    return getattr(error, "_samrobust_is_shared", False)
+
+
+def met_by_all(error: Exception) -> bool:
+    """Whether all processes met an error at the same place, and so are still in step.
+
+    All that met one must ask. Takes ten seconds to say no.
+    """
+    if not is_joined() or is_shared(error):
+        return True
+    try:
+        name = f"samrobust/met/{_calls.so_far}"
+        store().wait_at_barrier(name, _BARRIER_MILLISECONDS)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def broadcast(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Replicates the arrays of process 0 over the devices of all processes.
+
+    Args:
+      tree: arrays, of the same shapes and dtypes in all processes; the values of
+        process 0 are taken.
+      mesh: of all devices.
+
+    Returns:
+      The tree of global arrays. **Guarantees**: bit for bit those of process 0.
+    """
+    if not is_joined():
+        return replicate(tree, mesh)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    # As bytes: JAX broadcasts by a sum, which would turn -0.0 into 0.0.
+    flat = [np.ascontiguousarray(leaf).reshape(-1).view(np.uint8) for leaf in leaves]
+    sent = multihost_utils.broadcast_one_to_all(np.concatenate([*flat, _NOTHING]))
+    parts = np.split(np.asarray(sent), np.cumsum([part.size for part in flat]))
+    received = [
+        part.view(leaf.dtype).reshape(leaf.shape)
+        for part, leaf in zip(parts, leaves, strict=False)
+    ]
+    return replicate(jax.tree.unflatten(jax.tree.structure(tree), received), mesh)
+
+
+_NOTHING = np.zeros(0, np.uint8)
+
+
+class AgreedStop:
+    """Turns a request to stop any process into one that all hear at the same call.
+
+    All processes must ask equally often, and each have one of these alone. A SIGTERM
+    to any of them reaches JAX's preemption service, which lets them all stop at a call
+    that none has made yet.
+
+    Args:
+      local: whether this process was asked to stop, by Ctrl-C or before it joined.
+    """
+
+    def __init__(self, local: Callable[[], bool]):
+        self._local, self._passed_on = local, False
+        self._calls, self._agreed = 0, False
+
+    def __call__(self) -> bool:
+        """Whether to stop; the same answer in all processes."""
+        if not jax.distributed.is_initialized():  # else SIGTERM is JAX's
+            return self._local()
+        if self._local() and not self._passed_on:
+            self._passed_on = True
+            os.kill(os.getpid(), signal.SIGTERM)  # the service listens to it
+        self._calls += 1  # by one each time: the service hears no other stride
+        reached = multihost_utils.reached_preemption_sync_point(self._calls)
+        self._agreed = self._agreed or reached
+        return self._agreed
+
+
+def join(stop: Callable[[], bool]) -> AgreedStop:
+    """Joins the other processes of the run, if there are any; see `initialize`.
+
+    From then on this process ends soon after another one has said that it failed,
+    instead of waiting for it until the heartbeat's timeout.
+
+    Args:
+      stop: whether this process was asked to stop.
+
+    Returns:
+      The same question, answered alike in all processes.
+    """
+    initialize()
+    watch_for_failures()
+    return AgreedStop(stop)
+
+
+class _Calls:
+    """Counts the calls of `from_primary`, which are the same in all processes."""
+
+    def __init__(self) -> None:
+        self.so_far = 0
+
+    def count(self) -> int:
+        self.so_far += 1
+        return self.so_far
+
+
+_calls = _Calls()
+
+
+def _pack(value: Any, error: Exception | None) -> bytes:
+    try:
+        packed = pickle.dumps((value, error))
+        pickle.loads(packed)
+    except Exception:  # an exception that cannot be made again from its arguments
+        if error is None:
+            raise
+        return pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
+    return packed
+
+
+def _unpack(packed: bytes) -> Any:
+    value, error = pickle.loads(packed)
+    if error is not None:
+        error._samrobust_is_shared = True
+        raise error
+    return value

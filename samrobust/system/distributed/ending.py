@@ -1,0 +1,113 @@
+"""How the processes of a run end: together, or because one of them failed alone."""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+import warnings
+from typing import Any, NoReturn
+
+import jax
+
+from samrobust.system.distributed.store import is_joined, is_primary, look_for, store
+from samrobust.system.runtime import say
+
+__all__ = ["leave", "lost_a_peer", "part", "watch_for_failures"]
+
+_FAILURE = "samrobust/failure"
+_WATCH_SECONDS = 0.5  # between two looks for a failure
+_OWN_SECONDS = 1.0  # for a process that is told of one to fail by itself first
+# Process 0 holds the store for twice as long as the slowest of the others needs: one
+# that finds it gone is aborted by JAX instead.
+_GRACE_SECONDS = 2 * (_WATCH_SECONDS + _OWN_SECONDS)
+
+
+def watch_for_failures() -> None:
+    """Ends this process soon after another one has said that it failed.
+
+    Without it a process would wait for that one until the heartbeat's timeout.
+    """
+    if is_joined():
+        _watcher.start()
+
+
+def part() -> None:
+    """The orderly end: waits until all processes are here. See `leave`."""
+    _watcher.stop()
+    if jax.distributed.is_initialized():
+        try:
+            jax.distributed.shutdown()
+        except RuntimeError as error:  # the work is done, whatever became of the others
+            warnings.warn(f"The processes did not part in order: {error}", stacklevel=2)
+
+
+def leave(code: int, reason: str) -> NoReturn:
+    """Ends this process at once because it failed alone, and tells the others why.
+
+    The orderly end would wait for processes that wait for this one.
+
+    Args:
+      code: exit code, of the others too.
+      reason: in a few words.
+    """
+    failure = {"process": jax.process_index(), "code": code, "reason": reason}
+    with contextlib.suppress(Exception):  # told by another before, or the store is gone
+        store().key_value_set(_FAILURE, json.dumps(failure))
+    if is_primary():  # the store ends with this process: let the others read
+        time.sleep(_GRACE_SECONDS)
+    _exit(code)
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether an error of the runtime says that another process is gone."""
+    signs = ("Gloo", "NCCL", "Connection closed", "Connection reset", "heartbeat")
+    return is_joined() and any(sign in str(error) for sign in signs)
+
+
+class _Watcher:
+    """A thread that looks now and then whether another process has failed."""
+
+    def __init__(self) -> None:
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Before the store goes: a thread in a call of it could not end in order."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(_WATCH_SECONDS):
+            try:
+                told = look_for(_FAILURE)
+            except jax.errors.JaxRuntimeError:  # the store is gone, and with it process
+                return  # 0: JAX ends this process too
+            failure = {} if told is None else json.loads(told)
+            if failure and failure["process"] != jax.process_index():
+                self._follow(failure)
+
+    def _follow(self, failure: dict[str, Any]) -> None:
+        if self._stopped.wait(_OWN_SECONDS):
+            return
+        say(
+            f"process {failure['process']} failed: {failure['reason']} "
+            f"Process {jax.process_index()} stops too."
+        )
+        _exit(failure["code"])
+
+
+_watcher = _Watcher()
+
+
+def _exit(code: int) -> NoReturn:
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)

@@ -1,0 +1,154 @@
+"""How the processes of a run meet."""
+
+import collections
+import contextlib
+import functools
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+
+import jax
+from jax.experimental import multihost_utils
+
+from samrobust.checks import check
+from samrobust.system.distributed.environment import (
+    Settings,
+    find_settings,
+    on_cloud_tpu,
+    read_seconds,
+)
+from samrobust.system.runtime import say
+
+__all__ = ["DistributedError", "check_platform", "initialize"]
+
+
+class DistributedError(RuntimeError):
+    """The processes of a run did not find each other."""
+
+
+def initialize(environ: Mapping[str, str] = os.environ) -> None:
+    """Joins the other processes of the run; does nothing where there are none.
+
+    Call it once the arguments are checked and before anything asks JAX for a device.
+    A second call does nothing. `SAMROBUST_HEARTBEAT_SECONDS` (default 100) is how long
+    a process may be silent before the others give it up for dead,
+    `SAMROBUST_MEETING_SECONDS` (default 600) how long they wait for each other here;
+    JAX then ends the process, after words of ours about what to check.
+
+    Args:
+      environ: the environment variables, see
+        `samrobust.system.distributed.environment`.
+
+    Raises:
+      ValueError: if the variables contradict each other, or the processes have
+        different numbers of devices.
+      DistributedError: if the others cannot be reached, as far as JAX says so.
+    """
+    if jax.distributed.is_initialized():
+        return
+    heartbeat = read_seconds(environ, "SAMROBUST_HEARTBEAT_SECONDS", "100")
+    meeting = read_seconds(environ, "SAMROBUST_MEETING_SECONDS", "600")
+    settings = find_settings(environ)
+    join = functools.partial(
+        jax.distributed.initialize,
+        initialization_timeout=meeting,
+        heartbeat_timeout_seconds=heartbeat,
+        shutdown_timeout_seconds=_LATE,
+    )
+    at = f" at {settings.address}" if settings else ""
+    try:
+        with _impatience(at, meeting), _mortality():
+            if settings is not None:
+                # Two programs at once could take each other's messages: gloo, which
+                # connects CPUs, tells them apart by their order alone.
+                jax.config.update("jax_cpu_enable_async_dispatch", False)
+                _check_port(settings)
+                join(*settings, cluster_detection_method="deactivate")
+            elif on_cloud_tpu(environ):
+                join()
+    except (RuntimeError, OSError) as error:
+        message = f"Expected to meet the other processes of the run{at}, got: {error} "
+        raise DistributedError(message + _REMEDY) from error
+    check_platform()
+    if jax.distributed.is_initialized():
+        _connect_devices()
+
+
+def check_platform() -> None:
+    """Refuses a JAX without a device, before any work.
+
+    Raises:
+      ValueError: with JAX's reason.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX's own, without a word
+        platforms = os.environ.get("JAX_PLATFORMS")
+        check(
+            False,
+            "a device that JAX can use",
+            f"{error} Set JAX_PLATFORMS=cpu, or install JAX for the one that is there.",
+            JAX_PLATFORMS=platforms,
+        )
+
+
+_LATE = 300  # seconds that one process may take longer than another to its end
+_REMEDY = (
+    "Check that all of them were started, with the same address and number, and that "
+    "the port is free there and nothing blocks it."
+)
+
+
+def _connect_devices() -> None:
+    """Lets all devices meet once, while all processes are at the same place.
+
+    Later one may compile for minutes, and the others would not wait for it.
+    """
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    check(
+        len(set(counts.values())) == 1,
+        "as many devices in every process",
+        "Start each process with its share of them (JAX_LOCAL_DEVICE_IDS).",
+        devices=[counts[index] for index in sorted(counts)],
+    )
+    multihost_utils.sync_global_devices("samrobust")
+
+
+def _check_port(settings: Settings) -> None:
+    """Process 0: refuses a port that is taken, where JAX would end without a word."""
+    if settings.process_id == 0:
+        port = int(settings.address.rpartition(":")[2])
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+
+
+@contextlib.contextmanager
+def _impatience(at: str, limit: int) -> Iterator[None]:
+    """Says what a process waits for, well before JAX gives up and ends it."""
+    words = f"Still waiting for the other processes{at}, {limit} s at most. {_REMEDY}"
+    timer = threading.Timer(min(30, limit / 2), lambda: say(words))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def _mortality() -> Iterator[None]:
+    """Lets signals end a process that waits inside JAX, where no handler would run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if not jax.distributed.is_initialized():  # else it is JAX's, see `AgreedStop`
+            signal.signal(signal.SIGTERM, before[signal.SIGTERM])

@@ -1,0 +1,87 @@
+"""Where a number comes from: commit, versions, device, command, time."""
+
+import datetime
+import functools
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+import jax
+
+__all__ = ["provenance", "random_bits"]
+
+_PACKAGES = ("samrobust", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+
+def provenance() -> dict[str, Any]:
+    """What to keep beside a measurement, ready for JSON.
+
+    Returns:
+      `commit` (None outside a git checkout; `+changes` if files differ from it),
+      the versions of the packages, `python`, `device`, `num_devices`, `num_processes`,
+      `platform`, `command` and `date` (UTC, ISO 8601).
+    """
+    device = jax.devices()[0]
+    return {
+        "commit": _commit(),
+        **{package: metadata.version(package) for package in _PACKAGES},
+        "python": platform.python_version(),
+        "device": _processor() if device.platform == "cpu" else device.device_kind,
+        "num_devices": jax.device_count(),
+        "num_processes": jax.process_count(),
+        "platform": platform.platform(),
+        "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+@functools.cache
+def random_bits() -> str:
+    """Returns what JAX draws from key 0, in hexadecimal digits."""
+    bits = jax.random.bits(jax.random.key(0), (3,))  # several: settings differ there
+    return "".join(f"{value:08x}" for value in bits.tolist())
+
+
+def _commit() -> str | None:
+    checkout = pathlib.Path(__file__).resolve().parents[2]
+    if not (
+        checkout / ".git"
+    ).exists():  # an installed wheel inside somebody's checkout
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    """The processor's model and the number of cores this process may use."""
+    model = platform.processor() or platform.machine()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(encoding="utf-8").splitlines()
+        names = [
+            x.partition(":")[2].strip() for x in lines if x.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return f"{model} ({len(_affinity())} cores)"
+
+
+def _affinity() -> set[int]:
+    import os
+
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
