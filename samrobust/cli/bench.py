@@ -7,35 +7,90 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from samrobust.cli.flags import (
+    ANY_FIELD,
+    CONFIG,
+    COUNTS,
+    DIRECTORY,
+    FEW,
+    POSITIVE,
+    SIZES,
+    names_of,
+)
 
-from samrobust.experiments.reporting.console import make_console
-from samrobust.experiments.reporting.progress import ProgressDisplay
-from samrobust.studies.bench.plan import Options, Task, plan, spec_of
-from samrobust.studies.bench.process import Launcher, check_pytorch
-from samrobust.studies.bench.report import to_rich, write_report
-from samrobust.studies.bench.results import Report, summarise
-from samrobust.studies.bench.suite import run_suite
-from samrobust.system.files import check_writable
+if TYPE_CHECKING:
+    from rich.console import Console
 
-__all__ = ["bench_command"]
+    from samrobust.studies.bench.plan import Options, Task
+    from samrobust.studies.bench.process import Launcher
+    from samrobust.studies.bench.results import Report
+
+__all__ = ["add", "run"]
+
+_MEASURED, _METHODS = ("step", "epoch", "evaluation"), ("st", "sam", "at")
+_VARIANTS = ("reference", "resident", "tuned", "compiled")
 
 
-def bench_command(
-    arguments: argparse.Namespace,
-    overrides: Sequence[str],
-    should_stop: Callable[[], bool],
-) -> int:
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its flags."""
+    parser = commands.add_parser(
+        "bench",
+        help="how fast training is, beside its FLOPs, the paper and PyTorch",
+        description="Times training steps, epochs and evaluations, each row in a "
+        "process of its own, and projects the hours of the config's table. Images are "
+        "synthetic: nothing is downloaded.",
+        epilog=ANY_FIELD,
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    own = {"help": "default: the config's"}
+    add("--config", **CONFIG, default="configs/cifar10.py")
+    workdir = {"default": "runs/bench", "help": "default: %(default)s"}
+    add("--workdir", **DIRECTORY, **workdir)
+    kinds = "also unrolled (AT with its loop unrolled); default: step,epoch,evaluation"
+    kind = names_of(*_MEASURED, "unrolled")
+    add("--measure", **kind, default=_MEASURED, help=kinds)
+    methods = "of st, sam, at, at+sam; default: st,sam,at"
+    add("--methods", **names_of(*_METHODS, "at+sam"), default=_METHODS, help=methods)
+    add("--batch-sizes", **COUNTS, default=(), **own)
+    add("--precisions", **names_of("float32", "bfloat16"), default=(), **own)
+    devices = "how many (virtual ones on a CPU); default: all"
+    add("--devices", **SIZES, default=(0,), help=devices)
+    add("--steps-per-call", **SIZES, default=(0,), help="default: as in training")
+    flags = "added to XLA_FLAGS; repeat for variants to compare; '' adds none"
+    add("--xla-flags", action="append", metavar="FLAGS", help=flags)
+    compare = "interleave the same steps in PyTorch; needs torch"
+    add("--compare", choices=("pytorch",), help=compare)
+    variants = f"of PyTorch; default: {','.join(_VARIANTS)}"
+    add("--variants", **names_of(*_VARIANTS), default=_VARIANTS, help=variants)
+    add("--repeats", **FEW, default=5, help="of each process; default: %(default)s")
+    add("--rounds", **FEW, default=2, help="processes a row; default: %(default)s")
+    seconds = "of a repeat; default: %(default)s"
+    add("--min-seconds", **POSITIVE, default=2.0, help=seconds)
+    profile = "write Perfetto traces, one a row, instead of measuring"
+    add("--profile", action="store_true", help=profile)
+
+
+def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     """Runs the bench of a command line; returns the exit code, 1 if a row failed.
 
     What is measured is written after every process, so that nothing is lost when the
     bench is stopped.
     """
+    from samrobust.experiments.reporting.console import make_console
+    from samrobust.experiments.reporting.progress import ProgressDisplay
+    from samrobust.studies.bench.plan import Options, Task, plan
+    from samrobust.studies.bench.process import check_pytorch
+    from samrobust.studies.bench.report import to_rich, write_report
+    from samrobust.studies.bench.results import summarise
+    from samrobust.studies.bench.suite import run_suite
+    from samrobust.system.files import check_writable
+
     options = Options(
         config=arguments.config,
-        overrides=tuple(overrides),
+        overrides=tuple(arguments.overrides),
         measure=arguments.measure,
         methods=arguments.methods,
         batch_sizes=arguments.batch_sizes,
@@ -59,7 +114,7 @@ def bench_command(
     ceilings: dict[str, dict[str, Any]] = {}
     counts: dict[str, Any] = {}
 
-    def report() -> Report:
+    def report() -> "Report":
         made = summarise(tasks, outcomes, ceilings, counts, options)
         command = shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
         made.provenance["command"] = command
@@ -92,13 +147,15 @@ def bench_command(
 
 
 def _profile(
-    tasks: Sequence[Task],
-    options: Options,
+    tasks: "Sequence[Task]",
+    options: "Options",
     workdir: pathlib.Path,
-    console: Console,
+    console: "Console",
     should_stop: Callable[[], bool],
 ) -> int:
     """Writes a trace of every row of our own."""
+    from samrobust.studies.bench.process import Launcher
+
     own = [task for task in tasks if task.kind != "pytorch"]
     with tempfile.TemporaryDirectory(prefix="samrobust-bench-") as cache:
         launch = Launcher(pathlib.Path(cache), should_stop)
@@ -107,13 +164,15 @@ def _profile(
 
 
 def _trace(
-    task: Task,
-    options: Options,
+    task: "Task",
+    options: "Options",
     workdir: pathlib.Path,
-    console: Console,
-    launch: Launcher,
+    console: "Console",
+    launch: "Launcher",
 ) -> bool:
-    """Writes the trace of a row; whether that failed."""
+    """Writes the trace of a row; returns whether that failed."""
+    from samrobust.studies.bench.plan import spec_of
+
     folder = workdir / "traces" / task.name.replace(", ", "-").replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     spec = spec_of(task, options) | {"trace": True, "path": str(folder)}

@@ -15,7 +15,7 @@ from samrobust.evaluation import (
     make_evaluator,
 )
 from samrobust.experiments import building
-from samrobust.experiments.networks import Network, load_network
+from samrobust.experiments.networks import Network
 from samrobust.system.provenance import provenance
 from samrobust.training import InterruptedRunError, TrainState
 from samrobust.types import Config
@@ -24,7 +24,6 @@ __all__ = [
     "Score",
     "ScoreObserver",
     "Scorer",
-    "evaluate_run",
     "evaluated_split",
     "evaluation_key",
     "evaluation_work",
@@ -72,56 +71,31 @@ class Score(NamedTuple):
         return fields.pop("details") | fields
 
 
-def evaluate_run(
-    config: Config,
-    workdir: pathlib.Path,
-    observer: ScoreObserver,
-    *,
-    dataset: Dataset,
-    step: int | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    keep_examples: bool = False,
-) -> Score:
-    """Evaluates the network of a run again, under other attacks if one likes.
-
-    Args:
-      config: of the run; its `evaluation` may differ from what the run was made with.
-      workdir: of the run.
-      observer: is told of progress.
-      dataset: that of `config.data`.
-      step: of the checkpoint; None for the newest.
-      should_stop: asked after every batch.
-      keep_examples: keep AutoAttack's adversarial images, beside its file.
-
-    Raises:
-      CheckpointError: as `load_network`.
-      InterruptedRunError: after `should_stop`. The same call begins again with PGD, and
-        goes on where it was with AutoAttack.
-    """
-    which = config.evaluation.checkpoint
-    network = load_network(config, dataset, workdir, which, step=step)
-    return score(
-        config,
-        dataset,
-        network,
-        workdir,
-        observer,
-        should_stop,
-        keep_examples=keep_examples,
-    )
-
-
 def score(
     config: Config,
     dataset: Dataset,
     network: Network,
     workdir: pathlib.Path,
     observer: ScoreObserver,
-    should_stop: Callable[[], bool],
+    should_stop: Callable[[], bool] = lambda: False,
     *,
     keep_examples: bool = False,
 ) -> Score:
-    """Evaluates a network; the arguments are those of `evaluate_run`."""
+    """Evaluates the network of a run, under other attacks if one likes.
+
+    Args:
+      config: of the run; its `evaluation` may differ from what the run was made with.
+      dataset: that of `config.data`.
+      network: of the run.
+      workdir: of the run.
+      observer: is told of progress.
+      should_stop: asked after every batch.
+      keep_examples: keep AutoAttack's adversarial images, beside its file.
+
+    Raises:
+      InterruptedRunError: after `should_stop`. The same call begins again with PGD, and
+        resumes with AutoAttack.
+    """
     return Scorer(config, dataset)(
         *(network, workdir, observer, should_stop),
         key=evaluation_key(config),
@@ -170,7 +144,7 @@ class Scorer:
           keep_examples: keep AutoAttack's adversarial images too.
 
         Raises:
-          InterruptedRunError: as `evaluate_run`.
+          InterruptedRunError: as `score`.
         """
 
         def on_batch(done: int, num_examples: int, doing: str = "") -> None:
