@@ -140,7 +140,7 @@ VALID = {"--config": f"{DIGITS}:st", "--format": "safetensors"}
 def flags():
     """Every flag with a value, of every subcommand: command, flag, required ones."""
     commands = argparse.ArgumentParser().add_subparsers()
-    for command in cli.COMMANDS:
+    for command in cli.COMMANDS.values():
         command.add(commands)
     for command, parser in commands.choices.items():
         actions = [a for a in parser._actions if a.option_strings and a.nargs != 0]

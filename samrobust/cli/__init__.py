@@ -39,10 +39,18 @@ from samrobust.system.runtime import (
 __all__ = ["COMMANDS", "main"]
 
 # Each has its flags in `add` and its body in `run`, which alone imports JAX.
-COMMANDS = (
-    *(table, train, status, evaluate, recheck, curves),
-    *(bench, theory, export, import_),
-)
+COMMANDS = {
+    "table": table,
+    "train": train,
+    "status": status,
+    "evaluate": evaluate,
+    "recheck": recheck,
+    "curves": curves,
+    "bench": bench,
+    "theory": theory,
+    "export": export,
+    "import": import_,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +80,7 @@ def _run(argv: list[str]) -> int:
         return BAD_INPUT
     from samrobust.cli.running import execute
 
-    return execute(arguments)
+    return execute(COMMANDS[arguments.command].run, arguments)
 
 
 def _open_streams() -> None:
@@ -160,6 +168,6 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
+    for command in COMMANDS.values():
         command.add(commands)
     return parser

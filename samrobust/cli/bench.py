@@ -9,16 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from samrobust.cli.flags import (
-    ANY_FIELD,
-    CONFIG,
-    COUNTS,
-    DIRECTORY,
-    FEW,
-    POSITIVE,
-    SIZES,
-    names_of,
-)
+from samrobust.cli import flags
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,9 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add", "run"]
 
-_MEASURED, _METHODS = ("step", "epoch", "evaluation"), ("st", "sam", "at")
-_VARIANTS = ("reference", "resident", "tuned", "compiled")
-
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Adds the command and its flags."""
@@ -41,34 +29,32 @@ def add(commands: argparse._SubParsersAction) -> None:
         description="Times training steps, epochs and evaluations, each row in a "
         "process of its own, and projects the hours of the config's table. Images are "
         "synthetic: nothing is downloaded.",
-        epilog=ANY_FIELD,
+        epilog=flags.ANY_FIELD,
     )
-    parser.set_defaults(run=run)
     add = parser.add_argument
-    own = {"help": "default: the config's"}
-    add("--config", **CONFIG, default="configs/cifar10.py")
-    workdir = {"default": "runs/bench", "help": "default: %(default)s"}
-    add("--workdir", **DIRECTORY, **workdir)
-    kinds = "also unrolled (AT with its loop unrolled); default: step,epoch,evaluation"
-    kind = names_of(*_MEASURED, "unrolled")
-    add("--measure", **kind, default=_MEASURED, help=kinds)
-    methods = "of st, sam, at, at+sam; default: st,sam,at"
-    add("--methods", **names_of(*_METHODS, "at+sam"), default=_METHODS, help=methods)
-    add("--batch-sizes", **COUNTS, default=(), **own)
-    add("--precisions", **names_of("float32", "bfloat16"), default=(), **own)
+    add("--config", **flags.CONFIG, default="configs/cifar10.py")
+    add("--workdir", **flags.DIRECTORY, default="runs/bench", help="%(default)s")
+    kinds = flags.names_of("step", "epoch", "evaluation", "unrolled")
+    unrolled = "and unrolled, AT with its loop unrolled; default: step,epoch,evaluation"
+    add("--measure", **kinds, help=unrolled)
+    methods = flags.names_of("st", "sam", "at", "at+sam")
+    add("--methods", **methods, help="default: st,sam,at; and at+sam")
+    add("--batch-sizes", **flags.COUNTS, help="default: the config's")
+    precisions = flags.names_of("float32", "bfloat16")
+    add("--precisions", **precisions, help="default: the config's")
     devices = "how many (virtual ones on a CPU); default: all"
-    add("--devices", **SIZES, default=(0,), help=devices)
-    add("--steps-per-call", **SIZES, default=(0,), help="default: as in training")
-    flags = "added to XLA_FLAGS; repeat for variants to compare; '' adds none"
-    add("--xla-flags", action="append", metavar="FLAGS", help=flags)
+    add("--devices", **flags.SIZES, help=devices)
+    add("--steps-per-call", **flags.SIZES, help="default: as in training")
+    xla = "added to XLA_FLAGS; repeat for variants to compare; '' adds none"
+    add("--xla-flags", action="append", metavar="FLAGS", help=xla)
     compare = "interleave the same steps in PyTorch; needs torch"
     add("--compare", choices=("pytorch",), help=compare)
-    variants = f"of PyTorch; default: {','.join(_VARIANTS)}"
-    add("--variants", **names_of(*_VARIANTS), default=_VARIANTS, help=variants)
-    add("--repeats", **FEW, default=5, help="of each process; default: %(default)s")
-    add("--rounds", **FEW, default=2, help="processes a row; default: %(default)s")
-    seconds = "of a repeat; default: %(default)s"
-    add("--min-seconds", **POSITIVE, default=2.0, help=seconds)
+    variants = flags.names_of("reference", "resident", "tuned", "compiled")
+    every = "of PyTorch; default: reference,resident,tuned,compiled"
+    add("--variants", **variants, help=every)
+    add("--repeats", **flags.FEW, help="of each process; default: 5")
+    add("--rounds", **flags.FEW, help="processes a row; default: 2")
+    add("--min-seconds", **flags.POSITIVE, help="of a repeat; default: 2")
     profile = "write Perfetto traces, one a row, instead of measuring"
     add("--profile", action="store_true", help=profile)
 
@@ -88,22 +74,7 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     from samrobust.studies.bench.suite import run_suite
     from samrobust.system.files import check_writable
 
-    options = Options(
-        config=arguments.config,
-        overrides=tuple(arguments.overrides),
-        measure=arguments.measure,
-        methods=arguments.methods,
-        batch_sizes=arguments.batch_sizes,
-        precisions=arguments.precisions,
-        devices=arguments.devices,
-        steps_per_call=arguments.steps_per_call,
-        xla_flags=tuple(arguments.xla_flags or ("",)),
-        compare=arguments.compare,
-        variants=arguments.variants,
-        repeats=arguments.repeats,
-        rounds=arguments.rounds,
-        min_seconds=arguments.min_seconds,
-    )
+    options = flags.build(Options, arguments)
     tasks = plan(options)
     check_pytorch(options)
     check_writable(pathlib.Path(arguments.workdir))

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from samrobust.cli.flags import COUNT, DIRECTORY, LOSS, NORMS, ROWS, radii
+from samrobust.cli import flags
 from samrobust.system.runtime import RESUME
 
 if TYPE_CHECKING:
@@ -29,16 +29,15 @@ def add(commands: argparse._SubParsersAction) -> None:
         description="Attacks every finished run of a table at a grid of radii (PGD, "
         f"any iterate counts) and draws the means over seeds. {RESUME}",
     )
-    parser.set_defaults(run=run)
     add = parser.add_argument
-    add("--workdir", **DIRECTORY, required=True, help="of the table")
-    add("--rows", **ROWS, help="only these; default: all")
-    for norm in NORMS:
+    add("--workdir", **flags.DIRECTORY, required=True, help="of the table")
+    add("--rows", **flags.ROWS, help="only these; default: all")
+    for norm in flags.NORMS:
         words = "radii in 1/255; default: 8 up to twice the table's largest"
-        add(f"--{norm}", **radii(norm), help=words)
-    add("--num-steps", **COUNT, help="of PGD; default: 20")
-    add("--loss", **LOSS, help="default: cross_entropy")
-    add("--num-examples", **COUNT, help="images, evenly spaced; default: 256")
+        add(f"--{norm}", **flags.radii(norm), help=words)
+    add("--num-steps", **flags.COUNT, help="of PGD; default: 20")
+    add("--loss", **flags.LOSS, help="default: cross_entropy")
+    add("--num-examples", **flags.COUNT, help="images, evenly spaced; default: 256")
 
 
 def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
@@ -145,7 +144,7 @@ def _settings(config: "Config", arguments: argparse.Namespace) -> "CurveSettings
     from samrobust.experiments.curves import CurveSettings
 
     grids = {}
-    for norm in NORMS:
+    for norm in flags.NORMS:
         given = getattr(arguments, norm)
         largest = max(config.evaluation[norm], default=0.0)
         if given is not None:
@@ -153,9 +152,7 @@ def _settings(config: "Config", arguments: argparse.Namespace) -> "CurveSettings
         elif largest:
             grid = np.linspace(0, min(2 * largest, 255.0), _POINTS + 1)[1:]
             grids[norm] = tuple(float(f"{radius:.4g}") for radius in grid)
-    names = ("num_steps", "loss", "num_examples")
-    given = {name: getattr(arguments, name) for name in names}
-    return CurveSettings(grids, **{n: v for n, v in given.items() if v is not None})
+    return flags.build(CurveSettings, arguments, radii=grids)
 
 
 def _stored(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -6,20 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from samrobust.checks import check
-from samrobust.cli.flags import (
-    CHECKPOINT,
-    COUNT,
-    DIRECTORY,
-    LOSS,
-    MEMBERS,
-    NORMS,
-    POSITIVE,
-    PRECISION,
-    SEED,
-    STEP,
-    SWITCH,
-    VERSION,
-)
+from samrobust.cli import flags
 
 if TYPE_CHECKING:
     from samrobust.types import Config
@@ -40,37 +27,36 @@ def add(commands: argparse._SubParsersAction) -> None:
         description="Attacks the network of a finished or stopped run. Prints the "
         "accuracies and adds them to evaluations.jsonl in its workdir.",
     )
-    parser.set_defaults(run=run)
     add = parser.add_argument
     own = "default: the run's"
-    add("--workdir", **DIRECTORY, required=True, help="of the run")
+    add("--workdir", **flags.DIRECTORY, required=True, help="of the run")
     add("--attack", choices=("pgd", "autoattack"), help=own)
-    add("--version", **VERSION)
-    add("--members", **MEMBERS)
+    add("--version", **flags.VERSION)
+    add("--members", **flags.MEMBERS)
     examples = "keep AutoAttack's adversarial images, beside its results"
-    add("--save-examples", **SWITCH, help=examples)
-    add("--num-examples", **COUNT, help=f"test images, evenly spaced; {own}")
-    add("--norm", choices=NORMS, action="append", help="default: both")
+    add("--save-examples", **flags.SWITCH, help=examples)
+    add("--num-examples", **flags.COUNT, help=f"test images, evenly spaced; {own}")
+    add("--norm", choices=flags.NORMS, action="append", help="default: both")
     radii = "radius in 1/255, needs --norm; repeat for several"
-    add("--epsilon", **POSITIVE, action="append", help=f"{radii}; {own}")
-    add("--step-size", **POSITIVE, help=f"in 1/255; {own}")
-    add("--num-steps", **COUNT, help=own)
-    add("--restarts", **COUNT, help=own)
-    add("--loss", **LOSS, help=own)
+    add("--epsilon", **flags.POSITIVE, action="append", help=f"{radii}; {own}")
+    add("--step-size", **flags.POSITIVE, help=f"in 1/255; {own}")
+    add("--num-steps", **flags.COUNT, help=own)
+    add("--restarts", **flags.COUNT, help=own)
+    add("--loss", **flags.LOSS, help=own)
     add("--judge", choices=("final", "any"), help=f"iterate judged; {own}")
     skip = "leave broken images out of further steps; for --judge=any, same outcome"
-    add("--early-stop", **SWITCH, help=skip)
-    add("--checkpoint", **CHECKPOINT)
-    add("--step", **STEP)
-    add("--batch-size", **COUNT, help=own)
-    add("--dtype", **PRECISION, help=f"of the network; {own}")
-    add("--seed", **SEED, help=f"of the random starts; {own}")
+    add("--early-stop", **flags.SWITCH, help=skip)
+    add("--checkpoint", **flags.CHECKPOINT)
+    add("--step", **flags.STEP)
+    add("--batch-size", **flags.COUNT, help=own)
+    add("--dtype", **flags.PRECISION, help=f"of the network; {own}")
+    add("--seed", **flags.SEED, help=f"of the random starts; {own}")
     sanity = "also look for signs of gradient masking; see docs/sanity.md"
     add("--sanity", action="store_true", help=sanity)
     images = f"with --sanity: images, evenly spaced; default: {_SANITY_EXAMPLES}"
-    add("--sanity-examples", **COUNT, help=images)
+    add("--sanity-examples", **flags.COUNT, help=images)
     others = "with --sanity: another run, to transfer adversarial images from; repeat"
-    add("--transfer-from", **DIRECTORY, action="append", help=others)
+    add("--transfer-from", **flags.DIRECTORY, action="append", help=others)
 
 
 def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
@@ -162,14 +148,14 @@ def _config(workdir: pathlib.Path, arguments: argparse.Namespace) -> "Config":
     from samrobust.experiments.workdir import config_of_run
 
     run_config = config_of_run(workdir)
-    norms, epsilons = arguments.norm or NORMS, arguments.epsilon
+    norms, epsilons = arguments.norm or flags.NORMS, arguments.epsilon
     attack = arguments.attack or run_config.evaluation.attack
     useless = _OF_PGD if attack == "autoattack" else _OF_AUTOATTACK
     given = [name for name in useless if getattr(arguments, name) is not None]
-    flags = ", ".join("--" + name.replace("_", "-") for name in useless)
+    words = ", ".join("--" + name.replace("_", "-") for name in useless)
     check(
         not given,
-        f"no {flags} with that attack",
+        f"no {words} with that attack",
         "AutoAttack chooses its steps itself." if attack == "autoattack" else "",
         attack=attack,
         flags=given,
@@ -182,7 +168,7 @@ def _config(workdir: pathlib.Path, arguments: argparse.Namespace) -> "Config":
         epsilon=epsilons,
     )
     given_radii = None if epsilons is None else tuple(epsilons)
-    radii = {norm: given_radii if norm in norms else () for norm in NORMS}
+    radii = {norm: given_radii if norm in norms else () for norm in flags.NORMS}
     config = apply_flags(run_config, vars(arguments) | radii)
     if (step_size := arguments.step_size) is not None:
         attacked = [r for norm in norms for r in config.evaluation[norm]]

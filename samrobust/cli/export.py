@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from samrobust.checks import check
-from samrobust.cli.flags import CHECKPOINT, DIRECTORY, FILE, STEP
+from samrobust.cli import flags
 
 __all__ = ["add", "run"]
 
@@ -19,14 +19,13 @@ def add(commands: argparse._SubParsersAction) -> None:
         "PyTorch code.",
         epilog="docs/interchange.md describes the files.",
     )
-    parser.set_defaults(run=run)
     add = parser.add_argument
-    add("--workdir", **DIRECTORY, required=True, help="of the run")
+    add("--workdir", **flags.DIRECTORY, required=True, help="of the run")
     formats = {"choices": ("safetensors", "pytorch", "robustbench")}
     add("--format", **formats, required=True, help="the last two need torch")
-    add("--output", **FILE, required=True, help="a file; robustbench: a folder")
-    add("--checkpoint", **CHECKPOINT)
-    add("--step", **STEP)
+    add("--output", **flags.FILE, required=True, help="a file; robustbench: a folder")
+    add("--checkpoint", **flags.CHECKPOINT)
+    add("--step", **flags.STEP)
 
 
 def run(arguments: argparse.Namespace, stop: Any) -> int:

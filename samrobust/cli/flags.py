@@ -7,9 +7,10 @@ No JAX here: `--help` stays quick, and a bad flag is refused at once.
 
 import argparse
 import functools
+import inspect
 import os
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from samrobust.checks import (
     LARGEST_SEED,
@@ -44,12 +45,14 @@ __all__ = [
     "STEP",
     "SWITCH",
     "VERSION",
+    "build",
     "names_of",
     "radii",
 ]
 
 _Read: TypeAlias = Callable[[str], Any]
 _Kind: TypeAlias = dict[str, Any]
+_T = TypeVar("_T")
 
 
 def _kind(read: _Read, metavar: str) -> _Kind:
@@ -126,6 +129,14 @@ def radii(norm: str) -> _Kind:
     """Returns the kind of `8,16`, radii in 1/255; `` is none of this norm."""
     each = _each(_number(float, functools.partial(check_radius, norm)))
     return _kind(lambda text: each(text) if text else (), "E,...")
+
+
+def build(make: Callable[..., _T], arguments: argparse.Namespace, **own: Any) -> _T:
+    """Builds a dataclass of the flags that are given; its defaults for the rest."""
+    given = {n: v for n, v in vars(arguments).items() if v is not None}
+    given |= {n: tuple(v) for n, v in given.items() if isinstance(v, list)}
+    names = inspect.signature(make).parameters
+    return make(**{n: v for n, v in given.items() if n in names}, **own)
 
 
 DIRECTORY, FILE = _kind(_path, "DIR"), _kind(_path, "FILE")

@@ -4,7 +4,7 @@ import argparse
 import pathlib
 from typing import Any
 
-from samrobust.cli.flags import CONFIG, DIRECTORY, FILE
+from samrobust.cli import flags
 
 __all__ = ["add", "run"]
 
@@ -18,13 +18,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         "Width, blocks and classes are read from the tensors.",
         epilog="Any field: --config.model.mean='(0.5, 0.5, 0.5)'. See configs/base.py.",
     )
-    parser.set_defaults(run=run)
     add = parser.add_argument
     tensors = "only its tensors are read; none of its code runs"
-    add("--input", **FILE, required=True, help=tensors)
-    add("--workdir", **DIRECTORY, required=True, help="a new one")
+    add("--input", **flags.FILE, required=True, help=tensors)
+    add("--workdir", **flags.DIRECTORY, required=True, help="a new one")
     words = {"metavar": "FILE:ROW", "help": "how it is evaluated; default: %(default)s"}
-    add("--config", **CONFIG | words, default="configs/cifar10.py:st")
+    add("--config", **flags.CONFIG | words, default="configs/cifar10.py:st")
     names = ("cifar10", "cifar100", "digits")
     add("--dataset", choices=names, help="default: the config's")
 

@@ -12,16 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from samrobust.checks import check
-from samrobust.cli.flags import (
-    COUNT,
-    DIRECTORY,
-    MEMBERS,
-    NORMS,
-    PRECISION,
-    ROWS,
-    VERSION,
-    radii,
-)
+from samrobust.cli import flags
 from samrobust.system.runtime import RESUME
 
 if TYPE_CHECKING:
@@ -44,18 +35,21 @@ def add(commands: argparse._SubParsersAction) -> None:
         "AutoAttack, on the same images, and writes the table of both: autoattack.md, "
         f".csv, .json and .png. {RESUME}",
     )
-    parser.set_defaults(run=run)
     add = parser.add_argument
-    add("--workdir", **DIRECTORY, required=True, help="of the table")
-    add("--rows", **ROWS, help="only these; default: all")
-    add("--version", **VERSION)
-    add("--members", **MEMBERS)
-    for norm in NORMS:
-        add(f"--{norm}", **radii(norm), help="radii in 1/255; default: the table's")
+    add("--workdir", **flags.DIRECTORY, required=True, help="of the table")
+    add("--rows", **flags.ROWS, help="only these; default: all")
+    add("--version", **flags.VERSION)
+    add("--members", **flags.MEMBERS)
+    for norm in flags.NORMS:
+        add(
+            f"--{norm}",
+            **flags.radii(norm),
+            help="radii in 1/255; default: the table's",
+        )
     images = "test images, evenly spaced; default: the table's"
-    add("--num-examples", **COUNT, help=images)
-    add("--batch-size", **COUNT, help="default: the table's")
-    add("--dtype", **PRECISION, help="of the networks; default: the table's")
+    add("--num-examples", **flags.COUNT, help=images)
+    add("--batch-size", **flags.COUNT, help="default: the table's")
+    add("--dtype", **flags.PRECISION, help="of the networks; default: the table's")
 
 
 def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:

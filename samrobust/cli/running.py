@@ -4,6 +4,8 @@ import argparse
 import signal
 import traceback
 import warnings
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 
@@ -36,7 +38,10 @@ _LOSES_NOTHING, _PATIENCE = ("evaluate", "recheck", "curves", "theory"), 1.5  # 
 _ALONE = ("theory", "export", "import")  # the others look for a device as they join
 
 
-def execute(arguments: argparse.Namespace) -> int:
+Run: TypeAlias = Callable[[argparse.Namespace, StopRequest], int]
+
+
+def execute(run: Run, arguments: argparse.Namespace) -> int:
     """Runs a subcommand; turns errors that the user can fix into a line and a code."""
     warnings.formatwarning = lambda message, *_: (
         f"samrobust: warning: {one_line(str(message))}\n"
@@ -44,12 +49,12 @@ def execute(arguments: argparse.Namespace) -> int:
     patience = _PATIENCE if arguments.command in _LOSES_NOTHING else None
     stop = StopRequest(patience, is_alone=lambda: not distributed.is_joined())
     with stop.listening():
-        code = _run(arguments, stop)
+        code = _run(run, arguments, stop)
         distributed.part()
     return code
 
 
-def _run(arguments: argparse.Namespace, stop: StopRequest) -> int:
+def _run(run: Run, arguments: argparse.Namespace, stop: StopRequest) -> int:
     """Returns a command's exit code; exits at once if this process failed alone."""
     try:
         lease_seconds()  # checked here, or each row of a table would fail by it
@@ -58,7 +63,7 @@ def _run(arguments: argparse.Namespace, stop: StopRequest) -> int:
         keep_freed_memory()
         if arguments.command in _ALONE:
             distributed.check_platform()
-        return arguments.run(arguments, stop)
+        return run(arguments, stop)
     except (InterruptedRunError, StoppedError) as error:
         _say(str(error), error)
         return EXIT_CODES[stop.signal or signal.SIGTERM]

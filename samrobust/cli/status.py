@@ -8,7 +8,7 @@ import pathlib
 import signal
 import time
 
-from samrobust.cli.flags import DIRECTORY
+from samrobust.cli import flags
 from samrobust.system.files import WorkdirError
 from samrobust.system.runtime import BAD_INPUT, EXIT_CODES, say
 
@@ -25,9 +25,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         description="Shows the runs of a table, or one run: state, epochs, loss, "
         "accuracy, ETA of the training, and the last error. Changes nothing.",
     )
-    parser.set_defaults(run=run)
     add = parser.add_argument
-    add("--workdir", **DIRECTORY, required=True, help="of a table or of a run")
+    add("--workdir", **flags.DIRECTORY, required=True, help="of a table or of a run")
     add("--watch", action="store_true", help="refresh until all runs are done")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from samrobust.checks import LARGEST_SEED, check, check_whole
-from samrobust.cli.flags import ANY_FIELD, CONFIG, DIRECTORY, FEW, ROWS
+from samrobust.cli import flags
 from samrobust.system.runtime import FAILED
 
 if TYPE_CHECKING:
@@ -28,16 +28,15 @@ def add(commands: argparse._SubParsersAction) -> None:
         description="Trains and attacks every row of a config's table. Can be killed "
         "at any moment: rerun the same command to resume. Several workers may share a "
         "workdir; each takes runs that no other holds.",
-        epilog=ANY_FIELD,
+        epilog=flags.ANY_FIELD,
     )
-    parser.set_defaults(run=run)
     add = parser.add_argument
-    add("--config", **CONFIG, default="configs/digits.py")
-    add("--workdir", **DIRECTORY, help="default: runs/NAME for configs/NAME.py")
+    add("--config", **flags.CONFIG, default="configs/digits.py")
+    add("--workdir", **flags.DIRECTORY, help="default: runs/NAME for configs/NAME.py")
     seeds = "runs of a row, 0 .. N-1; with --config.seed=S: S .. S+N-1"
-    add("--seeds", **FEW, default=1, help=seeds)
+    add("--seeds", **flags.FEW, default=1, help=seeds)
     rows = "only these, as in --rows=st --rows=sam,rho=0.2; or separated by ';'"
-    add("--rows", **ROWS, help=rows)
+    add("--rows", **flags.ROWS, help=rows)
     add(
         "--shard",
         metavar="I/N",
@@ -97,14 +96,18 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     if arguments.list or arguments.collect:
         if not distributed.starts_first():
             return 0
-        return _list(plan) if arguments.list else _collect(plan, make_console())
+        return (
+            _list(plan)
+            if arguments.list
+            else _conclude(plan, arguments, make_console())
+        )
     check_installed(plan.runs[0].config)
     should_stop, console = join(stop)
     share = plan.runs[plan.shard]
     distributed.from_primary(lambda: refuse_other_configs(plan.workdir, share))
     distributed.from_primary(lambda: record_plan(plan.workdir, plan.runs))
     failed = _train(share, console, should_stop)
-    distributed.from_primary(lambda: _conclude(plan, arguments.shard, console))
+    distributed.from_primary(lambda: _conclude(plan, arguments, console))
     return FAILED if failed else 0
 
 
@@ -208,36 +211,30 @@ def _train(
     return bool(failures)
 
 
-def _conclude(plan: _Plan, shard: str | None, console: "Console") -> None:
-    """Shows the table, or how to get one where others are still running."""
-    from samrobust.experiments.sweep import collect
-
-    results, missing = collect(plan.runs)
-    if results and (not missing or not shard):
-        _show(plan, results, console)
-    elif missing and shard:
-        console.print(
-            f"This share is done. {len(missing)} of the table's {len(plan.runs)} runs "
-            "are missing: `samrobust status` shows them, and the same command with "
-            f"--collect instead of --shard={shard} builds the table."
-        )
-
-
-def _collect(plan: _Plan, console: "Console") -> int:
-    """Shows the table of the finished runs, and which ones are missing."""
+def _conclude(plan: _Plan, arguments: argparse.Namespace, console: "Console") -> int:
+    """Shows the table of the finished runs, and which are missing."""
     from samrobust.experiments.sweep import collect
     from samrobust.system.files import WorkdirError
 
     results, missing = collect(plan.runs)
-    if results:
+    total, shard = len(plan.runs), arguments.shard
+    if results and not (missing and shard):
         _show(plan, results, console)
+    elif missing and shard:
+        console.print(
+            f"This share is done. {len(missing)} of the table's {total} runs are "
+            "missing: `samrobust status` shows them, and the same command with "
+            f"--collect instead of --shard={shard} builds the table."
+        )
+    if not arguments.collect:
+        return 0
     for why in dict.fromkeys(why for _, why in missing):
         names = "; ".join(planned.name for planned, its in missing if its == why)
         console.print(f"missing {names}: {why}")
     if not results:
         message = (
-            f"Expected a finished run in {plan.workdir}, got none of the "
-            f"{len(plan.runs)}. Train them first: the same command without --collect."
+            f"Expected a finished run in {plan.workdir}, got none of the {total}. "
+            "Train them first: the same command without --collect."
         )
         raise WorkdirError(message)
     return FAILED if missing else 0

@@ -1,19 +1,16 @@
 """`samrobust theory`: computes, trains, shows and writes."""
 
 import argparse
-import dataclasses
 import itertools
 import pathlib
 import time
 from collections.abc import Callable
-from typing import TypeVar
 
-from samrobust.cli.flags import COUNT, DIRECTORY, REALS, SIZE
+from samrobust.cli import flags
 
 __all__ = ["add", "run"]
 
 _PARTS = 4  # of a study; each takes about as long as a training
-_T = TypeVar("_T")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -25,22 +22,21 @@ def add(commands: argparse._SubParsersAction) -> None:
         "over a grid of worlds, trains the first of them, and prints what holds where.",
         epilog="Explained in docs/theory.md.",
     )
-    parser.set_defaults(run=run)
     add = parser.add_argument
-    add("--p", **REALS, help="accuracy of x_1; default: 0.7,0.95")
-    add("--eta", **REALS, help="of the other features; default: 0.1,0.03,0.5")
-    add("--d", **REALS, help="number of other features; default: 10,1,100,1000")
+    add("--p", **flags.REALS, help="accuracy of x_1; default: 0.7,0.95")
+    add("--eta", **flags.REALS, help="of the other features; default: 0.1,0.03,0.5")
+    add("--d", **flags.REALS, help="number of other features; default: 10,1,100,1000")
     add(
         "--epsilon",
-        **REALS,
+        **flags.REALS,
         help="radii of AT; default: 0.1, 0.3, 0.6 and 0.9 of each eta, at most of 1",
     )
-    add("--rho", **REALS, help="radii of SAM; default: 0.1,1,3")
-    add("--seeds", **SIZE, help="trained runs; 0 trains nothing; default: 5")
-    add("--samples", **COUNT, help="of each run; default: 300000")
-    add("--batch-size", **COUNT, help="default: 1000")
+    add("--rho", **flags.REALS, help="radii of SAM; default: 0.1,1,3")
+    add("--seeds", **flags.SIZE, help="trained runs; 0 trains nothing; default: 5")
+    add("--samples", **flags.COUNT, help="of each run; default: 300000")
+    add("--batch-size", **flags.COUNT, help="default: 1000")
     workdir = {"default": "runs/theory", "help": "default: %(default)s"}
-    add("--workdir", **DIRECTORY, **workdir)
+    add("--workdir", **flags.DIRECTORY, **workdir)
 
 
 def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
@@ -63,7 +59,7 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     from samrobust.system.provenance import provenance
     from samrobust.training import InterruptedRunError
 
-    grid, effort = _from_flags(Grid, arguments), _from_flags(Effort, arguments)
+    grid, effort = flags.build(Grid, arguments), flags.build(Effort, arguments)
     console, folder = make_console(), pathlib.Path(arguments.workdir)
     check_writable(folder)
     started, done = time.monotonic(), itertools.count()
@@ -86,10 +82,3 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     pictures = draw_all(grid.world, points, estimates, effort.batch_size, folder)
     show_written(console, folder, ["theory.json", "theory.md", *pictures])
     return 0
-
-
-def _from_flags(kind: type[_T], arguments: argparse.Namespace) -> _T:
-    """Builds a dataclass from the flags that are given, the rest from its defaults."""
-    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    given = {name: getattr(arguments, name) for name in names}
-    return kind(**{name: value for name, value in given.items() if value is not None})

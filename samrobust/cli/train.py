@@ -4,7 +4,7 @@ import argparse
 import pathlib
 from collections.abc import Callable
 
-from samrobust.cli.flags import ANY_FIELD, CONFIG, DIRECTORY
+from samrobust.cli import flags
 from samrobust.system.runtime import RESUME
 
 __all__ = ["add", "run"]
@@ -16,12 +16,13 @@ def add(commands: argparse._SubParsersAction) -> None:
         "train",
         help="one row: train, attack, write result.json",
         description=f"Trains and attacks one row. {RESUME}",
-        epilog=ANY_FIELD,
+        epilog=flags.ANY_FIELD,
     )
-    parser.set_defaults(run=run)
     words = {"metavar": "FILE:ROW", "help": "configs/digits.py:st"}
-    parser.add_argument("--config", **CONFIG | words, required=True)
-    parser.add_argument("--workdir", **DIRECTORY, required=True, help="of this run")
+    parser.add_argument("--config", **flags.CONFIG | words, required=True)
+    parser.add_argument(
+        "--workdir", **flags.DIRECTORY, required=True, help="of this run"
+    )
 
 
 def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
