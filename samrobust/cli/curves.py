@@ -15,16 +15,16 @@ from samrobust.checks import check
 from samrobust.data import Dataset, Split, fingerprint
 from samrobust.evaluation.diagnostics import some_of
 from samrobust.experiments import building
-from samrobust.experiments.curves.drawing import draw_curves
-from samrobust.experiments.curves.measure import (
+from samrobust.experiments.curves import (
     CurveSettings,
     curves_of,
+    draw_curves,
     make_curve_evaluator,
     measure_run,
 )
 from samrobust.experiments.networks import Network, load_network
 from samrobust.experiments.reporting.console import make_console
-from samrobust.experiments.reporting.files import write_figure
+from samrobust.experiments.reporting.pictures import write_figure
 from samrobust.experiments.reporting.progress import ProgressDisplay
 from samrobust.experiments.scoring import evaluated_split, evaluation_key
 from samrobust.experiments.workdir import finished_runs

@@ -193,7 +193,7 @@ def _conclude(
     """Shows and writes the table."""
     configs = [configs["pgd"] for configs in runs.values()]
     first = configs[0]
-    table = reporting.summarise(
+    table = reporting.summarize(
         results,
         rows=list({config.row: config.label for config in configs}.items()),
         title=f"PGD and AutoAttack on {first.data.name}",

@@ -11,7 +11,7 @@ from samrobust.checks import check
 from samrobust.data import Dataset
 from samrobust.evaluation.diagnostics.checks import run_sanity
 from samrobust.evaluation.diagnostics.look import Surrogate, some_of
-from samrobust.evaluation.diagnostics.report import to_rich, write_report
+from samrobust.evaluation.diagnostics.report import to_sheet, write_report
 from samrobust.experiments import building
 from samrobust.experiments.networks import load_network
 from samrobust.experiments.reporting.progress import ProgressDisplay
@@ -86,7 +86,7 @@ def sanity_of_run(
     count = len(some_of(split, num_examples))
     name = f"{config.evaluation.split} set of {config.data.name}"
     note = f"{count} of {len(split):,} images of the {name}, evenly spaced."
-    console.print(to_rich(findings, note))
+    console.print(to_sheet(findings, note).to_rich())
     about = {
         "num_examples": count,
         "seed": config.seed,

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from samrobust.checks import LARGEST_SEED, check, check_whole
 from samrobust.experiments import building, configuration, reporting
-from samrobust.experiments.comparable import unlike
 from samrobust.experiments.components import model_fields
 from samrobust.experiments.reporting.console import make_console
 from samrobust.experiments.reporting.progress import ProgressDisplay
+from samrobust.experiments.reporting.results import unlike
 from samrobust.experiments.run import PlannedRun, work
 from samrobust.experiments.survey import survey_run
 from samrobust.experiments.sweep import (
@@ -242,7 +242,7 @@ def _describe(planned: PlannedRun) -> str:
 def _show(plan: _Plan, results: list[dict[str, Any]], console: Console) -> None:
     """Prints and writes the table."""
     config = next(iter(plan.configs.values()))
-    table = reporting.summarise(
+    table = reporting.summarize(
         results,
         rows=[(row, c.label) for row, c in plan.configs.items()],
         paper={row: dict(c.paper) for row, c in plan.configs.items() if c.paper},

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from samrobust.checks import check
-from samrobust.experiments.comparable import check_comparable
 from samrobust.experiments.configuration import with_defaults
 from samrobust.experiments.identity import Identity, changed_fields
+from samrobust.experiments.reporting.results import check_comparable
 from samrobust.experiments.rows import modern_row
 from samrobust.experiments.survey import read_plan
 from samrobust.experiments.validation import validate
