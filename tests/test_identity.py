@@ -254,8 +254,8 @@ def test_a_run_that_goes_on_with_other_libraries_keeps_its_identity_and_says_so(
     (versions,) = begun.versions
     later = dataclasses.replace(begun, versions=({**versions, "jax": "99.0"},))
     assert begun.unlike(later) == ""
-    both = begun.continued_by(later)
+    both = later.resumed(begun.as_dict())
     assert [v["jax"] for v in both.versions] == [jax.__version__, "99.0"]
     assert both.hash == begun.hash != later.hash
-    assert both.continued_by(later) == both
+    assert later.resumed(both.as_dict()) == both
     assert Identity.from_dict(json.loads(json.dumps(both.as_dict()))) == both

@@ -23,10 +23,10 @@ from samrobust.experiments.reporting.console import make_console
 from samrobust.experiments.reporting.progress import ProgressDisplay
 from samrobust.experiments.run import PlannedRun, run, work
 from samrobust.experiments.tracking import check_installed
-from samrobust.experiments.workdir import WorkdirError
 from samrobust.studies.bench.suite import StoppedError
 from samrobust.system import distributed
 from samrobust.system.claims import await_verdict, lease_seconds
+from samrobust.system.files import WorkdirError
 from samrobust.system.runtime import (
     EXIT_CODES,
     OutputError,

@@ -22,7 +22,7 @@ from samrobust.experiments.curves import (
     make_curve_evaluator,
     measure_run,
 )
-from samrobust.experiments.networks import Network, load_network
+from samrobust.experiments.networks import Trained, load_network
 from samrobust.experiments.reporting.console import make_console
 from samrobust.experiments.reporting.pictures import write_figure
 from samrobust.experiments.reporting.progress import ProgressDisplay
@@ -121,7 +121,7 @@ def _settings(config: Config, arguments: argparse.Namespace) -> CurveSettings:
 class _Source(NamedTuple):
     """A network and the images that it is measured on."""
 
-    network: Network
+    network: Trained
     dataset: Dataset
     split: Split
 

@@ -17,7 +17,7 @@ from samrobust.checks import check
 from samrobust.data import Dataset
 from samrobust.experiments import building, reporting
 from samrobust.experiments.identity import identity_of
-from samrobust.experiments.networks import Network, load_network
+from samrobust.experiments.networks import Trained, load_network
 from samrobust.experiments.reporting.console import make_console
 from samrobust.experiments.reporting.progress import ProgressDisplay
 from samrobust.experiments.scoring import (
@@ -25,7 +25,6 @@ from samrobust.experiments.scoring import (
     ScoreObserver,
     Scorer,
     evaluated_split,
-    evaluation_key,
     evaluation_work,
 )
 from samrobust.experiments.validation import validate
@@ -166,16 +165,14 @@ class _Judge:
         self,
         config: Config,
         folder: pathlib.Path,
-        network: Network,
+        network: Trained,
         shown: ScoreObserver,
     ) -> Score:
         sections = (config.data, config.model, config.evaluation)
         key = tuple(section.to_json_best_effort() for section in sections)
         if key not in self._scorers:
             self._scorers[key] = Scorer(config, self.dataset(config))
-        return self._scorers[key](
-            *(network, folder, shown, self._should_stop), key=evaluation_key(config)
-        )
+        return self._scorers[key](network, folder, shown, self._should_stop)
 
 
 def _provenance_of(folder: pathlib.Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from samrobust.evaluation import (
     make_evaluator,
 )
 from samrobust.experiments import building
-from samrobust.experiments.networks import Network, load_network
+from samrobust.experiments.networks import Trained, load_network
 from samrobust.system.provenance import provenance
 from samrobust.training import InterruptedRunError, TrainState
 from samrobust.types import Config
@@ -29,7 +29,6 @@ __all__ = [
     "evaluation_key",
     "evaluation_work",
     "make_validate",
-    "score",
 ]
 
 # Evaluation keys must not coincide with those of training: another branch of the seed.
@@ -100,37 +99,13 @@ def evaluate_run(
     """
     which = config.evaluation.checkpoint
     network = load_network(config, dataset, workdir, which, step=step)
-    return score(
-        config,
-        dataset,
-        network,
-        workdir,
-        observer,
-        should_stop,
-        keep_examples=keep_examples,
-    )
-
-
-def score(
-    config: Config,
-    dataset: Dataset,
-    network: Network,
-    workdir: pathlib.Path,
-    observer: ScoreObserver,
-    should_stop: Callable[[], bool],
-    *,
-    keep_examples: bool = False,
-) -> Score:
-    """Evaluates a network; the arguments are those of `evaluate_run`."""
     return Scorer(config, dataset)(
-        *(network, workdir, observer, should_stop),
-        key=evaluation_key(config),
-        keep_examples=keep_examples,
+        network, workdir, observer, should_stop, keep_examples=keep_examples
     )
 
 
 class Scorer:
-    """The evaluation of a config, compiled once for as many networks as come.
+    """Evaluation of a config, compiled once for as many networks as come.
 
     Args:
       config: its `model` and `evaluation` count, and nothing of training.
@@ -151,22 +126,20 @@ class Scorer:
 
     def __call__(
         self,
-        network: Network,
+        network: Trained,
         workdir: pathlib.Path,
         observer: ScoreObserver,
         should_stop: Callable[[], bool],
         *,
-        key: jax.Array,
         keep_examples: bool = False,
     ) -> Score:
-        """The score of a network.
+        """Returns the score of a network.
 
         Args:
-          network: as `load_network` gives it.
+          network: as `load_network` gives it; its config's seed draws the numbers.
           workdir: where AutoAttack keeps what became of every example.
           observer: is told of progress.
           should_stop: asked after every batch.
-          key: of the random numbers, see `evaluation_key`.
           keep_examples: keep AutoAttack's adversarial images too.
 
         Raises:
@@ -180,6 +153,7 @@ class Scorer:
                 raise InterruptedRunError(message)
 
         archive = Archive(workdir / "autoattack", keep_examples, provenance())
+        key = evaluation_key(network.config)
         outcome = self._evaluate(
             *(network.variables, self._split, key), archive=archive, on_batch=on_batch
         )
@@ -194,7 +168,7 @@ class Scorer:
 
 
 def evaluation_key(config: Config) -> jax.Array:
-    """The key of the random numbers in an evaluation."""
+    """Returns the key of the random numbers in an evaluation."""
     return _key(config, _EVALUATION_STREAM)
 
 
