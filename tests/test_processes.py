@@ -15,7 +15,7 @@ import pytest
 
 from samrobust.experiments.networks import load_network
 from samrobust.experiments.run import run, train
-from samrobust.experiments.scoring import score
+from samrobust.experiments.scoring import Scorer
 from samrobust.system import distributed
 from samrobust.training import InterruptedRunError
 
@@ -45,7 +45,7 @@ def work(folder: pathlib.Path, layout: str) -> None:
     dataset = helpers.load_data(config)
     workdir = folder / layout / AT
     network = load_network(config, dataset, workdir, "last")
-    accuracy = score(config, dataset, network, workdir, helpers.Silent()).accuracy
+    accuracy = Scorer(config, dataset)(network, workdir, helpers.Silent()).accuracy
     values = distributed.from_primary(lambda: {"who": 0, "layout": layout})
     assert values == {"who": 0, "layout": layout}
     try:

@@ -20,8 +20,8 @@ import pytest
 from samrobust.data import DatasetUnavailableError
 from samrobust.experiments import building
 from samrobust.experiments.run import run, train
-from samrobust.experiments.workdir import WorkdirError
 from samrobust.system.claims import ClaimedError, claim
+from samrobust.system.files import WorkdirError
 from samrobust.training import InterruptedRunError
 
 ROWS = {"sam": "sam,rho=0.2", "at": "at,norm=linf,eps=16"}

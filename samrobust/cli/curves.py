@@ -55,10 +55,14 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.data import fingerprint
     from samrobust.evaluation.diagnostics import some_of
     from samrobust.experiments import building
-    from samrobust.experiments.curves import curves_of, draw_curves, measure_run
-    from samrobust.experiments.curves.measure import make_curve_evaluator
+    from samrobust.experiments.curves import (
+        curves_of,
+        draw_curves,
+        make_curve_evaluator,
+        measure_run,
+    )
     from samrobust.experiments.networks import load_network
-    from samrobust.experiments.reporting.files import write_figure
+    from samrobust.experiments.reporting.pictures import write_figure
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.scoring import evaluated_split, evaluation_key
     from samrobust.experiments.workdir import finished_runs

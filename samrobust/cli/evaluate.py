@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.experiments import building
     from samrobust.experiments.networks import load_network
     from samrobust.experiments.reporting.progress import ProgressDisplay
-    from samrobust.experiments.scoring import evaluated_split, evaluation_work, score
+    from samrobust.experiments.scoring import Scorer, evaluated_split, evaluation_work
     from samrobust.system import distributed
     from samrobust.system.files import append_json_line
 
@@ -84,9 +84,8 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     work = evaluation_work(config, dataset)
     display = ProgressDisplay(console, work)
     with display.live():
-        scored = score(
-            *(config, dataset, network, workdir),
-            *(display.run(config.label, 0.0, work), should_stop),
+        scored = Scorer(config, dataset)(
+            *(network, workdir, display.run(config.label, 0.0, work), should_stop),
             keep_examples=arguments.save_examples is True,
         )
     show_accuracies(console, config.label, scored.accuracy)
@@ -107,7 +106,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     console.print(f"Added to {path}")
     if arguments.sanity:
         check_network(
-            *(network, config, dataset, workdir, console),
+            *(network, dataset, workdir, console),
             surrogates=surrogates,
             num_examples=arguments.sanity_examples or _SANITY_EXAMPLES,
             should_stop=should_stop,

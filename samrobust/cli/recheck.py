@@ -71,7 +71,6 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.experiments.scoring import (
         Scorer,
         evaluated_split,
-        evaluation_key,
         evaluation_work,
     )
     from samrobust.experiments.workdir import (
@@ -111,9 +110,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
             which = config.evaluation.checkpoint
             network = load_network(config, dataset, folder, which)
             scores = {
-                attack: scorer(configs[attack])(
-                    *(network, folder, shown, should_stop), key=evaluation_key(config)
-                )
+                attack: scorer(configs[attack])(network, folder, shown, should_stop)
                 for attack in _SUFFIXES
             }
             result = {
@@ -178,7 +175,7 @@ def _conclude(
     configs = [by_attack["pgd"] for by_attack in runs.values()]
     first, name = configs[0], configs[0].data.name
     pgd, autoattack = (c.evaluation for c in next(iter(runs.values())).values())
-    table = reporting.summarise(
+    table = reporting.summarize(
         results,
         rows=list({config.row: config.label for config in configs}.items()),
         title=f"PGD and AutoAttack on {name}",

@@ -12,9 +12,9 @@ from samrobust.cli.shared import show_written
 from samrobust.data import Dataset
 from samrobust.evaluation.diagnostics.checks import run_sanity
 from samrobust.evaluation.diagnostics.look import Surrogate, some_of
-from samrobust.evaluation.diagnostics.report import to_rich, write_report
+from samrobust.evaluation.diagnostics.report import to_sheet, write_report
 from samrobust.experiments import building
-from samrobust.experiments.networks import Network, load_network
+from samrobust.experiments.networks import Trained, load_network
 from samrobust.experiments.reporting.progress import ProgressDisplay
 from samrobust.experiments.scoring import evaluated_split, evaluation_key
 from samrobust.experiments.workdir import config_of_run
@@ -29,8 +29,7 @@ _SANITY_STREAM = 3  # another branch of the evaluation's key
 
 
 def check_network(
-    network: Network,
-    config: Config,
+    network: Trained,
     dataset: Dataset,
     workdir: pathlib.Path,
     console: Console,
@@ -42,9 +41,9 @@ def check_network(
     """Checks a run's network, shows the findings and writes them into its workdir.
 
     Args:
-      network: of the run.
-      config: of the run; the largest radius of each norm in its `evaluation` is taken.
-      dataset: that of `config.data`.
+      network: of the run; of its `config.evaluation` the largest radius of each norm
+        is taken.
+      dataset: of the run.
       workdir: of the run.
       console: for the report.
       surrogates: of `check_surrogates`.
@@ -55,6 +54,7 @@ def check_network(
       CheckpointError: if a surrogate has no intact checkpoint.
       InterruptedRunError: after `should_stop`.
     """
+    config = network.config
     split = evaluated_split(config, dataset)
     display = ProgressDisplay(console, 1.0)
     shown = display.run(f"{config.label}: sanity checks", 0.0, 1.0)
@@ -66,15 +66,12 @@ def check_network(
         same = other.data.to_dict() == config.data.to_dict()
         images = dataset if same else building.load_data(other)
         which = other.evaluation.checkpoint
-        return Surrogate(
-            building.make_model(other, images),
-            load_network(other, images, pathlib.Path(folder), which).variables,
-        )
+        found = load_network(other, images, pathlib.Path(folder), which)
+        return Surrogate(found.model, found.variables)
 
     with display.live():
         findings = run_sanity(
-            *(building.make_model(config, dataset), network.variables),
-            *(split, largest_balls(config)),
+            *(network.model, network.variables, split, largest_balls(config)),
             transfer={name: surrogate(name, c) for name, c in surrogates.items()},
             num_examples=num_examples,
             batch_size=config.evaluation.batch_size,
@@ -92,7 +89,7 @@ def check_network(
         "identity": network.identity.hash,
         "provenance": provenance(),
     }
-    console.print(to_rich(findings, note))
+    console.print(to_sheet(findings, note).to_rich())
     paths = from_primary(
         lambda: write_report(findings, workdir, note=note, about=about)
     )

@@ -246,7 +246,7 @@ def _show(plan: _Plan, results: list[dict[str, Any]], console: "Console") -> Non
     from samrobust.experiments import reporting
 
     config = next(iter(plan.configs.values()))
-    table = reporting.summarise(
+    table = reporting.summarize(
         results,
         rows=[(row, c.label) for row, c in plan.configs.items()],
         paper={row: dict(c.paper) for row, c in plan.configs.items() if c.paper},

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.studies.theory.experiment import experiment, plan
     from samrobust.studies.theory.figures import draw_all
-    from samrobust.studies.theory.report import Report, to_json, to_markdown, to_rich
+    from samrobust.studies.theory.report import Report, to_json, to_sheet
     from samrobust.studies.theory.study import Grid, study
     from samrobust.studies.theory.training import Effort
     from samrobust.studies.theory.verdicts import judge
@@ -76,9 +76,10 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
         estimates = list(experiment(grid, effort, on_start=show))
     command, seconds = provenance()["command"], time.monotonic() - started
     report = Report(grid, effort, points, judge(points), estimates, seconds, command)
-    console.print(to_rich(report))
+    sheet = to_sheet(report)
+    console.print(sheet.to_rich())
     write_json(folder / "theory.json", to_json(report))
-    write_text(folder / "theory.md", to_markdown(report))
+    write_text(folder / "theory.md", sheet.to_markdown())
     pictures = draw_all(grid.world, points, estimates, effort.batch_size, folder)
     show_written(console, folder, ["theory.json", "theory.md", *pictures])
     return 0

@@ -12,9 +12,9 @@ import shutil
 from samrobust.checks import check
 from samrobust.experiments import building
 from samrobust.experiments.components import model_fields, takes
-from samrobust.experiments.identity import changed_fields
+from samrobust.experiments.configuration import as_dict
 from samrobust.experiments.networks import load_network, save_variables
-from samrobust.experiments.workdir import OtherConfigError, config_of_run
+from samrobust.experiments.workdir import OtherConfigError, config_changes
 from samrobust.models import PreActResNet
 from samrobust.models.torch.names import from_tensors, infer_architecture, to_tensors
 from samrobust.models.torch.weights import Weights
@@ -47,7 +47,6 @@ def export_weights(
       CheckpointError: if the run has no intact checkpoint of that kind.
     """
     facts = building.load_facts(config)
-    model = building.make_model(config, facts)
     network = load_network(config, facts, workdir, which, step=step)
     imported = glance(workdir / "import.json")
     origin = {
@@ -61,7 +60,7 @@ def export_weights(
     }
     section = config.model
     own = {name: section[name] for name in model_fields(section.name)}
-    if not isinstance(model, PreActResNet):
+    if not isinstance(network.model, PreActResNet):
         own = {"model": {"name": section.name, **own}}
     metadata = {
         "mean": list(section.mean or facts.mean),
@@ -70,7 +69,7 @@ def export_weights(
         **json.loads(json.dumps(own)),
         "origin": origin,
     }
-    return Weights(to_tensors(network.variables, model), metadata)
+    return Weights(to_tensors(network.variables, network.model), metadata)
 
 
 def describe(config: Config, weights: Weights) -> None:
@@ -136,7 +135,7 @@ def import_weights(
                 shutil.rmtree(workdir / "checkpoints")
             write_json(workdir / "import.json", note)
             save_variables(config, facts, workdir, variables, digest)
-        given = json.loads(config.to_json_best_effort())
+        given = as_dict(config)
         if glance(workdir / "config.json") != given:
             write_json(workdir / "config.json", given)
     return done
@@ -170,11 +169,8 @@ def _is_done(workdir: pathlib.Path, digest: str, config: Config) -> bool:
             f"{', '.join(others)}. Choose another."
         )
         raise WorkdirError(message)
-    if is_whole:
-        stored = config_of_run(workdir)
-        changed = changed_fields(stored.to_dict(), config.to_dict())
-        if changed:
-            raise OtherConfigError.over(workdir, "this file's import", changed)
+    if changed := config_changes(workdir, config):
+        raise OtherConfigError.over(workdir, "this file's import", changed)
     return is_whole and step == 0 and _is_intact(workdir, config)
 
 

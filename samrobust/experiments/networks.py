@@ -28,26 +28,11 @@ from samrobust.training.log import checkpoint_folder, checkpoint_metadata
 from samrobust.training.restoring import read_and_spread
 from samrobust.types import Array, Config, PyTree
 
-__all__ = ["Network", "Trained", "load", "load_network", "save_variables"]
-
-
-class Network(NamedTuple):
-    """A trained network, as it is evaluated, and whose it is.
-
-    Attributes:
-      variables: parameters and statistics, for `model.apply`; averaged ones where the
-        run has an averaging.
-      step: after which it was saved.
-      identity: of the run that trained it.
-    """
-
-    variables: dict[str, PyTree]
-    step: int
-    identity: Identity
+__all__ = ["Trained", "load", "load_network", "save_variables"]
 
 
 class Trained(NamedTuple):
-    """A trained run, ready to be used.
+    """A trained network, as it is evaluated, and whose it is.
 
     Attributes:
       model: a Flax network, `model.apply(variables, images, train=False)`.
@@ -97,8 +82,7 @@ def load(
     facts = building.load_facts(config)
     which = checkpoint or config.evaluation.checkpoint
     check_choice(("last", "best"), checkpoint=which)
-    network = load_network(config, facts, folder, which, step=step)
-    return Trained(building.make_model(config, facts), network[0], config, *network[1:])
+    return load_network(config, facts, folder, which, step=step)
 
 
 def load_network(
@@ -108,7 +92,7 @@ def load_network(
     which: str,
     *,
     step: int | None = None,
-) -> Network:
+) -> Trained:
     """Returns the trained network of a run.
 
     Args:
@@ -143,7 +127,8 @@ def load_network(
         from_primary(lambda: _check_is_final(own, folder, restored))
     identity = Identity.from_dict(restored.metadata["identity"])
     assert identity is not None  # `refuse` was asked
-    return Network(restored.state.state.eval_variables, restored.step, identity)
+    model, state = building.make_model(config, dataset), restored.state.state
+    return Trained(model, state.eval_variables, config, restored.step, identity)
 
 
 def _check_is_final(config: Config, folder: pathlib.Path, restored: Restored) -> None:

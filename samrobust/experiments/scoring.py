@@ -15,8 +15,9 @@ from samrobust.evaluation import (
     make_evaluator,
 )
 from samrobust.experiments import building
-from samrobust.experiments.networks import Network
+from samrobust.experiments.networks import Trained
 from samrobust.system.provenance import provenance
+from samrobust.system.runtime import RESUME
 from samrobust.training import InterruptedRunError, TrainState
 from samrobust.types import Config
 
@@ -28,7 +29,6 @@ __all__ = [
     "evaluation_key",
     "evaluation_work",
     "make_validate",
-    "score",
 ]
 
 # Evaluation keys must not coincide with those of training: another branch of the seed.
@@ -71,40 +71,8 @@ class Score(NamedTuple):
         return fields.pop("details") | fields
 
 
-def score(
-    config: Config,
-    dataset: Dataset,
-    network: Network,
-    workdir: pathlib.Path,
-    observer: ScoreObserver,
-    should_stop: Callable[[], bool] = lambda: False,
-    *,
-    keep_examples: bool = False,
-) -> Score:
-    """Evaluates the network of a run, under other attacks if one likes.
-
-    Args:
-      config: of the run; its `evaluation` may differ from what the run was made with.
-      dataset: that of `config.data`.
-      network: of the run.
-      workdir: of the run.
-      observer: is told of progress.
-      should_stop: asked after every batch.
-      keep_examples: keep AutoAttack's adversarial images, beside its file.
-
-    Raises:
-      InterruptedRunError: after `should_stop`. The same call begins again with PGD, and
-        resumes with AutoAttack.
-    """
-    return Scorer(config, dataset)(
-        *(network, workdir, observer, should_stop),
-        key=evaluation_key(config),
-        keep_examples=keep_examples,
-    )
-
-
 class Scorer:
-    """The evaluation of a config, compiled once for as many networks as come.
+    """Evaluation of a config, compiled once for as many networks as come.
 
     Args:
       config: its `model` and `evaluation` count, and nothing of training.
@@ -125,35 +93,35 @@ class Scorer:
 
     def __call__(
         self,
-        network: Network,
+        network: Trained,
         workdir: pathlib.Path,
         observer: ScoreObserver,
-        should_stop: Callable[[], bool],
+        should_stop: Callable[[], bool] = lambda: False,
         *,
-        key: jax.Array,
         keep_examples: bool = False,
     ) -> Score:
-        """The score of a network.
+        """Returns the score of a network.
 
         Args:
-          network: as `load_network` gives it.
+          network: as `load_network` gives it; its config's seed draws the numbers.
           workdir: where AutoAttack keeps what became of every example.
           observer: is told of progress.
           should_stop: asked after every batch.
-          key: of the random numbers, see `evaluation_key`.
           keep_examples: keep AutoAttack's adversarial images too.
 
         Raises:
-          InterruptedRunError: as `score`.
+          InterruptedRunError: after `should_stop`. The same call begins again with
+            PGD, and resumes with AutoAttack.
         """
 
         def on_batch(done: int, num_examples: int, doing: str = "") -> None:
             observer.on_batch(done, num_examples, doing)
             if should_stop() and done < num_examples:
-                message = "Stopped during evaluation. Rerun the same command to resume."
+                message = f"Stopped during evaluation. {RESUME}"
                 raise InterruptedRunError(message)
 
         archive = Archive(workdir / "autoattack", keep_examples, provenance())
+        key = evaluation_key(network.config)
         outcome = self._evaluate(
             *(network.variables, self._split, key), archive=archive, on_batch=on_batch
         )
@@ -168,7 +136,7 @@ class Scorer:
 
 
 def evaluation_key(config: Config) -> jax.Array:
-    """The key of the random numbers in an evaluation."""
+    """Returns the key of the random numbers in an evaluation."""
     return _key(config, _EVALUATION_STREAM)
 
 

@@ -18,11 +18,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from samrobust.data import Dataset
-from samrobust.experiments.comparable import unlike
-from samrobust.experiments.identity import changed_fields, identity_of
-from samrobust.experiments.run import Observer, PlannedRun, as_dict, run, step_work
+from samrobust.experiments import methods
+from samrobust.experiments.identity import identity_of
+from samrobust.experiments.reporting.results import unlike
+from samrobust.experiments.run import Observer, PlannedRun, run
 from samrobust.experiments.survey import read_plan, survey_run
-from samrobust.experiments.workdir import OtherConfigError, read_result, stored_config
+from samrobust.experiments.workdir import (
+    OtherConfigError,
+    config_changes,
+    read_result,
+)
 from samrobust.system.claims import ClaimedError
 from samrobust.system.distributed import from_primary, met_by_all
 from samrobust.system.failures import describe, read_failure
@@ -107,13 +112,8 @@ def _attempt(
 ) -> dict[str, Any] | str | None:
     """The result; or why it failed; or None if another process holds the run."""
     try:
-        return run(
-            planned.config,
-            planned.workdir,
-            observer,
-            dataset=dataset,
-            should_stop=should_stop,
-        )
+        config, workdir = planned.config, planned.workdir
+        return run(config, workdir, observer, dataset=dataset, should_stop=should_stop)
     except InterruptedRunError:
         raise
     except Exception as error:  # a bug in one row must not stop the others
@@ -131,19 +131,18 @@ def last_failure(planned: PlannedRun) -> dict[str, str] | None:
 
 
 def finished(planned: PlannedRun) -> dict[str, Any] | None:
-    """The content of a run's `result.json`; None if it has not finished.
+    """Returns the content of a run's `result.json`; None if it has not finished.
 
     Raises:
       WorkdirError: if the directory or the result is of another config, or a file is
         damaged.
     """
-    stored = stored_config(planned.workdir)
-    if stored is None:
-        return None
-    changed = changed_fields(stored.to_dict(), as_dict(planned.config))
+    changed = config_changes(planned.workdir, planned.config)
     if changed:
         message = f"it is of another config, which differs in {', '.join(changed)}"
         raise WorkdirError(message)
+    if changed is None:
+        return None
     return read_result(planned.workdir, identity_of(planned.config, None))
 
 
@@ -182,12 +181,11 @@ def refuse_other_configs(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> N
     Raises:
       OtherConfigError: says once what differs, before any work.
     """
-    found: list[dict[str, tuple[object, object]]] = []
+    changed = []
     for planned in runs:
         with contextlib.suppress(WorkdirError):  # a damaged file fails its run alone
-            if (stored := stored_config(planned.workdir)) is not None:
-                found.append(changed_fields(stored.to_dict(), as_dict(planned.config)))
-    changed = [fields for fields in found if fields]
+            if fields := config_changes(planned.workdir, planned.config):
+                changed.append(fields)
     if changed:
         what = f"{len(changed)} of the {len(runs)} runs"
         raise OtherConfigError.over(workdir, what, max(changed, key=changed.count))
@@ -199,29 +197,25 @@ def record_plan(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> None:
     Raises:
       WorkdirError: if the directory cannot be written.
     """
-    ours = {entry["path"]: entry for entry in (_entry(workdir, run) for run in runs)}
+    ours = {}
+    for planned in runs:
+        path, config = planned.workdir.relative_to(workdir).as_posix(), planned.config
+        ours[path] = {
+            "path": path,
+            "row": config.row,
+            "label": config.label,
+            "seed": config.seed,
+            "epochs": config.training.epochs,
+            "work": methods.cost(config),
+        }
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # Read again after writing: others may be adding theirs.
         while (plan := read_plan(workdir)) != (together := plan | ours):
             write_json(workdir / "plan.json", {"runs": list(together.values())})
     except OSError as error:
-        message = (
-            f"Expected a writable directory, got workdir={str(workdir)!r}: {error}."
-        )
-        raise WorkdirError(message) from error
-
-
-def _entry(workdir: pathlib.Path, planned: PlannedRun) -> dict[str, Any]:
-    config = planned.config
-    return {
-        "path": planned.workdir.relative_to(workdir).as_posix(),
-        "row": config.row,
-        "label": config.label,
-        "seed": config.seed,
-        "epochs": config.training.epochs,
-        "work": step_work(config),
-    }
+        what = f"Expected a writable directory, got workdir={str(workdir)!r}: {error}."
+        raise WorkdirError(what) from error
 
 
 def _wait(seconds: float, should_stop: Callable[[], bool]) -> None:

@@ -21,7 +21,7 @@ from samrobust.checks import check
 from samrobust.system.files import glance, read_json_lines, write_json
 from samrobust.types import Config
 
-__all__ = ["Tracking", "check_installed", "track"]
+__all__ = ["Tracking", "check_installed"]
 
 # Seconds for W&B to send what is left: at the end, and of a tracker that failed.
 _PATIENCE, _SHORT_PATIENCE = 60.0, 5.0
@@ -47,18 +47,10 @@ def check_installed(config: Config) -> None:
         )
 
 
-@contextlib.contextmanager
-def track(config: Config, workdir: pathlib.Path) -> Iterator["Tracking"]:
-    """Tracks a run inside the context; opens nothing before the first epoch's line."""
-    tracking = Tracking(config, workdir)
-    try:
-        yield tracking
-    finally:
-        tracking.close()
-
-
 class Tracking:
-    """The trackers of a run, as its config says: `tracking.tensorboard` and `.wandb`.
+    """Trackers of a run, as its config says: `tracking.tensorboard` and `.wandb`.
+
+    Opens nothing before the first epoch's line; to be closed.
 
     Args:
       config: of the run.
@@ -77,7 +69,7 @@ class Tracking:
         self._open: list[_Tracker] = []
 
     def following(self, on_progress: Callable[[Any], None]) -> Callable[[Any], None]:
-        """An `on_progress` that also passes on the lines that are new by then."""
+        """Returns an `on_progress` that also passes on the lines new by then."""
         if not self._unopened:
             return on_progress
 

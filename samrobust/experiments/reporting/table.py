@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from samrobust.experiments.reporting.names import column_order, family
-from samrobust.experiments.reporting.results import validate
+from samrobust.experiments.reporting.results import check_results
 
-__all__ = ["Cell", "Difference", "Row", "Table", "summarise"]
+__all__ = ["Cell", "Difference", "Row", "Table", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ class Row:
         return f"{self.cost:.1f}x" + (f" ±{self.cost_spread:.1f}" if spreads else "")
 
     @property
+    def differences(self) -> dict[str, Difference]:
+        """The comparisons with ST by column; empty for ST and without shared seeds."""
+        return {n: cell.difference for n, cell in self.cells.items() if cell.difference}
+
+    @property
     def family(self) -> str:
         """The family of methods, as in `"AT linf"`."""
         return family(self.name)
@@ -94,7 +99,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of results, made by `summarise`.
+    """A table of results, made by `summarize`.
 
     Attributes:
       title: one line.
@@ -138,7 +143,7 @@ class Table:
         return frozenset(name for name, mean in shown.items() if mean == top)
 
 
-def summarise(
+def summarize(
     results: Sequence[Mapping[str, Any]],
     *,
     rows: Sequence[tuple[str, str]],
@@ -146,7 +151,7 @@ def summarise(
     caption: str = "",
     title: str = "",
 ) -> Table:
-    """Summarises finished runs: mean, spread, difference to ST and cost of each row.
+    """Summarizes finished runs: mean, spread, difference to ST and cost of each row.
 
     Args:
       results: the finished runs, in any order;
@@ -170,14 +175,14 @@ def summarise(
     ...      "accuracy": {"natural": natural}}
     ...     for seed, natural in enumerate((98.0, 99.0))
     ... ]
-    >>> table = summarise(runs, rows=[("st", "ST"), ("sam,rho=0.1", "SAM")])
+    >>> table = summarize(runs, rows=[("st", "ST"), ("sam,rho=0.1", "SAM")])
     >>> table.rows[0].cells["natural"].mean
     98.5
     >>> [row.label for row in table.missing]
     ['SAM']
     """
     paper = paper or {}
-    validate(results, [name for name, _ in rows], paper)
+    check_results(results, [name for name, _ in rows], paper)
     results = sorted(results, key=lambda result: result["seed"])
     runs = {name: [r for r in results if r["row"] == name] for name, _ in rows}
     columns = tuple(sorted(results[0]["accuracy"], key=column_order))
@@ -224,7 +229,7 @@ def _by_seed(runs: Sequence[Mapping[str, Any]], column: str) -> dict[int, float]
 def _cell(
     values: Mapping[int, float], baseline: Mapping[int, float], paper: float | None
 ) -> Cell:
-    """Summarises one cell; the arguments map seeds to accuracies."""
+    """Summarizes one cell; the arguments map seeds to accuracies."""
     if not values:
         return Cell(paper=paper)
     differences = [values[seed] - baseline[seed] for seed in values if seed in baseline]
