@@ -150,7 +150,7 @@ def _config(workdir: pathlib.Path, arguments: argparse.Namespace) -> "Config":
     norms, epsilons = arguments.norm or flags.NORMS, arguments.epsilon
     attack = arguments.attack or run_config.evaluation.attack
     useless = _OF_PGD if attack == "autoattack" else _OF_AUTOATTACK
-    given = [name for name in useless if getattr(arguments, name) is not None]
+    given = list(flags.given(vars(arguments), useless))
     words = ", ".join("--" + name.replace("_", "-") for name in useless)
     check(
         not given,
@@ -166,8 +166,7 @@ def _config(workdir: pathlib.Path, arguments: argparse.Namespace) -> "Config":
         norm=arguments.norm,
         epsilon=epsilons,
     )
-    given_radii = None if epsilons is None else tuple(epsilons)
-    radii = {norm: given_radii if norm in norms else () for norm in flags.NORMS}
+    radii = {norm: epsilons if norm in norms else () for norm in flags.NORMS}
     config = apply_flags(run_config, vars(arguments) | radii)
     if (step_size := arguments.step_size) is not None:
         attacked = [r for norm in norms for r in config.evaluation[norm]]
