@@ -33,7 +33,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--workdir", **flags.DIRECTORY, required=True, help="of the table")
     add("--rows", **flags.ROWS, help="only these; default: all")
     for norm in flags.NORMS:
-        words = "radii in 1/255; default: 8 up to twice the table's largest"
+        words = "in 1/255; default: 8 radii up to twice the table's largest"
         add(f"--{norm}", **flags.radii(norm), help=words)
     add("--num-steps", **flags.COUNT, help="of PGD; default: 20")
     add("--loss", **flags.LOSS, help="default: cross_entropy")

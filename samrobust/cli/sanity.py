@@ -66,8 +66,7 @@ def check_network(
         same = other.data.to_dict() == config.data.to_dict()
         images = dataset if same else building.load_data(other)
         which = other.evaluation.checkpoint
-        found = load_network(other, images, pathlib.Path(folder), which)
-        return Surrogate(found.model, found.variables)
+        return Surrogate(*load_network(other, images, pathlib.Path(folder), which)[:2])
 
     with display.live():
         findings = run_sanity(
