@@ -21,8 +21,8 @@ from samrobust.experiments.networks import Trained, load_network
 from samrobust.experiments.reporting.console import make_console
 from samrobust.experiments.reporting.progress import ProgressDisplay
 from samrobust.experiments.scoring import (
+    Observer,
     Score,
-    ScoreObserver,
     Scorer,
     evaluated_split,
     evaluation_work,
@@ -134,7 +134,7 @@ class _Judge:
         return self._datasets[key]
 
     def result(
-        self, configs: dict[str, Config], folder: pathlib.Path, shown: ScoreObserver
+        self, configs: dict[str, Config], folder: pathlib.Path, shown: Observer
     ) -> dict[str, Any]:
         """Returns what a run reports, with the accuracies under every attack."""
         config = configs["pgd"]
@@ -166,7 +166,7 @@ class _Judge:
         config: Config,
         folder: pathlib.Path,
         network: Trained,
-        shown: ScoreObserver,
+        shown: Observer,
     ) -> Score:
         sections = (config.data, config.model, config.evaluation)
         key = tuple(section.to_json_best_effort() for section in sections)

@@ -17,7 +17,7 @@ from flax import linen as nn
 from samrobust.checks import check_choice
 from samrobust.data import Dataset, DatasetFacts
 from samrobust.experiments import building
-from samrobust.experiments.identity import Identity, identity_of, imported
+from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.workdir import config_of_run, stored_config
 from samrobust.system.distributed import data_mesh, from_primary
 from samrobust.system.files import glance
@@ -111,10 +111,9 @@ def load_network(
     like = jax.eval_shape(_make_init(config, dataset), key)
     folder = checkpoint_folder(workdir, which)
     own = from_primary(lambda: stored_config(workdir)) or config
-    expected = identity_of(own, dataset if isinstance(dataset, Dataset) else None)
     digest = from_primary(lambda: glance(workdir / "import.json").get("sha256"))
-    if digest is not None:
-        expected = dataclasses.replace(expected, data=imported(str(digest)))
+    images = dataset if isinstance(dataset, Dataset) else None
+    expected = identity_of(own, images, digest)
 
     def refuse(metadata: dict[str, Any]) -> str:
         return expected.refuse(metadata.get("identity"), draws=False)
@@ -186,10 +185,7 @@ def save_variables(
         return Carry(state, carry.totals)
 
     carry = make(jax.random.key(config.seed), variables)
-    identity = identity_of(config, None)
-    if digest is not None:
-        identity = dataclasses.replace(identity, data=imported(digest))
-    metadata = checkpoint_metadata(identity)
+    metadata = checkpoint_metadata(identity_of(config, None, digest))
     with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
         checkpoints.save(0, carry, metadata, wait=True)
 

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -19,8 +19,8 @@ from samrobust.experiments.configuration import as_dict, differences
 from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.networks import Trained, load_network
 from samrobust.experiments.scoring import (
+    Observer,
     Score,
-    ScoreObserver,
     Scorer,
     evaluated_split,
     evaluation_work,
@@ -42,17 +42,10 @@ from samrobust.training import InterruptedRunError, Outcome, Progress, RunFolder
 from samrobust.training.fit import Validate
 from samrobust.types import Config
 
-__all__ = ["Observer", "PlannedRun", "run", "train", "work"]
+__all__ = ["PlannedRun", "run", "train", "work"]
 
 # What the processes of a run may have each to itself.
 _OWN_FIELDS = ("config.data.data_dir", "config.data.manual_dir")
-
-
-class Observer(ScoreObserver, Protocol):
-    """Is told how a run proceeds; shows it."""
-
-    def on_progress(self, progress: Progress) -> None:
-        """Called after each call of the device in training."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a network of a run is worth, by the attacks of its config."""
+"""Evaluation of a run's network, by the attacks of its config."""
 
 import pathlib
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from samrobust.evaluation import (
 from samrobust.experiments import building
 from samrobust.experiments.networks import Trained, load_network
 from samrobust.system.provenance import provenance
-from samrobust.training import InterruptedRunError, TrainState
+from samrobust.training import InterruptedRunError, Progress, TrainState
 from samrobust.types import Config
 
 __all__ = [
+    "Observer",
     "Score",
-    "ScoreObserver",
     "Scorer",
     "evaluate_run",
     "evaluated_split",
@@ -35,8 +35,11 @@ __all__ = [
 _EVALUATION_STREAM, _VALIDATION_STREAM = 1, 2
 
 
-class ScoreObserver(Protocol):
-    """Is told how an evaluation proceeds; shows it."""
+class Observer(Protocol):
+    """Spectator of a run, who is told how it proceeds and shows it."""
+
+    def on_progress(self, progress: Progress) -> None:
+        """Called after each call of the device in training."""
 
     def on_batch(self, done: int, num_examples: int, doing: str = "") -> None:
         """Called after each evaluated batch; `doing` may say what it did."""
@@ -74,7 +77,7 @@ class Score(NamedTuple):
 def evaluate_run(
     config: Config,
     workdir: pathlib.Path,
-    observer: ScoreObserver,
+    observer: Observer,
     *,
     dataset: Dataset,
     step: int | None = None,
@@ -128,7 +131,7 @@ class Scorer:
         self,
         network: Trained,
         workdir: pathlib.Path,
-        observer: ScoreObserver,
+        observer: Observer,
         should_stop: Callable[[], bool],
         *,
         keep_examples: bool = False,

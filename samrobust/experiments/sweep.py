@@ -5,7 +5,7 @@ asked for again, until that one has finished it, or died and left it. So every w
 ends when all of its share is done, and one more of them is always of use.
 
 What a worker does next follows from what `samrobust.experiments.run.run` returns or
-raises, and from `last_failure`: processes that agree on these and on `should_stop` stay
+raises, and from `failure.json`: processes that agree on these and on `should_stop` stay
 in step.
 """
 
@@ -20,7 +20,8 @@ from typing import Any
 from samrobust.data import Dataset
 from samrobust.experiments import methods
 from samrobust.experiments.identity import identity_of
-from samrobust.experiments.run import Observer, PlannedRun, run
+from samrobust.experiments.run import PlannedRun, run
+from samrobust.experiments.scoring import Observer
 from samrobust.experiments.survey import read_plan
 from samrobust.experiments.workdir import (
     OtherConfigError,
@@ -35,7 +36,6 @@ from samrobust.training import InterruptedRunError
 
 __all__ = [
     "finished",
-    "last_failure",
     "record_plan",
     "refuse_other_configs",
     "run_all",
@@ -73,15 +73,16 @@ def run_all(
     Raises:
       InterruptedRunError: after `should_stop`.
     """
-    before = from_primary(lambda: {p.workdir: last_failure(p) for p in runs})
+    before = from_primary(lambda: {p.workdir: read_failure(p.workdir) for p in runs})
     results: dict[pathlib.Path, dict[str, Any]] = {}
     left, pause = list(runs), _TICK
     while left:
         held = []
         for planned in left:
-            failure = from_primary(functools.partial(last_failure, planned))
+            failure = from_primary(functools.partial(read_failure, planned.workdir))
             if failure is not None and failure != before[planned.workdir]:
-                on_failure(planned, f"{failure['message']} (on {failure['host']})")
+                why = f"{failure.get('message')} (on {failure.get('host')})"
+                on_failure(planned, why)
                 continue
             outcome = _attempt(planned, dataset, observe(planned), should_stop)
             if outcome is None:
@@ -117,14 +118,6 @@ def _attempt(
         if not met_by_all(error):  # these processes are out of step
             raise
         return None if isinstance(error, ClaimedError) else describe(error)
-
-
-def last_failure(planned: PlannedRun) -> dict[str, str] | None:
-    """What `failure.json` says of the last attempt: its id, message and host."""
-    failure = read_failure(planned.workdir)
-    if failure is None:
-        return None
-    return {name: str(failure.get(name, "")) for name in ("id", "message", "host")}
 
 
 def finished(planned: PlannedRun) -> dict[str, Any] | None:
