@@ -212,7 +212,7 @@ def test_another_generator_trains_no_further_but_reads_the_network(
 def test_what_cannot_be_added_to_is_found_out_before_the_attack(
     first, capsys, monkeypatch
 ):
-    monkeypatch.setattr("samrobust.cli.evaluate.evaluate_run", pytest.fail)
+    monkeypatch.setattr("samrobust.experiments.scoring.Scorer", pytest.fail)
     (first / "evaluations.jsonl").mkdir()
     assert helpers.main("evaluate", f"--workdir={first}") == 2
     assert "Expected a writable directory" in capsys.readouterr().err

@@ -15,8 +15,9 @@ from samrobust.evaluation import (
     make_evaluator,
 )
 from samrobust.experiments import building
-from samrobust.experiments.networks import Trained, load_network
+from samrobust.experiments.networks import Trained
 from samrobust.system.provenance import provenance
+from samrobust.system.runtime import RESUME
 from samrobust.training import InterruptedRunError, Progress, TrainState
 from samrobust.types import Config
 
@@ -24,7 +25,6 @@ __all__ = [
     "Observer",
     "Score",
     "Scorer",
-    "evaluate_run",
     "evaluated_split",
     "evaluation_key",
     "evaluation_work",
@@ -74,39 +74,6 @@ class Score(NamedTuple):
         return fields.pop("details") | fields
 
 
-def evaluate_run(
-    config: Config,
-    workdir: pathlib.Path,
-    observer: Observer,
-    *,
-    dataset: Dataset,
-    step: int | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    keep_examples: bool = False,
-) -> Score:
-    """Evaluates the network of a run again, under other attacks if one likes.
-
-    Args:
-      config: of the run; its `evaluation` may differ from what the run was made with.
-      workdir: of the run.
-      observer: is told of progress.
-      dataset: that of `config.data`.
-      step: of the checkpoint; None for the newest.
-      should_stop: asked after every batch.
-      keep_examples: keep AutoAttack's adversarial images, beside its file.
-
-    Raises:
-      CheckpointError: as `load_network`.
-      InterruptedRunError: after `should_stop`. The same call begins again with PGD, and
-        goes on where it was with AutoAttack.
-    """
-    which = config.evaluation.checkpoint
-    network = load_network(config, dataset, workdir, which, step=step)
-    return Scorer(config, dataset)(
-        network, workdir, observer, should_stop, keep_examples=keep_examples
-    )
-
-
 class Scorer:
     """Evaluation of a config, compiled once for as many networks as come.
 
@@ -132,7 +99,7 @@ class Scorer:
         network: Trained,
         workdir: pathlib.Path,
         observer: Observer,
-        should_stop: Callable[[], bool],
+        should_stop: Callable[[], bool] = lambda: False,
         *,
         keep_examples: bool = False,
     ) -> Score:
@@ -146,13 +113,14 @@ class Scorer:
           keep_examples: keep AutoAttack's adversarial images too.
 
         Raises:
-          InterruptedRunError: as `evaluate_run`.
+          InterruptedRunError: after `should_stop`. The same call begins again with
+            PGD, and resumes with AutoAttack.
         """
 
         def on_batch(done: int, num_examples: int, doing: str = "") -> None:
             observer.on_batch(done, num_examples, doing)
             if should_stop() and done < num_examples:
-                message = "Stopped during evaluation. Rerun the same command to resume."
+                message = f"Stopped during evaluation. {RESUME}"
                 raise InterruptedRunError(message)
 
         archive = Archive(workdir / "autoattack", keep_examples, provenance())

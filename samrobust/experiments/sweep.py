@@ -20,9 +20,10 @@ from typing import Any
 from samrobust.data import Dataset
 from samrobust.experiments import methods
 from samrobust.experiments.identity import identity_of
+from samrobust.experiments.reporting.results import unlike
 from samrobust.experiments.run import PlannedRun, run
 from samrobust.experiments.scoring import Observer
-from samrobust.experiments.survey import read_plan
+from samrobust.experiments.survey import read_plan, survey_run
 from samrobust.experiments.workdir import (
     OtherConfigError,
     config_changes,
@@ -32,9 +33,11 @@ from samrobust.system.claims import ClaimedError
 from samrobust.system.distributed import from_primary, met_by_all
 from samrobust.system.failures import describe, read_failure
 from samrobust.system.files import WorkdirError, write_json
+from samrobust.system.runtime import RESUME
 from samrobust.training import InterruptedRunError
 
 __all__ = [
+    "collect",
     "finished",
     "record_plan",
     "refuse_other_configs",
@@ -136,6 +139,35 @@ def finished(planned: PlannedRun) -> dict[str, Any] | None:
     return read_result(planned.workdir, identity_of(planned.config, None))
 
 
+def collect(
+    runs: Sequence[PlannedRun],
+) -> tuple[list[dict[str, Any]], list[tuple[PlannedRun, str]]]:
+    """Returns the results of finished runs, and the other runs, each with the reason.
+
+    A result that is not comparable with the first one counts as missing.
+    """
+    results: list[Any] = []
+    missing = []
+    for planned in runs:
+        result, why = None, ""
+        try:
+            result = finished(planned)
+        except WorkdirError as error:
+            why = str(error)
+        if result is None and not why:
+            status = survey_run(planned.workdir)
+            why = ": ".join(filter(None, (status.description, status.error)))
+        elif result and results and (fields := unlike(result, first := results[0])):
+            told = "; ".join(f"{n} is {a!r}, not {b!r}" for n, (a, b) in fields.items())
+            beside = f"{first['label']}, seed {first['seed']}"
+            why = f"not comparable with {beside}: {told}"
+        if why:
+            missing.append((planned, why))
+        else:
+            results.append(result)
+    return results, missing
+
+
 def refuse_other_configs(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> None:
     """Refuses a table whose runs there were started with another config.
 
@@ -183,6 +215,6 @@ def _wait(seconds: float, should_stop: Callable[[], bool]) -> None:
     """Waits by counting and not by the clock: processes in step ask equally often."""
     for _ in range(round(seconds / _TICK)):
         if should_stop():
-            message = "Stopped while others held the last runs. The same command waits."
+            message = f"Stopped while others held the last runs. {RESUME}"
             raise InterruptedRunError(message)
         time.sleep(_TICK)
