@@ -2,7 +2,7 @@
 
 `z = P(x_k + step * steepest_ascent(grad loss(x_k)))`, then
 `x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))`; the step starts at twice the
-radius and halves at checkpoints where the loss stalls, and the ascent goes on from the
+radius and halves at checkpoints where the loss stalls, and the ascent resumes from the
 best iterate. Two of the four attacks of AutoAttack: `apgd(ball)` on the cross entropy
 and `apgd_targeted(ball)`. A single run is `ApgdRun`, cut into its first state and its
 steps, so that restarts and targets are loops around it.
@@ -44,8 +44,9 @@ from samrobust.types import Array, Attack, LossFn
 
 __all__ = ["ApgdRun", "ApgdState", "apgd", "apgd_targeted", "windows"]
 
-_MOMENTUM = 0.75  # the share of the new step; the rest is the last one again
-_FIRST_WINDOW, _LEAST_WINDOW, _SHRINKAGE = 0.22, 0.06, 0.03  # of the number of steps
+_MOMENTUM = 0.75  # the paper's alpha: the share of the new step in the next iterate
+# Lengths of the windows between checkpoints, as shares of the number of steps.
+_FIRST_WINDOW, _LEAST_WINDOW, _SHRINKAGE = 0.22, 0.06, 0.03
 
 
 def apgd(
@@ -61,15 +62,15 @@ def apgd(
     """Builds Auto-PGD within a ball and a box.
 
     Every run starts at a random point of the ball's surface. At a checkpoint the step
-    of an example halves, and it goes back to its best iterate, if its loss rose in at
-    most `rho` of the steps since the last checkpoint, or if the step was not halved
-    there and the best loss has not risen since. The checkpoints are after 22, 41, 57,
-    70, 80, 87, 93 and 99 of 100 steps, and in these proportions for other numbers.
+    of an example halves, and the example returns to its best iterate, if its loss rose
+    in at most `rho` of the steps since the last checkpoint, or if the step was not
+    halved there and the best loss has not risen since. The checkpoints are after 22,
+    41, 57, 70, 80, 87, 93 and 99 of 100 steps, and in these proportions for others.
 
     Args:
       ball: the allowed perturbations, from `linf` or `l2`. The authors' code adds 1e-12
         to the norm of an l2 gradient: `l2(radius, gradient_floor=1e-12)`.
-      loss: what is maximised, per example; `cross_entropy`, `dlr` or `margin`.
+      loss: what is maximized, per example; `cross_entropy`, `dlr` or `margin`.
       num_steps: number of gradient steps of a run, >= 1.
       restarts: number of independent runs, >= 1.
       rho: the share of rising steps that keeps a step from halving, in [0, 1].
@@ -181,13 +182,13 @@ def apgd_targeted(
         check_target(first_target, logits.shape[-1])
         classes = likeliest_wrong(logits, call.labels)
 
-        def towards(index: Array) -> ApgdRun:
+        def toward(index: Array) -> ApgdRun:
             targets = classes[:, first_target + index // restarts]
             return run._replace(loss=lambda z, y: targeted_dlr(z, y, targets))
 
         num_left = jnp.minimum(num_targets, classes.shape[1] - first_target)
         first = judged_first(call.images, logits, call.labels)
-        return _worst_of(num_left * restarts, towards, first, runs_key)
+        return _worst_of(num_left * restarts, toward, first, runs_key)
 
     return attack_of(attacked, box=box, ball=ball, is_random=eot > 1)
 
@@ -312,10 +313,10 @@ class ApgdRun(NamedTuple):
         """
         # The paper's conditions 1 and 2.
         enough = self.rho * window.astype(jnp.float32)
-        seldom = state.rises.astype(jnp.float32) <= enough
+        rarely = state.rises.astype(jnp.float32) <= enough
         in_vain = ~state.halved & (state.last_score >= state.best.score)
         due = window > 0
-        halve = due & (seldom | in_vain)
+        halve = due & (rarely | in_vain)
         return state._replace(
             current=select(halve, state.best.images, state.current),
             gradient=select(halve, state.best_gradient, state.gradient),

@@ -134,7 +134,7 @@ def autoattack(
       and dtype are kept. An example is broken if one of the members breaks it: then it
       is handed in as the first of them found it, in ball and box, else unchanged, as
       are misclassified images. Radius 0 changes nothing. With random logits each member
-      draws anew and judges anew, and what breaks now may be right at the next look.
+      draws and judges with new logits: what breaks now may be right at the next look.
 
     Raises:
       ValueError: for other versions or members, and as `pgd` does.

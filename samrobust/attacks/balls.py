@@ -82,7 +82,7 @@ def linf(radius: float | Array) -> Ball:
 
 
 def l2(radius: float | Array, *, gradient_floor: float = 0.0) -> Ball:
-    """Builds the ball `||d||_2 <= radius`; steps follow the normalised gradient.
+    """Builds the ball `||d||_2 <= radius`; steps follow the normalized gradient.
 
     Args:
       radius: in pixel units, >= 0; a float or an array, as for `linf`.

@@ -249,7 +249,7 @@ def _check_images(images: Array, box: tuple[float, float], ball: Ball | None) ->
         check(
             box[0] - slack <= low and high <= box[1] + slack,
             f"images with pixels in the box, {box[0]:g} to {box[1]:g}",
-            "Bytes become pixels by `/ 255`; normalisation belongs into `logits_fn`.",
+            "Bytes become pixels by `/ 255`; normalization belongs in `logits_fn`.",
             lowest=low,
             highest=high,
         )

@@ -1,6 +1,6 @@
 """DDN: a minimal l2 attack that decouples the direction of a step from its length.
 
-Each step follows the normalised gradient of the cross entropy and is then scaled onto
+Each step follows the normalized gradient of the cross entropy and is then scaled onto
 a sphere around the original image, whose radius shrinks where the iterate is
 misclassified and grows where it is not.
 
@@ -67,7 +67,7 @@ def ddn(
         another dtype.
 
     Reference: Rony et al. (2019), arXiv 1811.09600, Algorithm 1; random directions and
-    the bound of the radius as in foolbox. *Our deviation*: no quantisation of the
+    the bound of the radius as in foolbox. *Our deviation*: no quantization of the
     result to 256 values.
 
     >>> image = jnp.full([1, 2], 0.5)

@@ -3,7 +3,7 @@
 What an attack is given as `key` is one PRNG key or a key array [B], one an example.
 Each example draws with its own, or with the one key and its position folded in. So what
 it draws depends neither on the batch it stands in nor on padding or devices; with one
-key it depends on its position. (JAX vectorises `threefry`, its default, key by key; of
+key it depends on its position. (JAX vectorizes `threefry`, its default, key by key; of
 `rbg` keys it does not say so.)
 """
 

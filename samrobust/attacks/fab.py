@@ -1,4 +1,4 @@
-"""FAB: the fast adaptive boundary attack, towards one class after another.
+"""FAB: the fast adaptive boundary attack, toward one class after another.
 
 It looks for the smallest perturbation rather than for one of a given size. Each step
 replaces the boundary between the label and a target class by its tangent hyperplane,
@@ -24,7 +24,7 @@ from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
 from samrobust.attacks.calls import Call, attack_of, check_set, check_target
 from samrobust.attacks.hyperplanes import step_onto_hyperplane
-from samrobust.attacks.losses import misclassified
+from samrobust.attacks.losses import logit_of, misclassified
 from samrobust.attacks.numbers import real, seen, whole
 from samrobust.attacks.per_example import (
     BestSoFar,
@@ -77,7 +77,7 @@ def fab_targeted(
         between targets compiles once for all of them.
       num_steps: number of steps of a run, >= 0, each of one gradient and one more
         forward pass.
-      restarts: number of runs towards each target, >= 1. The first starts at the image,
+      restarts: number of runs toward each target, >= 1. The first starts at the image,
         the others at a random point half a radius away, within the box.
       alpha_max: the most that the step from the original image counts, in [0, 1].
       eta: how far a step goes, relative to the distance of the plane, >= 1.
@@ -95,7 +95,7 @@ def fab_targeted(
       An example's outcome does not depend on the others of its batch. Runs end once
       every example of the batch is broken. No gradient flows through the result. What
       is found lies close to the boundary, so another program may judge it differently
-      where the logits tie but for rounding.
+      where the logits tie up to rounding.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of
@@ -224,7 +224,7 @@ class _FabRun(NamedTuple):
         return jax.lax.fori_loop(0, self.num_steps, step, carry)[1]
 
     def advance(self, current: Array, targets: Array) -> Array:
-        """Steps beyond the tangent plane of the boundary to the targets."""
+        """Returns the iterate after a step beyond the boundary's tangent plane."""
         ball, eta = self.ball, self.eta
         gradient, gap = jax.grad(self.total_gap, has_aux=True)(current, targets)
         gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
@@ -247,7 +247,7 @@ class _FabRun(NamedTuple):
     def total_gap(self, current: Array, targets: Array) -> tuple[Array, Array]:
         """Returns the sum of `z_t - z_y`, and the gaps [B]."""
         logits = self.logits_fn(current).astype(self.images.dtype)
-        gap = _logit(logits, targets) - _logit(logits, self.labels)
+        gap = logit_of(logits, targets) - logit_of(logits, self.labels)
         return jnp.sum(gap), gap
 
     def judge(self, current: Array, best: BestSoFar) -> tuple[Array, BestSoFar]:
@@ -309,9 +309,3 @@ def _search(
     return repeat_while(
         lambda best: jnp.any(is_sought(best)), num_left * run.restarts, pursue, first
     ).images
-
-
-def _logit(logits: Array, classes: Array) -> Array:
-    """Returns the logit [B] of one class an example."""
-    chosen = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
-    return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)

@@ -73,7 +73,7 @@ def pgd(
       num_steps: number of gradient steps, >= 0.
       random_start: start at a random point of the ball instead of the image itself.
       restarts: number of independent runs, >= 1; needs a random start if > 1.
-      loss: what is maximised, per example; `cross_entropy`, `margin` or a function of
+      loss: what is maximized, per example; `cross_entropy`, `margin` or a function of
         one's own of logits and labels. It may close over arrays, traced ones too: the
         natural logits for TRADES, if the attack is built where they are computed.
       judge: which images a run hands in: its `final` iterate (the reference code), or

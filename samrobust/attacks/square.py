@@ -71,7 +71,7 @@ def square(
       rescale_schedule: stretch the schedule of p, which is made for 10,000 queries, to
         `num_queries`. AutoAttack leaves it: its 5000 queries end at `p_init / 128`.
       restarts: number of independent runs, >= 1.
-      loss: what is maximised, per example; `margin` (AutoAttack) or `cross_entropy`. It
+      loss: what is maximized, per example; `margin` (AutoAttack) or `cross_entropy`. It
         need not be differentiable, nor need the classifier.
       box: the range of pixel values.
 
@@ -362,7 +362,7 @@ def _side(share: float, shape: tuple[int, ...], odd: bool) -> int:
 def pulse(size: int) -> np.ndarray:
     """Returns what the l2 attack writes into a window: two opposite pulses, of norm 1.
 
-    The upper half falls off from its centre in square rings, the lower half is minus
+    The upper half falls off from its center in square rings, the lower half is minus
     the same; where `size` is odd the lower half is a row higher. float32 [size, size].
 
     >>> pulse(2).round(4)
@@ -377,7 +377,7 @@ def pulse(size: int) -> np.ndarray:
 def _half(height: int, width: int) -> np.ndarray:
     """Returns a pulse of unit norm, float64 [height, width]; none of height 0.
 
-    At distance d from the centre, in rings, it is `1/(d+1)**2 + ... + 1/M**2`: M
+    At distance d from the center, in rings, it is `1/(d+1)**2 + ... + 1/M**2`: M
     squares of growing side and falling height lie on top of each other.
     """
     rows = np.abs(np.arange(height) - height // 2)[:, None]

@@ -15,9 +15,9 @@ from samrobust.experiments.reporting.console import make_console
 from samrobust.experiments.reporting.progress import ProgressDisplay
 from samrobust.studies.theory.experiment import experiment, plan
 from samrobust.studies.theory.figures import draw_all
-from samrobust.studies.theory.report import Report, to_json, to_markdown, to_rich
+from samrobust.studies.theory.report import Findings, to_json, to_markdown, to_rich
 from samrobust.studies.theory.study import Grid, study
-from samrobust.studies.theory.training import Effort
+from samrobust.studies.theory.training import TrainingEffort
 from samrobust.studies.theory.verdicts import judge
 from samrobust.system.files import check_writable, write_json, write_text
 from samrobust.training import InterruptedRunError
@@ -25,7 +25,7 @@ from samrobust.training import InterruptedRunError
 __all__ = ["theory_command"]
 
 _PARTS = 4  # of a study; each takes about as long as a training
-_T = TypeVar("_T", Grid, Effort)
+_T = TypeVar("_T", Grid, TrainingEffort)
 
 
 def theory_command(
@@ -40,7 +40,7 @@ def theory_command(
       InterruptedRunError: when it was stopped; then nothing is written.
     """
     check(not overrides, "no --config flags for theory", config=overrides)
-    grid, effort = _from_flags(Grid, arguments), _from_flags(Effort, arguments)
+    grid, effort = _from_flags(Grid, arguments), _from_flags(TrainingEffort, arguments)
     console, folder = make_console(), pathlib.Path(arguments.workdir)
     check_writable(folder)
     started, done = time.monotonic(), itertools.count()
@@ -57,7 +57,7 @@ def theory_command(
         estimates = list(experiment(grid, effort, on_start=show))
     command = shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
     seconds = time.monotonic() - started
-    report = Report(grid, effort, points, judge(points), estimates, seconds, command)
+    report = Findings(grid, effort, points, judge(points), estimates, seconds, command)
     console.print(to_rich(report))
     write_json(folder / "theory.json", to_json(report))
     write_text(folder / "theory.md", to_markdown(report))

@@ -2,7 +2,7 @@
 
 Decoding a data set takes seconds and mapping it takes none. A manifest beside the
 arrays holds the SHA-256 of each file and says what they were decoded from, so that
-damage and a changed source are noticed, and the arrays decoded anew.
+damage and a changed source are noticed, and the arrays decoded again.
 """
 
 import hashlib

@@ -2,7 +2,7 @@
 
 A data set is three splits of NumPy arrays in a fixed order. The official test split is
 never touched; a validation split, if any, is taken from the official training split.
-Normalisation belongs to the model: images stay uint8, `mean` and `std` travel along.
+Normalization belongs to the model: images stay uint8, `mean` and `std` travel along.
 
 To add one that is known by name: a module with its facts and a function that loads it,
 and its line in `DATASETS`.
@@ -37,11 +37,11 @@ from samrobust.data.splits import (
 )
 from samrobust.system.resolve import failure_of, is_reference, resolve
 
-__all__ = ["DATASETS", "Entry", "dataset_facts", "load_dataset"]
+__all__ = ["DATASETS", "DatasetEntry", "dataset_facts", "load_dataset"]
 
 
-class Entry(NamedTuple):
-    """Entry of a data set that is known by name.
+class DatasetEntry(NamedTuple):
+    """A data set that is known by name.
 
     Attributes:
       facts: are known without reading an image.
@@ -54,9 +54,13 @@ class Entry(NamedTuple):
 
 
 DATASETS = {
-    "cifar10": Entry(CIFAR10.facts, partial(load_cifar, CIFAR10)),
-    "cifar100": Entry(CIFAR100.facts, partial(load_cifar, CIFAR100)),  # 100 fine labels
-    "digits": Entry(FACTS, lambda **_: load_digits()),  # they come with scikit-learn
+    "cifar10": DatasetEntry(CIFAR10.facts, partial(load_cifar, CIFAR10)),
+    "cifar100": DatasetEntry(
+        CIFAR100.facts, partial(load_cifar, CIFAR100)
+    ),  # 100 fine labels
+    "digits": DatasetEntry(
+        FACTS, lambda **_: load_digits()
+    ),  # they come with scikit-learn
 }
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from samrobust.checks import check
-from samrobust.data.archive import Archive
+from samrobust.data.archive import ArchiveFile
 from samrobust.data.splits import DatasetFacts, check_labels
 
 __all__ = [
@@ -71,7 +71,7 @@ class CifarSpec:
 
     name: str
     title: str
-    archive: Archive
+    archive: ArchiveFile
     splits: dict[str, tuple[str, ...]]
     labels: tuple[tuple[str, str, int], ...]
     label_bytes: tuple[str, ...]
@@ -111,7 +111,7 @@ def checksum(array: np.ndarray, left_out: tuple[int, ...] = ()) -> str:
 
 
 def check_examples(official: OfficialSplit, arrays: dict[str, np.ndarray]) -> None:
-    """Refuses arrays that are not a split's, but for the images' pixels.
+    """Refuses arrays that are not a split's; the images' pixels are not looked at.
 
     Args:
       official: the split.
@@ -160,7 +160,7 @@ _TEST_ROWS = (
 CIFAR10 = CifarSpec(
     name="cifar10",
     title="CIFAR-10",
-    archive=Archive(
+    archive=ArchiveFile(
         name="cifar-10-binary.tar.gz",
         url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         num_bytes=170052171,
@@ -194,7 +194,7 @@ CIFAR10 = CifarSpec(
 CIFAR100 = CifarSpec(
     name="cifar100",
     title="CIFAR-100",
-    archive=Archive(
+    archive=ArchiveFile(
         name="cifar-100-binary.tar.gz",
         url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
         num_bytes=168513733,

@@ -125,7 +125,7 @@ class Evaluator(Protocol):
           key: of all random numbers.
           archive: where an evaluation that can go on after a kill, as AutoAttack's,
             keeps what it needs for that; others start again and leave nothing there.
-          on_batch: called after every batch, and in between where one takes long; may
+          on_batch: called after every batch, and during one that takes long; may
             raise, and so end the evaluation.
 
         Returns:

@@ -2,7 +2,7 @@
 
 The file is replaced whole every few seconds while the attack goes on: a killed
 evaluation starts again where the file says. A file that is damaged, or that is of
-something else, is moved aside, and its evaluation starts anew.
+something else, is moved aside, and its evaluation starts over.
 """
 
 import dataclasses
@@ -233,7 +233,7 @@ class FatesFile:
         both = path, self._examples_path(path)
         moved = " and ".join(set_aside(p).name for p in both if p.exists())
         warnings.warn(
-            f"{problem}. AutoAttack starts anew; what was there is kept as {moved}.",
+            f"{problem}. AutoAttack starts over; what was there is kept as {moved}.",
             stacklevel=2,
         )
 
@@ -286,7 +286,7 @@ def identify(
     """Returns all that fates depend on but rounding, in JSON's types.
 
     Args:
-      model: its fields count: another normalisation is another network.
+      model: its fields count: another normalization is another network.
       variables: of the model.
       split: the images.
       key: of the random numbers.

@@ -53,7 +53,7 @@ _POLLS = (1e-4, 2e-2)  # the first and the longest pause in waiting, seconds
 
 
 class OnBatch(Protocol):
-    """A listener, told after every batch, and in between where one takes long.
+    """A listener, called after every batch, and during one that takes long.
 
     It may raise, and so end the work.
     """
@@ -90,7 +90,7 @@ def make_measure(batch_fn: BatchFn, *, batch_size: int) -> Measure:
     Returns:
       `measure(variables, split, key, *, on_batch=None) -> {name: values}` with NumPy
       arrays [N, ...] in the order of the split. `on_batch(done, num_examples)` is
-      called after every batch, and in between where a batch takes long. The function
+      called after every batch, and during one that takes long. The function
       compiles once for splits of one size and may be called for many networks.
 
       **Guarantees.** The key of an example depends on `key` and its position in the

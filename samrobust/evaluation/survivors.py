@@ -115,7 +115,7 @@ def survivors(
       Every batch after its stage. **Guarantees.** An example goes through the stages of
       a column in order until it is broken, through each once.
     """
-    progress = _Progress(columns, fates, on_batch)
+    progress = _WorkShare(columns, fates, on_batch)
     names = list(columns)
     while not fates.is_whole:
         column, stages = fates.place.column, columns[names[fates.place.column]]
@@ -126,7 +126,7 @@ def survivors(
 
 
 def _pass(
-    stage: Stage, fates: Fates, sizes: Sequence[int], progress: "_Progress"
+    stage: Stage, fates: Fates, sizes: Sequence[int], progress: "_WorkShare"
 ) -> Iterator[Attacked]:
     """Leads those that stand through the stage at `fates.place`."""
     place, row = fates.place, fates.broken_at[fates.place.column]
@@ -148,7 +148,7 @@ def _pass(
         progress.tell(place, left)
 
 
-class _Progress:
+class _WorkShare:
     """The share of the expected work that is done, if as many go on standing."""
 
     def __init__(

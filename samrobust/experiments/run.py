@@ -36,7 +36,7 @@ from samrobust.experiments.workdir import (
 from samrobust.system.claims import ClaimedError
 from samrobust.system.distributed import from_primary, lost_a_peer
 from samrobust.system.provenance import provenance
-from samrobust.training import InterruptedRunError, Outcome, Progress, RunFolder, fit
+from samrobust.training import FitResult, InterruptedRunError, Progress, RunFolder, fit
 from samrobust.training.fit import Validate
 from samrobust.types import Config
 
@@ -167,7 +167,7 @@ def train(
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
     may_write: Callable[[], None] = lambda: None,
-) -> Outcome:
+) -> FitResult:
     """Trains what a config says; of a run that was stopped, what is left.
 
     Args:
@@ -213,7 +213,7 @@ def train(
     )
 
 
-def _identity_in(outcome: Outcome) -> Identity:
+def _identity_in(outcome: FitResult) -> Identity:
     assert isinstance(outcome.identity, Identity)  # it was given to the log
     return outcome.identity
 
@@ -260,7 +260,7 @@ def _check_same(of_primary: dict[str, Any], ours: dict[str, Any]) -> None:
 
 
 def _describe(
-    config: Config, dataset: Dataset, outcome: Outcome, scored: Score
+    config: Config, dataset: Dataset, outcome: FitResult, scored: Score
 ) -> dict[str, Any]:
     """The content of `result.json`."""
     return {

@@ -199,7 +199,7 @@ class BatchNorm(nn.Module):
     Statistics are taken in float32 (float64 if that is `dtype`) over the whole batch,
     over all devices under `jit`, or over groups of consecutive examples of it, each
     normalized by its own. The running variance is the unbiased one, as PyTorch keeps
-    it and Flax does not. With groups, running statistics move towards the mean over
+    it and Flax does not. With groups, running statistics move toward the mean over
     groups of the means and of the unbiased variances: what averaging the statistics of
     devices gives, that each keep those of one group.
 
@@ -217,7 +217,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> Array:
-        """Normalises with the batch's statistics if `train`, else the running ones.
+        """Normalizes with the batch's statistics if `train`, else the running ones.
 
         Raises:
           ValueError: in training, if the groups do not divide the batch.
@@ -265,7 +265,7 @@ class BatchNorm(nn.Module):
     def _update(
         self, running_mean: Any, running_var: Any, mean: Array, var: Array, size: int
     ) -> None:
-        """Moves the running statistics towards those of `size` inputs."""
+        """Moves the running statistics toward those of `size` inputs."""
         if self.is_initializing() or not self.is_mutable_collection("batch_stats"):
             return
         count = size // mean.size

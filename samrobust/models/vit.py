@@ -60,7 +60,7 @@ class EncoderBlock(nn.Module):
 
 
 def _attend(qkv: Array, heads: int, exact: Any) -> Array:
-    """Attends, softmax(q k' / sqrt(d)) v, from [B, N, 3D] to [B, N, D]."""
+    """Computes the attention softmax(q k' / sqrt(d)) v, [B, N, 3D] to [B, N, D]."""
     batch, num_tokens, _ = qkv.shape
     split = qkv.reshape(batch, num_tokens, 3, heads, -1)
     query, key, value = (split[:, :, i] for i in range(3))

@@ -1,8 +1,9 @@
 """The training loop: epochs, checkpoints, validation, interruption and resumption.
 
 The same call goes on where the last one stopped, and ends bit-identical to a run that
-was never stopped. Nothing is read from the device within an epoch, but for the checks
-that come with a checkpoint. Configs, tables and data sets by name are out of scope.
+was never stopped. Nothing is read from the device within an epoch, except for the
+checks that come with a checkpoint. Configs, tables and data sets by name are out of
+scope.
 """
 
 import dataclasses
@@ -19,12 +20,12 @@ from samrobust.checks import LARGEST_COUNT, check
 from samrobust.data import Split
 from samrobust.system.distributed import data_mesh, replicated
 from samrobust.training.epoch import (
-    Carry,
     EpochPlan,
     EpochRunner,
-    Totals,
+    LoopState,
+    MetricSums,
     make_plan,
-    zero_totals,
+    zero_sums,
 )
 from samrobust.training.log import RunIdentity, RunLog, TrainingDivergedError
 from samrobust.training.state import TrainState
@@ -32,8 +33,8 @@ from samrobust.training.step import Method
 from samrobust.types import Array
 
 __all__ = [
+    "FitResult",
     "InterruptedRunError",
-    "Outcome",
     "Progress",
     "TrainingDivergedError",
     "check_total_steps",
@@ -50,7 +51,7 @@ class InterruptedRunError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run is.
+    """Position of a run.
 
     Attributes:
       phase: `compiling`, `training` or `validating`.
@@ -66,7 +67,7 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class FitResult:
     """A finished training.
 
     Attributes:
@@ -100,7 +101,7 @@ def fit(
     validate: Validate | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Outcome:
+) -> FitResult:
     """Trains to the end, from the newest intact checkpoint where there is one.
 
     Args:
@@ -185,7 +186,7 @@ def check_total_steps(epochs: int, steps_per_epoch: int) -> None:
 
 def fresh_carry(
     method: Method, batch_size: int, image_shape: tuple[int, ...]
-) -> Callable[[Array], Carry]:
+) -> Callable[[Array], LoopState]:
     """Returns the function of a key to what a run begins with, and checkpoints hold.
 
     Args:
@@ -196,22 +197,22 @@ def fresh_carry(
     images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
 
-    def begin(key: Array) -> Carry:
+    def begin(key: Array) -> LoopState:
         state = method.init(key, images)
         _, metrics = jax.eval_shape(method.train_step, state, images, labels, key)
-        return Carry(state, zero_totals(metrics))
+        return LoopState(state, zero_sums(metrics))
 
     return begin
 
 
 @dataclasses.dataclass
 class _Run:
-    """The loop over epochs and calls."""
+    """The loop over epochs and chunks."""
 
     epochs: int
     plan: EpochPlan
     runner: EpochRunner
-    zero_totals: Totals
+    zero_sums: MetricSums
     log: RunLog
     schedules: Mapping[str, optax.Schedule]
     validate: Validate | None
@@ -222,31 +223,33 @@ class _Run:
     def num_steps(self) -> int:
         return self.plan.num_steps * self.epochs
 
-    def to_the_end(self, carry: Carry) -> Outcome:
+    def to_the_end(self, carry: LoopState) -> FitResult:
         """Trains what is left."""
         step = int(carry.state.step)
         if step < self.num_steps:
             self._report("compiling", step)
-            for call in dict.fromkeys(self.plan.calls()):
-                self.runner.compile(call, carry)
+            for chunk in dict.fromkeys(self.plan.chunks()):
+                self.runner.compile(chunk, carry)
         while step < self.num_steps:
             carry, step = self._epoch(carry, step)
         self.log.save(carry, step, 0.0)
         seconds = [line["seconds"] for line in self.log.lines]
         step_seconds = statistics.median(seconds) / self.plan.num_steps
-        return Outcome(carry.state, sum(seconds), step_seconds, step, self.log.identity)
+        return FitResult(
+            carry.state, sum(seconds), step_seconds, step, self.log.identity
+        )
 
-    def _epoch(self, carry: Carry, step: int) -> tuple[Carry, int]:
-        """From a step to the end of its epoch; then its metrics and validation."""
+    def _epoch(self, carry: LoopState, step: int) -> tuple[LoopState, int]:
+        """Trains from a step to the end of its epoch; then validates and logs."""
         epoch = step // self.plan.num_steps
         started = time.monotonic() - self.log.earlier_seconds
         self.log.earlier_seconds = 0.0
         permutation = self.runner.permutation(epoch)
         previous = None
-        for call in self.plan.calls(step % self.plan.num_steps):
-            carry, done = self.runner.run(call, carry, permutation)
-            step += call.num_steps
-            # At most two calls in flight: a signal is heard soon, the ETA is true.
+        for chunk in self.plan.chunks(step % self.plan.num_steps):
+            carry, done = self.runner.run(chunk, carry, permutation)
+            step += chunk.num_steps
+            # At most two chunks in flight: a signal is heard soon, the ETA is true.
             jax.block_until_ready(previous)
             previous = done
             self._report("training", step)
@@ -254,8 +257,8 @@ class _Run:
                 self._pause(carry, step, time.monotonic() - started)
         totals = jax.device_get(carry.totals)
         self.log.check_finite(totals)
-        line = self._summarise(totals, step, time.monotonic() - started)
-        carry = Carry(carry.state, jax.tree.map(jnp.copy, self.zero_totals))
+        line = self._summarize(totals, step, time.monotonic() - started)
+        carry = LoopState(carry.state, jax.tree.map(jnp.copy, self.zero_sums))
         if self.validate is not None:
             self._report("validating", step)
             scores = self.validate(carry.state)
@@ -266,7 +269,7 @@ class _Run:
         self._pause(carry, step, 0.0)
         return carry, step
 
-    def _pause(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+    def _pause(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Saves when it is time to, or when the run is asked to stop."""
         stop = self.should_stop()
         if stop:
@@ -280,8 +283,10 @@ class _Run:
             )
             raise InterruptedRunError(message)
 
-    def _summarise(self, totals: Totals, step: int, seconds: float) -> dict[str, Any]:
-        """The epoch's line of `metrics.jsonl`."""
+    def _summarize(
+        self, totals: MetricSums, step: int, seconds: float
+    ) -> dict[str, Any]:
+        """Returns the epoch's line of `metrics.jsonl`."""
         examples = float(totals["examples"])
         means = {name: float(v) / examples for name, v in totals["sums"].items()}
         scheduled = {

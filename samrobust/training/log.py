@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from samrobust.system.distributed import from_primary, is_primary
 from samrobust.system.files import MetricsLog
 from samrobust.training.checkpoint import CheckpointError, Checkpoints
-from samrobust.training.epoch import Carry, Totals
+from samrobust.training.epoch import LoopState, MetricSums
 from samrobust.training.restoring import read_and_spread
 
 __all__ = [
@@ -35,7 +35,7 @@ class TrainingDivergedError(RuntimeError):
 
 
 class RunIdentity(Protocol):
-    """Tells whose checkpoints they are; see `samrobust.experiments.identity`."""
+    """The identity of checkpoints; see `samrobust.experiments.identity`."""
 
     def refuse(self, stored: Any) -> str:
         """Says why what a checkpoint holds of its run is not this run; empty if not."""
@@ -98,7 +98,7 @@ class RunLog(contextlib.AbstractContextManager):
     ) -> None:
         pass
 
-    def restore(self, fresh: Carry, mesh: Mesh, num_steps: int) -> Carry:
+    def restore(self, fresh: LoopState, mesh: Mesh, num_steps: int) -> LoopState:
         """Returns the state that the run goes on from."""
         del mesh, num_steps
         return fresh
@@ -107,7 +107,7 @@ class RunLog(contextlib.AbstractContextManager):
         """Adds an epoch."""
         self.lines.append(line)
 
-    def save(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+    def save(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Saves the state.
 
         Raises:
@@ -116,13 +116,13 @@ class RunLog(contextlib.AbstractContextManager):
         del step, epoch_seconds
         self.check_finite(jax.device_get(carry.totals))
 
-    def save_if_due(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+    def save_if_due(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Saves the state where the last one saved is old enough."""
 
-    def keep_best(self, carry: Carry, step: int, scores: dict[str, float]) -> None:
+    def keep_best(self, carry: LoopState, step: int, scores: dict[str, float]) -> None:
         """Keeps the state if its score is the best so far."""
 
-    def check_finite(self, totals: Totals) -> None:
+    def check_finite(self, totals: MetricSums) -> None:
         """Raises `TrainingDivergedError` if a step of this epoch was not finite."""
         bad_step = int(totals["first_bad_step"])
         if bad_step >= 0:
@@ -177,10 +177,10 @@ class RunFolder(RunLog):
         with contextlib.suppress(*hidden), self._checkpoints, self._best:
             pass  # waits for both
 
-    def restore(self, fresh: Carry, mesh: Mesh, num_steps: int) -> Carry:
+    def restore(self, fresh: LoopState, mesh: Mesh, num_steps: int) -> LoopState:
         """Returns the newest intact state, or the fresh one; reads what is beside it.
 
-        The log is written anew from the checkpoint, which holds it: losing it, or
+        The log is written again from the checkpoint, which holds it: losing it, or
         lines behind the step that the run goes on from, costs nothing.
 
         Raises:
@@ -221,7 +221,7 @@ class RunFolder(RunLog):
         self.lines.append(line)
         from_primary(lambda: self._log and self._log.append(line))
 
-    def save(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+    def save(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Saves the state and waits until it is written, in all processes.
 
         Raises:
@@ -236,8 +236,8 @@ class RunFolder(RunLog):
 
         from_primary(write)
 
-    def save_if_due(self, carry: Carry, step: int, epoch_seconds: float) -> None:
-        """Process 0: begins to save the state where the last checkpoint is old enough.
+    def save_if_due(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
+        """Starts saving the state in process 0, once the last checkpoint is old enough.
 
         A state that is not finite is not saved; one process says so at once, several
         do so together when the epoch ends.
@@ -251,7 +251,7 @@ class RunFolder(RunLog):
         if int(totals["first_bad_step"]) < 0:
             self._begin_to_save(carry, step, epoch_seconds)
 
-    def keep_best(self, carry: Carry, step: int, scores: dict[str, float]) -> None:
+    def keep_best(self, carry: LoopState, step: int, scores: dict[str, float]) -> None:
         """Saves the state apart if its score is the best so far."""
 
         def keep() -> float:
@@ -265,7 +265,7 @@ class RunFolder(RunLog):
 
         self._best_score = from_primary(keep)
 
-    def check_finite(self, totals: Totals) -> None:
+    def check_finite(self, totals: MetricSums) -> None:
         """Raises `TrainingDivergedError` in all processes, if in one."""
         if int(totals["first_bad_step"]) >= 0:
             refuse = super().check_finite
@@ -277,7 +277,7 @@ class RunFolder(RunLog):
         where = "none was saved before" if good is None else f"step {good}"
         return f"Last good checkpoint: {where} ({self._folder}). "
 
-    def _begin_to_save(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+    def _begin_to_save(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Saves in the background, unless this step is saved."""
         if step != self._saved_step:
             self._checkpoints.wait()
@@ -295,5 +295,5 @@ class RunFolder(RunLog):
         )
 
 
-def _abstract(carry: Carry) -> Carry:
+def _abstract(carry: LoopState) -> LoopState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), carry)

@@ -26,7 +26,7 @@ __all__ = [
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Keys the leaves by path; refuses what would not come back as it was."""
+    """Returns the leaves by path; refuses what would not be restored unchanged."""
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = "state" + jax.tree_util.keystr(path)
@@ -50,7 +50,7 @@ def describe(leaf: np.ndarray) -> dict[str, Any]:
 
 
 def json_crc32(value: Any) -> int:
-    """The CRC-32 of a value's JSON form."""
+    """Returns the CRC-32 of a value's JSON form."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 

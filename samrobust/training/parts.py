@@ -42,7 +42,7 @@ class Perturb(Protocol):
         *,
         key: Array,
     ) -> tuple[Array, PyTree]:
-        """See the class."""
+        """Returns the images, and the state for the next batch."""
         ...
 
 
@@ -62,7 +62,7 @@ class Learn(Protocol):
         correct: Array,
         /,
     ) -> PyTree:
-        """See the class."""
+        """Returns the state for the next batch."""
         ...
 
 

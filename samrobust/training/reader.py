@@ -25,7 +25,7 @@ class DamagedError(RuntimeError):
 
 
 class Reader(ocp.Checkpointer):
-    """Reads and verifies; made before the `try`, so no bug passes for damage."""
+    """Verifying reader; made before the `try`, so that no bug passes for damage."""
 
     def __init__(self):
         handlers = ocp.type_handlers.create_type_handler_registry(
@@ -64,7 +64,7 @@ class Reader(ocp.Checkpointer):
 
 
 class _PatientNumpyHandler(ocp.type_handlers.NumpyHandler):
-    """Lets all reads end before it raises the error of one.
+    """Handler that lets all reads end before it raises the error of one.
 
     Orbax closes the event loop at the first error; a read that outlives its loop
     raises once more, in a thread where nobody can catch it.

@@ -13,12 +13,11 @@ __all__ = ["TrainState"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes.
+    """The state that a step changes.
 
     Attributes:
       step: int32 scalar, the number of steps taken.
-      params: of the network, in its own precision: float32, but for a network of
-        another one.
+      params: of the network, in its own precision, by default float32.
       batch_stats: BatchNorm's running statistics, likewise; {} of a network without.
       opt_state: of the optax chain.
       adversary: what the adversary remembers; () without a memory.

@@ -46,7 +46,7 @@ class TrainStep(Protocol):
     def __call__(
         self, state: TrainState, images: Array, labels: Array, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        """See the class."""
+        """Takes one step."""
         ...
 
 
@@ -54,7 +54,7 @@ class InitFn(Protocol):
     """Initialization: `(key, images) -> state`; pure."""
 
     def __call__(self, key: Array, images: Array | jax.ShapeDtypeStruct) -> TrainState:
-        """See the class."""
+        """Returns the state before the first step."""
         ...
 
 
@@ -132,8 +132,8 @@ def make_train_step(
     their code: the attack's forward passes leave the running statistics alone.
 
     With the batch of a device as the group and `batch_stats="first"`, ascent, descent
-    and statistics are those of google-research/sam, but for two things that are not
-    ours: weight decay inside the loss, so in the ascent direction too, and the final
+    and statistics are those of google-research/sam, except for two things that we leave
+    out: weight decay inside the loss, so in the ascent direction too, and the final
     gradient clipped to norm 5.
 
     >>> import flax.linen as nn

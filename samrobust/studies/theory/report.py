@@ -12,17 +12,17 @@ from rich.text import Text
 
 from samrobust.studies.theory.experiment import Estimate
 from samrobust.studies.theory.study import Grid, Points, Study
-from samrobust.studies.theory.training import Effort
+from samrobust.studies.theory.training import TrainingEffort
 from samrobust.studies.theory.verdicts import Verdict
 from samrobust.system.provenance import provenance
 
-__all__ = ["Report", "to_json", "to_markdown", "to_rich"]
+__all__ = ["Findings", "to_json", "to_markdown", "to_rich"]
 
 _WORDS = ("statement", "source", "verdict", "trained")  # columns of words
 _Row: TypeAlias = tuple[dict[str, str], bool]  # cells by column; whether it stands out
 
 
-class Report(NamedTuple):
+class Findings(NamedTuple):
     """The findings of `samrobust theory`, all of them.
 
     Attributes:
@@ -35,7 +35,7 @@ class Report(NamedTuple):
     """
 
     grid: Grid
-    effort: Effort
+    effort: TrainingEffort
     study: Study
     verdicts: Sequence[Verdict]
     estimates: Sequence[Estimate]
@@ -43,7 +43,7 @@ class Report(NamedTuple):
     command: str
 
 
-def to_json(report: Report) -> dict[str, Any]:
+def to_json(report: Findings) -> dict[str, Any]:
     """Returns the whole report; what is infinite or unknown is None."""
     return {
         "grid": dataclasses.asdict(report.grid),
@@ -68,7 +68,7 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
-def to_rich(report: Report) -> Group:
+def to_rich(report: Findings) -> Group:
     """Returns the tables and notes for a Rich console."""
     parts: list[Table | Text] = []
     for title, rows in _tables(report).items():
@@ -85,7 +85,7 @@ def to_rich(report: Report) -> Group:
     return Group(*parts, Text("\n".join(_notes(report)), style="dim"))
 
 
-def to_markdown(report: Report) -> str:
+def to_markdown(report: Findings) -> str:
     """Returns the same in Markdown."""
     blocks = []
     for title, rows in _tables(report).items():
@@ -99,10 +99,10 @@ def to_markdown(report: Report) -> str:
     return "\n\n".join([*blocks, *_notes(report)]) + "\n"
 
 
-def _tables(report: Report) -> dict[str, list[_Row]]:
+def _tables(report: Findings) -> dict[str, list[_Row]]:
     """Returns the rows by the tables' titles."""
     verdicts = [(_verdict_row(v), v.holds is False) for v in report.verdicts]
-    tables = {"Section 4 against direct minimisation": verdicts}
+    tables = {"Section 4 against direct minimization": verdicts}
     if report.estimates:
         world = report.grid.world
         world = f"p = {world.p:g}, eta = {world.eta:g}, d = {world.d:g}"
@@ -141,7 +141,7 @@ def _trained_row(estimate: Estimate) -> dict[str, str]:
     }
 
 
-def _notes(report: Report) -> list[str]:
+def _notes(report: Findings) -> list[str]:
     notes = [
         "deviation: the largest relative one, of w, or of the shift w - w* for SAM; "
         "error: that of the direct minimum, in the same unit.",

@@ -59,7 +59,7 @@ class Claim:
             raise ClaimedError(self._loss())
 
     def guard(self, should_stop: Callable[[], bool]) -> Callable[[], bool]:
-        """The same question, that raises `ClaimedError` once the claim is lost."""
+        """Returns the same question, which raises `ClaimedError` after a loss."""
 
         def ask() -> bool:
             self.check()
@@ -138,7 +138,7 @@ def claim(workdir: pathlib.Path) -> Iterator[Claim]:
 
 
 class Pending(NamedTuple):
-    """What is waited for, and seconds until the next look."""
+    """Reason to wait, and the seconds until the next look."""
 
     reason: str
     pause: float
@@ -176,7 +176,7 @@ def await_verdict(
 
 
 class _Suspense:
-    """Looks at a holder again and again, until it is sure whether it is alive."""
+    """A wait for certainty: is the holder of another machine alive?"""
 
     def __init__(self, workdir: pathlib.Path):
         self._workdir = workdir
@@ -227,7 +227,7 @@ _watched: dict[pathlib.Path, tuple[Holder, float]] = {}
 
 
 def _is_over(workdir: pathlib.Path, holder: Holder, now: float) -> bool:
-    """Whether a holder is done, or has been silent for its lease.
+    """Tells whether a holder is done, or has been silent for its lease.
 
     By the file server's clock, `now`, as far as that goes; but whatever time a claim
     bears, nobody waits for longer than its lease by the clock of this process.
@@ -241,7 +241,7 @@ def _is_over(workdir: pathlib.Path, holder: Holder, now: float) -> bool:
 
 @contextlib.contextmanager
 def _contender(workdir: pathlib.Path, token: str) -> Iterator[pathlib.Path]:
-    """A file of this process in `.claim`, complete, to be linked as a generation."""
+    """Yields a complete file in `.claim`, which can be linked as a generation."""
     path = workdir / ".claim" / f".{uuid.uuid4().hex}.tmp"
     try:
         path.write_text(_content(token), encoding="utf-8")
@@ -275,7 +275,7 @@ def _prune(folder: pathlib.Path, generation: int, now: float) -> None:
 
 
 def _touch(path: pathlib.Path) -> float:
-    """The file server's time."""
+    """Returns the file server's time."""
     os.utime(path)
     return path.stat().st_mtime
 
@@ -291,7 +291,7 @@ def _content(token: str, *, released: bool = False) -> str:
 
 
 def lease_seconds() -> float:
-    """The lease of this process's claims, `SAMROBUST_CLAIM_LEASE`.
+    """Returns the lease of this process's claims, `SAMROBUST_CLAIM_LEASE`.
 
     Raises:
       ValueError: if that is no number of seconds, or more than an hour.

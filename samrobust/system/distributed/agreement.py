@@ -66,12 +66,12 @@ def from_primary(function: Callable[[], T]) -> T:
 
 
 def is_shared(error: BaseException) -> bool:
-    """Whether all processes raise this error, from `from_primary`."""
+    """Tells whether all processes raise this error, from `from_primary`."""
     return getattr(error, "_samrobust_is_shared", False)
 
 
 def met_by_all(error: Exception) -> bool:
-    """Whether all processes met an error at the same place, and so are still in step.
+    """Tells whether all processes met an error at the same place, so are still in step.
 
     All that met one must ask. Takes ten seconds to say no.
     """
@@ -114,7 +114,7 @@ _NOTHING = np.zeros(0, np.uint8)
 
 
 class AgreedStop:
-    """Turns a request to stop any process into one that all hear at the same call.
+    """A request to stop any process, which all of them hear at the same call.
 
     All processes must ask equally often, and each have one of these alone. A SIGTERM
     to any of them reaches JAX's preemption service, which lets them all stop at a call
@@ -129,7 +129,7 @@ class AgreedStop:
         self._calls, self._agreed = 0, False
 
     def __call__(self) -> bool:
-        """Whether to stop; the same answer in all processes."""
+        """Tells whether to stop; the same answer in all processes."""
         if not jax.distributed.is_initialized():  # else SIGTERM is JAX's
             return self._local()
         if self._local() and not self._passed_on:
@@ -159,7 +159,7 @@ def join(stop: Callable[[], bool]) -> AgreedStop:
 
 
 class _Calls:
-    """Counts the calls of `from_primary`, which are the same in all processes."""
+    """Counter of the calls of `from_primary`, which are the same in all processes."""
 
     def __init__(self) -> None:
         self.so_far = 0

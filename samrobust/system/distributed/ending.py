@@ -34,7 +34,7 @@ def watch_for_failures() -> None:
 
 
 def part() -> None:
-    """The orderly end: waits until all processes are here. See `leave`."""
+    """Waits until all processes are here: the orderly end. See `leave`."""
     _watcher.stop()
     if jax.distributed.is_initialized():
         try:
@@ -61,7 +61,7 @@ def leave(code: int, reason: str) -> NoReturn:
 
 
 def lost_a_peer(error: BaseException) -> bool:
-    """Whether an error of the runtime says that another process is gone."""
+    """Tells whether an error of the runtime says that another process is gone."""
     signs = ("Gloo", "NCCL", "Connection closed", "Connection reset", "heartbeat")
     return is_joined() and any(sign in str(error) for sign in signs)
 
@@ -77,7 +77,7 @@ class _Watcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Before the store goes: a thread in a call of it could not end in order."""
+        """Stops looking, before the store goes: a thread inside a call of it hangs."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()

@@ -31,7 +31,7 @@ def map_groups(
     num_groups: int,
     mesh: Mesh | None = None,
 ) -> PyTree:
-    """`function(shared, own[i], group i of the batch)` for every group; inside `jit`.
+    """Maps `function(shared, own[i], group i of the batch)` over groups; inside `jit`.
 
     Args:
       function: pure; closes over no traced array.
@@ -77,7 +77,7 @@ def map_groups(
 
 
 def _lanes(mesh: Mesh, num_groups: int, group_size: int) -> Mesh:
-    """The devices as lanes, each split over a group as far as its size divides."""
+    """Arranges devices in lanes, each split over a group as far as its size divides."""
     lanes = math.gcd(num_groups, mesh.size)
     parts = math.gcd(group_size, mesh.size // lanes)
     devices = mesh.devices.reshape(lanes, parts, mesh.size // lanes // parts)

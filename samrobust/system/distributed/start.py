@@ -117,7 +117,7 @@ def _connect_devices() -> None:
 
 
 def _check_port(settings: Settings) -> None:
-    """Process 0: refuses a port that is taken, where JAX would end without a word."""
+    """Refuses, in process 0, a port in use: JAX would end without a word."""
     if settings.process_id == 0:
         port = int(settings.address.rpartition(":")[2])
         with socket.socket() as probe:
