@@ -62,7 +62,9 @@ def awp(
     def ascend(grads: PyTree, params: PyTree, gamma: Array) -> PyTree:
         def move(g: Array, w: Array) -> Array:
             if g.ndim <= 1:
-                return jnp.zeros_like(g)
+                zeros = jnp.zeros_like(g)
+                # Made from g, zeros are split over groups and devices as g is.
+                return jnp.where(g == 0, zeros, zeros)
             return of_length(gamma * norm(w), g, norm(g))
 
         return jax.tree.map(move, grads, params)
