@@ -61,11 +61,11 @@ def apgd(
 ) -> Attack:
     """Builds Auto-PGD within a ball and a box.
 
-    Every run starts at a random point of the ball's surface. At a checkpoint the step
-    of an example halves, and the example returns to its best iterate, if its loss rose
-    in at most `rho` of the steps since the last checkpoint, or if the step was not
-    halved there and the best loss has not risen since. The checkpoints are after 22,
-    41, 57, 70, 80, 87, 93 and 99 of 100 steps, and in these proportions for others.
+    Every run starts at a random point of the ball's surface. At a checkpoint an example
+    halves its step and returns to its best iterate, if its loss rose in at most `rho`
+    of the steps since the last checkpoint (condition 1), or if the step was not halved
+    there and the best loss has not risen since (condition 2). The checkpoints are after
+    22, 41, 57, 70, 80, 87, 93 and 99 of 100 steps, and in proportion for other numbers.
 
     Args:
       ball: the allowed perturbations, from `linf` or `l2`. The authors' code adds 1e-12
@@ -85,12 +85,12 @@ def apgd(
       compiles at every call. It ends when all examples of the batch are misclassified.
 
       **Guarantees.** Shape and dtype of the images are kept. The result lies in the
-      box, and in the ball up to a few units in the last place. Radius 0 returns the
-      images unchanged, and so do images that are misclassified as they are. Of an
-      example the first misclassified iterate is handed in, starts included, or the one
-      of highest loss where there is none, so that more steps and restarts never raise
-      the accuracy. Up to rounding, and where the logits are not random, its outcome
-      does not depend on the batch it is in. No gradient flows through the result.
+      box, and in the ball up to a few units in the last place. Images at radius 0, and
+      those that are misclassified as they are, return unchanged. Of every other example
+      the result is the first misclassified iterate, starts included, or else the one of
+      highest loss, so that more steps and restarts never raise the accuracy. Up to
+      rounding, and where the logits are not random, its outcome does not depend on the
+      batch it is in. No gradient flows through the result.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of
@@ -99,9 +99,9 @@ def apgd(
     Reference: Croce and Hein (2020), arXiv 2003.01690, algorithm 1. The authors' code
     is followed where it says more or differs: windows in whole steps, the loss before
     the first step taken as 0, random logits judged by the last draw. *Our deviation*:
-    of several misclassified iterates the first is handed in, not the last; of the
-    others the one of highest loss, not the image; a full l2 step also where the
-    gradient is below 1e-12 (see `ball`).
+    we return the first of several misclassified iterates, not the last, and without
+    one the iterate of highest loss, not the image; we take a full l2 step also where
+    the gradient is below 1e-12 (see `ball`).
 
     >>> from samrobust.attacks import linf
     >>> weights = jnp.array([[1.0, -1.0], [0.5, 0.0]])
@@ -226,10 +226,7 @@ class ApgdState(NamedTuple):
 
 
 class ApgdRun(NamedTuple):
-    """Options and data of a run; see `apgd`.
-
-    `logits_fn` is called with a `key` where `eot` > 1.
-    """
+    """Options and data of a run, see `apgd`; `logits_fn` takes a `key` if `eot` > 1."""
 
     ball: Ball
     num_steps: int
@@ -261,7 +258,7 @@ class ApgdRun(NamedTuple):
         noise = self.ball.sample(key, self.images.shape).astype(self.images.dtype)
         length = self.ball.norm(noise)
         radius = filled(self.images, self.ball.radius)
-        scale = radius / jnp.where(length > 0, length, 1.0)
+        scale = radius / jnp.where(length > 0, length, 1.0)  # onto the surface
         return jnp.clip(self.images + noise * spread(scale, noise), *self.box)
 
     def begin(self, start: Array, key: Array) -> ApgdState:
@@ -271,20 +268,20 @@ class ApgdRun(NamedTuple):
             current=start,
             previous=start,
             gradient=gradient,
-            loss=jnp.zeros_like(reached),
+            loss=jnp.zeros_like(reached),  # as in the authors' code: see `apgd`
             best=BestSoFar(start, reached),
             best_gradient=gradient,
-            step_size=2 * filled(start, self.ball.radius),
+            step_size=2 * filled(start, self.ball.radius),  # the paper's eta^(0)
             rises=filled(start, 0, jnp.int32),
             last_score=reached,
-            halved=filled(start, 1, bool),
+            halved=filled(start, 1, bool),  # condition 2 waits for one checkpoint
         )
 
     def step(self, state: ApgdState, index: Array, key: Array) -> ApgdState:
         """Takes step number `index`, and the checkpoint behind it if one is due."""
         current = self.moved(state, index)
         gradient, loss, reached = self.measure(current, key)
-        higher = reached > state.best.score
+        higher = reached > state.best.score  # a mistake scores infinity
         following = state._replace(
             current=current,
             previous=state.current,
@@ -299,6 +296,7 @@ class ApgdRun(NamedTuple):
     def moved(self, state: ApgdState, index: Array) -> Array:
         """Returns the next iterate: a projected step mixed with the last, projected."""
         current, previous = state.current, state.previous
+        # Algorithm 1: z^(k+1), then its mix with the last step, by the momentum alpha.
         direction = self.ball.steepest_ascent(state.gradient)
         length = spread(state.step_size, current)
         plain = into_set(current + length * direction, self.images, self.ball, self.box)
@@ -341,12 +339,13 @@ class ApgdRun(NamedTuple):
         none = filled(current, 0)
         nothing = (jnp.zeros_like(current), none, none)
         gradient, losses, scores = jax.lax.fori_loop(0, self.eot, draw, nothing)
-        return gradient / self.eot, losses, scores
+        return gradient / self.eot, losses, scores  # EOT: the mean over the draws
 
     def total_loss(self, current: Array, key: Array) -> tuple[Array, tuple]:
         """Returns the sum of the losses; the losses [B] and the scores [B]."""
         logits = self.logits(current, key)
         losses = self.loss(logits, self.labels).astype(current.dtype)
+        # Of a sum, each example's gradient is that of its own loss.
         return jnp.sum(losses), (losses, score(losses, logits, self.labels))
 
     def logits(self, images: Array, key: Array) -> Array:
@@ -370,7 +369,7 @@ def windows(num_steps: int) -> np.ndarray:
     window = end = max(int(_FIRST_WINDOW * num_steps), 1)
     while end <= num_steps:
         ends[end - 1] = window
-        window = max(window - shrinkage, least)
+        window = max(window - shrinkage, least)  # p_(j+1) - p_j, shrinking
         end += window
     return ends
 

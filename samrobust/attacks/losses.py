@@ -43,6 +43,8 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 def misclassified(logits: Array, labels: Array) -> Array:
     """Tells which examples have another class than the label as their highest logit.
 
+    Of tied logits the first class decides.
+
     Logits whose highest is NaN or infinite are no decision, and count as a mistake:
     `argmax` alone would take them for one class, and call that right.
 
@@ -65,8 +67,8 @@ def margin(logits: Array, labels: Array) -> Array:
     """Returns the margin loss `max_{k != y} z_k - z_y` of each example.
 
     Positive where the example is misclassified, negative where it is not, 0 where two
-    logits tie. Its gradient does not vanish
-    when the classifier is confident, as that of the cross entropy does.
+    logits tie. Unlike that of the cross entropy, its gradient does not vanish when the
+    classifier is confident.
 
     Args:
       logits: [B, K] with K >= 2.
@@ -82,7 +84,7 @@ def margin(logits: Array, labels: Array) -> Array:
     """
     logits = _precise(logits)
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-    others = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
+    others = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)  # max_{k != y} z_k
     return others - logit_of(logits, labels)
 
 
@@ -115,7 +117,7 @@ def dlr(logits: Array, labels: Array) -> Array:
     Array([-0.5], dtype=float32)
     """
     _check_classes(logits, 3, "the DLR loss", "`margin` needs 2.")
-    top = _largest(_precise(logits), 3)
+    top = _largest(_precise(logits), 3)  # z_(1), z_(2), z_(3)
     return margin(logits, labels) / (top[0] - top[2] + _DLR_FLOOR)
 
 
