@@ -1,4 +1,4 @@
-"""Refusals of `two_pass`: strengths that are none, trees that do not fit each other.
+"""Checks of `two_pass`: of its strength, and of trees that must match each other.
 
 Ranks, dtypes and structures are known while JAX traces, so that everything but a traced
 radius is refused before anything is computed.
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def check_rho(rho: Any) -> None:
-    """Refuses what is neither a schedule nor a radius; of a traced one sees the type.
+    """Refuses what is neither a schedule nor a radius; of a traced one checks the type.
 
     Raises:
       ValueError: unless rho is callable, or a real scalar in [0, inf).

@@ -1,7 +1,7 @@
-"""Arithmetic over pytrees of gradients, in the precision that their leaves deserve.
+"""Arithmetic over pytrees of gradients, float32 or wider.
 
-A leaf is computed with in its own precision, half precisions in float32; what is summed
-over leaves, in the widest of theirs. Complex leaves count as pairs of real numbers.
+Each leaf is computed in its own precision, half precisions in float32; sums over leaves
+in the widest of them. Complex leaves count as pairs of real numbers.
 """
 
 from typing import Any
@@ -40,6 +40,7 @@ def norm(tree: PyTree) -> Array:
     if not leaves:
         return jnp.zeros([], dtype)
     largest = [jnp.max(jnp.abs(leaf), initial=0.0).astype(dtype) for leaf in leaves]
+    # ||x|| = s ||x / s|| with s the largest entry, as BLAS's nrm2 does.
     scale = jnp.max(jnp.stack(largest))
     safe = jnp.where(scale > 0, scale, 1.0)
     squares = [jnp.sum(jnp.square(leaf / safe.astype(leaf.dtype))) for leaf in leaves]
@@ -49,6 +50,7 @@ def norm(tree: PyTree) -> Array:
 
 def cosine(first: PyTree, second: PyTree, norms: tuple[Array, Array]) -> Array:
     """Returns the cosine between two trees with these norms; 0 if either is zero."""
+    # Each factor is divided first: the product of two norms may overflow.
     one, other = (jnp.where(norm > 0, norm, 1.0) for norm in norms)
     total = jnp.zeros_like(one)
     for a, b in zip(_reals(first), _reals(second), strict=True):
