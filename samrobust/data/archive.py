@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ArchiveFile:
-    """A file that everybody can download: its name, address, size and hash."""
+    """A public archive: its name, address, size and hash."""
 
     name: str
     url: str
@@ -35,10 +35,10 @@ def find_archive(
     downloads: pathlib.Path,
     manual_dir: pathlib.Path | None = None,
 ) -> pathlib.Path:
-    """Returns the path of the verified archive, downloading it if need be.
+    """Returns the path of the verified archive, downloading it if necessary.
 
-    It is looked for in manual_dir, `<downloads>/manual` and downloads, in this order.
-    Who names a manual_dir wants no download.
+    Looks in manual_dir, `<downloads>/manual` and downloads, in this order. With a
+    manual_dir nothing is downloaded.
 
     Args:
       archive: which one.
@@ -46,7 +46,7 @@ def find_archive(
       manual_dir: a directory where the user put the archive.
 
     Returns:
-      Where it lies. **Guarantees**: the file's SHA-256 is the archive's.
+      The path. **Guarantees**: the file's SHA-256 is the archive's.
 
     Raises:
       DatasetUnavailableError: if a file of that name in one of the first two

@@ -29,7 +29,7 @@ _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionEr
 def default_cache_dir() -> pathlib.Path | None:
     """Returns `$XDG_CACHE_HOME/samrobust/data`, by default below `~/.cache`.
 
-    None where others could write to it, so that what is there is not to be believed.
+    None where others could write to it, so that its content cannot be trusted.
     """
     return trusted_cache_folder("data")
 

@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 as published: archives, and checksums of their examples.
 
-A folder that says CIFAR-10 may hold anything: a part of it, another order, other
-labels. The numbers made with it would pass for results on CIFAR-10.
+A folder named CIFAR-10 may hold anything: a part of it, another order, other labels.
+Without a check, numbers from it would pass for results on CIFAR-10.
 
 Reference: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
@@ -39,7 +39,7 @@ class OfficialSplit(NamedTuple):
       num_classes: of the labels.
       labels: their `checksum`.
       images: theirs, without the rows left out.
-      left_out: rows whose official pixels were not at hand for the checksum, sorted.
+      left_out: rows whose official pixels were not available for the checksum, sorted.
     """
 
     num_examples: int
@@ -81,7 +81,7 @@ class CifarSpec:
 
     @property
     def members(self) -> list[str]:
-        """All files of the archive that we need."""
+        """The files of the archive that we need."""
         names = [member for _, member, _ in self.labels]
         return names + [
             member for members in self.splits.values() for member in members
@@ -89,7 +89,7 @@ class CifarSpec:
 
     @property
     def facts(self) -> DatasetFacts:
-        """What is known without the images."""
+        """The facts that are known without the images."""
         train, test = self.official["train"], self.official["test"]
         return DatasetFacts(
             num_classes=train.num_classes,
@@ -111,7 +111,7 @@ def checksum(array: np.ndarray, left_out: tuple[int, ...] = ()) -> str:
 
 
 def check_examples(official: OfficialSplit, arrays: dict[str, np.ndarray]) -> None:
-    """Refuses arrays that are not a split's; the images' pixels are not looked at.
+    """Refuses arrays that are not a split's; does not check the images' pixels.
 
     Args:
       official: the split.
@@ -155,8 +155,8 @@ _TEST_ROWS = (
 )
 # fmt: on
 
-# Of the official archives, row by row. Of CIFAR-10's rows left out there were copies
-# with a loss at hand only; the labels are without gap.
+# Checksums of the official archives' rows. For the rows left out of CIFAR-10's images
+# only lossy copies were available; the labels are complete.
 CIFAR10 = CifarSpec(
     name="cifar10",
     title="CIFAR-10",

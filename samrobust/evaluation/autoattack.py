@@ -1,6 +1,6 @@
-"""The evaluation by AutoAttack: only what still stands goes on to the next part.
+"""The evaluation by AutoAttack: only unbroken examples go on to the next part.
 
-The outcome is written to a file as it grows: a killed evaluation goes on where it was.
+The outcome is written to a file as it grows: a killed evaluation resumes where it was.
 """
 
 import functools
@@ -43,14 +43,14 @@ def make_autoattack_evaluator(
         most three times.
 
     Returns:
-      The evaluator. With an archive the outcome is kept there, and a call with the same
-      network, split, attacks and key goes on where the last one ended.
+      The evaluator. With an archive the outcome is stored there, and a call with the
+      same network, split, attacks and key resumes where the last one ended.
 
-      **Guarantees.** An example counts as right if it is classified rightly and no
+      **Guarantees.** An example counts as right if it is classified correctly and no
       member breaks it. Its random numbers depend on the key, the column, the stage and
       its position in the split alone: neither batches, devices nor a stop change the
       outcome, up to rounding. A file that is damaged, or of anything else, is moved
-      aside with a warning and counts for nothing.
+      aside with a warning and ignored.
 
     Raises:
       ValueError: if batch_size < 1.

@@ -2,7 +2,7 @@
 
 Batches are gathered, augmented and trained on inside `jit`; metrics are summed on the
 device. Every random number is a pure function of the seed and the step, so that a run
-can go on from any step as if it had never stopped.
+can resume at any step as if it had never stopped.
 """
 
 import dataclasses
@@ -102,7 +102,7 @@ def make_plan(
     steps_per_call: int = 0,
     drop_remainder: bool = False,
 ) -> EpochPlan:
-    """Returns how an epoch is cut into batches and chunks.
+    """Divides an epoch into batches and chunks.
 
     Args:
       num_examples: of the training split.
@@ -133,7 +133,7 @@ def make_plan(
 
 
 def zero_sums(metrics: Iterable[str]) -> MetricSums:
-    """Sums over no step at all of metrics of these names."""
+    """Returns the sums of these metrics over no step."""
     return {
         "examples": jnp.zeros([], jnp.float32),
         "first_bad_step": jnp.full([], -1, jnp.int32),  # that is not finite
@@ -162,8 +162,8 @@ def _add(
 class EpochRunner:
     """Runner of the chunks of an epoch, on data that stay on the device.
 
-    Traced without 64-bit types, whatever `jax_enable_x64` says: augmentation would draw
-    other numbers with them, and a run would go on as another one.
+    Traced without 64-bit types, whatever `jax_enable_x64` says: with them augmentation
+    draws other numbers, and a resumed run would differ.
 
     Args:
       train_step: the pure step.

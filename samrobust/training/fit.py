@@ -1,6 +1,6 @@
 """The training loop: epochs, checkpoints, validation, interruption and resumption.
 
-The same call goes on where the last one stopped, and ends bit-identical to a run that
+The same call resumes where the last one stopped, and ends bit-identical to a run that
 was never stopped. Nothing is read from the device within an epoch, except for the
 checks that come with a checkpoint. Configs, tables and data sets by name are out of
 scope.
@@ -46,7 +46,7 @@ Validate = Callable[[TrainState], dict[str, float]]
 
 
 class InterruptedRunError(RuntimeError):
-    """The run was asked to stop, saved its state and can go on."""
+    """The run was asked to stop, saved its state and can be resumed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class FitResult:
       seconds: spent in training steps, over all restarts.
       step_seconds: median over the epochs of the mean seconds of a step.
       step: the last one.
-      identity: of the run; None where nobody told.
+      identity: of the run; None if the log has none.
     """
 
     state: TrainState
@@ -117,13 +117,13 @@ def fit(
       steps_per_call: steps in one call of the device; 0: 1 on the CPU, else 25.
       log: keeps checkpoints and the lines of the epochs, `RunFolder(workdir)` in files;
         None: in memory, and no checkpoints.
-      schedules: functions of the step whose values at an epoch's last one the log
-        holds, by their names there.
+      schedules: functions of the step, by name; the log records their values at the
+        last step of each epoch.
       validate: called after each epoch with the state; its `score` (higher is better)
         decides which state is kept as the best one.
       on_progress: called after each call of the device.
-      should_stop: asked as often; if true, the state is saved and the run stops. Of
-        several processes all must get the same answer, see `AgreedStop`.
+      should_stop: called as often; if true, the state is saved and the run stops. It
+        must return the same in all processes, see `AgreedStop`.
 
     Returns:
       The final state and how long it took. **Guarantees**: a run that was stopped or
@@ -187,7 +187,7 @@ def check_total_steps(epochs: int, steps_per_epoch: int) -> None:
 def fresh_carry(
     method: Method, batch_size: int, image_shape: tuple[int, ...]
 ) -> Callable[[Array], LoopState]:
-    """Returns the function of a key to what a run begins with, and checkpoints hold.
+    """Returns the function from a key to the `LoopState` that a run begins with.
 
     Args:
       method: of the run.
@@ -249,7 +249,7 @@ class _Run:
         for chunk in self.plan.chunks(step % self.plan.num_steps):
             carry, done = self.runner.run(chunk, carry, permutation)
             step += chunk.num_steps
-            # At most two chunks in flight: a signal is heard soon, the ETA is true.
+            # At most two chunks in flight: signals are handled soon, the ETA is right.
             jax.block_until_ready(previous)
             previous = done
             self._report("training", step)

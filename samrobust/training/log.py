@@ -1,7 +1,7 @@
 """The log of a run: checkpoints, the best score, the lines of its epochs.
 
-Of several processes, 0 alone reads and writes files. A checkpoint that falls due is its
-business; what all must know, such as a failed write at the end, reaches all of them.
+Only process 0 reads and writes files. It alone saves a checkpoint when one is due; what
+all processes must know, such as a failed write at the end, reaches all of them.
 """
 
 import contextlib
@@ -38,20 +38,20 @@ class RunIdentity(Protocol):
     """The identity of checkpoints; see `samrobust.experiments.identity`."""
 
     def refuse(self, stored: Any) -> str:
-        """Says why what a checkpoint holds of its run is not this run; empty if not."""
+        """Says why a checkpoint is of another run; empty if it is of this one."""
         ...
 
     def resumed(self, stored: Any) -> "RunIdentity":
-        """Returns the identity of the run that goes on from such a checkpoint."""
+        """Returns the identity of the run that resumes from such a checkpoint."""
         ...
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint is to hold of it, in JSON's types."""
+        """Returns what a checkpoint stores of the identity, in JSON's types."""
         ...
 
 
 def checkpoint_folder(workdir: pathlib.Path, which: str) -> pathlib.Path:
-    """Returns where the checkpoints of a kind, `last` or `best`, lie."""
+    """Returns the folder of the `last` or the `best` checkpoints."""
     return workdir / "checkpoints" / which
 
 
@@ -62,13 +62,13 @@ def checkpoint_metadata(
     best_score: float | None = None,
     lines: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Returns what a checkpoint holds beside the state.
+    """Returns what a checkpoint holds besides the state.
 
     Args:
       identity: of the run.
       epoch_seconds: of the epoch in progress.
       best_score: so far.
-      lines: of `metrics.jsonl`, which can so be written again.
+      lines: of `metrics.jsonl`, so that it can be written again.
     """
     return {
         "identity": None if identity is None else identity.as_dict(),
@@ -99,7 +99,7 @@ class RunLog(contextlib.AbstractContextManager):
         pass
 
     def restore(self, fresh: LoopState, mesh: Mesh, num_steps: int) -> LoopState:
-        """Returns the state that the run goes on from."""
+        """Returns the state that the run resumes from."""
         del mesh, num_steps
         return fresh
 
@@ -171,17 +171,17 @@ class RunFolder(RunLog):
     def __exit__(
         self, error_type: type[BaseException] | None, *exc_info: object
     ) -> None:
-        # What a pending write meets is not to hide an error that is on its way: that
-        # one the other processes may have met, too.
+        # A failure of the pending write must not hide the error on its way, which other
+        # processes may have met, too.
         hidden = () if error_type is None else (CheckpointError,)
         with contextlib.suppress(*hidden), self._checkpoints, self._best:
             pass  # waits for both
 
     def restore(self, fresh: LoopState, mesh: Mesh, num_steps: int) -> LoopState:
-        """Returns the newest intact state, or the fresh one; reads what is beside it.
+        """Returns the newest intact state, or the fresh one, and restores the log.
 
-        The log is written again from the checkpoint, which holds it: losing it, or
-        lines behind the step that the run goes on from, costs nothing.
+        The log is written again from the checkpoint, which holds it: a lost file, or
+        lines after the step that the run resumes from, cost nothing.
 
         Raises:
           CheckpointError: if the state is not of this run, or beyond `num_steps`.
@@ -239,8 +239,8 @@ class RunFolder(RunLog):
     def save_if_due(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Starts saving the state in process 0, once the last checkpoint is old enough.
 
-        A state that is not finite is not saved; one process says so at once, several
-        do so together when the epoch ends.
+        A state that is not finite is not saved; one process raises at once, several
+        raise together at the end of the epoch.
         """
         due = time.monotonic() - self._saved_at >= 60 * self._minutes
         if not due or not is_primary():
@@ -266,7 +266,7 @@ class RunFolder(RunLog):
         self._best_score = from_primary(keep)
 
     def check_finite(self, totals: MetricSums) -> None:
-        """Raises `TrainingDivergedError` in all processes, if in one."""
+        """Raises `TrainingDivergedError`, if in one process, in all."""
         if int(totals["first_bad_step"]) >= 0:
             refuse = super().check_finite
             from_primary(lambda: refuse(totals))

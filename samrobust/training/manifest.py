@@ -1,4 +1,4 @@
-"""What is known of a checkpoint apart from its arrays: names, shapes, checksums.
+"""The manifest of a checkpoint: names, shapes and checksums of its arrays.
 
 A manifest is a JSON value: the step, the caller's metadata, for each leaf its dtype,
 shape and CRC-32, and a CRC-32 of all that.
@@ -89,6 +89,6 @@ def find_mismatch(saved: Mapping[str, Any], models: Mapping[str, Any]) -> str:
 
 
 def place(leaf: np.ndarray, model: Any) -> jax.Array:
-    """Puts a leaf where its model lies, else, uncommitted, on the default device."""
+    """Puts a leaf on its model's devices, else, uncommitted, on the default one."""
     committed = getattr(model, "committed", True)
     return jax.device_put(leaf, getattr(model, "sharding", None) if committed else None)

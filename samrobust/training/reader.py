@@ -21,7 +21,7 @@ ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
 
 class DamagedError(RuntimeError):
-    """A checkpoint is not what was written; the message says in what."""
+    """A checkpoint differs from what was written; the message says where."""
 
 
 class Reader(ocp.Checkpointer):

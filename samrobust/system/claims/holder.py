@@ -1,4 +1,4 @@
-"""Who holds a directory: the numbered files of `.claim/`, read and judged."""
+"""Holders of a directory: the numbered files of `.claim/`, read and interpreted."""
 
 import dataclasses
 import functools
@@ -30,9 +30,9 @@ class Holder:
 
     Attributes:
       generation: the number of its claim.
-      token: of this claim alone.
+      token: unique to this claim.
       host: its machine's name, for messages.
-      machine: the processes that it can see, by a name; empty if unknown.
+      machine: a name that processes share if they can see each other; empty if unknown.
       pid: of its process.
       started: when that process began, in the kernel's ticks; empty if unknown.
       lease: seconds after the last refresh at which others may take over.
@@ -74,13 +74,13 @@ def read_holder(workdir: pathlib.Path) -> Holder | None:
     while generation := latest(folder):
         path = folder / f"{generation}.json"
         try:
-            # Opened, NFS asks for the newest time; and a pipe is not waited for.
+            # Opening makes NFS ask for the newest time; a pipe does not block.
             with open(path, "rb", opener=_open_at_once) as file:
                 refreshed = os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
-            if latest(folder) == generation:  # a link to nowhere: nobody's
+            if latest(folder) == generation:  # a dangling link: nobody's
                 return Holder(generation)
-            continue  # pruned as we looked
+            continue  # pruned meanwhile
         known = _believable(glance(path))
         return Holder(**known | {"generation": generation, "refreshed": refreshed})
     return None
@@ -101,7 +101,7 @@ def _believable(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_lease(seconds: float) -> bool:
-    """Tells whether others may be made to wait for so long."""
+    """Tells whether this is a valid lease, in seconds."""
     return 0 < seconds <= LONGEST_LEASE
 
 

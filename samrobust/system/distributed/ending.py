@@ -1,4 +1,4 @@
-"""How the processes of a run end: together, or because one of them failed alone."""
+"""The end of a run's processes: together, or after one of them failed alone."""
 
 import contextlib
 import json
@@ -18,16 +18,16 @@ __all__ = ["leave", "lost_a_peer", "part", "watch_for_failures"]
 
 _FAILURE = "samrobust/failure"
 _WATCH_SECONDS = 0.5  # between two looks for a failure
-_OWN_SECONDS = 1.0  # for a process that is told of one to fail by itself first
-# Process 0 holds the store for twice as long as the slowest of the others needs: one
-# that finds it gone is aborted by JAX instead.
+_OWN_SECONDS = 1.0  # for a process that hears of a failure to fail by itself first
+# Process 0 keeps the store for twice as long as the slowest of the others needs: JAX
+# aborts a process that finds it gone.
 _GRACE_SECONDS = 2 * (_WATCH_SECONDS + _OWN_SECONDS)
 
 
 def watch_for_failures() -> None:
-    """Ends this process soon after another one has said that it failed.
+    """Ends this process soon after another one reports a failure.
 
-    Without it a process would wait for that one until the heartbeat's timeout.
+    Otherwise it would wait for that one until the heartbeat's timeout.
     """
     if is_joined():
         _watcher.start()
@@ -53,7 +53,7 @@ def leave(code: int, reason: str) -> NoReturn:
       reason: in a few words.
     """
     failure = {"process": jax.process_index(), "code": code, "reason": reason}
-    with contextlib.suppress(Exception):  # told by another before, or the store is gone
+    with contextlib.suppress(Exception):  # another told before, or the store is gone
         store().key_value_set(_FAILURE, json.dumps(failure))
     if is_primary():  # the store ends with this process: let the others read
         time.sleep(_GRACE_SECONDS)
@@ -77,7 +77,7 @@ class _Watcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stops looking, before the store goes: a thread inside a call of it hangs."""
+        """Stops the thread, which would hang in a call of a store that is gone."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()

@@ -1,10 +1,10 @@
-"""Which environment a process was started in, as one of several or alone.
+"""The environment that a process was started in, as one of several or alone.
 
-Several processes, one a machine or one a device, each run the same command; together
-they are one run. Where they meet is read from environment variables:
+Several processes, one per machine or per device, run the same command; together they
+are one run. Environment variables say where they meet:
 
 - `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`: by hand, by
-  Kubernetes, by `launch/local.py`; they win over all else.
+  Kubernetes, by `launch/local.py`; these take precedence.
 - a SLURM step of several tasks, inside `srun`.
 - a Cloud TPU: JAX finds the other workers of the slice.
 
@@ -69,7 +69,7 @@ def find_settings(environ: Mapping[str, str]) -> Settings | None:
 def starts_first(environ: Mapping[str, str] = os.environ) -> bool:
     """Tells whether this process is alone or will be process 0, as far as is known.
 
-    For what one process does without joining the others.
+    For work that one process does without joining the others.
     """
     settings = find_settings(environ)
     return settings is None or settings.process_id == 0
@@ -112,7 +112,7 @@ def _explicit(environ: Mapping[str, str], given: list[str]) -> Settings | None:
 
 
 def _slurm(environ: Mapping[str, str]) -> Settings | None:
-    """Reads those of a SLURM task; an interactive shell is a step of one task."""
+    """Reads the settings of a SLURM task; an interactive shell is one task."""
     step = "SLURM_STEP_NUM_TASKS"
     tasks = _integer(environ, step if environ.get(step) else "SLURM_NTASKS", "1")
     address = environ.get("JAX_COORDINATOR_ADDRESS")

@@ -68,7 +68,7 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Splits the first axis of every array over the mesh; inside `jit`.
 
     An axis that the devices do not divide is split over as many of them as divide both,
-    and the others hold copies: the same numbers, on fewer devices' time.
+    and the others hold copies: the same numbers, with less parallelism.
 
     Args:
       batch: arrays [B, ...] of one size B.

@@ -1,7 +1,7 @@
-"""Small values that processes leave for each other, and who they are.
+"""A store of small values that processes share, and which process this is.
 
-They go through the coordination service that the processes met at, so that one that
-waits for another does so on the host, and not inside a collective operation.
+The values go through the coordination service that the processes met at, so that a
+process waits for another on the host, and not inside a collective operation.
 """
 
 import time
@@ -41,7 +41,7 @@ def wait_for(key: str) -> bytes:
 
 def look_for(key: str) -> bytes | None:
     """Returns the value of a key; None if none has set it."""
-    # Not the call that waits: one that times out stays with the service for ever.
+    # Not the blocking call: one that times out stays with the service forever.
     try:
         return store().key_value_try_get_bytes(key)
     except jax.errors.JaxRuntimeError as error:
