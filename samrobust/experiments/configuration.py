@@ -123,7 +123,7 @@ def base_config() -> Config:
 
 
 def _shipped() -> list[pathlib.Path]:
-    """Where the package's own config files lie, in a checkout and in a wheel."""
+    """Returns where the package's own config files lie, in a checkout or a wheel."""
     package = pathlib.Path(__file__).resolve().parents[1]
     return [package.parent / "configs", package / "_configs"]
 

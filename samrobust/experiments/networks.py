@@ -1,7 +1,7 @@
 """Trained networks of runs: read from their checkpoints, or put there.
 
-A checkpoint holds a `Carry` and, as metadata, the identity of its run, the log so far
-and what else a training that goes on must know.
+A checkpoint holds a `LoopState` and, as metadata, the identity of its run, the log so
+far and what else a training that goes on must know.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from samrobust.experiments.workdir import config_of_run, stored_config
 from samrobust.system.distributed import data_mesh, from_primary
 from samrobust.system.files import glance
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
-from samrobust.training.epoch import Carry
+from samrobust.training.epoch import LoopState
 from samrobust.training.fit import fresh_carry
 from samrobust.training.log import checkpoint_folder, checkpoint_metadata
 from samrobust.training.restoring import read_and_spread
@@ -172,7 +172,7 @@ def save_variables(
     init = _make_init(config, dataset)
 
     @jax.jit
-    def make(key: Array, variables: dict[str, PyTree]) -> Carry:
+    def make(key: Array, variables: dict[str, PyTree]) -> LoopState:
         carry = init(key)
         state = dataclasses.replace(carry.state, **variables)
         if state.average:
@@ -182,7 +182,7 @@ def save_variables(
                 state.variables,
             )
             state = dataclasses.replace(state, average=average)
-        return Carry(state, carry.totals)
+        return LoopState(state, carry.totals)
 
     carry = make(jax.random.key(config.seed), variables)
     metadata = checkpoint_metadata(identity_of(config, None, digest))
@@ -192,7 +192,7 @@ def save_variables(
 
 def _make_init(
     config: Config, dataset: Dataset | DatasetFacts
-) -> Callable[[Array], Carry]:
+) -> Callable[[Array], LoopState]:
     """Returns the function of a key to what a checkpoint of the run holds."""
     method = building.make_method(config, dataset, steps_per_epoch=1)
     return fresh_carry(method, config.training.batch_size, dataset.image_shape)

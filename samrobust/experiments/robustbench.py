@@ -157,7 +157,7 @@ def find_evaluation(
 
 
 def _claim(evaluation: dict[str, Any] | None) -> dict[str, Any]:
-    """Radius and accuracies; empty where nothing is claimed."""
+    """Returns radius and accuracies; empty where nothing is claimed."""
     if evaluation is None:
         return {}
     accuracy = evaluation["accuracy"]

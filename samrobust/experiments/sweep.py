@@ -111,7 +111,7 @@ def _attempt(
     observer: Observer,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any] | str | None:
-    """The result; or why it failed; or None if another process holds the run."""
+    """Returns the result; or why it failed; or None if another holds the run."""
     try:
         config, workdir = planned.config, planned.workdir
         return run(config, workdir, observer, dataset=dataset, should_stop=should_stop)

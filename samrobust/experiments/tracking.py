@@ -201,7 +201,7 @@ class _WandB:
             except Exception as error:
                 errors.append(error)
                 with contextlib.suppress(Exception):
-                    self._tear_down()  # lest it try again at the process's end
+                    self._tear_down()  # or it tries again at the process's end
 
         thread = threading.Thread(target=finish, daemon=True)
         thread.start()

@@ -178,7 +178,7 @@ def _validate_methods(config: Config) -> None:
 
 
 def _validate_groups(config: Config) -> None:
-    """m-sharpness and BatchNorm's groups; the last batch is checked with the data."""
+    """Refuses groups that do not fit; the last batch is checked with the data."""
     whole, group = "training.batch_size", "model.batch_norm_group"
     field, m = methods.group_field(config)
     batch_size, size = _read(config, whole), _read(config, group)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from samrobust.experiments.reporting.names import column_norm, short_column
-from samrobust.experiments.reporting.table import Row, Table
+from samrobust.experiments.reporting.table import Table, TableRow
 from samrobust.system.files import write_bytes
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def _panel_title(column: str) -> str:
     return f"{in_symbols(norm)} {' '.join(attack) or 'attack'}\nε = {radius}/255"
 
 
-def _row_label(row: Row) -> str:
+def _row_label(row: TableRow) -> str:
     """Returns a row's label in symbols."""
     label = in_symbols(row.label)
     return label if row.seeds else f"{label}, no run yet"

@@ -22,7 +22,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class ProgressDisplay:
-    """Shows how far a grid of runs is, in units of predicted work.
+    """Display of how far a grid of runs is, in units of predicted work.
 
     Args:
       console: a terminal gets a live bar with an ETA, anything else a line now and
@@ -98,13 +98,13 @@ def _fixed(width: int) -> Column:
 
 
 class RunDisplay:
-    """One run's part of a `ProgressDisplay`.
+    """Part of one run in a `ProgressDisplay`.
 
     Attributes:
       work: of the run.
       done: of it.
       skipped: what an earlier process did, known as soon as the run is told of
-        progress, lest the ETA promise its speed; None before.
+        progress; None before. The ETA must not promise the speed of that.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from typing import Any
 from samrobust.experiments.reporting.names import column_order, family
 from samrobust.experiments.reporting.results import check_results
 
-__all__ = ["Cell", "Difference", "Row", "Table", "summarize"]
+__all__ = ["Cell", "Difference", "Table", "TableRow", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One method.
 
     Attributes:
@@ -116,11 +116,11 @@ class Table:
     dataset: str
     num_test: int
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     runs: tuple[Mapping[str, Any], ...]
 
     @property
-    def missing(self) -> tuple[Row, ...]:
+    def missing(self) -> tuple[TableRow, ...]:
         """The rows without a finished run."""
         return tuple(row for row in self.rows if not row.seeds)
 
@@ -204,10 +204,10 @@ def summarize(
             difference = Difference(len(pairs), mean, error)
         return Cell(values, *_mean_std(values), number, difference)
 
-    def make_row(name: str, label: str) -> Row:
+    def make_row(name: str, label: str) -> TableRow:
         cells = {column: make_cell(name, column) for column in columns}
         seeds = tuple(run["seed"] for run in runs[name])
-        return Row(name, label, seeds, cells, *_cost(runs[name], compared))
+        return TableRow(name, label, seeds, cells, *_cost(runs[name], compared))
 
     kept = (
         *("row", "seed", "identity", "step", "images"),
