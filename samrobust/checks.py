@@ -66,7 +66,7 @@ def check(holds: bool, condition: str, fix: str = "", /, **values: Any) -> None:
 
 
 def _show(value: Any) -> str:
-    """The value as written in Python; huge numbers have no such form."""
+    """Returns the value as written in Python; huge integers have no such form."""
     try:
         return shorten(repr(value))
     except ValueError:  # an integer of more digits than Python prints
@@ -74,7 +74,7 @@ def _show(value: Any) -> str:
 
 
 def shorten(text: str, most: int = _READABLE) -> str:
-    """The text on one line, its middle left out where it is too long to read.
+    """Puts a text on one line and leaves out the middle of a long one.
 
     >>> len(shorten("x" * 10_000)) < 300
     True
@@ -157,7 +157,7 @@ Radii are in 1/255 units: did you mean 8?
 
 
 def _is_written_out(radius: float) -> bool:
-    """Whether it is k/255 in pixel units: of many digits, and whole times 255."""
+    """Tells a radius k/255 in pixel units: many digits, and whole times 255."""
     many = float(f"{radius:.3g}") != radius
     return many and abs(255 * radius - round(255 * radius)) < 0.02
 

@@ -32,23 +32,23 @@ class LogitsFn(Protocol):
     """A classifier, its parameters closed over: images [B, ...] to logits [B, K]."""
 
     def __call__(self, images: Array, /) -> Array:
-        """See the class."""
+        """Returns the logits [B, K]."""
         ...
 
 
 class LossFn(Protocol):
     """A loss per example: logits [B, K] and labels int [B] to losses [B].
 
-    An attack maximises it, training minimises its mean.
+    An attack maximizes it, training minimizes its mean.
     """
 
     def __call__(self, logits: Array, labels: Array, /) -> Array:
-        """See the class."""
+        """Returns the losses [B]."""
         ...
 
 
 class Attack(Protocol):
-    """Maps images [B, ...] to adversarial images of the same shape and dtype.
+    """An attack: images [B, ...] to adversarial ones of the same shape and dtype.
 
     `key` is one PRNG key, or a key array [B] of one an example. It is consumed: pass a
     fresh one at every call. Every random number of an example is a function of its own
@@ -58,7 +58,7 @@ class Attack(Protocol):
     def __call__(
         self, logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
     ) -> Array:
-        """See the class."""
+        """Returns the adversarial images [B, ...]."""
         ...
 
 
@@ -83,8 +83,8 @@ class Entry:
 
     Attributes:
       make: the constructor. Its parameters without a default are the options of a row,
-        in order; those and the others are the fields of a config section, but for what
-        the training provides (see `samrobust.experiments.methods`).
+        in order; all of them are the fields of a config section, except for what the
+        training provides (see `samrobust.experiments.methods`).
       label: of a row in tables, `str.format` of the options; empty: name and options.
       options: names of options in rows to fields, where not all parameters without a
         default are options of their names.

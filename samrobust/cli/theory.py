@@ -51,15 +51,15 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.studies.theory.experiment import experiment, plan
     from samrobust.studies.theory.figures import draw_all
-    from samrobust.studies.theory.report import Report, to_json, to_sheet
+    from samrobust.studies.theory.report import Findings, to_json, to_sheet
     from samrobust.studies.theory.study import Grid, study
-    from samrobust.studies.theory.training import Effort
+    from samrobust.studies.theory.training import TrainingEffort
     from samrobust.studies.theory.verdicts import judge
     from samrobust.system.files import check_writable, write_json, write_text
     from samrobust.system.provenance import provenance
     from samrobust.training import InterruptedRunError
 
-    grid, effort = flags.build(Grid, arguments), flags.build(Effort, arguments)
+    grid, effort = flags.build(Grid, arguments), flags.build(TrainingEffort, arguments)
     console, folder = make_console(), pathlib.Path(arguments.workdir)
     check_writable(folder)
     started, done = time.monotonic(), itertools.count()
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
         points = study(grid, on_part=show)
         estimates = list(experiment(grid, effort, on_start=show))
     command, seconds = provenance()["command"], time.monotonic() - started
-    report = Report(grid, effort, points, judge(points), estimates, seconds, command)
+    report = Findings(grid, effort, points, judge(points), estimates, seconds, command)
     sheet = to_sheet(report)
     console.print(sheet.to_rich())
     write_json(folder / "theory.json", to_json(report))

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, 8x8 grey images: no download needed.
+"""scikit-learn's handwritten digits, 8x8 gray images: no download needed.
 
 1,797 images of the UCI "Optical Recognition of Handwritten Digits" test set, split here
 once and for all into 1,297 training and 500 test images.

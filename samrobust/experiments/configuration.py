@@ -123,7 +123,7 @@ def base_config() -> Config:
 
 
 def _shipped() -> list[pathlib.Path]:
-    """Where the package's own config files lie, in a checkout and in a wheel."""
+    """Returns where the package's own config files lie, in a checkout or a wheel."""
     package = pathlib.Path(__file__).resolve().parents[1]
     return [package.parent / "configs", package / "_configs"]
 
@@ -206,9 +206,9 @@ def _call_get_config(file: pathlib.Path, row: list[str]) -> Config:
     check(callable(get_config), wanted, get_config=get_config)
     with _blaming(file):
         config = get_config(*row)
-    row = config.get("row") if isinstance(config, ConfigDict) else None
+    named = config.get("row") if isinstance(config, ConfigDict) else None
     wanted = f"get_config of {file} to return finish(config, row)"
-    check(bool(row), wanted, returned=type(config).__name__, row=row)
+    check(bool(named), wanted, returned=type(config).__name__, row=named)
     return config
 
 

@@ -20,6 +20,7 @@ from samrobust.data import Split
 from samrobust.evaluation import Evaluator, OnBatch, make_evaluator
 from samrobust.experiments.reporting.names import family
 from samrobust.experiments.reporting.pictures import (
+    add_legend,
     family_colors,
     in_symbols,
     make_panels,
@@ -196,15 +197,7 @@ def draw_curves(curves: Sequence[Curve], title: str) -> "Figure":
     over = over_seeds(curve.seeds for curve in curves)
     if over != "one seed":
         over = f"mean and band of one standard deviation over {over}"
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=3,
-        fontsize=_TEXT - 0.5,
-        title=over,
-        title_fontsize=_TEXT - 0.5,
-        frameon=False,
-    )
+    add_legend(figure, panels[0].get_lines(), over, columns=3)
     return figure
 
 

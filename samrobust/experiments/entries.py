@@ -52,7 +52,7 @@ _MOST = 3e38  # finite in float32
 
 
 class Given(NamedTuple):
-    """Provided by the training; a constructor gets those that are parameters of it.
+    """Values from the training; a constructor gets those that are parameters of it.
 
     Attributes:
       aux: the structure of BatchNorm's statistics, which leave a second pass.

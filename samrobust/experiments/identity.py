@@ -29,7 +29,6 @@ __all__ = [
     "Identity",
     "changed_fields",
     "identity_of",
-    "imported",
 ]
 
 # To be raised when a config and a seed come to mean other numbers, beyond rounding.
@@ -41,6 +40,7 @@ _MAY_CHANGE = (
     *("checkpoint.", "paper.", "tracking."),
 )
 _PACKAGES = ("samrobust", "jax", "jaxlib", "flax", "optax")
+_IMPORTED = "import "  # begins the `data` of a network from a file
 _LENGTH = 16  # of a hash, in hexadecimal digits
 
 
@@ -52,7 +52,7 @@ class Identity:
       config: of the run, as JSON holds it; with parts, a network or an optimizer of
         somebody's own also `source`, the SHA-256 of their files.
       data: fingerprint of the training and held-out examples; of an imported network
-        `imported` gives it; None where nothing is known.
+        the digest of its file; None where nothing is known.
       format: `FORMAT` when the run began.
       random: what JAX drew from key 0: another generator, chosen by a setting or by
         another version, makes another run.
@@ -119,9 +119,12 @@ class Identity:
           other: the run that reads what this one left.
           draws: whether it draws further random numbers of the run.
         """
-        changed = changed_fields(self.config, other.config)
-        goes_on = _is_imported(self.data) and not _is_imported(other.data)
-        if None not in (self.data, other.data) and not goes_on:
+        changed, both = (
+            changed_fields(self.config, other.config),
+            (self.data, other.data),
+        )
+        was, is_now = ((data or "").startswith(_IMPORTED) for data in both)
+        if None not in both and not (was and not is_now):
             changed |= differences({"data": self.data}, {"data": other.data})
         changed |= differences({"format": self.format}, {"format": other.format})
         told = [f"{n} is {a!r}, not {b!r}" for n, (a, b) in changed.items()]
@@ -133,28 +136,22 @@ class Identity:
         return "; ".join(told)
 
 
-def imported(digest: str) -> str:
-    """Returns the `data` of a network from a file with this SHA-256."""
-    return f"import {digest}"
-
-
-def _is_imported(data: str | None) -> bool:
-    return data is not None and data.startswith(imported(""))
-
-
-def identity_of(config: Config, dataset: Dataset | None) -> Identity:
+def identity_of(
+    config: Config, dataset: Dataset | None, digest: str | None = None
+) -> Identity:
     """Returns the identity of a run that this process would begin.
 
     Args:
       config: of the run.
       dataset: that of `config.data`; None where the network was not trained on it, or
         one without test images where no image is at hand.
+      digest: SHA-256 of the file that the network was imported from, if it was.
     """
     names = [part.name for part in parts_of(config)]
     names += [config.model.name, config.training.optimizer]
     source = sources(filter(is_reference, names))
-    data = None
-    if dataset is not None and len(dataset.test):
+    data = None if digest is None else f"{_IMPORTED}{digest}"
+    if data is None and dataset is not None and len(dataset.test):
         data = f"{fingerprint(dataset.train)}+{fingerprint(dataset.validation)}"
     return Identity(
         config=as_dict(config) | ({"source": source} if source else {}),

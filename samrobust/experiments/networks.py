@@ -1,7 +1,7 @@
 """Trained networks of runs: read from their checkpoints, or put there.
 
-A checkpoint holds a `Carry` and, as metadata, the identity of its run, the log so far
-and what else a training that goes on must know.
+A checkpoint holds a `LoopState` and, as metadata, the identity of its run, the log so
+far and what else a training that goes on must know.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from flax import linen as nn
 from samrobust.checks import check_choice
 from samrobust.data import Dataset, DatasetFacts
 from samrobust.experiments import building
-from samrobust.experiments.identity import Identity, identity_of, imported
+from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.workdir import config_of_run, stored_config
 from samrobust.system.distributed import data_mesh, from_primary
 from samrobust.system.files import glance
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
-from samrobust.training.epoch import Carry
+from samrobust.training.epoch import LoopState
 from samrobust.training.fit import fresh_carry
 from samrobust.training.log import checkpoint_folder, checkpoint_metadata
 from samrobust.training.restoring import read_and_spread
@@ -111,10 +111,9 @@ def load_network(
     like = jax.eval_shape(_make_init(config, dataset), key)
     folder = checkpoint_folder(workdir, which)
     own = from_primary(lambda: stored_config(workdir)) or config
-    expected = identity_of(own, dataset if isinstance(dataset, Dataset) else None)
     digest = from_primary(lambda: glance(workdir / "import.json").get("sha256"))
-    if digest is not None:
-        expected = dataclasses.replace(expected, data=imported(str(digest)))
+    images = dataset if isinstance(dataset, Dataset) else None
+    expected = identity_of(own, images, digest)
 
     def refuse(metadata: dict[str, Any]) -> str:
         return expected.refuse(metadata.get("identity"), draws=False)
@@ -173,7 +172,7 @@ def save_variables(
     init = _make_init(config, dataset)
 
     @jax.jit
-    def make(key: Array, variables: dict[str, PyTree]) -> Carry:
+    def make(key: Array, variables: dict[str, PyTree]) -> LoopState:
         carry = init(key)
         state = dataclasses.replace(carry.state, **variables)
         if state.average:
@@ -183,20 +182,17 @@ def save_variables(
                 state.variables,
             )
             state = dataclasses.replace(state, average=average)
-        return Carry(state, carry.totals)
+        return LoopState(state, carry.totals)
 
     carry = make(jax.random.key(config.seed), variables)
-    identity = identity_of(config, None)
-    if digest is not None:
-        identity = dataclasses.replace(identity, data=imported(digest))
-    metadata = checkpoint_metadata(identity)
+    metadata = checkpoint_metadata(identity_of(config, None, digest))
     with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
         checkpoints.save(0, carry, metadata, wait=True)
 
 
 def _make_init(
     config: Config, dataset: Dataset | DatasetFacts
-) -> Callable[[Array], Carry]:
+) -> Callable[[Array], LoopState]:
     """Returns the function of a key to what a checkpoint of the run holds."""
     method = building.make_method(config, dataset, steps_per_epoch=1)
     return fresh_carry(method, config.training.batch_size, dataset.image_shape)

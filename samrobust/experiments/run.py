@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -19,8 +19,8 @@ from samrobust.experiments.configuration import as_dict, differences
 from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.networks import Trained, load_network
 from samrobust.experiments.scoring import (
+    Observer,
     Score,
-    ScoreObserver,
     Scorer,
     evaluated_split,
     evaluation_work,
@@ -38,21 +38,14 @@ from samrobust.system.distributed import from_primary, lost_a_peer
 from samrobust.system.failures import recording_failure
 from samrobust.system.files import write_sealed
 from samrobust.system.provenance import provenance
-from samrobust.training import InterruptedRunError, Outcome, Progress, RunFolder, fit
+from samrobust.training import FitResult, InterruptedRunError, Progress, RunFolder, fit
 from samrobust.training.fit import Validate
 from samrobust.types import Config
 
-__all__ = ["Observer", "PlannedRun", "run", "train", "work"]
+__all__ = ["PlannedRun", "run", "train", "work"]
 
 # What the processes of a run may have each to itself.
 _OWN_FIELDS = ("config.data.data_dir", "config.data.manual_dir")
-
-
-class Observer(ScoreObserver, Protocol):
-    """Is told how a run proceeds; shows it."""
-
-    def on_progress(self, progress: Progress) -> None:
-        """Called after each call of the device in training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +160,7 @@ def train(
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
     may_write: Callable[[], None] = lambda: None,
-) -> Outcome:
+) -> FitResult:
     """Trains what a config says; of a run that was stopped, what is left.
 
     Args:
@@ -213,19 +206,19 @@ def train(
     )
 
 
-def _identity_in(outcome: Outcome) -> Identity:
+def _identity_in(outcome: FitResult) -> Identity:
     assert isinstance(outcome.identity, Identity)  # it was given to the log
     return outcome.identity
 
 
 def _is_failure(error: Exception) -> bool:
-    """Whether what ends a run is a failure of it, and not of its surroundings."""
+    """Tells whether what ends a run is its failure, not that of its surroundings."""
     others = (InterruptedRunError, ClaimedError, OtherConfigError)
     return not (isinstance(error, others) or lost_a_peer(error))
 
 
 def _inputs(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What all processes of a run must have alike; the data by their hashes."""
+    """Returns what all processes of a run must have alike; data by their hashes."""
     splits = {"train": dataset.train, "test": dataset.test}
     hashes = {
         name: fingerprint(split)
@@ -260,9 +253,9 @@ def _check_same(of_primary: dict[str, Any], ours: dict[str, Any]) -> None:
 
 
 def _describe(
-    config: Config, dataset: Dataset, outcome: Outcome, scored: Score
+    config: Config, dataset: Dataset, outcome: FitResult, scored: Score
 ) -> dict[str, Any]:
-    """The content of `result.json`."""
+    """Returns the content of `result.json`."""
     return {
         "dataset": config.data.name,
         "row": config.row,

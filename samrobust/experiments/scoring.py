@@ -1,4 +1,4 @@
-"""What a network of a run is worth, by the attacks of its config."""
+"""Evaluation of a run's network, by the attacks of its config."""
 
 import pathlib
 from collections.abc import Callable
@@ -19,12 +19,12 @@ from samrobust.experiments import building
 from samrobust.experiments.networks import Trained
 from samrobust.system.provenance import provenance
 from samrobust.system.runtime import RESUME
-from samrobust.training import InterruptedRunError, TrainState
+from samrobust.training import InterruptedRunError, Progress, TrainState
 from samrobust.types import Config
 
 __all__ = [
+    "Observer",
     "Score",
-    "ScoreObserver",
     "Scorer",
     "evaluated_split",
     "evaluation_key",
@@ -37,15 +37,18 @@ __all__ = [
 _EVALUATION_STREAM, _VALIDATION_STREAM = 1, 2
 
 
-class ScoreObserver(Protocol):
-    """Is told how an evaluation proceeds; shows it."""
+class Observer(Protocol):
+    """Spectator of a run, who is told how it proceeds and shows it."""
+
+    def on_progress(self, progress: Progress) -> None:
+        """Shows where the training is, after each call of the device."""
 
     def on_batch(self, done: int, num_examples: int, doing: str = "") -> None:
-        """Called after each evaluated batch; `doing` may say what it did."""
+        """Shows how many examples are evaluated; `doing` may say what was done."""
 
 
 class Score(NamedTuple):
-    """The outcome of an evaluation, and of which network.
+    """Outcome of an evaluation, and of which network.
 
     Attributes:
       accuracy: in percent, by the attacks' names, `natural` first.
@@ -97,7 +100,7 @@ class Scorer:
         self,
         network: Trained,
         workdir: pathlib.Path,
-        observer: ScoreObserver,
+        observer: Observer,
         should_stop: Callable[[], bool] = lambda: False,
         *,
         keep_examples: bool = False,
@@ -157,12 +160,12 @@ def evaluation_key(config: Config) -> jax.Array:
 
 
 def _key(config: Config, stream: int) -> jax.Array:
-    """Of threefry, whose keys give each example numbers of its own."""
+    """Returns a key of threefry, which gives each example numbers of its own."""
     return jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), stream)
 
 
 def evaluation_work(config: Config, dataset: Dataset) -> float:
-    """The predicted cost of the evaluation, in the unit of `experiments.work`."""
+    """Returns the predicted cost of the evaluation, in the unit of `run.work`."""
     evaluation = config.evaluation
     if evaluation.attack == "autoattack":
         passes = [
@@ -179,14 +182,17 @@ def evaluation_work(config: Config, dataset: Dataset) -> float:
 
 
 def evaluated_split(config: Config, dataset: Dataset) -> Split:
-    """The split that `config.evaluation.split` names."""
+    """Returns the split that `config.evaluation.split` names."""
     return dataset.test if config.evaluation.split == "test" else dataset.validation
 
 
 def make_validate(
     config: Config, dataset: Dataset
 ) -> Callable[[TrainState], dict[str, float]] | None:
-    """Accuracy on the held-out images; its `score` is robust accuracy in AT rows."""
+    """Builds the judge of a state by the held-out images; None without such.
+
+    Its `score` is robust accuracy in rows with an attack, else natural accuracy.
+    """
     if len(dataset.validation) == 0:
         return None
     attacks = building.validation_attacks(config)

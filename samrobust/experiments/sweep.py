@@ -5,7 +5,7 @@ asked for again, until that one has finished it, or died and left it. So every w
 ends when all of its share is done, and one more of them is always of use.
 
 What a worker does next follows from what `samrobust.experiments.run.run` returns or
-raises, and from `last_failure`: processes that agree on these and on `should_stop` stay
+raises, and from `failure.json`: processes that agree on these and on `should_stop` stay
 in step.
 """
 
@@ -21,7 +21,8 @@ from samrobust.data import Dataset
 from samrobust.experiments import methods
 from samrobust.experiments.identity import identity_of
 from samrobust.experiments.reporting.results import unlike
-from samrobust.experiments.run import Observer, PlannedRun, run
+from samrobust.experiments.run import PlannedRun, run
+from samrobust.experiments.scoring import Observer
 from samrobust.experiments.survey import read_plan, survey_run
 from samrobust.experiments.workdir import (
     OtherConfigError,
@@ -38,7 +39,6 @@ from samrobust.training import InterruptedRunError
 __all__ = [
     "collect",
     "finished",
-    "last_failure",
     "record_plan",
     "refuse_other_configs",
     "run_all",
@@ -76,15 +76,16 @@ def run_all(
     Raises:
       InterruptedRunError: after `should_stop`.
     """
-    before = from_primary(lambda: {p.workdir: last_failure(p) for p in runs})
+    before = from_primary(lambda: {p.workdir: read_failure(p.workdir) for p in runs})
     results: dict[pathlib.Path, dict[str, Any]] = {}
     left, pause = list(runs), _TICK
     while left:
         held = []
         for planned in left:
-            failure = from_primary(functools.partial(last_failure, planned))
+            failure = from_primary(functools.partial(read_failure, planned.workdir))
             if failure is not None and failure != before[planned.workdir]:
-                on_failure(planned, f"{failure['message']} (on {failure['host']})")
+                why = f"{failure.get('message')} (on {failure.get('host')})"
+                on_failure(planned, why)
                 continue
             outcome = _attempt(planned, dataset, observe(planned), should_stop)
             if outcome is None:
@@ -110,7 +111,7 @@ def _attempt(
     observer: Observer,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any] | str | None:
-    """The result; or why it failed; or None if another process holds the run."""
+    """Returns the result; or why it failed; or None if another holds the run."""
     try:
         config, workdir = planned.config, planned.workdir
         return run(config, workdir, observer, dataset=dataset, should_stop=should_stop)
@@ -120,14 +121,6 @@ def _attempt(
         if not met_by_all(error):  # these processes are out of step
             raise
         return None if isinstance(error, ClaimedError) else describe(error)
-
-
-def last_failure(planned: PlannedRun) -> dict[str, str] | None:
-    """What `failure.json` says of the last attempt: its id, message and host."""
-    failure = read_failure(planned.workdir)
-    if failure is None:
-        return None
-    return {name: str(failure.get(name, "")) for name in ("id", "message", "host")}
 
 
 def finished(planned: PlannedRun) -> dict[str, Any] | None:

@@ -42,6 +42,7 @@ _size, _count = partial(check_whole, 0), partial(check_whole, 1)
 _seed = partial(check_whole, 0, LARGEST_SEED)
 # PGD judges by the rules that it trains by.
 _pgd = {name: field.rule for name, field in at.ENTRY.fields.items()}
+_OF_PGD = ("num_steps", "random_start", "restarts", "loss", "judge", "gradient_floor")
 
 
 def _percentages(**values: Any) -> None:
@@ -88,13 +89,8 @@ FIELDS: dict[str, Rule] = {
     "evaluation.members": each(one_of(*MEMBERS)),
     "evaluation.linf_step": _pgd["relative_step_size.linf"],
     "evaluation.l2_step": _pgd["relative_step_size.l2"],
-    "evaluation.num_steps": _pgd["num_steps"],
-    "evaluation.random_start": _pgd["random_start"],
-    "evaluation.restarts": _pgd["restarts"],
-    "evaluation.loss": _pgd["loss"],
-    "evaluation.judge": _pgd["judge"],
+    **{f"evaluation.{name}": _pgd[name] for name in _OF_PGD},
     "evaluation.early_stop": switch,
-    "evaluation.gradient_floor": _pgd["gradient_floor"],
     "evaluation.batch_size": _count,
     "evaluation.split": one_of("test", "validation"),
     "evaluation.checkpoint": one_of("last", "best"),
@@ -182,7 +178,7 @@ def _validate_methods(config: Config) -> None:
 
 
 def _validate_groups(config: Config) -> None:
-    """m-sharpness and BatchNorm's groups; the last batch is checked with the data."""
+    """Refuses groups that do not fit; the last batch is checked with the data."""
     whole, group = "training.batch_size", "model.batch_norm_group"
     field, m = methods.group_field(config)
     batch_size, size = _read(config, whole), _read(config, group)

@@ -42,7 +42,7 @@ def recording_failure(
 
 
 def read_failure(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The content of `failure.json`; None if the last attempt did not fail.
+    """Returns the content of `failure.json`; None if the last attempt did not fail.
 
     Returns:
       `id` (of this attempt alone), `error` (the class), `message`, `traceback` (its
@@ -52,7 +52,7 @@ def read_failure(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def describe(error: Exception) -> str:
-    """Class and message in one line; a class that speaks for itself is left out."""
+    """Returns class and message in one line; a class of ours is left out."""
     text = " ".join(str(error).split())
     if type(error).__module__.startswith("samrobust.") and text:
         return text

@@ -39,7 +39,7 @@ class WorkdirError(RuntimeError):
 
 
 def temporary_beside(path: pathlib.Path) -> pathlib.Path:
-    """A hidden name in the same directory that nobody else uses."""
+    """Returns a hidden name in the same directory that nobody else uses."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
@@ -184,7 +184,7 @@ def _damaged(path: pathlib.Path, wanted: str, got: object) -> WorkdirError:
 
 
 def glance(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is none that can be read.
+    """Returns the object in a JSON file; empty if there is none that can be read.
 
     For those who look on while others write: whatever lies there, nothing is raised
     and nothing waited for.
@@ -216,7 +216,7 @@ class MetricsLog:
     """`metrics.jsonl`: an object an epoch, in order, each epoch once.
 
     Args:
-      path: of the file, which is written anew.
+      path: of the file, which is written again from `lines`.
       lines: of the epochs so far; the list grows with the file.
     """
 

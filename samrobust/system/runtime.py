@@ -52,13 +52,13 @@ _MADV_HUGEPAGE = 14  # from Linux's mman.h
 
 
 def cache_folder() -> pathlib.Path:
-    """`$XDG_CACHE_HOME/samrobust`, by default `~/.cache/samrobust`."""
+    """Returns `$XDG_CACHE_HOME/samrobust`, by default `~/.cache/samrobust`."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return pathlib.Path(base) / "samrobust"
 
 
 def trusted_cache_folder(name: str = "") -> pathlib.Path | None:
-    """The cache folder, or one within, made where it is missing; None if not private.
+    """Makes the cache folder, or one within; returns None if it is not private.
 
     Compiled programs are run and arrays believed as they are found there. So nobody
     else may write to it; it is made with mode 0700.
@@ -117,7 +117,7 @@ def enable_compilation_cache() -> None:
 
 @functools.cache
 def compiler_options() -> dict[str, str | bool]:
-    """XLA options for a training or evaluation program on this process's devices.
+    """Returns XLA options for a program on this process's devices.
 
     Given with each program (`jax.jit(..., compiler_options=...)`), so that nothing is
     written into the environment. Empty on GPU and TPU, if `XLA_FLAGS` names the option
@@ -137,10 +137,10 @@ def compiler_options() -> dict[str, str | bool]:
 def keep_freed_memory() -> bool:
     """Makes glibc keep what is freed instead of handing it back to the kernel.
 
-    XLA's CPU client allocates the memory of a program anew at every call. Handed back
-    in between, it comes as fresh pages: a tenth of a training step goes into faulting
-    them in. Linux with glibc only; does nothing where `MALLOC_*` or `GLIBC_TUNABLES`
-    are set in the environment.
+    XLA's CPU client allocates the memory of a program again at every call. If glibc
+    returns it to the kernel meanwhile, it comes back as fresh pages: a tenth of a
+    training step goes into faulting them in. Linux with glibc only; does nothing where
+    `MALLOC_*` or `GLIBC_TUNABLES` are set in the environment.
 
     Returns:
       Whether the allocator took the settings.
@@ -182,7 +182,7 @@ _UNWINDING = 1.5  # seconds that the second Ctrl-C leaves for an orderly end
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a question that a loop can ask: `stop()`.
+    """SIGTERM and Ctrl-C as a question that a loop can ask: `stop()`.
 
     The second Ctrl-C interrupts at once. Python hears a signal between two of its own
     instructions, and so not while the device compiles or computes; a thread hears it
@@ -204,7 +204,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
 
     def __call__(self) -> bool:
-        """Whether a signal came."""
+        """Tells whether a signal came."""
         return self._event.is_set()
 
     @contextlib.contextmanager
@@ -249,7 +249,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def _handling(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Another handler of both signals, inside the context."""
+    """Sets another handler of both signals, inside the context."""
     before = {number: signal.signal(number, handler) for number in EXIT_CODES}
     try:
         yield
@@ -259,7 +259,7 @@ def _handling(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]
 
 
 def end_on_signals() -> None:
-    """From now on both signals end the process at once: while it loads, and at its end.
+    """Makes both signals end the process at once: while it loads, and at its end.
 
     Both take seconds in which nothing is at work that could be lost. As Python is torn
     down it can hear no more: then the signals are ignored, and the exit code stands.
@@ -298,7 +298,7 @@ def say(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    r"""A text of any origin in one line that a terminal shows as it is.
+    r"""Puts a text of any origin on one line that a terminal shows as it is.
 
     >>> one_line("a\n  b\x1b[31m")
     'a b\\x1b[31m'

@@ -284,7 +284,7 @@ metadata={'epoch': 2})
         return sorted(item.step for item in found)
 
     def _open_manager(self) -> ocp.CheckpointManager:
-        """Returns the writer, with its list of steps read afresh from the disk."""
+        """Returns the writer, with its list of steps read again from the disk."""
         if self._manager is None:
             # Made by the first save, for it removes the temporary directories of
             # killed writers: a reader must not do this to a run in progress.
@@ -332,7 +332,7 @@ metadata={'epoch': 2})
 
 
 class _Manager(ocp.CheckpointManager):
-    """Leaves JAX's preemption service alone, whose count of calls is `AgreedStop`'s."""
+    """Manager that leaves JAX's preemption service to `AgreedStop`."""
 
     def reached_preemption(self, step: int) -> bool:
         del step
@@ -341,7 +341,7 @@ class _Manager(ocp.CheckpointManager):
 
 @dataclasses.dataclass
 class _KeepNewest:
-    """Keeps the step just saved and the `keep - 1` before it.
+    """Policy to keep the step just saved and the `keep - 1` before it.
 
     Attributes:
       keep: how many.

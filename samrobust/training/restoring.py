@@ -1,4 +1,4 @@
-"""Checkpoints read by process 0, in the hands of all processes."""
+"""Checkpoints that process 0 reads, replicated to all processes."""
 
 import pathlib
 from collections.abc import Callable

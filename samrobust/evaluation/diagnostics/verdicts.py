@@ -1,4 +1,4 @@
-"""Judgements of measurements: pure functions of NumPy arrays to findings.
+"""Judgments of measurements: pure functions of NumPy arrays to findings.
 
 `standing` means: classified rightly after an attack, bool [N]. A comparison counts
 images and holds the count against `allowance`.
@@ -154,7 +154,7 @@ def judge_precision(
     is_bad = is_more(changed, total) or is_more(gained, total)
     if is_bad:
         text += (
-            " Evaluate it with --dtype=float32: its precision is part of the defence."
+            " Evaluate it with --dtype=float32: its precision is part of the defense."
         )
     return _finding("low precision", is_bad, text, values)
 

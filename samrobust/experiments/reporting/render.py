@@ -228,7 +228,7 @@ def to_csv(table: Table) -> str:
 def to_json(table: Table) -> str:
     """Returns everything the table holds, every seed's value and provenance too.
 
-    The keys are those of `Table`, `Row` and `Cell`, with `notes`, `missing` and
+    The keys are those of `Table`, `TableRow` and `Cell`, with `notes`, `missing` and
     `sampling_error` beside them. What is not known is null.
     """
     rows = []

@@ -27,7 +27,7 @@ __all__ = ["as_torch", "from_torch"]
 def as_torch(logits_fn: LogitsFn) -> Any:
     """Returns a `torch.nn.Module` that computes what `logits_fn` does, gradients too.
 
-    For attack libraries written for PyTorch. A batch of another shape compiles anew.
+    For attack libraries written for PyTorch. Another batch shape is compiled again.
 
     Args:
       logits_fn: images [B, H, W, C] in [0, 1] to logits [B, K].
@@ -69,7 +69,7 @@ def as_torch(logits_fn: LogitsFn) -> Any:
         )
         return logits
 
-    class Call(torch.autograd.Function):
+    class Bridge(torch.autograd.Function):
         @staticmethod
         def forward(context: Any, images: Any) -> Any:
             ours = to_jax(images)
@@ -88,7 +88,7 @@ def as_torch(logits_fn: LogitsFn) -> Any:
 
     class Classifier(torch.nn.Module):
         def forward(self, images: Any) -> Any:
-            return Call.apply(images)
+            return Bridge.apply(images)
 
     return Classifier().eval()
 
@@ -161,7 +161,7 @@ _X64 = "jax_enable_x64"
 
 
 class _CallError(ValueError):
-    """What went wrong in a module while a compiled program ran."""
+    """Error of a module while a compiled program ran."""
 
 
 # JAX logs the errors of callbacks with their traceback before it raises them.
@@ -173,7 +173,7 @@ logging.getLogger("jax._src.callback").addFilter(
 def _callback(
     function: Callable[..., np.ndarray], like: jax.ShapeDtypeStruct, *arrays: Array
 ) -> Array:
-    """`jax.pure_callback` whose error is a line, and not the frames of the program."""
+    """Calls `jax.pure_callback`; an error is one line, without the program's frames."""
 
     def call(*arrays: Any) -> np.ndarray:
         try:
@@ -196,5 +196,5 @@ def _callback(
 
 
 def _nowhere() -> Any:
-    """Never runs; its frame has no caller."""
+    """Yields never: what counts is its frame, which has no caller."""
     yield

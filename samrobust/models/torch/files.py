@@ -109,7 +109,7 @@ def _load(path: pathlib.Path, torch: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What PyTorch says of a file in one line, without its advice to trust it."""
+    """Returns PyTorch's complaint in one line, without its advice to trust the file."""
     text = str(error)
     other = re.search(r"GLOBAL ([\w.]+)", text)
     if other:
@@ -126,7 +126,7 @@ def _reason(error: Exception) -> str:
 def _only_network(
     loaded: Any, path: pathlib.Path, torch: Any
 ) -> tuple[str, Mapping[str, Any]]:
-    """The one state dict in what was loaded, and the entry that it stands in."""
+    """Returns the entry that holds the one state dict, and the state dict."""
     found = _networks(loaded, torch)
     if len(found) == 1:
         return found[0]
@@ -150,7 +150,7 @@ def _only_network(
 
 
 def _networks(loaded: Any, torch: Any) -> list[tuple[str, Mapping[str, Any]]]:
-    """All mappings with a last layer, however deep, and where they stand."""
+    """Finds all mappings with a last layer at any depth, each with its entry."""
     found, seen, waiting = [], set(), [("", loaded)]
     while waiting:
         place, value = waiting.pop()

@@ -28,7 +28,7 @@ from samrobust.system.distributed import data_mesh, replicated, sharded
 from samrobust.system.runtime import compiler_options
 from samrobust.training import Method
 from samrobust.training.checkpoint import Checkpoints
-from samrobust.training.epoch import Carry, EpochPlan, EpochRunner
+from samrobust.training.epoch import EpochPlan, EpochRunner, LoopState
 from samrobust.training.fit import fresh_carry
 from samrobust.training.state import TrainState
 from samrobust.types import Array, Config
@@ -119,9 +119,9 @@ def epoch(config: Config, spec: _Spec) -> dict[str, Any]:
         key=jax.random.key(1),
     )
     carry = initial_carry(method, config, dataset)
-    _, compilation = _compile(lambda: runner.lower(plan.calls()[0], carry))
+    _, compilation = _compile(lambda: runner.lower(plan.chunks()[0], carry))
     calls = itertools.chain.from_iterable(
-        zip(plan.calls(), itertools.repeat(runner.permutation(number)), strict=False)
+        zip(plan.chunks(), itertools.repeat(runner.permutation(number)), strict=False)
         for number in itertools.count()
     )
 
@@ -162,7 +162,7 @@ def evaluation(config: Config, spec: _Spec) -> dict[str, Any]:
     return outcome | {"num_images": batch_size}
 
 
-def initial_carry(method: Method, config: Config, dataset: Dataset) -> Carry:
+def initial_carry(method: Method, config: Config, dataset: Dataset) -> LoopState:
     """Returns what a run begins with, on all devices."""
     begin = fresh_carry(method, config.training.batch_size, dataset.image_shape)
     return jax.jit(begin, out_shardings=replicated(data_mesh()))(jax.random.key(0))
@@ -208,7 +208,7 @@ def _run(call: Callable[[], Any], spec: _Spec, steps: int) -> dict[str, Any]:
     return {"trace": spec.path}
 
 
-def _checkpoint_seconds(carry: Carry) -> float:
+def _checkpoint_seconds(carry: LoopState) -> float:
     """How long saving holds up the loop, the median of three."""
     seconds = []
     with (

@@ -1,11 +1,11 @@
-"""The exact population losses of linear classifiers, and their direct minimisation.
+"""The exact population losses of linear classifiers, and their direct minimization.
 
 Given the label, the margin of w = (w_1, 1, ..., 1) is +-w_1 + N(d eta, d), so that
 every loss here is a mixture of two normal tails:
 
     L = p Phi(-up) + (1 - p) Phi(-down)
 
-with the standardised margins `up`, where x_1 is right, and `down`, where it is wrong.
+with the standardized margins `up`, where x_1 is right, and `down`, where it is wrong.
 Nothing is expanded or sampled; all is float64, and losses are kept as logarithms, so
 that a loss of 1e-100 has as many digits as one of 0.1. These are the numbers that
 `samrobust.studies.theory.closed_forms` is held against; this module does not know that

@@ -1,7 +1,7 @@
 """The same world trained for real: samples, the package's own step, SAM and PGD.
 
 A feature is a pixel, so that nothing of the package is bypassed: x = (pixel - 1/2) *
-span, undone by the first layer as normalisation would be, and radii are divided by the
+span, undone by the first layer as normalization would be, and radii are divided by the
 span. The classifier has the logits (-z/2, z/2), whose cross entropy is the logistic
 loss of z.
 
@@ -28,13 +28,13 @@ from samrobust.training.state import TrainState
 from samrobust.training.step import make_train_step
 from samrobust.types import Array
 
-__all__ = ["Effort", "train"]
+__all__ = ["TrainingEffort", "train"]
 
 _TAIL = 8.0  # standard deviations that fit into a pixel: none of 1e14 samples is cut
 
 
 @dataclasses.dataclass(frozen=True)
-class Effort:
+class TrainingEffort:
     """The amount of training.
 
     Attributes:
@@ -63,7 +63,9 @@ class Effort:
         )
 
 
-def train(world: World, method: str, effort: Effort, radius: float = 0.0) -> np.ndarray:
+def train(
+    world: World, method: str, effort: TrainingEffort, radius: float = 0.0
+) -> np.ndarray:
     """Trains on fresh samples.
 
     Args:
@@ -132,7 +134,7 @@ class _Linear(nn.Module):
 def _train(
     world: World,
     method: str,
-    effort: Effort,
+    effort: TrainingEffort,
     pixel_radius: float,
     span: Array,
     rho: Array,

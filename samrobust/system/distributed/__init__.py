@@ -1,4 +1,4 @@
-"""Many devices, many processes: a data mesh, and what the processes agree upon."""
+"""Many devices, many processes: the data mesh, and agreement among processes."""
 
 from samrobust.system.distributed.agreement import (
     AgreedStop,

@@ -31,8 +31,8 @@ __all__ = [
     "make_ball",
 ]
 
-# Of a step to its radius. Beyond ten radii steps only jump between the ball's faces;
-# below this fraction a step is lost in float32's rounding of pixels.
+# Range of step size / radius. Beyond ten radii steps only jump between the faces of the
+# ball; below this fraction a step is lost in float32's rounding of pixels.
 STEP = (1e-4, 10.0)
 _MOST = 3e38  # finite in float32
 
