@@ -33,7 +33,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--workdir", **flags.DIRECTORY, required=True, help="of the table")
     add("--rows", **flags.ROWS, help="only these; default: all")
     for norm in flags.NORMS:
-        words = "radii in 1/255; default: 8 up to twice the table's largest"
+        words = "in 1/255; default: 8 radii up to twice the table's largest"
         add(f"--{norm}", **flags.radii(norm), help=words)
     add("--num-steps", **flags.COUNT, help="of PGD; default: 20")
     add("--loss", **flags.LOSS, help="default: cross_entropy")
@@ -51,27 +51,18 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
       InterruptedRunError: if it was asked to stop.
     """
     from samrobust.attacks import ATTACKS_VERSION
-    from samrobust.cli.shared import join, once_per, show_written
+    from samrobust.cli import shared
     from samrobust.data import fingerprint
     from samrobust.evaluation.diagnostics import some_of
-    from samrobust.experiments import building
-    from samrobust.experiments.curves import (
-        curves_of,
-        draw_curves,
-        make_curve_evaluator,
-        measure_run,
-    )
-    from samrobust.experiments.networks import load_network
+    from samrobust.experiments import building, curves, networks, scoring
     from samrobust.experiments.reporting.pictures import write_figure
     from samrobust.experiments.reporting.progress import ProgressDisplay
-    from samrobust.experiments.scoring import evaluated_split, evaluation_key
     from samrobust.experiments.workdir import finished_runs
     from samrobust.system.distributed import from_primary
     from samrobust.system.files import check_writable, write_sealed
     from samrobust.system.provenance import provenance
-    from samrobust.training import InterruptedRunError
 
-    should_stop, console = join(stop)
+    should_stop, console = shared.join(stop)
     workdir = pathlib.Path(arguments.workdir)
     configs = from_primary(lambda: finished_runs(workdir, arguments.rows or ()))
     first = next(iter(configs.values()))
@@ -79,17 +70,17 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     as_json = json.loads(json.dumps(dataclasses.asdict(settings)))
     from_primary(lambda: check_writable(workdir))
     stored = from_primary(lambda: _stored(workdir / "curves.json", as_json))
-    load_data = once_per(building.load_data, "data")
+    load_data = shared.once_per(building.load_data, "data")
 
     def make_evaluator(config: "Config") -> "Evaluator":
         model = building.make_model(config, load_data(config))
         size = config.evaluation.batch_size
-        return make_curve_evaluator(model, settings, batch_size=size)
+        return curves.make_curve_evaluator(model, settings, batch_size=size)
 
-    evaluator = once_per(make_evaluator, "data", "model", "evaluation")
+    evaluator = shared.once_per(make_evaluator, "data", "model", "evaluation")
 
-    def write(**curves: Any) -> None:
-        content = {"settings": as_json, "runs": stored, **curves}
+    def write(**found: Any) -> None:
+        content = {"settings": as_json, "runs": stored, **found}
         from_primary(lambda: write_sealed(workdir / "curves.json", content))
 
     works = {path: float(path not in stored) for path in configs}
@@ -98,8 +89,9 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         for path, config in configs.items():
             shown = display.run(f"{config.label}, seed {config.seed}", 0.0, works[path])
             dataset, which = load_data(config), config.evaluation.checkpoint
-            network = load_network(config, dataset, workdir / path, which)
-            split = some_of(evaluated_split(config, dataset), settings.num_examples)
+            network = networks.load_network(config, dataset, workdir / path, which)
+            split = scoring.evaluated_split(config, dataset)
+            split = some_of(split, settings.num_examples)
             measured = {
                 "identity": network.identity.hash,
                 "step": network.step,
@@ -109,35 +101,25 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
             }
             if stored.get(path, {}).items() >= measured.items():
                 continue
-
-            def on_batch(
-                done: int, total: int, doing: str = "", shown: Any = shown
-            ) -> None:
-                shown.on_batch(done, total, doing)
-                if should_stop():
-                    message = f"Stopped while measuring curves. {RESUME}"
-                    raise InterruptedRunError(message)
-
-            found = measure_run(
+            found = curves.measure_run(
                 *(evaluator(config), network.variables, split, settings),
-                key=evaluation_key(config),
-                on_batch=on_batch,
+                key=scoring.evaluation_key(config),
+                on_batch=scoring.until_stopped(shown.on_batch, should_stop, "in a run"),
             )
             stored[path] = {**found, **measured, "provenance": provenance()}
             write()
-    curves = curves_of(
-        [(c.row, c.label, stored[p]) for p, c in configs.items()], settings
-    )
-    write(curves=[dataclasses.asdict(curve) for curve in curves])
+    runs = [(c.row, c.label, stored[path]) for path, c in configs.items()]
+    lines = curves.curves_of(runs, settings)
+    write(curves=[dataclasses.asdict(line) for line in lines])
     title = (
         f"{first.data.name}: accuracy under PGD-{settings.num_steps} "
         f"({settings.loss.replace('_', ' ')}, any iterate), "
         f"{next(iter(stored.values()))['num_images']} {first.evaluation.split} images"
     )
     pictures = from_primary(
-        lambda: write_figure(draw_curves(curves, title), workdir, "curves")
+        lambda: write_figure(curves.draw_curves(lines, title), workdir, "curves")
     )
-    show_written(console, workdir, ["curves.json", *pictures])
+    shared.show_written(console, workdir, ["curves.json", *pictures])
     return 0
 
 
