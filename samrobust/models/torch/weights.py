@@ -63,8 +63,8 @@ def read_weights(path: pathlib.Path) -> Weights:
     **Guarantees**: nothing in the file is run, and of a pickle nothing but tensors and
     plain containers is made. There is one network in the file, in whatever entry and
     behind whatever prefix. A normalization in front of it, as in RobustBench's bundles,
-    is removed and becomes `mean` and `std` of the metadata. Floats of other sizes become
-    float32; `notes` says so, and what else was chosen.
+    is removed and becomes `mean` and `std` of the metadata. Floats of other sizes
+    become float32; `notes` says so, and what else was chosen.
 
     Raises:
       ValueError: if there is no such file, it is damaged, holds anything but one
