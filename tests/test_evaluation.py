@@ -507,7 +507,7 @@ def test_more_restarts_never_raise_the_accuracy():
         (["--norm=linf", "--epsilon=300"], "Expected evaluation.linf <= 255"),
         (["--restarts=0"], "--restarts: Expected 1 <= value"),
         (["--checkpoint=best"], "data.validation_size"),
-        (["--config.seed=1"], "no --config overrides"),
+        (["--config.seed=1"], "evaluate takes no --config"),
         (["--step-size=1"], "one --norm and one --epsilon"),
     ],
 )

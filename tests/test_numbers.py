@@ -20,15 +20,9 @@ import pytest
 
 from samrobust.evaluation.diagnostics.finding import allowance
 from samrobust.experiments import configuration
-from samrobust.experiments.reporting import (
-    Cell,
-    Difference,
-    Table,
-    summarise,
-    to_json,
-    to_markdown,
-)
 from samrobust.experiments.reporting.notes import tail_probability
+from samrobust.experiments.reporting.render import to_json, to_markdown
+from samrobust.experiments.reporting.table import Cell, Difference, Table, summarize
 from samrobust.studies.bench import report as bench_report
 from samrobust.studies.bench.results import Report as BenchReport
 
@@ -101,7 +95,7 @@ def table(name: str, *, paper: bool = True) -> Table:
         row["name"]: {c: x["paper"] for c, x in row["cells"].items() if x["paper"]}
         for row in content["rows"]
     }
-    return summarise(
+    return summarize(
         results,
         rows=[(row["name"], row["label"]) for row in content["rows"]],
         paper=numbers if paper else None,
@@ -282,7 +276,7 @@ def theory() -> str:
         content["provenance"]["seconds"],
         content["provenance"]["command"],
     )
-    return report.to_markdown(found)
+    return report.to_sheet(found).to_markdown()
 
 
 @functools.cache

@@ -13,8 +13,9 @@ import helpers
 import jax
 import pytest
 
+from samrobust.experiments.networks import load_network
 from samrobust.experiments.run import run, train
-from samrobust.experiments.scoring import evaluate_run
+from samrobust.experiments.scoring import Scorer
 from samrobust.system import distributed
 from samrobust.training import InterruptedRunError
 
@@ -42,9 +43,9 @@ def work(folder: pathlib.Path, layout: str) -> None:
         run(config, folder / layout / row, helpers.Silent(), dataset=dataset)
     config = helpers.make_config(AT, EARLY | SEED)
     dataset = helpers.load_data(config)
-    accuracy = evaluate_run(
-        config, folder / layout / AT, helpers.Silent(), dataset=dataset
-    ).accuracy
+    workdir = folder / layout / AT
+    network = load_network(config, dataset, workdir, "last")
+    accuracy = Scorer(config, dataset)(network, workdir, helpers.Silent()).accuracy
     values = distributed.from_primary(lambda: {"who": 0, "layout": layout})
     assert values == {"who": 0, "layout": layout}
     try:

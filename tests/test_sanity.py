@@ -31,7 +31,7 @@ from samrobust.evaluation.diagnostics import (
     run_sanity,
     some_of,
     to_json,
-    to_rich,
+    to_sheet,
     verdicts,
     write_report,
 )
@@ -463,7 +463,7 @@ def test_the_report_says_what_was_found_and_where_it_is_explained(tmp_path):
     ]
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(to_rich(found, "256 images."))
+        console.print(to_sheet(found, "256 images.").to_rich())
     shown = capture.get()
     for text in ("docs/sanity.md#square", "1 warning", LINF, "256 images."):
         assert text in shown
@@ -473,9 +473,10 @@ def test_the_report_says_what_was_found_and_where_it_is_explained(tmp_path):
     assert stored == to_json(found, seed=3)
     assert stored["verdicts"] == {PASSED: 1, WARNING: 1, UNDECIDED: 0}
     assert stored["findings"][1]["explained"] == "docs/sanity.md#square"
-    assert (
-        "| square | **warning** | Square breaks 90 \\| 100. |" in paths[1].read_text()
+    cells = (
+        "square | **warning** | Square breaks 90 \\| 100. See docs/sanity.md#square."
     )
+    assert f"| {cells} |" in paths[1].read_text()
 
 
 def test_every_check_is_explained_under_its_anchor():

@@ -599,7 +599,7 @@ def test_the_command_shows_and_writes_everything(tmp_path):
     [
         (["--p=0.5"], "Expected 1/2 < p < 1, got p=0.5. Equation (7)"),
         (["--epsilon=0.2"], "Expected 0 < epsilon < eta, got epsilon=0.2, eta=0.1."),
-        (["--config.training.epochs=2"], "no --config flags for theory"),
+        (["--config.training.epochs=2"], "theory takes no --config, got"),
         (["--seeds=1"], "Expected seeds >= 2"),
         (["--d=ten"], "--d: Expected a number, got value='ten'"),
         (["--d=2.5"], "Expected an integer d >= 1, got d=2.5"),

@@ -7,48 +7,74 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from samrobust.cli import flags
 
-from samrobust.experiments.reporting.console import make_console
-from samrobust.experiments.reporting.progress import ProgressDisplay
-from samrobust.studies.bench.plan import Options, Task, plan, spec_of
-from samrobust.studies.bench.process import Launcher, check_pytorch
-from samrobust.studies.bench.report import to_rich, write_report
-from samrobust.studies.bench.results import Report, summarise
-from samrobust.studies.bench.suite import run_suite
-from samrobust.system.files import check_writable
+if TYPE_CHECKING:
+    from rich.console import Console
 
-__all__ = ["bench_command"]
+    from samrobust.studies.bench.plan import Options, Task
+    from samrobust.studies.bench.process import Launcher
+    from samrobust.studies.bench.results import Report
+
+__all__ = ["add", "run"]
 
 
-def bench_command(
-    arguments: argparse.Namespace,
-    overrides: Sequence[str],
-    should_stop: Callable[[], bool],
-) -> int:
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its flags."""
+    parser = commands.add_parser(
+        "bench",
+        help="how fast training is, beside its FLOPs, the paper and PyTorch",
+        description="Times training steps, epochs and evaluations, each row in a "
+        "process of its own, and projects the hours of the config's table. Images are "
+        "synthetic: nothing is downloaded.",
+        epilog=flags.ANY_FIELD,
+    )
+    add = parser.add_argument
+    add("--config", **flags.CONFIG, default="configs/cifar10.py")
+    add("--workdir", **flags.DIRECTORY, default="runs/bench", help="%(default)s")
+    kinds = flags.names_of("step", "epoch", "evaluation", "unrolled")
+    unrolled = "and unrolled, AT with its loop unrolled; default: step,epoch,evaluation"
+    add("--measure", **kinds, help=unrolled)
+    methods = flags.names_of("st", "sam", "at", "at+sam")
+    add("--methods", **methods, help="default: st,sam,at; and at+sam")
+    add("--batch-sizes", **flags.COUNTS, help="default: the config's")
+    precisions = flags.names_of("float32", "bfloat16")
+    add("--precisions", **precisions, help="default: the config's")
+    devices = "how many (virtual ones on a CPU); default: all"
+    add("--devices", **flags.SIZES, help=devices)
+    add("--steps-per-call", **flags.SIZES, help="default: as in training")
+    xla = "added to XLA_FLAGS; repeat for variants to compare; '' adds none"
+    add("--xla-flags", action="append", metavar="FLAGS", help=xla)
+    compare = "interleave the same steps in PyTorch; needs torch"
+    add("--compare", choices=("pytorch",), help=compare)
+    variants = flags.names_of("reference", "resident", "tuned", "compiled")
+    every = "of PyTorch; default: reference,resident,tuned,compiled"
+    add("--variants", **variants, help=every)
+    add("--repeats", **flags.FEW, help="of each process; default: 5")
+    add("--rounds", **flags.FEW, help="processes a row; default: 2")
+    add("--min-seconds", **flags.POSITIVE, help="of a repeat; default: 2")
+    profile = "write Perfetto traces, one a row, instead of measuring"
+    add("--profile", action="store_true", help=profile)
+
+
+def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     """Runs the bench of a command line; returns the exit code, 1 if a row failed.
 
     What is measured is written after every process, so that nothing is lost when the
     bench is stopped.
     """
-    options = Options(
-        config=arguments.config,
-        overrides=tuple(overrides),
-        measure=arguments.measure,
-        methods=arguments.methods,
-        batch_sizes=arguments.batch_sizes,
-        precisions=arguments.precisions,
-        devices=arguments.devices,
-        steps_per_call=arguments.steps_per_call,
-        xla_flags=tuple(arguments.xla_flags or ("",)),
-        compare=arguments.compare,
-        variants=arguments.variants,
-        repeats=arguments.repeats,
-        rounds=arguments.rounds,
-        min_seconds=arguments.min_seconds,
-    )
+    from samrobust.experiments.reporting.console import make_console
+    from samrobust.experiments.reporting.progress import ProgressDisplay
+    from samrobust.studies.bench.plan import Options, Task, plan
+    from samrobust.studies.bench.process import check_pytorch
+    from samrobust.studies.bench.report import to_rich, write_report
+    from samrobust.studies.bench.results import summarise
+    from samrobust.studies.bench.suite import run_suite
+    from samrobust.system.files import check_writable
+
+    options = flags.build(Options, arguments)
     tasks = plan(options)
     check_pytorch(options)
     check_writable(pathlib.Path(arguments.workdir))
@@ -59,7 +85,7 @@ def bench_command(
     ceilings: dict[str, dict[str, Any]] = {}
     counts: dict[str, Any] = {}
 
-    def report() -> Report:
+    def report() -> "Report":
         made = summarise(tasks, outcomes, ceilings, counts, options)
         command = shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
         made.provenance["command"] = command
@@ -92,13 +118,15 @@ def bench_command(
 
 
 def _profile(
-    tasks: Sequence[Task],
-    options: Options,
+    tasks: "Sequence[Task]",
+    options: "Options",
     workdir: pathlib.Path,
-    console: Console,
+    console: "Console",
     should_stop: Callable[[], bool],
 ) -> int:
     """Writes a trace of every row of our own."""
+    from samrobust.studies.bench.process import Launcher
+
     own = [task for task in tasks if task.kind != "pytorch"]
     with tempfile.TemporaryDirectory(prefix="samrobust-bench-") as cache:
         launch = Launcher(pathlib.Path(cache), should_stop)
@@ -107,13 +135,15 @@ def _profile(
 
 
 def _trace(
-    task: Task,
-    options: Options,
+    task: "Task",
+    options: "Options",
     workdir: pathlib.Path,
-    console: Console,
-    launch: Launcher,
+    console: "Console",
+    launch: "Launcher",
 ) -> bool:
-    """Writes the trace of a row; whether that failed."""
+    """Writes the trace of a row; returns whether that failed."""
+    from samrobust.studies.bench.plan import spec_of
+
     folder = workdir / "traces" / task.name.replace(", ", "-").replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     spec = spec_of(task, options) | {"trace": True, "path": str(folder)}

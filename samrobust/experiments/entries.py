@@ -52,7 +52,7 @@ _MOST = 3e38  # finite in float32
 
 
 class Given(NamedTuple):
-    """Provided by the training; a constructor gets those that are parameters of it.
+    """Values from the training; a constructor gets those that are parameters of it.
 
     Attributes:
       aux: the structure of BatchNorm's statistics, which leave a second pass.
@@ -120,12 +120,10 @@ def field_of_default(default: Any, annotation: Any = None) -> Field:
 
     One without a default has to be given a value.
     """
-    if default is inspect.Parameter.empty:
+    if default in (None, inspect.Parameter.empty):
         kind = _kind_of(annotation)
-        return Field(None, _rule_of(kind), kind)
-    if default is None:
-        kind = _kind_of(annotation)
-        return Field(None, maybe(_rule_of(kind)), kind)
+        rule = _rule_of(kind)
+        return Field(None, maybe(rule) if default is None else rule, kind)
     return Field(default, _rule_of(type(default)))
 
 

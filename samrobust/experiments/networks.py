@@ -17,7 +17,7 @@ from flax import linen as nn
 from samrobust.checks import check_choice
 from samrobust.data import Dataset, DatasetFacts
 from samrobust.experiments import building
-from samrobust.experiments.identity import Identity, identity_of, imported
+from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.workdir import config_of_run, stored_config
 from samrobust.system.distributed import data_mesh, from_primary
 from samrobust.system.files import glance
@@ -28,26 +28,11 @@ from samrobust.training.log import checkpoint_folder, checkpoint_metadata
 from samrobust.training.restoring import read_and_spread
 from samrobust.types import Array, Config, PyTree
 
-__all__ = ["Network", "Trained", "load", "load_network", "save_variables"]
-
-
-class Network(NamedTuple):
-    """A trained network, as it is evaluated, and whose it is.
-
-    Attributes:
-      variables: parameters and statistics, for `model.apply`; averaged ones where the
-        run has an averaging.
-      step: after which it was saved.
-      identity: of the run that trained it.
-    """
-
-    variables: dict[str, PyTree]
-    step: int
-    identity: Identity
+__all__ = ["Trained", "load", "load_network", "save_variables"]
 
 
 class Trained(NamedTuple):
-    """A trained run, ready to be used.
+    """A trained network, as it is evaluated, and whose it is.
 
     Attributes:
       model: a Flax network, `model.apply(variables, images, train=False)`.
@@ -97,8 +82,7 @@ def load(
     facts = building.load_facts(config)
     which = checkpoint or config.evaluation.checkpoint
     check_choice(("last", "best"), checkpoint=which)
-    network = load_network(config, facts, folder, which, step=step)
-    return Trained(building.make_model(config, facts), network[0], config, *network[1:])
+    return load_network(config, facts, folder, which, step=step)
 
 
 def load_network(
@@ -108,7 +92,7 @@ def load_network(
     which: str,
     *,
     step: int | None = None,
-) -> Network:
+) -> Trained:
     """Returns the trained network of a run.
 
     Args:
@@ -127,10 +111,9 @@ def load_network(
     like = jax.eval_shape(_make_init(config, dataset), key)
     folder = checkpoint_folder(workdir, which)
     own = from_primary(lambda: stored_config(workdir)) or config
-    expected = identity_of(own, dataset if isinstance(dataset, Dataset) else None)
     digest = from_primary(lambda: glance(workdir / "import.json").get("sha256"))
-    if digest is not None:
-        expected = dataclasses.replace(expected, data=imported(str(digest)))
+    images = dataset if isinstance(dataset, Dataset) else None
+    expected = identity_of(own, images, digest)
 
     def refuse(metadata: dict[str, Any]) -> str:
         return expected.refuse(metadata.get("identity"), draws=False)
@@ -143,7 +126,8 @@ def load_network(
         from_primary(lambda: _check_is_final(own, folder, restored))
     identity = Identity.from_dict(restored.metadata["identity"])
     assert identity is not None  # `refuse` was asked
-    return Network(restored.state.state.eval_variables, restored.step, identity)
+    model, state = building.make_model(config, dataset), restored.state.state
+    return Trained(model, state.eval_variables, config, restored.step, identity)
 
 
 def _check_is_final(config: Config, folder: pathlib.Path, restored: Restored) -> None:
@@ -201,10 +185,7 @@ def save_variables(
         return LoopState(state, carry.totals)
 
     carry = make(jax.random.key(config.seed), variables)
-    identity = identity_of(config, None)
-    if digest is not None:
-        identity = dataclasses.replace(identity, data=imported(digest))
-    metadata = checkpoint_metadata(identity)
+    metadata = checkpoint_metadata(identity_of(config, None, digest))
     with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
         checkpoints.save(0, carry, metadata, wait=True)
 

@@ -159,10 +159,13 @@ def _parse_part(spelling: str, row: str) -> Part:
                 f"With {option}=0 it is another row: {'+'.join(left) or STANDARD}.",
                 row=row,
             )
-        values[option] = value
-    for option, field in wanted.items():
         with renamed({field: option}):
-            fields[field].rule(**{field: values[option]})
+            fields[field].rule(**{field: value})
+        if isinstance(value, float):
+            fix = "Directories are named by it."
+            holds = float(_shown(value)) == value
+            check(holds, f"six digits for {option}", fix, row=row)
+        values[option] = value
     find(name).check(**values)
     return Part(name, values)
 
@@ -174,13 +177,10 @@ def _read(given: str, field: Field, option: str, row: str) -> Any:
         plain = re.fullmatch(r"[\w.-]+", given) is not None
         check(plain, f"letters, digits, _, . and - for {option}", row=row)
         return given
+    if kind is bool and given in ("True", "False"):
+        return given == "True"
     try:
-        return kind(given) if kind in (int, float) else _literal(given)
+        return int(given) if kind is int else float(given)
     except ValueError:
         check(False, f"a number for {option}", row=row)
         raise
-
-
-def _literal(given: str) -> Any:
-    choices = {"True": True, "False": False}
-    return choices[given] if given in choices else float(given)

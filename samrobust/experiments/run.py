@@ -4,61 +4,48 @@ Everything here can be killed at any moment and started again with the same call
 a finished run is read, another one goes on from its last checkpoint.
 """
 
+import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
 from samrobust.checks import check
 from samrobust.data import Dataset, check_padding, fingerprint
 from samrobust.experiments import building, methods
-from samrobust.experiments.configuration import differences
+from samrobust.experiments.configuration import as_dict, differences
 from samrobust.experiments.identity import Identity, identity_of
-from samrobust.experiments.networks import Network, load_network
-from samrobust.experiments.runfiles import RunFiles
+from samrobust.experiments.networks import Trained, load_network
 from samrobust.experiments.scoring import (
+    Observer,
     Score,
-    ScoreObserver,
+    Scorer,
     evaluated_split,
     evaluation_work,
     make_validate,
-    score,
 )
+from samrobust.experiments.tracking import Tracking
 from samrobust.experiments.workdir import (
     OtherConfigError,
     WorkdirError,
     read_result,
     settle_config,
 )
-from samrobust.system.claims import ClaimedError
+from samrobust.system.claims import Claim, ClaimedError, claim
 from samrobust.system.distributed import from_primary, lost_a_peer
+from samrobust.system.failures import recording_failure
+from samrobust.system.files import write_sealed
 from samrobust.system.provenance import provenance
 from samrobust.training import FitResult, InterruptedRunError, Progress, RunFolder, fit
 from samrobust.training.fit import Validate
 from samrobust.types import Config
 
-__all__ = [
-    "Observer",
-    "PlannedRun",
-    "as_dict",
-    "run",
-    "step_work",
-    "train",
-    "work",
-]
+__all__ = ["PlannedRun", "run", "train", "work"]
 
 # What the processes of a run may have each to itself.
 _OWN_FIELDS = ("config.data.data_dir", "config.data.manual_dir")
-
-
-class Observer(ScoreObserver, Protocol):
-    """Is told how a run proceeds; shows it."""
-
-    def on_progress(self, progress: Progress) -> None:
-        """Called after each call of the device in training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,19 +62,14 @@ class PlannedRun:
 
 
 def work(config: Config, dataset: Dataset) -> tuple[float, float]:
-    """The predicted cost of training and of evaluation, for an ETA.
+    """Returns the predicted cost of training and of evaluation, for an ETA.
 
     Returns:
       Both in forward and backward passes with weight gradients on one example: a
       forward pass is 1/3, an attack step 2/3.
     """
-    training = config.training.epochs * len(dataset.train) * step_work(config)
+    training = config.training.epochs * len(dataset.train) * methods.cost(config)
     return training, evaluation_work(config, dataset)
-
-
-def step_work(config: Config) -> float:
-    """Returns the predicted cost of training on one example: that of ST is 1."""
-    return methods.cost(config)
 
 
 def run(
@@ -121,10 +103,14 @@ def run(
 
     Any failure of the run itself is also left in `failure.json`.
     """
-    with RunFiles(is_failure=_is_failure) as files:
+    claims: list[Claim] = []  # of process 0
+    tracking = Tracking(config, workdir)
+    with contextlib.ExitStack() as held:
 
         def begin() -> tuple[dict[str, Any], dict[str, Any] | None]:
-            files.open(config, workdir)
+            claims.append(held.enter_context(claim(workdir)))
+            held.enter_context(recording_failure(workdir, is_failure=_is_failure))
+            held.enter_context(contextlib.closing(tracking))
             settle_config(workdir, config)
             result = read_result(workdir, identity_of(config, dataset))
             if result is not None:
@@ -133,29 +119,36 @@ def run(
 
         inputs, result = from_primary(begin)
         _check_same(inputs, _inputs(config, dataset))
-        if result is None:
-            should_stop = files.guard(should_stop)
-            on_progress = files.following(observer.on_progress)
-            outcome = train(
-                config,
-                dataset,
-                workdir,
-                on_progress=on_progress,
-                should_stop=should_stop,
-                may_write=files.check_claim,
-            )
-            if config.evaluation.checkpoint == "last":
-                variables = outcome.state.eval_variables
-                network = Network(variables, outcome.step, _identity_in(outcome))
-            else:
-                network = load_network(config, dataset, workdir, "best")
-            scored = score(config, dataset, network, workdir, observer, should_stop)
-            result = from_primary(
-                lambda: files.finish(
-                    _describe(config, dataset, outcome, scored), workdir
-                )
-            )
-        return result
+        if result is not None:
+            return result
+        on_progress = observer.on_progress
+        for mine in claims:
+            should_stop = mine.guard(should_stop)
+            on_progress = tracking.following(on_progress)
+        outcome = train(
+            config,
+            dataset,
+            workdir,
+            on_progress=on_progress,
+            should_stop=should_stop,
+            may_write=lambda: claims[0].check(),
+        )
+        if config.evaluation.checkpoint == "last":
+            model = building.make_model(config, dataset)
+            variables, identity = outcome.state.eval_variables, _identity_in(outcome)
+            network = Trained(model, variables, config, outcome.step, identity)
+        else:
+            network = load_network(config, dataset, workdir, "best")
+        scored = Scorer(config, dataset)(network, workdir, observer, should_stop)
+
+        def finish() -> dict[str, Any]:
+            result = _describe(config, dataset, outcome, scored)
+            claims[0].check()
+            write_sealed(workdir / "result.json", result)
+            tracking.finish(result["accuracy"])
+            return result
+
+        return from_primary(finish)
 
 
 def train(
@@ -219,13 +212,13 @@ def _identity_in(outcome: FitResult) -> Identity:
 
 
 def _is_failure(error: Exception) -> bool:
-    """Whether what ends a run is a failure of it, and not of its surroundings."""
+    """Tells whether what ends a run is its failure, not that of its surroundings."""
     others = (InterruptedRunError, ClaimedError, OtherConfigError)
     return not (isinstance(error, others) or lost_a_peer(error))
 
 
 def _inputs(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What all processes of a run must have alike; the data by their hashes."""
+    """Returns what all processes of a run must have alike; data by their hashes."""
     splits = {"train": dataset.train, "test": dataset.test}
     hashes = {
         name: fingerprint(split)
@@ -262,7 +255,7 @@ def _check_same(of_primary: dict[str, Any], ours: dict[str, Any]) -> None:
 def _describe(
     config: Config, dataset: Dataset, outcome: FitResult, scored: Score
 ) -> dict[str, Any]:
-    """The content of `result.json`."""
+    """Returns the content of `result.json`."""
     return {
         "dataset": config.data.name,
         "row": config.row,
@@ -277,8 +270,3 @@ def _describe(
         "step_seconds": outcome.step_seconds,
         "provenance": provenance() | {"seconds": outcome.seconds},
     }
-
-
-def as_dict(config: Config) -> dict[str, Any]:
-    """The config as it is stored in `config.json`."""
-    return json.loads(config.to_json_best_effort())

@@ -23,7 +23,10 @@ from typing import Any, NoReturn
 from samrobust.checks import check_choice
 
 __all__ = [
+    "BAD_INPUT",
     "EXIT_CODES",
+    "FAILED",
+    "RESUME",
     "OutputError",
     "StopRequest",
     "cache_folder",
@@ -172,7 +175,9 @@ def _prepare_heap() -> None:
         libc.free(block)
 
 
+FAILED, BAD_INPUT = 1, 2  # exit codes; those of signals:
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+RESUME = "Rerun the same command to resume."
 _UNWINDING = 1.5  # seconds that the second Ctrl-C leaves for an orderly end
 
 
@@ -238,7 +243,7 @@ class StopRequest:
                 wait = _UNWINDING if again else self._patience
                 if wait is None or self._left.wait(wait) or not self._is_alone():
                     continue
-                say("Stopped at once. The same command goes on, or begins again.")
+                say(f"Stopped at once. {RESUME}")
                 _end_at_once(number[0])
 
 

@@ -19,6 +19,7 @@ import optax
 from samrobust.checks import LARGEST_COUNT, check
 from samrobust.data import Split
 from samrobust.system.distributed import data_mesh, replicated
+from samrobust.system.runtime import RESUME
 from samrobust.training.epoch import (
     EpochPlan,
     EpochRunner,
@@ -46,7 +47,7 @@ Validate = Callable[[TrainState], dict[str, float]]
 
 
 class InterruptedRunError(RuntimeError):
-    """The run was asked to stop, saved its state and can be resumed."""
+    """The run was asked to stop and saved its state; a rerun resumes from there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +280,7 @@ class _Run:
         if stop and step < self.num_steps:
             message = (
                 f"Stopped at step {step} of {self.num_steps}; the state is saved. "
-                "The same command goes on."
+                f"{RESUME}"
             )
             raise InterruptedRunError(message)
 

@@ -102,9 +102,7 @@ class Look:
             reached = self.num_measured * num_examples + done
             self.on_batch(reached, total)
             if self.should_stop() and reached < total:
-                message = (
-                    "Stopped during the sanity checks. The same command redoes them."
-                )
+                message = "Stopped during the sanity checks. Rerun the command."
                 raise InterruptedRunError(message)
 
         measure = make_measure(batch_fn, batch_size=self.batch_size)

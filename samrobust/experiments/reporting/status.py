@@ -3,9 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table as Grid
 from rich.text import Text
 
 from samrobust.experiments.survey import (
@@ -14,6 +12,7 @@ from samrobust.experiments.survey import (
     remaining,
     remaining_together,
 )
+from samrobust.system.tables import TextTable
 
 __all__ = ["duration", "status_to_rich"]
 
@@ -22,26 +21,22 @@ _STYLES = {"done": "green", "running": "bold", "failed": "red", "stale": "yellow
 
 def status_to_rich(runs: Sequence[RunStatus]) -> RenderableType:
     """Returns the runs as a table, how many are in which state, and the errors."""
-    grid = Grid(box=box.SIMPLE, show_edge=False, pad_edge=False)
-    grid.add_column("run")
-    grid.add_column("state")
-    for header in ("epoch", "loss", "accuracy", "ETA"):
-        grid.add_column(header, justify="right", no_wrap=True)
-    for run, seconds in zip(runs, remaining(runs), strict=True):
-        grid.add_row(
-            Text(run.name),
+    rows = [
+        (
+            run.name,
             Text(run.description, style=_STYLES.get(run.state, "")),
             f"{run.epoch}/{run.epochs or '?'}",
             "-" if run.loss is None else f"{run.loss:.3f}",
             "-" if run.accuracy is None else f"{run.accuracy:.1f} %",
             "-" if seconds is None or run.state == "done" else duration(seconds),
         )
-    errors = [
-        Text(f"{run.name}: {run.error}", style=_STYLES["failed"])
-        for run in runs
-        if run.error
+        for run, seconds in zip(runs, remaining(runs), strict=True)
     ]
-    return Group(grid, Text(), _totals(runs), *([Text(), *errors] if errors else []))
+    header = ("run", "state", "epoch", "loss", "accuracy", "ETA")
+    errors = [f"{run.name}: {run.error}" for run in runs if run.error]
+    below = [Text(), Text("\n".join(errors), style="red")] if errors else []
+    grid = TextTable(header, rows, words=2).to_rich()
+    return Group(grid, Text(), _totals(runs), *below)
 
 
 def duration(seconds: float) -> str:

@@ -3,7 +3,6 @@
 Matplotlib is imported when a picture is drawn, and its global state is left alone.
 """
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from samrobust.studies.bench.results import Report, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["draw"]
 
@@ -35,13 +35,12 @@ _GREY = "#777777"
 _TEXT = 8
 
 
-def draw(report: Report, path: str | os.PathLike[str]) -> None:
-    """Saves the picture of a report with at least one row of kind `step`.
+def draw(report: Report) -> "Figure":
+    """Draws the picture of a report with at least one row of kind `step`.
 
     On the left images per second (logarithmic), with the range of all repeats; on the
     right the time of a step relative to ST, beside what the FLOPs and the paper say.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
@@ -49,7 +48,6 @@ def draw(report: Report, path: str | os.PathLike[str]) -> None:
     figure = Figure(
         figsize=(8, 1.6 + 0.55 * len(groups)), dpi=150, layout="constrained"
     )
-    FigureCanvasAgg(figure)
     speed, cost = figure.subplots(1, 2, sharey=True)
     for y, rows in enumerate(groups.values()):
         _draw_speed(speed, y, rows)
@@ -84,7 +82,7 @@ def draw(report: Report, path: str | os.PathLike[str]) -> None:
         fontsize=_TEXT - 1,
         frameon=False,
     )
-    figure.savefig(path, facecolor="white")
+    return figure
 
 
 def _groups(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -1,6 +1,5 @@
 """A bench for people: tables for the terminal and Markdown, a picture, JSON."""
 
-import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from samrobust.experiments.reporting.files import atomically
+from samrobust.experiments.reporting.pictures import write_figure
 from samrobust.studies.bench.picture import draw
 from samrobust.studies.bench.results import Report, Row
 from samrobust.system.files import write_json, write_text
@@ -23,13 +22,12 @@ Column = tuple[str, Callable[[Row], str]]
 def write_report(report: Report, folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
     """Writes bench.json, bench.md and bench.png, and makes the folder if needed."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = tuple(folder / f"bench.{suffix}" for suffix in ("json", "md", "png"))
+    paths = folder / "bench.json", folder / "bench.md"
     write_json(paths[0], report.to_json())
     write_text(paths[1], to_markdown(report))
     if not any(row["kind"] == "step" for row in report.rows):
-        return paths[:2]
-    atomically(paths[2], functools.partial(draw, report))
-    return paths
+        return paths
+    return (*paths, *write_figure(draw(report), folder, "bench", ("png",)))
 
 
 def to_rich(report: Report) -> Group:
