@@ -55,9 +55,7 @@ def finish(config: Config, row: str) -> Config:
     config.label = parsed.label
     _complete(config)
     for part in parsed.parts:
-        section = config[entries.section_of(part.name)]
-        for option, field in entries.options(part.name).items():
-            section[field] = part.values[option]
+        config.update_from_flattened_dict(part.fields)
     for section in methods.sections(row):
         _link_steps(config[section])
     return config.lock()
@@ -77,12 +75,8 @@ def _check_sections(row: rows.Row) -> None:
         if part.name not in entries.REGISTRY:
             section = entries.section_of(part.name)
             fix = f"Call it otherwise: its fields are those of config.{section}."
-            check(
-                section not in taken,
-                f"another name than {section}",
-                fix,
-                part=part.name,
-            )
+            wanted = f"another name than {section}"
+            check(section not in taken, wanted, fix, part=part.name)
             taken.add(section)
 
 
@@ -98,10 +92,9 @@ def _add_fields(config: Config, section: str, fields: Mapping[str, Field]) -> No
                 holder[folder] = ConfigDict()
             holder = holder[folder]
         if last not in holder:
-            empty = field.default is None and field.kind is not None
-            holder[last] = (
-                config_dict.placeholder(field.kind) if empty else field.default
-            )
+            holder[last] = field.default
+            if field.default is None and field.kind is not None:
+                holder[last] = config_dict.placeholder(field.kind)
 
 
 def _link_steps(section: Config) -> None:
@@ -230,14 +223,11 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         check(holds, "overrides --config.FIELD=VALUE", fix, override=item)
     fields = {item.partition("=")[0].removeprefix("--config.") for item in overrides}
     for section in methods.sections():
-        both = f"{section}.relative_step_size", f"{section}.step_size"
-        relative = [f for f in fields if f.startswith(f"{both[0]}.")]
-        check(
-            not relative or both[1] not in fields,
-            f"{both[1]} or {both[0]}, not both",
-            f"The one is the other times {section}.epsilon.",
-            overrides=list(overrides),
-        )
+        one, other = f"{section}.step_size", f"{section}.relative_step_size"
+        relative = any(field.startswith(f"{other}.") for field in fields)
+        fix = f"The one is the other times {section}.epsilon."
+        holds = not relative or one not in fields
+        check(holds, f"{one} or {other}, not both", fix, overrides=list(overrides))
 
 
 def _choose_model(config: Config, overrides: Sequence[str]) -> Config:
@@ -261,16 +251,14 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
     values = flags.FlagValues()
     argv = ["samrobust", *overrides]
     try:
-        config_flags.DEFINE_config_dict(
-            "config", config, flag_values=values, sys_argv=argv
-        )
+        options = {"flag_values": values, "sys_argv": argv}
+        config_flags.DEFINE_config_dict("config", config, **options)
         values(argv)
     except Exception as error:  # of several kinds, for values that are no literals
         reason = str(error)
         with contextlib.suppress(ValueError, SyntaxError):  # of a KeyError: quoted
             reason = str(ast.literal_eval(reason))
-        reason = shorten(reason)
-        given = shorten(" ".join(overrides))
+        given, reason = shorten(" ".join(overrides)), shorten(reason)
         message = f"Expected valid fields and values, got {given}: {reason}"
         raise ValueError(message) from error
     return values.config
@@ -293,19 +281,13 @@ def _check_row(config: Config, wanted: str) -> None:
     check(config.row == wanted, condition, fix, row=config.row)
     row = parse_row(config.row)
     label = config.label.removeprefix("Imported ")  # as `samrobust import` says
-    said: dict[str, tuple[Any, Any]] = {"label": (row.label, label)}
+    fix = "Choose another row instead, as in --config=FILE.py:sam,rho=0.3."
+    said, found = {"label": row.label}, _flatten(config.to_dict()) | {"label": label}
     for part in row.parts:
-        section = entries.section_of(part.name)
-        for option, field in entries.options(part.name).items():
-            value = config[section][field]
-            said[f"{section}.{field}"] = (part.values[option], value)
-    for field, (named, value) in said.items():
-        check(
-            named == value,
-            f"{field}={named} as the row {config.row!r} says",
-            "Choose another row instead, as in --config=FILE.py:sam,rho=0.3.",
-            **{field: value},
-        )
+        said |= part.fields
+    for field, named in said.items():
+        wanted = f"{field}={named} as the row {config.row!r} says"
+        check(named == found[field], wanted, fix, **{field: found[field]})
 
 
 def differences(one: dict, other: dict) -> dict[str, tuple[object, object]]:

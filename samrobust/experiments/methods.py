@@ -10,16 +10,7 @@ from typing import Any
 import optax
 
 from samrobust.checks import check
-from samrobust.experiments.entries import (
-    REGISTRY,
-    Given,
-    added_passes,
-    find,
-    renamed,
-    section_fields,
-    section_of,
-    strength_of,
-)
+from samrobust.experiments import entries
 from samrobust.experiments.rows import STANDARD, Part, parse_row
 from samrobust.training.parts import Adversary, Averaging, Objective
 from samrobust.types import Config
@@ -54,21 +45,21 @@ def sections(row: str = "") -> dict[str, str]:
     Args:
       row: whose own parts have sections too.
     """
-    names = [*REGISTRY, *(part.name for part in parse_row(row or STANDARD).parts)]
-    return {section_of(name): name for name in names}
+    own = (part.name for part in parse_row(row or STANDARD).parts)
+    return {entries.section_of(name): name for name in (*entries.REGISTRY, *own)}
 
 
 def values_of(config: Config, name: str) -> dict[str, Any]:
     """Returns what a config says of a part, by the fields of its section."""
-    section = config[section_of(name)]
-    return {n: section[n] for n in section_fields(name) if "." not in n}
+    section = config[entries.section_of(name)]
+    return {n: section[n] for n in entries.section_fields(name) if "." not in n}
 
 
 def group_field(config: Config) -> tuple[str, int]:
     """Returns the name and the value of the field with the row's m of m-sharpness."""
     for part in parts_of(config):
-        if "m" in section_fields(part.name):
-            section = section_of(part.name)
+        if "m" in entries.section_fields(part.name):
+            section = entries.section_of(part.name)
             return f"{section}.m", config[section].m
     return "sam.m", 0
 
@@ -79,7 +70,7 @@ def group_size(config: Config) -> int:
     return 0 if size == config.training.batch_size else size
 
 
-def build(config: Config, given: Given) -> dict[str, Any]:
+def build(config: Config, given: entries.Given) -> dict[str, Any]:
     """Builds the parts of a config's row.
 
     Returns:
@@ -102,17 +93,20 @@ def build(config: Config, given: Given) -> dict[str, Any]:
     return parts
 
 
-def _construct(config: Config, name: str, given: Given) -> list[tuple[str, Any]]:
+def _construct(
+    config: Config, name: str, given: entries.Given
+) -> list[tuple[str, Any]]:
     """Returns what a constructor built, with the kind of part that each is."""
-    entry, values = find(name), values_of(config, name)
-    section, strength = section_of(name), strength_of(name)
+    entry, values = entries.find(name), values_of(config, name)
+    section, strength = entries.section_of(name), entries.strength_of(name)
     end = values.get(f"{strength}_end")
     if strength is not None and end is not None:
         steps = given.total_steps
         values[strength] = optax.linear_schedule(values[strength], end, steps)
     parameters = inspect.signature(entry.make).parameters
     arguments = {k: v for k, v in (given._asdict() | values).items() if k in parameters}
-    with renamed({key: f"{section}.{key}" for key in section_fields(name)}, name):
+    fields = {key: f"{section}.{key}" for key in entries.section_fields(name)}
+    with entries.renamed(fields, name):
         made = entry.make(**arguments)
     is_part = isinstance(made, tuple(_SLOTS.values()))
     several = isinstance(made, tuple) and not is_part
@@ -133,8 +127,8 @@ def cost(config: Config) -> float:
     """
     attack, ascents = 0.0, 0.0
     for part in parts_of(config):
-        attack += find(part.name).attack_passes(values_of(config, part.name))
-        ascents += added_passes(part.name)
-    objective = build(config, Given()).get("objective")
+        attack += entries.find(part.name).attack_passes(values_of(config, part.name))
+        ascents += entries.added_passes(part.name)
+    objective = build(config, entries.Given()).get("objective")
     views = len(set(objective.views)) if objective else 1
     return attack + views * (1 + ascents)

@@ -15,14 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from samrobust.checks import check
-from samrobust.experiments.entries import (
-    REGISTRIES,
-    REGISTRY,
-    find,
-    options,
-    renamed,
-    section_fields,
-)
+from samrobust.experiments import entries
+from samrobust.experiments.entries import REGISTRIES, REGISTRY
 from samrobust.system.resolve import is_reference
 from samrobust.types import Field
 
@@ -42,6 +36,12 @@ class Part:
     values: Mapping[str, Any]
 
     @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a config that the part sets, by their full names."""
+        section, fields = entries.section_of(self.name), entries.options(self.name)
+        return {f"{section}.{fields[key]}": value for key, value in self.values.items()}
+
+    @property
     def spelling(self) -> str:
         """The part's one spelling: `sam,rho=0.2`."""
         options = (f"{key}={_shown(value)}" for key, value in self.values.items())
@@ -50,7 +50,7 @@ class Part:
     @property
     def label(self) -> str:
         """The name in tables: `SAM (rho = 0.2)`."""
-        label = find(self.name).label
+        label = entries.find(self.name).label
         if label:
             return label.format(**self.values)
         name = self.name.rpartition(":")[2]
@@ -141,7 +141,7 @@ def _parse_part(spelling: str, row: str) -> Part:
         _EXAMPLES,
         row=row,
     )
-    fields, wanted = section_fields(name), options(name)
+    fields, wanted = entries.section_fields(name), entries.options(name)
     check(
         sorted(given) == sorted(wanted) and len(items) == len(wanted),
         f"the options {', '.join(wanted) or '(none)'} for {name}",
@@ -159,14 +159,14 @@ def _parse_part(spelling: str, row: str) -> Part:
                 f"With {option}=0 it is another row: {'+'.join(left) or STANDARD}.",
                 row=row,
             )
-        with renamed({field: option}):
+        with entries.renamed({field: option}):
             fields[field].rule(**{field: value})
         if isinstance(value, float):
             fix = "Directories are named by it."
             holds = float(_shown(value)) == value
             check(holds, f"six digits for {option}", fix, row=row)
         values[option] = value
-    find(name).check(**values)
+    entries.find(name).check(**values)
     return Part(name, values)
 
 

@@ -14,18 +14,10 @@ import jax
 
 from samrobust.checks import check
 from samrobust.data import Dataset, check_padding, fingerprint
-from samrobust.experiments import building, methods
+from samrobust.experiments import building, methods, scoring
 from samrobust.experiments.configuration import as_dict, differences
 from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.networks import Trained, load_network
-from samrobust.experiments.scoring import (
-    Observer,
-    Score,
-    Scorer,
-    evaluated_split,
-    evaluation_work,
-    make_validate,
-)
 from samrobust.experiments.tracking import Tracking
 from samrobust.experiments.workdir import (
     OtherConfigError,
@@ -69,13 +61,13 @@ def work(config: Config, dataset: Dataset) -> tuple[float, float]:
       forward pass is 1/3, an attack step 2/3.
     """
     training = config.training.epochs * len(dataset.train) * methods.cost(config)
-    return training, evaluation_work(config, dataset)
+    return training, scoring.evaluation_work(config, dataset)
 
 
 def run(
     config: Config,
     workdir: pathlib.Path,
-    observer: Observer,
+    observer: scoring.Observer,
     *,
     dataset: Dataset,
     should_stop: Callable[[], bool] = lambda: False,
@@ -139,7 +131,8 @@ def run(
             network = Trained(model, variables, config, outcome.step, identity)
         else:
             network = load_network(config, dataset, workdir, "best")
-        scored = Scorer(config, dataset)(network, workdir, observer, should_stop)
+        evaluate = scoring.Scorer(config, dataset)
+        scored = evaluate(network, workdir, observer, should_stop)
 
         def finish() -> dict[str, Any]:
             result = _describe(config, dataset, outcome, scored)
@@ -200,7 +193,7 @@ def train(
         steps_per_call=training.steps_per_call,
         log=log,
         schedules={"learning_rate": schedule},
-        validate=validate or make_validate(config, dataset),
+        validate=validate or scoring.make_validate(config, dataset),
         on_progress=on_progress,
         should_stop=should_stop,
     )
@@ -232,7 +225,7 @@ def _check_images(
     result: dict[str, Any], config: Config, dataset: Dataset, workdir: pathlib.Path
 ) -> None:
     """Refuses a result on other images than those at hand."""
-    images = fingerprint(evaluated_split(config, dataset))
+    images = fingerprint(scoring.evaluated_split(config, dataset))
     if result["images"] != images:
         raise WorkdirError(
             f"Expected a result on the {config.evaluation.split} images at hand in "
@@ -253,7 +246,7 @@ def _check_same(of_primary: dict[str, Any], ours: dict[str, Any]) -> None:
 
 
 def _describe(
-    config: Config, dataset: Dataset, outcome: FitResult, scored: Score
+    config: Config, dataset: Dataset, outcome: FitResult, scored: scoring.Score
 ) -> dict[str, Any]:
     """Returns the content of `result.json`."""
     return {
@@ -263,7 +256,7 @@ def _describe(
         "seed": config.seed,
         **scored.as_dict(),
         "run": _identity_in(outcome).as_dict(),
-        "num_test": len(evaluated_split(config, dataset)),
+        "num_test": len(scoring.evaluated_split(config, dataset)),
         "split": config.evaluation.split,
         "checkpoint": config.evaluation.checkpoint,
         "training_seconds": outcome.seconds,
