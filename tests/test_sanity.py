@@ -37,6 +37,7 @@ from samrobust.evaluation.diagnostics import (
 )
 from samrobust.evaluation.diagnostics.finding import is_mostly
 from samrobust.experiments.run import run
+from samrobust.experiments.scoring import until_stopped
 from samrobust.training import InterruptedRunError
 
 KEY = jax.random.key(5)
@@ -376,12 +377,13 @@ def test_progress_reaches_its_end_in_equal_steps(monkeypatch):
 
 
 def test_a_stop_is_heard_after_a_batch():
+    stop = until_stopped(lambda *_: None, lambda: True, "during the sanity checks")
     with pytest.raises(InterruptedRunError, match="sanity checks"):
         run_sanity(
             *(Network(), trained(), digits().test, BALLS),
             num_examples=20,
             key=KEY,
-            should_stop=lambda: True,
+            on_batch=stop,
         )
 
 

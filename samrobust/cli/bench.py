@@ -33,15 +33,17 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     add = parser.add_argument
     add("--config", **flags.CONFIG, default="configs/cifar10.py")
-    add("--workdir", **flags.DIRECTORY, default="runs/bench", help="%(default)s")
+    workdir = {"default": "runs/bench", "help": "default: %(default)s"}
+    add("--workdir", **flags.DIRECTORY, **workdir)
     kinds = flags.names_of("step", "epoch", "evaluation", "unrolled")
-    unrolled = "and unrolled, AT with its loop unrolled; default: step,epoch,evaluation"
+    unrolled = "step, epoch, evaluation, unrolled (AT's loop); default: the first three"
     add("--measure", **kinds, help=unrolled)
     methods = flags.names_of("st", "sam", "at", "at+sam")
-    add("--methods", **methods, help="default: st,sam,at; and at+sam")
+    add("--methods", **methods, help="of st, sam, at, at+sam; default: st,sam,at")
     add("--batch-sizes", **flags.COUNTS, help="default: the config's")
     precisions = flags.names_of("float32", "bfloat16")
-    add("--precisions", **precisions, help="default: the config's")
+    choices = "of float32, bfloat16; default: the config's"
+    add("--precisions", **precisions, help=choices)
     devices = "how many (virtual ones on a CPU); default: all"
     add("--devices", **flags.SIZES, help=devices)
     add("--steps-per-call", **flags.SIZES, help="default: as in training")
@@ -50,12 +52,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     compare = "interleave the same steps in PyTorch; needs torch"
     add("--compare", choices=("pytorch",), help=compare)
     variants = flags.names_of("reference", "resident", "tuned", "compiled")
-    every = "of PyTorch; default: reference,resident,tuned,compiled"
+    every = "of PyTorch: reference, resident, tuned, compiled; default: all"
     add("--variants", **variants, help=every)
     add("--repeats", **flags.FEW, help="of each process; default: 5")
-    add("--rounds", **flags.FEW, help="processes a row; default: 2")
+    add("--rounds", **flags.FEW, help="processes per row; default: 2")
     add("--min-seconds", **flags.POSITIVE, help="of a repeat; default: 2")
-    profile = "write Perfetto traces, one a row, instead of measuring"
+    profile = "write Perfetto traces, one per row, instead of measuring"
     add("--profile", action="store_true", help=profile)
 
 

@@ -33,7 +33,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--workdir", **flags.DIRECTORY, required=True, help="of the table")
     add("--rows", **flags.ROWS, help="only these; default: all")
     for norm in flags.NORMS:
-        words = "radii in 1/255; default: 8 up to twice the table's largest"
+        words = "in 1/255; default: 8 radii up to twice the table's largest"
         add(f"--{norm}", **flags.radii(norm), help=words)
     add("--num-steps", **flags.COUNT, help="of PGD; default: 20")
     add("--loss", **flags.LOSS, help="default: cross_entropy")
@@ -64,12 +64,15 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.experiments.networks import load_network
     from samrobust.experiments.reporting.pictures import write_figure
     from samrobust.experiments.reporting.progress import ProgressDisplay
-    from samrobust.experiments.scoring import evaluated_split, evaluation_key
+    from samrobust.experiments.scoring import (
+        evaluated_split,
+        evaluation_key,
+        until_stopped,
+    )
     from samrobust.experiments.workdir import finished_runs
     from samrobust.system.distributed import from_primary
     from samrobust.system.files import check_writable, write_sealed
     from samrobust.system.provenance import provenance
-    from samrobust.training import InterruptedRunError
 
     should_stop, console = join(stop)
     workdir = pathlib.Path(arguments.workdir)
@@ -109,19 +112,10 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
             }
             if stored.get(path, {}).items() >= measured.items():
                 continue
-
-            def on_batch(
-                done: int, total: int, doing: str = "", shown: Any = shown
-            ) -> None:
-                shown.on_batch(done, total, doing)
-                if should_stop():
-                    message = f"Stopped while measuring curves. {RESUME}"
-                    raise InterruptedRunError(message)
-
             found = measure_run(
                 *(evaluator(config), network.variables, split, settings),
                 key=evaluation_key(config),
-                on_batch=on_batch,
+                on_batch=until_stopped(shown.on_batch, should_stop, "in a run"),
             )
             stored[path] = {**found, **measured, "provenance": provenance()}
             write()

@@ -37,14 +37,14 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--save-examples", **flags.SWITCH, help=examples)
     add("--num-examples", **flags.COUNT, help=f"test images, evenly spaced; {own}")
     add("--norm", choices=flags.NORMS, action="append", help="default: both")
-    radii = "radius in 1/255, needs --norm; repeat for several"
+    radii = "radius in 1/255, needs --norm; repeatable"
     add("--epsilon", **flags.POSITIVE, action="append", help=f"{radii}; {own}")
     add("--step-size", **flags.POSITIVE, help=f"in 1/255; {own}")
     add("--num-steps", **flags.COUNT, help=own)
     add("--restarts", **flags.COUNT, help=own)
     add("--loss", **flags.LOSS, help=own)
-    add("--judge", choices=("final", "any"), help=f"iterate judged; {own}")
-    skip = "leave broken images out of further steps; for --judge=any, same outcome"
+    add("--judge", choices=("final", "any"), help=f"which iterate is judged; {own}")
+    skip = "skip broken images in later steps; with --judge=any the same outcome"
     add("--early-stop", **flags.SWITCH, help=skip)
     add("--checkpoint", **flags.CHECKPOINT)
     add("--step", **flags.STEP)
@@ -55,7 +55,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--sanity", action="store_true", help=sanity)
     images = f"with --sanity: images, evenly spaced; default: {_SANITY_EXAMPLES}"
     add("--sanity-examples", **flags.COUNT, help=images)
-    others = "with --sanity: another run, to transfer adversarial images from; repeat"
+    others = "with --sanity: another run whose adversarial images are tried; repeatable"
     add("--transfer-from", **flags.DIRECTORY, action="append", help=others)
 
 
@@ -150,7 +150,7 @@ def _config(workdir: pathlib.Path, arguments: argparse.Namespace) -> "Config":
     norms, epsilons = arguments.norm or flags.NORMS, arguments.epsilon
     attack = arguments.attack or run_config.evaluation.attack
     useless = _OF_PGD if attack == "autoattack" else _OF_AUTOATTACK
-    given = [name for name in useless if getattr(arguments, name) is not None]
+    given = list(flags.given(vars(arguments), useless))
     words = ", ".join("--" + name.replace("_", "-") for name in useless)
     check(
         not given,
@@ -166,8 +166,7 @@ def _config(workdir: pathlib.Path, arguments: argparse.Namespace) -> "Config":
         norm=arguments.norm,
         epsilon=epsilons,
     )
-    given_radii = None if epsilons is None else tuple(epsilons)
-    radii = {norm: given_radii if norm in norms else () for norm in flags.NORMS}
+    radii = {norm: epsilons if norm in norms else () for norm in flags.NORMS}
     config = apply_flags(run_config, vars(arguments) | radii)
     if (step_size := arguments.step_size) is not None:
         attacked = [r for norm in norms for r in config.evaluation[norm]]

@@ -9,7 +9,7 @@ import argparse
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 from samrobust.checks import (
@@ -46,6 +46,7 @@ __all__ = [
     "SWITCH",
     "VERSION",
     "build",
+    "given",
     "names_of",
     "radii",
 ]
@@ -131,12 +132,17 @@ def radii(norm: str) -> _Kind:
     return _kind(lambda text: each(text) if text else (), "E,...")
 
 
+def given(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Returns those of some flags that are given; of several values a tuple."""
+    found = {name: values.get(name) for name in names}
+    found |= {n: tuple(value) for n, value in found.items() if isinstance(value, list)}
+    return {n: value for n, value in found.items() if value is not None}
+
+
 def build(make: Callable[..., _T], arguments: argparse.Namespace, **own: Any) -> _T:
     """Builds a dataclass of the flags that are given; its defaults for the rest."""
-    given = {n: v for n, v in vars(arguments).items() if v is not None}
-    given |= {n: tuple(v) for n, v in given.items() if isinstance(v, list)}
     names = inspect.signature(make).parameters
-    return make(**{n: v for n, v in given.items() if n in names}, **own)
+    return make(**given(vars(arguments), names) | own)
 
 
 DIRECTORY, FILE = _kind(_path, "DIR"), _kind(_path, "FILE")

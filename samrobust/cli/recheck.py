@@ -41,11 +41,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--version", **flags.VERSION)
     add("--members", **flags.MEMBERS)
     for norm in flags.NORMS:
-        add(
-            f"--{norm}",
-            **flags.radii(norm),
-            help="radii in 1/255; default: the table's",
-        )
+        radii = "radii in 1/255; default: the table's"
+        add(f"--{norm}", **flags.radii(norm), help=radii)
     images = "test images, evenly spaced; default: the table's"
     add("--num-examples", **flags.COUNT, help=images)
     add("--batch-size", **flags.COUNT, help="default: the table's")
@@ -136,10 +133,8 @@ def _config(config: "Config", attack: str, arguments: argparse.Namespace) -> "Co
     from samrobust.cli.shared import apply_flags
     from samrobust.experiments.validation import validate
 
-    flags = {**vars(arguments), "attack": attack}
-    if attack == "pgd":
-        flags |= {"version": None, "members": None}
-    config = apply_flags(config, flags)
+    own = {"version": None, "members": None} if attack == "pgd" else {}
+    config = apply_flags(config, vars(arguments) | own | {"attack": attack})
     evaluation = config.evaluation
     check(
         bool(evaluation.linf or evaluation.l2),

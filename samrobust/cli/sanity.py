@@ -16,7 +16,7 @@ from samrobust.evaluation.diagnostics.report import to_sheet, write_report
 from samrobust.experiments import building
 from samrobust.experiments.networks import Trained, load_network
 from samrobust.experiments.reporting.progress import ProgressDisplay
-from samrobust.experiments.scoring import evaluated_split, evaluation_key
+from samrobust.experiments.scoring import evaluated_split, evaluation_key, until_stopped
 from samrobust.experiments.workdir import config_of_run
 from samrobust.system.distributed import from_primary
 from samrobust.system.provenance import provenance
@@ -59,15 +59,14 @@ def check_network(
     display = ProgressDisplay(console, 1.0)
     shown = display.run(f"{config.label}: sanity checks", 0.0, 1.0)
 
-    def on_batch(done: int, total: int) -> None:
+    def show(done: int, total: int, _: str) -> None:
         shown.on_batch(done, total, f"{done / total:.0%}")
 
     def surrogate(folder: str, other: Config) -> Surrogate:
         same = other.data.to_dict() == config.data.to_dict()
         images = dataset if same else building.load_data(other)
         which = other.evaluation.checkpoint
-        found = load_network(other, images, pathlib.Path(folder), which)
-        return Surrogate(found.model, found.variables)
+        return Surrogate(*load_network(other, images, pathlib.Path(folder), which)[:2])
 
     with display.live():
         findings = run_sanity(
@@ -76,8 +75,7 @@ def check_network(
             num_examples=num_examples,
             batch_size=config.evaluation.batch_size,
             key=jax.random.fold_in(evaluation_key(config), _SANITY_STREAM),
-            on_batch=on_batch,
-            should_stop=should_stop,
+            on_batch=until_stopped(show, should_stop, "during the sanity checks"),
         )
     count = len(some_of(split, num_examples))
     name = f"{config.evaluation.split} set of {config.data.name}"

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from samrobust.checks import check
+from samrobust.cli import flags
 from samrobust.experiments.reporting.console import make_console
 from samrobust.system import distributed
 from samrobust.types import Config
@@ -40,10 +41,10 @@ def join(stop: Callable[[], bool]) -> tuple[Callable[[], bool], Console]:
     return should_stop, make_console(quiet=not distributed.is_primary())
 
 
-def apply_flags(config: Config, flags: Mapping[str, Any]) -> Config:
-    """Returns a run's config with the flags that are not None written into it."""
+def apply_flags(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns a run's config with the flags that are given written into it."""
     config = config.copy_and_resolve_references()
-    given = {n: flags[n] for n in _FIELDS if flags.get(n) is not None}
+    given = flags.given(values, _FIELDS)
     check(
         "num_examples" not in given or config.evaluation.split == "test",
         "evaluation.split=test with --num-examples",

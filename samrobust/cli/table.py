@@ -53,7 +53,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     instead.add_argument(
         "--list",
         action="store_true",
-        help="train nothing: print the runs, a line each: index, row, seed, state, "
+        help="train nothing: print the runs, one per line: index, row, seed, state, "
         "separated by tabs",
     )
 
@@ -96,11 +96,9 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     if arguments.list or arguments.collect:
         if not distributed.starts_first():
             return 0
-        return (
-            _list(plan)
-            if arguments.list
-            else _conclude(plan, arguments, make_console())
-        )
+        if arguments.list:
+            return _list(plan)
+        return _conclude(plan, arguments, make_console())
     check_installed(plan.runs[0].config)
     should_stop, console = join(stop)
     share = plan.runs[plan.shard]

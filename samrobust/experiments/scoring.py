@@ -10,6 +10,7 @@ from samrobust.data import Dataset, Split, fingerprint
 from samrobust.evaluation import (
     Archive,
     Evaluator,
+    OnBatch,
     make_autoattack_evaluator,
     make_early_stop_evaluator,
     make_evaluator,
@@ -29,6 +30,7 @@ __all__ = [
     "evaluation_key",
     "evaluation_work",
     "make_validate",
+    "until_stopped",
 ]
 
 # Evaluation keys must not coincide with those of training: another branch of the seed.
@@ -116,13 +118,7 @@ class Scorer:
           InterruptedRunError: after `should_stop`. The same call begins again with
             PGD, and resumes with AutoAttack.
         """
-
-        def on_batch(done: int, num_examples: int, doing: str = "") -> None:
-            observer.on_batch(done, num_examples, doing)
-            if should_stop() and done < num_examples:
-                message = f"Stopped during evaluation. {RESUME}"
-                raise InterruptedRunError(message)
-
+        on_batch = until_stopped(observer.on_batch, should_stop, "during evaluation")
         archive = Archive(workdir / "autoattack", keep_examples, provenance())
         key = evaluation_key(network.config)
         outcome = self._evaluate(
@@ -136,6 +132,26 @@ class Scorer:
             provenance=outcome.ended_by or provenance(),
             details=outcome.details,
         )
+
+
+def until_stopped(
+    on_batch: Callable[..., None], should_stop: Callable[[], bool], when: str
+) -> OnBatch:
+    """Returns a listener that raises `InterruptedRunError` when it is asked to stop.
+
+    Args:
+      on_batch: is told of every batch.
+      should_stop: asked after every batch but the last.
+      when: for the message: stopped when.
+    """
+
+    def listen(done: int, num_examples: int, doing: str = "") -> None:
+        on_batch(done, num_examples, doing)
+        if should_stop() and done < num_examples:
+            message = f"Stopped {when}. {RESUME}"
+            raise InterruptedRunError(message)
+
+    return listen
 
 
 def evaluation_key(config: Config) -> jax.Array:
