@@ -26,7 +26,7 @@ from samrobust.experiments.workdir import (
     settle_config,
 )
 from samrobust.system.claims import Claim, ClaimedError, claim
-from samrobust.system.distributed import from_primary, lost_a_peer
+from samrobust.system.distributed import broadcast_from_primary, lost_a_peer
 from samrobust.system.failures import recording_failure
 from samrobust.system.files import write_sealed
 from samrobust.system.provenance import provenance
@@ -109,7 +109,7 @@ def run(
                 _check_images(result, config, dataset, workdir)
             return _inputs(config, dataset), result
 
-        inputs, result = from_primary(begin)
+        inputs, result = broadcast_from_primary(begin)
         _check_same(inputs, _inputs(config, dataset))
         if result is not None:
             return result
@@ -141,7 +141,7 @@ def run(
             tracking.finish(result["accuracy"])
             return result
 
-        return from_primary(finish)
+        return broadcast_from_primary(finish)
 
 
 def train(

@@ -203,8 +203,8 @@ def test_a_field_outside_its_range_is_refused_by_name(field, value):
 
 
 def test_unknown_and_missing_fields_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"unknown=\['colour'\]"):
-        make_spec(colour="red")
+    with pytest.raises(ValueError, match=r"unknown=\['color'\]"):
+        make_spec(color="red")
     fields = {name: value for name, value in SPEC.items() if name != "rho"}
     with pytest.raises(ValueError, match=r"missing=\['rho'\]"):
         spec_module.parse_spec(json.dumps(fields))
