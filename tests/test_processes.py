@@ -46,10 +46,10 @@ def work(folder: pathlib.Path, layout: str) -> None:
     workdir = folder / layout / AT
     network = load_network(config, dataset, workdir, "last")
     accuracy = Scorer(config, dataset)(network, workdir, helpers.Silent()).accuracy
-    values = distributed.from_primary(lambda: {"who": 0, "layout": layout})
+    values = distributed.broadcast_from_primary(lambda: {"who": 0, "layout": layout})
     assert values == {"who": 0, "layout": layout}
     try:
-        distributed.from_primary(lambda: 1 // 0)
+        distributed.broadcast_from_primary(lambda: 1 // 0)
     except ZeroDivisionError as error:
         assert distributed.is_shared(error) == (jax.process_count() > 1)  # noqa: PT017
     if distributed.is_primary():
@@ -163,4 +163,4 @@ def test_a_run_moves_to_another_number_of_processes(folder, way):
 if __name__ == "__main__":
     distributed.join(lambda: False)
     work(pathlib.Path(sys.argv[1]), sys.argv[2])
-    distributed.part()
+    distributed.shut_down()

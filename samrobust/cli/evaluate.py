@@ -78,7 +78,9 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     workdir = pathlib.Path(arguments.workdir)
     should_stop, console = join(stop)
-    config, surrogates = distributed.from_primary(lambda: _inputs(workdir, arguments))
+    config, surrogates = distributed.broadcast_from_primary(
+        lambda: _inputs(workdir, arguments)
+    )
     dataset, which = building.load_data(config), config.evaluation.checkpoint
     network = load_network(config, dataset, workdir, which, step=arguments.step)
     work = evaluation_work(config, dataset)
@@ -102,7 +104,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         "seed": config.seed,
     }
     path = workdir / _EVALUATIONS
-    distributed.from_primary(lambda: append_json_line(path, line))
+    distributed.broadcast_from_primary(lambda: append_json_line(path, line))
     console.print(f"Added to {path}")
     if arguments.sanity:
         check_network(

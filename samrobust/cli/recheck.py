@@ -65,18 +65,18 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.experiments.identity import identity_of
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.workdir import config_of_run, finished_runs, read_result
-    from samrobust.system.distributed import from_primary
+    from samrobust.system.distributed import broadcast_from_primary
     from samrobust.system.files import check_writable
 
     should_stop, console = shared.join(stop)
     workdir = pathlib.Path(arguments.workdir)
-    runs = from_primary(
+    runs = broadcast_from_primary(
         lambda: {
             path: {attack: _config(config, attack, arguments) for attack in _SUFFIXES}
             for path, config in finished_runs(workdir, arguments.rows or ()).items()
         }
     )
-    from_primary(lambda: check_writable(workdir))
+    broadcast_from_primary(lambda: check_writable(workdir))
     load_data = shared.once_per(building.load_data, "data")
     scorer = shared.once_per(
         lambda c: scoring.Scorer(c, load_data(c)), "data", "model", "evaluation"
@@ -109,12 +109,12 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
                 "accuracy": _columns({n: s.accuracy for n, s in scores.items()}),
                 "num_test": len(scoring.evaluated_split(config, dataset)),
                 "pgd_provenance": scores["pgd"].provenance,
-                "training_provenance": from_primary(
+                "training_provenance": broadcast_from_primary(
                     lambda folder=folder: training_provenance(folder)
                 ),
             }
             results.append(result)
-    paths = from_primary(lambda: _conclude(workdir, runs, results, console))
+    paths = broadcast_from_primary(lambda: _conclude(workdir, runs, results, console))
     shared.show_written(console, workdir, paths)
     return 0
 

@@ -50,7 +50,7 @@ def execute(run: Run, arguments: argparse.Namespace) -> int:
     stop = StopRequest(patience, is_alone=lambda: not distributed.is_joined())
     with stop.listening():
         code = _run(run, arguments, stop)
-        distributed.part()
+        distributed.shut_down()
     return code
 
 
@@ -69,11 +69,11 @@ def _run(run: Run, arguments: argparse.Namespace, stop: StopRequest) -> int:
         return EXIT_CODES[stop.signal or signal.SIGTERM]
     except KeyboardInterrupt:
         if distributed.is_joined():
-            distributed.leave(_CTRL_C, "It was interrupted by Ctrl-C.")
+            distributed.abort(_CTRL_C, "It was interrupted by Ctrl-C.")
         return _CTRL_C
     except (BrokenPipeError, OutputError):
         if distributed.is_joined():
-            distributed.leave(FAILED, "Its output cannot be written.")
+            distributed.abort(FAILED, "Its output cannot be written.")
         raise
     except Exception as error:
         code = _code_of(error)
@@ -86,7 +86,7 @@ def _run(run: Run, arguments: argparse.Namespace, stop: StopRequest) -> int:
         message = f"{_LOST} ({message})" if code == _LOST_PEER else message
         _say(f"error: {message}", error)
         if distributed.is_joined() and not distributed.is_shared(error):
-            distributed.leave(code, message)
+            distributed.abort(code, message)
         return code
 
 

@@ -18,7 +18,7 @@ from samrobust.experiments.networks import Trained, load_network
 from samrobust.experiments.reporting.progress import ProgressDisplay
 from samrobust.experiments.scoring import evaluated_split, evaluation_key, until_stopped
 from samrobust.experiments.workdir import config_of_run
-from samrobust.system.distributed import from_primary
+from samrobust.system.distributed import broadcast_from_primary
 from samrobust.system.provenance import provenance
 from samrobust.training.adversaries.at import make_ball
 from samrobust.types import Config
@@ -88,7 +88,7 @@ def check_network(
         "provenance": provenance(),
     }
     console.print(to_sheet(findings, note).to_rich())
-    paths = from_primary(
+    paths = broadcast_from_primary(
         lambda: write_report(findings, workdir, note=note, about=about)
     )
     show_written(console, workdir, paths)

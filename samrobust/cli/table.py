@@ -102,10 +102,12 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     check_installed(plan.runs[0].config)
     should_stop, console = join(stop)
     share = plan.runs[plan.shard]
-    distributed.from_primary(lambda: refuse_other_configs(plan.workdir, share))
-    distributed.from_primary(lambda: record_plan(plan.workdir, plan.runs))
+    distributed.broadcast_from_primary(
+        lambda: refuse_other_configs(plan.workdir, share)
+    )
+    distributed.broadcast_from_primary(lambda: record_plan(plan.workdir, plan.runs))
     failed = _train(share, console, should_stop)
-    distributed.from_primary(lambda: _conclude(plan, arguments, console))
+    distributed.broadcast_from_primary(lambda: _conclude(plan, arguments, console))
     return FAILED if failed else 0
 
 
@@ -177,12 +179,14 @@ def _train(
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.run import work
     from samrobust.experiments.sweep import run_all
-    from samrobust.system.distributed import from_primary
+    from samrobust.system.distributed import broadcast_from_primary
 
     if not runs:
         return False
     dataset = building.load_data(runs[0].config)
-    done = from_primary(lambda: [(r.workdir / "result.json").exists() for r in runs])
+    done = broadcast_from_primary(
+        lambda: [(r.workdir / "result.json").exists() for r in runs]
+    )
     works = {
         planned.workdir: (0.0, 0.0) if is_done else work(planned.config, dataset)
         for planned, is_done in zip(runs, done, strict=True)

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         planned.workdir,
         should_stop=should_stop,
         on_wait=console.print,
-        agree=distributed.from_primary,
+        agree=distributed.broadcast_from_primary,
     )
     if should_stop():
         message = f"Stopped while waiting for another process. {RESUME}"

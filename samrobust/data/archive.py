@@ -78,7 +78,7 @@ def find_archive(
 
 
 def _found(archive: ArchiveFile, directory: pathlib.Path) -> str:
-    """Describes what is there in place of an archive."""
+    """Describes what is there instead of an archive."""
     if directory.is_file():
         return f"manual_dir={str(directory)!r}, a file and not its folder"
     try:
@@ -131,7 +131,7 @@ def _download(archive: ArchiveFile, downloads: pathlib.Path) -> pathlib.Path:
 
 
 class ResumingDownloader:
-    """A pooch downloader that goes on where a broken download stopped.
+    """A pooch downloader that resumes a broken download.
 
     The bytes gather in a file of their own, which outlives the call and the process.
     Each attempt asks for the rest with an HTTP Range header; a server that ignores the

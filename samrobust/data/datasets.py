@@ -264,7 +264,7 @@ def _choose_train(
         train_size=train_size,
         validation_size=validation_size,
     )
-    # The raw stream of a bit generator is fixed for ever; Generator's methods are not.
+    # The raw stream of a bit generator is fixed forever; Generator's methods are not.
     keys = np.random.PCG64([seed, 0]).random_raw(available)
     permutation = np.argsort(keys, kind="stable")
     held_out = permutation[available - validation_size :]

@@ -53,7 +53,7 @@ def load_digits() -> dict[str, np.ndarray]:
 
 def _stratified_choice(labels: np.ndarray, size: int) -> np.ndarray:
     """Returns `size` distinct positions in which each class has its share."""
-    # The raw stream of a bit generator is fixed for ever; Generator's methods are not.
+    # The raw stream of a bit generator is fixed forever; Generator's methods are not.
     shuffled = np.random.PCG64(_SPLIT_SEED).random_raw(len(labels))
     by_class = np.lexsort((shuffled, labels))
     evenly_spread = ((2 * np.arange(size) + 1) * len(labels)) // (2 * size)

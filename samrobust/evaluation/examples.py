@@ -32,7 +32,7 @@ class ExamplesFile:
         self.sums = np.zeros(self._shape[:2], np.uint32)
 
     def create(self) -> None:
-        """Writes the images as they are."""
+        """Writes the natural images."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         header = {"descr": "<f4", "fortran_order": False, "shape": self._shape}
         with self.path.open("wb") as file:

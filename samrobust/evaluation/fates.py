@@ -23,7 +23,7 @@ from flax import linen as nn
 from samrobust.attacks import ATTACKS_VERSION
 from samrobust.data import Split, fingerprint
 from samrobust.evaluation.examples import ExamplesFile
-from samrobust.system.distributed import from_primary, is_primary
+from samrobust.system.distributed import broadcast_from_primary, is_primary
 from samrobust.system.files import set_aside, write_bytes
 from samrobust.system.provenance import random_bits
 from samrobust.types import Array, PyTree
@@ -167,7 +167,7 @@ class FatesFile:
           images: uint8 [N, ...], of the split, to store the adversarial images next to
             the file; None: they are not stored.
         """
-        stored = from_primary(lambda: self._open(fresh, images))
+        stored = broadcast_from_primary(lambda: self._open(fresh, images))
         return dataclasses.replace(stored or fresh, path=self.path)
 
     def _open(self, fresh: Fates, images: np.ndarray | None) -> Fates | None:

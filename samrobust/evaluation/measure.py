@@ -180,9 +180,9 @@ def fetch(values: PyTree, tell: Callable[..., None], *progress: Any) -> PyTree:
 
     Args:
       values: arrays, maybe not computed yet.
-      tell: called as `tell(*progress)` about twice a second as long as they are not;
-        not in several processes, which must be told equally often.
-      *progress: what is told.
+      tell: called as `tell(*progress)` about twice a second until they are; not in
+        several processes, where the numbers of calls would differ.
+      *progress: its arguments.
     """
     leaves, told, pause = jax.tree.leaves(values), time.monotonic(), _POLLS[0]
     while jax.process_count() == 1 and not all(leaf.is_ready() for leaf in leaves):

@@ -19,7 +19,7 @@ from samrobust.data import Dataset, DatasetFacts
 from samrobust.experiments import building
 from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.workdir import config_of_run, stored_config
-from samrobust.system.distributed import data_mesh, from_primary
+from samrobust.system.distributed import broadcast_from_primary, data_mesh
 from samrobust.system.files import glance
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
 from samrobust.training.epoch import LoopState
@@ -110,8 +110,10 @@ def load_network(
     key = jax.eval_shape(lambda: jax.random.key(0))
     like = jax.eval_shape(_make_init(config, dataset), key)
     folder = checkpoint_folder(workdir, which)
-    own = from_primary(lambda: stored_config(workdir)) or config
-    digest = from_primary(lambda: glance(workdir / "import.json").get("sha256"))
+    own = broadcast_from_primary(lambda: stored_config(workdir)) or config
+    digest = broadcast_from_primary(
+        lambda: glance(workdir / "import.json").get("sha256")
+    )
     images = dataset if isinstance(dataset, Dataset) else None
     expected = identity_of(own, images, digest)
 
@@ -123,7 +125,7 @@ def load_network(
     )
     assert restored is not None  # `Checkpoints.restore` raises
     if step is None:
-        from_primary(lambda: _check_is_final(own, folder, restored))
+        broadcast_from_primary(lambda: _check_is_final(own, folder, restored))
     identity = Identity.from_dict(restored.metadata["identity"])
     assert identity is not None  # `refuse` was asked
     model, state = building.make_model(config, dataset), restored.state.state

@@ -12,8 +12,8 @@ from samrobust.evaluation import (
     Evaluator,
     OnBatch,
     make_autoattack_evaluator,
-    make_early_stop_evaluator,
     make_evaluator,
+    make_skip_broken_evaluator,
 )
 from samrobust.experiments import building
 from samrobust.experiments.networks import Trained
@@ -90,7 +90,7 @@ class Scorer:
         if config.evaluation.attack == "autoattack":
             make, attacks = make_autoattack_evaluator, building.autoattacks(config)
         elif config.evaluation.early_stop:
-            make, attacks = make_early_stop_evaluator, building.staged_attacks(config)
+            make, attacks = make_skip_broken_evaluator, building.staged_attacks(config)
         else:
             make, attacks = make_evaluator, building.evaluation_attacks(config)
         model, size = building.make_model(config, dataset), config.evaluation.batch_size

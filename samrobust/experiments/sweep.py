@@ -30,7 +30,7 @@ from samrobust.experiments.workdir import (
     read_result,
 )
 from samrobust.system.claims import ClaimedError
-from samrobust.system.distributed import from_primary, met_by_all
+from samrobust.system.distributed import broadcast_from_primary, met_by_all
 from samrobust.system.failures import describe, read_failure
 from samrobust.system.files import WorkdirError, write_json
 from samrobust.system.runtime import RESUME
@@ -76,13 +76,17 @@ def run_all(
     Raises:
       InterruptedRunError: after `should_stop`.
     """
-    before = from_primary(lambda: {p.workdir: read_failure(p.workdir) for p in runs})
+    before = broadcast_from_primary(
+        lambda: {p.workdir: read_failure(p.workdir) for p in runs}
+    )
     results: dict[pathlib.Path, dict[str, Any]] = {}
     left, pause = list(runs), _TICK
     while left:
         held = []
         for planned in left:
-            failure = from_primary(functools.partial(read_failure, planned.workdir))
+            failure = broadcast_from_primary(
+                functools.partial(read_failure, planned.workdir)
+            )
             if failure is not None and failure != before[planned.workdir]:
                 why = f"{failure.get('message')} (on {failure.get('host')})"
                 on_failure(planned, why)

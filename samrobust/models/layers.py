@@ -157,7 +157,7 @@ def residual_stages(
       widths: features of each stage.
       blocks: blocks in each stage; every stage but the first halves the resolution.
       hidden: [B, H, W, C].
-      train: handed to the blocks.
+      train: passed to the blocks.
     """
     for i, (features, count) in enumerate(zip(widths, blocks, strict=True)):
         for j in range(count):

@@ -328,7 +328,7 @@ def _move(params: PyTree, grads: PyTree, perturbation: PyTree) -> _Ascended:
 
 
 def _rounded(exact: Array, dtype: Any) -> Array:
-    """Returns what is left in `dtype`; XLA may keep more of two casts, not of this."""
+    """Rounds to `dtype`; XLA may drop a pair of casts, but not this."""
     if exact.dtype == dtype:
         return exact
     info = jnp.finfo(dtype)

@@ -1,4 +1,4 @@
-"""`failure.json`: why the last attempt at a run failed, for those who look on."""
+"""`failure.json`: why the last attempt at a run failed, for other processes."""
 
 import contextlib
 import os
@@ -60,7 +60,7 @@ def describe(error: Exception) -> str:
 
 
 def _record(error: Exception) -> dict[str, Any]:
-    # Loads JAX, which those who look on do without.
+    # Loads JAX, which readers of the file do without.
     from samrobust.system.provenance import provenance
 
     trace = "".join(traceback.format_exception(error))

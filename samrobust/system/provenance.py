@@ -1,4 +1,4 @@
-"""Where a number comes from: commit, versions, device, command, time."""
+"""The provenance of a number: commit, versions, device, command, time."""
 
 import datetime
 import functools

@@ -1,8 +1,8 @@
-"""Settings of a process that runs experiments: compiler, memory, cache, signals, words.
+"""Settings of a process that runs experiments: compiler, memory, cache, signals.
 
-Libraries must not touch such things; the `samrobust` command does, through this module
-alone. What the user has set in the environment always wins. JAX is imported where it is
-needed, since signals and words come before it.
+Libraries must not touch these; the `samrobust` command does, only through this module.
+What the user has set in the environment takes precedence. JAX is imported late,
+since signals must be handled and messages printed before.
 """
 
 import atexit
@@ -39,7 +39,7 @@ __all__ = [
     "trusted_cache_folder",
 ]
 
-# XLA's CPU compiler hands convolutions to YNNPACK, which at the sizes of this package
+# XLA's CPU compiler passes convolutions to YNNPACK, which at the sizes of this package
 # takes 1.3 to 1.5 times as long as Eigen, its other choice. Reductions stay where they
 # are: there YNNPACK is the faster one.
 _YNN_FLAG = "xla_cpu_experimental_ynn_fusion_type"
@@ -60,8 +60,8 @@ def cache_folder() -> pathlib.Path:
 def trusted_cache_folder(name: str = "") -> pathlib.Path | None:
     """Makes the cache folder, or one within; returns None if it is not private.
 
-    Compiled programs are run and arrays believed as they are found there. So nobody
-    else may write to it; it is made with mode 0700.
+    Compiled programs and arrays are loaded from there and trusted. So only the user may
+    write to it; it is made with mode 0700.
 
     Args:
       name: of the folder within, as `xla`; empty for the cache folder itself.
@@ -98,7 +98,7 @@ _SWITCH = ("on", "off", "1", "0")
 def enable_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that a restart is fast.
 
-    Does nothing if `JAX_COMPILATION_CACHE_DIR` is set (JAX heeds it by itself), or if
+    Does nothing if `JAX_COMPILATION_CACHE_DIR` is set (JAX reads it by itself), or if
     `SAMROBUST_COMPILATION_CACHE=off`; nor where the folder is not this user's alone.
 
     Raises:
@@ -161,7 +161,7 @@ def keep_freed_memory() -> bool:
 def _prepare_heap() -> None:
     """Marks the heap that is still to come for huge pages: fewer faults, fewer misses.
 
-    Reserved and freed untouched, it takes no memory before it is used.
+    The block is reserved and freed untouched, so it takes no memory before it is used.
     """
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
@@ -184,14 +184,14 @@ _UNWINDING = 1.5  # seconds that the second Ctrl-C leaves for an orderly end
 class StopRequest:
     """SIGTERM and Ctrl-C as a question that a loop can ask: `stop()`.
 
-    The second Ctrl-C interrupts at once. Python hears a signal between two of its own
-    instructions, and so not while the device compiles or computes; a thread hears it
-    always, and ends a process that has not ended by itself in good time.
+    The second Ctrl-C interrupts at once. Python handles a signal between two of its own
+    instructions, so not while the device compiles or computes; a thread always receives
+    it, and ends a process that has not ended by itself in time.
 
     Args:
       patience: seconds after the first signal until the process is ended wherever it
-        is; for work of which nothing is lost by that. None: as long as it takes.
-      is_alone: asked before a process is ended; others may count on it.
+        is, for work that loses nothing by that. None: as long as it takes.
+      is_alone: called before a process is ended, on which others may depend.
     """
 
     def __init__(
@@ -261,8 +261,8 @@ def _handling(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]
 def end_on_signals() -> None:
     """Makes both signals end the process at once: while it loads, and at its end.
 
-    Both take seconds in which nothing is at work that could be lost. As Python is torn
-    down it can hear no more: then the signals are ignored, and the exit code stands.
+    Both take seconds in which no work can be lost. While Python shuts down, it cannot
+    handle signals: then they are ignored, and the exit code stands.
     """
     for number in EXIT_CODES:
         signal.signal(number, _end_at_once)
@@ -291,7 +291,7 @@ class OutputError(SystemExit):
 
 
 def say(text: str) -> None:
-    """Says something of this process in a line on standard error, if that is there."""
+    """Prints one line about this process to standard error, if that exists."""
     with contextlib.suppress(OSError, ValueError):
         if sys.stderr is not None:
             print(f"samrobust: {one_line(text)}", file=sys.stderr, flush=True)

@@ -5,10 +5,10 @@ two items: `state`, the leaves of the training state in a flat dictionary keyed 
 their paths, such as `state.params['conv']['kernel']`; and `metadata`, a JSON file with
 the caller's metadata and, for each leaf, its dtype, shape and CRC-32. Orbax renames a
 directory into place when all of it is written, so that a killed process leaves earlier
-checkpoints as they were. The checksums find what Orbax does not: it restores a file
-with a flipped byte without a word.
+checkpoints as they were. The checksums find what Orbax misses: it silently
+restores a file with a flipped byte.
 
-Of several processes one alone uses this, process 0: it holds a copy of the whole state.
+Only process 0 uses this module: it holds a copy of the whole state.
 Only one job at a time may write to a directory; others may read it. Typed PRNG keys are
 out of scope: save `jax.random.key_data(key)`.
 """

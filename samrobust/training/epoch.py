@@ -149,6 +149,7 @@ def _add(
     outcome = jax.tree.leaves((state.variables, metrics))
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in outcome]))
     is_first = ~finite & (totals["first_bad_step"] < 0)
+    # Weighted by examples: the last batch of an epoch may be smaller.
     sums = {
         name: total + size * metrics[name] for name, total in totals["sums"].items()
     }

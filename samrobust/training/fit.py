@@ -225,7 +225,7 @@ class _Run:
         return self.plan.num_steps * self.epochs
 
     def to_the_end(self, carry: LoopState) -> FitResult:
-        """Trains what is left."""
+        """Trains the remaining steps."""
         step = int(carry.state.step)
         if step < self.num_steps:
             self._report("compiling", step)

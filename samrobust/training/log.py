@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
-from samrobust.system.distributed import from_primary, is_primary
+from samrobust.system.distributed import broadcast_from_primary, is_primary
 from samrobust.system.files import MetricsLog
 from samrobust.training.checkpoint import CheckpointError, Checkpoints
 from samrobust.training.epoch import LoopState, MetricSums
@@ -213,13 +213,13 @@ class RunFolder(RunLog):
             self._workdir.mkdir(parents=True, exist_ok=True)
             self._log = MetricsLog(self._workdir / "metrics.jsonl", self.lines)
 
-        from_primary(open_log)
+        broadcast_from_primary(open_log)
         return fresh if restored is None else restored.state
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds an epoch to the log."""
         self.lines.append(line)
-        from_primary(lambda: self._log and self._log.append(line))
+        broadcast_from_primary(lambda: self._log and self._log.append(line))
 
     def save(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Saves the state and waits until it is written, in all processes.
@@ -234,7 +234,7 @@ class RunFolder(RunLog):
             self._begin_to_save(carry, step, epoch_seconds)
             self._checkpoints.wait()
 
-        from_primary(write)
+        broadcast_from_primary(write)
 
     def save_if_due(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Starts saving the state in process 0, once the last checkpoint is old enough.
@@ -263,13 +263,13 @@ class RunFolder(RunLog):
             self._best.save(step, carry, metadata, wait=True)
             return score
 
-        self._best_score = from_primary(keep)
+        self._best_score = broadcast_from_primary(keep)
 
     def check_finite(self, totals: MetricSums) -> None:
         """Raises `TrainingDivergedError`, if in one process, in all."""
         if int(totals["first_bad_step"]) >= 0:
             refuse = super().check_finite
-            from_primary(lambda: refuse(totals))
+            broadcast_from_primary(lambda: refuse(totals))
 
     def _last_good(self) -> str:
         self._checkpoints.wait()

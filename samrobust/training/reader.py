@@ -1,7 +1,7 @@
 """Reading a checkpoint and verifying every byte of it.
 
-Orbax restores a file with a flipped byte without a word; the checksums of the manifest
-find it.
+Orbax restores a file with a flipped byte silently; the checksums of the manifest find
+it.
 """
 
 import asyncio

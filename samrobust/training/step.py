@@ -214,10 +214,12 @@ def make_train_step(
                 aux=None,
                 batch_stats=batch_stats,
             )
+            # "both": the second pass updates what the first has updated.
             start = first.batch_stats if batch_stats == "both" else state.batch_stats
             second = passes.second(params, start, *batch)
             return (second.grads, second.batch_stats) if keeps_aux else second.grads
 
+        # A `sam` in `tx` calls `second_pass` at w + e; nothing else traces it.
         updates, opt_state = tx.update(
             first.grads, state.opt_state, state.params, grad_fn=second_pass
         )

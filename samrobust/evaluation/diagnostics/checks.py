@@ -83,7 +83,7 @@ def run_sanity(
         check(holds, "balls of radius > 0", ball=name, radius=ball.radius)
     transfer = dict(transfer or {})
     check("" not in transfer, "names for the networks of transfer", names=[*transfer])
-    # How often `_on_network` and `_on_ball` measure, for an honest progress bar.
+    # How often `_on_network` and `_on_ball` measure, for an accurate progress bar.
     has_copy = float32_copy(model) is not None
     num_measures = 3 + (6 + bool(transfer) + 2 * has_copy) * len(balls)
     look = Look(

@@ -1,4 +1,4 @@
-"""The look that all checks share: network, images, how hard to try, who is told."""
+"""The context that all checks share: network, images, effort, progress."""
 
 import dataclasses
 import itertools
@@ -70,7 +70,7 @@ class Look:
       batch_size: over all devices.
       num_measures: how often `measure` will be called.
       key: the randomness of all measurements.
-      on_batch: told of progress, as by `run_sanity`.
+      on_batch: called with the progress, see `run_sanity`.
       num_measured: how often `measure` was called.
     """
 

@@ -1,7 +1,7 @@
 """A PyTorch module as two functions of NumPy arrays: logits, and pulled-back gradients.
 
-What a module does that an attack cannot use is refused in one line: logits that depend
-on the batch or are no [B, K], a gradient that is cut off.
+A module that an attack cannot use is refused in one line: logits that depend on the
+batch or are not [B, K], a gradient that is cut off.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,7 @@ _REASON = 300  # characters of a module's own error
 class TorchModule:
     """A module that is called with images [B, H, W, C] and gives logits [B, K].
 
-    Its parameters, their type, their device and its mode are those of the time of each
-    call.
+    Each call uses the module's current parameters, dtype, device and mode.
 
     Args:
       module: a `torch.nn.Module`, or a function, of images [B, C, H, W].

@@ -8,7 +8,7 @@ Tensors of other networks keep the names of their variables, joined by dots, and
 layouts: `params.Dense_0.kernel`.
 
 Out of scope: the normalization of the pixels, which is inside our network and outside
-of theirs.
+theirs.
 """
 
 import re
@@ -67,7 +67,7 @@ def to_tensors(variables: PyTree, model: nn.Module) -> Tensors:
     Returns:
       Contiguous float32 arrays, and of a `PreActResNet` a `num_batches_tracked`, an
       int64 scalar 0, for every BatchNorm: the keys that `load_state_dict(strict=True)`
-      wants.
+      expects.
     """
     leaves = traverse_util.flatten_dict(variables)
     if not isinstance(model, PreActResNet):

@@ -1,9 +1,9 @@
 """Files of weights: safetensors, and PyTorch's, read without running what they hold.
 
-Both hold tensors by PyTorch's names, see `samrobust.models.torch.names`. What else one
-must know of a network (mean and standard deviation of the pixels, classes, width,
-blocks, the run that it comes from) stands in the header of a safetensors file, and in a
-JSON file beside one of PyTorch, which keeps the SHA-256 of the weights it belongs to.
+Both hold tensors by PyTorch's names, see `samrobust.models.torch.names`. The metadata
+(mean and standard deviation of the pixels, classes, width, blocks, the run that the
+network comes from) are in the header of a safetensors file, or in a JSON file next to
+one of PyTorch, which holds the SHA-256 of the weights that it belongs to.
 """
 
 import hashlib
@@ -62,9 +62,9 @@ def read_weights(path: pathlib.Path) -> Weights:
 
     **Guarantees**: nothing in the file is run, and of a pickle nothing but tensors and
     plain containers is made. There is one network in the file, in whatever entry and
-    behind whatever prefix. Where it stands behind a normalization, as in a bundle for
-    RobustBench, that is taken off and becomes `mean` and `std` of the metadata. Floats
-    of other sizes become float32; `notes` says so, and what else was chosen.
+    behind whatever prefix. A normalization in front of it, as in RobustBench's bundles,
+    is removed and becomes `mean` and `std` of the metadata. Floats of other sizes
+    become float32; `notes` says so, and what else was chosen.
 
     Raises:
       ValueError: if there is no such file, it is damaged, holds anything but one

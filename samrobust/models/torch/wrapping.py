@@ -1,8 +1,8 @@
-"""Networks that stand behind a layer which normalizes the pixels, as PyTorch files do.
+"""Networks behind a layer that normalizes the pixels, as in many PyTorch files.
 
-Robust networks are often saved together with it: as buffers `mean` and `std` beside a
+Robust networks are often saved with that layer: as buffers `mean` and `std` next to a
 network under `model.`, or as the first of a sequence, `0.mean` before `1.conv1.weight`.
-An average of weights (`torch.optim.swa_utils.AveragedModel`) has `n_averaged` beside.
+An average of weights (`torch.optim.swa_utils.AveragedModel`) has an `n_averaged`, too.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from samrobust.checks import check
 
 __all__ = ["Weights", "is_head", "listed", "unwrapped"]
 
-_HEAD = "linear.weight"  # the one tensor of this name, so it tells the prefix
+_HEAD = "linear.weight"  # the only tensor of this name: it reveals the prefix
 _NAMES = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}
 _AVERAGED = "n_averaged"
 _TOLERANCE = 1e-6
@@ -67,8 +67,7 @@ def _readable(name: object) -> str:
 def unwrapped(weights: Weights) -> Weights:
     """Returns the network alone, by its own names, its normalization as metadata.
 
-    What belongs to neither keeps its name, and is refused as superfluous where the
-    tensors are taken.
+    Other tensors keep their names; `from_tensors` refuses them as superfluous.
 
     Raises:
       ValueError: if there is not one network, or the metadata say otherwise.
@@ -144,7 +143,7 @@ def _normalization(
 ) -> dict[str, tuple[str, list[float]]]:
     """Finds names and values of `mean` and `std`; both, or neither.
 
-    Of several that could be meant, as those of BatchNorms never are, none is taken.
+    If there are several candidates (those of BatchNorms never are), it takes none.
     """
     found = [
         name

@@ -167,6 +167,7 @@ def _train(
             features, labels = sample(world, effort.batch_size, draw)
             pixels = jnp.clip(features / span + 0.5, 0, 1)[:, None, :, None]
             state, _ = step(state, pixels, (labels + 1) // 2, attack)
+            # Polyak's average over the second half of the steps.
             count = jnp.maximum(number - num_steps // 2, 0)
             (weights,) = jax.tree.leaves(state.params)
             return (state, mean + (weights - mean) / (count + 1)), None
@@ -189,6 +190,7 @@ def _rate(curvature: ArrayLike) -> optax.Schedule:
 
 def _curvature(world: World, epsilon: Array) -> Array:
     """Bounds that of the logistic loss in all weights, under an attack."""
+    # 1/4 bounds sigmoid', and 1 + ||E[x | y]||^2 the largest eigenvalue of E[x x'].
     return jnp.asarray((2 + world.d * (world.eta + 2 * epsilon) ** 2) / 4)
 
 

@@ -1,8 +1,8 @@
 """Agreement among the processes of a run: on values, arrays, stops.
 
 All processes run the same program in step. Only process 0 reads and writes the files of
-a run; the others get what it finds through `from_primary` and `broadcast`. A request to
-stop one process stops all at the same step (`AgreedStop`). With a single process
+a run; `broadcast_from_primary` and `broadcast` give the others what it finds. A request
+to stop one process stops all at the same step (`AgreedStop`). With a single process
 everything here is a plain call.
 """
 
@@ -27,7 +27,7 @@ from samrobust.types import PyTree
 __all__ = [
     "AgreedStop",
     "broadcast",
-    "from_primary",
+    "broadcast_from_primary",
     "is_shared",
     "join",
     "met_by_all",
@@ -38,7 +38,7 @@ T = TypeVar("T")
 _BARRIER_MILLISECONDS = 10_000
 
 
-def from_primary(function: Callable[[], T]) -> T:
+def broadcast_from_primary(function: Callable[[], T]) -> T:
     """Calls a function on process 0 and broadcasts what it returned or raised.
 
     All processes must call it, in the same order.
@@ -67,7 +67,7 @@ def from_primary(function: Callable[[], T]) -> T:
 
 
 def is_shared(error: BaseException) -> bool:
-    """Tells whether all processes raise this error, from `from_primary`."""
+    """Tells whether all processes raise this error, from `broadcast_from_primary`."""
     return getattr(error, "_samrobust_is_shared", False)
 
 
@@ -160,7 +160,7 @@ def join(stop: Callable[[], bool]) -> AgreedStop:
 
 
 class _Calls:
-    """Counter of the calls of `from_primary`, which are the same in all processes."""
+    """Counter of calls of `broadcast_from_primary`, the same in all processes."""
 
     def __init__(self) -> None:
         self.so_far = 0

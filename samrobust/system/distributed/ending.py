@@ -15,7 +15,7 @@ from samrobust.system.distributed.store import is_joined, is_primary, look_for
 from samrobust.system.jax_internals import store
 from samrobust.system.runtime import say
 
-__all__ = ["leave", "lost_a_peer", "part", "watch_for_failures"]
+__all__ = ["abort", "lost_a_peer", "shut_down", "watch_for_failures"]
 
 _FAILURE = "samrobust/failure"
 _WATCH_SECONDS = 0.5  # between two looks for a failure
@@ -34,8 +34,8 @@ def watch_for_failures() -> None:
         _watcher.start()
 
 
-def part() -> None:
-    """Waits until all processes are here: the orderly end. See `leave`."""
+def shut_down() -> None:
+    """Waits until all processes are here: the orderly end. See `abort`."""
     _watcher.stop()
     if jax.distributed.is_initialized():
         try:
@@ -44,7 +44,7 @@ def part() -> None:
             warnings.warn(f"The processes did not part in order: {error}", stacklevel=2)
 
 
-def leave(code: int, reason: str) -> NoReturn:
+def abort(code: int, reason: str) -> NoReturn:
     """Ends this process at once because it failed alone, and tells the others why.
 
     The orderly end would wait for processes that wait for this one.

@@ -26,10 +26,10 @@ from samrobust.evaluation.measure import OnBatch, batch_size_for, to_devices
 from samrobust.evaluation.survivors import Stage, compile_attack, survivors
 from samrobust.types import Array, LogitsFn, PyTree
 
-__all__ = ["make_early_stop_evaluator"]
+__all__ = ["make_skip_broken_evaluator"]
 
 
-def make_early_stop_evaluator(
+def make_skip_broken_evaluator(
     model: nn.Module, attacks: Mapping[str, StagedPgd], *, batch_size: int
 ) -> Evaluator:
     """Builds the counterpart of `make_evaluator` for attacks in stages.
