@@ -51,30 +51,18 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
       InterruptedRunError: if it was asked to stop.
     """
     from samrobust.attacks import ATTACKS_VERSION
-    from samrobust.cli.shared import join, once_per, show_written
+    from samrobust.cli import shared
     from samrobust.data import fingerprint
     from samrobust.evaluation.diagnostics import some_of
-    from samrobust.experiments import building
-    from samrobust.experiments.curves import (
-        curves_of,
-        draw_curves,
-        make_curve_evaluator,
-        measure_run,
-    )
-    from samrobust.experiments.networks import load_network
+    from samrobust.experiments import building, curves, networks, scoring
     from samrobust.experiments.reporting.pictures import write_figure
     from samrobust.experiments.reporting.progress import ProgressDisplay
-    from samrobust.experiments.scoring import (
-        evaluated_split,
-        evaluation_key,
-        until_stopped,
-    )
     from samrobust.experiments.workdir import finished_runs
     from samrobust.system.distributed import broadcast_from_primary
     from samrobust.system.files import check_writable, write_sealed
     from samrobust.system.provenance import provenance
 
-    should_stop, console = join(stop)
+    should_stop, console = shared.join(stop)
     workdir = pathlib.Path(arguments.workdir)
     configs = broadcast_from_primary(
         lambda: finished_runs(workdir, arguments.rows or ())
@@ -84,17 +72,17 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     as_json = json.loads(json.dumps(dataclasses.asdict(settings)))
     broadcast_from_primary(lambda: check_writable(workdir))
     stored = broadcast_from_primary(lambda: _stored(workdir / "curves.json", as_json))
-    load_data = once_per(building.load_data, "data")
+    load_data = shared.once_per(building.load_data, "data")
 
     def make_evaluator(config: "Config") -> "Evaluator":
         model = building.make_model(config, load_data(config))
         size = config.evaluation.batch_size
-        return make_curve_evaluator(model, settings, batch_size=size)
+        return curves.make_curve_evaluator(model, settings, batch_size=size)
 
-    evaluator = once_per(make_evaluator, "data", "model", "evaluation")
+    evaluator = shared.once_per(make_evaluator, "data", "model", "evaluation")
 
-    def write(**curves: Any) -> None:
-        content = {"settings": as_json, "runs": stored, **curves}
+    def write(**found: Any) -> None:
+        content = {"settings": as_json, "runs": stored, **found}
         broadcast_from_primary(lambda: write_sealed(workdir / "curves.json", content))
 
     works = {path: float(path not in stored) for path in configs}
@@ -103,8 +91,9 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         for path, config in configs.items():
             shown = display.run(f"{config.label}, seed {config.seed}", 0.0, works[path])
             dataset, which = load_data(config), config.evaluation.checkpoint
-            network = load_network(config, dataset, workdir / path, which)
-            split = some_of(evaluated_split(config, dataset), settings.num_examples)
+            network = networks.load_network(config, dataset, workdir / path, which)
+            split = scoring.evaluated_split(config, dataset)
+            split = some_of(split, settings.num_examples)
             measured = {
                 "identity": network.identity.hash,
                 "step": network.step,
@@ -114,26 +103,25 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
             }
             if stored.get(path, {}).items() >= measured.items():
                 continue
-            found = measure_run(
+            found = curves.measure_run(
                 *(evaluator(config), network.variables, split, settings),
-                key=evaluation_key(config),
-                on_batch=until_stopped(shown.on_batch, should_stop, "in a run"),
+                key=scoring.evaluation_key(config),
+                on_batch=scoring.until_stopped(shown.on_batch, should_stop, "in a run"),
             )
             stored[path] = {**found, **measured, "provenance": provenance()}
             write()
-    curves = curves_of(
-        [(c.row, c.label, stored[p]) for p, c in configs.items()], settings
-    )
-    write(curves=[dataclasses.asdict(curve) for curve in curves])
+    runs = [(c.row, c.label, stored[path]) for path, c in configs.items()]
+    lines = curves.curves_of(runs, settings)
+    write(curves=[dataclasses.asdict(line) for line in lines])
     title = (
         f"{first.data.name}: accuracy under PGD-{settings.num_steps} "
         f"({settings.loss.replace('_', ' ')}, any iterate), "
         f"{next(iter(stored.values()))['num_images']} {first.evaluation.split} images"
     )
     pictures = broadcast_from_primary(
-        lambda: write_figure(draw_curves(curves, title), workdir, "curves")
+        lambda: write_figure(curves.draw_curves(lines, title), workdir, "curves")
     )
-    show_written(console, workdir, ["curves.json", *pictures])
+    shared.show_written(console, workdir, ["curves.json", *pictures])
     return 0
 
 

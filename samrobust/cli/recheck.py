@@ -60,25 +60,15 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
       CheckpointError: if a run has no intact checkpoint.
       InterruptedRunError: if it was asked to stop.
     """
-    from samrobust.cli.shared import join, once_per, show_written
-    from samrobust.experiments import building
+    from samrobust.cli import shared
+    from samrobust.experiments import building, networks, scoring
     from samrobust.experiments.identity import identity_of
-    from samrobust.experiments.networks import load_network
     from samrobust.experiments.reporting.progress import ProgressDisplay
-    from samrobust.experiments.scoring import (
-        Scorer,
-        evaluated_split,
-        evaluation_work,
-    )
-    from samrobust.experiments.workdir import (
-        config_of_run,
-        finished_runs,
-        read_result,
-    )
+    from samrobust.experiments.workdir import config_of_run, finished_runs, read_result
     from samrobust.system.distributed import broadcast_from_primary
     from samrobust.system.files import check_writable
 
-    should_stop, console = join(stop)
+    should_stop, console = shared.join(stop)
     workdir = pathlib.Path(arguments.workdir)
     runs = broadcast_from_primary(
         lambda: {
@@ -87,15 +77,17 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         }
     )
     broadcast_from_primary(lambda: check_writable(workdir))
-    load_data = once_per(building.load_data, "data")
-    scorer = once_per(lambda c: Scorer(c, load_data(c)), "data", "model", "evaluation")
+    load_data = shared.once_per(building.load_data, "data")
+    scorer = shared.once_per(
+        lambda c: scoring.Scorer(c, load_data(c)), "data", "model", "evaluation"
+    )
 
     def training_provenance(folder: pathlib.Path) -> dict[str, Any]:
         result = read_result(folder, identity_of(config_of_run(folder), None))
         return {} if result is None else result["provenance"]
 
     works = {
-        path: sum(evaluation_work(c, load_data(c)) for c in configs.values())
+        path: sum(scoring.evaluation_work(c, load_data(c)) for c in configs.values())
         for path, configs in runs.items()
     }
     display, results = ProgressDisplay(console, sum(works.values())), []
@@ -103,9 +95,8 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         for path, configs in runs.items():
             config, folder = configs["pgd"], workdir / path
             shown = display.run(f"{config.label}, seed {config.seed}", 0.0, works[path])
-            dataset = load_data(config)
-            which = config.evaluation.checkpoint
-            network = load_network(config, dataset, folder, which)
+            dataset, which = load_data(config), config.evaluation.checkpoint
+            network = networks.load_network(config, dataset, folder, which)
             scores = {
                 attack: scorer(configs[attack])(network, folder, shown, should_stop)
                 for attack in _SUFFIXES
@@ -116,7 +107,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
                 "row": config.row,
                 "seed": config.seed,
                 "accuracy": _columns({n: s.accuracy for n, s in scores.items()}),
-                "num_test": len(evaluated_split(config, dataset)),
+                "num_test": len(scoring.evaluated_split(config, dataset)),
                 "pgd_provenance": scores["pgd"].provenance,
                 "training_provenance": broadcast_from_primary(
                     lambda folder=folder: training_provenance(folder)
@@ -124,7 +115,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
             }
             results.append(result)
     paths = broadcast_from_primary(lambda: _conclude(workdir, runs, results, console))
-    show_written(console, workdir, paths)
+    shared.show_written(console, workdir, paths)
     return 0
 
 

@@ -221,6 +221,6 @@ def _warning_once() -> Iterator[None]:
     except Exception as error:
         message = (
             f"A tracker failed and is left out ({type(error).__name__}: {error}). "
-            "The run goes on; metrics.jsonl has it all."
+            "The run continues; metrics.jsonl has every epoch."
         )
         warnings.warn(message, stacklevel=2)
