@@ -35,7 +35,6 @@ __all__ = [
     "measure_run",
 ]
 
-_NORMS = ("linf", "l2")
 _TEXT = 7.5  # points
 # Methods of one family differ by these, so that the picture can be read in gray.
 _STYLES = ("-", "--", "-.", ":")
@@ -64,13 +63,9 @@ class CurveSettings:
         check(self.num_steps >= 1, "num_steps >= 1", num_steps=self.num_steps)
         check(self.num_examples >= 1, "num_examples >= 1", examples=self.num_examples)
         for norm, radii in self.radii.items():
-            check_choice(_NORMS, norm=norm)
-            check(
-                len(radii) > 0 and bool(np.all(np.diff([0.0, *radii]) > 0)),
-                "rising radii > 0",
-                norm=norm,
-                radii=radii,
-            )
+            check_choice(("linf", "l2"), norm=norm)
+            rising = len(radii) > 0 and bool(np.all(np.diff([0.0, *radii]) > 0))
+            check(rising, "rising radii > 0", norm=norm, radii=radii)
 
 
 @dataclasses.dataclass(frozen=True)

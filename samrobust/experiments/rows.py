@@ -111,11 +111,8 @@ def parse_row(row: str) -> Row:
     names = [part.name for part in parsed.parts]
     known = [n for name in names if (n := _registry_of(name)) is not None]
     order = "; ".join(", ".join(names) for names in REGISTRIES)
-    check(
-        known == sorted(known) and len(set(names)) == len(names),
-        f"parts in the order {order}, each once",
-        row=row,
-    )
+    in_order = known == sorted(known) and len(set(names)) == len(names)
+    check(in_order, f"parts in the order {order}, each once", row=row)
     fix = "A row has one spelling: directories are named by it."
     check(row == parsed.name, f"the row {parsed.name!r}", fix, row=row)
     return parsed
@@ -134,31 +131,20 @@ def modern_row(row: str) -> str:
 def _parse_part(spelling: str, row: str) -> Part:
     name, *items = spelling.split(",")
     given = {key: value for key, _, value in (item.partition("=") for item in items)}
-    known = ", ".join((STANDARD, *REGISTRY))
-    check(
-        name in REGISTRY or is_reference(name),
-        f"parts in {{{known}}} or package.module:name",
-        _EXAMPLES,
-        row=row,
-    )
+    known = f"{{{', '.join((STANDARD, *REGISTRY))}}}"
+    condition = f"parts in {known} or package.module:name"
+    check(name in REGISTRY or is_reference(name), condition, _EXAMPLES, row=row)
     fields, wanted = entries.section_fields(name), entries.options(name)
-    check(
-        sorted(given) == sorted(wanted) and len(items) == len(wanted),
-        f"the options {', '.join(wanted) or '(none)'} for {name}",
-        _EXAMPLES,
-        row=row,
-    )
+    condition = f"the options {', '.join(wanted) or '(none)'} for {name}"
+    complete = sorted(given) == sorted(wanted) and len(items) == len(wanted)
+    check(complete, condition, _EXAMPLES, row=row)
     values = {}
     for option, field in wanted.items():
         value = _read(given[option], fields[field], option, row)
         if name in REGISTRY:
-            left = [part for part in row.split("+") if part != spelling]
-            check(
-                value != 0,
-                f"0 < {option}",
-                f"With {option}=0 it is another row: {'+'.join(left) or STANDARD}.",
-                row=row,
-            )
+            left = "+".join(part for part in row.split("+") if part != spelling)
+            fix = f"With {option}=0 it is another row: {left or STANDARD}."
+            check(value != 0, f"0 < {option}", fix, row=row)
         with entries.renamed({field: option}):
             fields[field].rule(**{field: value})
         if isinstance(value, float):

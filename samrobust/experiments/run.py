@@ -212,13 +212,10 @@ def _is_failure(error: Exception) -> bool:
 
 def _inputs(config: Config, dataset: Dataset) -> dict[str, Any]:
     """Returns what all processes of a run must have alike; data by their hashes."""
-    splits = {"train": dataset.train, "test": dataset.test}
-    hashes = {
-        name: fingerprint(split)
-        for name, split in splits.items()
-        if jax.process_count() > 1
-    }
-    return {"config": as_dict(config), "data": hashes}
+    data = {}
+    if jax.process_count() > 1:
+        data = {"train": fingerprint(dataset.train), "test": fingerprint(dataset.test)}
+    return {"config": as_dict(config), "data": data}
 
 
 def _check_images(
@@ -237,12 +234,9 @@ def _check_images(
 def _check_same(of_primary: dict[str, Any], ours: dict[str, Any]) -> None:
     changed = differences(of_primary, ours)
     changed = {n: v for n, v in changed.items() if not n.startswith(_OWN_FIELDS)}
-    check(
-        not changed,
-        "the same config and the same data in all processes",
-        "Start all of them with the same command, and on the same data.",
-        differences=changed,
-    )
+    wanted = "the same config and the same data in all processes"
+    fix = "Start all of them with the same command, and on the same data."
+    check(not changed, wanted, fix, differences=changed)
 
 
 def _describe(

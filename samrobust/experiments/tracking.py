@@ -24,6 +24,7 @@ from samrobust.types import Config
 
 __all__ = ["Tracking", "check_installed"]
 
+_PACKAGES = {"tensorboard": ("tensorboardX", "2.6"), "wandb": ("wandb", "0.18")}
 # Seconds for W&B to send what is left: at the end, and of a tracker that failed.
 _PATIENCE, _SHORT_PATIENCE = 60.0, 5.0
 
@@ -34,18 +35,13 @@ def check_installed(config: Config) -> None:
     Raises:
       ValueError: with the command that installs it.
     """
-    for name, package, version in (
-        ("tensorboard", "tensorboardX", "2.6"),
-        ("wandb", "wandb", "0.18"),
-    ):
-        spec = util.find_spec(package) if config.tracking[name] else None
-        check(
-            # A mere directory of that name, as W&B makes, is found without an origin.
-            not config.tracking[name] or (spec is not None and bool(spec.origin)),
-            f"the package {package}",
-            f"Install it: pip install '{package}>={version}'.",
-            **{f"tracking.{name}": config.tracking[name]},
-        )
+    for name, (package, version) in _PACKAGES.items():
+        wanted = config.tracking[name]
+        spec = util.find_spec(package) if wanted else None
+        # A mere directory of that name, as W&B makes, is found without an origin.
+        holds = not wanted or (spec is not None and bool(spec.origin))
+        fix = f"Install it: pip install '{package}>={version}'."
+        check(holds, f"the package {package}", fix, **{f"tracking.{name}": wanted})
 
 
 class Tracking:

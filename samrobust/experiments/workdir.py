@@ -110,13 +110,11 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
             if workdir / name == run_folder(workdir, config.row, config.seed):
                 configs[name] = config
     lacking = set(wanted).difference(config.row for config in configs.values())
-    check(
-        bool(configs) and not lacking,
-        "finished runs in --workdir" + (" of all --rows" if wanted else ""),
-        "It is the directory of a table: `samrobust table`.",
-        workdir=str(workdir),
-        **({"rows_without": sorted(lacking)} if wanted else {}),
-    )
+    condition = "finished runs in --workdir" + (" of all --rows" if wanted else "")
+    fix = "It is the directory of a table: `samrobust table`."
+    which = {"rows_without": sorted(lacking)} if wanted else {}
+    found = bool(configs) and not lacking
+    check(found, condition, fix, workdir=str(workdir), **which)
     fields = {name: config.to_dict() for name, config in configs.items()}
     check_comparable(fields, "Choose some with --rows.")
     return configs
