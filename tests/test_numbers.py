@@ -20,17 +20,11 @@ import pytest
 
 from samrobust.evaluation.diagnostics.finding import allowance
 from samrobust.experiments import configuration
-from samrobust.experiments.reporting import (
-    Cell,
-    Difference,
-    Table,
-    summarise,
-    to_json,
-    to_markdown,
-)
 from samrobust.experiments.reporting.notes import tail_probability
+from samrobust.experiments.reporting.render import to_json, to_markdown
+from samrobust.experiments.reporting.table import Cell, Difference, Table, summarize
 from samrobust.studies.bench import report as bench_report
-from samrobust.studies.bench.results import Report as BenchReport
+from samrobust.studies.bench.results import BenchReport
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -101,7 +95,7 @@ def table(name: str, *, paper: bool = True) -> Table:
         row["name"]: {c: x["paper"] for c, x in row["cells"].items() if x["paper"]}
         for row in content["rows"]
     }
-    return summarise(
+    return summarize(
         results,
         rows=[(row["name"], row["label"]) for row in content["rows"]],
         paper=numbers if paper else None,
@@ -273,16 +267,16 @@ def theory() -> str:
         assert estimate.agrees == line["agrees"]
         estimates.append(estimate)
     options = {k: tuple(v) for k, v in content["grid"].items() if v is not None}
-    found = report.Report(
+    found = report.Findings(
         study.Grid(**options),
-        training.Effort(**content["effort"]),
+        training.TrainingEffort(**content["effort"]),
         None,
         [verdicts.Verdict(**verdict) for verdict in content["verdicts"]],
         estimates,
         content["provenance"]["seconds"],
         content["provenance"]["command"],
     )
-    return report.to_markdown(found)
+    return report.to_sheet(found).to_markdown()
 
 
 @functools.cache
@@ -295,7 +289,7 @@ def held(page: str) -> tuple[Rows, ...]:
         return tuple(tables(to_markdown(table(page[8:-3]))))
     if page.endswith("/bench.md"):
         found = BenchReport(**stored(f"{folder}/bench.json"))
-        return tuple(tables(bench_report.to_markdown(found)))
+        return tuple(tables(bench_report.to_sheet(found).to_markdown()))
     if "/sanity/" in page:
         return sanity(page[8:-3])
     if page != "README.md":

@@ -12,18 +12,17 @@ import sys
 import pytest
 from rich.console import Console
 
-from samrobust.experiments.reporting import (
-    notes,
-    plot,
-    summarise,
+from samrobust.experiments.reporting.names import family, short_label
+from samrobust.experiments.reporting.notes import notes, tail_probability
+from samrobust.experiments.reporting.pictures import draw_table, write_figure
+from samrobust.experiments.reporting.render import (
     to_csv,
     to_json,
     to_markdown,
     to_rich,
     write_table,
 )
-from samrobust.experiments.reporting.names import family, short_label
-from samrobust.experiments.reporting.notes import tail_probability
+from samrobust.experiments.reporting.table import summarize
 
 ROWS = [
     ("st", "ST"),
@@ -70,7 +69,7 @@ def natural_runs(row, *accuracies, **changes):
 
 def grid(seeds=3, rows=ROWS, **options):
     results = [run(name, seed) for name, _ in rows for seed in range(seeds)]
-    return summarise(results, rows=ROWS, **options)
+    return summarize(results, rows=ROWS, **options)
 
 
 def printed(table, width, **options):
@@ -94,7 +93,7 @@ class TestSummarise:
         values = [99.2, 98.6, 99.6, 97.0]
         fourth = run("st", 0, {"natural": values[3]}) | {"seed": 3}
         results = [*natural_runs("st", *values[:3]), fourth]
-        cell = summarise(results, rows=ROWS).rows[0].cells["natural"]
+        cell = summarize(results, rows=ROWS).rows[0].cells["natural"]
         assert cell.values == tuple(values)
         assert cell.mean == pytest.approx(statistics.mean(values), abs=1e-12)
         assert cell.std == pytest.approx(statistics.stdev(values), abs=1e-12)
@@ -107,14 +106,14 @@ class TestSummarise:
     def test_columns_are_natural_then_linf_then_l2_by_radius(self):
         names = ["l2 128/255", "linf 16/255", "l2 64/255", "natural", "linf 8/255"]
         accuracy = dict.fromkeys(names, 50.0)
-        table = summarise([run("st", accuracy=accuracy)], rows=ROWS)
+        table = summarize([run("st", accuracy=accuracy)], rows=ROWS)
         expected = ("natural", "linf 8/255", "linf 16/255", "l2 64/255", "l2 128/255")
         assert table.columns == expected
 
     def test_the_order_of_the_results_does_not_matter(self):
         results = [run(name, seed) for name, _ in ROWS for seed in range(3)]
-        table = summarise(results, rows=ROWS)
-        assert summarise(results[::-1], rows=ROWS) == table
+        table = summarize(results, rows=ROWS)
+        assert summarize(results[::-1], rows=ROWS) == table
 
     def test_rows_without_results_are_missing_and_keep_their_place(self):
         table = grid(rows=[ROWS[0], ROWS[2]])
@@ -146,7 +145,7 @@ class TestSummarise:
             for row, values in (("st", st), ("sam,rho=0.2", sam))
             for seed, value in enumerate(values)
         ]
-        table = summarise(results, rows=ROWS)
+        table = summarize(results, rows=ROWS)
         assert [row.shown_cost() for row in table.rows[:2]] == ["1.0x", shown]
         assert f"| {shown} |" in line(to_markdown(table), "| SAM (rho = 0.2)")
         assert shown in " ".join(line(printed(table, 200), "SAM").split())
@@ -157,12 +156,12 @@ class TestSummarise:
     def test_cost_is_over_the_seeds_that_both_have(self):
         results = [run("st"), run("sam,rho=0.2"), run("sam,rho=0.2", 1)]
         results[2]["step_seconds"] = 5.0
-        assert summarise(results, rows=ROWS).rows[1].cost == 2.0
+        assert summarize(results, rows=ROWS).rows[1].cost == 2.0
 
     def test_cost_is_unknown_without_st_or_without_step_seconds(self):
         assert {row.cost for row in grid(rows=ROWS[1:]).rows} == {None}
         results = [run("st", step_seconds=None), run("sam,rho=0.2")]
-        assert {row.cost for row in summarise(results, rows=ROWS).rows} == {None}
+        assert {row.cost for row in summarize(results, rows=ROWS).rows} == {None}
 
     def test_the_paper_is_beside_its_rows_and_columns_only(self):
         paper = {"sam,rho=0.4": {"natural": 94.7, "linf 8/255": 1.0}, "awp": {}}
@@ -175,7 +174,7 @@ class TestSummarise:
 
     def test_rows_that_tie_in_print_are_all_best(self):
         results = natural_runs("st", 95.01) + natural_runs("sam,rho=0.2", 94.99)
-        table = summarise(results, rows=ROWS)
+        table = summarize(results, rows=ROWS)
         assert table.best("natural") == {"st", "sam,rho=0.2"}
 
     def test_a_single_row_is_not_best(self):
@@ -209,11 +208,11 @@ class TestSummarise:
     )
     def test_results_that_make_no_table_are_refused(self, results, message):
         with pytest.raises(ValueError, match=f"^Expected .*{message}"):
-            summarise(results, rows=ROWS)
+            summarize(results, rows=ROWS)
 
     def test_rows_with_one_name_are_refused(self):
         with pytest.raises(ValueError, match="Expected distinct rows, got rows="):
-            summarise([run("st")], rows=[*ROWS, ROWS[0]])
+            summarize([run("st")], rows=[*ROWS, ROWS[0]])
 
     def test_a_paper_number_that_is_no_percentage_is_refused(self):
         with pytest.raises(ValueError, match=r"percentages.*accuracy=nan, paper='st'"):
@@ -226,7 +225,7 @@ class TestComparison:
         # standard error 3 / 2.
         results = natural_runs("st", 90.0, 80.0)
         results += natural_runs("sam,rho=0.2", 92.0, 85.0, 10.0)
-        found = difference(summarise(results, rows=ROWS), 1)
+        found = difference(summarize(results, rows=ROWS), 1)
         assert (found.num_seeds, found.mean) == (2, 3.5)
         assert found.standard_error == pytest.approx(1.5)
         assert found.significant
@@ -238,12 +237,12 @@ class TestComparison:
 
     def test_no_difference_at_all_is_not_significant(self):
         results = natural_runs("st", 90.0, 91.0) + natural_runs("sam,rho=0.2", 90, 91)
-        found = difference(summarise(results, rows=ROWS), 1)
+        found = difference(summarize(results, rows=ROWS), 1)
         assert (found.mean, found.standard_error) == (0, 0)
         assert found.significant is False
 
     def test_st_and_rows_without_shared_seeds_have_no_difference(self):
-        table = summarise([run("st", 0), run("sam,rho=0.2", 1)], rows=ROWS)
+        table = summarize([run("st", 0), run("sam,rho=0.2", 1)], rows=ROWS)
         assert all(row.cells["natural"].difference is None for row in table.rows)
         assert not any("over" in note for note in notes(table))
 
@@ -256,7 +255,7 @@ class TestComparison:
         results = natural_runs("st", 90.0, 80.0, 85.0)
         results += natural_runs("sam,rho=0.4", 92.0, 85.0, 86.0)
         # Differences 2, 5, 1: mean 8/3, standard error sqrt(13/3) / sqrt(3) = 1.2.
-        assert notes(summarise(results, rows=ROWS))[0] == (
+        assert notes(summarize(results, rows=ROWS))[0] == (
             "SAM (rho = 0.4) - ST over 3 seeds: natural +2.7 ± 1.2 points; "
             "larger than two standard errors."
         )
@@ -269,7 +268,7 @@ class TestComparison:
 
         results = runs("st", (50.0, 50.0), (50.0, 50.0))
         results += runs("sam,rho=0.4", (56.0, 49.0), (58.0, 51.0))
-        assert notes(summarise(results, rows=ROWS))[0].endswith(
+        assert notes(summarize(results, rows=ROWS))[0].endswith(
             "linf 1/255 +7.0 ± 1.0, linf 2/255 +0.0 ± 1.0 points; "
             "only linf 1/255 larger than two standard errors."
         )
@@ -284,7 +283,7 @@ class TestComparison:
         results += natural_runs("sam,rho=0.2", 40.0, num_test=500)
         # 100 sqrt(0.4 * 0.6 / 500) = 2.19
         expected = "Sampling error: 500 test images leave up to ±2.2 points"
-        assert any(n.startswith(expected) for n in notes(summarise(results, rows=ROWS)))
+        assert any(n.startswith(expected) for n in notes(summarize(results, rows=ROWS)))
 
     @pytest.mark.parametrize("num_seeds", [2, 3, 4, 5, 6, 10, 31])
     def test_the_tail_is_that_of_students_t(self, num_seeds):
@@ -305,7 +304,7 @@ class TestComparison:
 
     def test_costs_of_several_devices_are_doubted(self):
         results = [run("st"), run("sam,rho=0.2", provenance={"device": "TPU"})]
-        said = notes(summarise(results, rows=ROWS))
+        said = notes(summarize(results, rows=ROWS))
         assert "The runs used several devices: the costs may not compare." in said
 
 
@@ -347,13 +346,13 @@ class TestMarkdown:
         )
 
     def test_a_label_cannot_break_the_table(self):
-        table = summarise([run("st")], rows=[("st", "a | b\nc")])
+        table = summarize([run("st")], rows=[("st", "a | b\nc")])
         assert line(to_markdown(table), "| a ").startswith(r"| a \| b c | 1 | 95.1 |")
 
     def test_the_differences_of_all_rows_are_folded_below(self):
         results = natural_runs("st", 90.0, 80.0) + natural_runs("sam,rho=0.2", 92, 85)
         results += natural_runs("sam,rho=0.4", 91.0, 79.0)
-        text = to_markdown(summarise(results, rows=ROWS))
+        text = to_markdown(summarize(results, rows=ROWS))
         below = text[text.index("<details>") :]
         assert "| SAM (rho = 0.2) | **+3.5** ± 1.5 |" in below
         assert "| SAM (rho = 0.4) | +0.0 ± 1.0 |" in below
@@ -405,7 +404,7 @@ class TestCsvAndJson:
     def test_json_says_null_for_what_is_not_known(self):
         result = run("st")
         del result["provenance"], result["step_seconds"], result["training_seconds"]
-        content = json.loads(to_json(summarise([result], rows=ROWS)))
+        content = json.loads(to_json(summarize([result], rows=ROWS)))
         assert content["runs"][0].get("provenance") is None
         assert content["rows"][0]["cost"] is None
         assert content["rows"][0]["cells"]["natural"]["std"] is None
@@ -463,7 +462,7 @@ class TestTerminal:
 
     def test_the_number_of_seeds_is_a_column_only_where_it_differs(self):
         results = [run("st", 0), run("st", 1), run("sam,rho=0.2")]
-        text = printed(summarise(results, rows=ROWS), 130)
+        text = printed(summarize(results, rows=ROWS), 130)
         assert line(text, "ST ").split()[1] == "2"
         assert line(text, "SAM (rho = 0.2)").split()[4] == "1"
         assert line(printed(grid(), 130), "ST ").split()[1] == "94.7"
@@ -474,7 +473,7 @@ class TestTerminal:
         assert "missing: AT (l2, eps = 128/255)." in text
 
     def test_a_label_is_never_markup(self):
-        table = summarise([run("st")], rows=[("st", "[bold]ST[/bold]")])
+        table = summarize([run("st")], rows=[("st", "[bold]ST[/bold]")])
         assert "[bold]ST[/bold]" in printed(table, 100)
 
     def test_a_terminal_without_unicode_gets_ascii(self, tmp_path):
@@ -489,8 +488,8 @@ class TestPlot:
         [
             grid(paper=PAPER, title="CIFAR-10"),
             grid(seeds=1, rows=ROWS[:2]),
-            summarise(natural_runs("at,norm=l2,eps=128", 100.0), rows=ROWS),
-            summarise(
+            summarize(natural_runs("at,norm=l2,eps=128", 100.0), rows=ROWS),
+            summarize(
                 [run("st") | {"row": "trades"}], rows=[("trades", "$a$ < TRADES_x")]
             ),
             grid(title="A very long title of a table. " * 5),
@@ -498,7 +497,7 @@ class TestPlot:
         ids=["all", "missing", "one column", "other family", "long title"],
     )
     def test_the_picture_has_a_sensible_size(self, table, tmp_path):
-        plot(table, tmp_path / "table.png")
+        write_figure(draw_table(table), tmp_path, "table", ("png",))
         with open(tmp_path / "table.png", "rb") as file:
             header = file.read(24)
         assert header[:8] == b"\x89PNG\r\n\x1a\n"
@@ -507,7 +506,7 @@ class TestPlot:
         assert 200 <= height <= 800
 
     def test_another_suffix_is_another_format(self, tmp_path):
-        plot(grid(), tmp_path / "table.svg")
+        write_figure(draw_table(grid()), tmp_path, "table", ("svg",))
         assert "<svg" in (tmp_path / "table.svg").read_text()
 
 
@@ -534,11 +533,11 @@ class TestWriteTable:
         write_table(grid(seeds=1), tmp_path)
         before = (tmp_path / "table.png").read_bytes()
 
-        def fail(_, path):
-            path.write_bytes(b"half a picture")
+        def fail(_, path, **__):
+            path.write(b"half a picture")
             raise OSError("disk full")
 
-        monkeypatch.setattr("samrobust.experiments.reporting.files.plot", fail)
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
         with pytest.raises(OSError, match="disk full"):
             write_table(grid(seeds=3), tmp_path)
         assert (tmp_path / "table.png").read_bytes() == before

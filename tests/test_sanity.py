@@ -31,12 +31,13 @@ from samrobust.evaluation.diagnostics import (
     run_sanity,
     some_of,
     to_json,
-    to_rich,
+    to_sheet,
     verdicts,
     write_report,
 )
 from samrobust.evaluation.diagnostics.finding import is_mostly
 from samrobust.experiments.run import run
+from samrobust.experiments.scoring import until_stopped
 from samrobust.training import InterruptedRunError
 
 KEY = jax.random.key(5)
@@ -54,7 +55,7 @@ class Network(nn.Module):
     """A perceptron, and the defects it can be given without being trained anew.
 
     Attributes:
-      levels: the images are rounded to as many grey values; 0: are not.
+      levels: the images are rounded to as many gray values; 0: are not.
       factor: of the logits.
       noise: standard deviation of noise on the images, fresh in every pass.
       offset: added to all logits, rounded to `dtype` and taken off again.
@@ -153,7 +154,7 @@ def test_a_plain_network_is_not_robust_and_the_numbers_say_so():
     assert values["accuracy"]["1"] > values["accuracy"]["100"] + 20
 
 
-# Masked gradients: grey values in steps.
+# Masked gradients: gray values in steps.
 
 
 @pytest.mark.parametrize("ball", BALLS)
@@ -376,12 +377,13 @@ def test_progress_reaches_its_end_in_equal_steps(monkeypatch):
 
 
 def test_a_stop_is_heard_after_a_batch():
+    stop = until_stopped(lambda *_: None, lambda: True, "during the sanity checks")
     with pytest.raises(InterruptedRunError, match="sanity checks"):
         run_sanity(
             *(Network(), trained(), digits().test, BALLS),
             num_examples=20,
             key=KEY,
-            should_stop=lambda: True,
+            on_batch=stop,
         )
 
 
@@ -463,7 +465,7 @@ def test_the_report_says_what_was_found_and_where_it_is_explained(tmp_path):
     ]
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(to_rich(found, "256 images."))
+        console.print(to_sheet(found, "256 images.").to_rich())
     shown = capture.get()
     for text in ("docs/sanity.md#square", "1 warning", LINF, "256 images."):
         assert text in shown
@@ -473,9 +475,10 @@ def test_the_report_says_what_was_found_and_where_it_is_explained(tmp_path):
     assert stored == to_json(found, seed=3)
     assert stored["verdicts"] == {PASSED: 1, WARNING: 1, UNDECIDED: 0}
     assert stored["findings"][1]["explained"] == "docs/sanity.md#square"
-    assert (
-        "| square | **warning** | Square breaks 90 \\| 100. |" in paths[1].read_text()
+    cells = (
+        "square | **warning** | Square breaks 90 \\| 100. See docs/sanity.md#square."
     )
+    assert f"| {cells} |" in paths[1].read_text()
 
 
 def test_every_check_is_explained_under_its_anchor():

@@ -15,7 +15,7 @@ from samrobust import attacks
 from samrobust.attacks.losses import LOSSES
 from samrobust.checks import check
 from samrobust.data import Dataset, DatasetFacts, dataset_facts, load_dataset
-from samrobust.experiments import entries, methods, rows
+from samrobust.experiments import entries, methods
 from samrobust.experiments.components import make_model, make_optimizer
 from samrobust.system.distributed import data_mesh
 from samrobust.training import Method, make_train_step
@@ -94,7 +94,7 @@ def make_method(
     images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, images)
-    composition = methods.build(
+    parts = methods.build(
         config,
         entries.Given(
             aux=variables.get("batch_stats", {}),
@@ -107,22 +107,11 @@ def make_method(
         ),
     )
     tx = optax.chain(
-        composition.sharpness or optax.identity(),
+        parts.pop("sharpness", optax.identity()),
         *make_optimizer(config, learning_rate_schedule(config, steps_per_epoch)),
     )
-    parts = {
-        "adversary": composition.adversary,
-        "objective": composition.objective,
-        "averaging": composition.averaging,
-    }
-    return make_train_step(
-        model,
-        tx,
-        **{name: part for name, part in parts.items() if part is not None},
-        batch_stats=composition.batch_stats,
-        group_size=composition.group_size,
-        mesh=data_mesh(),
-    )
+    size = methods.group_size(config)
+    return make_train_step(model, tx, **parts, group_size=size, mesh=data_mesh())
 
 
 def evaluation_attacks(config: Config) -> dict[str, Attack]:
@@ -184,7 +173,7 @@ def validation_attacks(config: Config) -> dict[str, Attack]:
     size and number of steps.
     """
     columns: dict[str, Attack] = {"natural": attacks.identity}
-    for part in rows.parse_row(config.row).parts:
+    for part in methods.parts_of(config):
         values = methods.values_of(config, part.name)
         if {"norm", "epsilon", "step_size", "num_steps"} <= values.keys():
             own = {"random_start": True, "restarts": 1, "loss": "cross_entropy"}

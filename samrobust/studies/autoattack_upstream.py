@@ -24,6 +24,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import torch
+from flax import traverse_util
 from pyautoattack import AutoAttack
 
 from samrobust.data import Dataset, Split
@@ -31,7 +32,7 @@ from samrobust.evaluation import make_autoattack_evaluator
 from samrobust.experiments import building
 from samrobust.experiments.networks import load_network
 from samrobust.experiments.workdir import config_of_run
-from samrobust.studies.bench.twin.network import PreActResNet, from_jax
+from samrobust.studies.bench.twin.network import TwinResNet, from_jax
 from samrobust.system.files import append_json_line
 from samrobust.system.provenance import provenance
 from samrobust.system.runtime import keep_freed_memory
@@ -75,7 +76,7 @@ def _process(
 
 
 def _ours(run: pathlib.Path, arguments: argparse.Namespace) -> tuple[np.ndarray, float]:
-    """Which images are still right, and the seconds that took."""
+    """Returns which images are still right, and the seconds that took."""
     config, dataset, variables = _load(run, arguments)
     shared = json.dumps([config.model.to_dict(), config.data.to_dict()], default=str)
     if shared not in _evaluators:
@@ -94,7 +95,7 @@ def _ours(run: pathlib.Path, arguments: argparse.Namespace) -> tuple[np.ndarray,
 def _theirs(
     run: pathlib.Path, arguments: argparse.Namespace
 ) -> tuple[np.ndarray, float]:
-    """The same of the authors' code."""
+    """Returns the same, from the authors' code."""
     config, dataset, variables = _load(run, arguments)
     model = _twin(config, dataset, variables)
     start = time.monotonic()
@@ -140,8 +141,8 @@ def _line(
     }
 
 
-def _twin(config: Any, dataset: Dataset, variables: Any) -> PreActResNet:
-    model = PreActResNet(
+def _twin(config: Any, dataset: Dataset, variables: Any) -> TwinResNet:
+    model = TwinResNet(
         config.model.width,
         tuple(config.model.blocks),
         dataset.num_classes,
@@ -150,17 +151,17 @@ def _twin(config: Any, dataset: Dataset, variables: Any) -> PreActResNet:
         dataset.std,
     ).eval()
     with torch.no_grad():
-        from_jax(model, jax.device_get(variables))
+        from_jax(model, traverse_util.flatten_dict(jax.device_get(variables), sep="/"))
     return model.to(_device())
 
 
 def _device() -> str:
-    """PyTorch's name for where JAX computes."""
+    """Returns PyTorch's name for the device that JAX computes on."""
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
 def _upstream(
-    model: PreActResNet, split: Split, arguments: argparse.Namespace, seed: int
+    model: TwinResNet, split: Split, arguments: argparse.Namespace, seed: int
 ) -> np.ndarray:
     logging.disable(logging.CRITICAL)
     attack = AutoAttack(

@@ -2,7 +2,7 @@
 
     balls = {"linf 8/255": linf(8 / 255)}
     findings = run_sanity(model, variables, split, balls, key=key)
-    console.print(to_rich(findings))
+    console.print(to_sheet(findings).to_rich())
 
 docs/sanity.md explains what each check looks for, and its threshold.
 """
@@ -16,12 +16,7 @@ from samrobust.evaluation.diagnostics.finding import (
     allowance,
 )
 from samrobust.evaluation.diagnostics.look import Effort, Surrogate, some_of
-from samrobust.evaluation.diagnostics.report import (
-    to_json,
-    to_markdown,
-    to_rich,
-    write_report,
-)
+from samrobust.evaluation.diagnostics.report import to_json, to_sheet, write_report
 
 __all__ = [
     "PASSED",
@@ -34,7 +29,6 @@ __all__ = [
     "run_sanity",
     "some_of",
     "to_json",
-    "to_markdown",
-    "to_rich",
+    "to_sheet",
     "write_report",
 ]

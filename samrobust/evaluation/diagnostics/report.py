@@ -1,67 +1,55 @@
 """The findings for people and programs: terminal, Markdown, JSON."""
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from samrobust.evaluation.diagnostics.finding import PASSED, UNDECIDED, WARNING, Finding
 from samrobust.system.files import write_json, write_text
+from samrobust.system.tables import Sheet, TextTable
 
-__all__ = ["to_json", "to_markdown", "to_rich", "write_report"]
+__all__ = ["to_json", "to_sheet", "write_report"]
 
 _STYLES = {PASSED: "green", WARNING: "bold red", UNDECIDED: "yellow"}
-_NETWORK = "the network"
 
 
-def to_rich(findings: Sequence[Finding], note: str = "") -> Group:
-    """Returns the findings for a Rich console, with the number of warnings."""
-    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
-    for name in ("check", "verdict"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("finding", overflow="fold")
-    previous = None
-    for finding in findings:
-        if finding.ball != previous:
-            table.add_section()
-            table.add_row(Text(finding.ball or _NETWORK, style="bold"))
-            previous = finding.ball
-        verdict = Text(finding.verdict, style=_STYLES[finding.verdict])
-        text = Text(finding.text)
-        if finding.verdict == WARNING:
-            text.append(f" See {finding.anchor}.")
-        table.add_row(Text(finding.check), verdict, text)
-    lines = [_summary(findings), *([note] if note else [])]
-    return Group(Text("Sanity checks", style="bold"), table, Text("\n".join(lines)))
+def to_sheet(findings: Sequence[Finding], note: str = "") -> Sheet:
+    """Returns a table for the network and each ball, for a console and as Markdown.
 
-
-def to_markdown(findings: Sequence[Finding], note: str = "") -> str:
-    """Returns the same in Markdown."""
-    lines = [f"**Sanity checks.** {_summary(findings)}"]
-    lines += ["", note] if note else []
-    previous = None
-    for finding in findings:
-        if finding.ball != previous:
-            lines += ["", f"**{finding.ball or _NETWORK}**", ""]
-            lines += ["| check | verdict | finding |", "| :--- | :--- | :--- |"]
-            previous = finding.ball
-        text = finding.text.replace("|", "\\|")
-        verdict = finding.verdict
-        shown = f"**{verdict}**" if verdict == WARNING else verdict
-        lines.append(f"| {finding.check} | {shown} | {text} |")
-    return "\n".join([*lines, "", "docs/sanity.md explains every check."]) + "\n"
+    Args:
+      findings: of `run_sanity`.
+      note: a sentence on what was looked at.
+    """
+    tables = []
+    for ball, group in itertools.groupby(findings, key=lambda finding: finding.ball):
+        rows = []
+        for found in group:
+            see = f" See {found.anchor}." if found.verdict == WARNING else ""
+            verdict = Text(found.verdict, _STYLES[found.verdict])
+            rows.append((found.check, verdict, f"{found.text}{see}"))
+        title = f"Sanity checks, {ball or 'the network'}"
+        tables.append(TextTable(("check", "verdict", "finding"), rows, title, words=3))
+    counts = _counts(findings)
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    if counts[WARNING] > 1:
+        told = told.replace(WARNING, "warnings")
+    summary = f"Of {len(findings)} checks: {told}."
+    explained = "docs/sanity.md explains every check."
+    return Sheet(tables, [summary, *filter(None, [note]), explained])
 
 
 def to_json(findings: Sequence[Finding], **about: Any) -> dict[str, Any]:
     """Returns the findings with all numbers; `about` goes in front."""
     listed = [{**dataclasses.asdict(f), "explained": f.anchor} for f in findings]
-    counts = {v: sum(f.verdict == v for f in findings) for v in _STYLES}
-    return {**about, "verdicts": counts, "findings": listed}
+    return {**about, "verdicts": _counts(findings), "findings": listed}
+
+
+def _counts(findings: Sequence[Finding]) -> dict[str, int]:
+    return {v: sum(f.verdict == v for f in findings) for v in _STYLES}
 
 
 def write_report(
@@ -84,14 +72,5 @@ def write_report(
     """
     paths = [folder / "sanity.json", folder / "sanity.md"]
     write_json(paths[0], to_json(findings, **about))
-    write_text(paths[1], to_markdown(findings, note))
+    write_text(paths[1], to_sheet(findings, note).to_markdown())
     return paths
-
-
-def _summary(findings: Sequence[Finding]) -> str:
-    counts = {v: sum(f.verdict == v for f in findings) for v in _STYLES}
-    parts = [f"{count} {verdict}" for verdict, count in counts.items() if count]
-    told = ", ".join(parts)
-    if counts[WARNING] > 1:
-        told = told.replace(WARNING, "warnings")
-    return f"Of {len(findings)} checks: {told}."

@@ -1,6 +1,6 @@
 """Tables and plots of finished runs: mean and spread, the paper's number, the doubt.
 
-    table = summarise(results, rows=rows, paper=paper, caption=caption)
+    table = summarize(results, rows=rows, paper=paper, caption=caption)
     console.print(to_rich(table))
     write_table(table, directory)  # table.md, table.csv, table.json, table.png
 
@@ -9,30 +9,7 @@ the columns, `"linf 1/255"`. Importing this package imports neither JAX nor
 Matplotlib.
 """
 
-from samrobust.experiments.reporting.files import write_table
-from samrobust.experiments.reporting.notes import notes
-from samrobust.experiments.reporting.plot import plot
-from samrobust.experiments.reporting.render import to_csv, to_json, to_markdown
-from samrobust.experiments.reporting.table import (
-    Cell,
-    Difference,
-    Row,
-    Table,
-    summarise,
-)
-from samrobust.experiments.reporting.terminal import to_rich
+from samrobust.experiments.reporting.render import to_rich, write_table
+from samrobust.experiments.reporting.table import Table, summarize
 
-__all__ = [
-    "Cell",
-    "Difference",
-    "Row",
-    "Table",
-    "notes",
-    "plot",
-    "summarise",
-    "to_csv",
-    "to_json",
-    "to_markdown",
-    "to_rich",
-    "write_table",
-]
+__all__ = ["Table", "summarize", "to_rich", "write_table"]

@@ -1,13 +1,13 @@
 """The sentences below a table: how to read it, and how far to trust it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
 from samrobust.checks import check
 from samrobust.experiments.reporting.names import column_norm
-from samrobust.experiments.reporting.table import Difference, Row, Table
+from samrobust.experiments.reporting.table import Difference, Table
 
 __all__ = ["legend", "notes", "sampling_error", "signed", "tail_probability"]
 
@@ -21,18 +21,15 @@ def notes(table: Table) -> tuple[str, ...]:
     and not by its result, since the best of several is too good by chance. Then: the
     sampling error of the test set, the missing rows, and what the runs ran on.
     """
-    error = sampling_error(table)
-    trust = (
-        f"Sampling error: {table.num_test:,} test images leave up to ±{error:.2g} "
-        "points (one standard error) on a cell, however many seeds."
-    )
-    missing = ", ".join(row.label for row in table.missing)
-    return (
+    sentences = [
         *_comparisons(table),
-        trust,
-        *([f"missing: {missing}."] if missing else []),
-        *_provenance(table),
-    )
+        f"Sampling error: {table.num_test:,} test images leave up to "
+        f"±{sampling_error(table):.2g} points (one standard error) on a cell, however "
+        "many seeds.",
+    ]
+    if table.missing:
+        sentences.append(f"missing: {', '.join(row.label for row in table.missing)}.")
+    return (*sentences, *_provenance(table))
 
 
 def legend(table: Table, *, std: bool = True, paper: bool = True) -> str:
@@ -80,26 +77,16 @@ def tail_probability(num_seeds: int, errors: float = 2.0) -> float:
 
     P(|t| > errors) for Student's t with `num_seeds - 1` degrees of freedom.
 
-    Reference:
-      Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-
     Raises:
       ValueError: unless `2 <= num_seeds`.
 
     >>> round(tail_probability(3), 3)  # 1 - 2 / sqrt(6)
     0.184
     """
+    from scipy.special import stdtr  # slow to load, and not for every command
+
     check(num_seeds >= 2, "2 <= num_seeds", num_seeds=num_seeds)
-    freedom = num_seeds - 1
-    angle = math.atan(errors / math.sqrt(freedom))
-    odd = freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    series = 0.0
-    for k in range(2 + odd, freedom + 1, 2):
-        series += term
-        term *= (k - 1) / k * math.cos(angle) ** 2
-    series *= math.sin(angle)
-    return 1 - (2 / math.pi * (angle + series) if odd else series)
+    return float(2 * stdtr(num_seeds - 1, -errors))
 
 
 def signed(difference: Difference) -> str:
@@ -118,19 +105,15 @@ def signed(difference: Difference) -> str:
 
 def _comparisons(table: Table) -> list[str]:
     """Returns a sentence for each group of columns, and one on what it is worth."""
-    compared = [
-        (row, difference.num_seeds)
-        for row in table.rows
-        if (difference := row.cells[table.columns[0]].difference)
-    ]
+    compared = [row for row in table.rows if row.differences]
     if not compared:
         return []
-    sams = [pair for pair in compared if pair[0].family == "SAM"]
-    row, num_seeds = (sams or compared)[-1]
+    row = ([row for row in compared if row.family == "SAM"] or compared)[-1]
+    num_seeds = row.differences[table.columns[0]].num_seeds
     baseline = next(r.label for r in table.rows if r.family == "ST")
     said = f"{row.label} - {baseline} over {_plural(num_seeds)}: "
     sentences = [
-        said + _sentence(row, list(columns))
+        said + _sentence({column: row.differences[column] for column in columns})
         for _, columns in groupby(table.columns, key=column_norm)
     ]
     if num_seeds > 1:
@@ -143,14 +126,12 @@ def _comparisons(table: Table) -> list[str]:
     return sentences
 
 
-def _sentence(row: Row, columns: Sequence[str]) -> str:
+def _sentence(differences: Mapping[str, Difference]) -> str:
     """Says how far a row is from ST in a group of columns, and whether it counts."""
-    pairs = [(c, row.cells[c].difference) for c in columns]
-    differences = [(c, d) for c, d in pairs if d is not None]
-    shown = ", ".join(f"{c} {signed(d)}" for c, d in differences) + " points"
-    if any(d.significant is None for _, d in differences):
+    shown = ", ".join(f"{c} {signed(d)}" for c, d in differences.items()) + " points"
+    beyond = [column for column, d in differences.items() if d.significant]
+    if any(d.significant is None for d in differences.values()):
         return f"{shown}; one seed cannot say whether that is chance."
-    beyond = [c for c, d in differences if d.significant]
     if len(differences) == 1:
         verdict = "larger" if beyond else "not larger"
     elif len(beyond) in (0, len(differences)):

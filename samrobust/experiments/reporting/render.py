@@ -1,15 +1,119 @@
-"""A table as Markdown for readers, as CSV for spreadsheets, as JSON for programs."""
+"""A table for the terminal, as Markdown, CSV and JSON, and the files of all these.
+
+On a terminal a row is one line, as detailed as the terminal is wide.
+"""
 
 import csv
+import dataclasses
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import os
+from pathlib import Path
 
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Table as Grid
+from rich.text import Text
+
+from samrobust.experiments.reporting.names import short_column, short_label
 from samrobust.experiments.reporting.notes import legend, notes, sampling_error, signed
-from samrobust.experiments.reporting.table import Cell, Difference, Row, Table
+from samrobust.experiments.reporting.pictures import draw_table, write_figure
+from samrobust.experiments.reporting.table import Difference, Table
+from samrobust.system.files import write_text
+from samrobust.system.tables import TextTable
 
-__all__ = ["to_csv", "to_json", "to_markdown"]
+__all__ = ["to_csv", "to_json", "to_markdown", "to_rich", "write_table"]
+
+
+def write_table(
+    table: Table, directory: str | os.PathLike[str], name: str = "table"
+) -> tuple[Path, ...]:
+    """Writes a table in all its forms, and makes the directory if needed.
+
+    Returns:
+      The paths of table.md, table.csv, table.json and table.png, or of files of
+      another `name`. **Guarantees**: a reader finds each file complete, the old one or
+      the new one, at any moment.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for suffix, render in (("md", to_markdown), ("csv", to_csv), ("json", to_json)):
+        paths.append(directory / f"{name}.{suffix}")
+        write_text(paths[-1], render(table))
+    return (*paths, *write_figure(draw_table(table), directory, name, ("png",)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Choice of what is shown: short names, std, the paper's number; the spacing."""
+
+    short: bool = True
+    std: bool = True
+    paper: bool = True
+    tight: bool = False
+    gap: int = 2
+
+
+# From the most to the least detailed; the first that fits the terminal is taken.
+_LAYOUTS = (
+    _Layout(short=False),
+    _Layout(),
+    _Layout(tight=True),
+    _Layout(tight=True, gap=1),
+    _Layout(std=False),
+    _Layout(std=False, gap=1),
+    _Layout(std=False, paper=False),
+    _Layout(std=False, paper=False, gap=1),
+)
+
+
+def to_rich(table: Table) -> "TerminalTable":
+    """Returns the table as a Rich renderable that adapts to the console's width.
+
+    Cells are `97.4 ±0.3 (94.6)`, the paper's number dimmed, the best mean of each
+    column bold; ST, SAM and AT are apart. A narrow console first gets shorter names,
+    then loses the standard deviations (the notes then say the largest), then the
+    paper's numbers.
+
+    >>> from samrobust.experiments.reporting import summarize
+    >>> run = {"dataset": "digits", "row": "st", "seed": 0, "num_test": 500,
+    ...        "accuracy": {"natural": 99.4}}
+    >>> table = summarize([run], rows=[("st", "ST")])
+    >>> console = Console(width=80)
+    >>> with console.capture() as capture:
+    ...     console.print(to_rich(table))
+    >>> "99.4" in capture.get()
+    True
+    """
+    return TerminalTable(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class TerminalTable:
+    """A table that a Rich console prints; see `to_rich`."""
+
+    table: Table
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> RenderResult:
+        table, sign = self.table, "+-" if options.ascii_only else "±"
+        unlimited = options.update_width(10_000)
+        with_seeds = len({len(row.seeds) for row in table.rows if row.seeds}) > 1
+        layout, grid = _LAYOUTS[-1], Grid()
+        for layout in _LAYOUTS:
+            grid = _lay_out(table, layout, sign, with_seeds).to_rich(layout.gap)
+            width = Measurement.get(console, unlimited, grid).maximum
+            if width <= options.max_width:
+                break
+        said = legend(table, std=layout.std, paper=layout.paper)
+        sentences = [*filter(None, [table.caption]), said, *notes(table)]
+        title = Text(table.title, style="bold")
+        if layout.short:
+            title.append(", radii in 1/255", style="not bold")
+        yield from (title, Text(), grid, Text())
+        yield Text("\n".join(sentences).replace("±", sign), style="dim")
 
 
 def to_markdown(table: Table) -> str:
@@ -18,17 +122,85 @@ def to_markdown(table: Table) -> str:
     Cells are `97.4 ±0.3 (94.6)`: mean, standard deviation, the paper's number; the
     best mean of each column is bold, and a row without a run has `-`.
     """
-    with_costs = any(row.cost is not None for row in table.rows)
-    header = ["method", "seeds", *table.columns, *(["cost"] if with_costs else [])]
-    body = []
-    for row in table.rows:
-        cells = [_markdown_cell(table, row, column) for column in table.columns]
-        numbers = [str(len(row.seeds)), *cells, row.shown_cost()]
-        body.append([row.label, *numbers][: len(header)])
-    blocks = [f"### {_one_line(table.title)}", _markdown_table(header, body)]
-    blocks += [table.caption] if table.caption else []
-    blocks += ["\n".join(f"* {note}" for note in (legend(table), *notes(table)))]
-    return "\n\n".join(blocks + _markdown_differences(table)) + "\n"
+    blocks = [
+        f"### {' '.join(table.title.split())}",
+        _lay_out(table, _LAYOUTS[0], "±", with_seeds=True).to_markdown(),
+        *filter(None, [table.caption]),
+        "\n".join(f"* {note}" for note in (legend(table), *notes(table))),
+    ]
+    shown = [
+        [row.label, *(_shown(row.differences[column]) for column in table.columns)]
+        for row in table.rows
+        if row.differences
+    ]
+    if shown:
+        blocks += [
+            "<details><summary>Difference to ST in points, paired by seed, ± one "
+            "standard error; bold: beyond two</summary>",
+            TextTable(["method", *table.columns], shown).to_markdown(),
+            "</details>",
+        ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _lay_out(table: Table, layout: _Layout, sign: str, with_seeds: bool) -> TextTable:
+    """Returns the table's texts, a gap between ST, SAM and AT."""
+    labels = [row.label for row in table.rows]
+    columns: dict[str, list] = {
+        "method": [short_label(x) if layout.short else x for x in labels]
+    }
+    if with_seeds:
+        name = "n" if layout.short else "seeds"
+        columns[name] = [str(len(row.seeds)) for row in table.rows]
+    for column in table.columns:
+        name = _two_lines(column) if layout.short else column
+        columns[name] = _cells(table, column, layout, sign)
+    if any(row.cost is not None for row in table.rows):
+        spread = layout.std and not layout.tight
+        costs = [row.shown_cost(spread=spread) for row in table.rows]
+        columns["cost"] = [cost.replace("±", sign) for cost in costs]
+    rows, group = [], None
+    for row, *cells in zip(table.rows, *columns.values(), strict=True):
+        before, group = group, row.family.split()[0]
+        rows += [()] if before not in (None, group) else []
+        rows.append([Text(style="" if row.seeds else "dim") + cell for cell in cells])
+    return TextTable(list(columns), rows)
+
+
+def _two_lines(column: str) -> str:
+    """Returns a column's short name, the attack's on a line of its own."""
+    words = short_column(column).split(" ", 2)
+    return "\n".join([" ".join(words[:2]), *words[2:]])
+
+
+def _cells(table: Table, column: str, layout: _Layout, sign: str) -> list[Text]:
+    """Returns a column's cells, aligned: where one part is absent others keep place."""
+    best = table.best(column)
+    sign = sign if layout.tight else f" {sign}"
+    shown = []
+    for cell in (row.cells[column] for row in table.rows):
+        with_std = layout.std and cell.std is not None
+        with_paper = layout.paper and cell.paper is not None
+        mean = "-" if cell.mean is None else f"{cell.mean:.1f}"
+        spread = f"{sign}{cell.std:.1f}" if with_std else ""
+        shown.append((mean, spread, f" ({cell.paper:.1f})" if with_paper else ""))
+    widths = [max(map(len, parts)) for parts in zip(*shown, strict=True)]
+    return [
+        Text.assemble(
+            " " * (widths[0] - len(mean)),
+            (mean, "bold" if row.name in best else ""),
+            spread.ljust(widths[1]),
+            (paper.rjust(widths[2]), "dim"),
+        )
+        for row, (mean, spread, paper) in zip(table.rows, shown, strict=True)
+    ]
+
+
+def _shown(difference: Difference) -> Text:
+    """Returns a difference to ST and its standard error, bold where it counts."""
+    mean, *error = signed(difference).split(" ", 1)
+    style = "bold" if difference.significant else ""
+    return Text.assemble((mean, style), *(f" {part}" for part in error))
 
 
 def to_csv(table: Table) -> str:
@@ -51,84 +223,20 @@ def to_csv(table: Table) -> str:
 def to_json(table: Table) -> str:
     """Returns everything the table holds, every seed's value and provenance too.
 
-    The keys are those of `Table`, `Row` and `Cell`, with `notes`, `missing` and
+    The keys are those of `Table`, `TableRow` and `Cell`, with `notes`, `missing` and
     `sampling_error` beside them. What is not known is null.
     """
+    rows = []
+    for row in table.rows:
+        content = dataclasses.asdict(row)
+        for column, found in row.differences.items():
+            content["cells"][column]["difference"]["significant"] = found.significant
+        rows.append({**content, "family": row.family, "n": len(row.seeds)})
     content = {
-        "title": table.title,
-        "caption": table.caption,
+        **vars(table),
+        "rows": rows,
         "notes": notes(table),
-        "dataset": table.dataset,
-        "num_test": table.num_test,
         "sampling_error": sampling_error(table),
-        "columns": table.columns,
-        "rows": [_json_row(row) for row in table.rows],
         "missing": [row.name for row in table.missing],
-        "runs": table.runs,
     }
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
-
-
-def _json_row(row: Row) -> dict[str, object]:
-    """Returns a row as JSON's types."""
-    cells = {}
-    for column, cell in row.cells.items():
-        cells[column] = asdict(cell)
-        if cell.difference:
-            cells[column]["difference"]["significant"] = cell.difference.significant
-    return {
-        "name": row.name,
-        "label": row.label,
-        "family": row.family,
-        "n": len(row.seeds),
-        "seeds": row.seeds,
-        "cost": row.cost,
-        "cost_spread": row.cost_spread,
-        "cells": cells,
-    }
-
-
-def _markdown_cell(table: Table, row: Row, column: str) -> str:
-    """Returns mean, spread and the paper's number of one cell."""
-    cell: Cell = row.cells[column]
-    parts = ["-" if cell.mean is None else f"{cell.mean:.1f}"]
-    if row.name in table.best(column):
-        parts = [f"**{parts[0]}**"]
-    parts += [] if cell.std is None else [f"±{cell.std:.1f}"]
-    parts += [] if cell.paper is None else [f"({cell.paper:.1f})"]
-    return " ".join(parts)
-
-
-def _markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Returns a GitHub table: first column to the left, the others to the right."""
-    ruler = [":---", *["---:"] * (len(header) - 1)]
-    lines = [[_one_line(cell) for cell in line] for line in (header, ruler, *body)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _markdown_differences(table: Table) -> list[str]:
-    """Returns the differences of all rows to ST, folded away; bold where they count."""
-
-    def shown(difference: Difference | None) -> str:
-        if difference is None:
-            return "-"
-        mean, *error = signed(difference).split(" ", 1)
-        return " ".join([f"**{mean}**" if difference.significant else mean, *error])
-
-    rows = [r for r in table.rows if any(c.difference for c in r.cells.values())]
-    if not rows:
-        return []
-    body = [
-        [r.label, *(shown(r.cells[c].difference) for c in table.columns)] for r in rows
-    ]
-    return [
-        "<details><summary>Difference to ST in points, paired by seed, ± one standard "
-        "error; bold: beyond two</summary>",
-        _markdown_table(["method", *table.columns], body),
-        "</details>",
-    ]
-
-
-def _one_line(text: str) -> str:
-    """Returns text that cannot end a cell or a line of a Markdown table."""
-    return " ".join(text.replace("|", "\\|").split())

@@ -1,4 +1,4 @@
-"""What a finished run reports, and which runs make one table.
+"""Finished runs as they are reported, and which of them make one table.
 
 A result is a dictionary, one finished run: one row of the table and one seed.
 
@@ -6,22 +6,81 @@ A result is a dictionary, one finished run: one row of the table and one seed.
      "accuracy": {"natural": 99.4, "linf 16/255": 89.4},    # percentages
      "step_seconds": 0.012,                   # of a training step, or None
      "training_seconds": 15.1, "provenance": {"commit": ..., ...}}    # both optional
+
+One table holds runs of the same data that are judged alike.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from samrobust.checks import check
-from samrobust.experiments.comparable import check_comparable
 from samrobust.experiments.reporting.names import column_order
 
-__all__ = ["validate"]
+__all__ = ["check_comparable", "check_results", "unlike"]
 
 _KEYS = ("dataset", "row", "seed", "accuracy", "num_test")
+# Fields of a config, then of a result, that all runs of a table have in common, and all
+# fields below them.
+_COMMON = (
+    *("data.name.", "data.test_size.", "data.validation_size.", "data.split_seed."),
+    *("evaluation.", "model.dtype."),
+    *("dataset.", "num_test.", "images.", "run.data."),
+)
 
 
-def validate(
+def unlike(
+    run: Mapping[str, Any], first: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Returns in what a run differs from another and must not, to stand beside it.
+
+    Args:
+      run: its config, or its result, as nested dictionaries.
+      first: that of the other run.
+
+    Returns:
+      Both values by the dotted names of the fields; of results also the `columns` of
+      their accuracies. Empty if one table may hold both.
+
+    >>> first = {"num_test": 500, "accuracy": {"natural": 99.0}}
+    >>> unlike({"num_test": 100, "accuracy": {"natural": 98.0}}, first)
+    {'num_test': (100, 500)}
+    """
+    own, other = (dict(_common(fields)) for fields in (run, first))
+    names = sorted(own.keys() | other.keys())
+    both = {name: (own.get(name), other.get(name)) for name in names}
+    return {name: (a, b) for name, (a, b) in both.items() if a != b}
+
+
+def _common(fields: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in fields.items():
+        name = f"{above}{key}"
+        if name == "accuracy":
+            yield "columns", sorted(value)
+        elif isinstance(value, Mapping):
+            yield from _common(value, f"{name}.")
+        elif f"{name}.".startswith(_COMMON):
+            yield name, value
+
+
+def check_comparable(runs: Mapping[str, Mapping[str, Any]], fix: str) -> None:
+    """Refuses runs of which one table cannot hold all.
+
+    Args:
+      runs: their configs, or their results, by their names.
+      fix: what to do about it, a sentence.
+
+    Raises:
+      ValueError: see above; names the first such run and what differs.
+    """
+    (name, first), *others = runs.items()
+    for other, fields in others:
+        found = unlike(fields, first)
+        condition = f"runs of the same data that are judged alike, as {name}"
+        check(not found, condition, fix, run=other, **found)
+
+
+def check_results(
     results: Sequence[Mapping[str, Any]],
     rows: Sequence[str],
     paper: Mapping[str, Mapping[str, float]],
@@ -34,7 +93,7 @@ def validate(
       paper: the paper's percentages, `{row: {column: number}}`.
 
     Raises:
-      ValueError: as `samrobust.experiments.reporting.summarise` says.
+      ValueError: as `samrobust.experiments.reporting.summarize` says.
     """
     check(len(set(rows)) == len(rows), "distinct rows", rows=list(rows))
     check(bool(results), "at least one finished run", results=results)
@@ -42,36 +101,35 @@ def validate(
     for result in results:
         for key in _KEYS:
             check(key in result, f"a result with the key {key!r}", keys=list(result))
-        _validate_run(result, rows)
-        run = f"{result['row']}/seed{result['seed']}"
+        where = {"row": result["row"], "seed": result["seed"]}
+        _check_run(result, rows, where)
+        run = "{row}/seed{seed}".format_map(where)
         fix = "Give each finished run once."
         check(run not in runs, "one run a row and seed", fix, run=run)
         runs[run] = result
     check_comparable(runs, "Make one table for each.")
     for name, numbers in paper.items():
-        for column, number in numbers.items():
-            _check_percentage(number, paper=name, column=column)
+        _check_percentages(numbers, paper=name)
 
 
-def _validate_run(result: Mapping[str, Any], rows: Sequence[str]) -> None:
+def _check_run(
+    result: Mapping[str, Any], rows: Sequence[str], where: Mapping[str, Any]
+) -> None:
     """Refuses a run of no row of the table, and numbers that cannot be."""
-    row, seed = result["row"], result["seed"]
+    row, accuracy = result["row"], result["accuracy"]
     check(row in rows, f"a row of {list(rows)}", "Add it to the table's rows.", row=row)
-    columns = sorted(result["accuracy"], key=column_order)
-    check(bool(columns), "at least one accuracy", row=row, seed=seed, accuracy=columns)
-    for column, value in result["accuracy"].items():
-        _check_percentage(value, row=row, seed=seed, column=column)
+    check(bool(accuracy), "at least one accuracy", **where, accuracy=accuracy)
+    _check_percentages(accuracy, **where)
     seconds = result.get("step_seconds")
-    check(
-        seconds is None or 0 < seconds < math.inf,
-        "step_seconds to be None or 0 < step_seconds < inf",
-        row=row,
-        seed=seed,
-        step_seconds=seconds,
-    )
+    condition = "step_seconds to be None or 0 < step_seconds < inf"
+    holds = seconds is None or 0 < seconds < math.inf
+    check(holds, condition, **where, step_seconds=seconds)
 
 
-def _check_percentage(accuracy: float, **where: Any) -> None:
-    """Refuses what is not a percentage, NaN included."""
-    holds = 0 <= accuracy <= 100
-    check(holds, "percentages, 0 <= accuracy <= 100", accuracy=accuracy, **where)
+def _check_percentages(accuracy: Mapping[str, float], **where: Any) -> None:
+    """Refuses columns of other names, and what is not a percentage, NaN included."""
+    for column, value in accuracy.items():
+        column_order(column)
+        where["column"] = column
+        condition = "percentages, 0 <= accuracy <= 100"
+        check(0 <= value <= 100, condition, accuracy=value, **where)

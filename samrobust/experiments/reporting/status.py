@@ -3,45 +3,35 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table as Grid
 from rich.text import Text
 
-from samrobust.experiments.survey import (
-    STATES,
-    RunStatus,
-    remaining,
-    remaining_together,
-)
+from samrobust.experiments import survey
+from samrobust.system.tables import TextTable
 
 __all__ = ["duration", "status_to_rich"]
 
 _STYLES = {"done": "green", "running": "bold", "failed": "red", "stale": "yellow"}
 
 
-def status_to_rich(runs: Sequence[RunStatus]) -> RenderableType:
+def status_to_rich(runs: Sequence[survey.RunStatus]) -> RenderableType:
     """Returns the runs as a table, how many are in which state, and the errors."""
-    grid = Grid(box=box.SIMPLE, show_edge=False, pad_edge=False)
-    grid.add_column("run")
-    grid.add_column("state")
-    for header in ("epoch", "loss", "accuracy", "ETA"):
-        grid.add_column(header, justify="right", no_wrap=True)
-    for run, seconds in zip(runs, remaining(runs), strict=True):
-        grid.add_row(
-            Text(run.name),
+    rows = [
+        (
+            run.name,
             Text(run.description, style=_STYLES.get(run.state, "")),
             f"{run.epoch}/{run.epochs or '?'}",
             "-" if run.loss is None else f"{run.loss:.3f}",
             "-" if run.accuracy is None else f"{run.accuracy:.1f} %",
             "-" if seconds is None or run.state == "done" else duration(seconds),
         )
-    errors = [
-        Text(f"{run.name}: {run.error}", style=_STYLES["failed"])
-        for run in runs
-        if run.error
+        for run, seconds in zip(runs, survey.remaining(runs), strict=True)
     ]
-    return Group(grid, Text(), _totals(runs), *([Text(), *errors] if errors else []))
+    header = ("run", "state", "epoch", "loss", "accuracy", "ETA")
+    errors = [f"{run.name}: {run.error}" for run in runs if run.error]
+    below = [Text(), Text("\n".join(errors), style="red")] if errors else []
+    grid = TextTable(header, rows, words=2).to_rich()
+    return Group(grid, Text(), _totals(runs), *below)
 
 
 def duration(seconds: float) -> str:
@@ -59,13 +49,13 @@ def duration(seconds: float) -> str:
     return f"{hours} h" if hours >= 48 else f"{hours} h {minutes:02} min"
 
 
-def _totals(runs: Sequence[RunStatus]) -> Text:
+def _totals(runs: Sequence[survey.RunStatus]) -> Text:
     counts = Counter(run.state for run in runs)
-    shown = ", ".join(f"{counts[s]} {s}" for s in STATES if counts[s])
+    shown = ", ".join(f"{counts[s]} {s}" for s in survey.STATES if counts[s])
     text = f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {shown}."
-    together = remaining_together(runs)
+    together = survey.remaining_together(runs)
     if together is not None:
         text += f" ETA of all: {duration(together)} at this number of workers."
-    if any(seconds for seconds in remaining(runs)):
+    if any(seconds for seconds in survey.remaining(runs)):
         text += " ETAs are of training alone."
     return Text(text)

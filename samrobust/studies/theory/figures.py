@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from samrobust.experiments.reporting.files import write_figure
+from samrobust.experiments.reporting.pictures import write_figure
 from samrobust.studies.theory import closed_forms as forms
 from samrobust.studies.theory.experiment import Estimate
 from samrobust.studies.theory.logistic import (

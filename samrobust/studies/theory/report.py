@@ -2,27 +2,23 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
-from rich import box
-from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from samrobust.studies.theory.experiment import Estimate
 from samrobust.studies.theory.study import Grid, Points, Study
-from samrobust.studies.theory.training import Effort
+from samrobust.studies.theory.training import TrainingEffort
 from samrobust.studies.theory.verdicts import Verdict
+from samrobust.studies.theory.world import World
 from samrobust.system.provenance import provenance
+from samrobust.system.tables import Sheet, TextTable
 
-__all__ = ["Report", "to_json", "to_markdown", "to_rich"]
-
-_WORDS = ("statement", "source", "verdict", "trained")  # columns of words
-_Row: TypeAlias = tuple[dict[str, str], bool]  # cells by column; whether it stands out
+__all__ = ["Findings", "to_json", "to_sheet"]
 
 
-class Report(NamedTuple):
+class Findings(NamedTuple):
     """The findings of `samrobust theory`, all of them.
 
     Attributes:
@@ -35,7 +31,7 @@ class Report(NamedTuple):
     """
 
     grid: Grid
-    effort: Effort
+    effort: TrainingEffort
     study: Study
     verdicts: Sequence[Verdict]
     estimates: Sequence[Estimate]
@@ -43,7 +39,7 @@ class Report(NamedTuple):
     command: str
 
 
-def to_json(report: Report) -> dict[str, Any]:
+def to_json(report: Findings) -> dict[str, Any]:
     """Returns the whole report; what is infinite or unknown is None."""
     return {
         "grid": dataclasses.asdict(report.grid),
@@ -68,80 +64,55 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
-def to_rich(report: Report) -> Group:
-    """Returns the tables and notes for a Rich console."""
-    parts: list[Table | Text] = []
-    for title, rows in _tables(report).items():
-        table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, title=title)
-        table.title_justify, table.title_style = "left", "bold"
-        table.padding = (0, 1, 0, 0)
-        for number, name in enumerate(rows[0][0]):
-            side = "left" if name in _WORDS else "right"
-            table.add_column(name, justify=side, overflow="fold", no_wrap=number > 2)
-        for cells, stands_out in rows:
-            style = "yellow" if stands_out else ""
-            table.add_row(*map(Text, cells.values()), style=style)
-        parts += [table, Text()]
-    return Group(*parts, Text("\n".join(_notes(report)), style="dim"))
-
-
-def to_markdown(report: Report) -> str:
-    """Returns the same in Markdown."""
-    blocks = []
-    for title, rows in _tables(report).items():
-        header = list(rows[0][0])
-        ruler = [":---" if name in _WORDS else "---:" for name in header]
-        lines = [header, ruler, *(cells.values() for cells, _ in rows)]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        # `*` and `_` would be read as emphasis.
-        table = table.replace("*", "\\*").replace("_", "\\_")
-        blocks.append(f"**{title}**\n\n{table}")
-    return "\n\n".join([*blocks, *_notes(report)]) + "\n"
-
-
-def _tables(report: Report) -> dict[str, list[_Row]]:
-    """Returns the rows by the tables' titles."""
-    verdicts = [(_verdict_row(v), v.holds is False) for v in report.verdicts]
-    tables = {"Section 4 against direct minimisation": verdicts}
+def to_sheet(report: Findings) -> Sheet:
+    """Returns the tables and notes, for a console and as Markdown."""
+    tables = [_verdicts(report.verdicts)]
     if report.estimates:
-        world = report.grid.world
-        world = f"p = {world.p:g}, eta = {world.eta:g}, d = {world.d:g}"
-        trained = [(_trained_row(e), e.agrees == "no") for e in report.estimates]
-        tables[f"Trained with the logistic loss: {world}"] = trained
-    return tables
+        tables.append(_trained(report.estimates, report.grid.world))
+    return Sheet(tables, _notes(report))
 
 
-def _verdict_row(verdict: Verdict) -> dict[str, str]:
-    deviation, error = verdict.deviation, verdict.error
-    return {
-        "statement": verdict.statement,
-        "source": verdict.source,
-        "verdict": verdict.verdict,
-        "points": str(verdict.points),
-        "deviation": "-" if deviation is None else f"{deviation:.1e}",
-        "error": "-" if error is None else f"{error:.1e}",
-    }
+def _verdicts(verdicts: Sequence[Verdict]) -> TextTable:
+    header = ("statement", "source", "verdict", "points", "deviation", "error")
+    rows = []
+    for found in verdicts:
+        numbers = [
+            "-" if number is None else f"{number:.1e}"
+            for number in (found.deviation, found.error)
+        ]
+        words = (found.statement, found.source, found.verdict, str(found.points))
+        rows.append(_row(*words, *numbers, stands_out=found.holds is False))
+    return TextTable(header, rows, "Section 4 against direct minimization", words=3)
 
 
-def _trained_row(estimate: Estimate) -> dict[str, str]:
+def _trained(estimates: Sequence[Estimate], world: World) -> TextTable:
     def shown(value: float | None) -> str:
         if value is None:
             return "-"
         return f"{value:.4f}" if np.isfinite(value) else "x_1 alone"
 
-    sign = "+" if estimate.quantity == "shift" else ""
-    return {
-        "trained": estimate.method,
-        "radius": f"{estimate.radius:g}",
-        "weight": f"{estimate.mean:{sign}.4f}",
-        "95 % band": f"±{estimate.half_width:.4f}",
-        "population": shown(estimate.population),
-        "0-1 theory": shown(estimate.zero_one),
-        "agrees": estimate.agrees or "-",
-    }
+    title = "Trained with the logistic loss: "
+    title += f"p = {world.p:g}, eta = {world.eta:g}, d = {world.d:g}"
+    header = ("trained", "radius", "weight", "95 % band", "population", "0-1 theory")
+    rows = []
+    for found in estimates:
+        sign = "+" if found.quantity == "shift" else ""
+        rows.append(
+            _row(
+                *(found.method, f"{found.radius:g}", f"{found.mean:{sign}.4f}"),
+                *(f"±{found.half_width:.4f}", shown(found.population)),
+                *(shown(found.zero_one), found.agrees or "-"),
+                stands_out=found.agrees == "no",
+            )
+        )
+    return TextTable((*header, "agrees"), rows, title)
 
 
-def _notes(report: Report) -> list[str]:
+def _row(*cells: str, stands_out: bool) -> list[Text]:
+    return [Text(cell, "yellow" if stands_out else "") for cell in cells]
+
+
+def _notes(report: Findings) -> list[str]:
     notes = [
         "deviation: the largest relative one, of w, or of the shift w - w* for SAM; "
         "error: that of the direct minimum, in the same unit.",

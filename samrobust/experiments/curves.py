@@ -1,8 +1,14 @@
-"""The accuracy of a run over a grid of radii, and what several seeds make of it."""
+"""Accuracy against the radius of the attack, for all runs of a table.
 
+Measured over a grid of radii, summed up over seeds, and drawn: a panel a norm, a line a
+method, a band over its seeds. `samrobust curves` does it all; docs/sanity.md says how
+to read the picture.
+"""
+
+import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flax import linen as nn
@@ -12,12 +18,27 @@ from samrobust.attacks.losses import LOSSES
 from samrobust.checks import check, check_choice
 from samrobust.data import Split
 from samrobust.evaluation import Evaluator, OnBatch, make_evaluator
-from samrobust.experiments import building
+from samrobust.experiments.reporting import pictures
+from samrobust.experiments.reporting.names import family
+from samrobust.training.adversaries.at import make_ball
 from samrobust.types import Array, PyTree
 
-__all__ = ["Curve", "CurveSettings", "curves_of", "make_curve_evaluator", "measure_run"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-_NORMS = ("linf", "l2")
+__all__ = [
+    "Curve",
+    "CurveSettings",
+    "curves_of",
+    "draw_curves",
+    "make_curve_evaluator",
+    "measure_run",
+]
+
+_TEXT = 7.5  # points
+# Methods of one family differ by these, so that the picture can be read in gray.
+_STYLES = ("-", "--", "-.", ":")
+_MARKS = ("o", "s", "^", "D")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +63,9 @@ class CurveSettings:
         check(self.num_steps >= 1, "num_steps >= 1", num_steps=self.num_steps)
         check(self.num_examples >= 1, "num_examples >= 1", examples=self.num_examples)
         for norm, radii in self.radii.items():
-            check_choice(_NORMS, norm=norm)
-            check(
-                len(radii) > 0 and bool(np.all(np.diff([0.0, *radii]) > 0)),
-                "rising radii > 0",
-                norm=norm,
-                radii=radii,
-            )
+            check_choice(("linf", "l2"), norm=norm)
+            rising = len(radii) > 0 and bool(np.all(np.diff([0.0, *radii]) > 0))
+            check(rising, "rising radii > 0", norm=norm, radii=radii)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +97,7 @@ def make_curve_evaluator(
     for norm, radii in settings.radii.items():
         for radius in radii:
             columns[f"{norm} {radius:g}/255"] = attacks.pgd(
-                building.make_ball(norm, radius),
+                make_ball(norm, radius),
                 step_size=radius / 255 / 4,
                 num_steps=settings.num_steps,
                 loss=LOSSES[settings.loss],
@@ -143,3 +160,48 @@ def curves_of(
                 Curve(row, label, norm, grid, mean, tuple(std.tolist()), seeds)
             )
     return curves
+
+
+def draw_curves(curves: Sequence[Curve], title: str) -> "Figure":
+    """Draws accuracy in percent against the radius, with a title above all panels."""
+    norms = list(dict.fromkeys(curve.norm for curve in curves))
+    size = (1.0 + 3.6 * len(norms), 4.1)
+    figure, panels = pictures.make_panels(len(norms), size, title, 45 * len(norms) + 10)
+    looks = _looks(curve.row for curve in curves)
+    for panel, norm in zip(panels, norms, strict=True):
+        for curve in (c for c in curves if c.norm == norm):
+            look, label = looks[curve.row], pictures.in_symbols(curve.label)
+            mean, std = np.array(curve.mean), np.array(curve.std)
+            panel.plot(curve.radii, mean, **look, label=label)
+            band = np.clip([mean - std, mean + std], 0, 100)
+            color = look["color"]
+            panel.fill_between(curve.radii, *band, color=color, alpha=0.15, linewidth=0)
+        panel.set_title(f"{pictures.in_symbols(norm)} attack", fontsize=_TEXT + 1)
+        panel.set_xlabel("radius ε in 1/255", fontsize=_TEXT)
+        panel.set_xlim(left=0)
+        panel.set_ylim(-1, 101)
+        panel.tick_params(labelsize=_TEXT - 1)
+        panel.grid(axis="y", color="#E4E4E4", linewidth=0.6)
+    panels[0].set_ylabel("accuracy in %", fontsize=_TEXT)
+    over = pictures.over_seeds(curve.seeds for curve in curves)
+    if over != "one seed":
+        over = f"mean and band of one standard deviation over {over}"
+    pictures.add_legend(figure, panels[0].get_lines(), over, columns=3)
+    return figure
+
+
+def _looks(rows: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns how the line of every row is drawn."""
+    families = {row: family(row) for row in rows}
+    colors, seen = pictures.family_colors(families.values()), collections.Counter()
+    looks = {}
+    for number, (row, own) in enumerate(families.items()):
+        looks[row] = {
+            "color": colors[own],
+            "linestyle": _STYLES[seen[own] % len(_STYLES)],
+            "linewidth": 1.2,
+            "marker": _MARKS[number % len(_MARKS)],
+            "markersize": 3.5,
+        }
+        seen[own] += 1
+    return looks
