@@ -10,20 +10,22 @@ import sys
 import time
 
 import helpers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from samrobust.data import load_dataset
+from samrobust.data import dataset_facts, load_dataset
 from samrobust.experiments import configuration
 from samrobust.models import PreActResNet, ViT
-from samrobust.studies.bench.counts import Counts, Work, count
-from samrobust.studies.bench.images import image_shape, make_dataset
-from samrobust.studies.bench.plan import Options, plan
-from samrobust.studies.bench.process import Launcher, StoppedError
-from samrobust.studies.bench.report import to_markdown, write_report
-from samrobust.studies.bench.results import summarise
-from samrobust.studies.bench.timing import Protocol, measure, spread
+from samrobust.studies.bench import programs
+from samrobust.studies.bench.counts import StepCost, count_passes, step_cost
+from samrobust.studies.bench.images import make_dataset
+from samrobust.studies.bench.plan import Options, Task, plan
+from samrobust.studies.bench.report import to_sheet, write_report
+from samrobust.studies.bench.results import summarize
+from samrobust.studies.bench.suite import Launcher, StoppedError, schedule
+from samrobust.studies.bench.timing import measure
 
 DIGITS = f"{helpers.ROOT}/configs/digits.py"
 CIFAR = f"{helpers.ROOT}/configs/cifar10.py"
@@ -34,7 +36,7 @@ CIFAR = f"{helpers.ROOT}/configs/cifar10.py"
 
 def quick_count(model, image_shape):
     with helpers.quick_compilation():
-        return count(model, image_shape, batch_size=8)
+        return count_passes(model, image_shape, batch_size=8)
 
 
 def multiply_adds(width, blocks, side):
@@ -74,8 +76,8 @@ def test_the_operations_of_a_pass_are_those_of_its_convolutions():
         "images": 4 * total,
         "both": 6 * total,
     }
-    for name, operations in counts.operations.items():
-        assert 1 <= operations / expected[name] < 1.03  # the rest is elementwise
+    for name, cost in counts.items():
+        assert 1 <= cost.flops / expected[name] < 1.03  # the rest is elementwise
 
 
 def test_the_operations_of_a_pass_are_those_of_a_transformers_products():
@@ -83,22 +85,23 @@ def test_the_operations_of_a_pass_are_those_of_a_transformers_products():
     counts = quick_count(ViT(dim=dim, depth=depth), (16, 16, 3))
     block = 12 * num_tokens * dim**2 + 2 * num_tokens**2 * dim
     total = depth * block + (num_tokens - 1) * 48 * dim
-    assert 1 <= counts.operations["both"] / (6 * total) < 1.05
+    assert 1 <= counts["both"].flops / (6 * total) < 1.05
 
 
 def test_a_step_is_as_many_passes_as_its_method_takes():
-    counts, st = Counts(**COUNTS["counts"]), Work()
-    assert counts.flops(Work(passes=2)) == 2 * counts.flops(st)
-    attacked = counts.flops(Work(attack_steps=10)) / counts.flops(st)
-    wasteful = Work(attack_steps=10, attack_weight_gradients=True)
-    assert round(attacked, 2) == 7.69
-    assert round(counts.flops(wasteful) / counts.flops(st), 2) == 11.01
+    st = step_cost(PASSES)
+    assert step_cost(PASSES, num_passes=2).flops == 2 * st.flops
+    attacked = step_cost(PASSES, attack_steps=10)
+    wasteful = step_cost(PASSES, attack_steps=10, attack_weight_gradients=True)
+    assert round(attacked.flops / st.flops, 2) == 7.69
+    assert round(wasteful.flops / st.flops, 2) == 11.01
 
 
 def test_an_attack_that_throws_gradients_away_costs_more_memory_traffic_too():
     counts = quick_count(PreActResNet(width=4, blocks=(1,)), (8, 8, 1))
-    lean, wasteful = Work(10), Work(10, attack_weight_gradients=True)
-    assert counts.traffic(Work()) < counts.traffic(lean) < counts.traffic(wasteful)
+    lean = step_cost(counts, 10)
+    wasteful = step_cost(counts, 10, attack_weight_gradients=True)
+    assert step_cost(counts).elements < lean.elements < wasteful.elements
 
 
 # Images.
@@ -107,10 +110,10 @@ def test_an_attack_that_throws_gradients_away_costs_more_memory_traffic_too():
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "digits"])
 def test_the_made_up_images_are_of_the_shape_and_contrast_of_the_data_set(name):
     dataset = make_dataset(name, 64, 32)
-    shape, num_classes = image_shape(name)
-    assert dataset.train.images.shape == (64, *shape)
+    facts = dataset_facts(name)
+    assert dataset.train.images.shape == (64, *facts.image_shape)
     assert dataset.train.images.dtype == np.uint8
-    assert (len(dataset.test), dataset.num_classes) == (32, num_classes)
+    assert (len(dataset.test), dataset.num_classes) == (32, facts.num_classes)
     pixels = dataset.train.images / 255
     np.testing.assert_allclose(pixels.mean((0, 1, 2)), dataset.mean, atol=0.1)
     assert (pixels.std((1, 2)) > 0.05).all()
@@ -120,37 +123,52 @@ def test_the_made_up_images_are_of_the_shape_and_contrast_of_the_data_set(name):
 
 def test_the_made_up_digits_have_the_shape_of_the_real_ones():
     real = load_dataset("digits")
-    assert image_shape("digits") == (real.image_shape, real.num_classes)
+    made_up = make_dataset("digits", 1, 1)
+    assert made_up.image_shape == real.image_shape
+    assert made_up.num_classes == real.num_classes
 
 
 # Timing.
 
 
 def test_a_repeat_is_as_many_calls_as_fill_its_time():
-    calls = []
+    calls, waits = [], []
 
     def call():
         calls.append(time.perf_counter())
         time.sleep(0.01)
-        return jnp.zeros(())
+        return len(calls)
 
-    seconds = measure(call, Protocol(repeats=3, min_seconds=0.1, warmup_calls=1))
+    options = {"warmup_calls": 1, "wait": waits.append}
+    seconds = measure(call, repeats=3, min_seconds=0.1, **options)
     assert len(seconds) == 3
     assert all(value >= 0.01 for value in seconds)
     warmup = [when for when in calls if when < calls[0] + 1.0]
     repeats = (len(calls) - len(warmup)) / 3
     assert 2 <= repeats <= 11
+    assert waits[-1] == len(calls)  # for the last call of a repeat
+    assert len(waits) == len(warmup) + 3
 
 
-def test_the_spread_is_the_interquartile_range():
-    assert spread([3.0]) == (3.0, 0.0)
-    assert spread([1, 2, 3, 4, 100]) == (3, 2)
+# Programs.
 
 
-@pytest.mark.parametrize("options", [{"repeats": 0}, {"min_seconds": 0.0}])
-def test_a_protocol_without_time_is_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        Protocol(**options)
+def test_an_unrolled_program_has_no_loop_and_the_same_results():
+    @jax.jit
+    def attack(x, other):
+        def step(_, carry):
+            moved, count = carry
+            return moved + jax.grad(lambda x: jnp.sum(jnp.tanh(x)))(moved), count + 1
+
+        return {"moved": jax.lax.fori_loop(0, 4, step, (x, 0)), "other": other}
+
+    arguments = (jnp.arange(3.0), jnp.ones(2))
+    unrolled = jax.jit(programs._unrolled(attack, *arguments))
+    assert "while" in attack.lower(*arguments).as_text()
+    assert "while" not in unrolled.lower(*arguments).as_text()
+    expected, found = attack(*arguments), unrolled(*arguments)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_allclose, found, expected)
 
 
 # The plan.
@@ -191,17 +209,24 @@ def test_pytorch_has_all_variants_in_float32_and_the_fast_ones_in_bfloat16():
     ("options", "message"),
     [
         ({"methods": ("trades",)}, "method"),
-        ({"measure": ("speed",)}, "measure"),
-        ({"variants": ("fastest",)}, "variants"),
         ({"precisions": ("float8",)}, r"model\.dtype"),
-        ({"batch_sizes": (0,)}, "batch-sizes"),
-        ({"rounds": 0}, "rounds"),
+        ({"measure": ("unrolled",), "methods": ("st",)}, "--measure"),
         ({"overrides": ("--config.model.depth=3",)}, "depth"),
     ],
 )
 def test_a_plan_that_cannot_run_is_refused_before_anything_starts(options, message):
     with pytest.raises(ValueError, match=message):
         plan(Options(DIGITS, **options))
+
+
+def test_the_roofline_and_the_counts_come_first_then_each_row_in_each_round():
+    tasks = plan(Options(DIGITS, measure=("step",), methods=("st", "at")))
+    names = [name for name, _ in schedule(tasks, 2)]
+    assert [name.split(",")[0] for name in names] == [
+        *("roofline", "counts"),
+        *("round 1: st step", "round 1: at step"),
+        *("round 2: st step", "round 2: at step"),
+    ]
 
 
 # Rows.
@@ -211,47 +236,37 @@ def fake(seconds, **more):
     return {"seconds": seconds, "peak_memory": 10**9, **more}
 
 
-def epoch_of(seconds):
-    return fake([seconds], checkpoint_seconds=1.0, pipeline_seconds=seconds / 100)
-
-
 OPTIONS = Options(CIFAR, rounds=2)
-COUNTS = {  # of PreActResNet-18
-    "counts": {
-        "operations": {"weights": 2.899e9, "images": 1.939e9, "both": 2.902e9},
-        "elements": {"weights": 1.85e7, "images": 1.45e7, "both": 1.86e7},
-    }
+PASSES = {  # of PreActResNet-18
+    "weights": StepCost(2.899e9, 1.85e7),
+    "images": StepCost(1.939e9, 1.45e7),
+    "both": StepCost(2.902e9, 1.86e7),
 }
-CEILINGS = {"float32": {"matmul": 2e11, "copy": 4e10, "provenance": {"jax": "1"}}}
+ROOFLINE = {"matmul": 2e11, "copy": 4e10, "provenance": {"jax": "1"}}
+FIRST = {
+    Task("roofline", "", "st", 128, "float32"): [ROOFLINE],
+    Task("counts", "", "st", 128, "float32"): [{"passes": PASSES}],
+}
 
 
 def fake_report():
     tasks = plan(dataclasses.replace(OPTIONS, compare="pytorch"))
     seconds = {"st": 1.0, "sam": 2.1, "at": 8.0, "": 5.0}
-    outcomes = {}
+    outcomes = dict(FIRST)
     for task in tasks:
         base = seconds[task.method]
         if task.kind == "pytorch":
-            values = [[1.5 * base], [2.5 * base]]
-            outcomes[task] = [
-                {
-                    "seconds_per_step": value,
-                    "peak_memory_bytes": 1,
-                    "parity": {},
-                    "versions": {},
-                }
-                for value in values
-            ]
+            about = {"parity": {}, "versions": {}}
+            outcomes[task] = [fake([factor * base], **about) for factor in (1.5, 2.5)]
         elif task.kind == "epoch":
-            outcomes[task] = [epoch_of(base)] * 2
+            about = {"checkpoint_seconds": 1.0, "pipeline_seconds": base / 100}
+            outcomes[task] = [fake([base], **about)] * 2
         else:
-            compiled = {"lower_seconds": 1.0, "compile_seconds": 9.0}
-            cached = {"lower_seconds": 1.0, "compile_seconds": 0.5}
             outcomes[task] = [
-                fake([base, base], **compiled),
-                fake([base, base], **cached),
+                fake([base, base], compile_seconds=10.0),
+                fake([base, base], compile_seconds=1.5),
             ]
-    return summarise(tasks, outcomes, CEILINGS, COUNTS, OPTIONS)
+    return summarize(outcomes, OPTIONS)
 
 
 def find(report, kind, method, variant=""):
@@ -265,7 +280,7 @@ def find(report, kind, method, variant=""):
 def test_a_row_has_rates_fractions_and_costs():
     report = fake_report()
     row = find(report, "step", "at")
-    flops = Counts(**COUNTS["counts"]).flops(Work(10))
+    flops = step_cost(PASSES, 10).flops
     assert row["images_per_second"] == pytest.approx(128 / 8.0)
     assert row["tflops"] == pytest.approx(16 * flops / 1e12)
     assert row["matmul_fraction"] == pytest.approx(16 * flops / 2e11)
@@ -301,10 +316,28 @@ def test_the_hours_of_the_tables_are_those_of_their_epochs_and_evaluations():
 def test_a_failed_row_is_reported_and_the_others_stand():
     tasks = plan(Options(CIFAR, measure=("step",)))
     outcomes = {tasks[0]: [{"error": "out of memory"}], tasks[1]: [fake([2.0])]}
-    report = summarise(tasks, outcomes, CEILINGS, {}, OPTIONS)
+    report = summarize(outcomes, OPTIONS)
     assert report.failures == [("st step, batch 128, float32", "out of memory")]
     assert [row["method"] for row in report.rows] == ["sam"]
-    assert "failed: st step, batch 128, float32: out of memory" in to_markdown(report)
+    text = to_sheet(report).to_markdown()
+    assert "failed: st step, batch 128, float32: out of memory" in text
+
+
+def test_a_row_has_the_median_and_the_interquartile_range_of_all_repeats():
+    task = Task("step", "st", "st", 128, "float32")
+    (row,) = summarize({task: [fake([1, 2]), fake([3, 4, 100])]}, OPTIONS).rows
+    assert (row["step_seconds"], row["step_iqr"]) == (3, 2)
+    (row,) = summarize({task: [fake([3.0])]}, OPTIONS).rows
+    assert (row["step_seconds"], row["step_iqr"]) == (3, 0)
+
+
+def test_the_operations_are_those_of_the_settings_that_were_measured():
+    overrides = ("--config.attack.num_steps=5",)
+    options = Options(CIFAR, overrides, methods=("at",), measure=("step",))
+    (task,) = plan(options)
+    (row,) = summarize({**FIRST, task: [fake([8.0])]}, options).rows
+    st = step_cost(PASSES).flops
+    assert row["flop_cost"] == pytest.approx(step_cost(PASSES, 5).flops / st)
 
 
 def test_the_files_of_a_report_are_complete_and_say_what_was_measured(tmp_path):
@@ -323,23 +356,27 @@ def test_the_files_of_a_report_are_complete_and_say_what_was_measured(tmp_path):
 # Processes and the command.
 
 
-def worker(launcher, kind, **overrides):
+def launcher(tmp_path, should_stop, **overrides):
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
-    spec = {"kind": kind, "config": f"{DIGITS}:at,norm=linf,eps=16"}
-    spec |= {"overrides": [*helpers.make_flags(), *flags]}
-    return launcher.worker(spec | {"repeats": 1, "min_seconds": 0.01})
+    overrides = (*helpers.make_flags(), *flags)
+    options = Options(DIGITS, overrides, repeats=1, min_seconds=0.01)
+    return Launcher(options, tmp_path, should_stop)
+
+
+AT = Task("step", "at", "at,norm=linf,eps=16", 32, "float32")
 
 
 def test_a_worker_that_fails_leaves_its_complaint(tmp_path):
-    outcome = worker(Launcher(tmp_path, lambda: False), "step", **{"model.width": -1})
+    launch = launcher(tmp_path, lambda: False, **{"model.width": -1})
+    outcome = launch(AT)
     assert re.search(r"exit code 1: .*model\.width", outcome["error"])
 
 
 def test_a_bench_that_is_stopped_ends_its_worker_at_once(tmp_path):
     started = time.monotonic()
-    launcher = Launcher(tmp_path, lambda: time.monotonic() - started > 1.0)
+    launch = launcher(tmp_path, lambda: time.monotonic() - started > 1.0)
     with pytest.raises(StoppedError, match="kept"):
-        worker(launcher, "step")
+        launch(AT)
     assert time.monotonic() - started < 5.0
 
 
@@ -390,10 +427,24 @@ def test_a_profile_is_a_perfetto_trace_and_no_measurement(tmp_path):
     assert not (tmp_path / "bench.json").exists()
 
 
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
-    done = bench(tmp_path, "--methods=fgsm")
-    assert done.returncode == 2
-    assert done.stderr.startswith("samrobust: error: argument --methods: Expected")
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("--methods=fgsm", "--measure=speed", "--variants=fastest"),
+        *("--batch-sizes=0", "--rounds=0", "--repeats=0", "--min-seconds=0"),
+    ],
+)
+def test_a_bad_flag_is_refused_in_one_line_before_anything_starts(
+    flag, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(Launcher, "__call__", lambda *_: pytest.fail("it measures"))
+    workdir = tmp_path / "new"
+    flags = (f"--config={DIGITS}", f"--workdir={workdir}", flag)
+    assert helpers.main("bench", *flags) == 2
+    name = flag.partition("=")[0]
+    complaint = capsys.readouterr().err
+    assert complaint.startswith(f"samrobust: error: argument {name}: ")
+    assert not workdir.exists()
 
 
 def test_a_bench_without_a_device_is_one_line_and_measures_nothing(
@@ -419,7 +470,7 @@ def test_a_comparison_that_cannot_be_made_is_refused_before_any_measurement(
     tmp_path, capsys, monkeypatch, measure, package, message
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: package)
-    monkeypatch.setattr(Launcher, "worker", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(Launcher, "__call__", lambda *_: pytest.fail("it measures"))
     code = helpers.main(
         *("bench", f"--config={DIGITS}", f"--workdir={tmp_path / 'new'}"),
         *("--compare=pytorch", f"--measure={measure}"),

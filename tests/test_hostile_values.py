@@ -173,7 +173,7 @@ def test_a_hostile_value_of_a_flag_is_refused_by_its_name(
     monkeypatch.chdir(tmp_path)
     for work in (
         "samrobust.experiments.building.load_data",
-        "samrobust.studies.bench.suite.run_suite",
+        "samrobust.studies.bench.suite.Launcher",
     ):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("work has started"))
     others = [f"{name}={VALID.get(name, 'none')}" for name in required if name != flag]

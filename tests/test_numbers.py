@@ -24,7 +24,7 @@ from samrobust.experiments.reporting.notes import tail_probability
 from samrobust.experiments.reporting.render import to_json, to_markdown
 from samrobust.experiments.reporting.table import Cell, Difference, Table, summarize
 from samrobust.studies.bench import report as bench_report
-from samrobust.studies.bench.results import Report as BenchReport
+from samrobust.studies.bench.results import BenchReport
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -289,7 +289,7 @@ def held(page: str) -> tuple[Rows, ...]:
         return tuple(tables(to_markdown(table(page[8:-3]))))
     if page.endswith("/bench.md"):
         found = BenchReport(**stored(f"{folder}/bench.json"))
-        return tuple(tables(bench_report.to_markdown(found)))
+        return tuple(tables(bench_report.to_sheet(found).to_markdown()))
     if "/sanity/" in page:
         return sanity(page[8:-3])
     if page != "README.md":

@@ -11,13 +11,8 @@ import pytest
 import samrobust
 
 ROOT = pathlib.Path(samrobust.__file__).parent
-PENDING = re.compile("cli/bench|studies/bench/")
+MODULES = sorted(ROOT.rglob("*.py"))
 TWIN = ROOT / "studies" / "bench" / "twin"  # named after what it mirrors
-MODULES = [
-    path
-    for path in sorted(ROOT.rglob("*.py"))
-    if not PENDING.match(str(path.relative_to(ROOT)))
-]
 PAGES = MODULES + [
     page
     for folder in ("configs", "docs", "launch")

@@ -1,22 +1,17 @@
 """`samrobust bench`: plans, measures, shows and writes as it goes."""
 
 import argparse
-import collections
 import pathlib
-import shlex
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from samrobust.cli import flags
+from samrobust.system.runtime import FAILED
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from samrobust.studies.bench.plan import Options, Task
-    from samrobust.studies.bench.process import Launcher
-    from samrobust.studies.bench.results import Report
+    from samrobust.studies.bench.plan import Task
+    from samrobust.studies.bench.suite import Outcome
 
 __all__ = ["add", "run"]
 
@@ -67,89 +62,40 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     What is measured is written after every process, so that nothing is lost when the
     bench is stopped.
     """
+    from samrobust.cli.shared import show_written
     from samrobust.experiments.reporting.console import make_console
     from samrobust.experiments.reporting.progress import ProgressDisplay
-    from samrobust.studies.bench.plan import Options, Task, plan
-    from samrobust.studies.bench.process import check_pytorch
-    from samrobust.studies.bench.report import to_rich, write_report
-    from samrobust.studies.bench.results import summarise
-    from samrobust.studies.bench.suite import run_suite
+    from samrobust.studies.bench.plan import Options, plan
+    from samrobust.studies.bench.report import to_sheet, write_report
+    from samrobust.studies.bench.results import summarize
+    from samrobust.studies.bench.suite import Launcher, schedule
     from samrobust.system.files import check_writable
 
     options = flags.build(Options, arguments)
-    tasks = plan(options)
-    check_pytorch(options)
-    check_writable(pathlib.Path(arguments.workdir))
-    console, workdir = make_console(), pathlib.Path(arguments.workdir)
-    if arguments.profile:
-        return _profile(tasks, options, workdir, console, should_stop)
-    outcomes: dict[Task, list[dict[str, Any]]] = collections.defaultdict(list)
-    ceilings: dict[str, dict[str, Any]] = {}
-    counts: dict[str, Any] = {}
-
-    def report() -> "Report":
-        made = summarise(tasks, outcomes, ceilings, counts, options)
-        command = shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
-        made.provenance["command"] = command
-        return made
-
-    def on_outcome(task: Task, outcome: dict[str, Any]) -> None:
-        if task.kind == "ceilings":
-            ceilings[task.precision] = outcome
-        elif task.kind == "counts":
-            counts.update(outcome)
-        else:
-            outcomes[task].append(outcome)
-        write_report(report(), workdir)
-
-    precisions = len({task.precision for task in tasks})
-    display = ProgressDisplay(console, precisions + 1 + options.rounds * len(tasks))
-    with display.live():
-        run_suite(
-            tasks,
-            options,
-            on_outcome=on_outcome,
-            on_start=lambda name, number, _: display.show(name, float(number)),
-            should_stop=should_stop,
-        )
-    final = report()
-    console.print(to_rich(final))
-    paths = ", ".join(path.name for path in write_report(final, workdir))
-    console.print(f"Written to {workdir}: {paths}")
-    return 1 if final.failures else 0
-
-
-def _profile(
-    tasks: "Sequence[Task]",
-    options: "Options",
-    workdir: pathlib.Path,
-    console: "Console",
-    should_stop: Callable[[], bool],
-) -> int:
-    """Writes a trace of every row of our own."""
-    from samrobust.studies.bench.process import Launcher
-
-    own = [task for task in tasks if task.kind != "pytorch"]
-    with tempfile.TemporaryDirectory(prefix="samrobust-bench-") as cache:
-        launch = Launcher(pathlib.Path(cache), should_stop)
-        failed = [_trace(task, options, workdir, console, launch) for task in own]
-    return 1 if any(failed) else 0
-
-
-def _trace(
-    task: "Task",
-    options: "Options",
-    workdir: pathlib.Path,
-    console: "Console",
-    launch: "Launcher",
-) -> bool:
-    """Writes the trace of a row; returns whether that failed."""
-    from samrobust.studies.bench.plan import spec_of
-
-    folder = workdir / "traces" / task.name.replace(", ", "-").replace(" ", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    spec = spec_of(task, options) | {"trace": True, "path": str(folder)}
-    error = launch.worker(spec, task).get("error")
-    outcome = f"{task.name}: {error or folder}"
-    console.print(outcome)
-    return error is not None
+    tasks, workdir = plan(options), pathlib.Path(arguments.workdir)
+    check_writable(workdir)
+    console, failed = make_console(), False
+    with tempfile.TemporaryDirectory(prefix="samrobust-bench-") as folder:
+        launch = Launcher(options, pathlib.Path(folder), should_stop)
+        if arguments.profile:
+            for task in tasks:
+                if task.kind != "pytorch":
+                    place = task.name.replace(", ", "-").replace(" ", "_")
+                    traces = workdir / "traces" / place
+                    traces.mkdir(parents=True, exist_ok=True)
+                    error = launch(task, traces).get("error")
+                    console.print(f"{task.name}: {error or traces}")
+                    failed |= error is not None
+            return FAILED if failed else 0
+        outcomes: dict[Task, list[Outcome]] = {}
+        order = schedule(tasks, options.rounds)
+        display = ProgressDisplay(console, len(order))
+        with display.live():
+            for number, (name, task) in enumerate(order):
+                display.show(name, float(number))
+                outcomes.setdefault(task, []).append(launch(task))
+                write_report(summarize(outcomes, options), workdir)
+    report = summarize(outcomes, options)
+    console.print(to_sheet(report).to_rich())
+    show_written(console, workdir, write_report(report, workdir))
+    return FAILED if report.failures else 0

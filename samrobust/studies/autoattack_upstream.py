@@ -24,6 +24,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import torch
+from flax import traverse_util
 from pyautoattack import AutoAttack
 
 from samrobust.data import Dataset, Split
@@ -31,7 +32,7 @@ from samrobust.evaluation import make_autoattack_evaluator
 from samrobust.experiments import building
 from samrobust.experiments.networks import load_network
 from samrobust.experiments.workdir import config_of_run
-from samrobust.studies.bench.twin.network import PreActResNet, from_jax
+from samrobust.studies.bench.twin.network import TwinResNet, from_jax
 from samrobust.system.files import append_json_line
 from samrobust.system.provenance import provenance
 from samrobust.system.runtime import keep_freed_memory
@@ -140,8 +141,8 @@ def _line(
     }
 
 
-def _twin(config: Any, dataset: Dataset, variables: Any) -> PreActResNet:
-    model = PreActResNet(
+def _twin(config: Any, dataset: Dataset, variables: Any) -> TwinResNet:
+    model = TwinResNet(
         config.model.width,
         tuple(config.model.blocks),
         dataset.num_classes,
@@ -150,7 +151,7 @@ def _twin(config: Any, dataset: Dataset, variables: Any) -> PreActResNet:
         dataset.std,
     ).eval()
     with torch.no_grad():
-        from_jax(model, jax.device_get(variables))
+        from_jax(model, traverse_util.flatten_dict(jax.device_get(variables), sep="/"))
     return model.to(_device())
 
 
@@ -160,7 +161,7 @@ def _device() -> str:
 
 
 def _upstream(
-    model: PreActResNet, split: Split, arguments: argparse.Namespace, seed: int
+    model: TwinResNet, split: Split, arguments: argparse.Namespace, seed: int
 ) -> np.ndarray:
     logging.disable(logging.CRITICAL)
     attack = AutoAttack(

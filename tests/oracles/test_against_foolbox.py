@@ -30,7 +30,7 @@ BALLS = {
 def torch_model():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return twin.PreActResNet(**SMALL).eval()
+        return twin.TwinResNet(**SMALL).eval()
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def make_pair(seed=0, *, off_kinks=False, **settings):
     """
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        torch_model = twin.PreActResNet(**settings).eval()
+        torch_model = twin.TwinResNet(**settings).eval()
         for module in torch_model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.weight.uniform_(0.5, 1.5)
@@ -106,7 +106,7 @@ def test_the_default_network_has_the_parameters_of_preact_resnet_18():
         )
     )
     ours = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    theirs = sum(param.numel() for param in twin.PreActResNet().parameters())
+    theirs = sum(param.numel() for param in twin.TwinResNet().parameters())
     assert ours == theirs == 11_172_170
 
 
@@ -171,7 +171,7 @@ def initial():
     init = jax.jit(PreActResNet(**WIDE_HEAD).init, static_argnames="train")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        theirs = twin.to_jax(twin.PreActResNet(**WIDE_HEAD))
+        theirs = twin.to_jax(twin.TwinResNet(**WIDE_HEAD))
     return init(jax.random.key(0), jnp.zeros([1, 8, 8, 3]), train=False), theirs
 
 

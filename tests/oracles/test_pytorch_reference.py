@@ -4,7 +4,6 @@ The parity file is made by our network and training step, so that its gate is he
 what it is there for. The steps are held to the oracle in `torch_twin`.
 """
 
-import dataclasses
 import functools
 import json
 import subprocess
@@ -24,7 +23,6 @@ from samrobust.training import make_train_step
 torch = pytest.importorskip("torch")
 twin = pytest.importorskip("torch_twin")
 benchmark = pytest.importorskip("samrobust.studies.bench.twin.reference")
-spec_module = pytest.importorskip("samrobust.studies.bench.twin.spec")
 steps = pytest.importorskip("samrobust.studies.bench.twin.steps")
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -50,7 +48,6 @@ SPEC = {
     **SGD,
     "repeats": 2,
     "min_seconds": 0.01,
-    "seed": 0,
 }
 VARIANTS = ["reference", "tuned"]
 
@@ -91,7 +88,6 @@ def make_parity() -> dict[str, Any]:
         "labels": np.asarray(labels),
         "logits": np.asarray(logits),
         "image_gradient": np.asarray(gradient),
-        **SGD,
     }
 
 
@@ -108,13 +104,13 @@ def parity_file(arrays, tmp_path_factory):
 
 
 def run_script(parity_file, **changes):
-    flags = [f"--spec={json.dumps(SPEC | changes)}", f"--parity={parity_file}"]
-    command = [sys.executable, "-m", benchmark.__name__, *flags]
+    spec = json.dumps(SPEC | changes | {"parity": str(parity_file)})
+    command = [sys.executable, "-m", benchmark.__name__, spec]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def make_spec(**changes):
-    return spec_module.parse_spec(json.dumps(SPEC | changes))
+    return steps.TwinSpec(**SPEC | changes)
 
 
 # --- the script -----------------------------------------------------------------------
@@ -136,22 +132,11 @@ def test_the_last_line_holds_the_results(changes, parity_file):
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     results = json.loads(line)
-    assert results.keys() == {
-        "seconds_per_step",
-        "steps_per_repeat",
-        "warmup_seconds",
-        "peak_memory_bytes",
-        "parity",
-        "versions",
-        "device",
-        "num_threads",
-        "float32_matmul",
-    }
-    assert len(results["seconds_per_step"]) == len(results["steps_per_repeat"]) == 2
-    assert min(results["seconds_per_step"]) > 0
-    assert min(results["steps_per_repeat"]) >= 1
-    assert results["warmup_seconds"] >= 1
-    assert results["peak_memory_bytes"] > 2**20
+    told = {"seconds", "peak_memory", "parity", "versions", "float32_matmul"}
+    assert results.keys() == told
+    assert len(results["seconds"]) == 2
+    assert min(results["seconds"]) > 0
+    assert results["peak_memory"] > 2**20
     assert results["parity"].keys() == {"logits", "image_gradient", "update"}
     assert max(results["parity"].values()) < 1e-4
     assert results["versions"]["torch"] == torch.__version__
@@ -174,42 +159,19 @@ def test_a_bad_spec_ends_the_script_with_its_message(parity_file):
     done = run_script(parity_file, method="trades")
     assert done.returncode == 1
     assert not done.stdout
-    assert "Expected method in [st, sam, at], got method='trades'." in done.stderr
+    message = done.stderr.strip().splitlines()[-1]
+    assert "Expected method in {st, sam, at}, got method='trades'." in message
 
 
 # --- what is refused ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("variant", "fast"),
-        ("batch_size", 0),
-        ("width", 8.0),
-        ("repeats", True),
-        ("num_steps", -1),
-        ("blocks", []),
-        ("image_shape", [8, 8]),
-        ("mean", [0.5]),
-        ("std", [0.5, 0.5, 0.0]),
-        ("epsilon", float("nan")),
-        ("min_seconds", 0),
-        ("precision", "bfloat16"),
-    ],
+    ("field", "value"), [("variant", "fast"), ("precision", "bfloat16")]
 )
-def test_a_field_outside_its_range_is_refused_by_name(field, value):
+def test_a_choice_that_there_is_not_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=rf"Expected .* got .*{field}="):
         make_spec(**{field: value})
-
-
-def test_unknown_and_missing_fields_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"unknown=\['color'\]"):
-        make_spec(color="red")
-    fields = {name: value for name, value in SPEC.items() if name != "rho"}
-    with pytest.raises(ValueError, match=r"missing=\['rho'\]"):
-        spec_module.parse_spec(json.dumps(fields))
-    with pytest.raises(ValueError, match="to be JSON"):
-        spec_module.parse_spec("method=st")
 
 
 def test_a_parity_file_of_another_network_is_refused(arrays):
@@ -218,7 +180,7 @@ def test_a_parity_file_of_another_network_is_refused(arrays):
     with pytest.raises(ValueError, match="shape"):
         benchmark.parity(make_spec(width=16), arrays)
     rest = {name: value for name, value in arrays.items() if name != "logits"}
-    with pytest.raises(ValueError, match="missing='logits'"):
+    with pytest.raises(ValueError, match=r"missing=\['logits'\]"):
         benchmark.parity(make_spec(), rest)
 
 
@@ -353,24 +315,16 @@ def test_random_starts_lie_in_the_ball_and_the_images_in_the_box(norm, order):
 # --- the batches ----------------------------------------------------------------------
 
 
-def test_the_pool_has_four_batches_like_the_data_and_repeats_with_its_seed(arrays):
+def test_the_pool_has_four_batches_like_the_data_and_is_always_the_same():
     spec = make_spec(batch_size=64)
-    first, again = (benchmark.make_pool(spec, arrays) for _ in range(2))
+    first, again = (benchmark.make_pool(spec) for _ in range(2))
     for batch, same in zip(first, again, strict=True):
-        np.testing.assert_array_equal(batch[0], same[0])
-        np.testing.assert_array_equal(batch[1], same[1])
-    images = np.concatenate([images for images, _ in first])
+        assert torch.equal(batch[0], same[0])
+        assert torch.equal(batch[1], same[1])
+    images = torch.cat([images for images, _ in first]).numpy()
     assert images.shape == (256, 3, 8, 8)
     assert images.dtype == np.float32
     assert 0 <= images.min() < images.max() <= 1
     np.testing.assert_allclose(images.mean(axis=(0, 2, 3)), MEAN, atol=0.02)
     np.testing.assert_allclose(images.std(axis=(0, 2, 3)), STD, atol=0.05)
-    other = benchmark.make_pool(dataclasses.replace(spec, seed=1), arrays)
-    assert np.any(other[0][0] != first[0][0])
-
-
-def test_the_pool_takes_the_images_of_the_parity_file_if_there_are_enough(arrays):
-    pool = benchmark.make_pool(make_spec(batch_size=1), arrays)
-    images = np.concatenate([images for images, _ in pool])
-    np.testing.assert_array_equal(images.transpose(0, 2, 3, 1), arrays["images"])
-    np.testing.assert_array_equal([label for _, (label,) in pool], arrays["labels"])
+    assert not torch.equal(first[0][0], first[1][0])

@@ -1,7 +1,7 @@
 """A PyTorch twin of the attacks and the training steps, as an oracle.
 
 Written from the facts about the paper's PyTorch code (weizeming/SAM_AT), without
-samrobust and without JAX: images are [B, C, H, W] in [0, 1], radii in pixel units.
+samrobust's attacks and steps: images are [B, C, H, W] in [0, 1], radii in pixel units.
 Attacks start where they are told to, so that no random numbers have to agree. The
 network and the way of its weights to and from Flax are those of
 `samrobust/studies/bench/twin/network.py`.
@@ -12,16 +12,19 @@ Reference: Wei, Zhu and Zhang, 2023, arXiv 2305.05392.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own custom
+from flax import traverse_util
 from torch import Tensor, nn
 
-from samrobust.studies.bench.twin.network import PreActResNet, from_jax, to_jax
+from samrobust.studies.bench.twin import network
+from samrobust.studies.bench.twin.network import TwinResNet
 
 __all__ = [
-    "PreActResNet",
+    "TwinResNet",
     "from_jax",
     "frozen_statistics",
     "pgd_l2",
@@ -37,6 +40,19 @@ __all__ = [
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 SAM_FLOOR = 1e-12  # davda54/sam, and with it the reference, adds it to the norm
+
+
+# --- weights --------------------------------------------------------------------------
+
+
+def to_jax(model: nn.Module) -> dict[str, Any]:
+    """Returns the model's weights as Flax's `{"params": ..., "batch_stats": ...}`."""
+    return traverse_util.unflatten_dict(network.to_jax(model), sep="/")
+
+
+def from_jax(model: nn.Module, variables: Mapping[str, Any]) -> None:
+    """Loads Flax's variables into the model, in place."""
+    network.from_jax(model, traverse_util.flatten_dict(variables, sep="/"))
 
 
 # --- running statistics and the training mode ----------------------------------------

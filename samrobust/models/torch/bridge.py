@@ -19,6 +19,7 @@ from jax.core import Tracer
 from samrobust.checks import check
 from samrobust.models.torch.files import import_torch
 from samrobust.models.torch.module import TorchModule, channels_first, channels_last
+from samrobust.system.jax_internals import CALLBACK_LOGGER
 from samrobust.types import Array, LogitsFn
 
 __all__ = ["as_torch", "from_torch"]
@@ -165,7 +166,7 @@ class _CallError(ValueError):
 
 
 # JAX logs the errors of callbacks with their traceback before it raises them.
-logging.getLogger("jax._src.callback").addFilter(
+logging.getLogger(CALLBACK_LOGGER).addFilter(
     lambda record: not (record.exc_info and record.exc_info[0] is _CallError)
 )
 

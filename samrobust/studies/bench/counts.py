@@ -8,13 +8,10 @@ compilation alone and products are calls without operations; so all is counted o
 Operations are those of a pass as traced, without what nobody reads: a multiply-add is
 two, one with a zero of the padding is none. Elements are those that the operations of
 the compiled pass read and write, with elementwise work fused as on a CPU.
-
-Conventions: counts are per image.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,63 +20,36 @@ import jax.numpy as jnp
 from samrobust.checks import check
 from samrobust.types import Array, PyTree
 
-__all__ = ["Counts", "Work", "count"]
+__all__ = ["StepCost", "count_passes", "step_cost"]
 
 # Passes by what they differentiate: positions of arguments.
 _PASSES = {"weights": 0, "images": 1, "both": (0, 1)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """The passes of a training step.
+class StepCost(NamedTuple):
+    """The cost of a training step, or of one pass of it, for each image.
 
     Attributes:
-      attack_steps: gradient steps of the attack; 0: none.
-      passes: forward and backward passes over the weights: 1, with SAM 2.
-      attack_weight_gradients: the attack computes gradients of the weights too, as the
-        paper's code does, and throws them away.
+      flops: floating point operations.
+      elements: read from and written to memory.
     """
 
-    attack_steps: int = 0
-    passes: int = 1
-    attack_weight_gradients: bool = False
+    flops: float
+    elements: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """Counts of one network, by pass: `weights`, `images` or `both`.
-
-    Attributes:
-      operations: floating point operations.
-      elements: read and written in memory.
-    """
-
-    operations: Mapping[str, float]
-    elements: Mapping[str, float]
-
-    def flops(self, work: Work) -> float:
-        """Returns the operations of a training step."""
-        return _total(self.operations, work)
-
-    def traffic(self, work: Work) -> float:
-        """Returns the elements through memory in a training step."""
-        return _total(self.elements, work)
-
-
-def _total(by_pass: Mapping[str, float], work: Work) -> float:
-    attack = "both" if work.attack_weight_gradients else "images"
-    return work.passes * by_pass["weights"] + work.attack_steps * by_pass[attack]
-
-
-def count(
+def count_passes(
     model: nn.Module, image_shape: tuple[int, ...], batch_size: int = 128
-) -> Counts:
+) -> dict[str, StepCost]:
     """Counts the passes of a network in training; no array is allocated.
 
     Args:
       model: called as `model.apply(variables, images, train=True)`.
       image_shape: (H, W, C).
       batch_size: of a pass; each image bears its share of the weights' elements.
+
+    Returns:
+      The costs of the passes for gradients of `weights`, `images` and `both`.
 
     Raises:
       ValueError: where JAX's default device is not a CPU.
@@ -101,11 +71,33 @@ def count(
         )
         return jnp.sum(logits), updated
 
-    operations, elements = {}, {}
-    for name, argnums in _PASSES.items():
+    def cost(argnums: int | tuple[int, int]) -> StepCost:
         both_ways = jax.value_and_grad(loss, argnums, has_aux=True)
         lowered: Any = jax.jit(both_ways).lower(params, images, variables)
-        operations[name] = lowered.cost_analysis()["flops"] / batch_size
-        accessed = lowered.compile().cost_analysis()["bytes accessed"]
-        elements[name] = accessed / images.dtype.itemsize / batch_size
-    return Counts(operations, elements)
+        num_bytes = lowered.compile().cost_analysis()["bytes accessed"]
+        flops = lowered.cost_analysis()["flops"]
+        elements = num_bytes / images.dtype.itemsize
+        return StepCost(flops / batch_size, elements / batch_size)
+
+    return {name: cost(argnums) for name, argnums in _PASSES.items()}
+
+
+def step_cost(
+    passes: Mapping[str, StepCost],
+    attack_steps: int = 0,
+    num_passes: int = 1,
+    *,
+    attack_weight_gradients: bool = False,
+) -> StepCost:
+    """Returns the cost of a training step.
+
+    Args:
+      passes: of `count_passes`.
+      attack_steps: gradient steps of the attack; 0: none.
+      num_passes: forward and backward over the weights: 1, with SAM 2.
+      attack_weight_gradients: the attack computes gradients of the weights too, as the
+        paper's code does, and throws them away.
+    """
+    attack = passes["both" if attack_weight_gradients else "images"]
+    terms = zip(passes["weights"], attack, strict=True)
+    return StepCost(*(num_passes * own + attack_steps * more for own, more in terms))

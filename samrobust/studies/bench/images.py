@@ -7,27 +7,16 @@ cuts that real pixels do not.
 
 import numpy as np
 
-from samrobust.data import DATASETS, Dataset, Split, dataset_facts
+from samrobust.data import Dataset, Split, dataset_facts
 
-__all__ = ["NUM_EXAMPLES", "image_shape", "make_dataset"]
-
-# Official training and test images.
-NUM_EXAMPLES = {
-    name: (facts.num_train, facts.num_test) for name, (facts, _) in DATASETS.items()
-}
-
-
-def image_shape(name: str) -> tuple[tuple[int, int, int], int]:
-    """Height, width and channels of a data set's images, and its number of classes."""
-    facts = dataset_facts(name)
-    return facts.image_shape, facts.num_classes
+__all__ = ["make_dataset"]
 
 
 def make_dataset(name: str, num_train: int, num_test: int) -> Dataset:
-    """A data set like `name` in everything but its pictures, the same at every call.
+    """Returns a data set like `name` in all but its pictures, the same at every call.
 
     Args:
-      name: one of `samrobust.data.DATASETS`.
+      name: of a data set of which `dataset_facts` knows.
       num_train: training images.
       num_test: test images.
     """

@@ -1,8 +1,7 @@
-"""Parity's file: what another framework must compute alike before it is timed."""
+"""The parity file: what another framework must compute alike before it is timed."""
 
 import dataclasses
-import pathlib
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,34 +11,24 @@ from flax import traverse_util
 from samrobust.attacks.losses import cross_entropy
 from samrobust.data import take_batch
 from samrobust.experiments import building
-from samrobust.studies.bench.images import make_dataset
-from samrobust.studies.bench.programs import initial_carry
+from samrobust.studies.bench.programs import begin
 from samrobust.types import Array, Config, PyTree
 
 __all__ = ["parity"]
 
 
-class _Spec(Protocol):
-    """The field of a worker's `Spec` that is needed."""
-
-    path: str
-
-
-def parity(config: Config, spec: _Spec) -> dict[str, Any]:
+def parity(config: Config, path: str) -> dict[str, Any]:
     """Writes weights, a batch and what they lead to, for another framework to repeat.
 
     Logits and the gradient of the summed loss in the images by batch statistics, and
-    the parameters after one step of standard training; see
-    `twin/reference.py` for the names. BatchNorm's parameters are moved
-    so that no activation is near the kink of a ReLU: there rounding alone decides a
-    gradient.
+    the parameters after one step of standard training; `twin/parity.py` has the names.
+    BatchNorm's parameters are moved so that no activation is near the kink of a ReLU:
+    there rounding alone decides a gradient.
     """
     size = min(16, config.training.batch_size)
-    dataset = make_dataset(config.data.name, size, 1)
+    dataset, method, carry = begin(config, size)
     model = building.make_model(config, dataset)
-    method = building.make_method(config, dataset, steps_per_epoch=1)
-    state = initial_carry(method, config, dataset).state
-    state = dataclasses.replace(state, params=_off_kinks(state.params))
+    state = dataclasses.replace(carry.state, params=_off_kinks(carry.state.params))
     images, labels = take_batch(
         dataset.train.images, dataset.train.labels, np.arange(size), 0, size
     )
@@ -60,29 +49,20 @@ def parity(config: Config, spec: _Spec) -> dict[str, Any]:
         "params": state.params,
         "batch_stats": state.batch_stats,
         "updated": updated.params,
-    }
-    arrays = traverse_util.flatten_dict(trees, sep="/") | {
         "images": images,
         "labels": labels,
         "logits": logits,
         "image_gradient": image_gradient,
-        **{
-            name: config.training[name]
-            for name in ("learning_rate", "momentum", "weight_decay")
-        },
     }
-    contents: Any = {name: np.asarray(array) for name, array in arrays.items()}
-    np.savez(pathlib.Path(spec.path), **contents)
-    return {
-        "mean": dataset.mean,
-        "std": dataset.std,
-        "image_shape": dataset.image_shape,
-        "num_classes": dataset.num_classes,
-    }
+    rates = ("learning_rate", "momentum", "weight_decay")
+    trees |= {name: config.training[name] for name in rates}
+    arrays: Any = traverse_util.flatten_dict(trees, sep="/")
+    np.savez(path, **jax.device_get(arrays))
+    return {}
 
 
 def _off_kinks(params: PyTree) -> PyTree:
-    """Every BatchNorm's scale at 0.3, its biases at 2 and -2 in turn."""
+    """Returns every BatchNorm's scale at 0.3, its biases at 2 and -2 in turn."""
 
     def move(path: tuple[Any, ...], leaf: Array) -> Array:
         layer, name = path[-2].key, path[-1].key

@@ -1,7 +1,8 @@
-"""The programs that are measured: a step, an epoch, an evaluation.
+"""The programs that are measured: a step, an epoch, an evaluation, and the roofline.
 
-All of them are the package's own: the same train step, loop and evaluator as a run
-uses, compiled with the same options.
+All but the last are the package's own: the same train step, loop and evaluator as a run
+uses, compiled with the same options. Each function measures one of them under a config
+and returns what it found, ready for JSON.
 """
 
 import itertools
@@ -11,18 +12,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
-from unittest import mock
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
 from samrobust.data import Dataset, random_crop_and_flip, take_batch
 from samrobust.evaluation import make_evaluator
 from samrobust.experiments import building
-from samrobust.studies.bench import timing
 from samrobust.studies.bench.images import make_dataset
 from samrobust.system.distributed import data_mesh, replicated, sharded
 from samrobust.system.runtime import compiler_options
@@ -33,34 +33,148 @@ from samrobust.training.fit import fresh_carry
 from samrobust.training.state import TrainState
 from samrobust.types import Array, Config
 
-__all__ = ["epoch", "evaluation", "initial_carry", "step", "unrolled"]
+__all__ = ["begin", "epoch", "evaluation", "roofline", "step", "unrolled"]
+
+# `timing.measure` with its options; or writes a trace and returns no seconds.
+Measure: TypeAlias = Callable[..., list[float]]
+Found: TypeAlias = dict[str, Any]
 
 _POOL = 4  # different batches, so that no step sees the one before it again
 _EPOCH_STEPS = 16  # of the shortened epoch that is measured
 
 
-class _Spec(Protocol):
-    """The fields of a worker's `Spec` that the programs need."""
-
-    path: str
-    trace: bool
-
-    @property
-    def protocol(self) -> timing.Protocol: ...
+def step(config: Config, measure: Measure) -> Found:
+    """Measures the bare training step, on batches that lie on the device."""
+    return _step(config, measure, lambda train_step, *_: train_step)
 
 
-def step(config: Config, spec: _Spec) -> dict[str, Any]:
-    """The bare training step, on batches that lie on the device."""
+def unrolled(config: Config, measure: Measure) -> Found:
+    """Measures the same step with the loop of the attack unrolled."""
+    config = config.copy_and_resolve_references()
+    config.training.steps_per_call = 1
+    return _step(config, measure, _unrolled)
+
+
+def epoch(config: Config, measure: Measure) -> Found:
+    """Measures the loop of a run: batches, augmentation, metrics, checkpoints.
+
+    Beside the seconds of a step: `checkpoint_seconds`, for which saving holds up the
+    loop, and `pipeline_seconds`, which a step's batch and augmentation take alone.
+    """
     batch_size = config.training.batch_size
-    dataset = make_dataset(config.data.name, _POOL * batch_size, 1)
-    method = building.make_method(config, dataset, steps_per_epoch=_POOL)
+    steps = building.make_plan(config, batch_size).steps_per_call
+    num_steps = math.ceil(_EPOCH_STEPS / steps) * steps
+    dataset, method, carry = begin(config, num_steps * batch_size)
+    plan = EpochPlan(num_steps * batch_size, batch_size, steps, drop_remainder=False)
+    augmentation = {"padding": config.data.padding, "flip": config.data.flip}
+    runner = EpochRunner(
+        method.train_step,
+        plan,
+        dataset.train,
+        **augmentation,
+        mesh=data_mesh(),
+        key=jax.random.key(1),
+    )
+    _, compilation = _compile(lambda: runner.lower(plan.chunks()[0], carry))
+    chunks = (
+        (chunk, runner.permutation(number))
+        for number in itertools.count()
+        for chunk in plan.chunks()
+    )
+
+    def run() -> LoopState:
+        nonlocal carry
+        chunk, permutation = next(chunks)
+        carry, _ = runner.run(chunk, carry, permutation)
+        return carry
+
+    seconds = [value / steps for value in measure(run)]
+    if not seconds:
+        return {}
+    images, labels = jax.device_put((dataset.train.images, dataset.train.labels))
+    order, key = jnp.arange(len(labels)), jax.random.key(2)
+
+    @jax.jit
+    def draw(images: Array, labels: Array) -> Any:
+        batch, labels = take_batch(images, labels, order, 0, batch_size)
+        return random_crop_and_flip(batch, **augmentation, key=key), labels
+
+    drawing = measure(lambda: draw(images, labels), min_seconds=0.2)
+    return compilation | {
+        "seconds": seconds,
+        "checkpoint_seconds": _checkpoint_seconds(carry),
+        "pipeline_seconds": statistics.median(drawing),
+    }
+
+
+def evaluation(config: Config, measure: Measure) -> Found:
+    """Measures clean accuracy and all attacks of the config, on one batch."""
+    batch_size = config.evaluation.batch_size
+    dataset, _, carry = begin(config, 1, batch_size)
+    model = building.make_model(config, dataset)
+    attacks = building.evaluation_attacks(config)
+    evaluate = make_evaluator(model, attacks, batch_size=batch_size)
+    arguments = (carry.state.variables, dataset.test, jax.random.key(1))
+    started = time.perf_counter()
+    evaluate(*arguments)
+    first = time.perf_counter() - started
+    seconds = measure(lambda: evaluate(*arguments))
+    steady = statistics.median(seconds or [first])
+    return {"seconds": seconds, "compile_seconds": max(0.0, first - steady)}
+
+
+def roofline(config: Config, measure: Measure) -> Found:
+    """Measures the most that the device can do, in this process's settings.
+
+    Returns:
+      `matmul`: operations per second of a large square matrix product in the config's
+      dtype, two a multiply-add. `copy`: bytes per second, read and written, of a pass
+      over an array beyond any cache. The fastest repeat counts.
+
+    Reference: Williams, Waterman and Patterson (2009), "Roofline".
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    size = 2048 if on_cpu else 8192
+    matrix = jax.random.normal(jax.random.key(0), (size, size)) / size**0.5
+    matrix = matrix.astype(config.model.dtype)
+    numbers = jnp.ones((128 if on_cpu else 1024) * 2**18, jnp.float32)
+
+    def fastest(function: Callable[[Array], Array], start: Array) -> float:
+        apply = jax.jit(function, donate_argnums=0)
+        return min(measure(_repeated(apply, jnp.copy(start))))
+
+    return {
+        "matmul": 2 * size**3 / fastest(lambda x: matrix @ x, matrix),
+        "copy": 2 * numbers.nbytes / fastest(lambda x: x * 1.0001, numbers),
+    }
+
+
+def begin(
+    config: Config, num_train: int, num_test: int = 1
+) -> tuple[Dataset, Method, LoopState]:
+    """Returns images, the config's method, and the first state, on all devices."""
+    dataset = make_dataset(config.data.name, num_train, num_test)
+    batch_size = config.training.batch_size
+    method = building.make_method(config, dataset, max(1, num_train // batch_size))
+    fresh = fresh_carry(method, batch_size, dataset.image_shape)
+    everywhere = replicated(data_mesh())
+    return dataset, method, jax.jit(fresh, out_shardings=everywhere)(jax.random.key(0))
+
+
+def _step(config: Config, measure: Measure, change: Callable[..., Any]) -> Found:
+    """Measures the training step as `change` makes it of itself and its arguments."""
+    batch_size = config.training.batch_size
+    dataset, method, carry = begin(config, _POOL * batch_size)
     steps = building.make_plan(config, len(dataset.train)).steps_per_call
-    pool = _on_device(dataset, batch_size)
+    state = carry.state
+    data = (*_on_device(dataset, batch_size), jax.random.key(1))
 
     def one_step(state: TrainState, images: Array, labels: Array, key: Array):
         which = state.step % _POOL
         key = jax.random.fold_in(key, state.step)
         return method.train_step(state, images[which], labels[which], key)[0]
+
+    one_step = change(one_step, state, *data)
 
     def run(state: TrainState, *data: Array) -> TrainState:
         if steps == 1:
@@ -71,145 +185,68 @@ def step(config: Config, spec: _Spec) -> dict[str, Any]:
         return state
 
     jitted = jax.jit(run, donate_argnums=0, out_shardings=replicated(data_mesh()))
-    state = initial_carry(method, config, dataset).state
-    arguments = (*pool, jax.random.key(1))
-    program, compilation = _compile(lambda: jitted.lower(state, *arguments))
+    program, compilation = _compile(lambda: jitted.lower(state, *data))
+    seconds = measure(_repeated(program, state, *data))
+    return compilation | {"seconds": [value / steps for value in seconds]}
 
-    def call() -> TrainState:
+
+def _unrolled(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """Returns a function whose loops of a known length, `lax.scan`s, are unrolled."""
+    jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    flat = core.jaxpr_as_fun(_with_unrolled_scans(jaxpr))
+    treedef = jax.tree.structure(shape)
+    return lambda *args: jax.tree.unflatten(treedef, flat(*jax.tree.leaves(args)))
+
+
+def _with_unrolled_scans(program: Any) -> Any:
+    """Returns a jaxpr, closed or not, whose scans have all their steps in one turn."""
+    if isinstance(program, core.ClosedJaxpr):
+        return program.replace(jaxpr=_with_unrolled_scans(program.jaxpr))
+    if not isinstance(program, core.Jaxpr):
+        return program
+    equations = []
+    for equation in program.eqns:
+        params = {k: _with_unrolled_scans(v) for k, v in equation.params.items()}
+        if equation.primitive.name == "scan":
+            params["unroll"] = params["length"]
+        equations.append(equation.replace(params=params))
+    return program.replace(eqns=equations)
+
+
+def _repeated(
+    function: Callable[..., Any], state: Any, *rest: Any
+) -> Callable[[], Any]:
+    """Returns a call of `state <- function(state, *rest)`; the state may be donated."""
+
+    def call() -> Any:
         nonlocal state
-        state = program(state, *arguments)
+        state = function(state, *rest)
         return state
 
-    return compilation | _run(call, spec, steps)
-
-
-def unrolled(config: Config, spec: _Spec) -> dict[str, Any]:
-    """The same step with the loop of the attack written out, iteration by iteration."""
-
-    def fori_loop(lower: int, upper: int, body: Callable, start: Any) -> Any:
-        for index in range(lower, upper):
-            start = body(index, start)
-        return start
-
-    config = config.copy_and_resolve_references()
-    config.training.steps_per_call = 1
-    with mock.patch.object(jax.lax, "fori_loop", fori_loop):
-        return step(config, spec)
-
-
-def epoch(config: Config, spec: _Spec) -> dict[str, Any]:
-    """The loop as a run has it: batches, augmentation, metrics, checkpoints.
-
-    Beside the seconds of a step: `checkpoint_seconds`, for which saving holds up the
-    loop, and `pipeline_seconds`, which a step's batch and augmentation take alone.
-    """
-    batch_size = config.training.batch_size
-    steps = building.make_plan(config, batch_size).steps_per_call
-    num_steps = math.ceil(_EPOCH_STEPS / steps) * steps
-    dataset = make_dataset(config.data.name, num_steps * batch_size, 1)
-    method = building.make_method(config, dataset, num_steps)
-    plan = EpochPlan(num_steps * batch_size, batch_size, steps, drop_remainder=False)
-    runner = EpochRunner(
-        method.train_step,
-        plan,
-        dataset.train,
-        padding=config.data.padding,
-        flip=config.data.flip,
-        mesh=data_mesh(),
-        key=jax.random.key(1),
-    )
-    carry = initial_carry(method, config, dataset)
-    _, compilation = _compile(lambda: runner.lower(plan.chunks()[0], carry))
-    calls = itertools.chain.from_iterable(
-        zip(plan.chunks(), itertools.repeat(runner.permutation(number)), strict=False)
-        for number in itertools.count()
-    )
-
-    def call() -> Any:
-        nonlocal carry
-        following, permutation = next(calls)
-        carry, _ = runner.run(following, carry, permutation)
-        return carry
-
-    outcome = compilation | _run(call, spec, steps)
-    if not spec.trace:
-        outcome["checkpoint_seconds"] = _checkpoint_seconds(carry)
-        outcome["pipeline_seconds"] = _pipeline_seconds(config, dataset, spec)
-    return outcome
-
-
-def evaluation(config: Config, spec: _Spec) -> dict[str, Any]:
-    """Clean accuracy and all attacks of the config, in one pass over a few batches."""
-    batch_size = config.evaluation.batch_size
-    dataset = make_dataset(config.data.name, 1, batch_size)
-    model = building.make_model(config, dataset)
-    attacks = building.evaluation_attacks(config)
-    evaluate = make_evaluator(model, attacks, batch_size=batch_size)
-    method = building.make_method(config, dataset, 1)
-    variables = initial_carry(method, config, dataset).state.variables
-    key = jax.random.key(1)
-    started = time.perf_counter()
-    evaluate(variables, dataset.test, key)
-    first = time.perf_counter() - started
-
-    def call() -> Any:
-        return evaluate(variables, dataset.test, key)
-
-    outcome = _run(call, spec, 1)
-    if "seconds" in outcome:
-        steady = statistics.median(outcome["seconds"])
-        outcome["compile_seconds"] = max(0.0, first - steady)
-    return outcome | {"num_images": batch_size}
-
-
-def initial_carry(method: Method, config: Config, dataset: Dataset) -> LoopState:
-    """Returns what a run begins with, on all devices."""
-    begin = fresh_carry(method, config.training.batch_size, dataset.image_shape)
-    return jax.jit(begin, out_shardings=replicated(data_mesh()))(jax.random.key(0))
+    return call
 
 
 def _on_device(dataset: Dataset, batch_size: int) -> tuple[Array, Array]:
-    """The training images as batches [P, B, ...], split over the devices."""
+    """Returns the training images as batches [P, B, ...], split over the devices."""
     everything = np.arange(len(dataset.train))
     images, labels = take_batch(
         dataset.train.images, dataset.train.labels, everything, 0, len(everything)
     )
     placement = sharded(data_mesh())
-    spec = PartitionSpec(None, *placement.spec)
-    data = (
-        images.reshape(-1, batch_size, *images.shape[1:]),
-        labels.reshape(-1, batch_size),
-    )
-    return jax.device_put(data, NamedSharding(placement.mesh, spec))
+    batched = NamedSharding(placement.mesh, PartitionSpec(None, *placement.spec))
+    cut = [x.reshape(-1, batch_size, *x.shape[1:]) for x in (images, labels)]
+    return tuple(jax.device_put(cut, batched))
 
 
-def _compile(lower: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """A compiled program, and what tracing and compiling it took."""
+def _compile(lower: Callable[[], Any]) -> tuple[Any, Found]:
+    """Returns a compiled program, and the seconds to trace and compile it."""
     started = time.perf_counter()
-    lowered = lower()
-    traced = time.perf_counter()
-    program = lowered.compile(compiler_options())
-    compiled = time.perf_counter()
-    return program, {
-        "lower_seconds": traced - started,
-        "compile_seconds": compiled - traced,
-    }
-
-
-def _run(call: Callable[[], Any], spec: _Spec, steps: int) -> dict[str, Any]:
-    """Seconds of a step, a value a repeat; or nothing, if a trace is asked for."""
-    if not spec.trace:
-        seconds = timing.measure(call, spec.protocol)
-        return {"seconds": [value / steps for value in seconds]}
-    jax.block_until_ready(call())
-    with jax.profiler.trace(spec.path, create_perfetto_trace=True):
-        for _ in range(2):
-            jax.block_until_ready(call())
-    return {"trace": spec.path}
+    program = lower().compile(compiler_options())
+    return program, {"compile_seconds": time.perf_counter() - started}
 
 
 def _checkpoint_seconds(carry: LoopState) -> float:
-    """How long saving holds up the loop, the median of three."""
+    """Measures how long saving holds up the loop, the median of three."""
     seconds = []
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -221,22 +258,3 @@ def _checkpoint_seconds(carry: LoopState) -> float:
             seconds.append(time.perf_counter() - started)
             checkpoints.wait()
     return statistics.median(seconds)
-
-
-def _pipeline_seconds(config: Config, dataset: Dataset, spec: _Spec) -> float:
-    """Seconds that drawing and augmenting a batch take alone, as one program."""
-    batch_size = config.training.batch_size
-    options = {"padding": config.data.padding, "flip": config.data.flip}
-    images, labels = jax.device_put((dataset.train.images, dataset.train.labels))
-    order = jnp.arange(len(labels))
-
-    @jax.jit
-    def draw(images: Array, labels: Array, order: Array, key: Array) -> Any:
-        batch, labels = take_batch(images, labels, order, 0, batch_size)
-        return random_crop_and_flip(batch, **options, key=key), labels
-
-    key = jax.random.key(2)
-    protocol = timing.Protocol(spec.protocol.repeats, 0.2, warmup_calls=3)
-    return statistics.median(
-        timing.measure(lambda: draw(images, labels, order, key), protocol)
-    )

@@ -1,63 +1,197 @@
-"""The rows of a bench, run in rounds, each in a process of its own.
+"""The tasks of a bench, run in rounds, each in a process of its own.
 
 Every row once, then every row again, so that a machine that grows slow for a minute
-slows a round of them all and not one of them. The first round compiles anew, into a
-cache that the later ones find.
+slows a round of them all and not one of them. The first round compiles into an empty
+cache, which the later ones find filled.
 """
 
 import dataclasses
+import json
+import os
 import pathlib
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
-from samrobust.studies.bench.plan import Options, Task, spec_of
-from samrobust.studies.bench.process import Launcher, StoppedError
+from samrobust.checks import check
+from samrobust.experiments import building
+from samrobust.studies.bench.plan import Options, Task, config_of, overrides_of
+from samrobust.studies.bench.worker import BAD_INPUT
 
-__all__ = ["StoppedError", "run_suite"]
+__all__ = ["Launcher", "Outcome", "StoppedError", "schedule"]
+
+# What a process found, or {"error": its complaint}.
+Outcome: TypeAlias = dict[str, Any]
+
+_WORKER = "samrobust.studies.bench.worker"
+_TWIN = "samrobust.studies.bench.twin.reference"
+_ROOFLINE_SECONDS = 0.5  # of a repeat, at most
 
 
-def run_suite(
-    tasks: Sequence[Task],
-    options: Options,
-    *,
-    on_outcome: Callable[[Task, dict[str, Any]], None],
-    on_start: Callable[[str, int, int], None],
-    should_stop: Callable[[], bool],
-) -> None:
-    """Measures all rows, round after round.
+class StoppedError(RuntimeError):
+    """A request to stop the bench; what was measured is kept."""
+
+
+def schedule(tasks: Sequence[Task], rounds: int) -> list[tuple[str, Task]]:
+    """Returns what to run, in order, with names for people.
+
+    The roofline of each precision, the counts, then every row once, and once again.
+    """
+    first = Task("counts", "", tasks[0].row, tasks[0].batch_size, "float32")
+    beside = [
+        dataclasses.replace(first, kind="roofline", precision=precision)
+        for precision in dict.fromkeys(task.precision for task in tasks)
+    ]
+    return [(task.name, task) for task in (*beside, first)] + [
+        (f"round {number + 1}: {task.name}", task)
+        for number in range(rounds)
+        for task in tasks
+    ]
+
+
+class Launcher:
+    """A launcher of tasks, which it waits for: `launch(task) -> outcome`.
 
     Args:
-      tasks: from `plan`.
-      options: the same as there.
-      on_outcome: called after every process with the row (of kinds `ceilings` and
-        `counts` first) and the worker's outcome, or `{"error": ...}`.
-      on_start: called before every process, with its name, its number and how many
-        there are.
-      should_stop: asked all the time; if true, the process is ended and
+      options: of the bench.
+      folder: for the compilation cache that the tasks share, and the parity files.
+      should_stop: asked while waiting; where true, the process is ended and
         `StoppedError` raised.
     """
-    with tempfile.TemporaryDirectory(prefix="samrobust-bench-") as folder:
-        launch = Launcher(pathlib.Path(folder), should_stop)
-        order = list(_order(tasks, options))
-        for number, (name, task) in enumerate(order):
-            on_start(name, number, len(order))
-            if task.kind in ("ceilings", "counts"):
-                on_outcome(task, launch.worker(spec_of(task, options)))
-            elif task.kind == "pytorch":
-                on_outcome(task, launch.pytorch(task, options))
-            else:
-                on_outcome(task, launch.worker(spec_of(task, options), task))
 
+    def __init__(
+        self, options: Options, folder: pathlib.Path, should_stop: Callable[[], bool]
+    ):
+        self._options, self._folder = options, folder
+        self._should_stop = should_stop
+        self._probed: Outcome = {}
 
-def _order(tasks: Sequence[Task], options: Options) -> Iterator[tuple[str, Task]]:
-    """Yields what runs: ceilings, counts, then every row once, and once again."""
-    for precision in dict.fromkeys(task.precision for task in tasks):
-        ceiling = dataclasses.replace(
-            tasks[0], kind="ceilings", precision=precision, xla_flags="", devices=0
-        )
-        yield f"ceilings, {precision}", ceiling
-    yield "counts", dataclasses.replace(tasks[0], kind="counts")
-    for number in range(options.rounds):
-        for task in tasks:
-            yield f"round {number + 1}: {task.name}", task
+    def __call__(self, task: Task, path: pathlib.Path | None = None) -> Outcome:
+        """Runs a task.
+
+        Args:
+          task: to run.
+          path: for its trace, instead of a measurement, or for its parity file.
+
+        Raises:
+          StoppedError: when asked to stop.
+          ValueError: where the machine cannot run any row.
+        """
+        if task.kind == "pytorch":
+            return self._pytorch(task)
+        seconds = self._options.min_seconds
+        if task.kind == "roofline":
+            seconds = min(seconds, _ROOFLINE_SECONDS)
+        spec = {
+            "kind": task.kind,
+            "config": f"{self._options.config}:{task.row}",
+            "overrides": overrides_of(task, self._options),
+            "repeats": self._options.repeats,
+            "min_seconds": seconds,
+            "path": str(path or ""),
+        }
+        environment = self._devices(task) | {
+            "JAX_COMPILATION_CACHE_DIR": str(self._folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        if task.kind == "counts":  # on the CPU, whatever the device
+            environment["JAX_PLATFORMS"] = "cpu"
+        return self._run(_WORKER, spec, environment)
+
+    def _machine(self, task: Task) -> Outcome:
+        """Returns what a process without any settings finds: platform and devices."""
+        if not self._probed:
+            probe = dataclasses.replace(task, kind="probe", devices=0, xla_flags="")
+            self._probed = self(probe)
+        return self._probed
+
+    def _devices(self, task: Task) -> dict[str, str]:
+        """Returns the environment for a task's XLA flags and number of devices."""
+        flags, own = [os.environ.get("XLA_FLAGS", ""), task.xla_flags], {}
+        if task.devices:
+            machine = self._machine(task)
+            there, platform = machine.get("num_devices", 0), machine.get("platform")
+            if platform == "cpu":
+                flags.append(f"--xla_force_host_platform_device_count={task.devices}")
+            elif task.devices != there:
+                check(
+                    task.devices < there and platform == "gpu",
+                    f"--devices=0 or {there}, which are there",
+                    "Fewer than all can be chosen on GPUs alone.",
+                    devices=task.devices,
+                )
+                own["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(task.devices)))
+        return own | {"XLA_FLAGS": " ".join(filter(None, flags))}
+
+    def _pytorch(self, task: Task) -> Outcome:
+        """Runs `twin/reference.py` on weights and batches of ours."""
+        ours = dataclasses.replace(task, kind="parity", row="st", precision="float32")
+        path = self._folder / f"parity-{task.batch_size}.npz"
+        if not path.exists() and "error" in (made := self(ours, path)):
+            return made
+        config, machine = config_of(task, self._options), self._machine(task)
+        facts = building.load_facts(config)
+        training, attack = config_of(ours, self._options).training, config.attack
+        # PyTorch's name for JAX's precision, so that both use TF32 or neither: on GPUs
+        # it is JAX's default, and CPUs know no other float32.
+        exact = machine.get("matmul_precision") in ("highest", "float32")
+        spec = {
+            "parity": str(path),
+            **{n: getattr(task, n) for n in ("method", "variant", "batch_size")},
+            "precision": task.precision,
+            "float32_matmul": "highest" if exact else "high",
+            "device": "cpu" if machine.get("platform") == "cpu" else "cuda",
+            "width": config.model.width,
+            "blocks": config.model.blocks,
+            "image_shape": facts.image_shape,
+            "num_classes": facts.num_classes,
+            "mean": facts.mean,
+            "std": facts.std,
+            "norm": attack.norm,
+            "epsilon": attack.epsilon / 255,
+            "step_size": attack.step_size / 255,
+            "num_steps": attack.num_steps,
+            "rho": config.sam.rho,
+            **{n: training[n] for n in ("learning_rate", "momentum", "weight_decay")},
+            "repeats": self._options.repeats,
+            "min_seconds": self._options.min_seconds,
+        }
+        return self._run(_TWIN, spec)
+
+    def _run(
+        self, module: str, spec: Outcome, environment: dict[str, str] | None = None
+    ) -> Outcome:
+        """Returns the JSON on the last line that a module prints, or its complaint."""
+        command = [sys.executable, "-m", module, json.dumps(spec)]
+        with (
+            # No pipes: they stay open as long as any process of the child's does.
+            tempfile.TemporaryFile("w+") as output,
+            tempfile.TemporaryFile("w+") as complaints,
+        ):
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=complaints,
+                env=os.environ | (environment or {}),
+            )
+            try:
+                while child.poll() is None:
+                    if self._should_stop():
+                        message = "Stopped; what was measured so far is kept."
+                        raise StoppedError(message)
+                    time.sleep(0.1)
+            finally:
+                child.kill()  # does nothing to one that has ended
+                child.wait()
+            output.seek(0)
+            complaints.seek(0)
+            if child.returncode == 0:
+                return json.loads(output.read().strip().splitlines()[-1])
+            complaint = (complaints.read().strip().splitlines() or ["no message"])[-1]
+        if child.returncode == BAD_INPUT:
+            raise ValueError(complaint)
+        return {"error": f"exit code {child.returncode}: {complaint}"}

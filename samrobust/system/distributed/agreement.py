@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from samrobust.system.distributed.ending import watch_for_failures
 from samrobust.system.distributed.mesh import replicate
 from samrobust.system.distributed.start import initialize
-from samrobust.system.distributed.store import is_joined, is_primary, store, wait_for
+from samrobust.system.distributed.store import is_joined, is_primary, wait_for
+from samrobust.system.jax_internals import store
 from samrobust.types import PyTree
 
 __all__ = [

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 
 import jax
 
-from samrobust.system.distributed.store import is_joined, is_primary, look_for, store
+from samrobust.system.distributed.store import is_joined, is_primary, look_for
+from samrobust.system.jax_internals import store
 from samrobust.system.runtime import say
 
 __all__ = ["abort", "lost_a_peer", "shut_down", "watch_for_failures"]

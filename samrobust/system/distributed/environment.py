@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from samrobust.checks import check, check_choice
+from samrobust.system.jax_internals import in_cloud_tpu_vm
 
 __all__ = ["Settings", "find_settings", "on_cloud_tpu", "read_seconds", "starts_first"]
 
@@ -77,11 +78,9 @@ def starts_first(environ: Mapping[str, str] = os.environ) -> bool:
 
 def on_cloud_tpu(environ: Mapping[str, str]) -> bool:
     """Tells whether JAX runs on a TPU VM, alone or of several; asks for no device."""
-    from jax._src import cloud_tpu_init
-
     platforms = environ.get("JAX_PLATFORMS", "")
     wanted = not platforms or "tpu" in platforms
-    return cloud_tpu_init.running_in_cloud_tpu_vm and wanted and not _is_off(environ)
+    return in_cloud_tpu_vm() and wanted and not _is_off(environ)
 
 
 def read_seconds(environ: Mapping[str, str], name: str, default: str) -> int:

@@ -5,12 +5,12 @@ process waits for another on the host, and not inside a collective operation.
 """
 
 import time
-from typing import Any
 
 import jax
-from jax._src import distributed  # the store has no public name; Orbax does the same
 
-__all__ = ["is_joined", "is_primary", "look_for", "store", "wait_for"]
+from samrobust.system.jax_internals import joined_processes, store
+
+__all__ = ["is_joined", "is_primary", "look_for", "wait_for"]
 
 _LONGEST_PAUSE = 0.2  # seconds between two looks for a value
 
@@ -22,12 +22,7 @@ def is_primary() -> bool:
 
 def is_joined() -> bool:
     """Tells whether this process has joined others; asks JAX for no device."""
-    return distributed.global_state.num_processes > 1
-
-
-def store() -> Any:
-    """Returns JAX's client of the coordination service; None for a single process."""
-    return distributed.global_state.client
+    return joined_processes() > 1
 
 
 def wait_for(key: str) -> bytes:

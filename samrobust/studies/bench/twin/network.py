@@ -2,7 +2,8 @@
 
 The network of the paper's PyTorch code, written from the facts about it, without
 the rest of samrobust and without JAX: an oracle of the tests, and what `reference.py`
-times. Images are [B, C, H, W] in [0, 1]; normalisation of the pixels is inside.
+times. Images are [B, C, H, W] in [0, 1]; the normalization of pixels is inside.
+Weights in Flax's layout are arrays by their paths, as `params/stem/kernel`.
 
 Out of scope: attacks, training, data.
 
@@ -18,30 +19,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PreActBlock", "PreActResNet", "from_jax", "to_jax"]
+from samrobust.checks import check
 
-Variables = dict[str, Any]
+__all__ = ["TwinBlock", "TwinResNet", "from_jax", "to_jax"]
 
 
-class PreActBlock(nn.Module):
-    """Batch norm, ReLU, 3x3 convolution, twice, and a shortcut."""
+def _convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+
+
+class TwinBlock(nn.Module):
+    """A block: batch norm, ReLU, 3x3 convolution, twice, and a shortcut."""
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
         self.norm1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(
-            in_channels, channels, 3, stride=stride, padding=1, bias=False
-        )
+        self.conv1 = _convolution(in_channels, channels, 3, stride)
         self.norm2 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = _convolution(channels, channels, 3)
         self.shortcut = None
         if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Conv2d(
-                in_channels, channels, 1, stride=stride, bias=False
-            )
+            self.shortcut = _convolution(in_channels, channels, 1, stride)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, channels, H / stride, W / stride]."""
+        """Maps [B, C, H, W] to [B, channels, H / stride, W / stride]."""
         activated = torch.relu(self.norm1(inputs))
         # The convolution of the shortcut sees activated inputs, the identity raw ones.
         skip = inputs if self.shortcut is None else self.shortcut(activated)
@@ -50,7 +51,7 @@ class PreActBlock(nn.Module):
         return hidden + skip
 
 
-class PreActResNet(nn.Module):
+class TwinResNet(nn.Module):
     """A pre-activation ResNet for small images; the defaults are PreActResNet-18.
 
     Args:
@@ -80,12 +81,12 @@ class PreActResNet(nn.Module):
         for name, value in (("mean", mean), ("std", std)):
             buffer = torch.tensor(value).reshape(1, in_channels, 1, 1)
             self.register_buffer(name, buffer, persistent=False)
-        self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.stem = _convolution(in_channels, width, 3)
         stages, channels = OrderedDict[str, nn.Module](), width
         for i, num_blocks in enumerate(blocks):
             for j in range(num_blocks):
                 stride = 2 if i > 0 and j == 0 else 1
-                block = PreActBlock(channels, width * 2**i, stride)
+                block = TwinBlock(channels, width * 2**i, stride)
                 stages[f"stage{i + 1}_block{j + 1}"] = block
                 channels = width * 2**i
         self.stages = nn.Sequential(stages)
@@ -93,7 +94,7 @@ class PreActResNet(nn.Module):
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [0, 1] -> logits [B, num_classes]."""
+        """Maps images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
         hidden = self.stages(self.stem((images - self.mean) / self.std))
         return self.head(torch.relu(self.norm(hidden)).mean(dim=(2, 3)))
 
@@ -115,56 +116,40 @@ _TO_JAX = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}  # OIHW -> HWIO, [out, in] -> [i
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """Pairs of a path in Flax's variables and the tensor of the model behind it."""
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields Flax's path of each tensor of the model, and the tensor."""
     for name, module in model.named_modules():
-        path = name.removeprefix("stages.").split(".")
+        path = name.removeprefix("stages.").replace(".", "/")
         for collection, jax_name, torch_name in _NAMES.get(type(module), ()):
-            yield (collection, *path, jax_name), getattr(module, torch_name).detach()
+            tensor = getattr(module, torch_name).detach()
+            yield f"{collection}/{path}/{jax_name}", tensor
 
 
-def to_jax(model: nn.Module) -> Variables:
-    """The model's weights as Flax's `{"params": ..., "batch_stats": ...}`, in NumPy."""
-    variables: Variables = {"params": {}, "batch_stats": {}}
-    for path, tensor in _tensors(model):
-        node = variables
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
+def to_jax(model: nn.Module) -> dict[str, np.ndarray]:
+    """Returns the model's weights by Flax's paths, in Flax's layout."""
+    return {
         # A copy: training the model must not change the variables it was given from.
-        value = tensor.cpu().numpy().transpose(_TO_JAX[tensor.ndim])
-        node[path[-1]] = np.array(value)
-    return variables
+        path: np.array(tensor.cpu().numpy().transpose(_TO_JAX[tensor.ndim]))
+        for path, tensor in _tensors(model)
+    }
 
 
 def from_jax(model: nn.Module, variables: Mapping[str, Any]) -> None:
-    """Loads Flax's variables into the model, in place; every leaf must find its place.
+    """Loads weights by Flax's paths into the model; each must find its place.
 
     Raises:
-      KeyError: if a tensor of the model has no counterpart.
-      ValueError: if a shape differs, or a leaf of `variables` is left over.
+      ValueError: if a path is missing or left over, or a shape differs.
     """
-    seen = set()
-    for path, tensor in _tensors(model):
-        value: Any = variables
-        for key in path:
-            value = value[key]
-        value = np.asarray(value)
+    tensors = dict(_tensors(model))
+    check(
+        tensors.keys() == variables.keys(),
+        "the weights of this network, of its width and blocks",
+        missing=sorted(tensors.keys() - variables.keys()),
+        left_over=sorted(variables.keys() - tensors.keys()),
+    )
+    for path, tensor in tensors.items():
+        value = np.asarray(variables[path])
         value = value.transpose(_TO_TORCH[value.ndim])
-        if value.shape != tuple(tensor.shape):
-            raise ValueError(
-                f"Expected shape {tuple(tensor.shape)} at {'/'.join(path)}, "
-                f"got shape={value.shape}."
-            )
+        shape = tuple(tensor.shape)
+        check(value.shape == shape, f"shape {shape} at {path}", shape=value.shape)
         tensor.copy_(torch.from_numpy(np.array(value)))
-        seen.add(path)
-    if left := set(_leaf_paths(variables)) - seen:
-        raise ValueError(f"Expected no other variables, got left={sorted(left)}.")
-
-
-def _leaf_paths(tree: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Paths of all leaves of nested mappings."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from ((key, *path) for path in _leaf_paths(value))
-        else:
-            yield (key,)

@@ -1,8 +1,8 @@
 """The training steps that are timed: ST, SAM and AT, as published and tuned.
 
 `ReferenceTrainer` does what the paper's PyTorch code and davda54's SAM do, written
-anew from the facts about them: PGD calls `backward`, which computes the gradients of
-all weights to throw them away, and updates the running statistics at every step.
+from scratch: PGD calls `backward`, which computes the gradients of all weights and
+throws them away, and updates the running statistics at every step.
 `TunedTrainer` computes the same parameters in the ways PyTorch offers to do it fast.
 
 Images are [B, C, H, W] float32 in [0, 1], labels int64 [B], on the model's device.
@@ -15,19 +15,21 @@ Reference: Wei, Zhu and Zhang, 2023, arXiv 2305.05392; Foret et al., 2021, arXiv
 
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own custom
 from torch import Tensor, nn
 
-from samrobust.studies.bench.twin.network import PreActResNet
-from samrobust.studies.bench.twin.spec import Spec
+from samrobust.checks import check, check_choice
+from samrobust.studies.bench.twin.network import TwinResNet
 
 __all__ = [
     "ReferenceTrainer",
     "Step",
     "TunedTrainer",
+    "TwinSpec",
     "capture",
     "make_model",
     "make_trainer",
@@ -35,35 +37,113 @@ __all__ = [
 
 Outcome = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, Tensor], Outcome]
+Tensors = list[Tensor]
 
 SAM_FLOOR = 1e-12  # davda54/sam adds it to the norm of the gradient
 L2_FLOOR = 1e-10  # the reference adds it to the norm of the mean loss's gradient
 
 
-def make_model(spec: Spec) -> PreActResNet:
-    """The network in train mode on the spec's device."""
-    model = PreActResNet(
+@dataclasses.dataclass(frozen=True)
+class TwinSpec:
+    """A training step and how to time it; radii and steps in pixel units (8/255).
+
+    All fields are given by the caller, so that neither side of a comparison has a
+    default that the other does not share.
+
+    Attributes:
+      method: `st`, `sam` or `at`.
+      variant: `reference`, `resident`, `tuned` or `compiled`; see `reference.py`.
+      batch_size: examples in a batch.
+      precision: `float32`, or `bfloat16` for autocast in a tuned variant.
+      float32_matmul: `highest`, or `high` for TF32 in products and convolutions.
+      device: `cpu` or `cuda`.
+      width: channels of the first stage.
+      blocks: blocks of each stage.
+      image_shape: (H, W, C).
+      num_classes: number of logits.
+      mean: of the pixels, one a channel.
+      std: of the pixels, one a channel, > 0.
+      norm: of the attack, `linf` or `l2`; without effect where there is none.
+      epsilon: the attack's radius.
+      step_size: the length of its steps.
+      num_steps: their number.
+      rho: SAM's radius.
+      learning_rate: of SGD.
+      momentum: of SGD.
+      weight_decay: of SGD, on all parameters.
+      repeats: number of timed repeats.
+      min_seconds: the least duration of a repeat.
+
+    Raises:
+      ValueError: for a method or a variant that there is not. All else is checked in
+        the config that it comes from.
+    """
+
+    method: str
+    variant: str
+    batch_size: int
+    precision: str
+    float32_matmul: str
+    device: str
+    width: int
+    blocks: Sequence[int]
+    image_shape: Sequence[int]
+    num_classes: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    norm: str
+    epsilon: float
+    step_size: float
+    num_steps: int
+    rho: float
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    repeats: int
+    min_seconds: float
+
+    def __post_init__(self) -> None:
+        check_choice(("st", "sam", "at"), method=self.method)
+        variants = ("reference", "resident", "tuned", "compiled")
+        check_choice(variants, variant=self.variant)
+        check(
+            self.is_tuned or self.precision == "float32",
+            "precision='float32' of a variant that is not tuned",
+            "The reference code knows no other; take variant=tuned.",
+            precision=self.precision,
+            variant=self.variant,
+        )
+
+    @property
+    def is_tuned(self) -> bool:
+        """Returns whether the step is written for speed, and not as the reference's."""
+        return self.variant in ("tuned", "compiled")
+
+
+def make_model(spec: TwinSpec) -> TwinResNet:
+    """Returns the network in train mode on the spec's device."""
+    model = TwinResNet(
         width=spec.width,
         blocks=spec.blocks,
         num_classes=spec.num_classes,
         in_channels=spec.image_shape[-1],
-        mean=[float(x) for x in spec.mean],
-        std=[float(x) for x in spec.std],
+        mean=spec.mean,
+        std=spec.std,
     )
     return model.to(spec.device).train()
 
 
 def make_trainer(
-    spec: Spec, model: PreActResNet, *, compiled: bool = False
+    spec: TwinSpec, model: TwinResNet, *, compiled: bool = False
 ) -> "ReferenceTrainer":
-    """The trainer of the spec's variant; `compiled` is for the tuned ones."""
+    """Returns the trainer of the spec's variant; `compiled` is for the tuned ones."""
     if spec.is_tuned:
         return TunedTrainer(spec, model, compiled=compiled)
     return ReferenceTrainer(spec, model)
 
 
 class ReferenceTrainer:
-    """The training step as the reference code takes it.
+    """A trainer that steps as the reference code does.
 
     Attributes:
       spec: method, attack and optimizer.
@@ -71,20 +151,28 @@ class ReferenceTrainer:
       optimizer: SGD with weight decay on all parameters.
     """
 
-    def __init__(self, spec: Spec, model: PreActResNet):
+    layout = torch.contiguous_format
+
+    def __init__(self, spec: TwinSpec, model: TwinResNet):
         self.spec = spec
-        self.model = model
-        self.optimizer = self._make_optimizer()
+        self.model = self._network = model
+        self.optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=spec.learning_rate,
+            momentum=spec.momentum,
+            weight_decay=spec.weight_decay,
+            fused=spec.is_tuned or None,  # None: as PyTorch chooses
+        )
 
     def place(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch on the device, in the memory format of the step."""
+        """Returns a batch on the device, in the memory layout of the step."""
         device = self.spec.device
-        return images.to(device), labels.to(device)
+        return images.to(device, memory_format=self.layout), labels.to(device)
 
     def step(
         self, images: Tensor, labels: Tensor, start: Tensor | None = None
     ) -> Outcome:
-        """One step; the summed loss of the batch, and the number of right answers.
+        """Takes a step; returns the batch's summed loss and number of right answers.
 
         Args:
           images: [B, C, H, W].
@@ -103,12 +191,14 @@ class ReferenceTrainer:
         return loss.detach() * len(labels), num_correct
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean cross entropy, and the logits [B, K]."""
-        logits = self.model(images)
-        return F.cross_entropy(logits, labels), logits
+        """Returns the mean cross entropy in float32, and the logits [B, K]."""
+        lower = self.spec.precision == "bfloat16"
+        with torch.autocast(self.spec.device, torch.bfloat16, enabled=lower):
+            logits = self._network(images)
+        return F.cross_entropy(logits.float(), labels), logits
 
     def image_gradient(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The gradient of the mean loss in the images, as the attack takes it."""
+        """Returns the mean loss's gradient in the images, as the attack takes it."""
         images = images.detach().requires_grad_()
         self.loss(images, labels)[0].backward()
         assert images.grad is not None
@@ -117,7 +207,7 @@ class ReferenceTrainer:
     def perturbation(
         self, images: Tensor, labels: Tensor, start: Tensor | None = None
     ) -> Tensor:
-        """PGD's last iterate, less the images."""
+        """Returns PGD's last iterate, less the images."""
         delta = self._random_start(images) if start is None else start
         delta = torch.clamp(delta, -images, 1 - images)
         for _ in range(self.spec.num_steps):
@@ -126,7 +216,7 @@ class ReferenceTrainer:
         return delta
 
     def _random_start(self, images: Tensor) -> Tensor:
-        """Uniform in the linf ball; in l2 a uniform length in a random direction."""
+        """Draws uniformly in linf; in l2 a uniform length in a random direction."""
         epsilon, delta = self.spec.epsilon, torch.empty_like(images)
         if self.spec.norm == "linf":
             return delta.uniform_(-epsilon, epsilon)
@@ -135,45 +225,39 @@ class ReferenceTrainer:
         return delta * (lengths / _lengths(delta))
 
     def _ascend(self, delta: Tensor, gradient: Tensor) -> Tensor:
-        """A step of `step_size`, projected onto the ball of radius `epsilon`."""
+        """Takes a step of `step_size`, projected onto the ball of radius `epsilon`."""
         epsilon, step_size = self.spec.epsilon, self.spec.step_size
         if self.spec.norm == "linf":
             return (delta + step_size * gradient.sign()).clamp(-epsilon, epsilon)
         direction = gradient / (_lengths(gradient) + L2_FLOOR)
         return torch.renorm(delta + step_size * direction, 2, 0, epsilon)
 
-    def _make_optimizer(self, **options: bool) -> torch.optim.SGD:
-        return torch.optim.SGD(
-            self.model.parameters(),
-            lr=self.spec.learning_rate,
-            momentum=self.spec.momentum,
-            weight_decay=self.spec.weight_decay,
-            **options,
-        )
-
     def _take_gradient_at_ascended_weights(
         self, images: Tensor, labels: Tensor
     ) -> None:
         """Replaces the gradients at w by those at w + rho g / (||g|| + 1e-12)."""
-        params, gradients = self._params_and_gradients()
+        pairs = [(x, x.grad) for x in self.model.parameters() if x.grad is not None]
+        params: Tensors = [param for param, _ in pairs]
         saved = [param.detach().clone() for param in params]
-        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-        scale = self.spec.rho / (norm + SAM_FLOOR)
         with torch.no_grad():
-            for param, gradient in zip(params, gradients, strict=True):
-                param.add_(gradient * scale)
+            self._ascend_weights(params, [gradient for _, gradient in pairs])
         self.optimizer.zero_grad()
         self.loss(images, labels)[0].backward()
+        self._put_back(params, saved)
+
+    def _ascend_weights(self, params: Tensors, gradients: Tensors) -> None:
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        scale = self.spec.rho / (norm + SAM_FLOOR)
+        for param, gradient in zip(params, gradients, strict=True):
+            param.add_(gradient * scale)
+
+    def _put_back(self, params: Tensors, saved: Tensors) -> None:
         for param, value in zip(params, saved, strict=True):
             param.data = value
 
-    def _params_and_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        pairs = [(x, x.grad) for x in self.model.parameters() if x.grad is not None]
-        return [param for param, _ in pairs], [gradient for _, gradient in pairs]
-
 
 class TunedTrainer(ReferenceTrainer):
-    """The same parameters, step by step, as fast as stock PyTorch makes them.
+    """A trainer with the same parameters, step by step, as fast as PyTorch makes them.
 
     Convolutions in channels_last, gradients of the images alone in the attack, which
     leaves the running statistics as they are, one fused kernel for SGD and few for SAM.
@@ -181,57 +265,40 @@ class TunedTrainer(ReferenceTrainer):
     too, and the loss in float32.
     """
 
-    def __init__(self, spec: Spec, model: PreActResNet, *, compiled: bool = False):
+    layout = torch.channels_last
+
+    def __init__(self, spec: TwinSpec, model: TwinResNet, *, compiled: bool = False):
         super().__init__(spec, model.to(memory_format=torch.channels_last))
         # Mode "default": Inductor fuses what lies between the convolutions. It has no
         # templates for their gradients, so that "max-autotune" would spend minutes on
         # the forward passes alone; `capture` takes its CUDA graph of the whole step.
-        self._network = torch.compile(model) if compiled else model
-
-    def place(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch on the device, in channels_last."""
-        images, labels = super().place(images, labels)
-        return images.contiguous(memory_format=torch.channels_last), labels
-
-    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean cross entropy in float32, and the logits [B, K]."""
-        lower = self.spec.precision == "bfloat16"
-        with torch.autocast(self.spec.device, torch.bfloat16, enabled=lower):
-            logits = self._network(images)
-        return F.cross_entropy(logits.float(), labels), logits
+        if compiled:
+            self._network = torch.compile(model)
 
     def image_gradient(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The gradient of the mean loss in the images, and no other."""
+        """Returns the gradient of the mean loss in the images, and no other."""
         images = images.detach().requires_grad_()
         return torch.autograd.grad(self.loss(images, labels)[0], images)[0]
 
     def perturbation(
         self, images: Tensor, labels: Tensor, start: Tensor | None = None
     ) -> Tensor:
-        """PGD's last iterate, less the images."""
+        """Returns PGD's last iterate, less the images."""
         with _frozen(self.model):
             return super().perturbation(images, labels, start)
 
-    def _make_optimizer(self, **options: bool) -> torch.optim.SGD:
-        return super()._make_optimizer(fused=True, **options)
-
-    def _take_gradient_at_ascended_weights(
-        self, images: Tensor, labels: Tensor
-    ) -> None:
-        params, gradients = self._params_and_gradients()
-        saved = [param.detach().clone() for param in params]
+    def _ascend_weights(self, params: Tensors, gradients: Tensors) -> None:
         norm = torch.stack(torch._foreach_norm(gradients)).norm()
         scale = self.spec.rho / (norm + SAM_FLOOR)
-        with torch.no_grad():
-            torch._foreach_add_(params, torch._foreach_mul(gradients, scale))
-        self.optimizer.zero_grad()
-        self.loss(images, labels)[0].backward()
-        with torch.no_grad():
+        torch._foreach_add_(params, torch._foreach_mul(gradients, scale))
+
+    def _put_back(self, params: Tensors, saved: Tensors) -> None:
+        with torch.no_grad():  # in place: a CUDA graph knows addresses
             torch._foreach_copy_(params, saved)
 
 
 def capture(step: Step, images: Tensor, labels: Tensor) -> Step:
-    """The step as one CUDA graph, replayed on copies of the batches it is given.
+    """Returns the step as one CUDA graph, replayed on copies of its batches.
 
     Random starts differ from replay to replay. The step is taken three times before it
     is captured, for everything that is made at its first call: compiled programs,
@@ -259,7 +326,7 @@ def capture(step: Step, images: Tensor, labels: Tensor) -> Step:
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Batch statistics without running ones, and no gradients of the parameters.
+    """Takes running statistics, and gradients of the parameters, out of the passes.
 
     A compiled backward pass computes all gradients that it could be asked for, so that
     asking for those of the images alone is not enough.
@@ -277,5 +344,5 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _lengths(values: Tensor) -> Tensor:
-    """The l2 norm of each example, [B, 1, 1, 1]."""
+    """Returns the l2 norm of each example, [B, 1, 1, 1]."""
     return torch.linalg.vector_norm(values, dim=(1, 2, 3), keepdim=True)

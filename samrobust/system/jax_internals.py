@@ -1,0 +1,31 @@
+"""What JAX has no public name for: the one place where `jax._src` is touched.
+
+- The coordination service's store: `jax.distributed` joins processes and offers them no
+  place to leave a value; Orbax takes the client from the same object. The number of
+  processes stands there too: `jax.process_count` would ask for a device first.
+- Whether this is a Cloud TPU VM: JAX knows as it is imported, without a device.
+- The logger of errors in callbacks, which has the name of its module.
+"""
+
+from typing import Any
+
+from jax._src import cloud_tpu_init, distributed
+
+__all__ = ["CALLBACK_LOGGER", "in_cloud_tpu_vm", "joined_processes", "store"]
+
+CALLBACK_LOGGER = "jax._src.callback"
+
+
+def store() -> Any:
+    """Returns JAX's client of the coordination service; None for a single process."""
+    return distributed.global_state.client
+
+
+def joined_processes() -> int:
+    """Returns the number of processes that have joined; asks JAX for no device."""
+    return distributed.global_state.num_processes
+
+
+def in_cloud_tpu_vm() -> bool:
+    """Returns whether JAX runs on a TPU VM, alone or as one of several."""
+    return cloud_tpu_init.running_in_cloud_tpu_vm
