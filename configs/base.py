@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
     # fields follow: of preact_resnet width (64) and blocks (2, 2, 2, 2).
     config.model.name = "preact_resnet"
     config.model.dtype = "float32"  # of convolutions and activations; or bfloat16
-    # Examples over which BatchNorm normalises in training, consecutive ones of a batch;
+    # Examples over which BatchNorm normalizes in training, consecutive ones of a batch;
     # divides `training.batch_size`. 0: the global batch, over all devices.
     config.model.batch_norm_group = 0
     # Of the pixels in [0, 1], by channel, subtracted and divided by; None: the data
@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
     config.training.milestones = (0.75, 0.9)
     config.training.decay_factor = 0.1
     config.training.momentum = 0.9
-    # Coupled, on all parameters: normalisation and biases too.
+    # Coupled, on all parameters: normalization and biases too.
     config.training.weight_decay = 5e-4
     # Steps in one call of the device (`lax.scan`); 0: 1 on CPU, 25 on GPU and TPU.
     config.training.steps_per_call = 0

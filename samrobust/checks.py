@@ -39,8 +39,8 @@ _READABLE = 240  # characters of a value in a message
 
 # A ball of this radius in 1/255 units holds every image: the largest are 32 x 32 x 3.
 _WHOLE_BOX = {"linf": 255.0, "l2": 14134.0}
-# Below it a radius is a mistaken unit. An l2 ball of 1/255 moves no pixel by more than
-# one of 255 levels; so little is asked of linf (1/2 or 1/4 of a level), never 1/10.
+# A smaller radius must be in another unit. An l2 ball of 1/255 moves no pixel by more
+# than one of 255 levels; in linf 1/2 or 1/4 of a level occurs, 1/10 never.
 _SMALLEST = {"linf": 0.1, "l2": 1.0}
 
 
@@ -66,7 +66,7 @@ def check(holds: bool, condition: str, fix: str = "", /, **values: Any) -> None:
 
 
 def _show(value: Any) -> str:
-    """The value as written in Python; huge numbers have no such form."""
+    """Returns the value as written in Python; huge integers have no such form."""
     try:
         return shorten(repr(value))
     except ValueError:  # an integer of more digits than Python prints
@@ -74,7 +74,7 @@ def _show(value: Any) -> str:
 
 
 def shorten(text: str, most: int = _READABLE) -> str:
-    """The text on one line, its middle left out where it is too long to read.
+    """Puts a text on one line and leaves out the middle of a long one.
 
     >>> len(shorten("x" * 10_000)) < 300
     True
@@ -132,9 +132,9 @@ def check_real(low: float, high: float, /, **values: Any) -> None:
 def check_radius(norm: str, /, **values: Any) -> None:
     """Raises `ValueError` unless every value is a radius > 0 in 1/255 units.
 
-    Pixel units are told by their size, and among larger radii by their digits: 0.12549
-    is 32/255 written out, 0.125 an eighth of a level. A radius is the name of a column
-    too, so it has no more digits than are printed.
+    Pixel units are recognized by their size, and larger ones by their digits: 0.12549
+    is 32/255 written out, 0.125 an eighth of a level. A radius also names a column, so
+    it may not have more digits than are printed.
 
     >>> check_radius("linf", epsilon=0.03137)
     Traceback (most recent call last):
@@ -157,7 +157,7 @@ Radii are in 1/255 units: did you mean 8?
 
 
 def _is_written_out(radius: float) -> bool:
-    """Whether it is k/255 in pixel units: of many digits, and whole times 255."""
+    """Tells a radius k/255 in pixel units: many digits, and whole times 255."""
     many = float(f"{radius:.3g}") != radius
     return many and abs(255 * radius - round(255 * radius)) < 0.02
 

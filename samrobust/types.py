@@ -32,33 +32,33 @@ class LogitsFn(Protocol):
     """A classifier, its parameters closed over: images [B, ...] to logits [B, K]."""
 
     def __call__(self, images: Array, /) -> Array:
-        """See the class."""
+        """Returns the logits [B, K]."""
         ...
 
 
 class LossFn(Protocol):
     """A loss per example: logits [B, K] and labels int [B] to losses [B].
 
-    An attack maximises it, training minimises its mean.
+    An attack maximizes it, training minimizes its mean.
     """
 
     def __call__(self, logits: Array, labels: Array, /) -> Array:
-        """See the class."""
+        """Returns the losses [B]."""
         ...
 
 
 class Attack(Protocol):
-    """Maps images [B, ...] to adversarial images of the same shape and dtype.
+    """An attack: images [B, ...] to adversarial ones of the same shape and dtype.
 
-    `key` is one PRNG key, or a key array [B] of one an example. It is consumed: pass a
-    fresh one at every call. Every random number of an example is a function of its own
-    key, or of the one key and its position: never of the batch that it stands in.
+    `key` is one PRNG key, or a key array [B] with one for each example. It is consumed:
+    pass a fresh one at every call. Every random number of an example is a function of
+    its own key, or of the one key and its position, never of the batch that it is in.
     """
 
     def __call__(
         self, logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
     ) -> Array:
-        """See the class."""
+        """Returns the adversarial images [B, ...]."""
         ...
 
 
@@ -67,7 +67,7 @@ class Field:
     """A field of a config section.
 
     Attributes:
-      default: its value where nothing is said; of `kind` where that is None.
+      default: its value unless set; None for a field of type `kind`.
       rule: called as `rule(**{name: value})`, raises `ValueError` for other values.
       kind: the type of a value that is None by default.
     """
@@ -83,17 +83,17 @@ class Entry:
 
     Attributes:
       make: the constructor. Its parameters without a default are the options of a row,
-        in order; those and the others are the fields of a config section, but for what
-        the training provides (see `samrobust.experiments.methods`).
-      label: of a row in tables, `str.format` of the options; empty: name and options.
-      options: names of options in rows to fields, where not all parameters without a
-        default are options of their names.
-      fields: those with a rule of their own, or that are no parameters.
+        in order; all of them are the fields of a config section, except for what the
+        training provides (see `samrobust.experiments.methods`).
+      label: of a row in tables, a format of the options; empty: name and options.
+      options: names of options in rows to fields, if not all parameters without a
+        default are options under their own names.
+      fields: those that have a rule, or are not parameters.
       section: of the config; empty: the name.
-      attack_passes: of the section's values to the cost of making the images, in passes
-        with weight gradients.
+      attack_passes: from the section's values to the cost of making the images, in
+        passes with weight gradients.
       check: of a row's options, by their names; raises `ValueError`.
-      passes: that a sharpness method adds to each pass over the images.
+      passes: how many a sharpness method adds to each pass over the images.
     """
 
     make: Callable[..., Any]

@@ -22,7 +22,7 @@ _LONG = (
     "test_minimal_attacks",
     "test_apgd",
     "test_training_loop",
-    "test_early_stop",
+    "test_skip_broken",
     "test_sanity",
     "test_pytorch_reference",
     "test_launch_k8s",

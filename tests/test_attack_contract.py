@@ -230,15 +230,15 @@ def test_radius_zero_returns_the_images(name, ball):
 
 @every_ball
 @every_attack
-def test_keys_may_be_vectorised_over(name, ball):
+def test_keys_may_be_vectorized_over(name, ball):
     """Which computes the same: looked at where little compiles."""
     (images, labels), attack = make_problem(), make_attack(name, ball)
-    vectorised = jax.vmap(lambda keys: attack(logits_fn, images, labels, key=keys))
+    vectorized = jax.vmap(lambda keys: attack(logits_fn, images, labels, key=keys))
     twice = jnp.stack([KEYS, KEYS[::-1]])
-    assert jax.eval_shape(vectorised, twice).shape == (2, *images.shape)
-    assert jax.eval_shape(vectorised, KEYS).shape == (5, *images.shape)
+    assert jax.eval_shape(vectorized, twice).shape == (2, *images.shape)
+    assert jax.eval_shape(vectorized, KEYS).shape == (5, *images.shape)
     if name == "pgd, any":
-        found = jax.jit(vectorised)(twice)[0]
+        found = jax.jit(vectorized)(twice)[0]
         np.testing.assert_allclose(found, outcome(name, ball), atol=1e-6)
 
 

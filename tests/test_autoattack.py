@@ -398,7 +398,7 @@ def test_a_folder_in_place_of_an_outcome_is_moved_aside(split, tmp_path):
 
 
 def assert_made_again(split, path):
-    with pytest.warns(UserWarning, match="AutoAttack starts anew") as caught:
+    with pytest.warns(UserWarning, match="AutoAttack starts over") as caught:
         outcome = evaluate(split, folder=path.parent)
     (message,) = (str(warning.message) for warning in caught)
     assert "\n" not in message
@@ -411,7 +411,7 @@ def test_what_is_moved_aside_a_second_time_replaces_nothing(split, tmp_path):
     for count in (1, 2):
         path: Any = evaluate(split, folder=tmp_path).path
         path.write_bytes(b"")
-        with pytest.warns(UserWarning, match="starts anew"):
+        with pytest.warns(UserWarning, match="starts over"):
             evaluate(split, folder=tmp_path)
         assert len(list(tmp_path.glob("*.aside*"))) == count
 
@@ -529,7 +529,7 @@ def test_damaged_images_are_made_again(split, tmp_path, damage):
     kept = path.with_name(f"{path.stem}-examples.npy")
     examples = np.load(kept)
     EXAMPLES_DAMAGE[damage](kept)
-    with pytest.warns(UserWarning, match=r"-examples\.npy .* AutoAttack starts anew"):
+    with pytest.warns(UserWarning, match=r"-examples\.npy .* AutoAttack starts over"):
         evaluate(split, folder=tmp_path, examples=True)
     np.testing.assert_array_equal(np.load(kept), examples)
 

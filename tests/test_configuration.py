@@ -85,7 +85,8 @@ def test_a_rows_label_says_what_it_is(row, label):
         ("at,norm=linf,eps=1_0", "the row 'at,norm=linf,eps=10'"),
         ("at,norm=linf,eps=8.0", "the row 'at,norm=linf,eps=8'"),
         ("at,eps=8,norm=linf", "the row 'at,norm=linf,eps=8'"),
-        ("sam,rho=0.1234567", "the row 'sam,rho=0.123457'"),
+        ("sam,rho=0.1234567", "six digits for rho, got row='sam,rho=0.1234567'"),
+        ("ema,decay=0.9999999", "six digits for decay"),
         ("sam,rho=0", "0 < rho, .* With rho=0 it is another row: st\\."),
         ("sam,rho=-0.0", "another row: st\\."),
         ("at,norm=l2,eps=0", "0 < eps, .* another row: st\\."),
@@ -442,7 +443,7 @@ def test_a_config_file_that_cannot_be_used_is_refused_in_one_line(
 def test_the_base_config_is_no_experiment():
     with pytest.raises(ValueError, match=r"configs/base\.py.*TypeError: get_config"):
         configuration.load_config("configs/base.py:st")
-    with pytest.raises(ValueError, match=r"the name of a row|a config of a row"):
+    with pytest.raises(ValueError, match=r"base\.py to return finish\("):
         configuration.load_config("configs/base.py")
 
 

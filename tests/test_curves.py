@@ -107,7 +107,7 @@ def test_the_command_measures_draws_and_does_not_measure_twice(
         assert (workdir / name).stat().st_size > 1000
     measured = []
     monkeypatch.setattr(
-        "samrobust.cli.curves.measure_run",
+        "samrobust.experiments.curves.measure_run",
         lambda *_, **__: measured.append(1) or {"linf": [0.0, 0.0, 0.0]},
     )
     assert helpers.main("curves", f"--workdir={workdir}", *flags) == 0
@@ -127,7 +127,8 @@ def test_curves_that_are_damaged_or_of_other_settings_are_kept_aside(
 ):
     workdir = Path(shutil.copytree(table, tmp_path / "table"))
     monkeypatch.setattr(
-        "samrobust.cli.curves.measure_run", lambda *_, **__: {"linf": [50.0, 9.0]}
+        "samrobust.experiments.curves.measure_run",
+        lambda *_, **__: {"linf": [50.0, 9.0]},
     )
     path = workdir / "curves.json"
     contents = ["{damaged", '{"settings": {}}']

@@ -28,7 +28,7 @@ from samrobust.system.distributed import data_mesh
 from samrobust.system.files import WorkdirError, append_json_line
 from samrobust.training import InterruptedRunError
 from samrobust.training.checkpoint import CheckpointError
-from samrobust.training.epoch import Carry
+from samrobust.training.epoch import LoopState
 from samrobust.training.log import RunFolder
 
 REFUSED = (WorkdirError, CheckpointError)
@@ -189,7 +189,7 @@ def each_damaged(made: Made, damage: str, tmp_path: pathlib.Path, inside: str):
         shutil.rmtree(copy)
 
 
-def go_on(made: Made, workdir: pathlib.Path) -> tuple[Carry, int, list[Any]]:
+def go_on(made: Made, workdir: pathlib.Path) -> tuple[LoopState, int, list[Any]]:
     """The state that a training would go on from, the step, and the log so far."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     like = jax.eval_shape(networks._make_init(made.config, made.dataset), key)

@@ -22,8 +22,8 @@ import sklearn.datasets
 
 from samrobust.data import (
     DATASETS,
+    DatasetEntry,
     DatasetUnavailableError,
-    Entry,
     Split,
     archive,
     cifar,
@@ -34,7 +34,7 @@ from samrobust.data import (
     official,
     prepared,
 )
-from samrobust.data.archive import Archive, ResumingDownloader, find_archive
+from samrobust.data.archive import ArchiveFile, ResumingDownloader, find_archive
 from samrobust.data.cache import default_cache_dir
 from samrobust.data.official import OfficialSplit, checksum
 
@@ -83,7 +83,7 @@ def make_archive(name, path, arrays=None):
             add_file(tar, member, f"{names}\n\n".encode())
         add_file(tar, "readme.html", b"not for us")
     content = path.read_bytes()
-    fake = Archive(
+    fake = ArchiveFile(
         name=spec.archive.name,
         url=NOWHERE + spec.archive.name,
         num_bytes=len(content),
@@ -125,7 +125,7 @@ class Place:
 
 
 def register(monkeypatch, spec):
-    entry = Entry(spec.facts, functools.partial(cifar.load_cifar, spec))
+    entry = DatasetEntry(spec.facts, functools.partial(cifar.load_cifar, spec))
     monkeypatch.setitem(DATASETS, spec.name, entry)
 
 
@@ -627,7 +627,7 @@ def server(monkeypatch):
 
 def served(server):
     sha256 = hashlib.sha256(server.content).hexdigest()
-    return Archive("file.bin", server.url, len(server.content), sha256)
+    return ArchiveFile("file.bin", server.url, len(server.content), sha256)
 
 
 def test_a_broken_download_goes_on_where_it_stopped(server, tmp_path):

@@ -31,8 +31,8 @@ from samrobust.evaluation import (
     Archive,
     Outcome,
     make_autoattack_evaluator,
-    make_early_stop_evaluator,
     make_evaluator,
+    make_skip_broken_evaluator,
     measure,
 )
 from samrobust.experiments.networks import load_network
@@ -259,7 +259,7 @@ def brittle_evaluator(kind):
         attacks = {"natural": identity, "brighten": brighten}
         return make_evaluator(BRITTLE, attacks, batch_size=3)
     attacks = {"brighten": staged_brighten()}
-    return make_early_stop_evaluator(BRITTLE, attacks, batch_size=3)
+    return make_skip_broken_evaluator(BRITTLE, attacks, batch_size=3)
 
 
 @pytest.mark.parametrize("kind", ["plain", "early stop"])
@@ -310,7 +310,7 @@ def test_all_evaluators_are_called_alike_and_agree_on_a_network_without_batch_no
     ensemble = AutoAttack((member,), 0.1, False)
     evaluators = [
         make_evaluator(model, {"natural": identity, "a": attack}, batch_size=4),
-        make_early_stop_evaluator(model, {"a": stages}, batch_size=4),
+        make_skip_broken_evaluator(model, {"a": stages}, batch_size=4),
         make_autoattack_evaluator(model, {"a": ensemble}, batch_size=4),
     ]
     told = []
@@ -507,7 +507,7 @@ def test_more_restarts_never_raise_the_accuracy():
         (["--norm=linf", "--epsilon=300"], "Expected evaluation.linf <= 255"),
         (["--restarts=0"], "--restarts: Expected 1 <= value"),
         (["--checkpoint=best"], "data.validation_size"),
-        (["--config.seed=1"], "no --config overrides"),
+        (["--config.seed=1"], "evaluate takes no --config"),
         (["--step-size=1"], "one --norm and one --epsilon"),
     ],
 )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from samrobust.cli.flags import ADDERS
+from samrobust import cli
 from samrobust.experiments import configuration
 from samrobust.experiments.validation import fields_of, validate
 
@@ -140,8 +140,8 @@ VALID = {"--config": f"{DIGITS}:st", "--format": "safetensors"}
 def flags():
     """Every flag with a value, of every subcommand: command, flag, required ones."""
     commands = argparse.ArgumentParser().add_subparsers()
-    for add in ADDERS:
-        add(commands)
+    for command in cli.COMMANDS.values():
+        command.add(commands)
     for command, parser in commands.choices.items():
         actions = [a for a in parser._actions if a.option_strings and a.nargs != 0]
         required = [a.option_strings[0] for a in actions if a.required]
@@ -173,7 +173,7 @@ def test_a_hostile_value_of_a_flag_is_refused_by_its_name(
     monkeypatch.chdir(tmp_path)
     for work in (
         "samrobust.experiments.building.load_data",
-        "samrobust.cli.bench.run_suite",
+        "samrobust.studies.bench.suite.Launcher",
     ):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("work has started"))
     others = [f"{name}={VALID.get(name, 'none')}" for name in required if name != flag]

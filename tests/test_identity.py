@@ -212,7 +212,7 @@ def test_another_generator_trains_no_further_but_reads_the_network(
 def test_what_cannot_be_added_to_is_found_out_before_the_attack(
     first, capsys, monkeypatch
 ):
-    monkeypatch.setattr("samrobust.cli.evaluate.evaluate_run", pytest.fail)
+    monkeypatch.setattr("samrobust.experiments.scoring.Scorer", pytest.fail)
     (first / "evaluations.jsonl").mkdir()
     assert helpers.main("evaluate", f"--workdir={first}") == 2
     assert "Expected a writable directory" in capsys.readouterr().err
@@ -254,8 +254,8 @@ def test_a_run_that_goes_on_with_other_libraries_keeps_its_identity_and_says_so(
     (versions,) = begun.versions
     later = dataclasses.replace(begun, versions=({**versions, "jax": "99.0"},))
     assert begun.unlike(later) == ""
-    both = begun.continued_by(later)
+    both = later.resumed(begun.as_dict())
     assert [v["jax"] for v in both.versions] == [jax.__version__, "99.0"]
     assert both.hash == begun.hash != later.hash
-    assert both.continued_by(later) == both
+    assert later.resumed(both.as_dict()) == both
     assert Identity.from_dict(json.loads(json.dumps(both.as_dict()))) == both

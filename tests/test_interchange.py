@@ -13,9 +13,8 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from samrobust.cli import interchange
 from samrobust.data import datasets
-from samrobust.experiments import building, configuration
+from samrobust.experiments import building, configuration, interchange
 from samrobust.experiments.networks import load_network, save_variables
 from samrobust.experiments.robustbench import find_evaluation
 from samrobust.experiments.workdir import config_of_run

@@ -34,8 +34,8 @@ def test_there_is_a_command_for_every_launcher():
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if samrobust_arguments(c)])
 def test_what_goes_to_samrobust_is_accepted(command):
-    arguments, overrides = cli._parse(samrobust_arguments(command))
-    config = configuration.load_config(arguments.config, overrides)
+    arguments = cli._parse(samrobust_arguments(command))
+    config = configuration.load_config(arguments.config, arguments.overrides)
     assert config.is_locked
 
 

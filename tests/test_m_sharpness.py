@@ -38,7 +38,7 @@ TOLERANCE = 2e-5
 
 
 class Dense(nn.Module):
-    """Two layers and a batch normalisation: compiles faster than a convolution."""
+    """Two layers and a batch normalization: compiles faster than a convolution."""
 
     @nn.compact
     def __call__(self, images, *, train):

@@ -157,7 +157,7 @@ def gradients(conv, argnums: Any = 0):
 
 
 def compile_on_the_cpu(function, *arguments):
-    """The optimised program, as text."""
+    """The optimized program, as text."""
     with jax.default_device(jax.devices("cpu")[0]):
         return jax.jit(function).lower(*arguments).compile().as_text() or ""
 
@@ -278,7 +278,7 @@ def test_the_running_statistics_are_pytorchs():
     )
 
 
-def test_training_normalises_by_the_biased_variance_of_the_batch():
+def test_training_normalizes_by_the_biased_variance_of_the_batch():
     inputs = 3 + 2 * normal([4, 3, 2, 5])
     scale, bias = jnp.arange(1.0, 6.0), jnp.arange(5.0)
     variables = {
@@ -292,7 +292,7 @@ def test_training_normalises_by_the_biased_variance_of_the_batch():
     np.testing.assert_allclose(outputs, expected, atol=1e-5)
 
 
-def test_evaluation_normalises_by_the_running_statistics_and_updates_nothing():
+def test_evaluation_normalizes_by_the_running_statistics_and_updates_nothing():
     inputs = normal([4, 5])
     mean, var = jnp.arange(5.0), jnp.arange(1.0, 6.0)
     variables = {
@@ -306,7 +306,7 @@ def test_evaluation_normalises_by_the_running_statistics_and_updates_nothing():
     np.testing.assert_array_equal(updated["batch_stats"]["var"], var)
 
 
-def test_initialising_in_training_mode_does_not_update_the_statistics():
+def test_initializing_in_training_mode_does_not_update_the_statistics():
     inputs = 3 + normal([4, 5])
     fresh = BatchNorm().init(KEY, inputs, train=True)["batch_stats"]
     np.testing.assert_array_equal(fresh["mean"], np.zeros(5))
@@ -343,7 +343,7 @@ def random_batch_norm(seed=0) -> Any:
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 6])
-def test_each_group_of_examples_is_normalised_as_a_batch_of_its_own(group):
+def test_each_group_of_examples_is_normalized_as_a_batch_of_its_own(group):
     inputs = 3 + 2 * normal([6, 3, 2, 5])
     variables = random_batch_norm()
     outputs, updated = batch_norm(inputs, True, variables, batch_norm_group=group)
@@ -625,7 +625,7 @@ def test_the_logits_are_those_of_the_network_written_out(small):
     )
 
 
-def test_the_pixels_are_normalised_inside(small):
+def test_the_pixels_are_normalized_inside(small):
     model, variables = small
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     images = images_of(4)
@@ -703,7 +703,7 @@ def test_images_of_any_size_are_classified(size):
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_a_network_with_groups_is_initialised_with_one_image(train):
+def test_a_network_with_groups_is_initialized_with_one_image(train):
     plain = PreActResNet(width=2, blocks=(1,))
     grouped = PreActResNet(width=2, blocks=(1,), batch_norm_group=4)
 
@@ -715,7 +715,7 @@ def test_a_network_with_groups_is_initialised_with_one_image(train):
     helpers.assert_same_bits(make(grouped), make(plain))
 
 
-def test_every_layer_of_a_network_normalises_by_groups():
+def test_every_layer_of_a_network_normalizes_by_groups():
     plain = PreActResNet(width=2, blocks=(1, 1))
     grouped = PreActResNet(width=2, blocks=(1, 1), batch_norm_group=3)
     images = images_of(6)

@@ -267,14 +267,13 @@ def theory() -> str:
         assert estimate.agrees == line["agrees"]
         estimates.append(estimate)
     options = {k: tuple(v) for k, v in content["grid"].items() if v is not None}
-    found = report.Report(
+    found = report.Findings(
         study.Grid(**options),
-        training.Effort(**content["effort"]),
+        training.TrainingEffort(**content["effort"]),
         None,
         [verdicts.Verdict(**verdict) for verdict in content["verdicts"]],
         estimates,
         content["provenance"]["seconds"],
-        content["provenance"]["command"],
     )
     return report.to_sheet(found).to_markdown()
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from samrobust.data import (
     DATASETS,
+    DatasetEntry,
     DatasetUnavailableError,
-    Entry,
     check_padding,
     dataset_facts,
     fingerprint,
@@ -539,7 +539,7 @@ def test_without_the_data_the_error_lists_what_is_prepared_and_what_is_known():
 def test_a_data_set_becomes_known_by_its_line_in_one_dict(monkeypatch):
     arrays = make_arrays()
     facts = dataset_facts(of_an_npz_file()[0])._replace(mean=(0.25, 0.5, 0.75))
-    monkeypatch.setitem(DATASETS, "flowers", Entry(facts, lambda **_: arrays))
+    monkeypatch.setitem(DATASETS, "flowers", DatasetEntry(facts, lambda **_: arrays))
     dataset = load_dataset("flowers", test_size=5)
     assert (dataset.name, dataset.mean) == ("flowers", (0.25, 0.5, 0.75))
     assert dataset_facts("flowers") is facts

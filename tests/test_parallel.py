@@ -34,8 +34,8 @@ from samrobust.attacks import (
 from samrobust.data import Split
 from samrobust.evaluation import (
     make_autoattack_evaluator,
-    make_early_stop_evaluator,
     make_evaluator,
+    make_skip_broken_evaluator,
 )
 from samrobust.experiments.run import run, train
 from samrobust.system.distributed import (
@@ -223,7 +223,7 @@ def make_outcomes(batch_size: int) -> dict[str, np.ndarray]:
         "noise": AutoAttack((Member("noise", lambda _: 2, part, 1),), 0.1, False)
     }
     judge = make_evaluator(model, plain, batch_size=batch_size)
-    early = make_early_stop_evaluator(model, staged, batch_size=batch_size)
+    early = make_skip_broken_evaluator(model, staged, batch_size=batch_size)
     pursue = make_autoattack_evaluator(model, ensemble, batch_size=batch_size)
     return {
         f"{prefix}{name}": correct

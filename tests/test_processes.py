@@ -13,8 +13,9 @@ import helpers
 import jax
 import pytest
 
+from samrobust.experiments.networks import load_network
 from samrobust.experiments.run import run, train
-from samrobust.experiments.scoring import evaluate_run
+from samrobust.experiments.scoring import Scorer
 from samrobust.system import distributed
 from samrobust.training import InterruptedRunError
 
@@ -42,13 +43,13 @@ def work(folder: pathlib.Path, layout: str) -> None:
         run(config, folder / layout / row, helpers.Silent(), dataset=dataset)
     config = helpers.make_config(AT, EARLY | SEED)
     dataset = helpers.load_data(config)
-    accuracy = evaluate_run(
-        config, folder / layout / AT, helpers.Silent(), dataset=dataset
-    ).accuracy
-    values = distributed.from_primary(lambda: {"who": 0, "layout": layout})
+    workdir = folder / layout / AT
+    network = load_network(config, dataset, workdir, "last")
+    accuracy = Scorer(config, dataset)(network, workdir, helpers.Silent()).accuracy
+    values = distributed.broadcast_from_primary(lambda: {"who": 0, "layout": layout})
     assert values == {"who": 0, "layout": layout}
     try:
-        distributed.from_primary(lambda: 1 // 0)
+        distributed.broadcast_from_primary(lambda: 1 // 0)
     except ZeroDivisionError as error:
         assert distributed.is_shared(error) == (jax.process_count() > 1)  # noqa: PT017
     if distributed.is_primary():
@@ -162,4 +163,4 @@ def test_a_run_moves_to_another_number_of_processes(folder, way):
 if __name__ == "__main__":
     distributed.join(lambda: False)
     work(pathlib.Path(sys.argv[1]), sys.argv[2])
-    distributed.part()
+    distributed.shut_down()

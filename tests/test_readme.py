@@ -169,18 +169,18 @@ def of_all_pages(find):
     return [pytest.param(c, id=f"{page}: {c}") for page in TEXTS for c in find(page)]
 
 
-def accept(arguments, overrides):
+def accept(arguments):
     """Loads the config that a command names, with all that it overrides in it."""
     for value in getattr(arguments, "rows", None) or ():
         for row in value.split(";"):
             configuration.parse_row(row)
     if path := getattr(arguments, "config", None):
-        assert configuration.load_config(path, overrides).is_locked
+        assert configuration.load_config(path, arguments.overrides).is_locked
 
 
 @pytest.mark.parametrize("command", of_all_pages(commands))
 def test_every_command_line_is_accepted(command):
-    accept(*cli._parse(shlex.split(command)[1:]))
+    accept(cli._parse(shlex.split(command)[1:]))
 
 
 @pytest.mark.parametrize("command", of_all_pages(mentions))
@@ -198,7 +198,7 @@ def test_every_mentioned_command_has_what_is_said_of_it(command, monkeypatch):
 
     monkeypatch.setattr(cli, "_make_parser", lenient)
     words = [word for word in shlex.split(command)[1:] if word != "..."]
-    accept(*cli._parse(words))
+    accept(cli._parse(words))
 
 
 def test_commands_are_found():

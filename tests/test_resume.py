@@ -20,8 +20,8 @@ import pytest
 from samrobust.data import DatasetUnavailableError
 from samrobust.experiments import building
 from samrobust.experiments.run import run, train
-from samrobust.experiments.workdir import WorkdirError
 from samrobust.system.claims import ClaimedError, claim
+from samrobust.system.files import WorkdirError
 from samrobust.training import InterruptedRunError
 
 ROWS = {"sam": "sam,rho=0.2", "at": "at,norm=linf,eps=16"}
@@ -198,7 +198,7 @@ def test_sigterm_saves_the_state_and_says_how_to_go_on(chains, name):
     assert stopped.code == 75
     step = stopped.steps[-1]
     assert f"samrobust: Stopped at step {step} of {NUM_STEPS}" in stopped.errors
-    assert stopped.errors.endswith("The same command goes on.")
+    assert stopped.errors.endswith("Rerun the same command to resume.")
     assert following.began_at == step
 
 
@@ -441,7 +441,7 @@ def test_a_job_that_waits_for_a_dead_one_can_be_stopped(tmp_path, capsys):
     finally:
         timer.cancel()
         timer.join()
-    assert "The same command goes on." in capsys.readouterr().err
+    assert "Rerun the same command to resume." in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_exits_with_1_and_names_step_and_checkpoint(

@@ -37,6 +37,7 @@ from samrobust.evaluation.diagnostics import (
 )
 from samrobust.evaluation.diagnostics.finding import is_mostly
 from samrobust.experiments.run import run
+from samrobust.experiments.scoring import until_stopped
 from samrobust.training import InterruptedRunError
 
 KEY = jax.random.key(5)
@@ -54,7 +55,7 @@ class Network(nn.Module):
     """A perceptron, and the defects it can be given without being trained anew.
 
     Attributes:
-      levels: the images are rounded to as many grey values; 0: are not.
+      levels: the images are rounded to as many gray values; 0: are not.
       factor: of the logits.
       noise: standard deviation of noise on the images, fresh in every pass.
       offset: added to all logits, rounded to `dtype` and taken off again.
@@ -153,7 +154,7 @@ def test_a_plain_network_is_not_robust_and_the_numbers_say_so():
     assert values["accuracy"]["1"] > values["accuracy"]["100"] + 20
 
 
-# Masked gradients: grey values in steps.
+# Masked gradients: gray values in steps.
 
 
 @pytest.mark.parametrize("ball", BALLS)
@@ -376,12 +377,13 @@ def test_progress_reaches_its_end_in_equal_steps(monkeypatch):
 
 
 def test_a_stop_is_heard_after_a_batch():
+    stop = until_stopped(lambda *_: None, lambda: True, "during the sanity checks")
     with pytest.raises(InterruptedRunError, match="sanity checks"):
         run_sanity(
             *(Network(), trained(), digits().test, BALLS),
             num_examples=20,
             key=KEY,
-            should_stop=lambda: True,
+            on_batch=stop,
         )
 
 

@@ -1,7 +1,8 @@
 """What every sharpness method promises, whatever it is called in.
 
-A method is added to `METHODS` and is then held to all of this. Groups are the halves of
-the batch, and the auxiliary output is where the second pass took place.
+A method is added to `METHODS`, its ascent in NumPy to `ASCENTS`, and is then held to
+all of this. Groups are the halves of the batch, and the auxiliary output is where the
+second pass took place.
 """
 
 import contextlib
@@ -12,12 +13,39 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from samrobust.sharpness import last_aux, last_metrics, sam
+from samrobust.sharpness import asam, awp, last_aux, last_metrics, sam, two_pass
+from samrobust.sharpness.sam import of_length
+from samrobust.sharpness.trees import norm
 
-RHO, RATE = 0.3, 0.1
+RHO, RATE, ETA, DECAY = 0.3, 0.1, 0.01, 0.05
+
+
+def remembering(rho: Any, **options: Any) -> Any:
+    """An ascent with a memory: along a sum of the gradients that fades by half."""
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any):
+        del params
+        memory = jax.tree.map(lambda m, g: 0.5 * m + g, state, updates)
+        length = jnp.where(norm(updates) > 0, extra_args["rho"], 0.0)
+        return of_length(length, memory, norm(memory)), memory
+
+    ascent = optax.GradientTransformationExtraArgs(init, update)
+    return two_pass(rho, ascent, **options)
+
+
+MAKERS: dict[str, Any] = {
+    "sam": sam,
+    "asam": functools.partial(asam, eta=ETA),
+    "awp": functools.partial(awp, weight_decay=DECAY),
+    "remembering": remembering,
+}
 
 
 class Method(NamedTuple):
@@ -26,11 +54,12 @@ class Method(NamedTuple):
     rho: Any = RHO
     aux: bool = False
     grouped: bool = False
+    name: str = "sam"
 
     @property
     def tx(self) -> Any:
         aux = make_params() if self.aux else None
-        return sam(self.rho, aux=aux, grouped=self.grouped)
+        return MAKERS[self.name](self.rho, aux=aux, grouped=self.grouped)
 
 
 def schedule(step: Any) -> Any:
@@ -44,6 +73,9 @@ METHODS = {
     "aux": Method(aux=True),
     "grouped": Method(grouped=True),
     "grouped, schedule, aux": Method(schedule, aux=True, grouped=True),
+    "asam, grouped": Method(grouped=True, name="asam"),
+    "awp, schedule, grouped": Method(schedule, grouped=True, name="awp"),
+    "remembering, aux": Method(aux=True, name="remembering"),
 }
 OFF = {
     "zero": Method(0),
@@ -51,6 +83,9 @@ OFF = {
     "array of zero": Method(jnp.zeros([])),
     "schedule of zero": Method(lambda _: 0.0),
     "grouped": Method(0.0, grouped=True),
+    "asam": Method(lambda _: 0.0, name="asam"),
+    "awp": Method(lambda _: 0.0, name="awp"),
+    "remembering": Method(lambda _: 0.0, name="remembering"),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -91,7 +126,7 @@ def gradient_of_groups(params: Any, batch: Any, own: bool = False) -> Any:
 
 
 def update(method: Method, params: Any, state: Any, batch: Any, sync: Any = None):
-    """One step of SAM and SGD; `sync` averages gradients over devices."""
+    """One step of the method and SGD; `sync` averages gradients over devices."""
     differentiate = gradient_of_groups if method.grouped else gradient
     sync = sync or (lambda grads: grads)
 
@@ -125,9 +160,46 @@ def three(method: Method) -> Any:
     return method, make_params(), make_batch()
 
 
+def length_of(tree: Any) -> Any:
+    return np.sqrt(sum(np.sum(v**2) for v in tree.values()))
+
+
+def ascend_by_sam(g: Any, w: Any, rho: float, memory: Any) -> Any:
+    del w, memory
+    return {k: rho * g[k] / length_of(g) for k in g}
+
+
+def ascend_by_asam(g: Any, w: Any, rho: float, memory: Any) -> Any:
+    del memory
+    scale = {"kernel": np.abs(w["kernel"]) + ETA, "bias": 1.0}
+    length = length_of({k: scale[k] * g[k] for k in g})
+    return {k: rho * scale[k] ** 2 * g[k] / length for k in g}
+
+
+def ascend_by_awp(g: Any, w: Any, rho: float, memory: Any) -> Any:
+    del memory
+    length = rho * np.linalg.norm(w["kernel"]) / np.linalg.norm(g["kernel"])
+    return {"kernel": length * g["kernel"], "bias": 0.0 * g["bias"]}
+
+
+def ascend_by_memory(g: Any, w: Any, rho: float, memory: Any) -> Any:
+    for k in g:
+        memory[k] = memory.get(k, 0.0) / 2 + g[k]
+    return ascend_by_sam(memory, w, rho, {})
+
+
+ASCENTS = {
+    "sam": ascend_by_sam,
+    "asam": ascend_by_asam,
+    "awp": ascend_by_awp,
+    "remembering": ascend_by_memory,
+}
+
+
 def by_hand(method: Method, num_steps: int = 2) -> Any:
     """The same steps in NumPy and float64."""
     w = {k: np.asarray(v, np.float64) for k, v in make_params().items()}
+    decay, memory = DECAY if method.name == "awp" else 0.0, {}
     batch = [np.asarray(array, np.float64) for array in make_batch()]
 
     def slope(w, inputs, targets):
@@ -141,10 +213,9 @@ def by_hand(method: Method, num_steps: int = 2) -> Any:
         rho = float(rho)
         ends = []
         for part in parts if method.grouped else [batch]:
-            g = slope(w, *part)
-            norm = np.sqrt(sum(np.sum(v**2) for v in g.values()))
-            moved = {k: w[k] + (rho / norm if rho else 0) * g[k] for k in w}
-            ends.append(slope(moved, *part))
+            e = ASCENTS[method.name](slope(w, *part), w, rho, memory)
+            end = slope({k: w[k] + e[k] for k in w}, *part)
+            ends.append({k: end[k] + decay * e[k] for k in w})
         w = {k: w[k] - RATE * np.mean([end[k] for end in ends], axis=0) for k in w}
     return w
 
@@ -165,8 +236,11 @@ def test_in_float64_its_steps_are_exact(method):
         method = method._replace(aux=False)
         params, state = jax.jit(train, static_argnums=0)(method, params, batch)
         helpers.assert_close(params, by_hand(method), atol=1e-15)
-        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(state)}
+        dtypes = {
+            str(leaf.dtype) for leaf in jax.tree.leaves(state._replace(ascent=()))
+        }
         assert dtypes == {"int32", "float32"}
+        assert all(leaf.dtype == np.float64 for leaf in jax.tree.leaves(state.ascent))
 
 
 SETTINGS: dict[str, Any] = {
@@ -301,7 +375,7 @@ def test_where_the_gradient_is_zero_nothing_moves(method):
 
 
 @pytest.mark.parametrize("method", OFF.values(), ids=OFF)
-def test_a_radius_of_zero_is_no_sam_bit_for_bit(method):
+def test_a_radius_of_zero_is_the_gradient_bit_for_bit(method):
     def plain(params: Any, batch: Any) -> Any:
         grads = gradient(params, batch)
         if method.grouped:

@@ -15,8 +15,8 @@ KEY = jax.random.key(3)
 BALLS = {"linf": linf, "l2": l2}
 EPS = float(np.finfo(np.float32).eps)
 SHAPES = {
-    "grey": (4, 8, 8, 1),
-    "colour": (4, 10, 10, 3),
+    "gray": (4, 8, 8, 1),
+    "color": (4, 10, 10, 3),
     "wide": (4, 5, 9, 3),
     "high": (4, 14, 6, 1),
     "smaller than the smallest window": (4, 2, 2, 3),

@@ -46,7 +46,7 @@ from samrobust.studies.theory.population import (
     sam_all_weights,
     sam_robust_weight,
 )
-from samrobust.studies.theory.training import Effort, train
+from samrobust.studies.theory.training import TrainingEffort, train
 
 WORLD = World(p=0.7, eta=0.1, d=10)
 GRID = Grid(p=(0.7, 0.95), eta=(0.1, 0.5), d=(10, 1, 100), rho=(0.1, 1.0))
@@ -426,14 +426,14 @@ def test_the_expected_gradient_of_a_sam_step_is_zero_where_we_say():
     ],
 )
 def test_training_ends_at_the_population_optimum(method, epsilon, expected):
-    values = train(WORLD, method, Effort(4, 300_000, 1000), epsilon)
+    values = train(WORLD, method, TrainingEffort(4, 300_000, 1000), epsilon)
     error = np.std(values, ddof=1) / 2
     assert 0 < error < 0.03 * expected
     assert abs(values.mean() - expected) < 5 * error
 
 
 def test_sam_of_radius_zero_is_standard_training_on_the_same_samples():
-    effort = Effort(2, 5000, 100)
+    effort = TrainingEffort(2, 5000, 100)
     sam = train(WORLD, "sam all weights", effort)
     plain = train(WORLD, "st", effort)
     np.testing.assert_allclose(sam, plain, rtol=1e-4)
@@ -444,7 +444,7 @@ def test_sam_of_radius_zero_is_standard_training_on_the_same_samples():
 @pytest.mark.slow
 def test_sam_trained_moves_as_its_steps_do_in_expectation():
     small = World(0.7, 0.5, 1)  # where the shift is large beside the noise
-    rho, effort = 2.0, Effort(5, 300_000, 200)
+    rho, effort = 2.0, TrainingEffort(5, 300_000, 200)
     shift = train(small, "sam", effort, rho) - train(small, "sam", effort)
     error = np.std(shift, ddof=1) / np.sqrt(5)
     expected = float(sam_step_weight(small, rho, 200) - standard_weight(small))
@@ -458,7 +458,7 @@ def test_an_experiment_gives_what_was_planned_and_bands_over_seeds(monkeypatch):
         return np.random.default_rng(int(1e4 * radius)).random(effort.seeds)
 
     monkeypatch.setattr("samrobust.studies.theory.experiment.train", made_up)
-    effort = Effort(seeds=3, samples=2000, batch_size=100)
+    effort = TrainingEffort(seeds=3, samples=2000, batch_size=100)
     grid = dataclasses.replace(GRID, epsilon=(0.03,), rho=(1.0,))
     names = []
     estimates = list(experiment(grid, effort, on_start=names.append))
@@ -472,7 +472,7 @@ def test_an_experiment_gives_what_was_planned_and_bands_over_seeds(monkeypatch):
         )
         assert estimate.mean - estimate.half_width == pytest.approx(low)
         assert estimate.mean + estimate.half_width == pytest.approx(high)
-    none = Effort(seeds=0)
+    none = TrainingEffort(seeds=0)
     assert list(experiment(grid, none)) == []
     assert plan(grid, none) == []
 
@@ -515,7 +515,7 @@ def test_what_sam_on_all_weights_adds_is_known_for_radii_below_a_third_of_sqrt_d
 )
 def test_too_little_training_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Effort(**arguments)
+        TrainingEffort(**arguments)
 
 
 # Verdicts and the command.
@@ -599,7 +599,7 @@ def test_the_command_shows_and_writes_everything(tmp_path):
     [
         (["--p=0.5"], "Expected 1/2 < p < 1, got p=0.5. Equation (7)"),
         (["--epsilon=0.2"], "Expected 0 < epsilon < eta, got epsilon=0.2, eta=0.1."),
-        (["--config.training.epochs=2"], "no --config flags for theory"),
+        (["--config.training.epochs=2"], "theory takes no --config, got"),
         (["--seeds=1"], "Expected seeds >= 2"),
         (["--d=ten"], "--d: Expected a number, got value='ten'"),
         (["--d=2.5"], "Expected an integer d >= 1, got d=2.5"),

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from samrobust.experiments import tracking
 from samrobust.experiments.run import run
-from samrobust.experiments.tracking import Tracking, check_installed, track
+from samrobust.experiments.tracking import Tracking, check_installed
 from samrobust.system.files import append_json_line
 from samrobust.training import InterruptedRunError, Progress
 
@@ -137,7 +138,7 @@ def test_event_files_of_a_run_stopped_and_resumed_agree_with_the_log(tmp_path):
 
 
 FULL_DISK = """
-import pathlib, sys, types, warnings
+import contextlib, pathlib, sys, types, warnings
 from samrobust.experiments import tracking
 from samrobust.system.files import append_json_line
 warnings.formatwarning = lambda message, *_: f"warning: {message}\\n"
@@ -148,7 +149,7 @@ records.open_file = lambda path: open("/dev/full", "wb")
 config = types.SimpleNamespace(
     tracking=types.SimpleNamespace(tensorboard=True, wandb="")
 )
-with tracking.track(config, workdir) as tracked:
+with contextlib.closing(tracking.Tracking(config, workdir)) as tracked:
     follow = tracked.following(lambda _: None)
     for step in range(1, 13):
         append_json_line(workdir / "metrics.jsonl", {"step": step, "loss": 1.0})
@@ -174,7 +175,7 @@ def test_a_disk_that_is_full_is_said_once_and_leaves_no_traceback_at_the_end(tmp
 
 def test_trackers_are_off_by_default_and_leave_nothing(tmp_path):
     config = helpers.make_config("st")
-    with track(config, tmp_path) as tracked:
+    with closing(Tracking(config, tmp_path)) as tracked:
         on_progress = print
         assert tracked.following(on_progress) is on_progress
         tracked.finish({"natural": 99.0})
@@ -195,7 +196,7 @@ def track_steps(workdir: Path, *steps: int, finish: bool = True) -> list[Progres
     """Tracks a run that writes these steps; returns what its observer was told."""
     config = helpers.make_config("sam,rho=0.2", {"tracking.wandb": "sharp"})
     told: list[Progress] = []
-    with track(config, workdir) as tracked:
+    with closing(Tracking(config, workdir)) as tracked:
         follow = tracked.following(told.append)
         follow(progress(0))
         for step in steps:
@@ -252,7 +253,7 @@ def test_a_tracker_that_fails_warns_once_and_the_run_goes_on(
 ):
     workdir = helpers.make_folder(tmp_path / "run")
     monkeypatch.setenv("WANDB_FAILS", where)
-    with pytest.warns(UserWarning, match="no network.*metrics.jsonl has it") as caught:
+    with pytest.warns(UserWarning, match="no network.*metrics.jsonl has") as caught:
         told = track_steps(workdir, 1, 2, 3)
     assert len(caught) == 1
     assert len(told) == 7

@@ -32,7 +32,7 @@ from samrobust.training import (
     TrainingDivergedError,
     make_train_step,
 )
-from samrobust.training.epoch import Call, EpochPlan, EpochRunner
+from samrobust.training.epoch import Chunk, EpochPlan, EpochRunner
 from samrobust.training.fit import fresh_carry
 
 FIELDS = {
@@ -61,9 +61,9 @@ def trained(row: str = "st", **overrides: Any):
 
 
 def ten_equal_images() -> Dataset:
-    """Ten images of one colour, labelled 0 to 9.
+    """Ten images of one color, labeled 0 to 9.
 
-    Batch normalisation makes the network's logits the same for all of them, so that
+    Batch normalization makes the network's logits the same for all of them, so that
     the loss of an example depends on its label alone.
     """
     images = np.full((10, 8, 8, 1), 100, np.uint8)
@@ -95,11 +95,11 @@ def test_an_epoch_visits_every_example_exactly_once(
     images = np.zeros((num_examples, 1, 1, 1), np.uint8)
     permutation = np.asarray(epoch_permutation(jax.random.key(0), 2, num_examples))
     seen, step = [], 0
-    for call in plan.calls():
-        assert 1 <= call.num_steps <= steps_per_call
-        for _ in range(call.num_steps):
+    for chunk in plan.chunks():
+        assert 1 <= chunk.num_steps <= steps_per_call
+        for _ in range(chunk.num_steps):
             start = step * batch_size
-            _, batch = take_batch(images, labels, permutation, start, call.batch_size)
+            _, batch = take_batch(images, labels, permutation, start, chunk.batch_size)
             seen += batch.tolist()
             step += 1
     left_out = num_examples % batch_size if drop_remainder else 0
@@ -124,21 +124,21 @@ def test_the_steps_of_an_epoch_are_the_slices_of_a_list(num_examples, batch_size
 def test_the_calls_from_any_step_are_the_rest_of_the_epoch(drop_remainder):
     plan = EpochPlan(23, 4, 3, drop_remainder)
     sizes = [
-        size for call in plan.calls() for size in [call.batch_size] * call.num_steps
+        size for chunk in plan.chunks() for size in [chunk.batch_size] * chunk.num_steps
     ]
     assert sizes == [4] * 5 + [3] * (not drop_remainder)
     for start in range(plan.num_steps + 1):
         rest = [
             size
-            for call in plan.calls(start)
-            for size in [call.batch_size] * call.num_steps
+            for chunk in plan.chunks(start)
+            for size in [chunk.batch_size] * chunk.num_steps
         ]
         assert rest == sizes[start:]
 
 
 def test_the_calls_of_an_epoch_are_as_long_as_allowed():
-    calls = EpochPlan(29, 4, 3, drop_remainder=False).calls()
-    assert calls == [Call(3, 4), Call(3, 4), Call(1, 4), Call(1, 1)]
+    calls = EpochPlan(29, 4, 3, drop_remainder=False).chunks()
+    assert calls == [Chunk(3, 4), Chunk(3, 4), Chunk(1, 4), Chunk(1, 1)]
 
 
 GROUPS = {"sam.m": 8, "model.batch_norm_group": 4}
@@ -360,11 +360,11 @@ def test_nothing_travels_between_host_and_device_within_an_epoch():
     begin = fresh_carry(method, 40, dataset.image_shape)
     carry = jax.device_put(jax.jit(begin)(jax.random.key(0)), replicated(data_mesh()))
     permutation = runner.permutation(0)
-    for call in plan.calls():
-        runner.compile(call, carry)
+    for chunk in plan.chunks():
+        runner.compile(chunk, carry)
     with jax.transfer_guard("disallow"):
-        for call in plan.calls():
-            carry, _ = runner.run(call, carry, permutation)
+        for chunk in plan.chunks():
+            carry, _ = runner.run(chunk, carry, permutation)
     assert int(carry.state.step) == plan.num_steps
 
 

@@ -22,7 +22,7 @@ from samrobust.sharpness import sam
 from samrobust.system.distributed import data_mesh
 from samrobust.training import as_adversary, as_objective, make_train_step
 from samrobust.training.checkpoint import Checkpoints
-from samrobust.training.epoch import Call, EpochRunner
+from samrobust.training.epoch import Chunk, EpochRunner
 from samrobust.training.fit import fresh_carry
 from samrobust.training.passes import apply_in_training, make_passes
 
@@ -270,7 +270,7 @@ def tiny_run(x64: bool) -> tuple[Any, ...]:
 
         carry = jax.jit(fresh_carry(method, 32, data.image_shape))(KEY)
         start, order = jax.tree.map(np.asarray, carry), runner.permutation(1)
-        call = Call(1, 32)
+        call = Chunk(1, 32)
         for _ in range(2):
             carry, _ = runner.run(call, carry, order)
         return start, order, carry, runner.lower(call, carry).as_text()

@@ -30,7 +30,7 @@ def _compile_quickly():
 
 
 class Network(nn.Module):
-    """Two layers and a batch normalisation: compiles faster than a convolution."""
+    """Two layers and a batch normalization: compiles faster than a convolution."""
 
     @nn.compact
     def __call__(self, images, *, train):
@@ -105,7 +105,7 @@ def batch_statistics(params, images):
     return jax.tree.map(lambda x: x / (1 - BN_MOMENTUM), stats)
 
 
-def moved_towards(old, new):
+def moved_toward(old, new):
     return jax.tree.map(lambda o, n: BN_MOMENTUM * o + (1 - BN_MOMENTUM) * n, old, new)
 
 
@@ -218,9 +218,9 @@ def test_the_running_statistics_are_those_of_the_chosen_passes_of_sam(passes):
     first = batch_statistics(params, images)
     second = batch_statistics(perturbed(params, gradient), images)
     expected = {
-        "first": moved_towards(old, first),
-        "second": moved_towards(old, second),
-        "both": moved_towards(moved_towards(old, first), second),
+        "first": moved_toward(old, first),
+        "second": moved_toward(old, second),
+        "both": moved_toward(moved_toward(old, first), second),
     }
     name = "sam" if passes == "both" else f"sam, {passes}"
     batch_stats = trained(name)[0][0].batch_stats
@@ -267,7 +267,7 @@ def test_both_passes_of_sam_see_the_images_that_were_crafted_once():
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_the_attacked_network_normalises_as_it_is_told(mode):
+def test_the_attacked_network_normalizes_as_it_is_told(mode):
     logits = []
 
     def attack(logits_fn, images, labels, *, key):
@@ -305,7 +305,7 @@ def test_the_attack_leaves_the_running_statistics_alone(mode):
     ).train_step
     images, labels = make_batches(1)[0]
     state, _ = step(make_state(tx), images, labels, KEY)
-    expected = moved_towards(
+    expected = moved_toward(
         variables["batch_stats"],
         batch_statistics(variables["params"], adversarial[0]),
     )

@@ -7,7 +7,7 @@
 #       --config=configs/cifar10.py --seeds=3 --workdir=/shared/runs/cifar10
 #
 # --array-limit=N lets N of them run at a time. Each index is a train.sbatch of its own
-# (edit that one): preempted, it is requeued and goes on. The same command again starts
+# (edit that one): preempted, it is requeued and resumes. Rerunning the same command starts
 # what is missing: finished runs are kept. The workdir must be on a disk that all nodes
 # share.
 set -euo pipefail

@@ -6,13 +6,13 @@
 An attack is a pure function: configuration at construction, data at call; it works
 inside and outside `jax.jit`, `vmap` and `shard_map`, with models of Flax, Equinox or
 plain functions. Images are [B, ...] with pixels in [0, 1], labels int [B], radii in
-pixel units, radii and keys one or one an example; all else is refused by name
-(`samrobust.attacks.calls`). Logits that are not finite count as a mistake.
-Normalisation belongs into `logits_fn`. Out of scope: training, data sets, accuracy (see
-`samrobust.evaluation`).
+pixel units; radii and keys are one for all examples or one for each. Anything else is
+refused by name (`samrobust.attacks.calls`). Logits that are not finite count as a
+mistake. Normalization belongs in `logits_fn`. Out of scope: training, data sets,
+accuracy (see `samrobust.evaluation`).
 
-An algorithm is a file; what all share is in `per_example` and `draws`, `calls` and
-`numbers`, `balls`.
+One file is one algorithm; what all of them share is in `balls`, `calls`, `draws`,
+`numbers` and `per_example`.
 """
 
 from samrobust.attacks.apgd import apgd, apgd_targeted
@@ -63,6 +63,6 @@ __all__ = [
     "targeted_dlr",
 ]
 
-# Raised whenever an attack comes to other images than before, rounding apart: stored
-# outcomes of an older version then count for nothing.
+# Raised whenever an attack returns other images than before, beyond rounding: stored
+# outcomes of an older version are then discarded.
 ATTACKS_VERSION = 2

@@ -2,7 +2,7 @@
 
 `z = P(x_k + step * steepest_ascent(grad loss(x_k)))`, then
 `x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))`; the step starts at twice the
-radius and halves at checkpoints where the loss stalls, and the ascent goes on from the
+radius and halves at checkpoints where the loss stalls, and the ascent resumes from the
 best iterate. Two of the four attacks of AutoAttack: `apgd(ball)` on the cross entropy
 and `apgd_targeted(ball)`. A single run is `ApgdRun`, cut into its first state and its
 steps, so that restarts and targets are loops around it.
@@ -44,8 +44,9 @@ from samrobust.types import Array, Attack, LossFn
 
 __all__ = ["ApgdRun", "ApgdState", "apgd", "apgd_targeted", "windows"]
 
-_MOMENTUM = 0.75  # the share of the new step; the rest is the last one again
-_FIRST_WINDOW, _LEAST_WINDOW, _SHRINKAGE = 0.22, 0.06, 0.03  # of the number of steps
+_MOMENTUM = 0.75  # the paper's alpha: the share of the new step in the next iterate
+# Lengths of the windows between checkpoints, as shares of the number of steps.
+_FIRST_WINDOW, _LEAST_WINDOW, _SHRINKAGE = 0.22, 0.06, 0.03
 
 
 def apgd(
@@ -60,16 +61,16 @@ def apgd(
 ) -> Attack:
     """Builds Auto-PGD within a ball and a box.
 
-    Every run starts at a random point of the ball's surface. At a checkpoint the step
-    of an example halves, and it goes back to its best iterate, if its loss rose in at
-    most `rho` of the steps since the last checkpoint, or if the step was not halved
-    there and the best loss has not risen since. The checkpoints are after 22, 41, 57,
-    70, 80, 87, 93 and 99 of 100 steps, and in these proportions for other numbers.
+    Every run starts at a random point of the ball's surface. At a checkpoint an example
+    halves its step and returns to its best iterate, if its loss rose in at most `rho`
+    of the steps since the last checkpoint (condition 1), or if the step was not halved
+    there and the best loss has not risen since (condition 2). The checkpoints are after
+    22, 41, 57, 70, 80, 87, 93 and 99 of 100 steps, and in proportion for other numbers.
 
     Args:
       ball: the allowed perturbations, from `linf` or `l2`. The authors' code adds 1e-12
         to the norm of an l2 gradient: `l2(radius, gradient_floor=1e-12)`.
-      loss: what is maximised, per example; `cross_entropy`, `dlr` or `margin`.
+      loss: what is maximized, per example; `cross_entropy`, `dlr` or `margin`.
       num_steps: number of gradient steps of a run, >= 1.
       restarts: number of independent runs, >= 1.
       rho: the share of rising steps that keeps a step from halving, in [0, 1].
@@ -84,12 +85,12 @@ def apgd(
       compiles at every call. It ends when all examples of the batch are misclassified.
 
       **Guarantees.** Shape and dtype of the images are kept. The result lies in the
-      box, and in the ball up to a few units in the last place. Radius 0 returns the
-      images unchanged, and so do images that are misclassified as they are. Of an
-      example the first misclassified iterate is handed in, starts included, or the one
-      of highest loss where there is none, so that more steps and restarts never raise
-      the accuracy. Up to rounding, and where the logits are not random, its outcome
-      does not depend on the batch it is in. No gradient flows through the result.
+      box, and in the ball up to a few units in the last place. Images at radius 0, and
+      those that are misclassified as they are, return unchanged. Of every other example
+      the result is the first misclassified iterate, starts included, or else the one of
+      highest loss, so that more steps and restarts never raise the accuracy. Up to
+      rounding, and where the logits are not random, its outcome does not depend on the
+      batch it is in. No gradient flows through the result.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of
@@ -98,9 +99,9 @@ def apgd(
     Reference: Croce and Hein (2020), arXiv 2003.01690, algorithm 1. The authors' code
     is followed where it says more or differs: windows in whole steps, the loss before
     the first step taken as 0, random logits judged by the last draw. *Our deviation*:
-    of several misclassified iterates the first is handed in, not the last; of the
-    others the one of highest loss, not the image; a full l2 step also where the
-    gradient is below 1e-12 (see `ball`).
+    we return the first of several misclassified iterates, not the last, and without
+    one the iterate of highest loss, not the image; we take a full l2 step also where
+    the gradient is below 1e-12 (see `ball`).
 
     >>> from samrobust.attacks import linf
     >>> weights = jnp.array([[1.0, -1.0], [0.5, 0.0]])
@@ -181,13 +182,13 @@ def apgd_targeted(
         check_target(first_target, logits.shape[-1])
         classes = likeliest_wrong(logits, call.labels)
 
-        def towards(index: Array) -> ApgdRun:
+        def toward(index: Array) -> ApgdRun:
             targets = classes[:, first_target + index // restarts]
             return run._replace(loss=lambda z, y: targeted_dlr(z, y, targets))
 
         num_left = jnp.minimum(num_targets, classes.shape[1] - first_target)
         first = judged_first(call.images, logits, call.labels)
-        return _worst_of(num_left * restarts, towards, first, runs_key)
+        return _worst_of(num_left * restarts, toward, first, runs_key)
 
     return attack_of(attacked, box=box, ball=ball, is_random=eot > 1)
 
@@ -225,10 +226,7 @@ class ApgdState(NamedTuple):
 
 
 class ApgdRun(NamedTuple):
-    """Options and data of a run; see `apgd`.
-
-    `logits_fn` is called with a `key` where `eot` > 1.
-    """
+    """Options and data of a run, see `apgd`; `logits_fn` takes a `key` if `eot` > 1."""
 
     ball: Ball
     num_steps: int
@@ -260,7 +258,7 @@ class ApgdRun(NamedTuple):
         noise = self.ball.sample(key, self.images.shape).astype(self.images.dtype)
         length = self.ball.norm(noise)
         radius = filled(self.images, self.ball.radius)
-        scale = radius / jnp.where(length > 0, length, 1.0)
+        scale = radius / jnp.where(length > 0, length, 1.0)  # onto the surface
         return jnp.clip(self.images + noise * spread(scale, noise), *self.box)
 
     def begin(self, start: Array, key: Array) -> ApgdState:
@@ -270,20 +268,20 @@ class ApgdRun(NamedTuple):
             current=start,
             previous=start,
             gradient=gradient,
-            loss=jnp.zeros_like(reached),
+            loss=jnp.zeros_like(reached),  # as in the authors' code: see `apgd`
             best=BestSoFar(start, reached),
             best_gradient=gradient,
-            step_size=2 * filled(start, self.ball.radius),
+            step_size=2 * filled(start, self.ball.radius),  # the paper's eta^(0)
             rises=filled(start, 0, jnp.int32),
             last_score=reached,
-            halved=filled(start, 1, bool),
+            halved=filled(start, 1, bool),  # condition 2 waits for one checkpoint
         )
 
     def step(self, state: ApgdState, index: Array, key: Array) -> ApgdState:
         """Takes step number `index`, and the checkpoint behind it if one is due."""
         current = self.moved(state, index)
         gradient, loss, reached = self.measure(current, key)
-        higher = reached > state.best.score
+        higher = reached > state.best.score  # a mistake scores infinity
         following = state._replace(
             current=current,
             previous=state.current,
@@ -298,6 +296,7 @@ class ApgdRun(NamedTuple):
     def moved(self, state: ApgdState, index: Array) -> Array:
         """Returns the next iterate: a projected step mixed with the last, projected."""
         current, previous = state.current, state.previous
+        # Algorithm 1: z^(k+1), then its mix with the last step, by the momentum alpha.
         direction = self.ball.steepest_ascent(state.gradient)
         length = spread(state.step_size, current)
         plain = into_set(current + length * direction, self.images, self.ball, self.box)
@@ -312,10 +311,10 @@ class ApgdRun(NamedTuple):
         """
         # The paper's conditions 1 and 2.
         enough = self.rho * window.astype(jnp.float32)
-        seldom = state.rises.astype(jnp.float32) <= enough
+        rarely = state.rises.astype(jnp.float32) <= enough
         in_vain = ~state.halved & (state.last_score >= state.best.score)
         due = window > 0
-        halve = due & (seldom | in_vain)
+        halve = due & (rarely | in_vain)
         return state._replace(
             current=select(halve, state.best.images, state.current),
             gradient=select(halve, state.best_gradient, state.gradient),
@@ -340,12 +339,13 @@ class ApgdRun(NamedTuple):
         none = filled(current, 0)
         nothing = (jnp.zeros_like(current), none, none)
         gradient, losses, scores = jax.lax.fori_loop(0, self.eot, draw, nothing)
-        return gradient / self.eot, losses, scores
+        return gradient / self.eot, losses, scores  # EOT: the mean over the draws
 
     def total_loss(self, current: Array, key: Array) -> tuple[Array, tuple]:
         """Returns the sum of the losses; the losses [B] and the scores [B]."""
         logits = self.logits(current, key)
         losses = self.loss(logits, self.labels).astype(current.dtype)
+        # Of a sum, each example's gradient is that of its own loss.
         return jnp.sum(losses), (losses, score(losses, logits, self.labels))
 
     def logits(self, images: Array, key: Array) -> Array:
@@ -369,7 +369,7 @@ def windows(num_steps: int) -> np.ndarray:
     window = end = max(int(_FIRST_WINDOW * num_steps), 1)
     while end <= num_steps:
         ends[end - 1] = window
-        window = max(window - shrinkage, least)
+        window = max(window - shrinkage, least)  # p_(j+1) - p_j, shrinking
         end += window
     return ends
 

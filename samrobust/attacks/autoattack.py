@@ -1,4 +1,4 @@
-"""AutoAttack: attacks without parameters, of which one is enough to break an example.
+"""AutoAttack: an ensemble of attacks without parameters; one is enough to break.
 
 The ensemble by which robust accuracy is compared since 2020. Each member attacks what
 the ones before it left standing. It comes as a function like all attacks, and in parts,
@@ -49,7 +49,7 @@ class Member(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)  # `jax.jit` wants a weak reference: no tuple
 class AutoAttack:
-    """An `Attack` that is several; see `autoattack`.
+    """An ensemble that is itself an `Attack`; see `autoattack`.
 
     Attributes:
       members: in their order.
@@ -73,7 +73,7 @@ class AutoAttack:
         *,
         key: Array,
     ) -> Array:
-        """Lets all members attack, one after the other, with the batch as it is."""
+        """Runs all members in order, each on the whole batch."""
         logits_fn, images, labels, key = accept(
             logits_fn, images, labels, key, box=self.box, is_random=self.is_random
         )
@@ -93,7 +93,8 @@ class AutoAttack:
                 member: Member = member,
                 key: Array = own_key,
             ) -> tuple[Array, Array]:
-                found, done = carry  # what is done stays, whatever the next look says
+                # A broken example stays broken, whatever random logits say later.
+                found, done = carry
                 part_key, judge_key = draws.split(draws.fold_in(key, part))
                 attacked = member.part(logits_fn, found, labels, part, key=part_key)
                 broken = misclassified(judge(attacked, judge_key), labels)
@@ -131,10 +132,10 @@ def autoattack(
 
     Returns:
       An `Attack`, whose `members` can also be called one by one. **Guarantees.** Shape
-      and dtype are kept. An example is broken if one of the members breaks it: then it
-      is handed in as the first of them found it, in ball and box, else unchanged, as
-      are misclassified images. Radius 0 changes nothing. With random logits each member
-      draws anew and judges anew, and what breaks now may be right at the next look.
+      and dtype are kept. An example is broken if one of the members breaks it: the
+      result is then what the first of them found, in ball and box; else the image, as
+      for misclassified images. Radius 0 changes nothing. With random logits each member
+      draws and judges with new logits: what breaks now may be right at the next look.
 
     Raises:
       ValueError: for other versions or members, and as `pgd` does.

@@ -76,13 +76,14 @@ def linf(radius: float | Array) -> Ball:
         return jnp.max(jnp.abs(delta), axis=_example_axes(delta))
 
     def steepest_ascent(gradient: Array) -> Array:
+        # argmax of <g, d> over max |d_i| <= 1: a corner of the cube.
         return jnp.sign(jnp.where(jnp.isnan(gradient), 0.0, gradient))
 
     return Ball(project, sample, steepest_ascent, norm, radius, float("inf"))
 
 
 def l2(radius: float | Array, *, gradient_floor: float = 0.0) -> Ball:
-    """Builds the ball `||d||_2 <= radius`; steps follow the normalised gradient.
+    """Builds the ball `||d||_2 <= radius`; steps follow the normalized gradient.
 
     Args:
       radius: in pixel units, >= 0; a float or an array, as for `linf`.
@@ -114,11 +115,13 @@ def l2(radius: float | Array, *, gradient_floor: float = 0.0) -> Ball:
         return _norm(delta).reshape(delta.shape[0])
 
     def project(delta: Array) -> Array:
+        # Scaled by min(1, r / ||d||), exactly 1 inside: no rounding moves what fits.
         length = _norm(delta)
         most = factor(radius, delta)
         return delta * jnp.minimum(1.0, most / jnp.where(length > 0, length, 1.0))
 
     def sample(key: Array, shape: tuple[int, ...]) -> Array:
+        # A normal vector's direction is uniform on the sphere.
         direction_key, length_key = draws.split(key)
         direction = draws.normal(direction_key, shape)
         lengths = (shape[0],) + (1,) * (len(shape) - 1)
@@ -167,7 +170,7 @@ def _norm(array: Array) -> Array:
 
 
 def _unit(array: Array, floor: float) -> Array:
-    length = _norm(array)
+    length = _norm(array)  # NaN, as of a NaN gradient, is not > 0: a zero direction
     return jnp.where(
         length > 0, array / jnp.where(length > 0, length + floor, 1.0), 0.0
     )

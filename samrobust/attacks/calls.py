@@ -1,7 +1,7 @@
-"""Checks of all attacks, of what they are made with and of what they are called with.
+"""Checks that all attacks share: of their options, and of the arguments of a call.
 
-`attack_of` makes an attack of a function that may rely on them. Ranks and dtypes are
-known inside `jax.jit` too and are always looked at; pixels, radii and the range of
+`attack_of` turns a function into an attack; the function may rely on the checks. Ranks
+and dtypes are always checked, inside `jax.jit` too; pixels, radii and the range of
 labels where they are concrete. Nothing here runs inside a compiled program.
 """
 
@@ -54,10 +54,10 @@ def attack_of(
     ndim: int | None = None,
     is_minimal: bool = False,
 ) -> Attack:
-    """Builds the attack that looks at a call and hands it to the function.
+    """Builds the attack that checks a call and passes it to the function.
 
     No gradient flows through the result. Where the radius of the ball is 0 the images
-    come back unchanged; if that is all of them, the function is not asked.
+    return unchanged; if that is all of them, the function is not called.
 
     Args:
       function: makes adversarial images [B, ...] of a call.
@@ -65,7 +65,7 @@ def attack_of(
       ball: see there.
       is_random: see there.
       ndim: see there.
-      is_minimal: whether the ball is but a scale, so that radius 0 means nothing.
+      is_minimal: whether the ball is only a scale, so that radius 0 means nothing.
 
     Returns:
       The attack, which raises `ValueError` as `accept` does.
@@ -135,7 +135,7 @@ def check_set(ball: Ball, box: tuple[float, float]) -> tuple[float, float]:
 
 
 def check_losses(loss: LossFn) -> LossFn:
-    """Returns the loss, which is looked at whenever it is asked.
+    """Returns the loss with a check of what it returns at every call.
 
     Raises:
       ValueError: unless it is a function; when called, unless it gives losses [B].
@@ -162,10 +162,10 @@ def accept(
     is_random: bool = False,
     ndim: int | None = None,
 ) -> Call:
-    """Returns the arguments of a call, once they are what an attack can work on.
+    """Returns the arguments of a call, checked.
 
     Args:
-      logits_fn: a function; what it returns is looked at whenever it is asked.
+      logits_fn: a function; what it returns is checked at every call.
       images: [B, ...], float32 or float64, in the box where that can be seen.
       labels: int [B], classes of the logits where that can be seen.
       key: one, or one an example.
@@ -203,7 +203,7 @@ def accept(
 
 
 def check_target(first_target: int | Array, num_classes: int) -> None:
-    """Refuses to leave out all wrong classes, where the number can be seen.
+    """Refuses to skip all wrong classes, where the number is concrete.
 
     Raises:
       ValueError: see above.
@@ -249,7 +249,7 @@ def _check_images(images: Array, box: tuple[float, float], ball: Ball | None) ->
         check(
             box[0] - slack <= low and high <= box[1] + slack,
             f"images with pixels in the box, {box[0]:g} to {box[1]:g}",
-            "Bytes become pixels by `/ 255`; normalisation belongs into `logits_fn`.",
+            "Bytes become pixels by `/ 255`; normalization belongs in `logits_fn`.",
             lowest=low,
             highest=high,
         )
@@ -322,7 +322,7 @@ def _check_logits(logits: Any, labels: Array) -> None:
 def _varying(images: Array, labels: Array, key: Array) -> Array:
     """Returns the images, varying inside `jax.shard_map` over what one of them does.
 
-    Where two arrays meet JAX sees to it, so here they meet, and nothing is computed.
+    JAX aligns this where two arrays meet, so here they meet; XLA drops the rest.
     """
     numbers = jax.random.key_data(key)
     always = jnp.all(labels == labels) & jnp.all(numbers == numbers)
@@ -330,7 +330,7 @@ def _varying(images: Array, labels: Array, key: Array) -> Array:
 
 
 def _largest_radius(ball: Ball) -> float:
-    """Returns the largest radius that can be looked at, 0 if none can."""
+    """Returns the largest concrete radius, 0 if none is."""
     return float(np.max(seen(ball.radius), initial=0.0))
 
 

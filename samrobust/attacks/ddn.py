@@ -1,6 +1,6 @@
 """DDN: a minimal l2 attack that decouples the direction of a step from its length.
 
-Each step follows the normalised gradient of the cross entropy and is then scaled onto
+Each step follows the normalized gradient of the cross entropy and is then scaled onto
 a sphere around the original image, whose radius shrinks where the iterate is
 misclassified and grows where it is not.
 
@@ -57,7 +57,7 @@ def ddn(
       used only where a gradient is zero, for a random direction.
 
       **Guarantees.** Shape and dtype are kept; the result lies in the box. An example
-      is handed in as its smallest misclassified iterate, so that the norm of the change
+      is returned as its smallest misclassified iterate, so that the norm of the change
       is an upper bound of the distance to the boundary, and unchanged where there is
       none or where it is misclassified already. An example's outcome does not depend on
       the others of its batch. No gradient flows through the result.
@@ -67,7 +67,7 @@ def ddn(
         another dtype.
 
     Reference: Rony et al. (2019), arXiv 1811.09600, Algorithm 1; random directions and
-    the bound of the radius as in foolbox. *Our deviation*: no quantisation of the
+    the bound of the radius as in foolbox. *Our deviation*: no quantization of the
     result to 256 values.
 
     >>> image = jnp.full([1, 2], 0.5)
@@ -89,19 +89,22 @@ def ddn(
 
     def attacked(call: Call) -> Array:
         images = call.images
+        # No perturbation in the box is longer than this: a larger radius means nothing.
         farthest = _SPHERE.norm(jnp.maximum(images - box[0], box[1] - images))
 
         def step(index: Array, state: _DdnState) -> _DdnState:
             current, epsilon, best = state
             gradient, wrong = jax.grad(total_loss, has_aux=True)(current)
             nearness = -_SPHERE.norm(current - images)
-            # Of equal ones the last.
+            # Of perturbations of equal length the last.
             take = wrong & (nearness >= best.score)
             best = select(take, BestSoFar(current, nearness), best)
             direction = _direction(gradient, draws.fold_in(call.key, index))
+            # Cosine annealing of the step size, Algorithm 1's alpha, from 1 to 0.01.
             share = (1 + jnp.cos(jnp.pi * index / num_steps)) / 2
             step_size = _LAST_STEP_SIZE + (1 - _LAST_STEP_SIZE) * share
             delta = current - images + step_size.astype(images.dtype) * direction
+            # The decoupling: direction from the gradient, length from success alone.
             epsilon = epsilon * jnp.where(wrong, 1 - gamma, 1 + gamma)
             epsilon = jnp.minimum(epsilon, farthest)
             delta = _SPHERE.steepest_ascent(delta) * spread(epsilon, images)
@@ -114,7 +117,9 @@ def ddn(
             return jnp.sum(losses.astype(current.dtype)), wrong
 
         epsilon = jnp.full_like(farthest, init_epsilon)
-        start = _DdnState(images, epsilon, BestSoFar(images, -farthest))
+        start = _DdnState(
+            images, epsilon, BestSoFar(images, -farthest)
+        )  # no mistake yet
         return jax.lax.fori_loop(0, num_steps, step, start).best.images
 
     return attack_of(attacked, box=box)

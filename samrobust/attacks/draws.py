@@ -1,9 +1,9 @@
-"""Random numbers of which every example of a batch has its own.
+"""Random numbers, drawn separately for every example of a batch.
 
-What an attack is given as `key` is one PRNG key or a key array [B], one an example.
-Each example draws with its own, or with the one key and its position folded in. So what
-it draws depends neither on the batch it stands in nor on padding or devices; with one
-key it depends on its position. (JAX vectorises `threefry`, its default, key by key; of
+An attack is given one PRNG key, or a key array [B] with one for each example. Each
+example draws with its own key, or with the one key and its position folded in. So its
+numbers depend neither on the batch that it is in nor on padding or devices; with one
+key they depend on its position. (JAX vectorizes `threefry`, its default, key by key; of
 `rbg` keys it does not say so.)
 """
 
@@ -88,7 +88,7 @@ def uniform(
         lambda own: jax.random.uniform(own, shape[1:], jnp.float32), key, shape
     )
     low, high = factor(low, numbers), factor(high, numbers)
-    # As `jax.random.uniform` stretches them, which takes no ends of [B].
+    # The formula of `jax.random.uniform`, whose own ends cannot be [B].
     return jnp.maximum(low, numbers * (high - low) + low)
 
 

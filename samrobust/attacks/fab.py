@@ -1,4 +1,4 @@
-"""FAB: the fast adaptive boundary attack, towards one class after another.
+"""FAB: the fast adaptive boundary attack, toward one class after another.
 
 It looks for the smallest perturbation rather than for one of a given size. Each step
 replaces the boundary between the label and a target class by its tangent hyperplane,
@@ -24,7 +24,7 @@ from samrobust.attacks import draws
 from samrobust.attacks.balls import Ball
 from samrobust.attacks.calls import Call, attack_of, check_set, check_target
 from samrobust.attacks.hyperplanes import step_onto_hyperplane
-from samrobust.attacks.losses import misclassified
+from samrobust.attacks.losses import logit_of, misclassified
 from samrobust.attacks.numbers import real, seen, whole
 from samrobust.attacks.per_example import (
     BestSoFar,
@@ -72,12 +72,12 @@ def fab_targeted(
     Args:
       ball: the allowed perturbations, from `linf` or `l2`.
       num_targets: number of target classes, >= 1; of K classes at most K - 1 are used.
-      first_target: how many of the highest ones are left out before them, >= 0 and
-        below K - 1. May be traced, unlike the rest: a caller that drops broken examples
+      first_target: how many of the highest wrong classes are skipped, >= 0 and below
+        K - 1. May be traced, unlike the rest: a caller that drops broken examples
         between targets compiles once for all of them.
       num_steps: number of steps of a run, >= 0, each of one gradient and one more
         forward pass.
-      restarts: number of runs towards each target, >= 1. The first starts at the image,
+      restarts: number of runs toward each target, >= 1. The first starts at the image,
         the others at a random point half a radius away, within the box.
       alpha_max: the most that the step from the original image counts, in [0, 1].
       eta: how far a step goes, relative to the distance of the plane, >= 1.
@@ -88,14 +88,14 @@ def fab_targeted(
       `attack(logits_fn, images, labels, *, key) -> images` on images [B, ...] in the
       box, float32 (or float64), and labels int [B]; wrap it in `jax.jit`.
 
-      **Guarantees.** Shape and dtype are kept. An example is handed in as the smallest
+      **Guarantees.** Shape and dtype are kept. An example is returned with the smallest
       misclassified perturbation of the first run that found one within the radius, and
       else unchanged, as are images that are misclassified already and all images if
       the radius is 0. It lies in the box, and in the ball as `ball.norm` measures it.
       An example's outcome does not depend on the others of its batch. Runs end once
       every example of the batch is broken. No gradient flows through the result. What
       is found lies close to the boundary, so another program may judge it differently
-      where the logits tie but for rounding.
+      where the logits tie up to rounding.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of
@@ -152,7 +152,7 @@ def fab_minimal(
 
     Returns:
       An attack as `fab_targeted` returns it. **Guarantees.** Shape and dtype are kept;
-      the result lies in the box. An example is handed in as the smallest misclassified
+      the result lies in the box. An example is returned with the smallest misclassified
       perturbation of all runs, so that more targets and more restarts never make it
       larger, and unchanged where there is none or where it is misclassified already.
       `ball.norm(result - images)` is an upper bound of the distance to the boundary
@@ -206,6 +206,7 @@ class _FabRun(NamedTuple):
         """Returns the images, or from the second run on points half a radius away."""
         if self.restarts == 1:
             return self.images
+        # As upstream: half a radius in a random direction, whatever the draw's length.
         noise = self.ball.sample(key, self.images.shape).astype(self.images.dtype)
         length = spread(self.ball.norm(noise), noise)
         half = 0.5 * factor(self.ball.radius, noise)
@@ -224,18 +225,20 @@ class _FabRun(NamedTuple):
         return jax.lax.fori_loop(0, self.num_steps, step, carry)[1]
 
     def advance(self, current: Array, targets: Array) -> Array:
-        """Steps beyond the tangent plane of the boundary to the targets."""
+        """Returns the iterate after a step beyond the boundary's tangent plane."""
         ball, eta = self.ball, self.eta
         gradient, gap = jax.grad(self.total_gap, has_aux=True)(current, targets)
-        gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
+        gradient = jnp.where(jnp.isfinite(gradient), gradient, 0.0)  # w of the plane
         axes = tuple(range(1, current.ndim))
         # Of the plane <w, z> = b through x0 only <w, x0 - x> is new: exact near x.
         from_images = gap + jnp.sum(gradient * (self.images - current), axis=axes)
         step = self.onto_plane(current, gradient, gap)
         step_of_images = self.onto_plane(self.images, gradient, from_images)
+        # alpha, the share of x0's step: small near the boundary, where x's own decides.
         length = jnp.maximum(ball.norm(step), _LEAST_STEP)
         total = length + jnp.maximum(ball.norm(step_of_images), _LEAST_STEP)
         alpha = spread(jnp.minimum(length / total, self.alpha_max), current)
+        # Both overshoot by eta: at 1 rounding could leave them short of the plane.
         mixed = (1 - alpha) * (current + eta * step)
         mixed += alpha * (self.images + eta * step_of_images)
         return jnp.clip(mixed, *self.box)
@@ -247,7 +250,7 @@ class _FabRun(NamedTuple):
     def total_gap(self, current: Array, targets: Array) -> tuple[Array, Array]:
         """Returns the sum of `z_t - z_y`, and the gaps [B]."""
         logits = self.logits_fn(current).astype(self.images.dtype)
-        gap = _logit(logits, targets) - _logit(logits, self.labels)
+        gap = logit_of(logits, targets) - logit_of(logits, self.labels)
         return jnp.sum(gap), gap
 
     def judge(self, current: Array, best: BestSoFar) -> tuple[Array, BestSoFar]:
@@ -255,6 +258,7 @@ class _FabRun(NamedTuple):
         wrong = misclassified(self.logits_fn(current), self.labels)
         distance = self.ball.norm(current - self.images)
         found = BestSoFar(current, jnp.where(wrong, -distance, -jnp.inf))
+        # The backward step: nearer to the image, maybe to the right class again.
         back = self.images + self.beta * (current - self.images)
         return select(wrong, back, current), better(best, found)
 
@@ -298,6 +302,7 @@ def _search(
         return -best.score > goal
 
     def pursue(index: Array, best: BestSoFar) -> BestSoFar:
+        # All restarts toward a target before the next target: a run's number is both.
         start = run.start(index % run.restarts, draws.fold_in(call.key, index))
         found = run.outcome(start, classes[:, first_target + index // run.restarts])
         closer = (found.score > best.score) & (-found.score <= limit)
@@ -305,13 +310,7 @@ def _search(
 
     unknown = unseen(call.images)
     wrong = misclassified(logits, call.labels)
-    first = unknown._replace(score=jnp.where(wrong, 0.0, unknown.score))
+    first = unknown._replace(score=jnp.where(wrong, 0.0, unknown.score))  # distance 0
     return repeat_while(
         lambda best: jnp.any(is_sought(best)), num_left * run.restarts, pursue, first
     ).images
-
-
-def _logit(logits: Array, classes: Array) -> Array:
-    """Returns the logit [B] of one class an example."""
-    chosen = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
-    return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)

@@ -23,7 +23,7 @@ def fgsm(
 
     Args:
       ball: the allowed perturbations, from `linf` or `l2`.
-      loss: what is maximised, per example.
+      loss: what is maximized, per example.
       box: the range of pixel values.
 
     Returns:

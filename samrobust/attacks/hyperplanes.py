@@ -76,20 +76,21 @@ def _common_length(
 ) -> Array:
     """Finds the `t` [B, 1, ...] where `sum size * min(t * speed, room)` is the demand.
 
-    Infinite where no `t` does. An example that has converged does not change any more,
-    whatever the others of its batch need.
+    Infinite where no `t` does. An example that has converged no longer changes,
+    however many iterations the others of its batch need.
     """
 
     def newton(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         length, _ = carry
         stopped = length * speed >= room
+        # The piece of the concave gain at this length: gained + slope * t.
         gained = jnp.sum(jnp.where(stopped, size * room, 0.0), axes, keepdims=True)
         slope = jnp.sum(jnp.where(stopped, 0.0, size * speed), axes, keepdims=True)
         rest = jnp.maximum(demand - gained, 0.0)
         following = jnp.where(
             slope > 0, rest / jnp.where(slope > 0, slope, 1.0), jnp.inf
         )
-        # Only rounding could lead backwards; without it the iteration must end.
+        # In exact arithmetic Newton's lengths never fall; rounding must not make them.
         following = jnp.maximum(length, following)
         return following, following > length
 

@@ -1,4 +1,4 @@
-"""Losses per example, for training (their mean is minimised) and attacks (maximised).
+"""Losses per example, for training (their mean is minimized) and attacks (maximized).
 
 Logits are [B, K], labels are int [B]; every loss is computed and returned in float32,
 shape [B], whatever the dtype of the logits, but in float64 where they are float64.
@@ -15,6 +15,7 @@ __all__ = [
     "LOSSES",
     "cross_entropy",
     "dlr",
+    "logit_of",
     "margin",
     "misclassified",
     "targeted_dlr",
@@ -24,7 +25,7 @@ _DLR_FLOOR = 1e-12  # the paper's code adds it to the denominators of both DLR l
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """The cross entropy `logsumexp(z) - z_y` of each example.
+    """Returns the cross entropy `logsumexp(z) - z_y` of each example.
 
     Args:
       logits: [B, K].
@@ -40,7 +41,9 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def misclassified(logits: Array, labels: Array) -> Array:
-    """Whether the label is not the class of the highest logit; of a tie, the first.
+    """Tells which examples have another class than the label as their highest logit.
+
+    Of tied logits the first class decides.
 
     Logits whose highest is NaN or infinite are no decision, and count as a mistake:
     `argmax` alone would take them for one class, and call that right.
@@ -61,11 +64,11 @@ def misclassified(logits: Array, labels: Array) -> Array:
 
 
 def margin(logits: Array, labels: Array) -> Array:
-    """The margin loss `max_{k != y} z_k - z_y` of each example.
+    """Returns the margin loss `max_{k != y} z_k - z_y` of each example.
 
     Positive where the example is misclassified, negative where it is not, 0 where two
-    logits tie. Its gradient does not vanish
-    when the classifier is confident, as that of the cross entropy does.
+    logits tie. Unlike that of the cross entropy, its gradient does not vanish when the
+    classifier is confident.
 
     Args:
       logits: [B, K] with K >= 2.
@@ -81,12 +84,12 @@ def margin(logits: Array, labels: Array) -> Array:
     """
     logits = _precise(logits)
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-    others = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
-    return others - _logit_of(logits, labels)
+    others = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)  # max_{k != y} z_k
+    return others - logit_of(logits, labels)
 
 
 def dlr(logits: Array, labels: Array) -> Array:
-    """The difference of logits ratio `(max_{k != y} z_k - z_y) / (z_(1) - z_(3))`.
+    """Returns the DLR loss `(max_{k != y} z_k - z_y) / (z_(1) - z_(3))`.
 
     `z_(i)` is the i-th largest logit. Neither a shift nor a positive factor of the
     logits changes the loss, so that a classifier cannot hide by scaling them. Not
@@ -114,12 +117,12 @@ def dlr(logits: Array, labels: Array) -> Array:
     Array([-0.5], dtype=float32)
     """
     _check_classes(logits, 3, "the DLR loss", "`margin` needs 2.")
-    top = _largest(_precise(logits), 3)
+    top = _largest(_precise(logits), 3)  # z_(1), z_(2), z_(3)
     return margin(logits, labels) / (top[0] - top[2] + _DLR_FLOOR)
 
 
 def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
-    """The targeted form `(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)` of `dlr`.
+    """Returns the targeted DLR loss `(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)`.
 
     Positive where the target outweighs the label, whichever class is the largest. The
     limits are those of `dlr`, but it needs four classes, and the denominator vanishes
@@ -146,12 +149,12 @@ def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
     _check_classes(logits, 4, "the targeted DLR loss", "`dlr` needs 3, `margin` 2.")
     logits = _precise(logits)
     top = _largest(logits, 4)
-    rise = _logit_of(logits, targets) - _logit_of(logits, labels)
+    rise = logit_of(logits, targets) - logit_of(logits, labels)
     return rise / (top[0] - 0.5 * (top[2] + top[3]) + _DLR_FLOOR)
 
 
 def _precise(logits: Array) -> Array:
-    """The logits in float32, or in float64 if they are."""
+    """Returns the logits in float32, or in float64 if they are float64."""
     return logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)
 
 
@@ -160,14 +163,14 @@ def _check_classes(logits: Array, least: int, what: str, instead: str) -> None:
     check(classes >= least, f"{least} classes for {what}", instead, classes=classes)
 
 
-def _logit_of(logits: Array, classes: Array) -> Array:
-    """The logit [B] of one class an example, without a gather: it shards."""
+def logit_of(logits: Array, classes: Array) -> Array:
+    """Returns the logit [B] of one class per example, without a gather: it shards."""
     chosen = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
     return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
 
 
 def _largest(logits: Array, number: int) -> list[Array]:
-    """The largest logits, each [B]; where some tie, the one of the first class first.
+    """Returns the largest logits, each [B]; of tied ones, the lowest class first.
 
     Masks and not a sort: over few classes they are faster, also in the gradient.
     """

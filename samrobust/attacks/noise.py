@@ -1,4 +1,4 @@
-"""Random noise of full size: what an attack must beat to have attacked at all.
+"""Random noise of full size, the baseline that an attack must beat.
 
 A model that noise of the radius misleads is not robust however few of its gradients
 help, and an attack that misleads it less often than noise does is broken.
@@ -47,10 +47,10 @@ def noise(
       box, float32 (or float64), and labels int [B]; wrap it in `jax.jit`.
 
       **Guarantees.** Shape and dtype are kept. The result lies in the box, and in the
-      ball up to a few units in the last place. Handed in is the first
-      misclassified draw and, where there is none, that of the highest cross entropy.
-      Images that are misclassified already are unchanged, and all images if the radius
-      is 0. More draws with the same key break every example that fewer do. Draws end
+      ball up to a few units in the last place. The result is the first misclassified
+      draw or, without one, that of the highest cross entropy. Images that are
+      misclassified already are unchanged, and all images if the radius is 0. More
+      draws with the same key break every example that fewer do. Draws end
       once every example of the batch is broken. No gradient flows through the result.
 
     Raises:
@@ -73,6 +73,7 @@ def noise(
 
         def draw(index: Array, best: BestSoFar) -> BestSoFar:
             values = draws.normal(draws.fold_in(call.key, index), images.shape)
+            # Of a normal vector: a uniform corner of the cube, or point of the sphere.
             direction = ball.steepest_ascent(values.astype(images.dtype))
             delta = factor(ball.radius, images) * direction
             current = jnp.clip(images + delta, *box)

@@ -1,4 +1,4 @@
-"""Numbers that attacks are configured with: what is none is refused by its name."""
+"""Numbers that attacks are configured with, checked and named in refusals."""
 
 import operator
 from typing import Any
@@ -15,7 +15,7 @@ __all__ = ["real", "real_or_each", "seen", "whole"]
 
 
 def real(**one: Any) -> float:
-    """Returns the one argument as a float, which does not decide about dtypes.
+    """Returns the one argument as a float, which promotes no dtype.
 
     Raises:
       ValueError: unless it is a real number, of Python or NumPy or an array of one.
@@ -63,9 +63,9 @@ def whole(least: int, /, **one: Any) -> int:
 
 
 def seen(value: Any) -> np.ndarray:
-    """Returns the numbers that can be looked at: all of them, or none if one cannot.
+    """Returns the concrete numbers: all of them, or none.
 
-    A traced array has none yet, and one that is spread over processes not here.
+    A traced array has none yet; one that spans processes has not all of them here.
     """
     is_traced = isinstance(value, Tracer)
     if is_traced or not getattr(value, "is_fully_addressable", True):

@@ -47,9 +47,9 @@ class BestSoFar(NamedTuple):
 def filled(
     images: Array, value: float | Array, dtype: jnp.dtype | type | None = None
 ) -> Array:
-    """Returns the value for each example, [B]: what a loop over images starts from.
+    """Returns the value for each example, [B], to start a loop over images from.
 
-    It is split over devices as the images are, and in their dtype unless told. The
+    It is split over devices as the images are, by default in their dtype. The
     value is one number, or numbers [B].
 
     >>> filled(jnp.zeros([2, 4, 4, 1]), 3.0)
@@ -69,7 +69,7 @@ def spread(values: Array, images: Array) -> Array:
 
 
 def factor(values: float | Array, images: Array) -> float | Array:
-    """Returns one number, or numbers [B], as what multiplies images in their dtype.
+    """Returns one number, or numbers [B], as a factor of images, in their dtype.
 
     >>> factor(0.5, jnp.zeros([2, 3])), factor(jnp.array([0.5, 1]), jnp.zeros([2, 3]))
     (0.5, Array([[0.5],
@@ -100,14 +100,14 @@ def select(take: Array, new: _Tree, old: _Tree) -> _Tree:
 
 
 def unseen(images: Array) -> BestSoFar:
-    """Returns the images as a best so far that everything else is better than."""
+    """Returns the images as the worst possible `BestSoFar`."""
     return BestSoFar(images, filled(images, -jnp.inf))
 
 
 def judged_first(images: Array, logits: Array, labels: Array) -> BestSoFar:
-    """Returns the images as what is kept where their own logits are a mistake already.
+    """Returns a `BestSoFar` that keeps the images that are misclassified already.
 
-    Where they are not, everything else is better: an attack may not stay where it is.
+    Of the others, everything else is better: an attack may not stay where it is.
     """
     images, lowest = unseen(images)
     return BestSoFar(images, jnp.where(misclassified(logits, labels), jnp.inf, lowest))
@@ -119,7 +119,7 @@ def better(first: BestSoFar, second: BestSoFar) -> BestSoFar:
 
 
 def score(losses: Array, logits: Array, labels: Array) -> Array:
-    """Returns the order of outcomes: mistakes above all else, then by the loss, [B]."""
+    """Returns scores [B]: infinity for mistakes, else the loss."""
     wrong = misclassified(logits, labels)
     return jnp.where(wrong, jnp.inf, jnp.where(jnp.isnan(losses), -jnp.inf, losses))
 
@@ -153,7 +153,7 @@ def repeat_while(
 
 
 def likeliest_wrong(logits: Array, labels: Array) -> Array:
-    """Returns the classes but the label, that of the highest logit first: [B, K - 1].
+    """Returns all classes except the label, the highest logit first: [B, K - 1].
 
     >>> likeliest_wrong(jnp.array([[0.1, 0.3, 0.2]]), jnp.array([1]))
     Array([[2, 0]], dtype=int32)

@@ -5,7 +5,7 @@ equation (4), as a pure function: configuration at construction, data at call. T
 steps run in `lax.fori_loop`, restarts too, so that the compiled size does not depend
 on their numbers. Only gradients of the images are computed, never of the parameters.
 
-`staged_pgd` is `pgd(judge="any")` cut open, so that a caller can drop examples between
+`staged_pgd` is `pgd(judge="any")` in pieces, so that a caller can drop examples between
 the steps: once one is misclassified at an iterate, further steps on it are wasted. See
 `samrobust.evaluation` for the loop around it.
 """
@@ -73,12 +73,12 @@ def pgd(
       num_steps: number of gradient steps, >= 0.
       random_start: start at a random point of the ball instead of the image itself.
       restarts: number of independent runs, >= 1; needs a random start if > 1.
-      loss: what is maximised, per example; `cross_entropy`, `margin` or a function of
-        one's own of logits and labels. It may close over arrays, traced ones too: the
+      loss: what is maximized, per example; `cross_entropy`, `margin` or your own
+        function of logits and labels. It may close over arrays, traced ones too: the
         natural logits for TRADES, if the attack is built where they are computed.
-      judge: which images a run hands in: its `final` iterate (the reference code), or
-        the first misclassified one of `any` iterates, the start included, and the one
-        of highest loss where there is none.
+      judge: which images a run returns: its `final` iterate (the reference code), or
+        the first misclassified one of `any` iterates, the start included, or the one
+        of highest loss where none is misclassified.
       box: the range of pixel values, clipped to after every step.
 
     Returns:
@@ -93,11 +93,11 @@ def pgd(
       that more restarts never raise the accuracy. No gradient flows through the result.
 
     Raises:
-      ValueError: if an argument is outside its range, the radius in other units than
-        the box's among them. When called, for images of another dtype (8/255 cannot be
-        told from 9/255 in bfloat16) or outside the box, for labels that are not int
-        [B] or no classes, for logits that are not [B, K]; values are looked at where
-        they are concrete, ranks and dtypes inside `jax.jit` too.
+      ValueError: if an argument is outside its range, or the radius in other units than
+        the box's. When called, for images of another dtype (bfloat16 cannot tell 8/255
+        from 9/255) or outside the box, for labels that are not int [B] or not classes,
+        for logits that are not [B, K]; values are checked where they are concrete,
+        ranks and dtypes inside `jax.jit` too.
 
     Reference: Madry et al. (2018), arXiv 1706.06083. *Our deviation* from the paper's
     code: the gradient is that of the sum of the losses, so that an example's steps do
@@ -126,7 +126,7 @@ def pgd(
         best = unseen(call.images)
         if restarts > 1:
             return jax.lax.fori_loop(0, restarts, restart, best).images
-        if judge == "final":  # nothing to compare: spare the forward pass
+        if judge == "final":  # nothing to compare: saves the last forward pass
             return run.last(draws.fold_in(call.key, 0))
         return restart(0, best).images
 
@@ -140,7 +140,7 @@ class StagedPgd(NamedTuple):
       start: `start(images, labels, restart, *, key) -> current`, the first iterates of
         a restart.
       advance: `advance(logits_fn, current, images, labels, num_steps) -> (current,
-        broken)`: goes on for `num_steps` (may be traced); `broken` bool [B] says which
+        broken)`: takes `num_steps` steps (may be traced); `broken` bool [B] says which
         examples were misclassified at one of the iterates, the first and the last one
         included. An example's outcome does not depend on the batch it is in, up to
         rounding.
@@ -223,7 +223,7 @@ class _PgdRun(NamedTuple):
     labels: Array
 
     def outcome(self, key: Array) -> BestSoFar:
-        """Returns the images that the run hands in, and their score."""
+        """Returns the images that the run ends with, and their score."""
         if self.judge == "final":
             return self.scored(self.last(key))
 
@@ -256,6 +256,7 @@ class _PgdRun(NamedTuple):
     def ascend(self, current: Array) -> tuple[Array, Array]:
         """Takes a step, and returns the score [B] of where it started as well."""
         gradient, reached = jax.grad(self.total_loss, has_aux=True)(current)
+        # Equation (4): a step of fixed length, then onto the ball, then onto the box.
         step = factor(self.step_size, current) * self.ball.steepest_ascent(gradient)
         moved = into_set(current + step, self.images, self.ball, self.box)
         return moved, reached

@@ -1,13 +1,12 @@
 """Square: a black-box attack by random search, which asks for logits alone.
 
 At each query a window of every image is changed at random, and an example keeps the
-change where it raises the loss. No gradient is asked for, so the attack tells
-whether a network that holds against gradients merely hides them. The queries run in
-one `lax.while_loop`; windows of all sizes are masks of one shape, [B, H, W, C].
+change where it raises the loss. Without gradients, the attack tells whether a network
+that holds against gradients merely hides them. The queries run in one
+`lax.while_loop`; windows of all sizes are masks of one shape, [B, H, W, C].
 
-What a query draws (`draw`) is apart from what it does with that (`move`), so that the
-same numbers can be given to another implementation. They are drawn in float32, the same
-ones for images in float64.
+What a query draws (`draw`) is apart from what it does with that (`move`), so that
+another implementation can be given the same numbers, float32 for all images.
 
 Reference: Andriushchenko et al. (2020), arXiv 1912.00049, and the code of AutoAttack.
 """
@@ -59,8 +58,8 @@ def square(
     A query changes a window of side `sqrt(p H W)` at a random place, another one in
     every example; p falls from `p_init` in steps. In the l-inf ball each channel of the
     window goes to one side of the ball. In the l2 ball two opposite pulses are added to
-    the window's perturbation, and what a second window holds is spent on them. An
-    example takes the change where its loss rises or its label no longer has the one
+    the window's perturbation, paid for by the norm that a second window held. An
+    example takes the change where its loss rises or its label no longer has the single
     highest logit, and is left alone once it is misclassified.
 
     Args:
@@ -71,7 +70,7 @@ def square(
       rescale_schedule: stretch the schedule of p, which is made for 10,000 queries, to
         `num_queries`. AutoAttack leaves it: its 5000 queries end at `p_init / 128`.
       restarts: number of independent runs, >= 1.
-      loss: what is maximised, per example; `margin` (AutoAttack) or `cross_entropy`. It
+      loss: what is maximized, per example; `margin` (AutoAttack) or `cross_entropy`. It
         need not be differentiable, nor need the classifier.
       box: the range of pixel values.
 
@@ -80,11 +79,10 @@ def square(
       the box, float32 (or float64), and labels int [B]. Wrap it in `jax.jit`.
 
       **Guarantees.** Shape and dtype of the images are kept. The result lies in the
-      box, and in the ball up to the rounding of a norm. Radius 0 and
-      misclassified images return unchanged. An example handed in is misclassified
-      wherever a query found one, else it is the one of highest loss seen, the image
-      itself included. An example's outcome does not depend on its batch. No gradient
-      flows through the result.
+      box, and in the ball up to the rounding of a norm. Radius 0 and misclassified
+      images return unchanged. The result is misclassified wherever a query found such
+      an image, else it is the one of highest loss seen, the original included. An
+      example's outcome does not depend on its batch. No gradient flows through it.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of
@@ -96,10 +94,9 @@ def square(
     image; where H and W differ, sides derive from the area and stop at the shorter one,
     and the l2 start lays its tiles out from H alone. *Our deviations*: an example whose
     label ties for the highest logit and is still predicted goes on, where upstream
-    stops and counts it as robust; an example that was not broken is handed in as the
-    one of highest loss, not as the image; every example has windows of its own, where
-    upstream's batch shares places, signs and turns; l2 tiles that do not fit are cut
-    off at the edge, where upstream fails.
+    counts it as robust; an unbroken example is returned with the highest loss found,
+    not as the image; every example has windows of its own, where upstream's batch
+    shares them; l2 tiles that do not fit are cut off, where upstream fails.
 
     >>> from samrobust.attacks import linf
     >>> attack = square(linf(8 / 255), num_queries=50)
@@ -162,6 +159,7 @@ class LinfMoves(NamedTuple):
     def move(self, best: Array, drawn: dict[str, Array]) -> Array:
         """Returns the best images with one window changed."""
         window = _window(best.shape, drawn["corner"], drawn["size"])
+        # From either side of the ball 2 radii lead across it; the clip does the rest.
         moved = jnp.where(window, best + 2 * self.radius * drawn["signs"], best)
         low = jnp.maximum(self.images - self.radius, self.box[0])
         high = jnp.minimum(self.images + self.radius, self.box[1])
@@ -214,10 +212,10 @@ class L2Moves(NamedTuple):
         window = _window(best.shape, drawn["corner"], drawn["size"])
         emptied = _window(best.shape, drawn["source"], drawn["size"])
         inside = jnp.where(window, delta, 0.0)
-        spent = jnp.sum(_energy(delta), -1)[..., None]
-        unspent = jnp.maximum(self.radius**2 - spent, 0)
+        spent = jnp.sum(_energy(delta), -1)[..., None]  # ||delta||^2
+        unspent = jnp.maximum(self.radius**2 - spent, 0)  # lost at the box
         held = _energy(jnp.where(window | emptied, delta, 0.0))
-        budget = jnp.sqrt(unspent / best.shape[-1] + held)
+        budget = jnp.sqrt(unspent / best.shape[-1] + held)  # the norm of a channel
         laid = _placed(drawn["upright"], drawn["flipped"], drawn["corner"], best.shape)
         fresh = _unit_channels(laid * drawn["signs"] + _unit_channels(inside)) * budget
         kept = jnp.where(emptied, 0.0, delta)
@@ -289,8 +287,8 @@ def _placed(
 ) -> Array:
     """Lays a pulse [S, S] in zeros, [B, H, W, 1], on its side where `flipped`.
 
-    Cut off at the edge. Rows and columns are taken by products with zeros and ones,
-    exact at this precision: an indexing that differs by example does not shard.
+    Cut off at the edge. Products with zeros and ones take rows and columns, exactly at
+    this precision: indexing that differs by example does not shard.
     """
     pulses_of = jnp.where(flipped[:, None, None], upright.T[None], upright[None])
     sides = jnp.arange(len(upright), dtype=jnp.int32)[None, None]
@@ -362,7 +360,7 @@ def _side(share: float, shape: tuple[int, ...], odd: bool) -> int:
 def pulse(size: int) -> np.ndarray:
     """Returns what the l2 attack writes into a window: two opposite pulses, of norm 1.
 
-    The upper half falls off from its centre in square rings, the lower half is minus
+    The upper half falls off from its center in square rings, the lower half is minus
     the same; where `size` is odd the lower half is a row higher. float32 [size, size].
 
     >>> pulse(2).round(4)
@@ -377,14 +375,14 @@ def pulse(size: int) -> np.ndarray:
 def _half(height: int, width: int) -> np.ndarray:
     """Returns a pulse of unit norm, float64 [height, width]; none of height 0.
 
-    At distance d from the centre, in rings, it is `1/(d+1)**2 + ... + 1/M**2`: M
+    At distance d from the center, in rings, it is `1/(d+1)**2 + ... + 1/M**2`: M
     squares of growing side and falling height lie on top of each other.
     """
     rows = np.abs(np.arange(height) - height // 2)[:, None]
     columns = np.abs(np.arange(width) - width // 2)[None, :]
     num_squares = max(height // 2, width // 2) + 1
     heights = 1 / np.arange(1, num_squares + 1) ** 2
-    stacked = np.cumsum(heights[::-1])[::-1]
+    stacked = np.cumsum(heights[::-1])[::-1]  # all squares that reach a ring
     values = stacked[np.maximum(rows, columns)]
     return values / np.sqrt(np.sum(values**2)) if height else values
 

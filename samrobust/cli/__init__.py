@@ -1,9 +1,9 @@
-"""The `samrobust` command: parses, and hands over.
+"""The `samrobust` command: parses, and hands over to a command's `run`.
 
-Exit codes: 0 done; 1 a run failed, or is missing from a collected table, or what was
-shown could not be written; 2 bad input, or another process works in the directory; 69
-another process of this run is gone; 75 stopped by SIGTERM, 130 by Ctrl-C. After the
-last three the same command goes on.
+Exit codes: 0 done; 1 a run failed, or is missing from a collected table, or the output
+could not be written; 2 bad input, or another process works in the directory; 69 another
+process of this run died; 75 stopped by SIGTERM, 130 by Ctrl-C. After the last three,
+rerun the same command to resume.
 """
 
 import argparse
@@ -16,12 +16,41 @@ from typing import IO, Any, NoReturn
 
 from samrobust import __version__
 from samrobust.checks import shorten
-from samrobust.cli.flags import ADDERS
-from samrobust.system.runtime import OutputError, end_on_signals, say
+from samrobust.cli import (
+    bench,
+    curves,
+    evaluate,
+    export,
+    import_,
+    recheck,
+    status,
+    table,
+    theory,
+    train,
+)
+from samrobust.system.runtime import (
+    BAD_INPUT,
+    FAILED,
+    OutputError,
+    end_on_signals,
+    say,
+)
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]
 
-_FAILED, _BAD_INPUT = 1, 2
+# Each has its flags in `add` and its body in `run`, which alone imports JAX.
+COMMANDS = {
+    "table": table,
+    "train": train,
+    "status": status,
+    "evaluate": evaluate,
+    "recheck": recheck,
+    "curves": curves,
+    "bench": bench,
+    "theory": theory,
+    "export": export,
+    "import": import_,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,24 +69,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    arguments, overrides = _parse(argv)
-    if arguments.command == "status":
-        from samrobust.cli.status import status_command
-
-        return status_command(arguments)
-    try:  # here, lest --help wait for it
+    arguments = _parse(argv)
+    if arguments.command == "status":  # needs no JAX
+        return status.run(arguments)
+    try:
         import jax  # noqa: F401
     except (ImportError, RuntimeError, ValueError) as error:
         # As of JAX_ENABLE_X64=maybe, or a jaxlib of another version.
         say(f"error: Expected a JAX that loads, got: {error}")
-        return _BAD_INPUT
-    from samrobust.cli import commands
+        return BAD_INPUT
+    from samrobust.cli.running import execute
 
-    return commands.execute(arguments, overrides)
+    return execute(COMMANDS[arguments.command].run, arguments)
 
 
 def _open_streams() -> None:
-    """Gives closed standard streams a place, lest a file of a run get their number."""
+    """Opens standard streams that are closed: a run's file would get their number."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -70,11 +97,11 @@ def _open_streams() -> None:
 
 @contextlib.contextmanager
 def _whole_output() -> Iterator[None]:
-    """Ends with code 1 if what was shown inside could not all be written."""
+    """Exits with code 1 if the output of its block could not all be written."""
     problem = None
     try:
         yield
-    except OSError as error:  # of `print`: commands answer for all others
+    except OSError as error:  # of `print`: commands handle all others
         problem = error
     except OutputError as error:
         problem = error.problem
@@ -84,11 +111,11 @@ def _whole_output() -> Iterator[None]:
         if problem is not None:
             if not isinstance(problem, BrokenPipeError):  # `| head` has read enough
                 say(f"error: standard output cannot be written: {problem}")
-            raise SystemExit(_FAILED) from None
+            raise SystemExit(FAILED) from None
 
 
 def _flush(stream: IO[str] | None) -> OSError | None:
-    """Writes what is left, or throws it away lest Python complain of it at the end."""
+    """Flushes a stream; drops what cannot be written, or Python would complain."""
     if stream is None:
         return None
     try:
@@ -101,9 +128,14 @@ def _flush(stream: IO[str] | None) -> OSError | None:
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser with errors of one line, that takes no abbreviations."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)
+
     def _print_message(self, message: str, file: Any = None) -> None:
         if file is not None and file is sys.stdout:
-            file.write(message)  # an error of which argparse would swallow
+            file.write(message)  # argparse would swallow its errors
         elif message:
             super()._print_message(message, file)
 
@@ -113,32 +145,29 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of a subcommand, and the overrides `--config.FIELD=VALUE`."""
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Parses a command line; `overrides` are its flags `--config.FIELD=VALUE`."""
     parser = _make_parser()
     arguments, unknown = parser.parse_known_args(argv)
-    overrides = [item for item in unknown if item.startswith("--config.")]
     for item in unknown:
-        if item not in overrides:
+        if not item.startswith("--config."):
             parser.error(f"unknown argument {item!r}")
         if "=" not in item:
             parser.error(f"write {item}=VALUE, with an equals sign")
-        if arguments.command == "status":
-            parser.error(f"status takes no config, and so not {item!r}")
-    return arguments, overrides
+        if not hasattr(arguments, "config"):
+            parser.error(f"{arguments.command} takes no --config, got {item!r}")
+    arguments.overrides = unknown
+    return arguments
 
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="samrobust",
-        allow_abbrev=False,
-        description="Train image classifiers that hold up under attack (standard "
-        "training, SAM, PGD adversarial training) and measure what they are worth.",
+        description="Train image classifiers that withstand attacks (standard "
+        "training, SAM, PGD adversarial training) and measure their robustness.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
-    )
-    for add in ADDERS:
-        add(commands)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS.values():
+        command.add(commands)
     return parser

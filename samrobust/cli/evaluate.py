@@ -2,43 +2,64 @@
 
 import argparse
 import pathlib
-from collections.abc import Sequence
-
-from rich.console import Console
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from samrobust.checks import check
-from samrobust.cli.sanity import check_surrogates, largest_balls, sanity_of_run
-from samrobust.data import Dataset
-from samrobust.experiments import building
-from samrobust.experiments.reporting.console import make_console
-from samrobust.experiments.reporting.progress import ProgressDisplay
-from samrobust.experiments.run import work
-from samrobust.experiments.scoring import Score, evaluate_run, evaluated_split
-from samrobust.experiments.validation import validate
-from samrobust.experiments.workdir import config_of_run
-from samrobust.system import distributed
-from samrobust.system.files import append_json_line, check_writable
-from samrobust.system.runtime import StopRequest
-from samrobust.types import Config
+from samrobust.cli import flags
 
-__all__ = ["evaluate_command", "print_accuracies"]
+if TYPE_CHECKING:
+    from samrobust.types import Config
+
+__all__ = ["add", "run"]
 
 _EVALUATIONS = "evaluations.jsonl"
-_SHARED = ("attack", "checkpoint", "batch_size")
-_OF_PGD = (
-    "num_steps",
-    "restarts",
-    "loss",
-    "judge",
-    "early_stop",
-)
-_OF_AUTOATTACK = ("version", "members")
+_OF_PGD = ("num_steps", "restarts", "loss", "judge", "early_stop", "step_size")
+_OF_AUTOATTACK = ("version", "members", "save_examples")
 _SANITY_EXAMPLES = 256
 
 
-def evaluate_command(
-    arguments: argparse.Namespace, overrides: Sequence[str], stop: StopRequest
-) -> int:
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its flags."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="attack a trained run again, under other attacks",
+        description="Attacks the network of a finished or stopped run. Prints the "
+        "accuracies and adds them to evaluations.jsonl in its workdir.",
+    )
+    add = parser.add_argument
+    own = "default: the run's"
+    add("--workdir", **flags.DIRECTORY, required=True, help="of the run")
+    add("--attack", choices=("pgd", "autoattack"), help=own)
+    add("--version", **flags.VERSION)
+    add("--members", **flags.MEMBERS)
+    examples = "keep AutoAttack's adversarial images, beside its results"
+    add("--save-examples", **flags.SWITCH, help=examples)
+    add("--num-examples", **flags.COUNT, help=f"test images, evenly spaced; {own}")
+    add("--norm", choices=flags.NORMS, action="append", help="default: both")
+    radii = "radius in 1/255, needs --norm; repeatable"
+    add("--epsilon", **flags.POSITIVE, action="append", help=f"{radii}; {own}")
+    add("--step-size", **flags.POSITIVE, help=f"in 1/255; {own}")
+    add("--num-steps", **flags.COUNT, help=own)
+    add("--restarts", **flags.COUNT, help=own)
+    add("--loss", **flags.LOSS, help=own)
+    add("--judge", choices=("final", "any"), help=f"which iterate is judged; {own}")
+    skip = "skip broken images in later steps; with --judge=any the same outcome"
+    add("--early-stop", **flags.SWITCH, help=skip)
+    add("--checkpoint", **flags.CHECKPOINT)
+    add("--step", **flags.STEP)
+    add("--batch-size", **flags.COUNT, help=own)
+    add("--dtype", **flags.PRECISION, help=f"of the network; {own}")
+    add("--seed", **flags.SEED, help=f"of the random starts; {own}")
+    sanity = "also look for signs of gradient masking; see docs/sanity.md"
+    add("--sanity", action="store_true", help=sanity)
+    images = f"with --sanity: images, evenly spaced; default: {_SANITY_EXAMPLES}"
+    add("--sanity-examples", **flags.COUNT, help=images)
+    others = "with --sanity: another run whose adversarial images are tried; repeatable"
+    add("--transfer-from", **flags.DIRECTORY, action="append", help=others)
+
+
+def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     """Attacks a run's network again, prints and keeps the accuracies.
 
     Raises:
@@ -46,74 +67,62 @@ def evaluate_command(
       CheckpointError: if the run has no intact checkpoint of that kind.
       InterruptedRunError: if it was asked to stop.
     """
-    check(
-        not overrides,
-        "no --config overrides for evaluate",
-        "The run's own config is used; see `samrobust evaluate --help`.",
-        overrides=list(overrides),
-    )
+    from samrobust.cli.sanity import check_network
+    from samrobust.cli.shared import join, show_accuracies
+    from samrobust.experiments import building
+    from samrobust.experiments.networks import load_network
+    from samrobust.experiments.reporting.progress import ProgressDisplay
+    from samrobust.experiments.scoring import Scorer, evaluated_split, evaluation_work
+    from samrobust.system import distributed
+    from samrobust.system.files import append_json_line
+
     workdir = pathlib.Path(arguments.workdir)
-    should_stop = distributed.join(stop)
-    console = make_console(quiet=not distributed.is_primary())
-    config, surrogates = distributed.from_primary(lambda: _inputs(workdir, arguments))
-    dataset: Dataset = building.load_data(config)
-    works = work(config, dataset)
-    display = ProgressDisplay(console, works[1])
+    should_stop, console = join(stop)
+    config, surrogates = distributed.broadcast_from_primary(
+        lambda: _inputs(workdir, arguments)
+    )
+    dataset, which = building.load_data(config), config.evaluation.checkpoint
+    network = load_network(config, dataset, workdir, which, step=arguments.step)
+    work = evaluation_work(config, dataset)
+    display = ProgressDisplay(console, work)
     with display.live():
-        score = evaluate_run(
-            config,
-            workdir,
-            display.run(config.label, 0.0, works[1]),
-            dataset=dataset,
-            step=arguments.step,
-            should_stop=should_stop,
+        scored = Scorer(config, dataset)(
+            *(network, workdir, display.run(config.label, 0.0, work), should_stop),
             keep_examples=arguments.save_examples is True,
         )
+    show_accuracies(console, config.label, scored.accuracy)
+    if details := scored.details.get("autoattack"):
+        for column, left in details["after_each"].items():
+            cells = ", ".join(f"{member} {value:.2f}" for member, value in left.items())
+            console.print(f"{column} after {cells}")
+        console.print(f"What broke which image: {workdir / details['outcome']}")
     line = {
-        **score.as_dict(),
+        **scored.as_dict(),
         "evaluation": config.evaluation.to_dict(),
         "dtype": config.model.dtype,
         "num_test": len(evaluated_split(config, dataset)),
         "seed": config.seed,
     }
-    print_accuracies(console, config.label, score.accuracy)
-    _print_details(console, workdir, score)
     path = workdir / _EVALUATIONS
-    distributed.from_primary(lambda: append_json_line(path, line))
-    console.print(f"Added to {path}", highlight=False)
+    distributed.broadcast_from_primary(lambda: append_json_line(path, line))
+    console.print(f"Added to {path}")
     if arguments.sanity:
-        sanity_of_run(
-            *(config, workdir, console),
-            dataset=dataset,
+        check_network(
+            *(network, dataset, workdir, console),
             surrogates=surrogates,
             num_examples=arguments.sanity_examples or _SANITY_EXAMPLES,
-            step=arguments.step,
             should_stop=should_stop,
         )
     return 0
 
 
-def print_accuracies(console: Console, name: str, accuracy: dict[str, float]) -> None:
-    """A line with the accuracy of every column."""
-    cells = ", ".join(f"{column} {value:.2f}" for column, value in accuracy.items())
-    console.print(f"{name}: {cells} (accuracy in %)", highlight=False)
-
-
-def _print_details(console: Console, workdir: pathlib.Path, score: Score) -> None:
-    """What each member of AutoAttack left, and where each example's fate is."""
-    details = score.details.get("autoattack")
-    if details is None:
-        return
-    for column, left in details["after_each"].items():
-        cells = ", ".join(f"{member} {value:.2f}" for member, value in left.items())
-        console.print(f"{column} after {cells}", highlight=False)
-    console.print(f"What broke which image: {workdir / details['outcome']}")
-
-
 def _inputs(
     workdir: pathlib.Path, arguments: argparse.Namespace
-) -> tuple[Config, list[tuple[str, Config]]]:
-    """The run's config, and those of the runs to transfer from."""
+) -> "tuple[Config, dict[str, Config]]":
+    """Returns the run's config, and those of the runs to transfer from."""
+    from samrobust.cli.sanity import check_surrogates, largest_balls
+    from samrobust.system.files import check_writable
+
     number, others = arguments.sanity_examples, arguments.transfer_from or []
     check(
         arguments.sanity or not (others or number is not None),
@@ -121,10 +130,7 @@ def _inputs(
         transfer_from=others,
         sanity_examples=number,
     )
-    check(
-        number is None or number >= 1, "--sanity-examples >= 1", sanity_examples=number
-    )
-    config = _evaluation_config(workdir, arguments)
+    config = _config(workdir, arguments)
     check(
         not arguments.sanity or bool(largest_balls(config)),
         "a radius > 0 with --sanity",
@@ -136,56 +142,25 @@ def _inputs(
     return config, check_surrogates(config, others)
 
 
-def _evaluation_config(workdir: pathlib.Path, arguments: argparse.Namespace) -> Config:
-    """The run's config with the flags written into it."""
-    config = config_of_run(workdir)
-    evaluation: Config = config.evaluation
-    _write(evaluation, arguments, _SHARED)
-    if evaluation.attack == "pgd":
-        evaluation.update(version="standard", members=())  # which are not for PGD
-    _check_flags(evaluation.attack, arguments)
-    _write(evaluation, arguments, (*_OF_PGD, *_OF_AUTOATTACK))
-    if arguments.dtype is not None:
-        config.model.dtype = arguments.dtype
-    if arguments.seed is not None:
-        config.seed = arguments.seed
-    if arguments.num_examples is not None:
-        check(
-            evaluation.split == "test",
-            "evaluation.split=test with --num-examples",
-            **{"evaluation.split": evaluation.split},
-        )
-        config.data.test_size = arguments.num_examples
-    _set_radii(evaluation, arguments)
-    validate(config)
-    return config
+def _config(workdir: pathlib.Path, arguments: argparse.Namespace) -> "Config":
+    """Returns the run's config with the flags written into it."""
+    from samrobust.cli.shared import apply_flags
+    from samrobust.experiments.validation import validate
+    from samrobust.experiments.workdir import config_of_run
 
-
-def _write(
-    evaluation: Config, arguments: argparse.Namespace, names: Sequence[str]
-) -> None:
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None:
-            evaluation[name] = value
-
-
-def _check_flags(attack: str, arguments: argparse.Namespace) -> None:
-    """Refuses flags of another attack, which would be ignored."""
-    of_pgd, of_autoattack = (*_OF_PGD, "step_size"), (*_OF_AUTOATTACK, "save_examples")
-    names = of_pgd if attack == "autoattack" else of_autoattack
-    given = [n for n in names if getattr(arguments, n) is not None]
+    run_config = config_of_run(workdir)
+    norms, epsilons = arguments.norm or flags.NORMS, arguments.epsilon
+    attack = arguments.attack or run_config.evaluation.attack
+    useless = _OF_PGD if attack == "autoattack" else _OF_AUTOATTACK
+    given = list(flags.given(vars(arguments), useless))
+    words = ", ".join("--" + name.replace("_", "-") for name in useless)
     check(
         not given,
-        f"no {', '.join('--' + n.replace('_', '-') for n in names)} with that attack",
+        f"no {words} with that attack",
         "AutoAttack chooses its steps itself." if attack == "autoattack" else "",
         attack=attack,
         flags=given,
     )
-
-
-def _set_radii(evaluation: Config, arguments: argparse.Namespace) -> None:
-    norms, epsilons = arguments.norm or ["linf", "l2"], arguments.epsilon
     check(
         epsilons is None or len(norms) == 1,
         "one --norm with --epsilon",
@@ -193,18 +168,16 @@ def _set_radii(evaluation: Config, arguments: argparse.Namespace) -> None:
         norm=arguments.norm,
         epsilon=epsilons,
     )
-    for norm in ("linf", "l2"):
-        if norm not in norms:
-            evaluation[norm] = ()
-        elif epsilons is not None:
-            evaluation[norm] = tuple(epsilons)
-    step_size = arguments.step_size
-    if step_size is not None:
-        radii = [r for norm in norms for r in evaluation[norm]]
+    radii = {norm: epsilons if norm in norms else () for norm in flags.NORMS}
+    config = apply_flags(run_config, vars(arguments) | radii)
+    if (step_size := arguments.step_size) is not None:
+        attacked = [r for norm in norms for r in config.evaluation[norm]]
         check(
-            len(radii) == 1,
+            len(attacked) == 1,
             "one --norm and one --epsilon with --step-size",
             step_size=step_size,
-            radii=radii,
+            radii=attacked,
         )
-        evaluation[f"{norms[0]}_step"] = step_size / radii[0]
+        config.evaluation[f"{norms[0]}_step"] = step_size / attacked[0]
+    validate(config)
+    return config

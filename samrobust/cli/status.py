@@ -1,4 +1,4 @@
-"""`samrobust status`: how far a table or a run is, while others work on it.
+"""`samrobust status`: the progress of a table or a run, while others work on it.
 
 Loads no JAX, writes nothing.
 """
@@ -8,41 +8,46 @@ import pathlib
 import signal
 import time
 
-from rich.console import Console
-
-from samrobust.experiments.reporting.console import make_console
-from samrobust.experiments.reporting.status import status_to_rich
-from samrobust.experiments.survey import survey
+from samrobust.cli import flags
 from samrobust.system.files import WorkdirError
-from samrobust.system.runtime import EXIT_CODES, say
+from samrobust.system.runtime import BAD_INPUT, EXIT_CODES, say
 
-__all__ = ["status_command"]
+__all__ = ["add", "run"]
 
 _REFRESH = 5.0  # seconds
-_BAD_INPUT = 2
 
 
-def status_command(arguments: argparse.Namespace) -> int:
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its flags."""
+    parser = commands.add_parser(
+        "status",
+        help="which runs are done, running, failed; time left",
+        description="Shows the runs of a table, or one run: state, epochs, loss, "
+        "accuracy, ETA of the training, and the last error. Changes nothing.",
+    )
+    add = parser.add_argument
+    add("--workdir", **flags.DIRECTORY, required=True, help="of a table or of a run")
+    add("--watch", action="store_true", help="refresh until all runs are done")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Shows the states once, or until all runs are done; returns the exit code."""
-    workdir, console = pathlib.Path(arguments.workdir), make_console()
+    from samrobust.experiments.reporting.console import make_console
+    from samrobust.experiments.reporting.status import status_to_rich
+    from samrobust.experiments.survey import survey
+
+    console = make_console()
     try:
-        if arguments.watch:
-            _watch(workdir, console)
-        else:
-            console.print(status_to_rich(survey(workdir)))
+        while True:
+            runs = survey(pathlib.Path(arguments.workdir))
+            if arguments.watch:
+                console.clear()  # does nothing where there is no terminal
+            console.print(status_to_rich(runs))
+            if not arguments.watch or all(run.state == "done" for run in runs):
+                return 0
+            time.sleep(_REFRESH)
     except WorkdirError as error:
         say(f"error: {error}")
-        return _BAD_INPUT
+        return BAD_INPUT
     except KeyboardInterrupt:  # where a caller left Python's own handler
         return EXIT_CODES[signal.SIGINT]
-    return 0
-
-
-def _watch(workdir: pathlib.Path, console: Console) -> None:
-    while True:
-        runs = survey(workdir)
-        console.clear()  # does nothing where there is no terminal
-        console.print(status_to_rich(runs))
-        if all(run.state == "done" for run in runs):
-            return
-        time.sleep(_REFRESH)

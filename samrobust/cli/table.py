@@ -5,34 +5,57 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from samrobust.checks import LARGEST_SEED, check, check_whole
-from samrobust.experiments import building, configuration, reporting
-from samrobust.experiments.components import model_fields
-from samrobust.experiments.reporting.console import make_console
-from samrobust.experiments.reporting.progress import ProgressDisplay
-from samrobust.experiments.reporting.results import unlike
-from samrobust.experiments.run import PlannedRun, work
-from samrobust.experiments.survey import survey_run
-from samrobust.experiments.sweep import (
-    finished,
-    record_plan,
-    refuse_other_configs,
-    run_all,
-)
-from samrobust.experiments.tracking import check_installed
-from samrobust.experiments.workdir import run_folder
-from samrobust.system import distributed
-from samrobust.system.files import WorkdirError
-from samrobust.system.runtime import StopRequest
-from samrobust.types import Config
+from samrobust.cli import flags
+from samrobust.system.runtime import FAILED
 
-__all__ = ["table_command"]
+if TYPE_CHECKING:
+    from rich.console import Console
 
-_FAILED = 1
+    from samrobust.experiments.run import PlannedRun
+    from samrobust.types import Config
+
+__all__ = ["add", "run"]
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its flags."""
+    parser = commands.add_parser(
+        "table",
+        help="all rows of a config, trained, attacked and printed as a table",
+        description="Trains and attacks every row of a config's table. Can be killed "
+        "at any moment: rerun the same command to resume. Several workers may share a "
+        "workdir; each takes runs that no other holds.",
+        epilog=flags.ANY_FIELD,
+    )
+    add = parser.add_argument
+    add("--config", **flags.CONFIG, default="configs/digits.py")
+    add("--workdir", **flags.DIRECTORY, help="default: runs/NAME for configs/NAME.py")
+    seeds = "runs of a row, 0 .. N-1; with --config.seed=S: S .. S+N-1"
+    add("--seeds", **flags.FEW, default=1, help=seeds)
+    rows = "only these, as in --rows=st --rows=sam,rho=0.2; or separated by ';'"
+    add("--rows", **flags.ROWS, help=rows)
+    add(
+        "--shard",
+        metavar="I/N",
+        help="train every N-th run from the I-th on (0 <= I < N) and no other; the "
+        "worker that finishes the last run of all builds the table",
+    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--collect",
+        action="store_true",
+        help="train nothing: build the table of the finished runs, list missing ones; "
+        "exit code 0: none is missing, 1: some are, 2: all are",
+    )
+    instead.add_argument(
+        "--list",
+        action="store_true",
+        help="train nothing: print the runs, one per line: index, row, seed, state, "
+        "separated by tabs",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,20 +67,18 @@ class _Plan:
       configs: by row, in order.
       runs: all of them, the first seed of every row first: the whole table comes
         before its spread.
-      share: those that this process is to do.
+      shard: which of them this process is to do.
       note: what was changed from the config file, a sentence or empty.
     """
 
     workdir: pathlib.Path
-    configs: dict[str, Config]
-    runs: Sequence[PlannedRun]
-    share: Sequence[PlannedRun]
+    configs: "dict[str, Config]"
+    runs: "Sequence[PlannedRun]"
+    shard: slice
     note: str
 
 
-def table_command(
-    arguments: argparse.Namespace, overrides: Sequence[str], stop: StopRequest
-) -> int:
+def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     """Trains and shows a table, or lists or collects it; returns the exit code.
 
     Raises:
@@ -65,38 +86,36 @@ def table_command(
       WorkdirError: if the workdir cannot be written; with `--collect` if nothing has
         finished.
     """
-    plan = _make_plan(arguments, overrides)
-    if (arguments.list or arguments.collect) and not distributed.starts_first():
-        return 0
-    if arguments.list:
-        return _list(plan)
-    if arguments.collect:
-        return _collect(plan, make_console())
+    from samrobust.cli.shared import join
+    from samrobust.experiments.reporting.console import make_console
+    from samrobust.experiments.sweep import record_plan, refuse_other_configs
+    from samrobust.experiments.tracking import check_installed
+    from samrobust.system import distributed
+
+    plan = _make_plan(arguments)
+    if arguments.list or arguments.collect:
+        if not distributed.starts_first():
+            return 0
+        if arguments.list:
+            return _list(plan)
+        return _conclude(plan, arguments, make_console())
     check_installed(plan.runs[0].config)
-    should_stop = distributed.join(stop)
-    console = make_console(quiet=not distributed.is_primary())
-    distributed.from_primary(lambda: refuse_other_configs(plan.workdir, plan.share))
-    distributed.from_primary(lambda: record_plan(plan.workdir, plan.runs))
-    failed = _run(plan.share, console, should_stop)
-    distributed.from_primary(lambda: _conclude(plan, arguments.shard, console))
-    return _FAILED if failed else 0
+    should_stop, console = join(stop)
+    share = plan.runs[plan.shard]
+    distributed.broadcast_from_primary(
+        lambda: refuse_other_configs(plan.workdir, share)
+    )
+    distributed.broadcast_from_primary(lambda: record_plan(plan.workdir, plan.runs))
+    failed = _train(share, console, should_stop)
+    distributed.broadcast_from_primary(lambda: _conclude(plan, arguments, console))
+    return FAILED if failed else 0
 
 
-def _conclude(plan: _Plan, shard: str | None, console: Console) -> None:
-    """Shows the table, or how one comes by it where others are still at work."""
-    results, missing = _results(plan.runs)
-    if results and (not missing or not shard):
-        _show(plan, results, console)
-    elif missing and shard:
-        _say(
-            console,
-            f"This share is done. {len(missing)} of the table's {len(plan.runs)} runs "
-            "are missing: `samrobust status` shows them, and the same command with "
-            f"--collect instead of --shard={shard} builds the table.",
-        )
+def _make_plan(arguments: argparse.Namespace) -> _Plan:
+    from samrobust.experiments import configuration
+    from samrobust.experiments.run import PlannedRun
+    from samrobust.experiments.workdir import run_folder
 
-
-def _make_plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> _Plan:
     check(
         not (arguments.collect and arguments.shard),
         "--collect without --shard",
@@ -105,23 +124,33 @@ def _make_plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> _Plan
     )
     name = pathlib.Path(arguments.config).stem
     workdir = pathlib.Path(arguments.workdir or f"runs/{name}")
+    texts = ";".join(arguments.rows or ()).split(";")
+    rows = [row for text in texts if (row := text.strip())]
+    for row in rows:
+        configuration.parse_row(row)
     configs = {
-        row: configuration.load_config(f"{arguments.config}:{row}", overrides)
-        for row in _rows(arguments.rows) or configuration.load_rows(arguments.config)
+        row: configuration.load_config(f"{arguments.config}:{row}", arguments.overrides)
+        for row in rows or configuration.load_rows(arguments.config)
     }
+
+    def planned(row: str, seed: int) -> PlannedRun:
+        check_whole(0, LARGEST_SEED, seed=seed)
+        config = configs[row].copy_and_resolve_references()
+        config.seed = seed
+        return PlannedRun(config, run_folder(workdir, row, seed))
+
     runs = [
-        PlannedRun(_with_seed(config, seed), run_folder(workdir, row, seed))
+        planned(row, config.seed + i)
         for i in range(arguments.seeds)
         for row, config in configs.items()
-        for seed in (config.seed + i,)
     ]
-    changed = ", ".join(item.removeprefix("--config.") for item in overrides)
+    changed = ", ".join(item.removeprefix("--config.") for item in arguments.overrides)
     note = f" Changed from {arguments.config}: {changed}." if changed else ""
-    return _Plan(workdir, configs, runs, runs[_shard(arguments.shard)], note)
+    return _Plan(workdir, configs, runs, _shard(arguments.shard), note)
 
 
 def _shard(text: str | None) -> slice:
-    """Which runs `--shard` names."""
+    """Reads which runs `--shard` names."""
     if text is None:
         return slice(None)
     match = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -131,49 +160,41 @@ def _shard(text: str | None) -> slice:
     return slice(index, None, count)
 
 
-def _rows(values: Sequence[str] | None) -> list[str]:
-    parts = [row.strip() for value in values or () for row in value.split(";")]
-    rows = [row for row in parts if row]
-    for row in rows:
-        configuration.parse_row(row)
-    return list(dict.fromkeys(rows))
-
-
-def _with_seed(config: Config, seed: int) -> Config:
-    check_whole(0, LARGEST_SEED, seed=seed)
-    copy = config.copy_and_resolve_references()
-    copy.seed = seed
-    return copy
-
-
 def _list(plan: _Plan) -> int:
     """Prints the runs for programs to read: nothing else goes to standard output."""
-    share = {planned.workdir for planned in plan.share}
-    for index, planned in enumerate(plan.runs):
-        if planned.workdir in share:
-            config, state = planned.config, survey_run(planned.workdir).state
-            print(index, config.row, config.seed, state, sep="\t")
+    from samrobust.experiments.survey import survey_run
+
+    for index in range(len(plan.runs))[plan.shard]:
+        planned = plan.runs[index]
+        config, state = planned.config, survey_run(planned.workdir).state
+        print(index, config.row, config.seed, state, sep="\t")
     return 0
 
 
-def _run(
-    runs: Sequence[PlannedRun], console: Console, should_stop: Callable[[], bool]
+def _train(
+    runs: "Sequence[PlannedRun]", console: "Console", should_stop: Callable[[], bool]
 ) -> bool:
-    """Does a share; returns whether a run failed."""
+    """Trains and attacks a share; returns whether a run failed."""
+    from samrobust.experiments import building
+    from samrobust.experiments.reporting.progress import ProgressDisplay
+    from samrobust.experiments.run import work
+    from samrobust.experiments.sweep import run_all
+    from samrobust.system.distributed import broadcast_from_primary
+
     if not runs:
         return False
     dataset = building.load_data(runs[0].config)
-    done = distributed.from_primary(
-        lambda: [(planned.workdir / "result.json").exists() for planned in runs]
+    done = broadcast_from_primary(
+        lambda: [(r.workdir / "result.json").exists() for r in runs]
     )
     works = {
         planned.workdir: (0.0, 0.0) if is_done else work(planned.config, dataset)
         for planned, is_done in zip(runs, done, strict=True)
     }
-    display = ProgressDisplay(console, sum(sum(w) for w in works.values()))
-    failures: list[tuple[PlannedRun, str]] = []
+    display = ProgressDisplay(console, sum(map(sum, works.values())))
+    failures: list[str] = []
 
-    def on_wait(held: Sequence[PlannedRun]) -> None:
+    def on_wait(held: "Sequence[PlannedRun]") -> None:
         names = ", ".join(planned.name for planned in held)
         display.say(f"waiting for other workers: {names}")
 
@@ -182,65 +203,50 @@ def _run(
             runs,
             dataset,
             lambda planned: display.run(planned.name, *works[planned.workdir]),
-            on_failure=lambda planned, error: failures.append((planned, error)),
+            on_failure=lambda run, error: failures.append(f"{run.name}: {error}"),
             on_wait=on_wait,
             should_stop=should_stop,
         )
-    for planned, error in failures:
+    for failure in failures:
         console.print("failed", style="red", end=" ")
-        _say(console, f"{planned.name}: {error}")
+        console.print(failure)
     return bool(failures)
 
 
-def _collect(plan: _Plan, console: Console) -> int:
-    results, missing = _results(plan.runs)
-    if results:
+def _conclude(plan: _Plan, arguments: argparse.Namespace, console: "Console") -> int:
+    """Shows the table of the finished runs, and which are missing."""
+    from samrobust.experiments.sweep import collect
+    from samrobust.system.files import WorkdirError
+
+    results, missing = collect(plan.runs)
+    total, shard = len(plan.runs), arguments.shard
+    if results and not (missing and shard):
         _show(plan, results, console)
+    elif missing and shard:
+        console.print(
+            f"This share is done. {len(missing)} of the table's {total} runs are "
+            "missing: `samrobust status` shows them, and the same command with "
+            f"--collect instead of --shard={shard} builds the table."
+        )
+    if not arguments.collect:
+        return 0
     for why in dict.fromkeys(why for _, why in missing):
         names = "; ".join(planned.name for planned, its in missing if its == why)
-        _say(console, f"missing {names}: {why}")
+        console.print(f"missing {names}: {why}")
     if not results:
         message = (
-            f"Expected a finished run in {plan.workdir}, got none of the "
-            f"{len(plan.runs)}. Train them first: the same command without --collect."
+            f"Expected a finished run in {plan.workdir}, got none of the {total}. "
+            "Train them first: the same command without --collect."
         )
         raise WorkdirError(message)
-    return _FAILED if missing else 0
+    return FAILED if missing else 0
 
 
-def _results(
-    runs: Sequence[PlannedRun],
-) -> tuple[list[dict[str, Any]], list[tuple[PlannedRun, str]]]:
-    """What has finished, by whomever; and the other runs, each with its state."""
-    results, missing = [], []
-    for planned in runs:
-        try:
-            result, why = finished(planned), ""
-        except WorkdirError as error:
-            result, why = None, str(error)
-        if result is not None and results:
-            why = _incomparable(result, results[0])
-        if result is None or why:
-            missing.append((planned, why or _describe(planned)))
-        else:
-            results.append(result)
-    return results, missing
-
-
-def _incomparable(result: dict[str, Any], first: dict[str, Any]) -> str:
-    """Says why two results make no one table; empty if they do."""
-    told = [f"{n} is {a!r}, not {b!r}" for n, (a, b) in unlike(result, first).items()]
-    beside = f"{first['label']}, seed {first['seed']}"
-    return f"not comparable with {beside}: {'; '.join(told)}" if told else ""
-
-
-def _describe(planned: PlannedRun) -> str:
-    status = survey_run(planned.workdir)
-    return ": ".join(filter(None, (status.description, status.error)))
-
-
-def _show(plan: _Plan, results: list[dict[str, Any]], console: Console) -> None:
+def _show(plan: _Plan, results: list[dict[str, Any]], console: "Console") -> None:
     """Prints and writes the table."""
+    from samrobust.cli.shared import show_written
+    from samrobust.experiments import reporting
+
     config = next(iter(plan.configs.values()))
     table = reporting.summarize(
         results,
@@ -250,41 +256,23 @@ def _show(plan: _Plan, results: list[dict[str, Any]], console: Console) -> None:
         caption=_caption(config) + plan.note,
     )
     console.print(reporting.to_rich(table))
-    paths = reporting.write_table(table, plan.workdir)
-    _say(console, f"Written to {plan.workdir}: {', '.join(p.name for p in paths)}")
+    show_written(console, plan.workdir, reporting.write_table(table, plan.workdir))
 
 
-def _caption(config: Config) -> str:
-    evaluation, training = config.evaluation, config.training
-    size = config.data.train_size
+def _caption(config: "Config") -> str:
+    from samrobust.cli.shared import attack_in_words
+    from samrobust.experiments.components import model_fields
+
+    model, evaluation, size = config.model, config.evaluation, config.data.train_size
     images = f"{size:,} training images, " if size is not None else ""
-    return (
-        f"{config.data.name}, {images}{evaluation.split} set; "
-        f"{_network(config.model)}, {training.epochs} epochs, {config.model.dtype}; "
-        f"{_attack(evaluation)}, {evaluation.checkpoint} checkpoint."
-    )
-
-
-def _network(model: Config) -> str:
-    """Names the network and its fields: `preact_resnet of width 16, blocks 1-1-1`."""
-    fields = {name: model[name] for name in model_fields(model.name)}
-    shown = [
+    fields = [
         f"{name} {'-'.join(map(str, v)) if isinstance(v, tuple | list) else v}"
-        for name, v in fields.items()
+        for name in model_fields(model.name)
+        for v in (model[name],)
     ]
-    return f"{model.name} of {', '.join(shown)}" if shown else model.name
-
-
-def _attack(evaluation: Config) -> str:
-    if evaluation.attack == "autoattack":
-        members = ", ".join(evaluation.members)
-        return f"AutoAttack, {evaluation.version}" + (members and f" ({members})")
-    restarts = f" x {evaluation.restarts}" if evaluation.restarts > 1 else ""
+    network = f"{model.name} of {', '.join(fields)}" if fields else model.name
     return (
-        f"PGD-{evaluation.num_steps}{restarts} on the {evaluation.loss} loss, "
-        f"{evaluation.judge} iterate judged"
+        f"{config.data.name}, {images}{evaluation.split} set; {network}, "
+        f"{config.training.epochs} epochs, {config.model.dtype}; "
+        f"{attack_in_words(evaluation)}, {evaluation.checkpoint} checkpoint."
     )
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False)

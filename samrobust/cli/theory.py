@@ -1,46 +1,64 @@
 """`samrobust theory`: computes, trains, shows and writes."""
 
 import argparse
-import dataclasses
 import itertools
 import pathlib
-import shlex
-import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable
 
-from samrobust.checks import check
-from samrobust.experiments.reporting.console import make_console
-from samrobust.experiments.reporting.progress import ProgressDisplay
-from samrobust.studies.theory.experiment import experiment, plan
-from samrobust.studies.theory.figures import draw_all
-from samrobust.studies.theory.report import Report, to_json, to_sheet
-from samrobust.studies.theory.study import Grid, study
-from samrobust.studies.theory.training import Effort
-from samrobust.studies.theory.verdicts import judge
-from samrobust.system.files import check_writable, write_json, write_text
-from samrobust.training import InterruptedRunError
+from samrobust.cli import flags
 
-__all__ = ["theory_command"]
+__all__ = ["add", "run"]
 
 _PARTS = 4  # of a study; each takes about as long as a training
-_T = TypeVar("_T", Grid, Effort)
 
 
-def theory_command(
-    arguments: argparse.Namespace,
-    overrides: Sequence[str],
-    should_stop: Callable[[], bool],
-) -> int:
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its flags."""
+    parser = commands.add_parser(
+        "theory",
+        help="the paper's Section 4, checked: formulas, exact minima, training",
+        description="Compares Theorems 4.1 to 4.5 with the exact minimum of the loss "
+        "over a grid of worlds, trains the first of them, and prints what holds where.",
+        epilog="Explained in docs/theory.md.",
+    )
+    add = parser.add_argument
+    add("--p", **flags.REALS, help="accuracy of x_1; default: 0.7,0.95")
+    add("--eta", **flags.REALS, help="of the other features; default: 0.1,0.03,0.5")
+    add("--d", **flags.REALS, help="number of other features; default: 10,1,100,1000")
+    add(
+        "--epsilon",
+        **flags.REALS,
+        help="radii of AT; default: 0.1, 0.3, 0.6 and 0.9 of each eta, at most of 1",
+    )
+    add("--rho", **flags.REALS, help="radii of SAM; default: 0.1,1,3")
+    add("--seeds", **flags.SIZE, help="trained runs; 0 trains nothing; default: 5")
+    add("--samples", **flags.COUNT, help="of each run; default: 300000")
+    add("--batch-size", **flags.COUNT, help="default: 1000")
+    workdir = {"default": "runs/theory", "help": "default: %(default)s"}
+    add("--workdir", **flags.DIRECTORY, **workdir)
+
+
+def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     """Checks Section 4 as a command line says; returns the exit code.
 
     Raises:
       ValueError: for parameters outside the theorems' assumptions.
       InterruptedRunError: when it was stopped; then nothing is written.
     """
-    check(not overrides, "no --config flags for theory", config=overrides)
-    grid, effort = _from_flags(Grid, arguments), _from_flags(Effort, arguments)
+    from samrobust.cli.shared import show_written
+    from samrobust.experiments.reporting.console import make_console
+    from samrobust.experiments.reporting.progress import ProgressDisplay
+    from samrobust.studies.theory.experiment import experiment, plan
+    from samrobust.studies.theory.figures import draw_all
+    from samrobust.studies.theory.report import Findings, to_json, to_sheet
+    from samrobust.studies.theory.study import Grid, study
+    from samrobust.studies.theory.training import TrainingEffort
+    from samrobust.studies.theory.verdicts import judge
+    from samrobust.system.files import check_writable, write_json, write_text
+    from samrobust.training import InterruptedRunError
+
+    grid, effort = flags.build(Grid, arguments), flags.build(TrainingEffort, arguments)
     console, folder = make_console(), pathlib.Path(arguments.workdir)
     check_writable(folder)
     started, done = time.monotonic(), itertools.count()
@@ -48,28 +66,19 @@ def theory_command(
 
     def show(text: str) -> None:
         if should_stop():
-            message = "Stopped. It takes about a minute: start it again."
+            message = "Stopped; nothing is written. Rerun it: it takes about a minute."
             raise InterruptedRunError(message)
         display.show(text, float(next(done)))
 
     with display.live():
         points = study(grid, on_part=show)
         estimates = list(experiment(grid, effort, on_start=show))
-    command = shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
     seconds = time.monotonic() - started
-    report = Report(grid, effort, points, judge(points), estimates, seconds, command)
+    report = Findings(grid, effort, points, judge(points), estimates, seconds)
     sheet = to_sheet(report)
     console.print(sheet.to_rich())
     write_json(folder / "theory.json", to_json(report))
     write_text(folder / "theory.md", sheet.to_markdown())
     pictures = draw_all(grid.world, points, estimates, effort.batch_size, folder)
-    names = ["theory.json", "theory.md", *(path.name for path in pictures)]
-    console.print(f"Written to {folder}: {', '.join(names)}")
+    show_written(console, folder, ["theory.json", "theory.md", *pictures])
     return 0
-
-
-def _from_flags(kind: type[_T], arguments: argparse.Namespace) -> _T:
-    """Builds an object from the flags that were given; its defaults for the others."""
-    names = [field.name for field in dataclasses.fields(kind)]
-    given = {name: getattr(arguments, name) for name in names}
-    return kind(**{name: value for name, value in given.items() if value is not None})

@@ -11,7 +11,7 @@ from samrobust.data.batches import (
     random_crop_and_flip,
     take_batch,
 )
-from samrobust.data.datasets import DATASETS, Entry, dataset_facts, load_dataset
+from samrobust.data.datasets import DATASETS, DatasetEntry, dataset_facts, load_dataset
 from samrobust.data.splits import (
     Dataset,
     DatasetFacts,
@@ -24,9 +24,9 @@ from samrobust.data.splits import (
 __all__ = [
     "DATASETS",
     "Dataset",
+    "DatasetEntry",
     "DatasetFacts",
     "DatasetUnavailableError",
-    "Entry",
     "Split",
     "check_padding",
     "dataset_facts",

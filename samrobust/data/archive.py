@@ -13,7 +13,7 @@ import time
 from samrobust.checks import check
 from samrobust.data.splits import DatasetUnavailableError
 
-__all__ = ["Archive", "ResumingDownloader", "find_archive"]
+__all__ = ["ArchiveFile", "ResumingDownloader", "find_archive"]
 
 _MAX_NAMES = 4  # in a message
 
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Archive:
-    """A file that everybody can download: its name, address, size and hash."""
+class ArchiveFile:
+    """A public archive: its name, address, size and hash."""
 
     name: str
     url: str
@@ -31,14 +31,14 @@ class Archive:
 
 
 def find_archive(
-    archive: Archive,
+    archive: ArchiveFile,
     downloads: pathlib.Path,
     manual_dir: pathlib.Path | None = None,
 ) -> pathlib.Path:
-    """Returns the path of the verified archive, downloading it if need be.
+    """Returns the path of the verified archive, downloading it if necessary.
 
-    It is looked for in manual_dir, `<downloads>/manual` and downloads, in this order.
-    Who names a manual_dir wants no download.
+    Looks in manual_dir, `<downloads>/manual` and downloads, in this order. With a
+    manual_dir nothing is downloaded.
 
     Args:
       archive: which one.
@@ -46,7 +46,7 @@ def find_archive(
       manual_dir: a directory where the user put the archive.
 
     Returns:
-      Where it lies. **Guarantees**: the file's SHA-256 is the archive's.
+      The path. **Guarantees**: the file's SHA-256 is the archive's.
 
     Raises:
       DatasetUnavailableError: if a file of that name in one of the first two
@@ -77,8 +77,8 @@ def find_archive(
         ) from error
 
 
-def _found(archive: Archive, directory: pathlib.Path) -> str:
-    """Describes what is there in place of an archive."""
+def _found(archive: ArchiveFile, directory: pathlib.Path) -> str:
+    """Describes what is there instead of an archive."""
     if directory.is_file():
         return f"manual_dir={str(directory)!r}, a file and not its folder"
     try:
@@ -94,7 +94,7 @@ def _found(archive: Archive, directory: pathlib.Path) -> str:
     return f"{', '.join(names[:_MAX_NAMES])} in {directory}"
 
 
-def _verify(archive: Archive, path: pathlib.Path) -> None:
+def _verify(archive: ArchiveFile, path: pathlib.Path) -> None:
     """Refuses a file with another hash than the archive's."""
     try:
         with path.open("rb") as file:
@@ -111,7 +111,7 @@ def _verify(archive: Archive, path: pathlib.Path) -> None:
         )
 
 
-def _download(archive: Archive, downloads: pathlib.Path) -> pathlib.Path:
+def _download(archive: ArchiveFile, downloads: pathlib.Path) -> pathlib.Path:
     """Downloads the archive unless it is there already; verified either way."""
     import pooch  # with requests, a third of a second to import
 
@@ -131,11 +131,11 @@ def _download(archive: Archive, downloads: pathlib.Path) -> pathlib.Path:
 
 
 class ResumingDownloader:
-    """A pooch downloader that goes on where a broken download stopped.
+    """A pooch downloader that resumes a broken download.
 
     The bytes gather in a file of their own, which outlives the call and the process.
     Each attempt asks for the rest with an HTTP Range header; a server that ignores the
-    header sends, and we take, everything anew.
+    header sends everything again, and so we take it.
     """
 
     def __init__(

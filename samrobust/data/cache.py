@@ -2,7 +2,7 @@
 
 Decoding a data set takes seconds and mapping it takes none. A manifest beside the
 arrays holds the SHA-256 of each file and says what they were decoded from, so that
-damage and a changed source are noticed, and the arrays decoded anew.
+damage and a changed source are noticed, and the arrays decoded again.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionEr
 def default_cache_dir() -> pathlib.Path | None:
     """Returns `$XDG_CACHE_HOME/samrobust/data`, by default below `~/.cache`.
 
-    None where others could write to it, so that what is there is not to be believed.
+    None where others could write to it, so that its content cannot be trusted.
     """
     return trusted_cache_folder("data")
 

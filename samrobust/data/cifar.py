@@ -79,7 +79,7 @@ def _load_split(
     split: str,
     cache_dir: pathlib.Path | None,
 ) -> Arrays:
-    """Returns images and labels, once they are what they have to be."""
+    """Returns images and labels, after a check of them."""
     try:
         return read_split(
             prepared,
@@ -95,7 +95,7 @@ def _load_split(
 
 
 def _remedy(name: str) -> str:
-    """Says how to come to data that can be used, and lose none."""
+    """Says how to get usable data without losing any."""
     return (
         f"Set data_dir (or TFDS_DATA_DIR) to a directory with {name}/{VERSION}, as "
         "TFDS prepares it in ArrayRecord format, or to an empty one, to have it made."
@@ -133,7 +133,7 @@ def _prepare(
 
 
 def _check_vacant(name: str, data_dir: pathlib.Path) -> None:
-    """Refuses to write where something else lies already; it is left as it is."""
+    """Refuses to write where something else is; leaves that unchanged."""
     for root in (data_dir.absolute().parent, data_dir.absolute().parent.parent):
         found = find_prepared(name, root, VERSION)
         if found and data_dir.absolute() in (found, found.parent):
@@ -158,7 +158,7 @@ def _check_vacant(name: str, data_dir: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _one_process_at_a_time(path: pathlib.Path) -> Iterator[None]:
-    """Holds a lock on a file; the system lets go of it if the process is killed."""
+    """Holds a lock on a file; the system releases it if the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:

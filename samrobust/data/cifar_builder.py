@@ -29,7 +29,7 @@ _CITATION = """\
 
 
 class CifarBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Writes the official archive as a TFDS data set in ArrayRecord format."""
+    """TFDS builder that writes the official archive in ArrayRecord format."""
 
     VERSION = tfds.core.Version(VERSION)
     pkg_dir_path = None  # there is no folder with metadata of the data set
@@ -57,7 +57,7 @@ class CifarBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             features[key] = tfds.features.ClassLabel(num_classes=num_classes)
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"{self._spec.title}: 60,000 colour images of 32x32 pixels.",
+            description=f"{self._spec.title}: 60,000 color images of 32x32 pixels.",
             features=tfds.features.FeaturesDict(features),
             supervised_keys=("image", "label"),
             homepage="https://www.cs.toronto.edu/~kriz/cifar.html",

@@ -1,11 +1,11 @@
-"""Image classification data sets as uint8 arrays: one door for all of them.
+"""Image classification data sets as uint8 arrays, all through `load_dataset`.
 
 A data set is three splits of NumPy arrays in a fixed order. The official test split is
 never touched; a validation split, if any, is taken from the official training split.
-Normalisation belongs to the model: images stay uint8, `mean` and `std` travel along.
+Normalization belongs to the model: images stay uint8, `mean` and `std` travel along.
 
-To add one that is known by name: a module with its facts and a function that loads it,
-and its line in `DATASETS`.
+To add a built-in name, write a module with the facts and a function that loads the
+data, and add a line to `DATASETS`.
 """
 
 import dataclasses
@@ -37,14 +37,14 @@ from samrobust.data.splits import (
 )
 from samrobust.system.resolve import failure_of, is_reference, resolve
 
-__all__ = ["DATASETS", "Entry", "dataset_facts", "load_dataset"]
+__all__ = ["DATASETS", "DatasetEntry", "dataset_facts", "load_dataset"]
 
 
-class Entry(NamedTuple):
-    """Entry of a data set that is known by name.
+class DatasetEntry(NamedTuple):
+    """A built-in data set.
 
     Attributes:
-      facts: are known without reading an image.
+      facts: known without reading an image.
       load: takes `data_dir`, `manual_dir` and `cache_dir`, paths or None, and returns
         `x_train`, `y_train`, `x_test` and `y_test` as `from_arrays` takes them.
     """
@@ -54,9 +54,9 @@ class Entry(NamedTuple):
 
 
 DATASETS = {
-    "cifar10": Entry(CIFAR10.facts, partial(load_cifar, CIFAR10)),
-    "cifar100": Entry(CIFAR100.facts, partial(load_cifar, CIFAR100)),  # 100 fine labels
-    "digits": Entry(FACTS, lambda **_: load_digits()),  # they come with scikit-learn
+    "cifar10": DatasetEntry(CIFAR10.facts, partial(load_cifar, CIFAR10)),
+    "cifar100": DatasetEntry(CIFAR100.facts, partial(load_cifar, CIFAR100)),  # fine
+    "digits": DatasetEntry(FACTS, lambda **_: load_digits()),  # scikit-learn's
 }
 
 
@@ -66,9 +66,9 @@ def dataset_facts(
     data_dir: PathLike | None = None,
     cache_dir: PathLike | None = None,
 ) -> DatasetFacts:
-    """Returns what a network has to know of a data set.
+    """Returns the facts that a network needs about a data set.
 
-    Of one of `DATASETS` no image is read; any other is loaded for it.
+    Reads no image of one of `DATASETS`; loads any other.
 
     Args:
       name: as in `load_dataset`.
@@ -115,7 +115,7 @@ def load_dataset(
       name: says where the images come from, in this order:
 
         - one of `DATASETS`;
-        - `package.module:function`, of one's own: called without arguments it returns
+        - `package.module:function`, of your own: called without arguments it returns
           the mapping that `from_arrays` takes;
         - a path that ends in `.npz`: the same arrays in a file of `numpy.savez`;
         - a path of a folder, with a slash in it, as `./flowers`: PNG or JPEG files
@@ -143,8 +143,7 @@ def load_dataset(
 
     Raises:
       ValueError: if the name is of none of these forms, a size is out of range, a
-        directory is no path of the file system, or the arrays are not as they have to
-        be.
+        directory is no path of the file system, or the arrays are invalid.
       DatasetUnavailableError: if the data are not there and cannot be downloaded, or
         are damaged or not the official ones.
 
@@ -232,7 +231,7 @@ def _read(
 
 
 def _call(name: str) -> Mapping[str, Any]:
-    """Calls a function of somebody's own."""
+    """Calls the user's function."""
     function = resolve(name, "a data set")
     check(callable(function), "a function", name=name, value=function)
     try:
@@ -265,7 +264,7 @@ def _choose_train(
         train_size=train_size,
         validation_size=validation_size,
     )
-    # The raw stream of a bit generator is fixed for ever; Generator's methods are not.
+    # The raw stream of a bit generator is fixed forever; Generator's methods are not.
     keys = np.random.PCG64([seed, 0]).random_raw(available)
     permutation = np.argsort(keys, kind="stable")
     held_out = permutation[available - validation_size :]

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, 8x8 grey images: no download needed.
+"""scikit-learn's handwritten digits, 8x8 gray images: no download needed.
 
 1,797 images of the UCI "Optical Recognition of Handwritten Digits" test set, split here
 once and for all into 1,297 training and 500 test images.
@@ -53,7 +53,7 @@ def load_digits() -> dict[str, np.ndarray]:
 
 def _stratified_choice(labels: np.ndarray, size: int) -> np.ndarray:
     """Returns `size` distinct positions in which each class has its share."""
-    # The raw stream of a bit generator is fixed for ever; Generator's methods are not.
+    # The raw stream of a bit generator is fixed forever; Generator's methods are not.
     shuffled = np.random.PCG64(_SPLIT_SEED).random_raw(len(labels))
     by_class = np.lexsort((shuffled, labels))
     evenly_spread = ((2 * np.arange(size) + 1) * len(labels)) // (2 * size)

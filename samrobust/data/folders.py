@@ -1,7 +1,7 @@
-"""The folders that settings and the environment name: on this machine, in full.
+"""Folders named by settings and the environment, as full local paths.
 
-TFDS reads from buckets through TensorFlow, which is not used here: what is not a path
-of the file system is refused, instead of becoming a folder of that name.
+TFDS reads from buckets through TensorFlow, which is not used here: an address that is
+no path of the file system is refused instead of becoming a folder of that name.
 """
 
 import os
@@ -55,6 +55,6 @@ data_dir='gs://bucket/data'. Copy or mount it, and name that folder.
 
 
 def default_data_dir() -> pathlib.Path:
-    """Returns the directory that TFDS uses: `$TFDS_DATA_DIR` or its place at home."""
+    """Returns TFDS's directory: `$TFDS_DATA_DIR`, or its default at home."""
     root = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return local_folder("TFDS_DATA_DIR", root)

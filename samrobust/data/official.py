@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 as published: archives, and checksums of their examples.
 
-A folder that says CIFAR-10 may hold anything: a part of it, another order, other
-labels. The numbers made with it would pass for results on CIFAR-10.
+A folder named CIFAR-10 may hold anything: a part of it, another order, other labels.
+Without a check, numbers from it would pass for results on CIFAR-10.
 
 Reference: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from samrobust.checks import check
-from samrobust.data.archive import Archive
+from samrobust.data.archive import ArchiveFile
 from samrobust.data.splits import DatasetFacts, check_labels
 
 __all__ = [
@@ -39,7 +39,7 @@ class OfficialSplit(NamedTuple):
       num_classes: of the labels.
       labels: their `checksum`.
       images: theirs, without the rows left out.
-      left_out: rows whose official pixels were not at hand for the checksum, sorted.
+      left_out: rows whose official pixels were not available for the checksum, sorted.
     """
 
     num_examples: int
@@ -71,7 +71,7 @@ class CifarSpec:
 
     name: str
     title: str
-    archive: Archive
+    archive: ArchiveFile
     splits: dict[str, tuple[str, ...]]
     labels: tuple[tuple[str, str, int], ...]
     label_bytes: tuple[str, ...]
@@ -81,7 +81,7 @@ class CifarSpec:
 
     @property
     def members(self) -> list[str]:
-        """All files of the archive that we need."""
+        """The files of the archive that we need."""
         names = [member for _, member, _ in self.labels]
         return names + [
             member for members in self.splits.values() for member in members
@@ -89,7 +89,7 @@ class CifarSpec:
 
     @property
     def facts(self) -> DatasetFacts:
-        """What is known without the images."""
+        """The facts that are known without the images."""
         train, test = self.official["train"], self.official["test"]
         return DatasetFacts(
             num_classes=train.num_classes,
@@ -111,7 +111,7 @@ def checksum(array: np.ndarray, left_out: tuple[int, ...] = ()) -> str:
 
 
 def check_examples(official: OfficialSplit, arrays: dict[str, np.ndarray]) -> None:
-    """Refuses arrays that are not a split's, but for the images' pixels.
+    """Refuses arrays that are not a split's; does not check the images' pixels.
 
     Args:
       official: the split.
@@ -155,12 +155,12 @@ _TEST_ROWS = (
 )
 # fmt: on
 
-# Of the official archives, row by row. Of CIFAR-10's rows left out there were copies
-# with a loss at hand only; the labels are without gap.
+# Checksums of the official archives' rows. For the rows left out of CIFAR-10's images
+# only lossy copies were available; the labels are complete.
 CIFAR10 = CifarSpec(
     name="cifar10",
     title="CIFAR-10",
-    archive=Archive(
+    archive=ArchiveFile(
         name="cifar-10-binary.tar.gz",
         url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         num_bytes=170052171,
@@ -194,7 +194,7 @@ CIFAR10 = CifarSpec(
 CIFAR100 = CifarSpec(
     name="cifar100",
     title="CIFAR-100",
-    archive=Archive(
+    archive=ArchiveFile(
         name="cifar-100-binary.tar.gz",
         url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
         num_bytes=168513733,

@@ -1,6 +1,6 @@
-"""Data sets of one's own: an `.npz` file, or a folder of class folders of images.
+"""Your own data: an `.npz` file, or a folder of class folders of images.
 
-Both give the mapping that `samrobust.data.splits.from_arrays` takes and checks.
+Both return the mapping that `samrobust.data.splits.from_arrays` takes and checks.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from samrobust.data.splits import DatasetUnavailableError
 __all__ = ["load_images", "load_npz", "read_image"]
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
-_DECODING = 1  # to be raised when the same files become other arrays
+_DECODING = 1  # to be raised when the same files decode to other arrays
 
 
 def load_npz(path: pathlib.Path) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def read_image(file: IO[bytes] | pathlib.Path) -> np.ndarray:
 
 
 def _names(folder: pathlib.Path) -> list[str]:
-    """Returns the sorted names in a folder of folders, those with a dot left out."""
+    """Returns the sorted names in a folder of folders, without hidden ones."""
     try:
         names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
     except OSError as error:

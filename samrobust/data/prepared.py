@@ -1,4 +1,4 @@
-"""Data sets that TFDS has prepared as ArrayRecord: found, told apart and decoded.
+"""Data sets that TFDS has prepared as ArrayRecord: found, identified, decoded.
 
 Decoded arrays are cached by the content of the records. Nothing is downloaded, and TFDS
 is imported without TensorFlow.
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _CHUNK = 1000  # records read at a time
-_DECODING = 1  # to be raised when the same records become other arrays
+_DECODING = 1  # to be raised when the same records decode to other arrays
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def file_formats(prepared: pathlib.Path) -> list[str]:
 
 
 def describe_folder(name: str, data_dir: pathlib.Path) -> str:
-    """Returns what lies there in place of prepared data: for a message."""
+    """Describes, for a message, what is there instead of prepared data."""
     versions = _versions(data_dir / name)
     if formats := [form for path in versions for form in file_formats(path)]:
         return f"{name} as {', '.join(formats)}"
@@ -127,7 +127,7 @@ def load_prepared(
 
 
 def _num_classes(prepared: pathlib.Path) -> int:
-    """Returns the number of classes, once splits and features are as they have to be.
+    """Returns the number of classes, after checks of splits and features.
 
     Raises:
       ValueError: for other splits or features; in one line.

@@ -1,6 +1,6 @@
 """The examples of a data set: three splits of arrays, and their fingerprints.
 
-Whatever a data set comes from, it comes as a mapping: the arrays `x_train`, `y_train`,
+Every source is loaded into one mapping: the arrays `x_train`, `y_train`,
 `x_test` and `y_test`, and perhaps `mean`, `std` and `num_classes`.
 """
 
@@ -103,7 +103,7 @@ class Dataset:
 
 
 class DatasetFacts(NamedTuple):
-    """Facts of a data set that take no image to be known.
+    """Facts of a data set that are known without its images.
 
     Attributes:
       num_classes: labels are in 0..num_classes - 1.
@@ -129,8 +129,8 @@ def fingerprint(split: Split) -> str:
 
     Returns:
       16 hexadecimal digits. **Guarantees**: another pixel, label, order, size, shape or
-      type of an array gives other digits; the directories, the cache and the machine
-      have no part in them.
+      type of an array gives other digits; directories, cache and machine do not
+      matter.
 
     >>> fingerprint(Split(np.zeros([2, 1, 1, 1], np.uint8), np.arange(2)))
     '19ff28aa00c923e9'
@@ -196,7 +196,7 @@ def from_arrays(name: str, arrays: Mapping[str, Any]) -> Dataset:
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Puts a name in front of what a check says."""
+    """Prefixes the message of a check with a name."""
     try:
         yield
     except ValueError as error:

@@ -8,7 +8,6 @@ from samrobust.evaluation.accuracy import (
     make_evaluator,
 )
 from samrobust.evaluation.autoattack import make_autoattack_evaluator
-from samrobust.evaluation.early_stop import make_early_stop_evaluator
 from samrobust.evaluation.fates import Fates
 from samrobust.evaluation.measure import (
     BatchFn,
@@ -19,6 +18,7 @@ from samrobust.evaluation.measure import (
     make_measure,
     of_name,
 )
+from samrobust.evaluation.skip_broken import make_skip_broken_evaluator
 
 __all__ = [
     "Archive",
@@ -32,8 +32,8 @@ __all__ = [
     "is_correct",
     "is_finite",
     "make_autoattack_evaluator",
-    "make_early_stop_evaluator",
     "make_evaluator",
     "make_measure",
+    "make_skip_broken_evaluator",
     "of_name",
 ]

@@ -1,11 +1,11 @@
 """Natural and robust accuracy: every test example exactly once, whatever the batch.
 
 The network is evaluated in inference mode (`model.apply(variables, images,
-train=False)`), in the precision it was made with. An example with a logit that is not
-finite is not classified rightly: a network that has some on the images as they are is
-refused, and those that an attack led it to are reported.
+train=False)`), in its own precision. An example with a logit that is not finite counts
+as misclassified: a network with such logits on natural images is refused, and those
+under attack are reported.
 
-All evaluators are called alike (`Evaluator`) and return an `Outcome`.
+All evaluators have one signature (`Evaluator`) and return an `Outcome`.
 """
 
 import dataclasses
@@ -45,13 +45,13 @@ __all__ = [
 
 
 class Archive(NamedTuple):
-    """A folder in which an evaluation keeps what became of every example.
+    """A folder in which an evaluation stores the fate of every example.
 
     Attributes:
       folder: receives the files.
-      examples: whether the adversarial images are kept too.
-      provenance: of the caller, in JSON's types; kept with the outcome if this call has
-        a part in it.
+      examples: whether the adversarial images are stored too.
+      provenance: of the caller, in JSON's types; stored with the outcome if this call
+        contributes to it.
     """
 
     folder: pathlib.Path
@@ -65,10 +65,10 @@ class Outcome:
 
     Attributes:
       correct: by column, bool [N] in the order of the split: whether the example is
-        classified rightly after the attack.
-      non_finite: how many examples an attack led to logits that are not finite, by
-        column; none where there are none.
-      fates: which part of an attack broke which example, of attacks that tell.
+        classified correctly under the attack.
+      non_finite: how many examples have logits that are not finite under the attack,
+        by column; columns without any are left out.
+      fates: which part of an attack broke which example, for attacks in parts.
     """
 
     correct: dict[str, np.ndarray]
@@ -77,7 +77,7 @@ class Outcome:
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """Returns the percentage of examples classified rightly, by column.
+        """Returns the percentage of examples classified correctly, by column.
 
         >>> Outcome({"natural": np.array([True, True, False, True])}, {}).accuracy
         {'natural': 75.0}
@@ -86,14 +86,14 @@ class Outcome:
 
     @property
     def ended_by(self) -> dict[str, Any] | None:
-        """Returns whose call ended an evaluation that an archive keeps, if known."""
+        """Returns the provenance of the call that finished a stored evaluation."""
         return (
             self.fates.provenance[-1] if self.fates and self.fates.provenance else None
         )
 
     @property
     def details(self) -> dict[str, Any]:
-        """Returns what there is to say beside the accuracies, in JSON's types."""
+        """Returns the results besides the accuracies, in JSON's types."""
         found: dict[str, Any] = {}
         if self.non_finite:
             found["non_finite"] = self.non_finite
@@ -123,9 +123,9 @@ class Evaluator(Protocol):
           variables: of the network: whatever `model.apply` takes.
           split: N images and their labels.
           key: of all random numbers.
-          archive: where an evaluation that can go on after a kill, as AutoAttack's,
-            keeps what it needs for that; others start again and leave nothing there.
-          on_batch: called after every batch, and in between where one takes long; may
+          archive: where an evaluation that can resume after a kill, as AutoAttack's,
+            stores its progress; others start over and write nothing there.
+          on_batch: called after every batch, and during one that takes long; may
             raise, and so end the evaluation.
 
         Returns:
@@ -144,7 +144,7 @@ class Evaluator(Protocol):
 def make_evaluator(
     model: nn.Module, attacks: Mapping[str, Attack], *, batch_size: int
 ) -> Evaluator:
-    """Builds the evaluator of attacks that run to their end, in one pass over the data.
+    """Builds the evaluator that runs every attack to its end, in one pass over a split.
 
     Args:
       model: `apply(variables, images, train=False)` gives logits.
@@ -193,11 +193,11 @@ def make_evaluator(
 def make_natural(
     model: nn.Module, *, batch_size: int
 ) -> Callable[[PyTree, Split, Array, OnBatch], np.ndarray]:
-    """Builds the evaluator with which others begin, of the images as they are.
+    """Builds the evaluator of natural images, with which the others begin.
 
     Returns:
-      `is_right(variables, split, key, on_batch) -> bool [N]`; `on_batch` is told that
-      nothing is done yet.
+      `is_right(variables, split, key, on_batch) -> bool [N]`, which reports to
+      `on_batch` that nothing is done yet.
     """
     evaluate = make_evaluator(model, {"natural": identity}, batch_size=batch_size)
 
@@ -230,7 +230,7 @@ def conclude(
 
 
 def check_finite(non_finite: int, num_examples: int) -> None:
-    """Refuses a network whose logits of the images as they are are not all finite."""
+    """Refuses a network whose logits of natural images are not all finite."""
     check(
         non_finite == 0,
         "a network with finite logits",

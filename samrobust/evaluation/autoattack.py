@@ -1,6 +1,6 @@
-"""The evaluation by AutoAttack: only what still stands goes on to the next part.
+"""The evaluation by AutoAttack: only unbroken examples go on to the next part.
 
-The outcome is written to a file as it grows: a killed evaluation goes on where it was.
+The outcome is written to a file as it grows: a killed evaluation resumes where it was.
 """
 
 import functools
@@ -39,18 +39,18 @@ def make_autoattack_evaluator(
     Args:
       model: as there.
       attacks: by the names of the columns; `natural` is added in front.
-      batch_size: as there; batches are of three sizes, so that each part compiles at
-        most thrice.
+      batch_size: as there; batches have three sizes, so that each part compiles at
+        most three times.
 
     Returns:
-      The evaluator. With an archive the outcome is kept there, and a call with the same
-      network, split, attacks and key goes on where the last one ended.
+      The evaluator. With an archive the outcome is stored there, and a call with the
+      same network, split, attacks and key resumes where the last one ended.
 
-      **Guarantees.** An example counts as right if it is classified rightly and no
+      **Guarantees.** An example counts as right if it is classified correctly and no
       member breaks it. Its random numbers depend on the key, the column, the stage and
       its position in the split alone: neither batches, devices nor a stop change the
       outcome, up to rounding. A file that is damaged, or of anything else, is moved
-      aside with a warning and counts for nothing.
+      aside with a warning and ignored.
 
     Raises:
       ValueError: if batch_size < 1.
@@ -110,7 +110,7 @@ def make_autoattack_evaluator(
     return evaluate
 
 
-class _Part(NamedTuple):
+class _MemberPart(NamedTuple):
     """A part of a member, which is a stage of its column."""
 
     member: Member
@@ -118,12 +118,12 @@ class _Part(NamedTuple):
     name: str
 
 
-def _parts(attack: AutoAttack, num_classes: int) -> Iterator[_Part]:
+def _parts(attack: AutoAttack, num_classes: int) -> Iterator[_MemberPart]:
     for member in attack.members:
         num_parts = member.num_parts(num_classes)
         for number in range(num_parts):
             which = f" {number + 1}/{num_parts}" if num_parts > 1 else ""
-            yield _Part(member, number, member.name + which)
+            yield _MemberPart(member, number, member.name + which)
 
 
 def _num_classes(model: nn.Module, variables: PyTree, split: Split) -> int:
@@ -155,12 +155,12 @@ def _attack(member: Member) -> Callable[..., tuple[Array, bool]]:
 
 def _stages(
     programs: Mapping[tuple[str, str], Callable[..., Any]],
-    parts: Mapping[str, Sequence[_Part]],
+    parts: Mapping[str, Sequence[_MemberPart]],
     data: tuple[Any, ...],
 ) -> dict[str, list[Stage]]:
     """Returns the parts as stages on the network and the split in `data`."""
 
-    def stage(column: str, number: int, part: _Part) -> Stage:
+    def stage(column: str, number: int, part: _MemberPart) -> Stage:
         program = programs[column, part.member.name]
         numbers = np.int32(number), np.int32(part.number)
 

@@ -1,9 +1,9 @@
-"""The file of adversarial images, beside that of an outcome.
+"""The file of adversarial images, next to the file of fates.
 
-`NAME-examples.npy`, float32 [columns, N, ...]: the images that a column's attacks broke
-as they broke them, all others as they are. It is written in place, so the outcome's
-file holds a checksum of each broken image: what a kill left behind is made again, and
-what was cut or changed since is noticed.
+`NAME-examples.npy`, float32 [columns, N, ...]: the adversarial image of each example
+that a column broke, the natural image of all others. It is written in place, so the
+file of fates holds a checksum of each broken image: images that a kill left half
+written are made again, and later damage is noticed.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ __all__ = ["ExamplesFile"]
 
 
 class ExamplesFile:
-    """Adversarial images of a split, of which each column has one an example.
+    """Adversarial images of a split, one per column and example.
 
     Args:
       path: of the file.
@@ -32,7 +32,7 @@ class ExamplesFile:
         self.sums = np.zeros(self._shape[:2], np.uint32)
 
     def create(self) -> None:
-        """Writes the images as they are."""
+        """Writes the natural images."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         header = {"descr": "<f4", "fortran_order": False, "shape": self._shape}
         with self.path.open("wb") as file:
@@ -43,14 +43,14 @@ class ExamplesFile:
         self._array = np.lib.format.open_memmap(self.path, mode="r+")
 
     def reopen(self, broken: np.ndarray, sums: np.ndarray) -> str:
-        """Goes on with the file, unless it is not the one that an outcome knows.
+        """Opens the existing file, unless it differs from what the fates say.
 
         Args:
-          broken: bool [columns, N], which images the outcome says are broken.
+          broken: bool [columns, N], which images the fates say are broken.
           sums: uint32 [columns, N], their checksums.
 
         Returns:
-          What is wrong with the file; empty if nothing is.
+          The problem with the file; empty if there is none.
         """
         try:
             # Not "r+" before its size is known: that would fill it up with zeros.
@@ -75,14 +75,14 @@ class ExamplesFile:
         return ""
 
     def put(self, column: int, indices: np.ndarray, images: np.ndarray | Array) -> None:
-        """Keeps broken images."""
+        """Stores broken images."""
         assert self._array is not None
         for index, image in zip(indices, np.asarray(images, np.float32), strict=True):
             self._array[column, index] = image
             self.sums[column, index] = _checksum(image)
 
     def flush(self) -> None:
-        """Hands what was put to the disk."""
+        """Flushes stored images to the disk."""
         if isinstance(self._array, np.memmap):
             self._array.flush()
 

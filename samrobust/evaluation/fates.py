@@ -1,8 +1,8 @@
-"""Which stage of which attack broke which example, and the file that keeps it.
+"""Fates: which stage of which attack broke which example, and the file of them.
 
-The file is replaced whole every few seconds while the attack goes on: a killed
-evaluation starts again where the file says. A file that is damaged, or that is of
-something else, is moved aside, and its evaluation starts anew.
+The file is replaced whole every few seconds during the attack: a killed evaluation
+resumes where the file says. A file that is damaged, or of anything else, is moved
+aside, and its evaluation starts over.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from flax import linen as nn
 from samrobust.attacks import ATTACKS_VERSION
 from samrobust.data import Split, fingerprint
 from samrobust.evaluation.examples import ExamplesFile
-from samrobust.system.distributed import from_primary, is_primary
+from samrobust.system.distributed import broadcast_from_primary, is_primary
 from samrobust.system.files import set_aside, write_bytes
 from samrobust.system.provenance import random_bits
 from samrobust.types import Array, PyTree
@@ -38,9 +38,9 @@ _NAMES = ("broken_at", "non_finite")  # of the arrays
 
 
 class Place(NamedTuple):
-    """The next thing to do: a column, one of its stages, one of the split's examples.
+    """The next work item: a column, one of its stages, one of the split's examples.
 
-    Whoever stands before that example has been through the stage.
+    All examples before that one are through with the stage.
     """
 
     column: int = 0
@@ -58,10 +58,10 @@ class Fates:
       broken_at: int16 [columns, N] in the order of the split: the stage that broke an
         example, `STANDING` (-1) where none did, `MISCLASSIFIED` (-2) where it was not
         right as it was.
-      non_finite: bool [columns, N]: it broke by a logit that is not finite.
+      non_finite: bool [columns, N]: broken by a logit that is not finite.
       place: how far the attack has come.
-      provenance: of whoever had a part in it, in order.
-      path: of the file that it is kept in, if it is.
+      provenance: of all processes that contributed, in order.
+      path: of the file, if they are stored.
     """
 
     stages: Mapping[str, Sequence[str]]
@@ -73,7 +73,7 @@ class Fates:
 
     @classmethod
     def fresh(cls, stages: Mapping[str, Sequence[str]], num_examples: int) -> "Fates":
-        """Returns the fates before anything was done: all stand."""
+        """Returns the fates before any attack: all examples stand."""
         shape = len(stages), num_examples
         return cls(stages, np.full(shape, STANDING, np.int16), np.zeros(shape, bool))
 
@@ -83,7 +83,7 @@ class Fates:
         return self.place.column >= len(self.stages)
 
     def is_possible(self) -> bool:
-        """Says whether an evaluation can have come to these values."""
+        """Says whether an evaluation can produce these values."""
         nums = np.array([len(stages) for stages in self.stages.values()])
         columns = np.arange(len(nums))
         begun = np.where(columns == self.place.column, self.place.stage + 1, 0)
@@ -100,7 +100,7 @@ class Fates:
         )
 
     def correct(self) -> dict[str, np.ndarray]:
-        """Returns who stands, bool [N] by column, `natural` first."""
+        """Returns which examples stand, bool [N] by column, `natural` first."""
         natural = self.broken_at[0] != MISCLASSIFIED
         columns = zip(self.stages, self.broken_at == STANDING, strict=True)
         return {"natural": natural, **dict(columns)}
@@ -127,9 +127,9 @@ class Fates:
     def summary(self) -> dict[str, Any]:
         """Returns what to report, in JSON's types.
 
-        That is the accuracy after each member, by column; of fates that are kept also
-        their file, relative to the folder above its own, and the provenance of the
-        process that began them.
+        That is the accuracy after each member, by column; of stored fates also their
+        file, relative to the folder above its own, and the provenance of the process
+        that began them.
         """
         path, begun_by = self.path, self.provenance[:1]
         return {
@@ -140,14 +140,14 @@ class Fates:
 
 
 class FatesFile:
-    """The file of fates, and of the adversarial images if they are kept.
+    """The file of fates, and of the adversarial images if they are stored.
 
-    Of several processes 0 alone touches it.
+    Only process 0 touches it.
 
     Args:
-      folder: receives `NAME.npz`, with NAME made of `identity`; None keeps nothing.
-      identity: all that the fates depend on, as `identify` gives it. Another identity
-        has another file.
+      folder: receives `NAME.npz`, with NAME a hash of `identity`; None stores nothing.
+      identity: all that the fates depend on, from `identify`. Another identity has
+        another file.
     """
 
     def __init__(self, folder: pathlib.Path | None, identity: dict[str, Any]):
@@ -160,14 +160,14 @@ class FatesFile:
     def open(self, fresh: Fates, images: np.ndarray | None = None) -> Fates:
         """Returns the stored fates, or `fresh` if there are none that can be trusted.
 
-        A file that cannot be is moved aside, with a warning.
+        A file that cannot be trusted is moved aside, with a warning.
 
         Args:
-          fresh: the fates before anything was done.
-          images: uint8 [N, ...], of the split: adversarial ones are kept beside the
-            file. None: are not.
+          fresh: the fates before any attack.
+          images: uint8 [N, ...], of the split, to store the adversarial images next to
+            the file; None: they are not stored.
         """
-        stored = from_primary(lambda: self._open(fresh, images))
+        stored = broadcast_from_primary(lambda: self._open(fresh, images))
         return dataclasses.replace(stored or fresh, path=self.path)
 
     def _open(self, fresh: Fates, images: np.ndarray | None) -> Fates | None:
@@ -184,14 +184,14 @@ class FatesFile:
             self._set_aside(self.path, str(error))
         if self._examples is not None:
             self._examples.create()
-        self.write(fresh, now=True)  # what cannot be written is found out at once
+        self.write(fresh, now=True)  # a folder that cannot be written fails at once
         return None
 
     def _read(self, path: pathlib.Path, fresh: Fates) -> Fates:
-        """Returns what is stored.
+        """Returns the stored fates.
 
         Raises:
-          _UnfitError: if it is not whole, of something else, or makes no sense.
+          _UnfitError: if they are incomplete, of anything else, or impossible.
         """
         try:
             content = path.read_bytes()
@@ -233,14 +233,14 @@ class FatesFile:
         both = path, self._examples_path(path)
         moved = " and ".join(set_aside(p).name for p in both if p.exists())
         warnings.warn(
-            f"{problem}. AutoAttack starts anew; what was there is kept as {moved}.",
+            f"{problem}. AutoAttack starts over; what was there is kept as {moved}.",
             stacklevel=2,
         )
 
     def put_examples(
         self, column: int, indices: np.ndarray, images: Array, broken: np.ndarray
     ) -> None:
-        """Keeps the adversarial images that broke examples, if `open` was told to.
+        """Stores the adversarial images that broke examples, if `open` got images.
 
         Args:
           column: of the attack.
@@ -253,7 +253,7 @@ class FatesFile:
             self._examples.put(column, indices[broken], found)
 
     def write(self, fates: Fates, *, now: bool) -> None:
-        """Replaces the file, unless it was written a moment ago and need not be now."""
+        """Replaces the file, if `now` or a few seconds after the last time."""
         is_time = time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES
         if self.path is None or not is_primary() or not (now or is_time):
             return
@@ -277,16 +277,16 @@ class FatesFile:
 
 
 class _UnfitError(Exception):
-    """The reason why a file cannot be gone on with, and which file."""
+    """The reason why an evaluation cannot resume from a file, and which file."""
 
 
 def identify(
     model: nn.Module, variables: PyTree, split: Split, key: Array, **settings: Any
 ) -> dict[str, Any]:
-    """Returns all that fates depend on but rounding, in JSON's types.
+    """Returns all that fates depend on, except rounding, in JSON's types.
 
     Args:
-      model: its fields count: another normalisation is another network.
+      model: its fields count: another normalization is another network.
       variables: of the model.
       split: the images.
       key: of the random numbers.

@@ -1,8 +1,8 @@
 """A function of a batch, over a whole split: every example exactly once.
 
 The batch is split over the devices, the outcome is on every process, and an incomplete
-last batch is padded, so that the function compiles once. What is measured is left to
-the function; `samrobust.evaluation.accuracy` measures accuracy.
+last batch is padded, so that the function compiles once. The function decides what is
+measured; `samrobust.evaluation.accuracy` measures accuracy.
 
 Every random number of an evaluation is a function of the key and of the example's
 position in the split: never of the batch, its padding or the number of devices.
@@ -53,15 +53,15 @@ _POLLS = (1e-4, 2e-2)  # the first and the longest pause in waiting, seconds
 
 
 class OnBatch(Protocol):
-    """A listener, told after every batch, and in between where one takes long.
+    """A listener, called after every batch, and during one that takes long.
 
     It may raise, and so end the work.
     """
 
     def __call__(self, done: int, num_examples: int, doing: str = "", /) -> None:
-        """Hears how many examples are done, or that share of the work.
+        """Receives how many examples are done, or that share of the work.
 
-        `doing` may say what is being done.
+        `doing` may name the current work.
         """
         ...
 
@@ -90,7 +90,7 @@ def make_measure(batch_fn: BatchFn, *, batch_size: int) -> Measure:
     Returns:
       `measure(variables, split, key, *, on_batch=None) -> {name: values}` with NumPy
       arrays [N, ...] in the order of the split. `on_batch(done, num_examples)` is
-      called after every batch, and in between where a batch takes long. The function
+      called after every batch, and during one that takes long. The function
       compiles once for splits of one size and may be called for many networks.
 
       **Guarantees.** The key of an example depends on `key` and its position in the
@@ -153,13 +153,13 @@ def examples_of(images: Array, labels: Array, indices: Array, key: Array) -> Exa
 
 
 def of_name(keys: Array, name: str) -> Array:
-    """Returns the keys [B] of what goes by a name, out of those of the examples."""
+    """Returns keys [B] for what has this name, from those of the examples."""
     number = np.uint32(zlib.crc32(name.encode()))
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
 def is_correct(logits: Array, labels: Array) -> Array:
-    """Says who is classified rightly, bool [B]; without a decision nobody.
+    """Says which examples are classified correctly, bool [B]; NaN counts as wrong.
 
     >>> logits = jnp.array([[2.0, 1.0], [jnp.nan, 0.0]])
     >>> is_correct(logits, jnp.array([0, 0])).tolist()
@@ -174,15 +174,15 @@ def is_finite(logits: Array) -> Array:
 
 
 def fetch(values: PyTree, tell: Callable[..., None], *progress: Any) -> PyTree:
-    """Brings arrays to the host; meanwhile the caller can be told, and may raise.
+    """Brings arrays to the host; meanwhile calls the caller back, who may raise.
 
     Waits in Python, so that signals are handled while the device computes.
 
     Args:
       values: arrays, maybe not computed yet.
-      tell: called as `tell(*progress)` about twice a second as long as they are not;
-        not in several processes, which must be told equally often.
-      *progress: what is told.
+      tell: called as `tell(*progress)` about twice a second until they are; not in
+        several processes, where the numbers of calls would differ.
+      *progress: its arguments.
     """
     leaves, told, pause = jax.tree.leaves(values), time.monotonic(), _POLLS[0]
     while jax.process_count() == 1 and not all(leaf.is_ready() for leaf in leaves):
@@ -198,7 +198,7 @@ def jit_for_all(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a function whose outcome every process can read.
 
     Products of float32 are taken in float32, where GPUs and TPUs by default round their
-    factors to 10 or 7 bits: a network is judged in the precision that it has.
+    factors to 10 or 7 bits: a network is judged in its own precision.
     """
 
     @functools.wraps(function)
@@ -214,7 +214,7 @@ def jit_for_all(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def classifier(model: nn.Module, variables: PyTree) -> LogitsFn:
-    """Returns a network as it is judged: in inference mode, in its own precision."""
+    """Returns a network's `logits_fn`: in inference mode, in its own precision."""
 
     def logits_fn(images: Array) -> Array:
         return cast(Array, model.apply(variables, images, train=False))

@@ -1,8 +1,8 @@
-"""The loop over attacks that come in stages: only what still stands goes on.
+"""The loop over attacks in stages: only unbroken examples go on to the next stage.
 
 After each stage the survivors of the whole split are packed into full batches again, of
-few sizes, so that nothing recompiles. On a network that breaks easily most of the
-attack falls away.
+few sizes, so that nothing recompiles. On a network that breaks easily, most of the
+attack is skipped.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,10 +29,10 @@ __all__ = ["Attacked", "Stage", "compile_attack", "survivors"]
 
 
 class Stage(NamedTuple):
-    """A stretch of an attack, after which broken examples are left behind.
+    """A stretch of an attack, after which broken examples are dropped.
 
     Attributes:
-      name: what whoever watches is told.
+      name: for progress displays.
       cost: on one example, in forward passes, at most.
       run: `run(indices) -> (images, broken, finite)`, each [B, ...] on the devices, of
         the examples at these positions of the split, int32 [B]: the attacked images,
@@ -69,7 +69,7 @@ def compile_attack(
       model: the network.
       column: of the attack; its name is folded into the keys.
       attack: `attack(logits_fn, images, labels, keys, *rest) -> (images, broken)`, with
-        what it knows to be broken beside those that the last look finds.
+        the examples that it broke on the way, even if their final images are right.
 
     Returns:
       `program(variables, images, labels, key, indices, *rest)`: see `Stage.run`.
@@ -101,21 +101,21 @@ def survivors(
     sizes: Sequence[int],
     on_batch: OnBatch,
 ) -> Iterator[Attacked]:
-    """Runs what is left of all attacks, stage by stage, on what stands.
+    """Runs the rest of all attacks, stage by stage, on the unbroken examples.
 
     Args:
       columns: the stages of each attack, by the names of the columns.
-      fates: of the examples; what it says is done is not done again. It grows, and
-        includes a batch when that is yielded.
+      fates: of the examples; work that is done is not repeated. Updated in place, with
+        each batch before it is yielded.
       sizes: of batches, falling; the devices divide each of them.
-      on_batch: told after every batch, and while one takes long, which share of the
-        expected work is done.
+      on_batch: called after every batch, and during one that takes long, with the share
+        of the expected work that is done.
 
     Yields:
       Every batch after its stage. **Guarantees.** An example goes through the stages of
       a column in order until it is broken, through each once.
     """
-    progress = _Progress(columns, fates, on_batch)
+    progress = _WorkShare(columns, fates, on_batch)
     names = list(columns)
     while not fates.is_whole:
         column, stages = fates.place.column, columns[names[fates.place.column]]
@@ -126,9 +126,9 @@ def survivors(
 
 
 def _pass(
-    stage: Stage, fates: Fates, sizes: Sequence[int], progress: "_Progress"
+    stage: Stage, fates: Fates, sizes: Sequence[int], progress: "_WorkShare"
 ) -> Iterator[Attacked]:
-    """Leads those that stand through the stage at `fates.place`."""
+    """Runs the stage at `fates.place` on the unbroken examples."""
     place, row = fates.place, fates.broken_at[fates.place.column]
     alive = np.flatnonzero(row == STANDING)
     alive = alive[alive >= place.example]
@@ -148,8 +148,8 @@ def _pass(
         progress.tell(place, left)
 
 
-class _Progress:
-    """The share of the expected work that is done, if as many go on standing."""
+class _WorkShare:
+    """The share of the expected work that is done, if no more examples break."""
 
     def __init__(
         self, columns: Mapping[str, Sequence[Stage]], fates: Fates, on_batch: OnBatch

@@ -15,7 +15,7 @@ from samrobust import attacks
 from samrobust.attacks.losses import LOSSES
 from samrobust.checks import check
 from samrobust.data import Dataset, DatasetFacts, dataset_facts, load_dataset
-from samrobust.experiments import entries, methods, rows
+from samrobust.experiments import entries, methods
 from samrobust.experiments.components import make_model, make_optimizer
 from samrobust.system.distributed import data_mesh
 from samrobust.training import Method, make_train_step
@@ -69,13 +69,11 @@ def make_plan(config: Config, num_examples: int) -> EpochPlan:
     field, size = methods.group_field(config)
     groups = {field: size, "model.batch_norm_group": config.model.batch_norm_group}
     for field, size in groups.items():
-        check(
-            size in (0, training.batch_size) or plan.remainder % size == 0,
-            f"the last batch of an epoch, {plan.remainder} of {num_examples} examples, "
-            f"divisible by {field}",
-            "Set training.drop_remainder, or choose a size that divides it.",
-            **{field: size},
-        )
+        count = f"{plan.remainder} of {num_examples} examples"
+        wanted = f"the last batch of an epoch, {count}, divisible by {field}"
+        fix = "Set training.drop_remainder, or choose a size that divides it."
+        holds = size in (0, training.batch_size) or plan.remainder % size == 0
+        check(holds, wanted, fix, **{field: size})
     return plan
 
 
@@ -94,7 +92,7 @@ def make_method(
     images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, images)
-    composition = methods.build(
+    parts = methods.build(
         config,
         entries.Given(
             aux=variables.get("batch_stats", {}),
@@ -107,22 +105,11 @@ def make_method(
         ),
     )
     tx = optax.chain(
-        composition.sharpness or optax.identity(),
+        parts.pop("sharpness", optax.identity()),
         *make_optimizer(config, learning_rate_schedule(config, steps_per_epoch)),
     )
-    parts = {
-        "adversary": composition.adversary,
-        "objective": composition.objective,
-        "averaging": composition.averaging,
-    }
-    return make_train_step(
-        model,
-        tx,
-        **{name: part for name, part in parts.items() if part is not None},
-        batch_stats=composition.batch_stats,
-        group_size=composition.group_size,
-        mesh=data_mesh(),
-    )
+    size = methods.group_size(config)
+    return make_train_step(model, tx, **parts, group_size=size, mesh=data_mesh())
 
 
 def evaluation_attacks(config: Config) -> dict[str, Attack]:
@@ -143,11 +130,9 @@ def staged_attacks(config: Config) -> dict[str, attacks.StagedPgd]:
 
 def autoattacks(config: Config) -> dict[str, attacks.AutoAttack]:
     """Returns AutoAttack for every column; it has its own `gradient_floor`."""
-    evaluation = config.evaluation
+    version, members = config.evaluation.version, tuple(config.evaluation.members)
     return {
-        name: attacks.autoattack(
-            ball, version=evaluation.version, members=tuple(evaluation.members)
-        )
+        name: attacks.autoattack(ball, version=version, members=members)
         for name, (ball, _) in _evaluation_columns(config).items()
     }
 
@@ -155,26 +140,22 @@ def autoattacks(config: Config) -> dict[str, attacks.AutoAttack]:
 def _evaluation_columns(config: Config) -> dict[str, tuple[attacks.Ball, dict]]:
     """Returns ball and options of every column under attack, by its name, in order."""
     evaluation = config.evaluation
-    return {
-        f"{norm} {radius:g}/255": _pgd_options(
-            evaluation, norm, radius, radius * evaluation[relative]
-        )
-        for norm, relative in (("linf", "linf_step"), ("l2", "l2_step"))
-        for radius in evaluation[norm]
-    }
+    columns = {}
+    for norm in ("linf", "l2"):
+        for radius in evaluation[norm]:
+            step_size = radius * evaluation[f"{norm}_step"]
+            options = _pgd_options(evaluation, norm, radius, step_size)
+            columns[f"{norm} {radius:g}/255"] = options
+    return columns
 
 
 def _pgd_options(
     section: Any, norm: str, epsilon: float, step_size: float
 ) -> tuple[attacks.Ball, dict[str, Any]]:
     """Returns PGD's arguments, of a radius and a step size in 1/255."""
-    return make_ball(norm, epsilon, section["gradient_floor"]), {
-        "step_size": step_size / 255,
-        "num_steps": section["num_steps"],
-        "random_start": section["random_start"],
-        "restarts": section["restarts"],
-        "loss": LOSSES[section["loss"]],
-    }
+    options = {n: section[n] for n in ("num_steps", "random_start", "restarts")}
+    options |= {"step_size": step_size / 255, "loss": LOSSES[section["loss"]]}
+    return make_ball(norm, epsilon, section["gradient_floor"]), options
 
 
 def validation_attacks(config: Config) -> dict[str, Attack]:
@@ -184,13 +165,12 @@ def validation_attacks(config: Config) -> dict[str, Attack]:
     size and number of steps.
     """
     columns: dict[str, Attack] = {"natural": attacks.identity}
-    for part in rows.parse_row(config.row).parts:
+    for part in methods.parts_of(config):
         values = methods.values_of(config, part.name)
         if {"norm", "epsilon", "step_size", "num_steps"} <= values.keys():
-            own = {"random_start": True, "restarts": 1, "loss": "cross_entropy"}
-            ball, options = _pgd_options(
-                own | values, values["norm"], values["epsilon"], values["step_size"]
-            )
+            usual = {"random_start": True, "restarts": 1, "loss": "cross_entropy"}
+            given = (values[name] for name in ("norm", "epsilon", "step_size"))
+            ball, options = _pgd_options(usual | values, *given)
             judge = values.get("judge", "final")
             columns["robust"] = attacks.pgd(ball, judge=judge, **options)
     return columns

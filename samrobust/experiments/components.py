@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from samrobust.checks import check
 from samrobust.data import Dataset, DatasetFacts
-from samrobust.experiments.entries import field_of_default, own_parameters, renamed
+from samrobust.experiments.entries import fields_of_parameters, renamed
 from samrobust.models import MODELS
 from samrobust.system.resolve import is_reference, resolve
 from samrobust.types import Config, Field
@@ -33,22 +33,18 @@ __all__ = [
 # Given to a network's constructor where it has such a parameter.
 _OF_THE_DATA = ("num_classes", "mean", "std")
 _COMMON = ("dtype", "batch_norm_group")
+_MODEL, _OPTIMIZER = "model.name", "training.optimizer"
 _NO_FIELDS = (*_OF_THE_DATA, *_COMMON, "parent", "name")  # the last two are Flax's
 
 
 @functools.cache
-def _find(name: str, what: str) -> Callable[..., Any]:
-    registry: Mapping[str, Callable[..., Any]]
-    registry = MODELS if what == "model" else OPTIMIZERS
-    field = {"model": "model.name", "optimizer": "training.optimizer"}[what]
-    known = ", ".join(registry)
-    check(
-        name in registry or is_reference(name),
-        f"{field} in {{{known}}} or package.module:name",
-        **{field: name},
-    )
-    found = registry[name] if name in registry else resolve(name, f"the {what}")
-    check(callable(found), f"the {what}'s constructor", **{field: name})
+def _find(name: str, field: str) -> Callable[..., Any]:
+    kinds = {_MODEL: ("the model", MODELS), _OPTIMIZER: ("the optimizer", OPTIMIZERS)}
+    what, registry = kinds[field]
+    wanted = f"{field} in {{{', '.join(registry)}}} or package.module:name"
+    check(name in registry or is_reference(name), wanted, **{field: name})
+    found = registry[name] if name in registry else resolve(name, what)
+    check(callable(found), f"{what}'s constructor", **{field: name})
     return found
 
 
@@ -59,16 +55,13 @@ def model_fields(name: str) -> Mapping[str, Field]:
     Raises:
       ValueError: if there is no such network.
     """
-    make = _find(name, "model")
-    return {
-        key: field_of_default(parameter.default, parameter.annotation)
-        for key, parameter in own_parameters(make, _NO_FIELDS).items()
-    }
+    make = _find(name, _MODEL)
+    return fields_of_parameters(make, _NO_FIELDS)
 
 
 def takes(name: str, parameter: str) -> bool:
     """Returns whether a network's constructor has a parameter, such as `mean`."""
-    return parameter in inspect.signature(_find(name, "model")).parameters
+    return parameter in inspect.signature(_find(name, _MODEL)).parameters
 
 
 def make_model(config: Config, dataset: Dataset | DatasetFacts) -> nn.Module:
@@ -81,14 +74,12 @@ def make_model(config: Config, dataset: Dataset | DatasetFacts) -> nn.Module:
         field that the network has no parameter for.
     """
     section, name = config.model, config.model.name
-    make = _find(name, "model")
+    make = _find(name, _MODEL)
     offs = {"mean": None, "std": None, "dtype": "float32", "batch_norm_group": 0}
     for field, off in offs.items():
-        check(
-            takes(name, field) or section[field] == off,
-            f"no model.{field} with the network {name}",
-            **{f"model.{field}": section[field]},
-        )
+        holds = takes(name, field) or section[field] == off
+        wanted = f"no model.{field} with the network {name}"
+        check(holds, wanted, **{f"model.{field}": section[field]})
     group = section.batch_norm_group
     given = {
         "num_classes": dataset.num_classes,
@@ -98,7 +89,8 @@ def make_model(config: Config, dataset: Dataset | DatasetFacts) -> nn.Module:
         # A group that is the batch: 0, for an incomplete last one too.
         "batch_norm_group": 0 if group == config.training.batch_size else group,
     }
-    fields = {key: _as_tuple(section[key]) for key in model_fields(name)}
+    fields = {key: section[key] for key in model_fields(name)}
+    fields |= {key: tuple(x) for key, x in fields.items() if isinstance(x, list)}
     names = {key: f"model.{key}" for key in (*fields, *_OF_THE_DATA, *_COMMON)}
     with renamed(names, name):
         made = make(**fields, **{k: v for k, v in given.items() if takes(name, k)})
@@ -116,10 +108,6 @@ def check_model(config: Config) -> None:
     facts = DatasetFacts(10, (32, 32, 3), (0.0,), (1.0,), 1, 1)
     make_model(config, facts)
     make_optimizer(config, optax.constant_schedule(0.1))
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _sgd(
@@ -154,18 +142,15 @@ def make_optimizer(
       ValueError: if there is none of the name, or it builds something else.
     """
     training = config.training
-    make = _find(training.optimizer, "optimizer")
+    make = _find(training.optimizer, _OPTIMIZER)
     parameters = inspect.signature(make).parameters
     given = {"momentum": training.momentum, "weight_decay": training.weight_decay}
     names = {key: f"training.{key}" for key in given}
     with renamed(names, training.optimizer):
         made = make(learning_rate, **{k: given[k] for k in given if k in parameters})
-    is_chain = type(made) in (tuple, list)
-    links = tuple(made) if is_chain else (made,)
+    links = tuple(made) if type(made) in (tuple, list) else (made,)
     for link in links:
-        check(
-            isinstance(link, optax.GradientTransformation),
-            f"training.optimizer={training.optimizer} to build an optax transformation",
-            built=type(link).__name__,
-        )
+        holds = isinstance(link, optax.GradientTransformation)
+        wanted = f"{_OPTIMIZER}={training.optimizer} to build an optax transformation"
+        check(holds, wanted, built=type(link).__name__)
     return links

@@ -13,7 +13,6 @@ import difflib
 import json
 import os
 import pathlib
-import traceback
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import util
@@ -27,9 +26,11 @@ from samrobust.experiments import entries, methods, rows
 from samrobust.experiments.components import model_fields
 from samrobust.experiments.rows import parse_row
 from samrobust.experiments.validation import fields_of, validate
+from samrobust.system.resolve import failure_of
 from samrobust.types import Config, Field
 
 __all__ = [
+    "as_dict",
     "base_config",
     "differences",
     "find_config_file",
@@ -54,9 +55,7 @@ def finish(config: Config, row: str) -> Config:
     config.label = parsed.label
     _complete(config)
     for part in parsed.parts:
-        section = config[entries.section_of(part.name)]
-        for option, field in entries.options(part.name).items():
-            section[field] = part.values[option]
+        config.update_from_flattened_dict(part.fields)
     for section in methods.sections(row):
         _link_steps(config[section])
     return config.lock()
@@ -76,12 +75,8 @@ def _check_sections(row: rows.Row) -> None:
         if part.name not in entries.REGISTRY:
             section = entries.section_of(part.name)
             fix = f"Call it otherwise: its fields are those of config.{section}."
-            check(
-                section not in taken,
-                f"another name than {section}",
-                fix,
-                part=part.name,
-            )
+            wanted = f"another name than {section}"
+            check(section not in taken, wanted, fix, part=part.name)
             taken.add(section)
 
 
@@ -97,10 +92,9 @@ def _add_fields(config: Config, section: str, fields: Mapping[str, Field]) -> No
                 holder[folder] = ConfigDict()
             holder = holder[folder]
         if last not in holder:
-            empty = field.default is None and field.kind is not None
-            holder[last] = (
-                config_dict.placeholder(field.kind) if empty else field.default
-            )
+            holder[last] = field.default
+            if field.default is None and field.kind is not None:
+                holder[last] = config_dict.placeholder(field.kind)
 
 
 def _link_steps(section: Config) -> None:
@@ -122,7 +116,7 @@ def base_config() -> Config:
 
 
 def _shipped() -> list[pathlib.Path]:
-    """Where the package's own config files lie, in a checkout and in a wheel."""
+    """Returns where the package's own config files lie, in a checkout or a wheel."""
     package = pathlib.Path(__file__).resolve().parents[1]
     return [package.parent / "configs", package / "_configs"]
 
@@ -132,7 +126,7 @@ def with_defaults(stored: dict) -> Config:
 
     A run of an older version lacks the newest fields, and may have an older row's name.
     """
-    defaults = json.loads(base_config().to_json_best_effort())
+    defaults = as_dict(base_config())
     config: Config = ConfigDict(defaults, type_safe=False)
     config.update(stored)
     config.row = rows.modern_row(config.row)
@@ -140,8 +134,13 @@ def with_defaults(stored: dict) -> Config:
     return config
 
 
+def as_dict(config: Config) -> dict[str, Any]:
+    """Returns a config in JSON's types, as `config.json` holds it."""
+    return json.loads(config.to_json_best_effort())
+
+
 def find_config_file(path: str) -> pathlib.Path:
-    """The config file of this name: as given, or the one shipped with the package.
+    """Returns the config file of this name: as given, or the package's own.
 
     Raises:
       ValueError: if there is none; names the shipped ones.
@@ -158,15 +157,15 @@ def find_config_file(path: str) -> pathlib.Path:
 
 
 def load_rows(path: str) -> list[str]:
-    """The rows of a config file's table, in order: its `ROWS`."""
+    """Returns the rows of a config file's table, in order: its `ROWS`."""
     file = find_config_file(path)
-    rows = getattr(_load_module(file), "ROWS", None)
+    named: Any = getattr(_load_module(file), "ROWS", None)
     check(
-        isinstance(rows, list | tuple) and 0 < len(rows) == len(set(map(str, rows))),
+        isinstance(named, list | tuple) and 0 < len(named) == len(set(map(str, named))),
         f"a list ROWS in {file}, its rows all different",
-        ROWS=rows,
+        ROWS=named,
     )
-    return [parse_row(row).name for row in rows or ()]
+    return [parse_row(row).name for row in named]
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -185,7 +184,6 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     name, colon, row = path.partition(":")
     config = _call_get_config(find_config_file(name), [row] if colon else [])
     _check_overrides(overrides)
-    _check_finished(config)
     config = _choose_model(config, overrides)
     config = _override(config, overrides)
     validate(config)
@@ -195,18 +193,15 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _call_get_config(file: pathlib.Path, row: list[str]) -> Config:
-    """What the file's `get_config` returns, for a row or for its own choice."""
+    """Returns what the file's `get_config` does, for a row or for its own choice."""
     get_config: Any = getattr(_load_module(file), "get_config", None)
-    check(
-        callable(get_config), f"a function get_config(row) in {file}", config=get_config
-    )
+    wanted = f"a function get_config(row) in {file}"
+    check(callable(get_config), wanted, get_config=get_config)
     with _blaming(file):
         config = get_config(*row)
-    check(
-        isinstance(config, ConfigDict),
-        f"get_config of {file} to return finish(config, row)",
-        config=config,
-    )
+    named = config.get("row") if isinstance(config, ConfigDict) else None
+    wanted = f"get_config of {file} to return finish(config, row)"
+    check(bool(named), wanted, returned=type(config).__name__, row=named)
     return config
 
 
@@ -218,14 +213,7 @@ def _blaming(file: pathlib.Path) -> Iterator[None]:
     except ValueError:  # of our own checks
         raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
-        where = f", line {lines[-1]}" if lines else ""
-        message = (
-            f"Expected a config file that can be run, got config='{file}'{where}: "
-            f"{type(error).__name__}: {shorten(str(error))}"
-        )
-        raise ValueError(message) from error
+        raise failure_of(f"the config file {file}", error) from error
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
@@ -235,14 +223,11 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         check(holds, "overrides --config.FIELD=VALUE", fix, override=item)
     fields = {item.partition("=")[0].removeprefix("--config.") for item in overrides}
     for section in methods.sections():
-        both = f"{section}.relative_step_size", f"{section}.step_size"
-        relative = [f for f in fields if f.startswith(f"{both[0]}.")]
-        check(
-            not relative or both[1] not in fields,
-            f"{both[1]} or {both[0]}, not both",
-            f"The one is the other times {section}.epsilon.",
-            overrides=list(overrides),
-        )
+        one, other = f"{section}.step_size", f"{section}.relative_step_size"
+        relative = any(field.startswith(f"{other}.") for field in fields)
+        fix = f"The one is the other times {section}.epsilon."
+        holds = not relative or one not in fields
+        check(holds, f"{one} or {other}, not both", fix, overrides=list(overrides))
 
 
 def _choose_model(config: Config, overrides: Sequence[str]) -> Config:
@@ -266,16 +251,14 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
     values = flags.FlagValues()
     argv = ["samrobust", *overrides]
     try:
-        config_flags.DEFINE_config_dict(
-            "config", config, flag_values=values, sys_argv=argv
-        )
+        options = {"flag_values": values, "sys_argv": argv}
+        config_flags.DEFINE_config_dict("config", config, **options)
         values(argv)
     except Exception as error:  # of several kinds, for values that are no literals
         reason = str(error)
         with contextlib.suppress(ValueError, SyntaxError):  # of a KeyError: quoted
             reason = str(ast.literal_eval(reason))
-        reason = shorten(reason)
-        given = shorten(" ".join(overrides))
+        given, reason = shorten(" ".join(overrides)), shorten(reason)
         message = f"Expected valid fields and values, got {given}: {reason}"
         raise ValueError(message) from error
     return values.config
@@ -291,56 +274,26 @@ def _check_fields(config: Config) -> None:
             check(False, "a field of configs/base.py or of a method", fix, field=field)
 
 
-def _check_finished(config: Config) -> None:
-    """Refuses what `get_config` did not end with `finish`."""
-    check(
-        isinstance(config.get("row"), str) and config.row != "",
-        "a config of a row",
-        "End get_config with `return finish(config, row)`.",
-        row=config.get("row"),
-    )
-
-
 def _check_row(config: Config, wanted: str) -> None:
     """Refuses what would make the row's name and label untrue."""
+    condition = f"a config of the row {wanted!r}"
     fix = "End get_config with `return finish(config, row)`."
-    check(
-        config.row == wanted != "",
-        f"a config of the row {wanted!r}",
-        fix,
-        row=config.row,
-    )
+    check(config.row == wanted, condition, fix, row=config.row)
     row = parse_row(config.row)
     label = config.label.removeprefix("Imported ")  # as `samrobust import` says
-    said: dict[str, tuple[Any, Any]] = {"label": (row.label, label)}
+    fix = "Choose another row instead, as in --config=FILE.py:sam,rho=0.3."
+    said, found = {"label": row.label}, _flatten(config.to_dict()) | {"label": label}
     for part in row.parts:
-        section = entries.section_of(part.name)
-        for option, field in entries.options(part.name).items():
-            value = config[section][field]
-            said[f"{section}.{field}"] = (part.values[option], value)
-    for field, (named, value) in said.items():
-        check(
-            named == value,
-            f"{field}={named} as the row {config.row!r} says",
-            "Choose another row instead, as in --config=FILE.py:sam,rho=0.3.",
-            **{field: value},
-        )
-    for section, name in methods.sections(config.row).items():
-        if name in [part.name for part in row.parts]:
-            continue
-        for field in entries.options(name).values():
-            default = entries.section_fields(name)[field].default
-            value = config[section][field]
-            check(
-                value == default,
-                f"a row with {name} when {section}.{field} is set",
-                f"As in --config=FILE.py:{name},...",
-                **{f"{section}.{field}": value},
-            )
+        said |= part.fields
+    for field, named in said.items():
+        wanted = f"{field}={named} as the row {config.row!r} says"
+        check(named == found[field], wanted, fix, **{field: found[field]})
 
 
 def differences(one: dict, other: dict) -> dict[str, tuple[object, object]]:
-    """The fields in which two configs, as plain dicts, differ, by dotted names.
+    """Returns the fields in which two configs, as plain dicts, differ.
+
+    Both values by dotted names.
 
     >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
     {'a.b': (1, 3)}

@@ -18,13 +18,8 @@ from samrobust.attacks.losses import LOSSES
 from samrobust.checks import check, check_choice
 from samrobust.data import Split
 from samrobust.evaluation import Evaluator, OnBatch, make_evaluator
+from samrobust.experiments.reporting import pictures
 from samrobust.experiments.reporting.names import family
-from samrobust.experiments.reporting.pictures import (
-    family_colors,
-    in_symbols,
-    make_panels,
-    over_seeds,
-)
 from samrobust.training.adversaries.at import make_ball
 from samrobust.types import Array, PyTree
 
@@ -40,7 +35,6 @@ __all__ = [
     "measure_run",
 ]
 
-_NORMS = ("linf", "l2")
 _TEXT = 7.5  # points
 # Methods of one family differ by these, so that the picture can be read in gray.
 _STYLES = ("-", "--", "-.", ":")
@@ -69,13 +63,9 @@ class CurveSettings:
         check(self.num_steps >= 1, "num_steps >= 1", num_steps=self.num_steps)
         check(self.num_examples >= 1, "num_examples >= 1", examples=self.num_examples)
         for norm, radii in self.radii.items():
-            check_choice(_NORMS, norm=norm)
-            check(
-                len(radii) > 0 and bool(np.all(np.diff([0.0, *radii]) > 0)),
-                "rising radii > 0",
-                norm=norm,
-                radii=radii,
-            )
+            check_choice(("linf", "l2"), norm=norm)
+            rising = len(radii) > 0 and bool(np.all(np.diff([0.0, *radii]) > 0))
+            check(rising, "rising radii > 0", norm=norm, radii=radii)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,42 +166,34 @@ def draw_curves(curves: Sequence[Curve], title: str) -> "Figure":
     """Draws accuracy in percent against the radius, with a title above all panels."""
     norms = list(dict.fromkeys(curve.norm for curve in curves))
     size = (1.0 + 3.6 * len(norms), 4.1)
-    figure, panels = make_panels(len(norms), size, title, 45 * len(norms) + 10)
+    figure, panels = pictures.make_panels(len(norms), size, title, 45 * len(norms) + 10)
     looks = _looks(curve.row for curve in curves)
     for panel, norm in zip(panels, norms, strict=True):
         for curve in (c for c in curves if c.norm == norm):
-            look, label = looks[curve.row], in_symbols(curve.label)
+            look, label = looks[curve.row], pictures.in_symbols(curve.label)
             mean, std = np.array(curve.mean), np.array(curve.std)
             panel.plot(curve.radii, mean, **look, label=label)
             band = np.clip([mean - std, mean + std], 0, 100)
             color = look["color"]
             panel.fill_between(curve.radii, *band, color=color, alpha=0.15, linewidth=0)
-        panel.set_title(f"{in_symbols(norm)} attack", fontsize=_TEXT + 1)
+        panel.set_title(f"{pictures.in_symbols(norm)} attack", fontsize=_TEXT + 1)
         panel.set_xlabel("radius ε in 1/255", fontsize=_TEXT)
         panel.set_xlim(left=0)
         panel.set_ylim(-1, 101)
         panel.tick_params(labelsize=_TEXT - 1)
         panel.grid(axis="y", color="#E4E4E4", linewidth=0.6)
     panels[0].set_ylabel("accuracy in %", fontsize=_TEXT)
-    over = over_seeds(curve.seeds for curve in curves)
+    over = pictures.over_seeds(curve.seeds for curve in curves)
     if over != "one seed":
         over = f"mean and band of one standard deviation over {over}"
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=3,
-        fontsize=_TEXT - 0.5,
-        title=over,
-        title_fontsize=_TEXT - 0.5,
-        frameon=False,
-    )
+    pictures.add_legend(figure, panels[0].get_lines(), over, columns=3)
     return figure
 
 
 def _looks(rows: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Returns how the line of every row is drawn."""
     families = {row: family(row) for row in rows}
-    colors, seen = family_colors(families.values()), collections.Counter()
+    colors, seen = pictures.family_colors(families.values()), collections.Counter()
     looks = {}
     for number, (row, own) in enumerate(families.items()):
         looks[row] = {

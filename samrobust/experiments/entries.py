@@ -34,10 +34,9 @@ __all__ = [
     "REGISTRY",
     "Given",
     "added_passes",
-    "field_of_default",
+    "fields_of_parameters",
     "find",
     "options",
-    "own_parameters",
     "renamed",
     "section_fields",
     "section_of",
@@ -52,7 +51,7 @@ _MOST = 3e38  # finite in float32
 
 
 class Given(NamedTuple):
-    """Provided by the training; a constructor gets those that are parameters of it.
+    """Values from the training; a constructor gets those that are parameters of it.
 
     Attributes:
       aux: the structure of BatchNorm's statistics, which leave a second pass.
@@ -85,7 +84,7 @@ def find(name: str) -> Entry:
     return Entry(found)
 
 
-def own_parameters(
+def _own_parameters(
     make: Callable[..., Any], provided: tuple[str, ...]
 ) -> dict[str, inspect.Parameter]:
     """Returns a constructor's parameters that are fields of a config.
@@ -107,7 +106,7 @@ def options(name: str) -> Mapping[str, str]:
     entry = find(name)
     if entry.options is not None:
         return entry.options
-    parameters = own_parameters(entry.make, Given._fields)
+    parameters = _own_parameters(entry.make, Given._fields)
     return {n: n for n, p in parameters.items() if p.default is p.empty}
 
 
@@ -115,17 +114,25 @@ def _is_sharpness(entry: Entry) -> bool:
     return "aux" in inspect.signature(entry.make).parameters
 
 
-def field_of_default(default: Any, annotation: Any = None) -> Field:
+def fields_of_parameters(
+    make: Callable[..., Any], provided: tuple[str, ...]
+) -> dict[str, Field]:
+    """Returns the fields that `_own_parameters` are, by their defaults and types."""
+    return {
+        name: _field_of(parameter.default, parameter.annotation)
+        for name, parameter in _own_parameters(make, provided).items()
+    }
+
+
+def _field_of(default: Any, annotation: Any = None) -> Field:
     """Returns a field by the type of its default: the constructor checks the rest.
 
     One without a default has to be given a value.
     """
-    if default is inspect.Parameter.empty:
+    if default in (None, inspect.Parameter.empty):
         kind = _kind_of(annotation)
-        return Field(None, _rule_of(kind), kind)
-    if default is None:
-        kind = _kind_of(annotation)
-        return Field(None, maybe(_rule_of(kind)), kind)
+        rule = _rule_of(kind)
+        return Field(None, maybe(rule) if default is None else rule, kind)
     return Field(default, _rule_of(type(default)))
 
 
@@ -149,19 +156,15 @@ def _rule_of(kind: type) -> Rule:
 def strength_of(name: str) -> str | None:
     """Returns the field that says how far weights move: the first option, a number."""
     parameters = inspect.signature(find(name).make).parameters
-    named = [parameters[field] for field in options(name).values()]
-    numbers = [p.name for p in named if _kind_of(p.annotation) is float]
-    return next(iter(numbers), None)
+    named = (parameters[field] for field in options(name).values())
+    return next((p.name for p in named if _kind_of(p.annotation) is float), None)
 
 
 @functools.cache
 def section_fields(name: str) -> Mapping[str, Field]:
     """Returns the fields of a part's config section, by dotted names."""
     entry = find(name)
-    fields = {
-        key: field_of_default(parameter.default, parameter.annotation)
-        for key, parameter in own_parameters(entry.make, Given._fields).items()
-    }
+    fields = fields_of_parameters(entry.make, Given._fields)
     if _is_sharpness(entry):
         strength = strength_of(name)
         if strength is not None:
@@ -175,7 +178,7 @@ def section_fields(name: str) -> Mapping[str, Field]:
         # direction of their own; divides `training.batch_size`. 0: the whole batch.
         fields["m"] = Field(0, functools.partial(check_whole, 0))
     own = dict(entry.fields)
-    return own | {key: field for key, field in fields.items() if key not in own}
+    return own | fields | own  # own rules come first, and win
 
 
 def section_of(name: str) -> str:

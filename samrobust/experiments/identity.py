@@ -1,4 +1,4 @@
-"""Whose result is it? What makes a run this run and no other.
+"""Identity of a run: what makes a run this run and no other.
 
 Every checkpoint and result holds the identity of its run and is compared with the run
 that reads it; every number that leaves names its `hash`, beside the step of the network
@@ -18,8 +18,8 @@ from importlib import metadata
 from typing import Any
 
 from samrobust.data import Dataset, fingerprint
-from samrobust.experiments.configuration import differences, with_defaults
-from samrobust.experiments.rows import STANDARD, parse_row
+from samrobust.experiments.configuration import as_dict, differences, with_defaults
+from samrobust.experiments.methods import parts_of
 from samrobust.system.provenance import random_bits
 from samrobust.system.resolve import is_reference, sources
 from samrobust.types import Config
@@ -29,7 +29,6 @@ __all__ = [
     "Identity",
     "changed_fields",
     "identity_of",
-    "imported",
 ]
 
 # To be raised when a config and a seed come to mean other numbers, beyond rounding.
@@ -41,6 +40,7 @@ _MAY_CHANGE = (
     *("checkpoint.", "paper.", "tracking."),
 )
 _PACKAGES = ("samrobust", "jax", "jaxlib", "flax", "optax")
+_IMPORTED = "import "  # begins the `data` of a network from a file
 _LENGTH = 16  # of a hash, in hexadecimal digits
 
 
@@ -52,7 +52,7 @@ class Identity:
       config: of the run, as JSON holds it; with parts, a network or an optimizer of
         somebody's own also `source`, the SHA-256 of their files.
       data: fingerprint of the training and held-out examples; of an imported network
-        `imported` gives it; None where nothing is known.
+        the digest of its file; None where nothing is known.
       format: `FORMAT` when the run began.
       random: what JAX drew from key 0: another generator, chosen by a setting or by
         another version, makes another run.
@@ -85,14 +85,6 @@ class Identity:
             return None
         return cls(**{**stored, "versions": tuple(stored["versions"])})
 
-    def continued_by(self, other: "Identity") -> "Identity":
-        """Returns it with the libraries of a process that goes on with the run."""
-        (versions,) = other.versions
-        new = () if versions == self.versions[-1] else (versions,)
-        return dataclasses.replace(
-            self, data=self.data or other.data, versions=(*self.versions, *new)
-        )
-
     def refuse(self, stored: object, *, draws: bool = True) -> str:
         """Says why what a checkpoint holds of its run is not this run; empty if not.
 
@@ -108,11 +100,17 @@ class Identity:
     def resumed(self, stored: object) -> "Identity":
         """Returns the identity of a run that goes on from a checkpoint of it.
 
+        That of the run as it was begun, with the libraries of this process too.
+
         Args:
           stored: what `as_dict` gave, and `refuse` did not refuse.
         """
         begun = Identity.from_dict(stored)
-        return self if begun is None else begun.continued_by(self)
+        if begun is None:
+            return self
+        new = () if self.versions[0] == begun.versions[-1] else self.versions
+        data, versions = begun.data or self.data, (*begun.versions, *new)
+        return dataclasses.replace(begun, data=data, versions=versions)
 
     def unlike(self, other: "Identity", *, draws: bool = True) -> str:
         """Says in what another run differs: `seed is 1, not 0`; empty if it does not.
@@ -121,9 +119,12 @@ class Identity:
           other: the run that reads what this one left.
           draws: whether it draws further random numbers of the run.
         """
-        changed = changed_fields(self.config, other.config)
-        goes_on = _is_imported(self.data) and not _is_imported(other.data)
-        if None not in (self.data, other.data) and not goes_on:
+        changed, both = (
+            changed_fields(self.config, other.config),
+            (self.data, other.data),
+        )
+        was, is_now = ((data or "").startswith(_IMPORTED) for data in both)
+        if None not in both and not (was and not is_now):
             changed |= differences({"data": self.data}, {"data": other.data})
         changed |= differences({"format": self.format}, {"format": other.format})
         told = [f"{n} is {a!r}, not {b!r}" for n, (a, b) in changed.items()]
@@ -135,30 +136,26 @@ class Identity:
         return "; ".join(told)
 
 
-def imported(digest: str) -> str:
-    """Returns the `data` of a network from a file with this SHA-256."""
-    return f"import {digest}"
-
-
-def _is_imported(data: str | None) -> bool:
-    return data is not None and data.startswith(imported(""))
-
-
-def identity_of(config: Config, dataset: Dataset | None) -> Identity:
+def identity_of(
+    config: Config, dataset: Dataset | None, digest: str | None = None
+) -> Identity:
     """Returns the identity of a run that this process would begin.
 
     Args:
       config: of the run.
       dataset: that of `config.data`; None where the network was not trained on it, or
         one without test images where no image is at hand.
+      digest: SHA-256 of the file that the network was imported from, if it was.
     """
-    names = [part.name for part in parse_row(config.row or STANDARD).parts]
+    names = [part.name for part in parts_of(config)]
     names += [config.model.name, config.training.optimizer]
     source = sources(filter(is_reference, names))
-    stored = json.loads(config.to_json_best_effort())
+    data = None if digest is None else f"{_IMPORTED}{digest}"
+    if data is None and dataset is not None and len(dataset.test):
+        data = f"{fingerprint(dataset.train)}+{fingerprint(dataset.validation)}"
     return Identity(
-        config={**stored, "source": source} if source else stored,
-        data=_training_data(dataset) if dataset and len(dataset.test) else None,
+        config=as_dict(config) | ({"source": source} if source else {}),
+        data=data,
         format=FORMAT,
         random=random_bits(),
         versions=(_versions(),),
@@ -175,15 +172,12 @@ def changed_fields(
       that one does not know is not compared.
     """
     both = (with_defaults(dict(fields)).to_dict() for fields in (stored, config))
-    changed = {
-        n: v for n, v in differences(*both).items() if not n.startswith(_MAY_CHANGE)
+    return {
+        name: values
+        for name, values in differences(*both).items()
+        if not name.startswith(_MAY_CHANGE)
+        and not (name.startswith("source.") and None in values)
     }
-    unknown = [n for n, v in changed.items() if n.startswith("source.") and None in v]
-    return {n: v for n, v in changed.items() if n not in unknown}
-
-
-def _training_data(dataset: Dataset) -> str:
-    return f"{fingerprint(dataset.train)}+{fingerprint(dataset.validation)}"
 
 
 @functools.cache

@@ -5,54 +5,25 @@ What a constructor returns tells which part it is.
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import optax
 
 from samrobust.checks import check
-from samrobust.experiments.entries import (
-    REGISTRY,
-    Given,
-    added_passes,
-    find,
-    renamed,
-    section_fields,
-    section_of,
-    strength_of,
-)
-from samrobust.experiments.rows import STANDARD, parse_row
+from samrobust.experiments import entries
+from samrobust.experiments.rows import STANDARD, Part, parse_row
 from samrobust.training.parts import Adversary, Averaging, Objective
 from samrobust.types import Config
 
 __all__ = [
-    "Composition",
     "build",
     "cost",
     "group_field",
     "group_size",
+    "parts_of",
     "sections",
     "values_of",
 ]
-
-
-class Composition(NamedTuple):
-    """A training method, built.
-
-    Attributes:
-      adversary: None for none.
-      objective: None for the cross entropy.
-      sharpness: None for none.
-      averaging: None for none.
-      batch_stats: which pass of `sharpness` updates BatchNorm's running statistics.
-      group_size: examples with an ascent direction of their own; 0: the whole batch.
-    """
-
-    adversary: Adversary | None = None
-    objective: Objective | None = None
-    sharpness: optax.GradientTransformationExtraArgs | None = None
-    averaging: Averaging | None = None
-    batch_stats: str = "both"
-    group_size: int = 0
 
 
 _SLOTS: Mapping[str, type] = {
@@ -63,27 +34,32 @@ _SLOTS: Mapping[str, type] = {
 }
 
 
-def sections(row: str = STANDARD) -> dict[str, str]:
+def parts_of(config: Config) -> tuple[Part, ...]:
+    """Returns the parts of a config's row; none where it is of no row yet."""
+    return parse_row(config.row or STANDARD).parts
+
+
+def sections(row: str = "") -> dict[str, str]:
     """Returns the config sections there are, and the parts that they belong to.
 
     Args:
       row: whose own parts have sections too.
     """
-    names = [*REGISTRY, *(part.name for part in parse_row(row).parts)]
-    return {section_of(name): name for name in names}
+    own = (part.name for part in parse_row(row or STANDARD).parts)
+    return {entries.section_of(name): name for name in (*entries.REGISTRY, *own)}
 
 
 def values_of(config: Config, name: str) -> dict[str, Any]:
     """Returns what a config says of a part, by the fields of its section."""
-    section = config[section_of(name)]
-    return {n: section[n] for n in section_fields(name) if "." not in n}
+    section = config[entries.section_of(name)]
+    return {n: section[n] for n in entries.section_fields(name) if "." not in n}
 
 
 def group_field(config: Config) -> tuple[str, int]:
     """Returns the name and the value of the field with the row's m of m-sharpness."""
-    for part in parse_row(config.row or STANDARD).parts:
-        if "m" in section_fields(part.name):
-            section = section_of(part.name)
+    for part in parts_of(config):
+        if "m" in entries.section_fields(part.name):
+            section = entries.section_of(part.name)
             return f"{section}.m", config[section].m
     return "sam.m", 0
 
@@ -94,45 +70,51 @@ def group_size(config: Config) -> int:
     return 0 if size == config.training.batch_size else size
 
 
-def build(config: Config, given: Given) -> Composition:
-    """Builds the method of a config's row.
+def build(config: Config, given: entries.Given) -> dict[str, Any]:
+    """Builds the parts of a config's row.
+
+    Returns:
+      Those that the row has, by their kinds: `adversary`, `objective`, `sharpness` and
+      `averaging`; of the second pass of `sharpness` also `batch_stats`. All but
+      `sharpness` are arguments of `samrobust.training.make_train_step`.
 
     Raises:
       ValueError: for a value that a constructor refuses, with the field's name; for two
         parts of one kind, or something else than a part.
     """
     parts: dict[str, Any] = {}
-    for part in parse_row(config.row).parts:
+    for part in parts_of(config):
         for slot, built in _construct(config, part.name, given):
             check(slot not in parts, f"one {slot}", row=config.row)
             parts[slot] = built
             if slot == "sharpness":
                 values = values_of(config, part.name)
                 parts["batch_stats"] = values.get("batch_stats", "both")
-    return Composition(**parts, group_size=group_size(config))
+    return parts
 
 
-def _construct(config: Config, name: str, given: Given) -> list[tuple[str, Any]]:
+def _construct(
+    config: Config, name: str, given: entries.Given
+) -> list[tuple[str, Any]]:
     """Returns what a constructor built, with the kind of part that each is."""
-    entry, values = find(name), values_of(config, name)
-    section, strength = section_of(name), strength_of(name)
+    entry, values = entries.find(name), values_of(config, name)
+    section, strength = entries.section_of(name), entries.strength_of(name)
     end = values.get(f"{strength}_end")
     if strength is not None and end is not None:
-        values[strength] = optax.linear_schedule(
-            values[strength], end, given.total_steps
-        )
+        steps = given.total_steps
+        values[strength] = optax.linear_schedule(values[strength], end, steps)
     parameters = inspect.signature(entry.make).parameters
     arguments = {k: v for k, v in (given._asdict() | values).items() if k in parameters}
-    with renamed({key: f"{section}.{key}" for key in section_fields(name)}, name):
+    fields = {key: f"{section}.{key}" for key in entries.section_fields(name)}
+    with entries.renamed(fields, name):
         made = entry.make(**arguments)
     is_part = isinstance(made, tuple(_SLOTS.values()))
     several = isinstance(made, tuple) and not is_part
     found = []
     for one in made if several else (made,):
         slots = [slot for slot, kind in _SLOTS.items() if isinstance(one, kind)]
-        kinds = ", ".join(_SLOTS)
-        shown = type(one).__name__
-        check(len(slots) == 1, f"{name} to build one of {kinds}", built=shown)
+        wanted = f"{name} to build one of {', '.join(_SLOTS)}"
+        check(len(slots) == 1, wanted, built=type(one).__name__)
         found.append((slots[0], one))
     return found
 
@@ -144,9 +126,9 @@ def cost(config: Config) -> float:
     attack step 2/3.
     """
     attack, ascents = 0.0, 0.0
-    for part in parse_row(config.row).parts:
-        attack += find(part.name).attack_passes(values_of(config, part.name))
-        ascents += added_passes(part.name)
-    objective = build(config, Given()).objective
+    for part in parts_of(config):
+        attack += entries.find(part.name).attack_passes(values_of(config, part.name))
+        ascents += entries.added_passes(part.name)
+    objective = build(config, entries.Given()).get("objective")
     views = len(set(objective.views)) if objective else 1
     return attack + views * (1 + ascents)

@@ -1,7 +1,7 @@
 """Trained networks of runs: read from their checkpoints, or put there.
 
-A checkpoint holds a `Carry` and, as metadata, the identity of its run, the log so far
-and what else a training that goes on must know.
+A checkpoint holds a `LoopState` and, as metadata, the identity of its run, the log so
+far and what else a training that goes on must know.
 """
 
 import dataclasses
@@ -17,37 +17,22 @@ from flax import linen as nn
 from samrobust.checks import check_choice
 from samrobust.data import Dataset, DatasetFacts
 from samrobust.experiments import building
-from samrobust.experiments.identity import Identity, identity_of, imported
+from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.workdir import config_of_run, stored_config
-from samrobust.system.distributed import data_mesh, from_primary
+from samrobust.system.distributed import broadcast_from_primary, data_mesh
 from samrobust.system.files import glance
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
-from samrobust.training.epoch import Carry
+from samrobust.training.epoch import LoopState
 from samrobust.training.fit import fresh_carry
 from samrobust.training.log import checkpoint_folder, checkpoint_metadata
 from samrobust.training.restoring import read_and_spread
 from samrobust.types import Array, Config, PyTree
 
-__all__ = ["Network", "Trained", "load", "load_network", "save_variables"]
-
-
-class Network(NamedTuple):
-    """A trained network, as it is evaluated, and whose it is.
-
-    Attributes:
-      variables: parameters and statistics, for `model.apply`; averaged ones where the
-        run has an averaging.
-      step: after which it was saved.
-      identity: of the run that trained it.
-    """
-
-    variables: dict[str, PyTree]
-    step: int
-    identity: Identity
+__all__ = ["Trained", "load", "load_network", "save_variables"]
 
 
 class Trained(NamedTuple):
-    """A trained run, ready to be used.
+    """A trained network, as it is evaluated, and whose it is.
 
     Attributes:
       model: a Flax network, `model.apply(variables, images, train=False)`.
@@ -97,8 +82,7 @@ def load(
     facts = building.load_facts(config)
     which = checkpoint or config.evaluation.checkpoint
     check_choice(("last", "best"), checkpoint=which)
-    network = load_network(config, facts, folder, which, step=step)
-    return Trained(building.make_model(config, facts), network[0], config, *network[1:])
+    return load_network(config, facts, folder, which, step=step)
 
 
 def load_network(
@@ -108,7 +92,7 @@ def load_network(
     which: str,
     *,
     step: int | None = None,
-) -> Network:
+) -> Trained:
     """Returns the trained network of a run.
 
     Args:
@@ -126,11 +110,12 @@ def load_network(
     key = jax.eval_shape(lambda: jax.random.key(0))
     like = jax.eval_shape(_make_init(config, dataset), key)
     folder = checkpoint_folder(workdir, which)
-    own = from_primary(lambda: stored_config(workdir)) or config
-    expected = identity_of(own, dataset if isinstance(dataset, Dataset) else None)
-    digest = from_primary(lambda: glance(workdir / "import.json").get("sha256"))
-    if digest is not None:
-        expected = dataclasses.replace(expected, data=imported(str(digest)))
+    own = broadcast_from_primary(lambda: stored_config(workdir)) or config
+    digest = broadcast_from_primary(
+        lambda: glance(workdir / "import.json").get("sha256")
+    )
+    images = dataset if isinstance(dataset, Dataset) else None
+    expected = identity_of(own, images, digest)
 
     def refuse(metadata: dict[str, Any]) -> str:
         return expected.refuse(metadata.get("identity"), draws=False)
@@ -140,10 +125,11 @@ def load_network(
     )
     assert restored is not None  # `Checkpoints.restore` raises
     if step is None:
-        from_primary(lambda: _check_is_final(own, folder, restored))
+        broadcast_from_primary(lambda: _check_is_final(own, folder, restored))
     identity = Identity.from_dict(restored.metadata["identity"])
     assert identity is not None  # `refuse` was asked
-    return Network(restored.state.state.eval_variables, restored.step, identity)
+    model, state = building.make_model(config, dataset), restored.state.state
+    return Trained(model, state.eval_variables, config, restored.step, identity)
 
 
 def _check_is_final(config: Config, folder: pathlib.Path, restored: Restored) -> None:
@@ -188,7 +174,7 @@ def save_variables(
     init = _make_init(config, dataset)
 
     @jax.jit
-    def make(key: Array, variables: dict[str, PyTree]) -> Carry:
+    def make(key: Array, variables: dict[str, PyTree]) -> LoopState:
         carry = init(key)
         state = dataclasses.replace(carry.state, **variables)
         if state.average:
@@ -198,20 +184,17 @@ def save_variables(
                 state.variables,
             )
             state = dataclasses.replace(state, average=average)
-        return Carry(state, carry.totals)
+        return LoopState(state, carry.totals)
 
     carry = make(jax.random.key(config.seed), variables)
-    identity = identity_of(config, None)
-    if digest is not None:
-        identity = dataclasses.replace(identity, data=imported(digest))
-    metadata = checkpoint_metadata(identity)
+    metadata = checkpoint_metadata(identity_of(config, None, digest))
     with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
         checkpoints.save(0, carry, metadata, wait=True)
 
 
 def _make_init(
     config: Config, dataset: Dataset | DatasetFacts
-) -> Callable[[Array], Carry]:
+) -> Callable[[Array], LoopState]:
     """Returns the function of a key to what a checkpoint of the run holds."""
     method = building.make_method(config, dataset, steps_per_epoch=1)
     return fresh_carry(method, config.training.batch_size, dataset.image_shape)

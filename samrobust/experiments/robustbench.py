@@ -1,6 +1,6 @@
 """A folder that RobustBench's maintainers can load: network, weights and claim.
 
-RobustBench attacks models that take pixels in [0, 1], so the normalisation is inside;
+RobustBench attacks models that take pixels in [0, 1], so the normalization is inside;
 its models are PyTorch's. The claim has the fields of its `model_info`, where a null is
 printed as a word or taken for "no": of what a run cannot know, texts are empty and
 other fields left out, to be filled in by hand. Robust accuracy is claimed where all
@@ -23,6 +23,12 @@ from samrobust.types import Config
 
 __all__ = ["find_evaluation", "model_info", "write_bundle"]
 
+_USUAL = ("linf 8/255", "l2 127.5/255")
+_FIELDS = (  # RobustBench's
+    *("link", "name", "authors", "additional_data", "venue"),
+    *("eps", "clean_acc", "autoattack_acc", "reported"),
+)
+
 
 def write_bundle(
     folder: pathlib.Path,
@@ -43,36 +49,43 @@ def write_bundle(
     Raises:
       ValueError: if PyTorch is not installed.
     """
-    content = torch_bytes(_with_normalisation(weights))
-    code = resources.files("samrobust.experiments") / "robustbench_model.txt"
+    content = torch_bytes(_with_normalization(weights))
+    texts = resources.files("samrobust.experiments")
+    code = (texts / "robustbench_model.txt").read_text(encoding="utf-8")
+    readme = (texts / "robustbench_readme.txt").read_text(encoding="utf-8")
     lines = read_json_lines(workdir / "evaluations.jsonl")
     origin = weights.metadata["origin"]
     found = find_evaluation(lines, which, config.model.dtype, origin)
     full = load_facts(config).num_test
     evaluation = found if found and found["num_test"] == full else None
     info = model_info(config, weights, evaluation)
+    by_hand = [f"`{name}`" for name in _FIELDS if info.get(name, "") == ""]
+    readme = readme.format(
+        **{**info, **origin, "checkpoint": which},
+        claims=_claims_in_words(found, which, full),
+        by_hand=", ".join(by_hand),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / "model.pt", content)
-    write_text(folder / "model.py", code.read_text(encoding="utf-8"))
+    write_text(folder / "model.py", code)
     write_json(folder / "model_info.json", info)
-    write_text(folder / "README.md", _readme(config, which, found, info))
+    write_text(folder / "README.md", readme)
 
 
-def _with_normalisation(weights: Weights) -> dict[str, np.ndarray]:
-    """All under `model.`, and mean and standard deviation as buffers [1, C, 1, 1]."""
-    channels = weights.tensors["conv1.weight"].shape[1]
-    normalisation = {}
+def _with_normalization(weights: Weights) -> dict[str, np.ndarray]:
+    """Returns all under `model.`, and mean and std as buffers [1, C, 1, 1]."""
+    shape = (1, weights.tensors["conv1.weight"].shape[1], 1, 1)
+    tensors = {f"model.{name}": tensor for name, tensor in weights.tensors.items()}
     for name in ("mean", "std"):
-        values = np.asarray(weights.metadata[name], np.float32)
-        broadcast = np.broadcast_to(values, (channels,))
-        normalisation[name] = broadcast.reshape(1, channels, 1, 1)
-    return normalisation | {f"model.{n}": t for n, t in weights.tensors.items()}
+        values = np.asarray(weights.metadata[name], np.float32).reshape(1, -1, 1, 1)
+        tensors[name] = np.broadcast_to(values, shape)
+    return tensors
 
 
 def model_info(
     config: Config, weights: Weights, evaluation: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """RobustBench's fields, and under `samrobust` where the network comes from.
+    """Returns RobustBench's fields, and in `samrobust` where the network comes from.
 
     Args:
       config: of the run.
@@ -110,29 +123,29 @@ def find_evaluation(
     dtype: str,
     origin: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any] | None:
-    """The evaluation of this checkpoint by the standard AutoAttack; or None.
+    """Returns the evaluation of this checkpoint by the standard AutoAttack; or None.
 
     On test images, under at least one attack and in float32, as the bundle computes:
     the one on most images, and of those the newest. `dtype` is that of lines which name
     none; a line that names a `step` or an `identity` must name those of `origin`.
     """
+    wanted = {
+        "attack": "autoattack",
+        "version": "standard",
+        "split": "test",
+        "checkpoint": which,
+    }
 
     def counts(line: dict[str, Any]) -> bool:
-        wanted = {
-            "attack": "autoattack",
-            "version": "standard",
-            "split": "test",
-            "checkpoint": which,
-        }
-        evaluation = line.get("evaluation")
+        evaluation, accuracy = line.get("evaluation"), line.get("accuracy")
         return (
             isinstance(evaluation, dict)
-            and all(evaluation.get(n) == value for n, value in wanted.items())
+            and evaluation.items() >= wanted.items()
             and line.get("dtype", dtype) == "float32"
             and isinstance(line.get("num_test"), int)
-            and isinstance(line.get("accuracy"), dict)
-            and "natural" in line["accuracy"]
-            and bool(_columns(line))
+            and isinstance(accuracy, dict)
+            and "natural" in accuracy
+            and len(accuracy) > 1
             and all(
                 None in (line.get(n), origin.get(n)) or line[n] == origin[n]
                 for n in ("step", "identity")
@@ -143,15 +156,12 @@ def find_evaluation(
     return max(newest_first, key=lambda line: line["num_test"], default=None)
 
 
-def _columns(line: dict[str, Any]) -> list[str]:
-    return [name for name in line["accuracy"] if name != "natural"]
-
-
 def _claim(evaluation: dict[str, Any] | None) -> dict[str, Any]:
-    """Radius and accuracies; empty where nothing is claimed."""
+    """Returns radius and accuracies; empty where nothing is claimed."""
     if evaluation is None:
         return {}
-    columns, accuracy = _columns(evaluation), evaluation["accuracy"]
+    accuracy = evaluation["accuracy"]
+    columns = [name for name in accuracy if name != "natural"]
     column = next((name for name in _USUAL if name in columns), columns[0])
     norm, radius = column.split()
     if norm == "l2":
@@ -162,23 +172,6 @@ def _claim(evaluation: dict[str, Any] | None) -> dict[str, Any]:
         "autoattack_acc": f"{accuracy[column]:.2f}",
         "footnote": f"Robust accuracy at {norm} {radius} by samrobust's AutoAttack.",
     }
-
-
-def _readme(
-    config: Config, which: str, found: dict[str, Any] | None, info: dict[str, Any]
-) -> str:
-    by_hand = [name for name in _FIELDS if info.get(name, "") == ""]
-    return _README.format(
-        label=config.label,
-        dataset=config.data.name,
-        which=which,
-        step=info["samrobust"]["step"],
-        row=config.row,
-        seed=config.seed,
-        architecture=info["architecture"],
-        claims=_claims_in_words(found, which, load_facts(config).num_test),
-        by_hand=", ".join(f"`{name}`" for name in by_hand),
-    )
 
 
 def _claims_in_words(found: dict[str, Any] | None, which: str, full: int) -> str:
@@ -192,45 +185,11 @@ def _claims_in_words(found: dict[str, Any] | None, which: str, full: int) -> str
             f"None: the run's {which} checkpoint {lacking}.\n"
             f"Run `{command}` and export again."
         )
-    cells = (f"* {name}: {value:.2f} %" for name, value in found["accuracy"].items())
-    origin = found["provenance"]
-    return "\n".join(
-        [
-            f"The standard AutoAttack of samrobust, all {full} test images, seed "
-            f"{found['seed']}:",
-            "",
-            *cells,
-            "",
-            f"Measured {origin['date']} on {origin['device']}, commit "
-            f"{origin['commit']}, by `{origin['command']}`.",
-        ]
+    cells = [f"* {name}: {value:.2f} %\n" for name, value in found["accuracy"].items()]
+    return (
+        f"The standard AutoAttack of samrobust, all {full} test images, seed "
+        f"{found['seed']}:\n\n{''.join(cells)}\nMeasured "
+        "{date} on {device}, commit {commit}, by `{command}`.".format_map(
+            found["provenance"]
+        )
     )
-
-
-_USUAL = ("linf 8/255", "l2 127.5/255")
-_FIELDS = (  # RobustBench's
-    *("link", "name", "authors", "additional_data", "venue"),
-    *("eps", "clean_acc", "autoattack_acc", "reported"),
-)
-_README = """\
-# {label} on {dataset}
-
-{architecture}, trained by samrobust: row `{row}`, seed {seed}, the {which} checkpoint,
-step {step}.
-
-* `model.py`: the network in PyTorch and `load_model`; it needs nothing else.
-* `model.pt`: the state dict, with mean and standard deviation of the pixels inside.
-* `model_info.json`: the claim, with RobustBench's fields.
-
-    from model import load_model
-    network = load_model("model.pt")  # images [B, C, H, W] in [0, 1] -> logits [B, K]
-
-## Robust accuracy
-
-{claims}
-
-## To be filled in by hand
-
-In `model_info.json`: {by_hand}; `unreliable` only if it is; and `name` as the title of
-the paper.
-"""

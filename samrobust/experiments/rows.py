@@ -15,14 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from samrobust.checks import check
-from samrobust.experiments.entries import (
-    REGISTRIES,
-    REGISTRY,
-    find,
-    options,
-    renamed,
-    section_fields,
-)
+from samrobust.experiments import entries
+from samrobust.experiments.entries import REGISTRIES, REGISTRY
 from samrobust.system.resolve import is_reference
 from samrobust.types import Field
 
@@ -42,6 +36,12 @@ class Part:
     values: Mapping[str, Any]
 
     @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a config that the part sets, by their full names."""
+        section, fields = entries.section_of(self.name), entries.options(self.name)
+        return {f"{section}.{fields[key]}": value for key, value in self.values.items()}
+
+    @property
     def spelling(self) -> str:
         """The part's one spelling: `sam,rho=0.2`."""
         options = (f"{key}={_shown(value)}" for key, value in self.values.items())
@@ -50,7 +50,7 @@ class Part:
     @property
     def label(self) -> str:
         """The name in tables: `SAM (rho = 0.2)`."""
-        label = find(self.name).label
+        label = entries.find(self.name).label
         if label:
             return label.format(**self.values)
         name = self.name.rpartition(":")[2]
@@ -111,11 +111,8 @@ def parse_row(row: str) -> Row:
     names = [part.name for part in parsed.parts]
     known = [n for name in names if (n := _registry_of(name)) is not None]
     order = "; ".join(", ".join(names) for names in REGISTRIES)
-    check(
-        known == sorted(known) and len(set(names)) == len(names),
-        f"parts in the order {order}, each once",
-        row=row,
-    )
+    in_order = known == sorted(known) and len(set(names)) == len(names)
+    check(in_order, f"parts in the order {order}, each once", row=row)
     fix = "A row has one spelling: directories are named by it."
     check(row == parsed.name, f"the row {parsed.name!r}", fix, row=row)
     return parsed
@@ -134,36 +131,28 @@ def modern_row(row: str) -> str:
 def _parse_part(spelling: str, row: str) -> Part:
     name, *items = spelling.split(",")
     given = {key: value for key, _, value in (item.partition("=") for item in items)}
-    known = ", ".join((STANDARD, *REGISTRY))
-    check(
-        name in REGISTRY or is_reference(name),
-        f"parts in {{{known}}} or package.module:name",
-        _EXAMPLES,
-        row=row,
-    )
-    fields, wanted = section_fields(name), options(name)
-    check(
-        sorted(given) == sorted(wanted) and len(items) == len(wanted),
-        f"the options {', '.join(wanted) or '(none)'} for {name}",
-        _EXAMPLES,
-        row=row,
-    )
+    known = f"{{{', '.join((STANDARD, *REGISTRY))}}}"
+    condition = f"parts in {known} or package.module:name"
+    check(name in REGISTRY or is_reference(name), condition, _EXAMPLES, row=row)
+    fields, wanted = entries.section_fields(name), entries.options(name)
+    condition = f"the options {', '.join(wanted) or '(none)'} for {name}"
+    complete = sorted(given) == sorted(wanted) and len(items) == len(wanted)
+    check(complete, condition, _EXAMPLES, row=row)
     values = {}
     for option, field in wanted.items():
         value = _read(given[option], fields[field], option, row)
         if name in REGISTRY:
-            left = [part for part in row.split("+") if part != spelling]
-            check(
-                value != 0,
-                f"0 < {option}",
-                f"With {option}=0 it is another row: {'+'.join(left) or STANDARD}.",
-                row=row,
-            )
+            left = "+".join(part for part in row.split("+") if part != spelling)
+            fix = f"With {option}=0 it is another row: {left or STANDARD}."
+            check(value != 0, f"0 < {option}", fix, row=row)
+        with entries.renamed({field: option}):
+            fields[field].rule(**{field: value})
+        if isinstance(value, float):
+            fix = "Directories are named by it."
+            holds = float(_shown(value)) == value
+            check(holds, f"six digits for {option}", fix, row=row)
         values[option] = value
-    for option, field in wanted.items():
-        with renamed({field: option}):
-            fields[field].rule(**{field: values[option]})
-    find(name).check(**values)
+    entries.find(name).check(**values)
     return Part(name, values)
 
 
@@ -174,13 +163,10 @@ def _read(given: str, field: Field, option: str, row: str) -> Any:
         plain = re.fullmatch(r"[\w.-]+", given) is not None
         check(plain, f"letters, digits, _, . and - for {option}", row=row)
         return given
+    if kind is bool and given in ("True", "False"):
+        return given == "True"
     try:
-        return kind(given) if kind in (int, float) else _literal(given)
+        return int(given) if kind is int else float(given)
     except ValueError:
         check(False, f"a number for {option}", row=row)
         raise
-
-
-def _literal(given: str) -> Any:
-    choices = {"True": True, "False": False}
-    return choices[given] if given in choices else float(given)

@@ -4,61 +4,40 @@ Everything here can be killed at any moment and started again with the same call
 a finished run is read, another one goes on from its last checkpoint.
 """
 
+import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
 from samrobust.checks import check
 from samrobust.data import Dataset, check_padding, fingerprint
-from samrobust.experiments import building, methods
-from samrobust.experiments.configuration import differences
+from samrobust.experiments import building, methods, scoring
+from samrobust.experiments.configuration import as_dict, differences
 from samrobust.experiments.identity import Identity, identity_of
-from samrobust.experiments.networks import Network, load_network
-from samrobust.experiments.runfiles import RunFiles
-from samrobust.experiments.scoring import (
-    Score,
-    ScoreObserver,
-    evaluated_split,
-    evaluation_work,
-    make_validate,
-    score,
-)
+from samrobust.experiments.networks import Trained, load_network
+from samrobust.experiments.tracking import Tracking
 from samrobust.experiments.workdir import (
     OtherConfigError,
     WorkdirError,
     read_result,
     settle_config,
 )
-from samrobust.system.claims import ClaimedError
-from samrobust.system.distributed import from_primary, lost_a_peer
+from samrobust.system.claims import Claim, ClaimedError, claim
+from samrobust.system.distributed import broadcast_from_primary, lost_a_peer
+from samrobust.system.failures import recording_failure
+from samrobust.system.files import write_sealed
 from samrobust.system.provenance import provenance
-from samrobust.training import InterruptedRunError, Outcome, Progress, RunFolder, fit
+from samrobust.training import FitResult, InterruptedRunError, Progress, RunFolder, fit
 from samrobust.training.fit import Validate
 from samrobust.types import Config
 
-__all__ = [
-    "Observer",
-    "PlannedRun",
-    "as_dict",
-    "run",
-    "step_work",
-    "train",
-    "work",
-]
+__all__ = ["PlannedRun", "run", "train", "work"]
 
 # What the processes of a run may have each to itself.
 _OWN_FIELDS = ("config.data.data_dir", "config.data.manual_dir")
-
-
-class Observer(ScoreObserver, Protocol):
-    """Is told how a run proceeds; shows it."""
-
-    def on_progress(self, progress: Progress) -> None:
-        """Called after each call of the device in training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,25 +54,20 @@ class PlannedRun:
 
 
 def work(config: Config, dataset: Dataset) -> tuple[float, float]:
-    """The predicted cost of training and of evaluation, for an ETA.
+    """Returns the predicted cost of training and of evaluation, for an ETA.
 
     Returns:
       Both in forward and backward passes with weight gradients on one example: a
       forward pass is 1/3, an attack step 2/3.
     """
-    training = config.training.epochs * len(dataset.train) * step_work(config)
-    return training, evaluation_work(config, dataset)
-
-
-def step_work(config: Config) -> float:
-    """Returns the predicted cost of training on one example: that of ST is 1."""
-    return methods.cost(config)
+    training = config.training.epochs * len(dataset.train) * methods.cost(config)
+    return training, scoring.evaluation_work(config, dataset)
 
 
 def run(
     config: Config,
     workdir: pathlib.Path,
-    observer: Observer,
+    observer: scoring.Observer,
     *,
     dataset: Dataset,
     should_stop: Callable[[], bool] = lambda: False,
@@ -121,41 +95,53 @@ def run(
 
     Any failure of the run itself is also left in `failure.json`.
     """
-    with RunFiles(is_failure=_is_failure) as files:
+    claims: list[Claim] = []  # of process 0
+    tracking = Tracking(config, workdir)
+    with contextlib.ExitStack() as held:
 
         def begin() -> tuple[dict[str, Any], dict[str, Any] | None]:
-            files.open(config, workdir)
+            claims.append(held.enter_context(claim(workdir)))
+            held.enter_context(recording_failure(workdir, is_failure=_is_failure))
+            held.enter_context(contextlib.closing(tracking))
             settle_config(workdir, config)
             result = read_result(workdir, identity_of(config, dataset))
             if result is not None:
                 _check_images(result, config, dataset, workdir)
             return _inputs(config, dataset), result
 
-        inputs, result = from_primary(begin)
+        inputs, result = broadcast_from_primary(begin)
         _check_same(inputs, _inputs(config, dataset))
-        if result is None:
-            should_stop = files.guard(should_stop)
-            on_progress = files.following(observer.on_progress)
-            outcome = train(
-                config,
-                dataset,
-                workdir,
-                on_progress=on_progress,
-                should_stop=should_stop,
-                may_write=files.check_claim,
-            )
-            if config.evaluation.checkpoint == "last":
-                variables = outcome.state.eval_variables
-                network = Network(variables, outcome.step, _identity_in(outcome))
-            else:
-                network = load_network(config, dataset, workdir, "best")
-            scored = score(config, dataset, network, workdir, observer, should_stop)
-            result = from_primary(
-                lambda: files.finish(
-                    _describe(config, dataset, outcome, scored), workdir
-                )
-            )
-        return result
+        if result is not None:
+            return result
+        on_progress = observer.on_progress
+        for mine in claims:
+            should_stop = mine.guard(should_stop)
+            on_progress = tracking.following(on_progress)
+        outcome = train(
+            config,
+            dataset,
+            workdir,
+            on_progress=on_progress,
+            should_stop=should_stop,
+            may_write=lambda: claims[0].check(),
+        )
+        if config.evaluation.checkpoint == "last":
+            model = building.make_model(config, dataset)
+            variables, identity = outcome.state.eval_variables, _identity_in(outcome)
+            network = Trained(model, variables, config, outcome.step, identity)
+        else:
+            network = load_network(config, dataset, workdir, "best")
+        evaluate = scoring.Scorer(config, dataset)
+        scored = evaluate(network, workdir, observer, should_stop)
+
+        def finish() -> dict[str, Any]:
+            result = _describe(config, dataset, outcome, scored)
+            claims[0].check()
+            write_sealed(workdir / "result.json", result)
+            tracking.finish(result["accuracy"])
+            return result
+
+        return broadcast_from_primary(finish)
 
 
 def train(
@@ -167,7 +153,7 @@ def train(
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
     may_write: Callable[[], None] = lambda: None,
-) -> Outcome:
+) -> FitResult:
     """Trains what a config says; of a run that was stopped, what is left.
 
     Args:
@@ -207,39 +193,36 @@ def train(
         steps_per_call=training.steps_per_call,
         log=log,
         schedules={"learning_rate": schedule},
-        validate=validate or make_validate(config, dataset),
+        validate=validate or scoring.make_validate(config, dataset),
         on_progress=on_progress,
         should_stop=should_stop,
     )
 
 
-def _identity_in(outcome: Outcome) -> Identity:
+def _identity_in(outcome: FitResult) -> Identity:
     assert isinstance(outcome.identity, Identity)  # it was given to the log
     return outcome.identity
 
 
 def _is_failure(error: Exception) -> bool:
-    """Whether what ends a run is a failure of it, and not of its surroundings."""
+    """Tells whether what ends a run is its failure, not that of its surroundings."""
     others = (InterruptedRunError, ClaimedError, OtherConfigError)
     return not (isinstance(error, others) or lost_a_peer(error))
 
 
 def _inputs(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What all processes of a run must have alike; the data by their hashes."""
-    splits = {"train": dataset.train, "test": dataset.test}
-    hashes = {
-        name: fingerprint(split)
-        for name, split in splits.items()
-        if jax.process_count() > 1
-    }
-    return {"config": as_dict(config), "data": hashes}
+    """Returns what all processes of a run must have alike; data by their hashes."""
+    data = {}
+    if jax.process_count() > 1:
+        data = {"train": fingerprint(dataset.train), "test": fingerprint(dataset.test)}
+    return {"config": as_dict(config), "data": data}
 
 
 def _check_images(
     result: dict[str, Any], config: Config, dataset: Dataset, workdir: pathlib.Path
 ) -> None:
     """Refuses a result on other images than those at hand."""
-    images = fingerprint(evaluated_split(config, dataset))
+    images = fingerprint(scoring.evaluated_split(config, dataset))
     if result["images"] != images:
         raise WorkdirError(
             f"Expected a result on the {config.evaluation.split} images at hand in "
@@ -251,18 +234,15 @@ def _check_images(
 def _check_same(of_primary: dict[str, Any], ours: dict[str, Any]) -> None:
     changed = differences(of_primary, ours)
     changed = {n: v for n, v in changed.items() if not n.startswith(_OWN_FIELDS)}
-    check(
-        not changed,
-        "the same config and the same data in all processes",
-        "Start all of them with the same command, and on the same data.",
-        differences=changed,
-    )
+    wanted = "the same config and the same data in all processes"
+    fix = "Start all of them with the same command, and on the same data."
+    check(not changed, wanted, fix, differences=changed)
 
 
 def _describe(
-    config: Config, dataset: Dataset, outcome: Outcome, scored: Score
+    config: Config, dataset: Dataset, outcome: FitResult, scored: scoring.Score
 ) -> dict[str, Any]:
-    """The content of `result.json`."""
+    """Returns the content of `result.json`."""
     return {
         "dataset": config.data.name,
         "row": config.row,
@@ -270,15 +250,10 @@ def _describe(
         "seed": config.seed,
         **scored.as_dict(),
         "run": _identity_in(outcome).as_dict(),
-        "num_test": len(evaluated_split(config, dataset)),
+        "num_test": len(scoring.evaluated_split(config, dataset)),
         "split": config.evaluation.split,
         "checkpoint": config.evaluation.checkpoint,
         "training_seconds": outcome.seconds,
         "step_seconds": outcome.step_seconds,
         "provenance": provenance() | {"seconds": outcome.seconds},
     }
-
-
-def as_dict(config: Config) -> dict[str, Any]:
-    """The config as it is stored in `config.json`."""
-    return json.loads(config.to_json_best_effort())

@@ -1,4 +1,4 @@
-"""What a network of a run is worth, by the attacks of its config."""
+"""Evaluation of a run's network, by the attacks of its config."""
 
 import pathlib
 from collections.abc import Callable
@@ -10,41 +10,45 @@ from samrobust.data import Dataset, Split, fingerprint
 from samrobust.evaluation import (
     Archive,
     Evaluator,
+    OnBatch,
     make_autoattack_evaluator,
-    make_early_stop_evaluator,
     make_evaluator,
+    make_skip_broken_evaluator,
 )
 from samrobust.experiments import building
-from samrobust.experiments.networks import Network, load_network
+from samrobust.experiments.networks import Trained
 from samrobust.system.provenance import provenance
-from samrobust.training import InterruptedRunError, TrainState
+from samrobust.system.runtime import RESUME
+from samrobust.training import InterruptedRunError, Progress, TrainState
 from samrobust.types import Config
 
 __all__ = [
+    "Observer",
     "Score",
-    "ScoreObserver",
     "Scorer",
-    "evaluate_run",
     "evaluated_split",
     "evaluation_key",
     "evaluation_work",
     "make_validate",
-    "score",
+    "until_stopped",
 ]
 
 # Evaluation keys must not coincide with those of training: another branch of the seed.
 _EVALUATION_STREAM, _VALIDATION_STREAM = 1, 2
 
 
-class ScoreObserver(Protocol):
-    """Is told how an evaluation proceeds; shows it."""
+class Observer(Protocol):
+    """Spectator of a run, who is told how it proceeds and shows it."""
+
+    def on_progress(self, progress: Progress) -> None:
+        """Shows where the training is, after each call of the device."""
 
     def on_batch(self, done: int, num_examples: int, doing: str = "") -> None:
-        """Called after each evaluated batch; `doing` may say what it did."""
+        """Shows how many examples are evaluated; `doing` may say what was done."""
 
 
 class Score(NamedTuple):
-    """The outcome of an evaluation, and of which network.
+    """Outcome of an evaluation, and of which network.
 
     Attributes:
       accuracy: in percent, by the attacks' names, `natural` first.
@@ -72,65 +76,8 @@ class Score(NamedTuple):
         return fields.pop("details") | fields
 
 
-def evaluate_run(
-    config: Config,
-    workdir: pathlib.Path,
-    observer: ScoreObserver,
-    *,
-    dataset: Dataset,
-    step: int | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    keep_examples: bool = False,
-) -> Score:
-    """Evaluates the network of a run again, under other attacks if one likes.
-
-    Args:
-      config: of the run; its `evaluation` may differ from what the run was made with.
-      workdir: of the run.
-      observer: is told of progress.
-      dataset: that of `config.data`.
-      step: of the checkpoint; None for the newest.
-      should_stop: asked after every batch.
-      keep_examples: keep AutoAttack's adversarial images, beside its file.
-
-    Raises:
-      CheckpointError: as `load_network`.
-      InterruptedRunError: after `should_stop`. The same call begins again with PGD, and
-        goes on where it was with AutoAttack.
-    """
-    which = config.evaluation.checkpoint
-    network = load_network(config, dataset, workdir, which, step=step)
-    return score(
-        config,
-        dataset,
-        network,
-        workdir,
-        observer,
-        should_stop,
-        keep_examples=keep_examples,
-    )
-
-
-def score(
-    config: Config,
-    dataset: Dataset,
-    network: Network,
-    workdir: pathlib.Path,
-    observer: ScoreObserver,
-    should_stop: Callable[[], bool],
-    *,
-    keep_examples: bool = False,
-) -> Score:
-    """Evaluates a network; the arguments are those of `evaluate_run`."""
-    return Scorer(config, dataset)(
-        *(network, workdir, observer, should_stop),
-        key=evaluation_key(config),
-        keep_examples=keep_examples,
-    )
-
-
 class Scorer:
-    """The evaluation of a config, compiled once for as many networks as come.
+    """Evaluation of a config, compiled once for as many networks as come.
 
     Args:
       config: its `model` and `evaluation` count, and nothing of training.
@@ -143,7 +90,7 @@ class Scorer:
         if config.evaluation.attack == "autoattack":
             make, attacks = make_autoattack_evaluator, building.autoattacks(config)
         elif config.evaluation.early_stop:
-            make, attacks = make_early_stop_evaluator, building.staged_attacks(config)
+            make, attacks = make_skip_broken_evaluator, building.staged_attacks(config)
         else:
             make, attacks = make_evaluator, building.evaluation_attacks(config)
         model, size = building.make_model(config, dataset), config.evaluation.batch_size
@@ -151,35 +98,29 @@ class Scorer:
 
     def __call__(
         self,
-        network: Network,
+        network: Trained,
         workdir: pathlib.Path,
-        observer: ScoreObserver,
-        should_stop: Callable[[], bool],
+        observer: Observer,
+        should_stop: Callable[[], bool] = lambda: False,
         *,
-        key: jax.Array,
         keep_examples: bool = False,
     ) -> Score:
-        """The score of a network.
+        """Returns the score of a network.
 
         Args:
-          network: as `load_network` gives it.
+          network: as `load_network` gives it; its config's seed draws the numbers.
           workdir: where AutoAttack keeps what became of every example.
           observer: is told of progress.
           should_stop: asked after every batch.
-          key: of the random numbers, see `evaluation_key`.
           keep_examples: keep AutoAttack's adversarial images too.
 
         Raises:
-          InterruptedRunError: as `evaluate_run`.
+          InterruptedRunError: after `should_stop`. The same call begins again with
+            PGD, and resumes with AutoAttack.
         """
-
-        def on_batch(done: int, num_examples: int, doing: str = "") -> None:
-            observer.on_batch(done, num_examples, doing)
-            if should_stop() and done < num_examples:
-                message = "Stopped during evaluation. Rerun the same command to resume."
-                raise InterruptedRunError(message)
-
+        on_batch = until_stopped(observer.on_batch, should_stop, "during evaluation")
         archive = Archive(workdir / "autoattack", keep_examples, provenance())
+        key = evaluation_key(network.config)
         outcome = self._evaluate(
             *(network.variables, self._split, key), archive=archive, on_batch=on_batch
         )
@@ -193,18 +134,38 @@ class Scorer:
         )
 
 
+def until_stopped(
+    on_batch: Callable[..., None], should_stop: Callable[[], bool], when: str
+) -> OnBatch:
+    """Returns a listener that raises `InterruptedRunError` when it is asked to stop.
+
+    Args:
+      on_batch: is told of every batch.
+      should_stop: asked after every batch but the last.
+      when: for the message: stopped when.
+    """
+
+    def listen(done: int, num_examples: int, doing: str = "") -> None:
+        on_batch(done, num_examples, doing)
+        if should_stop() and done < num_examples:
+            message = f"Stopped {when}. {RESUME}"
+            raise InterruptedRunError(message)
+
+    return listen
+
+
 def evaluation_key(config: Config) -> jax.Array:
-    """The key of the random numbers in an evaluation."""
+    """Returns the key of the random numbers in an evaluation."""
     return _key(config, _EVALUATION_STREAM)
 
 
 def _key(config: Config, stream: int) -> jax.Array:
-    """Of threefry, whose keys give each example numbers of its own."""
+    """Returns a key of threefry, which gives each example numbers of its own."""
     return jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), stream)
 
 
 def evaluation_work(config: Config, dataset: Dataset) -> float:
-    """The predicted cost of the evaluation, in the unit of `experiments.work`."""
+    """Returns the predicted cost of the evaluation, in the unit of `run.work`."""
     evaluation = config.evaluation
     if evaluation.attack == "autoattack":
         passes = [
@@ -221,14 +182,17 @@ def evaluation_work(config: Config, dataset: Dataset) -> float:
 
 
 def evaluated_split(config: Config, dataset: Dataset) -> Split:
-    """The split that `config.evaluation.split` names."""
+    """Returns the split that `config.evaluation.split` names."""
     return dataset.test if config.evaluation.split == "test" else dataset.validation
 
 
 def make_validate(
     config: Config, dataset: Dataset
 ) -> Callable[[TrainState], dict[str, float]] | None:
-    """Accuracy on the held-out images; its `score` is robust accuracy in AT rows."""
+    """Builds the judge of a state by the held-out images; None without such.
+
+    Its `score` is robust accuracy in rows with an attack, else natural accuracy.
+    """
     if len(dataset.validation) == 0:
         return None
     attacks = building.validation_attacks(config)

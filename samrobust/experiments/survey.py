@@ -1,4 +1,4 @@
-"""How far runs are, read from their files while others work on them.
+"""States of runs, read from their files while others work on them.
 
 Nothing is written and nothing need be whole: a file that is missing, half written or
 anything else but what it should be counts as absent, and so does a value in it. Whether
@@ -64,12 +64,12 @@ class RunStatus:
 
     @property
     def description(self) -> str:
-        """The state in words: `running on node7`."""
+        """Returns the state in words: `running on node7`."""
         return f"{self.state} on {self.host}" if self.host else self.state
 
 
 def survey(workdir: pathlib.Path) -> list[RunStatus]:
-    """The runs of a table's workdir, the planned ones first, or the one of a run's.
+    """Returns the runs of a table, the planned ones first, or the run of its workdir.
 
     Raises:
       WorkdirError: if it is neither.
@@ -94,7 +94,7 @@ def survey(workdir: pathlib.Path) -> list[RunStatus]:
 
 
 def read_plan(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The runs in a table's `plan.json`, by their directories' names; may be none."""
+    """Returns the runs in a table's `plan.json`, by their directories; may be none."""
     runs = glance(workdir / "plan.json").get("runs")
     return {
         run["path"]: {name: value for name, value in run.items() if _is_plain(value)}
@@ -104,12 +104,12 @@ def read_plan(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a text or a number, which can be written again and compared."""
+    """Tells whether it is a text or a number, to be written again and compared."""
     return isinstance(value, str | bool) or _number(value) is not None
 
 
 def _is_below(path: Any) -> bool:
-    """Whether it is the relative path of something in a directory."""
+    """Tells whether it is the relative path of something in a directory."""
     if not isinstance(path, str) or not path or not path.isprintable():
         return False
     return not path.startswith("/") and ".." not in path.split("/")
@@ -118,7 +118,7 @@ def _is_below(path: Any) -> bool:
 def survey_run(
     folder: pathlib.Path, planned: dict[str, Any] | None = None
 ) -> RunStatus:
-    """The state of one run.
+    """Returns the state of one run.
 
     Args:
       folder: its workdir; may not exist.
@@ -155,38 +155,35 @@ def survey_run(
 
 
 def _text(value: Any) -> str:
-    """A text; empty if it is none."""
+    """Returns a text; empty if it is none."""
     return value if isinstance(value, str) else ""
 
 
 def _number(value: Any) -> float | None:
-    """A finite number; None if it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
+    """Returns a finite number; None if it is none."""
     with contextlib.suppress(OverflowError):
-        return float(value) if math.isfinite(value) else None
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
     return None
 
 
 def _positive(value: Any) -> float | None:
-    """A number that can be multiplied and divided by; None if it is none."""
+    """Returns a number that can be multiplied and divided by; None if it is none."""
     number = _number(value)
     return number if number is not None and 1e-9 < number < 1e12 else None
 
 
 def _count(*values: Any) -> int | None:
-    """The first of some values that is a number of things; None if none is."""
-    for value in values:
-        if type(value) is int and 0 <= value < 2**53:
-            return value
-    return None
+    """Returns the first of some values that is a number of things; None if none is."""
+    return next((v for v in values if type(v) is int and 0 <= v < 2**53), None)
 
 
 def remaining(runs: Sequence[RunStatus]) -> list[float | None]:
-    """The seconds of training that each run has left; evaluation is not counted.
+    """Returns the seconds of training that each run has left.
 
-    Of a run without a finished epoch they are predicted from the others and the cost
-    of its row. None where nothing is known, or nothing will be done: failed runs.
+    Evaluation is not counted. Of a run without a finished epoch they are predicted from
+    the others and the cost of its row. None where nothing is known, or nothing will be
+    done: failed runs.
     """
     rates = [r.epoch_seconds / r.work for r in runs if r.epoch_seconds and r.work]
     rate = statistics.fmean(rates) if rates else None
@@ -194,9 +191,8 @@ def remaining(runs: Sequence[RunStatus]) -> list[float | None]:
     def left(run: RunStatus) -> float | None:
         if run.state == "done":
             return 0.0
-        seconds = run.epoch_seconds
-        if seconds is None and rate is not None and run.work:
-            seconds = rate * run.work
+        predicted = rate * run.work if rate and run.work else None
+        seconds = run.epoch_seconds or predicted
         if run.state == "failed" or seconds is None or run.epochs is None:
             return None
         return max(run.epochs - run.epoch, 0) * seconds
@@ -205,20 +201,14 @@ def remaining(runs: Sequence[RunStatus]) -> list[float | None]:
 
 
 def remaining_together(runs: Sequence[RunStatus]) -> float | None:
-    """The seconds of training until all are done, by as many workers as there are now.
+    """Returns the seconds of training until all are done by this number of workers.
 
     None without a worker, or where a run's own time is unknown.
     """
     at_work = sum(run.state == "running" for run in runs)
-    left = [
-        seconds
-        for run, seconds in zip(runs, remaining(runs), strict=True)
-        if run.state != "failed"
-    ]
-    known = [seconds for seconds in left if seconds is not None]
-    if not at_work or len(known) < len(left):
-        return None
-    return max(sum(known) / at_work, *known)
+    left = [x for x in remaining(runs) if x is not None]
+    unknown = len(left) < sum(run.state != "failed" for run in runs)
+    return None if unknown or not at_work else max(sum(left) / at_work, *left)
 
 
 def _is_run(folder: pathlib.Path) -> bool:

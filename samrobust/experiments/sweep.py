@@ -5,7 +5,7 @@ asked for again, until that one has finished it, or died and left it. So every w
 ends when all of its share is done, and one more of them is always of use.
 
 What a worker does next follows from what `samrobust.experiments.run.run` returns or
-raises, and from `last_failure`: processes that agree on these and on `should_stop` stay
+raises, and from `failure.json`: processes that agree on these and on `should_stop` stay
 in step.
 """
 
@@ -18,19 +18,27 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from samrobust.data import Dataset
-from samrobust.experiments.identity import changed_fields, identity_of
-from samrobust.experiments.run import Observer, PlannedRun, as_dict, run, step_work
-from samrobust.experiments.survey import read_plan
-from samrobust.experiments.workdir import OtherConfigError, read_result, stored_config
+from samrobust.experiments import methods
+from samrobust.experiments.identity import identity_of
+from samrobust.experiments.reporting.results import unlike
+from samrobust.experiments.run import PlannedRun, run
+from samrobust.experiments.scoring import Observer
+from samrobust.experiments.survey import read_plan, survey_run
+from samrobust.experiments.workdir import (
+    OtherConfigError,
+    config_changes,
+    read_result,
+)
 from samrobust.system.claims import ClaimedError
-from samrobust.system.distributed import from_primary, met_by_all
+from samrobust.system.distributed import broadcast_from_primary, met_by_all
 from samrobust.system.failures import describe, read_failure
 from samrobust.system.files import WorkdirError, write_json
+from samrobust.system.runtime import RESUME
 from samrobust.training import InterruptedRunError
 
 __all__ = [
+    "collect",
     "finished",
-    "last_failure",
     "record_plan",
     "refuse_other_configs",
     "run_all",
@@ -68,15 +76,20 @@ def run_all(
     Raises:
       InterruptedRunError: after `should_stop`.
     """
-    before = from_primary(lambda: {p.workdir: last_failure(p) for p in runs})
+    before = broadcast_from_primary(
+        lambda: {p.workdir: read_failure(p.workdir) for p in runs}
+    )
     results: dict[pathlib.Path, dict[str, Any]] = {}
     left, pause = list(runs), _TICK
     while left:
         held = []
         for planned in left:
-            failure = from_primary(functools.partial(last_failure, planned))
+            failure = broadcast_from_primary(
+                functools.partial(read_failure, planned.workdir)
+            )
             if failure is not None and failure != before[planned.workdir]:
-                on_failure(planned, f"{failure['message']} (on {failure['host']})")
+                why = f"{failure.get('message')} (on {failure.get('host')})"
+                on_failure(planned, why)
                 continue
             outcome = _attempt(planned, dataset, observe(planned), should_stop)
             if outcome is None:
@@ -102,15 +115,10 @@ def _attempt(
     observer: Observer,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any] | str | None:
-    """The result; or why it failed; or None if another process holds the run."""
+    """Returns the result; or why it failed; or None if another holds the run."""
     try:
-        return run(
-            planned.config,
-            planned.workdir,
-            observer,
-            dataset=dataset,
-            should_stop=should_stop,
-        )
+        config, workdir = planned.config, planned.workdir
+        return run(config, workdir, observer, dataset=dataset, should_stop=should_stop)
     except InterruptedRunError:
         raise
     except Exception as error:  # a bug in one row must not stop the others
@@ -119,29 +127,49 @@ def _attempt(
         return None if isinstance(error, ClaimedError) else describe(error)
 
 
-def last_failure(planned: PlannedRun) -> dict[str, str] | None:
-    """What `failure.json` says of the last attempt: its id, message and host."""
-    failure = read_failure(planned.workdir)
-    if failure is None:
-        return None
-    return {name: str(failure.get(name, "")) for name in ("id", "message", "host")}
-
-
 def finished(planned: PlannedRun) -> dict[str, Any] | None:
-    """The content of a run's `result.json`; None if it has not finished.
+    """Returns the content of a run's `result.json`; None if it has not finished.
 
     Raises:
       WorkdirError: if the directory or the result is of another config, or a file is
         damaged.
     """
-    stored = stored_config(planned.workdir)
-    if stored is None:
-        return None
-    changed = changed_fields(stored.to_dict(), as_dict(planned.config))
+    changed = config_changes(planned.workdir, planned.config)
     if changed:
         message = f"it is of another config, which differs in {', '.join(changed)}"
         raise WorkdirError(message)
+    if changed is None:
+        return None
     return read_result(planned.workdir, identity_of(planned.config, None))
+
+
+def collect(
+    runs: Sequence[PlannedRun],
+) -> tuple[list[dict[str, Any]], list[tuple[PlannedRun, str]]]:
+    """Returns the results of finished runs, and the other runs, each with the reason.
+
+    A result that is not comparable with the first one counts as missing.
+    """
+    results: list[Any] = []
+    missing = []
+    for planned in runs:
+        result, why = None, ""
+        try:
+            result = finished(planned)
+        except WorkdirError as error:
+            why = str(error)
+        if result is None and not why:
+            status = survey_run(planned.workdir)
+            why = ": ".join(filter(None, (status.description, status.error)))
+        elif result and results and (fields := unlike(result, first := results[0])):
+            told = "; ".join(f"{n} is {a!r}, not {b!r}" for n, (a, b) in fields.items())
+            beside = f"{first['label']}, seed {first['seed']}"
+            why = f"not comparable with {beside}: {told}"
+        if why:
+            missing.append((planned, why))
+        else:
+            results.append(result)
+    return results, missing
 
 
 def refuse_other_configs(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> None:
@@ -150,12 +178,11 @@ def refuse_other_configs(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> N
     Raises:
       OtherConfigError: says once what differs, before any work.
     """
-    found: list[dict[str, tuple[object, object]]] = []
+    changed = []
     for planned in runs:
         with contextlib.suppress(WorkdirError):  # a damaged file fails its run alone
-            if (stored := stored_config(planned.workdir)) is not None:
-                found.append(changed_fields(stored.to_dict(), as_dict(planned.config)))
-    changed = [fields for fields in found if fields]
+            if fields := config_changes(planned.workdir, planned.config):
+                changed.append(fields)
     if changed:
         what = f"{len(changed)} of the {len(runs)} runs"
         raise OtherConfigError.over(workdir, what, max(changed, key=changed.count))
@@ -167,35 +194,31 @@ def record_plan(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> None:
     Raises:
       WorkdirError: if the directory cannot be written.
     """
-    ours = {entry["path"]: entry for entry in (_entry(workdir, run) for run in runs)}
+    ours = {}
+    for planned in runs:
+        path, config = planned.workdir.relative_to(workdir).as_posix(), planned.config
+        ours[path] = {
+            "path": path,
+            "row": config.row,
+            "label": config.label,
+            "seed": config.seed,
+            "epochs": config.training.epochs,
+            "work": methods.cost(config),
+        }
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # Read again after writing: others may be adding theirs.
         while (plan := read_plan(workdir)) != (together := plan | ours):
             write_json(workdir / "plan.json", {"runs": list(together.values())})
     except OSError as error:
-        message = (
-            f"Expected a writable directory, got workdir={str(workdir)!r}: {error}."
-        )
-        raise WorkdirError(message) from error
-
-
-def _entry(workdir: pathlib.Path, planned: PlannedRun) -> dict[str, Any]:
-    config = planned.config
-    return {
-        "path": planned.workdir.relative_to(workdir).as_posix(),
-        "row": config.row,
-        "label": config.label,
-        "seed": config.seed,
-        "epochs": config.training.epochs,
-        "work": step_work(config),
-    }
+        what = f"Expected a writable directory, got workdir={str(workdir)!r}: {error}."
+        raise WorkdirError(what) from error
 
 
 def _wait(seconds: float, should_stop: Callable[[], bool]) -> None:
     """Waits by counting and not by the clock: processes in step ask equally often."""
     for _ in range(round(seconds / _TICK)):
         if should_stop():
-            message = "Stopped while others held the last runs. The same command waits."
+            message = f"Stopped while others held the last runs. {RESUME}"
             raise InterruptedRunError(message)
         time.sleep(_TICK)

@@ -9,11 +9,12 @@ the run goes on.
 import contextlib
 import importlib
 import pathlib
+import re
 import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import util
 from typing import Any, Protocol
 
@@ -21,8 +22,9 @@ from samrobust.checks import check
 from samrobust.system.files import glance, read_json_lines, write_json
 from samrobust.types import Config
 
-__all__ = ["Tracking", "check_installed", "track"]
+__all__ = ["Tracking", "check_installed"]
 
+_PACKAGES = {"tensorboard": ("tensorboardX", "2.6"), "wandb": ("wandb", "0.18")}
 # Seconds for W&B to send what is left: at the end, and of a tracker that failed.
 _PATIENCE, _SHORT_PATIENCE = 60.0, 5.0
 
@@ -33,32 +35,19 @@ def check_installed(config: Config) -> None:
     Raises:
       ValueError: with the command that installs it.
     """
-    for name, package, version in (
-        ("tensorboard", "tensorboardX", "2.6"),
-        ("wandb", "wandb", "0.18"),
-    ):
-        spec = util.find_spec(package) if config.tracking[name] else None
-        check(
-            # A mere directory of that name, as W&B makes, is found without an origin.
-            not config.tracking[name] or (spec is not None and bool(spec.origin)),
-            f"the package {package}",
-            f"Install it: pip install '{package}>={version}'.",
-            **{f"tracking.{name}": config.tracking[name]},
-        )
-
-
-@contextlib.contextmanager
-def track(config: Config, workdir: pathlib.Path) -> Iterator["Tracking"]:
-    """Tracks a run inside the context; opens nothing before the first epoch's line."""
-    tracking = Tracking(config, workdir)
-    try:
-        yield tracking
-    finally:
-        tracking.close()
+    for name, (package, version) in _PACKAGES.items():
+        wanted = config.tracking[name]
+        spec = util.find_spec(package) if wanted else None
+        # A mere directory of that name, as W&B makes, is found without an origin.
+        holds = not wanted or (spec is not None and bool(spec.origin))
+        fix = f"Install it: pip install '{package}>={version}'."
+        check(holds, f"the package {package}", fix, **{f"tracking.{name}": wanted})
 
 
 class Tracking:
-    """The trackers of a run, as its config says: `tracking.tensorboard` and `.wandb`.
+    """Trackers of a run, as its config says: `tracking.tensorboard` and `.wandb`.
+
+    Opens nothing before the first epoch's line; to be closed.
 
     Args:
       config: of the run.
@@ -77,7 +66,7 @@ class Tracking:
         self._open: list[_Tracker] = []
 
     def following(self, on_progress: Callable[[Any], None]) -> Callable[[Any], None]:
-        """An `on_progress` that also passes on the lines that are new by then."""
+        """Returns an `on_progress` that also passes on the lines new by then."""
         if not self._unopened:
             return on_progress
 
@@ -92,43 +81,43 @@ class Tracking:
         """Passes on the final accuracies, in percent by the attacks' names."""
         self._finished = True
         self._catch_up()
-        for tracker in list(self._open):
-            self._attempt(tracker, lambda t: t.add_accuracy(accuracy, self._seen))
+        # `linf 8/255` as a name that both trackers leave as it is: `linf_8_255`.
+        tags = {f"result/{re.sub('[ /]', '_', n)}": v for n, v in accuracy.items()}
+        self._each(lambda tracker: tracker.conclude(tags, self._seen))
 
     def close(self) -> None:
         """Closes what was opened."""
         while self._open:
-            tracker = self._open.pop()
-            self._attempt(tracker, lambda t: t.close(self._finished, _PATIENCE))
+            with _warning_once():
+                self._open.pop().close(self._finished, _PATIENCE)
 
     def _catch_up(self) -> None:
         while self._unopened:
             with _warning_once():
                 self._open.append(self._unopened.pop(0)())
-        lines = [
-            x for x in read_json_lines(self._log) if x.get("step", -1) > self._seen
-        ]
-        for line in lines:
-            self._seen = line["step"]
-            for tracker in list(self._open):
-                self._attempt(tracker, lambda t, line=line: t.add(line))
+        for line in read_json_lines(self._log):
+            if line.get("step", -1) > self._seen:
+                self._seen = line.pop("step")
+                scalars = {n: v for n, v in line.items() if isinstance(v, int | float)}
+                self._each(lambda t, scalars=scalars: t.add(scalars, self._seen))
 
-    def _attempt(self, tracker: "_Tracker", act: Callable[["_Tracker"], None]) -> None:
-        """Does it, or closes the tracker and leaves it out from now on."""
-        failed = True
-        with _warning_once():
-            act(tracker)
-            failed = False
-        if failed and tracker in self._open:
-            self._open.remove(tracker)
-            with contextlib.suppress(Exception):  # why it failed was said
-                tracker.close(finished=False, patience=_SHORT_PATIENCE)
+    def _each(self, act: Callable[["_Tracker"], None]) -> None:
+        """Does it with all; one that fails is closed and left out from now on."""
+        for tracker in list(self._open):
+            with _warning_once():
+                try:
+                    act(tracker)
+                except Exception:
+                    self._open.remove(tracker)
+                    with contextlib.suppress(Exception):  # why it failed is said
+                        tracker.close(finished=False, patience=_SHORT_PATIENCE)
+                    raise
 
 
 class _Tracker(Protocol):
-    def add(self, line: dict[str, Any]) -> None: ...
+    def add(self, scalars: Mapping[str, float], step: int) -> None: ...
 
-    def add_accuracy(self, accuracy: dict[str, float], step: int) -> None: ...
+    def conclude(self, scalars: Mapping[str, float], step: int) -> None: ...
 
     def close(self, finished: bool, patience: float) -> None: ...
 
@@ -152,22 +141,17 @@ class _TensorBoard:
         start = proto.SessionLog(status=proto.SessionLog.START)
         self._writer.write_event(proto.Event(step=0, session_log=start))
 
-    def add(self, line: dict[str, Any]) -> None:
-        self._write(_scalars(line), line["step"])
-
-    def add_accuracy(self, accuracy: dict[str, float], step: int) -> None:
-        self._write({f"result/{_tag(n)}": v for n, v in accuracy.items()}, step)
-
-    def _write(self, scalars: dict[str, float], step: int) -> None:
+    def add(self, scalars: Mapping[str, float], step: int) -> None:
         from tensorboardX.summary import scalar
 
         now = time.time()
         for name, value in scalars.items():
             summary = scalar(name, value)
-            self._writer.write_event(
-                self._event(step=step, wall_time=now, summary=summary)
-            )
+            event = self._event(step=step, wall_time=now, summary=summary)
+            self._writer.write_event(event)
         self._writer.flush()
+
+    conclude = add
 
     def close(self, finished: bool, patience: float) -> None:
         del finished, patience
@@ -195,13 +179,13 @@ class _WandB:
             settings=wandb.Settings(console="off", silent=True),
         )
 
-    def add(self, line: dict[str, Any]) -> None:
-        if line["step"] >= self._run.step:  # what it has cannot be changed
-            self._run.log(_scalars(line), step=line["step"], commit=True)
+    def add(self, scalars: Mapping[str, float], step: int) -> None:
+        if step >= self._run.step:  # what it has cannot be changed
+            self._run.log(scalars, step=step, commit=True)
 
-    def add_accuracy(self, accuracy: dict[str, float], step: int) -> None:
+    def conclude(self, scalars: Mapping[str, float], step: int) -> None:
         del step
-        self._run.summary.update({f"result/{_tag(n)}": v for n, v in accuracy.items()})
+        self._run.summary.update(scalars)
 
     def close(self, finished: bool, patience: float) -> None:
         """Waits for what is left to be sent, but not for ever."""
@@ -213,7 +197,7 @@ class _WandB:
             except Exception as error:
                 errors.append(error)
                 with contextlib.suppress(Exception):
-                    self._tear_down()  # lest it try again at the process's end
+                    self._tear_down()  # or it tries again at the process's end
 
         thread = threading.Thread(target=finish, daemon=True)
         thread.start()
@@ -233,20 +217,6 @@ def _warning_once() -> Iterator[None]:
     except Exception as error:
         message = (
             f"A tracker failed and is left out ({type(error).__name__}: {error}). "
-            "The run goes on; metrics.jsonl has it all."
+            "The run continues; metrics.jsonl has every epoch."
         )
         warnings.warn(message, stacklevel=2)
-
-
-def _scalars(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line, all but the step."""
-    return {
-        name: value
-        for name, value in line.items()
-        if isinstance(value, int | float) and name != "step"
-    }
-
-
-def _tag(name: str) -> str:
-    """`linf 8/255` as a name that both trackers leave as it is: `linf_8_255`."""
-    return name.replace(" ", "_").replace("/", "_")

@@ -28,7 +28,7 @@ from samrobust.checks import (
     switch,
     text,
 )
-from samrobust.experiments import entries, methods, rows
+from samrobust.experiments import entries, methods
 from samrobust.experiments.components import check_model, model_fields, takes
 from samrobust.training.adversaries import at
 from samrobust.types import Config
@@ -42,6 +42,7 @@ _size, _count = partial(check_whole, 0), partial(check_whole, 1)
 _seed = partial(check_whole, 0, LARGEST_SEED)
 # PGD judges by the rules that it trains by.
 _pgd = {name: field.rule for name, field in at.ENTRY.fields.items()}
+_OF_PGD = ("num_steps", "random_start", "restarts", "loss", "judge", "gradient_floor")
 
 
 def _percentages(**values: Any) -> None:
@@ -88,13 +89,8 @@ FIELDS: dict[str, Rule] = {
     "evaluation.members": each(one_of(*MEMBERS)),
     "evaluation.linf_step": _pgd["relative_step_size.linf"],
     "evaluation.l2_step": _pgd["relative_step_size.l2"],
-    "evaluation.num_steps": _pgd["num_steps"],
-    "evaluation.random_start": _pgd["random_start"],
-    "evaluation.restarts": _pgd["restarts"],
-    "evaluation.loss": _pgd["loss"],
-    "evaluation.judge": _pgd["judge"],
+    **{f"evaluation.{name}": _pgd[name] for name in _OF_PGD},
     "evaluation.early_stop": switch,
-    "evaluation.gradient_floor": _pgd["gradient_floor"],
     "evaluation.batch_size": _count,
     "evaluation.split": one_of("test", "validation"),
     "evaluation.checkpoint": one_of("last", "best"),
@@ -108,7 +104,7 @@ FIELDS: dict[str, Rule] = {
 def fields_of(config: Config) -> dict[str, Rule]:
     """Returns the rule of every field that a config may have, by its full name."""
     rules = dict(FIELDS)
-    for section, name in methods.sections(config.row or "st").items():
+    for section, name in methods.sections(config.row).items():
         for key, field in entries.section_fields(name).items():
             rules[f"{section}.{key}"] = field.rule
     for key, field in model_fields(config.model.name).items():
@@ -127,11 +123,12 @@ def validate(config: Config) -> None:
     for field, rule in fields_of(config).items():  # known now that names are texts
         if field not in FIELDS:
             rule(**{field: _read(config, field)})
-    _validate_training(config.training)
+    _validate_training(config)
     _validate_methods(config)
     check_model(config)
     _validate_groups(config)
     _validate_evaluation(config)
+    _validate_autoattack(config)
 
 
 def _read(config: Config, field: str) -> Any:
@@ -143,117 +140,98 @@ def _read(config: Config, field: str) -> Any:
     return value
 
 
-def _validate_training(training: Config) -> None:
-    momentum = training.momentum
-    check(momentum < 1, "training.momentum < 1", **{"training.momentum": momentum})
-    milestones = tuple(training.milestones)
-    rising = all(a < b for a, b in itertools.pairwise((0, *milestones, 1)))
-    check(
-        rising,
-        "increasing fractions of the training between 0 and 1",
-        "The paper's are (0.75, 0.9).",
-        **{"training.milestones": milestones},
-    )
+def _require(
+    config: Config, holds: bool, condition: str, *fields: str, fix: str = ""
+) -> None:
+    """Refuses a config unless `holds`; the message has the values of these fields."""
+    check(holds, condition, fix, **{field: _read(config, field) for field in fields})
 
 
-def _check_restarts(section: str, attack: Config) -> None:
-    check(
-        attack.restarts == 1 or attack.random_start,
-        f"{section}.random_start when {section}.restarts > 1",
-        **{f"{section}.restarts": attack.restarts},
-    )
+def _validate_training(config: Config) -> None:
+    momentum, milestones = "training.momentum", "training.milestones"
+    _require(config, _read(config, momentum) < 1, f"{momentum} < 1", momentum)
+    points = (0, *_read(config, milestones), 1)
+    rising = all(a < b for a, b in itertools.pairwise(points))
+    wanted = "increasing fractions of the training between 0 and 1"
+    fix = "The paper's are (0.75, 0.9)."
+    _require(config, rising, wanted, milestones, fix=fix)
 
 
 def _validate_methods(config: Config) -> None:
     """Builds the row's method, and refuses what a row without the part would ignore."""
-    row = rows.parse_row(config.row) if config.row else rows.Row()
-    active = {part.name for part in row.parts}
-    for section, name in methods.sections(config.row or "st").items():
-        own = config[section]
-        for field, off in (("m", 0), *_ends(own)):
-            check(
-                name in active or field not in own or own[field] == off,
-                f"a row with {name} when {section}.{field} is set",
-                f"As in --config=FILE.py:{name},...",
-                **{f"{section}.{field}": own.get(field), "row": config.row},
+    active = {part.name for part in methods.parts_of(config)}
+    for section, name in methods.sections(config.row).items():
+        if name in active:
+            continue
+        options = entries.options(name).values()
+        for key, field in entries.section_fields(name).items():
+            counts = key == "m" or key.endswith("_end") or key in options
+            _require(
+                config,
+                not counts or config[section][key] == field.default,
+                f"a row with {name} when {section}.{key} is set",
+                *(f"{section}.{key}", "row"),
+                fix=f"As in --config=FILE.py:{name},...",
             )
     if config.row:
         methods.build(config, entries.Given(grouped=methods.group_size(config) > 0))
 
 
-def _ends(section: Config) -> list[tuple[str, None]]:
-    return [(name, None) for name in section if name.endswith("_end")]
-
-
 def _validate_groups(config: Config) -> None:
-    """m-sharpness and BatchNorm's groups; the last batch is checked with the data."""
-    batch_size, group = config.training.batch_size, config.model.batch_norm_group
+    """Refuses groups that do not fit; the last batch is checked with the data."""
+    whole, group = "training.batch_size", "model.batch_norm_group"
     field, m = methods.group_field(config)
-    for name, size in ((field, m), ("model.batch_norm_group", group)):
-        check(
-            size == 0 or batch_size % size == 0,
-            f"{name} to divide training.batch_size",
-            "0 means the global batch.",
-            **{name: size, "training.batch_size": batch_size},
-        )
-    check(
+    batch_size, size = _read(config, whole), _read(config, group)
+    for name, part in ((field, m), (group, size)):
+        holds = part == 0 or batch_size % part == 0
+        fix = "0 means the global batch."
+        _require(config, holds, f"{name} to divide {whole}", name, whole, fix=fix)
+    _require(
+        config,
         m in (0, batch_size)
         or not takes(config.model.name, "batch_norm_group")
-        or (group > 0 and m % group == 0),
-        f"model.batch_norm_group > 0 that divides {field}",
-        f"BatchNorm cannot reach across groups of {m} that have parameters of their "
-        f"own: set --config.model.batch_norm_group={m}, or a divisor of it.",
-        **{"model.batch_norm_group": group, field: m},
+        or (size > 0 and m % size == 0),
+        f"{group} > 0 that divides {field}",
+        *(group, field),
+        fix=f"BatchNorm cannot reach across groups of {m} that have parameters of "
+        f"their own: set --config.{group}={m}, or a divisor of it.",
     )
 
 
 def _validate_evaluation(config: Config) -> None:
     evaluation = config.evaluation
-    _check_restarts("evaluation", evaluation)
-    _validate_autoattack(evaluation)
-    check(
-        evaluation.judge == "any" or not evaluation.early_stop,
-        "evaluation.judge=any with evaluation.early_stop",
-        "A final iterate can be right again after a broken one.",
-        **{"evaluation.judge": evaluation.judge},
+    holds = evaluation.restarts == 1 or evaluation.random_start
+    wanted = "evaluation.random_start when evaluation.restarts > 1"
+    _require(config, holds, wanted, "evaluation.restarts")
+    holds = evaluation.judge == "any" or not evaluation.early_stop
+    wanted = "evaluation.judge=any with evaluation.early_stop"
+    fix = "A final iterate can be right again after a broken one."
+    _require(config, holds, wanted, "evaluation.judge", fix=fix)
+    for name in ("evaluation.linf", "evaluation.l2"):
+        _require(config, _differ(config, name), f"different radii in {name}", name)
+    held_out = "data.validation_size"
+    fix = (
+        f"Set --config.{held_out}, the number of training examples to hold out; the "
+        "test set is never used to choose."
     )
-    for name in ("linf", "l2"):
-        radii, field = tuple(evaluation[name]), f"evaluation.{name}"
-        check(
-            len(set(radii)) == len(radii),
-            f"different radii in {field}",
-            **{field: radii},
-        )
-    needs_validation = {
-        "evaluation.split": evaluation.split == "validation",
-        "evaluation.checkpoint": evaluation.checkpoint == "best",
-    }
-    for field, needs in needs_validation.items():
-        check(
-            not needs or config.data.validation_size > 0,
-            f"data.validation_size > 0 for {field}",
-            "Set --config.data.validation_size, the number of training examples to "
-            "hold out; the test set is never used to choose.",
-            **{"data.validation_size": config.data.validation_size},
-        )
+    for name, value in (("split", "validation"), ("checkpoint", "best")):
+        holds = evaluation[name] != value or _read(config, held_out) > 0
+        wanted = f"{held_out} > 0 for evaluation.{name}"
+        _require(config, holds, wanted, held_out, fix=fix)
 
 
-def _validate_autoattack(evaluation: Config) -> None:
-    members = tuple(evaluation.members)
-    uses = evaluation.attack == "autoattack" and evaluation.version == "custom"
-    check(
-        bool(members) == uses,
-        "evaluation.members with evaluation.attack=autoattack and "
-        "evaluation.version=custom, and only there",
-        **{"evaluation.members": members, "evaluation.version": evaluation.version},
-    )
-    check(
-        evaluation.attack == "autoattack" or evaluation.version == "standard",
-        "evaluation.attack=autoattack with evaluation.version",
-        **{"evaluation.version": evaluation.version},
-    )
-    check(
-        len(set(members)) == len(members),
-        "different evaluation.members",
-        **{"evaluation.members": members},
-    )
+def _validate_autoattack(config: Config) -> None:
+    version, members = "evaluation.version", "evaluation.members"
+    is_used, is_custom = config.evaluation.attack == "autoattack", f"{version}=custom"
+    named = is_used and config.evaluation.version == "custom"
+    wanted = f"{members} with evaluation.attack=autoattack and {is_custom}, and only "
+    holds = bool(config.evaluation.members) == named
+    _require(config, holds, f"{wanted}there", members, version)
+    holds = is_used or config.evaluation.version == "standard"
+    _require(config, holds, f"evaluation.attack=autoattack with {version}", version)
+    _require(config, _differ(config, members), f"different {members}", members)
+
+
+def _differ(config: Config, field: str) -> bool:
+    values = _read(config, field)
+    return len(set(values)) == len(values)

@@ -5,13 +5,12 @@ A workdir holds `config.json`, `metrics.jsonl`, `checkpoints/`, `result.json`;
 `samrobust.system.claims`).
 """
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from samrobust.checks import check
-from samrobust.experiments.configuration import with_defaults
+from samrobust.experiments.configuration import as_dict, with_defaults
 from samrobust.experiments.identity import Identity, changed_fields
 from samrobust.experiments.reporting.results import check_comparable
 from samrobust.experiments.rows import modern_row
@@ -22,7 +21,7 @@ from samrobust.types import Config
 
 __all__ = [
     "OtherConfigError",
-    "WorkdirError",
+    "config_changes",
     "config_of_run",
     "finished_runs",
     "read_result",
@@ -31,11 +30,8 @@ __all__ = [
     "stored_config",
 ]
 
-# What a run leaves beside its config.
-_LEFT_BY_A_RUN = (
-    *("result.json", "metrics.jsonl", "checkpoints"),
-    *("evaluations.jsonl", "autoattack"),
-)
+_LEFT_BY_A_RUN = "result.json", "metrics.jsonl", "checkpoints"
+_LEFT_BY_A_RUN += "evaluations.jsonl", "autoattack"
 
 
 class OtherConfigError(WorkdirError):
@@ -84,18 +80,13 @@ def config_of_run(workdir: pathlib.Path) -> Config:
       WorkdirError: as `stored_config`.
     """
     stored = stored_config(workdir)
-    check(
-        stored is not None,
-        "a run's --workdir, with a config.json",
-        "Train it first: `samrobust train`.",
-        workdir=str(workdir),
-    )
-    assert stored is not None  # for type checkers
+    wanted, fix = "a run's --workdir, with a config.json", "Train it first: "
+    check(stored is not None, wanted, f"{fix}`samrobust train`.", workdir=str(workdir))
     return stored
 
 
 def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, Config]:
-    """The configs of a table's finished runs by their directories, in its order.
+    """Returns a table's finished runs: their configs by directories, in its order.
 
     Args:
       workdir: of the table.
@@ -119,13 +110,11 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
             if workdir / name == run_folder(workdir, config.row, config.seed):
                 configs[name] = config
     lacking = set(wanted).difference(config.row for config in configs.values())
-    check(
-        bool(configs) and not lacking,
-        "finished runs in --workdir" + (" of all --rows" if wanted else ""),
-        "It is the directory of a table: `samrobust table`.",
-        workdir=str(workdir),
-        **({"rows_without": sorted(lacking)} if wanted else {}),
-    )
+    condition = "finished runs in --workdir" + (" of all --rows" if wanted else "")
+    fix = "It is the directory of a table: `samrobust table`."
+    which = {"rows_without": sorted(lacking)} if wanted else {}
+    found = bool(configs) and not lacking
+    check(found, condition, fix, workdir=str(workdir), **which)
     fields = {name: config.to_dict() for name, config in configs.items()}
     check_comparable(fields, "Choose some with --rows.")
     return configs
@@ -140,6 +129,21 @@ def run_folder(workdir: pathlib.Path, row: str, seed: int) -> pathlib.Path:
     return next(found, folder)
 
 
+def config_changes(
+    workdir: pathlib.Path, config: Config
+) -> dict[str, tuple[object, object]] | None:
+    """Returns the fields that shape a result and are not as when the run was started.
+
+    Returns:
+      The values then and now, by dotted names; None where no run was started.
+
+    Raises:
+      WorkdirError: as `stored_config`.
+    """
+    stored = stored_config(workdir)
+    return None if stored is None else changed_fields(stored.to_dict(), as_dict(config))
+
+
 def settle_config(workdir: pathlib.Path, config: Config) -> None:
     """Writes `config.json`, or checks that the one there is of the same run.
 
@@ -147,25 +151,22 @@ def settle_config(workdir: pathlib.Path, config: Config) -> None:
       OtherConfigError: if a field that shapes the result differs; names it.
       WorkdirError: if there is none beside what a run left.
     """
-    stored = stored_config(workdir)
-    given = json.loads(config.to_json_best_effort())
-    if stored is None and (workdir / "plan.json").exists():
+    changed = config_changes(workdir, config)
+    if changed:
+        raise OtherConfigError.over(workdir, "a run", changed)
+    left = [name for name in _LEFT_BY_A_RUN if (workdir / name).exists()]
+    if changed is None and (workdir / "plan.json").exists():
         raise WorkdirError(
             f"Expected the directory of one run, got that of a table: {workdir}. "
             "Choose another --workdir, or one of its runs'."
         )
-    if stored is None:
-        left = [name for name in _LEFT_BY_A_RUN if (workdir / name).exists()]
-        if left:
-            raise WorkdirError(
-                f"Expected a config.json beside {', '.join(left)} in {workdir}, got "
-                "none: nothing says of which run they are. Restore it from a copy, or "
-                "choose another --workdir."
-            )
-    changed = {} if stored is None else changed_fields(stored.to_dict(), given)
-    if changed:
-        raise OtherConfigError.over(workdir, "a run", changed)
-    write_json(workdir / "config.json", given)
+    if changed is None and left:
+        raise WorkdirError(
+            f"Expected a config.json beside {', '.join(left)} in {workdir}, got "
+            "none: nothing says of which run they are. Restore it from a copy, or "
+            "choose another --workdir."
+        )
+    write_json(workdir / "config.json", as_dict(config))
 
 
 def read_result(workdir: pathlib.Path, identity: Identity) -> dict[str, Any] | None:

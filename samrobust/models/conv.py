@@ -130,6 +130,7 @@ def _image_gradient(
 
     def pads(axis: int) -> tuple[int, int]:
         window = kernel.shape[axis - 1]
+        # A transposed convolution: the cotangent spread by the stride, full padding.
         low = window - 1 - padding
         dilated = (cotangent.shape[axis] - 1) * stride + 1
         return low, shape[axis] + window - 1 - dilated - low
@@ -151,6 +152,7 @@ def _is_smaller(images: Array, kernel: Array) -> bool:
 
 def _multiply(images: Array, kernel: Array, *, stride: int, padding: int) -> Array:
     """Computes `_convolve` as a matrix product."""
+    # Most taps fall into the padding here: the whole matrix is small.
     matrix = _matrix(kernel, images.shape[1:3], stride, padding)
     return jnp.einsum("bhwc,hwcijk->bijk", images, matrix)
 
@@ -190,7 +192,7 @@ def _kernel_gradient(
 
     The channels take the place of the batch, and the batch that of the channels.
     """
-    if window == (1, 1) and padding == 0:  # a plain matrix product
+    if window == (1, 1) and padding == 0:  # a matrix product over all pixels
         images = images[:, ::stride, ::stride]
         examples = (0, 1, 2)
         return jnp.tensordot(images, cotangent, (examples, examples))[None, None]

@@ -1,4 +1,4 @@
-"""Layers that the networks share, and what all of them do to pixels.
+"""Layers that the networks share, and their normalization of pixels.
 
 Conventions: images and activations are [B, H, W, C]. Layers compute in `dtype`;
 parameters and statistics are kept and taken in `exact_dtype(dtype)`.
@@ -54,7 +54,7 @@ def exact_dtype(dtype: Any) -> Any:
 
 
 class ImageClassifier(nn.Module):
-    """A network that normalizes pixels itself: what every entry of `MODELS` has.
+    """A network that normalizes pixels itself: the base of all `MODELS`.
 
     Attributes:
       num_classes: number of logits K.
@@ -91,7 +91,7 @@ class ImageClassifier(nn.Module):
         super().__post_init__()
 
     def normalize(self, images: Array) -> Array:
-        """Returns `(images - mean) / std`, exact.
+        """Returns `(images - mean) / std` in `exact_dtype`.
 
         Raises:
           ValueError: if `mean` or `std` has neither one value nor one a channel.
@@ -137,7 +137,7 @@ class StagedClassifier(ImageClassifier):
 
 
 def check_dropout(dropout: Any) -> None:
-    """Raises `ValueError` unless it is a share that leaves something, in [0, 1)."""
+    """Raises `ValueError` unless the share dropped is in [0, 1)."""
     check_real(0, 1, dropout=dropout)
     check(dropout < 1, "dropout < 1", dropout=dropout)
 
@@ -157,7 +157,7 @@ def residual_stages(
       widths: features of each stage.
       blocks: blocks in each stage; every stage but the first halves the resolution.
       hidden: [B, H, W, C].
-      train: handed to the blocks.
+      train: passed to the blocks.
     """
     for i, (features, count) in enumerate(zip(widths, blocks, strict=True)):
         for j in range(count):
@@ -199,9 +199,9 @@ class BatchNorm(nn.Module):
     Statistics are taken in float32 (float64 if that is `dtype`) over the whole batch,
     over all devices under `jit`, or over groups of consecutive examples of it, each
     normalized by its own. The running variance is the unbiased one, as PyTorch keeps
-    it and Flax does not. With groups, running statistics move towards the mean over
-    groups of the means and of the unbiased variances: what averaging the statistics of
-    devices gives, that each keep those of one group.
+    it and Flax does not. With groups, running statistics move toward the mean over
+    groups of the means and of the unbiased variances: what the average over
+    devices gives when each keeps the statistics of one group.
 
     Attributes:
       momentum: share of the old running statistics kept in an update.
@@ -217,7 +217,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> Array:
-        """Normalises with the batch's statistics if `train`, else the running ones.
+        """Normalizes with the batch's statistics if `train`, else the running ones.
 
         Raises:
           ValueError: in training, if the groups do not divide the batch.
@@ -232,6 +232,7 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", ones, None, channels, exact)
 
         def normalize(inputs: Array, mean: Array, var: Array) -> Array:
+            # scale (x - mean) / sqrt(var + epsilon) + bias as one multiply-add a pixel.
             multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
             normalized = inputs.astype(exact) * multiplier + (bias - mean * multiplier)
             return normalized.astype(self.dtype)
@@ -245,6 +246,7 @@ class BatchNorm(nn.Module):
             return normalize(inputs, mean, var)
         groups = inputs.reshape(num_groups, -1, *inputs.shape[1:])
         means, variances = jax.vmap(_statistics)(groups.astype(exact))
+        # Not the variance of the batch: that has the spread of the means in it, too.
         mean, var = jnp.mean(means, axis=0), jnp.mean(variances, axis=0)
         self._update(running_mean, running_var, mean, var, groups[0].size)
         return jax.vmap(normalize)(groups, means, variances).reshape(inputs.shape)
@@ -265,11 +267,11 @@ class BatchNorm(nn.Module):
     def _update(
         self, running_mean: Any, running_var: Any, mean: Array, var: Array, size: int
     ) -> None:
-        """Moves the running statistics towards those of `size` inputs."""
+        """Moves the running statistics toward those of `size` inputs."""
         if self.is_initializing() or not self.is_mutable_collection("batch_stats"):
             return
         count = size // mean.size
-        unbiased = var * (count / max(count - 1, 1))
+        unbiased = var * (count / max(count - 1, 1))  # Bessel's correction
         old, new = self.momentum, 1 - self.momentum
         running_mean.value = old * running_mean.value + new * mean
         running_var.value = old * running_var.value + new * unbiased
@@ -278,5 +280,6 @@ class BatchNorm(nn.Module):
 def _statistics(inputs: Array) -> tuple[Array, Array]:
     """Returns mean and biased variance over all axes but the last."""
     axes = tuple(range(inputs.ndim - 1))
+    # Two passes: E[x^2] - E[x]^2 in one would lose digits where the mean is large.
     mean = jnp.mean(inputs, axes)
     return mean, jnp.mean(jnp.square(inputs - mean), axes)

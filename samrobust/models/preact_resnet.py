@@ -46,6 +46,7 @@ class PreActBlock(nn.Module):
         )
         conv = functools.partial(Conv, dtype=self.dtype, kernel_init=self.kernel_init)
         hidden = nn.relu(norm(name="norm1")(inputs, train=train))
+        # The identity skips BN and ReLU too; only a change of shape needs a projection.
         shortcut = inputs
         if self.stride != 1 or inputs.shape[-1] != self.features:
             shortcut = conv(self.features, 1, self.stride, name="shortcut")(hidden)

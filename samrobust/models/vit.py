@@ -60,10 +60,11 @@ class EncoderBlock(nn.Module):
 
 
 def _attend(qkv: Array, heads: int, exact: Any) -> Array:
-    """Attends, softmax(q k' / sqrt(d)) v, from [B, N, 3D] to [B, N, D]."""
+    """Computes the attention softmax(q k' / sqrt(d)) v, [B, N, 3D] to [B, N, D]."""
     batch, num_tokens, _ = qkv.shape
     split = qkv.reshape(batch, num_tokens, 3, heads, -1)
     query, key, value = (split[:, :, i] for i in range(3))
+    # Softmax in exact precision: exp magnifies the rounding of bfloat16.
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(exact)
     weights = nn.softmax(scores * query.shape[-1] ** -0.5).astype(qkv.dtype)
     attended = jnp.einsum("bhqk,bkhd->bqhd", weights, value)

@@ -4,7 +4,7 @@
     updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
 
 Independent of the rest of the package: parameters are any pytree, whether they come
-from Flax Linen, NNX, Equinox or a plain function. A method of one's own is a `two_pass`
+from Flax Linen, NNX, Equinox or a plain function. Your own method is a `two_pass`
 with another ascent, or any optax transformation that takes `grad_fn`.
 """
 

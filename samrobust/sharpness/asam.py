@@ -73,11 +73,12 @@ def asam(
     check(callable(is_fixed), "is_fixed as a function of a path", is_fixed=is_fixed)
 
     def scale(path: Any, w: Array, g: Array) -> Array:
-        return g if is_fixed(path) else (jnp.abs(w) + eta) * g
+        return g if is_fixed(path) else (jnp.abs(w) + eta) * g  # T g
 
     def ascend(grads: PyTree, params: PyTree, rho: Array) -> PyTree:
-        scaled = jax.tree_util.tree_map_with_path(scale, params, grads)  # T g
-        twice = jax.tree_util.tree_map_with_path(scale, params, scaled)  # T^2 g
+        # argmax of <g, e> over ||T^-1 e|| <= rho is rho T^2 g / ||T g||.
+        scaled = jax.tree_util.tree_map_with_path(scale, params, grads)
+        twice = jax.tree_util.tree_map_with_path(scale, params, scaled)
         return of_length(rho, twice, norm(scaled))
 
     return two_pass(rho, ascend, aux=aux, grouped=grouped)

@@ -47,8 +47,8 @@ def awp(
 
     Reference: Wu, Xia and Wang (2020), arXiv 2004.05884, as their code,
     csdongxian/AWP. *Our deviation*: no 1e-20 is added to the norm of a step, zero is
-    treated exactly instead; there is no further forward pass on clean images, which
-    their code makes for its log and which moves BatchNorm's statistics too.
+    treated exactly instead; no third forward pass on clean images, which their
+    code makes for its log and which moves BatchNorm's statistics too.
 
     >>> tx = optax.chain(awp(gamma=0.5), optax.sgd(0.1))
     >>> w = jnp.array([[3.0, 4.0]])
@@ -62,12 +62,16 @@ def awp(
     def ascend(grads: PyTree, params: PyTree, gamma: Array) -> PyTree:
         def move(g: Array, w: Array) -> Array:
             if g.ndim <= 1:
-                return jnp.zeros_like(g)
+                zeros = jnp.zeros_like(g)
+                # Made from g, zeros are split over groups and devices as g is.
+                return jnp.where(g == 0, zeros, zeros)
+            # v_l = gamma ||w_l|| g_l / ||g_l||: each tensor by its own norms.
             return of_length(gamma * norm(w), g, norm(g))
 
         return jax.tree.map(move, grads, params)
 
     def combine(first: PyTree, second: PyTree, perturbation: PyTree) -> PyTree:
+        # Decay of w + v is decay of w, which comes behind, and of v, which comes here.
         del first
         if weight_decay == 0:
             return second

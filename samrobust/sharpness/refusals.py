@@ -1,4 +1,4 @@
-"""Refusals of `two_pass`: strengths that are none, trees that do not fit each other.
+"""Checks of `two_pass`: of its strength, and of trees that must match each other.
 
 Ranks, dtypes and structures are known while JAX traces, so that everything but a traced
 radius is refused before anything is computed.
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def check_rho(rho: Any) -> None:
-    """Refuses what is neither a schedule nor a radius; of a traced one sees the type.
+    """Refuses what is neither a schedule nor a radius; of a traced one checks the type.
 
     Raises:
       ValueError: unless rho is callable, or a real scalar in [0, inf).
@@ -86,7 +86,7 @@ def check_present(**values: Any) -> None:
 
 
 def is_gap(node: Any) -> bool:
-    """Whether a tree has nothing here: `None`, or what `optax.masked` leaves."""
+    """Tells a place of a tree that holds nothing: `None`, or optax's masked node."""
     return node is None or isinstance(node, optax.MaskedNode)
 
 
@@ -143,7 +143,7 @@ def _name(path: Any) -> str:
 
 
 def _field(leaf: Any) -> type | None:
-    """Whether a leaf is real or complex; None if it is no array of either kind."""
+    """Returns whether a leaf is real or complex; None if it is neither."""
     if is_gap(leaf):
         return None
     kinds = (jnp.floating, jnp.complexfloating)
@@ -152,7 +152,7 @@ def _field(leaf: Any) -> type | None:
 
 
 def as_template(aux: PyTree) -> PyTree:
-    """The shapes and dtypes of an auxiliary output, as JAX would hold it."""
+    """Returns the shapes and dtypes of an auxiliary output, as JAX would hold it."""
     return jax.tree.map(_as_struct, aux)
 
 
@@ -164,7 +164,7 @@ def _as_struct(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def check_output(output: Any, grads: PyTree, aux: PyTree) -> tuple[PyTree, PyTree]:
-    """The gradients and the auxiliary output that `grad_fn` returned.
+    """Returns the gradients and the auxiliary output of `grad_fn`, checked.
 
     Raises:
       ValueError: unless both are of the structure, shapes and dtypes that are expected.
@@ -193,7 +193,7 @@ def check_output(output: Any, grads: PyTree, aux: PyTree) -> tuple[PyTree, PyTre
 
 
 def _kind(leaf: Any) -> str:
-    """Dtype and shape, `float32[3,4]`; of what is no array, its type."""
+    """Returns dtype and shape, `float32[3,4]`; of what is no array, its type."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         dtype, shape = leaf.dtype, leaf.shape
     else:

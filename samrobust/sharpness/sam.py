@@ -68,7 +68,7 @@ def of_length(rho: Array, tree: PyTree, length: Array) -> PyTree:
 
 
 def check_strength(**values: Any) -> None:
-    """Refuses strengths that are lost in the rounding of float32 weights, but for 0."""
+    """Refuses strengths, except 0, that are lost in float32's rounding of weights."""
     check_real(0, 1e3, **values)
     for name, value in values.items():
         rounds_away = 0 < value < 1e-5

@@ -7,8 +7,8 @@ come after it and act at w:
     updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
 
 A method of this family is an `ascent`, from the gradient at w to the perturbation e(w),
-and a `combine`, which makes of both gradients the one that is descended by. SAM's
-ascent is rho g / ||g||_2 and it descends by the second gradient; see
+and a `combine`, from both gradients to the one that the optimizer descends by. SAM's
+ascent is rho g / ||g||_2, and it descends by the second gradient; see
 `samrobust.sharpness.sam`.
 
 With `grouped=True` every group of examples has an ascent direction of its own
@@ -75,7 +75,7 @@ Combine: TypeAlias = Callable[[PyTree, PyTree, PyTree], PyTree]
 
 
 class TwoPassMetrics(NamedTuple):
-    """Measurements of the last update, float32 scalars: what is off shows here.
+    """Measurements of the last update, float32 scalars.
 
     With groups all but `rho` are means over the groups.
 
@@ -161,10 +161,10 @@ def two_pass(
       zero, as after `optax.masked(optax.set_to_zero(), frozen)`. Gradients of complex
       parameters come conjugated, as optax wants them.
 
-      **Guarantees.** `rho=0`, a Python or NumPy number, hands the gradient (of groups:
-      their mean) through bit for bit and never calls `grad_fn`. Where the weights do
-      not move (a zero gradient, a scheduled 0), the gradient is handed through, group
-      by group; a NaN among the gradients or from the schedule reaches the outcome. The
+      **Guarantees.** `rho=0`, a Python or NumPy number, passes the gradient (of groups:
+      their mean) on bit for bit and never calls `grad_fn`. Where the weights do not
+      move (a zero gradient, a scheduled 0), the gradient is passed on, group by group;
+      a NaN among the gradients or from the schedule reaches the outcome. The
       perturbation is computed in the precision of each parameter, half precisions in
       float32, norms in the widest of them; gradients keep their dtypes. The state has a
       fixed structure and fixed dtypes: it works in `jit`, `vmap`, `lax.scan`,
@@ -190,6 +190,7 @@ def two_pass(
         params: PyTree, grads: PyTree, state: PyTree, radius: Array
     ) -> tuple["_Ascended", PyTree]:
         weights = jax.tree.map(_live, grads, params, is_leaf=is_gap)
+        # e(w) is computed no coarser than in float32, whatever the parameters are.
         exact = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, weights)
         perturbation, state = climber.update(exact, state, weights, rho=radius)
         return _move(params, grads, perturbation), state
@@ -198,6 +199,7 @@ def two_pass(
         grads: PyTree, perturbed: PyTree, ascended: "_Ascended"
     ) -> tuple[PyTree, tuple[Array, ...]]:
         combined = combine(grads, perturbed, ascended.perturbation)
+        # At a zero gradient there is no direction: g(w) stands, and no NaN arises.
         outcome = jax.tree.map(
             lambda g, c: jnp.where(ascended.moves, c, g).astype(g.dtype),
             grads,
@@ -207,6 +209,8 @@ def two_pass(
         shown = (ascended.applied, *norms, cosine(grads, perturbed, norms))
         return outcome, shown
 
+    # m-sharpness, Section 4.1: an ascent per group. Only this elementwise work is under
+    # `vmap`, and not `grad_fn`, whose convolutions it would turn into grouped ones.
     if grouped:
         climb = jax.vmap(climb, (None, 0, None, None), (0, None))
         conclude = jax.vmap(conclude)
@@ -239,6 +243,7 @@ def two_pass(
         scheduled = schedule(state.step)
         check_scheduled(scheduled)
         radius = jnp.maximum(jnp.asarray(scheduled, width(updates)), 0.0)
+        # Equation (2): w + e(w); then equation (3): the gradient there.
         ascended, memory = climb(params, updates, state.ascent, radius)
         output = check_output(grad_fn(ascended.params), updates, template)
         perturbed, new_aux = jax.tree.map(  # no weak types: the state's would change
@@ -323,7 +328,7 @@ def _move(params: PyTree, grads: PyTree, perturbation: PyTree) -> _Ascended:
 
 
 def _rounded(exact: Array, dtype: Any) -> Array:
-    """Returns what is left in `dtype`; XLA may keep more of two casts, not of this."""
+    """Rounds to `dtype`; XLA may drop a pair of casts, but not this."""
     if exact.dtype == dtype:
         return exact
     info = jnp.finfo(dtype)

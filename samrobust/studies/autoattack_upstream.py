@@ -76,7 +76,7 @@ def _process(
 
 
 def _ours(run: pathlib.Path, arguments: argparse.Namespace) -> tuple[np.ndarray, float]:
-    """Which images are still right, and the seconds that took."""
+    """Returns which images are still right, and the seconds that took."""
     config, dataset, variables = _load(run, arguments)
     shared = json.dumps([config.model.to_dict(), config.data.to_dict()], default=str)
     if shared not in _evaluators:
@@ -95,7 +95,7 @@ def _ours(run: pathlib.Path, arguments: argparse.Namespace) -> tuple[np.ndarray,
 def _theirs(
     run: pathlib.Path, arguments: argparse.Namespace
 ) -> tuple[np.ndarray, float]:
-    """The same of the authors' code."""
+    """Returns the same, from the authors' code."""
     config, dataset, variables = _load(run, arguments)
     model = _twin(config, dataset, variables)
     start = time.monotonic()
@@ -156,7 +156,7 @@ def _twin(config: Any, dataset: Dataset, variables: Any) -> TwinResNet:
 
 
 def _device() -> str:
-    """PyTorch's name for where JAX computes."""
+    """Returns PyTorch's name for the device that JAX computes on."""
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 

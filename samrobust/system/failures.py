@@ -1,4 +1,4 @@
-"""`failure.json`: why the last attempt at a run failed, for those who look on."""
+"""`failure.json`: why the last attempt at a run failed, for other processes."""
 
 import contextlib
 import os
@@ -42,7 +42,7 @@ def recording_failure(
 
 
 def read_failure(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """The content of `failure.json`; None if the last attempt did not fail.
+    """Returns the content of `failure.json`; None if the last attempt did not fail.
 
     Returns:
       `id` (of this attempt alone), `error` (the class), `message`, `traceback` (its
@@ -52,7 +52,7 @@ def read_failure(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def describe(error: Exception) -> str:
-    """Class and message in one line; a class that speaks for itself is left out."""
+    """Returns class and message in one line; a class of ours is left out."""
     text = " ".join(str(error).split())
     if type(error).__module__.startswith("samrobust.") and text:
         return text
@@ -60,7 +60,7 @@ def describe(error: Exception) -> str:
 
 
 def _record(error: Exception) -> dict[str, Any]:
-    # Loads JAX, which those who look on do without.
+    # Loads JAX, which readers of the file do without.
     from samrobust.system.provenance import provenance
 
     trace = "".join(traceback.format_exception(error))

@@ -1,8 +1,7 @@
 """Files that are written whole or not at all, and read with care.
 
 A file is replaced in one step, so that a kill at any moment leaves the old one or the
-new one; the names of files on their way are never the same in two processes, on one
-machine or on several.
+new one; temporary names are unique across processes and machines.
 """
 
 import contextlib
@@ -39,7 +38,7 @@ class WorkdirError(RuntimeError):
 
 
 def temporary_beside(path: pathlib.Path) -> pathlib.Path:
-    """A hidden name in the same directory that nobody else uses."""
+    """Returns a hidden name in the same directory that nobody else uses."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
@@ -70,13 +69,13 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
 
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:
-    """Renames a file so that nothing reads it any more, and nothing is lost."""
+    """Renames a file so that nothing reads it anymore, and nothing is lost."""
     names = (f"{path.name}.aside{number or ''}" for number in itertools.count())
     return path.rename(next(p for n in names if not (p := path.with_name(n)).exists()))
 
 
 def check_writable(folder: pathlib.Path, *names: str) -> None:
-    """Makes a directory and a file in it, before the work whose outcome goes there.
+    """Makes a directory and a file in it, before the work whose results go there.
 
     Args:
       folder: the directory.
@@ -106,7 +105,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def append_json_line(path: pathlib.Path, value: Any) -> None:
     """Adds an object to a JSON-lines file; durable on return.
 
-    Behind a line that a kill cut off it begins one of its own.
+    After a line that a kill cut off it begins a new one.
     """
     text = json.dumps(value, allow_nan=False) + "\n"
     with path.open("ab+") as file:
@@ -184,10 +183,9 @@ def _damaged(path: pathlib.Path, wanted: str, got: object) -> WorkdirError:
 
 
 def glance(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is none that can be read.
+    """Returns the object in a JSON file; empty if there is none that can be read.
 
-    For those who look on while others write: whatever lies there, nothing is raised
-    and nothing waited for.
+    For readers while others write: whatever is there, it neither raises nor blocks.
     """
     try:
         value = read_json(path) if path.is_file() else None  # a pipe would not end
@@ -216,7 +214,7 @@ class MetricsLog:
     """`metrics.jsonl`: an object an epoch, in order, each epoch once.
 
     Args:
-      path: of the file, which is written anew.
+      path: of the file, which is written again from `lines`.
       lines: of the epochs so far; the list grows with the file.
     """
 

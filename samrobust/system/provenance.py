@@ -1,4 +1,4 @@
-"""Where a number comes from: commit, versions, device, command, time."""
+"""The provenance of a number: commit, versions, device, command, time."""
 
 import datetime
 import functools
@@ -18,7 +18,7 @@ _PACKAGES = ("samrobust", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
 def provenance() -> dict[str, Any]:
-    """What to keep beside a measurement, ready for JSON.
+    """Returns what to keep with a measurement, ready for JSON.
 
     Returns:
       `commit` (None outside a git checkout; `+changes` if files differ from it),
@@ -67,7 +67,7 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
-    """The processor's model and the number of cores this process may use."""
+    """Returns the processor's model and the number of cores this process may use."""
     model = platform.processor() or platform.machine()
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():

@@ -1,7 +1,7 @@
-"""Objects of somebody's own, named in a config as `package.module:name`.
+"""The user's own objects, named in a config as `package.module:name`.
 
-A method, a network or a data set may live in one file of one's own: such a name is kept
-in `config.json` as it is, and resolved again wherever the run is read. Importing a
+A method, a network or a data set may live in a file of the user's: `config.json` stores
+such a name unchanged, and it is resolved again wherever the run is read. Importing a
 module runs it; nothing else is done here.
 """
 
@@ -22,7 +22,7 @@ from samrobust.checks import check, shorten
 
 __all__ = ["failure_of", "is_reference", "resolve", "sources"]
 
-# Lines in these folders are not where somebody's own code went wrong.
+# Lines in these folders are not where the user's own code went wrong.
 _INSTALLED = (
     "<frozen",
     str(pathlib.Path(__file__).parents[1]),
@@ -47,7 +47,7 @@ def resolve(reference: str, what: str) -> Any:
 
     Args:
       reference: `package.module:name`.
-      what: is wanted, for messages, as `"a data set"`.
+      what: the kind of object, for messages, as in `"a data set"`.
 
     Raises:
       ValueError: for another form, a module that is not found or fails, or that has
@@ -76,12 +76,12 @@ the folder that holds mth.py, or add that folder to PYTHONPATH.
 
 
 def failure_of(what: str, error: BaseException) -> ValueError:
-    """Returns an error in somebody's own code as one line: where, which, its text.
+    """Describes an error in the user's own code in one line: where, which, its text.
 
     Args:
-      what: was run.
-      error: as it was caught. Where it arose is its last line outside of installed
-        packages, or the line that Python could not parse.
+      what: what was run.
+      error: as caught. It is located at its last line outside of installed packages,
+        or the line that Python could not parse.
     """
     frames = traceback.extract_tb(error.__traceback__)
     lines = [(frame.filename, frame.lineno) for frame in frames]

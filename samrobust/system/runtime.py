@@ -1,8 +1,8 @@
-"""Settings of a process that runs experiments: compiler, memory, cache, signals, words.
+"""Settings of a process that runs experiments: compiler, memory, cache, signals.
 
-Libraries must not touch such things; the `samrobust` command does, through this module
-alone. What the user has set in the environment always wins. JAX is imported where it is
-needed, since signals and words come before it.
+Libraries must not touch these; the `samrobust` command does, only through this module.
+What the user has set in the environment takes precedence. JAX is imported late,
+since signals must be handled and messages printed before.
 """
 
 import atexit
@@ -23,7 +23,10 @@ from typing import Any, NoReturn
 from samrobust.checks import check_choice
 
 __all__ = [
+    "BAD_INPUT",
     "EXIT_CODES",
+    "FAILED",
+    "RESUME",
     "OutputError",
     "StopRequest",
     "cache_folder",
@@ -36,7 +39,7 @@ __all__ = [
     "trusted_cache_folder",
 ]
 
-# XLA's CPU compiler hands convolutions to YNNPACK, which at the sizes of this package
+# XLA's CPU compiler passes convolutions to YNNPACK, which at the sizes of this package
 # takes 1.3 to 1.5 times as long as Eigen, its other choice. Reductions stay where they
 # are: there YNNPACK is the faster one.
 _YNN_FLAG = "xla_cpu_experimental_ynn_fusion_type"
@@ -49,16 +52,16 @@ _MADV_HUGEPAGE = 14  # from Linux's mman.h
 
 
 def cache_folder() -> pathlib.Path:
-    """`$XDG_CACHE_HOME/samrobust`, by default `~/.cache/samrobust`."""
+    """Returns `$XDG_CACHE_HOME/samrobust`, by default `~/.cache/samrobust`."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return pathlib.Path(base) / "samrobust"
 
 
 def trusted_cache_folder(name: str = "") -> pathlib.Path | None:
-    """The cache folder, or one within, made where it is missing; None if not private.
+    """Makes the cache folder, or one within; returns None if it is not private.
 
-    Compiled programs are run and arrays believed as they are found there. So nobody
-    else may write to it; it is made with mode 0700.
+    Compiled programs and arrays are loaded from there and trusted. So only the user may
+    write to it; it is made with mode 0700.
 
     Args:
       name: of the folder within, as `xla`; empty for the cache folder itself.
@@ -95,7 +98,7 @@ _SWITCH = ("on", "off", "1", "0")
 def enable_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that a restart is fast.
 
-    Does nothing if `JAX_COMPILATION_CACHE_DIR` is set (JAX heeds it by itself), or if
+    Does nothing if `JAX_COMPILATION_CACHE_DIR` is set (JAX reads it by itself), or if
     `SAMROBUST_COMPILATION_CACHE=off`; nor where the folder is not this user's alone.
 
     Raises:
@@ -114,7 +117,7 @@ def enable_compilation_cache() -> None:
 
 @functools.cache
 def compiler_options() -> dict[str, str | bool]:
-    """XLA options for a training or evaluation program on this process's devices.
+    """Returns XLA options for a program on this process's devices.
 
     Given with each program (`jax.jit(..., compiler_options=...)`), so that nothing is
     written into the environment. Empty on GPU and TPU, if `XLA_FLAGS` names the option
@@ -134,10 +137,10 @@ def compiler_options() -> dict[str, str | bool]:
 def keep_freed_memory() -> bool:
     """Makes glibc keep what is freed instead of handing it back to the kernel.
 
-    XLA's CPU client allocates the memory of a program anew at every call. Handed back
-    in between, it comes as fresh pages: a tenth of a training step goes into faulting
-    them in. Linux with glibc only; does nothing where `MALLOC_*` or `GLIBC_TUNABLES`
-    are set in the environment.
+    XLA's CPU client allocates the memory of a program again at every call. If glibc
+    returns it to the kernel meanwhile, it comes back as fresh pages: a tenth of a
+    training step goes into faulting them in. Linux with glibc only; does nothing where
+    `MALLOC_*` or `GLIBC_TUNABLES` are set in the environment.
 
     Returns:
       Whether the allocator took the settings.
@@ -158,7 +161,7 @@ def keep_freed_memory() -> bool:
 def _prepare_heap() -> None:
     """Marks the heap that is still to come for huge pages: fewer faults, fewer misses.
 
-    Reserved and freed untouched, it takes no memory before it is used.
+    The block is reserved and freed untouched, so it takes no memory before it is used.
     """
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
@@ -172,21 +175,23 @@ def _prepare_heap() -> None:
         libc.free(block)
 
 
+FAILED, BAD_INPUT = 1, 2  # exit codes; those of signals:
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+RESUME = "Rerun the same command to resume."
 _UNWINDING = 1.5  # seconds that the second Ctrl-C leaves for an orderly end
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a question that a loop can ask: `stop()`.
+    """SIGTERM and Ctrl-C as a question that a loop can ask: `stop()`.
 
-    The second Ctrl-C interrupts at once. Python hears a signal between two of its own
-    instructions, and so not while the device compiles or computes; a thread hears it
-    always, and ends a process that has not ended by itself in good time.
+    The second Ctrl-C interrupts at once. Python handles a signal between two of its own
+    instructions, so not while the device compiles or computes; a thread always receives
+    it, and ends a process that has not ended by itself in time.
 
     Args:
       patience: seconds after the first signal until the process is ended wherever it
-        is; for work of which nothing is lost by that. None: as long as it takes.
-      is_alone: asked before a process is ended; others may count on it.
+        is, for work that loses nothing by that. None: as long as it takes.
+      is_alone: called before a process is ended, on which others may depend.
     """
 
     def __init__(
@@ -199,7 +204,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
 
     def __call__(self) -> bool:
-        """Whether a signal came."""
+        """Tells whether a signal came."""
         return self._event.is_set()
 
     @contextlib.contextmanager
@@ -238,13 +243,13 @@ class StopRequest:
                 wait = _UNWINDING if again else self._patience
                 if wait is None or self._left.wait(wait) or not self._is_alone():
                     continue
-                say("Stopped at once. The same command goes on, or begins again.")
+                say(f"Stopped at once. {RESUME}")
                 _end_at_once(number[0])
 
 
 @contextlib.contextmanager
 def _handling(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Another handler of both signals, inside the context."""
+    """Sets another handler of both signals, inside the context."""
     before = {number: signal.signal(number, handler) for number in EXIT_CODES}
     try:
         yield
@@ -254,10 +259,10 @@ def _handling(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]
 
 
 def end_on_signals() -> None:
-    """From now on both signals end the process at once: while it loads, and at its end.
+    """Makes both signals end the process at once: while it loads, and at its end.
 
-    Both take seconds in which nothing is at work that could be lost. As Python is torn
-    down it can hear no more: then the signals are ignored, and the exit code stands.
+    Both take seconds in which no work can be lost. While Python shuts down, it cannot
+    handle signals: then they are ignored, and the exit code stands.
     """
     for number in EXIT_CODES:
         signal.signal(number, _end_at_once)
@@ -286,14 +291,14 @@ class OutputError(SystemExit):
 
 
 def say(text: str) -> None:
-    """Says something of this process in a line on standard error, if that is there."""
+    """Prints one line about this process to standard error, if that exists."""
     with contextlib.suppress(OSError, ValueError):
         if sys.stderr is not None:
             print(f"samrobust: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def one_line(text: str) -> str:
-    r"""A text of any origin in one line that a terminal shows as it is.
+    r"""Puts a text of any origin on one line that a terminal shows as it is.
 
     >>> one_line("a\n  b\x1b[31m")
     'a b\\x1b[31m'

@@ -4,7 +4,7 @@ init, train_step = make_train_step(model, tx, adversary=..., objective=...)
 outcome = fit(Method(init, train_step), split, epochs=20, batch_size=64, key=key)
 """
 
-from samrobust.training.fit import InterruptedRunError, Outcome, Progress, fit
+from samrobust.training.fit import FitResult, InterruptedRunError, Progress, fit
 from samrobust.training.log import RunFolder, RunLog, TrainingDivergedError
 from samrobust.training.parts import (
     Adversary,
@@ -19,10 +19,10 @@ from samrobust.training.step import Method, TrainStep, make_train_step
 __all__ = [
     "Adversary",
     "Averaging",
+    "FitResult",
     "InterruptedRunError",
     "Method",
     "Objective",
-    "Outcome",
     "Progress",
     "RunFolder",
     "RunLog",

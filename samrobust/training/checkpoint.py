@@ -5,10 +5,10 @@ two items: `state`, the leaves of the training state in a flat dictionary keyed 
 their paths, such as `state.params['conv']['kernel']`; and `metadata`, a JSON file with
 the caller's metadata and, for each leaf, its dtype, shape and CRC-32. Orbax renames a
 directory into place when all of it is written, so that a killed process leaves earlier
-checkpoints as they were. The checksums find what Orbax does not: it restores a file
-with a flipped byte without a word.
+checkpoints as they were. The checksums find what Orbax misses: it silently
+restores a file with a flipped byte.
 
-Of several processes one alone uses this, process 0: it holds a copy of the whole state.
+Only process 0 uses this module: it holds a copy of the whole state.
 Only one job at a time may write to a directory; others may read it. Typed PRNG keys are
 out of scope: save `jax.random.key_data(key)`.
 """
@@ -284,7 +284,7 @@ metadata={'epoch': 2})
         return sorted(item.step for item in found)
 
     def _open_manager(self) -> ocp.CheckpointManager:
-        """Returns the writer, with its list of steps read afresh from the disk."""
+        """Returns the writer, with its list of steps read again from the disk."""
         if self._manager is None:
             # Made by the first save, for it removes the temporary directories of
             # killed writers: a reader must not do this to a run in progress.
@@ -332,7 +332,7 @@ metadata={'epoch': 2})
 
 
 class _Manager(ocp.CheckpointManager):
-    """Leaves JAX's preemption service alone, whose count of calls is `AgreedStop`'s."""
+    """Manager that leaves JAX's preemption service to `AgreedStop`."""
 
     def reached_preemption(self, step: int) -> bool:
         del step
@@ -341,7 +341,7 @@ class _Manager(ocp.CheckpointManager):
 
 @dataclasses.dataclass
 class _KeepNewest:
-    """Keeps the step just saved and the `keep - 1` before it.
+    """Policy to keep the step just saved and the `keep - 1` before it.
 
     Attributes:
       keep: how many.

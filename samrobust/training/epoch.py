@@ -2,7 +2,7 @@
 
 Batches are gathered, augmented and trained on inside `jit`; metrics are summed on the
 device. Every random number is a pure function of the seed and the step, so that a run
-can go on from any step as if it had never stopped.
+can resume at any step as if it had never stopped.
 """
 
 import dataclasses
@@ -23,35 +23,35 @@ from samrobust.training.step import TrainStep
 from samrobust.types import Array
 
 __all__ = [
-    "Call",
-    "Carry",
+    "Chunk",
     "EpochPlan",
     "EpochRunner",
-    "Totals",
+    "LoopState",
+    "MetricSums",
     "make_plan",
-    "zero_totals",
+    "zero_sums",
 ]
 
-Totals: TypeAlias = dict[str, Any]
+MetricSums: TypeAlias = dict[str, Any]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Carry:
-    """What goes from call to call, and into checkpoints.
+class LoopState:
+    """Arrays that go from chunk to chunk, and into checkpoints.
 
     Attributes:
       state: of the training.
-      totals: of the current epoch's metrics, see `zero_totals`.
+      totals: of the current epoch's metrics, see `zero_sums`.
     """
 
     state: TrainState
-    totals: Totals
+    totals: MetricSums
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """One call of the device: `num_steps` steps on batches of `batch_size`."""
+class Chunk:
+    """Work of one call of the device: `num_steps` steps on batches of `batch_size`."""
 
     num_steps: int
     batch_size: int
@@ -59,7 +59,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class EpochPlan:
-    """How the examples of an epoch are cut into batches, and the batches into calls.
+    """Division of an epoch's examples into batches, and of the batches into chunks.
 
     Attributes:
       num_examples: of the training split.
@@ -83,16 +83,16 @@ class EpochPlan:
         """Steps in an epoch."""
         return self.num_examples // self.batch_size + (self.remainder > 0)
 
-    def calls(self, start: int = 0) -> list[Call]:
-        """The calls from step `start` of an epoch to its end."""
+    def chunks(self, start: int = 0) -> list[Chunk]:
+        """Returns the chunks from step `start` of an epoch to its end."""
         full = self.num_examples // self.batch_size
-        calls = []
+        chunks = []
         for step in range(start, full, self.steps_per_call):
             steps = min(self.steps_per_call, full - step)
-            calls.append(Call(steps, self.batch_size))
+            chunks.append(Chunk(steps, self.batch_size))
         if self.remainder and start < self.num_steps:
-            calls.append(Call(1, self.remainder))
-        return calls
+            chunks.append(Chunk(1, self.remainder))
+        return chunks
 
 
 def make_plan(
@@ -102,7 +102,7 @@ def make_plan(
     steps_per_call: int = 0,
     drop_remainder: bool = False,
 ) -> EpochPlan:
-    """Returns how an epoch is cut into batches and calls.
+    """Divides an epoch into batches and chunks.
 
     Args:
       num_examples: of the training split.
@@ -132,8 +132,8 @@ def make_plan(
     return plan
 
 
-def zero_totals(metrics: Iterable[str]) -> Totals:
-    """Sums over no step at all of metrics of these names."""
+def zero_sums(metrics: Iterable[str]) -> MetricSums:
+    """Returns the sums of these metrics over no step."""
     return {
         "examples": jnp.zeros([], jnp.float32),
         "first_bad_step": jnp.full([], -1, jnp.int32),  # that is not finite
@@ -142,13 +142,14 @@ def zero_totals(metrics: Iterable[str]) -> Totals:
 
 
 def _add(
-    totals: Totals, metrics: dict[str, Array], state: TrainState, size: int
-) -> Totals:
+    totals: MetricSums, metrics: dict[str, Array], state: TrainState, size: int
+) -> MetricSums:
     """Adds a step's metrics, and notes the first step whose outcome is not finite."""
     step = state.step - 1  # the one that led to this state
     outcome = jax.tree.leaves((state.variables, metrics))
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in outcome]))
     is_first = ~finite & (totals["first_bad_step"] < 0)
+    # Weighted by examples: the last batch of an epoch may be smaller.
     sums = {
         name: total + size * metrics[name] for name, total in totals["sums"].items()
     }
@@ -160,10 +161,10 @@ def _add(
 
 
 class EpochRunner:
-    """Runs the calls of an epoch on data that stay on the device.
+    """Runner of the chunks of an epoch, on data that stay on the device.
 
-    Traced without 64-bit types, whatever `jax_enable_x64` says: augmentation would draw
-    other numbers with them, and a run would go on as another one.
+    Traced without 64-bit types, whatever `jax_enable_x64` says: with them augmentation
+    draws other numbers, and a resumed run would differ.
 
     Args:
       train_step: the pure step.
@@ -196,39 +197,41 @@ class EpochRunner:
             lambda epoch: epoch_permutation(self._shuffle_key, epoch, len(split)),
             out_shardings=self._placement,
         )
-        self._compiled: dict[Call, Callable[..., Any]] = {}
+        self._compiled: dict[Chunk, Callable[..., Any]] = {}
 
     def permutation(self, epoch: int) -> Array:
-        """The order of the examples in an epoch, int32 [N]."""
+        """Returns the order of the examples in an epoch, int32 [N]."""
         with jax.enable_x64(False):
             return self._permute(epoch)
 
-    def run(self, call: Call, carry: Carry, permutation: Array) -> tuple[Carry, Array]:
-        """Runs a call without waiting for it.
+    def run(
+        self, chunk: Chunk, carry: LoopState, permutation: Array
+    ) -> tuple[LoopState, Array]:
+        """Runs a chunk without waiting for it.
 
         Args:
-          call: compiled at its first use.
+          chunk: compiled at its first use.
           carry: donated: must not be used afterwards.
           permutation: of the epoch.
 
         Returns:
-          The new carry, and an array that is ready when the call is done.
+          The new carry, and an array that is ready when the chunk is done.
         """
-        return self.compile(call, carry)(
+        return self.compile(chunk, carry)(
             carry, *self._data, permutation, self._step_key
         )
 
-    def compile(self, call: Call, carry: Carry) -> Callable[..., Any]:
-        """The compiled function of a call."""
-        if call not in self._compiled:
-            lowered = self.lower(call, carry)
-            self._compiled[call] = lowered.compile(compiler_options())
-        return self._compiled[call]
+    def compile(self, chunk: Chunk, carry: LoopState) -> Callable[..., Any]:
+        """Returns the compiled function of a chunk."""
+        if chunk not in self._compiled:
+            lowered = self.lower(chunk, carry)
+            self._compiled[chunk] = lowered.compile(compiler_options())
+        return self._compiled[chunk]
 
-    def lower(self, call: Call, carry: Carry) -> Lowered:
-        """The function of a call, traced but not compiled."""
+    def lower(self, chunk: Chunk, carry: LoopState) -> Lowered:
+        """Lowers the function of a chunk: traced, not compiled."""
         jitted = jax.jit(
-            self._make_run(call), donate_argnums=0, out_shardings=self._placement
+            self._make_run(chunk), donate_argnums=0, out_shardings=self._placement
         )
         labels = self._data[1]
         permutation = jax.ShapeDtypeStruct(
@@ -237,13 +240,17 @@ class EpochRunner:
         with jax.enable_x64(False):
             return jitted.lower(carry, *self._data, permutation, self._step_key)
 
-    def _make_run(self, call: Call) -> Callable[..., Any]:
+    def _make_run(self, chunk: Chunk) -> Callable[..., Any]:
         def one_step(
-            carry: Carry, images: Array, labels: Array, permutation: Array, key: Array
-        ) -> Carry:
+            carry: LoopState,
+            images: Array,
+            labels: Array,
+            permutation: Array,
+            key: Array,
+        ) -> LoopState:
             step = carry.state.step
             start = (step % self._plan.num_steps) * self._plan.batch_size
-            batch = take_batch(images, labels, permutation, start, call.batch_size)
+            batch = take_batch(images, labels, permutation, start, chunk.batch_size)
             batch_images, batch_labels = shard_batch(batch, self._mesh)
             crop_key, attack_key = jax.random.split(jax.random.fold_in(key, step))
             batch_images = random_crop_and_flip(
@@ -252,16 +259,20 @@ class EpochRunner:
             state, metrics = self._train_step(
                 carry.state, batch_images, batch_labels, attack_key
             )
-            return Carry(state, _add(carry.totals, metrics, state, call.batch_size))
+            return LoopState(
+                state, _add(carry.totals, metrics, state, chunk.batch_size)
+            )
 
-        def run(carry: Carry, *data_and_key: Array) -> tuple[Carry, Array]:
-            if call.num_steps == 1:  # no loop: XLA's CPU compiler is better outside one
+        def run(carry: LoopState, *data_and_key: Array) -> tuple[LoopState, Array]:
+            if (
+                chunk.num_steps == 1
+            ):  # no loop: XLA's CPU compiler is better outside one
                 carry = one_step(carry, *data_and_key)
             else:
                 carry, _ = jax.lax.scan(
                     lambda carry, _: (one_step(carry, *data_and_key), None),
                     carry,
-                    length=call.num_steps,
+                    length=chunk.num_steps,
                 )
             return carry, carry.state.step + 0  # a copy: the carry is donated next
 

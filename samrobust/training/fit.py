@@ -1,8 +1,9 @@
 """The training loop: epochs, checkpoints, validation, interruption and resumption.
 
-The same call goes on where the last one stopped, and ends bit-identical to a run that
-was never stopped. Nothing is read from the device within an epoch, but for the checks
-that come with a checkpoint. Configs, tables and data sets by name are out of scope.
+The same call resumes where the last one stopped, and ends bit-identical to a run that
+was never stopped. Nothing is read from the device within an epoch, except for the
+checks that come with a checkpoint. Configs, tables and data sets by name are out of
+scope.
 """
 
 import dataclasses
@@ -18,13 +19,14 @@ import optax
 from samrobust.checks import LARGEST_COUNT, check
 from samrobust.data import Split
 from samrobust.system.distributed import data_mesh, replicated
+from samrobust.system.runtime import RESUME
 from samrobust.training.epoch import (
-    Carry,
     EpochPlan,
     EpochRunner,
-    Totals,
+    LoopState,
+    MetricSums,
     make_plan,
-    zero_totals,
+    zero_sums,
 )
 from samrobust.training.log import RunIdentity, RunLog, TrainingDivergedError
 from samrobust.training.state import TrainState
@@ -32,8 +34,8 @@ from samrobust.training.step import Method
 from samrobust.types import Array
 
 __all__ = [
+    "FitResult",
     "InterruptedRunError",
-    "Outcome",
     "Progress",
     "TrainingDivergedError",
     "check_total_steps",
@@ -45,12 +47,12 @@ Validate = Callable[[TrainState], dict[str, float]]
 
 
 class InterruptedRunError(RuntimeError):
-    """The run was asked to stop, saved its state and can go on."""
+    """The run was asked to stop and saved its state; a rerun resumes from there."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run is.
+    """Position of a run.
 
     Attributes:
       phase: `compiling`, `training` or `validating`.
@@ -66,7 +68,7 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class FitResult:
     """A finished training.
 
     Attributes:
@@ -74,7 +76,7 @@ class Outcome:
       seconds: spent in training steps, over all restarts.
       step_seconds: median over the epochs of the mean seconds of a step.
       step: the last one.
-      identity: of the run; None where nobody told.
+      identity: of the run; None if the log has none.
     """
 
     state: TrainState
@@ -100,7 +102,7 @@ def fit(
     validate: Validate | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Outcome:
+) -> FitResult:
     """Trains to the end, from the newest intact checkpoint where there is one.
 
     Args:
@@ -116,13 +118,13 @@ def fit(
       steps_per_call: steps in one call of the device; 0: 1 on the CPU, else 25.
       log: keeps checkpoints and the lines of the epochs, `RunFolder(workdir)` in files;
         None: in memory, and no checkpoints.
-      schedules: functions of the step whose values at an epoch's last one the log
-        holds, by their names there.
+      schedules: functions of the step, by name; the log records their values at the
+        last step of each epoch.
       validate: called after each epoch with the state; its `score` (higher is better)
         decides which state is kept as the best one.
       on_progress: called after each call of the device.
-      should_stop: asked as often; if true, the state is saved and the run stops. Of
-        several processes all must get the same answer, see `AgreedStop`.
+      should_stop: called as often; if true, the state is saved and the run stops. It
+        must return the same in all processes, see `AgreedStop`.
 
     Returns:
       The final state and how long it took. **Guarantees**: a run that was stopped or
@@ -185,8 +187,8 @@ def check_total_steps(epochs: int, steps_per_epoch: int) -> None:
 
 def fresh_carry(
     method: Method, batch_size: int, image_shape: tuple[int, ...]
-) -> Callable[[Array], Carry]:
-    """Returns the function of a key to what a run begins with, and checkpoints hold.
+) -> Callable[[Array], LoopState]:
+    """Returns the function from a key to the `LoopState` that a run begins with.
 
     Args:
       method: of the run.
@@ -196,22 +198,22 @@ def fresh_carry(
     images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
 
-    def begin(key: Array) -> Carry:
+    def begin(key: Array) -> LoopState:
         state = method.init(key, images)
         _, metrics = jax.eval_shape(method.train_step, state, images, labels, key)
-        return Carry(state, zero_totals(metrics))
+        return LoopState(state, zero_sums(metrics))
 
     return begin
 
 
 @dataclasses.dataclass
 class _Run:
-    """The loop over epochs and calls."""
+    """The loop over epochs and chunks."""
 
     epochs: int
     plan: EpochPlan
     runner: EpochRunner
-    zero_totals: Totals
+    zero_sums: MetricSums
     log: RunLog
     schedules: Mapping[str, optax.Schedule]
     validate: Validate | None
@@ -222,31 +224,33 @@ class _Run:
     def num_steps(self) -> int:
         return self.plan.num_steps * self.epochs
 
-    def to_the_end(self, carry: Carry) -> Outcome:
-        """Trains what is left."""
+    def to_the_end(self, carry: LoopState) -> FitResult:
+        """Trains the remaining steps."""
         step = int(carry.state.step)
         if step < self.num_steps:
             self._report("compiling", step)
-            for call in dict.fromkeys(self.plan.calls()):
-                self.runner.compile(call, carry)
+            for chunk in dict.fromkeys(self.plan.chunks()):
+                self.runner.compile(chunk, carry)
         while step < self.num_steps:
             carry, step = self._epoch(carry, step)
         self.log.save(carry, step, 0.0)
         seconds = [line["seconds"] for line in self.log.lines]
         step_seconds = statistics.median(seconds) / self.plan.num_steps
-        return Outcome(carry.state, sum(seconds), step_seconds, step, self.log.identity)
+        return FitResult(
+            carry.state, sum(seconds), step_seconds, step, self.log.identity
+        )
 
-    def _epoch(self, carry: Carry, step: int) -> tuple[Carry, int]:
-        """From a step to the end of its epoch; then its metrics and validation."""
+    def _epoch(self, carry: LoopState, step: int) -> tuple[LoopState, int]:
+        """Trains from a step to the end of its epoch; then validates and logs."""
         epoch = step // self.plan.num_steps
         started = time.monotonic() - self.log.earlier_seconds
         self.log.earlier_seconds = 0.0
         permutation = self.runner.permutation(epoch)
         previous = None
-        for call in self.plan.calls(step % self.plan.num_steps):
-            carry, done = self.runner.run(call, carry, permutation)
-            step += call.num_steps
-            # At most two calls in flight: a signal is heard soon, the ETA is true.
+        for chunk in self.plan.chunks(step % self.plan.num_steps):
+            carry, done = self.runner.run(chunk, carry, permutation)
+            step += chunk.num_steps
+            # At most two chunks in flight: signals are handled soon, the ETA is right.
             jax.block_until_ready(previous)
             previous = done
             self._report("training", step)
@@ -254,8 +258,8 @@ class _Run:
                 self._pause(carry, step, time.monotonic() - started)
         totals = jax.device_get(carry.totals)
         self.log.check_finite(totals)
-        line = self._summarise(totals, step, time.monotonic() - started)
-        carry = Carry(carry.state, jax.tree.map(jnp.copy, self.zero_totals))
+        line = self._summarize(totals, step, time.monotonic() - started)
+        carry = LoopState(carry.state, jax.tree.map(jnp.copy, self.zero_sums))
         if self.validate is not None:
             self._report("validating", step)
             scores = self.validate(carry.state)
@@ -266,7 +270,7 @@ class _Run:
         self._pause(carry, step, 0.0)
         return carry, step
 
-    def _pause(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+    def _pause(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Saves when it is time to, or when the run is asked to stop."""
         stop = self.should_stop()
         if stop:
@@ -276,12 +280,14 @@ class _Run:
         if stop and step < self.num_steps:
             message = (
                 f"Stopped at step {step} of {self.num_steps}; the state is saved. "
-                "The same command goes on."
+                f"{RESUME}"
             )
             raise InterruptedRunError(message)
 
-    def _summarise(self, totals: Totals, step: int, seconds: float) -> dict[str, Any]:
-        """The epoch's line of `metrics.jsonl`."""
+    def _summarize(
+        self, totals: MetricSums, step: int, seconds: float
+    ) -> dict[str, Any]:
+        """Returns the epoch's line of `metrics.jsonl`."""
         examples = float(totals["examples"])
         means = {name: float(v) / examples for name, v in totals["sums"].items()}
         scheduled = {

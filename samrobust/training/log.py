@@ -1,7 +1,7 @@
 """The log of a run: checkpoints, the best score, the lines of its epochs.
 
-Of several processes, 0 alone reads and writes files. A checkpoint that falls due is its
-business; what all must know, such as a failed write at the end, reaches all of them.
+Only process 0 reads and writes files. It alone saves a checkpoint when one is due; what
+all processes must know, such as a failed write at the end, reaches all of them.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
-from samrobust.system.distributed import from_primary, is_primary
+from samrobust.system.distributed import broadcast_from_primary, is_primary
 from samrobust.system.files import MetricsLog
 from samrobust.training.checkpoint import CheckpointError, Checkpoints
-from samrobust.training.epoch import Carry, Totals
+from samrobust.training.epoch import LoopState, MetricSums
 from samrobust.training.restoring import read_and_spread
 
 __all__ = [
@@ -35,23 +35,23 @@ class TrainingDivergedError(RuntimeError):
 
 
 class RunIdentity(Protocol):
-    """Tells whose checkpoints they are; see `samrobust.experiments.identity`."""
+    """The identity of checkpoints; see `samrobust.experiments.identity`."""
 
     def refuse(self, stored: Any) -> str:
-        """Says why what a checkpoint holds of its run is not this run; empty if not."""
+        """Says why a checkpoint is of another run; empty if it is of this one."""
         ...
 
     def resumed(self, stored: Any) -> "RunIdentity":
-        """Returns the identity of the run that goes on from such a checkpoint."""
+        """Returns the identity of the run that resumes from such a checkpoint."""
         ...
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint is to hold of it, in JSON's types."""
+        """Returns what a checkpoint stores of the identity, in JSON's types."""
         ...
 
 
 def checkpoint_folder(workdir: pathlib.Path, which: str) -> pathlib.Path:
-    """Returns where the checkpoints of a kind, `last` or `best`, lie."""
+    """Returns the folder of the `last` or the `best` checkpoints."""
     return workdir / "checkpoints" / which
 
 
@@ -62,13 +62,13 @@ def checkpoint_metadata(
     best_score: float | None = None,
     lines: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Returns what a checkpoint holds beside the state.
+    """Returns what a checkpoint holds besides the state.
 
     Args:
       identity: of the run.
       epoch_seconds: of the epoch in progress.
       best_score: so far.
-      lines: of `metrics.jsonl`, which can so be written again.
+      lines: of `metrics.jsonl`, so that it can be written again.
     """
     return {
         "identity": None if identity is None else identity.as_dict(),
@@ -98,8 +98,8 @@ class RunLog(contextlib.AbstractContextManager):
     ) -> None:
         pass
 
-    def restore(self, fresh: Carry, mesh: Mesh, num_steps: int) -> Carry:
-        """Returns the state that the run goes on from."""
+    def restore(self, fresh: LoopState, mesh: Mesh, num_steps: int) -> LoopState:
+        """Returns the state that the run resumes from."""
         del mesh, num_steps
         return fresh
 
@@ -107,7 +107,7 @@ class RunLog(contextlib.AbstractContextManager):
         """Adds an epoch."""
         self.lines.append(line)
 
-    def save(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+    def save(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Saves the state.
 
         Raises:
@@ -116,13 +116,13 @@ class RunLog(contextlib.AbstractContextManager):
         del step, epoch_seconds
         self.check_finite(jax.device_get(carry.totals))
 
-    def save_if_due(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+    def save_if_due(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Saves the state where the last one saved is old enough."""
 
-    def keep_best(self, carry: Carry, step: int, scores: dict[str, float]) -> None:
+    def keep_best(self, carry: LoopState, step: int, scores: dict[str, float]) -> None:
         """Keeps the state if its score is the best so far."""
 
-    def check_finite(self, totals: Totals) -> None:
+    def check_finite(self, totals: MetricSums) -> None:
         """Raises `TrainingDivergedError` if a step of this epoch was not finite."""
         bad_step = int(totals["first_bad_step"])
         if bad_step >= 0:
@@ -171,17 +171,17 @@ class RunFolder(RunLog):
     def __exit__(
         self, error_type: type[BaseException] | None, *exc_info: object
     ) -> None:
-        # What a pending write meets is not to hide an error that is on its way: that
-        # one the other processes may have met, too.
+        # A failure of the pending write must not hide the error on its way, which other
+        # processes may have met, too.
         hidden = () if error_type is None else (CheckpointError,)
         with contextlib.suppress(*hidden), self._checkpoints, self._best:
             pass  # waits for both
 
-    def restore(self, fresh: Carry, mesh: Mesh, num_steps: int) -> Carry:
-        """Returns the newest intact state, or the fresh one; reads what is beside it.
+    def restore(self, fresh: LoopState, mesh: Mesh, num_steps: int) -> LoopState:
+        """Returns the newest intact state, or the fresh one, and restores the log.
 
-        The log is written anew from the checkpoint, which holds it: losing it, or
-        lines behind the step that the run goes on from, costs nothing.
+        The log is written again from the checkpoint, which holds it: a lost file, or
+        lines after the step that the run resumes from, cost nothing.
 
         Raises:
           CheckpointError: if the state is not of this run, or beyond `num_steps`.
@@ -213,15 +213,15 @@ class RunFolder(RunLog):
             self._workdir.mkdir(parents=True, exist_ok=True)
             self._log = MetricsLog(self._workdir / "metrics.jsonl", self.lines)
 
-        from_primary(open_log)
+        broadcast_from_primary(open_log)
         return fresh if restored is None else restored.state
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds an epoch to the log."""
         self.lines.append(line)
-        from_primary(lambda: self._log and self._log.append(line))
+        broadcast_from_primary(lambda: self._log and self._log.append(line))
 
-    def save(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+    def save(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Saves the state and waits until it is written, in all processes.
 
         Raises:
@@ -234,13 +234,13 @@ class RunFolder(RunLog):
             self._begin_to_save(carry, step, epoch_seconds)
             self._checkpoints.wait()
 
-        from_primary(write)
+        broadcast_from_primary(write)
 
-    def save_if_due(self, carry: Carry, step: int, epoch_seconds: float) -> None:
-        """Process 0: begins to save the state where the last checkpoint is old enough.
+    def save_if_due(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
+        """Starts saving the state in process 0, once the last checkpoint is old enough.
 
-        A state that is not finite is not saved; one process says so at once, several
-        do so together when the epoch ends.
+        A state that is not finite is not saved; one process raises at once, several
+        raise together at the end of the epoch.
         """
         due = time.monotonic() - self._saved_at >= 60 * self._minutes
         if not due or not is_primary():
@@ -251,7 +251,7 @@ class RunFolder(RunLog):
         if int(totals["first_bad_step"]) < 0:
             self._begin_to_save(carry, step, epoch_seconds)
 
-    def keep_best(self, carry: Carry, step: int, scores: dict[str, float]) -> None:
+    def keep_best(self, carry: LoopState, step: int, scores: dict[str, float]) -> None:
         """Saves the state apart if its score is the best so far."""
 
         def keep() -> float:
@@ -263,13 +263,13 @@ class RunFolder(RunLog):
             self._best.save(step, carry, metadata, wait=True)
             return score
 
-        self._best_score = from_primary(keep)
+        self._best_score = broadcast_from_primary(keep)
 
-    def check_finite(self, totals: Totals) -> None:
-        """Raises `TrainingDivergedError` in all processes, if in one."""
+    def check_finite(self, totals: MetricSums) -> None:
+        """Raises `TrainingDivergedError`, if in one process, in all."""
         if int(totals["first_bad_step"]) >= 0:
             refuse = super().check_finite
-            from_primary(lambda: refuse(totals))
+            broadcast_from_primary(lambda: refuse(totals))
 
     def _last_good(self) -> str:
         self._checkpoints.wait()
@@ -277,7 +277,7 @@ class RunFolder(RunLog):
         where = "none was saved before" if good is None else f"step {good}"
         return f"Last good checkpoint: {where} ({self._folder}). "
 
-    def _begin_to_save(self, carry: Carry, step: int, epoch_seconds: float) -> None:
+    def _begin_to_save(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Saves in the background, unless this step is saved."""
         if step != self._saved_step:
             self._checkpoints.wait()
@@ -295,5 +295,5 @@ class RunFolder(RunLog):
         )
 
 
-def _abstract(carry: Carry) -> Carry:
+def _abstract(carry: LoopState) -> LoopState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), carry)

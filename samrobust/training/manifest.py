@@ -1,4 +1,4 @@
-"""What is known of a checkpoint apart from its arrays: names, shapes, checksums.
+"""The manifest of a checkpoint: names, shapes and checksums of its arrays.
 
 A manifest is a JSON value: the step, the caller's metadata, for each leaf its dtype,
 shape and CRC-32, and a CRC-32 of all that.
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Keys the leaves by path; refuses what would not come back as it was."""
+    """Returns the leaves by path; refuses what would not be restored unchanged."""
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = "state" + jax.tree_util.keystr(path)
@@ -50,7 +50,7 @@ def describe(leaf: np.ndarray) -> dict[str, Any]:
 
 
 def json_crc32(value: Any) -> int:
-    """The CRC-32 of a value's JSON form."""
+    """Returns the CRC-32 of a value's JSON form."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
@@ -89,6 +89,6 @@ def find_mismatch(saved: Mapping[str, Any], models: Mapping[str, Any]) -> str:
 
 
 def place(leaf: np.ndarray, model: Any) -> jax.Array:
-    """Puts a leaf where its model lies, else, uncommitted, on the default device."""
+    """Puts a leaf on its model's devices, else, uncommitted, on the default one."""
     committed = getattr(model, "committed", True)
     return jax.device_put(leaf, getattr(model, "sharding", None) if committed else None)

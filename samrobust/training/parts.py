@@ -1,10 +1,10 @@
-"""The parts that a training method is composed of, beside its optimizer.
+"""The parts of a training method besides its optimizer.
 
     min_w  E [ max_{e in W}  max_{d in X}  loss(w + e; x + d, y) ]
                sharpness     adversary     objective
 
-and the averaging: which weights are evaluated. A part is a tuple of pure functions,
-with its configuration closed over; what it remembers it is given and returns. Sharpness
+and averaging, which says what weights are evaluated. A part is a tuple of pure
+functions with its configuration closed over and its state passed in and out. Sharpness
 is an optax transformation, see `samrobust.sharpness`.
 """
 
@@ -42,12 +42,12 @@ class Perturb(Protocol):
         *,
         key: Array,
     ) -> tuple[Array, PyTree]:
-        """See the class."""
+        """Returns the images, and the state for the next batch."""
         ...
 
 
 class Learn(Protocol):
-    """A lesson from the step's first pass: the state that follows.
+    """An update of the adversary's state from the step's first pass.
 
     `images` are the adversarial ones, `gradients` those of the mean loss with respect
     to them, [B, H, W, C]; `correct` is bool [B].
@@ -62,7 +62,7 @@ class Learn(Protocol):
         correct: Array,
         /,
     ) -> PyTree:
-        """See the class."""
+        """Returns the state for the next batch."""
         ...
 
 
@@ -73,11 +73,11 @@ class Adversary(NamedTuple):
       perturb: makes them. The key is consumed.
       init: zeros of a full batch, float32 [B, H, W, C], to the state before the first
         step; () without a memory.
-      learn: if given, makes the state that follows from what the first pass over the
-        images gave. An incomplete last batch of an epoch has fewer examples.
-      batch_norm: `train`: the attacked network is the one that trains: it normalizes by
-        its batch, and drops the units that the passes will drop. `eval`: it normalizes
-        by the running statistics and drops nothing. Neither updates the statistics.
+      learn: if given, computes the next state from the results of the first pass over
+        the images. An incomplete last batch of an epoch has fewer examples.
+      batch_norm: `train`: the attacked network behaves as in the passes: it normalizes
+        by its batch and drops the same units. `eval`: it normalizes by the running
+        statistics and drops nothing. Neither updates the statistics.
     """
 
     perturb: Perturb
@@ -93,8 +93,8 @@ class Objective(NamedTuple):
       loss: `loss(*logits, labels)`, the logits [B, K] of each of the views, to [B]. Its
         mean is minimized.
       views: `natural` or `adversarial`, each one forward pass; BatchNorm's running
-        statistics are updated by all of them, in order. One that stands again moves
-        the statistics again and costs nothing else.
+        statistics are updated by all of them, in order. A repeated view updates the
+        statistics again and costs nothing else.
     """
 
     loss: Callable[..., Array]
@@ -119,7 +119,7 @@ ObjectiveLike: TypeAlias = "Objective | LossFn"
 
 
 def as_adversary(attack: Attack, *, batch_norm: str = "train") -> Adversary:
-    """Returns the adversary without a memory that an attack is."""
+    """Lifts an attack to an adversary without a memory."""
 
     def perturb(
         logits_fn: LogitsFn, images: Array, labels: Array, state: PyTree, *, key: Array
@@ -130,6 +130,6 @@ def as_adversary(attack: Attack, *, batch_norm: str = "train") -> Adversary:
 
 
 def as_objective(loss: LossFn = cross_entropy) -> Objective:
-    """Returns the objective of a loss on the images trained on."""
+    """Lifts a loss to an objective on the images trained on."""
     check(callable(loss), "loss as a function of logits and labels", loss=loss)
     return Objective(loss)

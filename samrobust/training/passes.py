@@ -1,10 +1,10 @@
 """Forward and backward passes over a batch: over all of it, or over groups of it.
 
-The network is any Flax Linen module: with a collection `batch_stats` or without, with
-dropout or without. The training step takes its passes from here and does not ask which
-they are. Over groups (for m-sharpness) each group of m examples is a batch of its own:
-mean loss, BatchNorm, gradient. Losses, logits and statistics are merged; gradients stay
-apart, [G, ...], for SAM to perturb each group along its own.
+The network is any Flax Linen module, with or without `batch_stats` and dropout. The
+training step does not depend on whether its passes run over groups. Over groups (for
+m-sharpness) each group of m examples is a batch of its own: mean loss, BatchNorm,
+gradient. Losses, logits and statistics are merged; gradients stay apart, [G, ...], for
+SAM to perturb each group along its own.
 """
 
 import functools
@@ -37,7 +37,7 @@ class Pass(NamedTuple):
       batch_stats: the running statistics after the pass; of groups, their mean.
       grads: of the mean loss; of groups, of each one's own, [G, ...].
       image_grads: of the batch's mean loss with respect to the adversarial images,
-        [B, H, W, C]; None where nobody asks for them.
+        [B, H, W, C]; None unless requested.
     """
 
     loss: Array
@@ -53,7 +53,7 @@ PassFn = Callable[[PyTree, PyTree, Views, Array, Array], Pass]
 class Passes(NamedTuple):
     """The two passes of a step, of (params, batch_stats, views, labels, key).
 
-    The key decides what is random in the network; of groups, each has its own of it.
+    The key drives what is random in the network; each group has its own.
 
     Attributes:
       first: at parameters that are those of the whole batch.
@@ -121,8 +121,8 @@ def make_passes(
         views = views | {"adversarial": adversarial}
         outputs: dict[str, Array] = {}
         for view in objective.views:
-            # A view that stands again moves the statistics again, and has no backward
-            # pass of its own; XLA computes its forward pass once.
+            # A repeated view updates the statistics again, but needs no backward pass
+            # of its own, and XLA computes its forward pass once.
             again = view in outputs
             weights = jax.lax.stop_gradient(params) if again else params
             found, batch_stats = apply_in_training(

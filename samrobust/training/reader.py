@@ -1,7 +1,7 @@
 """Reading a checkpoint and verifying every byte of it.
 
-Orbax restores a file with a flipped byte without a word; the checksums of the manifest
-find it.
+Orbax restores a file with a flipped byte silently; the checksums of the manifest find
+it.
 """
 
 import asyncio
@@ -21,11 +21,11 @@ ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
 
 class DamagedError(RuntimeError):
-    """A checkpoint is not what was written; the message says in what."""
+    """A checkpoint differs from what was written; the message says where."""
 
 
 class Reader(ocp.Checkpointer):
-    """Reads and verifies; made before the `try`, so no bug passes for damage."""
+    """Verifying reader; made before the `try`, so that no bug passes for damage."""
 
     def __init__(self):
         handlers = ocp.type_handlers.create_type_handler_registry(
@@ -64,7 +64,7 @@ class Reader(ocp.Checkpointer):
 
 
 class _PatientNumpyHandler(ocp.type_handlers.NumpyHandler):
-    """Lets all reads end before it raises the error of one.
+    """Handler that lets all reads end before it raises the error of one.
 
     Orbax closes the event loop at the first error; a read that outlives its loop
     raises once more, in a thread where nobody can catch it.

@@ -1,4 +1,4 @@
-"""Checkpoints read by process 0, in the hands of all processes."""
+"""Checkpoints that process 0 reads, replicated to all processes."""
 
 import pathlib
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from samrobust.system.distributed import broadcast, from_primary
+from samrobust.system.distributed import broadcast, broadcast_from_primary
 from samrobust.training.checkpoint import Checkpoints, Restored
 from samrobust.types import PyTree
 
@@ -40,7 +40,7 @@ def read_and_spread(
         found.extend([] if restored is None else [restored])
         return None if restored is None else (restored.step, restored.metadata)
 
-    known = from_primary(here)
+    known = broadcast_from_primary(here)
     if known is None:
         return None
     state = found[0].state if found else jax.tree.map(_zeros, like)

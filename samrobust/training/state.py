@@ -13,15 +13,14 @@ __all__ = ["TrainState"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes.
+    """The state that a step changes.
 
     Attributes:
       step: int32 scalar, the number of steps taken.
-      params: of the network, in its own precision: float32, but for a network of
-        another one.
+      params: of the network, in its own precision, by default float32.
       batch_stats: BatchNorm's running statistics, likewise; {} of a network without.
       opt_state: of the optax chain.
-      adversary: what the adversary remembers; () without a memory.
+      adversary: the adversary's state; () without a memory.
       average: of `variables`, as the averaging keeps it; () without one.
     """
 
@@ -34,10 +33,10 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """Those that are trained, for `model.apply`."""
+        """The trained variables, for `model.apply`."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     @property
     def eval_variables(self) -> dict[str, PyTree]:
-        """Those that are evaluated: the average where there is one."""
+        """The evaluated variables: the average where there is one."""
         return self.average or self.variables

@@ -1,11 +1,11 @@
-"""One pure training step for every method: ST, SAM, AT and whatever is composed.
+"""One pure training step for every method: ST, SAM, AT and any composition.
 
     min_w E[ max_{e in W} max_{d in X} loss(w + e; x + d, y) ]
 
-The maximization over the inputs is the adversary's, the one over the weights that of a
-`samrobust.sharpness` transformation in the optimizer. Standard training has neither;
-nothing here asks which method it is. Whether a pass runs over the batch or over groups
-of it is the business of `samrobust.training.passes`.
+The adversary maximizes over the inputs, a `samrobust.sharpness` transformation in the
+optimizer over the weights. Standard training has neither; nothing here depends on which
+method it is. `samrobust.training.passes` knows whether a pass runs over the batch or
+over groups of it.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ from samrobust.types import Array, Attack, LossFn, PyTree
 
 __all__ = ["InitFn", "Method", "TrainStep", "make_train_step"]
 
-# Folded into a step's key for what is random in the network. The adversary has the key
-# itself: no split of it, nor draw from it, reaches so far.
+# Folded into a step's key for what is random in the network. The adversary gets the key
+# itself; no split of it and no position in a batch collides with so large a number.
 _NETWORK = 0xFFFFFFFF
 
 
@@ -46,7 +46,7 @@ class TrainStep(Protocol):
     def __call__(
         self, state: TrainState, images: Array, labels: Array, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        """See the class."""
+        """Takes one step."""
         ...
 
 
@@ -54,7 +54,7 @@ class InitFn(Protocol):
     """Initialization: `(key, images) -> state`; pure."""
 
     def __call__(self, key: Array, images: Array | jax.ShapeDtypeStruct) -> TrainState:
-        """See the class."""
+        """Returns the state before the first step."""
         ...
 
 
@@ -82,17 +82,17 @@ def make_train_step(
     group_size: int = 0,
     mesh: Mesh | None = None,
 ) -> Method:
-    """Builds a training method: how it begins, and its step.
+    """Builds a training method: its initialization and its step.
 
     Args:
-      model: any Flax Linen network that is called with (images, train=...), with
-        `batch_stats` or without, with dropout or without.
+      model: any Flax Linen network that is called with (images, train=...), with or
+        without `batch_stats` and dropout.
       tx: the optimizer, any optax transformation; receives `grad_fn`, which a `sam` in
         it calls.
-      adversary: makes the images that are trained on, at the current parameters; an
-        attack is one without a memory.
+      adversary: makes the images that are trained on, at the current parameters; or an
+        attack, for an adversary without a memory.
       objective: the loss of each example, whose mean is minimized, and the views of the
-        images that it is made of; a loss is one of the images trained on.
+        images that it takes; or a loss of the images trained on.
       averaging: of the variables after each step, for evaluation.
       batch_stats: which pass of `samrobust.sharpness.two_pass` updates BatchNorm's
         running statistics: `first` (at w), `second` (at w + e) or `both`, one after the
@@ -101,7 +101,7 @@ def make_train_step(
         m-sharpness: both passes then run over each group apart, BatchNorm included,
         and `tx` begins with a `sam(..., grouped=True)`. 0: the whole batch, no groups.
       mesh: of `samrobust.system.distributed.data_mesh`, over which the groups are
-        spread; None: one device. Of no account without groups.
+        spread; None: one device. Ignored without groups.
 
     Returns:
       `init(key, images) -> state` and `train_step(state, images, labels, key) ->
@@ -126,14 +126,14 @@ def make_train_step(
         of variables than `params` and `batch_stats`; in the step, if images, labels,
         logits or losses are not of these shapes and kinds, the groups do not divide the
         batch, or the `two_pass` of `tx` does not keep the statistics of its second
-        pass, which are wanted.
+        pass although `batch_stats` asks for them.
 
     Reference: Wei, Zhu and Zhang (2023), equations (3) and (5). *Our deviation* from
-    their code: the attack's forward passes leave the running statistics alone.
+    their code: the attack's forward passes do not update the running statistics.
 
     With the batch of a device as the group and `batch_stats="first"`, ascent, descent
-    and statistics are those of google-research/sam, but for two things that are not
-    ours: weight decay inside the loss, so in the ascent direction too, and the final
+    and statistics are those of google-research/sam, except for two things that we leave
+    out: weight decay inside the loss, so in the ascent direction too, and the final
     gradient clipped to norm 5.
 
     >>> import flax.linen as nn
@@ -214,10 +214,12 @@ def make_train_step(
                 aux=None,
                 batch_stats=batch_stats,
             )
+            # "both": the second pass updates what the first has updated.
             start = first.batch_stats if batch_stats == "both" else state.batch_stats
             second = passes.second(params, start, *batch)
             return (second.grads, second.batch_stats) if keeps_aux else second.grads
 
+        # A `sam` in `tx` calls `second_pass` at w + e; nothing else traces it.
         updates, opt_state = tx.update(
             first.grads, state.opt_state, state.params, grad_fn=second_pass
         )
@@ -261,7 +263,7 @@ def make_train_step(
 
 
 def _check_batch(images: Array, labels: Array) -> None:
-    """Refuses what would broadcast, or pass for pixels or classes."""
+    """Refuses arrays that would broadcast, or be mistaken for pixels or classes."""
     check(
         images.ndim == 4 and jnp.issubdtype(images.dtype, jnp.floating),
         "float images [B, H, W, C] with pixels in [0, 1]",

@@ -1,7 +1,7 @@
 """Our SAM against `optax.contrib.sam`, which is written quite differently.
 
 Optax wraps two optimizers, of which the adversarial one descends by -rho along the
-normalised gradient; ours is one transformation that comes first in a chain.
+normalized gradient; ours is one transformation that comes first in a chain.
 """
 
 import jax

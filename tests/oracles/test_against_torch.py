@@ -298,9 +298,9 @@ def train_ours(row, batch_norm=None, **options):
     parts = methods.build(config, entries.Given(aux=variables["batch_stats"]))
     schedule = building.learning_rate_schedule(config, 1)
     tx = optax.chain(
-        parts.sharpness or optax.identity(), *make_optimizer(config, schedule)
+        parts.get("sharpness", optax.identity()), *make_optimizer(config, schedule)
     )
-    adversary = parts.adversary or as_adversary(identity)
+    adversary = parts.get("adversary", as_adversary(identity))
     if batch_norm is not None:
         adversary = adversary._replace(batch_norm=batch_norm)
     train_step = jax.jit(

@@ -267,14 +267,14 @@ def test_a_gradient_that_is_cut_off_is_refused_and_not_taken_for_zero(name, comp
     assert "\n" not in str(raised.value)
 
 
-def make_normalised():
+def make_normalized():
     return torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.BatchNorm1d(40), torch.nn.Linear(40, 7)
     ).eval()
 
 
 def test_every_part_of_a_module_is_looked_at_at_every_call(caplog):
-    module = make_normalised()
+    module = make_normalized()
     logits_fn = from_torch(module)
     compiled = jax.jit(logits_fn)
     compiled(IMAGES)
@@ -296,11 +296,11 @@ def test_every_part_of_a_module_is_looked_at_at_every_call(caplog):
 
 def test_an_exported_module_has_the_mode_that_it_was_exported_in():
     with pytest.raises(ValueError, match="got training='the module itself'"):
-        from_torch(exported(make_normalised().train()))
+        from_torch(exported(make_normalized().train()))
     with pytest.raises(ValueError, match="got training='the module itself'"):
         from_torch(exported(torch.nn.Sequential(torch.nn.Dropout())))
     from_torch(exported(torch.nn.Sequential(torch.nn.Dropout()).eval()))
-    logits_fn = from_torch(exported(make_normalised()))
+    logits_fn = from_torch(exported(make_normalized()))
     assert logits_fn(IMAGES).shape == (3, 7)
     with pytest.raises(ValueError, match=r"^Expected a module that takes images \[2"):
         logits_fn(IMAGES[:2])

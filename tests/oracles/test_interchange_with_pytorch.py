@@ -47,8 +47,8 @@ def make_images(seed=1):
 def as_torch_images(images):
     """Normalised outside, as the reference does."""
     mean, std = (np.asarray(values, np.float32) for values in (MEAN, STD))
-    normalised = (images - mean) / std
-    return torch.from_numpy(np.array(normalised.transpose(0, 3, 1, 2)))
+    normalized = (images - mean) / std
+    return torch.from_numpy(np.array(normalized.transpose(0, 3, 1, 2)))
 
 
 def make_theirs(fields, seed=0):
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_a_parallel_run_is_understood(entry, tmp_path):
 
 
 class Normalised(torch.nn.Module):
-    """As robust networks are often saved: pixels are normalised before the network."""
+    """As robust networks are often saved: pixels are normalized before the network."""
 
     def __init__(self, network):
         super().__init__()
@@ -172,7 +172,7 @@ WRAPPINGS = {
 
 @pytest.mark.parametrize("names", WRAPPINGS.values(), ids=WRAPPINGS)
 @pytest.mark.parametrize("entry", [None, "state_dict"])
-def test_a_normalisation_before_the_network_becomes_its_mean_and_std(
+def test_a_normalization_before_the_network_becomes_its_mean_and_std(
     names, entry, tmp_path
 ):
     network = make_theirs(NETWORKS["uneven"])
@@ -189,7 +189,7 @@ def test_a_normalisation_before_the_network_becomes_its_mean_and_std(
     assert type(mean[0]) is float
 
 
-def test_the_tensors_of_a_normalised_network_have_the_wrapped_names():
+def test_the_tensors_of_a_normalized_network_have_the_wrapped_names():
     """So that the wrappings above are not of our invention alone."""
     network = make_theirs(NETWORKS["uneven"])
     theirs = Normalised(network).state_dict().keys()
@@ -198,7 +198,7 @@ def test_the_tensors_of_a_normalised_network_have_the_wrapped_names():
 
 
 @pytest.mark.parametrize("extra", ["mean", "normalize.std", "input.mu"])
-def test_half_a_normalisation_is_left_to_be_refused(extra, tmp_path):
+def test_half_a_normalization_is_left_to_be_refused(extra, tmp_path):
     state = make_theirs(NETWORKS["uneven"]).state_dict()
     path = tmp_path / "weights.pth"
     torch.save({**state, extra: torch.tensor(MEAN)}, path)
@@ -209,7 +209,7 @@ def test_half_a_normalisation_is_left_to_be_refused(extra, tmp_path):
         from_tensors(weights.tensors, model, (32, 32, 3))
 
 
-def test_a_normalisation_that_the_metadata_deny_is_refused(tmp_path):
+def test_a_normalization_that_the_metadata_deny_is_refused(tmp_path):
     state = wrap(make_theirs(NETWORKS["uneven"]).state_dict(), "1.", "0.mean", "0.std")
     path = tmp_path / "weights.pth"
     told = {"mean": list(MEAN), "std": [0.25, 0.24, 0.2]}
@@ -325,12 +325,12 @@ def test_a_run_goes_to_a_pytorch_file_and_comes_back_to_the_bit(workdir, tmp_pat
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_whole_preactresnet_18_goes_here_and_back_by_command(tmp_path):
-    """As others save it: 11 million weights, in parallel, behind a normalisation."""
+    """As others save it: 11 million weights, in parallel, behind a normalization."""
     torch.manual_seed(0)
     network = reference.ReferenceNetwork(in_channels=1)
     rng = np.random.default_rng(0)
-    normalised = [rng.normal(size=(16, 1, 8, 8)).astype(np.float32) for _ in range(3)]
-    for batch in normalised:
+    normalized = [rng.normal(size=(16, 1, 8, 8)).astype(np.float32) for _ in range(3)]
+    for batch in normalized:
         network(torch.from_numpy(batch))
     mean, std = 0.3, 0.4
     state = {f"module.model.{n}": t for n, t in network.eval().state_dict().items()}

@@ -1,6 +1,6 @@
 """The reference repository's PreActResNet in PyTorch, by its names, for the tests.
 
-Written from the facts about weizeming/SAM_AT: images are normalised before they come
+Written from the facts about weizeming/SAM_AT: images are normalized before they come
 in, a final `bn` precedes the pooling, and the shortcut is a sequence of one.
 """
 

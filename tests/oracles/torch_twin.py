@@ -131,7 +131,7 @@ def pgd_linf(
 
     Args:
       model: images [B, C, H, W] in [0, 1] -> logits.
-      images: centre of the ball, [B, C, H, W].
+      images: center of the ball, [B, C, H, W].
       labels: [B].
       eps: radius in pixel units.
       step_size: length of a step in pixel units.
@@ -174,11 +174,11 @@ def pgd_l2(
     train: bool = False,
     update_statistics: bool = False,
 ) -> Tensor:
-    """Projected normalised ascent on the cross entropy, in the l2 ball and the box.
+    """Projected normalized ascent on the cross entropy, in the l2 ball and the box.
 
     Args:
       model: see `pgd_linf`, as for all arguments that are not listed here.
-      images: centre of the ball, [B, C, H, W].
+      images: center of the ball, [B, C, H, W].
       labels: [B].
       eps: radius in pixel units.
       step_size: length of a step in pixel units.

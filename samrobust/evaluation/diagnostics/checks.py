@@ -51,7 +51,6 @@ def run_sanity(
     effort: Effort | None = None,
     key: Array,
     on_batch: Callable[[int, int], None] = lambda *_: None,
-    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Finding]:
     """Looks for signs that a network's robustness is an illusion.
 
@@ -68,15 +67,14 @@ def run_sanity(
       batch_size: over all devices; at most the number of images is used.
       effort: see there.
       key: consumed.
-      on_batch: called as `on_batch(done, total)`, in images times measurements.
-      should_stop: asked after every batch.
+      on_batch: called after every batch as `on_batch(done, total)`, in images times
+        measurements; it may raise, and so end the work.
 
     Returns:
       The findings: those on the network, then those on each ball.
 
     Raises:
       ValueError: for arguments outside their range, a ball of radius 0 among them.
-      InterruptedRunError: after `should_stop`.
     """
     check(num_examples >= 1, "num_examples >= 1", num_examples=num_examples)
     check(len(split) >= 1, "a split with examples", num_examples=len(split))
@@ -85,7 +83,7 @@ def run_sanity(
         check(holds, "balls of radius > 0", ball=name, radius=ball.radius)
     transfer = dict(transfer or {})
     check("" not in transfer, "names for the networks of transfer", names=[*transfer])
-    # How often `_on_network` and `_on_ball` measure, for an honest progress bar.
+    # How often `_on_network` and `_on_ball` measure, for an accurate progress bar.
     has_copy = float32_copy(model) is not None
     num_measures = 3 + (6 + bool(transfer) + 2 * has_copy) * len(balls)
     look = Look(
@@ -98,7 +96,6 @@ def run_sanity(
         num_measures,
         key,
         on_batch,
-        should_stop,
     )
     findings = _on_network(look)
     for name, ball in balls.items():

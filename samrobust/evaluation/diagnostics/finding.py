@@ -22,7 +22,7 @@ __all__ = [
 
 PASSED, WARNING, UNDECIDED = "passed", "warning", "undecided"
 _RATE = 0.01  # images in which a sound attack may be the weaker one
-_LUCK = 0.01  # how seldom a verdict may be luck
+_LUCK = 0.01  # how often a verdict may be luck
 
 
 @dataclasses.dataclass(frozen=True)

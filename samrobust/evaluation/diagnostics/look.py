@@ -1,4 +1,4 @@
-"""The look that all checks share: network, images, how hard to try, who is told."""
+"""The context that all checks share: network, images, effort, progress."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,6 @@ from flax import linen as nn
 from samrobust.checks import check
 from samrobust.data import Split
 from samrobust.evaluation import BatchFn, make_measure
-from samrobust.training import InterruptedRunError
 from samrobust.types import Array, PyTree
 
 __all__ = ["Effort", "Look", "Surrogate", "some_of"]
@@ -71,8 +70,7 @@ class Look:
       batch_size: over all devices.
       num_measures: how often `measure` will be called.
       key: the randomness of all measurements.
-      on_batch: told of progress, as by `run_sanity`.
-      should_stop: asked after every batch.
+      on_batch: called with the progress, see `run_sanity`.
       num_measured: how often `measure` was called.
     """
 
@@ -85,27 +83,16 @@ class Look:
     num_measures: int
     key: Array
     on_batch: Callable[[int, int], None]
-    should_stop: Callable[[], bool]
     num_measured: int = 0
 
     def measure(
         self, batch_fn: BatchFn, variables: PyTree | None = None
     ) -> dict[str, np.ndarray]:
-        """Measures something on all images, by default of the network itself.
-
-        Raises:
-          InterruptedRunError: after `should_stop`.
-        """
+        """Measures something on all images, by default of the network itself."""
 
         def on_batch(done: int, num_examples: int) -> None:
             total = self.num_measures * num_examples
-            reached = self.num_measured * num_examples + done
-            self.on_batch(reached, total)
-            if self.should_stop() and reached < total:
-                message = (
-                    "Stopped during the sanity checks. The same command redoes them."
-                )
-                raise InterruptedRunError(message)
+            self.on_batch(self.num_measured * num_examples + done, total)
 
         measure = make_measure(batch_fn, batch_size=self.batch_size)
         variables = self.variables if variables is None else variables

@@ -1,4 +1,4 @@
-"""Measurements of a network, on images as they are and under attack."""
+"""Measurements of a network, on natural and on adversarial images."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Judgements of measurements: pure functions of NumPy arrays to findings.
+"""Judgments of measurements: pure functions of NumPy arrays to findings.
 
 `standing` means: classified rightly after an attack, bool [N]. A comparison counts
 images and holds the count against `allowance`.
@@ -33,7 +33,7 @@ __all__ = [
     "judge_transfer",
 ]
 
-# Sums in another order differ by some units of 1.2e-7; a thousand of them is no order.
+# Sums in another order differ by a few units of 1.2e-7, never by a thousand of them.
 _ROUNDING = 1e-4
 
 
@@ -154,7 +154,7 @@ def judge_precision(
     is_bad = is_more(changed, total) or is_more(gained, total)
     if is_bad:
         text += (
-            " Evaluate it with --dtype=float32: its precision is part of the defence."
+            " Evaluate it with --dtype=float32: its precision is part of the defense."
         )
     return _finding("low precision", is_bad, text, values)
 
@@ -265,7 +265,7 @@ def judge_logit_scale(
     Args:
       plain: who stands after PGD on the cross entropy.
       rescaled: who stands after PGD on that of rescaled logits.
-      margins: [N], the margin loss of the images as they are.
+      margins: [N], the margin loss of the natural images.
     """
     gained = int(np.sum(plain)) - int(np.sum(rescaled))
     size = float(np.median(np.abs(margins)))
@@ -317,7 +317,7 @@ def judge_noise(
 
 
 def judge_finite(finite: Mapping[str, np.ndarray]) -> Finding:
-    """Judges whether the logits [N] of what each attack hands in are finite."""
+    """Judges whether the logits of the images from each attack are finite, bool [N]."""
     counts = {name: int(np.sum(~each)) for name, each in finite.items()}
     bad = [f"{count} under {name}" for name, count in counts.items() if count]
     text = "All logits are finite."

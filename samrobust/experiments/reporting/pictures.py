@@ -13,15 +13,17 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from samrobust.experiments.reporting.names import column_norm, short_column
-from samrobust.experiments.reporting.table import Row, Table
+from samrobust.experiments.reporting.table import Table, TableRow
 from samrobust.system.files import write_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
 __all__ = [
+    "add_legend",
     "draw_table",
     "family_colors",
     "in_symbols",
@@ -89,6 +91,21 @@ def make_panels(
     return figure, panels
 
 
+def add_legend(
+    figure: "Figure", handles: Sequence["Artist"], title: str, columns: int
+) -> None:
+    """Adds a legend below all panels."""
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=_SMALL,
+        title=title,
+        title_fontsize=_TEXT,
+        frameon=False,
+    )
+
+
 def write_figure(
     figure: "Figure",
     folder: pathlib.Path,
@@ -127,15 +144,8 @@ def draw_table(table: Table) -> "Figure":
     panels[0].set_ylim(heights[-1] + 0.6, -0.6)
     for tick, row in zip(panels[0].get_yticklabels(), table.rows, strict=True):
         tick.set_color(colors[row.family] if row.seeds else _GRAY)
-    figure.legend(
-        handles=_legend(table),
-        loc="outside lower center",
-        ncols=4,
-        fontsize=_SMALL,
-        title="accuracy in % (each panel has its own range), higher is better",
-        title_fontsize=_TEXT,
-        frameon=False,
-    )
+    said = "accuracy in % (each panel has its own range), higher is better"
+    add_legend(figure, _marks(table), said, columns=4)
     return figure
 
 
@@ -183,7 +193,7 @@ def _limits(low: float, high: float) -> tuple[float, float]:
     return low - margin - excess, high + margin - excess
 
 
-def _legend(table: Table) -> list["Line2D"]:
+def _marks(table: Table) -> list["Line2D"]:
     """Returns what the marks mean, only for those that are drawn."""
     from matplotlib.lines import Line2D
 
@@ -207,7 +217,7 @@ def _panel_title(column: str) -> str:
     return f"{in_symbols(norm)} {' '.join(attack) or 'attack'}\nε = {radius}/255"
 
 
-def _row_label(row: Row) -> str:
+def _row_label(row: TableRow) -> str:
     """Returns a row's label in symbols."""
     label = in_symbols(row.label)
     return label if row.seeds else f"{label}, no run yet"

@@ -175,19 +175,16 @@ def _two_lines(column: str) -> str:
 
 def _cells(table: Table, column: str, layout: _Layout, sign: str) -> list[Text]:
     """Returns a column's cells, aligned: where one part is absent others keep place."""
-    cells = [row.cells[column] for row in table.rows]
     best = table.best(column)
     sign = sign if layout.tight else f" {sign}"
-    means = ["-" if cell.mean is None else f"{cell.mean:.1f}" for cell in cells]
-    spreads = [
-        "" if cell.std is None or not layout.std else f"{sign}{cell.std:.1f}"
-        for cell in cells
-    ]
-    papers = [
-        "" if cell.paper is None or not layout.paper else f" ({cell.paper:.1f})"
-        for cell in cells
-    ]
-    widths = [max(map(len, parts)) for parts in (means, spreads, papers)]
+    shown = []
+    for cell in (row.cells[column] for row in table.rows):
+        with_std = layout.std and cell.std is not None
+        with_paper = layout.paper and cell.paper is not None
+        mean = "-" if cell.mean is None else f"{cell.mean:.1f}"
+        spread = f"{sign}{cell.std:.1f}" if with_std else ""
+        shown.append((mean, spread, f" ({cell.paper:.1f})" if with_paper else ""))
+    widths = [max(map(len, parts)) for parts in zip(*shown, strict=True)]
     return [
         Text.assemble(
             " " * (widths[0] - len(mean)),
@@ -195,9 +192,7 @@ def _cells(table: Table, column: str, layout: _Layout, sign: str) -> list[Text]:
             spread.ljust(widths[1]),
             (paper.rjust(widths[2]), "dim"),
         )
-        for row, mean, spread, paper in zip(
-            table.rows, means, spreads, papers, strict=True
-        )
+        for row, (mean, spread, paper) in zip(table.rows, shown, strict=True)
     ]
 
 
@@ -228,7 +223,7 @@ def to_csv(table: Table) -> str:
 def to_json(table: Table) -> str:
     """Returns everything the table holds, every seed's value and provenance too.
 
-    The keys are those of `Table`, `Row` and `Cell`, with `notes`, `missing` and
+    The keys are those of `Table`, `TableRow` and `Cell`, with `notes`, `missing` and
     `sampling_error` beside them. What is not known is null.
     """
     rows = []

@@ -6,12 +6,7 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from samrobust.experiments.survey import (
-    STATES,
-    RunStatus,
-    remaining,
-    remaining_together,
-)
+from samrobust.experiments import survey
 from samrobust.system.tables import TextTable
 
 __all__ = ["duration", "status_to_rich"]
@@ -19,7 +14,7 @@ __all__ = ["duration", "status_to_rich"]
 _STYLES = {"done": "green", "running": "bold", "failed": "red", "stale": "yellow"}
 
 
-def status_to_rich(runs: Sequence[RunStatus]) -> RenderableType:
+def status_to_rich(runs: Sequence[survey.RunStatus]) -> RenderableType:
     """Returns the runs as a table, how many are in which state, and the errors."""
     rows = [
         (
@@ -30,7 +25,7 @@ def status_to_rich(runs: Sequence[RunStatus]) -> RenderableType:
             "-" if run.accuracy is None else f"{run.accuracy:.1f} %",
             "-" if seconds is None or run.state == "done" else duration(seconds),
         )
-        for run, seconds in zip(runs, remaining(runs), strict=True)
+        for run, seconds in zip(runs, survey.remaining(runs), strict=True)
     ]
     header = ("run", "state", "epoch", "loss", "accuracy", "ETA")
     errors = [f"{run.name}: {run.error}" for run in runs if run.error]
@@ -54,13 +49,13 @@ def duration(seconds: float) -> str:
     return f"{hours} h" if hours >= 48 else f"{hours} h {minutes:02} min"
 
 
-def _totals(runs: Sequence[RunStatus]) -> Text:
+def _totals(runs: Sequence[survey.RunStatus]) -> Text:
     counts = Counter(run.state for run in runs)
-    shown = ", ".join(f"{counts[s]} {s}" for s in STATES if counts[s])
+    shown = ", ".join(f"{counts[s]} {s}" for s in survey.STATES if counts[s])
     text = f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {shown}."
-    together = remaining_together(runs)
+    together = survey.remaining_together(runs)
     if together is not None:
         text += f" ETA of all: {duration(together)} at this number of workers."
-    if any(seconds for seconds in remaining(runs)):
+    if any(seconds for seconds in survey.remaining(runs)):
         text += " ETAs are of training alone."
     return Text(text)

@@ -14,7 +14,7 @@ from typing import Any
 from samrobust.experiments.reporting.names import column_order, family
 from samrobust.experiments.reporting.results import check_results
 
-__all__ = ["Cell", "Difference", "Row", "Table", "summarize"]
+__all__ = ["Cell", "Difference", "Table", "TableRow", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One method.
 
     Attributes:
@@ -116,11 +116,11 @@ class Table:
     dataset: str
     num_test: int
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     runs: tuple[Mapping[str, Any], ...]
 
     @property
-    def missing(self) -> tuple[Row, ...]:
+    def missing(self) -> tuple[TableRow, ...]:
         """The rows without a finished run."""
         return tuple(row for row in self.rows if not row.seeds)
 
@@ -187,19 +187,27 @@ def summarize(
     runs = {name: [r for r in results if r["row"] == name] for name, _ in rows}
     columns = tuple(sorted(results[0]["accuracy"], key=column_order))
     baseline = next((name for name, _ in rows if family(name) == "ST"), "")
+    compared = {run["seed"]: run for run in runs.get(baseline, ())}
 
-    def make_row(name: str, label: str) -> Row:
-        cells = {
-            column: _cell(
-                _by_seed(runs[name], column),
-                {} if name == baseline else _by_seed(runs.get(baseline, ()), column),
-                paper.get(name, {}).get(column),
-            )
-            for column in columns
-        }
+    def make_cell(name: str, column: str) -> Cell:
+        number, pairs = paper.get(name, {}).get(column), []
+        values = tuple(float(run["accuracy"][column]) for run in runs[name])
+        for run, value in zip(runs[name], values, strict=True):
+            if name != baseline and run["seed"] in compared:
+                pairs.append(value - compared[run["seed"]]["accuracy"][column])
+        if not values:
+            return Cell(paper=number)
+        difference = None
+        if pairs:
+            mean, std = _mean_std(pairs)
+            error = None if std is None else std / math.sqrt(len(pairs))
+            difference = Difference(len(pairs), mean, error)
+        return Cell(values, *_mean_std(values), number, difference)
+
+    def make_row(name: str, label: str) -> TableRow:
+        cells = {column: make_cell(name, column) for column in columns}
         seeds = tuple(run["seed"] for run in runs[name])
-        cost = _cost(runs[name], runs.get(baseline, ()))
-        return Row(name, label, seeds, cells, *cost)
+        return TableRow(name, label, seeds, cells, *_cost(runs[name], compared))
 
     kept = (
         *("row", "seed", "identity", "step", "images"),
@@ -215,31 +223,10 @@ def summarize(
         rows=tuple(make_row(name, label) for name, label in rows),
         runs=tuple(
             {key: run[key] for key in kept if key in run}
-            for name, _ in rows
-            for run in runs[name]
+            for own in runs.values()
+            for run in own
         ),
     )
-
-
-def _by_seed(runs: Sequence[Mapping[str, Any]], column: str) -> dict[int, float]:
-    """Returns a column's accuracy of every seed."""
-    return {run["seed"]: float(run["accuracy"][column]) for run in runs}
-
-
-def _cell(
-    values: Mapping[int, float], baseline: Mapping[int, float], paper: float | None
-) -> Cell:
-    """Summarizes one cell; the arguments map seeds to accuracies."""
-    if not values:
-        return Cell(paper=paper)
-    differences = [values[seed] - baseline[seed] for seed in values if seed in baseline]
-    mean, std = _mean_std(tuple(values.values()))
-    difference = None
-    if differences:
-        shift, spread = _mean_std(differences)
-        error = None if spread is None else spread / math.sqrt(len(differences))
-        difference = Difference(len(differences), shift, error)
-    return Cell(tuple(values.values()), mean, std, paper, difference)
 
 
 def _mean_std(values: Sequence[float]) -> tuple[float, float | None]:
@@ -249,20 +236,21 @@ def _mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def _cost(
-    runs: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]
+    runs: Sequence[Mapping[str, Any]], compared: Mapping[int, Mapping[str, Any]]
 ) -> tuple[float | None, float | None]:
-    """Returns the cost relative to the baseline and its spread, over the shared seeds.
+    """Returns the cost relative to ST and its spread, over the shared seeds.
 
     Runs of one seed are trained one after the other, on a machine as busy; the median
     leaves a run alone that had company. No cost is better than a wrong one: below 1
     (every method takes ST's step, and more), and where half of the ratios differ by
     more than half of their median, what was timed is the machine's other work.
     """
-    ours, theirs = (
-        {run["seed"]: run["step_seconds"] for run in group if run.get("step_seconds")}
-        for group in (runs, baseline)
-    )
-    ratios = [ours[seed] / theirs[seed] for seed in ours if seed in theirs]
+    pairs = [
+        (run.get("step_seconds"), compared[run["seed"]].get("step_seconds"))
+        for run in runs
+        if run["seed"] in compared
+    ]
+    ratios = [ours / theirs for ours, theirs in pairs if ours and theirs]
     if not ratios:
         return None, None
     cost, spread = statistics.median(ratios), None

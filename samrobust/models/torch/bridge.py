@@ -1,4 +1,4 @@
-"""Calls across: a JAX classifier as a PyTorch module, a PyTorch module as `logits_fn`.
+"""Bridges: a JAX classifier as a PyTorch module, a PyTorch module as `logits_fn`.
 
 No weights move, so any network will do on either side; images and gradients do, through
 the host's memory. Here images are [B, H, W, C], in PyTorch [B, C, H, W], both with
@@ -28,7 +28,7 @@ __all__ = ["as_torch", "from_torch"]
 def as_torch(logits_fn: LogitsFn) -> Any:
     """Returns a `torch.nn.Module` that computes what `logits_fn` does, gradients too.
 
-    For attack libraries written for PyTorch. A batch of another shape compiles anew.
+    For attack libraries written for PyTorch. Another batch shape is compiled again.
 
     Args:
       logits_fn: images [B, H, W, C] in [0, 1] to logits [B, K].
@@ -36,8 +36,8 @@ def as_torch(logits_fn: LogitsFn) -> Any:
     Returns:
       A module in evaluation mode, without parameters: images [B, C, H, W] to logits
       [B, K], on the images' device. Images are float32; bfloat16 is computed in
-      float32; float64 wants JAX's x64. **Guarantees**: the gradient is that of
-      `jax.vjp`; the network is run once where a gradient is asked for.
+      float32; float64 needs JAX's x64. **Guarantees**: the gradient is that of
+      `jax.vjp`; the network runs once when a gradient is needed.
 
     Raises:
       ValueError: if PyTorch is not installed; by the module, for images of another
@@ -70,7 +70,7 @@ def as_torch(logits_fn: LogitsFn) -> Any:
         )
         return logits
 
-    class Call(torch.autograd.Function):
+    class Bridge(torch.autograd.Function):
         @staticmethod
         def forward(context: Any, images: Any) -> Any:
             ours = to_jax(images)
@@ -89,7 +89,7 @@ def as_torch(logits_fn: LogitsFn) -> Any:
 
     class Classifier(torch.nn.Module):
         def forward(self, images: Any) -> Any:
-            return Call.apply(images)
+            return Bridge.apply(images)
 
     return Classifier().eval()
 
@@ -102,8 +102,8 @@ def from_torch(module: Callable[[Any], Any]) -> LogitsFn:
 
     Args:
       module: a `torch.nn.Module` in evaluation mode: images [B, C, H, W] to logits
-        [B, K]. Its parameters are as they are at the time of each call. One out of
-        `torch.export` takes the batches that it was exported for.
+        [B, K]. Each call uses its current parameters. A module from `torch.export`
+        takes the batch sizes that it was exported for.
 
     Returns:
       Images [B, H, W, C] to logits [B, K] in float32, or float64 where the images are;
@@ -113,9 +113,9 @@ def from_torch(module: Callable[[Any], Any]) -> LogitsFn:
     Raises:
       ValueError: if PyTorch is not installed, or a part of the module is in training
         mode, where its answer for an image would depend on the others; by `logits_fn`
-        also if the module fails, its logits are no [B, K], or where a gradient is asked
-        for and cut off. What shows only while a compiled program runs is raised by JAX
-        as its own error, which ends in the same line.
+        also if the module fails, its logits are no [B, K], or a gradient is needed
+        but cut off. JAX raises what shows only while a compiled program runs as its own
+        error, which ends in the same line.
     """
     called = TorchModule(module)
 
@@ -162,7 +162,7 @@ _X64 = "jax_enable_x64"
 
 
 class _CallError(ValueError):
-    """What went wrong in a module while a compiled program ran."""
+    """Error of a module while a compiled program ran."""
 
 
 # JAX logs the errors of callbacks with their traceback before it raises them.
@@ -174,7 +174,7 @@ logging.getLogger(CALLBACK_LOGGER).addFilter(
 def _callback(
     function: Callable[..., np.ndarray], like: jax.ShapeDtypeStruct, *arrays: Array
 ) -> Array:
-    """`jax.pure_callback` whose error is a line, and not the frames of the program."""
+    """Calls `jax.pure_callback`; an error is one line, without the program's frames."""
 
     def call(*arrays: Any) -> np.ndarray:
         try:
@@ -188,7 +188,7 @@ def _callback(
             message = str(error)
         else:
             return result
-        # XLA prints the callers of the innermost frame: of this one there are none.
+        # XLA prints the callers of the innermost frame; this one has none.
         frame = _nowhere().gi_frame
         alone = types.TracebackType(None, frame, 0, frame.f_lineno)
         raise _CallError(message).with_traceback(alone)
@@ -197,5 +197,5 @@ def _callback(
 
 
 def _nowhere() -> Any:
-    """Never runs; its frame has no caller."""
+    """Yields never: what counts is its frame, which has no caller."""
     yield

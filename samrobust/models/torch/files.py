@@ -1,8 +1,8 @@
 """PyTorch's own files: written, and read without running what they hold.
 
-A `.pth` file may hold anything. Whatever stands in it is looked through for networks,
-that is for mappings with the tensor of a last layer; there must be one and no other, so
-that an average of weights is never taken for the weights, nor these for it.
+A `.pth` file may hold anything. It is searched for networks, that is, for mappings with
+the tensor of a last layer; there must be exactly one, so that an average of weights is
+never mistaken for the weights, nor vice versa.
 """
 
 import io
@@ -19,7 +19,7 @@ from samrobust.models.torch.wrapping import is_head, listed
 
 __all__ = ["import_torch", "read_pytorch", "torch_bytes"]
 
-# What a pickle calls a NumPy scalar and its type. Training loops leave accuracies so.
+# A pickle's names for a NumPy scalar and its type: training loops save accuracies so.
 _SCALARS = ("numpy.dtype", "numpy._core.multiarray.scalar")
 _SCALARS_OF_OLD = ("numpy.core.multiarray.scalar",)
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -28,10 +28,10 @@ _REASON = 200  # characters of PyTorch's message
 
 
 def import_torch(purpose: str) -> Any:
-    """Returns PyTorch, which is no dependency of this package.
+    """Imports PyTorch, which is no dependency of this package.
 
     Raises:
-      ValueError: if it is not installed; says what is to be done.
+      ValueError: if it is not installed; names the fix.
     """
     try:
         import torch
@@ -59,11 +59,11 @@ def read_pytorch(
 
     Args:
       path: of the file.
-      is_whole: whether it is known to be one state dict, of whatever network.
+      is_whole: whether the file is known to be one state dict, of any network.
 
     Returns:
-      Arrays of floats or integers by the file's names; and what was chosen or left out,
-      a sentence each.
+      Arrays of floats or integers by the file's names; and a sentence for everything
+      that was chosen or left out.
 
     Raises:
       ValueError: if the file is damaged or holds what is not loaded safely, or not one
@@ -84,7 +84,7 @@ def read_pytorch(
 
 
 class _Inert:
-    """Stands for a NumPy scalar or its type: takes what a pickle says, does nothing."""
+    """A stand-in for a NumPy scalar or its type: accepts any state, does nothing."""
 
     def __init__(self, *_: object):
         pass
@@ -109,7 +109,7 @@ def _load(path: pathlib.Path, torch: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What PyTorch says of a file in one line, without its advice to trust it."""
+    """Returns PyTorch's complaint in one line, without its advice to trust the file."""
     text = str(error)
     other = re.search(r"GLOBAL ([\w.]+)", text)
     if other:
@@ -126,7 +126,7 @@ def _reason(error: Exception) -> str:
 def _only_network(
     loaded: Any, path: pathlib.Path, torch: Any
 ) -> tuple[str, Mapping[str, Any]]:
-    """The one state dict in what was loaded, and the entry that it stands in."""
+    """Returns the entry that holds the one state dict, and the state dict."""
     found = _networks(loaded, torch)
     if len(found) == 1:
         return found[0]
@@ -150,7 +150,7 @@ def _only_network(
 
 
 def _networks(loaded: Any, torch: Any) -> list[tuple[str, Mapping[str, Any]]]:
-    """All mappings with a last layer, however deep, and where they stand."""
+    """Finds all mappings with a last layer at any depth, each with its entry."""
     found, seen, waiting = [], set(), [("", loaded)]
     while waiting:
         place, value = waiting.pop()

@@ -1,7 +1,7 @@
 """A PyTorch module as two functions of NumPy arrays: logits, and pulled-back gradients.
 
-What a module does that an attack cannot use is refused in one line: logits that depend
-on the batch or are no [B, K], a gradient that is cut off.
+A module that an attack cannot use is refused in one line: logits that depend on the
+batch or are not [B, K], a gradient that is cut off.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,7 @@ _REASON = 300  # characters of a module's own error
 class TorchModule:
     """A module that is called with images [B, H, W, C] and gives logits [B, K].
 
-    Its parameters, their type, their device and its mode are those of the time of each
-    call.
+    Each call uses the module's current parameters, dtype, device and mode.
 
     Args:
       module: a `torch.nn.Module`, or a function, of images [B, C, H, W].
@@ -51,7 +50,7 @@ class TorchModule:
         )
 
     def predict(self, images: np.ndarray) -> np.ndarray:
-        """Images [B, H, W, C] to logits [B, K], float32 or as wide as the images."""
+        """Returns logits [B, K] of images [B, H, W, C], in float32 or float64."""
         torch = self._torch
         self.check_mode()
         with torch.inference_mode(mode=False), torch.no_grad():
@@ -59,7 +58,7 @@ class TorchModule:
             return _wide(logits).numpy().astype(_logits_dtype(images))
 
     def pull_back(self, images: np.ndarray, cotangent: np.ndarray) -> np.ndarray:
-        """The gradient of `sum(logits * cotangent)`, like the images."""
+        """Returns the gradient of `sum(logits * cotangent)`, like the images."""
         torch = self._torch
         self.check_mode()
         with torch.inference_mode(mode=False), torch.enable_grad():
@@ -97,12 +96,12 @@ class TorchModule:
         return self._torch.Tag.nondeterministic_seeded in node.target.tags
 
     def _to_torch(self, images: np.ndarray) -> Any:
-        """A copy on the module's device, in float32 or as wide as the images."""
+        """Returns a copy on the module's device, in float32 or float64."""
         wide = np.array(images, _logits_dtype(images))
         return self._torch.from_numpy(channels_first(wide)).to(self._place()[0])
 
     def _place(self) -> tuple[Any, Any]:
-        """Device and type of the module's first weights; the host and None without."""
+        """Returns device and dtype of the first weights; "cpu" and None without any."""
         for name in ("parameters", "buffers"):
             for tensor in getattr(self._module, name, tuple)():
                 if tensor.is_floating_point():
@@ -110,7 +109,7 @@ class TorchModule:
         return "cpu", None
 
     def _call(self, images: Any) -> Any:
-        """Logits [B, K] of the module, which may overwrite what it is given."""
+        """Returns logits [B, K] of the module, which may overwrite its input."""
         own = images.to(self._place()[1] or images.dtype).clone()
         try:
             logits = self._module(own)
@@ -159,16 +158,16 @@ def _logits_dtype(images: np.ndarray) -> type:
 
 
 def _wide(tensor: Any) -> Any:
-    """On the host, in a type that NumPy has."""
+    """Returns the tensor on the host, in a type that NumPy has."""
     tensor = tensor.detach().cpu()
     return tensor if tensor.element_size() == 8 else tensor.float()
 
 
 def channels_last(images: Any) -> np.ndarray:
-    """A PyTorch batch [B, C, H, W] as a NumPy array [B, H, W, C]; halves in float32."""
+    """Returns a PyTorch batch [B, C, H, W] as [B, H, W, C]; halves in float32."""
     return np.array(np.moveaxis(_wide(images).numpy(), 1, -1), order="C")
 
 
 def channels_first(images: np.ndarray) -> np.ndarray:
-    """A batch [B, H, W, C] as [B, C, H, W]."""
+    """Returns a batch [B, H, W, C] as [B, C, H, W]."""
     return np.array(np.moveaxis(images, -1, 1), order="C")

@@ -7,8 +7,8 @@ weights are [out, in]. Values are never changed, so the way there and back is ex
 Tensors of other networks keep the names of their variables, joined by dots, and their
 layouts: `params.Dense_0.kernel`.
 
-Out of scope: the normalisation of the pixels, which is inside our network and outside
-of theirs.
+Out of scope: the normalization of the pixels, which is inside our network and outside
+theirs.
 """
 
 import re
@@ -67,7 +67,7 @@ def to_tensors(variables: PyTree, model: nn.Module) -> Tensors:
     Returns:
       Contiguous float32 arrays, and of a `PreActResNet` a `num_batches_tracked`, an
       int64 scalar 0, for every BatchNorm: the keys that `load_state_dict(strict=True)`
-      wants.
+      expects.
     """
     leaves = traverse_util.flatten_dict(variables)
     if not isinstance(model, PreActResNet):
@@ -83,7 +83,7 @@ def to_tensors(variables: PyTree, model: nn.Module) -> Tensors:
 
 
 def infer_architecture(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The fields of a `PreActResNet` that names and shapes of its tensors tell.
+    """Infers the fields of a `PreActResNet` from names and shapes of its tensors.
 
     Returns:
       `num_classes`, `width` and `blocks`.
@@ -202,7 +202,7 @@ def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _torch_name(path: tuple[str, ...]) -> str:
-    """`("params", "stage2_block1", "conv1", "kernel")` is `layer2.0.conv1.weight`."""
+    """Turns `("params", "stage2_block1", "conv1", "kernel")` into PyTorch's name."""
     _, *modules, leaf = path
     return ".".join([*map(_torch_module, modules), _LEAVES[leaf]])
 

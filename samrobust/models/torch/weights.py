@@ -1,9 +1,9 @@
 """Files of weights: safetensors, and PyTorch's, read without running what they hold.
 
-Both hold tensors by PyTorch's names, see `samrobust.models.torch.names`. What else one
-must know of a network (mean and standard deviation of the pixels, classes, width,
-blocks, the run that it comes from) stands in the header of a safetensors file, and in a
-JSON file beside one of PyTorch, which keeps the SHA-256 of the weights it belongs to.
+Both hold tensors by PyTorch's names, see `samrobust.models.torch.names`. The metadata
+(mean and standard deviation of the pixels, classes, width, blocks, the run that the
+network comes from) are in the header of a safetensors file, or in a JSON file next to
+one of PyTorch, which holds the SHA-256 of the weights that it belongs to.
 """
 
 import hashlib
@@ -62,15 +62,15 @@ def read_weights(path: pathlib.Path) -> Weights:
 
     **Guarantees**: nothing in the file is run, and of a pickle nothing but tensors and
     plain containers is made. There is one network in the file, in whatever entry and
-    behind whatever prefix. Where it stands behind a normalisation, as in a bundle for
-    RobustBench, that is taken off and becomes `mean` and `std` of the metadata. Floats
-    of other sizes become float32; `notes` says so, and what else was chosen.
+    behind whatever prefix. A normalization in front of it, as in RobustBench's bundles,
+    is removed and becomes `mean` and `std` of the metadata. Floats of other sizes
+    become float32; `notes` says so, and what else was chosen.
 
     Raises:
       ValueError: if there is no such file, it is damaged, holds anything but one
         network of plain tensors, or values beyond float32's; if PyTorch is needed and
         not installed; if the JSON file beside it belongs to another one; or if the file
-        normalises otherwise than its metadata says.
+        normalizes otherwise than its metadata says.
     """
     check(path.is_file(), "an existing file of weights", path=str(path))
     if path.suffix in SUFFIXES["safetensors"]:
@@ -118,7 +118,7 @@ def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
 def _in_float32(
     tensors: Mapping[str, np.ndarray],
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Floats as float32, integers as they are; and a sentence for each other type.
+    """Returns floats as float32, integers as they are; and a sentence per other type.
 
     Raises:
       ValueError: if float32 cannot hold a value that is finite; names the tensor.
@@ -152,7 +152,7 @@ def _in_float32(
 
 
 def _metadata_beside(path: pathlib.Path) -> dict[str, Any]:
-    """What the JSON file beside a PyTorch file says; empty if there is none of ours."""
+    """Reads the JSON file beside a PyTorch file; empty if none is ours."""
     beside = path.with_suffix(".json")
     try:
         found = read_json(beside)
@@ -176,7 +176,7 @@ def _metadata_beside(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _checked(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The metadata, if `mean` and `std` are lists of numbers and both or none there."""
+    """Returns the metadata; refuses a `mean` or `std` of no numbers, or one alone."""
     for name in ("mean", "std"):
         values = metadata.get(name, [])
         check(

@@ -1,8 +1,8 @@
-"""Networks that stand behind a layer which normalises the pixels, as PyTorch files do.
+"""Networks behind a layer that normalizes the pixels, as in many PyTorch files.
 
-Robust networks are often saved together with it: as buffers `mean` and `std` beside a
+Robust networks are often saved with that layer: as buffers `mean` and `std` next to a
 network under `model.`, or as the first of a sequence, `0.mean` before `1.conv1.weight`.
-An average of weights (`torch.optim.swa_utils.AveragedModel`) has `n_averaged` beside.
+An average of weights (`torch.optim.swa_utils.AveragedModel`) has an `n_averaged`, too.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from samrobust.checks import check
 
 __all__ = ["Weights", "is_head", "listed", "unwrapped"]
 
-_HEAD = "linear.weight"  # the one tensor of this name, so it tells the prefix
+_HEAD = "linear.weight"  # the only tensor of this name: it reveals the prefix
 _NAMES = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}
 _AVERAGED = "n_averaged"
 _TOLERANCE = 1e-6
@@ -39,12 +39,12 @@ class Weights:
 
 
 def is_head(name: object) -> bool:
-    """Whether this is the name of the last layer's weights, behind any prefix."""
+    """Tells the name of the last layer's weights, behind any prefix."""
     return isinstance(name, str) and f".{name}".endswith(f".{_HEAD}")
 
 
 def listed(names: Iterable[object]) -> str:
-    """Names out of a file in one line of readable length.
+    """Lists names out of a file in one line of readable length.
 
     >>> listed(["conv1.weight", 3, "x" * 80])[:40]
     'conv1.weight, 3, xxxxxxxxxxxxxxxxxxxxxxx'
@@ -65,10 +65,9 @@ def _readable(name: object) -> str:
 
 
 def unwrapped(weights: Weights) -> Weights:
-    """The network alone, by its own names; its normalisation in the metadata.
+    """Returns the network alone, by its own names, its normalization as metadata.
 
-    What belongs to neither keeps its name, and is refused as superfluous where the
-    tensors are taken.
+    Other tensors keep their names; `from_tensors` refuses them as superfluous.
 
     Raises:
       ValueError: if there is not one network, or the metadata say otherwise.
@@ -82,7 +81,7 @@ metadata={'mean': [0.5], 'std': [0.25]}, notes=())
     prefix = _prefix(weights.tensors)
     outside = {n: t for n, t in weights.tensors.items() if not n.startswith(prefix)}
     beside = outside if prefix else weights.tensors
-    found = _normalisation(beside)
+    found = _normalization(beside)
     averaged = [n for n, t in beside.items() if _counts_averaged(n, t)]
     used = {name for name, _ in found.values()} | set(averaged)
     inside = {
@@ -118,7 +117,7 @@ metadata={'mean': [0.5], 'std': [0.25]}, notes=())
 
 
 def _prefix(tensors: Mapping[str, np.ndarray]) -> str:
-    """What stands before the names of the network."""
+    """Returns the prefix of the network's names."""
     found = [name.removesuffix(_HEAD) for name in tensors if is_head(name)]
     check(
         len(found) > 0,
@@ -139,12 +138,12 @@ def _counts_averaged(name: str, tensor: np.ndarray) -> bool:
     return name.rpartition(".")[2] == _AVERAGED and tensor.size == 1
 
 
-def _normalisation(
+def _normalization(
     tensors: Mapping[str, np.ndarray],
 ) -> dict[str, tuple[str, list[float]]]:
-    """Names and values of `mean` and `std`; both, or neither.
+    """Finds names and values of `mean` and `std`; both, or neither.
 
-    Of several that could be meant, as those of BatchNorms never are, none is taken.
+    If there are several candidates (those of BatchNorms never are), it takes none.
     """
     found = [
         name

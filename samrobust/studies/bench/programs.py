@@ -29,7 +29,7 @@ from samrobust.system.distributed import data_mesh, replicated, sharded
 from samrobust.system.runtime import compiler_options
 from samrobust.training import Method
 from samrobust.training.checkpoint import Checkpoints
-from samrobust.training.epoch import Carry, EpochPlan, EpochRunner
+from samrobust.training.epoch import EpochPlan, EpochRunner, LoopState
 from samrobust.training.fit import fresh_carry
 from samrobust.training.state import TrainState
 from samrobust.types import Array, Config
@@ -116,17 +116,17 @@ def epoch(config: Config, measure: Measure) -> Found:
     options: dict[str, Any] = augmentation | {"mesh": data_mesh()}
     key = jax.random.key(1)
     runner = EpochRunner(method.train_step, plan, dataset.train, **options, key=key)
-    _, compilation = _compile(lambda: runner.lower(plan.calls()[0], carry))
-    calls = (
-        (call, permutation)
+    _, compilation = _compile(lambda: runner.lower(plan.chunks()[0], carry))
+    chunks = (
+        (chunk, permutation)
         for permutation in map(runner.permutation, itertools.count())
-        for call in plan.calls()
+        for chunk in plan.chunks()
     )
 
-    def run() -> Carry:
+    def run() -> LoopState:
         nonlocal carry
-        call, permutation = next(calls)
-        carry, _ = runner.run(call, carry, permutation)
+        chunk, permutation = next(chunks)
+        carry, _ = runner.run(chunk, carry, permutation)
         return carry
 
     seconds = [value / steps for value in measure(run)]
@@ -192,7 +192,7 @@ def roofline(config: Config, measure: Measure) -> Found:
 
 def begin(
     config: Config, num_train: int, num_test: int = 1
-) -> tuple[Dataset, Method, Carry]:
+) -> tuple[Dataset, Method, LoopState]:
     """Returns images, the config's method, and the first state, on all devices."""
     dataset = make_dataset(config.data.name, num_train, num_test)
     batch_size = config.training.batch_size
@@ -257,7 +257,7 @@ def _compile(lower: Callable[[], Any]) -> tuple[Any, Found]:
     return program, {"compile_seconds": time.perf_counter() - started}
 
 
-def _checkpoint_seconds(carry: Carry) -> float:
+def _checkpoint_seconds(carry: LoopState) -> float:
     """Measures how long saving holds up the loop, the median of three."""
     seconds = []
     with (

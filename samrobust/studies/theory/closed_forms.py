@@ -179,6 +179,6 @@ def all_weights_coefficient(world: World) -> np.ndarray:
         K = (w*^2 / d - 2) / (3 d)
 
     negative, so that SAM lowers the robust weight, unless w*^2 > 2 d. For small rho and
-    the normalisation w_2 = ... = w_{d+1} = 1, on which it depends.
+    the normalization w_2 = ... = w_{d+1} = 1, on which it depends.
     """
     return (standard_weight(world) ** 2 / world.d - 2) / (3 * np.asarray(world.d))

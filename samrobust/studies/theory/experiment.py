@@ -10,7 +10,7 @@ from samrobust.studies.theory import closed_forms as forms
 from samrobust.studies.theory.logistic import logistic_weight, sam_step_weight
 from samrobust.studies.theory.population import minimize, sam_all_weights
 from samrobust.studies.theory.study import Grid
-from samrobust.studies.theory.training import Effort, train
+from samrobust.studies.theory.training import TrainingEffort, train
 from samrobust.studies.theory.world import World
 
 __all__ = ["Estimate", "all_weights_shift", "experiment", "plan"]
@@ -58,7 +58,7 @@ class Estimate:
         return "yes" if abs(self.mean) > width else "unresolved"
 
 
-def plan(grid: Grid, effort: Effort) -> list[tuple[str, float]]:
+def plan(grid: Grid, effort: TrainingEffort) -> list[tuple[str, float]]:
     """Lists the trainings of the grid's first world, as methods with radii.
 
     Radii of the attack are those up to 0.6 eta: near eta the weights grow without
@@ -82,7 +82,10 @@ def plan(grid: Grid, effort: Effort) -> list[tuple[str, float]]:
 
 
 def experiment(
-    grid: Grid, effort: Effort, *, on_start: Callable[[str], None] = lambda _: None
+    grid: Grid,
+    effort: TrainingEffort,
+    *,
+    on_start: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Estimate]:
     """Trains as planned, one after the other.
 

@@ -60,6 +60,7 @@ def logistic_weight(
         hessian = np.einsum("xy,axy,bxy->ab", curved, features, features)
         step = np.linalg.solve(hessian, gradient)
         largest = np.max(np.abs(step) / np.maximum(np.abs(weights), 1e-3))
+        # Damped: no weight changes by more than half of itself.
         weights = weights - step / max(1.0, 2 * largest)
         if largest < 1e-9:  # the next step's would be its square
             # Below 0 the perturbation changes sides: by symmetry 0 is the minimum then.
@@ -121,6 +122,7 @@ def sam_step_weight(world: World, rho: Floats, batch_size: int) -> np.ndarray:
         center, up, down = mean(here), mean(above), mean(below)
         deviation = np.sqrt(mean(here**2) - center**2)
         k = center * root / deviation
+        # The covariance of an example's gradients at w and at both ends.
         tilt = mean(here * (above - below)) - center * (up - down)
         tilt *= np.exp(-(k**2) / 2) / np.sqrt(2 * np.pi)
         return up * ndtr(k) + down * ndtr(-k) + tilt / (deviation * root)

@@ -1,11 +1,11 @@
-"""The exact population losses of linear classifiers, and their direct minimisation.
+"""The exact population losses of linear classifiers, and their direct minimization.
 
 Given the label, the margin of w = (w_1, 1, ..., 1) is +-w_1 + N(d eta, d), so that
 every loss here is a mixture of two normal tails:
 
     L = p Phi(-up) + (1 - p) Phi(-down)
 
-with the standardised margins `up`, where x_1 is right, and `down`, where it is wrong.
+with the standardized margins `up`, where x_1 is right, and `down`, where it is wrong.
 Nothing is expanded or sampled; all is float64, and losses are kept as logarithms, so
 that a loss of 1e-100 has as many digits as one of 0.1. These are the numbers that
 `samrobust.studies.theory.closed_forms` is held against; this module does not know that
@@ -90,6 +90,7 @@ def adversarial(world: World, epsilon: Floats, *, moves_robust: bool) -> Objecti
     root, on_robust = np.sqrt(world.d), epsilon if moves_robust else 0.0
 
     def objective(w: np.ndarray) -> Value:
+        # The mean margin of x_2 ... x_{d+1}, less what the attack takes off.
         rest = root**2 * (world.eta - epsilon) - on_robust * np.abs(w)
         slope = on_robust * np.sign(w)
         up, down = (rest + w) / root, (rest - w) / root
@@ -127,6 +128,7 @@ def sam_all_weights(world: World, rho: Floats) -> Objective:
     root = np.sqrt(world.d)
 
     def loss(w: np.ndarray, angle: np.ndarray, lift: np.ndarray) -> Value:
+        # Spherical coordinates of the perturbation: a, c and b, in this order.
         along = root + rho * np.cos(lift) * np.cos(angle)
         first = w + rho * np.cos(lift) * np.sin(angle)
         norm = np.hypot(along, rho * np.sin(lift))
@@ -181,6 +183,7 @@ def minimize(
       num_searches: scans and bisections.
     """
     p, _, root = np.broadcast_arrays(world.p, world.eta, np.sqrt(world.d))
+    # w_1 = sqrt(d) tan(angle) maps the whole line to a finite interval.
     low, high, has_valley = _scan(objective, root, num_scanned, num_searches)
     for _ in range(num_bisections):
         middle = (low + high) / 2
@@ -192,6 +195,7 @@ def minimize(
     if has_kink:
         with np.errstate(divide="ignore"):
             doubt = 4 * np.finfo(float).eps * (1 + np.abs(log_loss)) / np.abs(slope)
+    # Bisection, disagreement of the searches, rounding of w, rounding of the loss.
     width = np.max(root * np.abs(np.tan(high) - np.tan(low)), axis=0)
     error = width + np.ptp(found, axis=0) + np.spacing(np.abs(w)) + doubt
     # The loss of x_1 alone, to which it falls or climbs as w_1 goes to infinity.
@@ -266,6 +270,7 @@ def _mixture(
     down_slope: np.ndarray,
 ) -> Value:
     """Returns the loss of two margins with their derivatives by w_1, > 0 and < 0."""
+    # L = p Phi(-up) + (1 - p) Phi(-down), in logarithms.
     right = np.log(p) + log_ndtr(-up)
     wrong = np.log1p(-p) + log_ndtr(-down)
     total = np.logaddexp(right, wrong)
@@ -282,4 +287,5 @@ def _mixture(
 
 def _hazard(x: np.ndarray) -> np.ndarray:
     """Returns phi(x) / Phi(-x), the slope of -log Phi(-x)."""
+    # The scaled erfc underflows for no large x, unlike the two factors of the ratio.
     return np.sqrt(2 / np.pi) / erfcx(x / np.sqrt(2))

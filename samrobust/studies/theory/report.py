@@ -9,16 +9,16 @@ from rich.text import Text
 
 from samrobust.studies.theory.experiment import Estimate
 from samrobust.studies.theory.study import Grid, Points, Study
-from samrobust.studies.theory.training import Effort
+from samrobust.studies.theory.training import TrainingEffort
 from samrobust.studies.theory.verdicts import Verdict
 from samrobust.studies.theory.world import World
 from samrobust.system.provenance import provenance
 from samrobust.system.tables import Sheet, TextTable
 
-__all__ = ["Report", "to_json", "to_sheet"]
+__all__ = ["Findings", "to_json", "to_sheet"]
 
 
-class Report(NamedTuple):
+class Findings(NamedTuple):
     """The findings of `samrobust theory`, all of them.
 
     Attributes:
@@ -27,19 +27,17 @@ class Report(NamedTuple):
       verdicts: a line a statement.
       estimates: of the trained world.
       seconds: it took.
-      command: the command line.
     """
 
     grid: Grid
-    effort: Effort
+    effort: TrainingEffort
     study: Study
     verdicts: Sequence[Verdict]
     estimates: Sequence[Estimate]
     seconds: float
-    command: str
 
 
-def to_json(report: Report) -> dict[str, Any]:
+def to_json(report: Findings) -> dict[str, Any]:
     """Returns the whole report; what is infinite or unknown is None."""
     return {
         "grid": dataclasses.asdict(report.grid),
@@ -56,15 +54,11 @@ def to_json(report: Report) -> dict[str, Any]:
         "points": {
             name: _rows(points) for name, points in report.study._asdict().items()
         },
-        "provenance": {
-            **provenance(),
-            "command": report.command,
-            "seconds": round(report.seconds, 1),
-        },
+        "provenance": provenance() | {"seconds": round(report.seconds, 1)},
     }
 
 
-def to_sheet(report: Report) -> Sheet:
+def to_sheet(report: Findings) -> Sheet:
     """Returns the tables and notes, for a console and as Markdown."""
     tables = [_verdicts(report.verdicts)]
     if report.estimates:
@@ -112,7 +106,7 @@ def _row(*cells: str, stands_out: bool) -> list[Text]:
     return [Text(cell, "yellow" if stands_out else "") for cell in cells]
 
 
-def _notes(report: Report) -> list[str]:
+def _notes(report: Findings) -> list[str]:
     notes = [
         "deviation: the largest relative one, of w, or of the shift w - w* for SAM; "
         "error: that of the direct minimum, in the same unit.",

@@ -113,7 +113,7 @@ class Study(NamedTuple):
 
 
 def study(grid: Grid, *, on_part: Callable[[str], None] = lambda _: None) -> Study:
-    """Minimises every loss at every point, and evaluates every formula there.
+    """Minimizes every loss at every point, and evaluates every formula there.
 
     Args:
       grid: what to look at.

@@ -1,7 +1,7 @@
 """The same world trained for real: samples, the package's own step, SAM and PGD.
 
 A feature is a pixel, so that nothing of the package is bypassed: x = (pixel - 1/2) *
-span, undone by the first layer as normalisation would be, and radii are divided by the
+span, undone by the first layer as normalization would be, and radii are divided by the
 span. The classifier has the logits (-z/2, z/2), whose cross entropy is the logistic
 loss of z.
 
@@ -28,13 +28,13 @@ from samrobust.training.state import TrainState
 from samrobust.training.step import make_train_step
 from samrobust.types import Array
 
-__all__ = ["Effort", "train"]
+__all__ = ["TrainingEffort", "train"]
 
 _TAIL = 8.0  # standard deviations that fit into a pixel: none of 1e14 samples is cut
 
 
 @dataclasses.dataclass(frozen=True)
-class Effort:
+class TrainingEffort:
     """The amount of training.
 
     Attributes:
@@ -63,7 +63,9 @@ class Effort:
         )
 
 
-def train(world: World, method: str, effort: Effort, radius: float = 0.0) -> np.ndarray:
+def train(
+    world: World, method: str, effort: TrainingEffort, radius: float = 0.0
+) -> np.ndarray:
     """Trains on fresh samples.
 
     Args:
@@ -132,7 +134,7 @@ class _Linear(nn.Module):
 def _train(
     world: World,
     method: str,
-    effort: Effort,
+    effort: TrainingEffort,
     pixel_radius: float,
     span: Array,
     rho: Array,
@@ -165,6 +167,7 @@ def _train(
             features, labels = sample(world, effort.batch_size, draw)
             pixels = jnp.clip(features / span + 0.5, 0, 1)[:, None, :, None]
             state, _ = step(state, pixels, (labels + 1) // 2, attack)
+            # Polyak's average over the second half of the steps.
             count = jnp.maximum(number - num_steps // 2, 0)
             (weights,) = jax.tree.leaves(state.params)
             return (state, mean + (weights - mean) / (count + 1)), None
@@ -187,6 +190,7 @@ def _rate(curvature: ArrayLike) -> optax.Schedule:
 
 def _curvature(world: World, epsilon: Array) -> Array:
     """Bounds that of the logistic loss in all weights, under an attack."""
+    # 1/4 bounds sigmoid', and 1 + ||E[x | y]||^2 the largest eigenvalue of E[x x'].
     return jnp.asarray((2 + world.d * (world.eta + 2 * epsilon) ** 2) / 4)
 
 

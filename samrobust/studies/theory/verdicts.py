@@ -43,7 +43,7 @@ class Verdict:
     error: float | None = None
 
 
-class _Outcome(NamedTuple):
+class _Comparison(NamedTuple):
     """A verdict before its name: `deviation` and `error` are those of all points."""
 
     words: str
@@ -73,7 +73,7 @@ def judge(study: Study) -> list[Verdict]:
     ]
 
 
-def _verdicts(undecided: int, *rows: tuple[str, str, _Outcome]) -> list[Verdict]:
+def _verdicts(undecided: int, *rows: tuple[str, str, _Comparison]) -> list[Verdict]:
     """Names the outcomes; nothing holds by having no points."""
     verdicts = []
     for statement, source, (words, holds, points, *numbers) in rows:
@@ -111,7 +111,7 @@ def _sam(points: Points) -> list[Verdict]:
     exact = np.abs((known.formula - start) / shift - 1)
     holds = np.all(exact * shift <= 2 * error + 1e-13 * known.w)
     words = "holds" if holds else f"off by up to {_percent(exact)}"
-    fixed_point = _Outcome(words, holds, len(known), exact, error / shift)
+    fixed_point = _Comparison(words, holds, len(known), exact, error / shift)
     words = f"off by a factor of {{}}; beyond the proven bounds at {beyond} points"
     printed = _factor((known.printed - start) / shift, words, error / shift)
     corrected = ((known.corrected - start) / shift)[_is_small(known)]
@@ -179,7 +179,7 @@ def _is_stated(points: Points) -> np.ndarray:
     return points.eta <= np.sqrt(3 * points.d)
 
 
-def _equality(known: Points, column: str, exact: str) -> _Outcome:
+def _equality(known: Points, column: str, exact: str) -> _Comparison:
     value, truth = getattr(known, column), getattr(known, exact)
     finite = np.isfinite(truth)
     size = np.maximum(truth, known.standard)[finite]  # 0 is a value too
@@ -190,33 +190,35 @@ def _equality(known: Points, column: str, exact: str) -> _Outcome:
     words = "holds" if holds else f"off by up to {_percent(deviation)}"
     if alone := np.sum(np.isinf(truth) & np.isfinite(value)):
         words += f"; x_1 alone is best at {alone} points"
-    return _Outcome(
+    return _Comparison(
         words, holds, len(known), deviation, error if exact == "w" else None
     )
 
 
-def _every(true: np.ndarray) -> _Outcome:
+def _every(true: np.ndarray) -> _Comparison:
     """Judges whether an inequality is true at every point."""
     holds = np.all(true)
     words = "holds" if holds else f"holds at {np.sum(true)} of {len(true)} points"
-    return _Outcome(words, holds, len(true))
+    return _Comparison(words, holds, len(true))
 
 
-def _factor(ratio: np.ndarray, words: str, error: np.ndarray | None = None) -> _Outcome:
+def _factor(
+    ratio: np.ndarray, words: str, error: np.ndarray | None = None
+) -> _Comparison:
     """Judges whether a printed expansion's ratio to the minimum is about 1."""
     off = np.abs(ratio - 1)
     holds = np.all(off <= _SMALL)
     least, most = np.min(ratio, initial=np.inf), np.max(ratio, initial=0)
     words = "holds" if holds else words.format(f"{least:.2g} to {most:.2g}")
-    return _Outcome(words, holds, len(ratio), off, error)
+    return _Comparison(words, holds, len(ratio), off, error)
 
 
-def _expansion(ratio: np.ndarray, error: np.ndarray | None = None) -> _Outcome:
+def _expansion(ratio: np.ndarray, error: np.ndarray | None = None) -> _Comparison:
     """Judges whether an expansion's ratio to the minimum is about 1 for small rho."""
     off = np.abs(ratio - 1)
     holds = np.all(off < _SMALL)
     word = "holds for small rho: within" if holds else "off for small rho by up to"
-    return _Outcome(f"{word} {_percent(off)}", holds, len(ratio), off, error)
+    return _Comparison(f"{word} {_percent(off)}", holds, len(ratio), off, error)
 
 
 def _percent(values: np.ndarray) -> str:

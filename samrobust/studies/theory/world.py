@@ -5,7 +5,7 @@
 x_1 is the robust feature: a perturbation smaller than 1 cannot change its sign. The
 other d are non-robust: together they may tell more than x_1 does, but a perturbation of
 size eta takes all of it away. Classifiers are sgn(w_1 x_1 + x_2 + ... + x_{d+1}), with
-the d equal weights normalised to 1.
+the d equal weights normalized to 1.
 
 Reference: Wei, Zhu and Zhang (2023), Section 4.1, after Tsipras et al. (2019), arXiv
 1805.12152.
@@ -102,7 +102,7 @@ def check_sam_radius(rho: Floats) -> None:
     _check_each(
         (rho >= 1e-9) & (rho <= 1e9),
         "1e-9 <= rho <= 1e9",
-        "Equation (11) maximises over a ball of weights; float64 resolves no others.",
+        "Equation (11) maximizes over a ball of weights; float64 resolves no others.",
         rho=rho,
     )
 

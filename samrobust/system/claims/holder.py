@@ -1,4 +1,4 @@
-"""Who holds a directory: the numbered files of `.claim/`, read and judged."""
+"""Holders of a directory: the numbered files of `.claim/`, read and interpreted."""
 
 import dataclasses
 import functools
@@ -26,13 +26,13 @@ LEASE, LONGEST_LEASE = 120.0, 3600.0  # seconds
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who claimed a directory last.
+    """The last process to claim a directory.
 
     Attributes:
       generation: the number of its claim.
-      token: of this claim alone.
+      token: unique to this claim.
       host: its machine's name, for messages.
-      machine: the processes that it can see, by a name; empty if unknown.
+      machine: a name that processes share if they can see each other; empty if unknown.
       pid: of its process.
       started: when that process began, in the kernel's ticks; empty if unknown.
       lease: seconds after the last refresh at which others may take over.
@@ -55,32 +55,32 @@ class Holder:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is, or was, a process that this one can see."""
+        """Whether the holder is, or was, a process that this one can see."""
         return bool(self.machine) and self.machine == _machine()
 
     @property
     def is_gone(self) -> bool:
-        """Whether its process is known to have ended."""
+        """Whether the holder's process is known to have ended."""
         return self.is_here and _start_of(self.pid) != self.started
 
     def is_over(self, now: float) -> bool:
-        """Whether the directory is free at a time of the file server."""
+        """Tells whether the directory is free at a time of the file server."""
         return self.released or self.is_gone or now - self.refreshed > self.lease
 
 
 def read_holder(workdir: pathlib.Path) -> Holder | None:
-    """The last to claim a directory, free or not; None if nobody ever did."""
+    """Returns the last to claim a directory, free or not; None if nobody ever did."""
     folder = workdir / ".claim"
     while generation := latest(folder):
         path = folder / f"{generation}.json"
         try:
-            # Opened, NFS asks for the newest time; and a pipe is not waited for.
+            # Opening makes NFS ask for the newest time; a pipe does not block.
             with open(path, "rb", opener=_open_at_once) as file:
                 refreshed = os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
-            if latest(folder) == generation:  # a link to nowhere: nobody's
+            if latest(folder) == generation:  # a dangling link: nobody's
                 return Holder(generation)
-            continue  # pruned as we looked
+            continue  # pruned meanwhile
         known = _believable(glance(path))
         return Holder(**known | {"generation": generation, "refreshed": refreshed})
     return None
@@ -91,7 +91,7 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def _believable(content: dict[str, Any]) -> dict[str, Any]:
-    """What a claim may say of its holder; all else counts as unknown."""
+    """Keeps what a claim may say of its holder; all else counts as unknown."""
     kinds = {f.name: {type(f.default)} for f in dataclasses.fields(Holder)}
     kinds["lease"].add(int)
     known = {n: v for n, v in content.items() if type(v) in kinds.get(n, ())}
@@ -101,12 +101,12 @@ def _believable(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_lease(seconds: float) -> bool:
-    """Whether others may be made to wait for so long."""
+    """Tells whether this is a valid lease, in seconds."""
     return 0 < seconds <= LONGEST_LEASE
 
 
 def generations(folder: pathlib.Path) -> list[int]:
-    """The numbers in `.claim`, in any order."""
+    """Returns the numbers in `.claim`, in any order."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -116,12 +116,12 @@ def generations(folder: pathlib.Path) -> list[int]:
 
 
 def latest(folder: pathlib.Path) -> int:
-    """The highest number in `.claim`; 0 if there is none."""
+    """Returns the highest number in `.claim`; 0 if there is none."""
     return max(generations(folder), default=0)
 
 
 def myself() -> dict[str, Any]:
-    """What a claim says of this process: host, machine, pid, started."""
+    """Returns what a claim says of this process: host, machine, pid, started."""
     pid = os.getpid()
     return {
         "host": socket.gethostname(),
@@ -133,7 +133,7 @@ def myself() -> dict[str, Any]:
 
 @functools.cache
 def _machine() -> str:
-    """Host, boot and PID namespace: processes with the same name see each other.
+    """Names host, boot and PID namespace: processes of one name see each other.
 
     Containers of one host may share its name and its boot, and not see each other.
     """
@@ -145,7 +145,7 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str:
-    """When a process began, in ticks since boot; empty if it has ended."""
+    """Returns when a process began, in ticks since boot; empty if it has ended."""
     try:
         text = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="latin-1")
     except OSError:

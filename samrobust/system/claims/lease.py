@@ -1,4 +1,4 @@
-"""To take a claim, to keep it fresh, to see that it was lost, to release it."""
+"""Claims of a directory: taken, kept fresh, lost, released."""
 
 import contextlib
 import json
@@ -47,19 +47,19 @@ class Claim:
         self._thread.start()
 
     def check(self) -> None:
-        """Refuses to go on if another process took over. Cheap, to be asked often.
+        """Refuses to go on if another process took over; cheap, to be called often.
 
         Raises:
-          ClaimedError: if so, before anything is written; this process stood still
+          ClaimedError: if so, before anything is written; this process was stalled
             for longer than its lease.
         """
         if time.monotonic() - self._refreshed > self._lease / 2:
-            self._refresh()  # we may be awake before the thread is
+            self._refresh()  # after a stall we may wake before the thread does
         if self._lost.is_set():
             raise ClaimedError(self._loss())
 
     def guard(self, should_stop: Callable[[], bool]) -> Callable[[], bool]:
-        """The same question, that raises `ClaimedError` once the claim is lost."""
+        """Returns the same question, which raises `ClaimedError` after a loss."""
 
         def ask() -> bool:
             self.check()
@@ -89,7 +89,7 @@ class Claim:
         try:
             temporary.write_text(_content(self._token, released=True))
             temporary.replace(self._path)
-        except OSError:  # a full disk: to set the time needs no space
+        except OSError:  # a full disk: setting the time needs no space
             os.utime(self._path, (0, 0))
             temporary.unlink(missing_ok=True)
 
@@ -106,7 +106,7 @@ class Claim:
                 self._lost.set()
         except FileNotFoundError:
             self._lost.set()
-        except OSError:  # the file server is away; asked again when it is back
+        except OSError:  # the file server is away; the next refresh tries again
             pass
 
 
@@ -138,7 +138,7 @@ def claim(workdir: pathlib.Path) -> Iterator[Claim]:
 
 
 class Pending(NamedTuple):
-    """What is waited for, and seconds until the next look."""
+    """Reason to wait, and the seconds until the next look."""
 
     reason: str
     pause: float
@@ -153,17 +153,17 @@ def await_verdict(
         look()
     ),
 ) -> None:
-    """Waits until it is sure whether a holder on another machine is alive.
+    """Waits until it is certain whether a holder on another machine is alive.
 
-    A job that was killed and starts again elsewhere finds a claim that looks alive, and
-    must wait until its lease has run out. Returns as soon as the holder gives a sign of
-    life, is over, or was none; the next `claim` tells which.
+    A job that was killed and restarts elsewhere finds a claim that looks alive, and
+    must wait until its lease expires. Returns as soon as the holder gives a sign of
+    life, is over, or there is none; the next `claim` tells which.
 
     Args:
       workdir: may not exist.
-      should_stop: asked about once a second; ends the waiting.
-      on_wait: is told once what is waited for.
-      agree: calls a look for several processes that wait together; of them, one looks.
+      should_stop: called about once a second; ends the waiting.
+      on_wait: called once, with what is waited for.
+      agree: calls a look on behalf of several processes that wait together.
     """
     suspense, told = _Suspense(workdir), False
     while (pending := agree(suspense.look)) is not None:
@@ -176,7 +176,7 @@ def await_verdict(
 
 
 class _Suspense:
-    """Looks at a holder again and again, until it is sure whether it is alive."""
+    """A wait until it is certain whether a holder on another machine is alive."""
 
     def __init__(self, workdir: pathlib.Path):
         self._workdir = workdir
@@ -191,7 +191,7 @@ class _Suspense:
             with _contender(self._workdir, "") as contender:
                 if _is_over(self._workdir, holder, _touch(contender)):
                     return None
-        except OSError:  # read-only: the claim will say so
+        except OSError:  # read-only: `claim` will say so
             return None
         return Pending(
             f"{self._workdir} was claimed by another process ({holder}). Waiting up to "
@@ -216,9 +216,8 @@ def _acquire(workdir: pathlib.Path) -> tuple[int, str]:
                     "it, or choose another --workdir."
                 )
                 raise ClaimedError(message)
-            # Then looked at again: a number that was pruned can be made again, but
-            # only the highest one counts, and NFS may say that a link failed which
-            # was made.
+            # Then look again: a pruned number can be made again, but only the highest
+            # one counts, and NFS may report that a link failed although it was made.
             generation = 1 if holder is None else holder.generation + 1
             _create(contender, contender.with_name(f"{generation}.json"))
 
@@ -227,10 +226,10 @@ _watched: dict[pathlib.Path, tuple[Holder, float]] = {}
 
 
 def _is_over(workdir: pathlib.Path, holder: Holder, now: float) -> bool:
-    """Whether a holder is done, or has been silent for its lease.
+    """Tells whether a holder is done, or has been silent for its lease.
 
-    By the file server's clock, `now`, as far as that goes; but whatever time a claim
-    bears, nobody waits for longer than its lease by the clock of this process.
+    By the file server's clock, `now`; but whatever time a claim bears, nobody waits
+    longer than its lease by the clock of this process.
     """
     seen, since = _watched.get(workdir, (None, 0.0))
     if seen != holder:
@@ -241,7 +240,7 @@ def _is_over(workdir: pathlib.Path, holder: Holder, now: float) -> bool:
 
 @contextlib.contextmanager
 def _contender(workdir: pathlib.Path, token: str) -> Iterator[pathlib.Path]:
-    """A file of this process in `.claim`, complete, to be linked as a generation."""
+    """Yields a complete file in `.claim`, which can be linked as a generation."""
     path = workdir / ".claim" / f".{uuid.uuid4().hex}.tmp"
     try:
         path.write_text(_content(token), encoding="utf-8")
@@ -264,7 +263,7 @@ def _create(contender: pathlib.Path, path: pathlib.Path) -> None:
 
 
 def _prune(folder: pathlib.Path, generation: int, now: float) -> None:
-    """Removes long-superseded generations, and what killed contenders left."""
+    """Removes long-superseded generations, and files of killed contenders."""
     for number in generations(folder):
         if number < generation - _KEPT:
             (folder / f"{number}.json").unlink(missing_ok=True)
@@ -275,7 +274,7 @@ def _prune(folder: pathlib.Path, generation: int, now: float) -> None:
 
 
 def _touch(path: pathlib.Path) -> float:
-    """The file server's time."""
+    """Returns the file server's time."""
     os.utime(path)
     return path.stat().st_mtime
 
@@ -291,7 +290,7 @@ def _content(token: str, *, released: bool = False) -> str:
 
 
 def lease_seconds() -> float:
-    """The lease of this process's claims, `SAMROBUST_CLAIM_LEASE`.
+    """Returns the lease of this process's claims, `SAMROBUST_CLAIM_LEASE`.
 
     Raises:
       ValueError: if that is no number of seconds, or more than an hour.

@@ -1,9 +1,9 @@
-"""What the processes of a run agree upon: values, arrays, stops.
+"""Agreement among the processes of a run: on values, arrays, stops.
 
-All processes run the same program in step. Process 0 alone reads and writes the files
-of a run; what it finds there reaches the others through `from_primary` and `broadcast`.
-A request to stop one becomes that of all at the same step (`AgreedStop`). With a single
-process everything here is the plain call.
+All processes run the same program in step. Only process 0 reads and writes the files of
+a run; `broadcast_from_primary` and `broadcast` give the others what it finds. A request
+to stop one process stops all at the same step (`AgreedStop`). With a single process
+everything here is a plain call.
 """
 
 import os
@@ -27,7 +27,7 @@ from samrobust.types import PyTree
 __all__ = [
     "AgreedStop",
     "broadcast",
-    "from_primary",
+    "broadcast_from_primary",
     "is_shared",
     "join",
     "met_by_all",
@@ -38,8 +38,8 @@ T = TypeVar("T")
 _BARRIER_MILLISECONDS = 10_000
 
 
-def from_primary(function: Callable[[], T]) -> T:
-    """Calls a function on process 0; all processes get what it returned or raised.
+def broadcast_from_primary(function: Callable[[], T]) -> T:
+    """Calls a function on process 0 and broadcasts what it returned or raised.
 
     All processes must call it, in the same order.
 
@@ -67,14 +67,14 @@ def from_primary(function: Callable[[], T]) -> T:
 
 
 def is_shared(error: BaseException) -> bool:
-    """Whether all processes raise this error, from `from_primary`."""
+    """Tells whether all processes raise this error, from `broadcast_from_primary`."""
     return getattr(error, "_samrobust_is_shared", False)
 
 
 def met_by_all(error: Exception) -> bool:
-    """Whether all processes met an error at the same place, and so are still in step.
+    """Tells whether all processes met an error at the same place, so are still in step.
 
-    All that met one must ask. Takes ten seconds to say no.
+    All processes that met one must call this. It takes ten seconds to return False.
     """
     if not is_joined() or is_shared(error):
         return True
@@ -115,10 +115,10 @@ _NOTHING = np.zeros(0, np.uint8)
 
 
 class AgreedStop:
-    """Turns a request to stop any process into one that all hear at the same call.
+    """A request to stop any process, which all of them see at the same call.
 
-    All processes must ask equally often, and each have one of these alone. A SIGTERM
-    to any of them reaches JAX's preemption service, which lets them all stop at a call
+    All processes must call it equally often, and each must have only one. A SIGTERM to
+    any of them reaches JAX's preemption service, which makes them all stop at a call
     that none has made yet.
 
     Args:
@@ -130,7 +130,7 @@ class AgreedStop:
         self._calls, self._agreed = 0, False
 
     def __call__(self) -> bool:
-        """Whether to stop; the same answer in all processes."""
+        """Tells whether to stop; the same answer in all processes."""
         if not jax.distributed.is_initialized():  # else SIGTERM is JAX's
             return self._local()
         if self._local() and not self._passed_on:
@@ -145,14 +145,14 @@ class AgreedStop:
 def join(stop: Callable[[], bool]) -> AgreedStop:
     """Joins the other processes of the run, if there are any; see `initialize`.
 
-    From then on this process ends soon after another one has said that it failed,
-    instead of waiting for it until the heartbeat's timeout.
+    From then on this process ends soon after another one reports a failure, instead of
+    waiting for it until the heartbeat's timeout.
 
     Args:
       stop: whether this process was asked to stop.
 
     Returns:
-      The same question, answered alike in all processes.
+      The same question, with the same answer in all processes.
     """
     initialize()
     watch_for_failures()
@@ -160,7 +160,7 @@ def join(stop: Callable[[], bool]) -> AgreedStop:
 
 
 class _Calls:
-    """Counts the calls of `from_primary`, which are the same in all processes."""
+    """Counter of calls of `broadcast_from_primary`, the same in all processes."""
 
     def __init__(self) -> None:
         self.so_far = 0

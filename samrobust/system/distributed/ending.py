@@ -1,4 +1,4 @@
-"""How the processes of a run end: together, or because one of them failed alone."""
+"""The end of a run's processes: together, or after one of them failed alone."""
 
 import contextlib
 import json
@@ -15,27 +15,27 @@ from samrobust.system.distributed.store import is_joined, is_primary, look_for
 from samrobust.system.jax_internals import store
 from samrobust.system.runtime import say
 
-__all__ = ["leave", "lost_a_peer", "part", "watch_for_failures"]
+__all__ = ["abort", "lost_a_peer", "shut_down", "watch_for_failures"]
 
 _FAILURE = "samrobust/failure"
 _WATCH_SECONDS = 0.5  # between two looks for a failure
-_OWN_SECONDS = 1.0  # for a process that is told of one to fail by itself first
-# Process 0 holds the store for twice as long as the slowest of the others needs: one
-# that finds it gone is aborted by JAX instead.
+_OWN_SECONDS = 1.0  # for a process that hears of a failure to fail by itself first
+# Process 0 keeps the store for twice as long as the slowest of the others needs: JAX
+# aborts a process that finds it gone.
 _GRACE_SECONDS = 2 * (_WATCH_SECONDS + _OWN_SECONDS)
 
 
 def watch_for_failures() -> None:
-    """Ends this process soon after another one has said that it failed.
+    """Ends this process soon after another one reports a failure.
 
-    Without it a process would wait for that one until the heartbeat's timeout.
+    Otherwise it would wait for that one until the heartbeat's timeout.
     """
     if is_joined():
         _watcher.start()
 
 
-def part() -> None:
-    """The orderly end: waits until all processes are here. See `leave`."""
+def shut_down() -> None:
+    """Waits until all processes are here: the orderly end. See `abort`."""
     _watcher.stop()
     if jax.distributed.is_initialized():
         try:
@@ -44,7 +44,7 @@ def part() -> None:
             warnings.warn(f"The processes did not part in order: {error}", stacklevel=2)
 
 
-def leave(code: int, reason: str) -> NoReturn:
+def abort(code: int, reason: str) -> NoReturn:
     """Ends this process at once because it failed alone, and tells the others why.
 
     The orderly end would wait for processes that wait for this one.
@@ -54,7 +54,7 @@ def leave(code: int, reason: str) -> NoReturn:
       reason: in a few words.
     """
     failure = {"process": jax.process_index(), "code": code, "reason": reason}
-    with contextlib.suppress(Exception):  # told by another before, or the store is gone
+    with contextlib.suppress(Exception):  # another told before, or the store is gone
         store().key_value_set(_FAILURE, json.dumps(failure))
     if is_primary():  # the store ends with this process: let the others read
         time.sleep(_GRACE_SECONDS)
@@ -62,7 +62,7 @@ def leave(code: int, reason: str) -> NoReturn:
 
 
 def lost_a_peer(error: BaseException) -> bool:
-    """Whether an error of the runtime says that another process is gone."""
+    """Tells whether an error of the runtime says that another process is gone."""
     signs = ("Gloo", "NCCL", "Connection closed", "Connection reset", "heartbeat")
     return is_joined() and any(sign in str(error) for sign in signs)
 
@@ -78,7 +78,7 @@ class _Watcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Before the store goes: a thread in a call of it could not end in order."""
+        """Stops the thread, which would hang in a call of a store that is gone."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()

@@ -1,10 +1,10 @@
-"""Which environment a process was started in, as one of several or alone.
+"""The environment that a process was started in, as one of several or alone.
 
-Several processes, one a machine or one a device, each run the same command; together
-they are one run. Where they meet is read from environment variables:
+Several processes, one per machine or per device, run the same command; together they
+are one run. Environment variables say where they meet:
 
 - `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`: by hand, by
-  Kubernetes, by `launch/local.py`; they win over all else.
+  Kubernetes, by `launch/local.py`; these take precedence.
 - a SLURM step of several tasks, inside `srun`.
 - a Cloud TPU: JAX finds the other workers of the slice.
 
@@ -26,7 +26,7 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"
 
 
 class Settings(NamedTuple):
-    """What a process must know to join the others.
+    """The settings by which a process joins the others.
 
     Attributes:
       address: `HOST:PORT` of process 0, which the others can reach.
@@ -43,7 +43,7 @@ class Settings(NamedTuple):
 
 
 def find_settings(environ: Mapping[str, str]) -> Settings | None:
-    """How to join the others; None for a single process, or where JAX finds out.
+    """Finds how to join the others; None for a single process, or where JAX finds out.
 
     Raises:
       ValueError: if the variables contradict each other.
@@ -68,23 +68,23 @@ def find_settings(environ: Mapping[str, str]) -> Settings | None:
 
 
 def starts_first(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is alone or will be process 0, as far as one can tell.
+    """Tells whether this process is alone or will be process 0, as far as is known.
 
-    For what one process does without joining the others.
+    For work that one process does without joining the others.
     """
     settings = find_settings(environ)
     return settings is None or settings.process_id == 0
 
 
 def on_cloud_tpu(environ: Mapping[str, str]) -> bool:
-    """Whether JAX runs on a TPU VM, alone or of several; imports no device."""
+    """Tells whether JAX runs on a TPU VM, alone or of several; asks for no device."""
     platforms = environ.get("JAX_PLATFORMS", "")
     wanted = not platforms or "tpu" in platforms
     return in_cloud_tpu_vm() and wanted and not _is_off(environ)
 
 
 def read_seconds(environ: Mapping[str, str], name: str, default: str) -> int:
-    """A whole number of seconds, at least 1 and at most a week.
+    """Reads a whole number of seconds, at least 1 and at most a week.
 
     Raises:
       ValueError: if it is none.
@@ -111,7 +111,7 @@ def _explicit(environ: Mapping[str, str], given: list[str]) -> Settings | None:
 
 
 def _slurm(environ: Mapping[str, str]) -> Settings | None:
-    """Of a task of a SLURM step; an interactive shell is a step of one task."""
+    """Reads the settings of a SLURM task; an interactive shell is one task."""
     step = "SLURM_STEP_NUM_TASKS"
     tasks = _integer(environ, step if environ.get(step) else "SLURM_NTASKS", "1")
     address = environ.get("JAX_COORDINATOR_ADDRESS")
@@ -134,7 +134,7 @@ def _checked(
 
 
 def _first_host(nodes: str) -> str:
-    """The first name of a SLURM node list.
+    """Returns the first name of a SLURM node list.
 
     >>> [_first_host(n) for n in ("n1", "n1,m2", "gpu-[007-009,012],m2", "a[3]-ib")]
     ['n1', 'n1', 'gpu-007', 'a3-ib']
@@ -146,7 +146,7 @@ def _first_host(nodes: str) -> str:
 
 
 def _slurm_device_ids(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """The GPUs of a task: all of the node for its only task, else an even share.
+    """Returns a task's GPUs: all of the node for its only task, else an even share.
 
     The numbers count the devices that SLURM lets this task see: where it binds one
     GPU to each task (`--gpus-per-task`), that is number 0 in all of them.
@@ -162,7 +162,7 @@ def _slurm_device_ids(environ: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 def _tasks_here(environ: Mapping[str, str]) -> int:
-    """Tasks of the step on this node, from a list such as `2(x3),1`."""
+    """Counts the tasks of the step on this node, from a list such as `2(x3),1`."""
     text = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get(
         "SLURM_TASKS_PER_NODE", "1"
     )

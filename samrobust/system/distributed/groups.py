@@ -1,11 +1,11 @@
-"""A function of every group of a batch, however the groups lie on the devices.
+"""A function mapped over the groups of a batch, whatever the devices.
 
 G groups on D devices run in `gcd(G, D)` lanes side by side, each of D / lanes devices
 (`jax.shard_map`, manual over the lanes); a lane takes its groups one after another.
 Where a lane has several devices, they share each group, and sums over it run over all
 of them, as under plain `jit`. So groups of any size stay plain convolutions (`vmap`
 over parameters would make grouped ones), no device waits, and the numbers depend on the
-devices by rounding alone.
+devices only by rounding.
 """
 
 import math
@@ -31,12 +31,12 @@ def map_groups(
     num_groups: int,
     mesh: Mesh | None = None,
 ) -> PyTree:
-    """`function(shared, own[i], group i of the batch)` for every group; inside `jit`.
+    """Maps `function(shared, own[i], group i of the batch)` over groups; inside `jit`.
 
     Args:
       function: pure; closes over no traced array.
       shared: what all groups get, any pytree of arrays.
-      own: what each group gets of its own, arrays [G, ...]; may be empty.
+      own: arrays [G, ...] of which each group gets its own; may be empty.
       batch: arrays [B, ...]; group i is the i-th run of m = B / G examples.
       num_groups: G >= 1.
       mesh: of `data_mesh`, over which the groups are spread; None: one device.
@@ -77,7 +77,7 @@ def map_groups(
 
 
 def _lanes(mesh: Mesh, num_groups: int, group_size: int) -> Mesh:
-    """The devices as lanes, each split over a group as far as its size divides."""
+    """Arranges devices in lanes, each split over a group as far as its size divides."""
     lanes = math.gcd(num_groups, mesh.size)
     parts = math.gcd(group_size, mesh.size // lanes)
     devices = mesh.devices.reshape(lanes, parts, mesh.size // lanes // parts)

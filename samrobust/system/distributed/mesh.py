@@ -20,7 +20,7 @@ _AXIS = "data"
 
 
 def data_mesh(num_devices: int | None = None) -> Mesh:
-    """A mesh over the first `num_devices` devices; all of them by default."""
+    """Returns a mesh over the first `num_devices` devices; all of them by default."""
     devices = jax.devices()
     count = len(devices) if num_devices is None else num_devices
     check(
@@ -34,7 +34,7 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Returns the sharding with the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -60,15 +60,15 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def sharded(mesh: Mesh) -> NamedSharding:
-    """The first axis is split over the devices."""
+    """Returns the sharding with the first axis split over the devices."""
     return NamedSharding(mesh, PartitionSpec(_AXIS))
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Inside `jit`: splits the first axis of every array over the mesh.
+    """Splits the first axis of every array over the mesh; inside `jit`.
 
     An axis that the devices do not divide is split over as many of them as divide both,
-    and the others hold copies: the same numbers, on fewer devices' time.
+    and the others hold copies: the same numbers, with less parallelism.
 
     Args:
       batch: arrays [B, ...] of one size B.

@@ -1,4 +1,4 @@
-"""How the processes of a run meet."""
+"""The meeting of a run's processes."""
 
 import collections
 import contextlib
@@ -33,9 +33,9 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
 
     Call it once the arguments are checked and before anything asks JAX for a device.
     A second call does nothing. `SAMROBUST_HEARTBEAT_SECONDS` (default 100) is how long
-    a process may be silent before the others give it up for dead,
+    a process may be silent before the others consider it dead,
     `SAMROBUST_MEETING_SECONDS` (default 600) how long they wait for each other here;
-    JAX then ends the process, after words of ours about what to check.
+    JAX then ends the process, after our message about what to check.
 
     Args:
       environ: the environment variables, see
@@ -84,7 +84,7 @@ def check_platform() -> None:
     """
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # JAX's own, without a word
+    except (RuntimeError, AssertionError) as error:  # JAX's own, without a message
         platforms = os.environ.get("JAX_PLATFORMS")
         check(
             False,
@@ -102,9 +102,9 @@ _REMEDY = (
 
 
 def _connect_devices() -> None:
-    """Lets all devices meet once, while all processes are at the same place.
+    """Connects all devices once, while all processes are at the same place.
 
-    Later one may compile for minutes, and the others would not wait for it.
+    Later one may compile for minutes, and the others would time out.
     """
     counts = collections.Counter(device.process_index for device in jax.devices())
     check(
@@ -117,7 +117,7 @@ def _connect_devices() -> None:
 
 
 def _check_port(settings: Settings) -> None:
-    """Process 0: refuses a port that is taken, where JAX would end without a word."""
+    """Refuses, in process 0, a port in use: JAX would end without a message."""
     if settings.process_id == 0:
         port = int(settings.address.rpartition(":")[2])
         with socket.socket() as probe:

@@ -1,7 +1,7 @@
-"""Small values that processes leave for each other, and who they are.
+"""A store of small values that processes share, and which process this is.
 
-They go through the coordination service that the processes met at, so that one that
-waits for another does so on the host, and not inside a collective operation.
+The values go through the coordination service that the processes met at, so that a
+process waits for another on the host, and not inside a collective operation.
 """
 
 import time
@@ -16,17 +16,17 @@ _LONGEST_PAUSE = 0.2  # seconds between two looks for a value
 
 
 def is_primary() -> bool:
-    """Whether this is process 0, the one that reads and writes the run's files."""
+    """Tells whether this is process 0, which reads and writes the run's files."""
     return jax.process_index() == 0
 
 
 def is_joined() -> bool:
-    """Whether this process has joined others; asks JAX for no device."""
+    """Tells whether this process has joined others; asks JAX for no device."""
     return joined_processes() > 1
 
 
 def wait_for(key: str) -> bytes:
-    """The value of a key, as soon as another process has set it."""
+    """Returns the value of a key, as soon as another process has set it."""
     pause = 0.001
     while (value := look_for(key)) is None:
         time.sleep(pause)  # signals are handled meanwhile
@@ -35,8 +35,8 @@ def wait_for(key: str) -> bytes:
 
 
 def look_for(key: str) -> bytes | None:
-    """The value of a key; None if none has set it."""
-    # Not the call that waits: one that times out stays with the service for ever.
+    """Returns the value of a key; None if none has set it."""
+    # Not the blocking call: one that times out stays with the service forever.
     try:
         return store().key_value_try_get_bytes(key)
     except jax.errors.JaxRuntimeError as error:

@@ -31,8 +31,8 @@ __all__ = [
     "make_ball",
 ]
 
-# Of a step to its radius. Beyond ten radii steps only jump between the ball's faces;
-# below this fraction a step is lost in float32's rounding of pixels.
+# Range of step size / radius. Beyond ten radii steps only jump between the faces of the
+# ball; below this fraction a step is lost in float32's rounding of pixels.
 STEP = (1e-4, 10.0)
 _MOST = 3e38  # finite in float32
 
@@ -121,7 +121,7 @@ def at(
       random_start: see `samrobust.attacks.pgd`.
       restarts: see there; each example keeps its worst case.
       loss: `cross_entropy` or `margin`.
-      judge: iterate handed in, `final` or `any`.
+      judge: `final` or `any`, see there.
       batch_norm: see `Adversary`.
       gradient_floor: see `samrobust.attacks.l2`.
 
@@ -158,7 +158,7 @@ ENTRY = Entry(
         "random_start": Field(True, switch),
         "restarts": Field(1, _count),  # each example keeps its worst case
         "loss": Field("cross_entropy", one_of(*LOSSES)),
-        "judge": Field("final", one_of("final", "any")),  # iterate handed in
+        "judge": Field("final", one_of("final", "any")),  # which iterate is taken
     },
     section="attack",
     attack_passes=attack_passes,

@@ -25,23 +25,24 @@ def ema(decay: float) -> Averaging:
       decay: in [0, 1).
 
     Returns:
-      An averaging of all variables, BatchNorm's running statistics too, so that it can
-      be evaluated after any step; half precisions are averaged in float32, whole
-      numbers copied. **Guarantees**: the first step copies, as
+      An averaging of all variables, including BatchNorm's running statistics, so that
+      the average can be evaluated after any step; half precisions are averaged in
+      float32, integers copied. **Guarantees**: the first step copies, as
       `torch.optim.swa_utils.AveragedModel` does; `ema(0)` is the last weights bit for
       bit.
 
     Raises:
-      ValueError: if the decay is none.
+      ValueError: if the decay is out of range.
 
     Reference: Rebuffi et al. (2021), arXiv 2103.01946, Section 4, whose decay is 0.995.
     """
     _decay(decay=decay)
 
     def update(average: PyTree, variables: PyTree, step: Array) -> PyTree:
-        kept = jnp.where(step == 0, 0.0, decay)
+        kept = jnp.where(step == 0, 0.0, decay)  # the first step copies
 
         def mix(old: Array, new: Array) -> Array:
+            # a <- decay a + (1 - decay) w; the select keeps decay 0 exact, also at inf.
             new, share = _exact(new), kept.astype(old.dtype)
             return jnp.where(share == 0, new, share * old + (1 - share) * new)
 

@@ -1,4 +1,4 @@
-"""TRADES: natural accuracy traded for a boundary that stays away from the data.
+"""TRADES: trades natural accuracy for a decision boundary away from the data.
 
 Reference: Zhang et al. (2019), arXiv 1901.08573, equation (5).
 """

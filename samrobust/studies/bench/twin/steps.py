@@ -1,8 +1,8 @@
 """The training steps that are timed: ST, SAM and AT, as published and tuned.
 
 `ReferenceTrainer` does what the paper's PyTorch code and davda54's SAM do, written
-anew from the facts about them: PGD calls `backward`, which computes the gradients of
-all weights to throw them away, and updates the running statistics at every step.
+from scratch: PGD calls `backward`, which computes the gradients of all weights and
+throws them away, and updates the running statistics at every step.
 `TunedTrainer` computes the same parameters in the ways PyTorch offers to do it fast.
 
 Images are [B, C, H, W] float32 in [0, 1], labels int64 [B], on the model's device.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from samrobust.attacks import identity, l2, linf, margin, pgd, staged_pgd
-from samrobust.evaluation import make_early_stop_evaluator, make_evaluator
+from samrobust.evaluation import make_evaluator, make_skip_broken_evaluator
 
 BALLS: dict[str, Any] = {
     "linf": (linf(0.05), {"step_size": 0.0125}),
@@ -57,7 +57,7 @@ def evaluate_both(split, options, *, batch_size):
         attacks[name] = pgd(ball, judge="any", **step, **options)
         stages[name] = staged_pgd(ball, **step, **options)
     plain = make_evaluator(MODEL, attacks, batch_size=batch_size)
-    early = make_early_stop_evaluator(MODEL, stages, batch_size=batch_size)
+    early = make_skip_broken_evaluator(MODEL, stages, batch_size=batch_size)
     return [each(VARIABLES, split, key).correct for each in (plain, early)]
 
 
@@ -90,7 +90,7 @@ def test_when_all_are_broken_at_once_nothing_more_is_computed():
         jax.debug.callback(lambda n: steps.append(int(n)), arguments[-1])
         return stages.advance(*arguments)
 
-    evaluate = make_early_stop_evaluator(
+    evaluate = make_skip_broken_evaluator(
         MODEL, {"linf": stages._replace(advance=advance)}, batch_size=20
     )
     outcome = evaluate(VARIABLES, split, jax.random.key(0))
@@ -102,7 +102,7 @@ def test_when_all_are_broken_at_once_nothing_more_is_computed():
 def progress(stages, split):
     """What is told of an evaluation."""
     told = []
-    evaluate = make_early_stop_evaluator(MODEL, stages, batch_size=8)
+    evaluate = make_skip_broken_evaluator(MODEL, stages, batch_size=8)
     key = jax.random.key(0)
     evaluate(VARIABLES, split, key, on_batch=lambda *report: told.append(report))
     return told

@@ -1,4 +1,4 @@
-"""The evaluation by PGD that leaves broken examples behind: same answer, less work.
+"""The evaluation by PGD that drops broken examples: the same answer, less work.
 
 When any misclassified iterate counts (`judge="any"`), an example is settled as soon as
 it is broken. Here the attack pauses after a few steps and drops what is broken.
@@ -26,10 +26,10 @@ from samrobust.evaluation.measure import OnBatch, batch_size_for, to_devices
 from samrobust.evaluation.survivors import Stage, compile_attack, survivors
 from samrobust.types import Array, LogitsFn, PyTree
 
-__all__ = ["make_early_stop_evaluator"]
+__all__ = ["make_skip_broken_evaluator"]
 
 
-def make_early_stop_evaluator(
+def make_skip_broken_evaluator(
     model: nn.Module, attacks: Mapping[str, StagedPgd], *, batch_size: int
 ) -> Evaluator:
     """Builds the counterpart of `make_evaluator` for attacks in stages.
@@ -76,7 +76,7 @@ def make_early_stop_evaluator(
             images = jax.device_get(batch.images)
             iterates[batch.indices] = images[: len(batch.indices)]
         on_batch(len(split), len(split), "done")
-        # An image that is misclassified as it is may be right at every iterate.
+        # A misclassified natural image may be classified correctly at every iterate.
         correct = fates.correct() | {"natural": right}
         return conclude(correct, fates.num_non_finite())
 
@@ -84,7 +84,7 @@ def make_early_stop_evaluator(
 
 
 def _stretch(pgd: StagedPgd) -> Callable[..., tuple[Array, Array]]:
-    """Builds a stretch of a restart, from its start or from an iterate."""
+    """Builds the attack of one stretch, from a restart's start or from an iterate."""
 
     def attack(
         logits_fn: LogitsFn,
@@ -109,7 +109,7 @@ def _stages(
     data: tuple[Any, ...],
     iterates: np.ndarray,
 ) -> Iterator[Stage]:
-    """Yields the stretches of all restarts; they go on at `iterates` [N, ...]."""
+    """Yields the stretches of all restarts, which resume at `iterates` [N, ...]."""
     for restart in range(pgd.restarts):
         which = f" of restart {restart + 1}/{pgd.restarts}" if pgd.restarts > 1 else ""
         for begin, end in _stretches(pgd.num_steps):

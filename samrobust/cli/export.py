@@ -1,0 +1,80 @@
+"""`samrobust export`: a run's network to a file that other tools read."""
+
+import argparse
+import pathlib
+from typing import Any
+
+from samrobust.checks import check
+from samrobust.cli import flags
+
+__all__ = ["add", "run"]
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its flags."""
+    parser = commands.add_parser(
+        "export",
+        help="a run's network for PyTorch, as safetensors, or for RobustBench",
+        description="Writes the network of a run under the names of the paper's "
+        "PyTorch code.",
+        epilog="docs/interchange.md describes the files.",
+    )
+    add = parser.add_argument
+    add("--workdir", **flags.DIRECTORY, required=True, help="of the run")
+    formats = {"choices": ("safetensors", "pytorch", "robustbench")}
+    add("--format", **formats, required=True, help="the last two need torch")
+    add("--output", **flags.FILE, required=True, help="a file; robustbench: a folder")
+    add("--checkpoint", **flags.CHECKPOINT)
+    add("--step", **flags.STEP)
+
+
+def run(arguments: argparse.Namespace, stop: Any) -> int:
+    """Writes the network of a run as other tools read it.
+
+    Raises:
+      ValueError: for a workdir without a run, an output of another suffix, or where
+        PyTorch is needed and not installed.
+      CheckpointError: if the run has no intact checkpoint of that kind.
+    """
+    from samrobust.experiments.interchange import export_weights
+    from samrobust.experiments.reporting.console import make_console
+    from samrobust.experiments.robustbench import write_bundle
+    from samrobust.experiments.workdir import config_of_run
+    from samrobust.models.torch.files import import_torch
+    from samrobust.models.torch.weights import (
+        SUFFIXES,
+        write_pytorch,
+        write_safetensors,
+    )
+
+    del stop  # it takes seconds
+    workdir, output = pathlib.Path(arguments.workdir), pathlib.Path(arguments.output)
+    kind, suffixes = arguments.format, SUFFIXES.get(arguments.format)
+    if kind != "safetensors":
+        import_torch(f"write --format={kind}")
+    if suffixes is None:
+        wanted, fits = "a folder for the bundle", not output.is_file()
+    else:
+        wanted = f"--output=NAME{' or NAME'.join(suffixes)} with --format={kind}"
+        fits = output.suffix in suffixes and not output.is_dir()
+    check(fits, wanted, output=str(output))
+    config = config_of_run(workdir)
+    is_ours = config.model.name == "preact_resnet"
+    check(
+        kind != "robustbench" or is_ours,
+        "model.name=preact_resnet with --format=robustbench",
+        "Its PyTorch code is that network's. Use --format=safetensors.",
+        **{"model.name": config.model.name},
+    )
+    which = arguments.checkpoint or config.evaluation.checkpoint
+    weights = export_weights(config, workdir, which, arguments.step)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "robustbench":
+        write_bundle(output, weights, config, workdir, which)
+    else:
+        write = write_pytorch if kind == "pytorch" else write_safetensors
+        write(output, weights)
+    step = weights.metadata["origin"]["step"]
+    text = f"Wrote the {which} checkpoint of {workdir}, of step {step}, to {output}"
+    make_console().print(text, soft_wrap=True)
+    return 0

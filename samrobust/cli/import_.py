@@ -1,0 +1,71 @@
+"""`samrobust import`: a workdir made of a file of weights."""
+
+import argparse
+import pathlib
+from typing import Any
+
+from samrobust.cli import flags
+
+__all__ = ["add", "run"]
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its flags."""
+    parser = commands.add_parser(
+        "import",
+        help="a network from a .safetensors or .pth file, to evaluate",
+        description="Makes a workdir of a file of weights, for `samrobust evaluate`. "
+        "Width, blocks and classes are read from the tensors.",
+        epilog="Any field: --config.model.mean='(0.5, 0.5, 0.5)'. See configs/base.py.",
+    )
+    add = parser.add_argument
+    tensors = "only its tensors are read; none of its code runs"
+    add("--input", **flags.FILE, required=True, help=tensors)
+    add("--workdir", **flags.DIRECTORY, required=True, help="a new one")
+    words = {"metavar": "FILE:ROW", "help": "how it is evaluated; default: %(default)s"}
+    add("--config", **flags.CONFIG | words, default="configs/cifar10.py:st")
+    names = ("cifar10", "cifar100", "digits")
+    add("--dataset", choices=names, help="default: the config's")
+
+
+def run(arguments: argparse.Namespace, stop: Any) -> int:
+    """Makes a workdir of a file of weights, like that of a run before its first step.
+
+    Raises:
+      ValueError: for a file that is not of such a network; names the tensors.
+      Further errors: as `samrobust.experiments.interchange.import_weights`.
+    """
+    from samrobust.experiments import configuration
+    from samrobust.experiments.building import load_facts
+    from samrobust.experiments.components import model_fields
+    from samrobust.experiments.interchange import describe, import_weights
+    from samrobust.experiments.reporting.console import make_console
+    from samrobust.experiments.validation import validate
+    from samrobust.models.torch.weights import read_weights
+
+    del stop  # it takes seconds
+    source, workdir = pathlib.Path(arguments.input), pathlib.Path(arguments.workdir)
+    weights = read_weights(source)
+    config = configuration.load_config(arguments.config, arguments.overrides)
+    with config.unlocked():
+        if arguments.dataset is not None:
+            config.data.name = arguments.dataset
+        describe(config, weights)
+    validate(config)
+    done = import_weights(config, weights, source, workdir)
+    fields = {name: config.model[name] for name in model_fields(config.model.name)}
+    shown = [f"{n} {list(v) if isinstance(v, tuple) else v}" for n, v in fields.items()]
+    where = f"data set {config.data.name}"
+    if any(item.startswith("--config.model.mean=") for item in arguments.overrides):
+        where = "command line"
+    elif "mean" in weights.metadata:
+        where = "file"
+    classes = load_facts(config).num_classes
+    lines = (
+        f"{'Already imported' if done else 'Imported'} {source} to {workdir}: "
+        f"{', '.join([*shown, f'{classes} classes'])}; mean and std of the {where}.",
+        *weights.notes,
+        f"Next: samrobust evaluate --workdir={workdir}",
+    )
+    make_console().print("\n".join(lines), soft_wrap=True)
+    return 0

@@ -1,0 +1,120 @@
+"""How a command runs: signals, exit codes, and errors that the user can fix."""
+
+import argparse
+import signal
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+
+from samrobust.data import DatasetUnavailableError
+from samrobust.studies.bench.suite import StoppedError
+from samrobust.system import distributed
+from samrobust.system.claims import lease_seconds
+from samrobust.system.files import WorkdirError
+from samrobust.system.runtime import (
+    BAD_INPUT,
+    EXIT_CODES,
+    FAILED,
+    OutputError,
+    StopRequest,
+    enable_compilation_cache,
+    keep_freed_memory,
+    one_line,
+    say,
+)
+from samrobust.training import InterruptedRunError, TrainingDivergedError
+from samrobust.training.checkpoint import CheckpointError
+
+__all__ = ["execute"]
+
+_LOST_PEER, _CTRL_C = 69, EXIT_CODES[signal.SIGINT]
+
+# Commands that a signal may end in the middle of a computation, and after how long:
+# their findings are stored as they come, or are found again.
+_LOSES_NOTHING, _PATIENCE = ("evaluate", "recheck", "curves", "theory"), 1.5  # seconds
+_ALONE = ("theory", "export", "import")  # the others look for a device as they join
+
+
+Run: TypeAlias = Callable[[argparse.Namespace, StopRequest], int]
+
+
+def execute(run: Run, arguments: argparse.Namespace) -> int:
+    """Runs a subcommand; turns errors that the user can fix into a line and a code."""
+    warnings.formatwarning = lambda message, *_: (
+        f"samrobust: warning: {one_line(str(message))}\n"
+    )
+    patience = _PATIENCE if arguments.command in _LOSES_NOTHING else None
+    stop = StopRequest(patience, is_alone=lambda: not distributed.is_joined())
+    with stop.listening():
+        code = _run(run, arguments, stop)
+        distributed.shut_down()
+    return code
+
+
+def _run(run: Run, arguments: argparse.Namespace, stop: StopRequest) -> int:
+    """Returns a command's exit code; exits at once if this process failed alone."""
+    try:
+        lease_seconds()  # checked here, or each row of a table would fail by it
+        jax.config.update("jax_enable_x64", False)  # a seed would draw other numbers
+        enable_compilation_cache()
+        keep_freed_memory()
+        if arguments.command in _ALONE:
+            distributed.check_platform()
+        return run(arguments, stop)
+    except (InterruptedRunError, StoppedError) as error:
+        _say(str(error), error)
+        return EXIT_CODES[stop.signal or signal.SIGTERM]
+    except KeyboardInterrupt:
+        if distributed.is_joined():
+            distributed.abort(_CTRL_C, "It was interrupted by Ctrl-C.")
+        return _CTRL_C
+    except (BrokenPipeError, OutputError):
+        if distributed.is_joined():
+            distributed.abort(FAILED, "Its output cannot be written.")
+        raise
+    except Exception as error:
+        code = _code_of(error)
+        if code is None:
+            if not distributed.is_joined():
+                raise
+            traceback.print_exc()
+            code = FAILED
+        message = str(error) or type(error).__name__
+        message = f"{_LOST} ({message})" if code == _LOST_PEER else message
+        _say(f"error: {message}", error)
+        if distributed.is_joined() and not distributed.is_shared(error):
+            distributed.abort(code, message)
+        return code
+
+
+_LOST = (
+    "Another process of this run died. Rerun the same command in all of them to resume "
+    "from the last checkpoint."
+)
+
+
+def _code_of(error: Exception) -> int | None:
+    """Returns the exit code of an error that the user can fix; None for any other."""
+    if isinstance(error, WorkdirError | DatasetUnavailableError):
+        return BAD_INPUT
+    if isinstance(
+        error, TrainingDivergedError | CheckpointError | distributed.DistributedError
+    ):
+        return FAILED
+    if distributed.lost_a_peer(error):
+        return _LOST_PEER
+    if isinstance(error, ValueError):
+        return BAD_INPUT
+    out_of_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    return FAILED if isinstance(error, OSError) or out_of_memory else None
+
+
+def _say(text: str, error: BaseException) -> None:
+    """Says something once, where all processes have the same to say."""
+    if not distributed.is_joined() or distributed.is_primary():
+        say(text)
+    elif not (distributed.is_shared(error) or isinstance(error, InterruptedRunError)):
+        say(f"(process {jax.process_index()}) {text}")

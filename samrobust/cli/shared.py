@@ -1,0 +1,95 @@
+"""Work that several commands share: joining, judging trained runs, showing.
+
+With JAX: commands import it inside `run`.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from samrobust.checks import check
+from samrobust.cli import flags
+from samrobust.experiments.reporting.console import make_console
+from samrobust.system import distributed
+from samrobust.types import Config
+
+__all__ = [
+    "apply_flags",
+    "attack_in_words",
+    "join",
+    "once_per",
+    "show_accuracies",
+    "show_written",
+]
+
+_T = TypeVar("_T")
+_OF_EVALUATION = (
+    *("attack", "linf", "l2", "checkpoint", "batch_size"),
+    *("num_steps", "restarts", "loss", "judge", "early_stop", "version", "members"),
+)
+_FIELDS = {
+    **{name: f"evaluation.{name}" for name in _OF_EVALUATION},
+    **{"num_examples": "data.test_size", "dtype": "model.dtype", "seed": "seed"},
+}
+
+
+def join(stop: Callable[[], bool]) -> tuple[Callable[[], bool], Console]:
+    """Joins the other processes; returns their common stop, and process 0's console."""
+    should_stop = distributed.join(stop)
+    return should_stop, make_console(quiet=not distributed.is_primary())
+
+
+def apply_flags(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns a run's config with the flags that are given written into it."""
+    config = config.copy_and_resolve_references()
+    given = flags.given(values, _FIELDS)
+    check(
+        "num_examples" not in given or config.evaluation.split == "test",
+        "evaluation.split=test with --num-examples",
+        **{"evaluation.split": config.evaluation.split},
+    )
+    if given.get("attack", config.evaluation.attack) == "pgd":
+        config.evaluation.update(version="standard", members=())  # AutoAttack's
+    config.update_from_flattened_dict({_FIELDS[n]: v for n, v in given.items()})
+    return config
+
+
+def once_per(make: Callable[[Config], _T], *sections: str) -> Callable[[Config], _T]:
+    """Returns a function of configs that is called once for equal sections of them."""
+    made: dict[tuple[str, ...], _T] = {}
+
+    def get(config: Config) -> _T:
+        key = tuple(config[name].to_json_best_effort() for name in sections)
+        if key not in made:
+            made[key] = make(config)
+        return made[key]
+
+    return get
+
+
+def attack_in_words(evaluation: Config) -> str:
+    """Names the attack: `PGD-20 on the margin loss, any iterate judged`."""
+    if evaluation.attack == "autoattack":
+        members = ", ".join(evaluation.members)
+        return f"AutoAttack, {evaluation.version}" + (members and f" ({members})")
+    restarts = f" x {evaluation.restarts}" if evaluation.restarts > 1 else ""
+    return (
+        f"PGD-{evaluation.num_steps}{restarts} on the {evaluation.loss} loss, "
+        f"{evaluation.judge} iterate judged"
+    )
+
+
+def show_accuracies(console: Console, name: str, accuracy: Mapping[str, float]) -> None:
+    """Prints a line with the accuracy of every column."""
+    cells = ", ".join(f"{column} {value:.2f}" for column, value in accuracy.items())
+    console.print(f"{name}: {cells} (accuracy in %)")
+
+
+def show_written(
+    console: Console, folder: pathlib.Path, paths: Iterable[pathlib.Path | str]
+) -> None:
+    """Prints which files were written."""
+    names = ", ".join(pathlib.Path(path).name for path in paths)
+    console.print(f"Written to {folder}: {names}")

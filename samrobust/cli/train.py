@@ -1,0 +1,71 @@
+"""`samrobust train`: one row, trained and attacked."""
+
+import argparse
+import pathlib
+from collections.abc import Callable
+
+from samrobust.cli import flags
+from samrobust.system.runtime import RESUME
+
+__all__ = ["add", "run"]
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its flags."""
+    parser = commands.add_parser(
+        "train",
+        help="one row: train, attack, write result.json",
+        description=f"Trains and attacks one row. {RESUME}",
+        epilog=flags.ANY_FIELD,
+    )
+    words = {"metavar": "FILE:ROW", "help": "configs/digits.py:st"}
+    parser.add_argument("--config", **flags.CONFIG | words, required=True)
+    parser.add_argument(
+        "--workdir", **flags.DIRECTORY, required=True, help="of this run"
+    )
+
+
+def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
+    """Trains and attacks one row, or resumes where it was stopped.
+
+    Raises:
+      InterruptedRunError: if it was asked to stop.
+      Further errors: as `samrobust.experiments.run.run`.
+    """
+    from samrobust.cli.shared import join, show_accuracies, show_written
+    from samrobust.experiments import building, configuration
+    from samrobust.experiments.reporting.progress import ProgressDisplay
+    from samrobust.experiments.run import PlannedRun, work
+    from samrobust.experiments.run import run as run_row
+    from samrobust.experiments.tracking import check_installed
+    from samrobust.system import distributed
+    from samrobust.system.claims import await_verdict
+    from samrobust.training import InterruptedRunError
+
+    config = configuration.load_config(arguments.config, arguments.overrides)
+    check_installed(config)
+    should_stop, console = join(stop)
+    planned = PlannedRun(config, pathlib.Path(arguments.workdir))
+    await_verdict(
+        planned.workdir,
+        should_stop=should_stop,
+        on_wait=console.print,
+        agree=distributed.broadcast_from_primary,
+    )
+    if should_stop():
+        message = f"Stopped while waiting for another process. {RESUME}"
+        raise InterruptedRunError(message)
+    dataset = building.load_data(config)
+    works = work(config, dataset)
+    display = ProgressDisplay(console, sum(works))
+    with display.live():
+        result = run_row(
+            config,
+            planned.workdir,
+            display.run(planned.name, *works),
+            dataset=dataset,
+            should_stop=should_stop,
+        )
+    show_accuracies(console, planned.name, result["accuracy"])
+    show_written(console, planned.workdir, ["result.json"])
+    return 0

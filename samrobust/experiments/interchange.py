@@ -1,0 +1,183 @@
+"""The network of a run as weights for other tools, and a run made of such weights.
+
+Files are read and written by `samrobust.models.torch`; docs/interchange.md describes
+them.
+"""
+
+import hashlib
+import json
+import pathlib
+import shutil
+
+from samrobust.checks import check
+from samrobust.experiments import building
+from samrobust.experiments.components import model_fields, takes
+from samrobust.experiments.configuration import as_dict
+from samrobust.experiments.networks import load_network, save_variables
+from samrobust.experiments.workdir import OtherConfigError, config_changes
+from samrobust.models import PreActResNet
+from samrobust.models.torch.names import from_tensors, infer_architecture, to_tensors
+from samrobust.models.torch.weights import Weights
+from samrobust.system.claims import claim
+from samrobust.system.files import WorkdirError, glance, write_json
+from samrobust.system.provenance import provenance
+from samrobust.training.checkpoint import CheckpointError, Checkpoints
+from samrobust.training.log import checkpoint_folder
+from samrobust.types import Config
+
+__all__ = ["describe", "export_weights", "import_weights"]
+
+# Files that training leaves in a workdir, and those of a network's evaluations.
+_OF_TRAINING = ("metrics.jsonl", "result.json", "checkpoints/best")
+_OF_EVALUATIONS = ("evaluations.jsonl", "autoattack")
+
+
+def export_weights(
+    config: Config, workdir: pathlib.Path, which: str, step: int | None = None
+) -> Weights:
+    """Returns the tensors of a run's network, and what other tools must know of it.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      which: `last` or `best`.
+      step: of the checkpoint; None for the newest.
+
+    Raises:
+      CheckpointError: if the run has no intact checkpoint of that kind.
+    """
+    facts = building.load_facts(config)
+    network = load_network(config, facts, workdir, which, step=step)
+    imported = glance(workdir / "import.json")
+    origin = {
+        "label": config.label,
+        "row": config.row,
+        "seed": config.seed,
+        "checkpoint": which,
+        "step": network.step,
+        "identity": network.identity.hash,
+        "imported": {n: imported[n] for n in ("source", "sha256") if n in imported},
+    }
+    section = config.model
+    own = {name: section[name] for name in model_fields(section.name)}
+    if not isinstance(network.model, PreActResNet):
+        own = {"model": {"name": section.name, **own}}
+    metadata = {
+        "mean": list(section.mean or facts.mean),
+        "std": list(section.std or facts.std),
+        "num_classes": facts.num_classes,
+        **json.loads(json.dumps(own)),
+        "origin": origin,
+    }
+    return Weights(to_tensors(network.variables, network.model), metadata)
+
+
+def describe(config: Config, weights: Weights) -> None:
+    """Writes into a config what a file of weights says of its network.
+
+    Raises:
+      ValueError: if its metadata contradict its tensors.
+    """
+    if config.model.name == "preact_resnet":
+        architecture = infer_architecture(weights.tensors)
+        for name, value in architecture.items():
+            told = list(value) if name == "blocks" else value
+            claimed = weights.metadata.get(name, told)
+            wanted = f"{name}={told} as in the tensors"
+            check(claimed == told, wanted, **{name: claimed})
+        config.model.update({name: architecture[name] for name in ("width", "blocks")})
+    for name in ("mean", "std"):
+        is_open = takes(config.model.name, name) and config.model[name] is None
+        if is_open and name in weights.metadata:
+            config.model[name] = tuple(weights.metadata[name])
+    config.label = f"Imported {config.label}"
+
+
+def import_weights(
+    config: Config, weights: Weights, source: pathlib.Path, workdir: pathlib.Path
+) -> bool:
+    """Makes a workdir like that of a run before its first step.
+
+    After a kill at any moment the same call begins again.
+
+    Args:
+      config: validated, with the fields of `describe`.
+      weights: the content of the file.
+      source: the file.
+      workdir: may not hold another run.
+
+    Returns:
+      Whether all this was done before.
+
+    Raises:
+      ValueError: if the tensors do not fit the network; names them.
+      WorkdirError: if the workdir holds another run, or cannot be written.
+      CheckpointError: if the checkpoint cannot be written.
+    """
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    facts = building.load_facts(config)
+    model = building.make_model(config, facts)
+    variables = from_tensors(weights.tensors, model, facts.image_shape)
+    note = {
+        "source": source.name,
+        "sha256": digest,
+        "metadata": weights.metadata,
+        "notes": list(weights.notes),
+        "provenance": provenance(),
+    }
+    _is_done(workdir, digest, config)  # refuses another run before it is claimed
+    with claim(workdir):
+        done = _is_done(workdir, digest, config)
+        if not done:
+            # After a kill the same command, or the import of another file, takes what
+            # is there for its own: the config, written last, ends it.
+            if (workdir / "checkpoints").exists():
+                shutil.rmtree(workdir / "checkpoints")
+            write_json(workdir / "import.json", note)
+            save_variables(config, facts, workdir, variables, digest)
+        given = as_dict(config)
+        if glance(workdir / "config.json") != given:
+            write_json(workdir / "config.json", given)
+    return done
+
+
+def _is_done(workdir: pathlib.Path, digest: str, config: Config) -> bool:
+    """Tells whether the workdir is what this import makes of it.
+
+    Raises:
+      WorkdirError: if it holds another run, or what one has left.
+    """
+
+    def found(*names: str) -> list[str]:
+        return [name for name in names if (workdir / name).exists()]
+
+    with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
+        step = checkpoints.latest_step()
+    imported = glance(workdir / "import.json").get("sha256")
+    is_whole = (workdir / "config.json").exists()
+    others = found(*_OF_TRAINING)
+    if step:
+        others.append(f"a checkpoint of step {step}")
+    if not is_whole:
+        strange = () if imported else ("checkpoints",)
+        others += found(*_OF_EVALUATIONS, *strange)
+    elif imported != digest:
+        others += found("config.json", "import.json", "checkpoints")
+    if others:
+        message = (
+            f"Expected a --workdir without a run, got workdir={str(workdir)!r} with "
+            f"{', '.join(others)}. Choose another."
+        )
+        raise WorkdirError(message)
+    if changed := config_changes(workdir, config):
+        raise OtherConfigError.over(workdir, "this file's import", changed)
+    return is_whole and step == 0 and _is_intact(workdir, config)
+
+
+def _is_intact(workdir: pathlib.Path, config: Config) -> bool:
+    """Tells whether the network is there that `import.json` names."""
+    try:
+        load_network(config, building.load_facts(config), workdir, "last")
+    except CheckpointError:
+        return False
+    return True
