@@ -460,20 +460,25 @@ def test_a_bench_without_a_device_is_one_line_and_measures_nothing(
 
 
 @pytest.mark.parametrize(
-    ("measure", "package", "message"),
+    ("flag", "package", "message"),
     [
-        ("step", None, "the package torch, got --compare='pytorch'. Install it"),
-        ("epoch", True, "step in --measure, got --compare='pytorch'"),
+        (
+            "--measure=step",
+            None,
+            "the package torch, got --compare='pytorch'. Install it",
+        ),
+        ("--measure=epoch", True, "step in --measure, got --compare='pytorch'"),
+        ("--config.model.name=vit", True, "model.name='preact_resnet', got"),
     ],
 )
 def test_a_comparison_that_cannot_be_made_is_refused_before_any_measurement(
-    tmp_path, capsys, monkeypatch, measure, package, message
+    tmp_path, capsys, monkeypatch, flag, package, message
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: package)
     monkeypatch.setattr(Launcher, "__call__", lambda *_: pytest.fail("it measures"))
     code = helpers.main(
         *("bench", f"--config={DIGITS}", f"--workdir={tmp_path / 'new'}"),
-        *("--compare=pytorch", f"--measure={measure}"),
+        *("--compare=pytorch", flag),
     )
     assert code == 2
     assert message in capsys.readouterr().err

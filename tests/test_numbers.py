@@ -274,7 +274,6 @@ def theory() -> str:
         [verdicts.Verdict(**verdict) for verdict in content["verdicts"]],
         estimates,
         content["provenance"]["seconds"],
-        content["provenance"]["command"],
     )
     return report.to_sheet(found).to_markdown()
 

@@ -56,7 +56,6 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     from samrobust.studies.theory.training import TrainingEffort
     from samrobust.studies.theory.verdicts import judge
     from samrobust.system.files import check_writable, write_json, write_text
-    from samrobust.system.provenance import provenance
     from samrobust.training import InterruptedRunError
 
     grid, effort = flags.build(Grid, arguments), flags.build(TrainingEffort, arguments)
@@ -74,8 +73,8 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     with display.live():
         points = study(grid, on_part=show)
         estimates = list(experiment(grid, effort, on_start=show))
-    command, seconds = provenance()["command"], time.monotonic() - started
-    report = Findings(grid, effort, points, judge(points), estimates, seconds, command)
+    seconds = time.monotonic() - started
+    report = Findings(grid, effort, points, judge(points), estimates, seconds)
     sheet = to_sheet(report)
     console.print(sheet.to_rich())
     write_json(folder / "theory.json", to_json(report))

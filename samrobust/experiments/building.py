@@ -69,13 +69,11 @@ def make_plan(config: Config, num_examples: int) -> EpochPlan:
     field, size = methods.group_field(config)
     groups = {field: size, "model.batch_norm_group": config.model.batch_norm_group}
     for field, size in groups.items():
-        check(
-            size in (0, training.batch_size) or plan.remainder % size == 0,
-            f"the last batch of an epoch, {plan.remainder} of {num_examples} examples, "
-            f"divisible by {field}",
-            "Set training.drop_remainder, or choose a size that divides it.",
-            **{field: size},
-        )
+        count = f"{plan.remainder} of {num_examples} examples"
+        wanted = f"the last batch of an epoch, {count}, divisible by {field}"
+        fix = "Set training.drop_remainder, or choose a size that divides it."
+        holds = size in (0, training.batch_size) or plan.remainder % size == 0
+        check(holds, wanted, fix, **{field: size})
     return plan
 
 
@@ -132,11 +130,9 @@ def staged_attacks(config: Config) -> dict[str, attacks.StagedPgd]:
 
 def autoattacks(config: Config) -> dict[str, attacks.AutoAttack]:
     """Returns AutoAttack for every column; it has its own `gradient_floor`."""
-    evaluation = config.evaluation
+    version, members = config.evaluation.version, tuple(config.evaluation.members)
     return {
-        name: attacks.autoattack(
-            ball, version=evaluation.version, members=tuple(evaluation.members)
-        )
+        name: attacks.autoattack(ball, version=version, members=members)
         for name, (ball, _) in _evaluation_columns(config).items()
     }
 
@@ -144,26 +140,22 @@ def autoattacks(config: Config) -> dict[str, attacks.AutoAttack]:
 def _evaluation_columns(config: Config) -> dict[str, tuple[attacks.Ball, dict]]:
     """Returns ball and options of every column under attack, by its name, in order."""
     evaluation = config.evaluation
-    return {
-        f"{norm} {radius:g}/255": _pgd_options(
-            evaluation, norm, radius, radius * evaluation[relative]
-        )
-        for norm, relative in (("linf", "linf_step"), ("l2", "l2_step"))
-        for radius in evaluation[norm]
-    }
+    columns = {}
+    for norm in ("linf", "l2"):
+        for radius in evaluation[norm]:
+            step_size = radius * evaluation[f"{norm}_step"]
+            options = _pgd_options(evaluation, norm, radius, step_size)
+            columns[f"{norm} {radius:g}/255"] = options
+    return columns
 
 
 def _pgd_options(
     section: Any, norm: str, epsilon: float, step_size: float
 ) -> tuple[attacks.Ball, dict[str, Any]]:
     """Returns PGD's arguments, of a radius and a step size in 1/255."""
-    return make_ball(norm, epsilon, section["gradient_floor"]), {
-        "step_size": step_size / 255,
-        "num_steps": section["num_steps"],
-        "random_start": section["random_start"],
-        "restarts": section["restarts"],
-        "loss": LOSSES[section["loss"]],
-    }
+    options = {n: section[n] for n in ("num_steps", "random_start", "restarts")}
+    options |= {"step_size": step_size / 255, "loss": LOSSES[section["loss"]]}
+    return make_ball(norm, epsilon, section["gradient_floor"]), options
 
 
 def validation_attacks(config: Config) -> dict[str, Attack]:
@@ -176,10 +168,9 @@ def validation_attacks(config: Config) -> dict[str, Attack]:
     for part in methods.parts_of(config):
         values = methods.values_of(config, part.name)
         if {"norm", "epsilon", "step_size", "num_steps"} <= values.keys():
-            own = {"random_start": True, "restarts": 1, "loss": "cross_entropy"}
-            ball, options = _pgd_options(
-                own | values, values["norm"], values["epsilon"], values["step_size"]
-            )
+            usual = {"random_start": True, "restarts": 1, "loss": "cross_entropy"}
+            given = (values[name] for name in ("norm", "epsilon", "step_size"))
+            ball, options = _pgd_options(usual | values, *given)
             judge = values.get("judge", "final")
             columns["robust"] = attacks.pgd(ball, judge=judge, **options)
     return columns

@@ -156,9 +156,8 @@ def _rule_of(kind: type) -> Rule:
 def strength_of(name: str) -> str | None:
     """Returns the field that says how far weights move: the first option, a number."""
     parameters = inspect.signature(find(name).make).parameters
-    named = [parameters[field] for field in options(name).values()]
-    numbers = [p.name for p in named if _kind_of(p.annotation) is float]
-    return next(iter(numbers), None)
+    named = (parameters[field] for field in options(name).values())
+    return next((p.name for p in named if _kind_of(p.annotation) is float), None)
 
 
 @functools.cache

@@ -274,11 +274,9 @@ def _make_panels(
     count: int, size: tuple[float, float], title: str
 ) -> "tuple[Figure, list[Axes]]":
     """Makes a figure of `count` panels in a row; its size is in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.01, ha="left")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 

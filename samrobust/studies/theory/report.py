@@ -27,7 +27,6 @@ class Findings(NamedTuple):
       verdicts: a line a statement.
       estimates: of the trained world.
       seconds: it took.
-      command: the command line.
     """
 
     grid: Grid
@@ -36,7 +35,6 @@ class Findings(NamedTuple):
     verdicts: Sequence[Verdict]
     estimates: Sequence[Estimate]
     seconds: float
-    command: str
 
 
 def to_json(report: Findings) -> dict[str, Any]:
@@ -56,11 +54,7 @@ def to_json(report: Findings) -> dict[str, Any]:
         "points": {
             name: _rows(points) for name, points in report.study._asdict().items()
         },
-        "provenance": {
-            **provenance(),
-            "command": report.command,
-            "seconds": round(report.seconds, 1),
-        },
+        "provenance": provenance() | {"seconds": round(report.seconds, 1)},
     }
 
 
