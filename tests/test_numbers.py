@@ -407,6 +407,7 @@ def autoattack_in_words() -> list[str]:
     linf, l2 = both(DIGITS_AA, "linf 32/255"), both(DIGITS_AA, "l2 128/255")
     one, two = both(FULL_AA, "linf 1/255"), both(FULL_AA, "linf 2/255")
     small = both(SMALL_AA, "linf 2/255", "sam,rho=0.2")
+    trained = both(SMALL_AA, "linf 2/255", "at,norm=linf,eps=2")
     seeds = f"{COUNTS[len(table(DIGITS_AA).rows[0].seeds)]} seeds each"
     more, error, counts = more_under_autoattack("linf 1/255")
     more_at_two, error_at_two, _ = more_under_autoattack("linf 2/255")
@@ -436,7 +437,7 @@ def autoattack_in_words() -> list[str]:
         f"SAM's {mean(FULL_AA, sam, 'linf 2/255 AA'):.1f} % at 2/255 stand beside the "
         f"{robust:.1f} % that AT (30 epochs) keeps",
         f"on {table(SMALL_AA).num_test} images, {small[1]} points under PGD-10 and "
-        f"{small[0]} under AutoAttack",
+        f"{small[0]} under AutoAttack, AT {trained[1]} and {trained[0]}",
         *upstream_in_words(),
     ]
 
@@ -735,8 +736,9 @@ def test_what_the_readme_says_without_a_number_holds():
     for path in RESULTS.rglob("sanity/*.json"):  # "seed 0 passes all checks"
         verdicts = json.loads(path.read_text())["verdicts"]
         assert verdicts["warning"] == verdicts["undecided"] == 0
-    small = difference(SMALL_AA, "sam,rho=0.2", "linf 2/255 AA")
-    assert not small.significant  # "neither attack resolves a gain"
+    for column in ("linf 2/255", "linf 2/255 AA"):  # "within chance or little beyond it"
+        small = difference(SMALL_AA, "sam,rho=0.2", column)
+        assert small.mean < 2.5 * small.standard_error
 
 
 def test_the_profile_adds_up():
