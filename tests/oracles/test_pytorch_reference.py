@@ -26,7 +26,15 @@ benchmark = pytest.importorskip("samrobust.studies.bench.twin.reference")
 steps = pytest.importorskip("samrobust.studies.bench.twin.steps")
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
-SGD = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+NETWORK = {
+    "width": 8,
+    "blocks": [1, 1],
+    "num_classes": 10,
+    "in_channels": 3,
+    "mean": MEAN,
+    "std": STD,
+}
 SPEC = {
     "method": "st",
     "variant": "reference",
@@ -34,18 +42,14 @@ SPEC = {
     "precision": "float32",
     "float32_matmul": "highest",
     "device": "cpu",
-    "width": 8,
-    "blocks": [1, 1],
+    "network": NETWORK,
     "image_shape": [8, 8, 3],
-    "num_classes": 10,
-    "mean": MEAN,
-    "std": STD,
     "norm": "linf",
     "epsilon": 8 / 255,
     "step_size": 2 / 255,
     "num_steps": 2,
     "rho": 0.1,
-    **SGD,
+    "sgd": SGD,
     "repeats": 2,
     "min_seconds": 0.01,
 }
@@ -66,7 +70,7 @@ def make_parity() -> dict[str, Any]:
     model = PreActResNet(width=8, blocks=(1, 1), mean=MEAN, std=STD)
     tx = optax.chain(
         optax.with_extra_args_support(optax.add_decayed_weights(SGD["weight_decay"])),
-        optax.sgd(SGD["learning_rate"], momentum=SGD["momentum"]),
+        optax.sgd(SGD["lr"], momentum=SGD["momentum"]),
     )
     init, step = make_train_step(model, tx)
     state = init(jax.random.key(0), jnp.zeros([1, 8, 8, 3]))
@@ -110,7 +114,8 @@ def run_script(parity_file, **changes):
 
 
 def make_spec(**changes):
-    return steps.TwinSpec(**SPEC | changes)
+    network = NETWORK | {k: changes.pop(k) for k in NETWORK if k in changes}
+    return steps.TwinSpec(**SPEC | {"network": network} | changes)
 
 
 # --- the script -----------------------------------------------------------------------

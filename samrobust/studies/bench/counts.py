@@ -62,13 +62,8 @@ def count_passes(
     params = variables.pop("params")
 
     def loss(params: PyTree, images: Array, rest: PyTree) -> tuple[Array, Any]:
-        logits, updated = model.apply(
-            {"params": params, **rest},
-            images,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": key},
-        )
+        options = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": key}}
+        logits, updated = model.apply({"params": params, **rest}, images, **options)
         return jnp.sum(logits), updated
 
     def cost(argnums: int | tuple[int, int]) -> StepCost:

@@ -54,8 +54,6 @@ def parity(config: Config, path: str) -> dict[str, Any]:
         "logits": logits,
         "image_gradient": image_gradient,
     }
-    rates = ("learning_rate", "momentum", "weight_decay")
-    trees |= {name: config.training[name] for name in rates}
     arrays: Any = traverse_util.flatten_dict(trees, sep="/")
     np.savez(path, **jax.device_get(arrays))
     return {}

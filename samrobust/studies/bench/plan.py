@@ -102,9 +102,8 @@ def plan(options: Options) -> list[Task]:
     first = {configuration.parse_row(row).method: row for row in reversed(rows)}
     for method in options.methods:
         check_choice(tuple(first), method=method)
-    default = configuration.load_config(
-        f"{options.config}:{rows[0]}", options.overrides
-    )
+    path = f"{options.config}:{rows[0]}"
+    default = configuration.load_config(path, options.overrides)
     settings: Any = itertools.product(
         options.batch_sizes or (default.training.batch_size,),
         options.precisions or (default.model.dtype,),
@@ -113,16 +112,14 @@ def plan(options: Options) -> list[Task]:
         options.xla_flags,
     )
     tasks = []
+    attacked = [method for method in options.methods if method.startswith("at")]
+    chosen = {"evaluation": ("",), "unrolled": attacked}
     for size, precision, *setting in settings:
         for kind in options.measure:
-            if kind == "evaluation":
-                own = (default.evaluation.batch_size, precision, *setting)
-                tasks.append(Task(kind, "", rows[0], *own))
-                continue
+            batch = default.evaluation.batch_size if kind == "evaluation" else size
             tasks += [
-                Task(kind, method, first[method], size, precision, *setting)
-                for method in options.methods
-                if kind != "unrolled" or method.startswith("at")
+                Task(kind, m, first.get(m, rows[0]), batch, precision, *setting)
+                for m in chosen.get(kind, options.methods)
             ]
         if options.compare and "step" in options.measure:
             tasks += [
@@ -140,25 +137,21 @@ def plan(options: Options) -> list[Task]:
     )
     for task in tasks:
         config_of(task, options)
-    if options.compare:
+    if options.compare is not None:
         _check_comparison(options, default)
     return tasks
 
 
 def _check_comparison(options: Options, config: Config) -> None:
     """Refuses a comparison that cannot be made."""
-    network = config.model.name
+    given = {"--compare": options.compare}
+    steps = "step" in options.measure
+    check(steps, "step in --measure", "Steps are compared.", **given)
     has_torch = importlib.util.find_spec("torch") is not None
-    for holds, condition, fix in (
-        ("step" in options.measure, "step in --measure", "Steps are compared."),
-        (has_torch, "the package torch", "Install it: pip install torch."),
-        (
-            network == "preact_resnet",
-            "model.name=preact_resnet",
-            f"PyTorch's side has no {network}.",
-        ),
-    ):
-        check(holds, condition, fix, **{"--compare": options.compare})
+    check(has_torch, "the package torch", "Install it: pip install torch.", **given)
+    network, fix = config.model.name, "PyTorch's side has no other network."
+    condition = "model.name='preact_resnet'"
+    check(network == "preact_resnet", condition, fix, **given, model=network)
 
 
 def overrides_of(task: Task, options: Options) -> tuple[str, ...]:
@@ -166,7 +159,8 @@ def overrides_of(task: Task, options: Options) -> tuple[str, ...]:
     own = [f"--config.model.dtype={task.precision}"]
     if task.kind != "evaluation":
         own.append(f"--config.training.batch_size={task.batch_size}")
-        own.append(f"--config.training.steps_per_call={task.steps_per_call}")
+        steps = 1 if task.kind == "unrolled" else task.steps_per_call
+        own.append(f"--config.training.steps_per_call={steps}")
     return (*options.overrides, *own)
 
 

@@ -5,6 +5,7 @@ uses, compiled with the same options. Each function measures one of them under a
 and returns what it found, ready for JSON.
 """
 
+import functools
 import itertools
 import math
 import pathlib
@@ -33,7 +34,15 @@ from samrobust.training.fit import fresh_carry
 from samrobust.training.state import TrainState
 from samrobust.types import Array, Config
 
-__all__ = ["begin", "epoch", "evaluation", "roofline", "step", "unrolled"]
+__all__ = [
+    "begin",
+    "epoch",
+    "evaluation",
+    "roofline",
+    "step",
+    "step_program",
+    "unrolled",
+]
 
 # `timing.measure` with its options; or writes a trace and returns no seconds.
 Measure: TypeAlias = Callable[..., list[float]]
@@ -43,16 +52,53 @@ _POOL = 4  # different batches, so that no step sees the one before it again
 _EPOCH_STEPS = 16  # of the shortened epoch that is measured
 
 
-def step(config: Config, measure: Measure) -> Found:
+def step(config: Config, measure: Measure, *, unroll: bool = False) -> Found:
     """Measures the bare training step, on batches that lie on the device."""
-    return _step(config, measure, lambda train_step, *_: train_step)
+    jitted, arguments, num_steps = step_program(config, unroll=unroll)
+    program, compilation = _compile(lambda: jitted.lower(*arguments))
+    seconds = measure(_repeated(program, *arguments))
+    return compilation | {"seconds": [value / num_steps for value in seconds]}
 
 
-def unrolled(config: Config, measure: Measure) -> Found:
-    """Measures the same step with the loop of the attack unrolled."""
-    config = config.copy_and_resolve_references()
-    config.training.steps_per_call = 1
-    return _step(config, measure, _unrolled)
+unrolled = functools.partial(step, unroll=True)
+
+
+def step_program(
+    config: Config, *, unroll: bool = False
+) -> tuple[Any, tuple[Any, ...], int]:
+    """Returns the program of one call: training steps, without the rest of the loop.
+
+    Args:
+      config: of the step.
+      unroll: the loop of the attack; wants one step a call.
+
+    Returns:
+      A jitted function from the state and data to the next state, which it is donated;
+      its arguments, and the number of steps it takes.
+    """
+    batch_size = config.training.batch_size
+    dataset, method, carry = begin(config, _POOL * batch_size)
+    num_steps = building.make_plan(config, len(dataset.train)).steps_per_call
+    arguments = (carry.state, *_on_device(dataset, batch_size), jax.random.key(1))
+
+    def one_step(state: TrainState, images: Array, labels: Array, key: Array):
+        which = state.step % _POOL
+        key = jax.random.fold_in(key, state.step)
+        return method.train_step(state, images[which], labels[which], key)[0]
+
+    if unroll:
+        one_step = _unrolled(one_step, *arguments)
+
+    def run(state: TrainState, *data: Array) -> TrainState:
+        if num_steps == 1:
+            return one_step(state, *data)
+        state, _ = jax.lax.scan(
+            lambda state, _: (one_step(state, *data), None), state, length=num_steps
+        )
+        return state
+
+    jitted = jax.jit(run, donate_argnums=0, out_shardings=replicated(data_mesh()))
+    return jitted, arguments, num_steps
 
 
 def epoch(config: Config, measure: Measure) -> Found:
@@ -67,18 +113,13 @@ def epoch(config: Config, measure: Measure) -> Found:
     dataset, method, carry = begin(config, num_steps * batch_size)
     plan = EpochPlan(num_steps * batch_size, batch_size, steps, drop_remainder=False)
     augmentation = {"padding": config.data.padding, "flip": config.data.flip}
-    runner = EpochRunner(
-        method.train_step,
-        plan,
-        dataset.train,
-        **augmentation,
-        mesh=data_mesh(),
-        key=jax.random.key(1),
-    )
+    options: dict[str, Any] = augmentation | {"mesh": data_mesh()}
+    key = jax.random.key(1)
+    runner = EpochRunner(method.train_step, plan, dataset.train, **options, key=key)
     _, compilation = _compile(lambda: runner.lower(plan.chunks()[0], carry))
     chunks = (
-        (chunk, runner.permutation(number))
-        for number in itertools.count()
+        (chunk, permutation)
+        for permutation in map(runner.permutation, itertools.count())
         for chunk in plan.chunks()
     )
 
@@ -91,15 +132,15 @@ def epoch(config: Config, measure: Measure) -> Found:
     seconds = [value / steps for value in measure(run)]
     if not seconds:
         return {}
-    images, labels = jax.device_put((dataset.train.images, dataset.train.labels))
-    order, key = jnp.arange(len(labels)), jax.random.key(2)
 
     @jax.jit
-    def draw(images: Array, labels: Array) -> Any:
+    def draw(images: Array, labels: Array, order: Array, key: Array) -> Any:
         batch, labels = take_batch(images, labels, order, 0, batch_size)
         return random_crop_and_flip(batch, **augmentation, key=key), labels
 
-    drawing = measure(lambda: draw(images, labels), min_seconds=0.2)
+    data = jax.device_put((dataset.train.images, dataset.train.labels))
+    data += (jnp.arange(len(dataset.train)), jax.random.key(2))
+    drawing = measure(lambda: draw(*data), min_seconds=0.2)
     return compilation | {
         "seconds": seconds,
         "checkpoint_seconds": _checkpoint_seconds(carry),
@@ -159,35 +200,6 @@ def begin(
     fresh = fresh_carry(method, batch_size, dataset.image_shape)
     everywhere = replicated(data_mesh())
     return dataset, method, jax.jit(fresh, out_shardings=everywhere)(jax.random.key(0))
-
-
-def _step(config: Config, measure: Measure, change: Callable[..., Any]) -> Found:
-    """Measures the training step as `change` makes it of itself and its arguments."""
-    batch_size = config.training.batch_size
-    dataset, method, carry = begin(config, _POOL * batch_size)
-    steps = building.make_plan(config, len(dataset.train)).steps_per_call
-    state = carry.state
-    data = (*_on_device(dataset, batch_size), jax.random.key(1))
-
-    def one_step(state: TrainState, images: Array, labels: Array, key: Array):
-        which = state.step % _POOL
-        key = jax.random.fold_in(key, state.step)
-        return method.train_step(state, images[which], labels[which], key)[0]
-
-    one_step = change(one_step, state, *data)
-
-    def run(state: TrainState, *data: Array) -> TrainState:
-        if steps == 1:
-            return one_step(state, *data)
-        state, _ = jax.lax.scan(
-            lambda state, _: (one_step(state, *data), None), state, length=steps
-        )
-        return state
-
-    jitted = jax.jit(run, donate_argnums=0, out_shardings=replicated(data_mesh()))
-    program, compilation = _compile(lambda: jitted.lower(state, *data))
-    seconds = measure(_repeated(program, state, *data))
-    return compilation | {"seconds": [value / steps for value in seconds]}
 
 
 def _unrolled(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:

@@ -54,7 +54,8 @@ def summarize(
     """Makes the rows of a bench.
 
     Args:
-      outcomes: of each task, an outcome a round; all that there are as yet.
+      outcomes: of each task, in the order of `schedule`, an outcome a round; all that
+        there are as yet.
       options: of the bench.
 
     Returns:
@@ -67,46 +68,34 @@ def summarize(
       `ratio` (of its time to ours, with `ratio_low` and `ratio_high` over the rounds).
       What does not apply is left out.
     """
-    good = {
-        task: found
-        for task, raws in outcomes.items()
-        if (found := [raw for raw in raws if "error" not in raw])
-    }
-    ceilings = {
-        task.precision: {name: raws[0][name] for name in ("matmul", "copy")}
-        for task, raws in good.items()
-        if task.kind == "roofline"
-    }
-    passes: dict[str, StepCost] = {}
-    for task, raws in good.items():
+    rows: list[Row] = []
+    failures, ceilings, passes, first = [], {}, {}, {}
+    for task, raws in outcomes.items():
+        failures += [(task.name, raw["error"]) for raw in raws if "error" in raw]
+        good = [raw for raw in raws if "error" not in raw]
+        if not good:
+            continue
         if task.kind == "counts":
-            passes = {name: StepCost(*cost) for name, cost in raws[0]["passes"].items()}
-    rows = []
-    for task, raws in good.items():
-        if task.kind not in ("roofline", "counts"):
-            config = config_of(task, options)
-            rows.append(_row(task, raws, config))
-            if passes and task.kind != "evaluation":
-                ceiling = ceilings.get(task.precision)
-                rows[-1] |= _rates(rows[-1], task, config, passes, ceiling)
+            passes = {name: StepCost(*cost) for name, cost in good[0]["passes"].items()}
+            continue
+        first = first or good[0]
+        if task.kind == "roofline":
+            ceilings[task.precision] = {n: good[0][n] for n in ("matmul", "copy")}
+            continue
+        config = config_of(task, options)
+        rows.append(_row(task, good, config))
+        if passes and task.kind != "evaluation":
+            ceiling = ceilings.get(task.precision)
+            rows[-1] |= _rates(rows[-1], task, config, passes, ceiling)
     for row in rows:
         row |= _compared(row, rows)
-    ours = (raws[0] for raws in good.values() if "provenance" in raws[0])
-    first = next(ours, {})
-    return BenchReport(
-        rows,
-        ceilings,
-        _projection(rows, options),
-        [
-            (task.name, raw["error"])
-            for task, raws in outcomes.items()
-            for raw in raws
-            if "error" in raw
-        ],
-        first.get("provenance", {})
-        | {"matmul_precision": first.get("matmul_precision")}
-        | {"command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])},
-    )
+    command = shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
+    provenance = first.get("provenance", {}) | {
+        "matmul_precision": first.get("matmul_precision"),
+        "command": command,
+    }
+    projection = _projection(rows, options)
+    return BenchReport(rows, ceilings, projection, failures, provenance)
 
 
 def _row(task: Task, raws: Sequence[Outcome], config: Config) -> Row:
@@ -154,19 +143,14 @@ def _rates(
         values = methods.values_of(config, part.name)
         attack_steps += values.get("num_steps", 0) * values.get("restarts", 1)
         num_passes += entries.added_passes(part.name)
-    lean = step_cost(passes, attack_steps, round(num_passes))
-    wasteful = step_cost(
-        passes, attack_steps, round(num_passes), attack_weight_gradients=True
-    )
-    flops = (wasteful if task.variant in ("reference", "resident") else lean).flops
-    rate = row["images_per_second"]
-    found = {
-        "tflops": rate * flops / 1e12,
-        "flop_cost": flops / step_cost(passes).flops,
-    }
+    work = (passes, attack_steps, round(num_passes))
+    wasteful = task.variant in ("reference", "resident")
+    flops = step_cost(*work, attack_weight_gradients=wasteful).flops
+    rate, st = row["images_per_second"], step_cost(passes)
+    found = {"tflops": rate * flops / 1e12, "flop_cost": flops / st.flops}
     if ceiling:
         devices = max(1, task.devices)
-        traffic = lean.elements * jnp.dtype(task.precision).itemsize
+        traffic = step_cost(*work).elements * jnp.dtype(task.precision).itemsize
         found["matmul_fraction"] = rate * flops / ceiling["matmul"] / devices
         found["copy_fraction"] = rate * traffic / ceiling["copy"] / devices
     return found
@@ -205,9 +189,8 @@ def _projection(rows: Sequence[Row], options: Options) -> dict[str, Any] | None:
     table = [configuration.parse_row(name).method for name in names]
     if not set(table) <= seconds.keys():
         return None
-    config = configuration.load_config(
-        f"{options.config}:{names[0]}", options.overrides
-    )
+    path = f"{options.config}:{names[0]}"
+    config = configuration.load_config(path, options.overrides)
     evaluations = [r["test_set_seconds"] for r in rows if r["kind"] == "evaluation"]
     training = config.training.epochs * sum(seconds[method] for method in table)
     total = _SEEDS * (training + len(table) * (evaluations or [0.0])[0])

@@ -59,8 +59,8 @@ class TwinResNet(nn.Module):
       blocks: number of blocks of each stage; all stages but the first halve the size.
       num_classes: number of logits.
       in_channels: channels of the images.
-      mean: per-channel mean that is subtracted from the images, 0 if not given.
-      std: per-channel standard deviation they are divided by, 1 if not given.
+      mean: subtracted from the images, a number for all channels or one for each.
+      std: what they are divided by, likewise.
     """
 
     mean: Tensor
@@ -72,14 +72,12 @@ class TwinResNet(nn.Module):
         blocks: Sequence[int] = (2, 2, 2, 2),
         num_classes: int = 10,
         in_channels: int = 3,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
     ):
         super().__init__()
-        mean = (0.0,) * in_channels if mean is None else mean
-        std = (1.0,) * in_channels if std is None else std
         for name, value in (("mean", mean), ("std", std)):
-            buffer = torch.tensor(value).reshape(1, in_channels, 1, 1)
+            buffer = torch.tensor(value).reshape(1, -1, 1, 1)
             self.register_buffer(name, buffer, persistent=False)
         self.stem = _convolution(in_channels, width, 3)
         stages, channels = OrderedDict[str, nn.Module](), width

@@ -115,7 +115,7 @@ def run(spec: TwinSpec, arrays: Arrays) -> dict[str, Any]:
         all(bool(x.isfinite().all()) for x in model.parameters()),
         "finite parameters after the last step",
         "Lower the learning rate.",
-        learning_rate=spec.learning_rate,
+        learning_rate=spec.sgd["lr"],
     )
     peak = torch.cuda.max_memory_allocated() if on_cuda else peak_resident_bytes()
     return {
@@ -159,26 +159,28 @@ def parity(spec: TwinSpec, arrays: Arrays) -> dict[str, float]:
         logits = trainer.loss(*batch)[1].cpu().numpy()
     gradient = trainer.image_gradient(*batch) * len(labels)
     trainer.step(*batch)
-    names = [name for name in arrays if name.startswith("updated/")]
     variables = to_jax(trainer.model)
-    updated = [variables[name.replace("updated", "params", 1)] for name in names]
-    return {
-        "logits": _deviation([logits], [arrays["logits"]]),
-        "image_gradient": _deviation(
-            [gradient.permute(0, 2, 3, 1).cpu().numpy()], [arrays["image_gradient"]]
-        ),
-        "update": _deviation(updated, [arrays[name] for name in names]),
+    pairs = {
+        "logits": [(logits, arrays["logits"])],
+        "image_gradient": [
+            (gradient.permute(0, 2, 3, 1).cpu().numpy(), arrays["image_gradient"])
+        ],
+        "update": [
+            (variables[name.replace("updated", "params", 1)], array)
+            for name, array in arrays.items()
+            if name.startswith("updated/")
+        ],
     }
+    return {name: _deviation(found) for name, found in pairs.items()}
 
 
-def _deviation(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    for own, their in zip(ours, theirs, strict=True):
+def _deviation(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Returns the largest gap between ours and theirs, relative to their largest."""
+    for own, their in pairs:
         condition = f"shape {own.shape} in the parity file"
         check(own.shape == their.shape, condition, shape=their.shape)
-    gaps = [
-        np.max(np.abs(own - their)) for own, their in zip(ours, theirs, strict=True)
-    ]
-    return float(max(gaps) / max(np.max(np.abs(their)) for their in theirs))
+    gap = max(np.max(np.abs(own - their)) for own, their in pairs)
+    return float(gap / max(np.max(np.abs(their)) for _, their in pairs))
 
 
 def _loaded_model(spec: TwinSpec, arrays: Arrays) -> TwinResNet:
@@ -195,12 +197,13 @@ def make_pool(spec: TwinSpec) -> list[tuple[Tensor, Tensor]]:
     to [0, 1].
     """
     rng = np.random.default_rng(0)
+    mean, std = (np.array(spec.network[name]) for name in ("mean", "std"))
 
     def batch() -> tuple[Tensor, Tensor]:
         noise = rng.standard_normal([spec.batch_size, *spec.image_shape])
-        pixels = np.clip(np.array(spec.mean) + np.array(spec.std) * noise, 0, 1)
+        pixels = np.clip(mean + std * noise, 0, 1)
         planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), np.float32)
-        labels = rng.integers(0, spec.num_classes, spec.batch_size)
+        labels = rng.integers(0, spec.network["num_classes"], spec.batch_size)
         return torch.from_numpy(planes), torch.from_numpy(labels)
 
     return [batch() for _ in range(_POOL_SIZE)]

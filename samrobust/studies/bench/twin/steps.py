@@ -16,7 +16,8 @@ Reference: Wei, Zhu and Zhang, 2023, arXiv 2305.05392; Foret et al., 2021, arXiv
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own custom
@@ -57,20 +58,14 @@ class TwinSpec:
       precision: `float32`, or `bfloat16` for autocast in a tuned variant.
       float32_matmul: `highest`, or `high` for TF32 in products and convolutions.
       device: `cpu` or `cuda`.
-      width: channels of the first stage.
-      blocks: blocks of each stage.
+      network: the arguments of `TwinResNet`, all of them.
       image_shape: (H, W, C).
-      num_classes: number of logits.
-      mean: of the pixels, one a channel.
-      std: of the pixels, one a channel, > 0.
       norm: of the attack, `linf` or `l2`; without effect where there is none.
       epsilon: the attack's radius.
       step_size: the length of its steps.
       num_steps: their number.
       rho: SAM's radius.
-      learning_rate: of SGD.
-      momentum: of SGD.
-      weight_decay: of SGD, on all parameters.
+      sgd: the arguments `lr`, `momentum` and `weight_decay` (on all parameters) of SGD.
       repeats: number of timed repeats.
       min_seconds: the least duration of a repeat.
 
@@ -85,20 +80,14 @@ class TwinSpec:
     precision: str
     float32_matmul: str
     device: str
-    width: int
-    blocks: Sequence[int]
+    network: Mapping[str, Any]
     image_shape: Sequence[int]
-    num_classes: int
-    mean: Sequence[float]
-    std: Sequence[float]
     norm: str
     epsilon: float
     step_size: float
     num_steps: int
     rho: float
-    learning_rate: float
-    momentum: float
-    weight_decay: float
+    sgd: Mapping[str, Any]
     repeats: int
     min_seconds: float
 
@@ -122,15 +111,7 @@ class TwinSpec:
 
 def make_model(spec: TwinSpec) -> TwinResNet:
     """Returns the network in train mode on the spec's device."""
-    model = TwinResNet(
-        width=spec.width,
-        blocks=spec.blocks,
-        num_classes=spec.num_classes,
-        in_channels=spec.image_shape[-1],
-        mean=spec.mean,
-        std=spec.std,
-    )
-    return model.to(spec.device).train()
+    return TwinResNet(**spec.network).to(spec.device).train()
 
 
 def make_trainer(
@@ -153,16 +134,14 @@ class ReferenceTrainer:
 
     layout = torch.contiguous_format
 
-    def __init__(self, spec: TwinSpec, model: TwinResNet):
-        self.spec = spec
-        self.model = self._network = model
-        self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=spec.learning_rate,
-            momentum=spec.momentum,
-            weight_decay=spec.weight_decay,
-            fused=spec.is_tuned or None,  # None: as PyTorch chooses
-        )
+    def __init__(self, spec: TwinSpec, model: TwinResNet, *, compiled: bool = False):
+        self.spec, self.model = spec, model.to(memory_format=self.layout)
+        # Mode "default": Inductor fuses what lies between the convolutions. It has no
+        # templates for their gradients, so that "max-autotune" would spend minutes on
+        # the forward passes alone; `capture` takes its CUDA graph of the whole step.
+        self._network = torch.compile(model) if compiled else model
+        fused = spec.is_tuned or None  # None: as PyTorch chooses
+        self.optimizer = torch.optim.SGD(model.parameters(), **spec.sgd, fused=fused)
 
     def place(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns a batch on the device, in the memory layout of the step."""
@@ -266,14 +245,6 @@ class TunedTrainer(ReferenceTrainer):
     """
 
     layout = torch.channels_last
-
-    def __init__(self, spec: TwinSpec, model: TwinResNet, *, compiled: bool = False):
-        super().__init__(spec, model.to(memory_format=torch.channels_last))
-        # Mode "default": Inductor fuses what lies between the convolutions. It has no
-        # templates for their gradients, so that "max-autotune" would spend minutes on
-        # the forward passes alone; `capture` takes its CUDA graph of the whole step.
-        if compiled:
-            self._network = torch.compile(model)
 
     def image_gradient(self, images: Tensor, labels: Tensor) -> Tensor:
         """Returns the gradient of the mean loss in the images, and no other."""
