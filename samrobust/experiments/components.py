@@ -21,14 +21,7 @@ from samrobust.models import MODELS
 from samrobust.system.resolve import is_reference, resolve
 from samrobust.types import Config, Field
 
-__all__ = [
-    "OPTIMIZERS",
-    "check_model",
-    "make_model",
-    "make_optimizer",
-    "model_fields",
-    "takes",
-]
+__all__ = ["check_model", "make_model", "make_optimizer", "model_fields", "takes"]
 
 # Given to a network's constructor where it has such a parameter.
 _OF_THE_DATA = ("num_classes", "mean", "std")

@@ -24,12 +24,7 @@ from samrobust.system.provenance import random_bits
 from samrobust.system.resolve import is_reference, sources
 from samrobust.types import Config
 
-__all__ = [
-    "FORMAT",
-    "Identity",
-    "changed_fields",
-    "identity_of",
-]
+__all__ = ["Identity", "changed_fields", "identity_of"]
 
 # To be raised when a config and a seed come to mean other numbers, beyond rounding.
 FORMAT = 1

@@ -36,13 +36,7 @@ from samrobust.system.files import WorkdirError, write_json
 from samrobust.system.runtime import RESUME
 from samrobust.training import InterruptedRunError
 
-__all__ = [
-    "collect",
-    "finished",
-    "record_plan",
-    "refuse_other_configs",
-    "run_all",
-]
+__all__ = ["collect", "finished", "record_plan", "refuse_other_configs", "run_all"]
 
 _TICK, _LONGEST_PAUSE = 0.5, 5.0  # seconds
 

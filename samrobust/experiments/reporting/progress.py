@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
-__all__ = ["ProgressDisplay", "RunDisplay"]
+__all__ = ["ProgressDisplay"]
 
 _SECONDS_BETWEEN_LINES = 15.0
 
