@@ -19,6 +19,7 @@ PAGES = MODULES + [
     for page in sorted((ROOT.parent / folder).rglob("*"))
     if page.suffix in (".md", ".py")
 ]
+PAGES += [ROOT.parent / name for name in ("README.md", "CONTRIBUTING.md")]
 
 # Plurals and others that end as a verb in the third person does.
 NOT_A_VERB = re.compile(
