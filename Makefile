@@ -8,12 +8,8 @@ BIN := $(VENV)/bin
 table: $(VENV)/.installed
 	$(BIN)/samrobust table
 
-# Without XLA's newer code generator for fusions on a CPU the tests compile twice as fast.
-# The flag is of the locked XLA; others do not know it.
-TEST_XLA_FLAGS ?= --xla_cpu_use_fusion_emitters=false
-
 test: $(VENV)/.installed-dev
-	XLA_FLAGS="$(TEST_XLA_FLAGS) $$XLA_FLAGS" $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
