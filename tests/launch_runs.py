@@ -1,6 +1,6 @@
 """Runs of the real command for the tests of the launchers, and what they must equal.
 
-Eight epochs of a tiny network under attack, in two processes of one CPU device each.
+Five epochs of a tiny network under attack, in two processes of one CPU device each.
 Which machines they are on, and how often they were stopped, must not change a bit.
 """
 
@@ -31,7 +31,7 @@ __all__ = [
 _LONG = {
     "data.train_size": 256,
     "training.batch_size": 16,
-    "training.epochs": 8,
+    "training.epochs": 5,
 }
 # A peer that dies is noticed soon.
 DISTRIBUTED = {"SAMROBUST_HEARTBEAT_SECONDS": "10"}

@@ -20,10 +20,10 @@ ST, SAM = "st", "sam,rho=0.2"
 LONG = {
     "data.train_size": 256,
     "training.batch_size": 16,
-    "training.epochs": 6,
+    "training.epochs": 3,
     "checkpoint.minutes": 0.001,
 }
-NUM_STEPS = 96
+NUM_STEPS = 48
 # For starts that nobody disturbs: how often a run saves may change, and costs time.
 RARELY = {"checkpoint.minutes": 10.0}
 
@@ -118,13 +118,13 @@ def test_a_run_whose_workdir_was_taken_over_ends_and_leaves_the_files_alone(
     time.sleep(2)
     folder = tmp_path / "checkpoints" / "last"
     with claim(tmp_path):
-        shutil.copytree(folder / str(newest(tmp_path)), folder / "90")  # by its heir
+        shutil.copytree(folder / str(newest(tmp_path)), folder / "44")  # by its heir
         for process in group:
             process.send_signal(signal.SIGCONT)
         outcomes = helpers.finish_group(group)
         assert [code for code, *_ in outcomes] == [2, 2], outcomes
         assert "took over" in outcomes[0][2]
-        assert newest(tmp_path) == 90
+        assert newest(tmp_path) == 44
     assert not (tmp_path / "failure.json").exists()
 
 
@@ -197,7 +197,7 @@ def test_processes_killed_at_random_end_bit_identical(tmp_path, cache, undisturb
     kinds = []
     while newest(tmp_path) < NUM_STEPS:
         group = helpers.start_command_group(2, *arguments_of(tmp_path), **cache)
-        step = newest(tmp_path) + chance.randint(1, 36)
+        step = newest(tmp_path) + chance.randint(4, 24)
         kind = None
         with contextlib.suppress(AssertionError):  # it ended before
             wait_until(group, tmp_path, min(step, NUM_STEPS))
