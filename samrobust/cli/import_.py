@@ -60,10 +60,11 @@ def run(arguments: argparse.Namespace, stop: Any) -> int:
         where = "command line"
     elif "mean" in weights.metadata:
         where = "file"
-    classes = load_facts(config).num_classes
+    shown.append(f"{load_facts(config).num_classes} classes")
+    normalized = f"; mean and std of the {where}" if "mean" in fields else ""
     lines = (
         f"{'Already imported' if done else 'Imported'} {source} to {workdir}: "
-        f"{', '.join([*shown, f'{classes} classes'])}; mean and std of the {where}.",
+        f"{', '.join(shown)}{normalized}.",
         *weights.notes,
         f"Next: samrobust evaluate --workdir={workdir}",
     )
