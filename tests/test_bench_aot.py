@@ -60,6 +60,13 @@ PROGRAM = textwrap.dedent("""
       ROOT %next = (s32[], bf16[2,4,4,3]{3,2,1,0}, bf16[3,3,3,3]{3,2,1,0}, f32[100,3]{1,0}) tuple(%i, %y, %k, %noted)
     }
 
+    %done (state: (s32[], bf16[2,4,4,3], bf16[3,3,3,3], f32[100,3])) -> pred[] {
+      %state = (s32[], bf16[2,4,4,3]{3,2,1,0}, bf16[3,3,3,3]{3,2,1,0}, f32[100,3]{1,0}) parameter(0)
+      %limit = s32[] constant(10)
+      %now = s32[] get-tuple-element(%state), index=0
+      ROOT %less = pred[] compare(%now, %limit), direction=LT
+    }
+
     %small (s: f32[3]) -> f32[3] {
       %s = f32[3]{0} parameter(0)
       ROOT %copied = f32[3]{0} copy(%s)
@@ -94,6 +101,25 @@ def test_kernels_are_counted_by_kind_with_their_runs_and_bytes():
     }
     assert found["conv"].outputs == (Shape("bf16", (2, 4, 4, 3)), Shape("u8", (0,)))
     assert found["sums"].opcodes == {"convert", "reduce"}
+
+
+def test_a_loop_runs_as_often_as_its_condition_says_or_once():
+    unnoted = PROGRAM.replace("known_trip_count", "nothing")
+    assert kernels(unnoted) == kernels(PROGRAM)
+    unknown = unnoted.replace("direction=LT", "direction=NE")
+    assert {kernel.runs for kernel in kernels(unknown)} == {1}
+
+
+def test_an_asynchronous_copy_is_read_and_written_once():
+    program = """
+    ENTRY %main (x: f32[8]) -> f32[8] {
+      %x = f32[8]{0} parameter(0)
+      %start = (f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%x)
+      ROOT %done = f32[8]{0:S(1)} copy-done(%start)
+    }
+    """
+    (copy,) = kernels(textwrap.dedent(program))
+    assert (copy.num_bytes, copy.outputs) == (64, (Shape("f32", (8,)),))
 
 
 def test_the_counts_of_a_step_are_those_of_a_call_over_its_steps():
@@ -306,3 +332,18 @@ def test_activations_in_bfloat16_stay_so_except_in_the_last_stage(name):
 def test_the_loops_of_a_step_transpose_nothing(name):
     found, _ = compiled_for_h200(name)
     assert [k.name for k in found if k.loop and "transpose" in k.opcodes] == []
+
+
+# Compiled for a TPU.
+
+
+@pytest.mark.skipif(
+    not aot._is_installed("libtpu"), reason='wants pip install "samrobust[tpu]"'
+)
+@pytest.mark.slow
+def test_a_step_compiles_for_a_tpu_and_its_loops_are_counted():
+    small = {"model.dtype": "bfloat16", "training.steps_per_call": 25}
+    config = helpers.make_config("at,norm=linf,eps=16", small)
+    found = aot.counted("step", config, "v5e")
+    assert [body["runs"] for body in found["bodies"]] == [1, 2]
+    assert all(body["kernels"]["convolutions"] > 0 for body in found["bodies"])

@@ -5,7 +5,8 @@ what only names memory (`tuple`, `bitcast`, `parameter`). Its bytes are those of
 operands and results: what passes through memory if nothing stays in a cache. Of a
 buffer that a fusion only slices or updates in place, the slice alone counts.
 
-A loop's body counts as often as it runs, where XLA knows that, else once; of a
+A loop's body counts as often as it runs, and once where that hangs on the data: XLA
+notes how often, or the condition compares a counter, from 0, with a constant. Of a
 `conditional` the branch with the most bytes counts.
 """
 
@@ -128,7 +129,8 @@ def _instruction(name: str, text: str) -> _Instruction:
         raise ValueError(f"Expected an HLO instruction, got {text[:200]!r}.")
     start = opcode.end() - 1
     close = start + _closing(text[start:])
-    names = r"\((\d+)\)" if opcode[1] == "parameter" else r"%([\w.\-]+)"
+    is_number = opcode[1] in ("parameter", "constant")
+    names = r"\((\d+)\)" if is_number else r"%([\w.\-]+)"
     return _Instruction(
         name.removeprefix("%"),
         _shapes(text[: opcode.start(1)]),
@@ -164,9 +166,8 @@ def _walk(
     by_name = {each.name: each for each in instructions}
     for each in instructions:
         if each.opcode == "while":
-            trips = _TRIPS.search(each.attributes)
             (body,) = each.named("body")
-            times = runs * int(trips[1]) if trips else runs
+            times = runs * _trips(computations, each)
             yield from _walk(computations, body, times, body)
         elif each.opcode in ("call", "async-start"):
             for called in each.named("to_apply", "calls"):
@@ -182,6 +183,20 @@ def _walk(
             yield _kernel(computations, by_name, each, runs, loop)
 
 
+def _trips(computations: _Computations, loop: _Instruction) -> int:
+    """Returns how often a loop runs: as XLA notes, or up to what its condition says."""
+    if known := _TRIPS.search(loop.attributes):
+        return int(known[1])
+    condition = computations[loop.named("condition")[0]]
+    constants = {each.name: each.operands for each in condition}
+    test = condition[-1]
+    if test.opcode == "compare" and "direction=LT" in test.rest:
+        limit = constants.get(test.operands[1], ())
+        if len(limit) == 1 and limit[0].isdigit():
+            return int(limit[0])
+    return 1
+
+
 def _kernel(
     computations: _Computations,
     by_name: dict[str, _Instruction],
@@ -194,7 +209,8 @@ def _kernel(
     inside = computations[each.named("calls")[0]] if is_fusion else [each]
     opcodes = frozenset(i.opcode for i in inside if i.opcode not in _NO_KERNEL)
     inputs = [sum(s.num_bytes for s in by_name[n].shapes) for n in each.operands]
-    written = sum(shape.num_bytes for shape in each.shapes)
+    outputs = each.shapes[: 1 if each.opcode == "copy-start" else None]
+    written = sum(shape.num_bytes for shape in outputs)
     for position, (read, saved) in _sliced(inside).items() if is_fusion else ():
         inputs[position] = min(inputs[position], read)
         written -= saved
@@ -204,7 +220,7 @@ def _kernel(
         runs,
         loop,
         sum(inputs) + written,
-        each.shapes,
+        outputs,
         opcodes,
     )
 
