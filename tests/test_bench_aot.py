@@ -1,5 +1,6 @@
 """Programs for devices that are not there: their kernels counted, their form held."""
 
+import dataclasses
 import functools
 import json
 import textwrap
@@ -187,6 +188,16 @@ def test_rows_of_any_method_are_counted_beside_the_evaluation():
     tasks = aot.plan_counts(Options(DIGITS, aot="h200", row=rows))
     steps = [task.row for task in tasks if task.kind == "step"]
     assert (tuple(steps), len(tasks)) == (rows, 3)
+    flags = ("", "--xla_a=1")
+    options = Options(DIGITS, aot="h200", row=("st",), xla_flags=flags)
+    tasks = aot.plan_counts(dataclasses.replace(options, measure=("step",)))
+    assert [task.xla_flags for task in tasks] == ["", "--xla_a=1"]
+
+
+def test_rows_are_refused_where_time_is_measured(capsys, tmp_path):
+    flags = "--row=st", f"--workdir={tmp_path / 'bench'}"
+    assert helpers.main("bench", *flags) != 0
+    assert "Expected --aot with --row" in capsys.readouterr().err
 
 
 def test_what_was_counted_is_shown_and_written_and_a_failure_told(tmp_path):

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from samrobust.checks import check
 from samrobust.cli import flags
 from samrobust.system.runtime import FAILED
 
@@ -75,6 +76,7 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     from samrobust.system.files import check_writable
 
     options = flags.build(Options, arguments)
+    check(bool(options.aot) or not options.row, "--aot with --row", row=options.row)
     if options.aot:
         return _count(options, pathlib.Path(arguments.workdir), should_stop)
     tasks, workdir = plan(options), pathlib.Path(arguments.workdir)

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import os
 import pathlib
 import time
@@ -255,12 +256,9 @@ def plan_counts(options: Options) -> list[Task]:
         }
         for kind in measure:
             name, batch_sizes, calls = settings[kind]
-            tasks += [
-                Task(kind, "", name, size, precision, steps_per_call=steps)
-                for size in batch_sizes
-                for precision in precisions
-                for steps in calls
-            ]
+            flags = options.xla_flags
+            each: Any = itertools.product(batch_sizes, precisions, (0,), calls, flags)
+            tasks += [Task(kind, "", name, *setting) for setting in each]
     for task in tasks:
         config_of(task, options)
     return list(dict.fromkeys(tasks))
@@ -282,7 +280,8 @@ def to_sheet(found: dict[Task, dict[str, Any]], name: str) -> Sheet:
     """Returns the tables of what was counted, and the notes."""
     totals, kinds, notes = [], [], [_HOW_TO_READ]
     for task, outcome in found.items():
-        label = task.row if task.kind == "step" else task.kind
+        what = task.row if task.kind == "step" else task.kind
+        label = f"{what} {task.xla_flags}".strip()
         if "error" in outcome:
             notes.append(f"failed: {label}: {outcome['error']}")
             continue
