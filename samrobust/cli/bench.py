@@ -6,11 +6,12 @@ import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from samrobust.checks import check
 from samrobust.cli import flags
 from samrobust.system.runtime import FAILED
 
 if TYPE_CHECKING:
-    from samrobust.studies.bench.plan import Task
+    from samrobust.studies.bench.plan import Options, Task
     from samrobust.studies.bench.suite import Outcome
 
 __all__ = ["add", "run"]
@@ -52,6 +53,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--repeats", **flags.FEW, help="of each process; default: 5")
     add("--rounds", **flags.FEW, help="processes per row; default: 2")
     add("--min-seconds", **flags.POSITIVE, help="of a repeat; default: 2")
+    aot = "compile for a device that is not there, and count kernels and bytes"
+    add("--aot", choices=("h200", "v5e"), help=aot)
+    add("--row", **flags.ROWS, help="with --aot: of any method; repeat for several")
     profile = "write Perfetto traces, one per row, instead of measuring"
     add("--profile", action="store_true", help=profile)
 
@@ -72,6 +76,9 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     from samrobust.system.files import check_writable
 
     options = flags.build(Options, arguments)
+    check(bool(options.aot) or not options.row, "--aot with --row", row=options.row)
+    if options.aot:
+        return _count(options, pathlib.Path(arguments.workdir), should_stop)
     tasks, workdir = plan(options), pathlib.Path(arguments.workdir)
     check_writable(workdir)
     console, failed = make_console(), False
@@ -99,3 +106,33 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     console.print(to_sheet(report).to_rich())
     show_written(console, workdir, write_report(report, workdir))
     return FAILED if report.failures else 0
+
+
+def _count(
+    options: "Options", workdir: pathlib.Path, should_stop: Callable[[], bool]
+) -> int:
+    """Counts programs for a device that is not there; returns the exit code."""
+    from samrobust.cli.shared import show_written
+    from samrobust.experiments.reporting.console import make_console
+    from samrobust.experiments.reporting.progress import ProgressDisplay
+    from samrobust.studies.bench import aot
+    from samrobust.studies.bench.suite import Launcher
+    from samrobust.system.files import check_writable
+
+    assert options.aot is not None
+    aot.check_target(options.aot)
+    tasks = aot.plan_counts(options)
+    check_writable(workdir)
+    console, outcomes = make_console(), {}
+    display = ProgressDisplay(console, len(tasks))
+    with tempfile.TemporaryDirectory(prefix="samrobust-bench-") as folder:
+        launch = Launcher(options, pathlib.Path(folder), should_stop)
+        with display.live():
+            for number, task in enumerate(tasks):
+                display.show(f"{task.row} {task.kind}", float(number))
+                outcomes[task] = launch(task)
+                aot.write_counts(outcomes, options.aot, workdir)
+    console.print(aot.to_sheet(outcomes, options.aot).to_rich())
+    paths = aot.write_counts(outcomes, options.aot, workdir)
+    show_written(console, workdir, paths)
+    return FAILED if any("error" in found for found in outcomes.values()) else 0

@@ -23,6 +23,7 @@ from samrobust.checks import check
 from samrobust.data import Split
 from samrobust.evaluation.fates import Fates
 from samrobust.evaluation.measure import (
+    BatchFn,
     OnBatch,
     classifier,
     is_correct,
@@ -39,6 +40,7 @@ __all__ = [
     "Outcome",
     "check_finite",
     "conclude",
+    "judge_by",
     "make_evaluator",
     "make_natural",
 ]
@@ -155,20 +157,7 @@ def make_evaluator(
     Raises:
       ValueError: if batch_size < 1.
     """
-
-    def judge(
-        variables: PyTree, images: Array, labels: Array, *, key: Array
-    ) -> dict[str, Array]:
-        logits_fn = classifier(model, variables)
-        found = {}
-        for name, attack in attacks.items():
-            attacked = attack(logits_fn, images, labels, key=of_name(key, name))
-            logits = logits_fn(attacked)
-            verdict = is_correct(logits, labels), is_finite(logits)
-            found[name] = jnp.stack(verdict, axis=-1)
-        return found
-
-    measure = make_measure(judge, batch_size=batch_size)
+    measure = make_measure(judge_by(model, attacks), batch_size=batch_size)
 
     def evaluate(
         variables: PyTree,
@@ -188,6 +177,27 @@ def make_evaluator(
         return conclude(correct, bad)
 
     return evaluate
+
+
+def judge_by(model: nn.Module, attacks: Mapping[str, Attack]) -> BatchFn:
+    """Builds the verdict on a batch under every attack, by its name, bool [B, 2].
+
+    Of each example: it is classified correctly, and its logits are finite.
+    """
+
+    def judge(
+        variables: PyTree, images: Array, labels: Array, *, key: Array
+    ) -> dict[str, Array]:
+        logits_fn = classifier(model, variables)
+        found = {}
+        for name, attack in attacks.items():
+            attacked = attack(logits_fn, images, labels, key=of_name(key, name))
+            logits = logits_fn(attacked)
+            verdict = is_correct(logits, labels), is_finite(logits)
+            found[name] = jnp.stack(verdict, axis=-1)
+        return found
+
+    return judge
 
 
 def make_natural(

@@ -31,6 +31,7 @@ __all__ = [
     "Examples",
     "Measure",
     "OnBatch",
+    "batch_program",
     "batch_size_for",
     "check_batch_size",
     "classifier",
@@ -100,13 +101,7 @@ def make_measure(batch_fn: BatchFn, *, batch_size: int) -> Measure:
       ValueError: if batch_size < 1 or, when called, the split is empty.
     """
     check_batch_size(batch_size)
-
-    @jit_for_all
-    def of_batch(
-        variables: PyTree, images: Array, labels: Array, indices: Array, key: Array
-    ) -> dict[str, Array]:
-        images, labels, keys = examples_of(images, labels, indices, key)
-        return dict(batch_fn(variables, images, labels, key=keys))
+    of_batch = batch_program(batch_fn)
 
     def measure(
         variables: PyTree,
@@ -128,6 +123,24 @@ def make_measure(batch_fn: BatchFn, *, batch_size: int) -> Measure:
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
     return measure
+
+
+def batch_program(batch_fn: BatchFn) -> Callable[..., dict[str, Array]]:
+    """Builds the compiled function of a batch, which it takes out of a split.
+
+    Returns:
+      `of_batch(variables, images, labels, indices, key)`, of the images and labels of
+      the whole split, as `examples_of` takes them.
+    """
+
+    @jit_for_all
+    def of_batch(
+        variables: PyTree, images: Array, labels: Array, indices: Array, key: Array
+    ) -> dict[str, Array]:
+        images, labels, keys = examples_of(images, labels, indices, key)
+        return dict(batch_fn(variables, images, labels, key=keys))
+
+    return of_batch
 
 
 def to_devices(variables: PyTree, split: Split) -> tuple[PyTree, Array, Array]:

@@ -16,7 +16,7 @@ from jax.stages import Lowered
 
 from samrobust.checks import check
 from samrobust.data import Split, epoch_permutation, random_crop_and_flip, take_batch
-from samrobust.system.distributed import replicate, replicated, shard_batch
+from samrobust.system.distributed import data_mesh, replicate, replicated, shard_batch
 from samrobust.system.runtime import compiler_options
 from samrobust.training.state import TrainState
 from samrobust.training.step import TrainStep
@@ -113,7 +113,8 @@ def make_plan(
     Raises:
       ValueError: if there is not one batch, or the devices do not divide a full one.
     """
-    default = 1 if jax.default_backend() == "cpu" else 25
+    devices = data_mesh().devices
+    default = 1 if devices.flat[0].platform == "cpu" else 25
     plan = EpochPlan(
         num_examples, batch_size, steps_per_call or default, drop_remainder
     )
@@ -122,7 +123,7 @@ def make_plan(
         f"batch_size <= {num_examples} (the training examples), not below 1",
         batch_size=batch_size,
     )
-    count = jax.device_count()
+    count = devices.size
     check(
         batch_size % count == 0,
         f"batch_size divisible by the {count} devices",

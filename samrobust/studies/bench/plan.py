@@ -27,6 +27,8 @@ class Options:
       steps_per_call: 0: the default of the device.
       xla_flags: flags added to `XLA_FLAGS`, one string a variant; "" adds none.
       compare: `pytorch`, or nothing.
+      aot: of `aot.TARGETS`, a device to compile for instead of measuring, or nothing.
+      row: with `aot`: rows of any method; the first of each of `methods` where empty.
       variants: of PyTorch, see `twin/reference.py`.
       repeats: in every process.
       rounds: processes for each row.
@@ -43,6 +45,8 @@ class Options:
     steps_per_call: tuple[int, ...] = (0,)
     xla_flags: tuple[str, ...] = ("",)
     compare: str | None = None
+    aot: str | None = None
+    row: tuple[str, ...] = ()
     variants: tuple[str, ...] = ("reference", "resident", "tuned", "compiled")
     repeats: int = 5
     rounds: int = 2

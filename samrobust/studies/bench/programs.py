@@ -35,9 +35,12 @@ from samrobust.training.state import TrainState
 from samrobust.types import Array, Config
 
 __all__ = [
+    "POOL",
     "begin",
     "epoch",
     "evaluation",
+    "jit_steps",
+    "on_pool",
     "roofline",
     "step",
     "step_program",
@@ -48,7 +51,7 @@ __all__ = [
 Measure: TypeAlias = Callable[..., list[float]]
 Found: TypeAlias = dict[str, Any]
 
-_POOL = 4  # different batches, so that no step sees the one before it again
+POOL = 4  # different batches, so that no step sees the one before it again
 _EPOCH_STEPS = 16  # of the shortened epoch that is measured
 
 
@@ -77,17 +80,28 @@ def step_program(
       its arguments, and the number of steps it takes.
     """
     batch_size = config.training.batch_size
-    dataset, method, carry = begin(config, _POOL * batch_size)
+    dataset, method, carry = begin(config, POOL * batch_size)
     num_steps = building.make_plan(config, len(dataset.train)).steps_per_call
     arguments = (carry.state, *_on_device(dataset, batch_size), jax.random.key(1))
+    one_step = on_pool(method)
+    if unroll:
+        one_step = _unrolled(one_step, *arguments)
+    return jit_steps(one_step, num_steps), arguments, num_steps
+
+
+def on_pool(method: Method) -> Callable[..., TrainState]:
+    """Returns a training step that takes its batch out of several, [P, B, ...]."""
 
     def one_step(state: TrainState, images: Array, labels: Array, key: Array):
-        which = state.step % _POOL
+        which = state.step % POOL
         key = jax.random.fold_in(key, state.step)
         return method.train_step(state, images[which], labels[which], key)[0]
 
-    if unroll:
-        one_step = _unrolled(one_step, *arguments)
+    return one_step
+
+
+def jit_steps(one_step: Callable[..., TrainState], num_steps: int) -> Any:
+    """Returns `num_steps` steps as one jitted function, which is donated the state."""
 
     def run(state: TrainState, *data: Array) -> TrainState:
         if num_steps == 1:
@@ -97,8 +111,7 @@ def step_program(
         )
         return state
 
-    jitted = jax.jit(run, donate_argnums=0, out_shardings=replicated(data_mesh()))
-    return jitted, arguments, num_steps
+    return jax.jit(run, donate_argnums=0, out_shardings=replicated(data_mesh()))
 
 
 def epoch(config: Config, measure: Measure) -> Found:

@@ -92,12 +92,13 @@ class Launcher:
             "repeats": self._options.repeats,
             "min_seconds": seconds,
             "path": str(path or ""),
+            "target": self._options.aot,
         }
         environment = self._devices(task) | {
             "JAX_COMPILATION_CACHE_DIR": str(self._folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        if task.kind == "counts":  # on the CPU, whatever the device
+        if task.kind == "counts" or self._options.aot:  # whatever the device
             environment["JAX_PLATFORMS"] = "cpu"
         return self._run(_WORKER, spec, environment)
 

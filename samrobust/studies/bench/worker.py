@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from samrobust.experiments import building, configuration
-from samrobust.studies.bench import programs
+from samrobust.studies.bench import aot, programs
 from samrobust.studies.bench.counts import count_passes
 from samrobust.studies.bench.parity import parity
 from samrobust.studies.bench.timing import measure, peak_resident_bytes
@@ -55,6 +55,7 @@ def measured(
     repeats: int,
     min_seconds: float,
     path: str,
+    target: str | None = None,
 ) -> dict[str, Any]:
     """Returns the outcome of one measurement.
 
@@ -66,8 +67,11 @@ def measured(
       min_seconds: see `timing.measure`.
       path: where `parity` writes its file; the others, if it is not empty, write a
         trace there and measure nothing.
+      target: of `aot.TARGETS`: compile for it and count, and measure nothing.
     """
     loaded = configuration.load_config(config, overrides)
+    if target is not None:
+        return aot.counted(kind, loaded, target)
     if kind == "probe":
         return {}
     if kind == "parity":

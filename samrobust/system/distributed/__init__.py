@@ -12,6 +12,7 @@ from samrobust.system.distributed.ending import abort, lost_a_peer, shut_down
 from samrobust.system.distributed.environment import starts_first
 from samrobust.system.distributed.groups import map_groups
 from samrobust.system.distributed.mesh import (
+    compiling_for,
     data_mesh,
     replicate,
     replicated,
@@ -32,6 +33,7 @@ __all__ = [
     "broadcast",
     "broadcast_from_primary",
     "check_platform",
+    "compiling_for",
     "data_mesh",
     "initialize",
     "is_joined",

@@ -4,7 +4,10 @@ Under `jax.jit` a computation on these arrays means the same on one device as on
 sums and BatchNorm statistics run over the global batch.
 """
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,14 +17,38 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from samrobust.checks import check
 from samrobust.types import PyTree
 
-__all__ = ["data_mesh", "replicate", "replicated", "shard_batch", "sharded"]
+__all__ = [
+    "compiling_for",
+    "data_mesh",
+    "replicate",
+    "replicated",
+    "shard_batch",
+    "sharded",
+]
 
 _AXIS = "data"
+_DESCRIBED: contextvars.ContextVar[Sequence[Any]] = contextvars.ContextVar(
+    "devices that are described and not there", default=()
+)
+
+
+@contextlib.contextmanager
+def compiling_for(devices: Sequence[Any]) -> Iterator[None]:
+    """Makes `data_mesh` span other devices than this process's, inside the context.
+
+    Those of a topology that is only described, as by `jax.experimental.topologies`:
+    what is lowered inside the context can be compiled for them, and not run.
+    """
+    token = _DESCRIBED.set(devices)
+    try:
+        yield
+    finally:
+        _DESCRIBED.reset(token)
 
 
 def data_mesh(num_devices: int | None = None) -> Mesh:
     """Returns a mesh over the first `num_devices` devices; all of them by default."""
-    devices = jax.devices()
+    devices = _DESCRIBED.get() or jax.devices()
     count = len(devices) if num_devices is None else num_devices
     check(
         1 <= count <= len(devices),

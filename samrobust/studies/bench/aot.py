@@ -1,0 +1,333 @@
+"""The cost of a step on a device that is not there: compiled ahead of time, counted.
+
+XLA compiles for an accelerator from its description alone. What comes out is the
+program that the accelerator would run, except for what is tuned by trying it there:
+tile sizes, the choice of a library's algorithms. So kernels and bytes can be held by
+tests on any machine; seconds cannot.
+"""
+
+import collections
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from samrobust.checks import check
+from samrobust.evaluation.accuracy import judge_by
+from samrobust.evaluation.measure import batch_program, batch_size_for
+from samrobust.experiments import building, configuration
+from samrobust.studies.bench.hlo import KINDS, Kernel, kernels
+from samrobust.studies.bench.plan import Options, Task, config_of, plan
+from samrobust.studies.bench.programs import POOL, jit_steps, on_pool
+from samrobust.system.distributed import compiling_for, data_mesh, replicated
+from samrobust.system.files import write_json, write_text
+from samrobust.system.tables import Sheet, TextTable
+from samrobust.training.fit import fresh_carry
+from samrobust.types import Config, PyTree
+
+__all__ = [
+    "TARGETS",
+    "check_target",
+    "counted",
+    "counts_of",
+    "devices_of",
+    "evaluation_program",
+    "plan_counts",
+    "step_program",
+    "to_sheet",
+    "write_counts",
+]
+
+
+class _Target(NamedTuple):
+    """A device to compile for.
+
+    Attributes:
+      plugins: modules, any one of which compiles for it.
+      install: what pip is to install for the first of them.
+      platform: XLA's name.
+      topology: of several devices, its name.
+      options: of the compiler.
+      environment: that the plugin wants.
+    """
+
+    plugins: tuple[str, ...]
+    install: str
+    platform: str
+    topology: dict[str, str]
+    options: dict[str, str]
+    environment: dict[str, str]
+
+
+TARGETS = {
+    "h200": _Target(
+        ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"),
+        '"samrobust[aot]" jax-cuda13-plugin=={jaxlib}',
+        "cuda",
+        {"topology_name": "h200", "topology": "1x1x1"},
+        {"xla_gpu_autotune_level": "0"},  # which would try kernels on the device
+        {},
+    ),
+    "v5e": _Target(
+        ("libtpu",),
+        '"samrobust[tpu]"',
+        "tpu",
+        {"topology_name": "v5e:2x2"},
+        {},
+        {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+        },
+    ),
+}
+_TOTALS = ("row", "batch", "precision", "kernels", "GB", "temporary GB", "compile s")
+_HOW_TO_READ = (
+    "A kernel's bytes are those of its operands and results. Reductions: nearly all of "
+    "BatchNorm and of norms. 'loop x 10': one run of a loop's body, of 10 a step, "
+    "without the loops in it. Compiled for a described device and not tuned on one: "
+    "there are no seconds."
+)
+
+
+def check_target(name: str) -> None:
+    """Refuses a device that nothing installed compiles for.
+
+    Raises:
+      ValueError: with the line that installs it.
+    """
+    target = TARGETS[name]
+    install = target.install.format(jaxlib=metadata.version("jaxlib"))
+    check(
+        any(map(_is_installed, target.plugins)),
+        f"JAX's compiler for {target.platform}",
+        f"Install it, no device is needed: pip install {install}",
+        **{"--aot": name},
+    )
+
+
+def devices_of(name: str) -> Sequence[Any]:
+    """Returns one device of `TARGETS`, described and not there."""
+    target = TARGETS[name]
+    os.environ.update(target.environment)
+    options = dict(target.topology)
+    if target.platform == "cuda":
+        text = pathlib.Path(__file__).with_name("targets") / f"{name}.txtpb"
+        options["target_config"] = text.read_text(encoding="utf-8")
+    topology = topologies.get_topology_desc(platform=target.platform, **options)
+    return topology.devices[:1]
+
+
+def step_program(config: Config) -> tuple[Any, tuple[Any, ...], int]:
+    """Returns the counterpart of `programs.step_program` for arrays that are not there.
+
+    Inside `compiling_for`, for those devices. Nothing is computed or downloaded.
+
+    Returns:
+      A jitted function, the shapes and placement of its arguments, and the number of
+      steps it takes.
+    """
+    facts, batch_size = building.load_facts(config), config.training.batch_size
+    plan = building.make_plan(config, POOL * batch_size)
+    method = building.make_method(config, facts, POOL)
+    images = jax.ShapeDtypeStruct((POOL, batch_size, *facts.image_shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct((POOL, batch_size), jnp.int32)
+    begin, key = fresh_carry(method, batch_size, facts.image_shape), _key()
+    state = jax.eval_shape(begin, key).state
+    steps = jit_steps(on_pool(method), plan.steps_per_call)
+    return steps, _placed((state, images, labels, key)), plan.steps_per_call
+
+
+def evaluation_program(config: Config) -> tuple[Any, tuple[Any, ...], int]:
+    """Returns the same of the evaluation of one batch: clean and all attacks."""
+    facts, size = building.load_facts(config), config.evaluation.batch_size
+    model, key = building.make_model(config, facts), _key()
+    image = jax.ShapeDtypeStruct((1, *facts.image_shape), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    variables = jax.eval_shape(init, key, image)
+    size = batch_size_for(size, size)
+    split = (
+        jax.ShapeDtypeStruct((size, *facts.image_shape), jnp.uint8),
+        jax.ShapeDtypeStruct((size,), jnp.int32),
+    )
+    indices = jax.ShapeDtypeStruct((size,), jnp.int32)
+    of_batch = batch_program(judge_by(model, building.evaluation_attacks(config)))
+    return of_batch, _placed((variables, *split, indices, key)), 1
+
+
+def counted(kind: str, config: Config, name: str) -> dict[str, Any]:
+    """Compiles a program for a device that is not there, and counts it.
+
+    Args:
+      kind: step or evaluation.
+      config: of the program.
+      name: of `TARGETS`.
+
+    Returns:
+      `counts_of` the program; `temporary_bytes`, that it needs beside its arguments and
+      results, and `compile_seconds`, with tracing.
+    """
+    program = {"step": step_program, "evaluation": evaluation_program}[kind]
+    with compiling_for(devices_of(name)):
+        started = time.perf_counter()
+        jitted, arguments, num_steps = program(config)
+        compiled = jitted.lower(*arguments).compile(TARGETS[name].options)
+        seconds = time.perf_counter() - started
+    return {
+        **counts_of(kernels(compiled.as_text()), num_steps),
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "compile_seconds": seconds,
+    }
+
+
+def counts_of(found: Sequence[Kernel], num_steps: int) -> dict[str, Any]:
+    """Sums the kernels of a program.
+
+    Returns:
+      `kernels` and `bytes` by kind, a step; and `bodies`: the same for one run of every
+      loop's body, without the loops in it, with its `runs` a step; the outermost first.
+    """
+
+    def by_kind(some: Sequence[Kernel], *, once: bool) -> dict[str, dict[str, float]]:
+        numbers = {kind: [0.0, 0.0] for kind in KINDS}
+        for kernel in some:
+            weight = 1 if once else kernel.runs / num_steps
+            numbers[kernel.kind][0] += weight
+            numbers[kernel.kind][1] += weight * kernel.num_bytes
+        return {
+            "kernels": {kind: count for kind, (count, _) in numbers.items()},
+            "bytes": {kind: size for kind, (_, size) in numbers.items()},
+        }
+
+    bodies = collections.defaultdict(list)
+    for kernel in found:
+        bodies[kernel.runs, kernel.loop].append(kernel)
+    return {
+        **by_kind(found, once=False),
+        "bodies": [
+            {"runs": runs / num_steps, **by_kind(some, once=True)}
+            for (runs, loop), some in sorted(bodies.items())
+            if loop
+        ],
+    }
+
+
+def plan_counts(options: Options) -> list[Task]:
+    """Returns the programs to count: `options.row`, or the first row of each method.
+
+    Raises:
+      ValueError: for a config that is not valid, or where nothing is left to count;
+        before anything compiles.
+    """
+    measure = tuple(kind for kind in options.measure if kind != "epoch")
+    kinds = ("step", "evaluation")
+    check(
+        set(measure) <= set(kinds) and options.compare is None,
+        "--measure in {step, evaluation} and no --compare with --aot",
+        "Nothing runs.",
+        **{"--measure": options.measure, "--compare": options.compare},
+    )
+    check(
+        options.devices == (0,),
+        "no --devices with --aot",
+        "Programs are compiled for one.",
+        **{"--devices": options.devices},
+    )
+    if not options.row:
+        return plan(dataclasses.replace(options, measure=measure))
+    tasks = []
+    for row in options.row:
+        config = configuration.load_config(f"{options.config}:{row}", options.overrides)
+        sizes = options.batch_sizes or (config.training.batch_size,)
+        precisions = options.precisions or (config.model.dtype,)
+        settings = {  # an evaluation is the same whatever the row
+            "step": (row, sizes, options.steps_per_call),
+            "evaluation": (options.row[0], (config.evaluation.batch_size,), (0,)),
+        }
+        for kind in measure:
+            name, batch_sizes, calls = settings[kind]
+            flags = options.xla_flags
+            each: Any = itertools.product(batch_sizes, precisions, (0,), calls, flags)
+            tasks += [Task(kind, "", name, *setting) for setting in each]
+    for task in tasks:
+        config_of(task, options)
+    return list(dict.fromkeys(tasks))
+
+
+def write_counts(
+    found: dict[Task, dict[str, Any]], name: str, folder: pathlib.Path
+) -> tuple[pathlib.Path, ...]:
+    """Writes aot-NAME.json and aot-NAME.md, and makes the folder if needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / f"aot-{name}.json", folder / f"aot-{name}.md"
+    rows = [dataclasses.asdict(task) | outcome for task, outcome in found.items()]
+    write_json(paths[0], {"target": name, "rows": rows})
+    write_text(paths[1], to_sheet(found, name).to_markdown())
+    return paths
+
+
+def to_sheet(found: dict[Task, dict[str, Any]], name: str) -> Sheet:
+    """Returns the tables of what was counted, and the notes."""
+    totals, kinds, notes = [], [], [_HOW_TO_READ]
+    for task, outcome in found.items():
+        what = task.row if task.kind == "step" else task.kind
+        label = f"{what} {task.xla_flags}".strip()
+        if "error" in outcome:
+            notes.append(f"failed: {label}: {outcome['error']}")
+            continue
+        size = sum(outcome["bytes"].values()), outcome["temporary_bytes"]
+        numbers = f"{sum(outcome['kernels'].values()):,.0f}", *map(_gigabytes, size)
+        seconds = f"{outcome['compile_seconds']:.0f}"
+        of_task = label, str(task.batch_size), task.precision
+        totals.append([*of_task, *numbers, seconds])
+        kinds.append([label, "", *_cells(outcome)])
+        for body in outcome["bodies"]:
+            kinds.append(["", f"loop x {body['runs']:g}", *_cells(body)])
+    abouts = [each["provenance"] for each in found.values() if "provenance" in each]
+    form = "Counted with jax {jax}, jaxlib {jaxlib}, commit {commit}, {date}."
+    notes += [form.format(**about) for about in abouts[:1]]
+    title = f"Compiled for {name}: a step, or the evaluation of a batch"
+    tables = [
+        TextTable(_TOTALS, totals, title, words=3),
+        TextTable(("row", "part", *KINDS), kinds, "By kind: kernels (GB)", words=2),
+    ]
+    return Sheet(tables if totals else [], notes)
+
+
+def _cells(numbers: dict[str, Any]) -> list[str]:
+    """Returns kernels and GB of each kind."""
+    counts, sizes = numbers["kernels"], numbers["bytes"]
+    return [f"{counts[kind]:,.0f} ({_gigabytes(sizes[kind])})" for kind in KINDS]
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f}"
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of its package
+        return False
+
+
+def _key() -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _placed(tree: PyTree) -> PyTree:
+    """Returns shapes that lie on all devices of the mesh."""
+    place = replicated(data_mesh())
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+    )
