@@ -1,9 +1,9 @@
-"""The paper's table in minutes: scikit-learn's handwritten digits, two CPU cores.
+"""The paper's table in minutes: handwritten digits, two CPU cores.
 
     samrobust table
     samrobust table --config=configs/digits.py --seeds=3 --workdir=runs/digits
 
-Real images of 8 x 8 pixels inside the scikit-learn wheel, nothing is downloaded. A slim
+Real images of 8 x 8 pixels inside the package, nothing is downloaded. A slim
 pre-activation ResNet; radii that fit images of so few pixels. All of it was chosen on
 held-out training images (`--config.data.validation_size=297
 --config.evaluation.split=validation`), never on the test images. There, random crops

@@ -56,7 +56,7 @@ class DatasetEntry(NamedTuple):
 DATASETS = {
     "cifar10": DatasetEntry(CIFAR10.facts, partial(load_cifar, CIFAR10)),
     "cifar100": DatasetEntry(CIFAR100.facts, partial(load_cifar, CIFAR100)),  # fine
-    "digits": DatasetEntry(FACTS, lambda **_: load_digits()),  # scikit-learn's
+    "digits": DatasetEntry(FACTS, lambda **_: load_digits()),
 }
 
 
