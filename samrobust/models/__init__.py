@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
+from samrobust.models.batch_norm import BatchNorm
 from samrobust.models.conv import conv2d
-from samrobust.models.layers import BatchNorm
 from samrobust.models.preact_resnet import PreActResNet
 from samrobust.models.resnet import ResNet
 from samrobust.models.vit import ViT

@@ -16,7 +16,6 @@ from samrobust.models.conv import conv2d
 from samrobust.types import Array
 
 __all__ = [
-    "BatchNorm",
     "Conv",
     "ImageClassifier",
     "StagedClassifier",
@@ -191,95 +190,3 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape, exact_dtype(self.dtype))
         kernel = kernel.astype(self.dtype)
         return conv2d(images.astype(self.dtype), kernel, self.stride, self.window // 2)
-
-
-class BatchNorm(nn.Module):
-    """Batch normalization over all axes but the last, as in PyTorch.
-
-    Statistics are taken in float32 (float64 if that is `dtype`) over the whole batch,
-    over all devices under `jit`, or over groups of consecutive examples of it, each
-    normalized by its own. The running variance is the unbiased one, as PyTorch keeps
-    it and Flax does not. With groups, running statistics move toward the mean over
-    groups of the means and of the unbiased variances: what the average over
-    devices gives when each keeps the statistics of one group.
-
-    Attributes:
-      momentum: share of the old running statistics kept in an update.
-      epsilon: added to the variance.
-      dtype: of the result.
-      batch_norm_group: examples over which a batch is normalized in training; 0: all.
-    """
-
-    momentum: float = 0.9
-    epsilon: float = 1e-5
-    dtype: Any = jnp.float32
-    batch_norm_group: int = 0
-
-    @nn.compact
-    def __call__(self, inputs: Array, *, train: bool) -> Array:
-        """Normalizes with the batch's statistics if `train`, else the running ones.
-
-        Raises:
-          ValueError: in training, if the groups do not divide the batch.
-        """
-        channels, exact = inputs.shape[-1:], exact_dtype(self.dtype)
-        zeros, ones = nn.initializers.zeros, nn.initializers.ones
-        scale = self.param("scale", ones, channels, exact)
-        bias = self.param("bias", zeros, channels, exact)
-        running_mean = self.variable(
-            "batch_stats", "mean", zeros, None, channels, exact
-        )
-        running_var = self.variable("batch_stats", "var", ones, None, channels, exact)
-
-        def normalize(inputs: Array, mean: Array, var: Array) -> Array:
-            # scale (x - mean) / sqrt(var + epsilon) + bias as one multiply-add a pixel.
-            multiplier = scale * jax.lax.rsqrt(var + self.epsilon)
-            normalized = inputs.astype(exact) * multiplier + (bias - mean * multiplier)
-            return normalized.astype(self.dtype)
-
-        if not train:
-            return normalize(inputs, running_mean.value, running_var.value)
-        num_groups = self._num_groups(len(inputs))
-        if num_groups == 1:
-            mean, var = _statistics(inputs.astype(exact))
-            self._update(running_mean, running_var, mean, var, inputs.size)
-            return normalize(inputs, mean, var)
-        groups = inputs.reshape(num_groups, -1, *inputs.shape[1:])
-        means, variances = jax.vmap(_statistics)(groups.astype(exact))
-        # Not the variance of the batch: that has the spread of the means in it, too.
-        mean, var = jnp.mean(means, axis=0), jnp.mean(variances, axis=0)
-        self._update(running_mean, running_var, mean, var, groups[0].size)
-        return jax.vmap(normalize)(groups, means, variances).reshape(inputs.shape)
-
-    def _num_groups(self, size: int) -> int:
-        group = self.batch_norm_group
-        if group == 0 or self.is_initializing():
-            return 1
-        check(
-            group > 0 and size % group == 0,
-            "a batch divisible by batch_norm_group",
-            "Choose a group that divides every batch, or 0 for the whole batch.",
-            batch_norm_group=group,
-            batch_size=size,
-        )
-        return size // group
-
-    def _update(
-        self, running_mean: Any, running_var: Any, mean: Array, var: Array, size: int
-    ) -> None:
-        """Moves the running statistics toward those of `size` inputs."""
-        if self.is_initializing() or not self.is_mutable_collection("batch_stats"):
-            return
-        count = size // mean.size
-        unbiased = var * (count / max(count - 1, 1))  # Bessel's correction
-        old, new = self.momentum, 1 - self.momentum
-        running_mean.value = old * running_mean.value + new * mean
-        running_var.value = old * running_var.value + new * unbiased
-
-
-def _statistics(inputs: Array) -> tuple[Array, Array]:
-    """Returns mean and biased variance over all axes but the last."""
-    axes = tuple(range(inputs.ndim - 1))
-    # Two passes: E[x^2] - E[x]^2 in one would lose digits where the mean is large.
-    mean = jnp.mean(inputs, axes)
-    return mean, jnp.mean(jnp.square(inputs - mean), axes)

@@ -14,8 +14,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from samrobust.models.batch_norm import BatchNorm
 from samrobust.models.layers import (
-    BatchNorm,
     Conv,
     StagedClassifier,
     exact_dtype,
@@ -42,16 +42,19 @@ class PreActBlock(nn.Module):
     def __call__(self, inputs: Array, *, train: bool) -> Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, features]."""
         norm = functools.partial(
-            BatchNorm, dtype=self.dtype, batch_norm_group=self.batch_norm_group
+            BatchNorm,
+            dtype=self.dtype,
+            batch_norm_group=self.batch_norm_group,
+            relu=True,
         )
         conv = functools.partial(Conv, dtype=self.dtype, kernel_init=self.kernel_init)
-        hidden = nn.relu(norm(name="norm1")(inputs, train=train))
+        hidden = norm(name="norm1")(inputs, train=train)
         # The identity skips BN and ReLU too; only a change of shape needs a projection.
         shortcut = inputs
         if self.stride != 1 or inputs.shape[-1] != self.features:
             shortcut = conv(self.features, 1, self.stride, name="shortcut")(hidden)
         hidden = conv(self.features, 3, self.stride, name="conv1")(hidden)
-        hidden = nn.relu(norm(name="norm2")(hidden, train=train))
+        hidden = norm(name="norm2")(hidden, train=train)
         hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
         return conv(self.features, name="conv2")(hidden) + shortcut
 
@@ -89,7 +92,7 @@ def preact_features(
     hidden = Conv(stem, **conv, name="stem")(hidden)
     block = functools.partial(PreActBlock, **conv | norm, dropout=dropout)
     hidden = residual_stages(block, widths, blocks, hidden, train=train)
-    hidden = nn.relu(BatchNorm(**norm, name="norm")(hidden, train=train))
+    hidden = BatchNorm(**norm, relu=True, name="norm")(hidden, train=train)
     return jnp.mean(hidden.astype(exact_dtype(dtype)), axis=(1, 2))
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from samrobust.models.batch_norm import BatchNorm
 from samrobust.models.layers import (
-    BatchNorm,
     Conv,
     StagedClassifier,
     exact_dtype,
@@ -39,15 +39,20 @@ class BasicBlock(nn.Module):
     def __call__(self, inputs: Array, *, train: bool) -> Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, features]."""
 
-        def conv_norm(inputs: Array, window: int, stride: int, names: str) -> Array:
+        def conv_norm(
+            inputs: Array, window: int, stride: int, names: str, *, relu: bool = False
+        ) -> Array:
             conv, norm = names.split()
             conv = Conv(self.features, window, stride, self.dtype, name=conv)
             norm = BatchNorm(
-                dtype=self.dtype, batch_norm_group=self.batch_norm_group, name=norm
+                dtype=self.dtype,
+                batch_norm_group=self.batch_norm_group,
+                relu=relu,
+                name=norm,
             )
             return norm(conv(inputs), train=train)
 
-        hidden = nn.relu(conv_norm(inputs, 3, self.stride, "conv1 norm1"))
+        hidden = conv_norm(inputs, 3, self.stride, "conv1 norm1", relu=True)
         hidden = conv_norm(hidden, 3, 1, "conv2 norm2")
         shortcut = inputs
         if self.stride != 1 or inputs.shape[-1] != self.features:
@@ -63,7 +68,7 @@ class ResNet(StagedClassifier):
         """Returns logits [B, K] of images [B, H, W, C] with pixels in [0, 1]."""
         options = {"dtype": self.dtype, "batch_norm_group": self.batch_norm_group}
         hidden = Conv(self.width, dtype=self.dtype, name="stem")(self.normalize(images))
-        hidden = nn.relu(BatchNorm(**options, name="norm")(hidden, train=train))
+        hidden = BatchNorm(**options, relu=True, name="norm")(hidden, train=train)
         block = functools.partial(BasicBlock, **options)
         hidden = residual_stages(block, self.widths, self.blocks, hidden, train=train)
         features = jnp.mean(hidden.astype(exact_dtype(self.dtype)), axis=(1, 2))
