@@ -20,7 +20,7 @@ from samrobust.system.distributed import data_mesh, replicate, replicated, shard
 from samrobust.system.runtime import compiler_options
 from samrobust.training.state import TrainState
 from samrobust.training.step import TrainStep
-from samrobust.types import Array
+from samrobust.types import Array, PyTree
 
 __all__ = [
     "Chunk",
@@ -137,26 +137,30 @@ def zero_sums(metrics: Iterable[str]) -> MetricSums:
     """Returns the sums of these metrics over no step."""
     return {
         "examples": jnp.zeros([], jnp.float32),
-        "first_bad_step": jnp.full([], -1, jnp.int32),  # that is not finite
+        # After which metrics, or variables at the end of a call, are not finite.
+        "first_bad_step": jnp.full([], -1, jnp.int32),
         "sums": {name: jnp.zeros([], jnp.float32) for name in metrics},
     }
 
 
-def _add(
-    totals: MetricSums, metrics: dict[str, Array], state: TrainState, size: int
-) -> MetricSums:
-    """Adds a step's metrics, and notes the first step whose outcome is not finite."""
-    step = state.step - 1  # the one that led to this state
-    outcome = jax.tree.leaves((state.variables, metrics))
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in outcome]))
+def _noted(totals: MetricSums, arrays: PyTree, step: Array) -> MetricSums:
+    """Notes the step if it is the first after which arrays are not finite."""
+    leaves = jax.tree.leaves(arrays)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
     is_first = ~finite & (totals["first_bad_step"] < 0)
+    first = jnp.where(is_first, step, totals["first_bad_step"])
+    return {**totals, "first_bad_step": first}
+
+
+def _added(totals: MetricSums, metrics: dict[str, Array], size: int) -> MetricSums:
+    """Adds a step's metrics."""
     # Weighted by examples: the last batch of an epoch may be smaller.
     sums = {
         name: total + size * metrics[name] for name, total in totals["sums"].items()
     }
     return {
+        **totals,
         "examples": totals["examples"] + size,
-        "first_bad_step": jnp.where(is_first, step, totals["first_bad_step"]),
         "sums": sums,
     }
 
@@ -260,9 +264,8 @@ class EpochRunner:
             state, metrics = self._train_step(
                 carry.state, batch_images, batch_labels, attack_key
             )
-            return LoopState(
-                state, _add(carry.totals, metrics, state, chunk.batch_size)
-            )
+            totals = _added(carry.totals, metrics, chunk.batch_size)
+            return LoopState(state, _noted(totals, metrics, step))
 
         def run(carry: LoopState, *data_and_key: Array) -> tuple[LoopState, Array]:
             if (
@@ -275,6 +278,11 @@ class EpochRunner:
                     carry,
                     length=chunk.num_steps,
                 )
+            # Once a call, since it reads every parameter: what is not finite in them
+            # shows in the next step's metrics anyway.
+            state = carry.state
+            totals = _noted(carry.totals, state.variables, state.step - 1)
+            carry = LoopState(state, totals)
             return carry, carry.state.step + 0  # a copy: the carry is donated next
 
         return run

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
 from samrobust.checks import check
+from samrobust.sharpness.trees import norm
 from samrobust.system.distributed import map_groups
 from samrobust.training.parts import Objective
 from samrobust.types import Array, PyTree
@@ -158,7 +158,7 @@ def make_passes(
 
     of_first = functools.partial(whole, image_grads=image_grads)
     if group_size == 0:
-        return Passes(of_first, whole, optax.tree.norm)
+        return Passes(of_first, whole, norm)
 
     def over_groups(
         one: Callable[..., Pass],
@@ -220,4 +220,4 @@ def _merge(groups: Pass) -> Pass:
 
 
 def _mean_norm(grads: PyTree) -> Array:
-    return jnp.mean(jax.vmap(optax.tree.norm)(grads))
+    return jnp.mean(jax.vmap(norm)(grads))
