@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from samrobust.attacks.balls import Ball
+from samrobust.attacks.casts import cast_once
 from samrobust.attacks.draws import check_key, one_an_example
 from samrobust.attacks.numbers import real, seen
 from samrobust.attacks.per_example import filled, select
@@ -79,6 +80,8 @@ def attack_of(
         call = accept(logits_fn, images, labels, key, **options)
         if bound is not None and is_point(bound):
             return call.images
+        if not is_random:  # which is given keys, too
+            call = call._replace(logits_fn=cast_once(call.logits_fn, call.images))
         found = jax.lax.stop_gradient(function(call))
         return found if bound is None else keep_still(bound, call.images, found)
 

@@ -29,6 +29,7 @@ from samrobust.attacks.calls import (
     is_point,
     keep_still,
 )
+from samrobust.attacks.casts import cast_once
 from samrobust.attacks.losses import cross_entropy
 from samrobust.attacks.numbers import real_or_each, seen, whole
 from samrobust.attacks.per_example import (
@@ -193,7 +194,8 @@ def staged_pgd(
     ) -> tuple[Array, Array]:
         key = jax.random.key(0)  # nothing is drawn
         call = accept(logits_fn, images, labels, key, box=box, ball=ball)
-        run = make_run(*call[:3])
+        classifier = cast_once(call.logits_fn, current)
+        run = make_run(classifier, call.images, call.labels)
 
         def step(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             current, broken = carry
