@@ -35,11 +35,14 @@ class StoppedError(RuntimeError):
     """A request to stop the bench; what was measured is kept."""
 
 
-def schedule(tasks: Sequence[Task], rounds: int) -> list[tuple[str, Task]]:
+def schedule(tasks: Sequence[Task], options: Options) -> list[tuple[str, Task]]:
     """Returns what to run, in order, with names for people.
 
-    The roofline of each precision, the counts, then every row once, and once again.
+    The roofline of each precision, the counts, then every row once, and once again. Of
+    programs that are counted alone, each once.
     """
+    if options.aot:
+        return [(task.name, task) for task in tasks]
     first = Task("counts", "", tasks[0].row, tasks[0].batch_size, "float32")
     beside = [
         dataclasses.replace(first, kind="roofline", precision=precision)
@@ -47,7 +50,7 @@ def schedule(tasks: Sequence[Task], rounds: int) -> list[tuple[str, Task]]:
     ]
     return [(task.name, task) for task in (*beside, first)] + [
         (f"round {number + 1}: {task.name}", task)
-        for number in range(rounds)
+        for number in range(options.rounds)
         for task in tasks
     ]
 
@@ -93,6 +96,7 @@ class Launcher:
             "min_seconds": seconds,
             "path": str(path or ""),
             "target": self._options.aot,
+            "flags": task.xla_flags,
         }
         environment = self._devices(task) | {
             "JAX_COMPILATION_CACHE_DIR": str(self._folder / "cache"),
@@ -110,22 +114,22 @@ class Launcher:
         return self._probed
 
     def _devices(self, task: Task) -> dict[str, str]:
-        """Returns the environment for a task's XLA flags and number of devices."""
-        flags, own = [os.environ.get("XLA_FLAGS", ""), task.xla_flags], {}
-        if task.devices:
-            machine = self._machine(task)
-            there, platform = machine.get("num_devices", 0), machine.get("platform")
-            if platform == "cpu":
-                flags.append(f"--xla_force_host_platform_device_count={task.devices}")
-            elif task.devices != there:
-                check(
-                    task.devices < there and platform == "gpu",
-                    f"--devices=0 or {there}, which are there",
-                    "Fewer than all can be chosen on GPUs alone.",
-                    devices=task.devices,
-                )
-                own["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(task.devices)))
-        return own | {"XLA_FLAGS": " ".join(filter(None, flags))}
+        """Returns the environment for a task's number of devices."""
+        if not task.devices:
+            return {}
+        machine = self._machine(task)
+        there, platform = machine.get("num_devices", 0), machine.get("platform")
+        if platform == "cpu":
+            return {"JAX_NUM_CPU_DEVICES": str(task.devices)}
+        if task.devices == there:
+            return {}
+        check(
+            task.devices < there and platform == "gpu",
+            f"--devices=0 or {there}, which are there",
+            "Fewer than all can be chosen on GPUs alone.",
+            devices=task.devices,
+        )
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(task.devices)))}
 
     def _pytorch(self, task: Task) -> Outcome:
         """Runs `twin/reference.py` on weights and batches of ours."""
