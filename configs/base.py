@@ -85,8 +85,8 @@ def get_config() -> ConfigDict:
     # Steps in one call of the device (`lax.scan`); 0: 1 on CPU, on GPU and TPU about 25
     # that divide an epoch's full batches.
     config.training.steps_per_call = 0
-    # The same bits at every run on a GPU too, by slower algorithms: a killed run resumes
-    # as if it had never stopped. CPUs do so anyway; on them it changes nothing.
+    # The same bits at every run on a GPU too, by slower algorithms: a killed run is
+    # resumed as if never stopped. CPUs do so anyway; there it changes nothing.
     config.training.deterministic = False
 
     config.evaluation = ConfigDict()
