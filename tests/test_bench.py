@@ -203,6 +203,12 @@ def test_pytorch_has_all_variants_in_float32_and_the_fast_ones_in_bfloat16():
         ("bfloat16", "tuned"),
         ("bfloat16", "compiled"),
     ]
+    options = dataclasses.replace(options, variants=("graphed", "pure"))
+    variants = [(t.precision, t.variant) for t in plan(options) if t.kind == "pytorch"]
+    assert [name for precision, name in variants if precision == "float32"] == [
+        "graphed"
+    ]
+    assert ("bfloat16", "pure") in variants
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,17 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--xla-flags", action="append", metavar="FLAGS", help=xla)
     compare = "interleave the same steps in PyTorch; needs torch"
     add("--compare", choices=("pytorch",), help=compare)
-    variants = flags.names_of("reference", "resident", "tuned", "compiled")
-    every = "of PyTorch: reference, resident, tuned, compiled; default: all"
-    add("--variants", **variants, help=every)
+    known = (
+        "reference",
+        "resident",
+        "tuned",
+        "graphed",
+        "compiled",
+        "autotuned",
+        "pure",
+    )
+    every = f"of PyTorch: {', '.join(known)}; default: the first three and compiled"
+    add("--variants", **flags.names_of(*known), help=every)
     add("--repeats", **flags.FEW, help="of each process; default: 5")
     add("--rounds", **flags.FEW, help="processes per row; default: 2")
     add("--min-seconds", **flags.POSITIVE, help="of a repeat; default: 2")

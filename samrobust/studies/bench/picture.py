@@ -22,7 +22,10 @@ _SERIES = {
     "reference": ("PyTorch, as the paper's code", "#D55E00", "s"),
     "resident": ("PyTorch, data on device", "#E69F00", "^"),
     "tuned": ("PyTorch, tuned", "#CC79A7", "v"),
+    "graphed": ("PyTorch, one graph", "#56B4E9", "D"),
     "compiled": ("PyTorch, compiled", "#009E73", "P"),
+    "autotuned": ("PyTorch, autotuned", "#F0E442", "X"),
+    "pure": ("PyTorch, all in bfloat16", "#000000", "*"),
 }
 _CLAIMS = {
     "flop_cost": ("by FLOPs", "#777777", "|"),

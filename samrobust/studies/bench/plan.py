@@ -12,9 +12,13 @@ from samrobust.types import Config
 
 __all__ = ["Options", "Task", "config_of", "overrides_of", "plan"]
 
-# Of PyTorch's side: the methods it has, and the variants it has in bfloat16 too.
+# Of PyTorch's side: the methods, and the variants by precision.
 _TWIN_METHODS = ("st", "sam", "at")
-_FAST = ("tuned", "compiled")
+_FAST = ("tuned", "graphed", "compiled", "autotuned")
+_VARIANTS = {
+    "float32": ("reference", "resident", *_FAST),
+    "bfloat16": (*_FAST, "pure"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +147,7 @@ def plan(options: Options) -> list[Task]:
                 Task("pytorch", name, row, size, precision, variant=variant)
                 for name, row in chosen.items()
                 for variant in options.variants
-                if precision == "float32" or variant in _FAST
+                if variant in _VARIANTS[precision]
             ]
     tasks = list(dict.fromkeys(tasks))
     check(
