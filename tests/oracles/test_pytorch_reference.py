@@ -317,6 +317,7 @@ def test_gradients_in_bfloat16_are_those_in_float32_but_for_rounding(arrays):
     found = benchmark.first_step(trainer, arrays)
     assert 0 < found["step_gradient"] < benchmark.STEP_TOLERANCES["bfloat16"]
     assert found["step_loss"] < 0.02
+    assert max(benchmark.parity(spec, arrays).values()) < 1e-4
 
 
 def test_a_step_that_does_something_else_than_its_plain_code_is_not_timed(

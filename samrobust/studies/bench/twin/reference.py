@@ -180,7 +180,7 @@ def parity(spec: TwinSpec, arrays: Arrays) -> dict[str, float]:
     missing = sorted(wanted - arrays.keys())
     check(not missing, "all arrays of the parity file", missing=missing)
     plain = dataclasses.replace(spec, method="st", precision="float32")
-    trainer = make_trainer(plain, _loaded_model(spec, arrays))
+    trainer = make_trainer(plain, _loaded_model(plain, arrays))
     planes = np.ascontiguousarray(arrays["images"].transpose(0, 3, 1, 2), np.float32)
     labels = torch.from_numpy(arrays["labels"].astype(np.int64))
     batch = trainer.place(torch.from_numpy(planes), labels)
