@@ -62,6 +62,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--variants", **flags.names_of(*known), help=every)
     add("--repeats", **flags.FEW, help="of each process; default: 5")
     add("--rounds", **flags.FEW, help="processes per row; default: 2")
+    cache = "of compiled programs, kept; default: an empty one, removed afterwards"
+    add("--cache", **flags.DIRECTORY, help=cache)
+    rates = "leave out the roofline and the counts of operations"
+    add("--no-rates", **flags.SWITCH, help=rates)
     add("--min-seconds", **flags.POSITIVE, help="of a repeat; default: 2")
     aot = "compile for a device that is not there, and count kernels and bytes"
     add("--aot", choices=("h200", "v5e"), help=aot)

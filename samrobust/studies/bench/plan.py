@@ -41,6 +41,8 @@ class Options:
       variants: of PyTorch, see `twin/reference.py`.
       repeats: in every process.
       rounds: processes for each row.
+      cache: of compiled programs, which is kept; an empty one where it is not given.
+      no_rates: leave out the roofline and the counts of operations.
       min_seconds: of a repeat.
     """
 
@@ -59,6 +61,8 @@ class Options:
     variants: tuple[str, ...] = ("reference", "resident", "tuned", "compiled")
     repeats: int = 5
     rounds: int = 2
+    cache: str | None = None
+    no_rates: bool = False
     min_seconds: float = 2.0
 
 

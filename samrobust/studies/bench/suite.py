@@ -43,16 +43,19 @@ def schedule(tasks: Sequence[Task], options: Options) -> list[tuple[str, Task]]:
     """
     if options.aot:
         return [(task.name, task) for task in tasks]
+    rounds = [
+        (f"round {number + 1}: {task.name}", task)
+        for number in range(options.rounds)
+        for task in tasks
+    ]
+    if options.no_rates:
+        return rounds
     first = Task("counts", "", tasks[0].row, tasks[0].batch_size, "float32")
     beside = [
         dataclasses.replace(first, kind="roofline", precision=precision)
         for precision in dict.fromkeys(task.precision for task in tasks)
     ]
-    return [(task.name, task) for task in (*beside, first)] + [
-        (f"round {number + 1}: {task.name}", task)
-        for number in range(options.rounds)
-        for task in tasks
-    ]
+    return [(task.name, task) for task in (*beside, first)] + rounds
 
 
 class Launcher:
@@ -60,7 +63,8 @@ class Launcher:
 
     Args:
       options: of the bench.
-      folder: for the compilation cache that the tasks share, and the parity files.
+      folder: for the parity files, and the compilation cache that the tasks share
+        unless the options name one.
       should_stop: asked while waiting; where true, the process is ended and
         `StoppedError` raised.
     """
@@ -99,7 +103,8 @@ class Launcher:
             "flags": task.xla_flags,
         }
         environment = self._devices(task) | {
-            "JAX_COMPILATION_CACHE_DIR": str(self._folder / "cache"),
+            "JAX_COMPILATION_CACHE_DIR": self._options.cache
+            or str(self._folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         if task.kind == "counts" or self._options.aot:  # whatever the device
