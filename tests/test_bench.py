@@ -235,6 +235,31 @@ def test_the_roofline_and_the_counts_come_first_then_each_row_in_each_round():
         *("round 1: st step", "round 1: at step"),
         *("round 2: st step", "round 2: at step"),
     ]
+    bare = dataclasses.replace(options, no_rates=True, rounds=1)
+    names = [name for name, _ in schedule(plan(bare), bare)]
+    assert [name.split(",")[0] for name in names] == [
+        *("round 1: st step", "round 1: at step"),
+    ]
+
+
+def test_rows_of_any_method_are_measured_in_place_of_the_first_ones():
+    rows = ("sam,rho=0.1", "trades,norm=linf,eps=8,beta=6", "st")
+    options = Options(CIFAR, measure=("step", "evaluation"), row=rows)
+    tasks = plan(options)
+    assert [task.method for task in tasks] == [*rows, ""]
+    outcomes: dict = {task: [fake_step([float(i + 1)])] for i, task in enumerate(tasks)}
+    report = summarize(outcomes, options)
+    assert [row.get("cost") for row in report.rows[:3]] == [1 / 3, 2 / 3, 1.0]
+    with pytest.raises(ValueError, match=r"method in \{st, sam, at\}"):
+        plan(dataclasses.replace(options, compare="pytorch"))
+
+
+def test_a_cost_is_the_median_of_the_rounds_with_their_range():
+    st, sam = plan(Options(CIFAR, measure=("step",), methods=("st", "sam")))
+    rounds = {st: [1.0, 2.0, 4.0], sam: [2.0, 6.0, 10.0]}  # a machine that slows down
+    outcomes = {task: [fake_step([x]) for x in each] for task, each in rounds.items()}
+    row = find(summarize(outcomes, OPTIONS), "step", "sam")
+    assert (row["cost"], row["cost_low"], row["cost_high"]) == (2.5, 2.0, 3.0)
 
 
 # Rows.
@@ -381,6 +406,12 @@ def test_a_worker_that_fails_leaves_its_complaint(tmp_path):
     launch = launcher(tmp_path, lambda: False, **{"model.width": -1})
     outcome = launch(AT)
     assert re.search(r"exit code 1: .*model\.width", outcome["error"])
+
+
+def test_a_flag_that_xla_does_not_know_fails_its_row_alone(tmp_path):
+    launch = launcher(tmp_path, lambda: False)
+    unknown = dataclasses.replace(AT, xla_flags="--xla_gpu_nonsense=1")
+    assert "xla_gpu_nonsense" in launch(unknown)["error"]
 
 
 def test_a_bench_that_is_stopped_ends_its_worker_at_once(tmp_path):

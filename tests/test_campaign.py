@@ -49,6 +49,7 @@ def test_the_order_is_that_of_what_is_missed_most(tmp_path):
         *(f"flag-{name}" for name in blocks.FLAGS),
         *("deterministic", "methods", "pytorch-st", "pytorch-at", "profile"),
         *("seeds-alone", "seeds-two-at-once"),
+        *(f"flag-{name}" for name in blocks.MORE_FLAGS),
         *("rows-cifar10-sam", "rows-cifar100-sam", "rows-cifar10-at"),
     ]
     last = [block.seconds == float("inf") for block in plan(settings)]
@@ -76,7 +77,7 @@ def test_the_wheels_of_what_is_missing_alone_are_installed(tmp_path):
 
 
 def test_its_flags_rows_and_fields_are_those_of_the_package(tmp_path):
-    for flags in blocks.FLAGS.values():
+    for flags in (*blocks.FLAGS.values(), *blocks.MORE_FLAGS.values()):
         assert parse_compiler_options(flags)
     settings = Settings(tmp_path, make_bundle(tmp_path / "bundle"), trial=True)
     for config, rows in blocks.ROWS:
@@ -309,7 +310,7 @@ def test_the_summary_has_every_block_and_the_archive_all_that_is_small(tmp_path)
     text = summary.write_summary(some, tmp_path).read_text()
     assert re.search(r"\| st \| done \| [0-9.]+ \|  \|", text)
     assert "| never | - | - | - |" in text
-    assert "| st | st step | --xla_a=1 | 1.900 | 67,368 | 1.00 |  |" in text
+    assert "| st | st step | --xla_a=1 | 1.900 | 67,368 | 1.00 |  |  |  |  |" in text
     assert "failed: sam step: out / of memory" in text
     assert "| seeds/0 | 2.000 | 64,000 | ab12 |" in text
     summary.write_archive(tmp_path, tmp_path / "results.tar.gz")

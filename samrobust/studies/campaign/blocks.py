@@ -12,6 +12,7 @@ from typing import Any
 
 __all__ = [
     "FLAGS",
+    "MORE_FLAGS",
     "ROOT",
     "ROWS",
     "Block",
@@ -25,22 +26,27 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]  # of the checkout
 _STUDY = "samrobust.studies.campaign"
 _GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
 # XLA's options that may pay, by a short name. One that this version of XLA does not
-# know fails its own row. A list replaces XLA's default, which `_GRAPHS` is.
+# know fails its own row. A list replaces XLA's default, which `_GRAPHS` is. The others
+# wait until all else but the rows is measured.
 FLAGS = {
-    "graphs-convolutions": f"--xla_gpu_enable_command_buffer={_GRAPHS},CONVOLUTION",
     "graphs-loop": f"--xla_gpu_enable_command_buffer={_GRAPHS},CONVOLUTION,WHILE",
+    "conv-fusion": "--xla_gpu_experimental_enable_conv_fusion=true",
+}
+MORE_FLAGS = {
+    "graphs-convolutions": f"--xla_gpu_enable_command_buffer={_GRAPHS},CONVOLUTION",
     "graphs-concurrent": f"--xla_gpu_enable_command_buffer={_GRAPHS},CONVOLUTION "
     "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
     "deterministic": "--xla_gpu_deterministic_ops=true",
     "excluding": "--xla_gpu_exclude_nondeterministic_ops=true",
-    "conv-fusion": "--xla_gpu_experimental_enable_conv_fusion=true",
     "runtime-fusion": "--xla_gpu_use_runtime_fusion=true",
 }
-# Rows of the tables that are missed most, with the config and data set of each.
+_SAM = ("sam,rho=0.1", "sam,rho=0.2")
+# Rows of the tables that are missed most, by the config and data set of each; those of
+# a table that are done stay in it.
 ROWS = (
-    ("cifar10", ("sam,rho=0.1", "sam,rho=0.2")),
+    ("cifar10", _SAM),
     ("cifar100", ("st", "sam,rho=0.4")),
-    ("cifar10", ("at,norm=linf,eps=1", "at,norm=linf,eps=2", "at,norm=linf,eps=8")),
+    ("cifar10", (*_SAM, *(f"at,norm=linf,eps={epsilon}" for epsilon in (1, 2, 8)))),
 )
 _TRIAL = (
     *("--config.model.width=2", "--config.model.blocks=(1,)"),
@@ -138,6 +144,11 @@ def plan(settings: Settings) -> list[Block]:
         environment = (*paths, *cached, *options.pop("environment", ()))
         return Command((*program, *own, *words, *overrides), environment, **options)
 
+    def compare(flag: tuple[str, str]) -> Block:
+        name, flags = flag
+        both = ("--xla-flags=", f"--xla-flags={flags}")
+        return bench(f"flag-{name}", 90, "--methods=st", "--no-rates", *both)
+
     blocks = []
     if wheels := missing_wheels(bundle / "wheels"):
         target = ("--target", str(workdir / "site"), *map(str, wheels))
@@ -154,10 +165,7 @@ def plan(settings: Settings) -> list[Block]:
             epochs(f"before-after/{name}", package=package) for name, package in runs
         ]
         blocks.append(Block("before-after", 180, tuple(commands)))
-    for name, flags in FLAGS.items():
-        both = ("--xla-flags=", f"--xla-flags={flags}")
-        words = ("--methods=st", "--no-rates", *both)
-        blocks.append(bench(f"flag-{name}", 90, *words))
+    blocks += map(compare, FLAGS.items())
     commands = []
     for mode, field in (("usual", "False"), ("deterministic", "True")):
         # The same run twice, once of it killed on the way: do they end at equal bits?
@@ -184,12 +192,14 @@ def plan(settings: Settings) -> list[Block]:
     told = module(f"{_STUDY}.trace", str(workdir / "profile"))
     blocks.append(dataclasses.replace(profile, commands=(*profile.commands, told)))
     half = (("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45"),)
+    long = () if settings.trial else ("--epochs=20",)  # they begin not quite at once
     for name, count in (("alone", 1), ("two-at-once", 2)):
         commands = [
-            epochs(f"seeds-{name}/{i}", f"--config.seed={i}", environment=half)
+            epochs(f"seeds-{name}/{i}", f"--config.seed={i}", *long, environment=half)
             for i in range(count)
         ]
-        blocks.append(Block(f"seeds-{name}", 90, tuple(commands), at_once=True))
+        blocks.append(Block(f"seeds-{name}", 120, tuple(commands), at_once=True))
+    blocks += map(compare, MORE_FLAGS.items())
     for data, rows in ROWS:
         if not (bundle / "data" / data).is_dir():
             continue

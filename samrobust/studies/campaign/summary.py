@@ -10,6 +10,16 @@ from samrobust.studies.campaign.blocks import Block
 
 __all__ = ["write_archive", "write_summary"]
 
+# Columns: field of a row, factor and form.
+_NUMBERS = {
+    "ms": ("step_seconds", 1e3, ".3f"),
+    "images/s": ("images_per_second", 1, ",.0f"),
+    "cost": ("cost", 1, ".2f"),
+    "its time / ours": ("ratio", 1, ".2f"),
+    "% matmul": ("matmul_fraction", 100, ".1f"),
+    "compile s": ("compile_cold", 1, ".1f"),
+    "cached": ("compile_cached", 1, ".1f"),
+}
 _LARGEST = 4 * 2**20  # bytes of a file that is carried
 
 
@@ -20,15 +30,21 @@ def write_summary(blocks: Sequence[Block], workdir: pathlib.Path) -> pathlib.Pat
         outcome = _read(workdir / "blocks" / f"{block.name}.json")
         told = (outcome.get(n, "-") for n in ("status", "seconds", "message"))
         lines.append(_line(block.name, *told))
-    lines += _head("Steps", "block", "row", "flags", "ms", "images/s", "cost", "ratio")
+    machine = _read(workdir / "machine" / "machine.json")
+    for precision in ("bfloat16", "float32"):
+        if ceiling := machine.get(precision):
+            matmul, copy = ceiling["matmul"] / 1e12, ceiling["copy"] / 1e9
+            text = f"{precision}: matmul {matmul:.3g} TFLOP/s, copy {copy:.3g} GB/s."
+            lines += ["", text]
+    lines += _head("Steps", "block", "row", "flags", *_NUMBERS)
     for block in blocks:
         report = _read(workdir / block.name / "bench.json")
         lines += [_step(block.name, row) for row in report.get("rows", [])]
         lines += [
-            _line(block.name, f"failed: {name}: {complaint}", *[""] * 5)
+            _line(block.name, f"failed: {name}: {complaint}", *[""] * 8)
             for name, complaint in report.get("failures", [])
         ]
-    lines += _head("Epochs", "run", "ms a step", "images/s", "bits")
+    lines += _head("Epochs", "run", "ms a step", "images/s", "bits at the end")
     for block in blocks:
         for path in sorted((workdir / block.name).glob("*.json")):
             if "digest" in (found := _read(path)):
@@ -64,11 +80,11 @@ def _is_carried(name: str) -> bool:
 
 def _step(block: str, row: Mapping[str, Any]) -> str:
     name = " ".join(filter(None, (row["method"], row["kind"], row["variant"])))
-    time, rate = 1e3 * row["step_seconds"], row["images_per_second"]
-    relative = (f"{row[n]:.2f}" if n in row else "" for n in ("cost", "ratio"))
-    return _line(
-        block, name, row["xla_flags"], f"{time:.3f}", f"{rate:,.0f}", *relative
+    shown = (
+        f"{factor * row[field]:{form}}" if field in row else ""
+        for field, factor, form in _NUMBERS.values()
     )
+    return _line(block, name, row["xla_flags"], *shown)
 
 
 def _head(title: str, *columns: str) -> list[str]:
