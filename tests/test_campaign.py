@@ -18,7 +18,7 @@ from samrobust.data import load_dataset
 from samrobust.data.splits import fingerprint
 from samrobust.studies.bench import plan as bench_plan
 from samrobust.studies.campaign import blocks, pieces, summary, trace
-from samrobust.studies.campaign.blocks import Block, Command, Settings, plan
+from samrobust.studies.campaign.blocks import Block, Campaign, Command, plan
 from samrobust.studies.campaign.runner import run
 from samrobust.system.runtime import parse_compiler_options
 
@@ -38,13 +38,13 @@ def make_bundle(folder):
     return folder
 
 
-def names(settings):
-    return [block.name for block in plan(settings)]
+def names(campaign):
+    return [block.name for block in plan(campaign)]
 
 
 def test_the_order_is_that_of_what_is_missed_most(tmp_path):
-    settings = Settings(tmp_path / "out", make_bundle(tmp_path / "bundle"))
-    assert names(settings) == [
+    campaign = Campaign(tmp_path / "out", make_bundle(tmp_path / "bundle"))
+    assert names(campaign) == [
         *("machine", "st", "before-after"),
         *(f"flag-{name}" for name in blocks.FLAGS),
         *("deterministic", "methods", "pytorch-st", "pytorch-at", "profile"),
@@ -52,12 +52,12 @@ def test_the_order_is_that_of_what_is_missed_most(tmp_path):
         *(f"flag-{name}" for name in blocks.MORE_FLAGS),
         *("rows-cifar10-sam", "rows-cifar100-sam", "rows-cifar10-at"),
     ]
-    last = [block.seconds == float("inf") for block in plan(settings)]
+    last = [block.seconds == float("inf") for block in plan(campaign)]
     assert last == [False] * (len(last) - 3) + [True] * 3  # as the time allows
 
 
 def test_what_the_bundle_lacks_is_left_out(tmp_path):
-    found = names(Settings(tmp_path / "out", tmp_path))
+    found = names(Campaign(tmp_path / "out", tmp_path))
     assert not [
         name for name in found if name.startswith(("rows", "before", "install"))
     ]
@@ -68,7 +68,7 @@ def test_the_wheels_of_what_is_missing_alone_are_installed(tmp_path):
     folder.mkdir()
     for name in ("numpy-9.9-py3-none-any.whl", "no_such_thing-1-py3-none-any.whl"):
         (folder / name).touch()
-    first = plan(Settings(tmp_path / "out", tmp_path))[0]
+    first = plan(Campaign(tmp_path / "out", tmp_path))[0]
     assert first.name == "install"
     words = first.commands[0].words
     assert [word for word in words if word.endswith(".whl")] == [
@@ -79,12 +79,12 @@ def test_the_wheels_of_what_is_missing_alone_are_installed(tmp_path):
 def test_its_flags_rows_and_fields_are_those_of_the_package(tmp_path):
     for flags in (*blocks.FLAGS.values(), *blocks.MORE_FLAGS.values()):
         assert parse_compiler_options(flags)
-    settings = Settings(tmp_path, make_bundle(tmp_path / "bundle"), trial=True)
+    campaign = Campaign(tmp_path, make_bundle(tmp_path / "bundle"), trial=True)
     for config, rows in blocks.ROWS:
         path = f"{helpers.ROOT}/configs/{config}.py"
         overrides = tuple(
             word
-            for word in plan(settings)[-1].commands[-1].words
+            for word in plan(campaign)[-1].commands[-1].words
             if word.startswith("--config.") and ".data.name=" not in word
         )
         options = bench_plan.Options(path, overrides, row=rows, measure=("step",))

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 
-from samrobust.studies.campaign.blocks import Settings, plan
+from samrobust.studies.campaign.blocks import Campaign, plan
 from samrobust.studies.campaign.runner import DONE, run
 from samrobust.studies.campaign.summary import write_archive, write_summary
 
@@ -32,8 +32,8 @@ def main() -> int:
     add("--list", action="store_true", help="print the blocks, and run none")
     arguments = parser.parse_args()
     workdir = arguments.workdir.absolute()
-    settings = Settings(workdir, arguments.bundle.absolute(), arguments.trial)
-    blocks = plan(settings)
+    campaign = Campaign(workdir, arguments.bundle.absolute(), arguments.trial)
+    blocks = plan(campaign)
     if arguments.list:
         for block in blocks:
             print(f"{block.name} (at most {block.seconds:g} s)")

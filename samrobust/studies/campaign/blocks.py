@@ -16,8 +16,8 @@ __all__ = [
     "ROOT",
     "ROWS",
     "Block",
+    "Campaign",
     "Command",
-    "Settings",
     "missing_wheels",
     "plan",
 ]
@@ -90,8 +90,8 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a campaign is made of.
+class Campaign:
+    """A campaign, by its folders.
 
     Attributes:
       workdir: receives everything.
@@ -105,13 +105,13 @@ class Settings:
     trial: bool = False
 
 
-def plan(settings: Settings) -> list[Block]:
+def plan(campaign: Campaign) -> list[Block]:
     """Returns the blocks of a campaign, in order."""
-    workdir, bundle = settings.workdir, settings.bundle
+    workdir, bundle = campaign.workdir, campaign.bundle
     config = "--config=configs/cifar10.py"
-    overrides = _TRIAL if settings.trial else ()
+    overrides = _TRIAL if campaign.trial else ()
     short = ("--repeats=3", "--min-seconds=1")
-    short = ("--repeats=1", "--min-seconds=0.05") if settings.trial else short
+    short = ("--repeats=1", "--min-seconds=0.05") if campaign.trial else short
     cache = workdir / "cache"
     cached = (("JAX_COMPILATION_CACHE_DIR", str(cache)),)
 
@@ -170,7 +170,7 @@ def plan(settings: Settings) -> list[Block]:
     for mode, field in (("usual", "False"), ("deterministic", "True")):
         # The same run twice, once of it killed on the way: do they end at equal bits?
         words = (f"--config.training.deterministic={field}",)
-        few = () if settings.trial else ("--config.data.train_size=9984",)
+        few = () if campaign.trial else ("--config.data.train_size=9984",)
         kept = f"--workdir={workdir / 'deterministic' / mode}"
         commands += [
             epochs(f"deterministic/{mode}-whole", *words, *few),
@@ -192,7 +192,7 @@ def plan(settings: Settings) -> list[Block]:
     told = module(f"{_STUDY}.trace", str(workdir / "profile"))
     blocks.append(dataclasses.replace(profile, commands=(*profile.commands, told)))
     half = (("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45"),)
-    long = () if settings.trial else ("--epochs=20",)  # they begin not quite at once
+    long = () if campaign.trial else ("--epochs=20",)  # they begin not quite at once
     for name, count in (("alone", 1), ("two-at-once", 2)):
         commands = [
             epochs(f"seeds-{name}/{i}", f"--config.seed={i}", *long, environment=half)

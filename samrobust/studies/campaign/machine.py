@@ -2,7 +2,7 @@
 
     python -m samrobust.studies.campaign.machine --config=FILE --workdir=DIR
 
-Writes `machine.json`, anew with each part that is known, and on a GPU `target.txtpb`,
+Writes `machine.json`, again with each part that is known, and on a GPU `target.txtpb`,
 which `samrobust bench --aot` reads as a file of `bench/targets`.
 """
 
