@@ -1,4 +1,7 @@
-"""Rows from raw outcomes: medians, rates, fractions of ceilings, costs, hours."""
+"""Rows from raw outcomes: medians, rates, fractions of ceilings, costs, hours.
+
+No device is asked for, since this process would then hold memory of it.
+"""
 
 import dataclasses
 import pathlib
@@ -16,6 +19,7 @@ from samrobust.studies.bench.counts import StepCost, step_cost
 from samrobust.studies.bench.plan import Options, Task, config_of
 from samrobust.studies.bench.programs import num_train
 from samrobust.studies.bench.suite import Outcome
+from samrobust.training.epoch import EpochPlan
 from samrobust.types import Config
 
 __all__ = ["PAPER_COSTS", "BenchReport", "Row", "summarize"]
@@ -124,7 +128,8 @@ def _row(task: Task, raws: Sequence[Outcome], config: Config) -> Row:
         row["test_set_seconds"] = median / task.batch_size * facts.num_test
     if task.kind == "step":
         size = num_train(config, facts)
-        steps = building.make_plan(config, size).num_steps
+        drop = config.training.drop_remainder
+        steps = EpochPlan(size, task.batch_size, 1, drop).num_steps
         saving = statistics.median(raw["checkpoint_seconds"] for raw in raws)
         pipeline = statistics.median(raw["pipeline_seconds"] for raw in raws)
         row["epoch_seconds"] = steps * median + saving

@@ -140,8 +140,9 @@ def plan(campaign: Campaign) -> list[Block]:
         )
         own = (f"--config={package / 'configs' / 'cifar10.py'}:st",)
         own += (f"--output={workdir / output}.json", "--config.model.dtype=bfloat16")
-        paths = (("PYTHONPATH", f"{package}{os.pathsep}{workdir / 'site'}"),)
-        environment = (*paths, *cached, *options.pop("environment", ()))
+        paths = map(str, (package, workdir / "site", os.environ.get("PYTHONPATH", "")))
+        own_package = (("PYTHONPATH", os.pathsep.join(paths)),)
+        environment = (*own_package, *cached, *options.pop("environment", ()))
         return Command((*program, *own, *words, *overrides), environment, **options)
 
     def compare(flag: tuple[str, str]) -> Block:
