@@ -117,7 +117,10 @@ def _run_block(
 
 
 def _start(command: Command, log: pathlib.Path) -> subprocess.Popen[bytes]:
-    """Starts a command as the leader of a process group, its output in a file."""
+    """Starts a command as the leader of a process group, its output in a file.
+
+    In the same session: what ends that ends all.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
         return subprocess.Popen(
@@ -126,7 +129,7 @@ def _start(command: Command, log: pathlib.Path) -> subprocess.Popen[bytes]:
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **dict(command.environment)},
-            start_new_session=True,
+            process_group=0,
         )
 
 
