@@ -35,6 +35,8 @@ def to_sheet(report: BenchReport) -> Sheet:
     tables = []
     for title, (kinds, columns) in _TABLES.items():
         rows = [row for row in report.rows if row["kind"] in kinds]
+        if title == "Epoch":  # of what was measured before, a step may be a bare one
+            rows = [row for row in rows if "epoch_seconds" in row]
         shown = _settings(rows) | {name: _COLUMNS[name] for name in columns.split(", ")}
         cells = [[cell(row) for cell in shown.values()] for row in rows]
         tables += [TextTable(list(shown), cells, title)] if rows else []
