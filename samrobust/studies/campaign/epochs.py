@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import statistics
 from typing import Any
@@ -36,7 +37,11 @@ def main() -> None:
     add("--output", type=pathlib.Path, required=True)
     add("--epochs", type=int, default=6)
     add("--workdir", type=pathlib.Path, help="for checkpoints, from which it resumes")
-    add("--kill", action="store_true", help="die half-way, by SIGKILL")
+    add(
+        "--kill",
+        action="store_true",
+        help="begin from nothing, die half-way by SIGKILL",
+    )
     arguments, overrides = parser.parse_known_args()
     enable_compilation_cache()
     keep_freed_memory()
@@ -53,6 +58,8 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     log = RunLog()
+    if arguments.kill:
+        shutil.rmtree(arguments.workdir, ignore_errors=True)
     if arguments.workdir:
         log = RunFolder(arguments.workdir, minutes=0.0)
     # An older package has no such field, and so no such argument.
