@@ -203,6 +203,12 @@ def test_pytorch_has_all_variants_in_float32_and_the_fast_ones_in_bfloat16():
         ("bfloat16", "tuned"),
         ("bfloat16", "compiled"),
     ]
+    options = dataclasses.replace(options, variants=("graphed", "pure"))
+    variants = [(t.precision, t.variant) for t in plan(options) if t.kind == "pytorch"]
+    assert [name for precision, name in variants if precision == "float32"] == [
+        "graphed"
+    ]
+    assert ("bfloat16", "pure") in variants
 
 
 @pytest.mark.parametrize(
@@ -211,6 +217,8 @@ def test_pytorch_has_all_variants_in_float32_and_the_fast_ones_in_bfloat16():
         ({"methods": ("trades",)}, "method"),
         ({"precisions": ("float8",)}, r"model\.dtype"),
         ({"measure": ("unrolled",), "methods": ("st",)}, "--measure"),
+        ({"xla_flags": ("", "xla_a=1")}, "--xla_NAME=VALUE"),
+        ({"row": ("mart,beta=6",)}, "mart"),
         ({"overrides": ("--config.model.depth=3",)}, "depth"),
     ],
 )
@@ -220,13 +228,38 @@ def test_a_plan_that_cannot_run_is_refused_before_anything_starts(options, messa
 
 
 def test_the_roofline_and_the_counts_come_first_then_each_row_in_each_round():
-    tasks = plan(Options(DIGITS, measure=("step",), methods=("st", "at")))
-    names = [name for name, _ in schedule(tasks, 2)]
+    options = Options(DIGITS, measure=("step",), methods=("st", "at"))
+    names = [name for name, _ in schedule(plan(options), options)]
     assert [name.split(",")[0] for name in names] == [
         *("roofline", "counts"),
         *("round 1: st step", "round 1: at step"),
         *("round 2: st step", "round 2: at step"),
     ]
+    bare = dataclasses.replace(options, no_rates=True, rounds=1)
+    names = [name for name, _ in schedule(plan(bare), bare)]
+    assert [name.split(",")[0] for name in names] == [
+        *("round 1: st step", "round 1: at step"),
+    ]
+
+
+def test_rows_of_any_method_are_measured_in_place_of_the_first_ones():
+    rows = ("sam,rho=0.1", "trades,norm=linf,eps=8,beta=6", "st")
+    options = Options(CIFAR, measure=("step", "evaluation"), row=rows)
+    tasks = plan(options)
+    assert [task.method for task in tasks] == [*rows, ""]
+    outcomes: dict = {task: [fake_step([float(i + 1)])] for i, task in enumerate(tasks)}
+    report = summarize(outcomes, options)
+    assert [row.get("cost") for row in report.rows[:3]] == [1 / 3, 2 / 3, 1.0]
+    with pytest.raises(ValueError, match=r"method in \{st, sam, at\}"):
+        plan(dataclasses.replace(options, compare="pytorch"))
+
+
+def test_a_cost_is_the_median_of_the_rounds_with_their_range():
+    st, sam = plan(Options(CIFAR, measure=("step",), methods=("st", "sam")))
+    rounds = {st: [1.0, 2.0, 4.0], sam: [2.0, 6.0, 10.0]}  # a machine that slows down
+    outcomes = {task: [fake_step([x]) for x in each] for task, each in rounds.items()}
+    row = find(summarize(outcomes, OPTIONS), "step", "sam")
+    assert (row["cost"], row["cost_low"], row["cost_high"]) == (2.5, 2.0, 3.0)
 
 
 # Rows.
@@ -234,6 +267,10 @@ def test_the_roofline_and_the_counts_come_first_then_each_row_in_each_round():
 
 def fake(seconds, **more):
     return {"seconds": seconds, "peak_memory": 10**9, **more}
+
+
+def fake_step(seconds):
+    return fake(seconds, checkpoint_seconds=1.0, pipeline_seconds=0.01)
 
 
 OPTIONS = Options(CIFAR, rounds=2)
@@ -258,13 +295,11 @@ def fake_report():
         if task.kind == "pytorch":
             about = {"parity": {}, "versions": {}}
             outcomes[task] = [fake([factor * base], **about) for factor in (1.5, 2.5)]
-        elif task.kind == "epoch":
-            about = {"checkpoint_seconds": 1.0, "pipeline_seconds": base / 100}
-            outcomes[task] = [fake([base], **about)] * 2
         else:
+            about = {"checkpoint_seconds": 1.0, "pipeline_seconds": base / 100}
             outcomes[task] = [
-                fake([base, base], compile_seconds=10.0),
-                fake([base, base], compile_seconds=1.5),
+                fake([base, base], compile_seconds=seconds, **about)
+                for seconds in (10.0, 1.5)
             ]
     return summarize(outcomes, OPTIONS)
 
@@ -277,7 +312,9 @@ def find(report, kind, method, variant=""):
     return row
 
 
-def test_a_row_has_rates_fractions_and_costs():
+def test_a_row_has_rates_fractions_and_costs(monkeypatch):
+    # This process must not take memory of the device that its children measure.
+    monkeypatch.setattr(jax, "devices", lambda *_: pytest.fail("a device is asked for"))
     report = fake_report()
     row = find(report, "step", "at")
     flops = step_cost(PASSES, 10).flops
@@ -315,7 +352,7 @@ def test_the_hours_of_the_tables_are_those_of_their_epochs_and_evaluations():
 
 def test_a_failed_row_is_reported_and_the_others_stand():
     tasks = plan(Options(CIFAR, measure=("step",)))
-    outcomes = {tasks[0]: [{"error": "out of memory"}], tasks[1]: [fake([2.0])]}
+    outcomes = {tasks[0]: [{"error": "out of memory"}], tasks[1]: [fake_step([2.0])]}
     report = summarize(outcomes, OPTIONS)
     assert report.failures == [("st step, batch 128, float32", "out of memory")]
     assert [row["method"] for row in report.rows] == ["sam"]
@@ -325,9 +362,10 @@ def test_a_failed_row_is_reported_and_the_others_stand():
 
 def test_a_row_has_the_median_and_the_interquartile_range_of_all_repeats():
     task = Task("step", "st", "st", 128, "float32")
-    (row,) = summarize({task: [fake([1, 2]), fake([3, 4, 100])]}, OPTIONS).rows
+    rounds = [fake_step([1, 2]), fake_step([3, 4, 100])]
+    (row,) = summarize({task: rounds}, OPTIONS).rows
     assert (row["step_seconds"], row["step_iqr"]) == (3, 2)
-    (row,) = summarize({task: [fake([3.0])]}, OPTIONS).rows
+    (row,) = summarize({task: [fake_step([3.0])]}, OPTIONS).rows
     assert (row["step_seconds"], row["step_iqr"]) == (3, 0)
 
 
@@ -335,7 +373,7 @@ def test_the_operations_are_those_of_the_settings_that_were_measured():
     overrides = ("--config.attack.num_steps=5",)
     options = Options(CIFAR, overrides, methods=("at",), measure=("step",))
     (task,) = plan(options)
-    (row,) = summarize({**FIRST, task: [fake([8.0])]}, options).rows
+    (row,) = summarize({**FIRST, task: [fake_step([8.0])]}, options).rows
     st = step_cost(PASSES).flops
     assert row["flop_cost"] == pytest.approx(step_cost(PASSES, 5).flops / st)
 
@@ -372,6 +410,12 @@ def test_a_worker_that_fails_leaves_its_complaint(tmp_path):
     assert re.search(r"exit code 1: .*model\.width", outcome["error"])
 
 
+def test_a_flag_that_xla_does_not_know_fails_its_row_alone(tmp_path):
+    launch = launcher(tmp_path, lambda: False)
+    unknown = dataclasses.replace(AT, xla_flags="--xla_gpu_nonsense=1")
+    assert "xla_gpu_nonsense" in launch(unknown)["error"]
+
+
 def test_a_bench_that_is_stopped_ends_its_worker_at_once(tmp_path):
     started = time.monotonic()
     launch = launcher(tmp_path, lambda: time.monotonic() - started > 1.0)
@@ -389,14 +433,13 @@ def bench(tmp_path, *flags):
 
 def test_the_command_measures_writes_and_shows(tmp_path):
     flags = ("--repeats=2", "--rounds=2", "--min-seconds=0.01", "--methods=st,at")
-    done = bench(tmp_path, *flags, "--measure=step,epoch,evaluation,unrolled")
+    done = bench(tmp_path, *flags, "--measure=step,evaluation,unrolled")
     assert done.returncode == 0, done.stderr
     assert "Speed" in done.stdout
     report = json.loads((tmp_path / "bench.json").read_text())
     rows = {f"{r['method']} {r['kind']}".strip(): r for r in report["rows"]}
     assert list(rows) == [
-        *("st step", "at step", "st epoch", "at epoch"),
-        *("evaluation", "at unrolled"),
+        *("st step", "at step", "evaluation", "at unrolled"),
     ]
     assert all(len(row["seconds"]) == 2 for row in rows.values())
     assert rows["at step"]["cost"] > 1
@@ -404,7 +447,7 @@ def test_the_command_measures_writes_and_shows(tmp_path):
     assert rows["at step"]["copy_fraction"] > 0
     assert 0 < rows["at step"]["matmul_fraction"] < 1
     assert rows["at step"]["compile_cached"] < rows["at step"]["compile_cold"]
-    assert 0 < rows["at epoch"]["pipeline_share"] < 1
+    assert 0 < rows["at step"]["pipeline_share"] < 1
     assert report["projection"] is None  # no SAM row was measured
     assert report["provenance"]["command"].startswith("samrobust bench")
 
@@ -467,7 +510,7 @@ def test_a_bench_without_a_device_is_one_line_and_measures_nothing(
             None,
             "the package torch, got --compare='pytorch'. Install it",
         ),
-        ("--measure=epoch", True, "step in --measure, got --compare='pytorch'"),
+        ("--measure=evaluation", True, "step in --measure, got --compare='pytorch'"),
         ("--config.model.name=vit", True, "model.name='preact_resnet', got"),
     ],
 )

@@ -247,6 +247,16 @@ def test_a_config_file_of_the_same_name_in_the_way_changes_nothing(
     assert helpers.make_config("st").training.momentum == 0.9
 
 
+def test_a_run_that_ends_at_equal_bits_is_another_run_than_one_that_need_not():
+    usual, exact = (
+        identity_of(helpers.make_config("st", {"training.deterministic": value}), None)
+        for value in (False, True)
+    )
+    assert exact.unlike(usual) == "training.deterministic is True, not False"
+    del usual.config["training"]["deterministic"]  # as older versions left it
+    assert exact.unlike(usual) == "training.deterministic is True, not False"
+
+
 def test_a_run_that_goes_on_with_other_libraries_keeps_its_identity_and_says_so(
     dataset,
 ):

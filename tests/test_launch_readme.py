@@ -28,7 +28,10 @@ def samrobust_arguments(command: str) -> list[str]:
 
 
 def test_there_is_a_command_for_every_launcher():
-    for name in ("local.py", "train.sbatch", "sweep.sh", "render.py", "tpu_vm.sh up"):
+    for name in (
+        *("local.py", "train.sbatch", "sweep.sh", "render.py", "tpu_vm.sh up"),
+        *("gpu_bundle.sh", "gpu_measure.sh"),
+    ):
         assert any(name in command for command in COMMANDS)
 
 

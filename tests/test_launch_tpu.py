@@ -432,7 +432,8 @@ def test_every_shell_script_passes_shellcheck():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
     launch = helpers.ROOT / "launch"
-    scripts = [SCRIPT, launch / "slurm" / "sweep.sh", launch / "slurm" / "train.sbatch"]
+    scripts = [*launch.rglob("*.sh"), launch / "slurm" / "train.sbatch"]
+    assert SCRIPT in scripts
     done = subprocess.run(
         ["shellcheck", *map(str, scripts)], capture_output=True, text=True
     )

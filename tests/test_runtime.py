@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from samrobust.system import runtime
 from samrobust.system.provenance import provenance
 from samrobust.system.runtime import (
     StopRequest,
+    add_compiler_options,
     cache_folder,
     compiler_options,
     enable_compilation_cache,
@@ -141,6 +144,52 @@ def test_the_compiler_options_leave_the_environment_as_it_is():
 def test_the_users_own_choice_among_xlas_flags_wins():
     flags = "--xla_cpu_experimental_ynn_fusion_type=individual_dot"
     assert in_a_fresh_process(OPTIONS, XLA_FLAGS=flags) == f"False {flags}"
+
+
+def test_a_gpu_alone_needs_another_program_to_give_the_same_bits_again(monkeypatch):
+    usual = compiler_options()
+    if jax.default_backend() == "cpu":
+        assert compiler_options(deterministic=True) == usual
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert compiler_options() == {}
+    options = compiler_options(deterministic=True)
+    assert options == {"xla_gpu_deterministic_ops": True}
+    jax.jit(lambda: 0, compiler_options=options).lower().compile()  # XLA knows it
+
+
+def test_options_that_are_added_hold_for_every_program(monkeypatch):
+    monkeypatch.setattr(runtime, "_added_options", {})
+    add_compiler_options("--xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=false")
+    added = {"xla_gpu_autotune_level": "0", "xla_gpu_deterministic_ops": False}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert compiler_options(deterministic=True) == added
+    for flags in ("xla_a=1", "--xla_a", "--other=1"):
+        with pytest.raises(ValueError, match=f"--xla_NAME=VALUE, .* flag='{flags}'"):
+            add_compiler_options(flags)
+
+
+COMPILE = """
+import jax, jax.numpy as jnp
+from samrobust.system.runtime import enable_compilation_cache
+enable_compilation_cache()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+print("autotune" in jax.config.jax_persistent_cache_enable_xla_caches)
+jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.ones((4, 4)))
+"""
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="programs are found by their folder's path"
+)
+def test_a_cache_that_was_carried_to_another_place_is_used_there(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert in_a_fresh_process(COMPILE, XDG_CACHE_HOME=str(here)) == "True"
+    shutil.copytree(here, there)
+    carried = {path.name for path in there.rglob("*-cache")}
+    assert in_a_fresh_process(COMPILE, XDG_CACHE_HOME=str(there)) == "True"
+    assert carried
+    assert {path.name for path in there.rglob("*-cache")} == carried
 
 
 KEEP = """

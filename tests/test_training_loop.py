@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 import tempfile
+import types
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from samrobust.system.distributed import data_mesh, replicated
 from samrobust.training import (
     InterruptedRunError,
     TrainingDivergedError,
+    epoch,
     make_train_step,
 )
 from samrobust.training.epoch import Chunk, EpochPlan, EpochRunner
@@ -82,6 +84,39 @@ def train_frozen(workdir: Path, **overrides: Any) -> list[dict[str, Any]]:
 
 
 # The plan of an epoch.
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "steps_per_call"),
+    [(50_000, 26), (45_000, 27), (49_920, 26), (397 * 128, 25), (128, 25)],
+)
+def test_on_an_accelerator_the_calls_of_an_epoch_are_one_program_where_they_can_be(
+    num_examples, steps_per_call, monkeypatch
+):
+    gpu = types.SimpleNamespace(platform="gpu")
+    mesh = types.SimpleNamespace(devices=np.array([gpu]))
+    monkeypatch.setattr(epoch, "data_mesh", lambda: mesh)
+    plan = epoch.make_plan(num_examples, 128)
+    assert plan.steps_per_call == steps_per_call
+    assert epoch.make_plan(num_examples, 128, steps_per_call=7).steps_per_call == 7
+    if steps_per_call != 25:
+        full = {chunk.num_steps for chunk in plan.chunks() if chunk.batch_size == 128}
+        assert full == {steps_per_call}
+
+
+def test_the_programs_of_a_run_are_compiled_as_its_config_says(tmp_path, monkeypatch):
+    asked = []
+    usual = epoch.compiler_options
+
+    def note(*, deterministic):
+        asked.append(deterministic)
+        return usual(deterministic=deterministic)
+
+    monkeypatch.setattr(epoch, "compiler_options", note)
+    for deterministic in (True, False):
+        workdir = tmp_path / str(deterministic)
+        train_frozen(workdir, training__deterministic=deterministic, training__epochs=1)
+    assert asked == [True, False]
 
 
 @pytest.mark.parametrize("drop_remainder", [False, True])

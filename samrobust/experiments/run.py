@@ -191,6 +191,7 @@ def train(
         flip=config.data.flip,
         drop_remainder=training.drop_remainder,
         steps_per_call=training.steps_per_call,
+        deterministic=training.deterministic,
         log=log,
         schedules={"learning_rate": schedule},
         validate=validate or scoring.make_validate(config, dataset),

@@ -73,6 +73,7 @@ FIELDS: dict[str, Rule] = {
     "model.std": maybe(each(partial(check_real, 1e-6, 1e6), least=1)),
     "training.epochs": _count,
     "training.batch_size": _count,
+    "training.deterministic": switch,
     "training.drop_remainder": switch,
     "training.optimizer": text,
     "training.learning_rate": partial(check_real, _LEAST, _MOST),

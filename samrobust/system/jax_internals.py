@@ -5,13 +5,23 @@
   processes stands there too: `jax.process_count` would ask for a device first.
 - Whether this is a Cloud TPU VM: JAX knows as it is imported, without a device.
 - The logger of errors in callbacks, which has the name of its module.
+- What XLA's compiler knows of a device: `jax.experimental.topologies` takes such a
+  description and hands none out.
 """
 
 from typing import Any
 
+import jax
 from jax._src import cloud_tpu_init, distributed
+from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
-__all__ = ["CALLBACK_LOGGER", "in_cloud_tpu_vm", "joined_processes", "store"]
+__all__ = [
+    "CALLBACK_LOGGER",
+    "in_cloud_tpu_vm",
+    "joined_processes",
+    "store",
+    "target_config",
+]
 
 CALLBACK_LOGGER = "jax._src.callback"
 
@@ -24,6 +34,15 @@ def store() -> Any:
 def joined_processes() -> int:
     """Returns the number of processes that have joined; asks JAX for no device."""
     return distributed.global_state.num_processes
+
+
+def target_config() -> str:
+    """Returns what XLA's compiler knows of this GPU, a `GpuTargetConfigProto` as text.
+
+    Empty on other devices.
+    """
+    topology: Any = xla_client.get_topology_for_devices(jax.devices()[:1])
+    return getattr(topology, "target_config", "")
 
 
 def in_cloud_tpu_vm() -> bool:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from samrobust.checks import check_choice
+from samrobust.checks import check, check_choice
 
 __all__ = [
     "BAD_INPUT",
@@ -29,12 +29,14 @@ __all__ = [
     "RESUME",
     "OutputError",
     "StopRequest",
+    "add_compiler_options",
     "cache_folder",
     "compiler_options",
     "enable_compilation_cache",
     "end_on_signals",
     "keep_freed_memory",
     "one_line",
+    "parse_compiler_options",
     "say",
     "trusted_cache_folder",
 ]
@@ -44,6 +46,8 @@ __all__ = [
 # are: there YNNPACK is the faster one.
 _YNN_FLAG = "xla_cpu_experimental_ynn_fusion_type"
 _CPU_OPTIONS: dict[str, str | bool] = {_YNN_FLAG: "LIBRARY_FUSION_TYPE_REDUCE"}
+_DETERMINISTIC_FLAG = "xla_gpu_deterministic_ops"
+_added_options: dict[str, str | bool] = {}
 
 # mallopt's parameters, from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -115,17 +119,67 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-@functools.cache
-def compiler_options() -> dict[str, str | bool]:
+def compiler_options(*, deterministic: bool = False) -> dict[str, str | bool]:
     """Returns XLA options for a program on this process's devices.
 
     Given with each program (`jax.jit(..., compiler_options=...)`), so that nothing is
-    written into the environment. Empty on GPU and TPU, if `XLA_FLAGS` names the option
-    itself, or if this version of XLA does not know it.
+    written into the environment, where an option that this version of XLA does not know
+    ends the process.
+
+    Args:
+      deterministic: on GPUs take only algorithms that give the same bits at every run,
+        and choose none of them by its time. Programs for CPUs are so anyway, and XLA
+        has no other ones for TPUs.
+
+    Returns:
+      What was found to be fastest on the backend and, last, what
+      `add_compiler_options` added.
     """
     import jax
 
-    if jax.default_backend() != "cpu" or _YNN_FLAG in os.environ.get("XLA_FLAGS", ""):
+    platform = jax.default_backend()
+    found = _cpu_options() if platform == "cpu" else {}
+    if deterministic and platform == "gpu":
+        found = found | {_DETERMINISTIC_FLAG: True}
+    return found | _added_options
+
+
+def add_compiler_options(flags: str) -> None:
+    """Adds options to every program that is compiled from now on.
+
+    Args:
+      flags: as in `XLA_FLAGS`, `--xla_a=1 --xla_b=true`.
+
+    Raises:
+      ValueError: for other words.
+    """
+    _added_options.update(parse_compiler_options(flags))
+
+
+def parse_compiler_options(flags: str) -> dict[str, str | bool]:
+    """Reads `XLA_FLAGS` as options of a program, of which true and false are bools.
+
+    Raises:
+      ValueError: for other words.
+
+    >>> parse_compiler_options("--xla_a=1 --xla_b=true")
+    {'xla_a': '1', 'xla_b': True}
+    """
+    found: dict[str, str | bool] = {}
+    for word in flags.split():
+        name, _, value = word.removeprefix("--").partition("=")
+        named = word.startswith("--xla_") and bool(value)
+        check(named, "--xla_NAME=VALUE, or several", flag=word)
+        found[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return found
+
+
+@functools.cache
+def _cpu_options() -> dict[str, str | bool]:
+    """Returns `_CPU_OPTIONS`, unless XLA does not know it or the user chose."""
+    import jax
+
+    if _YNN_FLAG in os.environ.get("XLA_FLAGS", ""):
         return {}
     try:
         jax.jit(lambda: 0, compiler_options=_CPU_OPTIONS).lower().compile()

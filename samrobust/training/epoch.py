@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.stages import Lowered
+from jax.stages import Traced
 
 from samrobust.checks import check
 from samrobust.data import Split, epoch_permutation, random_crop_and_flip, take_batch
@@ -107,17 +107,20 @@ def make_plan(
     Args:
       num_examples: of the training split.
       batch_size: over all devices, which divide it.
-      steps_per_call: 0: 1 on the CPU, where a loop over steps does not pay, else 25.
+      steps_per_call: 0: 1 on the CPU, where a loop over steps does not pay, else of 13
+        to 50 the divisor of the full batches next to 25, so that all chunks of them
+        are one program; 25 where there is none.
       drop_remainder: leave out an incomplete last batch.
 
     Raises:
       ValueError: if there is not one batch, or the devices do not divide a full one.
     """
     devices = data_mesh().devices
-    default = 1 if devices.flat[0].platform == "cpu" else 25
-    plan = EpochPlan(
-        num_examples, batch_size, steps_per_call or default, drop_remainder
-    )
+    full = num_examples // batch_size if batch_size >= 1 else 0
+    if steps_per_call == 0:
+        on_cpu = devices.flat[0].platform == "cpu"
+        steps_per_call = 1 if on_cpu else _divisor_near(25, full)
+    plan = EpochPlan(num_examples, batch_size, steps_per_call, drop_remainder)
     check(
         batch_size >= 1 and plan.num_steps > 0,
         f"batch_size <= {num_examples} (the training examples), not below 1",
@@ -131,6 +134,17 @@ def make_plan(
         batch_size=batch_size,
     )
     return plan
+
+
+def _divisor_near(size: int, number: int) -> int:
+    """Returns the divisor within a factor of two of `size`; `size` if there is none.
+
+    >>> _divisor_near(25, 390), _divisor_near(25, 391 * 2), _divisor_near(25, 397)
+    (26, 23, 25)
+    """
+    near = range(size // 2 + 1, 2 * size + 1)
+    divisors = [n for n in near if number and number % n == 0]
+    return min(divisors, key=lambda n: abs(n - size), default=size)
 
 
 def zero_sums(metrics: Iterable[str]) -> MetricSums:
@@ -179,6 +193,7 @@ class EpochRunner:
       flip: mirror at random.
       mesh: over which batches are split; all else is replicated.
       key: of all batches, augmentations and attacks of the run.
+      deterministic: see `samrobust.system.runtime.compiler_options`.
     """
 
     def __init__(
@@ -191,8 +206,10 @@ class EpochRunner:
         flip: bool,
         mesh: Mesh,
         key: Array,
+        deterministic: bool = False,
     ):
         self._train_step, self._plan, self._mesh = train_step, plan, mesh
+        self._options = compiler_options(deterministic=deterministic)
         self._augmentation = {"padding": padding, "flip": flip}
         self._placement = replicated(mesh)
         images_and_labels = (split.images, split.labels)
@@ -229,12 +246,13 @@ class EpochRunner:
     def compile(self, chunk: Chunk, carry: LoopState) -> Callable[..., Any]:
         """Returns the compiled function of a chunk."""
         if chunk not in self._compiled:
-            lowered = self.lower(chunk, carry)
-            self._compiled[chunk] = lowered.compile(compiler_options())
+            with jax.enable_x64(False):
+                lowered = self.trace(chunk, carry).lower()
+            self._compiled[chunk] = lowered.compile(self._options)
         return self._compiled[chunk]
 
-    def lower(self, chunk: Chunk, carry: LoopState) -> Lowered:
-        """Lowers the function of a chunk: traced, not compiled."""
+    def trace(self, chunk: Chunk, carry: LoopState) -> Traced:
+        """Traces the function of a chunk; of a carry shapes and placement suffice."""
         jitted = jax.jit(
             self._make_run(chunk), donate_argnums=0, out_shardings=self._placement
         )
@@ -243,7 +261,7 @@ class EpochRunner:
             labels.shape, labels.dtype, sharding=self._placement
         )
         with jax.enable_x64(False):
-            return jitted.lower(carry, *self._data, permutation, self._step_key)
+            return jitted.trace(carry, *self._data, permutation, self._step_key)
 
     def _make_run(self, chunk: Chunk) -> Callable[..., Any]:
         def one_step(

@@ -97,6 +97,7 @@ def fit(
     flip: bool = False,
     drop_remainder: bool = False,
     steps_per_call: int = 0,
+    deterministic: bool = False,
     log: RunLog | None = None,
     schedules: Mapping[str, optax.Schedule] | None = None,
     validate: Validate | None = None,
@@ -115,7 +116,8 @@ def fit(
       padding: reflect-pad by this many pixels and crop at random; 0: none.
       flip: mirror left-right at random.
       drop_remainder: whether an incomplete last batch of an epoch is left out.
-      steps_per_call: steps in one call of the device; 0: 1 on the CPU, else 25.
+      steps_per_call: steps in one call of the device; 0: see `make_plan`.
+      deterministic: on GPUs, take only algorithms that give the same bits again.
       log: keeps checkpoints and the lines of the epochs, `RunFolder(workdir)` in files;
         None: in memory, and no checkpoints.
       schedules: functions of the step, by name; the log records their values at the
@@ -128,7 +130,8 @@ def fit(
 
     Returns:
       The final state and how long it took. **Guarantees**: a run that was stopped or
-      killed and called again ends bit-identical to one that was not.
+      killed and called again ends bit-identical to one that was not, on CPUs; on GPUs
+      with `deterministic`.
 
     Raises:
       ValueError: if there is not one batch, the devices do not divide a batch, or there
@@ -155,6 +158,7 @@ def fit(
         flip=flip,
         mesh=mesh,
         key=run_key,
+        deterministic=deterministic,
     )
     init = jax.jit(
         fresh_carry(method, batch_size, split.images.shape[1:]),

@@ -10,29 +10,30 @@ import collections
 import dataclasses
 import functools
 import importlib.util
-import itertools
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 
 from samrobust.checks import check
+from samrobust.data import Split
 from samrobust.evaluation.accuracy import judge_by
 from samrobust.evaluation.measure import batch_program, batch_size_for
-from samrobust.experiments import building, configuration
+from samrobust.experiments import building
 from samrobust.studies.bench.hlo import KINDS, Kernel, kernels
-from samrobust.studies.bench.plan import Options, Task, config_of, plan
-from samrobust.studies.bench.programs import POOL, jit_steps, on_pool
+from samrobust.studies.bench.plan import Task
+from samrobust.studies.bench.programs import num_train, training
 from samrobust.system.distributed import compiling_for, data_mesh, replicated
 from samrobust.system.files import write_json, write_text
 from samrobust.system.tables import Sheet, TextTable
-from samrobust.training.fit import fresh_carry
 from samrobust.types import Config, PyTree
 
 __all__ = [
@@ -42,7 +43,6 @@ __all__ = [
     "counts_of",
     "devices_of",
     "evaluation_program",
-    "plan_counts",
     "step_program",
     "to_sheet",
     "write_counts",
@@ -128,28 +128,25 @@ def devices_of(name: str) -> Sequence[Any]:
     return topology.devices[:1]
 
 
-def step_program(config: Config) -> tuple[Any, tuple[Any, ...], int]:
-    """Returns the counterpart of `programs.step_program` for arrays that are not there.
+def step_program(config: Config) -> tuple[Any, int]:
+    """Traces the program that `programs.step` measures, of arrays that are not there.
 
     Inside `compiling_for`, for those devices. Nothing is computed or downloaded.
 
     Returns:
-      A jitted function, the shapes and placement of its arguments, and the number of
-      steps it takes.
+      What was traced, and the number of steps it takes.
     """
-    facts, batch_size = building.load_facts(config), config.training.batch_size
-    plan = building.make_plan(config, POOL * batch_size)
-    method = building.make_method(config, facts, POOL)
-    images = jax.ShapeDtypeStruct((POOL, batch_size, *facts.image_shape), jnp.float32)
-    labels = jax.ShapeDtypeStruct((POOL, batch_size), jnp.int32)
-    begin, key = fresh_carry(method, batch_size, facts.image_shape), _key()
-    state = jax.eval_shape(begin, key).state
-    steps = jit_steps(on_pool(method), plan.steps_per_call)
-    return steps, _placed((state, images, labels, key)), plan.steps_per_call
+    facts = building.load_facts(config)
+    size = num_train(config, facts)
+    images = np.broadcast_to(np.uint8(0), (size, *facts.image_shape))  # no memory
+    split = Split(images, np.broadcast_to(np.int32(0), size))
+    runner, chunk, begin = training(config, facts, split)
+    carry = _placed(jax.eval_shape(begin, _key()))
+    return runner.trace(chunk, carry), chunk.num_steps
 
 
-def evaluation_program(config: Config) -> tuple[Any, tuple[Any, ...], int]:
-    """Returns the same of the evaluation of one batch: clean and all attacks."""
+def evaluation_program(config: Config) -> tuple[Any, int]:
+    """Traces the evaluation of one batch: clean and all attacks."""
     facts, size = building.load_facts(config), config.evaluation.batch_size
     model, key = building.make_model(config, facts), _key()
     image = jax.ShapeDtypeStruct((1, *facts.image_shape), jnp.float32)
@@ -161,17 +158,23 @@ def evaluation_program(config: Config) -> tuple[Any, tuple[Any, ...], int]:
         jax.ShapeDtypeStruct((size,), jnp.int32),
     )
     indices = jax.ShapeDtypeStruct((size,), jnp.int32)
-    of_batch = batch_program(judge_by(model, building.evaluation_attacks(config)))
-    return of_batch, _placed((variables, *split, indices, key)), 1
+    of_batch: Any = batch_program(judge_by(model, building.evaluation_attacks(config)))
+    return of_batch.trace(*_placed((variables, *split, indices, key))), 1
 
 
-def counted(kind: str, config: Config, name: str) -> dict[str, Any]:
+def counted(
+    kind: str,
+    config: Config,
+    name: str,
+    options: Mapping[str, str | bool] = types.MappingProxyType({}),
+) -> dict[str, Any]:
     """Compiles a program for a device that is not there, and counts it.
 
     Args:
       kind: step or evaluation.
       config: of the program.
       name: of `TARGETS`.
+      options: of the compiler.
 
     Returns:
       `counts_of` the program; `temporary_bytes`, that it needs beside its arguments and
@@ -180,8 +183,8 @@ def counted(kind: str, config: Config, name: str) -> dict[str, Any]:
     program = {"step": step_program, "evaluation": evaluation_program}[kind]
     with compiling_for(devices_of(name)):
         started = time.perf_counter()
-        jitted, arguments, num_steps = program(config)
-        compiled = jitted.lower(*arguments).compile(TARGETS[name].options)
+        traced, num_steps = program(config)
+        compiled = traced.lower().compile(TARGETS[name].options | dict(options))
         seconds = time.perf_counter() - started
     return {
         **counts_of(kernels(compiled.as_text()), num_steps),
@@ -222,64 +225,22 @@ def counts_of(found: Sequence[Kernel], num_steps: int) -> dict[str, Any]:
     }
 
 
-def plan_counts(options: Options) -> list[Task]:
-    """Returns the programs to count: `options.row`, or the first row of each method.
-
-    Raises:
-      ValueError: for a config that is not valid, or where nothing is left to count;
-        before anything compiles.
-    """
-    measure = tuple(kind for kind in options.measure if kind != "epoch")
-    kinds = ("step", "evaluation")
-    check(
-        set(measure) <= set(kinds) and options.compare is None,
-        "--measure in {step, evaluation} and no --compare with --aot",
-        "Nothing runs.",
-        **{"--measure": options.measure, "--compare": options.compare},
-    )
-    check(
-        options.devices == (0,),
-        "no --devices with --aot",
-        "Programs are compiled for one.",
-        **{"--devices": options.devices},
-    )
-    if not options.row:
-        return plan(dataclasses.replace(options, measure=measure))
-    tasks = []
-    for row in options.row:
-        config = configuration.load_config(f"{options.config}:{row}", options.overrides)
-        sizes = options.batch_sizes or (config.training.batch_size,)
-        precisions = options.precisions or (config.model.dtype,)
-        settings = {  # an evaluation is the same whatever the row
-            "step": (row, sizes, options.steps_per_call),
-            "evaluation": (options.row[0], (config.evaluation.batch_size,), (0,)),
-        }
-        for kind in measure:
-            name, batch_sizes, calls = settings[kind]
-            flags = options.xla_flags
-            each: Any = itertools.product(batch_sizes, precisions, (0,), calls, flags)
-            tasks += [Task(kind, "", name, *setting) for setting in each]
-    for task in tasks:
-        config_of(task, options)
-    return list(dict.fromkeys(tasks))
-
-
 def write_counts(
-    found: dict[Task, dict[str, Any]], name: str, folder: pathlib.Path
+    found: Mapping[Task, Sequence[dict[str, Any]]], name: str, folder: pathlib.Path
 ) -> tuple[pathlib.Path, ...]:
     """Writes aot-NAME.json and aot-NAME.md, and makes the folder if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / f"aot-{name}.json", folder / f"aot-{name}.md"
-    rows = [dataclasses.asdict(task) | outcome for task, outcome in found.items()]
+    rows = [dataclasses.asdict(task) | outcome for task, (outcome,) in found.items()]
     write_json(paths[0], {"target": name, "rows": rows})
     write_text(paths[1], to_sheet(found, name).to_markdown())
     return paths
 
 
-def to_sheet(found: dict[Task, dict[str, Any]], name: str) -> Sheet:
+def to_sheet(found: Mapping[Task, Sequence[dict[str, Any]]], name: str) -> Sheet:
     """Returns the tables of what was counted, and the notes."""
     totals, kinds, notes = [], [], [_HOW_TO_READ]
-    for task, outcome in found.items():
+    for task, (outcome,) in found.items():
         what = task.row if task.kind == "step" else task.kind
         label = f"{what} {task.xla_flags}".strip()
         if "error" in outcome:
@@ -293,7 +254,7 @@ def to_sheet(found: dict[Task, dict[str, Any]], name: str) -> Sheet:
         kinds.append([label, "", *_cells(outcome)])
         for body in outcome["bodies"]:
             kinds.append(["", f"loop x {body['runs']:g}", *_cells(body)])
-    abouts = [each["provenance"] for each in found.values() if "provenance" in each]
+    abouts = [one["provenance"] for (one,) in found.values() if "provenance" in one]
     form = "Counted with jax {jax}, jaxlib {jaxlib}, commit {commit}, {date}."
     notes += [form.format(**about) for about in abouts[:1]]
     title = f"Compiled for {name}: a step, or the evaluation of a batch"

@@ -11,6 +11,8 @@ from samrobust.data import Dataset, Split, dataset_facts
 
 __all__ = ["make_dataset"]
 
+_DIFFERENT = 4096  # images; beyond these they come again
+
 
 def make_dataset(name: str, num_train: int, num_test: int) -> Dataset:
     """Returns a data set like `name` in all but its pictures, the same at every call.
@@ -23,14 +25,16 @@ def make_dataset(name: str, num_train: int, num_test: int) -> Dataset:
     num_classes, shape, mean, std, *_ = dataset_facts(name)
     rng = np.random.default_rng(0)
 
-    def split(number: int) -> Split:
+    def split(size: int) -> Split:
         height, width, channels = shape
+        number = min(size, _DIFFERENT)
         coarse = rng.standard_normal((number, height // 4, width // 4, channels))
         smooth = coarse.repeat(4, axis=1).repeat(4, axis=2)
         pixels = 0.8 * smooth + 0.6 * rng.standard_normal((number, *shape))
         images = np.clip(np.array(mean) + np.array(std) * pixels, 0, 1)
         labels = rng.integers(0, num_classes, number).astype(np.int32)
-        return Split(np.round(255 * images).astype(np.uint8), labels)
+        pixels = np.round(255 * images).astype(np.uint8)
+        return Split(np.resize(pixels, (size, *shape)), np.resize(labels, size))
 
     return Dataset(
         name, num_classes, mean, std, split(num_train), split(0), split(num_test)

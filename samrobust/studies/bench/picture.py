@@ -18,12 +18,14 @@ __all__ = ["draw"]
 
 # Okabe and Ito, Color Universal Design (2008), and a shape each: distinct in gray too.
 _SERIES = {
-    "step": ("samrobust, bare step", "#0072B2", "o"),
-    "epoch": ("samrobust, whole loop", "#56B4E9", "D"),
+    "step": ("samrobust", "#0072B2", "o"),
     "reference": ("PyTorch, as the paper's code", "#D55E00", "s"),
     "resident": ("PyTorch, data on device", "#E69F00", "^"),
     "tuned": ("PyTorch, tuned", "#CC79A7", "v"),
+    "graphed": ("PyTorch, one graph", "#56B4E9", "D"),
     "compiled": ("PyTorch, compiled", "#009E73", "P"),
+    "autotuned": ("PyTorch, autotuned", "#F0E442", "X"),
+    "pure": ("PyTorch, all in bfloat16", "#000000", "*"),
 }
 _CLAIMS = {
     "flop_cost": ("by FLOPs", "#777777", "|"),
@@ -41,7 +43,7 @@ def draw(report: BenchReport) -> "Figure":
     """
     groups: dict[str, list[Row]] = {}
     for row in report.rows:
-        if row["kind"] in ("step", "epoch", "pytorch"):
+        if row["kind"] in ("step", "pytorch"):
             name = f"{row['method'].upper()}, batch {row['batch_size']}"
             name += "" if row["precision"] == "float32" else f", {row['precision']}"
             groups.setdefault(name, []).append(row)
@@ -84,14 +86,14 @@ def draw(report: BenchReport) -> "Figure":
 def _draw_row(speed: "Axes", cost: "Axes", y: int, row: Row) -> None:
     """Draws a row's speed with its range over all repeats, and its cost and claims."""
     series = row["variant"] or row["kind"]
-    height = y + 0.13 * (list(_SERIES).index(series) - 2.5)
+    height = y + 0.13 * (list(_SERIES).index(series) - (len(_SERIES) - 1) / 2)
     style = _style(*_SERIES[series], 5)
     rate, size = row["images_per_second"], row["batch_size"]
     repeats = [value for values in row["seconds"] for value in values]
     ends = rate - size / max(repeats), size / min(repeats) - rate
     reach = np.maximum(0.0, ends)[:, None]
     speed.errorbar(rate, height, xerr=reach, elinewidth=1, **style)
-    if "cost" in row and series != "epoch":
+    if "cost" in row:
         cost.plot(row["cost"], height, **style)
     for field in _CLAIMS if series == "step" else ():
         if field in row:

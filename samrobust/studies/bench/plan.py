@@ -7,9 +7,18 @@ from typing import Any
 
 from samrobust.checks import check, check_choice
 from samrobust.experiments import configuration
+from samrobust.system.runtime import parse_compiler_options
 from samrobust.types import Config
 
 __all__ = ["Options", "Task", "config_of", "overrides_of", "plan"]
+
+# Of PyTorch's side: the methods, and the variants by precision.
+_TWIN_METHODS = ("st", "sam", "at")
+_FAST = ("tuned", "graphed", "compiled", "autotuned")
+_VARIANTS = {
+    "float32": ("reference", "resident", *_FAST),
+    "bfloat16": (*_FAST, "pure"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,26 +28,29 @@ class Options:
     Attributes:
       config: the config file.
       overrides: of the config, `--config.FIELD=VALUE`.
-      measure: of step, epoch, evaluation and unrolled.
+      measure: of step, evaluation and unrolled.
       methods: of the config's table: st, sam, at, at+sam; the first row of each.
+      row: rows of any method, instead of `methods`.
       batch_sizes: over all devices; the config's where empty.
       precisions: float32, bfloat16; the config's where empty.
       devices: numbers of devices; 0: all there are.
       steps_per_call: 0: the default of the device.
-      xla_flags: flags added to `XLA_FLAGS`, one string a variant; "" adds none.
+      xla_flags: XLA's options for the programs measured, one string a variant.
       compare: `pytorch`, or nothing.
       aot: of `aot.TARGETS`, a device to compile for instead of measuring, or nothing.
-      row: with `aot`: rows of any method; the first of each of `methods` where empty.
       variants: of PyTorch, see `twin/reference.py`.
       repeats: in every process.
       rounds: processes for each row.
+      cache: of compiled programs, which is kept; an empty one where it is not given.
+      no_rates: leave out the roofline and the counts of operations.
       min_seconds: of a repeat.
     """
 
     config: str
     overrides: tuple[str, ...] = ()
-    measure: tuple[str, ...] = ("step", "epoch", "evaluation")
+    measure: tuple[str, ...] = ("step", "evaluation")
     methods: tuple[str, ...] = ("st", "sam", "at")
+    row: tuple[str, ...] = ()
     batch_sizes: tuple[int, ...] = ()
     precisions: tuple[str, ...] = ()
     devices: tuple[int, ...] = (0,)
@@ -46,10 +58,11 @@ class Options:
     xla_flags: tuple[str, ...] = ("",)
     compare: str | None = None
     aot: str | None = None
-    row: tuple[str, ...] = ()
     variants: tuple[str, ...] = ("reference", "resident", "tuned", "compiled")
     repeats: int = 5
     rounds: int = 2
+    cache: str | None = None
+    no_rates: bool = False
     min_seconds: float = 2.0
 
 
@@ -58,15 +71,15 @@ class Task:
     """One measurement, in a process of its own.
 
     Attributes:
-      kind: of a row: step, epoch, evaluation, unrolled or pytorch; beside the rows:
-        roofline, counts, parity or probe.
-      method: st, sam, at, at+sam; "" where a method makes no difference.
-      row: of the config's table.
+      kind: of a row: step, evaluation, unrolled or pytorch; beside the rows: roofline,
+        counts, parity or probe.
+      method: st, sam, at, at+sam, or a row; "" where a method makes no difference.
+      row: of the config.
       batch_size: over all devices.
       precision: dtype of the network.
       devices: how many; 0: all.
       steps_per_call: 0: the default.
-      xla_flags: added to the environment's.
+      xla_flags: XLA's options for the program.
       variant: of PyTorch.
     """
 
@@ -82,7 +95,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """Returns a name for people: `at epoch, batch 128, float32`."""
+        """Returns a name for people: `at step, batch 128, float32`."""
         parts = [
             " ".join(filter(None, (self.method, self.kind, self.variant))),
             f"batch {self.batch_size}",
@@ -106,8 +119,14 @@ def plan(options: Options) -> list[Task]:
     first = {configuration.parse_row(row).method: row for row in reversed(rows)}
     for method in options.methods:
         check_choice(tuple(first), method=method)
-    path = f"{options.config}:{rows[0]}"
-    default = configuration.load_config(path, options.overrides)
+    chosen = {method: first[method] for method in options.methods}
+    chosen = {row: row for row in options.row} or chosen
+    row = next(iter(chosen.values()))
+    default = configuration.load_config(f"{options.config}:{row}", options.overrides)
+    for flags in options.xla_flags:
+        parse_compiler_options(flags)
+    if options.aot is not None:
+        _check_counts(options)
     settings: Any = itertools.product(
         options.batch_sizes or (default.training.batch_size,),
         options.precisions or (default.model.dtype,),
@@ -116,21 +135,23 @@ def plan(options: Options) -> list[Task]:
         options.xla_flags,
     )
     tasks = []
-    attacked = [method for method in options.methods if method.startswith("at")]
-    chosen = {"evaluation": ("",), "unrolled": attacked}
+    attacked = {name: row for name, row in chosen.items() if name.startswith("at")}
+    of_kind = {"evaluation": {"": row}, "unrolled": attacked}
     for size, precision, *setting in settings:
         for kind in options.measure:
             batch = default.evaluation.batch_size if kind == "evaluation" else size
+            # An evaluation has no steps.
+            own = [setting[0], 0, setting[2]] if kind == "evaluation" else setting
             tasks += [
-                Task(kind, m, first.get(m, rows[0]), batch, precision, *setting)
-                for m in chosen.get(kind, options.methods)
+                Task(kind, name, row, batch, precision, *own)
+                for name, row in of_kind.get(kind, chosen).items()
             ]
         if options.compare and "step" in options.measure:
             tasks += [
-                Task("pytorch", m, first[m], size, precision, variant=variant)
-                for m in options.methods
+                Task("pytorch", name, row, size, precision, variant=variant)
+                for name, row in chosen.items()
                 for variant in options.variants
-                if precision == "float32" or variant in ("tuned", "compiled")
+                if variant in _VARIANTS[precision]
             ]
     tasks = list(dict.fromkeys(tasks))
     check(
@@ -146,11 +167,30 @@ def plan(options: Options) -> list[Task]:
     return tasks
 
 
+def _check_counts(options: Options) -> None:
+    """Refuses what cannot be counted on a device that is not there."""
+    check(
+        set(options.measure) <= {"step", "evaluation"} and options.compare is None,
+        "--measure in {step, evaluation} and no --compare with --aot",
+        "Nothing runs.",
+        **{"--measure": options.measure, "--compare": options.compare},
+    )
+    check(
+        options.devices == (0,),
+        "no --devices with --aot",
+        "Programs are compiled for one.",
+        **{"--devices": options.devices},
+    )
+
+
 def _check_comparison(options: Options, config: Config) -> None:
     """Refuses a comparison that cannot be made."""
     given = {"--compare": options.compare}
     steps = "step" in options.measure
     check(steps, "step in --measure", "Steps are compared.", **given)
+    methods = options.row or options.methods
+    for method in methods:
+        check_choice(_TWIN_METHODS, method=method)
     has_torch = importlib.util.find_spec("torch") is not None
     check(has_torch, "the package torch", "Install it: pip install torch.", **given)
     network, fix = config.model.name, "PyTorch's side has no other network."

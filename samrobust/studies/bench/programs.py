@@ -1,13 +1,11 @@
-"""The programs that are measured: a step, an epoch, an evaluation, and the roofline.
+"""The programs that are measured: a training step, an evaluation, and the roofline.
 
-All but the last are the package's own: the same train step, loop and evaluator as a run
-uses, compiled with the same options. Each function measures one of them under a config
-and returns what it found, ready for JSON.
+All but the last are the package's own: the same loop and evaluator as a run uses,
+compiled with the same options. Each function measures one of them under a config and
+returns what it found, ready for JSON.
 """
 
 import functools
-import itertools
-import math
 import pathlib
 import statistics
 import tempfile
@@ -17,33 +15,32 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
-from jax.sharding import NamedSharding, PartitionSpec
 
-from samrobust.data import Dataset, random_crop_and_flip, take_batch
+from samrobust.data import (
+    Dataset,
+    DatasetFacts,
+    Split,
+    random_crop_and_flip,
+    take_batch,
+)
 from samrobust.evaluation import make_evaluator
 from samrobust.experiments import building
 from samrobust.studies.bench.images import make_dataset
-from samrobust.system.distributed import data_mesh, replicated, sharded
-from samrobust.system.runtime import compiler_options
+from samrobust.system.distributed import data_mesh, replicated
 from samrobust.training import Method
 from samrobust.training.checkpoint import Checkpoints
-from samrobust.training.epoch import EpochPlan, EpochRunner, LoopState
+from samrobust.training.epoch import Chunk, EpochRunner, LoopState
 from samrobust.training.fit import fresh_carry
-from samrobust.training.state import TrainState
 from samrobust.types import Array, Config
 
 __all__ = [
-    "POOL",
     "begin",
-    "epoch",
     "evaluation",
-    "jit_steps",
-    "on_pool",
+    "num_train",
     "roofline",
     "step",
-    "step_program",
+    "training",
     "unrolled",
 ]
 
@@ -51,114 +48,89 @@ __all__ = [
 Measure: TypeAlias = Callable[..., list[float]]
 Found: TypeAlias = dict[str, Any]
 
-POOL = 4  # different batches, so that no step sees the one before it again
-_EPOCH_STEPS = 16  # of the shortened epoch that is measured
-
 
 def step(config: Config, measure: Measure, *, unroll: bool = False) -> Found:
-    """Measures the bare training step, on batches that lie on the device."""
-    jitted, arguments, num_steps = step_program(config, unroll=unroll)
-    program, compilation = _compile(lambda: jitted.lower(*arguments))
-    seconds = measure(_repeated(program, *arguments))
-    return compilation | {"seconds": [value / num_steps for value in seconds]}
+    """Measures a training step as epochs run it, and what an epoch costs beside.
+
+    `pipeline_seconds` is what a step's batch and augmentation take alone;
+    `checkpoint_seconds`, for how long saving holds up the loop.
+    """
+    facts = building.load_facts(config)
+    split = make_dataset(config.data.name, num_train(config, facts), 1).train
+    runner, chunk, begin = training(config, facts, split, unroll=unroll)
+    carry = jax.jit(begin, out_shardings=replicated(data_mesh()))(jax.random.key(0))
+    started = time.perf_counter()
+    runner.compile(chunk, carry)
+    found: Found = {"compile_seconds": time.perf_counter() - started}
+    permutation = runner.permutation(0)
+
+    def call() -> LoopState:
+        nonlocal carry
+        carry, _ = runner.run(chunk, carry, permutation)
+        return carry
+
+    seconds = [value / chunk.num_steps for value in measure(call)]
+    if not seconds or unroll:
+        return found | {"seconds": seconds}
+
+    @jax.jit
+    def draw(images: Array, labels: Array, order: Array, key: Array) -> Any:
+        batch, labels = take_batch(images, labels, order, 0, chunk.batch_size)
+        return random_crop_and_flip(batch, **_augmentation(config), key=key), labels
+
+    data = jax.device_put((split.images, split.labels))
+    drawing = measure(
+        lambda: draw(*data, permutation, jax.random.key(2)), min_seconds=0.2
+    )
+    return found | {
+        "seconds": seconds,
+        "checkpoint_seconds": _checkpoint_seconds(carry),
+        "pipeline_seconds": statistics.median(drawing),
+    }
 
 
 unrolled = functools.partial(step, unroll=True)
 
 
-def step_program(
-    config: Config, *, unroll: bool = False
-) -> tuple[Any, tuple[Any, ...], int]:
-    """Returns the program of one call: training steps, without the rest of the loop.
+def training(
+    config: Config, facts: DatasetFacts, split: Split, *, unroll: bool = False
+) -> tuple[EpochRunner, Chunk, Callable[[Array], LoopState]]:
+    """Returns the loop of a run, the first of its calls, and its initialization.
 
     Args:
-      config: of the step.
-      unroll: the loop of the attack; wants one step a call.
-
-    Returns:
-      A jitted function from the state and data to the next state, which it is donated;
-      its arguments, and the number of steps it takes.
+      config: of the run.
+      facts: of the data set.
+      split: the images to train on.
+      unroll: the loop of the attack.
     """
-    batch_size = config.training.batch_size
-    dataset, method, carry = begin(config, POOL * batch_size)
-    num_steps = building.make_plan(config, len(dataset.train)).steps_per_call
-    arguments = (carry.state, *_on_device(dataset, batch_size), jax.random.key(1))
-    one_step = on_pool(method)
+    plan = building.make_plan(config, len(split))
+    method = building.make_method(config, facts, plan.num_steps)
+    begin = fresh_carry(method, plan.batch_size, facts.image_shape)
+    train_step = method.train_step
     if unroll:
-        one_step = _unrolled(one_step, *arguments)
-    return jit_steps(one_step, num_steps), arguments, num_steps
-
-
-def on_pool(method: Method) -> Callable[..., TrainState]:
-    """Returns a training step that takes its batch out of several, [P, B, ...]."""
-
-    def one_step(state: TrainState, images: Array, labels: Array, key: Array):
-        which = state.step % POOL
-        key = jax.random.fold_in(key, state.step)
-        return method.train_step(state, images[which], labels[which], key)[0]
-
-    return one_step
-
-
-def jit_steps(one_step: Callable[..., TrainState], num_steps: int) -> Any:
-    """Returns `num_steps` steps as one jitted function, which is donated the state."""
-
-    def run(state: TrainState, *data: Array) -> TrainState:
-        if num_steps == 1:
-            return one_step(state, *data)
-        state, _ = jax.lax.scan(
-            lambda state, _: (one_step(state, *data), None), state, length=num_steps
-        )
-        return state
-
-    return jax.jit(run, donate_argnums=0, out_shardings=replicated(data_mesh()))
-
-
-def epoch(config: Config, measure: Measure) -> Found:
-    """Measures the loop of a run: batches, augmentation, metrics, checkpoints.
-
-    Beside the seconds of a step: `checkpoint_seconds`, for which saving holds up the
-    loop, and `pipeline_seconds`, which a step's batch and augmentation take alone.
-    """
-    batch_size = config.training.batch_size
-    steps = building.make_plan(config, batch_size).steps_per_call
-    num_steps = math.ceil(_EPOCH_STEPS / steps) * steps
-    dataset, method, carry = begin(config, num_steps * batch_size)
-    plan = EpochPlan(num_steps * batch_size, batch_size, steps, drop_remainder=False)
-    augmentation = {"padding": config.data.padding, "flip": config.data.flip}
-    options: dict[str, Any] = augmentation | {"mesh": data_mesh()}
-    key = jax.random.key(1)
-    runner = EpochRunner(method.train_step, plan, dataset.train, **options, key=key)
-    _, compilation = _compile(lambda: runner.lower(plan.chunks()[0], carry))
-    chunks = (
-        (chunk, permutation)
-        for permutation in map(runner.permutation, itertools.count())
-        for chunk in plan.chunks()
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        size, shape = plan.batch_size, facts.image_shape
+        images = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
+        labels = jax.ShapeDtypeStruct((size,), jnp.int32)
+        state = jax.eval_shape(begin, key).state
+        train_step = _unrolled(train_step, state, images, labels, key)
+    runner = EpochRunner(
+        *(train_step, plan, split),
+        **_augmentation(config),
+        mesh=data_mesh(),
+        key=jax.random.key(1),
+        deterministic=config.training.deterministic,
     )
+    return runner, plan.chunks()[0], begin
 
-    def run() -> LoopState:
-        nonlocal carry
-        chunk, permutation = next(chunks)
-        carry, _ = runner.run(chunk, carry, permutation)
-        return carry
 
-    seconds = [value / steps for value in measure(run)]
-    if not seconds:
-        return {}
+def _augmentation(config: Config) -> Any:
+    return {"padding": config.data.padding, "flip": config.data.flip}
 
-    @jax.jit
-    def draw(images: Array, labels: Array, order: Array, key: Array) -> Any:
-        batch, labels = take_batch(images, labels, order, 0, batch_size)
-        return random_crop_and_flip(batch, **augmentation, key=key), labels
 
-    data = jax.device_put((dataset.train.images, dataset.train.labels))
-    data += (jnp.arange(len(dataset.train)), jax.random.key(2))
-    drawing = measure(lambda: draw(*data), min_seconds=0.2)
-    return compilation | {
-        "seconds": seconds,
-        "checkpoint_seconds": _checkpoint_seconds(carry),
-        "pipeline_seconds": statistics.median(drawing),
-    }
+def num_train(config: Config, facts: DatasetFacts) -> int:
+    """Returns the number of images that a run of the config trains on."""
+    return config.data.train_size or facts.num_train - config.data.validation_size
 
 
 def evaluation(config: Config, measure: Measure) -> Found:
@@ -208,9 +180,8 @@ def begin(
 ) -> tuple[Dataset, Method, LoopState]:
     """Returns images, the config's method, and the first state, on all devices."""
     dataset = make_dataset(config.data.name, num_train, num_test)
-    batch_size = config.training.batch_size
-    method = building.make_method(config, dataset, max(1, num_train // batch_size))
-    fresh = fresh_carry(method, batch_size, dataset.image_shape)
+    method = building.make_method(config, dataset, 1)
+    fresh = fresh_carry(method, config.training.batch_size, dataset.image_shape)
     everywhere = replicated(data_mesh())
     return dataset, method, jax.jit(fresh, out_shardings=everywhere)(jax.random.key(0))
 
@@ -249,25 +220,6 @@ def _repeated(
         return state
 
     return call
-
-
-def _on_device(dataset: Dataset, batch_size: int) -> tuple[Array, Array]:
-    """Returns the training images as batches [P, B, ...], split over the devices."""
-    everything = np.arange(len(dataset.train))
-    images, labels = take_batch(
-        dataset.train.images, dataset.train.labels, everything, 0, len(everything)
-    )
-    placement = sharded(data_mesh())
-    batched = NamedSharding(placement.mesh, PartitionSpec(None, *placement.spec))
-    cut = [x.reshape(-1, batch_size, *x.shape[1:]) for x in (images, labels)]
-    return tuple(jax.device_put(cut, batched))
-
-
-def _compile(lower: Callable[[], Any]) -> tuple[Any, Found]:
-    """Returns a compiled program, and the seconds to trace and compile it."""
-    started = time.perf_counter()
-    program = lower().compile(compiler_options())
-    return program, {"compile_seconds": time.perf_counter() - started}
 
 
 def _checkpoint_seconds(carry: LoopState) -> float:

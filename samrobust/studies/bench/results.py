@@ -1,4 +1,7 @@
-"""Rows from raw outcomes: medians, rates, fractions of ceilings, costs, hours."""
+"""Rows from raw outcomes: medians, rates, fractions of ceilings, costs, hours.
+
+No device is asked for, since this process would then hold memory of it.
+"""
 
 import dataclasses
 import pathlib
@@ -14,7 +17,9 @@ import numpy as np
 from samrobust.experiments import building, configuration, entries, methods
 from samrobust.studies.bench.counts import StepCost, step_cost
 from samrobust.studies.bench.plan import Options, Task, config_of
+from samrobust.studies.bench.programs import num_train
 from samrobust.studies.bench.suite import Outcome
+from samrobust.training.epoch import EpochPlan
 from samrobust.types import Config
 
 __all__ = ["PAPER_COSTS", "BenchReport", "Row", "summarize"]
@@ -65,8 +70,9 @@ def summarize(
       `compile_cold`, `compile_cached`, `peak_memory`, `epoch_seconds`,
       `pipeline_share`, `cost` and `flop_cost` relative to ST, `paper_cost`; of a
       PyTorch row its `parity` (deviations from ours), `versions`, `float32_matmul`, and
-      `ratio` (of its time to ours, with `ratio_low` and `ratio_high` over the rounds).
-      What does not apply is left out.
+      `ratio` of its time to ours. `cost` and `ratio` are medians of the rounds' ratios
+      of medians, with `_low` and `_high` over the rounds. What does not apply is left
+      out.
     """
     rows: list[Row] = []
     failures, ceilings, passes, first = [], {}, {}, {}
@@ -120,8 +126,10 @@ def _row(task: Task, raws: Sequence[Outcome], config: Config) -> Row:
     if task.kind == "evaluation":
         row["num_test"] = facts.num_test
         row["test_set_seconds"] = median / task.batch_size * facts.num_test
-    if task.kind == "epoch":
-        steps = -(-facts.num_train // task.batch_size)
+    if task.kind == "step":
+        size = num_train(config, facts)
+        drop = config.training.drop_remainder
+        steps = EpochPlan(size, task.batch_size, 1, drop).num_steps
         saving = statistics.median(raw["checkpoint_seconds"] for raw in raws)
         pipeline = statistics.median(raw["pipeline_seconds"] for raw in raws)
         row["epoch_seconds"] = steps * median + saving
@@ -165,25 +173,30 @@ def _compared(row: Row, rows: Sequence[Row]) -> Row:
 
     found = {}
     if row["method"] and (st := other("kind", "variant", *_SETTING, method="st")):
-        found["cost"] = row["step_seconds"] / st["step_seconds"]
+        found |= _ratio("cost", row, st)
     ours = other("method", "batch_size", "precision", kind="step")
     if ours and row["kind"] in ("pytorch", "unrolled"):
-        ratios = [
-            statistics.median(theirs) / statistics.median(own)
-            for theirs, own in zip(row["seconds"], ours["seconds"], strict=False)
-        ]
-        found["ratio"] = statistics.median(ratios)
-        found |= {"ratio_low": min(ratios), "ratio_high": max(ratios)}
-    epoch = other(kind="epoch", method="st")
-    if epoch and row["kind"] == "evaluation":
-        found["st_epochs"] = row["test_set_seconds"] / epoch["epoch_seconds"]
+        found |= _ratio("ratio", row, ours)
+    st = other(kind="step", method="st")
+    if st and row["kind"] == "evaluation":
+        found["st_epochs"] = row["test_set_seconds"] / st["epoch_seconds"]
     return found
+
+
+def _ratio(name: str, row: Row, other: Row) -> Row:
+    """Returns a row's time relative to another's, round by round."""
+    ratios = [
+        statistics.median(own) / statistics.median(theirs)
+        for own, theirs in zip(row["seconds"], other["seconds"], strict=False)
+    ]
+    median = statistics.median(ratios)
+    return {name: median, f"{name}_low": min(ratios), f"{name}_high": max(ratios)}
 
 
 def _projection(rows: Sequence[Row], options: Options) -> dict[str, Any] | None:
     """Returns the hours of the config's table with three seeds, by measured epochs."""
     seconds = {
-        r["method"]: r["epoch_seconds"] for r in reversed(rows) if r["kind"] == "epoch"
+        r["method"]: r["epoch_seconds"] for r in reversed(rows) if r["kind"] == "step"
     }
     names = configuration.load_rows(options.config)
     table = [configuration.parse_row(name).method for name in names]

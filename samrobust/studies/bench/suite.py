@@ -35,21 +35,27 @@ class StoppedError(RuntimeError):
     """A request to stop the bench; what was measured is kept."""
 
 
-def schedule(tasks: Sequence[Task], rounds: int) -> list[tuple[str, Task]]:
+def schedule(tasks: Sequence[Task], options: Options) -> list[tuple[str, Task]]:
     """Returns what to run, in order, with names for people.
 
-    The roofline of each precision, the counts, then every row once, and once again.
+    The roofline of each precision, the counts, then every row once, and once again. Of
+    programs that are counted alone, each once.
     """
+    if options.aot:
+        return [(task.name, task) for task in tasks]
+    rounds = [
+        (f"round {number + 1}: {task.name}", task)
+        for number in range(options.rounds)
+        for task in tasks
+    ]
+    if options.no_rates:
+        return rounds
     first = Task("counts", "", tasks[0].row, tasks[0].batch_size, "float32")
     beside = [
         dataclasses.replace(first, kind="roofline", precision=precision)
         for precision in dict.fromkeys(task.precision for task in tasks)
     ]
-    return [(task.name, task) for task in (*beside, first)] + [
-        (f"round {number + 1}: {task.name}", task)
-        for number in range(rounds)
-        for task in tasks
-    ]
+    return [(task.name, task) for task in (*beside, first)] + rounds
 
 
 class Launcher:
@@ -57,7 +63,8 @@ class Launcher:
 
     Args:
       options: of the bench.
-      folder: for the compilation cache that the tasks share, and the parity files.
+      folder: for the parity files, and the compilation cache that the tasks share
+        unless the options name one.
       should_stop: asked while waiting; where true, the process is ended and
         `StoppedError` raised.
     """
@@ -93,9 +100,11 @@ class Launcher:
             "min_seconds": seconds,
             "path": str(path or ""),
             "target": self._options.aot,
+            "flags": task.xla_flags,
         }
         environment = self._devices(task) | {
-            "JAX_COMPILATION_CACHE_DIR": str(self._folder / "cache"),
+            "JAX_COMPILATION_CACHE_DIR": self._options.cache
+            or str(self._folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         if task.kind == "counts" or self._options.aot:  # whatever the device
@@ -110,22 +119,22 @@ class Launcher:
         return self._probed
 
     def _devices(self, task: Task) -> dict[str, str]:
-        """Returns the environment for a task's XLA flags and number of devices."""
-        flags, own = [os.environ.get("XLA_FLAGS", ""), task.xla_flags], {}
-        if task.devices:
-            machine = self._machine(task)
-            there, platform = machine.get("num_devices", 0), machine.get("platform")
-            if platform == "cpu":
-                flags.append(f"--xla_force_host_platform_device_count={task.devices}")
-            elif task.devices != there:
-                check(
-                    task.devices < there and platform == "gpu",
-                    f"--devices=0 or {there}, which are there",
-                    "Fewer than all can be chosen on GPUs alone.",
-                    devices=task.devices,
-                )
-                own["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(task.devices)))
-        return own | {"XLA_FLAGS": " ".join(filter(None, flags))}
+        """Returns the environment for a task's number of devices."""
+        if not task.devices:
+            return {}
+        machine = self._machine(task)
+        there, platform = machine.get("num_devices", 0), machine.get("platform")
+        if platform == "cpu":
+            return {"JAX_NUM_CPU_DEVICES": str(task.devices)}
+        if task.devices == there:
+            return {}
+        check(
+            task.devices < there and platform == "gpu",
+            f"--devices=0 or {there}, which are there",
+            "Fewer than all can be chosen on GPUs alone.",
+            devices=task.devices,
+        )
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(task.devices)))}
 
     def _pytorch(self, task: Task) -> Outcome:
         """Runs `twin/reference.py` on weights and batches of ours."""

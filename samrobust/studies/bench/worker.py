@@ -21,7 +21,12 @@ from samrobust.studies.bench.parity import parity
 from samrobust.studies.bench.timing import measure, peak_resident_bytes
 from samrobust.system.distributed import check_platform
 from samrobust.system.provenance import provenance
-from samrobust.system.runtime import enable_compilation_cache, keep_freed_memory
+from samrobust.system.runtime import (
+    add_compiler_options,
+    enable_compilation_cache,
+    keep_freed_memory,
+    parse_compiler_options,
+)
 from samrobust.types import Config
 
 __all__ = ["BAD_INPUT", "main", "measured"]
@@ -56,6 +61,7 @@ def measured(
     min_seconds: float,
     path: str,
     target: str | None = None,
+    flags: str = "",
 ) -> dict[str, Any]:
     """Returns the outcome of one measurement.
 
@@ -68,10 +74,12 @@ def measured(
       path: where `parity` writes its file; the others, if it is not empty, write a
         trace there and measure nothing.
       target: of `aot.TARGETS`: compile for it and count, and measure nothing.
+      flags: XLA's options for the program.
     """
     loaded = configuration.load_config(config, overrides)
     if target is not None:
-        return aot.counted(kind, loaded, target)
+        return aot.counted(kind, loaded, target, parse_compiler_options(flags))
+    add_compiler_options(flags)
     if kind == "probe":
         return {}
     if kind == "parity":

@@ -70,10 +70,15 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 
     Args:
       tree: arrays that are the same in all processes, which is not checked; those that
-        lie there already are left alone.
+        lie there already are left alone. Of devices that are described and not there,
+        their shapes, and shapes are returned.
       mesh: of all devices.
     """
     placement = replicated(mesh)
+    if _DESCRIBED.get():
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree
+        )
     if placement.is_fully_addressable:
         return jax.device_put(tree, placement)
 

@@ -27,6 +27,7 @@ from samrobust.checks import check, check_choice
 from samrobust.studies.bench.twin.network import TwinResNet
 
 __all__ = [
+    "VARIANTS",
     "ReferenceTrainer",
     "Step",
     "TunedTrainer",
@@ -39,6 +40,20 @@ __all__ = [
 Outcome = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, Tensor], Outcome]
 Tensors = list[Tensor]
+
+# The mode of each variant's `torch.compile`, or None where nothing is compiled. Of
+# "max-autotune" all but its graphs, which would replay the network alone: `capture`
+# takes one graph of the whole step.
+VARIANTS: dict[str, str | None] = {
+    "reference": None,
+    "resident": None,
+    "tuned": "default",
+    "graphed": None,
+    "compiled": "default",
+    "autotuned": "max-autotune-no-cudagraphs",
+    "pure": "default",
+}
+_PUBLISHED = ("reference", "resident")
 
 SAM_FLOOR = 1e-12  # davda54/sam adds it to the norm of the gradient
 L2_FLOOR = 1e-10  # the reference adds it to the norm of the mean loss's gradient
@@ -53,9 +68,9 @@ class TwinSpec:
 
     Attributes:
       method: `st`, `sam` or `at`.
-      variant: `reference`, `resident`, `tuned` or `compiled`; see `reference.py`.
+      variant: of `VARIANTS`; see `reference.py`.
       batch_size: examples in a batch.
-      precision: `float32`, or `bfloat16` for autocast in a tuned variant.
+      precision: `float32`; in a tuned variant also `bfloat16`, of `pure` the only one.
       float32_matmul: `highest`, or `high` for TF32 in products and convolutions.
       device: `cpu` or `cuda`.
       network: the arguments of `TwinResNet`, all of them.
@@ -93,8 +108,7 @@ class TwinSpec:
 
     def __post_init__(self) -> None:
         check_choice(("st", "sam", "at"), method=self.method)
-        variants = ("reference", "resident", "tuned", "compiled")
-        check_choice(variants, variant=self.variant)
+        check_choice(VARIANTS, variant=self.variant)
         check(
             self.is_tuned or self.precision == "float32",
             "precision='float32' of a variant that is not tuned",
@@ -102,25 +116,53 @@ class TwinSpec:
             precision=self.precision,
             variant=self.variant,
         )
+        check(
+            self.device == "cuda" or self.variant != "graphed",
+            "device='cuda' of variant='graphed'",
+            "Other devices have no graphs; take variant=tuned.",
+            device=self.device,
+        )
 
     @property
     def is_tuned(self) -> bool:
         """Returns whether the step is written for speed, and not as the reference's."""
-        return self.variant in ("tuned", "compiled")
+        return self.variant not in _PUBLISHED
+
+    @property
+    def is_graphed(self) -> bool:
+        """Returns whether a step is one CUDA graph."""
+        return self.device == "cuda" and self.is_tuned and self.variant != "tuned"
+
+    @property
+    def compiler_mode(self) -> str | None:
+        """Returns the mode of `torch.compile`; None: the network is not compiled."""
+        on_cpu_too = self.variant in ("compiled", "autotuned", "pure")
+        return VARIANTS[self.variant] if on_cpu_too or self.device == "cuda" else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Returns the type of the parameters."""
+        is_pure = self.variant == "pure" and self.precision == "bfloat16"
+        return torch.bfloat16 if is_pure else torch.float32
 
 
 def make_model(spec: TwinSpec) -> TwinResNet:
     """Returns the network in train mode on the spec's device."""
-    return TwinResNet(**spec.network).to(spec.device).train()
+    return TwinResNet(**spec.network).to(spec.device, spec.dtype).train()
 
 
 def make_trainer(
-    spec: TwinSpec, model: TwinResNet, *, compiled: bool = False
+    spec: TwinSpec, model: TwinResNet, *, mode: str | None = None
 ) -> "ReferenceTrainer":
-    """Returns the trainer of the spec's variant; `compiled` is for the tuned ones."""
-    if spec.is_tuned:
-        return TunedTrainer(spec, model, compiled=compiled)
-    return ReferenceTrainer(spec, model)
+    """Returns the trainer of the spec's variant.
+
+    Args:
+      spec: of the step.
+      model: of `make_model`.
+      mode: of `torch.compile`; None: the network is not compiled.
+    """
+    make = TunedTrainer if spec.is_tuned else ReferenceTrainer
+    return make(spec, model, mode=mode)
 
 
 class ReferenceTrainer:
@@ -134,12 +176,9 @@ class ReferenceTrainer:
 
     layout = torch.contiguous_format
 
-    def __init__(self, spec: TwinSpec, model: TwinResNet, *, compiled: bool = False):
+    def __init__(self, spec: TwinSpec, model: TwinResNet, *, mode: str | None = None):
         self.spec, self.model = spec, model.to(memory_format=self.layout)
-        # Mode "default": Inductor fuses what lies between the convolutions. It has no
-        # templates for their gradients, so that "max-autotune" would spend minutes on
-        # the forward passes alone; `capture` takes its CUDA graph of the whole step.
-        self._network = torch.compile(model) if compiled else model
+        self._network = model if mode is None else torch.compile(model, mode=mode)
         fused = spec.is_tuned or None  # None: as PyTorch chooses
         self.optimizer = torch.optim.SGD(model.parameters(), **spec.sgd, fused=fused)
 
@@ -171,9 +210,10 @@ class ReferenceTrainer:
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the mean cross entropy in float32, and the logits [B, K]."""
-        lower = self.spec.precision == "bfloat16"
-        with torch.autocast(self.spec.device, torch.bfloat16, enabled=lower):
-            logits = self._network(images)
+        spec = self.spec
+        lower = spec.precision == "bfloat16" and spec.dtype == torch.float32
+        with torch.autocast(spec.device, torch.bfloat16, enabled=lower):
+            logits = self._network(images.to(spec.dtype))
         return F.cross_entropy(logits.float(), labels), logits
 
     def image_gradient(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -241,7 +281,8 @@ class TunedTrainer(ReferenceTrainer):
     Convolutions in channels_last, gradients of the images alone in the attack, which
     leaves the running statistics as they are, one fused kernel for SGD and few for SAM.
     With `precision="bfloat16"` the network runs in autocast, its last linear layer
-    too, and the loss in float32.
+    too, and the loss in float32. `pure` has its parameters and momentum in bfloat16 as
+    well: it reads and writes less than the other side, and loses small updates.
     """
 
     layout = torch.channels_last
