@@ -6,6 +6,10 @@ share is made once. With the short ones left for the end, all are busy to the en
 
 from typing import Any
 
+from samrobust.system.runtime import collect_garbage_seldom
+
+collect_garbage_seldom()
+
 # By the time they take on two cores, half a minute and more. First those that wait.
 _LONG = (
     "test_processes_end",

@@ -293,6 +293,9 @@ def start_command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
+            # A command compiles two dozen programs of a few milliseconds each. Those
+            # of a group would read what another of them is writing.
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             **environment,
         },
         stdout=subprocess.PIPE,

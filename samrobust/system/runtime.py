@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import gc
 import os
 import pathlib
 import signal
@@ -30,6 +31,7 @@ __all__ = [
     "OutputError",
     "StopRequest",
     "cache_folder",
+    "collect_garbage_seldom",
     "compiler_options",
     "enable_compilation_cache",
     "end_on_signals",
@@ -132,6 +134,15 @@ def compiler_options() -> dict[str, str | bool]:
     except jax.errors.JaxRuntimeError:
         return {}
     return _CPU_OPTIONS
+
+
+def collect_garbage_seldom() -> None:
+    """Makes Python look for unreachable cycles after 100,000 new objects, not 700.
+
+    Loading JAX and tracing make many objects that stay: looking through them again and
+    again is a sixth of the time until the first step. Call it before JAX is loaded.
+    """
+    gc.set_threshold(100_000)
 
 
 def keep_freed_memory() -> bool:
