@@ -27,12 +27,9 @@ TOLERANCE = 1e-4
 # then whole pixels of PGD's images differ.
 SEED = {"seed": 1}
 # Processes and devices of each. The first one is this process itself.
-LAYOUTS = {"1x1": (1, 1), "1x2": (1, 2), "1x8": (1, 8), "2x1": (2, 1), "2x2": (2, 2)}
+LAYOUTS = {"1x1": (1, 1), "1x2": (1, 2), "2x1": (2, 1), "2x2": (2, 2)}
 SEVERAL = [layout for layout in LAYOUTS if layout != "1x1"]
-ROWS = {
-    layout: [ST, AT] if layout in ("1x8", "2x2") else [ST, SAM, AT]
-    for layout in LAYOUTS
-}
+ROWS = {layout: [ST, AT] if layout == "2x2" else [ST, SAM, AT] for layout in LAYOUTS}
 VALIDATED = {"data.validation_size": 50, "evaluation.checkpoint": "best"}
 EARLY = {"evaluation.judge": "any", "evaluation.early_stop": True}
 
