@@ -208,7 +208,7 @@ def test_a_job_of_two_nodes_that_is_preempted_ends_bit_identical(site):
     workdir = site.folder / "runs" / "at"
     job = site.submit(
         *("--nodes=2", "--gpus-per-node=0"),
-        arguments=tuple(launch_runs.train(workdir, epochs=5)),  # SLURM takes its time
+        arguments=tuple(launch_runs.train(workdir, epochs=12)),  # SLURM takes its time
         real=True,
         **real_environment(),
     )
