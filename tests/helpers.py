@@ -286,8 +286,10 @@ def main(*arguments: str) -> int:
         return int(error.code or 0)
 
 
-def start_command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Starts the `samrobust` command of this tree."""
+def start_command(
+    *arguments: str, folder: pathlib.Path = ROOT, **environment: str
+) -> subprocess.Popen[str]:
+    """Starts the `samrobust` command of this tree, in a folder."""
     return subprocess.Popen(
         [sys.executable, "-m", "samrobust.cli", *arguments],
         env={
@@ -301,7 +303,7 @@ def start_command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=ROOT,
+        cwd=folder,
     )
 
 
