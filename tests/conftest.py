@@ -4,11 +4,14 @@ Workers take whole modules (`--dist=loadfile` in the Makefile), so what the test
 share is made once. With the short ones left for the end, all are busy to the end.
 """
 
+import os
 from typing import Any
 
 from samrobust.system.runtime import collect_garbage_seldom
 
 collect_garbage_seldom()
+# PyTorch's threads wait for each other busily, and lose time on networks this small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # By the time they take on two cores, half a minute and more. First those that wait.
 _LONG = (
