@@ -287,7 +287,7 @@ def main(*arguments: str) -> int:
 
 
 def start_command(
-    *arguments: str, folder: pathlib.Path = ROOT, **environment: str
+    *arguments: str, folder: pathlib.Path | str = ROOT, **environment: str
 ) -> subprocess.Popen[str]:
     """Starts the `samrobust` command of this tree, in a folder."""
     return subprocess.Popen(
