@@ -83,18 +83,14 @@ def work(folder: pathlib.Path) -> None:
         train(config, helpers.load_data(config), folder / f"{name} {count}")
     config = helpers.make_config(SAM)
     dataset = helpers.load_data(config)
+    moved = folder / "moved"
     if count == 1:
-        for others in (2, 4):
-            answers = iter([False] * 4)
-            with contextlib.suppress(InterruptedRunError):
-                train(
-                    config,
-                    dataset,
-                    helpers.make_folder(folder / f"to {others}"),
-                    should_stop=functools.partial(next, answers, True),
-                )
-    else:
-        train(config, dataset, folder / f"to {count}")
+        answers = iter([False] * 4)
+        with contextlib.suppress(InterruptedRunError):
+            stop = functools.partial(next, answers, True)
+            train(config, dataset, helpers.make_folder(moved), should_stop=stop)
+    elif count == COUNTS[-1]:
+        train(config, dataset, moved)
     odd = {"training.batch_size": 33, "data.train_size": 66}
     config = helpers.make_config("st", odd)
     message = ""
@@ -149,9 +145,8 @@ def test_several_devices_measure_the_same_accuracy(folder, count):
     assert result["accuracy"] == pytest.approx(expected["accuracy"], abs=100.1 / 48)
 
 
-@pytest.mark.parametrize("count", COUNTS[1:])
-def test_a_run_moves_from_one_device_to_several(folder, count):
-    assert_equal_runs(folder / f"to {count}", folder / "1")
+def test_a_run_moves_from_one_device_to_several(folder):
+    assert_equal_runs(folder / "moved", folder / "1")
 
 
 @pytest.mark.parametrize(("count", "name"), [(2, "plain"), (4, "groups")])
@@ -250,9 +245,8 @@ def test_what_breaks_does_not_depend_on_the_batch_size(batch_size):
     assert_same_outcomes(outcomes(batch_size), outcomes(33))
 
 
-@pytest.mark.parametrize("num_devices", [4, 8])
-def test_what_breaks_does_not_depend_on_the_devices(num_devices):
-    assert_same_outcomes(outcomes_on(num_devices), outcomes(33))
+def test_what_breaks_does_not_depend_on_the_devices():
+    assert_same_outcomes(outcomes_on(8), outcomes(33))
 
 
 def assert_same_outcomes(found, expected):

@@ -125,7 +125,7 @@ def chains(tmp_path_factory) -> dict[str, tuple[Chain, Chain]]:
     """For each row a run that was never disturbed, and one that was."""
     disturbed = {
         "sam": ["kill", "term", "evaluation", "none"],
-        "at": ["kill", "kill", "term", "none"],
+        "at": ["kill", "term", "none"],
     }
 
     def both(name: str) -> tuple[Chain, Chain]:
