@@ -286,19 +286,24 @@ def main(*arguments: str) -> int:
         return int(error.code or 0)
 
 
-def start_command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Starts the `samrobust` command of this tree."""
+def start_command(
+    *arguments: str, folder: pathlib.Path | str = ROOT, **environment: str
+) -> subprocess.Popen[str]:
+    """Starts the `samrobust` command of this tree, in a folder."""
     return subprocess.Popen(
         [sys.executable, "-m", "samrobust.cli", *arguments],
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
+            # A command compiles two dozen programs of a few milliseconds each. Those
+            # of a group would read what another of them is writing.
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             **environment,
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=ROOT,
+        cwd=folder,
     )
 
 

@@ -156,9 +156,14 @@ EACH = pytest.mark.parametrize("damage", DAMAGES)
 
 
 def files_of(workdir: pathlib.Path, inside: str = "") -> list[pathlib.Path]:
-    """All files of a run, relative to its workdir; claims are not part of it."""
+    """All files of a run that are read, relative to its workdir.
+
+    Claims are not part of it; older checkpoints are read only where the newest one is
+    damaged.
+    """
+    left_out = {".claim", *map(str, helpers.checkpoint_steps(workdir)[:-1])}
     found = (p.relative_to(workdir) for p in sorted(workdir.rglob("*")) if p.is_file())
-    return [path for path in found if path.parts[0] != ".claim" and inside in str(path)]
+    return [p for p in found if inside in str(p) and left_out.isdisjoint(p.parts)]
 
 
 def twin_of(made: Made, file: pathlib.Path) -> pathlib.Path:

@@ -208,7 +208,7 @@ def test_a_job_of_two_nodes_that_is_preempted_ends_bit_identical(site):
     workdir = site.folder / "runs" / "at"
     job = site.submit(
         *("--nodes=2", "--gpus-per-node=0"),
-        arguments=tuple(launch_runs.train(workdir)),
+        arguments=tuple(launch_runs.train(workdir, epochs=12)),  # SLURM takes its time
         real=True,
         **real_environment(),
     )
@@ -231,7 +231,8 @@ def test_a_job_of_two_nodes_that_is_preempted_ends_bit_identical(site):
 def test_a_table_as_an_array_equals_the_one_of_a_single_process(site):
     rows = [f"--rows={row}" for row in ROWS]
     config = f"--config={helpers.ROOT}/configs/digits.py"
-    table = [config, "--seeds=2", *rows, *helpers.make_flags()]
+    flags = helpers.make_flags({"training.epochs": 1})
+    table = [config, "--seeds=2", *rows, *flags]
     folders = [site.folder / "tables" / name for name in ("array", "single")]
     said = site.cluster.run(
         *(SWEEP, "--gpus-per-node=0", "--cpus-per-task=1", "--array-limit=2", "--"),

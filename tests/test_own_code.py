@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import pathlib
 import re
 import signal
@@ -81,25 +80,17 @@ FLAGS = [
     "--config.evaluation.l2=()",
     "--config.evaluation.num_steps=2",
     "--config.evaluation.batch_size=24",
-    "--config.checkpoint.minutes=0",
 ]
 CONFIG = f"--config={helpers.ROOT}/configs/digits.py:{ROW}"
 
 
 def start(folder: pathlib.Path, *arguments: str) -> subprocess.Popen[str]:
     """The command in the folder of the file, which is on nobody's path."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "samrobust.cli", *arguments],
-        env={
-            **os.environ,
-            **helpers.QUICK_COMPILATION,
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(helpers.ROOT),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
+    return helpers.start_command(
+        *arguments,
+        folder=folder,
+        **helpers.QUICK_COMPILATION,
+        PYTHONPATH=str(helpers.ROOT),
     )
 
 
@@ -148,7 +139,8 @@ def test_it_is_trained_with_what_it_remembers_and_its_own_fields(folder):
 
 def test_a_killed_run_ends_with_the_same_bits(folder):
     killed = folder / "killed"
-    process = start(folder, "train", CONFIG, *FLAGS, "--workdir=killed")
+    flags = [*FLAGS, "--workdir=killed"]
+    process = start(folder, "train", CONFIG, *flags, "--config.checkpoint.minutes=0")
     deadline = time.monotonic() + 120
     while not any(0 < step < 60 for step in helpers.checkpoint_steps(killed)):
         assert process.poll() is None
@@ -156,24 +148,29 @@ def test_a_killed_run_ends_with_the_same_bits(folder):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    do(folder, "train", CONFIG, *FLAGS, "--workdir=killed")
+    do(folder, "train", CONFIG, *flags)
     expected = helpers.read_checkpoint(folder / "runs" / ROW / "seed0")
     helpers.assert_same_bits(helpers.read_checkpoint(killed), expected)
 
 
-def test_it_is_evaluated_rechecked_and_exported(folder):
+def test_it_is_evaluated_rechecked_and_exported(own, capsys):
     workdir = f"runs/{ROW}/seed0"
-    output = do(folder, "evaluate", f"--workdir={workdir}", "--num-steps=3")
-    assert "natural" in output
-    flags = ["--linf=16", "--l2=", "--num-examples=6"]
-    assert "persistent" in do(folder, "recheck", "--workdir=runs", *flags)
-    flags = ["--format=safetensors", "--output=mine.safetensors"]
-    do(folder, "export", f"--workdir={workdir}", *flags)
-    flags = [*FLAGS, "--input=mine.safetensors", "--workdir=back"]
-    output = do(folder, "import", CONFIG, *flags)
-    assert "hidden 4, 3 classes." in output  # its network knows no mean and std
+
+    def said(*arguments: str) -> str:
+        assert helpers.main(*arguments) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    with helpers.quick_compilation():
+        assert "natural" in said("evaluate", f"--workdir={workdir}", "--num-steps=3")
+        flags = ["--linf=16", "--l2=", "--num-examples=6"]
+        assert "persistent" in said("recheck", "--workdir=runs", *flags)
+        flags = ["--format=safetensors", "--output=mine.safetensors"]
+        said("export", f"--workdir={workdir}", *flags)
+        flags = [*FLAGS, "--input=mine.safetensors", "--workdir=back"]
+        # Its network knows no mean and std.
+        assert "hidden 4, 3 classes." in said("import", CONFIG, *flags)
     average = "state.state.average"
-    back, sent = map(helpers.read_checkpoint, (folder / "back", folder / workdir))
+    back, sent = map(helpers.read_checkpoint, (own / "back", own / workdir))
     names = [name for name in sent if name.startswith(average)]
     assert len(names) == 6
     for name in names:

@@ -15,22 +15,23 @@ import pytest
 
 from samrobust.system.claims import claim
 
-ST, SAM = "st", "sam,rho=0.2"
+ST = "st"  # how processes end does not depend on what they do
 
 LONG = {
     "data.train_size": 256,
     "training.batch_size": 16,
-    "training.epochs": 3,
+    "training.epochs": 2,
     "checkpoint.minutes": 0.001,
+    "evaluation.linf": (),
 }
-NUM_STEPS = 48
+NUM_STEPS = 32
 # For starts that nobody disturbs: how often a run saves may change, and costs time.
 RARELY = {"checkpoint.minutes": 10.0}
 
 
 def arguments_of(workdir: pathlib.Path, overrides: dict | None = None) -> list[str]:
     return [
-        *("train", f"--config=configs/digits.py:{SAM}", f"--workdir={workdir}"),
+        *("train", f"--config=configs/digits.py:{ST}", f"--workdir={workdir}"),
         *helpers.make_flags({**LONG, **(overrides or {})}),
     ]
 
@@ -86,7 +87,7 @@ def test_sigterm_to_any_process_stops_all_at_the_same_step(
     for victim in (1, 0):
         began = newest(tmp_path)
         group = helpers.start_command_group(2, *arguments_of(tmp_path), **cache)
-        wait_until(group, tmp_path, began + 5)
+        wait_until(group, tmp_path, began + 3)
         group[victim].send_signal(signal.SIGTERM)
         asked = time.monotonic()
         outcomes = helpers.finish_group(group)
@@ -111,20 +112,24 @@ def test_a_run_whose_workdir_was_taken_over_ends_and_leaves_the_files_alone(
 ):
     """But for a checkpoint that it was writing already."""
     lease = {"SAMROBUST_CLAIM_LEASE": "1"}
-    group = helpers.start_command_group(2, *arguments_of(tmp_path), **cache, **lease)
-    wait_until(group, tmp_path, 10)
+    # It saves every 0.6 s, so just after a checkpoint it writes none.
+    arguments = arguments_of(
+        tmp_path, {"training.epochs": 6, "checkpoint.minutes": 0.01}
+    )
+    group = helpers.start_command_group(2, *arguments, **cache, **lease)
+    wait_until(group, tmp_path, 1)
     for process in group:
         process.send_signal(signal.SIGSTOP)
     time.sleep(2)
     folder = tmp_path / "checkpoints" / "last"
     with claim(tmp_path):
-        shutil.copytree(folder / str(newest(tmp_path)), folder / "44")  # by its heir
+        shutil.copytree(folder / str(newest(tmp_path)), folder / "95")  # by its heir
         for process in group:
             process.send_signal(signal.SIGCONT)
         outcomes = helpers.finish_group(group)
         assert [code for code, *_ in outcomes] == [2, 2], outcomes
         assert "took over" in outcomes[0][2]
-        assert newest(tmp_path) == 44
+        assert newest(tmp_path) == 95
     assert not (tmp_path / "failure.json").exists()
 
 
@@ -159,7 +164,7 @@ def test_processes_that_were_started_differently_are_refused(tmp_path, cache):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_other_in_bounded_time(tmp_path, cache, victim):
     group = helpers.start_command_group(2, *arguments_of(tmp_path), **cache)
-    wait_until(group, tmp_path, 10)
+    wait_until(group, tmp_path, 5)
     group[victim].kill()
     killed = time.monotonic()
     outcomes = helpers.finish_group(group)
@@ -169,21 +174,21 @@ def test_a_dead_process_ends_the_other_in_bounded_time(tmp_path, cache, victim):
     assert "Another process of this run died" in errors or (
         "another task died" in errors  # JAX's own words when process 0 is gone
     )
-    assert newest(tmp_path) >= 10
+    assert newest(tmp_path) >= 5
 
 
 @pytest.mark.slow
 def test_a_full_disk_ends_all_and_keeps_what_is_written(tmp_path, cache):
     """A limit on the size of files stands in for a full disk."""
     group = helpers.start_command_group(2, *arguments_of(tmp_path), **cache)
-    wait_until(group, tmp_path, 10)
+    wait_until(group, tmp_path, 5)
     resource.prlimit(group[0].pid, resource.RLIMIT_FSIZE, (1, 1))
     outcomes = helpers.finish_group(group)
     assert [code for code, *_ in outcomes] == [1, 1], outcomes
     assert "File too large" in outcomes[0][2]
     # A line of the log fails in all, and process 0 says so; a checkpoint in it alone.
     assert outcomes[1][2] == "" or "process 0 failed: " in outcomes[1][2]
-    assert newest(tmp_path) >= 10
+    assert newest(tmp_path) >= 5
     outcomes = helpers.finish_group(
         helpers.start_command_group(2, *arguments_of(tmp_path, RARELY), **cache)
     )
@@ -197,7 +202,7 @@ def test_processes_killed_at_random_end_bit_identical(tmp_path, cache, undisturb
     kinds = []
     while newest(tmp_path) < NUM_STEPS:
         group = helpers.start_command_group(2, *arguments_of(tmp_path), **cache)
-        step = newest(tmp_path) + chance.randint(4, 24)
+        step = newest(tmp_path) + chance.randint(4, 12)
         kind = None
         with contextlib.suppress(AssertionError):  # it ended before
             wait_until(group, tmp_path, min(step, NUM_STEPS))

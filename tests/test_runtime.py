@@ -218,6 +218,22 @@ def test_the_users_own_settings_of_malloc_win():
     assert in_a_fresh_process(KEEP, MALLOC_ARENA_MAX="2") == "False False"
 
 
+COLLECT = """
+import atexit, gc
+def report(): print(gc.get_freeze_count() > 1000)
+atexit.register(report)
+from samrobust.system.runtime import collect_garbage_seldom
+collect_garbage_seldom()
+before = gc.get_stats()[0]["collections"]
+kept = [[] for _ in range(50_000)]
+print(gc.get_stats()[0]["collections"] - before)
+"""
+
+
+def test_what_stays_is_not_looked_through_again_and_again_nor_at_the_end():
+    assert in_a_fresh_process(COLLECT).split() == ["0", "True"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_becomes_a_question_and_the_old_handler_comes_back(number):
     before = signal.getsignal(number)

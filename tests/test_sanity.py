@@ -117,9 +117,8 @@ def trained(seed: int = 0) -> Any:
     return {"params": params}
 
 
-@functools.cache
-def findings(
-    *, surrogate=False, effort=EFFORT, balls=(LINF,), **defects
+def look(
+    *, surrogate=False, effort=EFFORT, balls=(LINF,), on_batch=None, **defects
 ) -> dict[tuple, Finding]:
     """The findings on a network with some defects, by check and ball."""
     transfer = {"plain": Surrogate(Network(), trained(1))} if surrogate else None
@@ -127,11 +126,15 @@ def findings(
         *(Network(**defects), trained(), digits().test, {b: BALLS[b] for b in balls}),
         transfer=transfer,
         num_examples=150,
-        batch_size=150,
+        batch_size=75,
         effort=effort,
         key=KEY,
+        on_batch=on_batch or (lambda *_: None),
     )
     return {(f.check, f.ball): f for f in found}
+
+
+findings = functools.cache(look)
 
 
 def verdict(check: str, ball: str = "", **options: Any) -> str:
@@ -201,16 +204,6 @@ def test_large_logits_do_not_hide_from_a_loss_without_scale():
 # Attacks that are too weak.
 
 
-def test_where_breaking_is_luck_more_restarts_break_more():
-    quick = {**QUICK, "restart_steps": 1}
-    effort = Effort(**quick, restarts=(1, 60))
-    assert verdict("restarts", LINF, effort=effort) == WARNING
-
-
-def test_too_few_steps_are_found_out():
-    assert verdict("steps", LINF, effort=Effort(**QUICK, steps=(1, 2))) == WARNING
-
-
 QUICK: dict[str, Any] = {
     "apgd_steps": 2,
     "queries": 2,
@@ -218,6 +211,19 @@ QUICK: dict[str, Any] = {
     "radii": 2,
     "draws": 1,
 }
+# In whose low precision nothing changes.
+WEAK: dict[str, Any] = {
+    "effort": Effort(**QUICK | {"restart_steps": 1}, restarts=(1, 60), steps=(1, 2)),
+    "dtype": jnp.bfloat16,
+}
+
+
+def test_where_breaking_is_luck_more_restarts_break_more():
+    assert verdict("restarts", LINF, **WEAK) == WARNING
+
+
+def test_too_few_steps_are_found_out():
+    assert verdict("steps", LINF, **WEAK) == WARNING
 
 
 # Randomness and precision.
@@ -239,7 +245,7 @@ def test_logits_that_low_precision_rounds_away_are_found_out(dtype):
 
 
 def test_low_precision_that_changes_nothing_passes():
-    found = findings(dtype=jnp.bfloat16, effort=Effort(**QUICK))["low precision", LINF]
+    found = findings(**WEAK)["low precision", LINF]
     assert found.verdict == PASSED
     assert found.values["dtype"] == "bfloat16"
 
@@ -351,29 +357,14 @@ def test_the_images_are_spread_evenly_over_the_split():
     assert some_of(split, 100).labels.tolist() == split.labels.tolist()
 
 
-def test_the_same_key_gives_the_same_findings():
-    options = {"effort": Effort(**QUICK), "num_examples": 20, "key": KEY}
-    one, again = (
-        run_sanity(Network(), trained(), digits().test, {LINF: BALLS[LINF]}, **options)
-        for _ in range(2)
-    )
-    assert one == again
-
-
-def test_progress_reaches_its_end_in_equal_steps(monkeypatch):
+def test_the_same_key_gives_the_same_findings_and_progress_reaches_its_end(monkeypatch):
+    """In equal steps."""
     monkeypatch.setattr(measuring, "_SECONDS_UNTOLD", 1e9)
     reports: list[tuple[int, int]] = []
-    run_sanity(
-        *(Network(dtype=jnp.bfloat16), trained(), digits().test, BALLS),
-        transfer={"plain": Surrogate(Network(), trained(1))},
-        num_examples=20,
-        batch_size=10,
-        effort=Effort(**QUICK),
-        key=KEY,
-        on_batch=lambda *report: reports.append(report),
-    )
+    again = look(**WEAK, on_batch=lambda *report: reports.append(report))
+    assert again == findings(**WEAK)
     (total,) = {total for _, total in reports}
-    assert [done for done, _ in reports] == list(range(10, total + 1, 10))
+    assert [done for done, _ in reports] == list(range(75, total + 1, 75))
 
 
 def test_a_stop_is_heard_after_a_batch():
@@ -491,10 +482,9 @@ def test_every_check_is_explained_under_its_anchor():
 # The command.
 
 RUN = {
-    "model.width": 4,
-    "data.train_size": 640,
+    "data.train_size": 320,
     "data.test_size": 60,
-    "training.epochs": 3,
+    "training.epochs": 2,
     "evaluation.linf": (8.0, 16.0),
     "evaluation.batch_size": 32,
 }

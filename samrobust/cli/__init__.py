@@ -32,6 +32,7 @@ from samrobust.system.runtime import (
     BAD_INPUT,
     FAILED,
     OutputError,
+    collect_garbage_seldom,
     end_on_signals,
     say,
 )
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_streams()
     with _whole_output():
         end_on_signals()
+        collect_garbage_seldom()
         return _run(sys.argv[1:])
 
 

@@ -10,6 +10,7 @@ Everything a run could stumble over later is refused here, before any work start
 import ast
 import contextlib
 import difflib
+import functools
 import json
 import os
 import pathlib
@@ -126,12 +127,16 @@ def with_defaults(stored: dict) -> Config:
 
     A run of an older version lacks the newest fields, and may have an older row's name.
     """
-    defaults = as_dict(base_config())
-    config: Config = ConfigDict(defaults, type_safe=False)
+    config: Config = ConfigDict(json.loads(_defaults()), type_safe=False)
     config.update(stored)
     config.row = rows.modern_row(config.row)
     _complete(config)
     return config
+
+
+@functools.cache
+def _defaults() -> str:
+    return base_config().to_json_best_effort()
 
 
 def as_dict(config: Config) -> dict[str, Any]:

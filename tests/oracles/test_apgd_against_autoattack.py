@@ -21,7 +21,6 @@ from samrobust.data.digits import load_digits
 torch = pytest.importorskip("torch")
 autopgd = pytest.importorskip("pyautoattack.autopgd_base")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 KEY = jax.random.key(0)
 NUM = 48

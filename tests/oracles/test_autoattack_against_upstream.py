@@ -16,7 +16,6 @@ from samrobust.types import Array
 
 torch = pytest.importorskip("torch")
 upstream = pytest.importorskip("pyautoattack")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 RADII = {"Linf": linf(0.06), "L2": l2(0.3)}
 NUM_IMAGES = 100

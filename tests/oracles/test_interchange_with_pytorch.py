@@ -323,7 +323,6 @@ def test_a_run_goes_to_a_pytorch_file_and_comes_back_to_the_bit(workdir, tmp_pat
     assert model_again == model
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_whole_preactresnet_18_goes_here_and_back_by_command(tmp_path):
     """As others save it: 11 million weights, in parallel, behind a normalization."""
     torch.manual_seed(0)

@@ -27,7 +27,6 @@ from samrobust.attacks import (
 
 torch = pytest.importorskip("torch")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 KEY = jax.random.key(0)
 BALLS = {"linf": (linf, "Linf", np.inf), "l2": (l2, "L2", 2)}
 RADII = {"linf": 0.08, "l2": 0.5}

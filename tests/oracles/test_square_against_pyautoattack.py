@@ -17,7 +17,6 @@ from samrobust.attacks.square import L2Moves, LinfMoves, pulse, window_sizes
 torch = pytest.importorskip("torch")
 upstream = pytest.importorskip("pyautoattack.square")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 KEY = jax.random.key(11)
 LOSSES = {"margin": margin, "ce": cross_entropy}

@@ -31,7 +31,8 @@ def measure(
       call: starts the work.
       repeats: number of repeats, >= 1.
       min_seconds: length of a repeat, as far as whole calls allow; > 0.
-      warmup_calls: calls before, at least; and at least a second of them.
+      warmup_calls: calls before, at least; and at least a repeat or a second of them,
+        whichever is shorter.
       wait: waits for the work, given what the last call returned.
     """
 
@@ -42,8 +43,8 @@ def measure(
         wait(call())
         return (time.perf_counter() - started) / calls
 
-    warmup, started = [], time.perf_counter()
-    while len(warmup) < warmup_calls or time.perf_counter() - started < _WARMUP_SECONDS:
+    warmup, end = [], time.perf_counter() + min(min_seconds, _WARMUP_SECONDS)
+    while len(warmup) < warmup_calls or time.perf_counter() < end:
         warmup.append(seconds_of(1))
     calls = max(1, math.ceil(min_seconds / min(warmup)))
     return [seconds_of(calls) for _ in range(repeats)]

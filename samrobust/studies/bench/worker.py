@@ -23,19 +23,21 @@ from samrobust.system.distributed import check_platform
 from samrobust.system.provenance import provenance
 from samrobust.system.runtime import (
     add_compiler_options,
+    collect_garbage_seldom,
     enable_compilation_cache,
     keep_freed_memory,
     parse_compiler_options,
 )
 from samrobust.types import Config
 
-__all__ = ["BAD_INPUT", "main", "measured"]
+__all__ = ["BAD_INPUT", "main", "measured", "outcome"]
 
 BAD_INPUT = 2  # the exit code where no row can be measured; the last line says why
 
 
 def main() -> None:
     """Measures what the command line asks for."""
+    collect_garbage_seldom()
     enable_compilation_cache()
     keep_freed_memory()
     try:
@@ -43,14 +45,22 @@ def main() -> None:
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(BAD_INPUT)
-    outcome = measured(**json.loads(sys.argv[1])) | {
+    print(json.dumps(outcome(json.loads(sys.argv[1]))))
+
+
+def outcome(spec: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a measurement found, with what it was taken on.
+
+    Args:
+      spec: the arguments of `measured`.
+    """
+    return measured(**spec) | {
         "platform": jax.default_backend(),
         "num_devices": jax.device_count(),
         "peak_memory": _peak_memory(),
         "provenance": provenance(),
         "matmul_precision": jax.config.values["jax_default_matmul_precision"],
     }
-    print(json.dumps(outcome))
 
 
 def measured(
