@@ -92,9 +92,14 @@ def make_method(
     images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, images)
+    learning_rate = learning_rate_schedule(config, steps_per_epoch)
+    links = make_optimizer(config, learning_rate)
     parts = methods.build(
         config,
         entries.Given(
+            optimizer=optax.chain(*links),
+            learning_rate=learning_rate,
+            momentum=training.momentum,
             aux=variables.get("batch_stats", {}),
             grouped=methods.group_size(config) > 0,
             # Decay that SGD couples; AdamW's is none of the gradient's.
@@ -104,10 +109,9 @@ def make_method(
             steps_per_epoch=steps_per_epoch,
         ),
     )
-    tx = optax.chain(
-        parts.pop("sharpness", optax.identity()),
-        *make_optimizer(config, learning_rate_schedule(config, steps_per_epoch)),
-    )
+    tx = parts.pop("sharpness", optax.identity())
+    if not any(entries.is_optimizer(p.name) for p in methods.parts_of(config)):
+        tx = optax.chain(tx, *links)
     size = methods.group_size(config)
     return make_train_step(model, tx, **parts, group_size=size, mesh=data_mesh())
 

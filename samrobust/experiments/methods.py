@@ -128,7 +128,7 @@ def cost(config: Config) -> float:
     attack, ascents = 0.0, 0.0
     for part in parts_of(config):
         attack += entries.find(part.name).attack_passes(values_of(config, part.name))
-        ascents += entries.added_passes(part.name)
+        ascents += entries.added_passes(part.name, values_of(config, part.name))
     objective = build(config, entries.Given()).get("objective")
     views = len(set(objective.views)) if objective else 1
     return attack + views * (1 + ascents)

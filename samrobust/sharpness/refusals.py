@@ -24,6 +24,7 @@ __all__ = [
     "check_rho",
     "check_scheduled",
     "is_gap",
+    "is_off",
 ]
 
 
@@ -207,3 +208,8 @@ def _kind(leaf: Any) -> str:
 def _structure(tree: PyTree) -> str:
     text = str(jax.tree.structure(tree)).removeprefix("PyTreeDef(").removesuffix(")")
     return text if len(text) <= 200 else text[:200] + "..."
+
+
+def is_off(rho: Any) -> bool:
+    """Tells a strength that is 0 for good: a Python or NumPy number."""
+    return not callable(rho) and not isinstance(rho, jax.Array) and bool(rho == 0)
