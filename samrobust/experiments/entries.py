@@ -29,6 +29,7 @@ from samrobust.system.resolve import failure_of, is_reference, resolve
 from samrobust.training.adversaries import ADVERSARIES
 from samrobust.training.averaging import AVERAGES
 from samrobust.training.objectives import OBJECTIVES
+from samrobust.training.phases import START
 from samrobust.types import Entry, Field
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "renamed",
     "section_fields",
     "section_of",
+    "start_of",
     "strength_of",
 ]
 
@@ -186,6 +188,7 @@ def section_fields(name: str) -> Mapping[str, Field]:
         # m of m-sharpness: every m consecutive examples of a batch have an ascent
         # direction of their own; divides `training.batch_size`. 0: the whole batch.
         fields["m"] = Field(0, functools.partial(check_whole, 0))
+        fields.setdefault("start", START)
     own = dict(entry.fields)
     return own | fields | own  # own rules come first, and win
 
@@ -228,6 +231,17 @@ def added_passes(name: str, values: Mapping[str, Any]) -> float:
     if not _is_sharpness(entry):
         return 0.0
     return entry.passes(values) if callable(entry.passes) else entry.passes
+
+
+def start_of(name: str, values: Mapping[str, Any]) -> float:
+    """Returns the fraction of the epochs after which a part is on.
+
+    Args:
+      name: of the part; a constructor's own parameter `start` is no such field.
+      values: of its section.
+    """
+    own = "start" in inspect.signature(find(name).make).parameters
+    return 0.0 if own else values.get("start", 0.0)
 
 
 def is_optimizer(name: str) -> bool:

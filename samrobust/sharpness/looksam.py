@@ -13,6 +13,7 @@ import optax
 from samrobust.checks import check_real, check_whole
 from samrobust.sharpness.refusals import check_present, is_off
 from samrobust.sharpness.sam import check_strength, of_length, sam
+from samrobust.sharpness.state import last_metrics
 from samrobust.sharpness.trees import at_least_float32, cosine, mean_of_groups, norm
 from samrobust.types import Array, Entry, Field, PyTree
 
@@ -101,7 +102,7 @@ def looksam(
             share = cosine(g, g_s, lengths) * lengths[1]
             along = of_length(share, g, lengths[0])
             # Where SAM did not move, the difference is rounding alone.
-            moved = after.metrics.applied_rho != 0
+            moved = last_metrics(after)["applied_rho"] != 0
             vertical = jax.tree.map(
                 lambda s, a: jnp.where(moved, s - a, jnp.zeros_like(s)), g_s, along
             )

@@ -50,7 +50,7 @@ def check_ascent(memory: PyTree, *, grouped: bool) -> None:
     """Refuses groups of an ascent that has a memory, as each would need its own."""
     check(
         not (grouped and jax.tree.leaves(memory)),
-        "an ascent without a memory with grouped=True",
+        "an ascent without a memory for groups of examples",
         "Train with the whole batch as one group.",
         grouped=grouped,
     )

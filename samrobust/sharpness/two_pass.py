@@ -160,7 +160,7 @@ def two_pass(
     template = as_template(aux)
     check(
         not (grouped and choose),
-        "no choice of examples with grouped=True",
+        "no choice of examples within groups of examples",
         "Train with the whole batch as one group.",
         grouped=grouped,
     )
@@ -171,6 +171,7 @@ def two_pass(
     climber: Any = ascent  # optax's type does not name the extra argument
     if not isinstance(ascent, optax.GradientTransformation):
         climber = _without_memory(ascent)
+    check_ascent(climber.init(jnp.zeros([])), grouped=grouped)
 
     def climb(
         params: PyTree, grads: PyTree, state: PyTree, **extra_args: Any
@@ -207,7 +208,6 @@ def two_pass(
         metrics = TwoPassMetrics(*(start(scalar) for _ in TwoPassMetrics._fields))
         # In the precision in which it will be given gradients: a memory keeps its.
         memory = climber.init(jax.tree.map(_exact, params))
-        check_ascent(memory, grouped=grouped)
         no_aux = jax.tree.map(start, template)
         measured = jax.eval_shape(measure, params, params)
         names = (*measured, *(_RISES if choose else ()))

@@ -3,14 +3,13 @@
 Reference: Izmailov et al. (2018), arXiv 1803.05407, Algorithm 1.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
 from samrobust.checks import check_real, check_whole
 from samrobust.training.averaging.ema import exact
 from samrobust.training.parts import Averaging
+from samrobust.training.phases import first_epoch
 from samrobust.types import Array, Entry, Field, PyTree
 
 __all__ = ["ENTRY", "swa"]
@@ -46,7 +45,7 @@ def swa(start: float, *, steps_per_epoch: int = 1, total_steps: int = 1) -> Aver
     _fraction(start=start)
     check_whole(1, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     epochs = total_steps // steps_per_epoch
-    first = min(math.ceil(round(start * epochs, 6)), epochs - 1)  # epoch that counts
+    first = min(first_epoch(start, epochs), epochs - 1)  # that counts
 
     def update(average: PyTree, variables: PyTree, step: Array) -> PyTree:
         epoch, place = step // steps_per_epoch, step % steps_per_epoch
