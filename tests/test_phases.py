@@ -1,5 +1,8 @@
 """Parts that come in late, and what every method leaves in a run that is stopped."""
 
+import contextlib
+import re
+
 import helpers
 import jax
 import numpy as np
@@ -7,7 +10,9 @@ import pytest
 
 from samrobust.experiments import building, methods
 from samrobust.experiments.configuration import parse_row
+from samrobust.experiments.reporting.notes import sharpness_note
 from samrobust.experiments.run import train
+from samrobust.sharpness import SHARPNESS
 from samrobust.training import InterruptedRunError
 from samrobust.training.phases import phase_of
 
@@ -65,6 +70,22 @@ def test_a_late_part_costs_its_share_of_the_epochs(row, label, cost):
     assert methods.cost(config) == pytest.approx(cost)
 
 
+def test_the_page_of_the_family_has_every_method_and_its_cost():
+    page = (helpers.ROOT / "docs" / "sharpness.md").read_text()
+    found = re.findall(r"^\| `(.*?)` .*\| ([\d.]+) \| (yes|no) \|$", page, re.MULTILINE)
+    assert {row.partition(",")[0] for row, _, _ in found} == set(SHARPNESS)
+    for row, cost, grouped in found:
+        assert round(methods.cost(helpers.make_config(row)), 2) == float(cost)
+        groups = {f"{row.partition(',')[0]}.m": 8, "model.batch_norm_group": 8}
+        refused = (
+            contextlib.nullcontext()
+            if grouped == "yes"
+            else pytest.raises((ValueError, KeyError))
+        )
+        with refused:
+            helpers.make_config(row, groups)
+
+
 def test_until_its_start_a_late_part_is_not_there_bit_for_bit(tmp_path):
     plain, _, _ = follow("st", tmp_path / "st")
     late, _, lines = follow(LATE_SAM, tmp_path / "late")
@@ -73,6 +94,7 @@ def test_until_its_start_a_late_part_is_not_there_bit_for_bit(tmp_path):
     assert not np.array_equal(*(jax.tree.leaves(p[2])[0] for p in (late, plain)))
     applied = [line["applied_rho"] for line in lines]
     np.testing.assert_allclose(applied, [0, 0, 0.2, 0.2], rtol=1e-5)
+    assert sharpness_note(lines).startswith("Weights moved in 2 of 4 epochs: ")
 
 
 def test_two_late_parts_make_three_phases():
