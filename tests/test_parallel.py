@@ -48,7 +48,8 @@ from samrobust.system.distributed import (
 from samrobust.training import InterruptedRunError
 
 ST, SAM, AT = "st", "sam,rho=0.2", "at,norm=linf,eps=16"
-ROWS = {1: [ST, SAM, AT], 2: [ST, SAM, AT], 4: [SAM]}  # by the number of devices
+ESAM = "esam,rho=0.2"  # whose second pass is over chosen examples
+ROWS = {1: [ST, SAM, AT, ESAM], 2: [ST, SAM, AT], 4: [SAM, ESAM]}  # by the devices
 # Runs whose last batch of an epoch, 6 or 3 images, the devices do not divide.
 UNEVEN = {
     "groups": (

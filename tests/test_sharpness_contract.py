@@ -8,6 +8,7 @@ batch, and the auxiliary output is where the second pass took place.
 
 import contextlib
 import functools
+import types
 from typing import Any, NamedTuple
 
 import helpers
@@ -190,7 +191,7 @@ def gradient_of_groups(params: Any, batch: Any, own: bool = False) -> Any:
     return jax.vmap(gradient, (0 if own else None, 0))(params, halves)
 
 
-def update(method: Method, params: Any, state: Any, batch: Any, sync: Any = None):
+def update(method: Any, params: Any, state: Any, batch: Any, sync: Any = None):
     """One step of the method and SGD; `sync` averages gradients over devices."""
     differentiate = gradient_of_groups if method.grouped else gradient
     sync = sync or (lambda grads: grads)
@@ -516,6 +517,36 @@ WRONG = {
     "a pair too many": (lambda grads: (grads, {}, {}), "of the structure"),
     "a loss": (lambda _: 1.0, "of the structure"),
 }
+
+
+@every_method
+def test_in_bfloat16_parameters_and_state_keep_their_dtypes(method):
+    method = method._replace(aux=False)
+    params, batch = make_params(jnp.bfloat16), make_batch(dtype=jnp.bfloat16)
+    state = method.tx.init(params)
+    found = jax.eval_shape(functools.partial(update, method), params, state, batch)
+    assert dtypes_of(found) == dtypes_of((params, state))
+
+
+@pytest.mark.parametrize("method", FAMILY.values(), ids=FAMILY)
+def test_within_optax_wrappers_it_takes_the_same_step(method):
+    """A rho that is set between steps; a mask and an accumulation after it."""
+    inner = method.tx
+    if method.name != "entropy_sgd":  # whose gamma is no schedule
+        inner = optax.inject_hyperparams(lambda rho: method._replace(rho=rho).tx)(RHO)
+    frozen = {"kernel": False, "bias": True}
+    after = optax.MultiSteps(optax.identity(), 1).gradient_transformation()
+    tx = optax.chain(inner, optax.masked(optax.set_to_zero(), frozen), after)
+    wrapped = types.SimpleNamespace(**method._asdict(), tx=tx)
+    params, batch = make_params(), make_batch()
+
+    @jax.jit
+    def both() -> Any:
+        plain = update(method, params, method.tx.init(params), batch)[0]
+        return plain, update(wrapped, params, tx.init(params), batch)[0]
+
+    plain, found = both()
+    helpers.assert_close(found, {**plain, "bias": params["bias"]}, atol=1e-6)
 
 
 @with_oracle

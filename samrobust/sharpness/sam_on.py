@@ -44,7 +44,7 @@ def sam_on(
     Raises:
       ValueError: as `two_pass`; in `update`, if nothing is selected.
 
-    Reference: Mueller et al. (2023), arXiv 2306.04226; as `SAM_BN` with `only_bn` in
+    Reference: Mueller et al. (2023), arXiv 2306.04226; as `SAM_ON` with `only_norm` in
     the authors' code, mueller-mp/SAM-ON, where names with `norm` or `bn` are selected.
     *Our deviation*: no 1e-16 is added to the norm, zero is treated exactly instead.
     """

@@ -80,13 +80,14 @@ def ssam(
       ValueError: as `two_pass`; for an unknown mask or a number out of range.
 
     Reference: Mi et al. (2022), arXiv 2210.05177; when masks are made and how many
-    weights they keep as in the authors' code (where less is free than a `dynamic` mask
-    drops, the mask shrinks),
+    weights they keep as in the authors' code,
     Mi-Peng/Sparse-Sharpness-Aware-Minimization, whose default drops by gradient and
-    grows at random. *Our deviation*: a `fisher` mask comes from the first examples of
-    the batch after the one where it is due, and not from examples drawn from all; its
-    passes, each over one example, leave BatchNorm's running statistics alone; no 1e-7
-    is added to the norm, zero is treated exactly instead.
+    grows at random (where less is free than a mask drops, it shrinks). *Our deviation*:
+    a `fisher` mask comes from the first examples of the batch after the one where it is
+    due, and not from examples drawn from all; of its passes, each over one example, the
+    first begins without a gradient (theirs with what the last second pass left), and
+    none moves BatchNorm's running statistics; no 1e-7 is added to the norm, zero is
+    treated exactly instead.
     """
     check_choice(("fisher", "dynamic"), mask=mask)
     _fraction(sparsity=sparsity, drop_rate=drop_rate)

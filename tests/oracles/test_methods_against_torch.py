@@ -364,7 +364,7 @@ def ascend_along_weights(step: Step) -> Any:
 
 
 def ascend_at_the_head(step: Step) -> Any:
-    """mueller-mp's `SAM_BN`, with the head for the normalization layers."""
+    """mueller-mp's `SAM_ON`, with the head for the normalization layers."""
     hidden, head = step.grads[:2], step.grads[2:]
     return [torch.zeros_like(g) for g in hidden] + along(head)
 
