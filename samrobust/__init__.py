@@ -21,12 +21,17 @@ _HOMES = {
         *("cross_entropy", "dlr", "margin", "targeted_dlr"),
     ),
     "samrobust.experiments.networks": ("load",),
-    "samrobust.sharpness": ("asam", "awp", "sam", "two_pass"),
+    "samrobust.sharpness": (
+        *("asam", "asam_davda", "awp", "entropy_sgd", "esam", "fisher_sam", "fsam"),
+        *("friendly_sam", "gradient_point", "gsam", "looksam", "msam", "sam", "sam_on"),
+        *("ssam", "two_pass"),
+    ),
     "samrobust.training": (
         *("Adversary", "Averaging", "Method", "Objective", "RunFolder", "TrainState"),
         *("as_adversary", "as_objective", "fit", "make_train_step"),
     ),
     "samrobust.training.averaging.ema": ("ema",),
+    "samrobust.training.averaging.swa": ("swa",),
     "samrobust.training.objectives.trades": ("trades_loss",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

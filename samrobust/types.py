@@ -93,7 +93,8 @@ class Entry:
       attack_passes: from the section's values to the cost of making the images, in
         passes with weight gradients.
       check: of a row's options, by their names; raises `ValueError`.
-      passes: how many a sharpness method adds to each pass over the images.
+      passes: how many a sharpness method adds to each pass over the images, or a
+        function from the section's values to that.
     """
 
     make: Callable[..., Any]
@@ -103,4 +104,4 @@ class Entry:
     section: str = ""
     attack_passes: Callable[[Mapping[str, Any]], float] = lambda _: 0.0
     check: Callable[..., None] = lambda **_: None
-    passes: float = 1.0
+    passes: float | Callable[[Mapping[str, Any]], float] = 1.0

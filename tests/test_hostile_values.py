@@ -54,7 +54,7 @@ OPTIONAL = {
     **dict.fromkeys(("data.data_dir", "data.manual_dir"), "text"),
     **dict.fromkeys(("data.train_size", "data.test_size"), 1),
     **dict.fromkeys(("model.mean", "model.std"), (1.0,)),
-    **dict.fromkeys(("sam.rho_end", "asam.rho_end", "awp.gamma_end"), 1.0),
+    **{field: 1.0 for field in BASE if field.endswith("_end")},
 }
 
 

@@ -61,8 +61,10 @@ UNEVEN = {
         },
     ),
     "plain": (ST, {"data.train_size": 99}),
+    # Whose second pass is over the examples that it chooses.
+    "esam": ("esam,rho=0.2", {"training.drop_remainder": True}),
 }
-UNEVEN_BY_COUNT = {1: list(UNEVEN), 2: ["plain"], 4: ["groups"]}
+UNEVEN_BY_COUNT = {1: list(UNEVEN), 2: ["plain"], 4: ["groups", "esam"]}
 # Sums over a batch are taken in another order, and BatchNorm and the steps of PGD
 # make the differences grow; over 12 steps they stay far below this.
 TOLERANCE = 1e-4
@@ -154,6 +156,10 @@ def test_a_last_batch_that_the_devices_do_not_divide_trains_the_same(
     folder, count, name
 ):
     assert_equal_runs(folder / f"{name} {count}", folder / f"{name} 1")
+
+
+def test_chosen_examples_may_lie_on_any_device(folder):
+    assert_equal_runs(folder / "esam 4", folder / "esam 1")
 
 
 @pytest.mark.parametrize("count", COUNTS[1:])

@@ -119,11 +119,16 @@ def check_loop(names):
     assert int(names["outcome"].state.step) == len(names["data"].train) // 64
 
 
+def check_family(names):
+    np.testing.assert_allclose(names["updates"], [0.2] * 3, rtol=1e-6)
+
+
 CHECKS = {
     "README.md": [check_sam, check_pgd, check_autoattack],
     "docs/data.md": [check_flowers],
     "docs/interchange.md": [check_as_torch, check_pgd],
     "docs/own.md": [check_parts, check_network, check_loop],
+    "docs/sharpness.md": [check_family],
 }
 
 

@@ -20,7 +20,7 @@ from samrobust.sharpness import (
     sam,
     two_pass,
 )
-from samrobust.sharpness.asam import is_bias
+from samrobust.sharpness.masks import is_bias
 
 RHO = 0.3
 ROOT = np.random.default_rng(0).standard_normal((4, 4))

@@ -1,12 +1,14 @@
 """What every sharpness method promises, whatever it is called in.
 
 A method is added to `METHODS`, its ascent in NumPy to `ASCENTS`, and is then held to
-all of this. Groups are the halves of the batch, and the auxiliary output is where the
-second pass took place.
+all of this; one that `oracles/test_methods_against_torch.py` holds step by step to
+`FAMILY`, and to what does not depend on the formula. Groups are the halves of the
+batch, and the auxiliary output is where the second pass took place.
 """
 
 import contextlib
 import functools
+import types
 from typing import Any, NamedTuple
 
 import helpers
@@ -17,7 +19,16 @@ import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from samrobust.sharpness import asam, awp, last_aux, last_metrics, sam, two_pass
+from samrobust import sharpness
+from samrobust.sharpness import (
+    asam,
+    awp,
+    gradient_point,
+    last_aux,
+    last_metrics,
+    sam,
+    two_pass,
+)
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 
@@ -48,6 +59,46 @@ MAKERS: dict[str, Any] = {
 }
 
 
+def select_kernel(params: Any) -> Any:
+    return {name: name == "kernel" for name in params}
+
+
+def around_sgd(make: Any, **options: Any) -> Any:
+    """A method that is the optimizer; it has neither auxiliary output nor groups."""
+
+    def made(rho: Any, aux: Any, grouped: bool) -> Any:
+        assert aux is None
+        assert not grouped
+        return make(rho, **options)
+
+    return made
+
+
+KEY = jax.random.key(5)
+MOMENTUM = optax.sgd(RATE, momentum=0.9)
+# What `FAMILY` holds; two steps must meet each of their parts.
+MAKERS |= {
+    "asam_davda": sharpness.asam_davda,
+    "gsam": sharpness.gsam,
+    "friendly_sam": sharpness.friendly_sam,
+    "looksam": functools.partial(sharpness.looksam, k=2),
+    "sam_on": functools.partial(sharpness.sam_on, select=select_kernel),
+    "fisher_sam": sharpness.fisher_sam,
+    "fsam": functools.partial(sharpness.fsam, keep_ratio=0.5, every=1),
+    "ssam, fisher": functools.partial(sharpness.ssam, "fisher", num_samples=2),
+    "ssam, dynamic": functools.partial(sharpness.ssam, "dynamic", total_steps=2),
+    "esam": functools.partial(sharpness.esam, beta=0.7),
+    "msam": around_sgd(sharpness.msam, optimizer=MOMENTUM),
+    "entropy_sgd": around_sgd(
+        sharpness.entropy_sgd, inner_steps=2, learning_rate=1.0, noise=1e-2
+    ),
+}
+OPTIMIZERS = ("msam", "entropy_sgd")
+# They sort all entries together, or take examples, which JAX refuses of arrays that are
+# split over an explicit mesh.
+SORTING = ("fsam", "ssam, fisher", "ssam, dynamic", "esam")
+
+
 class Method(NamedTuple):
     """How a transformation is made, and what it wants from `grad_fn`."""
 
@@ -66,6 +117,7 @@ def schedule(step: Any) -> Any:
     return jnp.where(step == 0, RHO, RHO / 2)
 
 
+ORACLES = ("sam", "asam", "awp", "remembering")
 METHODS = {
     "constant": Method(),
     "array": Method(np.float32(0.25)),
@@ -77,6 +129,15 @@ METHODS = {
     "awp, schedule, grouped": Method(schedule, grouped=True, name="awp"),
     "remembering, aux": Method(aux=True, name="remembering"),
 }
+FAMILY = {
+    **{name: Method(name=name) for name in MAKERS if name not in ORACLES},
+    "gsam, grouped": Method(grouped=True, name="gsam"),
+    "looksam, grouped, aux": Method(grouped=True, aux=True, name="looksam"),
+    "fisher_sam, grouped": Method(grouped=True, name="fisher_sam"),
+    "sam_on, grouped": Method(grouped=True, name="sam_on"),
+    "esam, aux": Method(aux=True, name="esam"),
+}
+ALL = METHODS | FAMILY
 OFF = {
     "zero": Method(0),
     "NumPy zero": Method(np.float32(0), aux=True),
@@ -87,7 +148,8 @@ OFF = {
     "awp": Method(lambda _: 0.0, name="awp"),
     "remembering": Method(lambda _: 0.0, name="remembering"),
 }
-every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+with_oracle = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+every_method = pytest.mark.parametrize("method", ALL.values(), ids=ALL)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -110,11 +172,15 @@ def make_batch(size: int = 6, dtype: Any = np.float32) -> Any:
     )
 
 
-def loss(params: Any, batch: Any) -> Any:
+def losses_of(params: Any, batch: Any) -> Any:
     inputs, targets = batch
     bias = jnp.broadcast_to(params["bias"][None], targets.shape)
     errors = jnp.tanh(inputs @ params["kernel"] + bias) - targets
-    return jnp.sum(jnp.square(errors)) / len(targets)
+    return jnp.sum(jnp.square(errors), axis=1)
+
+
+def loss(params: Any, batch: Any) -> Any:
+    return jnp.sum(losses_of(params, batch)) / len(batch[0])
 
 
 gradient = jax.grad(loss)
@@ -125,20 +191,32 @@ def gradient_of_groups(params: Any, batch: Any, own: bool = False) -> Any:
     return jax.vmap(gradient, (0 if own else None, 0))(params, halves)
 
 
-def update(method: Method, params: Any, state: Any, batch: Any, sync: Any = None):
+def update(method: Any, params: Any, state: Any, batch: Any, sync: Any = None):
     """One step of the method and SGD; `sync` averages gradients over devices."""
     differentiate = gradient_of_groups if method.grouped else gradient
     sync = sync or (lambda grads: grads)
 
-    def grad_fn(moved: Any) -> Any:
+    def grad_fn(moved: Any, examples: Any = slice(None)) -> Any:
         options = {"own": True} if method.grouped else {}
-        grads = sync(differentiate(moved, batch, **options))
+        chosen = tuple(array[examples] for array in batch)
+        grads = sync(differentiate(moved, chosen, **options))
         first = jax.tree.map(lambda w: w[0], moved) if method.grouped else moved
         return (grads, first) if method.aux else grads
 
-    grads = sync(differentiate(params, batch))
-    updates, state = method.tx.update(grads, state, params, grad_fn=grad_fn)
-    return jax.tree.map(lambda w, u: w - RATE * u, params, updates), state
+    point = gradient_point(params, state)
+    grads = sync(differentiate(point, batch))
+    updates, state = method.tx.update(
+        grads,
+        state,
+        params,
+        grad_fn=grad_fn,
+        loss_fn=lambda moved: losses_of(moved, batch),
+        losses=losses_of(point, batch),
+        aux=params if method.aux else None,
+        key=KEY,
+    )
+    rate = 1.0 if method.name in OPTIMIZERS else -RATE
+    return jax.tree.map(lambda w, u: w + rate * u, params, updates), state
 
 
 def train(method: Method, params: Any, batch: Any, sync: Any = None) -> Any:
@@ -220,7 +298,7 @@ def by_hand(method: Method, num_steps: int = 2) -> Any:
     return w
 
 
-@every_method
+@with_oracle
 def test_its_steps_are_those_of_numpy_in_float64(method):
     params, state = trained(method)
     helpers.assert_close(params, by_hand(method), atol=1e-6)
@@ -229,7 +307,7 @@ def test_its_steps_are_those_of_numpy_in_float64(method):
         assert jax.tree.structure(last_aux(state)) == jax.tree.structure(params)
 
 
-@every_method
+@with_oracle
 def test_in_float64_its_steps_are_exact(method):
     with jax.enable_x64(True):
         batch, params = make_batch(dtype=np.float64), make_params(np.float64)
@@ -243,6 +321,16 @@ def test_in_float64_its_steps_are_exact(method):
         assert all(leaf.dtype == np.float64 for leaf in jax.tree.leaves(state.ascent))
 
 
+@contextlib.contextmanager
+def at_once():
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        jax.debug_nans(True),
+    ):
+        yield
+
+
 SETTINGS: dict[str, Any] = {
     "nothing": contextlib.nullcontext,
     "strict promotion": lambda: jax.numpy_dtype_promotion("strict"),
@@ -251,11 +339,21 @@ SETTINGS: dict[str, Any] = {
     "x64": lambda: jax.enable_x64(True),
     "explicit axes": lambda: jax.set_mesh(jax.make_mesh((1,), ("data",))),
     "leaks": jax.checking_leaks,
+    "strict, ranks, NaNs": at_once,
 }
+DISTINCT = ("strict, ranks, NaNs", "x64")
 
 
-@every_method
-@pytest.mark.parametrize("name", SETTINGS)
+def every_setting(test: Any) -> Any:
+    """All of them on what has an oracle; on the rest those of a kind of their own."""
+    cases = [(method, name) for method in METHODS.values() for name in SETTINGS]
+    cases += [(method, name) for method in FAMILY.values() for name in DISTINCT]
+    names = {id(method): name for name, method in ALL.items()}
+    ids = [f"{names[id(method)]}-{setting}" for method, setting in cases]
+    return pytest.mark.parametrize(("method", "name"), cases, ids=ids)(test)
+
+
+@every_setting
 def test_under_every_setting_it_takes_the_same_steps_and_is_traced_once(method, name):
     traces = []
 
@@ -290,7 +388,9 @@ def test_jit_does_not_change_its_step(method):
     helpers.assert_close(found, update(method, params, state, batch), atol=1e-6)
 
 
-@every_method
+@pytest.mark.parametrize(
+    "method", [*METHODS.values(), FAMILY["looksam"], FAMILY["ssam, dynamic"]]
+)
 def test_vmap_over_parameters_and_radii_takes_each_ones_steps(method):
     params, batch = make_params(), make_batch()
     scales = jnp.array([1.0, -2.0])
@@ -316,6 +416,8 @@ def test_in_shard_map_devices_may_share_a_step_or_train_apart(method):
 
     A loop's carry, SAM's state in it, must not change in what it varies over.
     """
+    if method.name == "esam":
+        return  # chooses of the whole batch
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
     everywhere, split = PartitionSpec(), PartitionSpec("data")
 
@@ -342,6 +444,8 @@ def test_in_shard_map_devices_may_share_a_step_or_train_apart(method):
 
 @every_method
 def test_parameters_may_be_split_over_an_explicit_mesh(method):
+    if method.name in SORTING:
+        return
     with jax.set_mesh(jax.make_mesh((1,), ("data",))):
         split = {"kernel": PartitionSpec(None, "data"), "bias": PartitionSpec("data")}
         params = jax.tree.map(jax.device_put, make_params(), split)
@@ -350,7 +454,12 @@ def test_parameters_may_be_split_over_an_explicit_mesh(method):
         step = jax.jit(update, static_argnums=0)
         batch = (jax.device_put(inputs, PartitionSpec()), targets)
         found, _ = step(method, params, method.tx.init(params), batch)
-    helpers.assert_close(found, by_hand(method, 1), atol=1e-6)
+    expected, _ = jax.jit(update, static_argnums=0)(
+        method, make_params(), method.tx.init(make_params()), make_batch()
+    )
+    if method.name in ASCENTS:
+        expected = by_hand(method, 1)
+    helpers.assert_close(found, expected, atol=1e-6)
 
 
 @every_method
@@ -371,7 +480,9 @@ def test_where_the_gradient_is_zero_nothing_moves(method):
         params, state = update(method, zeros, method.tx.init(zeros), batch)
     helpers.assert_same_bits(params, zeros)
     metrics = last_metrics(state)
-    assert [float(metrics[name]) for name in metrics if name != "rho"] == [0.0] * 4
+    assert float(metrics.get("applied_rho", 0.0)) == 0.0
+    if method.name in ASCENTS:
+        assert [float(metrics[n]) for n in metrics if n != "rho"] == [0.0] * 4
 
 
 @pytest.mark.parametrize("method", OFF.values(), ids=OFF)
@@ -409,6 +520,36 @@ WRONG = {
 
 
 @every_method
+def test_in_bfloat16_parameters_and_state_keep_their_dtypes(method):
+    method = method._replace(aux=False)
+    params, batch = make_params(jnp.bfloat16), make_batch(dtype=jnp.bfloat16)
+    state = method.tx.init(params)
+    found = jax.eval_shape(functools.partial(update, method), params, state, batch)
+    assert dtypes_of(found) == dtypes_of((params, state))
+
+
+@pytest.mark.parametrize("method", FAMILY.values(), ids=FAMILY)
+def test_within_optax_wrappers_it_takes_the_same_step(method):
+    """A rho that is set between steps; a mask and an accumulation after it."""
+    inner = method.tx
+    if method.name != "entropy_sgd":  # whose gamma is no schedule
+        inner = optax.inject_hyperparams(lambda rho: method._replace(rho=rho).tx)(RHO)
+    frozen = {"kernel": False, "bias": True}
+    after = optax.MultiSteps(optax.identity(), 1).gradient_transformation()
+    tx = optax.chain(inner, optax.masked(optax.set_to_zero(), frozen), after)
+    wrapped = types.SimpleNamespace(**method._asdict(), tx=tx)
+    params, batch = make_params(), make_batch()
+
+    @jax.jit
+    def both() -> Any:
+        plain = update(method, params, method.tx.init(params), batch)[0]
+        return plain, update(wrapped, params, tx.init(params), batch)[0]
+
+    plain, found = both()
+    helpers.assert_close(found, {**plain, "bias": params["bias"]}, atol=1e-6)
+
+
+@with_oracle
 @pytest.mark.parametrize("name", WRONG)
 def test_a_grad_fn_that_returns_something_else_is_refused_in_one_line(method, name):
     change, message = WRONG[name]

@@ -12,7 +12,9 @@ from rich.console import Console
 from samrobust.checks import check
 from samrobust.cli import flags
 from samrobust.experiments.reporting.console import make_console
+from samrobust.experiments.reporting.notes import sharpness_note
 from samrobust.system import distributed
+from samrobust.system.files import read_json_lines
 from samrobust.types import Config
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "join",
     "once_per",
     "show_accuracies",
+    "show_sharpness",
     "show_written",
 ]
 
@@ -85,6 +88,14 @@ def show_accuracies(console: Console, name: str, accuracy: Mapping[str, float]) 
     """Prints a line with the accuracy of every column."""
     cells = ", ".join(f"{column} {value:.2f}" for column, value in accuracy.items())
     console.print(f"{name}: {cells} (accuracy in %)")
+
+
+def show_sharpness(console: Console, workdir: pathlib.Path) -> None:
+    """Prints a line that says whether a run's sharpness was on, if it has some."""
+    if distributed.is_primary():  # who alone sees the workdir
+        note = sharpness_note(read_json_lines(workdir / "metrics.jsonl"))
+        if note:
+            console.print(note)
 
 
 def show_written(

@@ -4,7 +4,7 @@ The one place where the parts of an experiment are put together: data, network, 
 schedule, attacks. Out of scope: validation, see `samrobust.experiments.validation`.
 """
 
-import math
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from samrobust.training.adversaries.at import make_ball
 from samrobust.training.epoch import EpochPlan
 from samrobust.training.epoch import make_plan as cut_epoch
 from samrobust.training.fit import check_total_steps
+from samrobust.training.phases import Phase, earlier_phases, first_epoch, waiting
 from samrobust.types import Attack, Config
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "learning_rate_schedule",
     "load_data",
     "load_facts",
+    "make_earlier",
     "make_method",
     "make_model",
     "make_plan",
@@ -86,15 +88,39 @@ def make_method(
       config: validated.
       dataset: that of `config.data`; its shapes and facts alone count.
       steps_per_epoch: for the schedules.
+
+    Returns:
+      The method with all of its parts on; before that see `make_earlier`.
     """
+    make, _ = _method_maker(config, dataset, steps_per_epoch)
+    return make(())
+
+
+def make_earlier(
+    config: Config, dataset: Dataset | DatasetFacts, steps_per_epoch: int
+) -> tuple[Phase, ...]:
+    """Builds the phases of a row before all of its parts are on; as `make_method`."""
+    make, starts = _method_maker(config, dataset, steps_per_epoch)
+    return earlier_phases(lambda absent: make(absent).train_step, starts)
+
+
+def _method_maker(
+    config: Config, dataset: Dataset | DatasetFacts, steps_per_epoch: int
+) -> tuple[Callable[[Collection[str]], Method], dict[str, int]]:
+    """Returns how to build the method without parts, and the first steps of those."""
     model = make_model(config, dataset)
     training = config.training
     images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, images)
+    learning_rate = learning_rate_schedule(config, steps_per_epoch)
+    links = make_optimizer(config, learning_rate)
     parts = methods.build(
         config,
         entries.Given(
+            optimizer=optax.chain(*links),
+            learning_rate=learning_rate,
+            momentum=training.momentum,
             aux=variables.get("batch_stats", {}),
             grouped=methods.group_size(config) > 0,
             # Decay that SGD couples; AdamW's is none of the gradient's.
@@ -104,12 +130,24 @@ def make_method(
             steps_per_epoch=steps_per_epoch,
         ),
     )
-    tx = optax.chain(
-        parts.pop("sharpness", optax.identity()),
-        *make_optimizer(config, learning_rate_schedule(config, steps_per_epoch)),
-    )
-    size = methods.group_size(config)
-    return make_train_step(model, tx, **parts, group_size=size, mesh=data_mesh())
+    starts = parts.pop("starts")
+    sharpness = parts.pop("sharpness", optax.identity())
+    is_whole = any(entries.is_optimizer(p.name) for p in methods.parts_of(config))
+
+    def make(absent: Collection[str]) -> Method:
+        """Builds the method without what is yet to begin."""
+        chosen, options, ascent = dict(parts), {}, sharpness
+        if "adversary" in absent:
+            chosen["adversary"] = waiting(parts["adversary"])
+        if "sharpness" in absent:
+            ascent = waiting(sharpness)
+            chosen["batch_stats"] = "first"
+        else:
+            options["group_size"] = methods.group_size(config)
+        tx = ascent if is_whole else optax.chain(ascent, *links)
+        return make_train_step(model, tx, **chosen, **options, mesh=data_mesh())
+
+    return make, starts
 
 
 def evaluation_attacks(config: Config) -> dict[str, Attack]:
@@ -190,9 +228,6 @@ def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedu
         return optax.cosine_decay_schedule(training.learning_rate, total_steps)
     boundaries = {}
     for milestone in training.milestones:
-        # The first epoch that is no longer `epoch < milestone * epochs`. Rounded, as
-        # 0.55 * 100 is a little more than 55 in binary.
-        epoch = math.ceil(round(milestone * training.epochs, 6))
-        step = epoch * steps_per_epoch
+        step = first_epoch(milestone, training.epochs) * steps_per_epoch
         boundaries[step] = boundaries.get(step, 1.0) * training.decay_factor
     return optax.piecewise_constant_schedule(training.learning_rate, boundaries)

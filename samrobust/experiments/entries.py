@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import optax
+
 from samrobust.checks import (
     Rule,
     check,
@@ -27,6 +29,7 @@ from samrobust.system.resolve import failure_of, is_reference, resolve
 from samrobust.training.adversaries import ADVERSARIES
 from samrobust.training.averaging import AVERAGES
 from samrobust.training.objectives import OBJECTIVES
+from samrobust.training.phases import START
 from samrobust.types import Entry, Field
 
 __all__ = [
@@ -36,10 +39,12 @@ __all__ = [
     "added_passes",
     "fields_of_parameters",
     "find",
+    "is_optimizer",
     "options",
     "renamed",
     "section_fields",
     "section_of",
+    "start_of",
     "strength_of",
 ]
 
@@ -56,6 +61,9 @@ class Given(NamedTuple):
     Attributes:
       aux: the structure of BatchNorm's statistics, which leave a second pass.
       grouped: whether groups of examples have an ascent direction of their own.
+      optimizer: of the training, for a method that wraps one.
+      learning_rate: its schedule, for a method that is the optimizer.
+      momentum: of the optimizer.
       weight_decay: of the optimizer.
       num_classes: of the data.
       total_steps: of the training.
@@ -64,6 +72,9 @@ class Given(NamedTuple):
 
     aux: Any = None
     grouped: bool = False
+    optimizer: optax.GradientTransformation = optax.identity()
+    learning_rate: optax.Schedule = optax.constant_schedule(0.1)
+    momentum: float = 0.0
     weight_decay: float = 0.0
     num_classes: int = 10
     total_steps: int = 1
@@ -177,6 +188,7 @@ def section_fields(name: str) -> Mapping[str, Field]:
         # m of m-sharpness: every m consecutive examples of a batch have an ascent
         # direction of their own; divides `training.batch_size`. 0: the whole batch.
         fields["m"] = Field(0, functools.partial(check_whole, 0))
+        fields.setdefault("start", START)
     own = dict(entry.fields)
     return own | fields | own  # own rules come first, and win
 
@@ -208,7 +220,31 @@ def renamed(names: Mapping[str, str], maker: str = "") -> Iterator[None]:
         raise failure_of(maker, error) from error
 
 
-def added_passes(name: str) -> float:
-    """Returns the passes that a part adds to each one over the images."""
+def added_passes(name: str, values: Mapping[str, Any]) -> float:
+    """Returns the passes that a part adds to each one over the images.
+
+    Args:
+      name: of the part.
+      values: of its section.
+    """
     entry = find(name)
-    return entry.passes if _is_sharpness(entry) else 0.0
+    if not _is_sharpness(entry):
+        return 0.0
+    return entry.passes(values) if callable(entry.passes) else entry.passes
+
+
+def start_of(name: str, values: Mapping[str, Any]) -> float:
+    """Returns the fraction of the epochs after which a part is on.
+
+    Args:
+      name: of the part; a constructor's own parameter `start` is no such field.
+      values: of its section.
+    """
+    own = "start" in inspect.signature(find(name).make).parameters
+    return 0.0 if own else values.get("start", 0.0)
+
+
+def is_optimizer(name: str) -> bool:
+    """Returns whether a part wraps the training's optimizer, or is one itself."""
+    parameters = inspect.signature(find(name).make).parameters
+    return not parameters.keys().isdisjoint(("optimizer", "learning_rate"))

@@ -13,6 +13,7 @@ from samrobust.checks import check
 from samrobust.experiments import entries
 from samrobust.experiments.rows import STANDARD, Part, parse_row
 from samrobust.training.parts import Adversary, Averaging, Objective
+from samrobust.training.phases import first_epoch
 from samrobust.types import Config
 
 __all__ = [
@@ -76,21 +77,39 @@ def build(config: Config, given: entries.Given) -> dict[str, Any]:
     Returns:
       Those that the row has, by their kinds: `adversary`, `objective`, `sharpness` and
       `averaging`; of the second pass of `sharpness` also `batch_stats`. All but
-      `sharpness` are arguments of `samrobust.training.make_train_step`.
+      `sharpness` are arguments of `samrobust.training.make_train_step`. Beside them
+      `starts`: the first steps of kinds that begin late.
 
     Raises:
       ValueError: for a value that a constructor refuses, with the field's name; for two
         parts of one kind, or something else than a part.
     """
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {"starts": {}}
     for part in parts_of(config):
         for slot, built in _construct(config, part.name, given):
             check(slot not in parts, f"one {slot}", row=config.row)
             parts[slot] = built
+            if start := _start(config, part.name):
+                parts["starts"][slot] = start * given.steps_per_epoch
             if slot == "sharpness":
                 values = values_of(config, part.name)
                 parts["batch_stats"] = values.get("batch_stats", "both")
     return parts
+
+
+def _start(config: Config, name: str) -> int:
+    """Returns the epoch that a part begins with.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    start = entries.start_of(name, values_of(config, name))
+    epochs = config.training.epochs
+    first = first_epoch(start, epochs)
+    field = f"{entries.section_of(name)}.start"
+    wanted = f"{field} that leaves one of {epochs} epochs"
+    check(first < epochs, wanted, "Parts begin with whole epochs.", **{field: start})
+    return first
 
 
 def _construct(
@@ -98,6 +117,8 @@ def _construct(
 ) -> list[tuple[str, Any]]:
     """Returns what a constructor built, with the kind of part that each is."""
     entry, values = entries.find(name), values_of(config, name)
+    late = _start(config, name) * given.steps_per_epoch
+    given = given._replace(total_steps=max(1, given.total_steps - late))  # of the part
     section, strength = entries.section_of(name), entries.strength_of(name)
     end = values.get(f"{strength}_end")
     if strength is not None and end is not None:
@@ -106,6 +127,7 @@ def _construct(
     parameters = inspect.signature(entry.make).parameters
     arguments = {k: v for k, v in (given._asdict() | values).items() if k in parameters}
     fields = {key: f"{section}.{key}" for key in entries.section_fields(name)}
+    fields["grouped"] = f"{section}.m"
     with entries.renamed(fields, name):
         made = entry.make(**arguments)
     is_part = isinstance(made, tuple(_SLOTS.values()))
@@ -123,12 +145,14 @@ def cost(config: Config) -> float:
     """Returns the predicted cost of a step; that of standard training is 1.
 
     In forward and backward passes with weight gradients: a forward pass is 1/3, an
-    attack step 2/3.
+    attack step 2/3. A part that begins late counts by its share of the epochs.
     """
     attack, ascents = 0.0, 0.0
     for part in parts_of(config):
-        attack += entries.find(part.name).attack_passes(values_of(config, part.name))
-        ascents += entries.added_passes(part.name)
+        values = values_of(config, part.name)
+        share = 1 - _start(config, part.name) / config.training.epochs
+        attack += share * entries.find(part.name).attack_passes(values)
+        ascents += share * entries.added_passes(part.name, values)
     objective = build(config, entries.Given()).get("objective")
     views = len(set(objective.views)) if objective else 1
     return attack + views * (1 + ascents)

@@ -6,7 +6,10 @@
 Parts stand in the order of the composition: what is trained on, sharpness, averaging.
 `st`, standard training, has no part. A row has one spelling, since directories are
 named by it, and strengths above 0: with none it would be another row (of somebody's own
-parts we know nothing). Radii (eps) are in 1/255 units.
+parts we know nothing). Radii (eps) are in 1/255 units. `start`, a last option of `at`
+and of sharpness, is the fraction of the epochs after which the part is on:
+
+    sam,rho=0.4,start=0.8    at,norm=linf,eps=8,start=0.8
 """
 
 import dataclasses
@@ -38,7 +41,8 @@ class Part:
     @property
     def fields(self) -> dict[str, Any]:
         """The fields of a config that the part sets, by their full names."""
-        section, fields = entries.section_of(self.name), entries.options(self.name)
+        section = entries.section_of(self.name)
+        fields = _options(self.name, self.values)
         return {f"{section}.{fields[key]}": value for key, value in self.values.items()}
 
     @property
@@ -52,7 +56,9 @@ class Part:
         """The name in tables: `SAM (rho = 0.2)`."""
         label = entries.find(self.name).label
         if label:
-            return label.format(**self.values)
+            late = entries.start_of(self.name, self.values)
+            since = f" from {late:g} on" if late else ""
+            return f"{label.format(**self.values)}{since}"
         name = self.name.rpartition(":")[2]
         options = ", ".join(f"{k} = {_shown(v)}" for k, v in self.values.items())
         return f"{name} ({options})" if options else name
@@ -78,6 +84,13 @@ class Row:
     def label(self) -> str:
         """The name in tables, as in the paper: `SAM (rho = 0.2)`."""
         return " + ".join(part.label for part in self.parts) or "ST"
+
+
+def _options(name: str, given: Mapping[str, Any]) -> Mapping[str, str]:
+    """Returns a part's options, with `start` where it is given and there is one."""
+    known = entries.options(name)
+    late = "start" in given and "start" in entries.section_fields(name)
+    return {**known, "start": "start"} if late else known
 
 
 def _shown(value: Any) -> str:
@@ -134,7 +147,7 @@ def _parse_part(spelling: str, row: str) -> Part:
     known = f"{{{', '.join((STANDARD, *REGISTRY))}}}"
     condition = f"parts in {known} or package.module:name"
     check(name in REGISTRY or is_reference(name), condition, _EXAMPLES, row=row)
-    fields, wanted = entries.section_fields(name), entries.options(name)
+    fields, wanted = entries.section_fields(name), _options(name, given)
     condition = f"the options {', '.join(wanted) or '(none)'} for {name}"
     complete = sorted(given) == sorted(wanted) and len(items) == len(wanted)
     check(complete, condition, _EXAMPLES, row=row)
@@ -144,6 +157,7 @@ def _parse_part(spelling: str, row: str) -> Part:
         if name in REGISTRY:
             left = "+".join(part for part in row.split("+") if part != spelling)
             fix = f"With {option}=0 it is another row: {left or STANDARD}."
+            fix = "Leave it out." if option == "start" else fix
             check(value != 0, f"0 < {option}", fix, row=row)
         with entries.renamed({field: option}):
             fields[field].rule(**{field: value})

@@ -187,6 +187,7 @@ def train(
         epochs=training.epochs,
         batch_size=training.batch_size,
         key=jax.random.key(config.seed),
+        earlier=building.make_earlier(config, dataset, plan.num_steps),
         padding=config.data.padding,
         flip=config.data.flip,
         drop_remainder=training.drop_remainder,

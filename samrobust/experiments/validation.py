@@ -166,7 +166,7 @@ def _validate_methods(config: Config) -> None:
             continue
         options = entries.options(name).values()
         for key, field in entries.section_fields(name).items():
-            counts = key == "m" or key.endswith("_end") or key in options
+            counts = key in ("m", "start", *options) or key.endswith("_end")
             _require(
                 config,
                 not counts or config[section][key] == field.default,

@@ -194,8 +194,8 @@ def _fused(
 def _forward(
     form: _Form, inputs: Array, shift: Array, scale: Array, bias: Array
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
-    outputs, mean, var = _batch_norm(form, inputs, shift, scale, bias)
-    return (outputs, mean, var), (inputs, mean, var, scale, bias)
+    found: Any = _batch_norm(form, inputs, shift, scale, bias)
+    return found, (inputs, *found[1:], scale, bias)
 
 
 def _backward(

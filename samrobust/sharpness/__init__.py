@@ -9,27 +9,52 @@ with another ascent, or any optax transformation that takes `grad_fn`.
 """
 
 from samrobust.sharpness.asam import asam
+from samrobust.sharpness.asam_davda import asam_davda
 from samrobust.sharpness.awp import awp
+from samrobust.sharpness.entropy_sgd import entropy_sgd
+from samrobust.sharpness.esam import esam
+from samrobust.sharpness.fisher_sam import fisher_sam
+from samrobust.sharpness.friendly_sam import friendly_sam
+from samrobust.sharpness.fsam import fsam
+from samrobust.sharpness.gsam import gsam
+from samrobust.sharpness.looksam import looksam
+from samrobust.sharpness.msam import msam
 from samrobust.sharpness.sam import sam
-from samrobust.sharpness.two_pass import (
-    GradFn,
+from samrobust.sharpness.sam_on import sam_on
+from samrobust.sharpness.ssam import ssam
+from samrobust.sharpness.state import (
+    OffsetState,
     TwoPassMetrics,
     TwoPassState,
+    gradient_point,
     last_aux,
     last_metrics,
-    two_pass,
 )
+from samrobust.sharpness.two_pass import GradFn, two_pass
 
 __all__ = [
     "SHARPNESS",
     "GradFn",
+    "OffsetState",
     "TwoPassMetrics",
     "TwoPassState",
     "asam",
+    "asam_davda",
     "awp",
+    "entropy_sgd",
+    "esam",
+    "fisher_sam",
+    "friendly_sam",
+    "fsam",
+    "gradient_point",
+    "gsam",
     "last_aux",
     "last_metrics",
+    "looksam",
+    "msam",
     "sam",
+    "sam_on",
+    "ssam",
     "two_pass",
 ]
 
@@ -37,5 +62,16 @@ __all__ = [
 SHARPNESS = {
     "sam": "samrobust.sharpness.sam:ENTRY",
     "asam": "samrobust.sharpness.asam:ENTRY",
+    "asam_davda": "samrobust.sharpness.asam_davda:ENTRY",
     "awp": "samrobust.sharpness.awp:ENTRY",
+    "gsam": "samrobust.sharpness.gsam:ENTRY",
+    "friendly_sam": "samrobust.sharpness.friendly_sam:ENTRY",
+    "msam": "samrobust.sharpness.msam:ENTRY",
+    "looksam": "samrobust.sharpness.looksam:ENTRY",
+    "esam": "samrobust.sharpness.esam:ENTRY",
+    "sam_on": "samrobust.sharpness.sam_on:ENTRY",
+    "fisher_sam": "samrobust.sharpness.fisher_sam:ENTRY",
+    "fsam": "samrobust.sharpness.fsam:ENTRY",
+    "ssam": "samrobust.sharpness.ssam:ENTRY",
+    "entropy_sgd": "samrobust.sharpness.entropy_sgd:ENTRY",
 }

@@ -11,26 +11,17 @@ import jax.numpy as jnp
 import optax
 
 from samrobust.checks import check, check_real
+from samrobust.sharpness.masks import is_bias
 from samrobust.sharpness.sam import check_strength, of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, Entry, Field, PyTree
 
-__all__ = ["ENTRY", "asam", "is_bias"]
+__all__ = ["ENTRY", "asam"]
 
 
 def _eta(**values: float) -> None:
     check_real(0, 1e6, **values)
-
-
-def is_bias(path: Any) -> bool:
-    """Returns whether the last key of a parameter's path names a bias.
-
-    NNX's paths, which end in the attribute of the variable, are read up to it.
-    """
-    keys = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
-    names = [key for key in keys if key not in ("value", "raw_value")]
-    return "bias" in "".join(names[-1:]).lower()
 
 
 def asam(

@@ -24,6 +24,7 @@ __all__ = [
     "check_rho",
     "check_scheduled",
     "is_gap",
+    "is_off",
 ]
 
 
@@ -49,7 +50,7 @@ def check_ascent(memory: PyTree, *, grouped: bool) -> None:
     """Refuses groups of an ascent that has a memory, as each would need its own."""
     check(
         not (grouped and jax.tree.leaves(memory)),
-        "an ascent without a memory with grouped=True",
+        "an ascent without a memory for groups of examples",
         "Train with the whole batch as one group.",
         grouped=grouped,
     )
@@ -207,3 +208,8 @@ def _kind(leaf: Any) -> str:
 def _structure(tree: PyTree) -> str:
     text = str(jax.tree.structure(tree)).removeprefix("PyTreeDef(").removesuffix(")")
     return text if len(text) <= 200 else text[:200] + "..."
+
+
+def is_off(rho: Any) -> bool:
+    """Tells a strength that is 0 for good: a Python or NumPy number."""
+    return not callable(rho) and not isinstance(rho, jax.Array) and bool(rho == 0)

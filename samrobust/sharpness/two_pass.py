@@ -9,7 +9,7 @@ come after it and act at w:
 A method of this family is an `ascent`, from the gradient at w to the perturbation e(w),
 and a `combine`, from both gradients to the one that the optimizer descends by. SAM's
 ascent is rho g / ||g||_2, and it descends by the second gradient; see
-`samrobust.sharpness.sam`.
+`samrobust.sharpness.sam`. A `choose` runs the second pass over some of the examples.
 
 With `grouped=True` every group of examples has an ascent direction of its own
 (m-sharpness): gradients then carry a leading axis of groups until they are averaged.
@@ -30,13 +30,15 @@ Reference: Foret et al. (2021), arXiv 2010.01412, equations (2) and (3), and Sec
 4.1 for m-sharpness.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from samrobust.checks import check
 from samrobust.sharpness.refusals import (
     as_template,
     check_ascent,
@@ -46,7 +48,9 @@ from samrobust.sharpness.refusals import (
     check_rho,
     check_scheduled,
     is_gap,
+    is_off,
 )
+from samrobust.sharpness.state import TwoPassMetrics, TwoPassState
 from samrobust.sharpness.trees import (
     at_least_float32,
     cosine,
@@ -59,57 +63,22 @@ from samrobust.types import Array, PyTree
 
 __all__ = [
     "Ascent",
+    "Choose",
     "Combine",
     "GradFn",
-    "TwoPassMetrics",
-    "TwoPassState",
-    "last_aux",
-    "last_metrics",
     "second",
     "two_pass",
 ]
 
-GradFn: TypeAlias = Callable[[PyTree], Any]
+GradFn: TypeAlias = Callable[..., Any]
 Ascent: TypeAlias = Callable[[PyTree, PyTree, Array], PyTree]
 Combine: TypeAlias = Callable[[PyTree, PyTree, PyTree], PyTree]
+Choose: TypeAlias = Callable[[Array], Array]
+Measure: TypeAlias = Callable[[PyTree, PyTree], Mapping[str, Array]]
 
-
-class TwoPassMetrics(NamedTuple):
-    """Measurements of the last update, float32 scalars.
-
-    With groups all but `rho` are means over the groups.
-
-    Attributes:
-      rho: the strength used, by which the ascent's direction is multiplied; of SAM,
-        the intended length of e.
-      applied_rho: the length by which the parameters moved. Below rho where e rounds
-        away, as in bfloat16 parameters; 0 with a zero gradient.
-      gradient_norm: ||g(w)||_2.
-      perturbed_gradient_norm: ||g(w + e)||_2.
-      cosine: cosine of the angle between g(w) and g(w + e); 0 if either is zero.
-    """
-
-    rho: Array
-    applied_rho: Array
-    gradient_norm: Array
-    perturbed_gradient_norm: Array
-    cosine: Array
-
-
-class TwoPassState(NamedTuple):
-    """State of `two_pass`; holds no copy of the parameters.
-
-    Attributes:
-      step: int32 scalar, the number of updates so far (what a schedule is given).
-      metrics: of the last update.
-      aux: the auxiliary output of the last second pass, or None.
-      ascent: of the ascent; without leaves where that has no memory.
-    """
-
-    step: Array
-    metrics: TwoPassMetrics
-    aux: PyTree
-    ascent: PyTree
+# Metrics of a choice: the number of examples chosen, and how much the losses of all and
+# of those rose on the way to w + e, on average.
+_RISES = ("chosen", "rise", "chosen_rise")
 
 
 def second(first: PyTree, second: PyTree, perturbation: PyTree) -> PyTree:
@@ -123,6 +92,8 @@ def two_pass(
     ascent: Ascent | optax.GradientTransformationExtraArgs,
     *,
     combine: Combine = second,
+    choose: Choose | None = None,
+    measure: Measure = lambda *_: {},
     aux: PyTree = None,
     grouped: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -133,11 +104,20 @@ def two_pass(
         a schedule from the number of updates so far, int32, to it (negative values
         count as 0).
       ascent: `(grads, params, rho) -> e`; or, with a memory, an optax transformation
-        whose `update(grads, state, params, rho=...)` returns e. It is given gradients
-        and parameters in float32 at least, None in both where parameters are frozen. A
-        zero gradient or rho must give zeros.
+        whose `update(grads, state, params, rho=..., **extra_args)` returns e. It is
+        given gradients and parameters in float32 at least, None in both where
+        parameters are frozen. A zero gradient or rho must give zeros. The extra
+        arguments are those of this `update`, `step`, the number of updates so far, and
+        `example_grads(examples)`, the gradient at w of the mean loss over some examples
+        of the batch, int [k].
       combine: of (g(w), g(w + e), e), trees of one structure, makes the gradient that
         goes down the chain; by default the second.
+      choose: of l(w + e) - l(w), float [B], the rise of each example's loss, to the
+        examples int [k] that the second pass is over; by default all. `update` then
+        takes `losses`, l(w), and `loss_fn(params)`, and calls
+        `grad_fn(params, examples)`, all of the whole batch, also in `jax.shard_map`.
+      measure: of (g(w), e), to further metrics, scalars by name; with groups each is
+        averaged over them.
       aux: None if `grad_fn` returns gradients alone; else the structure of the second
         thing it returns (arrays or `jax.ShapeDtypeStruct`). The last value is then
         kept in the state: that is how BatchNorm statistics leave the second pass
@@ -178,26 +158,33 @@ def two_pass(
     """
     check_rho(rho)
     template = as_template(aux)
-    if not callable(rho) and not isinstance(rho, jax.Array) and rho == 0:
+    check(
+        not (grouped and choose),
+        "no choice of examples within groups of examples",
+        "Train with the whole batch as one group.",
+        grouped=grouped,
+    )
+    if is_off(rho):
         plain = optax.stateless(mean_of_groups) if grouped else optax.identity()
         return optax.with_extra_args_support(plain)
     schedule = rho if callable(rho) else lambda _: rho
     climber: Any = ascent  # optax's type does not name the extra argument
     if not isinstance(ascent, optax.GradientTransformation):
         climber = _without_memory(ascent)
+    check_ascent(climber.init(jnp.zeros([])), grouped=grouped)
 
     def climb(
-        params: PyTree, grads: PyTree, state: PyTree, radius: Array
+        params: PyTree, grads: PyTree, state: PyTree, **extra_args: Any
     ) -> tuple["_Ascended", PyTree]:
         weights = jax.tree.map(_live, grads, params, is_leaf=is_gap)
         # e(w) is computed no coarser than in float32, whatever the parameters are.
         exact = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, weights)
-        perturbation, state = climber.update(exact, state, weights, rho=radius)
+        perturbation, state = climber.update(exact, state, weights, **extra_args)
         return _move(params, grads, perturbation), state
 
     def conclude(
         grads: PyTree, perturbed: PyTree, ascended: "_Ascended"
-    ) -> tuple[PyTree, tuple[Array, ...]]:
+    ) -> tuple[PyTree, tuple[tuple[Array, ...], dict[str, Array]]]:
         combined = combine(grads, perturbed, ascended.perturbation)
         # At a zero gradient there is no direction: g(w) stands, and no NaN arises.
         outcome = jax.tree.map(
@@ -207,13 +194,11 @@ def two_pass(
         )
         norms = (norm(grads), norm(perturbed))
         shown = (ascended.applied, *norms, cosine(grads, perturbed, norms))
-        return outcome, shown
+        return outcome, (shown, dict(measure(grads, ascended.perturbation)))
 
     # m-sharpness, Section 4.1: an ascent per group. Only this elementwise work is under
     # `vmap`, and not `grad_fn`, whose convolutions it would turn into grouped ones.
-    if grouped:
-        climb = jax.vmap(climb, (None, 0, None, None), (0, None))
-        conclude = jax.vmap(conclude)
+    over_groups = jax.vmap if grouped else lambda function, *_: function
 
     def init(params: PyTree) -> TwoPassState:
         def start(leaf: Any) -> Array:
@@ -223,9 +208,11 @@ def two_pass(
         metrics = TwoPassMetrics(*(start(scalar) for _ in TwoPassMetrics._fields))
         # In the precision in which it will be given gradients: a memory keeps its.
         memory = climber.init(jax.tree.map(_exact, params))
-        check_ascent(memory, grouped=grouped)
         no_aux = jax.tree.map(start, template)
-        return TwoPassState(jnp.zeros([], jnp.int32), metrics, no_aux, memory)
+        measured = jax.eval_shape(measure, params, params)
+        names = (*measured, *(_RISES if choose else ()))
+        measured = {name: start(scalar) for name in names}
+        return TwoPassState(jnp.zeros([], jnp.int32), metrics, no_aux, memory, measured)
 
     def update(
         updates: PyTree,
@@ -235,7 +222,6 @@ def two_pass(
         grad_fn: GradFn | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, TwoPassState]:
-        del extra_args
         check_present(params=params, grad_fn=grad_fn)
         assert grad_fn is not None  # for the type checker
         check_gradients(updates, params, grouped=grouped)
@@ -243,22 +229,37 @@ def two_pass(
         scheduled = schedule(state.step)
         check_scheduled(scheduled)
         radius = jnp.maximum(jnp.asarray(scheduled, width(updates)), 0.0)
+
+        def gradients(at: PyTree, *examples: Array) -> tuple[PyTree, PyTree]:
+            output = check_output(grad_fn(at, *examples), updates, template)
+            return jax.tree.map(  # no weak types: the state's would change
+                lambda leaf, like: jnp.asarray(leaf, like.dtype),
+                output,
+                (updates, template),
+            )
+
+        extra_args |= {
+            "rho": radius,
+            "step": state.step,
+            "example_grads": lambda examples: gradients(params, examples)[0],
+        }
         # Equation (2): w + e(w); then equation (3): the gradient there.
-        ascended, memory = climb(params, updates, state.ascent, radius)
-        output = check_output(grad_fn(ascended.params), updates, template)
-        perturbed, new_aux = jax.tree.map(  # no weak types: the state's would change
-            lambda leaf, like: jnp.asarray(leaf, like.dtype),
-            output,
-            (updates, template),
-        )
-        outcome, shown = conclude(updates, perturbed, ascended)
+        climb_with = functools.partial(climb, **extra_args)
+        ascend = over_groups(climb_with, (None, 0, None), (0, None))
+        ascended, memory = ascend(params, updates, state.ascent)
+        chosen, rises = (), {}
+        if choose is not None:
+            chosen, rises = _chosen(choose, ascended.params, **extra_args)
+        perturbed, new_aux = gradients(ascended.params, *chosen)
+        outcome, shown = over_groups(conclude)(updates, perturbed, ascended)
         if grouped:
             outcome = mean_of_groups(outcome)
             shown = jax.tree.map(jnp.mean, shown)
-        shown = (radius + jnp.zeros_like(shown[0]), *shown)  # varies as the others do
-        metrics = TwoPassMetrics(*(metric.astype(jnp.float32) for metric in shown))
+        shown, measured = jax.tree.map(lambda x: x.astype(jnp.float32), shown)
+        rho_used = radius.astype(jnp.float32) + jnp.zeros_like(shown[0])  # varies alike
+        metrics = TwoPassMetrics(rho_used, *shown)
         step = jnp.asarray(optax.safe_increment(state.step))
-        return outcome, TwoPassState(step, metrics, new_aux, memory)
+        return outcome, TwoPassState(step, metrics, new_aux, memory, measured | rises)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -335,29 +336,21 @@ def _rounded(exact: Array, dtype: Any) -> Array:
     return jax.lax.reduce_precision(exact, info.nexp, info.nmant)
 
 
-def last_metrics(opt_state: PyTree) -> dict[str, Array]:
-    """Returns the metrics of the `two_pass` in an optimizer state by name, or {}."""
-    state = _find(opt_state)
-    return {} if state is None else state.metrics._asdict()
-
-
-def last_aux(opt_state: PyTree, default: PyTree = None) -> PyTree:
-    """Returns the auxiliary output of the last second pass of a `two_pass`.
-
-    Args:
-      opt_state: the state of a chain that may hold a `two_pass`, at any depth.
-      default: returned where there is no `two_pass`, or one that keeps no aux.
-
-    Returns:
-      What `grad_fn` returned as its second value at w + e(w).
-    """
-    state = _find(opt_state)
-    return default if state is None or state.aux is None else state.aux
-
-
-def _find(opt_state: PyTree) -> TwoPassState | None:
-    def is_two_pass(node: Any) -> bool:
-        return isinstance(node, TwoPassState)
-
-    states = filter(is_two_pass, jax.tree.leaves(opt_state, is_leaf=is_two_pass))
-    return next(states, None)
+def _chosen(
+    choose: Choose,
+    params: PyTree,
+    losses: Array | None = None,
+    loss_fn: Callable[[PyTree], Array] | None = None,
+    **extra_args: Any,
+) -> tuple[tuple[Array], dict[str, Array]]:
+    """Returns the examples of the second pass, and how their losses rise."""
+    del extra_args
+    check_present(losses=losses, loss_fn=loss_fn)
+    assert losses is not None  # for the type checker
+    assert loss_fn is not None
+    rises = loss_fn(params) - losses
+    chosen = choose(rises)
+    count = jnp.zeros_like(rises[0]) + len(chosen)
+    shown = (count, rises.mean(), rises[chosen].mean())
+    shown = (value.astype(jnp.float32) for value in shown)
+    return (chosen,), dict(zip(_RISES, shown, strict=True))

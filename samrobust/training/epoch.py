@@ -6,7 +6,7 @@ can resume at any step as if it had never stopped.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -51,10 +51,17 @@ class LoopState:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Work of one call of the device: `num_steps` steps on batches of `batch_size`."""
+    """Work of one call of the device: `num_steps` steps on batches of `batch_size`.
+
+    Attributes:
+      num_steps: see above.
+      batch_size: see above.
+      phase: of the training, whose step is taken.
+    """
 
     num_steps: int
     batch_size: int
+    phase: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +90,15 @@ class EpochPlan:
         """Steps in an epoch."""
         return self.num_examples // self.batch_size + (self.remainder > 0)
 
-    def chunks(self, start: int = 0) -> list[Chunk]:
-        """Returns the chunks from step `start` of an epoch to its end."""
+    def chunks(self, start: int = 0, phase: int = 0) -> list[Chunk]:
+        """Returns the chunks from step `start` of an epoch in a phase to its end."""
         full = self.num_examples // self.batch_size
         chunks = []
         for step in range(start, full, self.steps_per_call):
             steps = min(self.steps_per_call, full - step)
-            chunks.append(Chunk(steps, self.batch_size))
+            chunks.append(Chunk(steps, self.batch_size, phase))
         if self.remainder and start < self.num_steps:
-            chunks.append(Chunk(1, self.remainder))
+            chunks.append(Chunk(1, self.remainder, phase))
         return chunks
 
 
@@ -186,7 +193,7 @@ class EpochRunner:
     draws other numbers, and a resumed run would differ.
 
     Args:
-      train_step: the pure step.
+      train_step: the pure step, or one for each phase of the training.
       plan: of the epoch.
       split: the training images, copied to every device once.
       padding: of the random crop, in pixels.
@@ -198,7 +205,7 @@ class EpochRunner:
 
     def __init__(
         self,
-        train_step: TrainStep,
+        train_step: TrainStep | Sequence[TrainStep],
         plan: EpochPlan,
         split: Split,
         *,
@@ -208,7 +215,9 @@ class EpochRunner:
         key: Array,
         deterministic: bool = False,
     ):
-        self._train_step, self._plan, self._mesh = train_step, plan, mesh
+        several = isinstance(train_step, Sequence)
+        self._train_steps = train_step if several else (train_step,)
+        self._plan, self._mesh = plan, mesh
         self._options = compiler_options(deterministic=deterministic)
         self._augmentation = {"padding": padding, "flip": flip}
         self._placement = replicated(mesh)
@@ -279,7 +288,8 @@ class EpochRunner:
             batch_images = random_crop_and_flip(
                 batch_images, **self._augmentation, key=crop_key
             )
-            state, metrics = self._train_step(
+            train_step = self._train_steps[chunk.phase]
+            state, metrics = train_step(
                 carry.state, batch_images, batch_labels, attack_key
             )
             totals = _added(carry.totals, metrics, chunk.batch_size)

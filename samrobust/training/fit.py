@@ -9,7 +9,7 @@ scope.
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from samrobust.training.epoch import (
     zero_sums,
 )
 from samrobust.training.log import RunIdentity, RunLog, TrainingDivergedError
+from samrobust.training.phases import Phase, phase_of
 from samrobust.training.state import TrainState
 from samrobust.training.step import Method
 from samrobust.types import Array
@@ -74,7 +75,8 @@ class FitResult:
     Attributes:
       state: after the last step.
       seconds: spent in training steps, over all restarts.
-      step_seconds: median over the epochs of the mean seconds of a step.
+      step_seconds: median over the epochs of the mean seconds of a step; with several
+        phases, their mean, weighted by their epochs.
       step: the last one.
       identity: of the run; None if the log has none.
     """
@@ -93,6 +95,7 @@ def fit(
     epochs: int,
     batch_size: int,
     key: Array,
+    earlier: Sequence[Phase] = (),
     padding: int = 0,
     flip: bool = False,
     drop_remainder: bool = False,
@@ -113,6 +116,8 @@ def fit(
       batch_size: over all devices.
       key: of the initialization, the order of examples, augmentation, and all that is
         random in the steps. Consumed.
+      earlier: phases with steps of their own, in order, before `method.train_step` is
+        taken; see `samrobust.training.phases`.
       padding: reflect-pad by this many pixels and crop at random; 0: none.
       flip: mirror left-right at random.
       drop_remainder: whether an incomplete last batch of an epoch is left out.
@@ -151,7 +156,7 @@ def fit(
     init_key, run_key = jax.random.split(key)
     mesh = data_mesh()
     runner = EpochRunner(
-        method.train_step,
+        [*(phase.train_step for phase in earlier), method.train_step],
         plan,
         split,
         padding=padding,
@@ -169,7 +174,7 @@ def fit(
     with log or RunLog() as kept:
         carry = kept.restore(fresh, mesh, plan.num_steps * epochs)
         run = _Run(
-            *(epochs, plan, runner, zeros, kept, schedules or {}),
+            *(earlier, epochs, plan, runner, zeros, kept, schedules or {}),
             *(validate, on_progress, should_stop),
         )
         return run.to_the_end(carry)
@@ -214,6 +219,7 @@ def fresh_carry(
 class _Run:
     """The loop over epochs and chunks."""
 
+    earlier: Sequence[Phase]
     epochs: int
     plan: EpochPlan
     runner: EpochRunner
@@ -225,6 +231,10 @@ class _Run:
     should_stop: Callable[[], bool]
 
     @property
+    def num_phases(self) -> int:
+        return len(self.earlier) + 1
+
+    @property
     def num_steps(self) -> int:
         return self.plan.num_steps * self.epochs
 
@@ -233,16 +243,30 @@ class _Run:
         step = int(carry.state.step)
         if step < self.num_steps:
             self._report("compiling", step)
-            for chunk in dict.fromkeys(self.plan.chunks()):
-                self.runner.compile(chunk, carry)
+            for phase in range(phase_of(self.earlier, step), self.num_phases):
+                for chunk in dict.fromkeys(self.plan.chunks(phase=phase)):
+                    self.runner.compile(chunk, carry)
         while step < self.num_steps:
             carry, step = self._epoch(carry, step)
         self.log.save(carry, step, 0.0)
         seconds = [line["seconds"] for line in self.log.lines]
-        step_seconds = statistics.median(seconds) / self.plan.num_steps
+        step_seconds = self._epoch_seconds() / self.plan.num_steps
         return FitResult(
             carry.state, sum(seconds), step_seconds, step, self.log.identity
         )
+
+    def _epoch_seconds(self) -> float:
+        """Returns the mean over the phases, weighted by epochs, of their medians."""
+        phases = [phase_of(self.earlier, line["step"] - 1) for line in self.log.lines]
+        medians = [
+            statistics.median(
+                line["seconds"]
+                for line, other in zip(self.log.lines, phases, strict=True)
+                if other == phase
+            )
+            for phase in phases
+        ]
+        return statistics.mean(medians)
 
     def _epoch(self, carry: LoopState, step: int) -> tuple[LoopState, int]:
         """Trains from a step to the end of its epoch; then validates and logs."""
@@ -251,7 +275,8 @@ class _Run:
         self.log.earlier_seconds = 0.0
         permutation = self.runner.permutation(epoch)
         previous = None
-        for chunk in self.plan.chunks(step % self.plan.num_steps):
+        phase = phase_of(self.earlier, step)
+        for chunk in self.plan.chunks(step % self.plan.num_steps, phase):
             carry, done = self.runner.run(chunk, carry, permutation)
             step += chunk.num_steps
             # At most two chunks in flight: signals are handled soon, the ETA is right.

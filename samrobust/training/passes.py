@@ -34,6 +34,7 @@ class Pass(NamedTuple):
       loss: the mean over the batch, float32 scalar.
       logits: [B, K] of the adversarial view, in the order of the batch; of the natural
         one where none is adversarial.
+      losses: [B], of each example, in the order of the batch.
       batch_stats: the running statistics after the pass; of groups, their mean.
       grads: of the mean loss; of groups, of each one's own, [G, ...].
       image_grads: of the batch's mean loss with respect to the adversarial images,
@@ -42,6 +43,7 @@ class Pass(NamedTuple):
 
     loss: Array
     logits: Array
+    losses: Array
     batch_stats: PyTree
     grads: PyTree
     image_grads: Array | None
@@ -117,7 +119,7 @@ def make_passes(
         views: Views,
         labels: Array,
         key: Array,
-    ) -> tuple[Array, tuple[PyTree, Array]]:
+    ) -> tuple[Array, tuple[PyTree, Array, Array]]:
         views = views | {"adversarial": adversarial}
         outputs: dict[str, Array] = {}
         for view in objective.views:
@@ -136,7 +138,7 @@ def make_passes(
             f"an objective that gives a loss [{len(labels)}] to each example",
             shape=losses.shape,
         )
-        return jnp.mean(losses), (batch_stats, outputs[judged])
+        return jnp.mean(losses), (batch_stats, outputs[judged], losses)
 
     def whole(
         params: PyTree,
@@ -150,11 +152,12 @@ def make_passes(
         inputs = (params, views["adversarial"], batch_stats, views, labels, key)
         if not image_grads:  # less to trace; XLA would drop them
             differentiate = jax.value_and_grad(mean_loss, has_aux=True)
-            (loss, (batch_stats, logits)), grads = differentiate(*inputs)
-            return Pass(loss, logits, batch_stats, grads, None)
+            (loss, (batch_stats, logits, losses)), grads = differentiate(*inputs)
+            return Pass(loss, logits, losses, batch_stats, grads, None)
         differentiate = jax.value_and_grad(mean_loss, argnums=(0, 1), has_aux=True)
-        (loss, (batch_stats, logits)), (grads, of_images) = differentiate(*inputs)
-        return Pass(loss, logits, batch_stats, grads, of_images)
+        (loss, outputs), (grads, of_images) = differentiate(*inputs)
+        batch_stats, logits, losses = outputs
+        return Pass(loss, logits, losses, batch_stats, grads, of_images)
 
     of_first = functools.partial(whole, image_grads=image_grads)
     if group_size == 0:
@@ -211,6 +214,7 @@ def _merge(groups: Pass) -> Pass:
     return Pass(
         loss=jnp.mean(groups.loss),
         logits=groups.logits.reshape(-1, groups.logits.shape[-1]),
+        losses=groups.losses.reshape(-1),
         batch_stats=jax.tree.map(
             lambda leaf: leaf.mean(axis=0).astype(leaf.dtype), groups.batch_stats
         ),

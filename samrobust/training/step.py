@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from samrobust.attacks import identity
 from samrobust.attacks.losses import cross_entropy
 from samrobust.checks import check, check_choice
-from samrobust.sharpness import last_aux, last_metrics
+from samrobust.sharpness import gradient_point, last_aux, last_metrics
+from samrobust.system.distributed import shard_batch
 from samrobust.training.parts import (
     VIEWS,
     Adversary,
@@ -29,7 +30,7 @@ from samrobust.training.parts import (
     as_adversary,
     as_objective,
 )
-from samrobust.training.passes import apply_in_training, make_passes
+from samrobust.training.passes import Views, apply_in_training, make_passes
 from samrobust.training.state import TrainState
 from samrobust.types import Array, Attack, LossFn, PyTree
 
@@ -37,7 +38,7 @@ __all__ = ["InitFn", "Method", "TrainStep", "make_train_step"]
 
 # Folded into a step's key for what is random in the network. The adversary gets the key
 # itself; no split of it and no position in a batch collides with so large a number.
-_NETWORK = 0xFFFFFFFF
+_NETWORK, _OPTIMIZER = 0xFFFFFFFF, 0xFFFFFFFE
 
 
 class TrainStep(Protocol):
@@ -87,8 +88,9 @@ def make_train_step(
     Args:
       model: any Flax Linen network that is called with (images, train=...), with or
         without `batch_stats` and dropout.
-      tx: the optimizer, any optax transformation; receives `grad_fn`, which a `sam` in
-        it calls.
+      tx: the optimizer, any optax transformation; receives what a sharpness method in
+        it may want: `grad_fn`, which a `sam` calls; `loss_fn`, `losses`, `aux` and
+        `key` (see `samrobust.sharpness`).
       adversary: makes the images that are trained on, at the current parameters; or an
         attack, for an adversary without a memory.
       objective: the loss of each example, whose mean is minimized, and the views of the
@@ -101,7 +103,7 @@ def make_train_step(
         m-sharpness: both passes then run over each group apart, BatchNorm included,
         and `tx` begins with a `sam(..., grouped=True)`. 0: the whole batch, no groups.
       mesh: of `samrobust.system.distributed.data_mesh`, over which the groups are
-        spread; None: one device. Ignored without groups.
+        spread, and chosen examples; None: one device. Ignored without either.
 
     Returns:
       `init(key, images) -> state` and `train_step(state, images, labels, key) ->
@@ -188,12 +190,14 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, Array]]:
         _check_batch(images, labels)
         network_key = jax.random.fold_in(key, _NETWORK)
+        weights = gradient_point(state.params, state.opt_state)
 
         def attacked(images: Array) -> Array:
             if adversary.batch_norm == "eval":
-                return cast(Array, model.apply(state.variables, images, train=False))
+                variables = {"params": weights, "batch_stats": state.batch_stats}
+                return cast(Array, model.apply(variables, images, train=False))
             logits, _ = apply_in_training(
-                model, state.params, state.batch_stats, images, network_key
+                model, weights, state.batch_stats, images, network_key
             )
             return logits
 
@@ -202,10 +206,10 @@ def make_train_step(
         )
         views = {"natural": images, "adversarial": adversarial}
         batch = (views, labels, network_key)
-        first = passes.first(state.params, state.batch_stats, *batch)
+        first = passes.first(weights, state.batch_stats, *batch)
         keeps_aux = last_aux(state.opt_state) is not None
 
-        def second_pass(params: PyTree) -> PyTree:
+        def second_pass(params: PyTree, examples: Array | None = None) -> PyTree:
             wanted = batch_stats != "first" and bool(state.batch_stats)
             check(
                 keeps_aux or not wanted,
@@ -216,12 +220,23 @@ def make_train_step(
             )
             # "both": the second pass updates what the first has updated.
             start = first.batch_stats if batch_stats == "both" else state.batch_stats
-            second = passes.second(params, start, *batch)
+            second = passes.second(params, start, *_of(examples, *batch, mesh))
             return (second.grads, second.batch_stats) if keeps_aux else second.grads
+
+        def losses_at(params: PyTree) -> Array:
+            # A forward pass: XLA drops the gradients, which nobody reads.
+            return passes.second(params, state.batch_stats, *batch).losses
 
         # A `sam` in `tx` calls `second_pass` at w + e; nothing else traces it.
         updates, opt_state = tx.update(
-            first.grads, state.opt_state, state.params, grad_fn=second_pass
+            first.grads,
+            state.opt_state,
+            state.params,
+            grad_fn=second_pass,
+            loss_fn=losses_at,
+            losses=first.losses,
+            aux=first.batch_stats if keeps_aux else None,
+            key=jax.random.fold_in(key, _OPTIMIZER),
         )
         statistics = first.batch_stats
         if batch_stats != "first":
@@ -260,6 +275,16 @@ def make_train_step(
         return dataclasses.replace(state, average=average)
 
     return Method(init, train_step)
+
+
+def _of(
+    examples: Array | None, views: Views, labels: Array, key: Array, mesh: Mesh | None
+) -> tuple[Views, Array, Array]:
+    """Returns these examples of a batch, spread over the devices; by default all."""
+    if examples is None:
+        return views, labels, key
+    chosen = jax.tree.map(lambda leaf: leaf[examples], (views, labels))
+    return *(chosen if mesh is None else shard_batch(chosen, mesh)), key
 
 
 def _check_batch(images: Array, labels: Array) -> None:

@@ -1,7 +1,7 @@
 """The sentences below a table: how to read it, and how far to trust it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -9,7 +9,14 @@ from samrobust.checks import check
 from samrobust.experiments.reporting.names import column_norm
 from samrobust.experiments.reporting.table import Difference, Table
 
-__all__ = ["legend", "notes", "sampling_error", "signed", "tail_probability"]
+__all__ = [
+    "legend",
+    "notes",
+    "sampling_error",
+    "sharpness_note",
+    "signed",
+    "tail_probability",
+]
 
 
 def notes(table: Table) -> tuple[str, ...]:
@@ -159,3 +166,27 @@ def _provenance(table: Table) -> list[str]:
 def _plural(num_seeds: int) -> str:
     """Returns `1 seed`, `3 seeds`."""
     return f"{num_seeds} seed{'s' if num_seeds > 1 else ''}"
+
+
+# How far gradients were taken from the weights; and what else a method tells.
+_MOVES = ("applied_rho", "distance")
+_TELLS = ("cosine", "live", "inverse_fisher", "chosen", "rise", "chosen_rise")
+
+
+def sharpness_note(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Says whether a run's sharpness was on; empty for a run without.
+
+    Args:
+      lines: of `metrics.jsonl`.
+
+    >>> sharpness_note([{"applied_rho": 0.0}, {"applied_rho": 0.2, "cosine": 0.9375}])
+    'Weights moved in 1 of 2 epochs: applied_rho 0.2, cosine 0.938 in the last.'
+    """
+    last = lines[-1] if lines else {}
+    moves = next((name for name in _MOVES if name in last), None)
+    if moves is None:
+        return ""
+    count = sum(line.get(moves, 0.0) > 0 for line in lines)
+    told = (f"{n} {last[n]:.3g}" for n in (moves, *_TELLS) if n in last)
+    epochs = f"{count} of {len(lines)} epochs"
+    return f"Weights moved in {epochs}: {', '.join(told)} in the last."

@@ -150,7 +150,7 @@ def _rates(
     for part in configuration.parse_row(task.row).parts:
         values = methods.values_of(config, part.name)
         attack_steps += values.get("num_steps", 0) * values.get("restarts", 1)
-        num_passes += entries.added_passes(part.name)
+        num_passes += entries.added_passes(part.name, values)
     work = (passes, attack_steps, round(num_passes))
     wasteful = task.variant in ("reference", "resident")
     flops = step_cost(*work, attack_weight_gradients=wasteful).flops

@@ -19,6 +19,7 @@ from samrobust.checks import (
     switch,
 )
 from samrobust.training.parts import Adversary, as_adversary
+from samrobust.training.phases import START
 from samrobust.types import Entry, Field
 
 __all__ = [
@@ -159,6 +160,7 @@ ENTRY = Entry(
         "restarts": Field(1, _count),  # each example keeps its worst case
         "loss": Field("cross_entropy", one_of(*LOSSES)),
         "judge": Field("final", one_of("final", "any")),  # which iterate is taken
+        "start": START,
     },
     section="attack",
     attack_passes=attack_passes,

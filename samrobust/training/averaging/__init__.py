@@ -5,4 +5,5 @@ __all__ = ["AVERAGES"]
 # By their names in rows of tables.
 AVERAGES = {
     "ema": "samrobust.training.averaging.ema:ENTRY",
+    "swa": "samrobust.training.averaging.swa:ENTRY",
 }

@@ -11,7 +11,7 @@ from samrobust.checks import check_real
 from samrobust.training.parts import Averaging
 from samrobust.types import Array, Entry, Field, PyTree
 
-__all__ = ["ENTRY", "ema"]
+__all__ = ["ENTRY", "ema", "exact"]
 
 
 def _decay(**values: float) -> None:
@@ -43,15 +43,15 @@ def ema(decay: float) -> Averaging:
 
         def mix(old: Array, new: Array) -> Array:
             # a <- decay a + (1 - decay) w; the select keeps decay 0 exact, also at inf.
-            new, share = _exact(new), kept.astype(old.dtype)
+            new, share = exact(new), kept.astype(old.dtype)
             return jnp.where(share == 0, new, share * old + (1 - share) * new)
 
         return jax.tree.map(mix, average, variables)
 
-    return Averaging(lambda variables: jax.tree.map(_exact, variables), update)
+    return Averaging(lambda variables: jax.tree.map(exact, variables), update)
 
 
-def _exact(leaf: Array) -> Array:
+def exact(leaf: Array) -> Array:
     """Returns a copy, half precisions in float32: in bfloat16 0.999 is 1."""
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return jnp.copy(leaf)

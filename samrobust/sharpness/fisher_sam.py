@@ -1,0 +1,80 @@
+"""Fisher SAM: a ball of weights in the metric of the Fisher information.
+
+Reference: Kim et al. (2022), arXiv 2206.04920, equations (7) to (9).
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samrobust.checks import check_real
+from samrobust.sharpness.masks import size
+from samrobust.sharpness.sam import check_strength, of_length
+from samrobust.sharpness.trees import norm
+from samrobust.sharpness.two_pass import two_pass
+from samrobust.types import Array, Entry, Field, PyTree
+
+__all__ = ["ENTRY", "fisher_sam"]
+
+
+def _eta(**values: float) -> None:
+    check_real(0, 1e30, **values)
+
+
+def fisher_sam(
+    rho: float | Array | optax.Schedule,
+    eta: float = 1.0,
+    *,
+    aux: PyTree = None,
+    grouped: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds Fisher SAM: the gradient at w + rho F g / sqrt(<g, F g>).
+
+    F = diag(1 / (1 + eta g^2)) stands for the inverse of the Fisher information, of
+    which the squared gradient of the batch's mean loss is the estimate.
+
+    Args:
+      rho: the radius gamma in that metric, or a schedule of it.
+      eta: >= 0; 0: SAM. Gradients of a mean loss are small: with eta = 1 F is close to
+        1, and the method to SAM. The metric `inverse_fisher` tells: it is the mean of
+        F's diagonal.
+      aux: see `two_pass`.
+      grouped: see `two_pass`.
+
+    Returns:
+      A transformation with the contract of `two_pass`. Costs one further pass.
+      **Guarantees**: `eta=0` is `sam` bit for bit. Unlike SAM's, its ascent depends on
+      the scale of the loss.
+
+    Raises:
+      ValueError: as `two_pass`; if eta is negative or not finite.
+
+    Reference: Kim et al. (2022), arXiv 2206.04920; there is no official code. Ports
+    that divide by ||F g|| are another method.
+    """
+    _eta(eta=eta)
+
+    def inverse(g: Array) -> Array:
+        return 1 / (1 + eta * jnp.abs(g) ** 2)
+
+    def ascend(grads: PyTree, params: PyTree, rho: Array) -> PyTree:
+        del params
+        raised = jax.tree.map(lambda g: inverse(g) * g, grads)
+        # <g, F g> = ||sqrt(F) g||^2
+        length = norm(jax.tree.map(lambda g: jnp.sqrt(inverse(g)) * g, grads))
+        return of_length(rho, raised, length)
+
+    def measure(grads: PyTree, perturbation: PyTree) -> dict[str, Array]:
+        del perturbation
+        sums = [jnp.sum(inverse(g)) for g in jax.tree.leaves(grads)]
+        total = sum((one.astype(jnp.float32) for one in sums), jnp.zeros([]))
+        return {"inverse_fisher": total / max(size(grads), 1)}
+
+    return two_pass(rho, ascend, measure=measure, aux=aux, grouped=grouped)
+
+
+ENTRY = Entry(
+    fisher_sam,
+    "Fisher SAM (rho = {rho:g})",
+    fields={"rho": Field(0.0, check_strength), "eta": Field(1.0, _eta)},
+)

@@ -1,0 +1,127 @@
+"""FSAM: SAM along the weights whose squared gradients are the largest.
+
+Reference: Zhong et al. (2022), arXiv 2210.05497, Section 3.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samrobust.checks import check_real, check_whole
+from samrobust.sharpness.masks import (
+    is_bias,
+    largest,
+    live,
+    masked,
+    normalizations,
+    restricted,
+    size,
+    where_given,
+)
+from samrobust.sharpness.sam import check_strength, of_length
+from samrobust.sharpness.trees import norm, zeros
+from samrobust.sharpness.two_pass import two_pass
+from samrobust.types import Array, Entry, Field, PyTree
+
+__all__ = ["ENTRY", "fsam"]
+
+
+def _share(**values: float) -> None:
+    check_real(0, 1, **values)
+
+
+def _steps(**values: int) -> None:
+    check_whole(1, **values)
+
+
+def fsam(
+    rho: float | Array | optax.Schedule,
+    keep_ratio: float = 0.1,
+    every: int = 100,
+    *,
+    aux: PyTree = None,
+    grouped: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds FSAM: the gradient at w + m rho g / ||g||_2, m a mask of large g^2.
+
+    m keeps the largest g_i^2 of the batch at which it is made, the empirical Fisher
+    information. Biases, embeddings and normalization layers stand outside: there m = 1.
+
+    Args:
+      rho: as of `sam`; the norm is that of the whole gradient, so that less of it is
+        used.
+      keep_ratio: in [0, 1], the fraction of the weights that m keeps; 1: SAM.
+      every: >= 1, updates between two masks; the first update makes the first.
+      aux: see `two_pass`.
+      grouped: must be False: the mask is that of the batch.
+
+    Returns:
+      A transformation with the contract of `two_pass`, whose state holds m. Costs one
+      further pass; a new mask costs a sort. **Guarantees**: `keep_ratio=1` is `sam` bit
+      for bit. The metric `live` is the fraction of all weights that were perturbed.
+
+    Raises:
+      ValueError: as `two_pass`; if keep_ratio or every is out of range.
+
+    Reference: Zhong et al. (2022), arXiv 2210.05497; as `SAM_Mask` in the authors'
+    code, WHU-ZQH/FSAM4PLM, for language models. *Our deviation*: no 1e-7 is added to
+    the norm, zero is treated exactly instead; LayerNorm is outside as BatchNorm is. It
+    is not "Friendly SAM", also called F-SAM.
+    """
+    _share(keep_ratio=keep_ratio)
+    _steps(every=every)
+
+    def init(params: PyTree) -> PyTree:
+        return jax.tree.map(lambda w: zeros(w.shape, jnp.bool, w), params)
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, PyTree]:
+        outside = _outside(params)
+        scores = jax.tree.map(
+            lambda g, out: None if out else jnp.abs(g) ** 2, updates, outside
+        )
+
+        def renew() -> PyTree:
+            found = largest(scores, int(keep_ratio * size(scores)))
+            return where_given(
+                lambda g, _, f: jnp.abs(g) >= 0 if f is None else f,
+                updates,
+                state,
+                found,
+            )
+
+        mask = jax.lax.cond(extra_args["step"] % every == 0, renew, lambda: state)
+        ascent = of_length(extra_args["rho"], updates, norm(updates))
+        return masked(restricted(mask, updates), ascent), mask
+
+    def measure(grads: PyTree, perturbation: PyTree) -> dict[str, Array]:
+        del grads
+        return live(perturbation)
+
+    ascent = optax.GradientTransformationExtraArgs(init, update)
+    return two_pass(rho, ascent, measure=measure, aux=aux, grouped=grouped)
+
+
+def _outside(params: PyTree) -> PyTree:
+    """Returns which parameters the mask does not count."""
+
+    def decide(path: Any, w: Array, normalizes: bool) -> bool:
+        del w
+        embeds = "embed" in jax.tree_util.keystr(path).lower()
+        return normalizes or embeds or is_bias(path)
+
+    return jax.tree_util.tree_map_with_path(decide, params, normalizations(params))
+
+
+ENTRY = Entry(
+    fsam,
+    "FSAM (rho = {rho:g})",
+    fields={
+        "rho": Field(0.0, check_strength),
+        "keep_ratio": Field(0.1, _share),
+        "every": Field(100, _steps),
+    },
+)

@@ -1,0 +1,151 @@
+"""LookSAM: SAM at every k-th step, and between these what it found last.
+
+Reference: Liu et al. (2022), arXiv 2203.02714, Algorithm 1.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samrobust.checks import check_real, check_whole
+from samrobust.sharpness.refusals import check_present, is_off
+from samrobust.sharpness.sam import check_strength, of_length, sam
+from samrobust.sharpness.state import last_metrics
+from samrobust.sharpness.trees import at_least_float32, cosine, mean_of_groups, norm
+from samrobust.types import Array, Entry, Field, PyTree
+
+__all__ = ["ENTRY", "LookSamState", "looksam"]
+
+
+def _alpha(**values: float) -> None:
+    check_real(0, 1e3, **values)
+
+
+def _steps(**values: int) -> None:
+    check_whole(1, **values)
+
+
+class LookSamState(NamedTuple):
+    """State of `looksam`.
+
+    Attributes:
+      two_pass: a `TwoPassState`, of SAM; after a step with one pass its metrics are 0,
+        except for the gradient's norm.
+      vertical: g_v, in float32 at least.
+    """
+
+    two_pass: Any
+    vertical: PyTree
+
+
+def looksam(
+    rho: float | Array | optax.Schedule,
+    k: int = 10,
+    alpha: float = 0.7,
+    *,
+    aux: PyTree = None,
+    grouped: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds LookSAM: g + alpha ||g|| g_v / ||g_v||, and SAM's g_s every k steps.
+
+    g_v = g_s - <g_s, g> g / ||g||^2 is what of SAM's gradient is perpendicular to that
+    at w, by one projection over all parameters; it changes slowly, and is kept from the
+    last step with two passes.
+
+    Args:
+      rho: as of `sam`.
+      k: >= 1; the first of every k steps has two passes; 1: SAM.
+      alpha: >= 0, the share of g_v.
+      aux: see `two_pass`; in a step of one pass `update` wants `aux`, the auxiliary
+        output of the pass that gave the gradients, and it is kept.
+      grouped: see `two_pass`; g and g_s are then means over the groups.
+
+    Returns:
+      A transformation with the contract of `two_pass`. Costs 1/k of a further pass: the
+      others are skipped by `lax.cond` (under `vmap` they are not). **Guarantees**:
+      `k=1` is `sam` bit for bit.
+
+    Raises:
+      ValueError: as `two_pass`; if k or alpha is out of range.
+
+    Reference: Liu et al. (2022), arXiv 2203.02714, Algorithm 1; k = 10 and alpha = 0.7
+    as in the authors' README, yong-6/LookSAM. Ports that project each tensor by itself
+    are another method.
+    """
+    _steps(k=k)
+    _alpha(alpha=alpha)
+    full = sam(rho, aux=aux, grouped=grouped)
+    if k == 1 or is_off(rho):
+        return full
+
+    def init(params: PyTree) -> LookSamState:
+        vertical = jax.tree.map(lambda w: jnp.zeros_like(_exact(w)), params)
+        return LookSamState(full.init(params), vertical)
+
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree | None = None,
+        *,
+        aux: PyTree = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, LookSamState]:
+        before = state.two_pass
+
+        def two_passes() -> tuple[PyTree, LookSamState]:
+            outcome, after = full.update(updates, before, params, **extra_args)
+            g, g_s = (jax.tree.map(_exact, tree) for tree in (mean(), outcome))
+            lengths = norm(g), norm(g_s)
+            share = cosine(g, g_s, lengths) * lengths[1]
+            along = of_length(share, g, lengths[0])
+            # Where SAM did not move, the difference is rounding alone.
+            moved = last_metrics(after)["applied_rho"] != 0
+            vertical = jax.tree.map(
+                lambda s, a: jnp.where(moved, s - a, jnp.zeros_like(s)), g_s, along
+            )
+            return outcome, LookSamState(after, vertical)
+
+        def one_pass() -> tuple[PyTree, LookSamState]:
+            check_present(**({} if before.aux is None else {"aux": aux}))
+            g = mean()
+            length = norm(g)
+            added = of_length(alpha * length, state.vertical, norm(state.vertical))
+            outcome = jax.tree.map(
+                lambda a, b: (_exact(a) + b).astype(a.dtype), g, added
+            )
+            none = jax.tree.map(jnp.zeros_like, before.metrics)
+            metrics = none._replace(gradient_norm=length.astype(jnp.float32))
+            after = before._replace(
+                step=optax.safe_increment(before.step), metrics=metrics, aux=aux
+            )
+            return outcome, LookSamState(after, state.vertical)
+
+        def mean() -> PyTree:
+            return mean_of_groups(updates) if grouped else updates
+
+        return jax.lax.cond(before.step % k == 0, two_passes, one_pass)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _exact(leaf: Any) -> Array:
+    return at_least_float32(jnp.asarray(leaf))
+
+
+def _passes(values: Mapping[str, Any]) -> float:
+    return 1 / values["k"]
+
+
+ENTRY = Entry(
+    looksam,
+    "LookSAM (rho = {rho:g})",
+    fields={
+        "rho": Field(0.0, check_strength),
+        "k": Field(10, _steps),
+        "alpha": Field(0.7, _alpha),
+    },
+    passes=_passes,
+)

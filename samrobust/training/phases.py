@@ -1,0 +1,93 @@
+"""Phases of a training: parts of a method that come in late.
+
+Each phase is a step of its own over one state, compiled by itself: before a part
+begins, a step is the one without it bit for bit, and costs no more.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import optax
+
+from samrobust.checks import check_real
+from samrobust.training.parts import Adversary
+from samrobust.training.step import TrainStep
+from samrobust.types import Field, PyTree
+
+__all__ = [
+    "START",
+    "Phase",
+    "earlier_phases",
+    "first_epoch",
+    "phase_of",
+    "waiting",
+]
+
+
+def _start(**values: Any) -> None:
+    check_real(0, 0.999, **values)
+
+
+# Of a part that may come in late: the fraction of the epochs, rounded up to whole ones,
+# after which it is on.
+START = Field(0.0, _start)
+
+_Part = TypeVar("_Part", Adversary, optax.GradientTransformationExtraArgs)
+
+
+class Phase(NamedTuple):
+    """An early phase of a training: its step is taken until another begins.
+
+    Attributes:
+      until: the first step that is not of this phase; at the end of an epoch.
+      train_step: as of `Method`.
+    """
+
+    until: int
+    train_step: TrainStep
+
+
+def first_epoch(fraction: float, epochs: int) -> int:
+    """Returns the first epoch that is no longer `epoch < fraction * epochs`."""
+    # Rounded, as 0.55 * 100 is a little more than 55 in binary.
+    return math.ceil(round(fraction * epochs, 6))
+
+
+def waiting(part: _Part) -> _Part:
+    """Returns a part that does nothing, with the state of the one that it waits for."""
+    if isinstance(part, Adversary):
+        return part._replace(perturb=_leave_images, learn=None)
+    return optax.GradientTransformationExtraArgs(part.init, _leave_gradients)
+
+
+def _leave_images(logits_fn: Any, images: Any, labels: Any, state: PyTree, *, key: Any):
+    del logits_fn, labels, key
+    return images, state
+
+
+def _leave_gradients(
+    updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any
+) -> tuple[PyTree, PyTree]:
+    del params, extra_args
+    return updates, state
+
+
+def earlier_phases(
+    make: Callable[[Collection[str]], TrainStep], starts: Mapping[str, int]
+) -> tuple[Phase, ...]:
+    """Builds the phases before all parts of a method are on, for `fit`.
+
+    Args:
+      make: of the names of the parts that wait, the step; all steps of one state.
+      starts: the first step of each part that begins late, by its name.
+    """
+    return tuple(
+        Phase(until, make({name for name, start in starts.items() if start >= until}))
+        for until in sorted(set(starts.values()))
+    )
+
+
+def phase_of(earlier: Sequence[Phase], step: int) -> int:
+    """Returns the number of the phase that a step belongs to, from 0."""
+    return sum(step >= phase.until for phase in earlier)

@@ -1,0 +1,169 @@
+"""Parts that come in late, and what every method leaves in a run that is stopped."""
+
+import contextlib
+import re
+
+import helpers
+import jax
+import numpy as np
+import pytest
+
+from samrobust.experiments import building, methods
+from samrobust.experiments.configuration import parse_row
+from samrobust.experiments.reporting.notes import sharpness_note
+from samrobust.experiments.run import train
+from samrobust.sharpness import SHARPNESS
+from samrobust.training import InterruptedRunError
+from samrobust.training.phases import phase_of
+
+LATE_SAM = "sam,rho=0.2,start=0.5"
+LATE_BOTH = "at,norm=linf,eps=16,start=0.25+sam,rho=0.2,start=0.5"
+EPOCHS = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly():
+    with helpers.quick_compilation():
+        yield
+
+
+def follow(row, folder, stop_after=None, **overrides):
+    """The parameters after each epoch, the last state, and the lines of the log."""
+    config = helpers.make_config(row, overrides)
+    after, calls = [], []
+
+    def validate(state):
+        after.append(jax.device_get(state.params))
+        return {"score": 0.0}
+
+    def should_stop():
+        calls.append(1)
+        return len(calls) == stop_after
+
+    data = helpers.load_data(config)
+    outcome = train(config, data, folder, validate=validate, should_stop=should_stop)
+    return after, jax.device_get(outcome.state), log_of(folder)
+
+
+def log_of(folder):
+    lines = helpers.read_lines(folder / "metrics.jsonl")
+    return [helpers.without_timings(line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("row", "label", "cost"),
+    [
+        (LATE_SAM, "SAM (rho = 0.2) from 0.5 on", 1.5),
+        (
+            LATE_BOTH,
+            "AT (linf, eps = 16/255) from 0.25 on + SAM (rho = 0.2) from 0.5 on",
+            1.5 + 0.75 * 2 * 2 / 3,
+        ),
+        ("looksam,rho=0.2,start=0.5", "LookSAM (rho = 0.2) from 0.5 on", 1.05),
+        ("esam,rho=0.2", "ESAM (rho = 0.2)", 1 + 0.5 + 1 / 3),
+        ("msam,rho=0.2", "MSAM (rho = 0.2)", 1.0),
+    ],
+)
+def test_a_late_part_costs_its_share_of_the_epochs(row, label, cost):
+    config = helpers.make_config(row)
+    assert config.label == label
+    assert methods.cost(config) == pytest.approx(cost)
+
+
+def test_the_page_of_the_family_has_every_method_and_its_cost():
+    page = (helpers.ROOT / "docs" / "sharpness.md").read_text()
+    found = re.findall(r"^\| `(.*?)` .*\| ([\d.]+) \| (yes|no) \|$", page, re.MULTILINE)
+    assert {row.partition(",")[0] for row, _, _ in found} == set(SHARPNESS)
+    for row, cost, grouped in found:
+        assert round(methods.cost(helpers.make_config(row)), 2) == float(cost)
+        groups = {f"{row.partition(',')[0]}.m": 8, "model.batch_norm_group": 8}
+        refused = (
+            contextlib.nullcontext()
+            if grouped == "yes"
+            else pytest.raises((ValueError, KeyError))
+        )
+        with refused:
+            helpers.make_config(row, groups)
+
+
+def test_until_its_start_a_late_part_is_not_there_bit_for_bit(tmp_path):
+    plain, _, _ = follow("st", tmp_path / "st")
+    late, _, lines = follow(LATE_SAM, tmp_path / "late")
+    for epoch in range(2):
+        helpers.assert_same_bits(late[epoch], plain[epoch])
+    assert not np.array_equal(*(jax.tree.leaves(p[2])[0] for p in (late, plain)))
+    applied = [line["applied_rho"] for line in lines]
+    np.testing.assert_allclose(applied, [0, 0, 0.2, 0.2], rtol=1e-5)
+    assert sharpness_note(lines).startswith("Weights moved in 2 of 4 epochs: ")
+
+
+def test_two_late_parts_make_three_phases():
+    config = helpers.make_config(LATE_BOTH)
+    earlier = building.make_earlier(config, helpers.load_data(config), 3)
+    assert [phase.until for phase in earlier] == [3, 6]
+    assert [phase_of(earlier, step) for step in (0, 2, 3, 5, 6, 11)] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
+
+
+STOPPED = {
+    LATE_SAM: 7,  # in the first epoch of the second phase
+    "looksam,rho=0.2+swa,start=0.25": 5,
+    "ssam,mask=dynamic,rho=0.2": 5,
+    "entropy_sgd,gamma=0.03": 5,
+}
+
+
+@pytest.mark.parametrize("row", STOPPED)
+def test_a_stopped_run_goes_on_with_the_memory_of_its_method(row, tmp_path):
+    small = {"looksam.k": 3, "entropy_sgd.inner_steps": 4}
+    small |= {"model.batch_norm_group": 0}
+    _, whole, lines = follow(row, tmp_path / "whole", **small)
+    with pytest.raises(InterruptedRunError):
+        follow(row, tmp_path / "stopped", STOPPED[row], **small)
+    _, resumed, again = follow(row, tmp_path / "stopped", **small)
+    helpers.assert_same_bits(resumed, whole)
+    assert again == lines
+
+
+WRONG = {
+    "sam,rho=0.2,start=0": "0 < start",
+    "sam,rho=0.2,start=1": "start <= 0.999",
+    "sam,start=0.5,rho=0.2": "the row 'sam,rho=0.2,start=0.5'",
+    "trades,norm=linf,eps=8,beta=6,start=0.5": "the options norm, eps, beta for trades",
+    "msam,rho=0.2,start=0.5": "the options rho for msam",
+}
+
+
+@pytest.mark.parametrize("row", WRONG)
+def test_a_start_that_cannot_be_is_refused(row):
+    with pytest.raises(ValueError, match=WRONG[row]):
+        parse_row(row)
+
+
+GROUPS = {"METHOD.m": 8, "model.batch_norm_group": 8}
+
+
+@pytest.mark.parametrize(
+    ("row", "overrides", "message"),
+    [
+        (
+            "sam,rho=0.2,start=0.9",
+            {},
+            r"sam\.start that leaves one of 4 epochs, got sam\.start=0\.9",
+        ),
+        ("st", {"sam.start": 0.5}, "a row with sam when sam.start is set"),
+        ("friendly_sam,rho=0.2", GROUPS, r"without a memory .*friendly_sam\.m=True"),
+        ("esam,rho=0.2", GROUPS, r"no choice of examples .*esam\.m=True"),
+    ],
+)
+def test_what_a_method_cannot_do_is_refused_before_any_work(row, overrides, message):
+    name = row.partition(",")[0]
+    overrides = {key.replace("METHOD", name): v for key, v in overrides.items()}
+    with pytest.raises(ValueError, match=message):
+        helpers.make_config(row, overrides)
