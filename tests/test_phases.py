@@ -167,3 +167,10 @@ def test_what_a_method_cannot_do_is_refused_before_any_work(row, overrides, mess
     overrides = {key.replace("METHOD", name): v for key, v in overrides.items()}
     with pytest.raises(ValueError, match=message):
         helpers.make_config(row, overrides)
+
+
+def test_entropy_sgd_is_refused_with_an_optimizer_whose_place_it_takes():
+    with pytest.raises(
+        ValueError, match=r"training\.optimizer=sgd with entropy_sgd, got"
+    ):
+        helpers.make_config("entropy_sgd,gamma=0.03", {"training.optimizer": "adamw"})

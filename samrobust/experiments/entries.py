@@ -8,7 +8,7 @@ import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import optax
@@ -42,6 +42,7 @@ __all__ = [
     "is_optimizer",
     "options",
     "renamed",
+    "replaces_optimizer",
     "section_fields",
     "section_of",
     "start_of",
@@ -246,5 +247,13 @@ def start_of(name: str, values: Mapping[str, Any]) -> float:
 
 def is_optimizer(name: str) -> bool:
     """Returns whether a part wraps the training's optimizer, or is one itself."""
-    parameters = inspect.signature(find(name).make).parameters
-    return not parameters.keys().isdisjoint(("optimizer", "learning_rate"))
+    return replaces_optimizer(name) or "optimizer" in _parameters(name)
+
+
+def replaces_optimizer(name: str) -> bool:
+    """Returns whether a part is an optimizer itself."""
+    return "learning_rate" in _parameters(name)
+
+
+def _parameters(name: str) -> Collection[str]:
+    return inspect.signature(find(name).make).parameters.keys()

@@ -174,6 +174,11 @@ def _validate_methods(config: Config) -> None:
                 *(f"{section}.{key}", "row"),
                 fix=f"As in --config=FILE.py:{name},...",
             )
+    for name in filter(entries.replaces_optimizer, active):
+        optimizer = "training.optimizer"
+        holds = _read(config, optimizer) == "sgd"
+        fix = f"{name} steps by itself, with the momentum and weight decay of SGD."
+        _require(config, holds, f"{optimizer}=sgd with {name}", optimizer, fix=fix)
     if config.row:
         methods.build(config, entries.Given(grouped=methods.group_size(config) > 0))
 
