@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import os
+import subprocess
+import sys
 import textwrap
 
 import helpers
@@ -277,6 +279,18 @@ def test_every_attack_lowers_for_gpus_and_tpus(name):
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
     jitted = jax.jit(lambda x, y, key: attack(logits_fn, x, y, key=key))
     lower_everywhere(jitted.trace(images, labels, keys))
+
+
+def test_a_row_of_any_method_is_built_and_checked_without_asking_for_a_device():
+    """Processes that join one another must do so before the first of them asks."""
+    script = textwrap.dedent(f"""
+        from jax._src import xla_bridge
+        from samrobust.experiments import configuration
+        for row in {METHODS}:
+            configuration.load_config({DIGITS!r} + ":" + row)
+            assert not xla_bridge._backends, row
+        """)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=helpers.ROOT)
 
 
 # Compiled for an H200.

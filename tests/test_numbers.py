@@ -56,6 +56,7 @@ WORDS = {
     ("here", "there"),
     ("in the file", ""),
     ("module", ""),
+    ("row", "what it descends by", "cost", "m-sharpness"),  # held by test_phases
     ("where", "command"),
     ("where", "one command"),
 }
@@ -317,7 +318,22 @@ def held(page: str) -> tuple[Rows, ...]:
         ),
         speed_on_the_cpu(),
         speed_on_the_gpu(),
+        counted_for_the_gpu(),
     )
+
+
+def counted_for_the_gpu() -> Rows:
+    """Kernels and GB of a step that was compiled for an H200, before and after."""
+    names = ("ST", "SAM", "AT-10", "TRADES", "AT-10 + AWP")
+    before, after = (
+        stored(f"bench/aot/{name}.json")["rows"] for name in ("before", "after")
+    )
+    found = [["", "kernels before", "now", "GB before", "now"]]
+    for name, *pair in zip(names, before, after, strict=True):
+        kernels = [f"{sum(row['kernels'].values()):,.0f}" for row in pair]
+        sizes = [sum(row["bytes"].values()) / 1e9 for row in pair]
+        found.append([name, *kernels, *(f"{size:.3g}" for size in sizes)])
+    return found
 
 
 def sanity(name: str) -> tuple[Rows, ...]:

@@ -80,12 +80,14 @@ class BatchNorm(nn.Module):
         )
         running_var = self.variable("batch_stats", "var", ones, None, channels, exact)
         form = _Form(self.epsilon, self.relu, self.dtype)
+        mean, var = running_mean.value, running_var.value
+        # Variables that were given may be less exact.
+        scale, bias, mean, var = (x.astype(exact) for x in (scale, bias, mean, var))
         if not train:
-            statistics = running_mean.value, running_var.value
-            return _affine(form, inputs, *statistics, scale, bias)
+            return _affine(form, inputs, mean, var, scale, bias)
 
         def normalize(inputs: Array) -> tuple[Array, Array, Array]:
-            return _batch_norm(form, inputs, running_mean.value, scale, bias)
+            return _batch_norm(form, inputs, mean, scale, bias)
 
         num_groups = self._num_groups(len(inputs))
         if num_groups == 1:

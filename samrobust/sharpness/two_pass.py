@@ -171,7 +171,8 @@ def two_pass(
     climber: Any = ascent  # optax's type does not name the extra argument
     if not isinstance(ascent, optax.GradientTransformation):
         climber = _without_memory(ascent)
-    check_ascent(climber.init(jnp.zeros([])), grouped=grouped)
+    memory = jax.eval_shape(climber.init, jax.ShapeDtypeStruct((), jnp.float32))
+    check_ascent(memory, grouped=grouped)
 
     def climb(
         params: PyTree, grads: PyTree, state: PyTree, **extra_args: Any
