@@ -87,13 +87,15 @@ def test_the_page_of_the_family_has_every_method_and_its_cost():
 
 
 def test_until_its_start_a_late_part_is_not_there_bit_for_bit(tmp_path):
-    plain, _, _ = follow("st", tmp_path / "st")
+    plain, _, plain_lines = follow("st", tmp_path / "st")
     late, _, lines = follow(LATE_SAM, tmp_path / "late")
     for epoch in range(2):
         helpers.assert_same_bits(late[epoch], plain[epoch])
     assert not np.array_equal(*(jax.tree.leaves(p[2])[0] for p in (late, plain)))
     applied = [line["applied_rho"] for line in lines]
     np.testing.assert_allclose(applied, [0, 0, 0.2, 0.2], rtol=1e-5)
+    for line, expected in zip(lines[:2], plain_lines, strict=False):
+        assert expected["gradient_norm"] == line["gradient_norm"] > 0
     assert sharpness_note(lines).startswith("Weights moved in 2 of 4 epochs: ")
 
 

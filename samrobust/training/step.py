@@ -250,8 +250,9 @@ def make_train_step(
         metrics = {
             "loss": first.loss,
             "accuracy": jnp.mean(correct, dtype=jnp.float32),
-            "gradient_norm": passes.norm(first.grads),
             **last_metrics(opt_state),
+            # Also of a method that has yet to begin, and measures nothing.
+            "gradient_norm": passes.norm(first.grads),
         }
         metrics = {name: value.astype(jnp.float32) for name, value in metrics.items()}
         following = TrainState(
