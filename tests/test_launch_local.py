@@ -259,7 +259,7 @@ def test_a_run_that_lost_a_process_and_was_stopped_ends_bit_identical(tmp_path):
         return start(
             "--cpu",
             script=script,
-            arguments=tuple(launch_runs.train(tmp_path)),
+            arguments=tuple(launch_runs.train(tmp_path, epochs=8)),
             **launch_runs.environment(),
             PYTHONPATH=str(helpers.ROOT),
         )
