@@ -20,11 +20,11 @@ ST = "st"  # how processes end does not depend on what they do
 LONG = {
     "data.train_size": 256,
     "training.batch_size": 16,
-    "training.epochs": 2,
+    "training.epochs": 3,
     "checkpoint.minutes": 0.001,
     "evaluation.linf": (),
 }
-NUM_STEPS = 32
+NUM_STEPS = 48
 # For starts that nobody disturbs: how often a run saves may change, and costs time.
 RARELY = {"checkpoint.minutes": 10.0}
 
