@@ -26,10 +26,8 @@ def cast_once(logits_fn: Callable[[Array], Array], images: Array) -> Callable:
       A function of arrays like the images.
     """
     closed = jax.make_jaxpr(logits_fn)(images)
-    jaxpr, values = (
-        closed.jaxpr,
-        dict(zip(closed.jaxpr.constvars, closed.consts, strict=True)),
-    )
+    jaxpr = closed.jaxpr
+    values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     equations = []
     for equation in jaxpr.eqns:
         is_cast = equation.primitive.name == "convert_element_type"

@@ -91,7 +91,7 @@ def entropy_sgd(
 
     # All is kept relative to w: the offset w' - w, and mu - w.
     def init(params: PyTree) -> OffsetState:
-        exact = jax.tree.map(lambda w: at_least_float32(jnp.asarray(w)), params)
+        exact = jax.tree.map(at_least_float32, params)
         nothing = jax.tree.map(lambda w: zeros(w.shape, w.dtype, w), exact)
         measured = {name: zeros((), jnp.float32, params) for name in _METRICS}
         inner = {"velocity": nothing, "mean": nothing}

@@ -82,7 +82,7 @@ def looksam(
         return full
 
     def init(params: PyTree) -> LookSamState:
-        vertical = jax.tree.map(lambda w: jnp.zeros_like(_exact(w)), params)
+        vertical = jax.tree.map(lambda w: jnp.zeros_like(at_least_float32(w)), params)
         return LookSamState(full.init(params), vertical)
 
     def update(
@@ -97,7 +97,9 @@ def looksam(
 
         def two_passes() -> tuple[PyTree, LookSamState]:
             outcome, after = full.update(updates, before, params, **extra_args)
-            g, g_s = (jax.tree.map(_exact, tree) for tree in (mean(), outcome))
+            g, g_s = (
+                jax.tree.map(at_least_float32, tree) for tree in (mean(), outcome)
+            )
             lengths = norm(g), norm(g_s)
             share = cosine(g, g_s, lengths) * lengths[1]
             along = of_length(share, g, lengths[0])
@@ -114,7 +116,7 @@ def looksam(
             length = norm(g)
             added = of_length(alpha * length, state.vertical, norm(state.vertical))
             outcome = jax.tree.map(
-                lambda a, b: (_exact(a) + b).astype(a.dtype), g, added
+                lambda a, b: (at_least_float32(a) + b).astype(a.dtype), g, added
             )
             none = jax.tree.map(jnp.zeros_like, before.metrics)
             metrics = none._replace(gradient_norm=length.astype(jnp.float32))
@@ -129,10 +131,6 @@ def looksam(
         return jax.lax.cond(before.step % k == 0, two_passes, one_pass)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _exact(leaf: Any) -> Array:
-    return at_least_float32(jnp.asarray(leaf))
 
 
 def _passes(values: Mapping[str, Any]) -> float:

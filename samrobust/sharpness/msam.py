@@ -56,7 +56,7 @@ def msam(
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> OffsetState:
-        exact = jax.tree.map(lambda w: at_least_float32(jnp.asarray(w)), params)
+        exact = jax.tree.map(at_least_float32, params)
         offset = jax.tree.map(lambda w: zeros(w.shape, w.dtype, w), exact)
         measured = {name: zeros((), jnp.float32, params) for name in _METRICS}
         step = jnp.zeros([], jnp.int32)

@@ -20,6 +20,7 @@ __all__ = ["at_least_float32", "cosine", "mean_of_groups", "norm", "width", "zer
 
 def at_least_float32(leaf: Array) -> Array:
     """Returns the leaf in float32 or complex64, or as it is if it is wider."""
+    leaf = jnp.asarray(leaf)
     return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 

@@ -208,7 +208,7 @@ def two_pass(
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         metrics = TwoPassMetrics(*(start(scalar) for _ in TwoPassMetrics._fields))
         # In the precision in which it will be given gradients: a memory keeps its.
-        memory = climber.init(jax.tree.map(_exact, params))
+        memory = climber.init(jax.tree.map(at_least_float32, params))
         no_aux = jax.tree.map(start, template)
         measured = jax.eval_shape(measure, params, params)
         names = (*measured, *(_RISES if choose else ()))
@@ -283,11 +283,7 @@ class _Ascended(NamedTuple):
 
 def _live(g: Array | None, w: Any) -> Array | None:
     """Returns a parameter with a gradient, in float32 at least; None without one."""
-    return None if g is None else _exact(w)
-
-
-def _exact(w: Any) -> Array:
-    return at_least_float32(jnp.asarray(w))
+    return None if g is None else at_least_float32(w)
 
 
 def _without_memory(ascend: Ascent) -> optax.GradientTransformationExtraArgs:
