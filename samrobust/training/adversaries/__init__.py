@@ -5,4 +5,6 @@ __all__ = ["ADVERSARIES"]
 # By their names in rows of tables.
 ADVERSARIES = {
     "at": "samrobust.training.adversaries.at:ENTRY",
+    "fgsm_rs": "samrobust.training.adversaries.fgsm_rs:ENTRY",
+    "nfgsm": "samrobust.training.adversaries.nfgsm:ENTRY",
 }
