@@ -238,6 +238,8 @@ METHODS = [
     "mart,norm=linf,eps=8,beta=5+awp,gamma=0.005",
     "fgsm_rs,eps=8+label_smoothing,alpha=0.1+swa,start=0.5",
     "nfgsm,eps=8+sam,rho=0.2",
+    "free,eps=8,m=8",
+    "rwp,gamma=0.01",
 ]
 
 

@@ -58,15 +58,18 @@ def make_plan(config: Config, num_examples: int) -> EpochPlan:
 
     Raises:
       ValueError: if there is not one batch, or the devices do not divide a full one, or
-        the groups of m-sharpness or BatchNorm the incomplete last one.
+        the groups of m-sharpness or BatchNorm the incomplete last one, or if that
+        would be replayed.
     """
     training = config.training
-    with entries.renamed({"batch_size": "training.batch_size"}):
+    fields = ("batch_size", "drop_remainder")
+    with entries.renamed({name: f"training.{name}" for name in fields}):
         plan = cut_epoch(
             num_examples,
             training.batch_size,
             steps_per_call=training.steps_per_call,
             drop_remainder=training.drop_remainder,
+            replays=methods.replays(config),
         )
     field, size = methods.group_field(config)
     groups = {field: size, "model.batch_norm_group": config.model.batch_norm_group}

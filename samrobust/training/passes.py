@@ -60,11 +60,14 @@ class Passes(NamedTuple):
     Attributes:
       first: at parameters that are those of the whole batch.
       second: at parameters that SAM perturbed; of groups, [G, ...].
+      losses: at any parameters of the whole batch, [B], by forward passes alone;
+        differentiable.
       norm: of gradients, float32 scalar; of groups, the mean of their norms.
     """
 
     first: PassFn
     second: PassFn
+    losses: Callable[..., Array]
     norm: Callable[[PyTree], Array]
 
 
@@ -159,9 +162,15 @@ def make_passes(
         batch_stats, logits, losses = outputs
         return Pass(loss, logits, losses, batch_stats, grads, of_images)
 
+    def losses(
+        params: PyTree, batch_stats: PyTree, views: Views, labels: Array, key: Array
+    ) -> Array:
+        inputs = (params, views["adversarial"], batch_stats, views, labels, key)
+        return mean_loss(*inputs)[1][2]
+
     of_first = functools.partial(whole, image_grads=image_grads)
     if group_size == 0:
-        return Passes(of_first, whole, norm)
+        return Passes(of_first, whole, losses, norm)
 
     def over_groups(
         one: Callable[..., Pass],
@@ -191,7 +200,7 @@ def make_passes(
         shared, own = {"batch_stats": batch_stats}, {"params": params}
         return over_groups(whole, shared, own, *batch_and_key)
 
-    return Passes(first, second, _mean_norm)
+    return Passes(first, second, losses, _mean_norm)
 
 
 def _count(batch_size: int, group_size: int) -> int:

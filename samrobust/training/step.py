@@ -224,8 +224,7 @@ def make_train_step(
             return (second.grads, second.batch_stats) if keeps_aux else second.grads
 
         def losses_at(params: PyTree) -> Array:
-            # A forward pass: XLA drops the gradients, which nobody reads.
-            return passes.second(params, state.batch_stats, *batch).losses
+            return passes.losses(params, state.batch_stats, *batch)
 
         # A `sam` in `tx` calls `second_pass` at w + e; nothing else traces it.
         updates, opt_state = tx.update(

@@ -4,6 +4,7 @@ A toy network in float64: what differs is rounding. Where an attack starts at ra
 the twin is handed the numbers that ours drew.
 """
 
+import dataclasses
 from typing import Any
 
 import helpers
@@ -13,13 +14,24 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from test_methods_against_torch import Toy, Twin, cross_entropy, given, train_ours
+from test_methods_against_torch import (
+    DECAY,
+    Toy,
+    Twin,
+    batches,
+    cross_entropy,
+    given,
+    make_sgd,
+    train_ours,
+)
 
 from samrobust.attacks import draws
 from samrobust.models import BatchNorm
+from samrobust.sharpness import rwp
 from samrobust.training import make_train_step
 from samrobust.training.adversaries.at import at
 from samrobust.training.adversaries.fgsm_rs import fgsm_rs
+from samrobust.training.adversaries.free import free
 from samrobust.training.adversaries.nfgsm import nfgsm
 from samrobust.training.objectives.label_smoothing import label_smoothing
 from samrobust.training.objectives.mart import mart_loss
@@ -178,7 +190,7 @@ def test_one_step_from_noise_is_the_authors(adversary, reach, twin):
 
 
 def test_a_step_without_noise_is_pgd_of_one_step():
-    images, _, labels = make_batch(0)
+    images, _, labels = map(jnp.asarray, make_batch(0))
     plain = at("linf", 32.0, 32.0, num_steps=1, random_start=False)
     params = jax.tree.map(jnp.asarray, Twin().params())
 
@@ -192,9 +204,94 @@ def test_a_step_without_noise_is_pgd_of_one_step():
     helpers.assert_close(found[0], found[1], atol=1e-15)
 
 
+def _exact(leaf: Any) -> Any:
+    return leaf.astype(np.float64) if leaf.dtype == np.float32 else leaf
+
+
+def train_by_learning(adversary: Any, num_steps: int, replays: int) -> Any:
+    """The states after each step, replaying each batch."""
+    init, step = make_train_step(Toy(), make_sgd(), adversary=adversary)
+    state = init(KEY, jnp.zeros([6, 2, 2, 1]))
+    params = jax.tree.map(jnp.asarray, Twin().params())
+    state = dataclasses.replace(
+        state,
+        params=params,
+        opt_state=make_sgd().init(params),
+        adversary=jax.tree.map(_exact, state.adversary),
+    )
+    states = []
+    for number in range(num_steps):
+        images, _, labels = make_batch(number // replays)
+        state, _ = jax.jit(step)(state, images, labels, KEY)
+        states.append(state)
+    return states
+
+
+def test_free_adversarial_training_is_the_authors_step():
+    """locuslab's `train_free.py`; at each new batch x + d is clipped into the box."""
+    replays, model = 3, Twin()
+    delta = torch.zeros(6, 2, 2, 1).double()
+    for number in range(7):
+        images, _, labels = map(as_torch, make_batch(number // replays))
+        delta = torch.clamp(delta, 0 - images, 1 - images).requires_grad_(True)
+        model.backward(cross_entropy(model(images + delta), labels.long()))
+        with torch.no_grad():
+            moved = delta + RADIUS * torch.sign(delta.grad)
+            delta = torch.clamp(moved, -RADIUS, RADIUS)
+            delta = torch.clamp(delta, 0 - images, 1 - images)
+        model.optimizer.step()
+    state = train_by_learning(free(32.0), 7, replays)[-1]
+    helpers.assert_close(state.params, model.params(), atol=1e-12)
+    np.testing.assert_allclose(state.adversary, delta, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("threshold", [0.8, 100.0])
+def test_rwp_is_the_authors_step(threshold):
+    """ChaojianYu's `utils_rwp.py`: decay acts at w + v, as with AWP."""
+    gamma, model = 0.3, Twin()
+    named = dict(model.named)
+    kernels = [name for name, p in named.items() if p.dim() > 1]
+
+    def norm(tensors: Any) -> Any:
+        return torch.cat([t.flatten() for t in tensors]).norm()
+
+    counts = []
+    for _, images, labels in batches():
+        weights = {name: named[name].detach().clone() for name in kernels}
+        total = {name: torch.zeros_like(w) for name, w in weights.items()}
+        moves = dict(total)
+        for _ in range(4):
+            with torch.no_grad():
+                for name in kernels:
+                    named[name].copy_(weights[name] + moves[name])
+            losses = torch.nn.functional.cross_entropy(
+                model(images), labels, reduction="none"
+            )
+            counts.append(int((losses < threshold).sum()))
+            model.backward(losses.mul((losses < threshold).double()).mean())
+            total = {n: total[n] + 0.01 * named[n].grad for n in kernels}
+            ratio = norm(weights.values()) / (norm(total.values()) + 1e-20)
+            moves = {n: gamma * ratio * total[n] for n in kernels}
+        with torch.no_grad():
+            for name in kernels:
+                named[name].copy_(weights[name] + moves[name])
+        model.backward(cross_entropy(model(images), labels))
+        model.optimizer.step()
+        with torch.no_grad():
+            for name in kernels:
+                named[name].sub_(moves[name])
+    assert set(counts) == {6} or len(set(counts)) > 2
+    ours = train_ours(rwp(gamma, threshold, 4, weight_decay=DECAY))
+    helpers.assert_close(ours[-1].params, model.params(), atol=1e-11)
+
+
 @pytest.mark.parametrize(
     ("off", "plain"),
-    [({"objective": label_smoothing(0.0)}, {})],
+    [
+        ({"objective": label_smoothing(0.0)}, {}),
+        ({"sharpness": rwp(0.0)}, {}),
+        ({"sharpness": rwp(0.3, 0.0)}, {}),
+    ],
 )
 def test_a_setting_that_does_nothing_is_the_method_without_it(off, plain):
     one, other = train_ours(**off)[-1], train_ours(**plain)[-1]

@@ -7,4 +7,5 @@ ADVERSARIES = {
     "at": "samrobust.training.adversaries.at:ENTRY",
     "fgsm_rs": "samrobust.training.adversaries.fgsm_rs:ENTRY",
     "nfgsm": "samrobust.training.adversaries.nfgsm:ENTRY",
+    "free": "samrobust.training.adversaries.free:ENTRY",
 }
