@@ -6,12 +6,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from samrobust.attacks.losses import cross_entropy
 from samrobust.experiments import building, methods
 from samrobust.training import Method, fit
+from samrobust.training.adversaries.at import at
+from samrobust.training.adversaries.dynamic import dynamic, first_order_condition
 from samrobust.training.adversaries.free import free
 from samrobust.training.state import TrainState
 
 KEY = jax.random.key(0)
+IMAGES = jax.random.uniform(jax.random.key(1), (6, 2, 2, 1), minval=0.3, maxval=0.7)
+LABELS = jnp.arange(6, dtype=jnp.int32) % 3
+
+
+def logits_fn(images):
+    """A small smooth network."""
+    hidden = jax.random.normal(jax.random.key(2), (4, 5))
+    head = jax.random.normal(jax.random.key(3), (5, 3))
+    return jnp.tanh(3 * images.reshape(len(images), -1) @ hidden) @ head
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -83,3 +95,78 @@ def test_free_perturbations_stay_in_ball_and_box_and_belong_to_places():
         assert 0 < float(jnp.max(jnp.abs(state))) <= radius
         images = jnp.flip(images)
     np.testing.assert_array_equal(state[3], 0.0)  # of no example so far
+
+
+def dynamic_images(epoch=0, **options):
+    adversary = dynamic(32.0, **options, steps_per_epoch=2, total_steps=12)
+    images, following = jax.jit(
+        lambda state: adversary.perturb(logits_fn, IMAGES, LABELS, state, key=KEY)
+    )(jnp.int32(2 * epoch))
+    assert int(following) == 2 * epoch + 1
+    return np.asarray(images)
+
+
+def pgd_images(num_steps):
+    adversary = at("linf", 32.0, 8.0, num_steps=num_steps)
+    made = jax.jit(
+        lambda key: adversary.perturb(logits_fn, IMAGES, LABELS, (), key=key)[0]
+    )
+    return np.asarray(made(KEY))
+
+
+def test_dynamic_training_is_pgd_without_a_bound_and_one_step_with_an_endless_one():
+    np.testing.assert_array_equal(dynamic_images(c_max=0.0), pgd_images(10))
+    np.testing.assert_array_equal(dynamic_images(c_max=1e6), pgd_images(1))
+    # The bound falls to 0 at five sixths of six epochs.
+    np.testing.assert_array_equal(dynamic_images(5, c_max=1e6), pgd_images(10))
+
+
+def test_an_example_stands_still_once_its_attack_has_converged():
+    c_max, step = (
+        0.05,
+        jax.jit(jax.grad(lambda x: jnp.sum(cross_entropy(logits_fn(x), LABELS)))),
+    )
+    found = dynamic_images(c_max=c_max)
+    free_running = [pgd_images(n) for n in range(1, 11)]
+    expected = []
+    for i in range(len(LABELS)):
+        images = free_running[0]
+        for images in free_running:
+            gap = np.asarray(step(images), np.float64)[i]
+            delta = np.asarray(images - IMAGES, np.float64)[i]
+            fosc = 32 / 255 * np.abs(gap).sum() - (delta * gap).sum()
+            if fosc <= c_max:
+                break
+        expected.append(images[i])
+    np.testing.assert_array_equal(found, np.stack(expected))
+    early = np.any(found != free_running[-1], axis=(1, 2, 3))
+    assert 0 < early.sum() < len(early)
+
+
+def test_the_condition_is_the_most_that_a_linear_loss_can_still_gain():
+    gradients, delta = np.array([[2.0, -1.0, 0.5]]), np.array([[0.1, 0.3, -0.3]])
+    corner = 0.3 * np.sign(gradients)
+    expected = ((corner - delta) * gradients).sum(1)
+    found = first_order_condition(jnp.asarray(gradients), jnp.asarray(delta), 0.3)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    at_corner = first_order_condition(jnp.asarray(gradients), jnp.asarray(corner), 0.3)
+    np.testing.assert_allclose(at_corner, 0.0, atol=1e-7)
+
+
+def test_the_cyclic_schedule_is_that_of_torch():
+    torch = pytest.importorskip("torch")
+    config = helpers.make_config(
+        "st", {"training.schedule": "cyclic", "training.learning_rate": 0.2}
+    )
+    schedule = building.learning_rate_schedule(config, 3)
+    (weight,) = parameters = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.SGD(parameters, 0.2)
+    cyclic = torch.optim.lr_scheduler.CyclicLR(
+        optimizer, base_lr=0, max_lr=0.2, step_size_up=6, step_size_down=6
+    )
+    for step in range(12):
+        (rate,) = cyclic.get_last_lr()
+        assert np.asarray(schedule(step)) == pytest.approx(rate, abs=1e-7)
+        weight.grad = torch.zeros(1)
+        optimizer.step()
+        cyclic.step()

@@ -240,6 +240,7 @@ METHODS = [
     "nfgsm,eps=8+sam,rho=0.2",
     "free,eps=8,m=8",
     "rwp,gamma=0.01",
+    "dynamic,eps=8",
 ]
 
 

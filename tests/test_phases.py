@@ -117,6 +117,7 @@ STOPPED = {
     "ssam,mask=dynamic,rho=0.2": 5,
     "entropy_sgd,gamma=0.03": 5,
     "free,eps=16,m=3+ema,decay=0.9": 4,  # after the first of three replays
+    "dynamic,eps=16": 5,
 }
 
 

@@ -229,6 +229,10 @@ def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedu
         check_total_steps(training.epochs, steps_per_epoch)
     if training.schedule == "cosine":
         return optax.cosine_decay_schedule(training.learning_rate, total_steps)
+    if training.schedule == "cyclic":
+        # Wong et al. (2020): from 0 to the rate at half of the training, and back.
+        half = total_steps / 2
+        return lambda step: training.learning_rate * (1 - jnp.abs(step / half - 1))
     boundaries = {}
     for milestone in training.milestones:
         step = first_epoch(milestone, training.epochs) * steps_per_epoch

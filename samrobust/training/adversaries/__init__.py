@@ -8,4 +8,5 @@ ADVERSARIES = {
     "fgsm_rs": "samrobust.training.adversaries.fgsm_rs:ENTRY",
     "nfgsm": "samrobust.training.adversaries.nfgsm:ENTRY",
     "free": "samrobust.training.adversaries.free:ENTRY",
+    "dynamic": "samrobust.training.adversaries.dynamic:ENTRY",
 }
