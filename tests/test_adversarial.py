@@ -1,13 +1,17 @@
 """The adversarial training family: what holds whatever the network is."""
 
+import functools
+
 import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from samrobust.attacks import linf, pgd
 from samrobust.attacks.losses import cross_entropy
 from samrobust.experiments import building, methods
+from samrobust.experiments.reporting.notes import overfitting_note
 from samrobust.training import Method, fit
 from samrobust.training.adversaries.at import at
 from samrobust.training.adversaries.dynamic import dynamic, first_order_condition
@@ -170,3 +174,35 @@ def test_the_cyclic_schedule_is_that_of_torch():
         weight.grad = torch.zeros(1)
         optimizer.step()
         cyclic.step()
+
+
+@pytest.mark.parametrize(
+    ("row", "num_steps"),
+    [("fgsm_rs,eps=16", 10), ("free,eps=16,m=2", 10), ("dynamic,eps=16", 3)],
+)
+def test_a_row_of_one_step_is_judged_by_pgd_on_the_held_out_images(row, num_steps):
+    config = helpers.make_config(row, {"dynamic.num_steps": 3})
+    found = jax.jit(
+        functools.partial(building.validation_attacks(config)["robust"], logits_fn)
+    )(IMAGES, LABELS, key=KEY)
+    usual = pgd(linf(16 / 255), step_size=4 / 255, num_steps=num_steps)
+    expected = jax.jit(functools.partial(usual, logits_fn))(IMAGES, LABELS, key=KEY)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_catastrophic_overfitting_is_said_with_its_epoch():
+    def lines(*robust):
+        return [
+            {"epoch": i, "accuracy": 87.0, "validation_robust": r}
+            for i, r in enumerate(robust, 1)
+        ]
+
+    assert overfitting_note(lines(30.0, 41.0, 21.5, 5.0)) == ""
+    said = overfitting_note(lines(30.0, 41.0, 20.5, 41.0, 0.0))
+    assert said.startswith(
+        "Catastrophic overfitting in epoch 3: validation_robust fell"
+    )
+    assert (
+        "from 41.0 to 20.5, accuracy under the attack of the training is 87.0" in said
+    )
+    assert overfitting_note([{"epoch": 1, "accuracy": 50.0}]) == ""

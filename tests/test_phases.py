@@ -14,6 +14,8 @@ from samrobust.experiments.reporting.notes import sharpness_note
 from samrobust.experiments.run import train
 from samrobust.sharpness import SHARPNESS
 from samrobust.training import InterruptedRunError
+from samrobust.training.adversaries import ADVERSARIES
+from samrobust.training.objectives import OBJECTIVES
 from samrobust.training.phases import phase_of
 
 LATE_SAM = "sam,rho=0.2,start=0.5"
@@ -84,6 +86,16 @@ def test_the_page_of_the_family_has_every_method_and_its_cost():
         )
         with refused:
             helpers.make_config(row, groups)
+
+
+def test_the_page_of_adversarial_training_has_every_method_and_its_cost():
+    page = (helpers.ROOT / "docs" / "adversarial.md").read_text()
+    found = re.findall(r"^\| `(.*?)` .*\| ([\d.]+) \|$", page, re.MULTILINE)
+    names = {row.partition(",")[0] for row, _ in found}
+    assert names == set(ADVERSARIES) | set(OBJECTIVES)
+    for row, cost in found:
+        full = {"attack.num_steps": 10}  # as many as a field without an override has
+        assert round(methods.cost(helpers.make_config(row, full)), 2) == float(cost)
 
 
 def test_until_its_start_a_late_part_is_not_there_bit_for_bit(tmp_path):

@@ -203,15 +203,18 @@ def validation_attacks(config: Config) -> dict[str, Attack]:
     """Returns how a state is judged on held-out images: as its own row means to be.
 
     `natural`; with an attack in training also `robust`, PGD under the same ball, step
-    size and number of steps.
+    size and number of steps; 10 steps of a quarter of the radius where training has no
+    such steps, so that a row of one step is not judged by its own.
     """
     columns: dict[str, Attack] = {"natural": attacks.identity}
     for part in methods.parts_of(config):
         values = methods.values_of(config, part.name)
-        if {"norm", "epsilon", "step_size", "num_steps"} <= values.keys():
+        if part.name in entries.REGISTRY and "epsilon" in values:
             usual = {"random_start": True, "restarts": 1, "loss": "cross_entropy"}
+            usual |= {"norm": "linf", "num_steps": 10, "gradient_floor": 0.0}
+            values = usual | {"step_size": values["epsilon"] / 4} | values
             given = (values[name] for name in ("norm", "epsilon", "step_size"))
-            ball, options = _pgd_options(usual | values, *given)
+            ball, options = _pgd_options(values, *given)
             judge = values.get("judge", "final")
             columns["robust"] = attacks.pgd(ball, judge=judge, **options)
     return columns
