@@ -1,21 +1,31 @@
 """The adversarial training family: what holds whatever the network is."""
 
+import dataclasses
 import functools
 
 import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import linen as nn
 
 from samrobust.attacks import linf, pgd
 from samrobust.attacks.losses import cross_entropy
 from samrobust.experiments import building, methods
 from samrobust.experiments.reporting.notes import overfitting_note
-from samrobust.training import Method, fit
+from samrobust.sharpness import rwp, sam
+from samrobust.training import Method, fit, make_train_step
 from samrobust.training.adversaries.at import at
+from samrobust.training.adversaries.cfa import cfa
 from samrobust.training.adversaries.dynamic import dynamic, first_order_condition
+from samrobust.training.adversaries.fgsm_rs import fgsm_rs
 from samrobust.training.adversaries.free import free
+from samrobust.training.adversaries.nfgsm import nfgsm
+from samrobust.training.objectives.cfa_trades import cfa_trades
+from samrobust.training.objectives.label_smoothing import label_smoothing
+from samrobust.training.objectives.mart import mart_loss
 from samrobust.training.state import TrainState
 
 KEY = jax.random.key(0)
@@ -206,3 +216,100 @@ def test_catastrophic_overfitting_is_said_with_its_epoch():
         "from 41.0 to 20.5, accuracy under the attack of the training is 87.0" in said
     )
     assert overfitting_note([{"epoch": 1, "accuracy": 50.0}]) == ""
+
+
+CALIBRATION = {"begin": 0.3, "num_classes": 3, "steps_per_epoch": 2, "total_steps": 8}
+
+
+def taught(adversary, answers):
+    """The memory after steps in which these examples were right."""
+    state = adversary.init(IMAGES)
+    for correct in answers:
+        state = adversary.learn(state, IMAGES, LABELS, IMAGES, jnp.array(correct))
+    return state
+
+
+def test_rates_are_those_of_the_classes_in_the_epoch_before():
+    adversary = cfa(32.0, **CALIBRATION)
+    answers = np.random.default_rng(0).random((5, 6)) < 0.5
+    for num_steps, epoch in ((1, None), (3, answers[:2]), (5, answers[2:4])):
+        rates = np.asarray(taught(adversary, answers[:num_steps]).rates)
+        expected = np.zeros(3)
+        if epoch is not None:
+            expected = [epoch[:, k == LABELS].mean() for k in range(3)]
+        np.testing.assert_allclose(rates, expected, rtol=1e-6)
+    state = taught(adversary, answers)
+    assert int(state.step) == 5
+    np.testing.assert_array_equal(state.seen, [2, 2, 2])
+
+
+def test_each_class_is_attacked_as_far_as_its_rate_says_from_the_beginning_on():
+    adversary = cfa(32.0, **CALIBRATION)
+    answers = [
+        [True, True, False, True, False, False]
+    ] * 6  # of 0: 1, of 1: 1/2, of 2: 0
+
+    def lengths(num_steps):
+        state = taught(adversary, answers[:num_steps])
+        made, _ = jax.jit(
+            lambda s: adversary.perturb(logits_fn, IMAGES, LABELS, s, key=KEY)
+        )(state)
+        return helpers.norms("linf", made - IMAGES) * 255
+
+    np.testing.assert_allclose(lengths(2), 32, rtol=1e-5)  # epoch 1 of 4: not yet
+    expected = 32 * (0.5 + np.array([1, 0.5, 0] * 2))
+    np.testing.assert_allclose(lengths(4), expected, rtol=1e-5)
+
+
+def test_losses_are_weighed_by_what_the_adversary_remembers_of_each_class():
+    adversary, objective = cfa_trades(32.0, 6.0, **CALIBRATION)
+    state = taught(adversary, [[True] * 3 + [False] * 3] * 4)
+    assert adversary.weigh is not None
+    betas = adversary.weigh(state, LABELS)
+    np.testing.assert_allclose(betas, 6 * (0.5 + 0.5), rtol=1e-6)
+    seen = []
+
+    def loss(natural, adversarial, again, labels, weights):
+        del natural, adversarial, again
+        seen.append(weights.shape)
+        return weights * labels
+
+    objective = objective._replace(loss=loss)
+    for group_size in (0, 3):
+        tx = optax.chain(sam(0.1, aux={}, grouped=group_size > 0), optax.sgd(0.1))
+        options = {"adversary": adversary, "objective": objective}
+        init, step = make_train_step(Linear(), tx, **options, group_size=group_size)
+        start = dataclasses.replace(init(KEY, IMAGES), adversary=state)
+        after, metrics = jax.jit(step)(start, IMAGES, LABELS, KEY)
+        assert float(metrics["loss"]) == pytest.approx(6.0)
+        assert int(after.adversary.step) == 5
+    assert {shape[0] for shape in seen} == {6, 3}
+
+
+class Linear(nn.Module):
+    """The least there is to train."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        del train
+        return nn.Dense(3)(images.reshape(len(images), -1))
+
+
+BAD = {
+    "beta": (lambda: mart_loss(-1.0), "0 <= beta, got beta=-1"),
+    "share": (lambda: label_smoothing(1.5), "alpha <= 1, got alpha=1.5"),
+    "radius": (lambda: fgsm_rs(8 / 255), "epsilon=0.03.*did you mean 8"),
+    "noise": (lambda: nfgsm(8.0, noise=-1.0), "0 <= noise, got noise=-1"),
+    "bound": (lambda: dynamic(8.0, c_max=-1.0), "0 <= c_max, got c_max=-1"),
+    "base": (lambda: cfa(8.0, base=-1.0), "0 <= base, got base=-1"),
+    "lambda": (lambda: cfa_trades(8.0, 6.0, base_beta=-1.0), "0 <= base_beta, got"),
+    "threshold": (lambda: rwp(0.1, -1.0), "0 <= threshold, got threshold=-1"),
+    "groups": (lambda: rwp(0.1, grouped=True), "no groups of examples with rwp"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_a_method_cannot_mean_is_refused(name):
+    make, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -241,6 +241,8 @@ METHODS = [
     "free,eps=8,m=8",
     "rwp,gamma=0.01",
     "dynamic,eps=8",
+    "cfa,eps=8",
+    "cfa_trades,eps=8,beta=6+sam,rho=0.2",
 ]
 
 

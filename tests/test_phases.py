@@ -130,6 +130,7 @@ STOPPED = {
     "entropy_sgd,gamma=0.03": 5,
     "free,eps=16,m=3+ema,decay=0.9": 4,  # after the first of three replays
     "dynamic,eps=16": 5,
+    "cfa_trades,eps=16,beta=6": 4,
 }
 
 

@@ -24,7 +24,8 @@ from samrobust.types import Array, PyTree
 
 __all__ = ["Pass", "PassFn", "Passes", "Views", "apply_in_training", "make_passes"]
 
-Views: TypeAlias = dict[str, Array]  # images [B, H, W, C] by the names of the views
+# Images [B, H, W, C] by the names of the views; `weights` [B], where there are some.
+Views: TypeAlias = dict[str, Array]
 
 
 class Pass(NamedTuple):
@@ -129,13 +130,14 @@ def make_passes(
             # A repeated view updates the statistics again, but needs no backward pass
             # of its own, and XLA computes its forward pass once.
             again = view in outputs
-            weights = jax.lax.stop_gradient(params) if again else params
+            at = jax.lax.stop_gradient(params) if again else params
             found, batch_stats = apply_in_training(
-                model, weights, batch_stats, views[view], key
+                model, at, batch_stats, views[view], key
             )
             outputs.setdefault(view, found)
         logits = [outputs[view] for view in objective.views]
-        losses = objective.loss(*logits, labels)
+        weights = [views["weights"]] if "weights" in views else []
+        losses = objective.loss(*logits, labels, *weights)
         check(
             losses.shape == labels.shape,
             f"an objective that gives a loss [{len(labels)}] to each example",

@@ -205,6 +205,8 @@ def make_train_step(
             attacked, images, labels, state.adversary, key=key
         )
         views = {"natural": images, "adversarial": adversarial}
+        if adversary.weigh is not None:
+            views["weights"] = adversary.weigh(memory, labels)
         batch = (views, labels, network_key)
         first = passes.first(weights, state.batch_stats, *batch)
         keeps_aux = last_aux(state.opt_state) is not None

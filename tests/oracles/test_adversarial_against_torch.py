@@ -33,6 +33,7 @@ from samrobust.training.adversaries.at import at
 from samrobust.training.adversaries.fgsm_rs import fgsm_rs
 from samrobust.training.adversaries.free import free
 from samrobust.training.adversaries.nfgsm import nfgsm
+from samrobust.training.objectives.cfa_trades import regularized
 from samrobust.training.objectives.label_smoothing import label_smoothing
 from samrobust.training.objectives.mart import mart_loss
 
@@ -129,6 +130,32 @@ def test_mart_is_the_authors_step_with_its_running_statistics():
     )
     for ours, theirs in pairs:
         np.testing.assert_allclose(ours, theirs.detach(), rtol=0, atol=1e-11)
+
+
+def test_class_wise_regularization_is_the_authors_loss():
+    """PKU-ML's `cw_trades_loss` in `attack.py`, and its gradients."""
+    rng = np.random.default_rng(0)
+    clean, attacked = rng.standard_normal((2, 6, 4))
+    labels, rates = rng.integers(0, 4, 6), rng.random(4)
+    betas = (0.5 + rates) * 6.0
+
+    def ours(clean: Any, attacked: Any) -> Any:
+        rest = jnp.asarray(labels), jnp.asarray(betas[labels])
+        losses = regularized(clean, attacked, clean, *rest)
+        return jnp.mean(losses)
+
+    found = jax.grad(ours, (0, 1))(jnp.asarray(clean), jnp.asarray(attacked))
+    pair = [as_torch(z).requires_grad_(True) for z in (clean, attacked)]
+    share = as_torch((betas / (1 + betas))[labels])
+    natural = torch.nn.functional.cross_entropy(
+        pair[0], as_torch(labels), reduction="none"
+    )
+    robust = torch.nn.functional.kl_div(
+        torch.log_softmax(pair[1], 1), torch.softmax(pair[0], 1), reduction="none"
+    ).sum(1)
+    (((1 - share) * natural + share * robust) / 6).sum().backward()
+    for gradient, z in zip(found, pair, strict=True):
+        np.testing.assert_allclose(gradient, z.grad, rtol=0, atol=1e-15)
 
 
 def test_label_smoothing_is_that_of_torch():

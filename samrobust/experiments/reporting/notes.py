@@ -207,7 +207,7 @@ def overfitting_note(lines: Sequence[Mapping[str, Any]]) -> str:
     Args:
       lines: of `metrics.jsonl`.
 
-    Reference: Wong, Rice and Kolter (2020), arXiv 2001.03994, Section 5.
+    Reference: Wong, Rice and Kolter (2020), arXiv 2001.03994.
 
     >>> epochs = [(1, 41.0), (2, 0.5)]
     >>> lines = [{"epoch": e, "validation_robust": r, "accuracy": 87.0}

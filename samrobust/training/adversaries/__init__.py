@@ -9,4 +9,5 @@ ADVERSARIES = {
     "nfgsm": "samrobust.training.adversaries.nfgsm:ENTRY",
     "free": "samrobust.training.adversaries.free:ENTRY",
     "dynamic": "samrobust.training.adversaries.dynamic:ENTRY",
+    "cfa": "samrobust.training.adversaries.cfa:ENTRY",
 }

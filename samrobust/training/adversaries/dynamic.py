@@ -78,10 +78,10 @@ def dynamic(
     Raises:
       ValueError: for a value out of range.
 
-    Reference: Wang et al. (2019), arXiv 2112.08304, Algorithm 1, equation (5); defaults
-    are theirs. *Our deviation* from their code, YisenWang/dynamic_adv_training: d is
-    counted from the image, as in the paper, and not from the random start; examples are
-    not weighted by their loss, which the paper does not have.
+    Reference: Wang et al. (2019), arXiv 2112.08304, Algorithm 1; defaults are theirs.
+    *Our deviation* from their code, YisenWang/dynamic_adv_training: d is counted from
+    the image, as in the paper, and not from the random start; examples are not weighted
+    by their loss, which the paper does not have.
     """
     check_radius("linf", epsilon=epsilon)
     check_alpha(alpha=alpha)

@@ -6,5 +6,6 @@ __all__ = ["OBJECTIVES"]
 OBJECTIVES = {
     "trades": "samrobust.training.objectives.trades:ENTRY",
     "mart": "samrobust.training.objectives.mart:ENTRY",
+    "cfa_trades": "samrobust.training.objectives.cfa_trades:ENTRY",
     "label_smoothing": "samrobust.training.objectives.label_smoothing:ENTRY",
 }

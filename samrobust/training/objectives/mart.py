@@ -1,7 +1,7 @@
 """MART: examples that are misclassified without an attack count more.
 
 Reference: Wang et al. (2020), "Improving Adversarial Robustness Requires Revisiting
-Misclassified Examples", ICLR, equations (8) to (11).
+Misclassified Examples", ICLR.
 """
 
 import jax
@@ -60,7 +60,7 @@ def mart_loss(beta: float) -> Objective:
     Raises:
       ValueError: if beta is negative or not finite.
 
-    Reference: Wang et al. (2020), equation (11), as in their code, YisenWang/MART.
+    Reference: Wang et al. (2020), as in their code, YisenWang/MART.
     *Our deviation*: logarithms of probabilities come from the logits, without the 1e-12
     that their code adds to probabilities.
     """
@@ -101,7 +101,7 @@ def mart(
     Raises:
       ValueError: for a value out of range.
 
-    Reference: Wang et al. (2020), Algorithm 1. PGD flatters it (54.7 % for ResNet-18 on
+    Reference: Wang et al. (2020). PGD flatters it (54.7 % for ResNet-18 on
     CIFAR-10, linf 8/255, where AutoAttack leaves 47.5 %): judge it by AutoAttack. *Our
     deviation*: the start lies in the ball and in the box.
     """

@@ -23,6 +23,7 @@ from samrobust.types import Array, Attack, Entry, Field, LogitsFn
 __all__ = [
     "ENTRY",
     "FIELDS",
+    "VIEWS",
     "beside",
     "check_beta",
     "kl_divergence",
@@ -31,6 +32,7 @@ __all__ = [
     "trades_loss",
 ]
 
+VIEWS = ("natural", "adversarial", "natural")  # as the authors' code has them
 _START = 1e-3  # standard deviation of the noise that the attack starts from
 
 
@@ -86,7 +88,7 @@ def trades_loss(beta: float) -> Objective:
         divergence = kl_divergence(again, adversarial)
         return cross_entropy(natural, labels) + beta * divergence
 
-    return Objective(loss, ("natural", "adversarial", "natural"))
+    return Objective(loss, VIEWS)
 
 
 def kl_pgd(ball: Ball, *, step_size: float, num_steps: int) -> Attack:
