@@ -298,9 +298,9 @@ class EpochRunner:
             start = (number % self._plan.num_steps) * self._plan.batch_size
             batch = take_batch(images, labels, permutation, start, chunk.batch_size)
             batch_images, batch_labels = shard_batch(batch, self._mesh)
-            # The keys of a step; replays of a batch are cropped by one.
-            crop_key, _ = jax.random.split(jax.random.fold_in(key, number))
-            _, attack_key = jax.random.split(jax.random.fold_in(key, step))
+            crop_key, attack_key = jax.random.split(jax.random.fold_in(key, step))
+            if self._plan.replays > 1:  # replays of a batch are cropped alike
+                crop_key, _ = jax.random.split(jax.random.fold_in(key, number))
             batch_images = random_crop_and_flip(
                 batch_images, **self._augmentation, key=crop_key
             )

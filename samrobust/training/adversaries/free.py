@@ -22,10 +22,10 @@ def free(epsilon: float) -> Adversary:
     """Builds Free-AT: d <- clip(d + eps sign(g), -eps, eps), g of the step's own pass.
 
     Each batch is trained on in `replays` steps in a row (m in a row's name), with the
-    same augmentation; d persists over replays and over batches. There are as many steps
-    as without replays: the data are seen `epochs / replays` times, as the authors
-    have it. A step costs one pass with weight gradients, and what of its first layer
-    belongs to the gradient of the images.
+    same augmentation (in a loop of one's own: `fit(..., replays=m)`); d persists over
+    replays and over batches. There are as many steps as without replays: the data are
+    seen `epochs / replays` times, as the authors have it. A step costs one pass with
+    weight gradients, and what of its first layer belongs to the gradient of the images.
 
     Args:
       epsilon: radius in 1/255 units, in the l-inf norm, and the length of the step.
