@@ -36,6 +36,7 @@ from samrobust.training.adversaries.nfgsm import nfgsm
 from samrobust.training.objectives.cfa_trades import regularized
 from samrobust.training.objectives.label_smoothing import label_smoothing
 from samrobust.training.objectives.mart import mart_loss
+from samrobust.training.objectives.trades import trades_loss
 
 torch = pytest.importorskip("torch")
 
@@ -101,7 +102,20 @@ def mart_of_torch(model: Any, images: Any, others: Any, labels: Any) -> Any:
     return cross_entropy(attacked, labels) + boosted + 5.0 * weighted
 
 
-def test_mart_is_the_authors_step_with_its_running_statistics():
+def trades_of_torch(model: Any, images: Any, others: Any, labels: Any) -> Any:
+    """yaodongyu's `trades_loss` on given images: three forward passes."""
+    natural = cross_entropy(model(images.flatten(1)), labels)
+    attacked = torch.log_softmax(model(others.flatten(1)), 1)
+    again = torch.softmax(model(images.flatten(1)), 1)
+    kl = torch.nn.KLDivLoss(reduction="sum")
+    return natural + 6.0 * kl(attacked, again) / len(images)
+
+
+@pytest.mark.parametrize(
+    ("objective", "loss_of_torch"),
+    [(mart_loss(5.0), mart_of_torch), (trades_loss(6.0), trades_of_torch)],
+)
+def test_running_statistics_are_those_of_the_authors_step(objective, loss_of_torch):
     init, _ = make_train_step(Normalized(), optax.sgd(RATE))
     state = init(KEY, jnp.zeros([6, 2, 2, 1]))
     model = make_normalized(state.params)
@@ -111,12 +125,12 @@ def test_mart_is_the_authors_step_with_its_running_statistics():
         _, step = make_train_step(
             *(Normalized(), optax.sgd(RATE)),
             adversary=given(jnp.asarray(others)),
-            objective=mart_loss(5.0),
+            objective=objective,
         )
         state, metrics = jax.jit(step)(state, images, labels, KEY)
         optimizer.zero_grad()
         batch = (as_torch(images), as_torch(others), as_torch(labels).long())
-        loss = mart_of_torch(model, *batch)
+        loss = loss_of_torch(model, *batch)
         loss.backward()
         optimizer.step()
         assert float(metrics["loss"]) == pytest.approx(float(loss.detach()), rel=1e-6)
