@@ -15,7 +15,7 @@ from samrobust.attacks import linf, pgd
 from samrobust.attacks.losses import cross_entropy
 from samrobust.experiments import building, methods
 from samrobust.experiments.reporting.notes import overfitting_note
-from samrobust.sharpness import rwp, sam
+from samrobust.sharpness import awp, last_metrics, rwp, sam
 from samrobust.training import Method, fit, make_train_step
 from samrobust.training.adversaries.at import at
 from samrobust.training.adversaries.cfa import cfa
@@ -284,6 +284,28 @@ def test_losses_are_weighed_by_what_the_adversary_remembers_of_each_class():
         assert float(metrics["loss"]) == pytest.approx(6.0)
         assert int(after.adversary.step) == 5
     assert {shape[0] for shape in seen} == {6, 3}
+
+
+def test_rwp_of_one_step_below_the_threshold_is_awp_on_one_weight_tensor():
+    weights = {"kernel": jax.random.normal(KEY, (4, 3)), "bias": jnp.ones(3)}
+    inputs = IMAGES.reshape(6, -1)
+
+    def losses(params):
+        return cross_entropy(inputs @ params["kernel"] + params["bias"][None], LABELS)
+
+    gradient = jax.grad(lambda params: jnp.mean(losses(params)))
+
+    def updates(tx, **given):
+        state = tx.init(weights)
+        return tx.update(gradient(weights), state, weights, grad_fn=gradient, **given)
+
+    (one, state), (other, _) = (
+        updates(tx, loss_fn=losses) for tx in (rwp(0.5, 1e6, 1), awp(0.5))
+    )
+    helpers.assert_close(one, other, atol=1e-6)
+    assert float(last_metrics(state)["applied_rho"]) > 0.1
+    with pytest.raises(ValueError, match="loss_fn in the update, got loss_fn=None"):
+        updates(rwp(0.5))
 
 
 class Linear(nn.Module):
