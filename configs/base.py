@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
     # sgd; adamw, of which `momentum` is b1; or `package.module:name`.
     config.training.optimizer = "sgd"
     config.training.learning_rate = 0.1
-    config.training.schedule = "step"  # or cosine (to 0)
+    config.training.schedule = "step"  # or cosine (to 0); or cyclic (from 0 and back)
     # For `step`: fractions of the epochs after which the rate is multiplied by
     # `decay_factor`, rounded up to whole ones: after 23 of 30.
     config.training.milestones = (0.75, 0.9)

@@ -23,8 +23,8 @@ _HOMES = {
     "samrobust.experiments.networks": ("load",),
     "samrobust.sharpness": (
         *("asam", "asam_davda", "awp", "entropy_sgd", "esam", "fisher_sam", "fsam"),
-        *("friendly_sam", "gradient_point", "gsam", "looksam", "msam", "sam", "sam_on"),
-        *("ssam", "two_pass"),
+        *("friendly_sam", "gradient_point", "gsam", "looksam", "msam", "rwp", "sam"),
+        *("sam_on", "ssam", "two_pass"),
     ),
     "samrobust.training": (
         *("Adversary", "Averaging", "Method", "Objective", "RunFolder", "TrainState"),

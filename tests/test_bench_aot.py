@@ -235,6 +235,14 @@ METHODS = [
     "ssam,mask=fisher,rho=0.1",
     "msam,rho=0.3",
     "entropy_sgd,gamma=0.03",
+    "mart,norm=linf,eps=8,beta=5+awp,gamma=0.005",
+    "fgsm_rs,eps=8+label_smoothing,alpha=0.1+swa,start=0.5",
+    "nfgsm,eps=8+sam,rho=0.2",
+    "free,eps=8,m=8",
+    "rwp,gamma=0.01",
+    "dynamic,eps=8",
+    "cfa,eps=8",
+    "cfa_trades,eps=8,beta=6+sam,rho=0.2",
 ]
 
 

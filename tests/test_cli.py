@@ -81,7 +81,7 @@ def test_wrong_flags_are_refused_with_exit_code_2(arguments, message, capsys):
         (["status"], "Expected the directory of a table or of a run"),
         (
             ["table", "--rows=sma,rho=1"],
-            "parts in {st, at, trades, sam, asam, ",
+            "parts in {st, at, fgsm_rs, nfgsm, free, dynamic, cfa, ",
         ),
         (["table", "--config.training.epoch=2"], "Did you mean"),
         (["table", "--config=configs/none.py"], "Expected an existing config file"),

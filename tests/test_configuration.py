@@ -263,7 +263,7 @@ def test_a_small_radius_is_accepted(radius):
         (["training.epochs=0"], "1 <= training.epochs, got training.epochs=0"),
         (["training.learning_rate=-1.0"], "1e-30 <= training.learning_rate"),
         (["training.momentum=1.0"], "training.momentum < 1, got training.momentum=1.0"),
-        (["training.schedule=linear"], "training.schedule in {step, cosine}"),
+        (["training.schedule=linear"], "training.schedule in {step, cosine, cyclic}"),
         (["training.milestones=(0.9,0.5)"], "increasing fractions"),
         (["model.dtype=float16"], "model.dtype in {float32, bfloat16}"),
         (["model.blocks=()"], "got model.blocks=\\(\\)"),

@@ -63,8 +63,15 @@ UNEVEN = {
     "plain": (ST, {"data.train_size": 99}),
     # Whose second pass is over the examples that it chooses.
     "esam": ("esam,rho=0.2", {"training.drop_remainder": True}),
+    # Whose adversaries remember: an image for each place of a batch; classes.
+    "free": ("free,eps=16,m=2+rwp,gamma=0.1", {"training.drop_remainder": True}),
+    "cfa": ("cfa_trades,eps=16,beta=6", {"cfa_trades.num_steps": 2}),
 }
-UNEVEN_BY_COUNT = {1: list(UNEVEN), 2: ["plain"], 4: ["groups", "esam"]}
+UNEVEN_BY_COUNT = {
+    1: list(UNEVEN),
+    2: ["plain", "free"],
+    4: ["groups", "esam", "cfa"],
+}
 # Sums over a batch are taken in another order, and BatchNorm and the steps of PGD
 # make the differences grow; over 12 steps they stay far below this.
 TOLERANCE = 1e-4
@@ -155,6 +162,11 @@ def test_a_run_moves_from_one_device_to_several(folder):
 def test_a_last_batch_that_the_devices_do_not_divide_trains_the_same(
     folder, count, name
 ):
+    assert_equal_runs(folder / f"{name} {count}", folder / f"{name} 1")
+
+
+@pytest.mark.parametrize(("count", "name"), [(2, "free"), (4, "cfa")])
+def test_an_adversary_remembers_the_same_on_several_devices(folder, count, name):
     assert_equal_runs(folder / f"{name} {count}", folder / f"{name} 1")
 
 

@@ -14,6 +14,8 @@ from samrobust.experiments.reporting.notes import sharpness_note
 from samrobust.experiments.run import train
 from samrobust.sharpness import SHARPNESS
 from samrobust.training import InterruptedRunError
+from samrobust.training.adversaries import ADVERSARIES
+from samrobust.training.objectives import OBJECTIVES
 from samrobust.training.phases import phase_of
 
 LATE_SAM = "sam,rho=0.2,start=0.5"
@@ -86,6 +88,16 @@ def test_the_page_of_the_family_has_every_method_and_its_cost():
             helpers.make_config(row, groups)
 
 
+def test_the_page_of_adversarial_training_has_every_method_and_its_cost():
+    page = (helpers.ROOT / "docs" / "adversarial.md").read_text()
+    found = re.findall(r"^\| `(.*?)` .*\| ([\d.]+) \|$", page, re.MULTILINE)
+    names = {row.partition(",")[0] for row, _ in found}
+    assert names == set(ADVERSARIES) | set(OBJECTIVES)
+    for row, cost in found:
+        full = {"attack.num_steps": 10}  # as many as a field without an override has
+        assert round(methods.cost(helpers.make_config(row, full)), 2) == float(cost)
+
+
 def test_until_its_start_a_late_part_is_not_there_bit_for_bit(tmp_path):
     plain, _, plain_lines = follow("st", tmp_path / "st")
     late, _, lines = follow(LATE_SAM, tmp_path / "late")
@@ -118,6 +130,9 @@ STOPPED = {
     "looksam,rho=0.2+swa,start=0.25": 5,
     "ssam,mask=dynamic,rho=0.2": 5,
     "entropy_sgd,gamma=0.03": 5,
+    "free,eps=16,m=3+ema,decay=0.9": 4,  # after the first of three replays
+    "dynamic,eps=16": 5,
+    "cfa_trades,eps=16,beta=6": 4,
 }
 
 

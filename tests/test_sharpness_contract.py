@@ -88,6 +88,7 @@ MAKERS |= {
     "ssam, fisher": functools.partial(sharpness.ssam, "fisher", num_samples=2),
     "ssam, dynamic": functools.partial(sharpness.ssam, "dynamic", total_steps=2),
     "esam": functools.partial(sharpness.esam, beta=0.7),
+    "rwp": functools.partial(sharpness.rwp, threshold=2.5, num_steps=2),
     "msam": around_sgd(sharpness.msam, optimizer=MOMENTUM),
     "entropy_sgd": around_sgd(
         sharpness.entropy_sgd, inner_steps=2, learning_rate=1.0, noise=1e-2

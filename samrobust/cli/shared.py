@@ -12,7 +12,7 @@ from rich.console import Console
 from samrobust.checks import check
 from samrobust.cli import flags
 from samrobust.experiments.reporting.console import make_console
-from samrobust.experiments.reporting.notes import sharpness_note
+from samrobust.experiments.reporting.notes import overfitting_note, sharpness_note
 from samrobust.system import distributed
 from samrobust.system.files import read_json_lines
 from samrobust.types import Config
@@ -23,7 +23,7 @@ __all__ = [
     "join",
     "once_per",
     "show_accuracies",
-    "show_sharpness",
+    "show_notes",
     "show_written",
 ]
 
@@ -90,12 +90,13 @@ def show_accuracies(console: Console, name: str, accuracy: Mapping[str, float]) 
     console.print(f"{name}: {cells} (accuracy in %)")
 
 
-def show_sharpness(console: Console, workdir: pathlib.Path) -> None:
-    """Prints a line that says whether a run's sharpness was on, if it has some."""
+def show_notes(console: Console, workdir: pathlib.Path) -> None:
+    """Prints whether a run's sharpness was on, and whether it overfitted at once."""
     if distributed.is_primary():  # who alone sees the workdir
-        note = sharpness_note(read_json_lines(workdir / "metrics.jsonl"))
-        if note:
-            console.print(note)
+        lines = read_json_lines(workdir / "metrics.jsonl")
+        for note in (sharpness_note(lines), overfitting_note(lines)):
+            if note:
+                console.print(note)
 
 
 def show_written(

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
       InterruptedRunError: if it was asked to stop.
       Further errors: as `samrobust.experiments.run.run`.
     """
-    from samrobust.cli.shared import join, show_accuracies, show_sharpness, show_written
+    from samrobust.cli.shared import join, show_accuracies, show_notes, show_written
     from samrobust.experiments import building, configuration
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.run import PlannedRun, work
@@ -67,6 +67,6 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
             should_stop=should_stop,
         )
     show_accuracies(console, planned.name, result["accuracy"])
-    show_sharpness(console, planned.workdir)
+    show_notes(console, planned.workdir)
     show_written(console, planned.workdir, ["result.json"])
     return 0

@@ -58,15 +58,18 @@ def make_plan(config: Config, num_examples: int) -> EpochPlan:
 
     Raises:
       ValueError: if there is not one batch, or the devices do not divide a full one, or
-        the groups of m-sharpness or BatchNorm the incomplete last one.
+        the groups of m-sharpness or BatchNorm the incomplete last one, or if that
+        would be replayed.
     """
     training = config.training
-    with entries.renamed({"batch_size": "training.batch_size"}):
+    fields = ("batch_size", "drop_remainder")
+    with entries.renamed({name: f"training.{name}" for name in fields}):
         plan = cut_epoch(
             num_examples,
             training.batch_size,
             steps_per_call=training.steps_per_call,
             drop_remainder=training.drop_remainder,
+            replays=methods.replays(config),
         )
     field, size = methods.group_field(config)
     groups = {field: size, "model.batch_norm_group": config.model.batch_norm_group}
@@ -200,15 +203,18 @@ def validation_attacks(config: Config) -> dict[str, Attack]:
     """Returns how a state is judged on held-out images: as its own row means to be.
 
     `natural`; with an attack in training also `robust`, PGD under the same ball, step
-    size and number of steps.
+    size and number of steps; 10 steps of a quarter of the radius where training has no
+    such steps, so that a row of one step is not judged by its own.
     """
     columns: dict[str, Attack] = {"natural": attacks.identity}
     for part in methods.parts_of(config):
         values = methods.values_of(config, part.name)
-        if {"norm", "epsilon", "step_size", "num_steps"} <= values.keys():
+        if part.name in entries.REGISTRY and "epsilon" in values:
             usual = {"random_start": True, "restarts": 1, "loss": "cross_entropy"}
+            usual |= {"norm": "linf", "num_steps": 10, "gradient_floor": 0.0}
+            values = usual | {"step_size": values["epsilon"] / 4} | values
             given = (values[name] for name in ("norm", "epsilon", "step_size"))
-            ball, options = _pgd_options(usual | values, *given)
+            ball, options = _pgd_options(values, *given)
             judge = values.get("judge", "final")
             columns["robust"] = attacks.pgd(ball, judge=judge, **options)
     return columns
@@ -226,6 +232,10 @@ def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedu
         check_total_steps(training.epochs, steps_per_epoch)
     if training.schedule == "cosine":
         return optax.cosine_decay_schedule(training.learning_rate, total_steps)
+    if training.schedule == "cyclic":
+        # Wong et al. (2020): from 0 to the rate at half of the training, and back.
+        half = total_steps / 2
+        return lambda step: training.learning_rate * (1 - jnp.abs(step / half - 1))
     boundaries = {}
     for milestone in training.milestones:
         step = first_epoch(milestone, training.epochs) * steps_per_epoch

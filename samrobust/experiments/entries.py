@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 # In the order of the parts of a row.
-REGISTRIES = (ADVERSARIES | OBJECTIVES, SHARPNESS, AVERAGES)
+REGISTRIES = (ADVERSARIES, OBJECTIVES, SHARPNESS, AVERAGES)
 REGISTRY: dict[str, str] = functools.reduce(lambda a, b: a | b, REGISTRIES)
 _PLAIN = (bool, int, float, str, tuple)  # what a field of a config can hold
 _MOST = 3e38  # finite in float32

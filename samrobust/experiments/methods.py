@@ -22,6 +22,7 @@ __all__ = [
     "group_field",
     "group_size",
     "parts_of",
+    "replays",
     "sections",
     "values_of",
 ]
@@ -69,6 +70,12 @@ def group_size(config: Config) -> int:
     """Returns m; 0 where it is the batch, an incomplete last one too."""
     _, size = group_field(config)
     return 0 if size == config.training.batch_size else size
+
+
+def replays(config: Config) -> int:
+    """Returns the number of steps in a row that the row takes on each batch."""
+    values = (values_of(config, part.name) for part in parts_of(config))
+    return max((v["replays"] for v in values if "replays" in v), default=1)
 
 
 def build(config: Config, given: entries.Given) -> dict[str, Any]:

@@ -3,11 +3,12 @@
     st    sam,rho=0.2    at,norm=linf,eps=8    at,norm=linf,eps=8+asam,rho=0.5
     trades,norm=linf,eps=8,beta=6+awp,gamma=0.005+ema,decay=0.999
 
-Parts stand in the order of the composition: what is trained on, sharpness, averaging.
+Parts stand in the order of the composition: adversary, objective (with its own
+adversary, or on the images of the one before it), sharpness, averaging.
 `st`, standard training, has no part. A row has one spelling, since directories are
 named by it, and strengths above 0: with none it would be another row (of somebody's own
-parts we know nothing). Radii (eps) are in 1/255 units. `start`, a last option of `at`
-and of sharpness, is the fraction of the epochs after which the part is on:
+parts we know nothing). Radii (eps) are in 1/255 units. `start`, a last option of `at`,
+FGSM-RS, N-FGSM and sharpness, is the fraction of the epochs after which the part is on:
 
     sam,rho=0.4,start=0.8    at,norm=linf,eps=8,start=0.8
 """

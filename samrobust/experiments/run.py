@@ -191,6 +191,7 @@ def train(
         padding=config.data.padding,
         flip=config.data.flip,
         drop_remainder=training.drop_remainder,
+        replays=plan.replays,
         steps_per_call=training.steps_per_call,
         deterministic=training.deterministic,
         log=log,

@@ -77,7 +77,7 @@ FIELDS: dict[str, Rule] = {
     "training.drop_remainder": switch,
     "training.optimizer": text,
     "training.learning_rate": partial(check_real, _LEAST, _MOST),
-    "training.schedule": one_of("step", "cosine"),
+    "training.schedule": one_of("step", "cosine", "cyclic"),
     "training.milestones": each(partial(check_real, 1e-4, 1)),
     "training.decay_factor": partial(check_real, _LEAST, 1),
     "training.momentum": partial(check_real, 0, 1),

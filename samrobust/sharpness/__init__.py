@@ -19,6 +19,7 @@ from samrobust.sharpness.fsam import fsam
 from samrobust.sharpness.gsam import gsam
 from samrobust.sharpness.looksam import looksam
 from samrobust.sharpness.msam import msam
+from samrobust.sharpness.rwp import rwp
 from samrobust.sharpness.sam import sam
 from samrobust.sharpness.sam_on import sam_on
 from samrobust.sharpness.ssam import ssam
@@ -52,6 +53,7 @@ __all__ = [
     "last_metrics",
     "looksam",
     "msam",
+    "rwp",
     "sam",
     "sam_on",
     "ssam",
@@ -64,6 +66,7 @@ SHARPNESS = {
     "asam": "samrobust.sharpness.asam:ENTRY",
     "asam_davda": "samrobust.sharpness.asam_davda:ENTRY",
     "awp": "samrobust.sharpness.awp:ENTRY",
+    "rwp": "samrobust.sharpness.rwp:ENTRY",
     "gsam": "samrobust.sharpness.gsam:ENTRY",
     "friendly_sam": "samrobust.sharpness.friendly_sam:ENTRY",
     "msam": "samrobust.sharpness.msam:ENTRY",

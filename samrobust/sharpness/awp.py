@@ -6,16 +6,15 @@ Reference: Wu, Xia and Wang (2020), arXiv 2004.05884, equations (8) and (9).
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from samrobust.checks import check_real, one_of
 from samrobust.sharpness.sam import check_strength, of_length
-from samrobust.sharpness.trees import norm
-from samrobust.sharpness.two_pass import two_pass
+from samrobust.sharpness.trees import norm, zeros_as
+from samrobust.sharpness.two_pass import Combine, two_pass
 from samrobust.types import Array, Entry, Field, PyTree
 
-__all__ = ["ENTRY", "awp"]
+__all__ = ["ENTRY", "FIELDS", "awp", "decay_at_the_moved"]
 
 
 def awp(
@@ -50,6 +49,7 @@ def awp(
     treated exactly instead; no third forward pass on clean images, which their
     code makes for its log and which moves BatchNorm's statistics too.
 
+    >>> import jax.numpy as jnp
     >>> tx = optax.chain(awp(gamma=0.5), optax.sgd(0.1))
     >>> w = jnp.array([[3.0, 4.0]])
     >>> gradient = jax.grad(lambda w: 0.5 * jnp.sum(w**2))
@@ -62,16 +62,23 @@ def awp(
     def ascend(grads: PyTree, params: PyTree, gamma: Array) -> PyTree:
         def move(g: Array, w: Array) -> Array:
             if g.ndim <= 1:
-                zeros = jnp.zeros_like(g)
-                # Made from g, zeros are split over groups and devices as g is.
-                return jnp.where(g == 0, zeros, zeros)
+                return zeros_as(g)
             # v_l = gamma ||w_l|| g_l / ||g_l||: each tensor by its own norms.
             return of_length(gamma * norm(w), g, norm(g))
 
         return jax.tree.map(move, grads, params)
 
+    combine = decay_at_the_moved(weight_decay)
+    return two_pass(gamma, ascend, combine=combine, aux=aux, grouped=grouped)
+
+
+def decay_at_the_moved(weight_decay: float) -> Combine:
+    """Returns how to combine gradients so that weight decay acts at w + v.
+
+    Decay of w + v is decay of w, which comes behind in the chain, and of v.
+    """
+
     def combine(first: PyTree, second: PyTree, perturbation: PyTree) -> PyTree:
-        # Decay of w + v is decay of w, which comes behind, and of v, which comes here.
         del first
         if weight_decay == 0:
             return second
@@ -80,15 +87,12 @@ def awp(
     def _decayed(g: Array, v: Any) -> Array:
         return g.astype(v.dtype) + weight_decay * v
 
-    return two_pass(gamma, ascend, combine=combine, aux=aux, grouped=grouped)
+    return combine
 
 
-ENTRY = Entry(
-    awp,
-    "AWP (gamma = {gamma:g})",
-    fields={
-        "gamma": Field(0.0, check_strength),
-        # The authors' code throws the statistics of the first pass away.
-        "batch_stats": Field("second", one_of("first", "second", "both")),
-    },
-)
+FIELDS = {
+    "gamma": Field(0.0, check_strength),
+    # The authors' code throws the statistics of the first pass away.
+    "batch_stats": Field("second", one_of("first", "second", "both")),
+}
+ENTRY = Entry(awp, "AWP (gamma = {gamma:g})", fields=FIELDS)

@@ -15,7 +15,15 @@ from jax.sharding import PartitionSpec
 
 from samrobust.types import Array, PyTree
 
-__all__ = ["at_least_float32", "cosine", "mean_of_groups", "norm", "width", "zeros"]
+__all__ = [
+    "at_least_float32",
+    "cosine",
+    "mean_of_groups",
+    "norm",
+    "width",
+    "zeros",
+    "zeros_as",
+]
 
 
 def at_least_float32(leaf: Array) -> Array:
@@ -108,6 +116,12 @@ def mean_of_groups(grads: PyTree, params: PyTree = None) -> PyTree:
     return jax.tree.map(
         lambda g: jnp.mean(at_least_float32(g), axis=0).astype(g.dtype), grads
     )
+
+
+def zeros_as(leaf: Array) -> Array:
+    """Returns zeros that are split over groups and devices as the leaf is."""
+    none = jnp.zeros_like(leaf)
+    return jnp.where(leaf == 0, none, none)
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, like: PyTree) -> Array:

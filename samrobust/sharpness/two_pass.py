@@ -108,6 +108,7 @@ def two_pass(
         given gradients and parameters in float32 at least, None in both where
         parameters are frozen. A zero gradient or rho must give zeros. The extra
         arguments are those of this `update`, `step`, the number of updates so far, and
+        `losses_after(e)`, the losses [B] at w + e, where `update` is given `loss_fn`,
         `example_grads(examples)`, the gradient at w of the mean loss over some examples
         of the batch, int [k].
       combine: of (g(w), g(w + e), e), trees of one structure, makes the gradient that
@@ -227,6 +228,7 @@ def two_pass(
         assert grad_fn is not None  # for the type checker
         check_gradients(updates, params, grouped=grouped)
         updates = jax.tree.map(jnp.asarray, updates)
+        loss_fn: Any = extra_args.get("loss_fn")
         scheduled = schedule(state.step)
         check_scheduled(scheduled)
         radius = jnp.maximum(jnp.asarray(scheduled, width(updates)), 0.0)
@@ -243,6 +245,7 @@ def two_pass(
             "rho": radius,
             "step": state.step,
             "example_grads": lambda examples: gradients(params, examples)[0],
+            "losses_after": lambda e: loss_fn(_move(params, updates, e).params),
         }
         # Equation (2): w + e(w); then equation (3): the gradient there.
         climb_with = functools.partial(climb, **extra_args)

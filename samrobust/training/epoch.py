@@ -73,12 +73,15 @@ class EpochPlan:
       batch_size: over all devices.
       steps_per_call: at most this many steps a call.
       drop_remainder: leave out an incomplete last batch.
+      replays: steps in a row on each batch, the same images and labels. An epoch keeps
+        its number of steps, so that the data are seen once in `replays` epochs.
     """
 
     num_examples: int
     batch_size: int
     steps_per_call: int
     drop_remainder: bool
+    replays: int = 1
 
     @property
     def remainder(self) -> int:
@@ -108,6 +111,7 @@ def make_plan(
     *,
     steps_per_call: int = 0,
     drop_remainder: bool = False,
+    replays: int = 1,
 ) -> EpochPlan:
     """Divides an epoch into batches and chunks.
 
@@ -118,16 +122,18 @@ def make_plan(
         to 50 the divisor of the full batches next to 25, so that all chunks of them
         are one program; 25 where there is none.
       drop_remainder: leave out an incomplete last batch.
+      replays: see `EpochPlan`.
 
     Raises:
-      ValueError: if there is not one batch, or the devices do not divide a full one.
+      ValueError: if there is not one batch, the devices do not divide a full one, or an
+        incomplete one would be replayed.
     """
     devices = data_mesh().devices
     full = num_examples // batch_size if batch_size >= 1 else 0
     if steps_per_call == 0:
         on_cpu = devices.flat[0].platform == "cpu"
         steps_per_call = 1 if on_cpu else _divisor_near(25, full)
-    plan = EpochPlan(num_examples, batch_size, steps_per_call, drop_remainder)
+    plan = EpochPlan(num_examples, batch_size, steps_per_call, drop_remainder, replays)
     check(
         batch_size >= 1 and plan.num_steps > 0,
         f"batch_size <= {num_examples} (the training examples), not below 1",
@@ -139,6 +145,13 @@ def make_plan(
         f"batch_size divisible by the {count} devices",
         "Choose another size: with this one devices would do the same work twice.",
         batch_size=batch_size,
+    )
+    check(
+        replays == 1 or plan.remainder == 0,
+        "drop_remainder with replays",
+        f"The last batch has {plan.remainder} examples.",
+        drop_remainder=drop_remainder,
+        replays=replays,
     )
     return plan
 
@@ -233,7 +246,7 @@ class EpochRunner:
     def permutation(self, epoch: int) -> Array:
         """Returns the order of the examples in an epoch, int32 [N]."""
         with jax.enable_x64(False):
-            return self._permute(epoch)
+            return self._permute(epoch // self._plan.replays)
 
     def run(
         self, chunk: Chunk, carry: LoopState, permutation: Array
@@ -281,10 +294,13 @@ class EpochRunner:
             key: Array,
         ) -> LoopState:
             step = carry.state.step
-            start = (step % self._plan.num_steps) * self._plan.batch_size
+            number = step // self._plan.replays  # of the batch
+            start = (number % self._plan.num_steps) * self._plan.batch_size
             batch = take_batch(images, labels, permutation, start, chunk.batch_size)
             batch_images, batch_labels = shard_batch(batch, self._mesh)
             crop_key, attack_key = jax.random.split(jax.random.fold_in(key, step))
+            if self._plan.replays > 1:  # replays of a batch are cropped alike
+                crop_key, _ = jax.random.split(jax.random.fold_in(key, number))
             batch_images = random_crop_and_flip(
                 batch_images, **self._augmentation, key=crop_key
             )

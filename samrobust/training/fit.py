@@ -99,6 +99,7 @@ def fit(
     padding: int = 0,
     flip: bool = False,
     drop_remainder: bool = False,
+    replays: int = 1,
     steps_per_call: int = 0,
     deterministic: bool = False,
     log: RunLog | None = None,
@@ -121,6 +122,8 @@ def fit(
       padding: reflect-pad by this many pixels and crop at random; 0: none.
       flip: mirror left-right at random.
       drop_remainder: whether an incomplete last batch of an epoch is left out.
+      replays: steps in a row on each batch, for `free` adversarial training; the number
+        of all steps stays.
       steps_per_call: steps in one call of the device; 0: see `make_plan`.
       deterministic: on GPUs, take only algorithms that give the same bits again.
       log: keeps checkpoints and the lines of the epochs, `RunFolder(workdir)` in files;
@@ -151,6 +154,7 @@ def fit(
         batch_size,
         steps_per_call=steps_per_call,
         drop_remainder=drop_remainder,
+        replays=replays,
     )
     check_total_steps(epochs, plan.num_steps)
     init_key, run_key = jax.random.split(key)

@@ -75,6 +75,8 @@ class Adversary(NamedTuple):
         step; () without a memory.
       learn: if given, computes the next state from the results of the first pass over
         the images. An incomplete last batch of an epoch has fewer examples.
+      weigh: if given, `(state, labels) -> [B]`, a number for each example that the
+        objective's loss takes after the labels; of the state that `perturb` returned.
       batch_norm: `train`: the attacked network behaves as in the passes: it normalizes
         by its batch and drops the same units. `eval`: it normalizes by the running
         statistics and drops nothing. Neither updates the statistics.
@@ -83,6 +85,7 @@ class Adversary(NamedTuple):
     perturb: Perturb
     init: Callable[[Array], PyTree] = lambda _: ()
     learn: Learn | None = None
+    weigh: Callable[[PyTree, Array], Array] | None = None
     batch_norm: str = "train"
 
 
@@ -91,7 +94,8 @@ class Objective(NamedTuple):
 
     Attributes:
       loss: `loss(*logits, labels)`, the logits [B, K] of each of the views, to [B]. Its
-        mean is minimized.
+        mean is minimized. With an adversary that has `weigh`, `loss(*logits, labels,
+        weights)`.
       views: `natural` or `adversarial`, each one forward pass; BatchNorm's running
         statistics are updated by all of them, in order. A repeated view updates the
         statistics again and costs nothing else.

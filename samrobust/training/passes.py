@@ -24,7 +24,8 @@ from samrobust.types import Array, PyTree
 
 __all__ = ["Pass", "PassFn", "Passes", "Views", "apply_in_training", "make_passes"]
 
-Views: TypeAlias = dict[str, Array]  # images [B, H, W, C] by the names of the views
+# Images [B, H, W, C] by the names of the views; `weights` [B], where there are some.
+Views: TypeAlias = dict[str, Array]
 
 
 class Pass(NamedTuple):
@@ -60,11 +61,14 @@ class Passes(NamedTuple):
     Attributes:
       first: at parameters that are those of the whole batch.
       second: at parameters that SAM perturbed; of groups, [G, ...].
+      losses: at any parameters of the whole batch, [B], by forward passes alone;
+        differentiable.
       norm: of gradients, float32 scalar; of groups, the mean of their norms.
     """
 
     first: PassFn
     second: PassFn
+    losses: Callable[..., Array]
     norm: Callable[[PyTree], Array]
 
 
@@ -126,13 +130,14 @@ def make_passes(
             # A repeated view updates the statistics again, but needs no backward pass
             # of its own, and XLA computes its forward pass once.
             again = view in outputs
-            weights = jax.lax.stop_gradient(params) if again else params
+            at = jax.lax.stop_gradient(params) if again else params
             found, batch_stats = apply_in_training(
-                model, weights, batch_stats, views[view], key
+                model, at, batch_stats, views[view], key
             )
             outputs.setdefault(view, found)
         logits = [outputs[view] for view in objective.views]
-        losses = objective.loss(*logits, labels)
+        weights = [views["weights"]] if "weights" in views else []
+        losses = objective.loss(*logits, labels, *weights)
         check(
             losses.shape == labels.shape,
             f"an objective that gives a loss [{len(labels)}] to each example",
@@ -159,9 +164,15 @@ def make_passes(
         batch_stats, logits, losses = outputs
         return Pass(loss, logits, losses, batch_stats, grads, of_images)
 
+    def losses(
+        params: PyTree, batch_stats: PyTree, views: Views, labels: Array, key: Array
+    ) -> Array:
+        inputs = (params, views["adversarial"], batch_stats, views, labels, key)
+        return mean_loss(*inputs)[1][2]
+
     of_first = functools.partial(whole, image_grads=image_grads)
     if group_size == 0:
-        return Passes(of_first, whole, norm)
+        return Passes(of_first, whole, losses, norm)
 
     def over_groups(
         one: Callable[..., Pass],
@@ -191,7 +202,7 @@ def make_passes(
         shared, own = {"batch_stats": batch_stats}, {"params": params}
         return over_groups(whole, shared, own, *batch_and_key)
 
-    return Passes(first, second, _mean_norm)
+    return Passes(first, second, losses, _mean_norm)
 
 
 def _count(batch_size: int, group_size: int) -> int:

@@ -205,6 +205,8 @@ def make_train_step(
             attacked, images, labels, state.adversary, key=key
         )
         views = {"natural": images, "adversarial": adversarial}
+        if adversary.weigh is not None:
+            views["weights"] = adversary.weigh(memory, labels)
         batch = (views, labels, network_key)
         first = passes.first(weights, state.batch_stats, *batch)
         keeps_aux = last_aux(state.opt_state) is not None
@@ -224,8 +226,7 @@ def make_train_step(
             return (second.grads, second.batch_stats) if keeps_aux else second.grads
 
         def losses_at(params: PyTree) -> Array:
-            # A forward pass: XLA drops the gradients, which nobody reads.
-            return passes.second(params, state.batch_stats, *batch).losses
+            return passes.losses(params, state.batch_stats, *batch)
 
         # A `sam` in `tx` calls `second_pass` at w + e; nothing else traces it.
         updates, opt_state = tx.update(

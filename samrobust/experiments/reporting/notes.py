@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from samrobust.checks import check
@@ -12,6 +12,7 @@ from samrobust.experiments.reporting.table import Difference, Table
 __all__ = [
     "legend",
     "notes",
+    "overfitting_note",
     "sampling_error",
     "sharpness_note",
     "signed",
@@ -190,3 +191,37 @@ def sharpness_note(lines: Sequence[Mapping[str, Any]]) -> str:
     told = (f"{n} {last[n]:.3g}" for n in (moves, *_TELLS) if n in last)
     epochs = f"{count} of {len(lines)} epochs"
     return f"Weights moved in {epochs}: {', '.join(told)} in the last."
+
+
+# How far robust accuracy falls within an epoch, in points, that locuslab's
+# fast_adversarial calls catastrophic overfitting.
+_FALL = 20.0
+
+
+def overfitting_note(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Says in which epoch a run overfitted catastrophically; empty if in none.
+
+    Robust accuracy on the held-out images then falls by more than 20 points from one
+    epoch to the next, while accuracy under the training's own attack stays high.
+
+    Args:
+      lines: of `metrics.jsonl`.
+
+    Reference: Wong, Rice and Kolter (2020), arXiv 2001.03994.
+
+    >>> epochs = [(1, 41.0), (2, 0.5)]
+    >>> lines = [{"epoch": e, "validation_robust": r, "accuracy": 87.0}
+    ...          for e, r in epochs]
+    >>> overfitting_note(lines).partition(":")[0]
+    'Catastrophic overfitting in epoch 2'
+    """
+    judged = [line for line in lines if "validation_robust" in line]
+    for before, line in pairwise(judged):
+        high, low = before["validation_robust"], line["validation_robust"]
+        if high - low > _FALL:
+            return (
+                f"Catastrophic overfitting in epoch {line['epoch']}: validation_robust "
+                f"fell from {high:.1f} to {low:.1f}, accuracy under the attack of the "
+                f"training is {line['accuracy']:.1f}."
+            )
+    return ""

@@ -20,12 +20,24 @@ from samrobust.training.adversaries.at import (
 from samrobust.training.parts import Adversary, Objective, as_adversary
 from samrobust.types import Array, Attack, Entry, Field, LogitsFn
 
-__all__ = ["ENTRY", "kl_divergence", "kl_pgd", "trades", "trades_loss"]
+__all__ = [
+    "ENTRY",
+    "FIELDS",
+    "VIEWS",
+    "beside",
+    "check_beta",
+    "kl_divergence",
+    "kl_pgd",
+    "trades",
+    "trades_loss",
+]
 
+VIEWS = ("natural", "adversarial", "natural")  # as the authors' code has them
 _START = 1e-3  # standard deviation of the noise that the attack starts from
 
 
-def _beta(**values: float) -> None:
+def check_beta(**values: float) -> None:
+    """Refuses a weight of the divergence that is negative or not finite."""
     check_real(0, 1e6, **values)
 
 
@@ -41,6 +53,15 @@ def kl_divergence(logits: Array, others: Array) -> Array:
         for z in (logits, others)
     )
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def beside(ball: Ball) -> Ball:
+    """Returns the ball with starts at 0.001 N(0, 1), beside the image itself."""
+
+    def sample(key: Array, shape: tuple[int, ...]) -> Array:
+        return _START * draws.normal(key, shape)
+
+    return ball._replace(sample=sample)
 
 
 def trades_loss(beta: float) -> Objective:
@@ -59,7 +80,7 @@ def trades_loss(beta: float) -> Objective:
 
     Reference: Zhang et al. (2019), arXiv 1901.08573, equation (5), as in their code.
     """
-    _beta(beta=beta)
+    check_beta(beta=beta)
     if beta == 0:
         return Objective(cross_entropy, ("natural",))
 
@@ -67,7 +88,7 @@ def trades_loss(beta: float) -> Objective:
         divergence = kl_divergence(again, adversarial)
         return cross_entropy(natural, labels) + beta * divergence
 
-    return Objective(loss, ("natural", "adversarial", "natural"))
+    return Objective(loss, VIEWS)
 
 
 def kl_pgd(ball: Ball, *, step_size: float, num_steps: int) -> Attack:
@@ -82,11 +103,7 @@ def kl_pgd(ball: Ball, *, step_size: float, num_steps: int) -> Attack:
     start lies in the ball and in the box; in l2 steps are normalized as PGD's are,
     where their code has an SGD optimizer.
     """
-
-    def sample(key: Array, shape: tuple[int, ...]) -> Array:
-        return _START * draws.normal(key, shape)
-
-    near = ball._replace(sample=sample)
+    near = beside(ball)
 
     def attack(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
@@ -137,15 +154,16 @@ def trades(
     return as_adversary(attack, batch_norm=batch_norm), trades_loss(beta)
 
 
+FIELDS = {
+    **PGD_FIELDS,
+    "beta": Field(0.0, check_beta),
+    "batch_norm": Field("eval", PGD_FIELDS["batch_norm"].rule),
+}
 ENTRY = Entry(
     trades,
     "TRADES ({norm}, eps = {eps:g}/255, beta = {beta:g})",
     options={"norm": "norm", "eps": "epsilon", "beta": "beta"},
-    fields={
-        **PGD_FIELDS,
-        "beta": Field(0.0, _beta),
-        "batch_norm": Field("eval", PGD_FIELDS["batch_norm"].rule),
-    },
+    fields=FIELDS,
     attack_passes=lambda values: attack_passes(values) + 1 / 3,
     check=check_options,
 )
