@@ -157,6 +157,7 @@ def _conclude(
     """Shows and writes the table."""
     from samrobust.cli.shared import attack_in_words
     from samrobust.experiments import reporting
+    from samrobust.experiments.methods import training_cost
 
     configs = [by_attack["pgd"] for by_attack in runs.values()]
     first, name = configs[0], configs[0].data.name
@@ -164,6 +165,7 @@ def _conclude(
     table = reporting.summarize(
         results,
         rows=list({config.row: config.label for config in configs}.items()),
+        passes={config.row: training_cost(config) for config in configs},
         title=f"PGD and AutoAttack on {name}",
         caption=f"{name}, {pgd.split} images, {pgd.checkpoint} checkpoint, "
         f"{first.model.dtype}. AA: {attack_in_words(autoattack)}; the columns beside "

@@ -35,7 +35,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--workdir", **flags.DIRECTORY, help="default: runs/NAME for configs/NAME.py")
     seeds = "runs of a row, 0 .. N-1; with --config.seed=S: S .. S+N-1"
     add("--seeds", **flags.FEW, default=1, help=seeds)
-    rows = "only these, as in --rows=st --rows=sam,rho=0.2; or separated by ';'"
+    rows = (
+        "only these, as in --rows=st --rows=sam,rho=0.2; or separated by ';'; "
+        "FILE.py:NAME stands for a list of that name in a config file"
+    )
     add("--rows", **flags.ROWS, help=rows)
     add(
         "--shard",
@@ -125,9 +128,7 @@ def _make_plan(arguments: argparse.Namespace) -> _Plan:
     name = pathlib.Path(arguments.config).stem
     workdir = pathlib.Path(arguments.workdir or f"runs/{name}")
     texts = ";".join(arguments.rows or ()).split(";")
-    rows = [row for text in texts if (row := text.strip())]
-    for row in rows:
-        configuration.parse_row(row)
+    rows = [row for text in texts for row in _rows_of(text.strip())]
     configs = {
         row: configuration.load_config(f"{arguments.config}:{row}", arguments.overrides)
         for row in rows or configuration.load_rows(arguments.config)
@@ -147,6 +148,15 @@ def _make_plan(arguments: argparse.Namespace) -> _Plan:
     changed = ", ".join(item.removeprefix("--config.") for item in arguments.overrides)
     note = f" Changed from {arguments.config}: {changed}." if changed else ""
     return _Plan(workdir, configs, runs, _shard(arguments.shard), note)
+
+
+def _rows_of(text: str) -> list[str]:
+    """Returns the rows that an item of `--rows` names: one, a list, or none."""
+    from samrobust.experiments import configuration
+
+    if listed := re.fullmatch(r"(.+\.py):([A-Z_][A-Z0-9_]*)", text):
+        return configuration.load_rows(*listed.groups())
+    return [configuration.parse_row(text).name] if text else []
 
 
 def _shard(text: str | None) -> slice:
@@ -246,12 +256,14 @@ def _show(plan: _Plan, results: list[dict[str, Any]], console: "Console") -> Non
     """Prints and writes the table."""
     from samrobust.cli.shared import show_written
     from samrobust.experiments import reporting
+    from samrobust.experiments.methods import training_cost
 
     config = next(iter(plan.configs.values()))
     table = reporting.summarize(
         results,
         rows=[(row, c.label) for row, c in plan.configs.items()],
         paper={row: dict(c.paper) for row, c in plan.configs.items() if c.paper},
+        passes={row: training_cost(c) for row, c in plan.configs.items()},
         title=f"Natural and robust accuracy on {config.data.name}",
         caption=_caption(config) + plan.note,
     )

@@ -59,7 +59,8 @@ def finish(config: Config, row: str) -> Config:
         config.update_from_flattened_dict(part.fields)
     for section in methods.sections(row):
         _link_steps(config[section])
-    return config.lock()
+    others = [f"--config.{name}={value}" for name, value in parsed.others.items()]
+    return _overridden(config.lock(), others)
 
 
 def _complete(config: Config) -> None:
@@ -161,14 +162,19 @@ def find_config_file(path: str) -> pathlib.Path:
     raise AssertionError
 
 
-def load_rows(path: str) -> list[str]:
-    """Returns the rows of a config file's table, in order: its `ROWS`."""
+def load_rows(path: str, name: str = "ROWS") -> list[str]:
+    """Returns rows that a config file lists, in order: those of its table.
+
+    Args:
+      path: of the file.
+      name: of another list in it.
+    """
     file = find_config_file(path)
-    named: Any = getattr(_load_module(file), "ROWS", None)
+    named: Any = getattr(_load_module(file), name, None)
     check(
         isinstance(named, list | tuple) and 0 < len(named) == len(set(map(str, named))),
-        f"a list ROWS in {file}, its rows all different",
-        ROWS=named,
+        f"a list {name} in {file}, its rows all different",
+        **{name: named},
     )
     return [parse_row(row).name for row in named]
 
@@ -188,9 +194,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """
     name, colon, row = path.partition(":")
     config = _call_get_config(find_config_file(name), [row] if colon else [])
-    _check_overrides(overrides)
-    config = _choose_model(config, overrides)
-    config = _override(config, overrides)
+    config = _overridden(config, overrides)
     validate(config)
     _check_fields(config)
     _check_row(config, row if colon else config.row)
@@ -219,6 +223,14 @@ def _blaming(file: pathlib.Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise failure_of(f"the config file {file}", error) from error
+
+
+def _overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """Returns a locked config with the fields changed that the command line changes."""
+    if not overrides:
+        return config
+    _check_overrides(overrides)
+    return _override(_choose_model(config, overrides), overrides)
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
@@ -287,9 +299,8 @@ def _check_row(config: Config, wanted: str) -> None:
     row = parse_row(config.row)
     label = config.label.removeprefix("Imported ")  # as `samrobust import` says
     fix = "Choose another row instead, as in --config=FILE.py:sam,rho=0.3."
-    said, found = {"label": row.label}, _flatten(config.to_dict()) | {"label": label}
-    for part in row.parts:
-        said |= part.fields
+    said, found = row.fields, _flatten(config.to_dict()) | {"label": label}
+    said["label"] = row.label
     for field, named in said.items():
         wanted = f"{field}={named} as the row {config.row!r} says"
         check(named == found[field], wanted, fix, **{field: found[field]})

@@ -24,6 +24,7 @@ __all__ = [
     "parts_of",
     "replays",
     "sections",
+    "training_cost",
     "values_of",
 ]
 
@@ -163,3 +164,8 @@ def cost(config: Config) -> float:
     objective = build(config, entries.Given()).get("objective")
     views = len(set(objective.views)) if objective else 1
     return attack + views * (1 + ascents)
+
+
+def training_cost(config: Config) -> float:
+    """Returns the predicted cost of a training, in epochs of standard training."""
+    return config.training.epochs * cost(config)

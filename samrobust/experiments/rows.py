@@ -11,8 +11,15 @@ parts we know nothing). Radii (eps) are in 1/255 units. `start`, a last option o
 FGSM-RS, N-FGSM and sharpness, is the fraction of the epochs after which the part is on:
 
     sam,rho=0.4,start=0.8    at,norm=linf,eps=8,start=0.8
+
+Other fields of a config that a row changes stand at its end, by their full names in the
+order of the alphabet:
+
+    st,training.epochs=40    sam,rho=0.2,sam.m=16,training.schedule=cosine
 """
 
+import ast
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -30,6 +37,10 @@ STANDARD = "st"
 _EXAMPLES = (
     "Examples: st; sam,rho=0.2; at,norm=linf,eps=8; at,norm=l2,eps=64+sam,rho=0.1."
 )
+
+
+# Sections of a config that say how a table is made and judged, not what is trained.
+_SHARED = ("evaluation", "checkpoint", "tracking", "paper")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +78,30 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of a table: a training method and its strengths; no part is `st`."""
+    """A row of a table: a training method and its strengths; no part is `st`.
+
+    Attributes:
+      parts: in the order of the composition.
+      others: further fields of a config that the row sets, by their full names.
+    """
 
     parts: tuple[Part, ...] = ()
+    others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """All fields of a config that the row sets, by their full names."""
+        fields = dict(self.others)
+        for part in self.parts:
+            fields |= part.fields
+        return fields
 
     @property
     def name(self) -> str:
         """The row's one spelling: `at,norm=linf,eps=8+sam,rho=0.2`."""
-        return "+".join(part.spelling for part in self.parts) or STANDARD
+        method = "+".join(part.spelling for part in self.parts) or STANDARD
+        others = (f"{name}={_shown(self.others[name])}" for name in sorted(self.others))
+        return ",".join((method, *others))
 
     @property
     def method(self) -> str:
@@ -84,7 +111,12 @@ class Row:
     @property
     def label(self) -> str:
         """The name in tables, as in the paper: `SAM (rho = 0.2)`."""
-        return " + ".join(part.label for part in self.parts) or "ST"
+        label = " + ".join(part.label for part in self.parts) or "ST"
+        others = [
+            f"{name.rpartition('.')[2].replace('_', ' ')} {_shown(value)}"
+            for name, value in self.others.items()
+        ]
+        return f"{label} with {', '.join(others)}" if others else label
 
 
 def _options(name: str, given: Mapping[str, Any]) -> Mapping[str, str]:
@@ -117,11 +149,9 @@ def parse_row(row: str) -> Row:
     check(isinstance(row, str) and row != "", "the name of a row", row=row)
     modern = modern_row(row)
     check(modern == row, f"the row {modern!r}", "Each part has its options.", row=row)
-    if row == STANDARD:
-        return Row()
-    parsed = Row(
-        tuple(_parse_part(part, row) for part in re.split(r"\+(?=[A-Za-z_])", row))
-    )
+    method, others = _split_others(row)
+    spellings = [] if method == STANDARD else re.split(r"\+(?=[A-Za-z_])", method)
+    parsed = Row(tuple(_parse_part(part, row) for part in spellings), others)
     names = [part.name for part in parsed.parts]
     known = [n for name in names if (n := _registry_of(name)) is not None]
     order = "; ".join(", ".join(names) for names in REGISTRIES)
@@ -140,6 +170,22 @@ def modern_row(row: str) -> str:
     """
     old = re.fullmatch(r"at\+sam,(norm=[^,+]*,eps=[^,+]*),(rho=[^,+]*)", row)
     return f"at,{old[1]}+sam,{old[2]}" if old else row
+
+
+def _split_others(row: str) -> tuple[str, dict[str, Any]]:
+    """Returns a row without its fields of a config, and these with their values."""
+    others = {}
+    for name, value in re.findall(r",(\w+(?:\.\w+)+)=([^,+]*)", row):
+        plain = re.fullmatch(r"[\w.-]+", value) is not None
+        check(plain, f"letters, digits, _, . and - for {name}", row=row)
+        check(name not in others, f"{name} once", row=row)
+        section = name.partition(".")[0]
+        fix = "All rows of a table have these alike: set them in the config file."
+        check(section not in _SHARED, f"no field of {section}", fix, row=row)
+        others[name] = value
+        with contextlib.suppress(ValueError, SyntaxError):  # of words
+            others[name] = ast.literal_eval(value)
+    return re.sub(r",\w+(?:\.\w+)+=[^,+]*", "", row), dict(sorted(others.items()))
 
 
 def _parse_part(spelling: str, row: str) -> Part:

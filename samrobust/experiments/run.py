@@ -60,7 +60,7 @@ def work(config: Config, dataset: Dataset) -> tuple[float, float]:
       Both in forward and backward passes with weight gradients on one example: a
       forward pass is 1/3, an attack step 2/3.
     """
-    training = config.training.epochs * len(dataset.train) * methods.cost(config)
+    training = len(dataset.train) * methods.training_cost(config)
     return training, scoring.evaluation_work(config, dataset)
 
 

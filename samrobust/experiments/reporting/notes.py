@@ -40,8 +40,10 @@ def notes(table: Table) -> tuple[str, ...]:
     return (*sentences, *_provenance(table))
 
 
-def legend(table: Table, *, std: bool = True, paper: bool = True) -> str:
-    """Returns how to read a cell that shows, or does not, its std and the paper's."""
+def legend(
+    table: Table, *, std: bool = True, paper: bool = True, passes: bool = True
+) -> str:
+    """Returns how to read a table that shows, or does not, std, paper and passes."""
     counts = sorted({len(row.seeds) for row in table.rows if row.seeds})
     seeds = _plural(counts[-1]) if len(counts) == 1 else "the seeds of a row"
     spreads = [c.std for row in table.rows for c in row.cells.values() if c.std]
@@ -54,6 +56,8 @@ def legend(table: Table, *, std: bool = True, paper: bool = True) -> str:
         parts.append(f"standard deviation at most {max(spreads):.1f}")
     if table.has_paper and paper:
         parts.append("the paper's number in brackets")
+    if any(row.passes is not None for row in table.rows) and passes:
+        parts.append("passes: forward and backward passes of training, counted")
     if any(row.cost is not None for row in table.rows):
         parts.append(_cost_legend(table))
     return "; ".join(parts) + "."
@@ -61,7 +65,7 @@ def legend(table: Table, *, std: bool = True, paper: bool = True) -> str:
 
 def _cost_legend(table: Table) -> str:
     """Says what a cost is, and what a dash in its place means."""
-    said = "cost: seconds a training step, ST = 1"
+    said = "cost: seconds of training, ST = 1"
     if any(row.cost_spread is not None for row in table.rows):
         said += ", median over seeds ± interquartile range"
     elif any(row.cost is not None and row.family != "ST" for row in table.rows):
@@ -118,8 +122,9 @@ def _comparisons(table: Table) -> list[str]:
         return []
     row = ([row for row in compared if row.family == "SAM"] or compared)[-1]
     num_seeds = row.differences[table.columns[0]].num_seeds
-    baseline = next(r.label for r in table.rows if r.family == "ST")
-    said = f"{row.label} - {baseline} over {_plural(num_seeds)}: "
+    baseline = table.baseline
+    assert baseline is not None  # whom rows are compared with
+    said = f"{row.label} - {baseline.label} over {_plural(num_seeds)}: "
     sentences = [
         said + _sentence({column: row.differences[column] for column in columns})
         for _, columns in groupby(table.columns, key=column_norm)

@@ -161,7 +161,7 @@ def _draw_panel(
             bar = {"elinewidth": 1.3, "capsize": 2, "markersize": 4, "zorder": 3}
             panel.errorbar(cell.mean, y, xerr=cell.std, fmt="o", color=color, **bar)
             marks += [cell.mean - (cell.std or 0.0), cell.mean + (cell.std or 0.0)]
-            if row.family == "ST":
+            if row is table.baseline:
                 dotted = {"linewidth": 0.8, "linestyle": ":", "zorder": 1}
                 panel.axvline(cell.mean, color=_GRAY, **dotted)
         if cell.paper is not None:
@@ -203,7 +203,7 @@ def _marks(table: Table) -> list["Line2D"]:
     marks = [Line2D([], [], **style, label=mean)]
     if table.has_paper:
         marks.append(Line2D([], [], color=_GRAY, **_RING, label="paper"))
-    if any(row.family == "ST" and row.seeds for row in table.rows):
+    if table.baseline is not None:
         marks.append(Line2D([], [], color=_GRAY, linestyle=":", label="ST"))
     return marks
 

@@ -107,7 +107,9 @@ class TerminalTable:
             width = Measurement.get(console, unlimited, grid).maximum
             if width <= options.max_width:
                 break
-        said = legend(table, std=layout.std, paper=layout.paper)
+        said = legend(
+            table, std=layout.std, paper=layout.paper, passes=not layout.short
+        )
         sentences = [*filter(None, [table.caption]), said, *notes(table)]
         title = Text(table.title, style="bold")
         if layout.short:
@@ -155,6 +157,8 @@ def _lay_out(table: Table, layout: _Layout, sign: str, with_seeds: bool) -> Text
     for column in table.columns:
         name = _two_lines(column) if layout.short else column
         columns[name] = _cells(table, column, layout, sign)
+    if not layout.short and any(row.passes is not None for row in table.rows):
+        columns["passes"] = [_count(row.passes) for row in table.rows]
     if any(row.cost is not None for row in table.rows):
         spread = layout.std and not layout.tight
         costs = [row.shown_cost(spread=spread) for row in table.rows]
@@ -165,6 +169,10 @@ def _lay_out(table: Table, layout: _Layout, sign: str, with_seeds: bool) -> Text
         rows += [()] if before not in (None, group) else []
         rows.append([Text(style="" if row.seeds else "dim") + cell for cell in cells])
     return TextTable(list(columns), rows)
+
+
+def _count(passes: float | None) -> str:
+    return "-" if passes is None else f"{passes:.2f}x"
 
 
 def _two_lines(column: str) -> str:

@@ -16,6 +16,8 @@ from samrobust.experiments.reporting.results import check_results
 
 __all__ = ["Cell", "Difference", "Table", "TableRow", "summarize"]
 
+_LEAST_RATIO = 0.95  # of the seconds of two steps that may be alike
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -67,8 +69,11 @@ class TableRow:
       label: its name for readers, as in `"SAM (rho = 0.2)"`.
       seeds: the seeds of its finished runs, ascending.
       cells: a cell for every column of the table.
-      cost: seconds a training step relative to ST, the median over the shared seeds;
-        None when unknown, and when other work on the machine made it meaningless.
+      passes: the training in forward and backward passes, counted, relative to ST;
+        None when unknown.
+      cost: seconds of training (those of a step times the steps) relative to ST, the
+        median over the shared seeds; None when unknown, and when other work on the
+        machine made it meaningless.
       cost_spread: the interquartile range of that ratio; None for one seed.
     """
 
@@ -76,6 +81,7 @@ class TableRow:
     label: str
     seeds: tuple[int, ...]
     cells: Mapping[str, Cell]
+    passes: float | None = None
     cost: float | None = None
     cost_spread: float | None = None
 
@@ -125,6 +131,12 @@ class Table:
         return tuple(row for row in self.rows if not row.seeds)
 
     @property
+    def baseline(self) -> TableRow | None:
+        """The row that others are compared with: the first ST, if it has run."""
+        standard = (row for row in self.rows if row.family == "ST" and row.seeds)
+        return next(standard, None)
+
+    @property
     def has_paper(self) -> bool:
         """Whether any cell has a number of the paper."""
         return any(c.paper is not None for row in self.rows for c in row.cells.values())
@@ -148,6 +160,7 @@ def summarize(
     *,
     rows: Sequence[tuple[str, str]],
     paper: Mapping[str, Mapping[str, float]] | None = None,
+    passes: Mapping[str, float] | None = None,
     caption: str = "",
     title: str = "",
 ) -> Table:
@@ -159,6 +172,7 @@ def summarize(
       rows: name and label of every row that the table should have, in order.
       paper: the paper's percentages, `{row: {column: number}}`; rows and columns
         that the table lacks are left out.
+      passes: what the training of each row costs, `{row: cost}` in any unit.
       caption: what the reader should know beyond the numbers.
       title: one line; the name of the data set when empty.
 
@@ -181,7 +195,7 @@ def summarize(
     >>> [row.label for row in table.missing]
     ['SAM']
     """
-    paper = paper or {}
+    paper, passes = paper or {}, passes or {}
     check_results(results, [name for name, _ in rows], paper)
     results = sorted(results, key=lambda result: result["seed"])
     runs = {name: [r for r in results if r["row"] == name] for name, _ in rows}
@@ -207,7 +221,11 @@ def summarize(
     def make_row(name: str, label: str) -> TableRow:
         cells = {column: make_cell(name, column) for column in columns}
         seeds = tuple(run["seed"] for run in runs[name])
-        return TableRow(name, label, seeds, cells, *_cost(runs[name], compared))
+        counted = None
+        if name in passes and baseline in passes:
+            counted = passes[name] / passes[baseline]
+        cost = _cost(runs[name], compared)
+        return TableRow(name, label, seeds, cells, counted, *cost)
 
     kept = (
         *("row", "seed", "identity", "step", "images"),
@@ -241,21 +259,22 @@ def _cost(
     """Returns the cost relative to ST and its spread, over the shared seeds.
 
     Runs of one seed are trained one after the other, on a machine as busy; the median
-    leaves a run alone that had company. No cost is better than a wrong one: below 1
-    (every method takes ST's step, and more), and where half of the ratios differ by
-    more than half of their median, what was timed is the machine's other work.
+    leaves a run alone that had company. No cost is better than a wrong one: where a
+    step took clearly less than ST's (every method takes it, and more), or half of the
+    ratios differ by more than half of their median, what was timed is the machine's
+    other work.
     """
-    pairs = [
-        (run.get("step_seconds"), compared[run["seed"]].get("step_seconds"))
-        for run in runs
-        if run["seed"] in compared
-    ]
-    ratios = [ours / theirs for ours, theirs in pairs if ours and theirs]
-    if not ratios:
+    pairs = [(run, compared[run["seed"]]) for run in runs if run["seed"] in compared]
+    timed = [pair for pair in pairs if all(run.get("step_seconds") for run in pair)]
+    if not timed:
         return None, None
-    cost, spread = statistics.median(ratios), None
-    if len(ratios) > 1:
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    ratios = [ours["step_seconds"] / st["step_seconds"] for ours, st in timed]
+    steps = [ours.get("step", 1) / st.get("step", 1) for ours, st in timed]
+    costs = [ratio * count for ratio, count in zip(ratios, steps, strict=True)]
+    cost, spread = statistics.median(costs), None
+    if len(costs) > 1:
+        low, _, high = statistics.quantiles(costs, n=4, method="inclusive")
         spread = high - low
-    meaningless = cost < 1 or (spread or 0.0) > cost / 2
+    faster = statistics.median(ratios) < _LEAST_RATIO
+    meaningless = faster or (spread or 0.0) > cost / 2
     return (None, None) if meaningless else (cost, spread)
