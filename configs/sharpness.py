@@ -44,6 +44,14 @@ _STRENGTHS = {
     "label_smoothing,alpha={}": (0.05, 0.1, 0.2, 0.4),
 }
 GRID = [row.format(value) for row, values in _STRENGTHS.items() for value in values]
+ROWS = [
+    "st",
+    "st,training.epochs=40",
+    "st,training.weight_decay=0.002",
+    "label_smoothing,alpha=0.1",
+    "sam,rho=0.4",
+    "at,norm=linf,eps=4",
+]
 
 
 def get_config(row: str = "st") -> Config:

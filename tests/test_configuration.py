@@ -1,13 +1,16 @@
 """Configs: the paper's rows, overrides, and what is refused before any work."""
 
 import json
+import re
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from samrobust.experiments import building, configuration
 
-SHIPPED = ["configs/digits.py", "configs/cifar10.py", "configs/cifar100.py"]
+SHIPPED = ["configs/cifar10.py", "configs/cifar100.py", "configs/digits.py"]
+SHARPNESS = "configs/sharpness.py"
 PAPER_ROWS = [
     "st",
     *(f"sam,rho={rho}" for rho in (0.1, 0.2, 0.4)),
@@ -16,7 +19,7 @@ PAPER_ROWS = [
 ]
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [*SHIPPED, SHARPNESS])
 def test_every_row_of_every_config_is_valid_and_locked(name):
     for row in configuration.load_rows(name):
         config = configuration.load_config(f"{name}:{row}")
@@ -24,7 +27,7 @@ def test_every_row_of_every_config_is_valid_and_locked(name):
         assert config.is_locked
 
 
-@pytest.mark.parametrize("name", SHIPPED[1:])
+@pytest.mark.parametrize("name", SHIPPED[:2])
 def test_the_paper_tables_have_the_papers_twelve_rows_in_order(name):
     assert configuration.load_rows(name) == PAPER_ROWS
 
@@ -68,6 +71,11 @@ def test_a_row_outside_the_papers_table_has_no_number_of_the_paper():
             "at,norm=l2,eps=64+sam,rho=0.1",
             "AT (l2, eps = 64/255) + SAM (rho = 0.1)",
         ),
+        ("st,training.epochs=40", "ST with epochs 40"),
+        (
+            "sam,rho=0.2,sam.m=16,training.weight_decay=0.002",
+            "SAM (rho = 0.2) with m 16, weight decay 0.002",
+        ),
     ],
 )
 def test_a_rows_label_says_what_it_is(row, label):
@@ -106,11 +114,60 @@ def test_a_rows_label_says_what_it_is(row, label):
         ("st,rho=0.1", "parts in {st, .*} or package.*, got row='st,rho=0.1'"),
         ("at,norm=l1,eps=8", "norm in {linf, l2}, got norm='l1'"),
         ("at,norm=linf", "the options norm, eps for at"),
+        ("st,training.weight_decay=2e-3", "the row 'st,training.weight_decay=0.002'"),
+        (
+            "st,training.epochs=40,data.flip=True",
+            "the row 'st,data.flip=True,training.epochs=40'",
+        ),
+        (
+            "sam,rho=0.1,sam.m=16+ema,decay=0.9",
+            r"the row 'sam,rho=0.1\+ema,decay=0.9,sam.m=16'",
+        ),
+        ("st,training.epochs=4,training.epochs=5", "training.epochs once"),
+        ("st,training.milestones=(1)", "letters, digits, .* for training.milestones"),
+        ("st,evaluation.restarts=2", "no field of evaluation, .* in the config file"),
     ],
 )
 def test_a_wrong_row_is_refused_with_the_reason(row, message):
     with pytest.raises(ValueError, match=message):
         configuration.parse_row(row)
+
+
+def test_a_row_sets_fields_of_its_training():
+    row = "sam,rho=0.2,model.width=8,sam.m=16,training.schedule=cosine"
+    config = load("model.batch_norm_group=16", row=row)
+    assert (config.model.width, config.sam.m) == (8, 16)
+    assert config.training.schedule == "cosine"
+    network = load(row="st,model.name=vit").model
+    assert network.name == "vit"
+    assert "blocks" not in network
+
+
+@pytest.mark.parametrize(
+    ("row", "override", "message"),
+    [
+        ("st,training.epoch=4", None, 'Did you mean "epochs"'),
+        ("st,training.epochs=a", None, "training.epochs=a: invalid literal"),
+        ("st,sam.rho=0.1", None, "a row with sam when sam.rho is set"),
+        ("st,training.epochs=4", "training.epochs=5", "training.epochs=4 as the row"),
+        ("sam,rho=0.2,sam.rho=0.3", None, "sam.rho=0.2 as the row"),
+    ],
+)
+def test_a_field_of_a_row_that_cannot_be_set_is_refused(row, override, message):
+    with pytest.raises(ValueError, match=message):
+        load(*filter(None, [override]), row=row)
+
+
+def test_a_grid_has_as_many_settings_of_each_method():
+    rows = configuration.load_rows(SHARPNESS, "GRID")
+    assert {configuration.load_config(f"{SHARPNESS}:{row}").row for row in rows} == {
+        *rows
+    }
+    kinds = Counter(
+        re.sub(r"(rho|gamma|start|decay|alpha)=[\d.]+", "", row, count=1)
+        for row in rows
+    )
+    assert set(kinds.values()) == {4}
 
 
 def load(*overrides, row="st"):

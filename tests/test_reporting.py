@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from rich.console import Console
 from samrobust.experiments.reporting.names import family, short_label
 from samrobust.experiments.reporting.notes import notes, tail_probability
 from samrobust.experiments.reporting.pictures import draw_table, write_figure
+from samrobust.experiments.reporting.prices import draw_prices, has_prices
 from samrobust.experiments.reporting.render import (
     to_csv,
     to_json,
@@ -125,6 +127,20 @@ class TestSummarise:
 
     def test_cost_is_the_median_ratio_of_step_seconds_to_st(self):
         assert [row.cost for row in grid().rows] == pytest.approx([1, 2, 2, 11, 11])
+
+    def test_cost_is_of_the_whole_training(self):
+        runs = [run("st", step=100), run("sam,rho=0.2", step=300)]
+        assert summarize(runs, rows=ROWS).rows[1].cost == pytest.approx(6)
+
+    def test_passes_are_relative_to_st_and_shown_beside_the_cost(self):
+        table = grid(passes={"st": 20, "sam,rho=0.2": 40, "at,norm=linf,eps=8": 153.4})
+        counted = [row.passes for row in table.rows]
+        assert counted == [1, 2, None, pytest.approx(7.67), None]
+        text = to_markdown(table)
+        assert line(text, "| SAM (rho = 0.2").endswith("| 2.00x | 2.0x |")
+        assert line(text, "| AT (l2").endswith("| - | 11.0x |")
+        assert "passes: forward and backward passes of training, counted" in text
+        assert "passes" not in printed(table, 80)
 
     @pytest.mark.parametrize(
         ("st", "sam", "shown"),
@@ -508,6 +524,42 @@ class TestPlot:
     def test_another_suffix_is_another_format(self, tmp_path):
         write_figure(draw_table(grid()), tmp_path, "table", ("svg",))
         assert "<svg" in (tmp_path / "table.svg").read_text()
+
+
+class TestPrices:
+    passes = dict(zip(ACCURACIES, (1, 2, 2, 7.67, 7.67), strict=True))
+
+    def test_they_are_drawn_where_methods_cost_differently(self, tmp_path):
+        table = grid(passes=self.passes)
+        names = [path.name for path in write_table(table, tmp_path)]
+        assert names[-2:] == ["table.png", "table-cost.png"]
+        assert not has_prices(grid())
+        assert not has_prices(grid(passes=dict.fromkeys(self.passes, 1)))
+
+    def test_a_panel_shows_the_smallest_radius_under_the_strongest_attack(self):
+        accuracy = {"natural": 95.0, "linf 2/255": 9.0}
+        accuracy |= {"linf 1/255": 60.0, "linf 1/255 AA": 50.0, "l2 16/255": 70.0}
+        runs = [run(row, accuracy=accuracy) for row in ("st", "sam,rho=0.2")]
+        figure = draw_prices(summarize(runs, rows=ROWS, passes=self.passes))
+        titles = [panel.get_title() for panel in figure.axes]
+        assert titles == [
+            "\u2113\u221e, \u03b5 = 1/255, AA",
+            "\u21132, \u03b5 = 16/255",
+        ]
+
+    def test_names_of_alike_methods_do_not_cover_each_other(self):
+        rows = [("st", "ST"), *((f"sam,rho={i}", f"SAM {i}") for i in range(1, 20))]
+        runs = [
+            run("st", accuracy={"natural": 99.0, "linf 1/255": value}) | {"row": name}
+            for (name, _), value in zip(rows, range(50, 70), strict=True)
+        ]
+        passes = {name: 2 if "sam" in name else 1 for name, _ in rows}
+        (panel,) = draw_prices(summarize(runs, rows=rows, passes=passes)).axes
+        heights = sorted(text.get_position()[1] for text in panel.texts)[1:]
+        low, high = panel.get_ylim()
+        assert low <= heights[0] < heights[-1] <= high
+        gaps = [b - a for a, b in itertools.pairwise(heights)]
+        assert min(gaps) >= (high - low) / 31
 
 
 class TestWriteTable:

@@ -18,6 +18,7 @@ from rich.text import Text
 from samrobust.experiments.reporting.names import short_column, short_label
 from samrobust.experiments.reporting.notes import legend, notes, sampling_error, signed
 from samrobust.experiments.reporting.pictures import draw_table, write_figure
+from samrobust.experiments.reporting.prices import draw_prices, has_prices
 from samrobust.experiments.reporting.table import Difference, Table
 from samrobust.system.files import write_text
 from samrobust.system.tables import TextTable
@@ -32,8 +33,9 @@ def write_table(
 
     Returns:
       The paths of table.md, table.csv, table.json and table.png, or of files of
-      another `name`. **Guarantees**: a reader finds each file complete, the old one or
-      the new one, at any moment.
+      another `name`; where methods cost differently also of table-cost.png.
+      **Guarantees**: a reader finds each file complete, the old one or the new one, at
+      any moment.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -41,7 +43,10 @@ def write_table(
     for suffix, render in (("md", to_markdown), ("csv", to_csv), ("json", to_json)):
         paths.append(directory / f"{name}.{suffix}")
         write_text(paths[-1], render(table))
-    return (*paths, *write_figure(draw_table(table), directory, name, ("png",)))
+    paths += write_figure(draw_table(table), directory, name, ("png",))
+    if has_prices(table):
+        paths += write_figure(draw_prices(table), directory, f"{name}-cost", ("png",))
+    return tuple(paths)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,170 @@
+"""Picture of what robustness costs: accuracy against the passes of training.
+
+A panel a norm, at its smallest radius and under its strongest attack. Methods of alike
+cost stand side by side, so their names are written beside them, spread so that each can
+be read.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from samrobust.experiments.reporting import pictures
+from samrobust.experiments.reporting.names import (
+    column_norm,
+    column_order,
+    short_label,
+)
+from samrobust.experiments.reporting.table import Table, TableRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_prices", "has_prices"]
+
+_GRAY, _PALE = "#8A8A8A", "#E4E4E4"
+_SMALL, _TEXT = 6.5, 7.5  # points
+_WIDTH, _HEIGHT = 8.0, 3.6  # inches, of a panel
+_NEAR = 0.3  # doublings of the cost within which names stand in one column
+_MARGIN = 0.06  # doublings between points and names
+_RIGHT = 0.9  # doublings for the last names
+_LINES = 30.0  # names that a panel has room for, one below another
+
+
+def has_prices(table: Table) -> bool:
+    """Returns whether methods of different cost were attacked."""
+    costs = {row.passes for row in _drawn(table)}
+    return len(costs) > 1 and bool(_columns(table))
+
+
+def draw_prices(table: Table) -> "Figure":
+    """Draws robust accuracy against the cost of training, ST = 1, doubling by doubling.
+
+    A dot is a mean over seeds, its bar one standard deviation; the line joins what no
+    method beats at that cost or less.
+    """
+    from matplotlib.figure import Figure
+
+    columns, rows = _columns(table), _drawn(table)
+    size = (_WIDTH, _HEIGHT * len(columns) + 0.6)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    figure.suptitle(table.title.replace("$", r"\$"), fontsize=9, x=0.01, ha="left")
+    panels = figure.subplots(len(columns), 1, squeeze=False)[:, 0]
+    for panel, column in zip(panels, columns, strict=True):
+        _draw_panel(panel, rows, column)
+    over = pictures.over_seeds(len(row.seeds) for row in rows)
+    spread = "" if over == "one seed" else " ± std"
+    said = f"mean{spread}, {over}; the line: not beaten at this cost or less"
+    panels[-1].set_xlabel(
+        f"passes of training, counted, ST = 1   ({said})", fontsize=_TEXT
+    )
+    return figure
+
+
+def _drawn(table: Table) -> list[TableRow]:
+    return [row for row in table.rows if row.passes is not None and row.seeds]
+
+
+def _columns(table: Table) -> list[str]:
+    """Returns of each norm the smallest radius under the attack that leaves least."""
+    robust = [c for c in table.columns if c != "natural"]
+    chosen = []
+    for _, columns in itertools.groupby(robust, key=column_norm):
+        by_radius = itertools.groupby(columns, key=lambda c: column_order(c)[2])
+        _, smallest = next(iter(by_radius))
+        chosen.append(min(smallest, key=lambda column: _total(table, column)))
+    return chosen
+
+
+def _total(table: Table, column: str) -> float:
+    means = (row.cells[column].mean for row in _drawn(table))
+    return sum(mean for mean in means if mean is not None)
+
+
+def _draw_panel(panel: "Axes", rows: Sequence[TableRow], column: str) -> None:
+    colors = pictures.family_colors(row.family for row in rows)
+    places = {row.name: math.log2(row.passes or 1.0) for row in rows}
+    means = {row.name: row.cells[column].mean or 0.0 for row in rows}
+    least, most = min(means.values()), max(means.values())
+    span = max(4.0, most - least)
+    low, high = least - 0.08 * span, least + 1.08 * span
+    panel.set_ylim(low, high)
+    front, best = [], -math.inf
+    for row in sorted(rows, key=lambda row: (places[row.name], -means[row.name])):
+        if means[row.name] > best:
+            best = means[row.name]
+            front.append((places[row.name], best))
+    front.append((_last(places) + _RIGHT, best))
+    staircase = {"drawstyle": "steps-post", "color": _PALE, "linewidth": 2.5}
+    panel.plot(*zip(*front, strict=True), **staircase, zorder=0)
+    for cluster in _clusters(rows, places):
+        beside = max(places[row.name] for row in cluster) + _MARGIN
+        cluster = sorted(cluster, key=lambda row: means[row.name])
+        wanted = [means[row.name] for row in cluster]
+        heights = _spread(wanted, (high - low) / _LINES, low, high)
+        for row, height in zip(cluster, heights, strict=True):
+            x, y, color = places[row.name], means[row.name], colors[row.family]
+            bar = {"elinewidth": 0.8, "capsize": 0, "markersize": 3.5, "zorder": 3}
+            panel.errorbar(x, y, row.cells[column].std, fmt="o", color=color, **bar)
+            line = {"color": _GRAY, "linewidth": 0.4, "zorder": 1}
+            panel.plot([x, beside], [y, height], **line)
+            text = pictures.in_symbols(short_label(row.label))
+            panel.text(beside + _MARGIN / 4, height, text, fontsize=_SMALL, va="center")
+    doublings = range(math.floor(min(places.values())), math.ceil(_last(places)) + 1)
+    panel.set_xticks(list(doublings), [f"{2.0**n:g}x" for n in doublings])
+    panel.set_xlim(min(places.values()) - 0.15, _last(places) + _RIGHT)
+    panel.set_title(_title(column), fontsize=_TEXT)
+    panel.set_ylabel("accuracy in %", fontsize=_TEXT)
+    panel.tick_params(labelsize=_SMALL, length=2)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _title(column: str) -> str:
+    norm, radius, *attack = column.split(" ", 2)
+    return ", ".join([pictures.in_symbols(norm), f"ε = {radius}", *attack])
+
+
+def _last(places: dict[str, float]) -> float:
+    return max(places.values())
+
+
+def _clusters(
+    rows: Sequence[TableRow], places: dict[str, float]
+) -> list[list[TableRow]]:
+    """Returns the rows by what they cost, those of alike cost together."""
+    ordered = sorted(rows, key=lambda row: places[row.name])
+    clusters = [[ordered[0]]]
+    for before, row in itertools.pairwise(ordered):
+        if places[row.name] - places[before.name] > _NEAR:
+            clusters.append([])
+        clusters[-1].append(row)
+    return clusters
+
+
+def _spread(
+    wanted: Sequence[float], gap: float, low: float, high: float
+) -> list[float]:
+    """Returns heights near rising ones that are wanted, `gap` apart and within a panel.
+
+    Names that would collide form a block about the mean of their heights; blocks that
+    collide join.
+    """
+    blocks: list[
+        tuple[list[float], float]
+    ] = []  # the heights wanted; the lowest name's
+
+    def placed(heights: list[float]) -> tuple[list[float], float]:
+        extent = gap * (len(heights) - 1)
+        lowest = sum(heights) / len(heights) - extent / 2
+        return heights, min(max(lowest, low), high - extent)
+
+    for height in wanted:
+        blocks.append(placed([height]))
+        while len(blocks) > 1:
+            (below, start), (above, begin) = blocks[-2:]
+            if start + gap * len(below) <= begin:
+                break
+            blocks[-2:] = [placed(below + above)]
+    return [start + gap * i for heights, start in blocks for i in range(len(heights))]
