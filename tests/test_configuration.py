@@ -19,7 +19,7 @@ PAPER_ROWS = [
 ]
 
 
-@pytest.mark.parametrize("name", [*SHIPPED, SHARPNESS])
+@pytest.mark.parametrize("name", [*SHIPPED, SHARPNESS, "configs/adversarial.py"])
 def test_every_row_of_every_config_is_valid_and_locked(name):
     for row in configuration.load_rows(name):
         config = configuration.load_config(f"{name}:{row}")
