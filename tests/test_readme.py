@@ -16,6 +16,7 @@ import pytest
 from flax import linen as nn
 
 from samrobust import cli
+from samrobust.cli.table import rows_of
 from samrobust.data import from_arrays
 from samrobust.experiments import configuration
 from samrobust.experiments.components import model_fields
@@ -178,7 +179,7 @@ def accept(arguments):
     """Loads the config that a command names, with all that it overrides in it."""
     for value in getattr(arguments, "rows", None) or ():
         for row in value.split(";"):
-            configuration.parse_row(row)
+            assert rows_of(row)
     if path := getattr(arguments, "config", None):
         assert configuration.load_config(path, arguments.overrides).is_locked
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from samrobust.experiments.run import PlannedRun
     from samrobust.types import Config
 
-__all__ = ["add", "run"]
+__all__ = ["add", "rows_of", "run"]
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -128,7 +128,7 @@ def _make_plan(arguments: argparse.Namespace) -> _Plan:
     name = pathlib.Path(arguments.config).stem
     workdir = pathlib.Path(arguments.workdir or f"runs/{name}")
     texts = ";".join(arguments.rows or ()).split(";")
-    rows = [row for text in texts for row in _rows_of(text.strip())]
+    rows = [row for text in texts for row in rows_of(text.strip())]
     configs = {
         row: configuration.load_config(f"{arguments.config}:{row}", arguments.overrides)
         for row in rows or configuration.load_rows(arguments.config)
@@ -150,7 +150,7 @@ def _make_plan(arguments: argparse.Namespace) -> _Plan:
     return _Plan(workdir, configs, runs, _shard(arguments.shard), note)
 
 
-def _rows_of(text: str) -> list[str]:
+def rows_of(text: str) -> list[str]:
     """Returns the rows that an item of `--rows` names: one, a list, or none."""
     from samrobust.experiments import configuration
 
