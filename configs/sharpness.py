@@ -11,8 +11,6 @@ the mean of the natural and the four robust accuracies over two seeds:
         --config.data.validation_size=297 --config.evaluation.split=validation \
         --seeds=2 --workdir=runs/sharpness-grid
 
-`CIFAR10` are the rows that were chosen so with configs/cifar10_small.py.
-
 Standard training for twice the epochs or with four times the weight decay, smoothed
 labels, and adversarial training at a quarter of the smallest radius are controls.
 """
@@ -21,7 +19,7 @@ from samrobust.experiments.configuration import load_config
 from samrobust.types import Config
 
 # Around what the methods' authors take, a factor of two or more apart.
-_STRENGTHS = {
+STRENGTHS = {
     "sam,rho={}": (0.1, 0.2, 0.4, 0.8),
     "sam,rho={},start=0.8": (0.2, 0.4, 0.8, 1.6),
     "asam,rho={}": (0.5, 1, 2, 4),
@@ -43,13 +41,30 @@ _STRENGTHS = {
     "ema,decay={}": (0.9, 0.97, 0.99, 0.997),
     "label_smoothing,alpha={}": (0.05, 0.1, 0.2, 0.4),
 }
-GRID = [row.format(value) for row, values in _STRENGTHS.items() for value in values]
+GRID = [row.format(value) for row, values in STRENGTHS.items() for value in values]
 ROWS = [
     "st",
     "st,training.epochs=40",
     "st,training.weight_decay=0.002",
-    "label_smoothing,alpha=0.1",
+    "label_smoothing,alpha=0.4",
     "sam,rho=0.4",
+    "sam,rho=1.6,start=0.8",
+    "asam,rho=2",
+    "asam_davda,rho=2",
+    "gsam,rho=0.4",
+    "friendly_sam,rho=0.8",
+    "looksam,rho=0.2",
+    "esam,rho=0.4",
+    "sam_on,rho=2",
+    "fisher_sam,rho=0.4",
+    "fsam,rho=0.4",
+    "ssam,mask=fisher,rho=0.8",
+    "ssam,mask=dynamic,rho=0.8",
+    "awp,gamma=0.04",
+    "msam,rho=0.3",
+    "entropy_sgd,gamma=0.003,training.learning_rate=1",
+    "swa,start=0.75",
+    "ema,decay=0.9",
     "at,norm=linf,eps=4",
 ]
 

@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 import re
+import runpy
 import statistics
 from typing import Any
 
@@ -766,6 +767,21 @@ def test_a_tables_json_is_what_its_seeds_give(name):
         for now, then in zip(again[kind], content[kind], strict=True):
             assert now | then == now  # a later version may keep more
     assert again["missing"] == content["missing"] == []
+
+
+def test_the_sharpness_rows_are_the_best_of_their_grid():
+    config = ROOT / "configs" / "sharpness.py"
+    strengths = runpy.run_path(str(config))["STRENGTHS"]
+    chosen = configuration.load_rows(str(config))
+    grid = {row.name: row for row in table("sharpness/grid/table").rows}
+
+    def score(row: str) -> float:
+        cells = grid[row].cells.values()
+        return statistics.fmean(cell.mean or 0.0 for cell in cells)
+
+    for row, values in strengths.items():
+        best = max((row.format(value) for value in values), key=score)
+        assert best in chosen
 
 
 def test_the_papers_numbers_are_those_of_the_configs():
