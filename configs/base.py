@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
     config.data.split_seed = 0
     # Augmentation: reflect-pad by this many pixels and crop at random; 0: none.
     config.data.padding = 4
-    config.data.flip = True  # mirror left-right at random
+    config.data.flip = True  # augmentation: mirror left-right at random
 
     config.model = ConfigDict()
     # A name in `samrobust.models.MODELS`, or `package.module:name`. The network's own
@@ -68,19 +68,19 @@ def get_config() -> ConfigDict:
     config.model.std = config_dict.placeholder(tuple)
 
     config.training = ConfigDict()
-    config.training.epochs = 100
+    config.training.epochs = 100  # passes over the training images
     config.training.batch_size = 128  # over all devices
     # Whether an incomplete last batch of an epoch is left out.
     config.training.drop_remainder = False
     # sgd; adamw, of which `momentum` is b1; or `package.module:name`.
     config.training.optimizer = "sgd"
-    config.training.learning_rate = 0.1
+    config.training.learning_rate = 0.1  # at its highest
     config.training.schedule = "step"  # or cosine (to 0); or cyclic (from 0 and back)
     # For `step`: fractions of the epochs after which the rate is multiplied by
     # `decay_factor`, rounded up to whole ones: after 23 of 30.
     config.training.milestones = (0.75, 0.9)
     config.training.decay_factor = 0.1
-    config.training.momentum = 0.9
+    config.training.momentum = 0.9  # or b1 of AdamW
     # Coupled, on all parameters: normalization and biases too.
     config.training.weight_decay = 5e-4
     # Steps in one call of the device (`lax.scan`); 0: 1 on CPU, on GPU and TPU about 25
@@ -93,20 +93,22 @@ def get_config() -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.linf = (1.0, 2.0)  # radii, in 1/255
     config.evaluation.l2 = (16.0, 32.0)  # radii, in 1/255
-    config.evaluation.attack = "pgd"  # or autoattack, which uses the next two alone
-    config.evaluation.version = "standard"  # or rand; or custom, with members
+    config.evaluation.attack = "pgd"  # or autoattack, which uses version and members
+    # Of AutoAttack; or rand; or custom, with members.
+    config.evaluation.version = "standard"
     config.evaluation.members = ()  # of apgd-ce, apgd-t, fab-t, square, apgd-dlr
-    # Of PGD:
-    config.evaluation.linf_step = 0.25  # step size as a fraction of the radius
+    # Step size of PGD as a fraction of the radius.
+    config.evaluation.linf_step = 0.25
     config.evaluation.l2_step = 0.125
-    config.evaluation.num_steps = 10
-    config.evaluation.random_start = True
-    config.evaluation.restarts = 1  # each example keeps its worst case
-    config.evaluation.loss = "cross_entropy"  # or margin
-    config.evaluation.judge = "final"  # iterate judged; or any
+    config.evaluation.num_steps = 10  # of PGD
+    config.evaluation.random_start = True  # of PGD, in the ball
+    config.evaluation.restarts = 1  # of PGD; each example keeps its worst case
+    config.evaluation.loss = "cross_entropy"  # of PGD; or margin
+    config.evaluation.judge = "final"  # iterate of PGD judged; or any
     # Leave broken examples out of further steps; for judge=any, where nothing changes.
     config.evaluation.early_stop = False
-    config.evaluation.gradient_floor = 1024e-10  # as above, at its batch of 1024
+    # See `samrobust.attacks.l2`: the reference code's, at its batch of 1024.
+    config.evaluation.gradient_floor = 1024e-10
     config.evaluation.batch_size = 500  # over all devices
     config.evaluation.split = "test"  # or validation, to choose hyper-parameters
     config.evaluation.checkpoint = "last"  # or best (on the validation examples)

@@ -9,11 +9,14 @@ import sys
 import helpers
 import pytest
 
+from samrobust import __version__
 from samrobust.cli import main
 from samrobust.experiments import configuration
+from samrobust.experiments.explaining import explain
 from samrobust.experiments.reporting.console import make_console
 from samrobust.experiments.reporting.progress import ProgressDisplay
 from samrobust.experiments.workdir import settle_config
+from samrobust.models import MODELS
 from samrobust.system.files import write_json
 
 
@@ -23,7 +26,7 @@ def samrobust(*arguments):
 
 
 COMMANDS = ("table", "train", "status", "evaluate", "recheck", "curves", "bench")
-COMMANDS += ("theory", "export", "import")
+COMMANDS += ("theory", "export", "import", "config")
 HEAVY = {"jax", "numpy", "rich", "matplotlib", "ml_collections"}
 
 
@@ -45,14 +48,60 @@ def test_each_command_explains_its_flags(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0
-    assert "--workdir" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert ("--config" if command == "config" else "--workdir") in shown
+
+
+@pytest.mark.parametrize("arguments", [[], ["help"], ["--help"]])
+def test_without_a_command_the_help_is_shown(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 0
+    assert "COMMAND\n    table " in capsys.readouterr().out
+
+
+def test_help_of_a_command_and_the_version_have_their_names(capsys):
+    for arguments, begin in (
+        (["help", "train"], "usage: samrobust train "),
+        (["--version"], f"samrobust {__version__}\n"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 0
+        assert capsys.readouterr().out.startswith(begin)
+
+
+def test_a_config_is_shown_with_the_meaning_of_every_field(capsys):
+    row = "at,norm=linf,eps=8+sam,rho=0.2+ema,decay=0.9"
+    assert main(["config", f"--config=digits:{row}", "--config.training.epochs=3"]) == 0
+    shown = capsys.readouterr().out
+    assert "  training.epochs = 3\n      passes over the training images\n" in shown
+    assert "  sam.rho = 0.2\n      the radius in the l2 norm of all" in shown
+    assert "  attack.epsilon = 8.0\n      radius in 1/255 units" in shown
+    assert "trades." not in shown
+
+
+def test_no_field_of_a_shipped_config_lacks_a_meaning():
+    files = ("cifar10", "sharpness", "adversarial", "sharpness:GRID")
+    for name in files:
+        file, _, rows = name.partition(":")
+        for row in configuration.load_rows(file, rows or "ROWS"):
+            config = configuration.load_config(f"{file}:{row}")
+            lacking = [x.name for x in explain(config) if not x.meaning]
+            assert lacking == []
+    for model in MODELS:
+        config = configuration.load_config(
+            "cifar10:st", [f"--config.model.name={model}"]
+        )
+        assert [x.name for x in explain(config) if not x.meaning] == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tabel"], "invalid choice: 'tabel'"),
-        (["table", "--sedes=3"], "unknown argument '--sedes=3'"),
+        (["tabel"], "unknown command 'tabel'. Did you mean table?"),
+        (["help", "tabel"], "unknown command 'tabel'. Did you mean table?"),
+        (["table", "--sedes=3"], "argument '--sedes=3'. Did you mean --seeds?"),
         (["table", "--config.training.epochs", "2"], "--config.training.epochs=VALUE"),
         (["train", "--config=configs/digits.py:st"], "--workdir"),
         (["table", "--collect", "--list"], "not allowed with argument"),
@@ -83,6 +132,8 @@ def test_wrong_flags_are_refused_with_exit_code_2(arguments, message, capsys):
             ["table", "--rows=sma,rho=1"],
             "parts in {st, at, fgsm_rs, nfgsm, free, dynamic, cfa, ",
         ),
+        (["table", "--rows=asm,rho=1"], "Did you mean asam? Examples: "),
+        (["table", "--config=cifar1"], "Did you mean configs/cifar10.py?"),
         (["table", "--config.training.epoch=2"], "Did you mean"),
         (["table", "--config=configs/none.py"], "Expected an existing config file"),
         (

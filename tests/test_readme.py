@@ -201,13 +201,10 @@ def test_every_mentioned_command_has_what_is_said_of_it(command, monkeypatch):
     make_parser = cli._make_parser
 
     def lenient():
-        parser: Any = make_parser()
-        (subparsers,) = parser._subparsers._group_actions
-        for action in itertools.chain(
-            *(subparser._actions for subparser in subparsers.choices.values())
-        ):
+        parser, parsers = make_parser()
+        for action in itertools.chain(*(own._actions for own in parsers.values())):
             action.required = False
-        return parser
+        return parser, parsers
 
     monkeypatch.setattr(cli, "_make_parser", lenient)
     words = [word for word in shlex.split(command)[1:] if word != "..."]

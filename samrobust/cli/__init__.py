@@ -8,16 +8,18 @@ rerun the same command to resume.
 
 import argparse
 import contextlib
+import difflib
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, NoReturn
 
 from samrobust import __version__
 from samrobust.checks import shorten
 from samrobust.cli import (
     bench,
+    config,
     curves,
     evaluate,
     export,
@@ -47,6 +49,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "recheck": recheck,
     "curves": curves,
+    "config": config,
     "bench": bench,
     "theory": theory,
     "export": export,
@@ -146,14 +149,30 @@ class _Parser(argparse.ArgumentParser):
             2, f"samrobust: error: {shorten(message, 600)} (see `{self.prog} --help`)\n"
         )
 
+    @property
+    def flags(self) -> list[str]:
+        """The names of its flags."""
+        return [flag for action in self._actions for flag in action.option_strings]
+
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """Parses a command line; `overrides` are its flags `--config.FIELD=VALUE`."""
-    parser = _make_parser()
+    """Parses a command line; `overrides` are its flags `--config.FIELD=VALUE`.
+
+    Without a command, or with `help`, it is that of `--help`.
+    """
+    parser, commands = _make_parser()
+    if argv[:1] in ([], ["help"]):
+        argv = [*argv[1:], "--help"]
+    name = argv[0]
+    if not name.startswith("-") and name not in commands:
+        meant, known = _meant(name, commands), ", ".join(commands)
+        parser.error(f"unknown command {name!r}.{meant} Commands: {known}")
     arguments, unknown = parser.parse_known_args(argv)
     for item in unknown:
         if not item.startswith("--config."):
-            parser.error(f"unknown argument {item!r}")
+            flags = commands[arguments.command].flags
+            meant = _meant(item.partition("=")[0], flags)
+            parser.error(f"unknown argument {item!r}.{meant}")
         if "=" not in item:
             parser.error(f"write {item}=VALUE, with an equals sign")
         if not hasattr(arguments, "config"):
@@ -162,14 +181,22 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def _meant(name: str, known: Iterable[str]) -> str:
+    """Returns a question that ends a message, where a name is nearly one of others."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _make_parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """Returns the parser, and those of the commands by their names."""
     parser = _Parser(
         prog="samrobust",
         description="Train image classifiers that withstand attacks (standard "
         "training, SAM, PGD adversarial training) and measure their robustness.",
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    version = f"samrobust {__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS.values():
         command.add(commands)
-    return parser
+    return parser, commands.choices  # pyright: ignore[reportReturnType]

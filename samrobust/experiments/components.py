@@ -21,7 +21,14 @@ from samrobust.models import MODELS
 from samrobust.system.resolve import is_reference, resolve
 from samrobust.types import Config, Field
 
-__all__ = ["check_model", "make_model", "make_optimizer", "model_fields", "takes"]
+__all__ = [
+    "check_model",
+    "find_model",
+    "make_model",
+    "make_optimizer",
+    "model_fields",
+    "takes",
+]
 
 # Given to a network's constructor where it has such a parameter.
 _OF_THE_DATA = ("num_classes", "mean", "std")
@@ -39,6 +46,15 @@ def _find(name: str, field: str) -> Callable[..., Any]:
     found = registry[name] if name in registry else resolve(name, what)
     check(callable(found), f"{what}'s constructor", **{field: name})
     return found
+
+
+def find_model(name: str) -> Callable[..., Any]:
+    """Returns the constructor of a network.
+
+    Raises:
+      ValueError: if there is none of this name.
+    """
+    return _find(name, _MODEL)
 
 
 @functools.cache

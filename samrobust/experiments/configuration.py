@@ -148,16 +148,21 @@ def as_dict(config: Config) -> dict[str, Any]:
 def find_config_file(path: str) -> pathlib.Path:
     """Returns the config file of this name: as given, or the package's own.
 
+    A shipped one may be named without folder and `.py`: `cifar10`.
+
     Raises:
       ValueError: if there is none; names the shipped ones.
     """
     shipped, name = _shipped(), pathlib.Path(path)
     known = sorted({file.stem for folder in shipped for file in folder.glob("*.py")})
-    for candidate in (name, *(folder / name.name for folder in shipped)):
+    own = name.name if name.suffix else f"{name.name}.py"
+    for candidate in (name, *(folder / own for folder in shipped)):
         if candidate.suffix == ".py" and os.path.isfile(candidate):
             return candidate
+    near = difflib.get_close_matches(name.stem, known, 1)
+    fix = f"Did you mean configs/{near[0]}.py? " if near else ""
     found = ", ".join(f"configs/{stem}.py" for stem in known if stem != "base")
-    fix = f"Shipped with samrobust: {found}."
+    fix += f"Shipped with samrobust: {found}."
     check(False, "an existing config file NAME.py", fix, config=path)
     raise AssertionError
 

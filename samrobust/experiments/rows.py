@@ -21,6 +21,7 @@ order of the alphabet:
 import ast
 import contextlib
 import dataclasses
+import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -193,7 +194,9 @@ def _parse_part(spelling: str, row: str) -> Part:
     given = {key: value for key, _, value in (item.partition("=") for item in items)}
     known = f"{{{', '.join((STANDARD, *REGISTRY))}}}"
     condition = f"parts in {known} or package.module:name"
-    check(name in REGISTRY or is_reference(name), condition, _EXAMPLES, row=row)
+    near = difflib.get_close_matches(name, REGISTRY, 1)
+    fix = f"Did you mean {near[0]}? {_EXAMPLES}" if near else _EXAMPLES
+    check(name in REGISTRY or is_reference(name), condition, fix, row=row)
     fields, wanted = entries.section_fields(name), _options(name, given)
     condition = f"the options {', '.join(wanted) or '(none)'} for {name}"
     complete = sorted(given) == sorted(wanted) and len(items) == len(wanted)
