@@ -5,6 +5,7 @@ cost stand side by side, so their names are written beside them, spread so that 
 be read.
 """
 
+import collections
 import itertools
 import math
 from collections.abc import Sequence
@@ -84,12 +85,14 @@ def _total(table: Table, column: str) -> float:
 
 
 def _draw_panel(panel: "Axes", rows: Sequence[TableRow], column: str) -> None:
-    colors = pictures.family_colors(row.family for row in rows)
+    colors, names = pictures.family_colors(row.family for row in rows), _names(rows)
     places = {row.name: math.log2(row.passes or 1.0) for row in rows}
     means = {row.name: row.cells[column].mean or 0.0 for row in rows}
-    least, most = min(means.values()), max(means.values())
+    bars = {row.name: row.cells[column].std or 0.0 for row in rows}
+    least = min(means[name] - bar for name, bar in bars.items())
+    most = max(means[name] + bar for name, bar in bars.items())
     span = max(4.0, most - least)
-    low, high = least - 0.08 * span, least + 1.08 * span
+    low, high = least - 0.05 * span, least + 1.05 * span
     panel.set_ylim(low, high)
     front, best = [], -math.inf
     for row in sorted(rows, key=lambda row: (places[row.name], -means[row.name])):
@@ -107,10 +110,10 @@ def _draw_panel(panel: "Axes", rows: Sequence[TableRow], column: str) -> None:
         for row, height in zip(cluster, heights, strict=True):
             x, y, color = places[row.name], means[row.name], colors[row.family]
             bar = {"elinewidth": 0.8, "capsize": 0, "markersize": 3.5, "zorder": 3}
-            panel.errorbar(x, y, row.cells[column].std, fmt="o", color=color, **bar)
+            panel.errorbar(x, y, bars[row.name], fmt="o", color=color, **bar)
             line = {"color": _GRAY, "linewidth": 0.4, "zorder": 1}
             panel.plot([x, beside], [y, height], **line)
-            text = pictures.in_symbols(short_label(row.label))
+            text = pictures.in_symbols(names[row.name])
             panel.text(beside + _MARGIN / 4, height, text, fontsize=_SMALL, va="center")
     doublings = range(math.floor(min(places.values())), math.ceil(_last(places)) + 1)
     panel.set_xticks(list(doublings), [f"{2.0**n:g}x" for n in doublings])
@@ -119,6 +122,16 @@ def _draw_panel(panel: "Axes", rows: Sequence[TableRow], column: str) -> None:
     panel.set_ylabel("accuracy in %", fontsize=_TEXT)
     panel.tick_params(labelsize=_SMALL, length=2)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _names(rows: Sequence[TableRow]) -> dict[str, str]:
+    """Returns short labels, without the other fields of a row where none needs them."""
+    full = {row.name: short_label(row.label) for row in rows}
+    brief = {name: label.partition(" with ")[0] for name, label in full.items()}
+    counts = collections.Counter(brief.values())
+    return {
+        n: brief[n] if counts[brief[n]] == 1 else label for n, label in full.items()
+    }
 
 
 def _title(column: str) -> str:
