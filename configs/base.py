@@ -109,7 +109,7 @@ def get_config() -> ConfigDict:
     config.evaluation.gradient_floor = 1024e-10  # as above, at its batch of 1024
     config.evaluation.batch_size = 500  # over all devices
     config.evaluation.split = "test"  # or validation, to choose hyper-parameters
-    config.evaluation.checkpoint = "last"  # or best (on the validation examples)
+    config.evaluation.checkpoint = "last"  # best (on the validation examples); both
 
     config.checkpoint = ConfigDict()
     config.checkpoint.minutes = 5.0  # time between checkpoints; a kill costs no more

@@ -1,7 +1,7 @@
 """Evaluation of a run's network, by the attacks of its config."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -16,7 +16,7 @@ from samrobust.evaluation import (
     make_skip_broken_evaluator,
 )
 from samrobust.experiments import building
-from samrobust.experiments.networks import Trained
+from samrobust.experiments.networks import Trained, checkpoints_of
 from samrobust.system.provenance import provenance
 from samrobust.system.runtime import RESUME
 from samrobust.training import InterruptedRunError, Progress, TrainState
@@ -26,6 +26,7 @@ __all__ = [
     "Observer",
     "Score",
     "Scorer",
+    "as_result",
     "evaluated_split",
     "evaluation_key",
     "evaluation_work",
@@ -70,10 +71,33 @@ class Score(NamedTuple):
     provenance: dict[str, Any]
     details: dict[str, Any]
 
+    def is_of(self, network: Trained) -> bool:
+        """Returns whether it is the score of this network."""
+        return (self.step, self.identity) == (network.step, network.identity.hash)
+
     def as_dict(self) -> dict[str, Any]:
         """Returns it in JSON's types."""
         fields = self._asdict()
         return fields.pop("details") | fields
+
+
+def as_result(scores: Mapping[str, Score]) -> dict[str, Any]:
+    """Returns what a result says of the checkpoints of a run, in JSON's types.
+
+    Args:
+      scores: by the names of the checkpoints.
+
+    Returns:
+      Of the first, all as it would be alone. Of another, its columns, as in `linf 8/255
+      best`, beside those, and the rest under its name.
+    """
+    (_, first), *others = scores.items()
+    result = first.as_dict()
+    for which, score in others:
+        result[which] = score.as_dict()
+        columns = result[which].pop("accuracy")
+        result["accuracy"] |= {f"{name} {which}": x for name, x in columns.items()}
+    return result
 
 
 class Scorer:
@@ -178,7 +202,8 @@ def evaluation_work(config: Config, dataset: Dataset) -> float:
         attacks = len(evaluation.linf) + len(evaluation.l2)
         attacked = evaluation.restarts * evaluation.num_steps * 2 / 3
         judged = (1 + attacks) / 3 + attacks * attacked
-    return judged * len(evaluated_split(config, dataset))
+    count = len(evaluated_split(config, dataset)) * len(checkpoints_of(config))
+    return judged * count
 
 
 def evaluated_split(config: Config, dataset: Dataset) -> Split:

@@ -94,7 +94,7 @@ FIELDS: dict[str, Rule] = {
     "evaluation.early_stop": switch,
     "evaluation.batch_size": _count,
     "evaluation.split": one_of("test", "validation"),
-    "evaluation.checkpoint": one_of("last", "best"),
+    "evaluation.checkpoint": one_of("last", "best", "both"),
     "checkpoint.minutes": partial(check_real, 0, 1e6),
     "checkpoint.keep": _count,
     "tracking.tensorboard": switch,
@@ -220,8 +220,8 @@ def _validate_evaluation(config: Config) -> None:
         f"Set --config.{held_out}, the number of training examples to hold out; the "
         "test set is never used to choose."
     )
-    for name, value in (("split", "validation"), ("checkpoint", "best")):
-        holds = evaluation[name] != value or _read(config, held_out) > 0
+    for name, without in (("split", "test"), ("checkpoint", "last")):
+        holds = evaluation[name] == without or _read(config, held_out) > 0
         wanted = f"{held_out} > 0 for evaluation.{name}"
         _require(config, holds, wanted, held_out, fix=fix)
 
