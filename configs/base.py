@@ -9,7 +9,7 @@ Each training method has a section beside these, whose fields are the parameters
 constructor, radii and steps in 1/255 units: `config.attack` those of
 `samrobust.training.adversaries.at.at`, `config.trades` of
 `...objectives.trades.trades`, `config.sam`, `config.asam` and so on of the functions in
-`samrobust.sharpness`, `config.ema` and `config.swa` of those in `...averaging`. Those
+`samrobust.sharpness`, `config.ema` and so on of those in `...averaging`. Those
 with two passes also have `batch_stats` (which pass updates BatchNorm's running
 statistics: first, second or both, as in the paper's code), `m` (of m-sharpness: every m
 consecutive examples of a batch have an ascent direction of their own; it divides

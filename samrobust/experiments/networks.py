@@ -191,10 +191,11 @@ def save_variables(
         state = dataclasses.replace(carry.state, **variables)
         if state.average:
             average = jax.tree.map(
-                lambda old, new: jnp.array(new, old.dtype),
-                state.average,
+                lambda new, old: jnp.array(new, old.dtype),
                 state.variables,
+                state.eval_variables,
             )
+            average = {**state.average, **average}
             state = dataclasses.replace(state, average=average)
         return LoopState(state, carry.totals)
 

@@ -209,6 +209,7 @@ def train(
         deterministic=training.deterministic,
         log=log,
         schedules={"learning_rate": schedule},
+        after_epoch=scoring.make_admit(config, dataset),
         validate=validate or scoring.make_validate(config, dataset),
         on_progress=on_progress,
         should_stop=should_stop,

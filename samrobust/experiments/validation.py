@@ -180,7 +180,13 @@ def _validate_methods(config: Config) -> None:
         fix = f"{name} steps by itself, with the momentum and weight decay of SGD."
         _require(config, holds, f"{optimizer}=sgd with {name}", optimizer, fix=fix)
     if config.row:
-        methods.build(config, entries.Given(grouped=methods.group_size(config) > 0))
+        given = entries.Given(grouped=methods.group_size(config) > 0)
+        averaging = methods.build(config, given).get("averaging")
+        held_out = "data.validation_size"
+        holds = _read(config, held_out) > 0
+        asks = averaging is not None and averaging.admit is not None
+        wanted = f"{held_out} > 0 with an average that epochs are admitted to"
+        _require(config, holds or not asks, wanted, held_out, "row")
 
 
 def _validate_groups(config: Config) -> None:

@@ -121,9 +121,8 @@ def cfa(
     """Builds class-wise calibrated margins: PGD in a ball of radius eps (base + R_k).
 
     R_k is the robust accuracy of class k on the images trained on, over the epoch
-    before. Costs what PGD does, 2/3 of a pass with weight gradients a step. Fairness
-    aware weight averaging (FAWA), which wants validation between epochs, is left out;
-    `ema` and `swa` join.
+    before. Costs what PGD does, 2/3 of a pass with weight gradients a step. The
+    authors' third part, fairness-aware weight averaging, joins as `fawa`.
 
     Args:
       epsilon: radius in 1/255 units, in the l-inf norm.

@@ -63,7 +63,7 @@ def swa(start: float, *, steps_per_epoch: int = 1, total_steps: int = 1) -> Aver
 
         return jax.tree.map(mix, average, variables)
 
-    return Averaging(lambda variables: jax.tree.map(exact, variables), update)
+    return Averaging(exact, update)
 
 
 ENTRY = Entry(swa, "SWA (from {start:g})", fields={"start": Field(0.75, _fraction)})
