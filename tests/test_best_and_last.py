@@ -158,10 +158,16 @@ def test_autoattack_judges_both_checkpoints_too(table):
 
 
 def test_a_table_shows_both_side_by_side(workdir, tmp_path):
-    table = reporting.summarize([read(workdir, "result.json")], rows=[("st", "ST")])
+    result, rows = read(workdir, "result.json"), {"st": "ST", "sam,rho=0.2": "SAM"}
+    table = reporting.summarize(
+        [{**result, "row": row} for row in rows],
+        rows=list(rows.items()),
+        passes={"st": 1.0, "sam,rho=0.2": 2.0},
+    )
     assert list(table.columns) == COLUMNS
     assert table.runs[0]["best"]["step"] == 6
-    markdown, *_ = reporting.write_table(table, tmp_path)
+    markdown, *others = reporting.write_table(table, tmp_path)
+    assert "table-cost.png" in [path.name for path in others]
     assert f"| {' | '.join(COLUMNS)} |" in markdown.read_text()
     evaluation = helpers.make_config("st", FIELDS).evaluation
     assert checkpoints_of(helpers.make_config("st", FIELDS)) == ("last", "best")
