@@ -9,18 +9,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from samrobust.checks import check_real
+from samrobust.checks import below_one
 from samrobust.training.parts import Averaging
 from samrobust.types import Array, Entry, Field, PyTree
 
-__all__ = ["DECAY", "ENTRY", "ema", "exact", "mix", "moving"]
-
-
-def _decay(**values: float) -> None:
-    check_real(0, 1 - 1e-7, **values)
-
-
-DECAY = Field(0.0, _decay)
+__all__ = ["ENTRY", "ema", "exact", "mix", "moving"]
 
 
 def ema(decay: float) -> Averaging:
@@ -41,7 +34,7 @@ def ema(decay: float) -> Averaging:
 
     Reference: Rebuffi et al. (2021), arXiv 2103.01946, Section 4, whose decay is 0.995.
     """
-    _decay(decay=decay)
+    below_one(decay=decay)
     return moving(lambda step: jnp.where(step == 0, 0.0, decay))
 
 
@@ -77,4 +70,4 @@ def exact(tree: PyTree) -> PyTree:
     return jax.tree.map(of, tree)
 
 
-ENTRY = Entry(ema, "EMA (decay = {decay:g})", fields={"decay": DECAY})
+ENTRY = Entry(ema, "EMA (decay = {decay:g})", fields={"decay": Field(0.0, below_one)})

@@ -6,16 +6,12 @@ arXiv 2303.14460, Section 4.3.
 
 import jax.numpy as jnp
 
-from samrobust.checks import check_real
-from samrobust.training.averaging.ema import DECAY, exact, mix
+from samrobust.checks import below_one, share
+from samrobust.training.averaging.ema import exact, mix
 from samrobust.training.parts import Averaging
 from samrobust.types import Array, Entry, Field, PyTree
 
 __all__ = ["ENTRY", "fawa"]
-
-
-def _threshold(**values: float) -> None:
-    check_real(0, 1, **values)
 
 
 def fawa(threshold: float, decay: float = 0.88) -> Averaging:
@@ -43,8 +39,8 @@ def fawa(threshold: float, decay: float = 0.88) -> Averaging:
     weights of another initialization; R_k is a share of the held-out images of class k,
     in their code of a tenth of all; classes without one do not count.
     """
-    _threshold(threshold=threshold)
-    DECAY.rule(decay=decay)
+    share(threshold=threshold)
+    below_one(decay=decay)
 
     def init(variables: PyTree) -> PyTree:
         return {**exact(variables), "begun": jnp.zeros([], bool)}
@@ -71,7 +67,7 @@ ENTRY = Entry(
     fawa,
     "FAWA (threshold = {threshold:g})",
     fields={
-        "threshold": Field(0.0, _threshold),
-        "decay": Field(0.88, DECAY.rule),
+        "threshold": Field(0.0, share),
+        "decay": Field(0.88, below_one),
     },
 )

@@ -9,8 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from samrobust.checks import check_real, check_whole
-from samrobust.training.averaging.ema import DECAY, mix, moving
+from samrobust.checks import below_one, count, share
+from samrobust.training.averaging.ema import mix, moving
 from samrobust.training.parts import Averaging
 from samrobust.training.phases import first_epoch
 from samrobust.training.state import TrainState
@@ -18,14 +18,6 @@ from samrobust.training.step import Method
 from samrobust.types import Array, Entry, Field, PyTree
 
 __all__ = ["ENTRY", "generalist"]
-
-
-def _share(**values: float) -> None:
-    check_real(0, 1, **values)
-
-
-def _every(**values: int) -> None:
-    check_whole(1, **values)
 
 
 def generalist(
@@ -75,23 +67,19 @@ def generalist(
     the experts share the learning rate, as there, and weight decay, which is 5e-4 there
     for the natural one and 3.5e-3 for the other.
     """
-    for name, value in (("beta", beta), ("first_beta", first_beta)):
-        _share(**{name: value})
-    for name, value in (("begin", begin), ("reset", reset)):
-        _share(**{name: value})
-    DECAY.rule(decay=decay)
-    _every(every=every)
-    check_whole(1, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    share(beta=beta, first_beta=first_beta, begin=begin, reset=reset)
+    below_one(decay=decay)
+    count(every=every, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     epochs = total_steps // steps_per_epoch
     moves, resets = (first_epoch(fraction, epochs) for fraction in (begin, reset))
 
     def warmed_up(step: Array) -> Array:
-        count = step.astype(float)
-        return jnp.minimum(decay, (count + 1) / (count + 10))
+        taken = step.astype(float)
+        return jnp.minimum(decay, (taken + 1) / (taken + 10))
 
     averaging = moving(warmed_up)
 
-    def share(epoch: Array) -> Array:
+    def of_robust(epoch: Array) -> Array:
         late = epoch.astype(float) - moves
         moved = jnp.clip(late / max(1, epochs - moves), 0, 1)
         return first_beta + moved * (beta - first_beta)
@@ -110,7 +98,7 @@ def generalist(
             one = dataclasses.replace(state, average=memory["robust"])
             one, metrics = robust.train_step(one, images, labels, key)
             other, found = natural.train_step(memory["natural"], images, labels, key)
-            mixed = mix(one.eval_variables, other.eval_variables, share(epoch))
+            mixed = mix(one.eval_variables, other.eval_variables, of_robust(epoch))
             average = {name: memory[name] for name in mixed}
             average = averaging.update(average, mixed, state.step)
             due = (epoch >= resets) & (epoch % every == 0)
@@ -137,12 +125,12 @@ ENTRY = Entry(
     generalist,
     "Generalist (beta = {beta:g})",
     fields={
-        "beta": Field(0.0, _share),
-        "first_beta": Field(1.0, _share),
-        "decay": Field(0.999, DECAY.rule),
-        "begin": Field(2 / 3, _share),
-        "reset": Field(0.625, _share),
-        "every": Field(5, _every),
+        "beta": Field(0.0, share),
+        "first_beta": Field(1.0, share),
+        "decay": Field(0.999, below_one),
+        "begin": Field(2 / 3, share),
+        "reset": Field(0.625, share),
+        "every": Field(5, count),
     },
     # The natural expert's pass.
     attack_passes=lambda _: 1.0,
