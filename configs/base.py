@@ -9,7 +9,7 @@ Each training method has a section beside these, whose fields are the parameters
 constructor, radii and steps in 1/255 units: `config.attack` those of
 `samrobust.training.adversaries.at.at`, `config.trades` of
 `...objectives.trades.trades`, `config.sam`, `config.asam` and so on of the functions in
-`samrobust.sharpness`, `config.ema` and `config.swa` of those in `...averaging`. Those
+`samrobust.sharpness`, `config.ema` and so on of those in `...averaging`. Those
 with two passes also have `batch_stats` (which pass updates BatchNorm's running
 statistics: first, second or both, as in the paper's code), `m` (of m-sharpness: every m
 consecutive examples of a batch have an ascent direction of their own; it divides
@@ -111,7 +111,7 @@ def get_config() -> ConfigDict:
     config.evaluation.gradient_floor = 1024e-10
     config.evaluation.batch_size = 500  # over all devices
     config.evaluation.split = "test"  # or validation, to choose hyper-parameters
-    config.evaluation.checkpoint = "last"  # or best (on the validation examples)
+    config.evaluation.checkpoint = "last"  # best (on the validation examples); both
 
     config.checkpoint = ConfigDict()
     config.checkpoint.minutes = 5.0  # time between checkpoints; a kill costs no more

@@ -31,6 +31,8 @@ _HOMES = {
         *("as_adversary", "as_objective", "fit", "make_train_step"),
     ),
     "samrobust.training.averaging.ema": ("ema",),
+    "samrobust.training.averaging.fawa": ("fawa",),
+    "samrobust.training.averaging.generalist": ("generalist",),
     "samrobust.training.averaging.swa": ("swa",),
     "samrobust.training.objectives.trades": ("trades_loss",),
 }

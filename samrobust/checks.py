@@ -15,15 +15,20 @@ __all__ = [
     "LARGEST_COUNT",
     "LARGEST_SEED",
     "Rule",
+    "amount",
+    "below_one",
     "check",
     "check_choice",
     "check_path",
     "check_radius",
     "check_real",
+    "check_strength",
     "check_whole",
+    "count",
     "each",
     "maybe",
     "one_of",
+    "share",
     "shorten",
     "switch",
     "text",
@@ -162,6 +167,14 @@ def _is_written_out(radius: float) -> bool:
     return many and abs(255 * radius - round(255 * radius)) < 0.02
 
 
+def check_strength(**values: Any) -> None:
+    """Refuses strengths, except 0, that are lost in float32's rounding of weights."""
+    check_real(0, 1e3, **values)
+    for name, value in values.items():
+        rounds_away = 0 < value < 1e-5
+        check(not rounds_away, f"1e-05 <= {name}", "0 is off.", **{name: value})
+
+
 def check_path(**values: Any) -> None:
     """Raises `ValueError` unless every value can name a local file or folder.
 
@@ -204,6 +217,26 @@ def each(rule: Rule, *, least: int = 0, most: int = 100) -> Rule:
                 rule(**{name: item})
 
     return check_each
+
+
+def count(**values: Any) -> None:
+    """Raises `ValueError` unless every value is a whole number, 1 at least."""
+    check_whole(1, **values)
+
+
+def share(**values: Any) -> None:
+    """Raises `ValueError` unless every value is in [0, 1]."""
+    check_real(0, 1, **values)
+
+
+def below_one(**values: Any) -> None:
+    """Raises `ValueError` unless every value is in [0, 1), as float32 has it."""
+    check_real(0, 1 - 1e-7, **values)
+
+
+def amount(**values: Any) -> None:
+    """Raises `ValueError` unless every value is 0 or more, and no absurd number."""
+    check_real(0, 1e6, **values)
 
 
 def text(**values: Any) -> None:

@@ -90,8 +90,8 @@ class Entry:
         default are options under their own names.
       fields: those that have a rule, or are not parameters.
       section: of the config; empty: the name.
-      attack_passes: from the section's values to the cost of making the images, in
-        passes with weight gradients.
+      attack_passes: from the section's values to the cost of making the images, or of
+        what else a step does once, in passes with weight gradients.
       check: of a row's options, by their names; raises `ValueError`.
       passes: how many a sharpness method adds to each pass over the images, or a
         function from the section's values to that.

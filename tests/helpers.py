@@ -87,7 +87,10 @@ class Silent:
 
 def make_config(row: str = "st", overrides: dict[str, Any] | None = None) -> Any:
     """A row of configs/digits.py, made tiny; overrides are by dotted names."""
-    config = configuration.load_config(f"{ROOT}/configs/digits.py:{row}")
+    # A row may be refused without held-out images.
+    held_out = "data.validation_size"
+    early = [f"--config.{n}={x}" for n, x in (overrides or {}).items() if n == held_out]
+    config = configuration.load_config(f"{ROOT}/configs/digits.py:{row}", early)
     config.update_from_flattened_dict({**TINY, **(overrides or {})})
     validate(config)
     return config

@@ -1,9 +1,36 @@
 """Averages of weights, whatever the weights are."""
 
-import jax.numpy as jnp
-import pytest
+import dataclasses
+import functools
+from typing import Any
 
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from samrobust.experiments import methods
+from samrobust.experiments.run import train
+from samrobust.experiments.scoring import make_admit
+from samrobust.models import BatchNorm
+from samrobust.training import InterruptedRunError, make_train_step
 from samrobust.training.averaging.ema import ema
+from samrobust.training.averaging.fawa import fawa
+from samrobust.training.averaging.generalist import generalist
+from samrobust.training.state import TrainState
+
+KEY = jax.random.key(0)
+IMAGES = jax.random.uniform(jax.random.key(1), (6, 2, 2, 1))
+LABELS = jnp.arange(6, dtype=jnp.int32) % 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly():
+    with helpers.quick_compilation():
+        yield
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -23,3 +50,172 @@ def test_whole_numbers_are_copied():
     average = averaging.init({"count": jnp.int32(1)})
     average = averaging.update(average, {"count": jnp.int32(7)}, jnp.int32(3))
     assert (int(average["count"]), average["count"].dtype) == (7, jnp.int32)
+
+
+def draw(number):
+    shapes = {"params": (3, 2), "batch_stats": (4,)}
+    keys = jax.random.split(jax.random.key(number))
+    named = zip(shapes, keys, strict=True)
+    return {name: jax.random.normal(key, shapes[name]) for name, key in named}
+
+
+def test_fawa_without_a_threshold_is_ema_of_the_epochs_bit_for_bit():
+    plain, fair = ema(0.7), fawa(0.0, 0.7)
+    functions: Any = (plain.update, fair.update, fair.admit)
+    update, keep, admit = (jax.jit(function) for function in functions)
+    average, admitted = plain.init(draw(0)), fair.init(draw(0))
+    for step in range(5):
+        average = update(average, draw(step), jnp.int32(step))
+        admitted = admit(keep(admitted, draw(step), step), draw(step), jnp.float32(0))
+        helpers.assert_same_bits({n: admitted[n] for n in average}, average)
+
+
+def test_an_epoch_that_fails_a_class_leaves_the_average_as_it_was():
+    averaging: Any = fawa(0.3, 0.5)
+    first, second = draw(1), draw(2)
+    average = averaging.admit(averaging.init(draw(0)), first, 0.5)
+    helpers.assert_same_bits({n: average[n] for n in first}, first)
+    same = averaging.admit(average, second, 0.29)
+    helpers.assert_same_bits(averaging.update(same, second, 7), average)
+    moved = averaging.admit(same, second, 0.3)
+    expected = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
+    helpers.assert_close({n: moved[n] for n in first}, expected, atol=1e-7)
+
+
+class Small(nn.Module):
+    """A linear network behind BatchNorm."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        flat = images.reshape(len(images), -1)
+        return nn.Dense(3)(BatchNorm()(flat, train=train))
+
+
+def away(logits_fn, images, labels, *, key):
+    """Some other images."""
+    del logits_fn, labels
+    return jnp.clip(images + 0.3 * jax.random.normal(key, images.shape), 0, 1)
+
+
+@functools.cache
+def states_of(averaging=None, **options):
+    """The states and metrics after each of six steps, two an epoch."""
+    optimizer = optax.sgd(0.3, momentum=0.9)
+    method = make_train_step(Small(), optimizer, averaging=averaging, **options)
+    if averaging is not None:
+        natural = make_train_step(Small(), optimizer, averaging=averaging)
+        method = averaging.join(method, natural)
+    step, found = jax.jit(method.train_step), []
+    state = jax.jit(method.init)(KEY, IMAGES)
+    for number in range(6):
+        state, metrics = step(state, IMAGES, LABELS, jax.random.key(number))
+        found.append((state, metrics))
+    return found
+
+
+EPOCHS = {"steps_per_epoch": 2, "total_steps": 6}
+
+
+@pytest.mark.parametrize(("share", "options"), [(1.0, {"adversary": away}), (0.0, {})])
+def test_a_generalist_of_one_expert_is_its_method_bit_for_bit(share, options):
+    """Also where both experts go on from the mixture."""
+    often = {"decay": 0.0, "reset": 0.5, "every": 1}
+    averaging = generalist(share, share, **often, **EPOCHS)
+    found = states_of(averaging, adversary=away)
+    for (state, _), (expected, _) in zip(found, states_of(**options), strict=True):
+        helpers.assert_same_bits(state.eval_variables, expected.variables)
+
+
+def test_until_they_go_on_from_the_mixture_experts_are_their_methods_bit_for_bit():
+    averaging = generalist(0.4, reset=0.9, every=3, **EPOCHS)
+    found = states_of(averaging, adversary=away)
+    together = zip(found, states_of(adversary=away), states_of(), strict=True)
+    for (state, metrics), robust, natural in list(together)[:4]:
+        helpers.assert_same_bits(state.variables, robust[0].variables)
+        helpers.assert_same_bits(
+            state.average["natural"].variables, natural[0].variables
+        )
+        assert metrics["natural_loss"] == natural[1]["loss"]
+        assert metrics["loss"] == robust[1]["loss"]
+    last, _ = found[-1]
+    helpers.assert_same_bits(last.variables, last.eval_variables)
+
+
+FAIR = {
+    "data.validation_size": 1,
+    "data.split_seed": 4,
+    "evaluation.batch_size": 1,
+    "training.learning_rate": 0.5,
+}
+
+
+def test_a_stopped_run_remembers_which_epochs_were_admitted(tmp_path):
+    config = helpers.make_config("fawa,threshold=0.5", FAIR)
+    dataset, answers = helpers.load_data(config), iter([False] * 10)
+
+    def follow(name, should_stop=lambda: False):
+        options = {"validate": lambda _: {"score": 0.0}, "should_stop": should_stop}
+        return train(config, dataset, tmp_path / name, **options)
+
+    whole = follow("whole")
+    with pytest.raises(InterruptedRunError):
+        follow("stopped", lambda: next(answers, True))
+    helpers.assert_same_bits(follow("stopped").state, whole.state)
+    lines = helpers.log_of(tmp_path / "whole")
+    assert lines == helpers.log_of(tmp_path / "stopped")
+    worst = [line["validation_worst_class"] for line in lines]
+    assert set(worst) == {0.0, 100.0}
+    assert bool(whole.state.average["begun"])
+
+
+def test_the_worst_class_is_that_of_the_trained_weights_on_held_out_images():
+    config = helpers.make_config("fawa,threshold=0.5", {"data.validation_size": 40})
+    dataset = helpers.load_data(config)
+    variables = helpers.init_variables(helpers.make_model(config, dataset))
+    average = fawa(0.5).init(variables)
+    state = TrainState(jnp.int32(3), **variables, opt_state=(), average=average)
+    after_epoch = make_admit(config, dataset)
+    assert after_epoch is not None
+    _, found = after_epoch(state)
+    of_class = []
+    for label in np.unique(dataset.validation.labels):
+        chosen = dataset.validation.labels == label
+        part = dataclasses.replace(
+            dataset,
+            test=dataclasses.replace(
+                dataset.validation,
+                images=dataset.validation.images[chosen],
+                labels=dataset.validation.labels[chosen],
+            ),
+        )
+        of_class.append(helpers.plain_accuracy(config, part, state.variables))
+    assert found == {"worst_class": pytest.approx(min(of_class))}
+    assert make_admit(helpers.make_config("ema,decay=0.5"), dataset) is None
+
+
+def test_fawa_without_held_out_images_is_refused_before_any_work():
+    message = r"Expected data\.validation_size > 0 with an average that epochs are"
+    with pytest.raises(ValueError, match=message):
+        helpers.make_config("at,norm=linf,eps=16+fawa,threshold=0.2")
+
+
+def test_a_generalist_costs_a_pass_more():
+    row = "at,norm=linf,eps=8+generalist,beta=0.4"
+    config = helpers.make_config(row, {"attack.num_steps": 10})
+    assert methods.cost(config) == pytest.approx(1 + 1 + 10 * 2 / 3)
+    assert config.label == "AT (linf, eps = 8/255) + Generalist (beta = 0.4)"
+
+
+BAD = {
+    "threshold": (lambda: fawa(1.5), "threshold <= 1, got threshold=1.5"),
+    "decay": (lambda: fawa(0.2, 1.0), "decay <= 1, got decay=1"),
+    "beta": (lambda: generalist(-0.1), "0 <= beta, got beta=-0.1"),
+    "every": (lambda: generalist(0.4, every=0), "1 <= every, got every=0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_an_average_cannot_mean_is_refused(name):
+    make, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 
-from samrobust.experiments import building, configuration
+from samrobust.experiments import building, configuration, methods
+from samrobust.experiments.identity import changed_fields
+from samrobust.experiments.reporting.results import unlike
 
-SHIPPED = ["configs/cifar10.py", "configs/cifar100.py", "configs/digits.py"]
+SHIPPED = [
+    *("configs/cifar10.py", "configs/cifar100.py", "configs/digits.py"),
+    "configs/small_radius.py",
+]
 SHARPNESS = "configs/sharpness.py"
 PAPER_ROWS = [
     "st",
@@ -55,6 +60,31 @@ def test_the_papers_numbers_stand_in_its_configs(name, row, natural, l2_32):
     assert config.paper["natural"] == natural
     assert config.paper["l2 32/255"] == l2_32
     assert set(config.paper) == set(building.evaluation_attacks(config))
+
+
+def test_rows_at_small_radii_that_the_papers_table_has_are_the_same_runs():
+    rows = configuration.load_rows("configs/small_radius.py")
+    shared = [row for row in rows if row in PAPER_ROWS]
+    assert len(shared) == 5
+    for row in shared:
+        one, other = (
+            configuration.as_dict(configuration.load_config(f"configs/{name}.py:{row}"))
+            for name in ("small_radius", "cifar10")
+        )
+        assert changed_fields(one, other) == {}
+
+
+def test_rows_at_small_radii_come_baseline_first_and_long_attacks_last():
+    rows = configuration.load_rows("configs/small_radius.py")
+    configs = [configuration.load_config(f"configs/small_radius.py:{r}") for r in rows]
+    costs = [methods.cost(config) for config in configs]
+    assert costs[0] == 1
+    cheap = [cost for cost in costs if cost <= 2]
+    assert costs[: len(cheap)] == cheap
+    assert costs[len(cheap) :] == pytest.approx([23 / 3] * 3 + [9])
+    for config in configs:
+        building.make_plan(config, 50_000)
+        assert not unlike(config.to_dict(), configs[0].to_dict())
 
 
 def test_a_row_outside_the_papers_table_has_no_number_of_the_paper():

@@ -66,11 +66,16 @@ UNEVEN = {
     # Whose adversaries remember: an image for each place of a batch; classes.
     "free": ("free,eps=16,m=2+rwp,gamma=0.1", {"training.drop_remainder": True}),
     "cfa": ("cfa_trades,eps=16,beta=6", {"cfa_trades.num_steps": 2}),
+    # Of two networks, which go on from their mixture in the third epoch.
+    "generalist": (
+        "at,norm=linf,eps=16+generalist,beta=0.4",
+        {"generalist.reset": 0.5, "generalist.every": 3},
+    ),
 }
 UNEVEN_BY_COUNT = {
     1: list(UNEVEN),
     2: ["plain", "free"],
-    4: ["groups", "esam", "cfa"],
+    4: ["groups", "esam", "cfa", "generalist"],
 }
 # Sums over a batch are taken in another order, and BatchNorm and the steps of PGD
 # make the differences grow; over 12 steps they stay far below this.
@@ -165,8 +170,10 @@ def test_a_last_batch_that_the_devices_do_not_divide_trains_the_same(
     assert_equal_runs(folder / f"{name} {count}", folder / f"{name} 1")
 
 
-@pytest.mark.parametrize(("count", "name"), [(2, "free"), (4, "cfa")])
-def test_an_adversary_remembers_the_same_on_several_devices(folder, count, name):
+@pytest.mark.parametrize(
+    ("count", "name"), [(2, "free"), (4, "cfa"), (4, "generalist")]
+)
+def test_a_method_remembers_the_same_on_several_devices(folder, count, name):
     assert_equal_runs(folder / f"{name} {count}", folder / f"{name} 1")
 
 

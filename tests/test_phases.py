@@ -15,6 +15,7 @@ from samrobust.experiments.run import train
 from samrobust.sharpness import SHARPNESS
 from samrobust.training import InterruptedRunError
 from samrobust.training.adversaries import ADVERSARIES
+from samrobust.training.averaging import AVERAGES
 from samrobust.training.objectives import OBJECTIVES
 from samrobust.training.phases import phase_of
 
@@ -91,10 +92,11 @@ def test_the_page_of_the_family_has_every_method_and_its_cost():
 def test_the_page_of_adversarial_training_has_every_method_and_its_cost():
     page = (helpers.ROOT / "docs" / "adversarial.md").read_text()
     found = re.findall(r"^\| `(.*?)` .*\| ([\d.]+) \|$", page, re.MULTILINE)
-    names = {row.partition(",")[0] for row, _ in found}
-    assert names == set(ADVERSARIES) | set(OBJECTIVES)
+    names = {part.name for row, _ in found for part in parse_row(row).parts}
+    assert names == set(ADVERSARIES) | set(OBJECTIVES) | set(AVERAGES)
+    # As many steps as a field without an override has.
+    full = {"attack.num_steps": 10, "data.validation_size": 8}
     for row, cost in found:
-        full = {"attack.num_steps": 10}  # as many as a field without an override has
         assert round(methods.cost(helpers.make_config(row, full)), 2) == float(cost)
 
 
@@ -133,6 +135,7 @@ STOPPED = {
     "free,eps=16,m=3+ema,decay=0.9": 4,  # after the first of three replays
     "dynamic,eps=16": 5,
     "cfa_trades,eps=16,beta=6": 4,
+    "at,norm=linf,eps=16+generalist,beta=0.4": 10,  # the natural expert's turn, too
 }
 
 

@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     with display.live():
         for path, config in configs.items():
             shown = display.run(f"{config.label}, seed {config.seed}", 0.0, works[path])
-            dataset, which = load_data(config), config.evaluation.checkpoint
+            dataset, which = load_data(config), networks.checkpoints_of(config)[0]
             network = networks.load_network(config, dataset, workdir / path, which)
             split = scoring.evaluated_split(config, dataset)
             split = some_of(split, settings.num_examples)

@@ -145,6 +145,7 @@ def _inputs(
 def _config(workdir: pathlib.Path, arguments: argparse.Namespace) -> "Config":
     """Returns the run's config with the flags written into it."""
     from samrobust.cli.shared import apply_flags
+    from samrobust.experiments.networks import checkpoints_of
     from samrobust.experiments.validation import validate
     from samrobust.experiments.workdir import config_of_run
 
@@ -179,5 +180,6 @@ def _config(workdir: pathlib.Path, arguments: argparse.Namespace) -> "Config":
             radii=attacked,
         )
         config.evaluation[f"{norms[0]}_step"] = step_size / attacked[0]
+    config.evaluation.checkpoint = checkpoints_of(config)[0]
     validate(config)
     return config

@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace, stop: Any) -> int:
       CheckpointError: if the run has no intact checkpoint of that kind.
     """
     from samrobust.experiments.interchange import export_weights
+    from samrobust.experiments.networks import checkpoints_of
     from samrobust.experiments.reporting.console import make_console
     from samrobust.experiments.robustbench import write_bundle
     from samrobust.experiments.workdir import config_of_run
@@ -66,7 +67,7 @@ def run(arguments: argparse.Namespace, stop: Any) -> int:
         "Its PyTorch code is that network's. Use --format=safetensors.",
         **{"model.name": config.model.name},
     )
-    which = arguments.checkpoint or config.evaluation.checkpoint
+    which = arguments.checkpoint or checkpoints_of(config)[0]
     weights = export_weights(config, workdir, which, arguments.step)
     output.parent.mkdir(parents=True, exist_ok=True)
     if kind == "robustbench":

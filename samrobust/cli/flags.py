@@ -156,7 +156,10 @@ SWITCH = {"action": "store_const", "const": True}  # None where it is not given
 CONFIG = {**_kind(_name, "FILE"), "help": "default: %(default)s"}
 ROWS = {**_kind(_name, "ROW"), "action": "append"}
 NORMS = ("linf", "l2")
-CHECKPOINT = {"choices": ("last", "best"), "help": "default: the run's"}
+CHECKPOINT = {
+    "choices": ("last", "best"),
+    "help": "default: as the run; of both, last",
+}
 STEP = {**SIZE, "help": "of the checkpoint; default: the newest"}
 LOSS = {"choices": ("cross_entropy", "margin")}
 PRECISION = {"choices": ("float32", "bfloat16")}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["add", "run"]
 
 _NAME = "autoattack"  # of the table's files
-_SUFFIXES = {"pgd": "", "autoattack": " AA"}  # of the columns, by attack
+_ATTACKS = ("pgd", "autoattack")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     workdir = pathlib.Path(arguments.workdir)
     runs = broadcast_from_primary(
         lambda: {
-            path: {attack: _config(config, attack, arguments) for attack in _SUFFIXES}
+            path: {attack: _config(config, attack, arguments) for attack in _ATTACKS}
             for path, config in finished_runs(workdir, arguments.rows or ()).items()
         }
     )
@@ -95,20 +95,23 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         for path, configs in runs.items():
             config, folder = configs["pgd"], workdir / path
             shown = display.run(f"{config.label}, seed {config.seed}", 0.0, works[path])
-            dataset, which = load_data(config), config.evaluation.checkpoint
-            network = networks.load_network(config, dataset, folder, which)
-            scores = {
-                attack: scorer(configs[attack])(network, folder, shown, should_stop)
-                for attack in _SUFFIXES
-            }
+            dataset, scores = load_data(config), {}
+            for which in networks.checkpoints_of(config):
+                network = networks.load_network(config, dataset, folder, which)
+                pgd, autoattack = (
+                    scorer(configs[attack])(network, folder, shown, should_stop)
+                    for attack in _ATTACKS
+                )
+                scores[which] = autoattack._replace(
+                    accuracy=_columns(pgd.accuracy, autoattack.accuracy),
+                    details={**autoattack.details, "pgd_provenance": pgd.provenance},
+                )
             result = {
-                **scores["autoattack"].as_dict(),
+                **scoring.as_result(scores),
                 "dataset": config.data.name,
                 "row": config.row,
                 "seed": config.seed,
-                "accuracy": _columns({n: s.accuracy for n, s in scores.items()}),
                 "num_test": len(scoring.evaluated_split(config, dataset)),
-                "pgd_provenance": scores["pgd"].provenance,
                 "training_provenance": broadcast_from_primary(
                     lambda folder=folder: training_provenance(folder)
                 ),
@@ -138,14 +141,11 @@ def _config(config: "Config", attack: str, arguments: argparse.Namespace) -> "Co
     return config
 
 
-def _columns(accuracies: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def _columns(
+    pgd: Mapping[str, float], autoattack: Mapping[str, float]
+) -> dict[str, float]:
     """Returns the columns under both attacks: `linf 8/255`, `linf 8/255 AA`."""
-    return {"natural": accuracies["pgd"]["natural"]} | {
-        f"{name}{suffix}": value
-        for attack, suffix in _SUFFIXES.items()
-        for name, value in accuracies[attack].items()
-        if name != "natural"
-    }
+    return {**pgd} | {f"{n} AA": x for n, x in autoattack.items() if n != "natural"}
 
 
 def _conclude(
@@ -155,7 +155,7 @@ def _conclude(
     console: "Console",
 ) -> tuple[pathlib.Path, ...]:
     """Shows and writes the table."""
-    from samrobust.cli.shared import attack_in_words
+    from samrobust.cli.shared import attack_in_words, checkpoint_in_words
     from samrobust.experiments import reporting
     from samrobust.experiments.methods import training_cost
 
@@ -167,7 +167,7 @@ def _conclude(
         rows=list({config.row: config.label for config in configs}.items()),
         passes={config.row: training_cost(config) for config in configs},
         title=f"PGD and AutoAttack on {name}",
-        caption=f"{name}, {pgd.split} images, {pgd.checkpoint} checkpoint, "
+        caption=f"{name}, {pgd.split} images, {checkpoint_in_words(pgd)}, "
         f"{first.model.dtype}. AA: {attack_in_words(autoattack)}; the columns beside "
         f"it: {attack_in_words(pgd)}.",
     )

@@ -14,7 +14,7 @@ from samrobust.evaluation.diagnostics.checks import run_sanity
 from samrobust.evaluation.diagnostics.look import Surrogate, some_of
 from samrobust.evaluation.diagnostics.report import to_sheet, write_report
 from samrobust.experiments import building
-from samrobust.experiments.networks import Trained, load_network
+from samrobust.experiments.networks import Trained, checkpoints_of, load_network
 from samrobust.experiments.reporting.progress import ProgressDisplay
 from samrobust.experiments.scoring import evaluated_split, evaluation_key, until_stopped
 from samrobust.experiments.workdir import config_of_run
@@ -65,7 +65,7 @@ def check_network(
     def surrogate(folder: str, other: Config) -> Surrogate:
         same = other.data.to_dict() == config.data.to_dict()
         images = dataset if same else building.load_data(other)
-        which = other.evaluation.checkpoint
+        which = checkpoints_of(other)[0]
         return Surrogate(*load_network(other, images, pathlib.Path(folder), which)[:2])
 
     with display.live():

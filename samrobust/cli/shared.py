@@ -20,6 +20,7 @@ from samrobust.types import Config
 __all__ = [
     "apply_flags",
     "attack_in_words",
+    "checkpoint_in_words",
     "join",
     "once_per",
     "show_accuracies",
@@ -82,6 +83,12 @@ def attack_in_words(evaluation: Config) -> str:
         f"PGD-{evaluation.num_steps}{restarts} on the {evaluation.loss} loss, "
         f"{evaluation.judge} iterate judged"
     )
+
+
+def checkpoint_in_words(evaluation: Config) -> str:
+    """Names what is judged: `last checkpoint`, or `last and best checkpoint`."""
+    which = evaluation.checkpoint
+    return f"{'last and best' if which == 'both' else which} checkpoint"
 
 
 def show_accuracies(console: Console, name: str, accuracy: Mapping[str, float]) -> None:

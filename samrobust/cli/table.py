@@ -272,7 +272,7 @@ def _show(plan: _Plan, results: list[dict[str, Any]], console: "Console") -> Non
 
 
 def _caption(config: "Config") -> str:
-    from samrobust.cli.shared import attack_in_words
+    from samrobust.cli.shared import attack_in_words, checkpoint_in_words
     from samrobust.experiments.components import model_fields
 
     model, evaluation, size = config.model, config.evaluation, config.data.train_size
@@ -286,5 +286,5 @@ def _caption(config: "Config") -> str:
     return (
         f"{config.data.name}, {images}{evaluation.split} set; {network}, "
         f"{config.training.epochs} epochs, {config.model.dtype}; "
-        f"{attack_in_words(evaluation)}, {evaluation.checkpoint} checkpoint."
+        f"{attack_in_words(evaluation)}, {checkpoint_in_words(evaluation)}."
     )

@@ -147,8 +147,13 @@ def _method_maker(
             chosen["batch_stats"] = "first"
         else:
             options["group_size"] = methods.group_size(config)
-        tx = ascent if is_whole else optax.chain(ascent, *links)
-        return make_train_step(model, tx, **chosen, **options, mesh=data_mesh())
+        tx, mesh = ascent if is_whole else optax.chain(ascent, *links), data_mesh()
+        method = make_train_step(model, tx, **chosen, **options, mesh=mesh)
+        averaging = parts.get("averaging")
+        if averaging is None or averaging.join is None:
+            return method
+        natural = make_train_step(model, optax.chain(*links), averaging=averaging)
+        return averaging.join(method, natural)
 
     return make, starts
 

@@ -28,7 +28,7 @@ from samrobust.training.log import checkpoint_folder, checkpoint_metadata
 from samrobust.training.restoring import read_and_spread
 from samrobust.types import Array, Config, PyTree
 
-__all__ = ["Trained", "load", "load_network", "save_variables"]
+__all__ = ["Trained", "checkpoints_of", "load", "load_network", "save_variables"]
 
 
 class Trained(NamedTuple):
@@ -57,6 +57,17 @@ class Trained(NamedTuple):
         return cast(Array, self.model.apply(self.variables, images, train=False))
 
 
+def checkpoints_of(config: Config) -> tuple[str, ...]:
+    """Returns the checkpoints that a run is judged by.
+
+    Returns:
+      `last`, `best` on the validation images, or both. Where one network is wanted, it
+      is the first.
+    """
+    which = config.evaluation.checkpoint
+    return ("last", "best") if which == "both" else (which,)
+
+
 def load(
     workdir: str | os.PathLike[str],
     *,
@@ -68,7 +79,7 @@ def load(
     Args:
       workdir: of `samrobust train`, or of a row and seed of `samrobust table`.
       checkpoint: `last` or `best` on the validation images; None: the one that the
-        run was evaluated with.
+        run was evaluated with, of both the last.
       step: of the checkpoint; None for the newest.
 
     Raises:
@@ -80,7 +91,7 @@ def load(
     folder = pathlib.Path(workdir)
     config = config_of_run(folder)
     facts = building.load_facts(config)
-    which = checkpoint or config.evaluation.checkpoint
+    which = checkpoint or checkpoints_of(config)[0]
     check_choice(("last", "best"), checkpoint=which)
     return load_network(config, facts, folder, which, step=step)
 
@@ -141,8 +152,9 @@ def _check_is_final(config: Config, folder: pathlib.Path, restored: Restored) ->
     last = lines[-1]["epoch"] == config.training.epochs if lines else False
     is_final = last if folder.name == "last" else True
     wanted = "that of the last epoch"
-    if result.get("checkpoint") == folder.name:
-        wanted, is_final = f"step {result.get('step')}", restored.step == result["step"]
+    if result.get("checkpoint") in (folder.name, "both"):
+        step = result.get(folder.name, result)["step"]
+        wanted, is_final = f"step {step}", restored.step == step
     if not is_final:
         raise CheckpointError(
             f"Expected {wanted} in {folder}, with which the run finished, got step "
@@ -179,10 +191,11 @@ def save_variables(
         state = dataclasses.replace(carry.state, **variables)
         if state.average:
             average = jax.tree.map(
-                lambda old, new: jnp.array(new, old.dtype),
-                state.average,
+                lambda new, old: jnp.array(new, old.dtype),
                 state.variables,
+                state.eval_variables,
             )
+            average = {**state.average, **average}
             state = dataclasses.replace(state, average=average)
         return LoopState(state, carry.totals)
 

@@ -7,7 +7,7 @@ a finished run is read, another one goes on from its last checkpoint.
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from samrobust.data import Dataset, check_padding, fingerprint
 from samrobust.experiments import building, methods, scoring
 from samrobust.experiments.configuration import as_dict, differences
 from samrobust.experiments.identity import Identity, identity_of
-from samrobust.experiments.networks import Trained, load_network
+from samrobust.experiments.networks import Trained, checkpoints_of, load_network
 from samrobust.experiments.tracking import Tracking
 from samrobust.experiments.workdir import (
     OtherConfigError,
@@ -28,7 +28,7 @@ from samrobust.experiments.workdir import (
 from samrobust.system.claims import Claim, ClaimedError, claim
 from samrobust.system.distributed import broadcast_from_primary, lost_a_peer
 from samrobust.system.failures import recording_failure
-from samrobust.system.files import write_sealed
+from samrobust.system.files import read_sealed, write_sealed
 from samrobust.system.provenance import provenance
 from samrobust.training import FitResult, InterruptedRunError, Progress, RunFolder, fit
 from samrobust.training.fit import Validate
@@ -38,6 +38,7 @@ __all__ = ["PlannedRun", "run", "train", "work"]
 
 # What the processes of a run may have each to itself.
 _OWN_FIELDS = ("config.data.data_dir", "config.data.manual_dir")
+_SCORES = "scores.json"  # of the checkpoints judged so far, until there is a result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,19 +126,31 @@ def run(
             should_stop=should_stop,
             may_write=lambda: claims[0].check(),
         )
-        if config.evaluation.checkpoint == "last":
-            model = building.make_model(config, dataset)
-            variables, identity = outcome.state.eval_variables, _identity_in(outcome)
-            network = Trained(model, variables, config, outcome.step, identity)
-        else:
-            network = load_network(config, dataset, workdir, "best")
         evaluate = scoring.Scorer(config, dataset)
-        scored = evaluate(network, workdir, observer, should_stop)
+        images = fingerprint(scoring.evaluated_split(config, dataset))
+        scores = broadcast_from_primary(lambda: _read_scores(workdir, images))
+
+        def keep() -> None:
+            claims[0].check()
+            stored = {which: score._asdict() for which, score in scores.items()}
+            write_sealed(workdir / _SCORES, stored)
+
+        for which in checkpoints_of(config):
+            if which == "last":
+                network = _trained(config, dataset, outcome)
+            else:
+                network = load_network(config, dataset, workdir, which)
+            known = (score for score in scores.values() if score.is_of(network))
+            scores[which] = next(known, None) or evaluate(
+                network, workdir, observer, should_stop
+            )
+            broadcast_from_primary(keep)
 
         def finish() -> dict[str, Any]:
-            result = _describe(config, dataset, outcome, scored)
+            result = _describe(config, dataset, outcome, scores)
             claims[0].check()
             write_sealed(workdir / "result.json", result)
+            (workdir / _SCORES).unlink(missing_ok=True)
             tracking.finish(result["accuracy"])
             return result
 
@@ -196,10 +209,25 @@ def train(
         deterministic=training.deterministic,
         log=log,
         schedules={"learning_rate": schedule},
+        after_epoch=scoring.make_admit(config, dataset),
         validate=validate or scoring.make_validate(config, dataset),
         on_progress=on_progress,
         should_stop=should_stop,
     )
+
+
+def _trained(config: Config, dataset: Dataset, outcome: FitResult) -> Trained:
+    """Returns the network that the training ended with."""
+    model = building.make_model(config, dataset)
+    variables, identity = outcome.state.eval_variables, _identity_in(outcome)
+    return Trained(model, variables, config, outcome.step, identity)
+
+
+def _read_scores(workdir: pathlib.Path, images: str) -> dict[str, scoring.Score]:
+    """Returns the scores on these images that a stop between two has left."""
+    stored = read_sealed(workdir / _SCORES) or {}
+    scores = {which: scoring.Score(**fields) for which, fields in stored.items()}
+    return {which: s for which, s in scores.items() if s.images == images}
 
 
 def _identity_in(outcome: FitResult) -> Identity:
@@ -243,7 +271,10 @@ def _check_same(of_primary: dict[str, Any], ours: dict[str, Any]) -> None:
 
 
 def _describe(
-    config: Config, dataset: Dataset, outcome: FitResult, scored: scoring.Score
+    config: Config,
+    dataset: Dataset,
+    outcome: FitResult,
+    scores: Mapping[str, scoring.Score],
 ) -> dict[str, Any]:
     """Returns the content of `result.json`."""
     return {
@@ -251,7 +282,7 @@ def _describe(
         "row": config.row,
         "label": config.label,
         "seed": config.seed,
-        **scored.as_dict(),
+        **scoring.as_result(scores),
         "run": _identity_in(outcome).as_dict(),
         "num_test": len(scoring.evaluated_split(config, dataset)),
         "split": config.evaluation.split,

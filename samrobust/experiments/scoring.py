@@ -1,34 +1,41 @@
 """Evaluation of a run's network, by the attacks of its config."""
 
+import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 from samrobust.data import Dataset, Split, fingerprint
 from samrobust.evaluation import (
     Archive,
     Evaluator,
     OnBatch,
+    Outcome,
     make_autoattack_evaluator,
     make_evaluator,
     make_skip_broken_evaluator,
 )
-from samrobust.experiments import building
-from samrobust.experiments.networks import Trained
+from samrobust.experiments import building, entries, methods
+from samrobust.experiments.networks import Trained, checkpoints_of
+from samrobust.system.distributed import data_mesh, replicated
 from samrobust.system.provenance import provenance
 from samrobust.system.runtime import RESUME
 from samrobust.training import InterruptedRunError, Progress, TrainState
-from samrobust.types import Config
+from samrobust.training.fit import AfterEpoch
+from samrobust.types import Config, PyTree
 
 __all__ = [
     "Observer",
     "Score",
     "Scorer",
+    "as_result",
     "evaluated_split",
     "evaluation_key",
     "evaluation_work",
+    "make_admit",
     "make_validate",
     "until_stopped",
 ]
@@ -70,10 +77,33 @@ class Score(NamedTuple):
     provenance: dict[str, Any]
     details: dict[str, Any]
 
+    def is_of(self, network: Trained) -> bool:
+        """Returns whether it is the score of this network."""
+        return (self.step, self.identity) == (network.step, network.identity.hash)
+
     def as_dict(self) -> dict[str, Any]:
         """Returns it in JSON's types."""
         fields = self._asdict()
         return fields.pop("details") | fields
+
+
+def as_result(scores: Mapping[str, Score]) -> dict[str, Any]:
+    """Returns what a result says of the checkpoints of a run, in JSON's types.
+
+    Args:
+      scores: by the names of the checkpoints.
+
+    Returns:
+      Of the first, all as it would be alone. Of another, its columns, as in `linf 8/255
+      best`, beside those, and the rest under its name.
+    """
+    (_, first), *others = scores.items()
+    result = first.as_dict()
+    for which, score in others:
+        result[which] = score.as_dict()
+        columns = result[which].pop("accuracy")
+        result["accuracy"] |= {f"{name} {which}": x for name, x in columns.items()}
+    return result
 
 
 class Scorer:
@@ -178,7 +208,8 @@ def evaluation_work(config: Config, dataset: Dataset) -> float:
         attacks = len(evaluation.linf) + len(evaluation.l2)
         attacked = evaluation.restarts * evaluation.num_steps * 2 / 3
         judged = (1 + attacks) / 3 + attacks * attacked
-    return judged * len(evaluated_split(config, dataset))
+    count = len(evaluated_split(config, dataset)) * len(checkpoints_of(config))
+    return judged * count
 
 
 def evaluated_split(config: Config, dataset: Dataset) -> Split:
@@ -195,16 +226,39 @@ def make_validate(
     """
     if len(dataset.validation) == 0:
         return None
-    attacks = building.validation_attacks(config)
-    evaluate = make_evaluator(
-        building.make_model(config, dataset),
-        attacks,
-        batch_size=config.evaluation.batch_size,
-    )
-    key = _key(config, _VALIDATION_STREAM)
+    judge = _make_judge(config, dataset)
 
     def validate(state: TrainState) -> dict[str, float]:
-        accuracy = evaluate(state.eval_variables, dataset.validation, key).accuracy
+        accuracy = judge(state.eval_variables).accuracy
         return {**accuracy, "score": accuracy.get("robust", accuracy["natural"])}
 
     return validate
+
+
+def make_admit(config: Config, dataset: Dataset) -> AfterEpoch | None:
+    """Builds what shows each epoch's worst class to an averaging; None if none asks."""
+    averaging = methods.build(config, entries.Given()).get("averaging")
+    if averaging is None or averaging.admit is None:
+        return None
+    judge, labels = _make_judge(config, dataset), dataset.validation.labels
+    admit = jax.jit(averaging.admit, out_shardings=replicated(data_mesh()))
+
+    def after_epoch(state: TrainState) -> tuple[TrainState, dict[str, float]]:
+        correct = judge(state.variables).correct
+        right = correct.get("robust", correct["natural"])
+        worst = min(float(np.mean(right[labels == k])) for k in np.unique(labels))
+        average = admit(state.average, state.variables, worst)
+        return dataclasses.replace(state, average=average), {"worst_class": 100 * worst}
+
+    return after_epoch
+
+
+def _make_judge(config: Config, dataset: Dataset) -> Callable[[PyTree], Outcome]:
+    """Builds the verdict on variables by the held-out images."""
+    evaluate = make_evaluator(
+        building.make_model(config, dataset),
+        building.validation_attacks(config),
+        batch_size=config.evaluation.batch_size,
+    )
+    key = _key(config, _VALIDATION_STREAM)
+    return lambda variables: evaluate(variables, dataset.validation, key)

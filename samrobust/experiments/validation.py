@@ -22,9 +22,11 @@ from samrobust.checks import (
     check_radius,
     check_real,
     check_whole,
+    count,
     each,
     maybe,
     one_of,
+    share,
     switch,
     text,
 )
@@ -38,7 +40,7 @@ __all__ = ["FIELDS", "fields_of", "validate"]
 _SECTION = (ConfigDict, Mapping)
 _MOST = 3e38  # finite in float32
 _LEAST = 1e-30  # above 0 in float32
-_size, _count = partial(check_whole, 0), partial(check_whole, 1)
+_size = partial(check_whole, 0)
 _seed = partial(check_whole, 0, LARGEST_SEED)
 # PGD judges by the rules that it trains by.
 _pgd = {name: field.rule for name, field in at.ENTRY.fields.items()}
@@ -61,8 +63,8 @@ FIELDS: dict[str, Rule] = {
     "data.data_dir": maybe(check_path),
     "data.manual_dir": maybe(check_path),
     "data.validation_size": _size,
-    "data.train_size": maybe(_count),
-    "data.test_size": maybe(_count),
+    "data.train_size": maybe(count),
+    "data.test_size": maybe(count),
     "data.split_seed": _seed,
     "data.padding": partial(check_whole, 0, 4096),  # less than the images' side
     "data.flip": switch,
@@ -71,8 +73,8 @@ FIELDS: dict[str, Rule] = {
     "model.batch_norm_group": _size,
     "model.mean": maybe(each(partial(check_real, -1e3, 1e3), least=1)),
     "model.std": maybe(each(partial(check_real, 1e-6, 1e6), least=1)),
-    "training.epochs": _count,
-    "training.batch_size": _count,
+    "training.epochs": count,
+    "training.batch_size": count,
     "training.deterministic": switch,
     "training.drop_remainder": switch,
     "training.optimizer": text,
@@ -80,7 +82,7 @@ FIELDS: dict[str, Rule] = {
     "training.schedule": one_of("step", "cosine", "cyclic"),
     "training.milestones": each(partial(check_real, 1e-4, 1)),
     "training.decay_factor": partial(check_real, _LEAST, 1),
-    "training.momentum": partial(check_real, 0, 1),
+    "training.momentum": share,
     "training.weight_decay": partial(check_real, 0, _MOST),
     "training.steps_per_call": _size,
     "evaluation.linf": each(partial(check_radius, "linf")),
@@ -92,11 +94,11 @@ FIELDS: dict[str, Rule] = {
     "evaluation.l2_step": _pgd["relative_step_size.l2"],
     **{f"evaluation.{name}": _pgd[name] for name in _OF_PGD},
     "evaluation.early_stop": switch,
-    "evaluation.batch_size": _count,
+    "evaluation.batch_size": count,
     "evaluation.split": one_of("test", "validation"),
-    "evaluation.checkpoint": one_of("last", "best"),
+    "evaluation.checkpoint": one_of("last", "best", "both"),
     "checkpoint.minutes": partial(check_real, 0, 1e6),
-    "checkpoint.keep": _count,
+    "checkpoint.keep": count,
     "tracking.tensorboard": switch,
     "tracking.wandb": text,
 }
@@ -180,7 +182,13 @@ def _validate_methods(config: Config) -> None:
         fix = f"{name} steps by itself, with the momentum and weight decay of SGD."
         _require(config, holds, f"{optimizer}=sgd with {name}", optimizer, fix=fix)
     if config.row:
-        methods.build(config, entries.Given(grouped=methods.group_size(config) > 0))
+        given = entries.Given(grouped=methods.group_size(config) > 0)
+        averaging = methods.build(config, given).get("averaging")
+        held_out = "data.validation_size"
+        holds = _read(config, held_out) > 0
+        asks = averaging is not None and averaging.admit is not None
+        wanted = f"{held_out} > 0 with an average that epochs are admitted to"
+        _require(config, holds or not asks, wanted, held_out, "row")
 
 
 def _validate_groups(config: Config) -> None:
@@ -220,8 +228,8 @@ def _validate_evaluation(config: Config) -> None:
         f"Set --config.{held_out}, the number of training examples to hold out; the "
         "test set is never used to choose."
     )
-    for name, value in (("split", "validation"), ("checkpoint", "best")):
-        holds = evaluation[name] != value or _read(config, held_out) > 0
+    for name, without in (("split", "test"), ("checkpoint", "last")):
+        holds = evaluation[name] == without or _read(config, held_out) > 0
         wanted = f"{held_out} > 0 for evaluation.{name}"
         _require(config, holds, wanted, held_out, fix=fix)
 

@@ -10,18 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samrobust.checks import check, check_real
+from samrobust.checks import amount, check, check_strength
 from samrobust.sharpness.masks import is_bias
-from samrobust.sharpness.sam import check_strength, of_length
+from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, Entry, Field, PyTree
 
 __all__ = ["ENTRY", "asam"]
-
-
-def _eta(**values: float) -> None:
-    check_real(0, 1e6, **values)
 
 
 def asam(
@@ -60,7 +56,7 @@ def asam(
     >>> updates["kernel"]
     Array([-0.1, -0.1], dtype=float32)
     """
-    _eta(eta=eta)
+    amount(eta=eta)
     check(callable(is_fixed), "is_fixed as a function of a path", is_fixed=is_fixed)
 
     def scale(path: Any, w: Array, g: Array) -> Array:
@@ -78,5 +74,5 @@ def asam(
 ENTRY = Entry(
     asam,
     "ASAM (rho = {rho:g})",
-    fields={"rho": Field(0.0, check_strength), "eta": Field(0.01, _eta)},
+    fields={"rho": Field(0.0, check_strength), "eta": Field(0.01, amount)},
 )

@@ -5,8 +5,8 @@ Reference: github.com/davda54/sam, `adaptive=True`.
 
 import optax
 
+from samrobust.checks import check_strength
 from samrobust.sharpness.asam import asam
-from samrobust.sharpness.sam import check_strength
 from samrobust.types import Array, Entry, Field, PyTree
 
 __all__ = ["ENTRY", "asam_davda"]

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import optax
 
-from samrobust.checks import check_real, one_of
-from samrobust.sharpness.sam import check_strength, of_length
+from samrobust.checks import check_real, check_strength, one_of
+from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm, zeros_as
 from samrobust.sharpness.two_pass import Combine, two_pass
 from samrobust.types import Array, Entry, Field, PyTree

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samrobust.checks import check_real, check_whole
+from samrobust.checks import amount, check_real, count, share
 from samrobust.sharpness.refusals import check_present
 from samrobust.sharpness.state import OffsetState
 from samrobust.sharpness.trees import at_least_float32, norm, width, zeros
@@ -20,16 +20,8 @@ __all__ = ["ENTRY", "entropy_sgd"]
 _KEPT = 0.75  # share of the old mean that an inner step keeps, alpha in the paper
 
 
-def _positive(**values: float) -> None:
-    check_real(0, 1e3, **values)
-
-
 def _rate(**values: float) -> None:
     check_real(1e-12, 1e3, **values)
-
-
-def _steps(**values: int) -> None:
-    check_whole(1, **values)
 
 
 def entropy_sgd(
@@ -82,10 +74,10 @@ def entropy_sgd(
     out, and BatchNorm's running statistics are those of the walk. Their Python port is
     another method: momentum and weight decay act on w too, and gamma does not grow.
     """
-    _positive(gamma=gamma, noise=noise, scoping=scoping, weight_decay=weight_decay)
+    amount(gamma=gamma, noise=noise, scoping=scoping, weight_decay=weight_decay)
     _rate(inner_rate=inner_rate)
-    check_real(0, 1, momentum=momentum)
-    _steps(inner_steps=inner_steps)
+    share(momentum=momentum)
+    count(inner_steps=inner_steps)
     outer = learning_rate if callable(learning_rate) else lambda _: learning_rate
     spread = noise / (0.5 * inner_rate) ** 0.5
 
@@ -158,11 +150,11 @@ ENTRY = Entry(
     entropy_sgd,
     "Entropy-SGD (gamma = {gamma:g})",
     fields={
-        "gamma": Field(0.0, _positive),
-        "inner_steps": Field(20, _steps),
+        "gamma": Field(0.0, amount),
+        "inner_steps": Field(20, count),
         "inner_rate": Field(0.1, _rate),
-        "noise": Field(1e-4, _positive),
-        "scoping": Field(1e-3, _positive),
+        "noise": Field(1e-4, amount),
+        "scoping": Field(1e-3, amount),
     },
     passes=0.0,
 )

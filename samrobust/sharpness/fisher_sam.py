@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samrobust.checks import check_real
+from samrobust.checks import check_real, check_strength
 from samrobust.sharpness.masks import size
-from samrobust.sharpness.sam import check_strength, of_length
+from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, Entry, Field, PyTree

@@ -9,22 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samrobust.checks import check_real
+from samrobust.checks import amount, check_strength, share
 from samrobust.sharpness.masks import restricted, where_given
-from samrobust.sharpness.sam import check_strength, of_length
+from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, Entry, Field, PyTree
 
 __all__ = ["ENTRY", "friendly_sam"]
-
-
-def _sigma(**values: float) -> None:
-    check_real(0, 1e3, **values)
-
-
-def _decay(**values: float) -> None:
-    check_real(0, 1, **values)
 
 
 def friendly_sam(
@@ -58,8 +50,8 @@ def friendly_sam(
     nblt/F-SAM. *Our deviation*: no 1e-12 is added to the norm, zero is treated exactly
     instead, and where g = 0 the weights stay although m may be another.
     """
-    _sigma(sigma=sigma)
-    _decay(lmbda=lmbda)
+    amount(sigma=sigma)
+    share(lmbda=lmbda)
 
     def init(params: PyTree) -> PyTree:
         return jax.tree.map(jnp.zeros_like, params)
@@ -91,7 +83,7 @@ ENTRY = Entry(
     "Friendly SAM (rho = {rho:g})",
     fields={
         "rho": Field(0.0, check_strength),
-        "sigma": Field(1.0, _sigma),
-        "lmbda": Field(0.9, _decay),
+        "sigma": Field(1.0, amount),
+        "lmbda": Field(0.9, share),
     },
 )

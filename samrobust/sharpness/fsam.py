@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samrobust.checks import check_real, check_whole
+from samrobust.checks import check_strength, count, share
 from samrobust.sharpness.masks import (
     is_bias,
     largest,
@@ -20,20 +20,12 @@ from samrobust.sharpness.masks import (
     size,
     where_given,
 )
-from samrobust.sharpness.sam import check_strength, of_length
+from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm, zeros
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, Entry, Field, PyTree
 
 __all__ = ["ENTRY", "fsam"]
-
-
-def _share(**values: float) -> None:
-    check_real(0, 1, **values)
-
-
-def _steps(**values: int) -> None:
-    check_whole(1, **values)
 
 
 def fsam(
@@ -70,8 +62,8 @@ def fsam(
     the norm, zero is treated exactly instead; LayerNorm is outside as BatchNorm is. It
     is not "Friendly SAM", also called F-SAM.
     """
-    _share(keep_ratio=keep_ratio)
-    _steps(every=every)
+    share(keep_ratio=keep_ratio)
+    count(every=every)
 
     def init(params: PyTree) -> PyTree:
         return jax.tree.map(lambda w: zeros(w.shape, jnp.bool, w), params)
@@ -121,7 +113,7 @@ ENTRY = Entry(
     "FSAM (rho = {rho:g})",
     fields={
         "rho": Field(0.0, check_strength),
-        "keep_ratio": Field(0.1, _share),
-        "every": Field(100, _steps),
+        "keep_ratio": Field(0.1, share),
+        "every": Field(100, count),
     },
 )

@@ -6,17 +6,13 @@ Reference: Zhuang et al. (2022), arXiv 2203.08065, Algorithm 1.
 import jax
 import optax
 
-from samrobust.checks import check_real
-from samrobust.sharpness.sam import check_strength, of_length
+from samrobust.checks import amount, check_strength
+from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import cosine, norm
 from samrobust.sharpness.two_pass import second, two_pass
 from samrobust.types import Array, Entry, Field, PyTree
 
 __all__ = ["ENTRY", "gsam"]
-
-
-def _alpha(**values: float) -> None:
-    check_real(0, 1e3, **values)
 
 
 def gsam(
@@ -47,7 +43,7 @@ def gsam(
     its own gradients, as each of their devices does, but the mean descends, not the
     sum.
     """
-    _alpha(alpha=alpha)
+    amount(alpha=alpha)
 
     def ascend(grads: PyTree, params: PyTree, rho: Array) -> PyTree:
         del params
@@ -71,5 +67,5 @@ def gsam(
 ENTRY = Entry(
     gsam,
     "GSAM (rho = {rho:g})",
-    fields={"rho": Field(0.0, check_strength), "alpha": Field(0.4, _alpha)},
+    fields={"rho": Field(0.0, check_strength), "alpha": Field(0.4, amount)},
 )

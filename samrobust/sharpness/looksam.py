@@ -10,22 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samrobust.checks import check_real, check_whole
+from samrobust.checks import amount, check_strength, count
 from samrobust.sharpness.refusals import check_present, is_off
-from samrobust.sharpness.sam import check_strength, of_length, sam
+from samrobust.sharpness.sam import of_length, sam
 from samrobust.sharpness.state import last_metrics
 from samrobust.sharpness.trees import at_least_float32, cosine, mean_of_groups, norm
 from samrobust.types import Array, Entry, Field, PyTree
 
 __all__ = ["ENTRY", "LookSamState", "looksam"]
-
-
-def _alpha(**values: float) -> None:
-    check_real(0, 1e3, **values)
-
-
-def _steps(**values: int) -> None:
-    check_whole(1, **values)
 
 
 class LookSamState(NamedTuple):
@@ -75,8 +67,8 @@ def looksam(
     as in the authors' README, yong-6/LookSAM. Ports that project each tensor by itself
     are another method.
     """
-    _steps(k=k)
-    _alpha(alpha=alpha)
+    count(k=k)
+    amount(alpha=alpha)
     full = sam(rho, aux=aux, grouped=grouped)
     if k == 1 or is_off(rho):
         return full
@@ -142,8 +134,8 @@ ENTRY = Entry(
     "LookSAM (rho = {rho:g})",
     fields={
         "rho": Field(0.0, check_strength),
-        "k": Field(10, _steps),
-        "alpha": Field(0.7, _alpha),
+        "k": Field(10, count),
+        "alpha": Field(0.7, amount),
     },
     passes=_passes,
 )

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from samrobust.checks import check_strength
 from samrobust.sharpness.refusals import check_present, check_rho, check_scheduled
-from samrobust.sharpness.sam import check_strength, of_length
+from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.state import OffsetState, shifted
 from samrobust.sharpness.trees import at_least_float32, norm, width, zeros
 from samrobust.types import Array, Entry, Field, PyTree

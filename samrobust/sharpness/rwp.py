@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samrobust.checks import check, check_real, check_whole
+from samrobust.checks import amount, check, check_real, count
 from samrobust.sharpness.awp import FIELDS, decay_at_the_moved
 from samrobust.sharpness.refusals import check_present
 from samrobust.sharpness.sam import of_length
@@ -19,14 +19,6 @@ from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, Entry, Field, PyTree
 
 __all__ = ["ENTRY", "rwp"]
-
-
-def _threshold(**values: float) -> None:
-    check_real(0, 1e6, **values)
-
-
-def _steps(**values: int) -> None:
-    check_whole(1, **values)
 
 
 def rwp(
@@ -67,8 +59,8 @@ def rwp(
     all tensors. *Our deviation*: the learning rate of their ascent, which the ratio
     takes out again, is left out, and no 1e-20 is added to a norm.
     """
-    _threshold(threshold=threshold)
-    _steps(num_steps=num_steps)
+    amount(threshold=threshold)
+    count(num_steps=num_steps)
     check_real(0, 3e38, weight_decay=weight_decay)
     fix = "Train with the whole batch as one group."
     check(not grouped, "no groups of examples with rwp", fix, grouped=grouped)
@@ -118,8 +110,8 @@ ENTRY = Entry(
     "RWP (gamma = {gamma:g})",
     fields={
         **FIELDS,
-        "threshold": Field(1.7, _threshold),
-        "num_steps": Field(10, _steps),
+        "threshold": Field(1.7, amount),
+        "num_steps": Field(10, count),
     },
     passes=_passes,
 )

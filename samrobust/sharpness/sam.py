@@ -3,18 +3,16 @@
 Reference: Foret et al. (2021), arXiv 2010.01412, equations (2) and (3).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
-from samrobust.checks import check, check_real
+from samrobust.checks import check_strength
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, Entry, Field, PyTree
 
-__all__ = ["ENTRY", "check_strength", "of_length", "sam"]
+__all__ = ["ENTRY", "of_length", "sam"]
 
 
 def sam(
@@ -65,14 +63,6 @@ def of_length(rho: Array, tree: PyTree, length: Array) -> PyTree:
     return jax.tree.map(
         lambda leaf: scale.astype(jnp.finfo(leaf.dtype).dtype) * leaf, tree
     )
-
-
-def check_strength(**values: Any) -> None:
-    """Refuses strengths, except 0, that are lost in float32's rounding of weights."""
-    check_real(0, 1e3, **values)
-    for name, value in values.items():
-        rounds_away = 0 < value < 1e-5
-        check(not rounds_away, f"1e-05 <= {name}", "0 is off.", **{name: value})
 
 
 ENTRY = Entry(sam, "SAM (rho = {rho:g})", fields={"rho": Field(0.0, check_strength)})

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import optax
 
-from samrobust.checks import check
+from samrobust.checks import check, check_strength
 from samrobust.sharpness.masks import live, masked, normalizations
-from samrobust.sharpness.sam import check_strength, of_length
+from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, Entry, Field, PyTree

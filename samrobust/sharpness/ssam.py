@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samrobust.checks import check_choice, check_real, check_whole, one_of
+from samrobust.checks import check_choice, check_strength, count, one_of, share
 from samrobust.sharpness.masks import (
     largest,
     live,
@@ -21,20 +21,12 @@ from samrobust.sharpness.masks import (
     where_given,
 )
 from samrobust.sharpness.refusals import check_present
-from samrobust.sharpness.sam import check_strength, of_length
+from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import at_least_float32, norm, zeros
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, Entry, Field, PyTree
 
 __all__ = ["ENTRY", "ssam"]
-
-
-def _fraction(**values: float) -> None:
-    check_real(0, 1, **values)
-
-
-def _count(**values: int) -> None:
-    check_whole(1, **values)
 
 
 def ssam(
@@ -90,9 +82,9 @@ def ssam(
     treated exactly instead.
     """
     check_choice(("fisher", "dynamic"), mask=mask)
-    _fraction(sparsity=sparsity, drop_rate=drop_rate)
+    share(sparsity=sparsity, drop_rate=drop_rate)
     counts = {"every": every, "num_samples": num_samples}
-    _count(**counts, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    count(**counts, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     period = every * steps_per_epoch
     if mask == "fisher":
         before, after = _fisher(sparsity, period, num_samples), _unchanged
@@ -232,9 +224,9 @@ ENTRY = Entry(
     fields={
         "mask": Field("fisher", one_of("fisher", "dynamic")),
         "rho": Field(0.0, check_strength),
-        "sparsity": Field(0.5, _fraction),
-        "every": Field(1, _count),
-        "num_samples": Field(16, _count),
-        "drop_rate": Field(0.5, _fraction),
+        "sparsity": Field(0.5, share),
+        "every": Field(1, count),
+        "num_samples": Field(16, count),
+        "drop_rate": Field(0.5, share),
     },
 )

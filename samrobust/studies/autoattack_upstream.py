@@ -30,7 +30,7 @@ from pyautoattack import AutoAttack
 from samrobust.data import Dataset, Split
 from samrobust.evaluation import make_autoattack_evaluator
 from samrobust.experiments import building
-from samrobust.experiments.networks import load_network
+from samrobust.experiments.networks import checkpoints_of, load_network
 from samrobust.experiments.workdir import config_of_run
 from samrobust.studies.bench.twin.network import TwinResNet, from_jax
 from samrobust.system.files import append_json_line
@@ -113,7 +113,7 @@ def _load(
     config.evaluation.update(linf=(), l2=(), attack="autoattack")
     config.evaluation[arguments.norm] = (arguments.epsilon,)
     dataset = building.load_data(config)
-    which = config.evaluation.checkpoint
+    which = checkpoints_of(config)[0]
     variables = load_network(config, dataset, run, which).variables
     return config, dataset, variables
 

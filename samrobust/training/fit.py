@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 Validate = Callable[[TrainState], dict[str, float]]
+AfterEpoch = Callable[[TrainState], tuple[TrainState, dict[str, float]]]
 
 
 class InterruptedRunError(RuntimeError):
@@ -104,6 +105,7 @@ def fit(
     deterministic: bool = False,
     log: RunLog | None = None,
     schedules: Mapping[str, optax.Schedule] | None = None,
+    after_epoch: AfterEpoch | None = None,
     validate: Validate | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -130,7 +132,10 @@ def fit(
         None: in memory, and no checkpoints.
       schedules: functions of the step, by name; the log records their values at the
         last step of each epoch.
-      validate: called after each epoch with the state; its `score` (higher is better)
+      after_epoch: called after each epoch with the state, for what no step can do;
+        returns the state to go on with, in shapes and placement alike, and numbers for
+        the epoch's line, which begin with `validation_` there. Pure.
+      validate: called thereafter with the state; its `score` (higher is better)
         decides which state is kept as the best one.
       on_progress: called after each call of the device.
       should_stop: called as often; if true, the state is saved and the run stops. It
@@ -179,7 +184,7 @@ def fit(
         carry = kept.restore(fresh, mesh, plan.num_steps * epochs)
         run = _Run(
             *(earlier, epochs, plan, runner, zeros, kept, schedules or {}),
-            *(validate, on_progress, should_stop),
+            *(after_epoch, validate, on_progress, should_stop),
         )
         return run.to_the_end(carry)
 
@@ -230,6 +235,7 @@ class _Run:
     zero_sums: MetricSums
     log: RunLog
     schedules: Mapping[str, optax.Schedule]
+    after_epoch: AfterEpoch | None
     validate: Validate | None
     on_progress: Callable[[Progress], None]
     should_stop: Callable[[], bool]
@@ -292,12 +298,17 @@ class _Run:
         totals = jax.device_get(carry.totals)
         self.log.check_finite(totals)
         line = self._summarize(totals, step, time.monotonic() - started)
-        carry = LoopState(carry.state, jax.tree.map(jnp.copy, self.zero_sums))
+        state, found = carry.state, {}
+        if self.after_epoch is not None:
+            self._report("validating", step)
+            state, found = self.after_epoch(state)
+        carry = LoopState(state, jax.tree.map(jnp.copy, self.zero_sums))
         if self.validate is not None:
             self._report("validating", step)
-            scores = self.validate(carry.state)
+            scores = self.validate(state)
             self.log.keep_best(carry, step, scores)
-            line |= {f"validation_{name}": score for name, score in scores.items()}
+            found |= scores
+        line |= {f"validation_{name}": number for name, number in found.items()}
         self.log.append(line)
         self._report("training", step)
         self._pause(carry, step, 0.0)

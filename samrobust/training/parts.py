@@ -9,7 +9,7 @@ is an optax transformation, see `samrobust.sharpness`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from samrobust.attacks.losses import cross_entropy
 from samrobust.checks import check
@@ -109,13 +109,23 @@ class Averaging(NamedTuple):
     """Weights that are evaluated in place of the last ones.
 
     Attributes:
-      init: `variables -> average`, of parameters and statistics, both trees alike.
+      init: `variables -> average`, of parameters and statistics. The average is a dict
+        with trees alike under the names of the variables; under other names it keeps
+        what else it remembers.
       update: `(average, variables, step) -> average`, after each step; `step` is the
         number of steps before it, int32.
+      admit: if given, `(average, variables, worst) -> average`, after each epoch (see
+        `after_epoch` of `samrobust.training.fit`); `worst` is the accuracy, in [0, 1],
+        of the trained variables on the held-out images of their worst class.
+      join: if given, `(method, natural) -> method`, for one that averages over two:
+        from a method and from standard training, both with this averaging, it makes
+        the `samrobust.training.Method` that trains both.
     """
 
     init: Callable[[PyTree], PyTree]
     update: Callable[[PyTree, PyTree, Array], PyTree]
+    admit: Callable[[PyTree, PyTree, Array], PyTree] | None = None
+    join: Callable[[Any, Any], Any] | None = None
 
 
 AdversaryLike: TypeAlias = "Adversary | Attack"

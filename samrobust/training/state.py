@@ -21,7 +21,8 @@ class TrainState:
       batch_stats: BatchNorm's running statistics, likewise; {} of a network without.
       opt_state: of the optax chain.
       adversary: the adversary's state; () without a memory.
-      average: of `variables`, as the averaging keeps it; () without one.
+      average: of `variables`, by their names, and what else the averaging remembers; ()
+        without one.
     """
 
     step: Array
@@ -39,4 +40,4 @@ class TrainState:
     @property
     def eval_variables(self) -> dict[str, PyTree]:
         """The evaluated variables: the average where there is one."""
-        return self.average or self.variables
+        return {name: (self.average or self.variables)[name] for name in self.variables}

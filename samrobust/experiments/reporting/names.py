@@ -2,16 +2,23 @@
 
 A row is `"st"`, `"sam,rho=0.2"`, `"at,norm=linf,eps=8+sam,rho=0.1"`; a column is
 `"natural"` or a norm and a radius in 1/255, `"linf 1/255"`, and where there are several
-attacks the name of one, `"linf 1/255 AA"`.
+attacks the name of one, `"linf 1/255 AA"`, or several checkpoints, `"natural best"`.
 """
 
 import re
 
 from samrobust.checks import check
 
-__all__ = ["column_norm", "column_order", "family", "short_column", "short_label"]
+__all__ = [
+    "column_norm",
+    "column_order",
+    "family",
+    "short_column",
+    "short_label",
+    "split_column",
+]
 
-_COLUMN = re.compile(r"(\w+) (\d+(?:\.\d+)?)/255(?: (\S.*))?")
+_COLUMN = re.compile(r"(natural|(\w+) (\d+(?:\.\d+)?)/255)(?: (\S.*))?")
 _NORMS = ("natural", "linf", "l2")
 
 
@@ -28,16 +35,23 @@ def family(row: str) -> str:
     return " ".join(["+".join(own), *re.findall(r"norm=(\w+)", row)])
 
 
-def _parse(column: str) -> tuple[str, float, str]:
-    """Returns the norm, the radius in 1/255 and the attack, if named, of a column."""
-    if column == "natural":
-        return column, 0.0, ""
+def _match(column: str) -> re.Match[str]:
     condition = "a column named 'natural' or '<norm> <radius>/255'"
     fix = "Name it as in 'linf 8/255', or 'linf 8/255 AA' with the attack."
     match = _COLUMN.fullmatch(column)
     check(match is not None, condition, fix, column=column)
     assert match is not None
-    return match[1], float(match[2]), match[3] or ""
+    return match
+
+
+def split_column(column: str) -> tuple[str, str]:
+    """Returns a column's perturbation, and the attack and checkpoint if it names them.
+
+    >>> split_column("linf 8/255 AA best"), split_column("natural")
+    (('linf 8/255', 'AA best'), ('natural', ''))
+    """
+    match = _match(column)
+    return match[1], match[4] or ""
 
 
 def column_norm(column: str) -> str:
@@ -46,21 +60,23 @@ def column_norm(column: str) -> str:
     >>> column_norm("linf 8/255")
     'linf'
     """
-    return _parse(column)[0]
+    match = _match(column)
+    return match[2] or match[1]
 
 
 def column_order(column: str) -> tuple[int, str, float, str]:
-    """Returns the key that sorts columns: natural, linf, l2, others; radius; attack.
+    """Returns the key that sorts columns: natural, linf, l2, others; radius; the rest.
 
     >>> sorted(["l2 32/255", "l2 4/255 AA", "natural", "l2 4/255"], key=column_order)
     ['natural', 'l2 4/255', 'l2 4/255 AA', 'l2 32/255']
 
     Raises:
-      ValueError: unless the column is `natural` or `<norm> <radius>/255[ <attack>]`.
+      ValueError: unless the column is `natural` or `<norm> <radius>/255`, and what
+        follows either, such as ` AA`, is set off by a space.
     """
-    norm, radius, attack = _parse(column)
+    norm, (_, rest) = column_norm(column), split_column(column)
     rank = _NORMS.index(norm) if norm in _NORMS else len(_NORMS)
-    return rank, norm, radius, attack
+    return rank, norm, float(_match(column)[3] or 0), rest
 
 
 def short_column(column: str) -> str:

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from samrobust.experiments.reporting.names import column_norm, short_column
+from samrobust.experiments.reporting.names import short_column, split_column
 from samrobust.experiments.reporting.table import Table, TableRow
 from samrobust.system.files import write_bytes
 
@@ -210,11 +210,11 @@ def _marks(table: Table) -> list["Line2D"]:
 
 def _panel_title(column: str) -> str:
     """Returns a column's name in symbols, on two lines."""
-    norm = column_norm(column)
-    if norm == "natural":
-        return "natural\nno attack"
-    _, radius, *attack = short_column(column).split(" ", 2)
-    return f"{in_symbols(norm)} {' '.join(attack) or 'attack'}\nε = {radius}/255"
+    perturbation, rest = split_column(column)
+    if perturbation == "natural":
+        return f"{perturbation} {rest}".strip() + "\nno attack"
+    norm, radius = short_column(perturbation).split(" ")
+    return f"{in_symbols(norm)} {rest or 'attack'}\nε = {radius}/255"
 
 
 def _row_label(row: TableRow) -> str:

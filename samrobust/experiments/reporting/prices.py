@@ -70,7 +70,7 @@ def _drawn(table: Table) -> list[TableRow]:
 
 def _columns(table: Table) -> list[str]:
     """Returns of each norm the smallest radius under the attack that leaves least."""
-    robust = [c for c in table.columns if c != "natural"]
+    robust = [c for c in table.columns if column_norm(c) != "natural"]
     chosen = []
     for _, columns in itertools.groupby(robust, key=column_norm):
         by_radius = itertools.groupby(columns, key=lambda c: column_order(c)[2])

@@ -15,7 +15,11 @@ from rich.measure import Measurement
 from rich.table import Table as Grid
 from rich.text import Text
 
-from samrobust.experiments.reporting.names import short_column, short_label
+from samrobust.experiments.reporting.names import (
+    short_column,
+    short_label,
+    split_column,
+)
 from samrobust.experiments.reporting.notes import legend, notes, sampling_error, signed
 from samrobust.experiments.reporting.pictures import draw_table, write_figure
 from samrobust.experiments.reporting.prices import draw_prices, has_prices
@@ -181,9 +185,8 @@ def _count(passes: float | None) -> str:
 
 
 def _two_lines(column: str) -> str:
-    """Returns a column's short name, the attack's on a line of its own."""
-    words = short_column(column).split(" ", 2)
-    return "\n".join([" ".join(words[:2]), *words[2:]])
+    """Returns a column's short name, that of attack and checkpoint on its own line."""
+    return "\n".join(filter(None, map(short_column, split_column(column))))
 
 
 def _cells(table: Table, column: str, layout: _Layout, sign: str) -> list[Text]:

@@ -114,7 +114,8 @@ class Table:
       num_test: the number of test images behind every accuracy.
       columns: natural first, then linf and l2, each by radius.
       rows: in the order of the config, the unfinished ones too.
-      runs: of every run its row, seed, identity, step, images, seconds, provenance.
+      runs: of every run its row, seed, identity, step, images, seconds, provenance;
+        with two checkpoints also what `best` is.
     """
 
     title: str
@@ -228,7 +229,7 @@ def summarize(
         return TableRow(name, label, seeds, cells, counted, *cost)
 
     kept = (
-        *("row", "seed", "identity", "step", "images"),
+        *("row", "seed", "identity", "step", "images", "best"),
         *("training_seconds", "step_seconds", "provenance"),
         *("pgd_provenance", "training_provenance"),
     )

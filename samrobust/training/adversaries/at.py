@@ -14,7 +14,7 @@ from samrobust.checks import (
     check_choice,
     check_radius,
     check_real,
-    check_whole,
+    count,
     one_of,
     switch,
 )
@@ -27,6 +27,8 @@ __all__ = [
     "PGD_FIELDS",
     "at",
     "attack_passes",
+    "check_alpha",
+    "check_extent",
     "check_options",
     "check_steps",
     "make_ball",
@@ -38,8 +40,14 @@ STEP = (1e-4, 10.0)
 _MOST = 3e38  # finite in float32
 
 
-def _fraction(**values: Any) -> None:
+def check_alpha(**values: Any) -> None:
+    """Refuses a step, in radii, that is lost in rounding or leaves every ball."""
     check_real(*STEP, **values)
+
+
+def check_extent(**values: Any) -> None:
+    """Refuses a length, in radii, that is negative or leaves every ball."""
+    check_real(0, STEP[1], **values)
 
 
 def _radius(**values: Any) -> None:
@@ -50,19 +58,15 @@ def _floor(**values: Any) -> None:
     check_real(0, 1e-3, **values)  # the reference code's 1e-10 times a batch below 1e7
 
 
-def _count(**values: Any) -> None:
-    check_whole(1, **values)
-
-
 # The fields of every attack by PGD in training; radii and steps in 1/255 units.
 PGD_FIELDS: Mapping[str, Field] = {
     "norm": Field("linf", one_of("linf", "l2")),
     "epsilon": Field(0.0, _radius),
     # A step as a fraction of epsilon, by norm; `step_size` follows.
-    "relative_step_size.linf": Field(0.25, _fraction),
-    "relative_step_size.l2": Field(0.125, _fraction),
+    "relative_step_size.linf": Field(0.25, check_alpha),
+    "relative_step_size.l2": Field(0.125, check_alpha),
     "step_size": Field(0.0, _radius),
-    "num_steps": Field(10, _count),
+    "num_steps": Field(10, count),
     # How the attacked network normalizes: by the batch (train) or running statistics.
     "batch_norm": Field("train", one_of("train", "eval")),
     # Added to the norm of an example's gradient in l2 steps; the reference code's
@@ -157,7 +161,7 @@ ENTRY = Entry(
     fields={
         **PGD_FIELDS,
         "random_start": Field(True, switch),
-        "restarts": Field(1, _count),  # each example keeps its worst case
+        "restarts": Field(1, count),  # each example keeps its worst case
         "loss": Field("cross_entropy", one_of(*LOSSES)),
         "judge": Field("final", one_of("final", "any")),  # which iterate is taken
         "start": START,

@@ -12,22 +12,19 @@ import jax.numpy as jnp
 
 from samrobust import attacks
 from samrobust.attacks import linf
-from samrobust.checks import check_radius, check_real, check_whole
-from samrobust.training.adversaries.at import PGD_FIELDS, attack_passes
-from samrobust.training.adversaries.fgsm_rs import check_alpha, check_option
+from samrobust.checks import check_radius, count, share
+from samrobust.training.adversaries.at import (
+    PGD_FIELDS,
+    attack_passes,
+    check_alpha,
+    check_extent,
+)
+from samrobust.training.adversaries.fgsm_rs import check_option
 from samrobust.training.parts import Adversary
 from samrobust.training.phases import first_epoch
 from samrobust.types import Array, Attack, Entry, Field, LogitsFn, PyTree
 
 __all__ = ["ENTRY", "FIELDS", "ClassRates", "cfa", "class_wise"]
-
-
-def _base(**values: float) -> None:
-    check_real(0, 10, **values)
-
-
-def _begin(**values: float) -> None:
-    check_real(0, 1, **values)
 
 
 class ClassRates(NamedTuple):
@@ -72,7 +69,7 @@ def class_wise(
       The adversary, with a `ClassRates`; and the function from that, a base and a
       strength to the strength of each class, [K].
     """
-    check_whole(1, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    count(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     first = max(1, first_epoch(begin, total_steps // steps_per_epoch))
 
     def of_classes(state: ClassRates, base: float, strength: float) -> Array:
@@ -121,9 +118,8 @@ def cfa(
     """Builds class-wise calibrated margins: PGD in a ball of radius eps (base + R_k).
 
     R_k is the robust accuracy of class k on the images trained on, over the epoch
-    before. Costs what PGD does, 2/3 of a pass with weight gradients a step. Fairness
-    aware weight averaging (FAWA), which wants validation between epochs, is left out;
-    `ema` and `swa` join.
+    before. Costs what PGD does, 2/3 of a pass with weight gradients a step. The
+    authors' third part, fairness-aware weight averaging, joins as `fawa`.
 
     Args:
       epsilon: radius in 1/255 units, in the l-inf norm.
@@ -149,8 +145,8 @@ def cfa(
     """
     check_radius("linf", epsilon=epsilon)
     check_alpha(alpha=alpha)
-    _base(base=base)
-    _begin(begin=begin)
+    check_extent(base=base)
+    share(begin=begin)
     radius = epsilon / 255
 
     def make_attack(radii: Array) -> Attack:
@@ -171,8 +167,8 @@ FIELDS = {
     "epsilon": PGD_FIELDS["epsilon"],
     "alpha": Field(0.25, check_alpha),
     "num_steps": PGD_FIELDS["num_steps"],
-    "base": Field(0.5, _base),
-    "begin": Field(0.05, _begin),
+    "base": Field(0.5, check_extent),
+    "begin": Field(0.05, share),
     "batch_norm": PGD_FIELDS["batch_norm"],
 }
 ENTRY = Entry(

@@ -11,19 +11,15 @@ from samrobust.attacks.balls import into_set
 from samrobust.attacks.calls import Call, attack_of
 from samrobust.attacks.losses import cross_entropy
 from samrobust.attacks.per_example import spread
-from samrobust.checks import check_radius, check_real, check_whole
-from samrobust.training.adversaries.at import PGD_FIELDS, attack_passes
-from samrobust.training.adversaries.fgsm_rs import check_alpha, check_option
+from samrobust.checks import amount, check_radius, check_real, count
+from samrobust.training.adversaries.at import PGD_FIELDS, attack_passes, check_alpha
+from samrobust.training.adversaries.fgsm_rs import check_option
 from samrobust.training.parts import Adversary
 from samrobust.types import Array, Entry, Field, LogitsFn, PyTree
 
 __all__ = ["ENTRY", "dynamic", "first_order_condition"]
 
 _BOX = (0.0, 1.0)
-
-
-def _bound(**values: float) -> None:
-    check_real(0, 1e6, **values)
 
 
 def _end(**values: float) -> None:
@@ -85,9 +81,9 @@ def dynamic(
     """
     check_radius("linf", epsilon=epsilon)
     check_alpha(alpha=alpha)
-    _bound(c_max=c_max)
+    amount(c_max=c_max)
     _end(end=end)
-    check_whole(1, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    count(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     radius = epsilon / 255
     ball, step_size = linf(radius), alpha * radius
     pieces = staged_pgd(ball, step_size=step_size, num_steps=num_steps)
@@ -127,7 +123,7 @@ ENTRY = Entry(
         "epsilon": PGD_FIELDS["epsilon"],
         "alpha": Field(0.25, check_alpha),
         "num_steps": PGD_FIELDS["num_steps"],
-        "c_max": Field(0.5, _bound),
+        "c_max": Field(0.5, amount),
         "end": Field(100 / 120, _end),
         "batch_norm": PGD_FIELDS["batch_norm"],
     },

@@ -8,18 +8,13 @@ from typing import Any
 
 from samrobust import attacks
 from samrobust.attacks import linf
-from samrobust.checks import check_radius, check_real
-from samrobust.training.adversaries.at import PGD_FIELDS
+from samrobust.checks import check_radius
+from samrobust.training.adversaries.at import PGD_FIELDS, check_alpha
 from samrobust.training.parts import Adversary, as_adversary
 from samrobust.training.phases import START
 from samrobust.types import Entry, Field
 
-__all__ = ["ENTRY", "ONE_STEP", "check_alpha", "check_option", "fgsm_rs", "one_step"]
-
-
-def check_alpha(**values: float) -> None:
-    """Refuses a step, in radii, that is lost in rounding or leaves every ball."""
-    check_real(1e-4, 10, **values)
+__all__ = ["ENTRY", "ONE_STEP", "check_option", "fgsm_rs", "one_step"]
 
 
 def check_option(eps: float, **_: Any) -> None:

@@ -5,17 +5,13 @@ Reference: Shafahi et al. (2019), arXiv 1904.12843, Algorithm 1.
 
 import jax.numpy as jnp
 
-from samrobust.checks import check_radius, check_whole
+from samrobust.checks import check_radius, count
 from samrobust.training.adversaries.at import PGD_FIELDS
 from samrobust.training.adversaries.fgsm_rs import check_option
 from samrobust.training.parts import Adversary
 from samrobust.types import Array, Entry, Field, LogitsFn, PyTree
 
 __all__ = ["ENTRY", "free"]
-
-
-def _replays(**values: int) -> None:
-    check_whole(1, **values)
 
 
 def free(epsilon: float) -> Adversary:
@@ -72,6 +68,6 @@ ENTRY = Entry(
     "Free-AT (eps = {eps:g}/255, m = {m})",
     options={"eps": "epsilon", "m": "replays"},
     # Steps in a row that a batch is trained on; all batches are full ones then.
-    fields={"epsilon": PGD_FIELDS["epsilon"], "replays": Field(8, _replays)},
+    fields={"epsilon": PGD_FIELDS["epsilon"], "replays": Field(8, count)},
     check=check_option,
 )

@@ -5,21 +5,13 @@ Reference: de Jorge et al. (2022), arXiv 2202.01181, Algorithm 1.
 
 from samrobust import attacks
 from samrobust.attacks import draws, linf
-from samrobust.checks import check_radius, check_real
-from samrobust.training.adversaries.fgsm_rs import (
-    ONE_STEP,
-    check_alpha,
-    check_option,
-    one_step,
-)
+from samrobust.checks import check_radius
+from samrobust.training.adversaries.at import check_alpha, check_extent
+from samrobust.training.adversaries.fgsm_rs import ONE_STEP, check_option, one_step
 from samrobust.training.parts import Adversary, as_adversary
 from samrobust.types import Array, Entry, Field
 
 __all__ = ["ENTRY", "nfgsm"]
-
-
-def _noise(**values: float) -> None:
-    check_real(0, 10, **values)
 
 
 def nfgsm(
@@ -45,7 +37,7 @@ def nfgsm(
     deviation*: the attack's pass does not update BatchNorm's running statistics.
     """
     check_radius("linf", epsilon=epsilon)
-    _noise(noise=noise)
+    check_extent(noise=noise)
     check_alpha(alpha=alpha)
     radius = epsilon / 255
 
@@ -65,7 +57,7 @@ ENTRY = Entry(
     fields={
         **ONE_STEP,
         "alpha": Field(1.0, check_alpha),
-        "noise": Field(2.0, _noise),
+        "noise": Field(2.0, check_extent),
     },
     attack_passes=one_step,
     check=check_option,

@@ -4,18 +4,16 @@ Reference: Polyak and Juditsky (1992); for adversarial training Rebuffi et al. (
 arXiv 2103.01946, Section 4.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from samrobust.checks import check_real
+from samrobust.checks import below_one
 from samrobust.training.parts import Averaging
 from samrobust.types import Array, Entry, Field, PyTree
 
-__all__ = ["ENTRY", "ema", "exact"]
-
-
-def _decay(**values: float) -> None:
-    check_real(0, 1 - 1e-7, **values)
+__all__ = ["ENTRY", "ema", "exact", "mix", "moving"]
 
 
 def ema(decay: float) -> Averaging:
@@ -36,26 +34,40 @@ def ema(decay: float) -> Averaging:
 
     Reference: Rebuffi et al. (2021), arXiv 2103.01946, Section 4, whose decay is 0.995.
     """
-    _decay(decay=decay)
+    below_one(decay=decay)
+    return moving(lambda step: jnp.where(step == 0, 0.0, decay))
+
+
+def moving(decay: Callable[[Array], Array]) -> Averaging:
+    """Builds the average of `ema` with a decay that is a function of the step."""
 
     def update(average: PyTree, variables: PyTree, step: Array) -> PyTree:
-        kept = jnp.where(step == 0, 0.0, decay)  # the first step copies
+        return mix(average, variables, decay(step))
 
-        def mix(old: Array, new: Array) -> Array:
-            # a <- decay a + (1 - decay) w; the select keeps decay 0 exact, also at inf.
-            new, share = exact(new), kept.astype(old.dtype)
-            return jnp.where(share == 0, new, share * old + (1 - share) * new)
-
-        return jax.tree.map(mix, average, variables)
-
-    return Averaging(lambda variables: jax.tree.map(exact, variables), update)
+    return Averaging(exact, update)
 
 
-def exact(leaf: Array) -> Array:
-    """Returns a copy, half precisions in float32: in bfloat16 0.999 is 1."""
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return jnp.copy(leaf)
-    return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
+def mix(average: PyTree, variables: PyTree, kept: Array) -> PyTree:
+    """Returns kept a + (1 - kept) w, exactly w where kept is 0, and a where it is 1."""
+
+    def of(old: Array, new: Array) -> Array:
+        # The selects keep both ends exact, also at inf.
+        new, share = exact(new), kept.astype(old.dtype)
+        mixed = jnp.where(share == 0, new, share * old + (1 - share) * new)
+        return jnp.where(share == 1, old, mixed)
+
+    return jax.tree.map(of, average, variables)
 
 
-ENTRY = Entry(ema, "EMA (decay = {decay:g})", fields={"decay": Field(0.0, _decay)})
+def exact(tree: PyTree) -> PyTree:
+    """Returns copies, half precisions in float32: in bfloat16 0.999 is 1."""
+
+    def of(leaf: Array) -> Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return jnp.copy(leaf)
+        return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
+
+    return jax.tree.map(of, tree)
+
+
+ENTRY = Entry(ema, "EMA (decay = {decay:g})", fields={"decay": Field(0.0, below_one)})

@@ -6,17 +6,13 @@ Reference: Izmailov et al. (2018), arXiv 1803.05407, Algorithm 1.
 import jax
 import jax.numpy as jnp
 
-from samrobust.checks import check_real, check_whole
+from samrobust.checks import below_one, count
 from samrobust.training.averaging.ema import exact
 from samrobust.training.parts import Averaging
 from samrobust.training.phases import first_epoch
 from samrobust.types import Array, Entry, Field, PyTree
 
 __all__ = ["ENTRY", "swa"]
-
-
-def _fraction(**values: float) -> None:
-    check_real(0, 1 - 1e-6, **values)
 
 
 def swa(start: float, *, steps_per_epoch: int = 1, total_steps: int = 1) -> Averaging:
@@ -42,8 +38,8 @@ def swa(start: float, *, steps_per_epoch: int = 1, total_steps: int = 1) -> Aver
     of the training, theirs ends in a constant one; statistics are averaged, theirs
     recomputed over the training data.
     """
-    _fraction(start=start)
-    check_whole(1, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    below_one(start=start)
+    count(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     epochs = total_steps // steps_per_epoch
     first = min(first_epoch(start, epochs), epochs - 1)  # that counts
 
@@ -63,7 +59,7 @@ def swa(start: float, *, steps_per_epoch: int = 1, total_steps: int = 1) -> Aver
 
         return jax.tree.map(mix, average, variables)
 
-    return Averaging(lambda variables: jax.tree.map(exact, variables), update)
+    return Averaging(exact, update)
 
 
-ENTRY = Entry(swa, "SWA (from {start:g})", fields={"start": Field(0.75, _fraction)})
+ENTRY = Entry(swa, "SWA (from {start:g})", fields={"start": Field(0.75, below_one)})

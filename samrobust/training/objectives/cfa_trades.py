@@ -5,10 +5,10 @@ Reference: Wei et al. (2023), arXiv 2303.14460.
 
 from samrobust.attacks import linf
 from samrobust.attacks.losses import cross_entropy
-from samrobust.checks import check_radius
-from samrobust.training.adversaries.at import attack_passes
+from samrobust.checks import amount, check_radius
+from samrobust.training.adversaries.at import attack_passes, check_alpha
 from samrobust.training.adversaries.cfa import FIELDS, class_wise
-from samrobust.training.adversaries.fgsm_rs import check_alpha, check_option
+from samrobust.training.adversaries.fgsm_rs import check_option
 from samrobust.training.objectives import trades
 from samrobust.training.parts import Adversary, Objective
 from samrobust.types import Array, Attack, Entry, Field
@@ -72,7 +72,7 @@ def cfa_trades(
     """
     check_radius("linf", epsilon=epsilon)
     check_alpha(alpha=alpha)
-    trades.check_beta(beta=beta)
+    amount(beta=beta)
     for name, value in (("base", base), ("base_beta", base_beta), ("begin", begin)):
         _RULES[name](**{name: value})
     radius = epsilon / 255

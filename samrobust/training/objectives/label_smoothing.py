@@ -7,15 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from samrobust.attacks.losses import cross_entropy
-from samrobust.checks import check_real
+from samrobust.checks import share
 from samrobust.training.parts import Objective
 from samrobust.types import Array, Entry, Field
 
 __all__ = ["ENTRY", "label_smoothing"]
-
-
-def _share(**values: float) -> None:
-    check_real(0, 1, **values)
 
 
 def label_smoothing(alpha: float) -> Objective:
@@ -39,7 +35,7 @@ def label_smoothing(alpha: float) -> Objective:
     Reference: Szegedy et al. (2016), arXiv 1512.00567, Section 7; as
     `torch.nn.CrossEntropyLoss(label_smoothing=alpha)`.
     """
-    _share(alpha=alpha)
+    share(alpha=alpha)
     if alpha == 0:
         return Objective(cross_entropy)
 
@@ -54,5 +50,5 @@ def label_smoothing(alpha: float) -> Objective:
 ENTRY = Entry(
     label_smoothing,
     "label smoothing (alpha = {alpha:g})",
-    fields={"alpha": Field(0.0, _share)},
+    fields={"alpha": Field(0.0, share)},
 )

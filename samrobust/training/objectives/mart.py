@@ -17,8 +17,8 @@ from samrobust.training.adversaries.at import (
 )
 from samrobust.training.objectives.trades import (
     FIELDS,
+    amount,
     beside,
-    check_beta,
     kl_divergence,
 )
 from samrobust.training.parts import Adversary, Objective, as_adversary
@@ -64,7 +64,7 @@ def mart_loss(beta: float) -> Objective:
     *Our deviation*: logarithms of probabilities come from the logits, without the 1e-12
     that their code adds to probabilities.
     """
-    check_beta(beta=beta)
+    amount(beta=beta)
 
     def loss(natural: Array, adversarial: Array, labels: Array) -> Array:
         # 1 - p_y(x), above 0: examples that are misclassified without attack lead.

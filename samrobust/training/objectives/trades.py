@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from samrobust import attacks
 from samrobust.attacks import Ball, draws
 from samrobust.attacks.losses import cross_entropy
-from samrobust.checks import check_real
+from samrobust.checks import amount
 from samrobust.training.adversaries.at import (
     PGD_FIELDS,
     attack_passes,
@@ -25,7 +25,6 @@ __all__ = [
     "FIELDS",
     "VIEWS",
     "beside",
-    "check_beta",
     "kl_divergence",
     "kl_pgd",
     "trades",
@@ -34,11 +33,6 @@ __all__ = [
 
 VIEWS = ("natural", "adversarial", "natural")  # as the authors' code has them
 _START = 1e-3  # standard deviation of the noise that the attack starts from
-
-
-def check_beta(**values: float) -> None:
-    """Refuses a weight of the divergence that is negative or not finite."""
-    check_real(0, 1e6, **values)
 
 
 def kl_divergence(logits: Array, others: Array) -> Array:
@@ -80,7 +74,7 @@ def trades_loss(beta: float) -> Objective:
 
     Reference: Zhang et al. (2019), arXiv 1901.08573, equation (5), as in their code.
     """
-    check_beta(beta=beta)
+    amount(beta=beta)
     if beta == 0:
         return Objective(cross_entropy, ("natural",))
 
@@ -156,7 +150,7 @@ def trades(
 
 FIELDS = {
     **PGD_FIELDS,
-    "beta": Field(0.0, check_beta),
+    "beta": Field(0.0, amount),
     "batch_norm": Field("eval", PGD_FIELDS["batch_norm"].rule),
 }
 ENTRY = Entry(
