@@ -23,7 +23,7 @@ def samrobust(*arguments):
 
 
 COMMANDS = ("table", "train", "status", "evaluate", "recheck", "curves", "bench")
-COMMANDS += ("theory", "export", "import")
+COMMANDS += ("theory", "sharpness", "export", "import")
 HEAVY = {"jax", "numpy", "rich", "matplotlib", "ml_collections"}
 
 
@@ -288,7 +288,9 @@ def test_a_signal_as_it_loads_or_ends_leaves_no_traceback(number, code, when):
     assert process.returncode == code
 
 
-@pytest.mark.parametrize("command", ["evaluate", "recheck", "curves", "theory"])
+@pytest.mark.parametrize(
+    "command", ["evaluate", "recheck", "curves", "sharpness", "theory"]
+)
 def test_what_cannot_be_written_is_refused_before_the_work(
     tmp_path, capsys, monkeypatch, command
 ):
