@@ -1,6 +1,7 @@
 """The command line: help, errors in one line, exit codes."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -37,7 +38,8 @@ def test_help_names_the_commands_and_loads_nothing_heavy():
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
-    assert all(f"\n    {command} " in done.stdout for command in COMMANDS)
+    listed = re.findall(r"^    (\w+)\b", done.stdout, re.MULTILINE)
+    assert set(COMMANDS) <= set(listed)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -92,7 +92,8 @@ def measure(model):
     found = probe(
         *(variables, split, split, KEY), on_batch=lambda *args: told.append(args)
     )
-    return found, variables["params"]["Dense_0"], split, told
+    layer: Any = variables["params"]["Dense_0"]
+    return found, layer, split, told
 
 
 # --- a network ------------------------------------------------------------------------
@@ -155,6 +156,7 @@ def test_the_rank_correlation_is_scipys_and_its_interval_covers_it():
     found = rank_correlation(list(one), list(other))
     expected: Any = scipy.stats.spearmanr(one, other)
     assert found.rho == pytest.approx(expected.statistic)
+    assert found.rho is not None
     assert found.interval is not None
     low, high = found.interval
     # As wide as the normal approximation of Fisher's z has it (Bonett and Wright).
@@ -219,8 +221,8 @@ def test_the_picture_has_a_panel_a_measure_and_a_dot_a_run():
     panels = [panel for panel in figure.axes if panel.get_title()]
     assert len(panels) == len(QUANTITIES)
     worst = panels[0]
-    dots = [line.get_xydata().tolist() for line in worst.get_lines()]
-    assert dots[0] == [[1.0, 0.0]]
+    dot = worst.get_lines()[0]
+    assert (dot.get_xdata(), dot.get_ydata()) == ([1.0], [0.0])
     assert worst.get_title() == (
         "worst-case sharpness\nr = \N{MINUS SIGN}1.00 [\N{MINUS SIGN}1.00, "
         "\N{MINUS SIGN}1.00]"
@@ -311,7 +313,7 @@ def test_a_trained_network_with_batch_norm_is_measured_as_a_whole(table):
         *(network.variables, train, train, KEY), on_batch=lambda *_: None
     )
     assert found["worst"] > 0 < found["lambda_max"]
-    gap = jnp.mean(logit_gap(network.logits_fn(train.images / np.float32(255))))
+    gap = jnp.mean(logit_gap(network.logits_fn(jnp.asarray(train.images) / 255)))
     assert found["logit_gap"] == pytest.approx(float(gap), rel=1e-4)
 
 

@@ -83,12 +83,12 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         lambda: finished_runs(workdir, arguments.rows or ())
     )
     settings = _settings(next(iter(configs.values())), arguments)
+    broadcast_from_primary(lambda: check_writable(workdir))
     accuracies = broadcast_from_primary(
         lambda: {folder: _accuracy(workdir, folder, c) for folder, c in configs.items()}
     )
     column = findings.choose_column(accuracies.values(), arguments.column)
     as_json = json.loads(json.dumps(dataclasses.asdict(settings)))
-    broadcast_from_primary(lambda: check_writable(workdir))
     path = workdir / f"{_NAME}.json"
     stored = broadcast_from_primary(lambda: shared.stored_runs(path, as_json))
     load_data = shared.once_per(building.load_data, "data")

@@ -60,7 +60,7 @@ def worst_case_sharpness(
     `loss_fn` has all examples.
 
     >>> slope = lambda w: jnp.sum(jnp.array([3.0, 4.0]) * w)
-    >>> worst_case_sharpness(slope, jnp.ones(2), rho=0.1, key=jax.random.key(0))
+    >>> worst_case_sharpness(slope, jnp.zeros(2), rho=0.1, key=jax.random.key(0))
     Array(0.5, dtype=float32)
     """
     check_real(0, float("inf"), rho=rho)

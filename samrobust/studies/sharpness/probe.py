@@ -137,8 +137,8 @@ class ProbeSettings:
 Found = dict[str, float]
 
 
-class Part(NamedTuple):
-    """A part of the work.
+class Measurement(NamedTuple):
+    """A measurement of some of the quantities.
 
     Attributes:
       doing: what is measured, in words.
@@ -181,7 +181,9 @@ def make_probe(
         found, done = dict.fromkeys(QUANTITIES, float("nan")), 0.0
         for number, part in enumerate(parts):
 
-            def tell(share: float, done: float = done, part: Part = part) -> None:
+            def tell(
+                share: float, done: float = done, part: Measurement = part
+            ) -> None:
                 on_batch(int(done + share * part.cost), int(total), part.doing)
 
             tell(0.0)
@@ -196,7 +198,7 @@ def make_probe(
 
 def _weights_parts(
     model: nn.Module, settings: ProbeSettings, batch_size: int
-) -> list[Part]:
+) -> list[Measurement]:
     """Returns the parts that perturb weights, on training images."""
 
     def worst(loss: ParamsLoss, params: PyTree, key: Array) -> dict[str, Array]:
@@ -234,7 +236,9 @@ def _weights_parts(
         draws = settings.trace_draws
         return {"trace": hessian_trace(loss, params, num_samples=draws, key=key)}
 
-    def part(doing: str, cost: float, measure: Callable[..., dict[str, Array]]) -> Part:
+    def part(
+        doing: str, cost: float, measure: Callable[..., dict[str, Array]]
+    ) -> Measurement:
         @jit_for_all
         def program(variables: PyTree, images: Array, labels: Array, key: Array) -> Any:
             loss = _sample_loss(model, variables, images, labels, batch_size)
@@ -246,7 +250,7 @@ def _weights_parts(
             values = fetch(program(*to_devices(variables, train), key), tell, 0.0)
             return {name: float(value) for name, value in values.items()}
 
-        return Part(doing, cost, run)
+        return Measurement(doing, cost, run)
 
     return [
         part("worst-case sharpness", 2.7 * (settings.ascent_steps + 1), worst),
@@ -290,7 +294,7 @@ def _sample_loss(
 
 def _images_parts(
     model: nn.Module, settings: ProbeSettings, batch_size: int
-) -> list[Part]:
+) -> list[Measurement]:
     """Returns the parts that look at images one by one."""
     ball = make_ball(settings.linearity_norm, settings.linearity_radius)
     steps, effort = settings.ascent_steps, settings.num_targets * settings.fab_steps
@@ -339,7 +343,7 @@ def _images_parts(
 
     def part(
         doing: str, cost: float, batch_fn: Any, which: int, reduce: Callable[..., Found]
-    ) -> Part:
+    ) -> Measurement:
         measure = make_measure(batch_fn, batch_size=batch_size)
 
         def run(
@@ -349,7 +353,7 @@ def _images_parts(
             told = lambda done, total: tell(done / total)  # noqa: E731
             return reduce(measure(variables, split, key, on_batch=told))
 
-        return Part(doing, cost, run)
+        return Measurement(doing, cost, run)
 
     return [
         part("relative flatness", 0.3, flatness, 0, mean),
