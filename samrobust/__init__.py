@@ -26,6 +26,11 @@ _HOMES = {
         *("friendly_sam", "gradient_point", "gsam", "looksam", "msam", "rwp", "sam"),
         *("sam_on", "ssam", "two_pass"),
     ),
+    "samrobust.studies.sharpness": (
+        *("average_sharpness", "boundary_distance", "hessian_eigenvalues"),
+        *("hessian_trace", "input_gradient_norm", "local_linearity_error"),
+        *("logit_gap", "logit_norm", "relative_flatness", "worst_case_sharpness"),
+    ),
     "samrobust.training": (
         *("Adversary", "Averaging", "Method", "Objective", "RunFolder", "TrainState"),
         *("as_adversary", "as_objective", "fit", "make_train_step"),

@@ -56,6 +56,7 @@ WORDS = {
     ("folder", "command", "hardware"),
     ("here", "there"),
     ("in the file", ""),
+    ("measure", "formula", "how, and by default"),
     ("module", ""),
     ("row", "what it descends by", "cost", "m-sharpness"),  # held by test_phases
     ("row", "what it trains on", "cost"),  # held by test_phases

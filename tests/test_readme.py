@@ -15,6 +15,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 
 from samrobust import cli
 from samrobust.cli.table import rows_of
@@ -130,9 +131,22 @@ def check_family(names):
     np.testing.assert_allclose(names["updates"], [0.2] * 3, rtol=1e-6)
 
 
+def check_flatness(names):
+    w, loss_fn = names["w"], names["loss_fn"]
+    flat, unravel = ravel_pytree(w)
+    hessian = jax.hessian(lambda flat: loss_fn(unravel(flat)))(flat)
+    largest = jnp.linalg.eigvalsh(hessian)[-1]
+    np.testing.assert_allclose(names["lambda_max"], largest, rtol=1e-3)
+    np.testing.assert_allclose(names["trace"], jnp.trace(hessian), rtol=0.5)
+    assert names["sharpness"] > 0
+    wrong = jnp.argmax(names["model"](w, names["x"]), axis=1) != names["y"]
+    assert (names["distance"] == 0).tolist() == wrong.tolist()
+
+
 CHECKS = {
     "README.md": [check_autoattack, check_sam, check_nnx],
     "docs/data.md": [check_flowers],
+    "docs/flatness.md": [check_flatness],
     "docs/interchange.md": [check_as_torch, check_pgd],
     "docs/library.md": [check_pgd],
     "docs/own.md": [check_parts, check_network, check_loop],

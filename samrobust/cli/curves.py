@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +70,9 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     settings = _settings(first, arguments)
     as_json = json.loads(json.dumps(dataclasses.asdict(settings)))
     broadcast_from_primary(lambda: check_writable(workdir))
-    stored = broadcast_from_primary(lambda: _stored(workdir / "curves.json", as_json))
+    stored = broadcast_from_primary(
+        lambda: shared.stored_runs(workdir / "curves.json", as_json)
+    )
     load_data = shared.once_per(building.load_data, "data")
 
     def make_evaluator(config: "Config") -> "Evaluator":
@@ -141,20 +142,3 @@ def _settings(config: "Config", arguments: argparse.Namespace) -> "CurveSettings
             grid = np.linspace(0, min(2 * largest, 255.0), _POINTS + 1)[1:]
             grids[norm] = tuple(float(f"{radius:.4g}") for radius in grid)
     return flags.build(CurveSettings, arguments, radii=grids)
-
-
-def _stored(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns what was measured before under the same settings."""
-    from samrobust.system.files import WorkdirError, read_sealed, set_aside
-
-    try:
-        known, problem = read_sealed(path), f"{path} is of other settings"
-    except WorkdirError as error:
-        known, problem = {}, str(error)
-    if known is None:
-        return {}
-    if known.get("settings") == settings:
-        return known["runs"]
-    kept = set_aside(path).name
-    warnings.warn(f"{problem}. It is kept as {kept}; all is measured.", stacklevel=2)
-    return {}

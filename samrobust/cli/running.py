@@ -34,7 +34,8 @@ _LOST_PEER, _CTRL_C = 69, EXIT_CODES[signal.SIGINT]
 
 # Commands that a signal may end in the middle of a computation, and after how long:
 # their findings are stored as they come, or are found again.
-_LOSES_NOTHING, _PATIENCE = ("evaluate", "recheck", "curves", "theory"), 1.5  # seconds
+_LOSES_NOTHING = ("evaluate", "recheck", "curves", "sharpness", "theory")
+_PATIENCE = 1.5  # seconds
 _ALONE = ("theory", "export", "import")  # the others look for a device as they join
 
 

@@ -5,9 +5,8 @@ method, a band over its seeds. `samrobust curves` does it all; docs/sanity.md sa
 to read the picture.
 """
 
-import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from samrobust.checks import check, check_choice
 from samrobust.data import Split
 from samrobust.evaluation import Evaluator, OnBatch, make_evaluator
 from samrobust.experiments.reporting import pictures
-from samrobust.experiments.reporting.names import family
 from samrobust.training.adversaries.at import make_ball
 from samrobust.types import Array, PyTree
 
@@ -36,9 +34,6 @@ __all__ = [
 ]
 
 _TEXT = 7.5  # points
-# Methods of one family differ by these, so that the picture can be read in gray.
-_STYLES = ("-", "--", "-.", ":")
-_MARKS = ("o", "s", "^", "D")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +162,7 @@ def draw_curves(curves: Sequence[Curve], title: str) -> "Figure":
     norms = list(dict.fromkeys(curve.norm for curve in curves))
     size = (1.0 + 3.6 * len(norms), 4.1)
     figure, panels = pictures.make_panels(len(norms), size, title, 45 * len(norms) + 10)
-    looks = _looks(curve.row for curve in curves)
+    looks = pictures.row_looks(curve.row for curve in curves)
     for panel, norm in zip(panels, norms, strict=True):
         for curve in (c for c in curves if c.norm == norm):
             look, label = looks[curve.row], pictures.in_symbols(curve.label)
@@ -188,20 +183,3 @@ def draw_curves(curves: Sequence[Curve], title: str) -> "Figure":
         over = f"mean and band of one standard deviation over {over}"
     pictures.add_legend(figure, panels[0].get_lines(), over, columns=3)
     return figure
-
-
-def _looks(rows: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Returns how the line of every row is drawn."""
-    families = {row: family(row) for row in rows}
-    colors, seen = pictures.family_colors(families.values()), collections.Counter()
-    looks = {}
-    for number, (row, own) in enumerate(families.items()):
-        looks[row] = {
-            "color": colors[own],
-            "linestyle": _STYLES[seen[own] % len(_STYLES)],
-            "linewidth": 1.2,
-            "marker": _MARKS[number % len(_MARKS)],
-            "markersize": 3.5,
-        }
-        seen[own] += 1
-    return looks

@@ -5,14 +5,15 @@ color-blind readers. Matplotlib is imported when something is drawn, and its glo
 state is left alone.
 """
 
+import collections
 import io
 import itertools
 import pathlib
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from samrobust.experiments.reporting.names import short_column, split_column
+from samrobust.experiments.reporting.names import family, short_column, split_column
 from samrobust.experiments.reporting.table import Table, TableRow
 from samrobust.system.files import write_bytes
 
@@ -29,11 +30,15 @@ __all__ = [
     "in_symbols",
     "make_panels",
     "over_seeds",
+    "row_looks",
     "write_figure",
 ]
 
 _COLORS = {"ST": "#000000", "SAM": "#D55E00", "AT linf": "#0072B2", "AT l2": "#009E73"}
 _OTHER_COLORS = ("#CC79A7", "#E69F00", "#56B4E9")
+# Methods of one family differ by these, so that a picture can be read in gray.
+_STYLES = ("-", "--", "-.", ":")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _SYMBOLS = {  # script small l; Greek rho and epsilon
     "linf": "\u2113∞",
     "l2": "\u21132",
@@ -54,6 +59,23 @@ def family_colors(families: Iterable[str]) -> dict[str, str]:
     return _COLORS | cycle
 
 
+def row_looks(rows: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns how the line or the dots of every row are drawn."""
+    families = {row: family(row) for row in rows}
+    colors, seen = family_colors(families.values()), collections.Counter()
+    looks = {}
+    for number, (row, own) in enumerate(families.items()):
+        looks[row] = {
+            "color": colors[own],
+            "linestyle": _STYLES[seen[own] % len(_STYLES)],
+            "linewidth": 1.2,
+            "marker": _MARKS[number % len(_MARKS)],
+            "markersize": 3.5,
+        }
+        seen[own] += 1
+    return looks
+
+
 def in_symbols(label: str) -> str:
     """Returns a label with symbols for norms and parameters, and without formulas."""
     words = label.replace("(", "( ").replace(",", " ,").split()
@@ -70,22 +92,23 @@ def over_seeds(counts: Iterable[int]) -> str:
 
 
 def make_panels(
-    count: int, size: tuple[float, float], title: str, line: int
+    count: int, size: tuple[float, float], title: str, line: int, *, rows: int = 1
 ) -> tuple["Figure", Sequence["Axes"]]:
     """Returns a figure and its panels side by side, which share the vertical axis.
 
     Args:
-      count: of the panels.
+      count: of the panels in a row.
       size: of the figure in inches.
       title: of all panels, plain text.
       line: characters of the title that stand beside each other.
+      rows: of panels; they are returned row by row.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     text = textwrap.fill(title.replace("$", r"\$"), line)
     figure.suptitle(text, fontsize=_TITLE, x=0.01, ha="left")
-    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    panels = [*figure.subplots(rows, count, sharey=True, squeeze=False).flat]
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
     return figure, panels

@@ -1,0 +1,67 @@
+"""Robust accuracy against every measure: a panel a measure, a dot a run.
+
+Matplotlib is imported when the picture is drawn, and its global state is left alone.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from samrobust.experiments.reporting.pictures import (
+    add_legend,
+    in_symbols,
+    make_panels,
+    row_looks,
+)
+from samrobust.studies.sharpness.findings import Explained
+from samrobust.studies.sharpness.probe import QUANTITIES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_scatter"]
+
+_TEXT, _SMALL = 7.5, 6.5  # points
+_COLUMNS, _ROWS = 5, 3
+_DECADE = 10.0  # measures that span more are drawn on a logarithmic axis
+
+
+def draw_scatter(found: Explained, title: str) -> "Figure":
+    """Draws accuracy in the spoken-of column against all measures."""
+    size = (1.85 * _COLUMNS + 0.4, 1.95 * _ROWS + 0.9)
+    figure, panels = make_panels(_COLUMNS, size, title, 120, rows=_ROWS)
+    looks = {
+        row: {**look, "linestyle": "none", "markersize": 4.5}
+        for row, look in row_looks(run.row for run in found.runs).items()
+    }
+    for panel, name in zip(panels, QUANTITIES, strict=False):
+        _draw(panel, found, name, looks)
+    for panel in panels[len(QUANTITIES) :]:
+        panel.set_axis_off()
+    for panel in panels[::_COLUMNS]:
+        panel.set_ylabel("accuracy in %", fontsize=_SMALL)
+    labels = {run.row: in_symbols(run.label) for run in found.runs}
+    handles = [
+        panels[0].plot([], [], **looks[row], label=label)[0]
+        for row, label in labels.items()
+    ]
+    add_legend(figure, handles, "a dot a run", columns=5)
+    return figure
+
+
+def _draw(
+    panel: "Axes", found: Explained, name: str, looks: dict[str, dict[str, Any]]
+) -> None:
+    """Draws the runs in a panel, with their rank correlation above."""
+    pairs = found.pairs(name, found.column)
+    for value, accuracy, run in pairs:
+        panel.plot(value, accuracy, **looks[run.row], alpha=0.8)
+    values = [value for value, _, _ in pairs]
+    if values and min(values) > 0 and max(values) > _DECADE * min(values):
+        panel.set_xscale("log")
+    known = found.correlations[name][found.column]
+    words = f"r = {known}".replace("-", "\N{MINUS SIGN}")
+    panel.set_title(f"{in_symbols(QUANTITIES[name].label)}\n{words}", fontsize=_TEXT)
+    panel.set_xlabel(QUANTITIES[name].unit, fontsize=_SMALL)
+    panel.tick_params(labelsize=_SMALL, length=2)
+    panel.grid(color="#E4E4E4", linewidth=0.6)
+    panel.set_axisbelow(True)

@@ -1,0 +1,349 @@
+"""Flatness, confidence and margin, held against closed forms and dense Hessians."""
+
+import functools
+import math
+from typing import Any
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from jax.flatten_util import ravel_pytree
+
+from samrobust.attacks import cross_entropy, fab_minimal, l2, linf, margin
+from samrobust.models import PreActResNet
+from samrobust.studies.sharpness import (
+    average_sharpness,
+    boundary_distance,
+    hessian_eigenvalues,
+    hessian_trace,
+    input_gradient_norm,
+    local_linearity_error,
+    logit_gap,
+    logit_norm,
+    relative_flatness,
+    worst_case_sharpness,
+)
+
+KEY = jax.random.key(3)
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _float64():
+    with jax.enable_x64(True), helpers.quick_compilation():
+        yield
+
+
+def quadratic(size=5, *, shift=0.0):
+    """A quadratic loss of two leaves, its Hessian and its gradient at the weights."""
+    root = RNG.normal(size=(size, size))
+    hessian: Any = root @ root.T / size - shift * np.eye(size)
+    slope: Any = RNG.normal(size=size)
+    weights = {"a": jnp.asarray(RNG.normal(size=2)), "b": jnp.ones((size - 2, 1))}
+    flat = np.concatenate([weights["a"], np.ones(size - 2)])
+
+    def loss(weights):
+        w = jnp.concatenate([weights["a"], weights["b"][:, 0]]) - flat
+        return 0.7 + slope @ w + w @ hessian @ w / 2
+
+    return loss, weights, flat, hessian, slope
+
+
+def largest_in_ball(hessian, slope, rho):
+    """max <g, e> + e'He / 2 over ||e|| <= rho, H positive: its secular equation."""
+    values, vectors = np.linalg.eigh(hessian)
+    along = vectors.T @ slope
+
+    def excess(multiplier):
+        return np.linalg.norm(along / (multiplier - values)) - rho
+
+    high = values[-1] + np.linalg.norm(slope) / rho
+    root = scipy.optimize.brentq(excess, values[-1] + 1e-12, high, xtol=1e-14)
+    e = along / (root - values)
+    return along @ e + values @ e**2 / 2
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A small network of our own layers in float64; its loss and its dense Hessian."""
+    model = PreActResNet(num_classes=3, width=2, blocks=(1,), dtype=jnp.float64)
+    variables = helpers.draw_variables(model, (4, 4, 1))
+    variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), variables)
+    images = jnp.asarray(RNG.uniform(size=(6, 4, 4, 1)))
+    labels = jnp.arange(6) % 3
+
+    def loss(params):
+        state = {**variables, "params": params}
+        logits: Any = model.apply(state, images, train=False)
+        return jnp.mean(cross_entropy(logits, labels))
+
+    flat, unravel = ravel_pytree(variables["params"])
+    hessian = jax.jit(jax.jacrev(jax.grad(lambda w: loss(unravel(w)))))(flat)
+    np.testing.assert_allclose(hessian, hessian.T, atol=1e-12)
+    return loss, variables["params"], np.asarray((hessian + hessian.T) / 2)
+
+
+# --- perturbed weights ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_worst_case_sharpness_of_a_quadratic_is_the_maximum_over_the_ball(adaptive):
+    loss, weights, flat, hessian, slope = quadratic()
+    scale = np.abs(flat) if adaptive else np.ones_like(flat)
+    expected = largest_in_ball(
+        np.diag(scale) @ hessian @ np.diag(scale), scale * slope, 0.8
+    )
+    find = functools.partial(worst_case_sharpness, loss, weights, rho=0.8, key=KEY)
+    found = find(num_steps=200, adaptive=adaptive)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    rises = [float(find(num_steps=n, adaptive=adaptive)) for n in (1, 3)]
+    assert 0 < rises[0] < rises[1] < expected
+
+
+def test_the_first_step_of_the_worst_case_is_that_of_sam():
+    loss, weights, _, _, _ = quadratic()
+    grads = jax.grad(loss)(weights)
+    length = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
+    moved = jax.tree.map(lambda w, g: w + 0.3 * g / length, weights, grads)
+    found = worst_case_sharpness(loss, weights, rho=0.3, num_steps=1, key=KEY)
+    np.testing.assert_allclose(found, loss(moved) - loss(weights), rtol=1e-12)
+
+
+def test_at_a_minimum_the_worst_case_is_half_lambda_max_times_the_radius_squared():
+    hessian: Any = np.diag([1.0, 3.0, 7.0])
+    found = worst_case_sharpness(
+        lambda w: w @ hessian @ w / 2, jnp.zeros(3), rho=0.2, num_steps=60, key=KEY
+    )
+    np.testing.assert_allclose(found, 0.5 * 7 * 0.2**2, rtol=1e-12)
+
+
+def test_a_loss_that_only_falls_has_no_worst_case_above_it():
+    found = worst_case_sharpness(
+        lambda w: -jnp.sum(w**2), jnp.zeros(3), rho=0.2, key=KEY
+    )
+    assert found == 0
+
+
+def test_radius_zero_is_no_sharpness():
+    loss, weights, _, _, _ = quadratic()
+    assert worst_case_sharpness(loss, weights, rho=0.0, key=KEY) == 0
+    assert average_sharpness(loss, weights, sigma=0.0, key=KEY) == 0
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_average_sharpness_of_a_quadratic_is_half_the_scaled_trace(adaptive):
+    loss, weights, flat, hessian, _ = quadratic(shift=0.1)
+    scale = np.abs(flat) if adaptive else np.ones_like(flat)
+    scaled = 0.3**2 * np.diag(scale) @ hessian @ np.diag(scale)
+    found = average_sharpness(
+        loss, weights, sigma=0.3, num_samples=20_000, adaptive=adaptive, key=KEY
+    )
+    error = np.linalg.norm(scaled) / np.sqrt(2 * 20_000)  # of z'Az/2
+    assert abs(found - np.trace(scaled) / 2) < 4 * error
+
+
+def test_noise_of_both_signs_does_not_see_a_slope():
+    slope: Any = RNG.normal(size=4)
+    found = average_sharpness(
+        lambda w: slope @ w, jnp.ones(4), sigma=1.0, num_samples=1, key=KEY
+    )
+    assert abs(found) < 1e-15
+
+
+# --- the Hessian ----------------------------------------------------------------------
+
+
+def test_lanczos_finds_the_ends_of_a_dense_spectrum_and_its_trace(network):
+    loss, params, hessian = network
+    expected = np.linalg.eigvalsh(hessian)
+    found = jax.jit(lambda: hessian_eigenvalues(loss, params, num_steps=40, key=KEY))()
+    np.testing.assert_allclose(found[-1], expected[-1], rtol=1e-8)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    few = hessian_eigenvalues(loss, params, num_steps=4, key=KEY)
+    assert expected[0] <= few[0] < 0 < few[-1] < expected[-1]
+    trace = jax.jit(lambda: hessian_trace(loss, params, num_samples=400, key=KEY))()
+    beside = hessian - np.diag(np.diag(hessian))
+    error = np.sqrt(2 * np.sum(beside**2) / 400)
+    assert abs(trace - np.trace(hessian)) < 4 * error < 0.3 * np.trace(hessian)
+
+
+def test_as_many_steps_as_weights_give_all_eigenvalues(network):
+    loss, params, hessian = network
+    found = jax.jit(
+        lambda: hessian_eigenvalues(loss, params, num_steps=10_000, key=KEY)
+    )()
+    np.testing.assert_allclose(found, np.linalg.eigvalsh(hessian), atol=1e-10)
+
+
+@pytest.mark.parametrize("values", [[2.0] * 4, [0.0] * 4, [-1.0, 0.0, 0.0, 3.0]])
+def test_eigenvalues_are_found_as_often_as_they_occur(values):
+    turn = np.linalg.qr(RNG.normal(size=(4, 4)))[0]
+    hessian = turn @ np.diag(values) @ turn.T
+    found = hessian_eigenvalues(lambda w: w @ hessian @ w / 2, jnp.ones(4), key=KEY)
+    np.testing.assert_allclose(found, values, atol=1e-12)
+
+
+def test_one_draw_gives_the_trace_of_a_diagonal_hessian():
+    values = jnp.array([-1.0, 4.0, 2.5])
+    found = hessian_trace(
+        lambda w: values @ w**2 / 2, jnp.ones(3), num_samples=1, key=KEY
+    )
+    np.testing.assert_allclose(found, 5.5, rtol=1e-14)
+
+
+# --- outputs --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])  # unsure, and sure up to rounding
+def test_relative_flatness_is_the_definition_with_a_dense_hessian(scale):
+    features, bias = jnp.asarray(RNG.normal(size=(5, 4))), RNG.normal(size=3)
+    kernel = jnp.asarray(scale * RNG.normal(size=(4, 3)))
+    labels = jnp.array([0, 1, 2, 0, 1])
+
+    def loss(kernel):
+        return jnp.mean(cross_entropy(features @ kernel + bias, labels))
+
+    hessian = np.asarray(jax.hessian(loss)(kernel))  # [4, 3, 4, 3]
+    expected = np.einsum("ms,mt,jsjt->", kernel, kernel, hessian)
+    found = relative_flatness(features @ kernel + bias, features, kernel)
+    assert found.shape == (5,)
+    np.testing.assert_allclose(jnp.mean(found), expected, rtol=1e-9)
+    logits = features @ kernel + bias
+    scaled = relative_flatness(logits, 8 * features, kernel / 8)
+    np.testing.assert_allclose(scaled, found, rtol=1e-12)
+
+
+def test_confidence_does_not_see_the_mean_of_the_logits_and_scales_with_them():
+    logits = jnp.asarray(RNG.normal(size=(4, 5)))
+    for measure in (logit_norm, logit_gap):
+        np.testing.assert_allclose(measure(3 * logits + 7), 3 * measure(logits))
+    ordered = np.sort(logits, axis=1)
+    np.testing.assert_allclose(logit_gap(logits), ordered[:, -1] - ordered[:, -2])
+    np.testing.assert_allclose(logit_norm(logits), np.std(logits, axis=1) * 5**0.5)
+
+
+# --- around images --------------------------------------------------------------------
+
+
+def linear(size=6):
+    """A linear classifier of two classes, images in the middle of their box."""
+    slope = RNG.normal(size=size)
+    images = jnp.asarray(0.5 + 0.001 * RNG.normal(size=(3, size)))
+
+    def logits_fn(images):
+        value = (images - 0.5) @ slope + 0.01
+        return jnp.stack([value, -value], axis=-1)
+
+    return logits_fn, images, slope
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_gradient_of_a_linear_model_has_the_norm_of_its_weights(order):
+    logits_fn, images, slope = linear()
+    labels = jnp.zeros(3, int)
+    found = input_gradient_norm(logits_fn, images, labels, order=order)
+    wrong = jax.nn.softmax(logits_fn(images))[:, 1]
+    expected = 2 * wrong * np.linalg.norm(slope, order)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("ball", "dual"), [(linf(0.1), 1), (l2(0.1), 2)])
+def test_the_boundary_of_a_linear_model_is_its_margin_over_the_dual_norm(ball, dual):
+    logits_fn, images, slope = linear()
+    labels = jnp.array([0, 0, 1])  # the last is misclassified
+    found = boundary_distance(
+        *(logits_fn, images, labels), attack=fab_minimal(ball), ball=ball, key=KEY
+    )
+    gaps = -margin(logits_fn(images), labels)[:2]
+    expected = gaps / 2 / np.linalg.norm(slope, dual)
+    assert jnp.all(found[:2] >= expected)
+    np.testing.assert_allclose(found[:2], expected, rtol=1e-2)
+    assert found[2] == 0
+
+
+def test_a_boundary_that_is_not_found_is_infinitely_far():
+    found = boundary_distance(
+        lambda x: jnp.stack([jnp.ones(len(x)), 0 * x[:, 0]], axis=-1),
+        *(jnp.full([1, 2], 0.5), jnp.array([0])),
+        attack=fab_minimal(l2(1.0), num_steps=2),
+        ball=l2(1.0),
+        key=KEY,
+    )
+    assert found[0] == math.inf
+
+
+def test_a_linear_loss_has_no_linearity_error():
+    logits_fn, images, _ = linear()
+    found = local_linearity_error(
+        *(logits_fn, images, jnp.zeros(3, int)), ball=linf(0.1), loss=margin, key=KEY
+    )
+    np.testing.assert_allclose(found, 0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("ball", "curvature"), [(linf(0.1), 1 + 2 + 4.0), (l2(0.1), 4.0)]
+)
+def test_the_linearity_error_of_a_quadratic_is_its_largest_curvature(ball, curvature):
+    values = jnp.array([1.0, 2.0, 4.0])
+    found = local_linearity_error(
+        lambda x: (x**2 @ values)[:, None] / 2,
+        *(jnp.full([2, 3], 0.4), jnp.array([0, 0])),
+        ball=ball,
+        num_steps=40,
+        loss=lambda logits, _: logits[:, 0],
+        key=KEY,
+    )
+    np.testing.assert_allclose(found, curvature * 0.1**2 / 2, rtol=1e-6)
+
+
+def test_the_linearity_error_stays_in_the_box_and_vanishes_with_the_radius():
+    square = functools.partial(
+        local_linearity_error,
+        *(lambda x: x**2, jnp.array([[0.98]]), jnp.array([0])),
+        loss=lambda logits, _: logits[:, 0],
+        key=KEY,
+    )
+    # Downhill there is room for the radius, uphill there is not.
+    assert 0 < square(ball=linf(0.1)) <= 0.1**2 + 1e-12
+    assert square(ball=linf(0.0)) < 1e-15
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda f: worst_case_sharpness(f, 1.0, rho=-1.0, key=KEY), "0 <= rho"),
+        (lambda f: average_sharpness(f, 1.0, sigma=-1.0, key=KEY), "0 <= sigma"),
+        (
+            lambda f: average_sharpness(f, 1.0, sigma=1.0, num_samples=0, key=KEY),
+            "1 <= num_samples",
+        ),
+        (lambda f: hessian_eigenvalues(f, 1.0, num_steps=0, key=KEY), "1 <= num_steps"),
+        (lambda f: hessian_trace(f, 1.0, num_samples=0, key=KEY), "1 <= num_samples"),
+        (
+            lambda f: input_gradient_norm(f, jnp.ones([1, 1]), jnp.zeros(1), order=3),
+            r"order in \{1, 2\}",
+        ),
+    ],
+)
+def test_what_measures_nothing_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(lambda w: w)
+
+
+def test_float32_weights_are_measured_in_float32():
+    weights = {"a": jnp.ones(3, jnp.float32), "b": jnp.ones([2, 2], jnp.float32)}
+
+    def loss(weights):
+        return jnp.sum(weights["a"] ** 2) + jnp.sum(weights["b"] ** 2)
+
+    for found in (
+        worst_case_sharpness(loss, weights, rho=0.1, key=KEY),
+        average_sharpness(loss, weights, sigma=0.1, key=KEY),
+        hessian_eigenvalues(loss, weights, num_steps=3, key=KEY),
+        hessian_trace(loss, weights, key=KEY),
+    ):
+        assert found.dtype == jnp.float32
+        assert jnp.all(jnp.isfinite(found))
