@@ -63,6 +63,7 @@ WORDS = {
     ("where", "command"),
     ("where", "one command"),
 }
+SHARPNESS = "sharpness/digits/table"
 DIGITS, SMALL, FULL = "digits/table", "cifar10-small/table", "h200/cifar10/table"
 DIGITS_AA, SMALL_AA, FULL_AA = (
     f"{folder}/autoattack"
@@ -139,6 +140,13 @@ def gain(name: str, row: str, column: str, form: str = ".1f", factor: int = 1) -
     text = format(factor * found.mean, form)
     error = found.standard_error
     return text if error is None else f"{text} ± {error:.1f}"
+
+
+def lead(name: str, row: str, other: str, column: str) -> tuple[float, float]:
+    """How far a row is from another one, paired by seed, and its standard error."""
+    values = (cell(name, x, column).values for x in (row, other))
+    apart = [a - b for a, b in zip(*values, strict=True)]
+    return statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart))
 
 
 @functools.cache
@@ -308,6 +316,8 @@ def held(page: str) -> tuple[Rows, ...]:
         return sanity(page[8:-3])
     if page == "README.md":
         return (rendered(DIGITS),)
+    if page == "docs/sharpness.md":
+        return (rendered(SHARPNESS),)
     if page == "docs/speed.md":
         return speed_on_the_cpu(), speed_on_the_gpu(), counted_for_the_gpu()
     if page != "docs/results.md":
@@ -624,6 +634,58 @@ def gpu_in_words() -> list[str]:
     ]
 
 
+def sharpness_in_words() -> list[str]:
+    name, sam = SHARPNESS, "sam,rho=0.4"
+    hard = ("linf 32/255", "l2 128/255")
+    rows = {row.name: row for row in table(name).rows}
+    family = [
+        row.name
+        for row in table(name).rows
+        if 1.5 < (row.passes or 0) < 2.5 and row.family != "ST"
+    ]
+    ranges = [sorted(difference(name, r, c).mean for r in family) for c in hard]
+    ahead = {
+        (row, column): lead(name, row, sam, column)
+        for row in rows
+        if not row.startswith(("at,", "label"))
+        for column in table(name).columns
+    }
+    ahead = {key: x for key, x in ahead.items() if x[0] > 2 * x[1] > 0}
+    (awp,) = {row for row, _ in ahead}
+    assert awp == "awp,gamma=0.04"
+    leads = [
+        f"{mean:.1f} ± {error:.1f} at {column.replace('linf', 'l-inf')}"
+        for (_, column), (mean, error) in ahead.items()
+    ]
+    strengths = runpy.run_path(str(ROOT / "configs/sharpness.py"))["STRENGTHS"]
+    edges = sum(
+        template.format(values[i]) in rows
+        for template, values in strengths.items()
+        for i in (0, -1)
+    )
+    words = {10: "ten"}
+
+    def over_st(row: str, column: str = "linf 32/255") -> str:
+        return gain(name, row, column)
+
+    smooth, at = "label_smoothing,alpha=0.4", "at,norm=linf,eps=4"
+    controls = ["st,training.epochs=40", "st,training.weight_decay=0.002"]
+    controls += ["swa,start=0.75", "ema,decay=0.9"]
+    return [
+        f"For {words[edges]} of the {len(strengths)} it stands at an end of its grid",
+        f"of two passes add {ranges[0][0]:.1f} to {ranges[0][-1]:.1f} points at l-inf "
+        f"32/255 and {ranges[1][0]:.1f} to {ranges[1][-1]:.1f} at l2 128/255",
+        f"AWP alone is ahead of SAM, by {' and '.join(leads)}",
+        f"it adds {over_st(smooth)} and {over_st(smooth, hard[1])}, SAM "
+        f"{over_st(sam)} and {over_st(sam, hard[1])}",
+        "Twice the epochs add {} at l-inf 32/255, four times the weight decay {}, SWA "
+        "{} and EMA {}".format(*map(over_st, controls)),
+        f"adds {over_st(at)} there, at {rows[at].passes:.2f} times the passes",
+        f"adds {over_st('sam,rho=1.6,start=0.8')} there at 1.2 times the passes, but "
+        f"{over_st('sam,rho=1.6,start=0.8', 'linf 16/255')} at l-inf 16/255",
+    ]
+
+
 def theory_in_words() -> list[str]:
     """How the shift that is printed for small rho errs, over the grid."""
     large = small = total = 0
@@ -687,6 +749,7 @@ SENTENCES = {
     "docs/reference.md": [reference_in_words],
     "docs/results.md": [full_size_in_words, small_in_words, autoattack_in_words],
     "docs/speed.md": [speed_in_words],
+    "docs/sharpness.md": [sharpness_in_words],
     "docs/theory.md": [theory_in_words],
     "docs/sanity.md": [sanity_in_words],
     "results/README.md": [provenance_in_words],
