@@ -101,7 +101,8 @@ run() {
 _work() {
   local code=0
   trap : TERM # when the VM goes down, wait for the command, which saves
-  venv/bin/samrobust "$@" || code=$?
+  # Without the TPU an error, and no run on the CPU.
+  JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} venv/bin/samrobust "$@" || code=$?
   echo "$code" > code
 }
 

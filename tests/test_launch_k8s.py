@@ -21,7 +21,13 @@ GPU = ("--accelerator=gpu", "--nodes=2", "--gpus-per-node=8")
 H100 = ("--accelerator=nvidia-h100-80gb", "--node-selector=pool=big")
 TPU = ("--accelerator=tpu-v5-lite-podslice", "--topology=4x4")
 ONE_HOST = ("--accelerator=tpu-v6e-slice", "--topology=2x4", "--chips-per-node=8")
-each_kind = pytest.mark.parametrize("options", [GPU, H100, TPU, ONE_HOST])
+# All that has no effect by default.
+RICH = (
+    *("--accelerator=gpu", "--cpus=12", "--memory=90Gi", "--queue=team"),
+    *("--service-account=robot", "--pull-secret=registry"),
+    *("--env=WANDB_MODE=offline", "--env=NOTE=a=$(b)"),
+)
+each_kind = pytest.mark.parametrize("options", [GPU, H100, TPU, ONE_HOST, RICH])
 
 
 def call(*options: str, command: tuple[str, ...] = ("train",)) -> tuple[int, str, str]:
@@ -131,7 +137,8 @@ def test_a_pod_has_time_to_save_and_its_files_outlive_it(options):
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     assert "persistentVolumeClaim" in volumes[mounts[container["workingDir"]]]
-    assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory"}
+    shm = {"medium": "Memory", "sizeLimit": "4Gi"}
+    assert volumes[mounts["/dev/shm"]]["emptyDir"] == shm
     environment, _ = resolve_pod(jobset, 0)
     for name in ("XDG_CACHE_HOME", "TFDS_DATA_DIR"):
         assert environment[name].startswith(container["workingDir"])
@@ -161,7 +168,7 @@ def test_every_node_gives_one_pod_all_its_devices(options, nodes, limits):
 
 def test_the_nodes_are_chosen_by_their_labels():
     selectors = [
-        job_of(render(*options))["template"]["spec"]["nodeSelector"]
+        job_of(render(*options))["template"]["spec"].get("nodeSelector", {})
         for options in (GPU, H100, TPU)
     ]
     gke = "cloud.google.com/gke"
@@ -173,6 +180,36 @@ def test_the_nodes_are_chosen_by_their_labels():
             f"{gke}-tpu-topology": "4x4",
         },
     ]
+
+
+def test_what_a_cluster_wants_to_know_is_told():
+    jobset = render(*RICH)
+    spec, container = job_of(jobset)["template"]["spec"], container_of(jobset)
+    assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
+    assert spec["serviceAccountName"] == "robot"
+    assert spec["imagePullSecrets"] == [{"name": "registry"}]
+    assert container["resources"]["requests"] == {"cpu": 12, "memory": "90Gi"}
+    environment, _ = resolve_pod(jobset, 0)
+    assert environment["WANDB_MODE"] == "offline"
+    assert environment["NOTE"] == "a=$(b)"
+
+
+def test_a_pod_asks_for_what_its_devices_need_and_for_no_more():
+    jobset = render(*GPU)
+    requests = container_of(jobset)["resources"]["requests"]
+    assert requests == {"cpu": 16, "memory": "64Gi"}
+    assert jobset["spec"]["ttlSecondsAfterFinished"] > 0
+    assert job_of(jobset)["template"]["spec"]["securityContext"] == {
+        "runAsUser": 1000,
+        "fsGroup": 1000,
+        "fsGroupChangePolicy": "OnRootMismatch",
+    }
+
+
+@pytest.mark.parametrize(("options", "device"), [(GPU, "cuda"), (TPU, "tpu")])
+def test_a_node_without_its_driver_is_an_error(options, device):
+    environment, _ = resolve_pod(render(*options), 0)
+    assert environment["JAX_PLATFORMS"] == f"{device},cpu"
 
 
 def test_arguments_arrive_as_they_were_written():
@@ -204,8 +241,9 @@ def test_arguments_arrive_as_they_were_written():
         ((*GPU, f"--name={'a' * 41}"), "Expected at most 40 small letters"),
         (
             (*GPU, "--node-selector=spot"),
-            "Expected KEY=VALUE, got --node-selector=spot.",
+            "Expected NAME=VALUE, got --node-selector=spot.",
         ),
+        ((*GPU, "--env==1"), "Expected NAME=VALUE, got --env==1."),
     ],
 )
 def test_what_does_not_fit_together_is_refused(options, message):
@@ -220,7 +258,7 @@ def test_the_pods_of_gpu_nodes_agree_on_the_coordinator():
     # The host name that JobSet gives the first pod of the first job.
     address = {"JAX_COORDINATOR_ADDRESS": "sam-worker-0-0.sam:1234"}
     for index, pod in enumerate(pods):
-        told = {k: v for k, v in pod.items() if k.startswith("JAX_")}
+        told = {k: v for k, v in pod.items() if re.match("JAX_(CO|NUM|PRO)", k)}
         identity = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
         assert told == {**address, **identity}
 
@@ -236,7 +274,7 @@ def test_the_workers_of_a_slice_find_each_other_as_jax_does_on_gke(monkeypatch):
     monkeypatch.setattr(clusters, "get_tpu_env_value_from_metadata", lambda _: None)
     for index in range(4):
         pod, _ = resolve_pod(jobset, index)
-        assert not any(name.startswith("JAX_") for name in pod)
+        assert [name for name in pod if name.startswith("JAX_")] == ["JAX_PLATFORMS"]
         monkeypatch.setenv("TPU_WORKER_ID", str(index))
         monkeypatch.setenv("TPU_WORKER_HOSTNAMES", ",".join(hosts))
         for name, value in pod.items():
@@ -261,6 +299,7 @@ def test_the_pods_of_two_nodes_run_as_one(tmp_path):
         # The cluster's name service and the volume's mount, here on loopback.
         mounted = {k: v.replace("/work", f"{volume}") for k, v in environment.items()}
         mounted["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
+        del mounted["JAX_PLATFORMS"]
         done = subprocess.run(
             command,
             env={

@@ -34,6 +34,7 @@ COUNT = """#!/bin/sh
 mkdir -p runs/a/checkpoints
 cd runs/a
 echo "$@" > arguments
+echo "$JAX_PLATFORMS" > platforms
 echo "started after $(cat count 2>/dev/null)" >> starts
 for k in $(seq $(( $(cat count 2>/dev/null || echo 0) + 1 )) $COUNT); do
   echo "$k" > count; echo "$k" > checkpoints/newest; sleep 0.04
@@ -122,6 +123,7 @@ def open_cloud(folder: Path) -> Iterator[Cloud]:
         "POLL_SECONDS": "0.1",
         "MAX_FAILURES": "3",
         "COUNT": "10",
+        "JAX_PLATFORMS": "",  # none is set on a VM
     }
     cloud = Cloud(folder, environment)
     yield cloud
@@ -202,6 +204,7 @@ def test_the_last_commit_is_installed_on_every_worker_from_the_lock(cloud):
 def test_up_does_it_all_and_leaves_nothing_that_costs(finished):
     assert finished.read("here/runs/a/count") == "10"
     assert finished.read("here/runs/a/arguments") == " ".join(RUN)
+    assert finished.read("here/runs/a/platforms") == "tpu,cpu"
     assert not (finished.folder / "state").exists()
 
 

@@ -9,7 +9,7 @@
 
 One process a node, which drives all its devices. The workdir is relative to /work, the
 volume that outlives the pods. All else that one may want to change is in jobset.yaml,
-beside this file. Needs nothing but Python.
+beside this file; --env may be given again and again. Needs nothing but Python.
 """
 
 import argparse
@@ -19,11 +19,13 @@ import pathlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = ["main", "render"]
 
+_HOLE = r"\{\{(\w+)\}\}"
 _TEMPLATE = pathlib.Path(__file__).with_name("jobset.yaml")
+_CPUS, _MEMORY = 2, 8  # requested for each device, the latter in GiB
 _GKE = "cloud.google.com/gke"
 # Kubernetes names a pod NAME-worker-0-INDEX-xxxxx, within 63 characters.
 _NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
@@ -35,21 +37,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def render(values: Mapping[str, object]) -> str:
+def render(values: Mapping[str, Any]) -> str:
     """Fills in the template.
 
     Args:
-      values: of all names in {{...}}, as JSON has them, which YAML reads too; and of
+      values: of all names in {{...}}, as JSON has them, which YAML reads too. A line of
+        an empty one is left out, that of `env` is there for each of its items. And of
         `kind`, gpu or tpu.
     """
-    other = {"gpu": "tpu", "tpu": "gpu"}[str(values["kind"])]
-    lines = [
-        re.sub(r"  # (gpu|tpu)$", "", line)
-        for line in _TEMPLATE.read_text(encoding="utf-8").splitlines()
-        if not line.endswith(f"  # {other}")
-    ]
-    text = "\n".join(lines[lines.index("apiVersion: jobset.x-k8s.io/v1alpha2") :])
-    return re.sub(r"\{\{(\w+)\}\}", lambda m: json.dumps(values[m[1]]), text + "\n")
+    other = {"gpu": "tpu", "tpu": "gpu"}[values["kind"]]
+    lines: list[str] = []
+    for line in _TEMPLATE.read_text(encoding="utf-8").splitlines():
+        names = re.findall(_HOLE, line)
+        if line.startswith("#") or line.endswith(f"  # {other}"):
+            continue
+        if names == ["env"]:
+            lines += [_fill(line, {"env": one}) for one in values["env"]]
+        elif all(values[name] for name in names):
+            lines.append(_fill(line, values))
+    return "\n".join(lines) + "\n"
+
+
+def _fill(line: str, values: Mapping[str, Any]) -> str:
+    line = re.sub(r"  # (gpu|tpu)$", "", line)
+    return re.sub(_HOLE, lambda m: json.dumps(values[m[1]]), line)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,9 +94,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--node-selector",
         action="append",
         default=[],
-        metavar="KEY=VALUE",
+        metavar="NAME=VALUE",
         help="a label that the nodes must have, as cloud.google.com/gke-spot=true",
     )
+    add("--cpus", type=int, metavar="N", help=f"of a pod; default: {_CPUS} a device")
+    add("--memory", metavar="SIZE", help=f"as 64Gi; default: {_MEMORY}Gi a device")
+    add("--queue", metavar="NAME", help="of Kueue, which starts the JobSet in its turn")
+    add("--service-account", metavar="NAME", help="of the pods")
+    add("--pull-secret", metavar="NAME", help="with which the image is pulled")
+    add("--env", action="append", default=[], metavar="NAME=VALUE", help="of the pods")
     add("--max-restarts", type=int, default=50, metavar="N", help="%(default)s")
     add("command", nargs="+", metavar="COMMAND", help="of samrobust, after --")
     options = parser.parse_args(argv)
@@ -104,7 +121,7 @@ def _check(options: argparse.Namespace) -> None:
             flag = f"--{name.replace('_', '-')}"
             message = f"Expected no {flag} with --accelerator={options.accelerator}."
             raise ValueError(message)
-    for name in ("nodes", "gpus_per_node", "chips_per_node", "max_restarts"):
+    for name in ("nodes", "gpus_per_node", "chips_per_node", "cpus", "max_restarts"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"Expected --{name.replace('_', '-')} >= 1, got {value}.")
@@ -116,9 +133,13 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(message)
     if _is_tpu(options):
         _tpu_size(options)
-    for item in options.node_selector:
-        if "=" not in item:
-            raise ValueError(f"Expected KEY=VALUE, got --node-selector={item}.")
+    for flag, items in {
+        "node-selector": options.node_selector,
+        "env": options.env,
+    }.items():
+        for item in items:
+            if not re.match(".+=", item):
+                raise ValueError(f"Expected NAME=VALUE, got --{flag}={item}.")
 
 
 def _is_tpu(options: argparse.Namespace) -> bool:
@@ -141,7 +162,7 @@ def _tpu_size(options: argparse.Namespace) -> tuple[int, int]:
     return chips // each, each
 
 
-def _values(options: argparse.Namespace) -> dict[str, object]:
+def _values(options: argparse.Namespace) -> dict[str, Any]:
     selector = dict(item.split("=", 1) for item in options.node_selector)
     if _is_tpu(options):
         nodes, chips = _tpu_size(options)
@@ -153,6 +174,8 @@ def _values(options: argparse.Namespace) -> dict[str, object]:
         nodes, chips = options.nodes or 1, options.gpus_per_node or 1
         of_gke = options.accelerator != "gpu"
         labels = {f"{_GKE}-accelerator": options.accelerator} if of_gke else {}
+    memory = options.memory or f"{_MEMORY * chips}Gi"
+    secret, queue = options.pull_secret, options.queue
     return {
         "kind": "tpu" if _is_tpu(options) else "gpu",
         "name": options.name,
@@ -160,12 +183,22 @@ def _values(options: argparse.Namespace) -> dict[str, object]:
         "nodes": nodes,
         "chips": chips,
         "resource": "google.com/tpu" if _is_tpu(options) else "nvidia.com/gpu",
+        "requests": {"cpu": options.cpus or _CPUS * chips, "memory": memory},
+        "labels": {"kueue.x-k8s.io/queue-name": queue} if queue else {},
+        "service_account": options.service_account,
+        "pull_secrets": [{"name": secret}] if secret else [],
         "node_selector": labels | selector,
+        "env": [_variable(item) for item in options.env],
         "volume": options.volume,
         "max_restarts": options.max_restarts,
         # Kubernetes takes $(NAME) for a variable, and $$ for a dollar.
         "arguments": [word.replace("$", "$$") for word in options.command],
     }
+
+
+def _variable(item: str) -> dict[str, str]:
+    name, _, value = item.partition("=")
+    return {"name": name, "value": value.replace("$", "$$")}
 
 
 if __name__ == "__main__":
