@@ -21,10 +21,12 @@ ROWS = ("st", "sam,rho=0.2")
 # Ends with the code that a file says; SIGTERM gives 75, as samrobust does.
 STAND_IN = """#!/bin/bash
 show=(SLURM_PROCID SLURM_NTASKS CUDA_VISIBLE_DEVICES JAX_LOCAL_DEVICE_IDS JAX_PLATFORMS)
+show+=(SAMROBUST_DISTRIBUTED)
 for name in "${show[@]}"; do echo -n "$name=${!name-unset} "; done
 trap 'kill $!; echo stopped; exit 75' TERM
 echo "arguments=$*"
 while [ "$1" = wait ]; do sleep 60 & wait; done # sleep may meet SIGTERM first
+[ "$1" != table ] || exit $((SLURM_PROCID == 3))
 exit "$1"
 """
 
@@ -115,6 +117,18 @@ def test_one_process_a_gpu_sees_the_gpus_of_its_peers(site):
     assert {one["CUDA_VISIBLE_DEVICES"] for one in seen} == {"0,1"}
 
 
+def test_one_run_a_gpu_sees_that_one_alone(site):
+    job = site.submit(
+        *("--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2"),
+        arguments=("table",),
+        SAMROBUST_PROCESS_PER="run",
+    )
+    assert site.end(job) == "1:0"
+    seen = fields(site.log(job))
+    assert sorted(one["CUDA_VISIBLE_DEVICES"] for one in seen) == ["0", "0", "1", "1"]
+    assert {one["SAMROBUST_DISTRIBUTED"] for one in seen} == {"off"}
+
+
 def test_nodes_without_gpus_need_no_other_script(site):
     options = ("--nodes=2", "--gpus-per-node=0")
     job = site.submit(*options, arguments=("0",), JAX_PLATFORMS="cpu")
@@ -154,7 +168,12 @@ def test_the_first_host_is_the_one_that_slurm_names(site, nodes):
     ("options", "environment", "message"),
     [
         (("--gpus-per-task=1",), {}, "Expected no --gpus-per-task"),
-        ((), {"SAMROBUST_PROCESS_PER": "rack"}, "Expected node or gpu, got "),
+        ((), {"SAMROBUST_PROCESS_PER": "rack"}, "Expected node, gpu or run, got "),
+        (
+            ("--gpus-per-node=2",),
+            {"SAMROBUST_PROCESS_PER": "run"},  # of no table
+            "Expected --gpus-per-node and a table",
+        ),
         (
             ("--gpus-per-node=2",),
             {"SAMROBUST_PROCESS_PER": "gpu"},
