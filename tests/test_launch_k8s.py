@@ -28,6 +28,10 @@ RICH = (
     *("--env=WANDB_MODE=offline", "--env=NOTE=a=$(b)"),
 )
 each_kind = pytest.mark.parametrize("options", [GPU, H100, TPU, ONE_HOST, RICH])
+SWEEPS = [
+    (*H100, "--sweep=12", "--at-once=4"),
+    (*ONE_HOST, "--sweep=12", "--max-restarts=7"),
+]
 
 
 def call(*options: str, command: tuple[str, ...] = ("train",)) -> tuple[int, str, str]:
@@ -78,21 +82,25 @@ def resolve_pod(jobset: dict[str, Any], index: int) -> tuple[dict[str, str], lis
     return known, [expand(word, known) for word in words]
 
 
-@each_kind
+def command_of(options: tuple[str, ...]) -> tuple[str, ...]:
+    return ("table", "--seeds=3") if options in SWEEPS else ("train",)
+
+
+@pytest.mark.parametrize("options", [GPU, H100, TPU, ONE_HOST, RICH, *SWEEPS])
 def test_kubernetes_would_accept_the_job(options):
     validate = pytest.importorskip("kubernetes_validate").validate
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "worker"}}
-    job["spec"] = job_of(render(*options))
+    job["spec"] = job_of(render(*options, command=command_of(options)))
     validate(job, "1.33", strict=True)
     job["spec"]["template"]["spec"]["containers"][0]["comand"] = []
     with pytest.raises(Exception, match="comand"):
         validate(job, "1.33", strict=True)
 
 
-@each_kind
+@pytest.mark.parametrize("options", [GPU, H100, TPU, ONE_HOST, RICH, *SWEEPS])
 def test_jobset_would_accept_the_jobset(options):
     models = pytest.importorskip("kubeflow_trainer_api.models")
-    rendered = render(*options)
+    rendered = render(*options, command=command_of(options))
     model = models.JobsetV1alpha2JobSet.from_dict(rendered)
     assert model.to_dict() == rendered  # nothing unknown, nothing misspelt
 
@@ -127,6 +135,24 @@ def test_bad_input_ends_the_jobset_and_all_else_starts_it_again(options):
     assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
     assert (job["backoffLimit"], policy["maxRestarts"]) == (0, 7)
     assert job["template"]["spec"]["restartPolicy"] == "Never"
+
+
+@pytest.mark.parametrize("options", SWEEPS)
+def test_each_share_of_a_table_is_a_pod_that_starts_again_alone(options):
+    jobset = render(*options, command=("table", "--seeds=3"))
+    job = job_of(jobset)
+    at_once, restarts = (4, 50) if options is SWEEPS[0] else (12, 7)
+    assert (job["completions"], job["parallelism"]) == (12, at_once)
+    assert job["backoffLimitPerIndex"] == restarts
+    assert "backoffLimit" not in job
+    assert "failurePolicy" not in jobset["spec"]  # would start all of them again
+    bad_input, failed, preempted = job["podFailurePolicy"]["rules"]
+    assert (bad_input["action"], bad_input["onExitCodes"]["values"]) == ("FailJob", [2])
+    assert (failed["action"], failed["onExitCodes"]["values"]) == ("FailIndex", [1])
+    assert preempted["action"] == "Ignore"  # counts for nothing
+    environment, command = resolve_pod(jobset, 3)
+    assert command == ["samrobust", "table", "--seeds=3", "--shard=3/12"]
+    assert not any(name.startswith("JAX_COORD") for name in environment)
 
 
 @each_kind
@@ -238,6 +264,9 @@ def test_arguments_arrive_as_they_were_written():
         ((*TPU, "--chips-per-node=3"), "Expected a divisor of the slice's 16 chips"),
         (("--accelerator=gpu", "--nodes=0"), "Expected --nodes >= 1, got 0."),
         ((*GPU, "--name=Sam"), "got --name=Sam."),
+        ((*GPU, "--sweep=2"), "a node for each share, got 2 nodes and train."),
+        ((*H100, "--sweep=2"), "Expected a table with --sweep"),
+        ((*H100, "--at-once=2"), "Expected --sweep with --at-once."),
         ((*GPU, f"--name={'a' * 41}"), "Expected at most 40 small letters"),
         (
             (*GPU, "--node-selector=spot"),

@@ -7,7 +7,9 @@
     python launch/k8s/render.py --image=IMAGE --accelerator=tpu-v5-lite-podslice \
         --topology=4x4 -- train --config=... --workdir=runs/sam | kubectl apply -f -
 
-One process a node, which drives all its devices. The workdir is relative to /work, the
+With --sweep=N it is a table in N shares, each a pod on a node, which is started again
+alone; N as `samrobust table ... --list | wc -l` counts gives each run its pod. Else one
+process a node, which drives all its devices. The workdir is relative to /work, the
 volume that outlives the pods. All else that one may want to change is in jobset.yaml,
 beside this file; --env may be given again and again. Needs nothing but Python.
 """
@@ -24,6 +26,7 @@ from typing import Any, NoReturn
 __all__ = ["main", "render"]
 
 _HOLE = r"\{\{(\w+)\}\}"
+_MARKS = r"  # ((?:gpu|tpu|run|sweep| )+)$"
 _TEMPLATE = pathlib.Path(__file__).with_name("jobset.yaml")
 _CPUS, _MEMORY = 2, 8  # requested for each device, the latter in GiB
 _GKE = "cloud.google.com/gke"
@@ -42,14 +45,16 @@ def render(values: Mapping[str, Any]) -> str:
 
     Args:
       values: of all names in {{...}}, as JSON has them, which YAML reads too. A line of
-        an empty one is left out, that of `env` is there for each of its items. And of
-        `kind`, gpu or tpu.
+        an empty one is left out, that of `env` is there for each of its items. And
+        `marks`, whose lines stay: gpu or tpu, run or sweep.
     """
-    other = {"gpu": "tpu", "tpu": "gpu"}[values["kind"]]
     lines: list[str] = []
     for line in _TEMPLATE.read_text(encoding="utf-8").splitlines():
-        names = re.findall(_HOLE, line)
-        if line.startswith("#") or line.endswith(f"  # {other}"):
+        marks = re.search(_MARKS, line)
+        line, names = re.sub(_MARKS, "", line), re.findall(_HOLE, line)
+        if line.startswith("#") or (
+            marks and not {*marks[1].split()} <= values["marks"]
+        ):
             continue
         if names == ["env"]:
             lines += [_fill(line, {"env": one}) for one in values["env"]]
@@ -59,7 +64,6 @@ def render(values: Mapping[str, Any]) -> str:
 
 
 def _fill(line: str, values: Mapping[str, Any]) -> str:
-    line = re.sub(r"  # (gpu|tpu)$", "", line)
     return re.sub(_HOLE, lambda m: json.dumps(values[m[1]]), line)
 
 
@@ -86,6 +90,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--nodes", type=int, metavar="N", help="of GPUs; default: 1")
     add("--gpus-per-node", type=int, metavar="K", help="default: 1")
+    add("--sweep", type=int, metavar="N", help="a table in N shares, a pod each")
+    add(
+        "--at-once", type=int, metavar="K", help="shares that run at a time; default: N"
+    )
     add("--topology", metavar="AxB[xC]", help="of the TPU slice, as in 4x4")
     add("--chips-per-node", type=int, metavar="K", help="of the TPU slice; default: 4")
     add("--name", default="samrobust", help="of the JobSet; default: %(default)s")
@@ -121,7 +129,8 @@ def _check(options: argparse.Namespace) -> None:
             flag = f"--{name.replace('_', '-')}"
             message = f"Expected no {flag} with --accelerator={options.accelerator}."
             raise ValueError(message)
-    for name in ("nodes", "gpus_per_node", "chips_per_node", "cpus", "max_restarts"):
+    counts = ("nodes", "gpus_per_node", "chips_per_node", "cpus", "max_restarts")
+    for name in (*counts, "sweep", "at_once"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"Expected --{name.replace('_', '-')} >= 1, got {value}.")
@@ -131,8 +140,15 @@ def _check(options: argparse.Namespace) -> None:
             f"got --name={options.name}."
         )
         raise ValueError(message)
-    if _is_tpu(options):
-        _tpu_size(options)
+    nodes = _tpu_size(options)[0] if _is_tpu(options) else options.nodes or 1
+    if options.sweep and (nodes > 1 or options.command[0] != "table"):
+        message = (
+            "Expected a table with --sweep, and a node for each share, got "
+            f"{nodes} nodes and {options.command[0]}."
+        )
+        raise ValueError(message)
+    if options.at_once and not options.sweep:
+        raise ValueError("Expected --sweep with --at-once.")
     for flag, items in {
         "node-selector": options.node_selector,
         "env": options.env,
@@ -177,10 +193,14 @@ def _values(options: argparse.Namespace) -> dict[str, Any]:
     memory = options.memory or f"{_MEMORY * chips}Gi"
     secret, queue = options.pull_secret, options.queue
     return {
-        "kind": "tpu" if _is_tpu(options) else "gpu",
+        "marks": {
+            "tpu" if _is_tpu(options) else "gpu",
+            "sweep" if options.sweep else "run",
+        },
         "name": options.name,
         "image": options.image,
-        "nodes": nodes,
+        "pods": options.sweep or nodes,
+        "at_once": options.at_once or options.sweep or nodes,
         "chips": chips,
         "resource": "google.com/tpu" if _is_tpu(options) else "nvidia.com/gpu",
         "requests": {"cpu": options.cpus or _CPUS * chips, "memory": memory},
@@ -192,7 +212,10 @@ def _values(options: argparse.Namespace) -> dict[str, Any]:
         "volume": options.volume,
         "max_restarts": options.max_restarts,
         # Kubernetes takes $(NAME) for a variable, and $$ for a dollar.
-        "arguments": [word.replace("$", "$$") for word in options.command],
+        "arguments": [
+            *(word.replace("$", "$$") for word in options.command),
+            *([f"--shard=$(SHARD)/{options.sweep}"] if options.sweep else []),
+        ],
     }
 
 
