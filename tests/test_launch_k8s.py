@@ -124,12 +124,12 @@ def test_a_rule_of_the_failure_policy_has_a_name_that_jobset_takes(options):
 
 
 @each_kind
-def test_bad_input_ends_the_jobset_and_all_else_starts_it_again(options):
+def test_what_would_fail_again_ends_the_jobset_and_all_else_starts_it_again(options):
     jobset = render(*options, "--max-restarts=7")
     job, policy = job_of(jobset), jobset["spec"]["failurePolicy"]
     (pod_rule,), (rule,) = job["podFailurePolicy"]["rules"], policy["rules"]
     assert pod_rule["action"] == "FailJob"
-    assert pod_rule["onExitCodes"]["values"] == [2]
+    assert pod_rule["onExitCodes"]["values"] == [1, 2]
     assert pod_rule["onExitCodes"]["containerName"] == container_of(jobset)["name"]
     assert rule["action"] == "FailJobSet"
     assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
