@@ -30,7 +30,7 @@ def samrobust_arguments(command: str) -> list[str]:
 def test_there_is_a_command_for_every_launcher():
     for name in (
         *("local.py", "train.sbatch", "sweep.sh", "render.py", "tpu_vm.sh up"),
-        *("gpu_bundle.sh", "gpu_measure.sh"),
+        *("gpu_bundle.sh", "gpu_measure.sh", "skypilot.yaml"),
     ):
         assert any(name in command for command in COMMANDS)
 
