@@ -60,7 +60,12 @@ def test_every_file_exists(path):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(re.findall(r"(?:SAMROBUST_[A-Z_]+|[A-Z]+_FLAGS|QUEUED|SPOT|BUCKET)", README)))
+    "name",
+    sorted(
+        set(
+            re.findall(r"(?:SAMROBUST_[A-Z_]+|[A-Z]+_FLAGS|QUEUED|SPOT|BUCKET)", README)
+        )
+    ),
 )
 def test_every_variable_is_one_of_the_scripts(name):
     assert re.search(rf"^{name}=\$\{{{name}:-", SCRIPTS, re.MULTILINE)
