@@ -1,23 +1,31 @@
 #!/usr/bin/env python3
-"""Runs a command as several processes on this machine, which JAX makes into one.
+"""Runs a command several times on this machine, on each device or as one over all.
 
+    python launch/local.py --each -- samrobust table --config=... --workdir=...
     python launch/local.py --processes=2 -- samrobust train --config=... --workdir=...
 
-Every process gets its share of the GPUs, or with --cpu virtual devices. Process 0 keeps
-the terminal; what the others print goes to stderr with their number in front.
+With --each every GPU or TPU chip has a worker of its own, --each=3 three of them. They
+share the workdir of a table, where each takes the next run that no other holds, and one
+that dies leaves its run to the others.
 
-SIGTERM and Ctrl-C reach every process once, as SIGTERM: samrobust saves and stops. The
-second Ctrl-C kills. When a process dies, the others have --grace seconds to end by
-themselves. None outlives this one, however it ends (on Linux).
+Without, JAX makes the processes into one. Each gets its share of the GPUs, or with
+--cpu virtual devices. When one dies, the others have --grace seconds to end by
+themselves.
+
+Process 0 keeps the terminal; the others' lines go to stderr with their number in front,
+with --each only those of their stderr. SIGTERM and Ctrl-C reach every process once, as
+SIGTERM: samrobust saves and stops. The second Ctrl-C kills. None outlives this one,
+however it ends (on Linux).
 
 Exit codes: 75 stopped on request, start the same command again; else that of the first
 process that failed, 128 + N if signal N killed it; 130 after a second Ctrl-C.
 
-Needs nothing but Python. On a TPU host it is not needed: one process drives all chips.
+Needs nothing but Python. On a TPU host one process drives all chips, but with --each.
 """
 
 import argparse
 import ctypes
+import glob
 import os
 import selectors
 import shutil
@@ -45,16 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"local.py: error: {error}", file=sys.stderr)
         return _BAD_INPUT
-    common = {
-        **os.environ,
+    meeting = {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{_free_port()}",
-        "JAX_NUM_PROCESSES": str(options.processes),
+        "JAX_NUM_PROCESSES": str(len(devices)),
     }
-    group = _Group(options.grace)
+    group = _Group(options.grace, alone=bool(options.each))
     try:
         for index, settings in enumerate(devices):
-            identity = {"JAX_PROCESS_ID": str(index)}
-            group.start(options.command, {**common, **identity, **settings})
+            joint = {**meeting, "JAX_PROCESS_ID": str(index)}
+            own = {"SAMROBUST_DISTRIBUTED": "off"} if options.each else joint
+            group.start(options.command, {**os.environ, **own, **settings})
         return group.wait()
     except OSError as error:
         print(f"local.py: error: {error}", file=sys.stderr)
@@ -71,7 +79,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").partition("\n")[0],
     )
     add = parser.add_argument
-    add("--processes", type=int, default=2, metavar="N", help="default: 2")
+    add("--processes", type=int, metavar="N", help="default: 2")
+    add(
+        "--each",
+        type=int,
+        nargs="?",
+        const=1,
+        metavar="K",
+        help="K workers on each GPU (1 if left out), or one on each TPU chip",
+    )
     add(
         "--devices-per-process",
         type=int,
@@ -88,7 +104,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("command", nargs="+", metavar="COMMAND", help="after --")
     options = parser.parse_args(argv)
-    for name in ("processes", "devices_per_process"):
+    if options.each and (options.processes or options.devices_per_process):
+        parser.error("Expected --each or --processes, --devices-per-process, got both.")
+    for name in ("processes", "devices_per_process", "each"):
         value = getattr(options, name)
         if value is not None and value < 1:
             flag = f"--{name.replace('_', '-')}"
@@ -102,33 +120,60 @@ def _share_devices(options: argparse.Namespace) -> list[dict[str, str]]:
     JAX_LOCAL_DEVICE_IDS counts within CUDA_VISIBLE_DEVICES, which stays as it is:
     processes that see each other's GPUs exchange data without the host.
     """
-    processes, each = options.processes, options.devices_per_process
+    count, each = options.processes or 2, options.devices_per_process
+    if options.each:
+        return _one_device_each(options.each, cpu=options.cpu)
     if options.cpu:
-        cpus = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(each or 1)}
-        return [cpus] * processes
-    num_gpus = _count_gpus()
-    each = each or max(num_gpus // processes, 1)
-    if processes * each > num_gpus:
+        return [_CPU | {"JAX_NUM_CPU_DEVICES": str(each or 1)}] * count
+    num_gpus = len(_gpus())
+    each = each or max(num_gpus // count, 1)
+    if count * each > num_gpus:
         message = (
-            f"Expected {processes} x {each} GPUs, got {num_gpus}. Ask for fewer "
+            f"Expected {count} x {each} GPUs, got {num_gpus}. Ask for fewer "
             "processes or devices, or for --cpu."
         )
         raise ValueError(message)
     return [
-        {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(first, first + each)))}
-        for first in range(0, processes * each, each)
+        _CUDA | {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(first, first + each)))}
+        for first in range(0, count * each, each)
     ]
 
 
-def _count_gpus() -> int:
-    """The GPUs that a process of this environment sees."""
+# By name: without the driver an error, and no run on the CPU.
+_CPU, _CUDA, _TPU = ({"JAX_PLATFORMS": name} for name in ("cpu", "cuda,cpu", "tpu,cpu"))
+
+
+def _one_device_each(workers: int, *, cpu: bool) -> list[dict[str, str]]:
+    """For so many workers on every device, the settings that show it alone."""
+    # Else each would take three quarters of the GPU's memory.
+    part = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / workers:.2f}"}
+    share = part if workers > 1 else {}
+    gpus = [_CUDA | {"CUDA_VISIBLE_DEVICES": gpu} for gpu in _gpus()]
+    if cpu or gpus:
+        return [_CPU] * workers if cpu else [gpu | share for gpu in gpus] * workers
+    # Chips have device files, numbered or named by their groups of VFIO.
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    if not chips or workers > 1:
+        message = (
+            f"Expected GPUs, or TPU chips with --each=1, got {len(chips)} chips. See "
+            "--cpu."
+        )
+        raise ValueError(message)
+    bounds = ("TPU_CHIPS_PER_PROCESS_BOUNDS", "TPU_PROCESS_BOUNDS")
+    one = _TPU | dict.fromkeys(bounds, "1,1,1") | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    return [one | {"TPU_VISIBLE_CHIPS": str(chip)} for chip in range(len(chips))]
+
+
+def _gpus() -> list[str]:
+    """The names of the GPUs that a process of this environment sees."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([name for name in visible.split(",") if name.strip()])
+        return [name for name in visible.split(",") if name.strip()]
     if shutil.which("nvidia-smi") is None:
-        return 0
+        return []
     listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    lines = listing.stdout.splitlines()
+    return [str(k) for k in range(sum(line.startswith("GPU ") for line in lines))]
 
 
 def _free_port() -> int:
@@ -140,9 +185,14 @@ def _free_port() -> int:
 class _Group:
     """The processes: their output, what they are told, and how they ended."""
 
-    def __init__(self, grace: float) -> None:
-        """Hears signals from now on; `grace` as the flag."""
-        self._grace = grace
+    def __init__(self, grace: float, *, alone: bool) -> None:
+        """Hears signals from now on.
+
+        Args:
+          grace: as the flag.
+          alone: whether each goes on when another dies, and says less.
+        """
+        self._grace, self._alone = float("inf") if alone else grace, alone
         self._processes: list[subprocess.Popen[bytes]] = []
         self._codes: dict[int, int] = {}  # by index, in the order of their ends
         self._output = selectors.DefaultSelector()
@@ -155,19 +205,22 @@ class _Group:
     def start(self, command: Sequence[str], environment: dict[str, str]) -> None:
         """Starts the next process, in a session of its own: Ctrl-C comes from us."""
         index, parent = len(self._processes), os.getpid()
+        output, errors = subprocess.PIPE, subprocess.STDOUT
+        if self._alone:  # what process 0 prints is the same
+            output, errors = subprocess.DEVNULL, subprocess.PIPE
         process = subprocess.Popen(
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if index else None,
-            stderr=subprocess.STDOUT if index else None,
+            stdout=output if index else None,
+            stderr=errors if index else None,
             start_new_session=True,
             preexec_fn=lambda: _die_with(parent),
         )
         self._processes.append(process)
-        if process.stdout:
-            os.set_blocking(process.stdout.fileno(), False)
-            self._output.register(process.stdout, selectors.EVENT_READ, index)
+        if pipe := process.stdout or process.stderr:
+            os.set_blocking(pipe.fileno(), False)
+            self._output.register(pipe, selectors.EVENT_READ, index)
 
     def wait(self) -> int:
         """Waits for all, and ends those that a dead one leaves behind.

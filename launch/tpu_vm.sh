@@ -7,7 +7,7 @@
 #
 #   up COMMAND ...   create, install, run, collect, delete; after a preemption all of it
 #                    again, from the last checkpoint. It may be stopped and called again:
-#                    the VM works on.
+#                    the VM works on, and deletes itself when it is done.
 #   create           make the VM                install   bring the last commit there
 #   run COMMAND ...  start the command there    status    of the VM, with the log's end
 #   collect          fetch runs/                delete    the VM; the bucket stays
@@ -27,23 +27,29 @@ TYPE=${TYPE:-v5litepod-16}              # gcloud compute tpus accelerator-types 
 VERSION=${VERSION:-v2-alpha-tpuv5-lite} # gcloud compute tpus versions list
 BUCKET=${BUCKET:-}                      # gs://BUCKET/FOLDER that the VM may write to
 SPOT=${SPOT:-yes}                       # yes: cheaper, can be preempted
-QUEUED=${QUEUED:-no}                    # yes: wait in Google's queue for capacity
+QUEUED=${QUEUED:-yes}                   # yes: wait in Google's queue for capacity
+CREATE_FLAGS=${CREATE_FLAGS:-}          # as --network=NAME --service-account=ACCOUNT
+SSH_FLAGS=${SSH_FLAGS:-}                # as --internal-ip, or --tunnel-through-iap
+PYTHON=${PYTHON:-3.12}                  # that of the image
 SAVE_SECONDS=${SAVE_SECONDS:-60}
 POLL_SECONDS=${POLL_SECONDS:-30}
-MAX_FAILURES=${MAX_FAILURES:-20} # in a row: no capacity, no connection, crashes
+MAX_FAILURES=${MAX_FAILURES:-20} # in a row: no permission or quota, no connection, crashes
 # ---
 
 say() { echo "tpu_vm.sh: $*" >&2; }
 refuse() { say "error: $*"; exit 2; }
 vm() { gcloud compute tpus tpu-vm "$1" "$NAME" --zone="$ZONE" --quiet "${@:2}"; }
 queued() { gcloud compute tpus queued-resources "$1" "$NAME" --zone="$ZONE" --quiet "${@:2}"; }
-on() { vm ssh --worker="$1" --command="$2"; }
+# shellcheck disable=SC2086 # several flags
+on() { vm ssh --worker="$1" --command="$2" $SSH_FLAGS; }
 
 create() {
   # There is something to copy from before the first checkpoint: nothing is an error.
   echo "$NAME" | gcloud storage cp - "$BUCKET/.samrobust" --quiet
   local options=(--accelerator-type="$TYPE")
   if [ "$SPOT" = yes ]; then options+=(--spot); fi
+  # shellcheck disable=SC2206 # several flags
+  options+=($CREATE_FLAGS)
   if [ "$QUEUED" = yes ]; then
     queued create --node-id="$NAME" --runtime-version="$VERSION" "${options[@]}"
   else
@@ -67,33 +73,36 @@ install() {
   temporary=$(mktemp -d)
   git clone --quiet --depth=1 "file://$here" "$temporary/samrobust"
   tar -C "$temporary" -czf "$temporary/samrobust.tgz" samrobust
+  # shellcheck disable=SC2086 # several flags
   gcloud compute tpus tpu-vm scp "$temporary/samrobust.tgz" "$NAME:samrobust.tgz" \
-    --zone="$ZONE" --quiet --worker=all
+    --zone="$ZONE" --quiet --worker=all $SSH_FLAGS
   rm -rf "$temporary"
-  # shellcheck disable=SC2016 # expanded there
-  on all 'set -e
-    rm -rf samrobust && tar -xzf samrobust.tgz
-    for python in python3.13 python3.12 python3.11; do
-      if command -v "$python" >/dev/null; then break; fi
-    done
-    "$python" -m venv --clear venv || {
-      sudo apt-get update -q && sudo apt-get install -y -q "$python-venv"
-      "$python" -m venv --clear venv
-    }
-    venv/bin/pip install -q --require-hashes -r samrobust/requirements.lock
-    venv/bin/pip install -q -e "samrobust[tpu]"
-    mkdir -p runs && touch installed'
+  on all "set -e
+    rm -rf samrobust installed && tar -xzf samrobust.tgz
+    PATH=\$HOME/.local/bin:\$PATH
+    command -v uv >/dev/null || python3 -m pip install -q --user uv
+    uv venv -q --clear --python $PYTHON venv
+    uv pip install -q --python venv --require-hashes -r samrobust/requirements.lock
+    uv pip install -q --python venv -e 'samrobust[tpu]'
+    mkdir -p runs"
+  on 0 'touch installed' # all of them are
 }
 
 run() {
   local there=samrobust/launch/tpu_vm.sh
   # On a new VM only: on another one the disk is newer than the bucket.
+  # What a crash left at work would hold the chips.
+  # shellcheck disable=SC2016 # expanded there
+  on all 'for group in $(cat pid save.pid 2>/dev/null); do
+      if grep -qs tpu_vm.sh "/proc/$group/cmdline"; then kill -KILL -- "-$group"; fi
+    done'
   on 0 "rm -f code saved
     [ -f restored ] || { BUCKET='$BUCKET' bash $there _restore && touch restored; }"
   on all "nohup setsid bash $there _work $(printf '%q ' "$@") > log 2>&1 < /dev/null &
     echo \$! > pid"
   on 0 "BUCKET='$BUCKET' SAVE_SECONDS=$SAVE_SECONDS \
-    nohup setsid bash $there _save > save.log 2>&1 < /dev/null &
+    NAME=$NAME ZONE=$ZONE QUEUED=$QUEUED END_VM=${END_VM:-no} \
+    nohup setsid bash $there _save $(printf '%q ' "$@") > save.log 2>&1 < /dev/null &
     echo \$! > save.pid"
 }
 
@@ -101,11 +110,13 @@ run() {
 _work() {
   local code=0
   trap : TERM # when the VM goes down, wait for the command, which saves
-  venv/bin/samrobust "$@" || code=$?
+  # Without the TPU an error, and no run on the CPU.
+  JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} venv/bin/samrobust "$@" || code=$?
   echo "$code" > code
 }
 
-# On worker 0, beside it: copies until the command has ended, and then says how it did.
+# On worker 0, beside it: copies until the command has ended, and then says how it did,
+# in the bucket too. Nobody may be there to hear it, so it ends the bill.
 _save() {
   trap '' TERM # a VM that goes down leaves half a minute
   while [ ! -f code ] && kill -0 "$(cat pid)"; do
@@ -114,6 +125,17 @@ _save() {
   done
   until _copy; do sleep "$SAVE_SECONDS"; done
   cp code saved
+  if [ "$END_VM" = yes ] && [[ $(cat code) =~ ^(0|1|2|130)$ ]]; then
+    echo "$(cat code) $*" | gcloud storage cp - "$BUCKET.ended" --quiet
+    delete # needs the right to: else `up` does it
+  fi
+}
+
+# The exit code of the command, if it has ended and its VM is gone.
+ended() {
+  local code words
+  read -r code words <<<"$(gcloud storage cat "$BUCKET.ended" 2>/dev/null)" || true
+  if [ "$words" = "$*" ]; then echo "$code"; fi
 }
 
 # What makes a file count comes after the file: the sums of checkpoints after the rest of
@@ -141,6 +163,7 @@ _snapshot() {
     if (cd runs && find . -name .claim -prune -o -type f -print0 |
       xargs -0 -r cp --link --parents --target-directory=../copy) &&
       [ "$before" = "$(_checkpoints)" ]; then
+      cp log copy/worker0.log
       return
     fi
   done
@@ -172,13 +195,20 @@ progress() {
 }
 
 up() {
-  local failures=0 is
+  local failures=0 is words
+  export END_VM=yes
   while [ "$failures" -lt "$MAX_FAILURES" ]; do
     is=$(state)
     if [ "$is" = READY ]; then is=$(progress); fi
+    if [ -z "$is" ]; then is=$(ended "$@"); fi
     say "$NAME: ${is:-no VM}"
     case $is in
-      "") "$0" create || failures=$((failures + 1)) ;;
+      "")
+        if ! words=$("$0" create 2>&1 | tee /dev/stderr); then
+          # One waits for capacity as long as it takes.
+          [[ $words == *"no more capacity"* ]] || failures=$((failures + 1))
+        fi
+        ;;
       PREEMPTED | TERMINATED | STOPPED | SUSPENDED | FAILED)
         "$0" delete || failures=$((failures + 1))
         ;;
@@ -186,7 +216,8 @@ up() {
       installed | lost | 75) "$0" run "$@" || failures=$((failures + 1)) ;;
       running) failures=0 ;;
       0 | 1 | 2 | 130)
-        collect && delete && exit "$is"
+        collect && { [ -z "$(state)" ] || delete; } &&
+          { gcloud storage rm "$BUCKET.ended" --quiet || true; } && exit "$is"
         failures=$((failures + 1))
         ;;
       [0-9]*) # it crashed

@@ -8,7 +8,8 @@ keeps all of that:
     bucket/         what is in gs://bucket
     vm/0, vm/1      the homes of the two workers
     state           of the VM; no file, no VM
-    refuse_create   how many creations fail from now on, for want of capacity
+    refuse_create   how many creations fail from now on
+    refusal         why; without it for want of capacity
     hang_at         what a copy to the bucket does not get beyond: a pattern of names,
                     such as `bucket/sam/a/count`; `hanging` is there once it waits
 """
@@ -32,18 +33,20 @@ NUM_WORKERS = 2
 _ZONE = {"--zone", "--quiet"}
 _FLAGS = {
     "compute tpus tpu-vm create": {
-        *(_ZONE | {"--accelerator-type", "--version", "--spot"})
+        *(_ZONE | {"--accelerator-type", "--version", "--spot", "--network"})
     },
     "compute tpus tpu-vm describe": {*_ZONE, "--format"},
     "compute tpus tpu-vm delete": _ZONE,
-    "compute tpus tpu-vm ssh": {*_ZONE, "--worker", "--command"},
-    "compute tpus tpu-vm scp": {*_ZONE, "--worker", "--recurse"},
+    "compute tpus tpu-vm ssh": {*_ZONE, "--worker", "--command", "--internal-ip"},
+    "compute tpus tpu-vm scp": {*_ZONE, "--worker", "--recurse", "--internal-ip"},
     "compute tpus queued-resources create": {
         *(_ZONE | {"--accelerator-type", "--runtime-version", "--node-id", "--spot"})
     },
     "compute tpus queued-resources describe": {*_ZONE, "--format"},
     "compute tpus queued-resources delete": {*_ZONE, "--force"},
     "storage cp": {"--quiet"},
+    "storage cat": set(),
+    "storage rm": {"--quiet"},
     "storage rsync": {
         *("--recursive", "--exclude", "--delete-unmatched-destination-objects")
     },
@@ -91,7 +94,10 @@ def _processes(folder: pathlib.Path) -> Iterator[int]:
     for process in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             # A zombie's is empty.
-            if mark in (process / "environ").read_bytes().split(b"\0"):
+            # A VM may end itself: by a process of its own, which is this one.
+            if process.name != str(os.getpid()) and mark in (
+                process / "environ"
+            ).read_bytes().split(b"\0"):
                 yield int(process.name)
 
 
@@ -109,7 +115,9 @@ def _create(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> in
         return _fail("ALREADY_EXISTS")
     if refusals.exists() and (left := int(refusals.read_text())):
         refusals.write_text(str(left - 1))
-        return _fail("There is no more capacity in the zone")
+        refusal = folder / "refusal"
+        known = refusal.read_text() if refusal.exists() else "There is no more capacity"
+        return _fail(known)
     for worker in range(NUM_WORKERS):
         (folder / "vm" / str(worker)).mkdir(parents=True)
     (folder / "state").write_text("READY")
@@ -185,6 +193,24 @@ def _cp(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
     return 0
 
 
+def _cat(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
+    del flags
+    path = _local(folder, words[0])
+    if not path.exists():
+        return _fail("One or more URLs matched no objects.")
+    print(path.read_text(), end="")
+    return 0
+
+
+def _rm(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
+    del flags
+    path = _local(folder, words[0])
+    if not path.exists():
+        return _fail("One or more URLs matched no objects.")
+    path.unlink()
+    return 0
+
+
 def _rsync(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
     source, target = (_local(folder, word) for word in words)
     if not source.is_dir() or not any(source.iterdir()):
@@ -231,6 +257,8 @@ _HANDLERS = {
     "ssh": _ssh,
     "scp": _scp,
     "cp": _cp,
+    "cat": _cat,
+    "rm": _rm,
     "rsync": _rsync,
 }
 

@@ -1,5 +1,6 @@
 """The command line: help, errors in one line, exit codes."""
 
+import errno
 import os
 import re
 import shlex
@@ -11,14 +12,19 @@ import helpers
 import pytest
 
 from samrobust import __version__
-from samrobust.cli import main
+from samrobust.cli import main, running
+from samrobust.data import DatasetUnavailableError
 from samrobust.experiments import configuration
 from samrobust.experiments.explaining import explain
 from samrobust.experiments.reporting.console import make_console
 from samrobust.experiments.reporting.progress import ProgressDisplay
 from samrobust.experiments.workdir import settle_config
 from samrobust.models import MODELS
-from samrobust.system.files import write_json
+from samrobust.system.claims import ClaimedError
+from samrobust.system.distributed import DistributedError, agreement
+from samrobust.system.files import WorkdirError, write_json
+from samrobust.training import TrainingDivergedError
+from samrobust.training.checkpoint import CheckpointError
 
 
 def samrobust(*arguments):
@@ -242,6 +248,35 @@ def test_a_jax_that_does_not_load_is_one_line(tmp_path):
     assert errors.startswith(expected)
 
 
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ClaimedError("another works here"), 69),
+        (DistributedError("a peer is late"), 69),
+        (OSError(errno.EIO, "the disk is away"), 69),
+        (caused(WorkdirError("not writable"), OSError(errno.ESTALE, "NFS")), 69),
+        (caused(CheckpointError("not written"), OSError(errno.ENETUNREACH, "")), 69),
+        (caused(DatasetUnavailableError("no download"), ConnectionError()), 69),
+        (caused(WorkdirError("not writable"), OSError(errno.EACCES, "mine")), 2),
+        (caused(DatasetUnavailableError("404"), OSError("404")), 2),
+        (OSError(errno.ENOSPC, "full"), 1),
+        (TrainingDivergedError("not finite"), 1),
+        (ValueError("rho=-1"), 2),
+    ],
+)
+def test_what_may_be_gone_next_time_is_told_from_what_would_fail_again(error, code):
+    """In the other processes, too, which get the error without its cause."""
+    assert running._code_of(error) == code
+    with pytest.raises(type(error)) as shared:
+        agreement._unpack(agreement._pack(None, error))
+    assert running._code_of(shared.value) == code
+
+
 def test_a_lack_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
     def load_config(*_):
         raise MemoryError
@@ -379,7 +414,7 @@ def test_unprepared_data_offline_says_what_to_put_where(tmp_path, capsys, monkey
         f"--config.data.data_dir={tmp_path}",
     )
     errors = capsys.readouterr().err
-    assert code == 2
+    assert code == 69
     assert "cifar-10-binary.tar.gz" in errors
     assert str(tmp_path) in errors
     assert {1, 2, 4, 8} <= set(pauses)  # tried again, five times in all

@@ -44,6 +44,7 @@ def run_steps(folder: Path, accelerator: str) -> tuple[int, str, list[str]]:
     steps = [step for step in values("RUN") if "pip" in step]
     done = subprocess.run(
         ["sh", "-ec", "\n".join(steps)],
+        cwd=folder,
         env={"PATH": f"{folder}:{os.environ['PATH']}", "ACCELERATOR": accelerator},
         capture_output=True,
         text=True,
@@ -74,9 +75,10 @@ def test_each_accelerator_is_an_extra_of_the_project(tmp_path, name):
     code, errors, calls = run_steps(tmp_path, name)
     assert (code, errors) == (0, "")
     (wanted,) = PROJECT["project"]["optional-dependencies"][name]
+    assert "jax==0.10.2" in (tmp_path / "locked.txt").read_text().splitlines()
     assert calls == [
         "install --no-cache-dir --require-hashes -r requirements.lock",
-        f"install --no-cache-dir {wanted}==0.10.2",
+        f"install --no-cache-dir -c locked.txt {wanted}",
         "install --no-cache-dir --no-deps .",
     ]
 
@@ -85,6 +87,14 @@ def test_without_an_accelerator_only_the_lock_is_installed(tmp_path):
     code, errors, calls = run_steps(tmp_path, "cpu")
     assert (code, errors) == (0, "")
     assert [call.split()[2] for call in calls] == ["--require-hashes", "--no-deps"]
+
+
+def test_drivers_and_fast_networks_are_found():
+    (apt,) = [step for step in values("RUN") if "apt-get install" in step]
+    assert {"libibverbs1", "ibverbs-providers", "librdmacm1"} <= set(apt.split())
+    settings = dict(word.split("=") for rest in values("ENV") for word in rest.split())
+    assert settings["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"  # GKE's mount
+    assert settings["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
 
 
 def test_an_unknown_accelerator_ends_the_build(tmp_path):

@@ -21,7 +21,17 @@ GPU = ("--accelerator=gpu", "--nodes=2", "--gpus-per-node=8")
 H100 = ("--accelerator=nvidia-h100-80gb", "--node-selector=pool=big")
 TPU = ("--accelerator=tpu-v5-lite-podslice", "--topology=4x4")
 ONE_HOST = ("--accelerator=tpu-v6e-slice", "--topology=2x4", "--chips-per-node=8")
-each_kind = pytest.mark.parametrize("options", [GPU, H100, TPU, ONE_HOST])
+# All that has no effect by default.
+RICH = (
+    *("--accelerator=gpu", "--cpus=12", "--memory=90Gi", "--queue=team"),
+    *("--service-account=robot", "--pull-secret=registry"),
+    *("--env=WANDB_MODE=offline", "--env=NOTE=a=$(b)"),
+)
+each_kind = pytest.mark.parametrize("options", [GPU, H100, TPU, ONE_HOST, RICH])
+SWEEPS = [
+    (*H100, "--sweep=12", "--at-once=4"),
+    (*ONE_HOST, "--sweep=12", "--max-restarts=7"),
+]
 
 
 def call(*options: str, command: tuple[str, ...] = ("train",)) -> tuple[int, str, str]:
@@ -72,21 +82,25 @@ def resolve_pod(jobset: dict[str, Any], index: int) -> tuple[dict[str, str], lis
     return known, [expand(word, known) for word in words]
 
 
-@each_kind
+def command_of(options: tuple[str, ...]) -> tuple[str, ...]:
+    return ("table", "--seeds=3") if options in SWEEPS else ("train",)
+
+
+@pytest.mark.parametrize("options", [GPU, H100, TPU, ONE_HOST, RICH, *SWEEPS])
 def test_kubernetes_would_accept_the_job(options):
     validate = pytest.importorskip("kubernetes_validate").validate
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "worker"}}
-    job["spec"] = job_of(render(*options))
+    job["spec"] = job_of(render(*options, command=command_of(options)))
     validate(job, "1.33", strict=True)
     job["spec"]["template"]["spec"]["containers"][0]["comand"] = []
     with pytest.raises(Exception, match="comand"):
         validate(job, "1.33", strict=True)
 
 
-@each_kind
+@pytest.mark.parametrize("options", [GPU, H100, TPU, ONE_HOST, RICH, *SWEEPS])
 def test_jobset_would_accept_the_jobset(options):
     models = pytest.importorskip("kubeflow_trainer_api.models")
-    rendered = render(*options)
+    rendered = render(*options, command=command_of(options))
     model = models.JobsetV1alpha2JobSet.from_dict(rendered)
     assert model.to_dict() == rendered  # nothing unknown, nothing misspelt
 
@@ -110,17 +124,35 @@ def test_a_rule_of_the_failure_policy_has_a_name_that_jobset_takes(options):
 
 
 @each_kind
-def test_bad_input_ends_the_jobset_and_all_else_starts_it_again(options):
+def test_what_would_fail_again_ends_the_jobset_and_all_else_starts_it_again(options):
     jobset = render(*options, "--max-restarts=7")
     job, policy = job_of(jobset), jobset["spec"]["failurePolicy"]
     (pod_rule,), (rule,) = job["podFailurePolicy"]["rules"], policy["rules"]
     assert pod_rule["action"] == "FailJob"
-    assert pod_rule["onExitCodes"]["values"] == [2]
+    assert pod_rule["onExitCodes"]["values"] == [1, 2]
     assert pod_rule["onExitCodes"]["containerName"] == container_of(jobset)["name"]
     assert rule["action"] == "FailJobSet"
     assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
     assert (job["backoffLimit"], policy["maxRestarts"]) == (0, 7)
     assert job["template"]["spec"]["restartPolicy"] == "Never"
+
+
+@pytest.mark.parametrize("options", SWEEPS)
+def test_each_share_of_a_table_is_a_pod_that_starts_again_alone(options):
+    jobset = render(*options, command=("table", "--seeds=3"))
+    job = job_of(jobset)
+    at_once, restarts = (4, 50) if options is SWEEPS[0] else (12, 7)
+    assert (job["completions"], job["parallelism"]) == (12, at_once)
+    assert job["backoffLimitPerIndex"] == restarts
+    assert "backoffLimit" not in job
+    assert "failurePolicy" not in jobset["spec"]  # would start all of them again
+    bad_input, failed, preempted = job["podFailurePolicy"]["rules"]
+    assert (bad_input["action"], bad_input["onExitCodes"]["values"]) == ("FailJob", [2])
+    assert (failed["action"], failed["onExitCodes"]["values"]) == ("FailIndex", [1])
+    assert preempted["action"] == "Ignore"  # counts for nothing
+    environment, command = resolve_pod(jobset, 3)
+    assert command == ["samrobust", "table", "--seeds=3", "--shard=3/12"]
+    assert not any(name.startswith("JAX_COORD") for name in environment)
 
 
 @each_kind
@@ -131,7 +163,8 @@ def test_a_pod_has_time_to_save_and_its_files_outlive_it(options):
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     assert "persistentVolumeClaim" in volumes[mounts[container["workingDir"]]]
-    assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory"}
+    shm = {"medium": "Memory", "sizeLimit": "4Gi"}
+    assert volumes[mounts["/dev/shm"]]["emptyDir"] == shm
     environment, _ = resolve_pod(jobset, 0)
     for name in ("XDG_CACHE_HOME", "TFDS_DATA_DIR"):
         assert environment[name].startswith(container["workingDir"])
@@ -161,7 +194,7 @@ def test_every_node_gives_one_pod_all_its_devices(options, nodes, limits):
 
 def test_the_nodes_are_chosen_by_their_labels():
     selectors = [
-        job_of(render(*options))["template"]["spec"]["nodeSelector"]
+        job_of(render(*options))["template"]["spec"].get("nodeSelector", {})
         for options in (GPU, H100, TPU)
     ]
     gke = "cloud.google.com/gke"
@@ -173,6 +206,36 @@ def test_the_nodes_are_chosen_by_their_labels():
             f"{gke}-tpu-topology": "4x4",
         },
     ]
+
+
+def test_what_a_cluster_wants_to_know_is_told():
+    jobset = render(*RICH)
+    spec, container = job_of(jobset)["template"]["spec"], container_of(jobset)
+    assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
+    assert spec["serviceAccountName"] == "robot"
+    assert spec["imagePullSecrets"] == [{"name": "registry"}]
+    assert container["resources"]["requests"] == {"cpu": 12, "memory": "90Gi"}
+    environment, _ = resolve_pod(jobset, 0)
+    assert environment["WANDB_MODE"] == "offline"
+    assert environment["NOTE"] == "a=$(b)"
+
+
+def test_a_pod_asks_for_what_its_devices_need_and_for_no_more():
+    jobset = render(*GPU)
+    requests = container_of(jobset)["resources"]["requests"]
+    assert requests == {"cpu": 16, "memory": "64Gi"}
+    assert jobset["spec"]["ttlSecondsAfterFinished"] > 0
+    assert job_of(jobset)["template"]["spec"]["securityContext"] == {
+        "runAsUser": 1000,
+        "fsGroup": 1000,
+        "fsGroupChangePolicy": "OnRootMismatch",
+    }
+
+
+@pytest.mark.parametrize(("options", "device"), [(GPU, "cuda"), (TPU, "tpu")])
+def test_a_node_without_its_driver_is_an_error(options, device):
+    environment, _ = resolve_pod(render(*options), 0)
+    assert environment["JAX_PLATFORMS"] == f"{device},cpu"
 
 
 def test_arguments_arrive_as_they_were_written():
@@ -201,11 +264,15 @@ def test_arguments_arrive_as_they_were_written():
         ((*TPU, "--chips-per-node=3"), "Expected a divisor of the slice's 16 chips"),
         (("--accelerator=gpu", "--nodes=0"), "Expected --nodes >= 1, got 0."),
         ((*GPU, "--name=Sam"), "got --name=Sam."),
+        ((*GPU, "--sweep=2"), "a node for each share, got 2 nodes and train."),
+        ((*H100, "--sweep=2"), "Expected a table with --sweep"),
+        ((*H100, "--at-once=2"), "Expected --sweep with --at-once."),
         ((*GPU, f"--name={'a' * 41}"), "Expected at most 40 small letters"),
         (
             (*GPU, "--node-selector=spot"),
-            "Expected KEY=VALUE, got --node-selector=spot.",
+            "Expected NAME=VALUE, got --node-selector=spot.",
         ),
+        ((*GPU, "--env==1"), "Expected NAME=VALUE, got --env==1."),
     ],
 )
 def test_what_does_not_fit_together_is_refused(options, message):
@@ -220,7 +287,7 @@ def test_the_pods_of_gpu_nodes_agree_on_the_coordinator():
     # The host name that JobSet gives the first pod of the first job.
     address = {"JAX_COORDINATOR_ADDRESS": "sam-worker-0-0.sam:1234"}
     for index, pod in enumerate(pods):
-        told = {k: v for k, v in pod.items() if k.startswith("JAX_")}
+        told = {k: v for k, v in pod.items() if re.match("JAX_(CO|NUM|PRO)", k)}
         identity = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
         assert told == {**address, **identity}
 
@@ -236,7 +303,7 @@ def test_the_workers_of_a_slice_find_each_other_as_jax_does_on_gke(monkeypatch):
     monkeypatch.setattr(clusters, "get_tpu_env_value_from_metadata", lambda _: None)
     for index in range(4):
         pod, _ = resolve_pod(jobset, index)
-        assert not any(name.startswith("JAX_") for name in pod)
+        assert [name for name in pod if name.startswith("JAX_")] == ["JAX_PLATFORMS"]
         monkeypatch.setenv("TPU_WORKER_ID", str(index))
         monkeypatch.setenv("TPU_WORKER_HOSTNAMES", ",".join(hosts))
         for name, value in pod.items():
@@ -261,6 +328,7 @@ def test_the_pods_of_two_nodes_run_as_one(tmp_path):
         # The cluster's name service and the volume's mount, here on loopback.
         mounted = {k: v.replace("/work", f"{volume}") for k, v in environment.items()}
         mounted["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
+        del mounted["JAX_PLATFORMS"]
         done = subprocess.run(
             command,
             env={

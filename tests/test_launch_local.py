@@ -1,10 +1,13 @@
 """launch/local.py: several processes on this machine, told and ended together."""
 
+import glob
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ import launch_runs
 import pytest
 
 LOCAL = helpers.ROOT / "launch" / "local.py"
+one_device_each = runpy.run_path(str(LOCAL))["_one_device_each"]
 NAMES = (
     "JAX_COORDINATOR_ADDRESS",
     "JAX_NUM_PROCESSES",
@@ -22,11 +26,14 @@ NAMES = (
     "JAX_NUM_CPU_DEVICES",
     "JAX_PLATFORMS",
     "CUDA_VISIBLE_DEVICES",
+    "SAMROBUST_DISTRIBUTED",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
 )
 SHOW = f"""
 import json, os, sys
 own = {{name: os.environ[name] for name in {NAMES} if name in os.environ}}
-open(f"{{sys.argv[1]}}/{{own['JAX_PROCESS_ID']}}", "w").write(json.dumps(own))
+name = own.get("JAX_PROCESS_ID", os.getpid())
+open(f"{{sys.argv[1]}}/{{name}}", "w").write(json.dumps(own))
 """
 # Notes its process id and every signal; stops half a second after the first SIGTERM.
 LISTEN = """
@@ -130,7 +137,7 @@ def test_the_gpus_are_shared_out_and_stay_visible_to_all(tmp_path, options, expe
     told = environments(tmp_path, *options, CUDA_VISIBLE_DEVICES="4,5,6,7")
     assert [own["JAX_LOCAL_DEVICE_IDS"] for own in told] == expected
     assert {own["CUDA_VISIBLE_DEVICES"] for own in told} == {"4,5,6,7"}
-    assert not any("JAX_PLATFORMS" in own for own in told)
+    assert {own["JAX_PLATFORMS"] for own in told} == {"cuda,cpu"}
 
 
 def test_the_gpus_are_counted_by_the_driver(tmp_path):
@@ -142,6 +149,96 @@ def test_the_gpus_are_counted_by_the_driver(tmp_path):
     path = f"{listing.parent}:{os.environ['PATH']}"
     told = environments(helpers.make_folder(tmp_path / "told"), PATH=path)
     assert [own["JAX_LOCAL_DEVICE_IDS"] for own in told] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "gpus", "memory"),
+    [
+        ("--each", ["4", "7"], {}),
+        (
+            "--each=2",
+            ["4", "4", "7", "7"],
+            {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"},
+        ),
+    ],
+)
+def test_each_gpu_has_workers_that_see_it_alone(tmp_path, flag, gpus, memory):
+    told = environments(tmp_path, flag, CUDA_VISIBLE_DEVICES="4,7", JAX_PLATFORMS="cpu")
+    assert sorted(own["CUDA_VISIBLE_DEVICES"] for own in told) == gpus
+    own = {
+        "JAX_PLATFORMS": "cuda,cpu",
+        "SAMROBUST_DISTRIBUTED": "off",
+        **memory,
+    }
+    for each in told:
+        assert each == {**own, "CUDA_VISIBLE_DEVICES": each["CUDA_VISIBLE_DEVICES"]}
+
+
+def test_each_tpu_chip_has_a_worker(monkeypatch):
+    chips = {"/dev/vfio/[0-9]*": ["/dev/vfio/3", "/dev/vfio/11"]}
+    monkeypatch.setattr(glob, "glob", lambda pattern: chips.get(pattern, []))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    told = one_device_each(1, cpu=False)
+    assert [own["TPU_VISIBLE_CHIPS"] for own in told] == ["0", "1"]
+    assert {own["TPU_PROCESS_BOUNDS"] for own in told} == {"1,1,1"}
+    assert {own["JAX_PLATFORMS"] for own in told} == {"tpu,cpu"}
+    with pytest.raises(ValueError, match="--each=1, got 2 chips"):
+        one_device_each(2, cpu=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--each",), "Expected GPUs, or TPU chips with --each=1, got 0 chips."),
+        (("--each", "--processes=2"), "Expected --each or --processes"),
+        (("--each=0",), "Expected --each >= 1, got 0."),
+    ],
+)
+def test_each_without_a_device_or_beside_a_count_is_refused(options, message):
+    code, _, errors = finish(start(*options, script="", CUDA_VISIBLE_DEVICES=""))
+    assert code == 2
+    assert message in errors
+
+
+def test_a_worker_that_dies_leaves_the_others_at_work_and_gives_its_code():
+    script = (
+        "import os, sys, time\n"
+        "first = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)\n"
+        "try: os.mkdir(sys.argv[1] + '.taken')\n"
+        "except FileExistsError: time.sleep(1.5); print('done', file=sys.stderr)\n"
+        "else: os.kill(os.getpid(), 9)"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        process = start(
+            *("--each=2", "--cpu", "--grace=0"),
+            script=script,
+            arguments=(f"{folder}/file",),
+        )
+        code, _, errors = finish(process)
+    assert code == 128 + signal.SIGKILL
+    assert errors.splitlines()[-1].endswith("done")
+
+
+@pytest.mark.slow
+def test_a_table_by_two_workers_has_all_runs_and_is_printed_once(tmp_path):
+    script = "import sys; from samrobust import cli; sys.exit(cli.main())"
+    config = f"--config={helpers.ROOT}/configs/digits.py"
+    sizes = {"training.epochs": 1, "data.train_size": 64, "evaluation.linf": ()}
+    flags = helpers.make_flags(sizes)
+    arguments = ("table", config, "--rows=st", "--seeds=3", f"--workdir={tmp_path}")
+    process = start(
+        *("--each=2", "--cpu"),
+        script=script,
+        arguments=(*arguments, *flags),
+        **launch_runs.environment(),
+        PYTHONPATH=str(helpers.ROOT),
+    )
+    code, output, errors = finish(process)
+    assert code == 0, errors
+    assert len(list(tmp_path.rglob("result.json"))) == 3
+    assert output.count("natural") == 1
+    hosts = {json.loads(p.read_text())["pid"] for p in tmp_path.rglob(".claim/*.json")}
+    assert len(hosts) == 2
 
 
 def test_more_processes_than_gpus_are_refused(tmp_path):

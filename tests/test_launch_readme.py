@@ -30,7 +30,7 @@ def samrobust_arguments(command: str) -> list[str]:
 def test_there_is_a_command_for_every_launcher():
     for name in (
         *("local.py", "train.sbatch", "sweep.sh", "render.py", "tpu_vm.sh up"),
-        *("gpu_bundle.sh", "gpu_measure.sh"),
+        *("gpu_bundle.sh", "gpu_measure.sh", "skypilot.yaml"),
     ):
         assert any(name in command for command in COMMANDS)
 
@@ -60,7 +60,12 @@ def test_every_file_exists(path):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(re.findall(r"(?:SAMROBUST_[A-Z_]+|QUEUED|SPOT|BUCKET)", README)))
+    "name",
+    sorted(
+        set(
+            re.findall(r"(?:SAMROBUST_[A-Z_]+|[A-Z]+_FLAGS|QUEUED|SPOT|BUCKET)", README)
+        )
+    ),
 )
 def test_every_variable_is_one_of_the_scripts(name):
     assert re.search(rf"^{name}=\$\{{{name}:-", SCRIPTS, re.MULTILINE)

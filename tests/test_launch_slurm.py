@@ -13,16 +13,20 @@ import launch_runs
 import pytest
 import slurm_cluster
 
+from samrobust.system.distributed.environment import _first_host
+
 FOLDER = helpers.ROOT / "launch" / "slurm"
 TRAIN, SWEEP = FOLDER / "train.sbatch", FOLDER / "sweep.sh"
 ROWS = ("st", "sam,rho=0.2")
 # Ends with the code that a file says; SIGTERM gives 75, as samrobust does.
 STAND_IN = """#!/bin/bash
-show=(SLURM_PROCID SLURM_NTASKS CUDA_VISIBLE_DEVICES JAX_LOCAL_DEVICE_IDS)
+show=(SLURM_PROCID SLURM_NTASKS CUDA_VISIBLE_DEVICES JAX_LOCAL_DEVICE_IDS JAX_PLATFORMS)
+show+=(SAMROBUST_DISTRIBUTED)
 for name in "${show[@]}"; do echo -n "$name=${!name-unset} "; done
 trap 'kill $!; echo stopped; exit 75' TERM
 echo "arguments=$*"
 while [ "$1" = wait ]; do sleep 60 & wait; done # sleep may meet SIGTERM first
+[ "$1" != table ] || exit $((SLURM_PROCID == 3))
 exit "$1"
 """
 
@@ -44,8 +48,7 @@ class Site:
         return self.cluster.run(
             *("sbatch", *fixed, *options, TRAIN, *arguments),
             cwd=self.folder,
-            SAMROBUST_ENV=str(self.real if real else self.stand_in),
-            **more,
+            **{"SAMROBUST_ENV": str(self.real if real else self.stand_in), **more},
         )
 
     def log(self, job: str) -> str:
@@ -97,6 +100,8 @@ def test_one_process_a_node_has_all_its_gpus(site):
     assert {one["SLURM_NTASKS"] for one in seen} == {"2"}
     assert {one["JAX_LOCAL_DEVICE_IDS"] for one in seen} == {"0,1"}
     assert {one["CUDA_VISIBLE_DEVICES"] for one in seen} == {"0,1"}
+    assert {one["JAX_PLATFORMS"] for one in seen} == {"cuda,cpu"}
+    assert "1 CPUs for 2 GPUs: better --cpus-per-task=16" in site.log(job)
 
 
 def test_one_process_a_gpu_sees_the_gpus_of_its_peers(site):
@@ -112,18 +117,63 @@ def test_one_process_a_gpu_sees_the_gpus_of_its_peers(site):
     assert {one["CUDA_VISIBLE_DEVICES"] for one in seen} == {"0,1"}
 
 
+def test_one_run_a_gpu_sees_that_one_alone(site):
+    job = site.submit(
+        *("--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2"),
+        arguments=("table",),
+        SAMROBUST_PROCESS_PER="run",
+    )
+    assert site.end(job) == "1:0"
+    seen = fields(site.log(job))
+    assert sorted(one["CUDA_VISIBLE_DEVICES"] for one in seen) == ["0", "0", "1", "1"]
+    assert {one["SAMROBUST_DISTRIBUTED"] for one in seen} == {"off"}
+
+
 def test_nodes_without_gpus_need_no_other_script(site):
-    job = site.submit("--nodes=2", "--gpus-per-node=0", arguments=("0",))
+    options = ("--nodes=2", "--gpus-per-node=0")
+    job = site.submit(*options, arguments=("0",), JAX_PLATFORMS="cpu")
     assert site.end(job) == "0:0"
     seen = fields(site.log(job))
     assert [one["JAX_LOCAL_DEVICE_IDS"] for one in seen] == ["unset", "unset"]
+    assert [one["JAX_PLATFORMS"] for one in seen] == ["cpu", "cpu"]
+
+
+def test_the_file_that_is_sourced_may_read_variables_that_are_not_set(site):
+    conda = site.folder / "conda.sh"
+    conda.write_text(f'[ -n "$CONDA_SHLVL_BACKUP" ]\n. {site.stand_in}\n')
+    job = site.submit("--gpus-per-node=0", arguments=("0",), SAMROBUST_ENV=str(conda))
+    assert site.end(job) == "0:0"
+    assert len(fields(site.log(job))) == 1
+
+
+def test_a_container_is_entered_by_srun_or_by_a_command(site):
+    job = site.submit(
+        "--gpus-per-node=0",
+        arguments=("0",),
+        SAMROBUST_ENV="none",
+        SAMROBUST_SRUN="--export=ALL,INSIDE=yes",
+        SAMROBUST_EXEC=f"env PATH={site.stand_in.parent}:/usr/bin:/bin",
+    )
+    assert site.end(job) == "0:0", site.log(job)
+    assert len(fields(site.log(job))) == 1
+
+
+@pytest.mark.parametrize("nodes", ["rack[1-2]node[3-4,9],rack7", "a[07-09],b", "n1"])
+def test_the_first_host_is_the_one_that_slurm_names(site, nodes):
+    names = site.cluster.run("scontrol", "show", "hostnames", nodes)
+    assert _first_host(nodes) == names.split()[0]
 
 
 @pytest.mark.parametrize(
     ("options", "environment", "message"),
     [
         (("--gpus-per-task=1",), {}, "Expected no --gpus-per-task"),
-        ((), {"SAMROBUST_PROCESS_PER": "rack"}, "Expected node or gpu, got "),
+        ((), {"SAMROBUST_PROCESS_PER": "rack"}, "Expected node, gpu or run, got "),
+        (
+            ("--gpus-per-node=2",),
+            {"SAMROBUST_PROCESS_PER": "run"},  # of no table
+            "Expected --gpus-per-node and a table",
+        ),
         (
             ("--gpus-per-node=2",),
             {"SAMROBUST_PROCESS_PER": "gpu"},
@@ -248,6 +298,7 @@ def test_a_table_as_an_array_equals_the_one_of_a_single_process(site):
     assert code == 0, errors
     last = said.split()[-1]
     assert site.end(last) == "0:0"
+    assert "gres/gpu" not in site.cluster.job(last).get("TRES", "")
     array, single = ((f / "table.csv").read_text() for f in folders)
     assert array == single  # every mean and deviation; the costs are in table.md
     assert len(list(folders[0].rglob("result.json"))) == 4

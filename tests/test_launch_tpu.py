@@ -21,19 +21,17 @@ import pytest
 from samrobust.training.checkpoint import Checkpoints
 
 SCRIPT = helpers.ROOT / "launch" / "tpu_vm.sh"
-# What a virtual environment on the VM holds: a pip that notes its arguments, and the
-# command.
-PYTHON = """#!/bin/sh
-mkdir -p "$4/bin"
-printf '#!/bin/sh\\necho "$@" >> ~/pip.log\\n' > "$4/bin/pip"
-ln -sf {command} "$4/bin/samrobust"
-chmod +x "$4/bin/pip"
+# Notes its arguments; a virtual environment that it makes has the command.
+UV = """#!/bin/sh
+echo "$@" >> ~/uv.log
+if [ "$1" = venv ]; then mkdir -p venv/bin; ln -sf {command} venv/bin/samrobust; fi
 """
 # Counts in runs/a/count, as often as it is started.
 COUNT = """#!/bin/sh
 mkdir -p runs/a/checkpoints
 cd runs/a
 echo "$@" > arguments
+echo "$JAX_PLATFORMS" > platforms
 echo "started after $(cat count 2>/dev/null)" >> starts
 for k in $(seq $(( $(cat count 2>/dev/null || echo 0) + 1 )) $COUNT); do
   echo "$k" > count; echo "$k" > checkpoints/newest; sleep 0.04
@@ -102,7 +100,7 @@ def open_cloud(folder: Path) -> Iterator[Cloud]:
     programs = launch_runs.write_command(folder / "bin")
     scripts = {
         "gcloud": f'#!/bin/sh\nexec {sys.executable} -IS {STAND_IN} "$@"\n',
-        "python3.13": PYTHON.format(command=programs / "command"),
+        "uv": UV.format(command=programs / "command"),
         "command": COUNT,
     }
     for name, text in scripts.items():
@@ -122,6 +120,7 @@ def open_cloud(folder: Path) -> Iterator[Cloud]:
         "POLL_SECONDS": "0.1",
         "MAX_FAILURES": "3",
         "COUNT": "10",
+        "JAX_PLATFORMS": "",  # none is set on a VM
     }
     cloud = Cloud(folder, environment)
     yield cloud
@@ -141,7 +140,7 @@ def cloud(tmp_path) -> Iterator[Cloud]:
 def finished(tmp_path_factory) -> Iterator[Cloud]:
     """Where `up` has done its work, after it was refused a VM twice."""
     with open_cloud(tmp_path_factory.mktemp("cloud")) as cloud:
-        (cloud.folder / "refuse_create").write_text("2")
+        (cloud.folder / "refuse_create").write_text("4")  # more often than it fails
         code, _, errors = cloud.call("up", *RUN)
         assert code == 0, errors
         yield cloud
@@ -163,14 +162,16 @@ def test_each_step_works_by_itself(cloud):
 
 
 def test_the_vm_is_asked_for_as_the_variables_say(cloud):
-    assert cloud.call("create")[0] == 0
-    assert cloud.call("delete")[0] == 0
-    assert cloud.call("create", SPOT="no")[0] == 0
+    own = {"QUEUED": "no"}
+    assert cloud.call("create", **own)[0] == 0
+    assert cloud.call("delete", **own)[0] == 0
+    flags = "--network=ours"
+    assert cloud.call("create", SPOT="no", CREATE_FLAGS=flags, **own)[0] == 0
     spot, on_demand = cloud.calls("tpu-vm", "create")
     wanted = "compute tpus tpu-vm create sam --zone=us-east5-a --quiet"
     wanted += " --version=v2-alpha-tpuv6e --accelerator-type=v6e-8"
     assert spot == [*wanted.split(), "--spot"]
-    assert on_demand == wanted.split()
+    assert on_demand == [*wanted.split(), "--network=ours"]
 
 
 def test_a_vm_of_the_queue_is_asked_for_and_deleted_there(cloud):
@@ -193,20 +194,65 @@ def test_the_last_commit_is_installed_on_every_worker_from_the_lock(cloud):
         home = cloud.folder / "vm" / worker
         checkout = home / "samrobust"
         assert subprocess.check_output(head, cwd=checkout, text=True) == wanted
-        assert (home / "pip.log").read_text().splitlines() == [
-            "install -q --require-hashes -r samrobust/requirements.lock",
-            "install -q -e samrobust[tpu]",
+        assert (home / "uv.log").read_text().splitlines() == [
+            "venv -q --clear --python 3.12 venv",
+            "pip install -q --python venv --require-hashes -r "
+            "samrobust/requirements.lock",
+            "pip install -q --python venv -e samrobust[tpu]",
         ]
+    assert (cloud.folder / "vm" / "0" / "installed").exists()
+
+
+def test_the_python_is_that_of_the_image():
+    image = (helpers.ROOT / "launch" / "Dockerfile").read_text()
+    (version,) = re.findall(r"^PYTHON=\$\{PYTHON:-(.*?)\}", SCRIPT.read_text(), re.M)
+    assert f"FROM python:{version}-slim" in image
+
+
+def test_one_worker_that_cannot_be_installed_leaves_it_to_the_next_attempt(cloud):
+    assert cloud.call("create")[0] == 0
+    programs = cloud.folder / "bin"
+    uv = (programs / "uv").read_text()
+    (programs / "uv").write_text(f"case $HOME in */1) exit 1 ;; esac\n{uv}")
+    assert cloud.call("install", SSH_FLAGS="--internal-ip")[0] != 0
+    assert not (cloud.folder / "vm" / "0" / "installed").exists()
+    assert all("--internal-ip" in call for call in cloud.calls("ssh"))
+
+
+def test_a_vm_that_nobody_waits_for_ends_by_itself_and_leaves_all_in_the_bucket(cloud):
+    process = cloud.start("up", *RUN, COUNT="20")
+    cloud.wait(lambda: cloud.count("vm/0/runs/a/count") > 3)
+    process.kill()
+    cloud.wait(lambda: not (cloud.folder / "state").exists())
+    assert cloud.read("bucket/sam/a/count") == "20"
+    assert cloud.call("up", *RUN)[0] == 0
+    assert cloud.read("here/runs/a/count") == "20"
+    assert (cloud.folder / "here" / "runs" / "worker0.log").exists()
+    assert len(cloud.calls("queued-resources", "create")) == 1
+    assert not (cloud.folder / "bucket" / "sam.ended").exists()  # said once
+
+
+def test_what_a_crash_left_is_ended_before_the_next_start(cloud):
+    assert cloud.call("create")[0] == 0
+    assert cloud.call("install")[0] == 0
+    assert cloud.call("run", *RUN, COUNT="999")[0] == 0
+    cloud.wait(lambda: cloud.count("vm/1/runs/a/count") > 3)
+    first = [cloud.read(f"vm/{worker}/pid") for worker in "01"]
+    assert cloud.call("run", *RUN)[0] == 0
+    for pid in first:
+        path = Path(f"/proc/{pid}/cmdline")  # a zombie's is empty
+        assert not (path.exists() and path.read_bytes())
 
 
 def test_up_does_it_all_and_leaves_nothing_that_costs(finished):
     assert finished.read("here/runs/a/count") == "10"
     assert finished.read("here/runs/a/arguments") == " ".join(RUN)
+    assert finished.read("here/runs/a/platforms") == "tpu,cpu"
     assert not (finished.folder / "state").exists()
 
 
 def test_up_asks_again_where_there_is_no_capacity(finished):
-    assert len(finished.calls("tpu-vm", "create")) == 3
+    assert len(finished.calls("queued-resources", "create")) == 5
 
 
 def test_what_makes_a_file_count_is_copied_after_it_and_removals_come_last(finished):
@@ -271,7 +317,7 @@ def test_up_goes_on_after_the_vm_was_preempted(cloud):
     gcloud_stand_in.preempt(cloud.folder)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert len(cloud.calls("tpu-vm", "create")) == 2
+    assert len(cloud.calls("queued-resources", "create")) == 2
     assert cloud.read("here/runs/a/count") == "60"
     first, second = cloud.read("here/runs/a/starts").splitlines()
     assert first == "started after "
@@ -280,6 +326,7 @@ def test_up_goes_on_after_the_vm_was_preempted(cloud):
 
 def test_up_gives_up_in_the_end(cloud):
     (cloud.folder / "refuse_create").write_text("99")
+    (cloud.folder / "refusal").write_text("Quota limit has been exceeded")
     code, _, errors = cloud.call("up", *RUN)
     assert code == 1
     assert "error: 3 failures in a row." in errors
@@ -291,7 +338,7 @@ def test_up_that_is_called_again_finds_its_vm_at_work(cloud):
     process.kill()
     assert cloud.call("up", *RUN)[0] == 0
     assert cloud.read("here/runs/a/starts") == "started after"
-    assert len(cloud.calls("tpu-vm", "create")) == 1
+    assert len(cloud.calls("queued-resources", "create")) == 1
 
 
 def test_up_starts_what_a_restart_of_the_vm_has_ended_without_going_back(cloud):
@@ -301,7 +348,7 @@ def test_up_starts_what_a_restart_of_the_vm_has_ended_without_going_back(cloud):
     seen = cloud.count("vm/0/runs/a/count")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert len(cloud.calls("tpu-vm", "create")) == 1
+    assert len(cloud.calls("queued-resources", "create")) == 1
     last = cloud.read("here/runs/a/starts").splitlines()[-1]
     assert int(last.split()[-1]) >= seen
 
@@ -389,7 +436,7 @@ def test_a_real_run_whose_vm_was_preempted_ends_bit_identical(cloud):
     release()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert len(cloud.calls("tpu-vm", "create")) == 2
+    assert len(cloud.calls("queued-resources", "create")) == 2
     launch_runs.assert_same_run(cloud.folder / "here" / "runs" / "at")
 
 
@@ -407,7 +454,7 @@ def test_a_real_run_whose_first_copy_was_cut_off_starts_anew(cloud):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "its copy was cut off" in errors
-    assert len(cloud.calls("tpu-vm", "create")) == 2
+    assert len(cloud.calls("queued-resources", "create")) == 2
     launch_runs.assert_same_run(cloud.folder / "here" / "runs" / "at")
 
 

@@ -127,7 +127,7 @@ def test_a_run_whose_workdir_was_taken_over_ends_and_leaves_the_files_alone(
         for process in group:
             process.send_signal(signal.SIGCONT)
         outcomes = helpers.finish_group(group)
-        assert [code for code, *_ in outcomes] == [2, 2], outcomes
+        assert [code for code, *_ in outcomes] == [69, 69], outcomes
         assert "took over" in outcomes[0][2]
         assert newest(tmp_path) == 95
     assert not (tmp_path / "failure.json").exists()

@@ -6,6 +6,7 @@ import socket
 import helpers
 import jax
 import pytest
+from jax._src import hardware_utils
 
 from samrobust.system.distributed.environment import (
     Settings,
@@ -29,6 +30,24 @@ SLURM = {
     "SLURM_LOCALID": "1",
     "SLURM_NODEID": "1",
 }
+OPEN_MPI = {
+    "JAX_COORDINATOR_ADDRESS": "node1:1234",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+SKYPILOT = {
+    "SKYPILOT_NUM_NODES": "2",
+    "SKYPILOT_NODE_RANK": "1",
+    "SKYPILOT_NODE_IPS": "10.0.0.5\n10.0.0.6",
+}
+XPK = {
+    "JAX_COORDINATOR_ADDRESS": "sam-slice-job-0-0.sam",
+    "JAX_COORDINATOR_PORT": "6002",
+    "NNODES": "2",
+    "NODE_RANK": "1",
+}
 
 
 @pytest.mark.parametrize(
@@ -40,6 +59,8 @@ SLURM = {
         {**EXPLICIT, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
         {**EXPLICIT, **SLURM, "SAMROBUST_DISTRIBUTED": "off"},
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+        {"NNODES": "2", "NODE_RANK": "1"},  # names that others use too
+        {**SKYPILOT, "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"},
     ],
 )
 def test_a_process_that_is_alone_stays_so(environ):
@@ -53,6 +74,24 @@ def test_explicit_variables_win():
 
 def test_a_slurm_step_needs_no_variable_of_ours():
     assert find_settings(SLURM) == Settings("gpu07:61441", 6, 3, (1,))
+
+
+@pytest.mark.parametrize(
+    ("environ", "settings"),
+    [
+        (OPEN_MPI, Settings("node1:1234", 4, 3, (1,))),
+        ({**SLURM, **OPEN_MPI}, Settings("node1:1234", 4, 3, (1,))),  # mpirun in a job
+        (SKYPILOT, Settings("10.0.0.5:8476", 2, 1, None)),
+        (
+            {**SKYPILOT, "JAX_COORDINATOR_PORT": "999"},
+            Settings("10.0.0.5:999", 2, 1, None),
+        ),
+        (XPK, Settings("sam-slice-job-0-0.sam:6002", 2, 1, None)),
+        ({**XPK, **EXPLICIT}, Settings("node1:1234", 4, 3, None)),
+    ],
+)
+def test_what_other_launchers_say_is_understood(environ, settings):
+    assert find_settings(environ) == settings
 
 
 def test_two_slurm_jobs_meet_at_different_ports():
@@ -69,6 +108,10 @@ def test_two_slurm_jobs_meet_at_different_ports():
     [
         ({"JAX_COORDINATOR_PORT": "999"}, "gpu07:999"),
         ({"JAX_COORDINATOR_ADDRESS": "10.0.0.7:5"}, "10.0.0.7:5"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "gpu07-ib", "JAX_COORDINATOR_PORT": "5"},
+            "gpu07-ib:5",
+        ),
     ],
 )
 def test_where_slurm_tasks_meet_can_be_chosen(more, address):
@@ -107,6 +150,8 @@ def test_the_gpus_of_a_node_are_shared_among_its_tasks(more, devices):
         ),
         ({**EXPLICIT, "JAX_PROCESS_ID": "x"}, "a whole number, got JAX_PROCESS_ID='x'"),
         ({**EXPLICIT, "JAX_COORDINATOR_ADDRESS": "node1"}, "Expected HOST:PORT"),
+        ({**SLURM, "JAX_COORDINATOR_ADDRESS": "gpu07"}, "got JAX_COO.*='gpu07'"),
+        ({**OPEN_MPI, "JAX_COORDINATOR_ADDRESS": ""}, "Expected HOST:PORT, of process"),
         ({**EXPLICIT, "JAX_LOCAL_DEVICE_IDS": "0;1"}, "numbers separated by commas"),
         ({"SAMROBUST_HEARTBEAT_SECONDS": "0"}, "1 <= SAMROBUST_HEARTBEAT_SECONDS"),
         ({"SAMROBUST_HEARTBEAT_SECONDS": "1.5"}, "a whole number"),
@@ -162,6 +207,19 @@ def test_a_port_that_is_taken_is_named_before_jax_ends_without_a_word():
         message = rf"at {address}, got: .*in use.*port is free"
         with pytest.raises(DistributedError, match=message):
             start({**environ, "JAX_PROCESS_ID": "0"})
+
+
+@pytest.mark.parametrize("platforms", ["cuda,cpu", "cuda"])
+def test_a_missing_driver_is_an_error_and_no_run_on_the_cpu(tmp_path, platforms):
+    if hardware_utils.has_visible_nvidia_gpu():
+        pytest.skip("there is a driver")
+    code, _, errors = helpers.run_command(
+        *("train", "--config=configs/digits.py:st", f"--workdir={tmp_path / 'run'}"),
+        JAX_PLATFORMS=platforms,
+    )
+    assert code == 2
+    assert "Expected a device that JAX can use, got JAX_PLATFORMS=" in errors
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_one_process_does_alone_is_done_by_process_0():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import json
 import os
@@ -167,7 +168,10 @@ def test_whatever_fails_the_others_go_on(follow, error, text):
     assert text in message
 
 
-@pytest.mark.parametrize("error", [InterruptedRunError("saved"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error",
+    [InterruptedRunError("saved"), KeyboardInterrupt(), OSError(errno.ESTALE, "NFS")],
+)
 def test_a_stop_stops_all(follow, error):
     with pytest.raises(type(error)):
         follow({"b": [error]})

@@ -7,9 +7,11 @@
     python launch/k8s/render.py --image=IMAGE --accelerator=tpu-v5-lite-podslice \
         --topology=4x4 -- train --config=... --workdir=runs/sam | kubectl apply -f -
 
-One process a node, which drives all its devices. The workdir is relative to /work, the
+With --sweep=N it is a table in N shares, each a pod on a node, which is started again
+alone; N as `samrobust table ... --list | wc -l` counts gives each run its pod. Else one
+process a node, which drives all its devices. The workdir is relative to /work, the
 volume that outlives the pods. All else that one may want to change is in jobset.yaml,
-beside this file. Needs nothing but Python.
+beside this file; --env may be given again and again. Needs nothing but Python.
 """
 
 import argparse
@@ -19,11 +21,14 @@ import pathlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = ["main", "render"]
 
+_HOLE = r"\{\{(\w+)\}\}"
+_MARKS = r"  # ((?:gpu|tpu|run|sweep| )+)$"
 _TEMPLATE = pathlib.Path(__file__).with_name("jobset.yaml")
+_CPUS, _MEMORY = 2, 8  # requested for each device, the latter in GiB
 _GKE = "cloud.google.com/gke"
 # Kubernetes names a pod NAME-worker-0-INDEX-xxxxx, within 63 characters.
 _NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
@@ -35,21 +40,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def render(values: Mapping[str, object]) -> str:
+def render(values: Mapping[str, Any]) -> str:
     """Fills in the template.
 
     Args:
-      values: of all names in {{...}}, as JSON has them, which YAML reads too; and of
-        `kind`, gpu or tpu.
+      values: of all names in {{...}}, as JSON has them, which YAML reads too. A line of
+        an empty one is left out, that of `env` is there for each of its items. And
+        `marks`, whose lines stay: gpu or tpu, run or sweep.
     """
-    other = {"gpu": "tpu", "tpu": "gpu"}[str(values["kind"])]
-    lines = [
-        re.sub(r"  # (gpu|tpu)$", "", line)
-        for line in _TEMPLATE.read_text(encoding="utf-8").splitlines()
-        if not line.endswith(f"  # {other}")
-    ]
-    text = "\n".join(lines[lines.index("apiVersion: jobset.x-k8s.io/v1alpha2") :])
-    return re.sub(r"\{\{(\w+)\}\}", lambda m: json.dumps(values[m[1]]), text + "\n")
+    lines: list[str] = []
+    for line in _TEMPLATE.read_text(encoding="utf-8").splitlines():
+        marks = re.search(_MARKS, line)
+        line, names = re.sub(_MARKS, "", line), re.findall(_HOLE, line)
+        if line.startswith("#") or (
+            marks and not {*marks[1].split()} <= values["marks"]
+        ):
+            continue
+        if names == ["env"]:
+            lines += [_fill(line, {"env": one}) for one in values["env"]]
+        elif all(values[name] for name in names):
+            lines.append(_fill(line, values))
+    return "\n".join(lines) + "\n"
+
+
+def _fill(line: str, values: Mapping[str, Any]) -> str:
+    return re.sub(_HOLE, lambda m: json.dumps(values[m[1]]), line)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,6 +90,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--nodes", type=int, metavar="N", help="of GPUs; default: 1")
     add("--gpus-per-node", type=int, metavar="K", help="default: 1")
+    add("--sweep", type=int, metavar="N", help="a table in N shares, a pod each")
+    add(
+        "--at-once", type=int, metavar="K", help="shares that run at a time; default: N"
+    )
     add("--topology", metavar="AxB[xC]", help="of the TPU slice, as in 4x4")
     add("--chips-per-node", type=int, metavar="K", help="of the TPU slice; default: 4")
     add("--name", default="samrobust", help="of the JobSet; default: %(default)s")
@@ -83,9 +102,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--node-selector",
         action="append",
         default=[],
-        metavar="KEY=VALUE",
+        metavar="NAME=VALUE",
         help="a label that the nodes must have, as cloud.google.com/gke-spot=true",
     )
+    add("--cpus", type=int, metavar="N", help=f"of a pod; default: {_CPUS} a device")
+    add("--memory", metavar="SIZE", help=f"as 64Gi; default: {_MEMORY}Gi a device")
+    add("--queue", metavar="NAME", help="of Kueue, which starts the JobSet in its turn")
+    add("--service-account", metavar="NAME", help="of the pods")
+    add("--pull-secret", metavar="NAME", help="with which the image is pulled")
+    add("--env", action="append", default=[], metavar="NAME=VALUE", help="of the pods")
     add("--max-restarts", type=int, default=50, metavar="N", help="%(default)s")
     add("command", nargs="+", metavar="COMMAND", help="of samrobust, after --")
     options = parser.parse_args(argv)
@@ -104,7 +129,8 @@ def _check(options: argparse.Namespace) -> None:
             flag = f"--{name.replace('_', '-')}"
             message = f"Expected no {flag} with --accelerator={options.accelerator}."
             raise ValueError(message)
-    for name in ("nodes", "gpus_per_node", "chips_per_node", "max_restarts"):
+    counts = ("nodes", "gpus_per_node", "chips_per_node", "cpus", "max_restarts")
+    for name in (*counts, "sweep", "at_once"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"Expected --{name.replace('_', '-')} >= 1, got {value}.")
@@ -114,11 +140,22 @@ def _check(options: argparse.Namespace) -> None:
             f"got --name={options.name}."
         )
         raise ValueError(message)
-    if _is_tpu(options):
-        _tpu_size(options)
-    for item in options.node_selector:
-        if "=" not in item:
-            raise ValueError(f"Expected KEY=VALUE, got --node-selector={item}.")
+    nodes = _tpu_size(options)[0] if _is_tpu(options) else options.nodes or 1
+    if options.sweep and (nodes > 1 or options.command[0] != "table"):
+        message = (
+            "Expected a table with --sweep, and a node for each share, got "
+            f"{nodes} nodes and {options.command[0]}."
+        )
+        raise ValueError(message)
+    if options.at_once and not options.sweep:
+        raise ValueError("Expected --sweep with --at-once.")
+    for flag, items in {
+        "node-selector": options.node_selector,
+        "env": options.env,
+    }.items():
+        for item in items:
+            if not re.match(".+=", item):
+                raise ValueError(f"Expected NAME=VALUE, got --{flag}={item}.")
 
 
 def _is_tpu(options: argparse.Namespace) -> bool:
@@ -141,7 +178,7 @@ def _tpu_size(options: argparse.Namespace) -> tuple[int, int]:
     return chips // each, each
 
 
-def _values(options: argparse.Namespace) -> dict[str, object]:
+def _values(options: argparse.Namespace) -> dict[str, Any]:
     selector = dict(item.split("=", 1) for item in options.node_selector)
     if _is_tpu(options):
         nodes, chips = _tpu_size(options)
@@ -153,19 +190,38 @@ def _values(options: argparse.Namespace) -> dict[str, object]:
         nodes, chips = options.nodes or 1, options.gpus_per_node or 1
         of_gke = options.accelerator != "gpu"
         labels = {f"{_GKE}-accelerator": options.accelerator} if of_gke else {}
+    memory = options.memory or f"{_MEMORY * chips}Gi"
+    secret, queue = options.pull_secret, options.queue
     return {
-        "kind": "tpu" if _is_tpu(options) else "gpu",
+        "marks": {
+            "tpu" if _is_tpu(options) else "gpu",
+            "sweep" if options.sweep else "run",
+        },
         "name": options.name,
         "image": options.image,
-        "nodes": nodes,
+        "pods": options.sweep or nodes,
+        "at_once": options.at_once or options.sweep or nodes,
         "chips": chips,
         "resource": "google.com/tpu" if _is_tpu(options) else "nvidia.com/gpu",
+        "requests": {"cpu": options.cpus or _CPUS * chips, "memory": memory},
+        "labels": {"kueue.x-k8s.io/queue-name": queue} if queue else {},
+        "service_account": options.service_account,
+        "pull_secrets": [{"name": secret}] if secret else [],
         "node_selector": labels | selector,
+        "env": [_variable(item) for item in options.env],
         "volume": options.volume,
         "max_restarts": options.max_restarts,
         # Kubernetes takes $(NAME) for a variable, and $$ for a dollar.
-        "arguments": [word.replace("$", "$$") for word in options.command],
+        "arguments": [
+            *(word.replace("$", "$$") for word in options.command),
+            *([f"--shard=$(SHARD)/{options.sweep}"] if options.sweep else []),
+        ],
     }
+
+
+def _variable(item: str) -> dict[str, str]:
+    name, _, value = item.partition("=")
+    return {"name": name, "value": value.replace("$", "$$")}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import jax
 from samrobust.data import DatasetUnavailableError
 from samrobust.studies.bench.suite import StoppedError
 from samrobust.system import distributed
-from samrobust.system.claims import lease_seconds
+from samrobust.system.claims import ClaimedError, lease_seconds
+from samrobust.system.failures import is_transient
 from samrobust.system.files import WorkdirError
 from samrobust.system.runtime import (
     BAD_INPUT,
@@ -30,7 +31,8 @@ from samrobust.training.checkpoint import CheckpointError
 
 __all__ = ["execute"]
 
-_LOST_PEER, _CTRL_C = 69, EXIT_CODES[signal.SIGINT]
+# The former for what may well be gone at the next attempt: launchers start it again.
+_TRANSIENT, _CTRL_C = 69, EXIT_CODES[signal.SIGINT]
 
 # Commands that a signal may end in the middle of a computation, and after how long:
 # their findings are stored as they come, or are found again.
@@ -84,7 +86,7 @@ def _run(run: Run, arguments: argparse.Namespace, stop: StopRequest) -> int:
             traceback.print_exc()
             code = FAILED
         message = str(error) or type(error).__name__
-        message = f"{_LOST} ({message})" if code == _LOST_PEER else message
+        message = f"{_LOST} ({message})" if distributed.lost_a_peer(error) else message
         _say(f"error: {message}", error)
         if distributed.is_joined() and not distributed.is_shared(error):
             distributed.abort(code, message)
@@ -99,14 +101,13 @@ _LOST = (
 
 def _code_of(error: Exception) -> int | None:
     """Returns the exit code of an error that the user can fix; None for any other."""
+    elsewhere = isinstance(error, ClaimedError | distributed.DistributedError)
+    if elsewhere or distributed.lost_a_peer(error) or is_transient(error):
+        return _TRANSIENT
     if isinstance(error, WorkdirError | DatasetUnavailableError):
         return BAD_INPUT
-    if isinstance(
-        error, TrainingDivergedError | CheckpointError | distributed.DistributedError
-    ):
+    if isinstance(error, TrainingDivergedError | CheckpointError):
         return FAILED
-    if distributed.lost_a_peer(error):
-        return _LOST_PEER
     if isinstance(error, ValueError):
         return BAD_INPUT
     out_of_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

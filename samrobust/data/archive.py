@@ -169,7 +169,8 @@ class ResumingDownloader:
         """Downloads the address into output_file.
 
         Raises:
-          ConnectionError: if the server refuses, or too many attempts bring nothing.
+          ConnectionError: if too many attempts bring nothing.
+          OSError: if the server refuses.
         """
         import requests
 
@@ -181,8 +182,10 @@ class ResumingDownloader:
                 break
             except requests.RequestException as error:
                 failures = 1 if self._size() > size_before else failures + 1
-                if failures >= self.max_attempts or _is_final(error.response):
-                    # A requests error would make pooch call us again.
+                # A requests error would make pooch call us again.
+                if _is_final(error.response):
+                    raise OSError(str(error)) from None
+                if failures >= self.max_attempts:
                     raise ConnectionError(str(error)) from error
                 logger.warning("The download failed and is tried again: %s", error)
                 time.sleep(self.backoff * 2 ** (failures - 1))

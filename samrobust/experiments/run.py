@@ -27,7 +27,7 @@ from samrobust.experiments.workdir import (
 )
 from samrobust.system.claims import Claim, ClaimedError, claim
 from samrobust.system.distributed import broadcast_from_primary, lost_a_peer
-from samrobust.system.failures import recording_failure
+from samrobust.system.failures import is_transient, recording_failure
 from samrobust.system.files import read_sealed, write_sealed
 from samrobust.system.provenance import provenance
 from samrobust.training import FitResult, InterruptedRunError, Progress, RunFolder, fit
@@ -238,7 +238,8 @@ def _identity_in(outcome: FitResult) -> Identity:
 def _is_failure(error: Exception) -> bool:
     """Tells whether what ends a run is its failure, not that of its surroundings."""
     others = (InterruptedRunError, ClaimedError, OtherConfigError)
-    return not (isinstance(error, others) or lost_a_peer(error))
+    passes = lost_a_peer(error) or is_transient(error)
+    return not (isinstance(error, others) or passes)
 
 
 def _inputs(config: Config, dataset: Dataset) -> dict[str, Any]:

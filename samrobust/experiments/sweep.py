@@ -31,7 +31,7 @@ from samrobust.experiments.workdir import (
 )
 from samrobust.system.claims import ClaimedError
 from samrobust.system.distributed import broadcast_from_primary, met_by_all
-from samrobust.system.failures import describe, read_failure
+from samrobust.system.failures import describe, is_transient, read_failure
 from samrobust.system.files import WorkdirError, write_json
 from samrobust.system.runtime import RESUME
 from samrobust.training import InterruptedRunError
@@ -53,7 +53,8 @@ def run_all(
     """Runs one after another; one that fails, for whatever reason, stops no other.
 
     With several processes that holds for what they all meet alike; what one of them
-    meets alone, such as a lack of memory, is raised and ends them all.
+    meets alone, such as a lack of memory, is raised and ends them all. So is what
+    passes by, such as a file server that is away (`is_transient`): no run failed then.
 
     Args:
       runs: with a workdir of its own each.
@@ -116,8 +117,8 @@ def _attempt(
     except InterruptedRunError:
         raise
     except Exception as error:  # a bug in one row must not stop the others
-        if not met_by_all(error):  # these processes are out of step
-            raise
+        if not met_by_all(error) or is_transient(error):
+            raise  # these processes are out of step, or the other rows would fail too
         return None if isinstance(error, ClaimedError) else describe(error)
 
 

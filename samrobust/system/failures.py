@@ -1,6 +1,7 @@
-"""`failure.json`: why the last attempt at a run failed, for other processes."""
+"""Failures: `failure.json`, why the last attempt at a run failed; what passes by."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import socket
@@ -12,9 +13,30 @@ from typing import Any
 
 from samrobust.system.files import glance, write_json
 
-__all__ = ["describe", "read_failure", "recording_failure"]
+__all__ = ["describe", "is_transient", "read_failure", "recording_failure"]
 
 _TRACEBACK = 4000  # characters of its end
+# Of a disk or a network that is away: of file servers, above all. A full disk, or a
+# permission, would be the same again.
+_PASSING = {
+    *(errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ENETDOWN, errno.ENETUNREACH),
+    *(errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+}
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Tells whether an error, or what caused it, may well be gone at the next attempt.
+
+    A disk or a network that is away; what another process found so, too.
+    """
+    while error is not None:
+        away = isinstance(error, ConnectionError | TimeoutError)
+        if away or (isinstance(error, OSError) and error.errno in _PASSING):
+            return True
+        if getattr(error, "samrobust_is_transient", False):
+            return True
+        error = error.__cause__
+    return False
 
 
 @contextlib.contextmanager

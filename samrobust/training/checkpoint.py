@@ -26,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from samrobust.checks import check
+from samrobust.system.failures import is_transient
 from samrobust.training.manifest import (
     find_mismatch,
     make_manifest,
@@ -241,6 +242,8 @@ metadata={'epoch': 2})
             mismatch = find_mismatch(manifest["leaves"], models)
             leaves = {} if reason or mismatch else reader.read_leaves(path, manifest)
         except Exception as error:  # Orbax raises many kinds on damaged files
+            if is_transient(error):
+                raise
             raise DamagedError(_summary(error)) from error
         if reason:
             raise CheckpointError(

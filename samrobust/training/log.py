@@ -217,9 +217,10 @@ class RunFolder(RunLog):
         return fresh if restored is None else restored.state
 
     def append(self, line: dict[str, Any]) -> None:
-        """Adds an epoch to the log."""
+        """Adds an epoch to the log; no other process waits for process 0's disk."""
         self.lines.append(line)
-        broadcast_from_primary(lambda: self._log and self._log.append(line))
+        if self._log is not None:
+            self._log.append(line)
 
     def save(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Saves the state and waits until it is written, in all processes.

@@ -21,6 +21,7 @@ from samrobust.system.distributed.ending import watch_for_failures
 from samrobust.system.distributed.mesh import replicate
 from samrobust.system.distributed.start import initialize
 from samrobust.system.distributed.store import is_joined, is_primary, wait_for
+from samrobust.system.failures import is_transient
 from samrobust.system.jax_internals import store
 from samrobust.types import PyTree
 
@@ -174,13 +175,17 @@ _calls = _Calls()
 
 
 def _pack(value: Any, error: Exception | None) -> bytes:
+    if is_transient(error):  # its cause stays here
+        error.samrobust_is_transient = True  # type: ignore[union-attr]
     try:
         packed = pickle.dumps((value, error))
         pickle.loads(packed)
     except Exception:  # an exception that cannot be made again from its arguments
         if error is None:
             raise
-        return pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
+        stand_in: Any = RuntimeError(f"{type(error).__name__}: {error}")
+        stand_in.samrobust_is_transient = is_transient(error)
+        return pickle.dumps((None, stand_in))
     return packed
 
 

@@ -5,8 +5,13 @@ are one run. Environment variables say where they meet:
 
 - `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`: by hand, by
   Kubernetes, by `launch/local.py`; these take precedence.
+- Open MPI's `OMPI_COMM_WORLD_*`, which leave out the address.
 - a SLURM step of several tasks, inside `srun`.
+- SkyPilot's `SKYPILOT_*`, a process a node.
+- `NNODES` and `NODE_RANK` beside an address, as xpk sets them on GPU nodes.
 - a Cloud TPU: JAX finds the other workers of the slice.
+
+The address is HOST:PORT, or HOST with `JAX_COORDINATOR_PORT`.
 
 Anything else, or `SAMROBUST_DISTRIBUTED=off`, is a single process.
 """
@@ -22,7 +27,11 @@ from samrobust.system.jax_internals import in_cloud_tpu_vm
 __all__ = ["Settings", "find_settings", "on_cloud_tpu", "read_seconds", "starts_first"]
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+_SKYPILOT = ("SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "SKYPILOT_NODE_IPS")
+_XPK = ("JAX_COORDINATOR_ADDRESS", "NNODES", "NODE_RANK")
+_PORT = "8476"  # where JAX itself lets the workers of a TPU slice meet
 
 
 class Settings(NamedTuple):
@@ -56,9 +65,18 @@ def find_settings(environ: Mapping[str, str]) -> Settings | None:
         return None
     given = [name for name in _EXPLICIT if environ.get(name)]
     if given and given != [_EXPLICIT[0]]:
-        return _explicit(environ, given)
+        check(given == list(_EXPLICIT), f"all of {', '.join(_EXPLICIT)}", given=given)
+        return _settings(environ, *_EXPLICIT[1:], _device_ids(environ))
+    if all(environ.get(name) for name in _OPEN_MPI):
+        return _settings(environ, *_OPEN_MPI, _open_mpi_device_ids(environ))
     if all(name in environ for name in _SLURM):
         return _slurm(environ)
+    if all(environ.get(name) for name in _SKYPILOT) and not on_cloud_tpu(environ):
+        first, *_ = environ["SKYPILOT_NODE_IPS"].split()
+        ids = _device_ids(environ)
+        return _settings(environ, *_SKYPILOT[:2], ids, host=first, port=_PORT)
+    if all(environ.get(name) for name in _XPK):
+        return _settings(environ, *_XPK[1:], _device_ids(environ))
     check(
         not given,
         f"all of {', '.join(_EXPLICIT)}, or none outside a SLURM step",
@@ -97,52 +115,74 @@ def read_seconds(environ: Mapping[str, str], name: str, default: str) -> int:
 _WEEK = 7 * 86400
 
 
-def _explicit(environ: Mapping[str, str], given: list[str]) -> Settings | None:
-    check(given == list(_EXPLICIT), f"all of {', '.join(_EXPLICIT)}", given=given)
-    count, index = (_integer(environ, name) for name in _EXPLICIT[1:])
-    address = environ["JAX_COORDINATOR_ADDRESS"]
-    check(
-        re.search(r".:[0-9]{1,5}\Z", address) is not None
-        and 0 < int(address.rpartition(":")[2]) < 2**16,
-        "HOST:PORT",
-        JAX_COORDINATOR_ADDRESS=address,
-    )
-    return _checked(address, count, index, _device_ids(environ))
-
-
 def _slurm(environ: Mapping[str, str]) -> Settings | None:
     """Reads the settings of a SLURM task; an interactive shell is one task."""
     step = "SLURM_STEP_NUM_TASKS"
-    tasks = _integer(environ, step if environ.get(step) else "SLURM_NTASKS", "1")
-    address = environ.get("JAX_COORDINATOR_ADDRESS")
-    if not address:
-        # The same on all nodes, another one for the next job: of the ephemeral range.
-        job = _integer(environ, "SLURM_JOB_ID")
-        port = _integer(environ, "JAX_COORDINATOR_PORT", str(61440 + job % 4096))
-        address = f"{_first_host(environ['SLURM_STEP_NODELIST'])}:{port}"
-    local = _device_ids(environ) or _slurm_device_ids(environ)
-    return _checked(address, tasks, _integer(environ, "SLURM_PROCID"), local)
+    tasks = step if environ.get(step) else "SLURM_NTASKS"
+    # The same on all nodes, another one for the next job: of the ephemeral range.
+    port = str(61440 + _integer(environ, "SLURM_JOB_ID") % 4096)
+    host = _first_host(environ["SLURM_STEP_NODELIST"])
+    ids = _device_ids(environ) or _slurm_device_ids(environ)
+    return _settings(environ, tasks, "SLURM_PROCID", ids, host=host, port=port)
 
 
-def _checked(
-    address: str, count: int, index: int, local: tuple[int, ...] | None
+def _settings(
+    environ: Mapping[str, str],
+    count_name: str,
+    index_name: str,
+    local: tuple[int, ...] | None,
+    *,
+    host: str = "",
+    port: str = "",
 ) -> Settings | None:
+    """Reads the settings from variables of these names; None for a single process.
+
+    Args:
+      environ: the environment.
+      count_name: of the number of processes.
+      index_name: of the number of this one.
+      local: its devices.
+      host: where the processes meet, without `JAX_COORDINATOR_ADDRESS`.
+      port: that goes with it.
+    """
+    count, index = _integer(environ, count_name, "1"), _integer(environ, index_name)
     check(
         0 <= index < count, "0 <= process < processes", process=index, processes=count
     )
-    return Settings(address, count, index, local) if count > 1 else None
+    if count == 1:
+        return None
+    return Settings(_address(environ, host, port), count, index, local)
+
+
+def _address(environ: Mapping[str, str], host: str, port: str) -> str:
+    given = environ.get("JAX_COORDINATOR_ADDRESS", "")
+    own_port = environ.get("JAX_COORDINATOR_PORT", "")
+    address = given or f"{host}:{own_port or port}"
+    if ":" not in address and own_port:
+        address = f"{address}:{own_port}"
+    check(
+        re.search(r"\A[^:].*:[0-9]{1,5}\Z", address) is not None
+        and 0 < int(address.rpartition(":")[2]) < 2**16,
+        "HOST:PORT, of process 0 (or HOST, and JAX_COORDINATOR_PORT)",
+        JAX_COORDINATOR_ADDRESS=given or address,
+    )
+    return address
 
 
 def _first_host(nodes: str) -> str:
     """Returns the first name of a SLURM node list.
 
+    Without `scontrol show hostnames`, which containers rarely have.
+
     >>> [_first_host(n) for n in ("n1", "n1,m2", "gpu-[007-009,012],m2", "a[3]-ib")]
     ['n1', 'n1', 'gpu-007', 'a3-ib']
+    >>> _first_host("rack[1-2]node[3-4,9],rack7")
+    'rack1node3'
     """
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes)
-    check(match is not None, "a SLURM node list", SLURM_STEP_NODELIST=nodes)
-    assert match is not None
-    return "".join(part or "" for part in match.groups())
+    first = re.match(r"([^,\[]|\[[^\]]*\])+", nodes)
+    check(first is not None, "a SLURM node list", SLURM_STEP_NODELIST=nodes)
+    assert first is not None
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
 def _slurm_device_ids(environ: Mapping[str, str]) -> tuple[int, ...] | None:
@@ -151,7 +191,19 @@ def _slurm_device_ids(environ: Mapping[str, str]) -> tuple[int, ...] | None:
     The numbers count the devices that SLURM lets this task see: where it binds one
     GPU to each task (`--gpus-per-task`), that is number 0 in all of them.
     """
-    local, tasks = _integer(environ, "SLURM_LOCALID"), _tasks_here(environ)
+    return _share(environ, _integer(environ, "SLURM_LOCALID"), _tasks_here(environ))
+
+
+def _open_mpi_device_ids(environ: Mapping[str, str]) -> tuple[int, ...] | None:
+    local, tasks = "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
+    return _device_ids(environ) or _share(
+        environ, _integer(environ, local, "0"), _integer(environ, tasks, "1")
+    )
+
+
+def _share(
+    environ: Mapping[str, str], local: int, tasks: int
+) -> tuple[int, ...] | None:
     if tasks == 1:
         return None
     visible = [x for x in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]

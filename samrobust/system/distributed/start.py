@@ -77,21 +77,26 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def check_platform() -> None:
-    """Refuses a JAX without a device, before any work.
+    """Refuses a JAX without a device, or without the one that was asked for.
+
+    With `JAX_PLATFORMS=cuda,cpu` JAX passes over a machine without a driver in silence,
+    and takes its CPU.
 
     Raises:
-      ValueError: with JAX's reason.
+      ValueError: with JAX's reason, before any work.
     """
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    wanted = platforms.partition(",")[0]
     try:
-        jax.devices()
+        found, problem = jax.default_backend(), ""
     except (RuntimeError, AssertionError) as error:  # JAX's own, without a message
-        platforms = os.environ.get("JAX_PLATFORMS")
-        check(
-            False,
-            "a device that JAX can use",
-            f"{error} Set JAX_PLATFORMS=cpu, or install JAX for the one that is there.",
-            JAX_PLATFORMS=platforms,
-        )
+        found, problem = "", f"{error} "
+    check(
+        found not in ("", "cpu") or (found == "cpu" and wanted in ("", "cpu")),
+        "a device that JAX can use",
+        f"{problem}Set JAX_PLATFORMS=cpu, or install its driver, and JAX for it.",
+        JAX_PLATFORMS=platforms or None,
+    )
 
 
 _LATE = 300  # seconds that one process may take longer than another to its end
