@@ -4,7 +4,9 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
+import signal
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from samrobust import sharpness
 from samrobust.attacks import linf, pgd
 from samrobust.experiments import sweep, tracking
 from samrobust.experiments.run import PlannedRun
+from samrobust.experiments.run import train as run_lone
 from samrobust.training import (
     InterruptedRunError,
     RunFolder,
@@ -334,6 +337,37 @@ def test_a_table_of_several_seeds_in_a_program_is_that_of_lone_runs(tmp_path, ca
         (tmp_path / name / "table.csv").read_text() for name in ("together", "alone")
     ]
     assert tables[0] == tables[1]
+
+
+@pytest.mark.slow
+def test_a_command_that_is_stopped_and_killed_ends_at_the_bits_of_lone_runs(tmp_path):
+    fields = {"training.epochs": 40, "checkpoint.minutes": 0}
+    words = ("table", "--config=configs/digits.py", "--rows=st", "--seeds=2")
+    words += ("--seeds-per-program=2", f"--workdir={tmp_path}")
+    folders = [tmp_path / "st" / f"seed{seed}" for seed in (0, 1)]
+    codes = []
+    for end in (signal.SIGTERM, signal.SIGKILL, None):
+        before = [max(helpers.checkpoint_steps(f), default=0) for f in folders]
+        process = helpers.start_command(
+            *words, *helpers.make_flags(fields), **helpers.QUICK_COMPILATION
+        )
+        while end and process.poll() is None:
+            newest = [max(helpers.checkpoint_steps(f), default=0) for f in folders]
+            if all(now > then for now, then in zip(newest, before, strict=True)):
+                process.send_signal(end)
+                break
+            time.sleep(0.01)
+        codes.append(helpers.finish_command(process)[0])
+        if end == signal.SIGTERM:
+            first, second = map(helpers.checkpoint_steps, folders)
+            assert first[-1] == second[-1] < 120
+    assert codes == [75, -signal.SIGKILL, 0]
+    for seed, folder in enumerate(folders):
+        config = helpers.make_config("st", {**fields, "seed": seed})
+        lone = run_lone(config, helpers.load_data(config), tmp_path / f"lone{seed}")
+        assert lone.step == 120
+        leaves = helpers.read_checkpoint(tmp_path / f"lone{seed}")
+        helpers.assert_same_bits(helpers.read_checkpoint(folder), leaves)
 
 
 @pytest.mark.parametrize(
