@@ -341,7 +341,7 @@ def test_a_table_of_several_seeds_in_a_program_is_that_of_lone_runs(tmp_path, ca
 
 @pytest.mark.slow
 def test_a_command_that_is_stopped_and_killed_ends_at_the_bits_of_lone_runs(tmp_path):
-    fields = {"training.epochs": 40, "checkpoint.minutes": 0}
+    fields = {"training.epochs": 12, "checkpoint.minutes": 0}  # 36 steps
     words = ("table", "--config=configs/digits.py", "--rows=st", "--seeds=2")
     words += ("--seeds-per-program=2", f"--workdir={tmp_path}")
     folders = [tmp_path / "st" / f"seed{seed}" for seed in (0, 1)]
@@ -360,12 +360,11 @@ def test_a_command_that_is_stopped_and_killed_ends_at_the_bits_of_lone_runs(tmp_
         codes.append(helpers.finish_command(process)[0])
         if end == signal.SIGTERM:
             first, second = map(helpers.checkpoint_steps, folders)
-            assert first[-1] == second[-1] < 120
+            assert first[-1] == second[-1] < 36
     assert codes == [75, -signal.SIGKILL, 0]
     for seed, folder in enumerate(folders):
-        config = helpers.make_config("st", {**fields, "seed": seed})
-        lone = run_lone(config, helpers.load_data(config), tmp_path / f"lone{seed}")
-        assert lone.step == 120
+        config = helpers.make_config("st", {"training.epochs": 12, "seed": seed})
+        run_lone(config, helpers.load_data(config), tmp_path / f"lone{seed}")
         leaves = helpers.read_checkpoint(tmp_path / f"lone{seed}")
         helpers.assert_same_bits(helpers.read_checkpoint(folder), leaves)
 
