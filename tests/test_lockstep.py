@@ -22,7 +22,6 @@ from samrobust import sharpness
 from samrobust.attacks import linf, pgd
 from samrobust.experiments import sweep, tracking
 from samrobust.experiments.run import PlannedRun
-from samrobust.experiments.run import train as run_lone
 from samrobust.training import (
     InterruptedRunError,
     RunFolder,
@@ -341,16 +340,17 @@ def test_a_table_of_several_seeds_in_a_program_is_that_of_lone_runs(tmp_path, ca
 
 @pytest.mark.slow
 def test_a_command_that_is_stopped_and_killed_ends_at_the_bits_of_lone_runs(tmp_path):
-    fields = {"training.epochs": 12, "checkpoint.minutes": 0}  # 36 steps
-    words = ("table", "--config=configs/digits.py", "--rows=st", "--seeds=2")
-    words += ("--seeds-per-program=2", f"--workdir={tmp_path}")
-    folders = [tmp_path / "st" / f"seed{seed}" for seed in (0, 1)]
+    words = ["table", "--config=configs/digits.py", "--rows=st", "--seeds=2"]
+    words += helpers.make_flags({"training.epochs": 12})  # 36 steps
+    lone, workdir = (tmp_path / name for name in ("lone", "together"))
+    assert helpers.run_command(*words, f"--workdir={lone}")[0] == 0
+    words += ["--seeds-per-program=2", f"--workdir={workdir}"]
+    words += ["--config.checkpoint.minutes=0"]
+    folders = [workdir / "st" / f"seed{seed}" for seed in (0, 1)]
     codes = []
     for end in (signal.SIGTERM, signal.SIGKILL, None):
         before = [max(helpers.checkpoint_steps(f), default=0) for f in folders]
-        process = helpers.start_command(
-            *words, *helpers.make_flags(fields), **helpers.QUICK_COMPILATION
-        )
+        process = helpers.start_command(*words)
         while end and process.poll() is None:
             newest = [max(helpers.checkpoint_steps(f), default=0) for f in folders]
             if all(now > then for now, then in zip(newest, before, strict=True)):
@@ -362,10 +362,8 @@ def test_a_command_that_is_stopped_and_killed_ends_at_the_bits_of_lone_runs(tmp_
             first, second = map(helpers.checkpoint_steps, folders)
             assert first[-1] == second[-1] < 36
     assert codes == [75, -signal.SIGKILL, 0]
-    for seed, folder in enumerate(folders):
-        config = helpers.make_config("st", {"training.epochs": 12, "seed": seed})
-        run_lone(config, helpers.load_data(config), tmp_path / f"lone{seed}")
-        leaves = helpers.read_checkpoint(tmp_path / f"lone{seed}")
+    for folder in folders:
+        leaves = helpers.read_checkpoint(lone / folder.relative_to(workdir))
         helpers.assert_same_bits(helpers.read_checkpoint(folder), leaves)
 
 

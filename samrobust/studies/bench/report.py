@@ -130,7 +130,8 @@ _TABLES = {
 def _notes(report: BenchReport) -> list[str]:
     """Says how to read the tables, a sentence or two each."""
     notes = [
-        "ms a step: median ± interquartile range over all repeats of all processes. "
+        "ms a step: median ± interquartile range over all repeats of all processes; "
+        "of several seeds a program, the share of one. "
         "TFLOP/s by XLA's counts of a pass; % matmul and % copy are fractions of "
         "what a large matrix product, and a copy through memory, reach here:"
     ]
