@@ -243,6 +243,28 @@ def test_the_roofline_and_the_counts_come_first_then_each_row_in_each_round():
     ]
 
 
+def test_several_seeds_in_a_program_are_rows_of_steps_alone():
+    tasks = plan(Options(CIFAR, methods=("st",), seeds_per_program=(1, 2)))
+    found = [(task.kind, task.seeds) for task in tasks]
+    assert found == [("step", 1), ("evaluation", 1), ("step", 2)]
+    assert tasks[-1].name == "st step, batch 128, float32, 2 seeds a program"
+
+
+def test_a_step_of_several_seeds_is_timed_as_the_share_of_one():
+    calls = []
+
+    def measure(call, **_):
+        calls.append(call())
+        return [6.0]
+
+    with helpers.quick_compilation():
+        config = helpers.make_config("st", {"training.steps_per_call": 3})
+        assert programs.step(config, measure, seeds=2)["seconds"] == [1.0]
+    first, second = calls[0]
+    assert int(first.state.step) == int(second.state.step) == 3
+    assert helpers.as_bits(first.state.params) != helpers.as_bits(second.state.params)
+
+
 def test_rows_of_any_method_are_measured_in_place_of_the_first_ones():
     rows = ("sam,rho=0.1", "trades,norm=linf,eps=8,beta=6", "st")
     options = Options(CIFAR, measure=("step", "evaluation"), row=rows)

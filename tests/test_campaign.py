@@ -48,7 +48,7 @@ def test_the_order_is_that_of_what_is_missed_most(tmp_path):
         *("machine", "st", "before-after"),
         *(f"flag-{name}" for name in blocks.FLAGS),
         *("deterministic", "methods", "pytorch-st", "pytorch-at", "profile"),
-        *("seeds-alone", "seeds-two-at-once"),
+        *("seeds-alone", "seeds-two-at-once", "seeds-in-one-program"),
         *(f"flag-{name}" for name in blocks.MORE_FLAGS),
         *("rows-cifar10-sam", "rows-cifar100-sam", "rows-cifar10-at"),
     ]
@@ -77,7 +77,8 @@ def test_the_wheels_of_what_is_missing_alone_are_installed(tmp_path):
 
 
 def test_its_flags_rows_and_fields_are_those_of_the_package(tmp_path):
-    for flags in (*blocks.FLAGS.values(), *blocks.MORE_FLAGS.values()):
+    several = blocks._SIDE_BY_SIDE
+    for flags in (*blocks.FLAGS.values(), *blocks.MORE_FLAGS.values(), several):
         assert parse_compiler_options(flags)
     campaign = Campaign(tmp_path, make_bundle(tmp_path / "bundle"), trial=True)
     for config, rows in blocks.ROWS:

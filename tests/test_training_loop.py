@@ -396,7 +396,7 @@ def test_nothing_travels_between_host_and_device_within_an_epoch():
     carry = jax.device_put(jax.jit(begin)(jax.random.key(0)), replicated(data_mesh()))
     permutation = runner.permutation(0)
     for chunk in plan.chunks():
-        runner.compile(chunk, carry)
+        runner.compile(chunk, [carry])
     with jax.transfer_guard("disallow"):
         for chunk in plan.chunks():
             carry, _ = runner.run(chunk, carry, permutation)

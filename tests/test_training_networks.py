@@ -274,7 +274,7 @@ def tiny_run(x64: bool) -> tuple[Any, ...]:
         for _ in range(2):
             carry, _ = runner.run(call, carry, order)
         with jax.enable_x64(False):  # as the runner lowers it
-            program = runner.trace(call, carry).lower().as_text()
+            program = runner.trace(call, [carry]).lower().as_text()
         return start, order, carry, program
 
 

@@ -47,6 +47,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--steps-per-call", **flags.SIZES, help="default: as in training")
     xla = "options of XLA for what is measured; repeat to compare; '' for none"
     add("--xla-flags", action="append", metavar="FLAGS", help=xla)
+    several = "runs whose steps one program takes, see table; default: 1"
+    add("--seeds-per-program", **flags.COUNTS, help=several)
     compare = "interleave the same steps in PyTorch; needs torch"
     add("--compare", choices=("pytorch",), help=compare)
     known = (

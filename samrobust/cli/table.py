@@ -35,6 +35,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--workdir", **flags.DIRECTORY, help="default: runs/NAME for configs/NAME.py")
     seeds = "runs of a row, 0 .. N-1; with --config.seed=S: S .. S+N-1"
     add("--seeds", **flags.FEW, default=1, help=seeds)
+    program = "seeds of a row that are trained at a time, as one program on one device"
+    add("--seeds-per-program", **flags.FEW, default=1, help=program)
     rows = (
         "only these, as in --rows=st --rows=sam,rho=0.2; or separated by ';'; "
         "FILE.py:NAME stands for a list of that name in a config file"
@@ -91,7 +93,11 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     """
     from samrobust.cli.shared import join
     from samrobust.experiments.reporting.console import make_console
-    from samrobust.experiments.sweep import record_plan, refuse_other_configs
+    from samrobust.experiments.sweep import (
+        check_seeds_per_program,
+        record_plan,
+        refuse_other_configs,
+    )
     from samrobust.experiments.tracking import check_installed
     from samrobust.system import distributed
 
@@ -105,11 +111,12 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     check_installed(plan.runs[0].config)
     should_stop, console = join(stop)
     share = plan.runs[plan.shard]
+    check_seeds_per_program(arguments.seeds_per_program, share)
     distributed.broadcast_from_primary(
         lambda: refuse_other_configs(plan.workdir, share)
     )
     distributed.broadcast_from_primary(lambda: record_plan(plan.workdir, plan.runs))
-    failed = _train(share, console, should_stop)
+    failed = _train(share, console, should_stop, arguments.seeds_per_program)
     distributed.broadcast_from_primary(lambda: _conclude(plan, arguments, console))
     return FAILED if failed else 0
 
@@ -182,7 +189,10 @@ def _list(plan: _Plan) -> int:
 
 
 def _train(
-    runs: "Sequence[PlannedRun]", console: "Console", should_stop: Callable[[], bool]
+    runs: "Sequence[PlannedRun]",
+    console: "Console",
+    should_stop: Callable[[], bool],
+    seeds_per_program: int,
 ) -> bool:
     """Trains and attacks a share; returns whether a run failed."""
     from samrobust.experiments import building
@@ -216,6 +226,7 @@ def _train(
             on_failure=lambda run, error: failures.append(f"{run.name}: {error}"),
             on_wait=on_wait,
             should_stop=should_stop,
+            seeds_per_program=seeds_per_program,
         )
     for failure in failures:
         console.print("failed", style="red", end=" ")

@@ -7,6 +7,7 @@ a finished run is read, another one goes on from its last checkpoint.
 import contextlib
 import dataclasses
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ from samrobust.system.files import read_sealed, write_sealed
 from samrobust.system.provenance import provenance
 from samrobust.training import FitResult, InterruptedRunError, Progress, RunFolder, fit
 from samrobust.training.fit import Validate
+from samrobust.training.lockstep import Companion
 from samrobust.types import Config
 
 __all__ = ["PlannedRun", "run", "train", "work"]
@@ -72,6 +74,7 @@ def run(
     *,
     dataset: Dataset,
     should_stop: Callable[[], bool] = lambda: False,
+    companion: Companion | None = None,
 ) -> dict[str, Any]:
     """Trains and evaluates one row, or goes on where that was stopped.
 
@@ -80,7 +83,8 @@ def run(
       workdir: receives config.json, metrics.jsonl, checkpoints/ and result.json.
       observer: is told of progress.
       dataset: that of `config.data`.
-      should_stop: asked now and then; see `samrobust.training.train`.
+      should_stop: asked now and then; see `samrobust.training.fit`.
+      companion: see there.
 
     Of several processes all must call this; 0 alone sees the workdir.
 
@@ -125,6 +129,7 @@ def run(
             on_progress=on_progress,
             should_stop=should_stop,
             may_write=lambda: claims[0].check(),
+            companion=companion,
         )
         evaluate = scoring.Scorer(config, dataset)
         images = fingerprint(scoring.evaluated_split(config, dataset))
@@ -166,6 +171,7 @@ def train(
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
     may_write: Callable[[], None] = lambda: None,
+    companion: Companion | None = None,
 ) -> FitResult:
     """Trains what a config says; of a run that was stopped, what is left.
 
@@ -178,6 +184,7 @@ def train(
       on_progress: see `samrobust.training.fit`.
       should_stop: see there.
       may_write: called before each checkpoint, by process 0; raises if not.
+      companion: see `samrobust.training.fit`.
 
     Raises:
       ValueError: if the batches, groups and devices do not fit the data.
@@ -193,6 +200,7 @@ def train(
         keep=config.checkpoint.keep,
         identity=identity_of(config, dataset),
         may_write=may_write,
+        clock=time.monotonic if companion is None else companion.clock,
     )
     return fit(
         building.make_method(config, dataset, plan.num_steps),
@@ -213,6 +221,7 @@ def train(
         validate=validate or scoring.make_validate(config, dataset),
         on_progress=on_progress,
         should_stop=should_stop,
+        companion=companion,
     )
 
 

@@ -9,16 +9,22 @@ raises, and from `failure.json`: processes that agree on these and on `should_st
 in step.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import functools
 import gc
 import pathlib
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
+import jax
+
+from samrobust.checks import check
 from samrobust.data import Dataset
 from samrobust.experiments import methods
+from samrobust.experiments.configuration import as_dict
 from samrobust.experiments.identity import identity_of
 from samrobust.experiments.reporting.results import unlike
 from samrobust.experiments.run import PlannedRun, run
@@ -35,8 +41,19 @@ from samrobust.system.failures import describe, is_transient, read_failure
 from samrobust.system.files import WorkdirError, write_json
 from samrobust.system.runtime import RESUME
 from samrobust.training import InterruptedRunError
+from samrobust.training.lockstep import Lockstep
 
-__all__ = ["collect", "finished", "record_plan", "refuse_other_configs", "run_all"]
+__all__ = [
+    "check_seeds_per_program",
+    "collect",
+    "finished",
+    "record_plan",
+    "refuse_other_configs",
+    "run_all",
+]
+
+# The result; or why the run failed; or None if another holds it.
+Outcome: TypeAlias = dict[str, Any] | str | None
 
 _TICK, _LONGEST_PAUSE = 0.5, 5.0  # seconds
 
@@ -49,6 +66,7 @@ def run_all(
     on_failure: Callable[[PlannedRun, str], None],
     on_wait: Callable[[Sequence[PlannedRun]], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
+    seeds_per_program: int = 1,
 ) -> list[dict[str, Any]]:
     """Runs one after another; one that fails, for whatever reason, stops no other.
 
@@ -64,6 +82,8 @@ def run_all(
         meanwhile. A run that had failed before is tried again.
       on_wait: is told now and then which runs others hold, when only those are left.
       should_stop: asked now and then.
+      seeds_per_program: how many seeds of a row are trained at a time, by one program;
+        see `samrobust.training.lockstep` and `check_seeds_per_program`.
 
     Returns:
       The results of those that finished, here or elsewhere, in order.
@@ -74,26 +94,31 @@ def run_all(
     before = broadcast_from_primary(
         lambda: {p.workdir: read_failure(p.workdir) for p in runs}
     )
+
+    def attempt(planned: PlannedRun, **how: Any) -> Outcome:
+        failure = broadcast_from_primary(
+            functools.partial(read_failure, planned.workdir)
+        )
+        if failure is not None and failure != before[planned.workdir]:
+            return f"{failure.get('message')} (on {failure.get('host')})"
+        outcome = _attempt(planned, dataset, observe(planned), **how)
+        if isinstance(outcome, str):
+            gc.collect()  # its error held what the run had on the device
+        return outcome
+
     results: dict[pathlib.Path, dict[str, Any]] = {}
     left, pause = list(runs), _TICK
     while left:
         held = []
-        for planned in left:
-            failure = broadcast_from_primary(
-                functools.partial(read_failure, planned.workdir)
-            )
-            if failure is not None and failure != before[planned.workdir]:
-                why = f"{failure.get('message')} (on {failure.get('host')})"
-                on_failure(planned, why)
-                continue
-            outcome = _attempt(planned, dataset, observe(planned), should_stop)
-            if outcome is None:
-                held.append(planned)
-            elif isinstance(outcome, str):
-                gc.collect()  # its error held what the run had on the device
-                on_failure(planned, outcome)
-            else:
-                results[planned.workdir] = outcome
+        for group in _groups(left, seeds_per_program):
+            outcomes = _attempt_together(group, attempt, should_stop)
+            for planned, outcome in zip(group, outcomes, strict=True):
+                if outcome is None:
+                    held.append(planned)
+                elif isinstance(outcome, str):
+                    on_failure(planned, outcome)
+                else:
+                    results[planned.workdir] = outcome
         if len(held) == len(left):
             on_wait(held)
             _wait(pause, should_stop)
@@ -104,16 +129,89 @@ def run_all(
     return [results[p.workdir] for p in runs if p.workdir in results]
 
 
-def _attempt(
-    planned: PlannedRun,
-    dataset: Dataset,
-    observer: Observer,
+def check_seeds_per_program(count: int, runs: Sequence[PlannedRun]) -> None:
+    """Refuses to train several seeds in one program where that cannot be.
+
+    Raises:
+      ValueError: if there are several devices, fewer seeds of each row, or a tracker
+        that knows one run a process; where `count` is 1, never.
+    """
+    if count == 1 or not runs:
+        return
+    wanted = {"seeds_per_program": count}
+    check(
+        jax.device_count() == 1,
+        "one device for several seeds in a program",
+        "Let a process with one device do each part of the table: --shard.",
+        **wanted,
+        devices=jax.device_count(),
+    )
+    rows = collections.Counter(planned.config.row for planned in runs)
+    check(
+        count <= max(rows.values()),
+        f"seeds_per_program <= {max(rows.values())}, the seeds of a row to train here",
+        "Raise --seeds: runs of other rows are other programs.",
+        **wanted,
+    )
+    tracker = runs[0].config.tracking.wandb
+    fix = "W&B knows one run a process. TensorBoard and metrics.jsonl know each seed."
+    condition = "no tracking.wandb with several seeds in a program"
+    check(not tracker, condition, fix, **wanted, **{"tracking.wandb": tracker})
+
+
+def _groups(runs: Sequence[PlannedRun], size: int) -> Iterator[list[PlannedRun]]:
+    """Yields runs in order, each with later ones that differ in their seeds alone."""
+    left = list(runs)
+    while left:
+        alike = left[:1]
+        if size > 1 and not _is_done(left[0]):
+            alike += [
+                p for p in left[1:] if _is_sibling(p, left[0]) and not _is_done(p)
+            ]
+        group = alike[:size]
+        left = [p for p in left if not any(p is taken for taken in group)]
+        yield group
+
+
+def _is_done(planned: PlannedRun) -> bool:
+    return (planned.workdir / "result.json").exists()
+
+
+def _is_sibling(planned: PlannedRun, other: PlannedRun) -> bool:
+    """Tells whether two runs differ in their seeds alone."""
+    ours, theirs = planned.config, other.config
+    return ours.row == theirs.row and as_dict(ours) == {
+        **as_dict(theirs),
+        "seed": ours.seed,
+    }
+
+
+def _attempt_together(
+    group: Sequence[PlannedRun],
+    attempt: Callable[..., Outcome],
     should_stop: Callable[[], bool],
-) -> dict[str, Any] | str | None:
-    """Returns the result; or why it failed; or None if another holds the run."""
+) -> list[Outcome]:
+    """Returns the outcomes of runs whose steps are taken by one program."""
+    if len(group) == 1:
+        return [attempt(group[0], should_stop=should_stop)]
+    lockstep = Lockstep(len(group), should_stop)
+
+    def join(planned: PlannedRun) -> Outcome:
+        with lockstep.joined() as companion:
+            how = {"should_stop": companion.should_stop, "companion": companion}
+            return attempt(planned, **how)
+
+    with concurrent.futures.ThreadPoolExecutor(len(group)) as pool:
+        return list(pool.map(join, group))
+
+
+def _attempt(
+    planned: PlannedRun, dataset: Dataset, observer: Observer, **how: Any
+) -> Outcome:
+    """Returns what came of a run, which may be interrupted; `how` as of `run`."""
     try:
         config, workdir = planned.config, planned.workdir
-        return run(config, workdir, observer, dataset=dataset, should_stop=should_stop)
+        return run(config, workdir, observer, dataset=dataset, **how)
     except InterruptedRunError:
         raise
     except Exception as error:  # a bug in one row must not stop the others

@@ -5,9 +5,10 @@ device. Every random number is a pure function of the seed and the step, so that
 can resume at any step as if it had never stopped.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ __all__ = [
     "EpochRunner",
     "LoopState",
     "MetricSums",
+    "Turn",
     "make_plan",
     "zero_sums",
 ]
@@ -47,6 +49,20 @@ class LoopState:
 
     state: TrainState
     totals: MetricSums
+
+
+class Turn(NamedTuple):
+    """A run's part in a call of the device: what differs between seeds.
+
+    Attributes:
+      carry: donated.
+      permutation: of the epoch.
+      key: of the run's steps.
+    """
+
+    carry: LoopState
+    permutation: Array
+    key: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +230,12 @@ class EpochRunner:
       mesh: over which batches are split; all else is replicated.
       key: of all batches, augmentations and attacks of the run.
       deterministic: see `samrobust.system.runtime.compiler_options`.
+
+    Attributes:
+      num_runs: that share the time of a call.
     """
+
+    num_runs = 1
 
     def __init__(
         self,
@@ -238,15 +259,25 @@ class EpochRunner:
         self._data = replicate(images_and_labels, mesh)
         self._shuffle_key, self._step_key = jax.random.split(key)
         self._permute = jax.jit(
-            lambda epoch: epoch_permutation(self._shuffle_key, epoch, len(split)),
+            lambda key, epoch: epoch_permutation(key, epoch, len(split)),
             out_shardings=self._placement,
         )
-        self._compiled: dict[Chunk, Callable[..., Any]] = {}
+        self._compiled: dict[tuple[Chunk, int], Callable[..., Any]] = {}
 
     def permutation(self, epoch: int) -> Array:
         """Returns the order of the examples in an epoch, int32 [N]."""
         with jax.enable_x64(False):
-            return self._permute(epoch // self._plan.replays)
+            return self._permute(self._shuffle_key, epoch // self._plan.replays)
+
+    def reseeded(self, key: Array) -> "EpochRunner":
+        """Returns the runner of another run, with the same programs and data."""
+        other = copy.copy(self)
+        other._shuffle_key, other._step_key = jax.random.split(key)
+        return other
+
+    def turn(self, carry: LoopState, permutation: Array) -> Turn:
+        """Returns what a call takes of this run, with its key."""
+        return Turn(carry, permutation, self._step_key)
 
     def run(
         self, chunk: Chunk, carry: LoopState, permutation: Array
@@ -261,20 +292,34 @@ class EpochRunner:
         Returns:
           The new carry, and an array that is ready when the chunk is done.
         """
-        return self.compile(chunk, carry)(
-            carry, *self._data, permutation, self._step_key
-        )
+        (outcome,) = self.run_each(chunk, [self.turn(carry, permutation)])
+        return outcome
 
-    def compile(self, chunk: Chunk, carry: LoopState) -> Callable[..., Any]:
-        """Returns the compiled function of a chunk."""
-        if chunk not in self._compiled:
+    def run_each(
+        self, chunk: Chunk, turns: Sequence[Turn]
+    ) -> list[tuple[LoopState, Array]]:
+        """Runs the same chunk of several runs as one program; as `run`.
+
+        The runs differ in their seeds alone: the steps taken are this runner's. Each is
+        at a step of its own.
+        """
+        carries, permutations, keys = (list(each) for each in zip(*turns, strict=True))
+        program = self.compile(chunk, carries)
+        return program(carries, *self._data, permutations, keys)
+
+    def compile(
+        self, chunk: Chunk, carries: Sequence[LoopState]
+    ) -> Callable[..., list[tuple[LoopState, Array]]]:
+        """Returns the compiled function of a chunk, for so many runs."""
+        name = chunk, len(carries)
+        if name not in self._compiled:
             with jax.enable_x64(False):
-                lowered = self.trace(chunk, carry).lower()
-            self._compiled[chunk] = lowered.compile(self._options)
-        return self._compiled[chunk]
+                lowered = self.trace(chunk, carries).lower()
+            self._compiled[name] = lowered.compile(self._options)
+        return self._compiled[name]
 
-    def trace(self, chunk: Chunk, carry: LoopState) -> Traced:
-        """Traces the function of a chunk; of a carry shapes and placement suffice."""
+    def trace(self, chunk: Chunk, carries: Sequence[LoopState]) -> Traced:
+        """Traces the function of a chunk; of carries shapes and placement suffice."""
         jitted = jax.jit(
             self._make_run(chunk), donate_argnums=0, out_shardings=self._placement
         )
@@ -282,8 +327,10 @@ class EpochRunner:
         permutation = jax.ShapeDtypeStruct(
             labels.shape, labels.dtype, sharding=self._placement
         )
+        permutations = [permutation] * len(carries)
+        keys = [self._step_key] * len(carries)
         with jax.enable_x64(False):
-            return jitted.trace(carry, *self._data, permutation, self._step_key)
+            return jitted.trace(list(carries), *self._data, permutations, keys)
 
     def _make_run(self, chunk: Chunk) -> Callable[..., Any]:
         def one_step(
@@ -311,22 +358,39 @@ class EpochRunner:
             totals = _added(carry.totals, metrics, chunk.batch_size)
             return LoopState(state, _noted(totals, metrics, step))
 
-        def run(carry: LoopState, *data_and_key: Array) -> tuple[LoopState, Array]:
+        def run(
+            carries: list[LoopState],
+            images: Array,
+            labels: Array,
+            permutations: list[Array],
+            keys: list[Array],
+        ) -> list[tuple[LoopState, Array]]:
+            def step_of_each(carries: list[LoopState]) -> list[LoopState]:
+                # Side by side, and not under `vmap`, which would make grouped
+                # convolutions of those with each run's own weights.
+                return [
+                    one_step(carry, images, labels, *own)
+                    for carry, *own in zip(carries, permutations, keys, strict=True)
+                ]
+
             if (
                 chunk.num_steps == 1
             ):  # no loop: XLA's CPU compiler is better outside one
-                carry = one_step(carry, *data_and_key)
+                carries = step_of_each(carries)
             else:
-                carry, _ = jax.lax.scan(
-                    lambda carry, _: (one_step(carry, *data_and_key), None),
-                    carry,
+                carries, _ = jax.lax.scan(
+                    lambda carries, _: (step_of_each(carries), None),
+                    carries,
                     length=chunk.num_steps,
                 )
+            return [ended(carry) for carry in carries]
+
+        def ended(carry: LoopState) -> tuple[LoopState, Array]:
             # Once a call, since it reads every parameter: what is not finite in them
             # shows in the next step's metrics anyway.
             state = carry.state
             totals = _noted(carry.totals, state.variables, state.step - 1)
-            carry = LoopState(state, totals)
-            return carry, carry.state.step + 0  # a copy: the carry is donated next
+            # A copy of the step: the carry is donated next.
+            return LoopState(state, totals), state.step + 0
 
         return run

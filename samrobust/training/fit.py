@@ -28,6 +28,7 @@ from samrobust.training.epoch import (
     make_plan,
     zero_sums,
 )
+from samrobust.training.lockstep import Companion
 from samrobust.training.log import RunIdentity, RunLog, TrainingDivergedError
 from samrobust.training.phases import Phase, phase_of
 from samrobust.training.state import TrainState
@@ -109,6 +110,7 @@ def fit(
     validate: Validate | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
+    companion: Companion | None = None,
 ) -> FitResult:
     """Trains to the end, from the newest intact checkpoint where there is one.
 
@@ -140,6 +142,8 @@ def fit(
       on_progress: called after each call of the device.
       should_stop: called as often; if true, the state is saved and the run stops. It
         must return the same in all processes, see `AgreedStop`.
+      companion: of a `Lockstep`, for a run whose calls are taken together with others;
+        `should_stop` is then its own.
 
     Returns:
       The final state and how long it took. **Guarantees**: a run that was stopped or
@@ -164,7 +168,8 @@ def fit(
     check_total_steps(epochs, plan.num_steps)
     init_key, run_key = jax.random.split(key)
     mesh = data_mesh()
-    runner = EpochRunner(
+    make_runner = EpochRunner if companion is None else companion.make_runner
+    runner = make_runner(
         [*(phase.train_step for phase in earlier), method.train_step],
         plan,
         split,
@@ -231,7 +236,7 @@ class _Run:
     earlier: Sequence[Phase]
     epochs: int
     plan: EpochPlan
-    runner: EpochRunner
+    runner: EpochRunner | Companion
     zero_sums: MetricSums
     log: RunLog
     schedules: Mapping[str, optax.Schedule]
@@ -255,7 +260,7 @@ class _Run:
             self._report("compiling", step)
             for phase in range(phase_of(self.earlier, step), self.num_phases):
                 for chunk in dict.fromkeys(self.plan.chunks(phase=phase)):
-                    self.runner.compile(chunk, carry)
+                    self.runner.compile(chunk, [carry])
         while step < self.num_steps:
             carry, step = self._epoch(carry, step)
         self.log.save(carry, step, 0.0)
@@ -281,8 +286,13 @@ class _Run:
     def _epoch(self, carry: LoopState, step: int) -> tuple[LoopState, int]:
         """Trains from a step to the end of its epoch; then validates and logs."""
         epoch = step // self.plan.num_steps
-        started = time.monotonic() - self.log.earlier_seconds
+        started, earlier = time.monotonic(), self.log.earlier_seconds
         self.log.earlier_seconds = 0.0
+
+        def seconds() -> float:
+            """Returns this run's share of the time of the epoch so far."""
+            return earlier + (time.monotonic() - started) / self.runner.num_runs
+
         permutation = self.runner.permutation(epoch)
         previous = None
         phase = phase_of(self.earlier, step)
@@ -294,10 +304,10 @@ class _Run:
             previous = done
             self._report("training", step)
             if step % self.plan.num_steps:
-                self._pause(carry, step, time.monotonic() - started)
+                self._pause(carry, step, seconds())
         totals = jax.device_get(carry.totals)
         self.log.check_finite(totals)
-        line = self._summarize(totals, step, time.monotonic() - started)
+        line = self._summarize(totals, step, seconds())
         state, found = carry.state, {}
         if self.after_epoch is not None:
             self._report("validating", step)

@@ -145,6 +145,7 @@ class RunFolder(RunLog):
       keep: how many of the newest checkpoints are kept.
       identity: of the run; None: any checkpoint there is taken for this run's.
       may_write: called before each checkpoint, by process 0; raises if not.
+      clock: in seconds, that says when a checkpoint is due.
     """
 
     def __init__(
@@ -155,9 +156,10 @@ class RunFolder(RunLog):
         keep: int = 2,
         identity: RunIdentity | None = None,
         may_write: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         super().__init__()
-        self._may_write = may_write
+        self._may_write, self._clock = may_write, clock
         self.identity = identity
         self._minutes = minutes
         self._workdir = pathlib.Path(workdir)
@@ -165,7 +167,7 @@ class RunFolder(RunLog):
         self._checkpoints = Checkpoints(self._folder, keep=keep)
         self._best = Checkpoints(checkpoint_folder(self._workdir, "best"), keep=1)
         self._best_score: float | None = None
-        self._saved_step, self._saved_at = -1, time.monotonic()
+        self._saved_step, self._saved_at = -1, clock()
         self._log: MetricsLog | None = None  # of process 0
 
     def __exit__(
@@ -243,7 +245,7 @@ class RunFolder(RunLog):
         A state that is not finite is not saved; one process raises at once, several
         raise together at the end of the epoch.
         """
-        due = time.monotonic() - self._saved_at >= 60 * self._minutes
+        due = self._clock() - self._saved_at >= 60 * self._minutes
         if not due or not is_primary():
             return
         totals = jax.device_get(carry.totals)
@@ -285,7 +287,7 @@ class RunFolder(RunLog):
             self._may_write()
             self._checkpoints.save(step, carry, self._metadata(epoch_seconds))
             self._saved_step = step
-        self._saved_at = time.monotonic()
+        self._saved_at = self._clock()
 
     def _metadata(self, epoch_seconds: float = 0.0) -> dict[str, Any]:
         return checkpoint_metadata(

@@ -95,8 +95,8 @@ _TOTALS = ("row", "batch", "precision", "kernels", "GB", "temporary GB", "compil
 _HOW_TO_READ = (
     "A kernel's bytes are those of its operands and results. Reductions: nearly all of "
     "BatchNorm and of norms. 'loop x 10': one run of a loop's body, of 10 a step, "
-    "without the loops in it. Compiled for a described device and not tuned on one: "
-    "there are no seconds."
+    "without the loops in it. Of several seeds a program, the share of one. Compiled "
+    "for a described device and not tuned on one: there are no seconds."
 )
 
 
@@ -128,13 +128,13 @@ def devices_of(name: str) -> Sequence[Any]:
     return topology.devices[:1]
 
 
-def step_program(config: Config) -> tuple[Any, int]:
+def step_program(config: Config, *, seeds: int = 1) -> tuple[Any, int]:
     """Traces the program that `programs.step` measures, of arrays that are not there.
 
     Inside `compiling_for`, for those devices. Nothing is computed or downloaded.
 
     Returns:
-      What was traced, and the number of steps it takes.
+      What was traced, and the number of steps it takes, of all seeds together.
     """
     facts = building.load_facts(config)
     size = num_train(config, facts)
@@ -142,7 +142,7 @@ def step_program(config: Config) -> tuple[Any, int]:
     split = Split(images, np.broadcast_to(np.int32(0), size))
     runner, chunk, begin = training(config, facts, split)
     carry = _placed(jax.eval_shape(begin, _key()))
-    return runner.trace(chunk, carry), chunk.num_steps
+    return runner.trace(chunk, [carry] * seeds), chunk.num_steps * seeds
 
 
 def evaluation_program(config: Config) -> tuple[Any, int]:
@@ -167,6 +167,8 @@ def counted(
     config: Config,
     name: str,
     options: Mapping[str, str | bool] = types.MappingProxyType({}),
+    *,
+    seeds: int = 1,
 ) -> dict[str, Any]:
     """Compiles a program for a device that is not there, and counts it.
 
@@ -175,12 +177,14 @@ def counted(
       config: of the program.
       name: of `TARGETS`.
       options: of the compiler.
+      seeds: whose steps the program takes.
 
     Returns:
       `counts_of` the program; `temporary_bytes`, that it needs beside its arguments and
       results, and `compile_seconds`, with tracing.
     """
-    program = {"step": step_program, "evaluation": evaluation_program}[kind]
+    steps = functools.partial(step_program, seeds=seeds)
+    program = {"step": steps, "evaluation": evaluation_program}[kind]
     with compiling_for(devices_of(name)):
         started = time.perf_counter()
         traced, num_steps = program(config)
@@ -242,7 +246,8 @@ def to_sheet(found: Mapping[Task, Sequence[dict[str, Any]]], name: str) -> Sheet
     totals, kinds, notes = [], [], [_HOW_TO_READ]
     for task, (outcome,) in found.items():
         what = task.row if task.kind == "step" else task.kind
-        label = f"{what} {task.xla_flags}".strip()
+        several = f"{task.seeds} seeds a program" if task.seeds > 1 else ""
+        label = " ".join(filter(None, (what, task.xla_flags, several)))
         if "error" in outcome:
             notes.append(f"failed: {label}: {outcome['error']}")
             continue

@@ -36,6 +36,7 @@ class Options:
       devices: numbers of devices; 0: all there are.
       steps_per_call: 0: the default of the device.
       xla_flags: XLA's options for the programs measured, one string a variant.
+      seeds_per_program: how many runs' steps are taken by one program.
       compare: `pytorch`, or nothing.
       aot: of `aot.TARGETS`, a device to compile for instead of measuring, or nothing.
       variants: of PyTorch, see `twin/reference.py`.
@@ -56,6 +57,7 @@ class Options:
     devices: tuple[int, ...] = (0,)
     steps_per_call: tuple[int, ...] = (0,)
     xla_flags: tuple[str, ...] = ("",)
+    seeds_per_program: tuple[int, ...] = (1,)
     compare: str | None = None
     aot: str | None = None
     variants: tuple[str, ...] = ("reference", "resident", "tuned", "compiled")
@@ -80,6 +82,7 @@ class Task:
       devices: how many; 0: all.
       steps_per_call: 0: the default.
       xla_flags: XLA's options for the program.
+      seeds: whose steps the program takes.
       variant: of PyTorch.
     """
 
@@ -91,6 +94,7 @@ class Task:
     devices: int = 0
     steps_per_call: int = 0
     xla_flags: str = ""
+    seeds: int = 1
     variant: str = ""
 
     @property
@@ -103,6 +107,7 @@ class Task:
             f"{self.devices} devices" if self.devices else "",
             f"{self.steps_per_call} steps a call" if self.steps_per_call else "",
             self.xla_flags,
+            f"{self.seeds} seeds a program" if self.seeds > 1 else "",
         ]
         return ", ".join(filter(None, parts))
 
@@ -133,6 +138,7 @@ def plan(options: Options) -> list[Task]:
         options.devices,
         options.steps_per_call,
         options.xla_flags,
+        options.seeds_per_program,
     )
     tasks = []
     attacked = {name: row for name, row in chosen.items() if name.startswith("at")}
@@ -140,8 +146,11 @@ def plan(options: Options) -> list[Task]:
     for size, precision, *setting in settings:
         for kind in options.measure:
             batch = default.evaluation.batch_size if kind == "evaluation" else size
-            # An evaluation has no steps.
-            own = [setting[0], 0, setting[2]] if kind == "evaluation" else setting
+            own = list(setting)
+            if kind == "evaluation":  # which has no steps
+                own[1] = 0
+            if kind != "step":
+                own[3] = 1
             tasks += [
                 Task(kind, name, row, batch, precision, *own)
                 for name, row in of_kind.get(kind, chosen).items()

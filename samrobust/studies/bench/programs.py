@@ -49,27 +49,32 @@ Measure: TypeAlias = Callable[..., list[float]]
 Found: TypeAlias = dict[str, Any]
 
 
-def step(config: Config, measure: Measure, *, unroll: bool = False) -> Found:
+def step(
+    config: Config, measure: Measure, *, unroll: bool = False, seeds: int = 1
+) -> Found:
     """Measures a training step as epochs run it, and what an epoch costs beside.
 
+    With several seeds in the program, the time of a step is each one's share.
     `pipeline_seconds` is what a step's batch and augmentation take alone;
     `checkpoint_seconds`, for how long saving holds up the loop.
     """
     facts = building.load_facts(config)
     split = make_dataset(config.data.name, num_train(config, facts), 1).train
     runner, chunk, begin = training(config, facts, split, unroll=unroll)
-    carry = jax.jit(begin, out_shardings=replicated(data_mesh()))(jax.random.key(0))
+    init = jax.jit(begin, out_shardings=replicated(data_mesh()))
+    carries = [init(jax.random.key(seed)) for seed in range(seeds)]
     started = time.perf_counter()
-    runner.compile(chunk, carry)
+    runner.compile(chunk, carries)
     found: Found = {"compile_seconds": time.perf_counter() - started}
     permutation = runner.permutation(0)
 
-    def call() -> LoopState:
-        nonlocal carry
-        carry, _ = runner.run(chunk, carry, permutation)
-        return carry
+    def call() -> list[LoopState]:
+        nonlocal carries
+        turns = [runner.turn(carry, permutation) for carry in carries]
+        carries = [carry for carry, _ in runner.run_each(chunk, turns)]
+        return carries
 
-    seconds = [value / chunk.num_steps for value in measure(call)]
+    seconds = [value / (chunk.num_steps * seeds) for value in measure(call)]
     if not seconds or unroll:
         return found | {"seconds": seconds}
 
@@ -84,7 +89,7 @@ def step(config: Config, measure: Measure, *, unroll: bool = False) -> Found:
     )
     return found | {
         "seconds": seconds,
-        "checkpoint_seconds": _checkpoint_seconds(carry),
+        "checkpoint_seconds": _checkpoint_seconds(carries[0]),
         "pipeline_seconds": statistics.median(drawing),
     }
 

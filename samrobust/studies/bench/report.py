@@ -15,7 +15,11 @@ __all__ = ["to_sheet", "write_report"]
 # Cells by the names of their columns.
 Columns: TypeAlias = dict[str, Callable[[Row], str]]
 
-_TITLES = {"steps_per_call": "steps a call", "xla_flags": "XLA flags"}
+_TITLES = {
+    "steps_per_call": "steps a call",
+    "xla_flags": "XLA flags",
+    "seeds": "seeds a program",
+}
 _OWN = ("step", "unrolled")
 
 
@@ -49,10 +53,10 @@ def _settings(rows: Sequence[Row]) -> Columns:
         "row": lambda r: f"{r['method']} {r['variant'] or r['kind']}".strip(),
         "batch": lambda r: str(r["batch_size"]),
     }
-    for field in ("precision", "devices", "steps_per_call", "xla_flags"):
-        if len({row[field] for row in rows}) > 1:
+    for field in ("precision", "devices", "steps_per_call", "xla_flags", "seeds"):
+        if len({row.get(field) for row in rows}) > 1:
             title = _TITLES.get(field, field)
-            columns[title] = lambda row, field=field: str(row[field] or "default")
+            columns[title] = lambda row, field=field: str(row.get(field) or "default")
     return columns
 
 
@@ -126,7 +130,8 @@ _TABLES = {
 def _notes(report: BenchReport) -> list[str]:
     """Says how to read the tables, a sentence or two each."""
     notes = [
-        "ms a step: median ± interquartile range over all repeats of all processes. "
+        "ms a step: median ± interquartile range over all repeats of all processes; "
+        "of several seeds a program, the share of one. "
         "TFLOP/s by XLA's counts of a pass; % matmul and % copy are fractions of "
         "what a large matrix product, and a copy through memory, reach here:"
     ]

@@ -30,6 +30,7 @@ PAPER_COSTS = {"st": 1.0, "sam": 2.0, "at": 11.0}
 _SEEDS = 3
 # Rows are of one setting where these agree.
 _SETTING = ("batch_size", "precision", "devices", "steps_per_call", "xla_flags")
+_SETTING += ("seeds",)
 
 Row: TypeAlias = dict[str, Any]
 

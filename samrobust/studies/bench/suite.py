@@ -101,6 +101,7 @@ class Launcher:
             "path": str(path or ""),
             "target": self._options.aot,
             "flags": task.xla_flags,
+            "seeds": task.seeds,
         }
         environment = self._devices(task) | {
             "JAX_COMPILATION_CACHE_DIR": self._options.cache

@@ -72,6 +72,7 @@ def measured(
     path: str,
     target: str | None = None,
     flags: str = "",
+    seeds: int = 1,
 ) -> dict[str, Any]:
     """Returns the outcome of one measurement.
 
@@ -85,10 +86,12 @@ def measured(
         trace there and measure nothing.
       target: of `aot.TARGETS`: compile for it and count, and measure nothing.
       flags: XLA's options for the program.
+      seeds: whose steps the program takes.
     """
     loaded = configuration.load_config(config, overrides)
     if target is not None:
-        return aot.counted(kind, loaded, target, parse_compiler_options(flags))
+        options = parse_compiler_options(flags)
+        return aot.counted(kind, loaded, target, options, seeds=seeds)
     add_compiler_options(flags)
     if kind == "probe":
         return {}
@@ -104,7 +107,8 @@ def measured(
         wait=jax.block_until_ready,
     )
     traced = functools.partial(_trace, folder=path)
-    return getattr(programs, kind)(loaded, traced if path else timed)
+    several = {"seeds": seeds} if kind == "step" else {}
+    return getattr(programs, kind)(loaded, traced if path else timed, **several)
 
 
 def _trace(call: Callable[[], Any], folder: str) -> list[float]:

@@ -45,6 +45,12 @@ MORE_FLAGS = {
     "excluding": "--xla_gpu_exclude_nondeterministic_ops=true",
     "runtime-fusion": "--xla_gpu_use_runtime_fusion=true",
 }
+# The steps of several seeds in one program are independent of each other, but run one
+# after the other unless the whole loop is a graph with branches.
+_SIDE_BY_SIDE = (
+    f"--xla_gpu_enable_command_buffer={_GRAPHS},CONVOLUTION,WHILE "
+    "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
+)
 # The variants of PyTorch, by method: the one that starts first comes first.
 OPPONENTS = {"st": "graphed,compiled,pure,autotuned", "at": "graphed,compiled"}
 _SAM = ("sam,rho=0.1", "sam,rho=0.2")
@@ -177,6 +183,14 @@ def plan(campaign: Campaign) -> list[Block]:
         *itertools.starmap(functools.partial(_opponents, campaign), OPPONENTS.items()),
         dataclasses.replace(profile, commands=(*profile.commands, told)),
         *(_seeds(campaign, *each) for each in (("alone", 1), ("two-at-once", 2))),
+        bench(
+            *("seeds-in-one-program", 180, "--methods=st", "--no-rates"),
+            *(
+                "--seeds-per-program=1,2",
+                "--xla-flags=",
+                f"--xla-flags={_SIDE_BY_SIDE}",
+            ),
+        ),
         *map(campaign.compare, MORE_FLAGS.items()),
         *_rows(campaign),
     ]
@@ -224,7 +238,7 @@ def _opponents(campaign: Campaign, method: str, variants: str) -> Block:
 
 
 def _seeds(campaign: Campaign, name: str, count: int) -> Block:
-    """Times epochs of several seeds at once, each with its part of the memory."""
+    """Times epochs of seeds in processes of their own, each with part of the memory."""
     part = (("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45"),)
     long = () if campaign.trial else ("--epochs=20",)  # they begin not quite at once
     commands = [

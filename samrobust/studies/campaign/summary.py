@@ -79,7 +79,8 @@ def _is_carried(name: str) -> bool:
 
 
 def _step(block: str, row: Mapping[str, Any]) -> str:
-    name = " ".join(filter(None, (row["method"], row["kind"], row["variant"])))
+    several = f"{row['seeds']} seeds" if row.get("seeds", 1) > 1 else ""
+    name = " ".join(filter(None, (row["method"], row["kind"], row["variant"], several)))
     shown = (
         f"{factor * row[field]:{form}}" if field in row else ""
         for field, factor, form in _NUMBERS.values()
