@@ -112,7 +112,8 @@ def _attempt(
     """Returns the result; or why it failed; or None if another holds the run."""
     try:
         config, workdir = planned.config, planned.workdir
-        return run(config, workdir, observer, dataset=dataset, should_stop=should_stop)
+        options = {"should_stop": should_stop, "shared": planned.shared}
+        return run(config, workdir, observer, dataset=dataset, **options)
     except InterruptedRunError:
         raise
     except Exception as error:  # a bug in one row must not stop the others
