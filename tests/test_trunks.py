@@ -12,6 +12,7 @@ import jax
 import pytest
 from flax import linen as nn
 
+from samrobust.experiments import sweep
 from samrobust.experiments.configuration import as_dict, load_config
 from samrobust.experiments.run import PlannedRun, train
 from samrobust.experiments.trunks import plan_trunks, remove_finished
@@ -302,6 +303,32 @@ def test_a_field_of_a_late_part_is_no_field_of_the_trunk(tmp_path):
     (trunk,) = Table(tmp_path, ["st", row]).planned()[row].shared
     assert trunk.config.row == "st"
     assert as_dict(trunk.config)["sam"]["batch_stats"] == "both"
+
+
+def test_a_worker_first_does_what_does_not_begin_as_a_run_at_work(
+    tmp_path, monkeypatch
+):
+    planned = Table(tmp_path, ["st", SAM, "sam,rho=0.2"]).planned()
+    done = []
+    monkeypatch.setattr(
+        sweep, "run", lambda config, *_, **__: done.append(config.row) or {}
+    )
+
+    def follow():
+        done.clear()
+        sweep.run_all(
+            list(planned.values())[1:],
+            None,  # type: ignore[arg-type]
+            lambda _: helpers.Silent(),
+            on_failure=lambda *failure: pytest.fail(str(failure)),
+        )
+        return done
+
+    with claim(planned["st"].workdir):
+        assert follow() == ["sam,rho=0.2", SAM]
+        (trunk,) = planned["st"].shared
+        helpers.make_folder(trunk.folder / "checkpoints" / "last")
+        assert follow() == [SAM, "sam,rho=0.2"]
 
 
 def test_a_trunk_is_removed_when_all_of_its_runs_have_finished(tmp_path):

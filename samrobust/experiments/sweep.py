@@ -2,7 +2,9 @@
 
 Whoever comes takes the next run that nobody holds. A run held by another is put off and
 asked for again, until that one has finished it, or died and left it. So every worker
-ends when all of its share is done, and one more of them is always of use.
+ends when all of its share is done, and one more of them is always of use. A run whose
+first epochs another is training just now is put off once, for those that begin
+otherwise.
 
 What a worker does next follows from what `samrobust.experiments.run.run` returns or
 raises, and from `failure.json`: processes that agree on these and on `should_stop` stay
@@ -24,6 +26,7 @@ from samrobust.experiments.reporting.results import unlike
 from samrobust.experiments.run import PlannedRun, run
 from samrobust.experiments.scoring import Observer
 from samrobust.experiments.survey import read_plan, survey_run
+from samrobust.experiments.trunks import in_the_making
 from samrobust.experiments.workdir import (
     OtherConfigError,
     config_changes,
@@ -75,6 +78,7 @@ def run_all(
     )
     results: dict[pathlib.Path, dict[str, Any]] = {}
     left, pause = list(runs), _TICK
+    put_off: set[pathlib.Path] = set()
     while left:
         held = []
         for planned in left:
@@ -84,6 +88,12 @@ def run_all(
             if failure is not None and failure != before[planned.workdir]:
                 why = f"{failure.get('message')} (on {failure.get('host')})"
                 on_failure(planned, why)
+                continue
+            if planned.workdir not in put_off and broadcast_from_primary(
+                functools.partial(in_the_making, planned.shared)
+            ):
+                put_off.add(planned.workdir)
+                held.append(planned)
                 continue
             outcome = _attempt(planned, dataset, observe(planned), should_stop)
             if outcome is None:

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from samrobust.experiments import building, entries, methods
 from samrobust.experiments.configuration import as_dict, with_defaults
 from samrobust.experiments.identity import identity_of
 from samrobust.experiments.rows import Row, parse_row
+from samrobust.system.claims import read_holder
 from samrobust.training.fit import fresh_carry
 from samrobust.training.log import checkpoint_folder
 from samrobust.training.trunks import TRAINED_BY, Trunk
@@ -29,6 +31,7 @@ from samrobust.types import Config
 
 __all__ = [
     "PlannedTrunk",
+    "in_the_making",
     "make_trunks",
     "plan_trunks",
     "remove_finished",
@@ -151,6 +154,20 @@ def _make_trunk(
         make_like=make_like,
         is_wanted=is_wanted,
     )
+
+
+def in_the_making(planned: Iterable[PlannedTrunk]) -> bool:
+    """Tells whether a trunk is yet to come and a run at work that may leave it."""
+    return any(
+        not checkpoint_folder(trunk.folder, "last").exists()
+        and any(map(_is_at_work, trunk.workdirs))
+        for trunk in planned
+    )
+
+
+def _is_at_work(workdir: pathlib.Path) -> bool:
+    holder = read_holder(workdir)
+    return holder is not None and not holder.is_over(time.time())
 
 
 def remove_finished(planned: Iterable[PlannedTrunk]) -> None:
