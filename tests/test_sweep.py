@@ -37,11 +37,11 @@ from samrobust.system.claims import claim
 from samrobust.system.files import append_json_line, read_json, write_json
 
 class Planned:
-    config = None
+    config, shared = None, ()
     def __init__(self, workdir):
         self.workdir = workdir
 
-def run(config, workdir, observer, *, dataset, should_stop):
+def run(config, workdir, observer, *, dataset, should_stop, shared):
     with claim(workdir):
         if read_json(workdir / "result.json") is None:
             append_json_line(workdir / "began.jsonl", {"pid": os.getpid()})
@@ -112,8 +112,8 @@ class Script:
     acts: dict[str, list[Any]]
     order: list[str] = dataclasses.field(default_factory=list)
 
-    def run(self, config, workdir, observer, *, dataset, should_stop):
-        del config, observer, dataset, should_stop
+    def run(self, config, workdir, observer, *, dataset, should_stop, shared):
+        del config, observer, dataset, should_stop, shared
         self.order.append(workdir.name)
         act = self.acts.get(workdir.name, [None]).pop(0)
         if callable(act):

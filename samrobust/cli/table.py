@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         refuse_other_configs,
     )
     from samrobust.experiments.tracking import check_installed
+    from samrobust.experiments.trunks import remove_finished
     from samrobust.system import distributed
 
     plan = _make_plan(arguments)
@@ -117,6 +118,8 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     )
     distributed.broadcast_from_primary(lambda: record_plan(plan.workdir, plan.runs))
     failed = _train(share, console, should_stop, arguments.seeds_per_program)
+    shared = [trunk for planned in plan.runs for trunk in planned.shared]
+    distributed.broadcast_from_primary(lambda: remove_finished(shared))
     distributed.broadcast_from_primary(lambda: _conclude(plan, arguments, console))
     return FAILED if failed else 0
 
@@ -124,6 +127,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 def _make_plan(arguments: argparse.Namespace) -> _Plan:
     from samrobust.experiments import configuration
     from samrobust.experiments.run import PlannedRun
+    from samrobust.experiments.trunks import plan_trunks
     from samrobust.experiments.workdir import run_folder
 
     check(
@@ -141,17 +145,19 @@ def _make_plan(arguments: argparse.Namespace) -> _Plan:
         for row in rows or configuration.load_rows(arguments.config)
     }
 
-    def planned(row: str, seed: int) -> PlannedRun:
+    def seeded(row: str, seed: int) -> "Config":
         check_whole(0, LARGEST_SEED, seed=seed)
         config = configs[row].copy_and_resolve_references()
         config.seed = seed
-        return PlannedRun(config, run_folder(workdir, row, seed))
+        return config
 
-    runs = [
-        planned(row, config.seed + i)
+    folders = {
+        run_folder(workdir, row, config.seed + i): seeded(row, config.seed + i)
         for i in range(arguments.seeds)
         for row, config in configs.items()
-    ]
+    }
+    shared = plan_trunks(workdir, folders)
+    runs = [PlannedRun(config, path, shared[path]) for path, config in folders.items()]
     changed = ", ".join(item.removeprefix("--config.") for item in arguments.overrides)
     note = f" Changed from {arguments.config}: {changed}." if changed else ""
     return _Plan(workdir, configs, runs, _shard(arguments.shard), note)

@@ -107,6 +107,16 @@ class Identity:
         data, versions = begun.data or self.data, (*begun.versions, *new)
         return dataclasses.replace(begun, data=data, versions=versions)
 
+    def branched(self, stored: object) -> "Identity":
+        """Returns the identity of this run where it goes on from another's part.
+
+        Its libraries are first those that trained that part.
+
+        Args:
+          stored: what `as_dict` gave of the run that is the part alone.
+        """
+        return dataclasses.replace(self, versions=self.resumed(stored).versions)
+
     def unlike(self, other: "Identity", *, draws: bool = True) -> str:
         """Says in what another run differs: `seed is 1, not 0`; empty if it does not.
 

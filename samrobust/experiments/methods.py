@@ -24,6 +24,7 @@ __all__ = [
     "parts_of",
     "replays",
     "sections",
+    "start_epoch",
     "training_cost",
     "values_of",
 ]
@@ -97,7 +98,7 @@ def build(config: Config, given: entries.Given) -> dict[str, Any]:
         for slot, built in _construct(config, part.name, given):
             check(slot not in parts, f"one {slot}", row=config.row)
             parts[slot] = built
-            if start := _start(config, part.name):
+            if start := start_epoch(config, part.name):
                 parts["starts"][slot] = start * given.steps_per_epoch
             if slot == "sharpness":
                 values = values_of(config, part.name)
@@ -105,7 +106,7 @@ def build(config: Config, given: entries.Given) -> dict[str, Any]:
     return parts
 
 
-def _start(config: Config, name: str) -> int:
+def start_epoch(config: Config, name: str) -> int:
     """Returns the epoch that a part begins with.
 
     Raises:
@@ -125,7 +126,7 @@ def _construct(
 ) -> list[tuple[str, Any]]:
     """Returns what a constructor built, with the kind of part that each is."""
     entry, values = entries.find(name), values_of(config, name)
-    late = _start(config, name) * given.steps_per_epoch
+    late = start_epoch(config, name) * given.steps_per_epoch
     given = given._replace(total_steps=max(1, given.total_steps - late))  # of the part
     section, strength = entries.section_of(name), entries.strength_of(name)
     end = values.get(f"{strength}_end")
@@ -158,7 +159,7 @@ def cost(config: Config) -> float:
     attack, ascents = 0.0, 0.0
     for part in parts_of(config):
         values = values_of(config, part.name)
-        share = 1 - _start(config, part.name) / config.training.epochs
+        share = 1 - start_epoch(config, part.name) / config.training.epochs
         attack += share * entries.find(part.name).attack_passes(values)
         ascents += share * entries.added_passes(part.name, values)
     objective = build(config, entries.Given()).get("objective")

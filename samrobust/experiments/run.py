@@ -8,14 +8,14 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from samrobust.checks import check
 from samrobust.data import Dataset, check_padding, fingerprint
-from samrobust.experiments import building, methods, scoring
+from samrobust.experiments import building, methods, scoring, trunks
 from samrobust.experiments.configuration import as_dict, differences
 from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.networks import Trained, checkpoints_of, load_network
@@ -29,11 +29,12 @@ from samrobust.experiments.workdir import (
 from samrobust.system.claims import Claim, ClaimedError, claim
 from samrobust.system.distributed import broadcast_from_primary, lost_a_peer
 from samrobust.system.failures import is_transient, recording_failure
-from samrobust.system.files import read_sealed, write_sealed
+from samrobust.system.files import read_json_lines, read_sealed, write_sealed
 from samrobust.system.provenance import provenance
-from samrobust.training import FitResult, InterruptedRunError, Progress, RunFolder, fit
+from samrobust.training import FitResult, InterruptedRunError, Progress, fit
 from samrobust.training.fit import Validate
 from samrobust.training.lockstep import Companion
+from samrobust.training.trunks import BranchFolder
 from samrobust.types import Config
 
 __all__ = ["PlannedRun", "run", "train", "work"]
@@ -45,10 +46,11 @@ _SCORES = "scores.json"  # of the checkpoints judged so far, until there is a re
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-    """A row of a table with a seed, and where its files go."""
+    """A row of a table with a seed, where its files go, and what others have, too."""
 
     config: Config
     workdir: pathlib.Path
+    shared: Sequence[trunks.PlannedTrunk] = ()
 
     @property
     def name(self) -> str:
@@ -75,6 +77,7 @@ def run(
     dataset: Dataset,
     should_stop: Callable[[], bool] = lambda: False,
     companion: Companion | None = None,
+    shared: Sequence[trunks.PlannedTrunk] = (),
 ) -> dict[str, Any]:
     """Trains and evaluates one row, or goes on where that was stopped.
 
@@ -85,6 +88,7 @@ def run(
       dataset: that of `config.data`.
       should_stop: asked now and then; see `samrobust.training.fit`.
       companion: see there.
+      shared: what it has in common with other runs, so that it is trained once.
 
     Of several processes all must call this; 0 alone sees the workdir.
 
@@ -130,6 +134,7 @@ def run(
             should_stop=should_stop,
             may_write=lambda: claims[0].check(),
             companion=companion,
+            shared=shared,
         )
         evaluate = scoring.Scorer(config, dataset)
         images = fingerprint(scoring.evaluated_split(config, dataset))
@@ -153,6 +158,9 @@ def run(
 
         def finish() -> dict[str, Any]:
             result = _describe(config, dataset, outcome, scores)
+            lines = read_json_lines(workdir / "metrics.jsonl")
+            if origin := trunks.trained_by(lines):
+                result["provenance"]["trunk"] = origin
             claims[0].check()
             write_sealed(workdir / "result.json", result)
             (workdir / _SCORES).unlink(missing_ok=True)
@@ -172,6 +180,7 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     may_write: Callable[[], None] = lambda: None,
     companion: Companion | None = None,
+    shared: Sequence[trunks.PlannedTrunk] = (),
 ) -> FitResult:
     """Trains what a config says; of a run that was stopped, what is left.
 
@@ -185,6 +194,8 @@ def train(
       should_stop: see there.
       may_write: called before each checkpoint, by process 0; raises if not.
       companion: see `samrobust.training.fit`.
+      shared: what it has in common with other runs; begun with where one has left it,
+        and left to them.
 
     Raises:
       ValueError: if the batches, groups and devices do not fit the data.
@@ -194,13 +205,14 @@ def train(
     check_padding(dataset.image_shape, **{"data.padding": config.data.padding})
     plan = building.make_plan(config, len(dataset.train))
     schedule = building.learning_rate_schedule(config, plan.num_steps)
-    log = RunFolder(
+    log = BranchFolder(
         workdir,
         minutes=config.checkpoint.minutes,
         keep=config.checkpoint.keep,
         identity=identity_of(config, dataset),
         may_write=may_write,
         clock=time.monotonic if companion is None else companion.clock,
+        trunks=trunks.make_trunks(shared, workdir, dataset, plan.num_steps),
     )
     return fit(
         building.make_method(config, dataset, plan.num_steps),

@@ -2,7 +2,9 @@
 
 Whoever comes takes the next run that nobody holds. A run held by another is put off and
 asked for again, until that one has finished it, or died and left it. So every worker
-ends when all of its share is done, and one more of them is always of use.
+ends when all of its share is done, and one more of them is always of use. A run whose
+first epochs another is training just now is put off once, for those that begin
+otherwise.
 
 What a worker does next follows from what `samrobust.experiments.run.run` returns or
 raises, and from `failure.json`: processes that agree on these and on `should_stop` stay
@@ -30,6 +32,7 @@ from samrobust.experiments.reporting.results import unlike
 from samrobust.experiments.run import PlannedRun, run
 from samrobust.experiments.scoring import Observer
 from samrobust.experiments.survey import read_plan, survey_run
+from samrobust.experiments.trunks import in_the_making
 from samrobust.experiments.workdir import (
     OtherConfigError,
     config_changes,
@@ -108,9 +111,15 @@ def run_all(
 
     results: dict[pathlib.Path, dict[str, Any]] = {}
     left, pause = list(runs), _TICK
+    put_off: set[pathlib.Path] = set()
     while left:
         held = []
         for group in _groups(left, seeds_per_program):
+            fresh = [p for p in group if p.workdir not in put_off]
+            if broadcast_from_primary(functools.partial(_any_in_the_making, fresh)):
+                put_off |= {planned.workdir for planned in group}
+                held += group
+                continue
             outcomes = _attempt_together(group, attempt, should_stop)
             for planned, outcome in zip(group, outcomes, strict=True):
                 if outcome is None:
@@ -173,6 +182,10 @@ def _groups(runs: Sequence[PlannedRun], size: int) -> Iterator[list[PlannedRun]]
         yield group
 
 
+def _any_in_the_making(runs: Sequence[PlannedRun]) -> bool:
+    return any(in_the_making(planned.shared) for planned in runs)
+
+
 def _is_done(planned: PlannedRun) -> bool:
     return (planned.workdir / "result.json").exists()
 
@@ -210,8 +223,8 @@ def _attempt(
 ) -> Outcome:
     """Returns what came of a run, which may be interrupted; `how` as of `run`."""
     try:
-        config, workdir = planned.config, planned.workdir
-        return run(config, workdir, observer, dataset=dataset, **how)
+        how |= {"dataset": dataset, "shared": planned.shared}
+        return run(planned.config, planned.workdir, observer, **how)
     except InterruptedRunError:
         raise
     except Exception as error:  # a bug in one row must not stop the others

@@ -320,6 +320,7 @@ class _Run:
             found |= scores
         line |= {f"validation_{name}": number for name, number in found.items()}
         self.log.append(line)
+        self.log.pass_on(carry, step)
         self._report("training", step)
         self._pause(carry, step, 0.0)
         return carry, step

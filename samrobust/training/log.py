@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from samrobust.system.distributed import broadcast_from_primary, is_primary
 from samrobust.system.files import MetricsLog
-from samrobust.training.checkpoint import CheckpointError, Checkpoints
+from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
 from samrobust.training.epoch import LoopState, MetricSums
 from samrobust.training.restoring import read_and_spread
 
@@ -25,6 +25,7 @@ __all__ = [
     "RunIdentity",
     "RunLog",
     "TrainingDivergedError",
+    "abstract",
     "checkpoint_folder",
     "checkpoint_metadata",
 ]
@@ -37,12 +38,21 @@ class TrainingDivergedError(RuntimeError):
 class RunIdentity(Protocol):
     """The identity of checkpoints; see `samrobust.experiments.identity`."""
 
+    @property
+    def hash(self) -> str:
+        """Names the run."""
+        ...
+
     def refuse(self, stored: Any) -> str:
         """Says why a checkpoint is of another run; empty if it is of this one."""
         ...
 
     def resumed(self, stored: Any) -> "RunIdentity":
         """Returns the identity of the run that resumes from such a checkpoint."""
+        ...
+
+    def branched(self, stored: Any) -> "RunIdentity":
+        """Returns the identity of this run where it goes on from another's part."""
         ...
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,6 +116,9 @@ class RunLog(contextlib.AbstractContextManager):
     def append(self, line: dict[str, Any]) -> None:
         """Adds an epoch."""
         self.lines.append(line)
+
+    def pass_on(self, carry: LoopState, step: int) -> None:
+        """Leaves the state at the end of an epoch to runs that begin alike."""
 
     def save(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Saves the state.
@@ -188,14 +201,7 @@ class RunFolder(RunLog):
         Raises:
           CheckpointError: if the state is not of this run, or beyond `num_steps`.
         """
-        like, own = _abstract(fresh), self.identity
-
-        def refuse(metadata: dict[str, Any]) -> str:
-            return "" if own is None else own.refuse(metadata.get("identity"))
-
-        restored = read_and_spread(
-            self._folder, like, mesh, lambda c: c.restore_latest(like, refuse=refuse)
-        )
+        restored, own = self._find(fresh, mesh), self.identity
         if restored is not None:
             step, metadata = restored.step, restored.metadata
             if not step == int(restored.state.state.step) <= num_steps:
@@ -208,7 +214,6 @@ class RunFolder(RunLog):
                 self.identity = own.resumed(metadata["identity"])
             self.earlier_seconds = metadata["epoch_seconds"]
             self._best_score = metadata["best_score"]
-            self._saved_step = step
             self.lines = list(metadata["lines"])
 
         def open_log() -> None:
@@ -217,6 +222,20 @@ class RunFolder(RunLog):
 
         broadcast_from_primary(open_log)
         return fresh if restored is None else restored.state
+
+    def _find(self, fresh: LoopState, mesh: Mesh) -> Restored | None:
+        """Returns the checkpoint that the run resumes from; None for a new run."""
+        like, own = abstract(fresh), self.identity
+
+        def refuse(metadata: dict[str, Any]) -> str:
+            return "" if own is None else own.refuse(metadata.get("identity"))
+
+        restored = read_and_spread(
+            self._folder, like, mesh, lambda c: c.restore_latest(like, refuse=refuse)
+        )
+        if restored is not None:
+            self._saved_step = restored.step
+        return restored
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds an epoch to the log; no other process waits for process 0's disk."""
@@ -298,5 +317,6 @@ class RunFolder(RunLog):
         )
 
 
-def _abstract(carry: LoopState) -> LoopState:
+def abstract(carry: LoopState) -> LoopState:
+    """Returns the shapes and dtypes of a state."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), carry)
