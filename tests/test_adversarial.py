@@ -40,12 +40,6 @@ def logits_fn(images):
     return jnp.tanh(3 * images.reshape(len(images), -1) @ hidden) @ head
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 def record(num_steps: int) -> Method:
     """A training that notes what each step is given, and learns nothing."""
 

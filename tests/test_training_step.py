@@ -23,12 +23,6 @@ BN_MOMENTUM = 0.9  # share of the old running statistics that an update keeps
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 class Network(nn.Module):
     """Two layers and a batch normalization: compiles faster than a convolution."""
 
