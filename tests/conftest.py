@@ -7,6 +7,8 @@ share is made once. With the short ones left for the end, all are busy to the en
 import os
 from typing import Any
 
+import pytest
+
 from samrobust.system.runtime import collect_garbage_seldom
 
 collect_garbage_seldom()
@@ -55,6 +57,12 @@ _LONG = (
     "test_recheck",
     "test_evaluation",
 )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Returns one more than there are cores: the tests of launchers mostly wait."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
