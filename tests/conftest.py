@@ -1,4 +1,4 @@
-"""The order of the tests: what takes long begins first.
+"""Quick compilation, and the order of the tests: what takes long begins first.
 
 Workers take whole modules (`--dist=loadfile` in the Makefile), so what the tests of one
 share is made once. With the short ones left for the end, all are busy to the end.
@@ -7,11 +7,22 @@ share is made once. With the short ones left for the end, all are busy to the en
 import os
 from typing import Any
 
+import pytest
+
 from samrobust.system.runtime import collect_garbage_seldom
 
 collect_garbage_seldom()
 # PyTorch's threads wait for each other busily, and lose time on networks this small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Networks this small are compiled for longer than they run: XLA optimizes little here
+# and in the processes that tests start, and emits loops as LLVM's without MLIR's
+# detour, in one piece. Half of all time would go there otherwise. A test that looks at
+# the programs themselves undoes it (`helpers.usual_compilation`, `USUAL_COMPILATION`).
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+)
 
 # By the time they take on two cores, from a minute to 15 seconds.
 _LONG = (
@@ -46,6 +57,12 @@ _LONG = (
     "test_recheck",
     "test_evaluation",
 )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Returns one more than there are cores: the tests of launchers mostly wait."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

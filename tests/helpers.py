@@ -46,8 +46,8 @@ TINY = {
     "evaluation.l2": (),
     "evaluation.batch_size": 48,
 }
-# Environment of processes that compile more than they compute.
-QUICK_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+# Environment of processes whose programs are compiled as those of a user.
+USUAL_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
 
 
 def _share_compiled_programs() -> None:
@@ -66,11 +66,11 @@ _share_compiled_programs()
 
 
 @contextlib.contextmanager
-def quick_compilation() -> Iterator[None]:
-    """The same inside this process."""
+def usual_compilation() -> Iterator[None]:
+    """Programs optimized as those of a user, inside this process."""
     name = "jax_disable_most_optimizations"
     before = jax.config.read(name)
-    jax.config.update(name, True)
+    jax.config.update(name, False)
     yield
     jax.config.update(name, before)
 

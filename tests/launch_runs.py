@@ -50,7 +50,6 @@ def train(
 def environment() -> dict[str, str]:
     """What all processes share: one device each, and compiled programs."""
     return {
-        **helpers.QUICK_COMPILATION,
         **DISTRIBUTED,
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],

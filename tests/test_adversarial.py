@@ -27,6 +27,7 @@ from samrobust.training.objectives.cfa_trades import cfa_trades
 from samrobust.training.objectives.label_smoothing import label_smoothing
 from samrobust.training.objectives.mart import mart_loss
 from samrobust.training.state import TrainState
+from samrobust.training.step import metric_names
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.uniform(jax.random.key(1), (6, 2, 2, 1), minval=0.3, maxval=0.7)
@@ -38,12 +39,6 @@ def logits_fn(images):
     hidden = jax.random.normal(jax.random.key(2), (4, 5))
     head = jax.random.normal(jax.random.key(3), (5, 3))
     return jnp.tanh(3 * images.reshape(len(images), -1) @ hidden) @ head
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
 
 
 def record(num_steps: int) -> Method:
@@ -61,7 +56,7 @@ def record(num_steps: int) -> Method:
         noted = {"pixels": jnp.sum(images * places), "draws": jax.random.uniform(key)}
         notes = jax.tree.map(lambda n, x: n.at[state.step].set(x), state.params, noted)
         state = TrainState(state.step + 1, notes, {}, (), ())
-        return state, {"loss": jnp.zeros([]), "accuracy": jnp.zeros([])}
+        return state, dict.fromkeys(metric_names(state), jnp.zeros([]))
 
     return Method(init, step)
 

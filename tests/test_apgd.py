@@ -28,12 +28,6 @@ each_form = pytest.mark.parametrize("name", ["dlr", "targeted"])
 every_ball = pytest.mark.parametrize("ball", BALLS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 def net(num_classes=5, size=12, seed=0):
     rng = np.random.default_rng(seed)
     first, second = rng.normal(size=(size, 16)), rng.normal(size=(16, num_classes))

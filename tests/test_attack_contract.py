@@ -11,7 +11,6 @@ import subprocess
 import sys
 from typing import Any
 
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,12 +98,6 @@ PROGRAMS = [
     for name in ATTACKS
     if name not in ("identity", "fgsm", "fab_minimal") and "part" not in name
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
 
 
 @functools.cache
@@ -441,7 +434,6 @@ def work() -> None:
 @functools.cache
 def of_two_devices():
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
-    environment |= helpers.QUICK_COMPILATION
     command = [sys.executable, __file__]
     lines = subprocess.run(
         command, env=environment, check=True, capture_output=True, text=True

@@ -17,7 +17,6 @@ from samrobust.attacks import JUDGES, cross_entropy, identity, l2, linf, margin,
 
 KEY = jax.random.key(3)
 BALLS = {"linf": linf, "l2": l2}
-QUICK = {"xla_backend_optimization_level": 0}
 EPS = float(np.finfo(np.float32).eps)
 
 settings = hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
@@ -29,10 +28,9 @@ perturbations = hnp.arrays(
 
 
 def run(attack, logits_fn, images, labels, key=KEY):
-    """The attack in `jit`, compiled in a hurry."""
+    """The attack in `jit`."""
     jitted = jax.jit(
-        lambda images, labels, key: attack(logits_fn, images, labels, key=key),
-        compiler_options=QUICK,
+        lambda images, labels, key: attack(logits_fn, images, labels, key=key)
     )
     return jitted(images, labels, key)
 

@@ -28,12 +28,6 @@ KEY = jax.random.key(5)
 RADII = {"linf": linf(0.05), "l2": l2(0.2)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _only_tell_of_batches(monkeypatch):
     monkeypatch.setattr(measure, "_SECONDS_UNTOLD", 1e9)
@@ -612,7 +606,6 @@ def test_on_two_devices_the_same_images_break(tmp_path):
         process = helpers.start_command(
             *("evaluate", f"--workdir={tmp_path / devices}", *flags),
             JAX_NUM_CPU_DEVICES=devices,
-            **helpers.QUICK_COMPILATION,
         )
         code, _, errors = helpers.finish_command(process)
         assert code == 0, errors

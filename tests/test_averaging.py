@@ -27,12 +27,6 @@ IMAGES = jax.random.uniform(jax.random.key(1), (6, 2, 2, 1))
 LABELS = jnp.arange(6, dtype=jnp.int32) % 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_long_memory_forgets_in_every_precision(dtype):
     """In bfloat16 a decay of 0.999 is 1, and changes of a thousandth round away."""

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -32,11 +31,6 @@ CIFAR = f"{helpers.ROOT}/configs/cifar10.py"
 
 
 # Counts.
-
-
-def quick_count(model, image_shape):
-    with helpers.quick_compilation():
-        return count_passes(model, image_shape, batch_size=8)
 
 
 def multiply_adds(width, blocks, side):
@@ -69,7 +63,7 @@ def multiply_adds(width, blocks, side):
 def test_the_operations_of_a_pass_are_those_of_its_convolutions():
     width, blocks, side = 64, (1, 2), 8
     model = PreActResNet(width=width, blocks=blocks)
-    counts = quick_count(model, (side, side, 3))
+    counts = count_passes(model, (side, side, 3), batch_size=8)
     total, stem = multiply_adds(width, blocks, side)
     expected = {
         "weights": 6 * total - 2 * stem,
@@ -82,7 +76,7 @@ def test_the_operations_of_a_pass_are_those_of_its_convolutions():
 
 def test_the_operations_of_a_pass_are_those_of_a_transformers_products():
     dim, depth, num_tokens = 192, 1, 17
-    counts = quick_count(ViT(dim=dim, depth=depth), (16, 16, 3))
+    counts = count_passes(ViT(dim=dim, depth=depth), (16, 16, 3), batch_size=8)
     block = 12 * num_tokens * dim**2 + 2 * num_tokens**2 * dim
     total = depth * block + (num_tokens - 1) * 48 * dim
     assert 1 <= counts["both"].flops / (6 * total) < 1.05
@@ -98,7 +92,7 @@ def test_a_step_is_as_many_passes_as_its_method_takes():
 
 
 def test_an_attack_that_throws_gradients_away_costs_more_memory_traffic_too():
-    counts = quick_count(PreActResNet(width=4, blocks=(1,)), (8, 8, 1))
+    counts = count_passes(PreActResNet(width=4, blocks=(1,)), (8, 8, 1), batch_size=8)
     lean = step_cost(counts, 10)
     wasteful = step_cost(counts, 10, attack_weight_gradients=True)
     assert step_cost(counts).elements < lean.elements < wasteful.elements
@@ -257,9 +251,8 @@ def test_a_step_of_several_seeds_is_timed_as_the_share_of_one():
         calls.append(call())
         return [6.0]
 
-    with helpers.quick_compilation():
-        config = helpers.make_config("st", {"training.steps_per_call": 3})
-        assert programs.step(config, measure, seeds=2)["seconds"] == [1.0]
+    config = helpers.make_config("st", {"training.steps_per_call": 3})
+    assert programs.step(config, measure, seeds=2)["seconds"] == [1.0]
     first, second = calls[0]
     assert int(first.state.step) == int(second.state.step) == 3
     assert helpers.as_bits(first.state.params) != helpers.as_bits(second.state.params)
@@ -450,8 +443,7 @@ def test_a_bench_that_is_stopped_ends_its_worker_at_once(tmp_path):
 def bench(tmp_path, *flags):
     command = [sys.executable, "-m", "samrobust.cli", "bench", f"--config={DIGITS}"]
     command += [f"--workdir={tmp_path}", *helpers.make_flags(), *flags]
-    environment = {**os.environ, **helpers.QUICK_COMPILATION}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_the_command_measures_writes_and_shows(tmp_path, monkeypatch, capsys):
@@ -460,8 +452,7 @@ def test_the_command_measures_writes_and_shows(tmp_path, monkeypatch, capsys):
     flags = ("--repeats=2", "--rounds=1", "--min-seconds=0.01", "--methods=st,at")
     measured = ("--measure=step,evaluation,unrolled", *helpers.make_flags())
     command = ("bench", f"--config={DIGITS}", f"--workdir={tmp_path}")
-    with helpers.quick_compilation():
-        assert helpers.main(*command, *flags, *measured) == 0
+    assert helpers.main(*command, *flags, *measured) == 0
     assert "Speed" in capsys.readouterr().out
     report = json.loads((tmp_path / "bench.json").read_text())
     rows = {f"{r['method']} {r['kind']}".strip(): r for r in report["rows"]}

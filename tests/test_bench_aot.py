@@ -149,7 +149,8 @@ def test_a_compiled_program_is_read_with_the_loops_in_its_loops():
 
         return jax.lax.fori_loop(0, 3, outer, x)
 
-    text = program.lower(jnp.ones((16, 16))).compile().as_text() or ""
+    with helpers.usual_compilation():
+        text = program.lower(jnp.ones((16, 16))).compile().as_text() or ""
     runs = {kernel.runs for kernel in kernels(text)}
     assert {3, 21} <= runs
     dot = next(k for k in kernels(text) if k.opcodes & {"dot", "custom-call"})
@@ -339,7 +340,7 @@ def compiled_for_h200(name):
     seeds = 2 if name == "two seeds" else 1
     steps = functools.partial(aot.step_program, seeds=seeds)
     program = aot.evaluation_program if evaluates else steps
-    with compiling_for(aot.devices_of("h200")):
+    with helpers.usual_compilation(), compiling_for(aot.devices_of("h200")):
         traced, num_steps = program(config)
         compiled = traced.lower().compile(dict(aot.TARGETS["h200"].options))
     assert num_steps == (1 if evaluates else 26 * seeds)
@@ -393,6 +394,7 @@ def test_the_loops_of_a_step_transpose_nothing(name):
 def test_a_step_compiles_for_a_tpu_and_its_loops_are_counted():
     small = {"model.dtype": "bfloat16", "training.steps_per_call": 25}
     config = helpers.make_config("at,norm=linf,eps=16", small)
-    found = aot.counted("step", config, "v5e")
+    with helpers.usual_compilation():
+        found = aot.counted("step", config, "v5e")
     assert [body["runs"] for body in found["bodies"]] == [1, 2]
     assert all(body["kernels"]["convolutions"] > 0 for body in found["bodies"])

@@ -25,12 +25,6 @@ FIELDS = {
 COLUMNS = ["natural", "natural best", "linf 16/255", "linf 16/255 best"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 class Counting(helpers.Silent):
     """An observer that counts the batches of the evaluation, and stops after some."""
 

@@ -251,7 +251,6 @@ def epochs(output, *flags):
     command = [sys.executable, "-P", str(script), config, "--epochs=2"]
     environment = {
         **os.environ,
-        **helpers.QUICK_COMPILATION,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(helpers.ROOT),
     }

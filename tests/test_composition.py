@@ -1,6 +1,5 @@
 """The parts of a method in one step: what each is given, and what it leaves."""
 
-import contextlib
 from typing import Any
 
 import helpers
@@ -23,22 +22,6 @@ KEY = jax.random.key(0)
 IMAGES = jax.random.uniform(jax.random.key(1), (8, 2, 2, 1))
 LABELS = jnp.arange(8, dtype=jnp.int32) % 3
 DELTA = 0.1 * jax.random.normal(jax.random.key(2), IMAGES.shape)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
-@contextlib.contextmanager
-def optimized():
-    """Programs as a run has them: XLA then computes nothing twice."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, False)
-    yield
-    jax.config.update(name, before)
 
 
 class Network(nn.Module):
@@ -157,7 +140,7 @@ def test_a_view_that_stands_twice_is_computed_once():
         program: Any = jax.jit(step).lower(*arguments).compile()
         return program.cost_analysis()["flops"]
 
-    with optimized():
+    with helpers.usual_compilation():
         once = operations(("natural",))
         assert operations(("natural", "adversarial")) > 1.5 * once
         assert operations(("natural", "natural")) < 1.1 * once

@@ -35,12 +35,6 @@ REFUSED = (WorkdirError, CheckpointError)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
-@pytest.fixture(autouse=True, scope="module")
 def _trace_once():
     """What a checkpoint must look like is worked out once and not at each reading."""
     known, make_init = {}, networks._make_init

@@ -43,12 +43,6 @@ KEY = jax.random.key(3)
 NUM_EXAMPLES = 23
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 @functools.cache
 def network() -> tuple[Any, Any, Split]:
     """A network, untrained, and a split that it classifies half rightly."""

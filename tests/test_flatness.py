@@ -33,7 +33,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture(autouse=True, scope="module")
 def _float64():
-    with jax.enable_x64(True), helpers.quick_compilation():
+    with jax.enable_x64(True):
         yield
 
 

@@ -54,12 +54,6 @@ LITTLE = ProbeSettings(
 KEY = jax.random.key(0, impl="threefry2x32")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> Path:
     """Two rows, one seed each, as `samrobust table` leaves them."""

@@ -57,12 +57,6 @@ BOTH = (np.float32, np.float64)
 every_ball = pytest.mark.parametrize("ball", BALLS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 @functools.cache
 def make_problem(num=24):
     """Weights, images that float32 can hold, and labels, of which one is wrong."""

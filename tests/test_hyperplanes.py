@@ -2,7 +2,6 @@
 
 import functools
 
-import helpers
 import jax
 import numpy as np
 import pytest
@@ -12,12 +11,6 @@ from samrobust.attacks import l2, linf, step_onto_hyperplane
 
 BALLS = {"linf": (linf, np.inf), "l2": (l2, 2)}
 SCALES = [1e-20, 1e-9, 1.0, 1e15]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
 
 
 def problem(size=12, num=64, seed=0):

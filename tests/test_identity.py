@@ -28,12 +28,6 @@ OTHERS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 @pytest.fixture(scope="module")
 def dataset():
     return helpers.load_data(helpers.make_config())

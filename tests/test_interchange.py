@@ -160,8 +160,7 @@ def test_an_imported_network_is_evaluated_as_the_run_it_came_from(
     flags = ("--norm=linf", "--epsilon=8", "--num-steps=1", "--num-examples=60")
     accuracy = []
     for folder in (workdir, run[0]):
-        with helpers.quick_compilation():
-            assert helpers.main("evaluate", f"--workdir={folder}", *flags) == 0
+        assert helpers.main("evaluate", f"--workdir={folder}", *flags) == 0
         accuracy.append(
             helpers.read_lines(folder / "evaluations.jsonl")[-1]["accuracy"]
         )
@@ -185,8 +184,7 @@ def test_training_goes_on_from_an_imported_network_where_all_fields_are_its(
     assert json.loads((workdir / "config.json").read_text()) == config
     assert not (workdir / "failure.json").exists()
     told = [f"--config.model.{n}={tuple(config['model'][n])}" for n in ("mean", "std")]
-    with helpers.quick_compilation():
-        assert helpers.main(*train, "--config.label=Imported ST", *told) == 0
+    assert helpers.main(*train, "--config.label=Imported ST", *told) == 0
     config = configuration.with_defaults(config)
     dataset = helpers.load_data(config)
     trained = load_network(config, dataset, workdir, "last").variables["params"]

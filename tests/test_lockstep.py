@@ -51,12 +51,6 @@ class Network(nn.Module):
         return nn.Dense(10)(x)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 @functools.cache
 def method(name: str) -> Any:
     """A method by its name, of which the last has all parts at once."""

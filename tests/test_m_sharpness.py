@@ -333,7 +333,6 @@ def folder(tmp_path_factory) -> pathlib.Path:
         environment = {
             **os.environ,
             **{"JAX_NUM_CPU_DEVICES": str(count), "JAX_PLATFORMS": "cpu"},
-            **helpers.QUICK_COMPILATION,
         }
         command = [sys.executable, "-W", "error", __file__, str(folder)]
         processes.append(
@@ -348,12 +347,6 @@ def folder(tmp_path_factory) -> pathlib.Path:
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors
     return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
 
 
 @functools.cache

@@ -34,12 +34,6 @@ ALL = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 def problem(num=40, shape=(2, 2, 2), num_classes=4, seed=0):
     """A random net, images on the box's faces among them, a tenth of labels wrong."""
     rng = np.random.default_rng(seed)

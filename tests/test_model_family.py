@@ -4,7 +4,6 @@ import inspect
 import re
 from typing import Any
 
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,12 +21,6 @@ SMALL: dict[str, dict[str, Any]] = {
 WITH_DROPOUT = ("wide_resnet", "vit")
 
 every = pytest.mark.parametrize("name", MODELS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
 
 
 def small(name: str, **fields: Any) -> Any:

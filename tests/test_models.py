@@ -1,6 +1,5 @@
 """The convolution, BatchNorm and PreActResNet against XLA, SciPy and NumPy."""
 
-import functools
 import re
 from typing import Any
 
@@ -15,8 +14,6 @@ from scipy import signal, stats
 from samrobust.models import BatchNorm, PreActResNet, conv2d
 
 KEY = jax.random.key(0)
-QUICK = {"xla_backend_optimization_level": 0}
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def normal(shape, seed=0):
@@ -67,7 +64,7 @@ def assert_close(first, second, tolerance=1e-5):
 def test_conv2d_and_its_gradients_are_those_of_xla(window, stride, size):
     images, kernel = conv_inputs(window, size)
 
-    @quick_jit
+    @jax.jit
     def results(images, kernel):
         def of(conv):
             def outputs(images, kernel):
@@ -99,7 +96,7 @@ def test_second_derivatives_are_those_of_xla(stride):
     """Reverse over reverse: the gradient of a function of the gradients."""
     images, kernel = conv_inputs(3, (5, 6))
 
-    @quick_jit
+    @jax.jit
     def results(images, kernel):
         def of(conv):
             def energy(images, kernel):
@@ -131,7 +128,7 @@ def test_conv2d_is_the_correlation_of_scipy(stride):
 def test_bfloat16_stays_bfloat16_and_near_float32(stride):
     images, kernel = conv_inputs(3, (6, 6), jnp.bfloat16)
 
-    @quick_jit
+    @jax.jit
     def results(images, kernel):
         def outputs(images, kernel) -> Any:
             return conv2d(images, kernel, stride, 1)
@@ -158,7 +155,7 @@ def gradients(conv, argnums: Any = 0):
 
 def compile_on_the_cpu(function, *arguments):
     """The optimized program, as text."""
-    with jax.default_device(jax.devices("cpu")[0]):
+    with jax.default_device(jax.devices("cpu")[0]), helpers.usual_compilation():
         return jax.jit(function).lower(*arguments).compile().as_text() or ""
 
 
@@ -419,11 +416,11 @@ def images_of(num, size=8, channels=3):
 
 
 def init(model, images):
-    return quick_jit(lambda images: model.init(KEY, images, train=False))(images)
+    return jax.jit(lambda images: model.init(KEY, images, train=False))(images)
 
 
 def evaluate(model, variables, images):
-    return quick_jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
+    return jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
 
 
 @pytest.fixture(scope="module")
@@ -432,7 +429,7 @@ def small():
     model = PreActResNet(num_classes=4, width=4, blocks=(1, 1))
     variables = init(model, images_of(1))
 
-    @quick_jit
+    @jax.jit
     def adapted(variables, images):
         def body(_, batch_stats):
             variables_now = {**variables, "batch_stats": batch_stats}
@@ -573,7 +570,7 @@ def test_in_training_an_examples_logits_depend_on_the_batch_and_not_on_the_stati
     model, variables = small
     images = images_of(6)
 
-    @quick_jit
+    @jax.jit
     def train(variables, images):
         return model.apply(variables, images, train=True)
 
@@ -590,7 +587,7 @@ def test_only_training_with_mutable_statistics_updates_them(small):
     model, variables = small
     images = images_of(6)
 
-    @quick_jit
+    @jax.jit
     def run(variables, images):
         with_update = model.apply(
             variables, images, train=True, mutable=["batch_stats"]
@@ -617,7 +614,7 @@ def test_the_logits_are_those_of_the_network_written_out(small):
     variables = {**variables, "params": params}
     images = images_of(3)
     strides = {"stage1_block1": 1, "stage2_block1": 2}
-    expected = quick_jit(
+    expected = jax.jit(
         lambda variables, images: reference_logits(variables, images, strides)
     )(variables, images)
     np.testing.assert_allclose(
@@ -678,7 +675,7 @@ def test_constant_images_give_finite_logits_and_gradients(small, value):
     model, variables = small
     images = jnp.full([2, 8, 8, 3], value)
 
-    @quick_jit
+    @jax.jit
     def run(variables, images):
         def total(images, train):
             return jnp.sum(model.apply(variables, images, train=train))
@@ -708,9 +705,7 @@ def test_a_network_with_groups_is_initialized_with_one_image(train):
     grouped = PreActResNet(width=2, blocks=(1,), batch_norm_group=4)
 
     def make(model):
-        return quick_jit(lambda image: model.init(KEY, image, train=train))(
-            images_of(1)
-        )
+        return jax.jit(lambda image: model.init(KEY, image, train=train))(images_of(1))
 
     helpers.assert_same_bits(make(grouped), make(plain))
 
@@ -722,7 +717,7 @@ def test_every_layer_of_a_network_normalizes_by_groups():
     variables = init(plain, images)
 
     def logits(model, images):
-        return quick_jit(lambda v, x: model.apply(v, x, train=True))(variables, images)
+        return jax.jit(lambda v, x: model.apply(v, x, train=True))(variables, images)
 
     alone = np.concatenate([logits(plain, images[:3]), logits(plain, images[3:])])
     np.testing.assert_allclose(logits(grouped, images), alone, atol=1e-5)

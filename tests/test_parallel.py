@@ -119,7 +119,6 @@ def start(folder: pathlib.Path, num_devices: int) -> subprocess.Popen:
     environment = {
         **os.environ,
         **{"JAX_NUM_CPU_DEVICES": str(num_devices), "JAX_PLATFORMS": "cpu"},
-        **helpers.QUICK_COMPILATION,
     }
     command = [sys.executable, "-W", "error", __file__, str(folder)]
     return subprocess.Popen(
@@ -205,8 +204,7 @@ class Linear(nn.Module):
 @functools.cache
 def outcomes(batch_size: int) -> dict[str, np.ndarray]:
     """What becomes of 33 images under attacks that begin at random."""
-    with helpers.quick_compilation():
-        return make_outcomes(batch_size)
+    return make_outcomes(batch_size)
 
 
 def make_outcomes(batch_size: int) -> dict[str, np.ndarray]:

@@ -24,12 +24,6 @@ LATE_BOTH = "at,norm=linf,eps=16,start=0.25+sam,rho=0.2,start=0.5"
 EPOCHS = 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 def follow(row, folder, stop_after=None, **overrides):
     """The parameters after each epoch, the last state, and the lines of the log."""
     config = helpers.make_config(row, overrides)

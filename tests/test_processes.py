@@ -82,23 +82,21 @@ def move(workdir: pathlib.Path) -> None:
 def folder(tmp_path_factory) -> pathlib.Path:
     """The runs in all layouts."""
     folder = tmp_path_factory.mktemp("processes")
-    with helpers.quick_compilation():
-        start_to_move(folder / "1x1 to 2x1")
-        work(folder, "1x1")
-        for layout, (count, devices) in LAYOUTS.items():
-            if layout == "1x1":
-                continue
-            outcomes = helpers.finish_group(
-                helpers.start_group(
-                    [[sys.executable, "-W", "error", __file__, str(folder), layout]]
-                    * count,
-                    devices=devices,
-                    **helpers.QUICK_COMPILATION,
-                )
+    start_to_move(folder / "1x1 to 2x1")
+    work(folder, "1x1")
+    for layout, (count, devices) in LAYOUTS.items():
+        if layout == "1x1":
+            continue
+        outcomes = helpers.finish_group(
+            helpers.start_group(
+                [[sys.executable, "-W", "error", __file__, str(folder), layout]]
+                * count,
+                devices=devices,
             )
-            for code, _, errors in outcomes:
-                assert code == 0, errors
-        move(folder / "2x1 to 1x1")
+        )
+        for code, _, errors in outcomes:
+            assert code == 0, errors
+    move(folder / "2x1 to 1x1")
     return folder
 
 
@@ -158,8 +156,7 @@ def test_evaluation_with_early_stop_too(folder, layout):
 @pytest.mark.parametrize("way", ["1x1 to 2x1", "2x1 to 1x1"])
 def test_a_run_moves_to_another_number_of_processes(folder, way):
     config = helpers.make_config(SAM)
-    with helpers.quick_compilation():
-        train(config, helpers.load_data(config), folder / "unmoved")
+    train(config, helpers.load_data(config), folder / "unmoved")
     assert_equal_runs(folder / way, folder / "unmoved")
 
 

@@ -51,7 +51,7 @@ def wait_until(processes: list[subprocess.Popen], workdir: pathlib.Path, step: i
 def cache(tmp_path_factory) -> dict[str, str]:
     """A cache of compiled programs for processes that are killed."""
     folder = tmp_path_factory.mktemp("xla")
-    return {**helpers.QUICK_COMPILATION, "JAX_COMPILATION_CACHE_DIR": str(folder)}
+    return {"JAX_COMPILATION_CACHE_DIR": str(folder)}
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,6 @@ FLAGS = ("--linf=24", "--l2=", *IMAGES, *VERSION)
 COLUMNS = ["natural", "linf 24/255", "linf 24/255 AA"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """Two rows, one seed each, as `samrobust table` leaves them."""

@@ -37,12 +37,6 @@ LONG = {
 VALIDATED = {"data.validation_size": 64, "evaluation.checkpoint": "best"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 @dataclasses.dataclass
 class Start:
     """One start of the command: how it was ended, and what it left."""
@@ -99,7 +93,7 @@ def run_chain(name: str, folder: Path, ends: list[str], seed: int = 0) -> Chain:
     # A process killed as it writes to the cache of compiled programs must not
     # damage that of other tests.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
-    environment = {**helpers.QUICK_COMPILATION, **cache}
+    environment = {**cache}
     chain = Chain(workdir, [])
     for end in ends:
         start = newest(workdir)

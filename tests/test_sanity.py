@@ -84,12 +84,6 @@ class Network(nn.Module):
         return shifted - self.offset
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 @functools.cache
 def digits():
     return load_dataset("digits")

@@ -153,12 +153,6 @@ with_oracle = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 every_method = pytest.mark.parametrize("method", ALL.values(), ids=ALL)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 def make_params(dtype: Any = np.float32) -> Any:
     rng = np.random.default_rng(0)
     values = {"kernel": rng.standard_normal((4, 2)), "bias": rng.standard_normal(2)}

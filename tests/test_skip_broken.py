@@ -17,12 +17,6 @@ BALLS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 class Bent:
     """A small network that bends; some examples survive an attack, some do not."""
 

@@ -23,12 +23,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 def run(attack, logits_fn, images, labels, key=KEY):
     return helpers.jitted(attack, logits_fn)[0](images, labels, key)
 

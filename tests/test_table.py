@@ -32,17 +32,11 @@ def make_arguments(
     ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> tuple[Path, tuple[int, str, str]]:
     """A table of two rows and two seeds, and what the command said."""
     workdir = tmp_path_factory.mktemp("table")
-    environment = {**helpers.QUICK_COMPILATION, "COLUMNS": "200"}
+    environment = {"COLUMNS": "200"}
     arguments = make_arguments(workdir, ROWS, seeds=2)
     return workdir, helpers.run_command(*arguments, **environment)
 
@@ -51,7 +45,7 @@ def table(tmp_path_factory) -> tuple[Path, tuple[int, str, str]]:
 def shards(tmp_path_factory) -> tuple[Path, list[tuple[int, str, str]]]:
     """The same table by two workers at once, and what each said."""
     workdir = tmp_path_factory.mktemp("shards")
-    environment = {**helpers.QUICK_COMPILATION, "COLUMNS": "200"}
+    environment = {"COLUMNS": "200"}
     processes = [
         helpers.start_command(
             *make_arguments(workdir, ROWS, f"--shard={i}/2", seeds=2), **environment

@@ -60,12 +60,6 @@ worlds = strategies.builds(
 quick = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 @pytest.fixture(scope="module")
 def verdicts():
     return {(v.statement, v.source): v for v in judge(study(GRID))}
@@ -584,7 +578,6 @@ def test_the_command_shows_and_writes_everything(tmp_path):
         "--samples=1000",
         "--batch-size=100",
         f"--workdir={tmp_path}",
-        **helpers.QUICK_COMPILATION,
     )
     assert code == 0, errors
     for words in ("holds", "a factor", "w* = ln(p/(1-p)) /", "at all features"):

@@ -56,12 +56,6 @@ def teardown():
 """
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 @pytest.fixture
 def wandb(tmp_path, monkeypatch):
     """A package `wandb` that records; returns its calls so far."""

@@ -45,12 +45,6 @@ FIELDS = {
 FROZEN = {"training.learning_rate": 1e-30, "training.weight_decay": 0.0}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 @functools.cache
 def trained(row: str = "st", **overrides: Any):
     """A run in a folder of its own: its outcome, the folder, config and data."""

@@ -30,12 +30,6 @@ KEY = jax.random.key(0)
 RATE, RHO = 0.1, 0.3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 class Network(nn.Module):
     """A linear classifier behind one layer of a kind."""
 

@@ -145,6 +145,10 @@ def _affine(
     return (jax.nn.relu(outputs) if form.relu else outputs).astype(form.dtype)
 
 
+# The same object for the same form: JAX traces it once for all layers of a shape.
+_branch = functools.cache(functools.partial)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _batch_norm(
     form: _Form, inputs: Array, shift: Array, scale: Array, bias: Array
@@ -166,9 +170,16 @@ def _batch_norm(
         shift,
         scale,
         bias,
-        cpu=lambda inputs, _, *affine: _plain(form, inputs, *affine),
-        default=functools.partial(_fused, form),
+        cpu=_branch(_unshifted, form),
+        default=_branch(_fused, form),
     )
+
+
+def _unshifted(
+    form: _Form, inputs: Array, shift: Array, scale: Array, bias: Array
+) -> tuple[Array, Array, Array]:
+    del shift
+    return _plain(form, inputs, scale, bias)
 
 
 def _plain(
@@ -206,8 +217,8 @@ def _backward(
     gradients: Any = lax.platform_dependent(
         *residuals,
         *cotangents,
-        cpu=functools.partial(_plain_backward, form),
-        default=functools.partial(_fused_backward, form),
+        cpu=_branch(_plain_backward, form),
+        default=_branch(_fused_backward, form),
     )
     of_inputs, of_scale, of_bias = gradients
     return of_inputs, jnp.zeros_like(of_bias), of_scale, of_bias

@@ -206,7 +206,7 @@ def _added(totals: MetricSums, metrics: dict[str, Array], size: int) -> MetricSu
     """Adds a step's metrics."""
     # Weighted by examples: the last batch of an epoch may be smaller.
     sums = {
-        name: total + size * metrics[name] for name, total in totals["sums"].items()
+        name: totals["sums"][name] + size * value for name, value in metrics.items()
     }
     return {
         **totals,

@@ -34,7 +34,7 @@ from samrobust.training.passes import Views, apply_in_training, make_passes
 from samrobust.training.state import TrainState
 from samrobust.types import Array, Attack, LossFn, PyTree
 
-__all__ = ["InitFn", "Method", "TrainStep", "make_train_step"]
+__all__ = ["InitFn", "Method", "TrainStep", "make_train_step", "metric_names"]
 
 # Folded into a step's key for what is random in the network. The adversary gets the key
 # itself; no split of it and no position in a batch collides with so large a number.
@@ -277,6 +277,11 @@ def make_train_step(
         return dataclasses.replace(state, average=average)
 
     return Method(init, train_step)
+
+
+def metric_names(state: TrainState) -> tuple[str, ...]:
+    """Returns the names of the metrics of a step, which the state tells untraced."""
+    return ("loss", "accuracy", *last_metrics(state.opt_state), "gradient_norm")
 
 
 def _of(

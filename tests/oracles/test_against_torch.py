@@ -8,7 +8,6 @@ are compared by the share that agrees.
 import functools
 from typing import Any
 
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,12 +41,6 @@ BALLS = {  # radius, step size and floor of the gradient's norm
     "l2": (l2(0.5), 0.5, 0.125, 0.0),
     "l2 with a floor": (l2(0.5, gradient_floor=1e-3), 0.5, 0.125, 1e-3),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import functools
 import logging
 
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,12 +18,6 @@ upstream = pytest.importorskip("pyautoattack")
 
 RADII = {"Linf": linf(0.06), "L2": l2(0.3)}
 NUM_IMAGES = 100
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
 
 
 def predict(weights: list[Array], images: Array) -> Array:

@@ -24,7 +24,7 @@ PER_EPOCH = 2
 
 @pytest.fixture(autouse=True, scope="module")
 def _in_float64():
-    with jax.enable_x64(True), helpers.quick_compilation():
+    with jax.enable_x64(True):
         yield
 
 

@@ -70,8 +70,7 @@ def make_predict(model):
 
 
 def logits_of(model, variables, images):
-    with helpers.quick_compilation():
-        return np.asarray(make_predict(model)(variables, images))
+    return np.asarray(make_predict(model)(variables, images))
 
 
 @pytest.mark.parametrize("fields", NETWORKS.values(), ids=NETWORKS)

@@ -56,7 +56,7 @@ class Toy(nn.Module):
 
 @pytest.fixture(autouse=True, scope="module")
 def _in_float64():
-    with jax.enable_x64(True), helpers.quick_compilation():
+    with jax.enable_x64(True):
         yield
 
 

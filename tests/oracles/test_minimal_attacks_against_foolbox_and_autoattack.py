@@ -7,7 +7,6 @@ what follows from there still ends at much the same distance.
 
 import functools
 
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,12 +30,6 @@ KEY = jax.random.key(0)
 BALLS = {"linf": (linf, "Linf", np.inf), "l2": (l2, "L2", 2)}
 RADII = {"linf": 0.08, "l2": 0.5}
 NUM_IMAGES, NUM_STEPS = 60, 20
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
 
 
 def classify(params, images):

@@ -6,7 +6,6 @@ The twins are written from the papers and their authors' code: blocks out of
 
 from typing import Any
 
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +20,8 @@ MEAN, STD = (0.4, 0.5), (0.2, 0.3)
 
 
 @pytest.fixture(autouse=True)
-def _quickly_in_float64():
-    with helpers.quick_compilation(), jax.enable_x64(True):
+def _in_float64():
+    with jax.enable_x64(True):
         yield
 
 

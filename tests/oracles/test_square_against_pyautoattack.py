@@ -4,7 +4,6 @@ Given the same random numbers both walk the same way, pixel by pixel; with their
 they reach the same robust accuracy.
 """
 
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +20,6 @@ upstream = pytest.importorskip("pyautoattack.square")
 KEY = jax.random.key(11)
 LOSSES = {"margin": margin, "ce": cross_entropy}
 BALLS = {"Linf": linf(0.1), "L2": l2(0.5)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
 
 
 def make_attack(predict, norm, num_queries, **options):
