@@ -13,7 +13,7 @@ from samrobust.experiments import components, entries, methods
 from samrobust.experiments.configuration import find_config_file
 from samrobust.types import Config
 
-__all__ = ["Explained", "explain"]
+__all__ = ["ExplainedField", "explain"]
 
 # Fields of parts that no constructor has as a parameter.
 _OF_PARTS = {
@@ -32,7 +32,7 @@ _OF_PARTS = {
 }
 
 
-class Explained(NamedTuple):
+class ExplainedField(NamedTuple):
     """A field of a config: its full name, its value, and what it means."""
 
     name: str
@@ -40,7 +40,7 @@ class Explained(NamedTuple):
     meaning: str
 
 
-def explain(config: Config) -> Iterator[Explained]:
+def explain(config: Config) -> Iterator[ExplainedField]:
     """Yields the fields that count for a config's row, section by section.
 
     In the order of `configs/base.py`, parts of the row last; sections of methods that
@@ -60,7 +60,7 @@ def explain(config: Config) -> Iterator[Explained]:
     for name, value in sorted(
         fields, key=lambda field: order.index(_section(field[0]))
     ):
-        yield Explained(name, value, said.get(name, ""))
+        yield ExplainedField(name, value, said.get(name, ""))
 
 
 def _section(name: str) -> str:
