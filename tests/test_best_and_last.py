@@ -6,7 +6,7 @@ from pathlib import Path
 import helpers
 import pytest
 
-from samrobust.cli import shared
+from samrobust.cli import shared, sharpness
 from samrobust.experiments import reporting
 from samrobust.experiments.networks import checkpoints_of, load, load_network
 from samrobust.experiments.run import run, train
@@ -125,6 +125,15 @@ def test_one_network_of_such_a_run_is_the_last_unless_the_best_is_asked_for(work
         wanted = result["accuracy"][f"linf 16/255{suffix}"]
         assert line["accuracy"]["linf 16/255"] == wanted
     assert line["evaluation"]["checkpoint"] == "best"
+
+
+def test_what_explains_robustness_is_measured_on_the_last_checkpoint(workdir):
+    config = helpers.make_config("st", FIELDS)
+    found = sharpness._accuracy(workdir.parents[1], "st/seed0", config)
+    accuracy = read(workdir, "result.json")["accuracy"]
+    assert {"natural", "linf 16/255"} <= found.keys()
+    assert not [name for name in found if name.endswith(" best")]
+    assert all(accuracy[name] == found[name] for name in accuracy.keys() & found.keys())
 
 
 def test_a_best_checkpoint_that_the_result_is_not_of_is_refused(workdir, tmp_path):

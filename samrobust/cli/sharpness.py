@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         for folder, config in configs.items():
             name, work = f"{config.label}, seed {config.seed}", works[folder]
             shown = display.run(name, 0.0, work)
-            dataset, which = load_data(config), config.evaluation.checkpoint
+            dataset, which = load_data(config), networks.checkpoints_of(config)[0]
             network = networks.load_network(config, dataset, workdir / folder, which)
             splits = dataset.train, scoring.evaluated_split(config, dataset)
             train, test = (some_of(split, settings.num_examples) for split in splits)
@@ -176,7 +176,10 @@ def _settings(config: "Config", arguments: argparse.Namespace) -> "ProbeSettings
 
 
 def _accuracy(workdir: pathlib.Path, folder: str, config: "Config") -> dict[str, float]:
-    """Returns a run's accuracies in percent: its result's, and AutoAttack's."""
+    """Returns a run's accuracies in percent: its result's, and AutoAttack's.
+
+    Of two checkpoints those of the last, whose network is measured.
+    """
     from samrobust.experiments.identity import identity_of
     from samrobust.experiments.workdir import read_result
     from samrobust.system.files import glance
@@ -184,12 +187,13 @@ def _accuracy(workdir: pathlib.Path, folder: str, config: "Config") -> dict[str,
     result = read_result(workdir / folder, identity_of(config, None))
     assert result is not None  # the run is finished
     own = {name: result[name] for name in ("row", "seed", "identity", "step")}
+    accuracy = {n: x for n, x in result["accuracy"].items() if not n.endswith(" best")}
     rechecked = glance(workdir / "autoattack.json")
     if not any(run.items() >= own.items() for run in rechecked.get("runs", ())):
-        return result["accuracy"]
+        return accuracy
     (row,) = [row for row in rechecked["rows"] if row["name"] == config.row]
     number = row["seeds"].index(config.seed)
-    return result["accuracy"] | {
+    return accuracy | {
         column: cell["values"][number]
         for column, cell in row["cells"].items()
         if column.endswith(" AA")
