@@ -12,7 +12,7 @@ from samrobust.experiments.reporting.pictures import (
     make_panels,
     row_looks,
 )
-from samrobust.studies.sharpness.findings import Explained
+from samrobust.studies.sharpness.findings import Explanation
 from samrobust.studies.sharpness.probe import QUANTITIES
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _COLUMNS, _ROWS = 5, 3
 _DECADE = 10.0  # measures that span more are drawn on a logarithmic axis
 
 
-def draw_scatter(found: Explained, title: str) -> "Figure":
+def draw_scatter(found: Explanation, title: str) -> "Figure":
     """Draws accuracy in the spoken-of column against all measures."""
     size = (1.85 * _COLUMNS + 0.4, 1.95 * _ROWS + 0.9)
     figure, panels = make_panels(_COLUMNS, size, title, 120, rows=_ROWS)
@@ -50,7 +50,7 @@ def draw_scatter(found: Explained, title: str) -> "Figure":
 
 
 def _draw(
-    panel: "Axes", found: Explained, name: str, looks: dict[str, dict[str, Any]]
+    panel: "Axes", found: Explanation, name: str, looks: dict[str, dict[str, Any]]
 ) -> None:
     """Draws the runs in a panel, with their rank correlation above."""
     pairs = found.pairs(name, found.column)
