@@ -210,11 +210,12 @@ def test_the_column_is_the_last_of_linf_unless_it_is_named():
 
 
 def test_the_picture_has_a_panel_a_measure_and_a_dot_a_run():
-    found = explain(made_runs(8), "linf 8/255")
+    found = explain(made_runs(12), "linf 8/255")
     figure = draw_scatter(found, "digits")
     panels = [panel for panel in figure.axes if panel.get_title()]
     assert len(panels) == len(QUANTITIES)
-    worst = panels[0]
+    worst, distance = panels[0], panels[list(QUANTITIES).index("distance_linf")]
+    assert (worst.get_xscale(), distance.get_xscale()) == ("log", "linear")
     dot = worst.get_lines()[0]
     assert (dot.get_xdata(), dot.get_ydata()) == ([1.0], [0.0])
     assert worst.get_title() == (

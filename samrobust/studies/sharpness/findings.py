@@ -24,7 +24,7 @@ from samrobust.studies.sharpness.ranks import (
 from samrobust.system.tables import Sheet, TextTable
 
 __all__ = [
-    "Explained",
+    "Explanation",
     "MeasuredRun",
     "choose_column",
     "explain",
@@ -51,7 +51,7 @@ class MeasuredRun(NamedTuple):
     accuracy: Mapping[str, float]
 
 
-class Explained(NamedTuple):
+class Explanation(NamedTuple):
     """The measures of a table's runs, held against their accuracies.
 
     Attributes:
@@ -94,7 +94,7 @@ def _columns(accuracies: Iterable[Mapping[str, float]]) -> tuple[str, ...]:
     return tuple(sorted({c for own in accuracies for c in own}, key=column_order))
 
 
-def explain(runs: Sequence[MeasuredRun], column: str) -> Explained:
+def explain(runs: Sequence[MeasuredRun], column: str) -> Explanation:
     """Holds the measures of all runs against their accuracies.
 
     Args:
@@ -102,7 +102,7 @@ def explain(runs: Sequence[MeasuredRun], column: str) -> Explained:
       column: the one to draw and to speak of.
     """
     columns = _columns(run.accuracy for run in runs)
-    explained = Explained(runs, columns, {}, column)
+    explained = Explanation(runs, columns, {}, column)
 
     def correlate(name: str, column: str) -> RankCorrelation:
         pairs = explained.pairs(name, column)
@@ -113,7 +113,7 @@ def explain(runs: Sequence[MeasuredRun], column: str) -> Explained:
 
 
 def to_sheet(
-    found: Explained,
+    found: Explanation,
     settings: ProbeSettings,
     num_images: Sequence[int],
     *,
@@ -177,7 +177,7 @@ def _in_bold(known: RankCorrelation) -> Text:
     return Text(str(known), "bold" if known.is_sure else "")
 
 
-def _answers(found: Explained) -> list[str]:
+def _answers(found: Explanation) -> list[str]:
     """Returns of each kind what goes with robustness most."""
     sentences = []
     for kind in KINDS:
@@ -200,7 +200,7 @@ def _answers(found: Explained) -> list[str]:
 
 
 def _notes(
-    found: Explained, settings: ProbeSettings, num_images: Sequence[int]
+    found: Explanation, settings: ProbeSettings, num_images: Sequence[int]
 ) -> list[str]:
     """Returns what was measured, and how far the correlations can be believed."""
     s, count = settings, len(found.runs)
@@ -233,7 +233,7 @@ def _notes(
     return notes
 
 
-def to_csv(found: Explained) -> str:
+def to_csv(found: Explanation) -> str:
     """Returns all runs, a line each: measures by name, accuracies by column."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -245,7 +245,7 @@ def to_csv(found: Explained) -> str:
     return text.getvalue()
 
 
-def to_json(found: Explained) -> dict[str, Any]:
+def to_json(found: Explanation) -> dict[str, Any]:
     """Returns what was found, without the runs themselves."""
     return {
         "column": found.column,

@@ -3,6 +3,7 @@
 Matplotlib is imported when the picture is drawn, and its global state is left alone.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from samrobust.experiments.reporting.pictures import (
@@ -11,7 +12,7 @@ from samrobust.experiments.reporting.pictures import (
     make_panels,
     row_looks,
 )
-from samrobust.studies.sharpness.findings import Explained
+from samrobust.studies.sharpness.findings import Explanation
 from samrobust.studies.sharpness.probe import QUANTITIES
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _COLUMNS, _ROWS = 5, 3
 _DECADE = 10.0  # measures that span more are drawn on a logarithmic axis
 
 
-def draw_scatter(found: Explained, title: str) -> "Figure":
+def draw_scatter(found: Explanation, title: str) -> "Figure":
     """Draws accuracy in the spoken-of column against all measures."""
     size = (1.85 * _COLUMNS + 0.4, 1.95 * _ROWS + 0.9)
     figure, panels = make_panels(_COLUMNS, size, title, 120, rows=_ROWS)
@@ -49,15 +50,13 @@ def draw_scatter(found: Explained, title: str) -> "Figure":
 
 
 def _draw(
-    panel: "Axes", found: Explained, name: str, looks: dict[str, dict[str, Any]]
+    panel: "Axes", found: Explanation, name: str, looks: dict[str, dict[str, Any]]
 ) -> None:
     """Draws the runs in a panel, with their rank correlation above."""
     pairs = found.pairs(name, found.column)
     for value, accuracy, run in pairs:
         panel.plot(value, accuracy, **looks[run.row], alpha=0.8)
-    values = [value for value, _, _ in pairs]
-    if values and min(values) > 0 and max(values) > _DECADE * min(values):
-        panel.set_xscale("log")
+    _choose_scale(panel, [value for value, _, _ in pairs])
     known = found.correlations[name][found.column]
     words = f"r = {known}".replace("-", "\N{MINUS SIGN}")
     panel.set_title(f"{in_symbols(QUANTITIES[name].label)}\n{words}", fontsize=_TEXT)
@@ -65,3 +64,16 @@ def _draw(
     panel.tick_params(labelsize=_SMALL, length=2)
     panel.grid(color="#E4E4E4", linewidth=0.6)
     panel.set_axisbelow(True)
+
+
+def _choose_scale(panel: "Axes", values: Sequence[float]) -> None:
+    """Makes the axis of the measure logarithmic where its values span a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    if not values or min(values) <= 0 or max(values) <= _DECADE * min(values):
+        return
+    panel.set_xscale("log")
+    steps = (1, 2, 5) if max(values) < _DECADE**2 * min(values) else (1,)
+    panel.xaxis.set_major_locator(LogLocator(subs=steps))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.minorticks_off()
