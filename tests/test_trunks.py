@@ -52,12 +52,6 @@ def make_config(row, overrides):
     return load_config(f"configs/digits.py:{row}", make_flags(overrides))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    with helpers.quick_compilation():
-        yield
-
-
 @dataclasses.dataclass
 class Outcome:
     """A run's last state, its log, its best checkpoint, and where it began."""
@@ -351,7 +345,6 @@ def test_a_result_of_a_table_names_the_run_that_it_went_on_from(tmp_path):
         *("table", "--config=configs/digits.py", f"--workdir={tmp_path}"),
         *(f"--rows={row}" for row in rows),
         *make_flags({"evaluation.linf": (), "training.epochs": 2}),
-        **helpers.QUICK_COMPILATION,
         PYTHONPATH=os.pathsep.join((str(helpers.ROOT), str(Path(__file__).parent))),
     )
     assert (code, errors) == (0, "")
