@@ -63,7 +63,7 @@ WORDS = {
     ("where", "command"),
     ("where", "one command"),
 }
-SHARPNESS = "sharpness/digits/table"
+SHARPNESS, FAMILY = "sharpness/digits/table", "adversarial/digits/table"
 DIGITS, SMALL, FULL = "digits/table", "cifar10-small/table", "h200/cifar10/table"
 DIGITS_AA, SMALL_AA, FULL_AA = (
     f"{folder}/autoattack"
@@ -318,6 +318,8 @@ def held(page: str) -> tuple[Rows, ...]:
         return (rendered(DIGITS),)
     if page == "docs/sharpness.md":
         return (rendered(SHARPNESS),)
+    if page == "docs/adversarial.md":
+        return (rendered(FAMILY),)
     if page == "docs/speed.md":
         return speed_on_the_cpu(), speed_on_the_gpu(), counted_for_the_gpu()
     if page != "docs/results.md":
@@ -686,6 +688,31 @@ def sharpness_in_words() -> list[str]:
     ]
 
 
+def family_in_words() -> list[str]:
+    sam, fast, free = "sam,rho=0.4", "fgsm_rs,eps=8", "free,eps=16,m=4"
+    at, near, far = "at,norm=linf,eps=16", "linf 16/255", "linf 32/255"
+    natural = {round(mean(FAMILY, row, "natural"), 1) for row in (sam, fast)}
+    assert len(natural) == 1
+    passes = {row.name: row.passes for row in table(FAMILY).rows}
+    assert passes[free] == 1
+    assert round(passes[at] / passes[fast]) == 5
+
+    def ahead(row: str, column: str) -> str:
+        return "{:.1f} ± {:.1f}".format(*lead(FAMILY, row, sam, column))
+
+    shares = [
+        100 * difference(FAMILY, row, near).mean / difference(FAMILY, at, near).mean
+        for row in (fast, sam)
+    ]
+    return [
+        f"({natural.pop():.1f} %) FGSM-RS at 8/255 costs {passes[fast]:.2f} passes "
+        f"where SAM costs {passes[sam]:g}, and is ahead of SAM by {ahead(fast, near)} "
+        f"points at l-inf 16/255 and by {ahead(fast, far)} at l-inf 32/255",
+        f"it has {shares[0]:.0f} % at a fifth of the price, SAM {shares[1]:.0f} %",
+        f"is ahead of SAM by {ahead(free, near)} and {ahead(free, far)}",
+    ]
+
+
 def theory_in_words() -> list[str]:
     """How the shift that is printed for small rho errs, over the grid."""
     large = small = total = 0
@@ -749,6 +776,7 @@ SENTENCES = {
     "docs/reference.md": [reference_in_words],
     "docs/results.md": [full_size_in_words, small_in_words, autoattack_in_words],
     "docs/speed.md": [speed_in_words],
+    "docs/adversarial.md": [family_in_words],
     "docs/sharpness.md": [sharpness_in_words],
     "docs/theory.md": [theory_in_words],
     "docs/sanity.md": [sanity_in_words],

@@ -8,6 +8,7 @@ be read.
 import collections
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ _WIDTH, _HEIGHT = 8.0, 3.6  # inches, of a panel
 _NEAR = 0.3  # doublings of the cost within which names stand in one column
 _MARGIN = 0.06  # doublings between points and names
 _RIGHT = 0.9  # doublings for the last names
+_OTHERS = re.compile(r",\w+\.\w")  # in the name of a row: other fields of its config
 _LINES = 30.0  # names that a panel has room for, one below another
 
 
@@ -127,7 +129,10 @@ def _draw_panel(panel: "Axes", rows: Sequence[TableRow], column: str) -> None:
 def _names(rows: Sequence[TableRow]) -> dict[str, str]:
     """Returns short labels, without the other fields of a row where none needs them."""
     full = {row.name: short_label(row.label) for row in rows}
-    brief = {name: label.partition(" with ")[0] for name, label in full.items()}
+    brief = {
+        name: label.rpartition(" with ")[0] if _OTHERS.search(name) else label
+        for name, label in full.items()
+    }
     counts = collections.Counter(brief.values())
     return {
         n: brief[n] if counts[brief[n]] == 1 else label for n, label in full.items()
