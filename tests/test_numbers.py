@@ -893,6 +893,10 @@ def test_what_pages_say_without_a_number_holds():
     for column in table(FULL).columns:  # "the paper's to half a point in every column"
         assert abs(mean(FULL, sam, column) - numbers[sam][column]) <= 0.5
     assert not difference(DIGITS, sam, "natural").mean < 0  # "at no cost"
+    smooth = "label_smoothing,alpha=0.4"
+    for column in table(SHARPNESS).columns:  # "is worth as much under this attack"
+        apart, error = lead(SHARPNESS, smooth, sam, column)
+        assert apart > -2 * error
     for path in RESULTS.rglob("sanity/*.json"):  # "seed 0 passes all checks"
         verdicts = json.loads(path.read_text())["verdicts"]
         assert verdicts["warning"] == verdicts["undecided"] == 0
