@@ -335,7 +335,7 @@ def test_a_table_of_several_seeds_in_a_program_is_that_of_lone_runs(tmp_path, ca
 @pytest.mark.slow
 def test_a_command_that_is_stopped_and_killed_ends_at_the_bits_of_lone_runs(tmp_path):
     words = ["table", "--config=configs/digits.py", "--rows=st", "--seeds=2"]
-    words += helpers.make_flags({"training.epochs": 12})  # 36 steps
+    words += helpers.make_flags({"training.epochs": 60})  # 180 steps
     lone, workdir = (tmp_path / name for name in ("lone", "together"))
     assert helpers.run_command(*words, f"--workdir={lone}")[0] == 0
     words += ["--seeds-per-program=2", f"--workdir={workdir}"]
@@ -354,7 +354,7 @@ def test_a_command_that_is_stopped_and_killed_ends_at_the_bits_of_lone_runs(tmp_
         codes.append(helpers.finish_command(process)[0])
         if end == signal.SIGTERM:
             first, second = map(helpers.checkpoint_steps, folders)
-            assert first[-1] == second[-1] < 36
+            assert first[-1] == second[-1] < 180
     assert codes == [75, -signal.SIGKILL, 0]
     for folder in folders:
         leaves = helpers.read_checkpoint(lone / folder.relative_to(workdir))
