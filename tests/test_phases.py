@@ -2,6 +2,8 @@
 
 import contextlib
 import re
+import sys
+import types
 
 import helpers
 import jax
@@ -158,6 +160,19 @@ WRONG = {
 def test_a_start_that_cannot_be_is_refused(row):
     with pytest.raises(ValueError, match=WRONG[row]):
         parse_row(row)
+
+
+def test_what_wraps_the_optimizer_cannot_begin_late_somebodys_own_too(monkeypatch):
+    def wrapped(rho, *, optimizer, aux=None, grouped=False):
+        del rho, aux, grouped
+        return optimizer
+
+    own = types.SimpleNamespace(wrapped=wrapped)
+    monkeypatch.setitem(sys.modules, "wraps_the_optimizer", own)
+    row = "wraps_the_optimizer:wrapped,rho=0.2"
+    assert parse_row(row).name == row
+    with pytest.raises(ValueError, match="the options rho for wraps_the_optimizer"):
+        parse_row(f"{row},start=0.5")
 
 
 GROUPS = {"METHOD.m": 8, "model.batch_norm_group": 8}

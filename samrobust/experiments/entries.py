@@ -189,7 +189,8 @@ def section_fields(name: str) -> Mapping[str, Field]:
         # m of m-sharpness: every m consecutive examples of a batch have an ascent
         # direction of their own; divides `training.batch_size`. 0: the whole batch.
         fields["m"] = Field(0, functools.partial(check_whole, 0))
-        fields.setdefault("start", START)
+        if not is_optimizer(name):  # without which there is no training before it
+            fields.setdefault("start", START)
     own = dict(entry.fields)
     return own | fields | own  # own rules come first, and win
 
