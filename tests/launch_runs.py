@@ -49,8 +49,10 @@ def train(
 
 def environment() -> dict[str, str]:
     """What all processes share: one device each, and compiled programs."""
+    compilation = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
     return {
         **DISTRIBUTED,
+        **{name: os.environ[name] for name in compilation},
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",

@@ -243,7 +243,8 @@ METHODS = [
     "rwp,gamma=0.01",
     "dynamic,eps=8",
     "cfa,eps=8",
-    "cfa_trades,eps=8,beta=6+sam,rho=0.2",
+    "cfa_trades,eps=8,beta=6+sam,rho=0.2+fawa,threshold=0.1",
+    "at,norm=linf,eps=8+generalist,beta=0.4",
 ]
 
 
@@ -258,7 +259,8 @@ def test_every_method_is_among_those_that_are_lowered():
 
 @pytest.mark.parametrize("row", METHODS)
 def test_a_step_of_every_method_lowers_for_gpus_and_tpus(row):
-    config = helpers.make_config(row, {"model.dtype": "bfloat16"})
+    held_out = {"data.validation_size": 64} if "fawa" in row else {}
+    config = helpers.make_config(row, {"model.dtype": "bfloat16", **held_out})
     with compiling_for(jax.devices()[:1]):
         traced, num_steps = aot.step_program(config)
     assert num_steps == 1
@@ -292,11 +294,12 @@ def test_every_attack_lowers_for_gpus_and_tpus(name):
 
 def test_a_row_of_any_method_is_built_and_checked_without_asking_for_a_device():
     """Processes that join one another must do so before the first of them asks."""
+    held_out = ["--config.data.validation_size=64"]
     script = textwrap.dedent(f"""
         from jax._src import xla_bridge
         from samrobust.experiments import configuration
         for row in {METHODS}:
-            configuration.load_config({DIGITS!r} + ":" + row)
+            configuration.load_config({DIGITS!r} + ":" + row, {held_out})
             assert not xla_bridge._backends, row
         """)
     subprocess.run([sys.executable, "-c", script], check=True, cwd=helpers.ROOT)

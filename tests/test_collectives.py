@@ -45,7 +45,7 @@ def count(row: str, group: int) -> int:
     )
     begin = fresh_carry(method, BATCH, dataset.image_shape)
     carry = jax.jit(begin, out_shardings=replicated(mesh))(key)
-    program: Any = runner.compile(plan.chunks()[0], carry)
+    program: Any = runner.compile(plan.chunks()[0], [carry])
     return len(re.findall(_COLLECTIVE, program.as_text()))
 
 
@@ -54,7 +54,7 @@ def counts() -> list[int]:
     devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": f"{DEVICES}"}
     done = subprocess.run(
         [sys.executable, __file__],
-        env={**os.environ, **devices},
+        env={**os.environ, **devices, **helpers.USUAL_COMPILATION},
         capture_output=True,
         text=True,
     )

@@ -26,6 +26,7 @@ from samrobust.checks import (
 __all__ = [
     "ANY_FIELD",
     "CHECKPOINT",
+    "COLUMN",
     "CONFIG",
     "COUNT",
     "COUNTS",
@@ -145,6 +146,14 @@ def build(make: Callable[..., _T], arguments: argparse.Namespace, **own: Any) ->
     return make(**given(vars(arguments), names) | own)
 
 
+def _column(text: str) -> str:
+    """Reads the name of a table's column."""
+    from samrobust.experiments.reporting.names import split_column
+
+    split_column(text)
+    return text
+
+
 DIRECTORY, FILE = _kind(_path, "DIR"), _kind(_path, "FILE")
 COUNT, SIZE = _kind(_whole(1), "N"), _kind(_whole(0), "N")
 SEED = _kind(_whole(0, LARGEST_SEED), "N")
@@ -153,6 +162,7 @@ COUNTS, SIZES = _kind(_each(_whole(1)), "N,..."), _kind(_each(_whole(0)), "N,...
 POSITIVE = _kind(_real(1e-30, 1e30), "X")
 REALS = _kind(_each(_real(-1e30, 1e30)), "X,...")
 SWITCH = {"action": "store_const", "const": True}  # None where it is not given
+COLUMN = _kind(_column, "COLUMN")
 CONFIG = {**_kind(_name, "FILE"), "help": "default: %(default)s"}
 ROWS = {**_kind(_name, "ROW"), "action": "append"}
 NORMS = ("linf", "l2")

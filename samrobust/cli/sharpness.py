@@ -40,7 +40,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--workdir", **flags.DIRECTORY, required=True, help="of the table")
     add("--rows", **flags.ROWS, help="only these; default: all")
     column = "to draw, as in 'linf 8/255 AA'; default: the last of l-inf"
-    add("--column", metavar="COLUMN", help=column)
+    add("--column", **flags.COLUMN, help=column)
     images = "training and test images, evenly spaced; default: 256 of each"
     add("--num-examples", **flags.COUNT, help=images)
     add("--rho", **flags.POSITIVE, help="of worst-case sharpness; default: 0.1")

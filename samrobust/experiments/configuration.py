@@ -155,7 +155,7 @@ def find_config_file(path: str) -> pathlib.Path:
     """
     shipped, name = _shipped(), pathlib.Path(path)
     known = sorted({file.stem for folder in shipped for file in folder.glob("*.py")})
-    own = name.name if name.suffix else f"{name.name}.py"
+    own = f"{name}.py" if path and path == name.stem else name.name
     for candidate in (name, *(folder / own for folder in shipped)):
         if candidate.suffix == ".py" and os.path.isfile(candidate):
             return candidate

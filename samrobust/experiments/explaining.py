@@ -75,7 +75,7 @@ def _comments() -> Iterator[tuple[str, str]]:
     """
     above: list[str] = []
     fresh = True  # whether the comment has had no field yet
-    for line in find_config_file("base").read_text("utf-8").splitlines():
+    for line in find_config_file("configs/base.py").read_text("utf-8").splitlines():
         if comment := re.fullmatch(r"\s+# (.*)", line):
             above = [*above, comment[1]] if fresh else [comment[1]]
             fresh = True

@@ -280,8 +280,16 @@ def make_train_step(
 
 
 def metric_names(state: TrainState) -> tuple[str, ...]:
-    """Returns the names of the metrics of a step, which the state tells untraced."""
-    return ("loss", "accuracy", *last_metrics(state.opt_state), "gradient_norm")
+    """Returns the names of the metrics of a step, which the state tells untraced.
+
+    A network that an averaging trains beside the method's own, and keeps in `average`,
+    has a loss and an accuracy, which begin with its name there.
+    """
+    names = ["loss", "accuracy", *last_metrics(state.opt_state), "gradient_norm"]
+    for name, kept in dict(state.average or {}).items():
+        if isinstance(kept, TrainState):
+            names += [f"{name}_loss", f"{name}_accuracy"]
+    return tuple(names)
 
 
 def _of(
