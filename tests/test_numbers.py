@@ -693,7 +693,7 @@ def family_in_words() -> list[str]:
     at, near, far = "at,norm=linf,eps=16", "linf 16/255", "linf 32/255"
     natural = {round(mean(FAMILY, row, "natural"), 1) for row in (sam, fast)}
     assert len(natural) == 1
-    passes = {row.name: row.passes for row in table(FAMILY).rows}
+    passes = {row.name: row.passes or 0.0 for row in table(FAMILY).rows}
     assert passes[free] == 1
     assert round(passes[at] / passes[fast]) == 5
 
