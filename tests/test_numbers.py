@@ -63,6 +63,7 @@ WORDS = {
     ("where", "command"),
     ("where", "one command"),
 }
+FAMILY_AA = "adversarial/digits/autoattack"
 SHARPNESS, FAMILY = "sharpness/digits/table", "adversarial/digits/table"
 DIGITS, SMALL, FULL = "digits/table", "cifar10-small/table", "h200/cifar10/table"
 DIGITS_AA, SMALL_AA, FULL_AA = (
@@ -213,6 +214,14 @@ def plain(name: str, columns: dict[str, str]) -> Rows:
     return [["method", *columns.values()], *rows]
 
 
+def beside_autoattack(*columns: str) -> dict[str, str]:
+    """Columns under PGD, each with AutoAttack's beside it, by their names on a page."""
+    shown = {"natural": "natural"}
+    for column in columns:
+        shown |= {column: f"{column}, PGD-10", f"{column} AA": "AutoAttack"}
+    return shown
+
+
 def beside_the_paper() -> Rows:
     """The full-size runs on CIFAR-10, each beside the paper's number."""
     numbers = paper("cifar10.py")
@@ -319,28 +328,18 @@ def held(page: str) -> tuple[Rows, ...]:
     if page == "docs/sharpness.md":
         return (rendered(SHARPNESS),)
     if page == "docs/adversarial.md":
-        return (rendered(FAMILY),)
+        return rendered(FAMILY), plain(
+            FAMILY_AA, beside_autoattack("linf 32/255", "l2 128/255")
+        )
     if page == "docs/speed.md":
         return speed_on_the_cpu(), speed_on_the_gpu(), counted_for_the_gpu()
     if page != "docs/results.md":
         return ()
-    names = {"natural": "natural"}
-    pgd, strong = "{}, PGD-10", "AutoAttack"
     return (
         beside_the_paper(),
         without_paper(SMALL),
-        plain(
-            DIGITS_AA,
-            names
-            | {"linf 32/255": pgd.format("linf 32/255"), "linf 32/255 AA": strong}
-            | {"l2 128/255": pgd.format("l2 128/255"), "l2 128/255 AA": strong},
-        ),
-        plain(
-            FULL_AA,
-            names
-            | {"linf 1/255": pgd.format("linf 1/255"), "linf 1/255 AA": strong}
-            | {"linf 2/255": pgd.format("linf 2/255"), "linf 2/255 AA": strong},
-        ),
+        plain(DIGITS_AA, beside_autoattack("linf 32/255", "l2 128/255")),
+        plain(FULL_AA, beside_autoattack("linf 1/255", "linf 2/255")),
     )
 
 
@@ -710,6 +709,28 @@ def family_in_words() -> list[str]:
         f"points at l-inf 16/255 and by {ahead(fast, far)} at l-inf 32/255",
         f"it has {shares[0]:.0f} % at a fifth of the price, SAM {shares[1]:.0f} %",
         f"is ahead of SAM by {ahead(free, near)} and {ahead(free, far)}",
+        *under_autoattack_in_words(sam, fast, free),
+    ]
+
+
+def under_autoattack_in_words(sam: str, fast: str, free: str) -> list[str]:
+    far, smooth = "linf 32/255", "label_smoothing,alpha=0.4"
+
+    def both(row: str) -> str:
+        pgd, strong = (gain(FAMILY_AA, row, f"{far}{x}") for x in ("", " AA"))
+        return f"{pgd} points at l-inf 32/255 under PGD and {strong} under AutoAttack"
+
+    ahead = [
+        "{:.1f} ± {:.1f}".format(*lead(FAMILY_AA, row, sam, f"{far} AA"))
+        for row in (fast, free)
+    ]
+    behind, error = lead(FAMILY_AA, smooth, sam, f"{far} AA")
+    assert behind < -2 * error
+    return [
+        f"on {table(FAMILY_AA).num_test} of the test images",
+        f"Label smoothing adds {both(smooth)}",
+        f"SAM adds {both(sam)}".replace(" points at l-inf 32/255 under PGD", ""),
+        f"stay ahead of SAM by {ahead[0]} and {ahead[1]}",
     ]
 
 
