@@ -222,6 +222,9 @@ def test_every_mentioned_command_has_what_is_said_of_it(command, monkeypatch):
 
     monkeypatch.setattr(cli, "_make_parser", lenient)
     words = [word for word in shlex.split(command)[1:] if word != "..."]
+    if words[0] == "help":
+        assert words[1] in cli.COMMANDS
+        return
     accept(cli._parse(words))
 
 
