@@ -9,14 +9,9 @@ Each training method has a section beside these, whose fields are the parameters
 constructor, radii and steps in 1/255 units: `config.attack` those of
 `samrobust.training.adversaries.at.at`, `config.trades` of
 `...objectives.trades.trades`, `config.sam`, `config.asam` and so on of the functions in
-`samrobust.sharpness`, `config.ema` and so on of those in `...averaging`. Those
-with two passes also have `batch_stats` (which pass updates BatchNorm's running
-statistics: first, second or both, as in the paper's code), `m` (of m-sharpness: every m
-consecutive examples of a batch have an ascent direction of their own; it divides
-`training.batch_size`, and `model.batch_norm_group` must divide it; 0: the whole batch),
-`rho_end` or `gamma_end` (reached linearly at the end of training; None: constant) and,
-as `config.attack`, `start` (the fraction of the epochs, rounded up to whole ones, after
-which the part is on). A row sets what it names.
+`samrobust.sharpness`, `config.ema` and so on of those in `...averaging`; what is more
+in them, and what each field means, is shown by
+`samrobust config --config=cifar10:sam,rho=0.2`. A row sets what it names.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ import pytest
 from samrobust import cli
 from samrobust.data import Dataset, Split
 from samrobust.experiments import building, configuration
+from samrobust.experiments.run import run
 from samrobust.experiments.validation import validate
 from samrobust.models import PreActResNet
 
@@ -83,6 +84,14 @@ class Silent:
 
     def on_batch(self, done: int, num_examples: int, doing: str = "") -> None:
         pass
+
+
+def make_table(folder: pathlib.Path, rows: Sequence[str]) -> pathlib.Path:
+    """Trains rows for an epoch, one seed each, as `samrobust table` leaves them."""
+    for row in rows:
+        config = make_config(row, {"training.epochs": 1})
+        run(config, folder / row / "seed0", Silent(), dataset=load_data(config))
+    return folder
 
 
 def make_config(row: str = "st", overrides: dict[str, Any] | None = None) -> Any:

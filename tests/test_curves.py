@@ -17,7 +17,6 @@ from samrobust.experiments.curves import (
     draw_curves,
     measure_run,
 )
-from samrobust.experiments.run import run
 from samrobust.system.files import read_sealed, write_sealed
 
 SETTINGS = CurveSettings({"linf": (8.0, 16.0)})
@@ -27,12 +26,7 @@ ROWS = ("st", "sam,rho=0.2")
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> Path:
     """Two rows, one seed each, as `samrobust table` leaves them."""
-    folder = tmp_path_factory.mktemp("table")
-    for row in ROWS:
-        config = helpers.make_config(row, {"training.epochs": 1})
-        data = helpers.load_data(config)
-        run(config, folder / row / "seed0", helpers.Silent(), dataset=data)
-    return folder
+    return helpers.make_table(tmp_path_factory.mktemp("table"), ROWS)
 
 
 def test_the_mean_and_the_spread_are_over_the_seeds_of_a_row():

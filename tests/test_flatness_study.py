@@ -16,7 +16,6 @@ from flax import linen as nn
 
 from samrobust.attacks import cross_entropy
 from samrobust.experiments.networks import load
-from samrobust.experiments.run import run
 from samrobust.studies.sharpness import (
     hessian_trace,
     logit_gap,
@@ -57,12 +56,7 @@ KEY = jax.random.key(0, impl="threefry2x32")
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> Path:
     """Two rows, one seed each, as `samrobust table` leaves them."""
-    folder = tmp_path_factory.mktemp("table")
-    for row in ROWS:
-        config = helpers.make_config(row, {"training.epochs": 1})
-        data = helpers.load_data(config)
-        run(config, folder / row / "seed0", helpers.Silent(), dataset=data)
-    return folder
+    return helpers.make_table(tmp_path_factory.mktemp("table"), ROWS)
 
 
 class Linear(nn.Module):

@@ -33,8 +33,6 @@ __all__ = [
     "measure_run",
 ]
 
-_TEXT = 7.5  # points
-
 
 @dataclasses.dataclass(frozen=True)
 class CurveSettings:
@@ -171,13 +169,15 @@ def draw_curves(curves: Sequence[Curve], title: str) -> "Figure":
             band = np.clip([mean - std, mean + std], 0, 100)
             color = look["color"]
             panel.fill_between(curve.radii, *band, color=color, alpha=0.15, linewidth=0)
-        panel.set_title(f"{pictures.in_symbols(norm)} attack", fontsize=_TEXT + 1)
-        panel.set_xlabel("radius ε in 1/255", fontsize=_TEXT)
+        panel.set_title(
+            f"{pictures.in_symbols(norm)} attack", fontsize=pictures.TEXT + 1
+        )
+        panel.set_xlabel("radius ε in 1/255", fontsize=pictures.TEXT)
         panel.set_xlim(left=0)
         panel.set_ylim(-1, 101)
-        panel.tick_params(labelsize=_TEXT - 1)
-        panel.grid(axis="y", color="#E4E4E4", linewidth=0.6)
-    panels[0].set_ylabel("accuracy in %", fontsize=_TEXT)
+        panel.tick_params(labelsize=pictures.TEXT - 1)
+        panel.grid(axis="y", color=pictures.PALE, linewidth=0.6)
+    panels[0].set_ylabel("accuracy in %", fontsize=pictures.TEXT)
     over = pictures.over_seeds(curve.seeds for curve in curves)
     if over != "one seed":
         over = f"mean and band of one standard deviation over {over}"

@@ -177,17 +177,12 @@ def section_fields(name: str) -> Mapping[str, Field]:
     """Returns the fields of a part's config section, by dotted names."""
     entry = find(name)
     fields = fields_of_parameters(entry.make, Given._fields)
-    if _is_sharpness(entry):
+    if _is_sharpness(entry):  # what its fields mean: `...explaining`
         strength = strength_of(name)
         if strength is not None:
-            # Its value at the end of training, reached linearly; None: constant.
             end = maybe(functools.partial(check_real, 0, 1e3))
             fields[f"{strength}_end"] = Field(None, end, float)
-        # Which of the two passes updates BatchNorm's running statistics: first (at w),
-        # second (at w + e), or both, as in the paper's code.
         fields["batch_stats"] = Field("both", one_of("first", "second", "both"))
-        # m of m-sharpness: every m consecutive examples of a batch have an ascent
-        # direction of their own; divides `training.batch_size`. 0: the whole batch.
         fields["m"] = Field(0, functools.partial(check_whole, 0))
         if not is_optimizer(name):  # without which there is no training before it
             fields.setdefault("start", START)

@@ -20,7 +20,8 @@ _OF_PARTS = {
     "batch_stats": "which pass updates BatchNorm's running statistics: first (at w), "
     "second (at w + e) or both, as in the paper's code",
     "m": "of m-sharpness: every m consecutive examples of a batch have an ascent "
-    "direction of their own; it divides training.batch_size; 0: the whole batch",
+    "direction of their own; it divides training.batch_size, and "
+    "model.batch_norm_group must divide it; 0: the whole batch",
     "rho_end": "reached linearly at the end of training; None: constant",
     "gamma_end": "reached linearly at the end of training; None: constant",
     "start": "the fraction of the epochs, rounded up to whole ones, after which the "

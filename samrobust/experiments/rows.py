@@ -40,6 +40,7 @@ _EXAMPLES = (
 )
 
 
+_OTHER = re.compile(r",(\w+(?:\.\w+)+)=([^,+]*)")  # a field of a config, in a row
 # Sections of a config that say how a table is made and judged, not what is trained.
 _SHARED = ("evaluation", "checkpoint", "tracking", "paper")
 
@@ -176,7 +177,7 @@ def modern_row(row: str) -> str:
 def _split_others(row: str) -> tuple[str, dict[str, Any]]:
     """Returns a row without its fields of a config, and these with their values."""
     others = {}
-    for name, value in re.findall(r",(\w+(?:\.\w+)+)=([^,+]*)", row):
+    for name, value in _OTHER.findall(row):
         plain = re.fullmatch(r"[\w.-]+", value) is not None
         check(plain, f"letters, digits, _, . and - for {name}", row=row)
         check(name not in others, f"{name} once", row=row)
@@ -186,7 +187,7 @@ def _split_others(row: str) -> tuple[str, dict[str, Any]]:
         others[name] = value
         with contextlib.suppress(ValueError, SyntaxError):  # of words
             others[name] = ast.literal_eval(value)
-    return re.sub(r",\w+(?:\.\w+)+=[^,+]*", "", row), dict(sorted(others.items()))
+    return _OTHER.sub("", row), dict(sorted(others.items()))
 
 
 def _parse_part(spelling: str, row: str) -> Part:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 __all__ = [
+    "GRAY",
+    "PALE",
+    "SMALL",
+    "TEXT",
     "add_legend",
     "draw_table",
     "family_colors",
@@ -46,8 +50,8 @@ _SYMBOLS = {  # script small l; Greek rho and epsilon
     "eps": "ε",
     "epsilon": "ε",
 }
-_GRAY, _PALE = "#8A8A8A", "#E4E4E4"
-_SMALL, _TEXT, _TITLE = 6.5, 7.5, 9  # points; 150 dots an inch make 14, 16, 19 pixels
+GRAY, PALE = "#8A8A8A", "#E4E4E4"
+SMALL, TEXT, _TITLE = 6.5, 7.5, 9  # points; 150 dots an inch make 14, 16, 19 pixels
 _LEAST_SPAN = 4.0  # points of accuracy: a panel does not magnify the noise
 _RING = {"marker": "o", "markersize": 7, "markerfacecolor": "none", "linestyle": "none"}
 
@@ -92,9 +96,15 @@ def over_seeds(counts: Iterable[int]) -> str:
 
 
 def make_panels(
-    count: int, size: tuple[float, float], title: str, line: int, *, rows: int = 1
+    count: int,
+    size: tuple[float, float],
+    title: str,
+    line: int,
+    *,
+    rows: int = 1,
+    sharey: bool = True,
 ) -> tuple["Figure", Sequence["Axes"]]:
-    """Returns a figure and its panels side by side, which share the vertical axis.
+    """Returns a figure and its panels side by side.
 
     Args:
       count: of the panels in a row.
@@ -102,13 +112,14 @@ def make_panels(
       title: of all panels, plain text.
       line: characters of the title that stand beside each other.
       rows: of panels; they are returned row by row.
+      sharey: whether they share the vertical axis.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     text = textwrap.fill(title.replace("$", r"\$"), line)
     figure.suptitle(text, fontsize=_TITLE, x=0.01, ha="left")
-    panels = [*figure.subplots(rows, count, sharey=True, squeeze=False).flat]
+    panels = [*figure.subplots(rows, count, sharey=sharey, squeeze=False).flat]
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
     return figure, panels
@@ -122,9 +133,9 @@ def add_legend(
         handles=handles,
         loc="outside lower center",
         ncols=columns,
-        fontsize=_SMALL,
+        fontsize=SMALL,
         title=title,
-        title_fontsize=_TEXT,
+        title_fontsize=TEXT,
         frameon=False,
     )
 
@@ -163,10 +174,10 @@ def draw_table(table: Table) -> "Figure":
     for panel, column in zip(panels, table.columns, strict=True):
         _draw_panel(panel, table, column, colors)
     labels = [_row_label(row) for row in table.rows]
-    panels[0].set_yticks(heights, labels, fontsize=_TEXT)
+    panels[0].set_yticks(heights, labels, fontsize=TEXT)
     panels[0].set_ylim(heights[-1] + 0.6, -0.6)
     for tick, row in zip(panels[0].get_yticklabels(), table.rows, strict=True):
-        tick.set_color(colors[row.family] if row.seeds else _GRAY)
+        tick.set_color(colors[row.family] if row.seeds else GRAY)
     said = "accuracy in % (each panel has its own range), higher is better"
     add_legend(figure, _marks(table), said, columns=4)
     return figure
@@ -179,24 +190,24 @@ def _draw_panel(
     marks = []
     for y, row in zip(_heights(table), table.rows, strict=True):
         cell, color = row.cells[column], colors[row.family]
-        panel.axhline(y, color=_PALE, linewidth=0.6, zorder=0)
+        panel.axhline(y, color=PALE, linewidth=0.6, zorder=0)
         if cell.mean is not None:
             bar = {"elinewidth": 1.3, "capsize": 2, "markersize": 4, "zorder": 3}
             panel.errorbar(cell.mean, y, xerr=cell.std, fmt="o", color=color, **bar)
             marks += [cell.mean - (cell.std or 0.0), cell.mean + (cell.std or 0.0)]
             if row is table.baseline:
                 dotted = {"linewidth": 0.8, "linestyle": ":", "zorder": 1}
-                panel.axvline(cell.mean, color=_GRAY, **dotted)
+                panel.axvline(cell.mean, color=GRAY, **dotted)
         if cell.paper is not None:
             panel.plot(cell.paper, y, **_RING, color=color, zorder=4)
             marks.append(cell.paper)
-    panel.set_title(_panel_title(column), fontsize=_TEXT)
+    panel.set_title(_panel_title(column), fontsize=TEXT)
     panel.set_xlim(*_limits(min(marks), max(marks)))
     panel.locator_params(axis="x", nbins=3, steps=[1, 2, 5, 10], integer=True)
-    panel.tick_params(axis="x", labelsize=_SMALL, length=2)
+    panel.tick_params(axis="x", labelsize=SMALL, length=2)
     panel.tick_params(axis="y", length=0)
     panel.spines["left"].set_visible(False)
-    panel.spines["bottom"].set_color(_GRAY)
+    panel.spines["bottom"].set_color(GRAY)
 
 
 def _heights(table: Table) -> list[float]:
@@ -222,12 +233,12 @@ def _marks(table: Table) -> list["Line2D"]:
 
     over = over_seeds(len(row.seeds) for row in table.rows)
     mean, line = (over, "none") if over == "one seed" else (f"mean ± std, {over}", "-")
-    style = {"color": _GRAY, "marker": "o", "markersize": 4, "linestyle": line}
+    style = {"color": GRAY, "marker": "o", "markersize": 4, "linestyle": line}
     marks = [Line2D([], [], **style, label=mean)]
     if table.has_paper:
-        marks.append(Line2D([], [], color=_GRAY, **_RING, label="paper"))
+        marks.append(Line2D([], [], color=GRAY, **_RING, label="paper"))
     if table.baseline is not None:
-        marks.append(Line2D([], [], color=_GRAY, linestyle=":", label="ST"))
+        marks.append(Line2D([], [], color=GRAY, linestyle=":", label="ST"))
     return marks
 
 

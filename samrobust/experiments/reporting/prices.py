@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_prices", "has_prices"]
 
-_GRAY, _PALE = "#8A8A8A", "#E4E4E4"
-_SMALL, _TEXT = 6.5, 7.5  # points
 _WIDTH, _HEIGHT = 8.0, 3.6  # inches, of a panel
 _NEAR = 0.3  # doublings of the cost within which names stand in one column
 _MARGIN = 0.06  # doublings between points and names
@@ -48,20 +46,18 @@ def draw_prices(table: Table) -> "Figure":
     A dot is a mean over seeds, its bar one standard deviation; the line joins what no
     method beats at that cost or less.
     """
-    from matplotlib.figure import Figure
-
     columns, rows = _columns(table), _drawn(table)
     size = (_WIDTH, _HEIGHT * len(columns) + 0.6)
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    figure.suptitle(table.title.replace("$", r"\$"), fontsize=9, x=0.01, ha="left")
-    panels = figure.subplots(len(columns), 1, squeeze=False)[:, 0]
+    figure, panels = pictures.make_panels(
+        1, size, table.title, 100, rows=len(columns), sharey=False
+    )
     for panel, column in zip(panels, columns, strict=True):
         _draw_panel(panel, rows, column)
     over = pictures.over_seeds(len(row.seeds) for row in rows)
     spread = "" if over == "one seed" else " ± std"
     said = f"mean{spread}, {over}; the line: not beaten at this cost or less"
     panels[-1].set_xlabel(
-        f"passes of training, counted, ST = 1   ({said})", fontsize=_TEXT
+        f"passes of training, counted, ST = 1   ({said})", fontsize=pictures.TEXT
     )
     return figure
 
@@ -102,7 +98,7 @@ def _draw_panel(panel: "Axes", rows: Sequence[TableRow], column: str) -> None:
             best = means[row.name]
             front.append((places[row.name], best))
     front.append((_last(places) + _RIGHT, best))
-    staircase = {"drawstyle": "steps-post", "color": _PALE, "linewidth": 2.5}
+    staircase = {"drawstyle": "steps-post", "color": pictures.PALE, "linewidth": 2.5}
     panel.plot(*zip(*front, strict=True), **staircase, zorder=0)
     for cluster in _clusters(rows, places):
         beside = max(places[row.name] for row in cluster) + _MARGIN
@@ -113,17 +109,18 @@ def _draw_panel(panel: "Axes", rows: Sequence[TableRow], column: str) -> None:
             x, y, color = places[row.name], means[row.name], colors[row.family]
             bar = {"elinewidth": 0.8, "capsize": 0, "markersize": 3.5, "zorder": 3}
             panel.errorbar(x, y, bars[row.name], fmt="o", color=color, **bar)
-            line = {"color": _GRAY, "linewidth": 0.4, "zorder": 1}
+            line = {"color": pictures.GRAY, "linewidth": 0.4, "zorder": 1}
             panel.plot([x, beside], [y, height], **line)
             text = pictures.in_symbols(names[row.name])
-            panel.text(beside + _MARGIN / 4, height, text, fontsize=_SMALL, va="center")
+            panel.text(
+                beside + _MARGIN / 4, height, text, fontsize=pictures.SMALL, va="center"
+            )
     doublings = range(math.floor(min(places.values())), math.ceil(_last(places)) + 1)
     panel.set_xticks(list(doublings), [f"{2.0**n:g}x" for n in doublings])
     panel.set_xlim(min(places.values()) - 0.15, _last(places) + _RIGHT)
-    panel.set_title(_title(column), fontsize=_TEXT)
-    panel.set_ylabel("accuracy in %", fontsize=_TEXT)
-    panel.tick_params(labelsize=_SMALL, length=2)
-    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_title(_title(column), fontsize=pictures.TEXT)
+    panel.set_ylabel("accuracy in %", fontsize=pictures.TEXT)
+    panel.tick_params(labelsize=pictures.SMALL, length=2)
 
 
 def _names(rows: Sequence[TableRow]) -> dict[str, str]:

@@ -134,8 +134,8 @@ class Table:
     @property
     def baseline(self) -> TableRow | None:
         """The row that others are compared with: the first ST, if it has run."""
-        standard = (row for row in self.rows if row.family == "ST" and row.seeds)
-        return next(standard, None)
+        first = next((row for row in self.rows if row.family == "ST"), None)
+        return first if first and first.seeds else None
 
     @property
     def has_paper(self) -> bool:

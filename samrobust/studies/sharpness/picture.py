@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from samrobust.experiments.reporting.pictures import (
+    PALE,
+    SMALL,
+    TEXT,
     add_legend,
     in_symbols,
     make_panels,
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_scatter"]
 
-_TEXT, _SMALL = 7.5, 6.5  # points
 _COLUMNS, _ROWS = 5, 3
 _DECADE = 10.0  # measures that span more are drawn on a logarithmic axis
 
@@ -39,7 +41,7 @@ def draw_scatter(found: Explanation, title: str) -> "Figure":
     for panel in panels[len(QUANTITIES) :]:
         panel.set_axis_off()
     for panel in panels[::_COLUMNS]:
-        panel.set_ylabel("accuracy in %", fontsize=_SMALL)
+        panel.set_ylabel("accuracy in %", fontsize=SMALL)
     labels = {run.row: in_symbols(run.label) for run in found.runs}
     handles = [
         panels[0].plot([], [], **looks[row], label=label)[0]
@@ -59,10 +61,10 @@ def _draw(
     _choose_scale(panel, [value for value, _, _ in pairs])
     known = found.correlations[name][found.column]
     words = f"r = {known}".replace("-", "\N{MINUS SIGN}")
-    panel.set_title(f"{in_symbols(QUANTITIES[name].label)}\n{words}", fontsize=_TEXT)
-    panel.set_xlabel(QUANTITIES[name].unit, fontsize=_SMALL)
-    panel.tick_params(labelsize=_SMALL, length=2)
-    panel.grid(color="#E4E4E4", linewidth=0.6)
+    panel.set_title(f"{in_symbols(QUANTITIES[name].label)}\n{words}", fontsize=TEXT)
+    panel.set_xlabel(QUANTITIES[name].unit, fontsize=SMALL)
+    panel.tick_params(labelsize=SMALL, length=2)
+    panel.grid(color=PALE, linewidth=0.6)
     panel.set_axisbelow(True)
 
 
