@@ -199,13 +199,13 @@ def test_a_crash_is_started_again_a_bounded_number_of_times(site):
     job = site.submit(arguments=("134",), SAMROBUST_MAX_RESTARTS="1")
     site.cluster.hasten(job)
     assert site.end(job) == "134:0"
-    assert site.log(job).count("crashed (exit code 134); requeued") == 1
+    assert site.log(job).count("crashed (exit code 134); to be requeued") == 1
     assert len(fields(site.log(job))) == 2
 
 
 def test_a_process_that_sigterm_met_before_it_listened_is_started_again(site):
     job = site.submit(arguments=("143",), SAMROBUST_MAX_RESTARTS="0")
-    site.wait_for_log(job, "train.sbatch: stopped; requeued")
+    site.wait_for_log(job, "train.sbatch: stopped; to be requeued")
     assert site.cluster.wait(job, "PENDING")["Restarts"] == "1"
     site.cluster.run("scancel", job)
 
@@ -218,7 +218,7 @@ def test_sigterm_to_the_shell_or_the_processes_stops_and_requeues(site, whom):
     site.cluster.hasten(job)
     site.wait_for_log(job, "arguments=wait", 4)
     assert site.log(job).count("stopped\n") == 2
-    assert site.log(job).count("train.sbatch: stopped; requeued") == 1
+    assert site.log(job).count("train.sbatch: stopped; to be requeued") == 1
     site.cluster.run("scancel", job)
 
 
@@ -268,7 +268,7 @@ def test_a_job_of_two_nodes_that_is_preempted_ends_bit_identical(site):
         *("--output=/dev/null", "--wrap=true"),
     )
     site.end(other)
-    assert site.log(job).count("train.sbatch: stopped; requeued") == 1
+    assert site.log(job).count("train.sbatch: stopped; to be requeued") == 1
     stopped_at = helpers.checkpoint_steps(workdir)[-1]
     assert not (workdir / "result.json").exists()
     site.cluster.hasten(job)
