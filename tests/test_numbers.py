@@ -57,11 +57,14 @@ WORDS = {
     ("here", "there"),
     ("in the file", ""),
     ("measure", "formula", "how, and by default"),
+    ("model", "`logits_fn`"),
     ("module", ""),
     ("row", "what it descends by", "cost", "m-sharpness"),  # held by test_phases
     ("row", "what it trains on", "cost"),  # held by test_phases
+    ("value", "running statistics come from", "as in"),
     ("where", "command"),
     ("where", "one command"),
+    ("you want to", "read"),
 }
 FAMILY_AA = "adversarial/digits/autoattack"
 SHARPNESS, FAMILY = "sharpness/digits/table", "adversarial/digits/table"
