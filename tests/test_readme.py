@@ -287,3 +287,8 @@ def test_every_make_target_exists(target):
 )
 def test_every_link_leads_somewhere(page, link):
     assert ((ROOT / page).parent / link).exists()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_is_in_the_sites_navigation(page):
+    assert f": {page}\n" in (ROOT / "mkdocs.yml").read_text()

@@ -8,11 +8,11 @@ import ast
 import pathlib
 import posixpath
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
@@ -21,22 +21,40 @@ LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Replaces the files of docs/ by those of the repository that the site shows."""
     theme = [file for file in files if file.src_dir != config.docs_dir]
-    nav = set(paths(config.nav))
-    api = {path for path in nav if path.startswith("api/")}
-    pages = {path for path in nav - api if (ROOT / path).is_file()}
+    api = {path for path in titles(config.nav) if path.startswith("api/")}
+    pages = {
+        path for path in titles(config.nav).keys() - api if (ROOT / path).is_file()
+    }
     pages |= {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
     shown = [made_of_docstrings(path, config) for path in sorted(api)]
     shown += [of_repository(path, config) for path in sorted(with_links(pages))]
     return Files([*theme, *shown])
 
 
-def paths(nav: Any) -> Iterator[str]:
-    """Returns the pages that the navigation names."""
-    if isinstance(nav, str):
-        yield nav
-    else:
-        for part in nav.values() if isinstance(nav, dict) else nav:
-            yield from paths(part)
+def on_page_markdown(
+    markdown: str, *, page: Page, config: MkDocsConfig, files: Files
+) -> str:
+    """Names links by titles: `[sharpness.md](sharpness.md)` reads [Sharpness]."""
+    del files
+    folder, named = posixpath.dirname(page.file.src_uri), titles(config.nav)
+
+    def name(match: re.Match) -> str:
+        path = posixpath.normpath(posixpath.join(folder, match[1]))
+        return (
+            f"[{named[path]}]({match[1]}{match[2] or ''})"
+            if path in named
+            else match[0]
+        )
+
+    return re.sub(r"\[[\w./]+\.md\]\(([^)#]+)(#[^)]*)?\)", name, markdown)
+
+
+def titles(nav: Any) -> dict[str, str]:
+    """Returns the pages of the navigation, by path, with their titles."""
+    if isinstance(nav, list):
+        return {path: title for part in nav for path, title in titles(part).items()}
+    ((title, value),) = nav.items()
+    return {value: title} if isinstance(value, str) else titles(value)
 
 
 def with_links(pages: set[str]) -> set[str]:
