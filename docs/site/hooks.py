@@ -15,7 +15,12 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
+METHODS = ["samrobust.sharpness"]
+METHODS += [
+    f"samrobust.training.{part}" for part in ("adversaries", "objectives", "averaging")
+]
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
+TITLE = re.compile(r"\[(?P<text>[\w./]+\.md)\]\((?P<path>[^)#]+)(?P<anchor>[^)]*)\)")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -34,19 +39,23 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 def on_page_markdown(
     markdown: str, *, page: Page, config: MkDocsConfig, files: Files
 ) -> str:
-    """Names links by titles: `[sharpness.md](sharpness.md)` reads [Sharpness]."""
+    """Names links by titles, and links the rows of methods to their docstrings."""
     del files
     folder, named = posixpath.dirname(page.file.src_uri), titles(config.nav)
+    homes = {
+        name: home for module in METHODS for name, home in public_names(module).items()
+    }
 
-    def name(match: re.Match) -> str:
-        path = posixpath.normpath(posixpath.join(folder, match[1]))
-        return (
-            f"[{named[path]}]({match[1]}{match[2] or ''})"
-            if path in named
-            else match[0]
-        )
+    def titled(match: re.Match) -> str:
+        path = posixpath.normpath(posixpath.join(folder, match["path"]))
+        return f"[{named.get(path, match['text'])}]({match['path']}{match['anchor']})"
 
-    return re.sub(r"\[[\w./]+\.md\]\(([^)#]+)(#[^)]*)?\)", name, markdown)
+    def linked(match: re.Match) -> str:
+        name = match[1].rpartition("+")[2].partition(",")[0]
+        return f"| [`{match[1]}`][{homes[name]}] |" if name in homes else match[0]
+
+    markdown = re.sub(r"^\| `([^`]*)` \|", linked, markdown, flags=re.MULTILINE)
+    return re.sub(TITLE, titled, markdown)
 
 
 def titles(nav: Any) -> dict[str, str]:
@@ -82,23 +91,32 @@ def of_repository(path: str, config: MkDocsConfig) -> File:
 
 
 def made_of_docstrings(path: str, config: MkDocsConfig) -> File:
-    """Returns the page of a module: its docstring, then all of its public names.
-
-    Each is named where it is defined: `samrobust.attacks.pgd` is a module, too.
-    """
+    """Returns the page of a module: its docstring, then all of its public names."""
     module = path.removeprefix("api/").removesuffix(".md")
+    content = f"# `{module}`\n\n::: {module}\n"
+    content += "    options: {members: false, show_root_toc_entry: false}\n\n"
+    for home in public_names(module).values():
+        content += f"::: {home}\n    options: {{show_root_heading: true}}\n\n"
+    return File.generated(config, path, content=content)
+
+
+def public_names(module: str) -> dict[str, str]:
+    """Returns the public names of a module, each with the place of its definition.
+
+    Not `samrobust.attacks.pgd`, which is a module, too, but
+    `samrobust.attacks.pgd.pgd`. Names in rows of tables are public. Constants have no
+    docstrings and are left out.
+    """
     source = ROOT / module.replace(".", "/")
     source = source / "__init__.py" if source.is_dir() else source.with_suffix(".py")
-    homes, names = {}, []
+    homes, names, rows = {}, [], {}
     for node in ast.parse(source.read_text()).body:
         if isinstance(node, ast.ImportFrom):
             homes |= {alias.name: node.module for alias in node.names}
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets) == "__all__":
             names = ast.literal_eval(node.value)
-    content = f"# `{module}`\n\n::: {module}\n"
-    content += "    options: {members: false, show_root_toc_entry: false}\n\n"
-    for name in names:
-        if not name.isupper():  # constants have no docstrings
-            content += f"::: {homes.get(name, module)}.{name}\n"
-            content += "    options: {show_root_heading: true}\n\n"
-    return File.generated(config, path, content=content)
+        elif isinstance(node, ast.Assign) and ":ENTRY" in ast.unparse(node.value):
+            rows = ast.literal_eval(node.value)
+    found = {name: f"{homes.get(name, module)}.{name}" for name in names}
+    found |= {name: entry.replace("ENTRY", name) for name, entry in rows.items()}
+    return {k: v.replace(":", ".") for k, v in found.items() if not k.isupper()}
