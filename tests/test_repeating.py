@@ -1,4 +1,4 @@
-"""A loop over steps gives what its steps give, and carries less from one to the next."""
+"""A loop over steps gives what its steps give, and carries less between them."""
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,6 @@ def test_the_loop_carries_one_small_array_and_each_cast_once():
     num_carried = loop.params["num_carry"]
     carried = [str(x.aval) for x in loop.outvars[:num_carried]]
     # weights and others, exact and cast; bias and scale; half, step, key.
-    assert sorted(carried) == sorted(
-        ["float32[3,4]", "bfloat16[3,4]", "float32[4,3]", "bfloat16[4,3]"]
-        + ["float32[5]", "bfloat16[3]", "int32[]", "key<fry>[]"]
-    )
+    cast = ["float32[3,4]", "bfloat16[3,4]", "float32[4,3]", "bfloat16[4,3]"]
+    others = ["float32[5]", "bfloat16[3]", "int32[]", "key<fry>[]"]
+    assert sorted(carried) == sorted([*cast, *others])

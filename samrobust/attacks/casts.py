@@ -53,7 +53,7 @@ def split_casts(
         is_cast = equation.primitive.name == "convert_element_type"
         if is_cast and isinstance(source, core.Var) and source in index:
             results.append(equation.outvars[0])
-            casts.append((index[source], equation.outvars[0].aval.dtype))
+            casts.append((index[source], equation.params["new_dtype"]))
         else:
             equations.append(equation)
     constants = [*results, *jaxpr.constvars]

@@ -9,7 +9,7 @@ from jax.extend import core
 from jax.flatten_util import ravel_pytree
 
 from samrobust.attacks.casts import split_casts
-from samrobust.types import Array, PyTree
+from samrobust.types import Array
 
 __all__ = ["repeat"]
 
@@ -19,6 +19,7 @@ def repeat(step: Callable[[Any], Any], carry: Any, times: int) -> Any:
 
     What the loop carries is not the tree itself. Small arrays, such as BatchNorm's
     parameters, are joined to one: apart, each would be updated by a kernel of its own.
+    Not where the step has a loop in it, an attack's, which wants each by itself again.
     And what a step casts, weights to bfloat16, is cast as soon as it is updated, in the
     same kernel, and not read again for that.
 
@@ -30,45 +31,55 @@ def repeat(step: Callable[[Any], Any], carry: Any, times: int) -> Any:
     Returns:
       The last tree, the same as by calls of `step` up to rounding.
     """
-    packed, unpack = _pack(carry)
-    leaves, structure = jax.tree.flatten(packed)
+    leaves, structure = jax.tree.flatten(carry)
 
     def step_of_leaves(*leaves: Array) -> list[Array]:
-        following = step(unpack(jax.tree.unflatten(structure, leaves)))
-        return jax.tree.leaves(_pack(following)[0])
+        return jax.tree.leaves(step(jax.tree.unflatten(structure, leaves)))
 
     closed = jax.make_jaxpr(step_of_leaves)(*leaves)
-    real = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
-    variables = [closed.jaxpr.invars[i] for i in real]
-    jaxpr, casts = split_casts(closed.jaxpr, variables)
+    large = [x for x in range(len(leaves)) if not _is_small(leaves[x])]
+    if _has_loop(closed.jaxpr):
+        large = list(range(len(leaves)))
+    small = sorted(set(range(len(leaves))) - set(large))
+    _, separate = ravel_pytree([leaves[x] for x in small])
+    wide = [x for x in large if jnp.issubdtype(leaves[x].dtype, jnp.floating)]
+    jaxpr, casts = split_casts(closed.jaxpr, [closed.jaxpr.invars[x] for x in wide])
     distinct = list(dict.fromkeys(casts))
 
-    def with_casts(leaves: Sequence[Array]) -> tuple[Sequence[Array], list[Array]]:
-        return leaves, [leaves[real[i]].astype(dtype) for i, dtype in distinct]
+    def pack(leaves: Sequence[Array]) -> Any:
+        joined, _ = ravel_pytree([leaves[x] for x in small])
+        cast = [leaves[wide[x]].astype(dtype) for x, dtype in distinct]
+        return [leaves[x] for x in large], joined, cast
 
-    def body(carry: Any, _: None) -> tuple[Any, None]:
-        leaves, values = carry
-        consts = [values[distinct.index(cast)] for cast in casts] + closed.consts
+    def unpack(packed: Any) -> list[Array]:
+        alone, joined, _ = packed
+        found = dict(zip([*large, *small], [*alone, *separate(joined)], strict=True))
+        return [found[x] for x in range(len(leaves))]
+
+    def body(packed: Any, _: None) -> tuple[Any, None]:
+        consts = [packed[2][distinct.index(cast)] for cast in casts] + closed.consts
         run = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, consts))
-        return with_casts(run(*leaves)), None
+        return pack(run(*unpack(packed))), None
 
-    (leaves, _), _ = jax.lax.scan(body, with_casts(leaves), length=times)
-    return unpack(jax.tree.unflatten(structure, leaves))
+    packed, _ = jax.lax.scan(body, pack(leaves), length=times)
+    return jax.tree.unflatten(structure, unpack(packed))
 
 
-def _pack(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """Returns the packed tree, and the function that unpacks it."""
-    leaves, structure = jax.tree.flatten(tree)
-    is_small = [leaf.ndim <= 1 and leaf.dtype == jnp.float32 for leaf in leaves]
+def _is_small(array: Array) -> bool:
+    return array.ndim <= 1 and array.dtype == jnp.float32
 
-    def chosen(which: bool) -> list[Any]:
-        return [x for x, small in zip(leaves, is_small, strict=True) if small == which]
 
-    joined, separate = ravel_pytree(chosen(True))
+def _has_loop(jaxpr: core.Jaxpr) -> bool:
+    """Tells whether a loop stands in a jaxpr, at whatever depth."""
+    inner = [
+        getattr(value, "jaxpr", value)  # of a closed one
+        for equation in jaxpr.eqns
+        for value in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr)
+        if _is_jaxpr(value)
+    ]
+    loops = any(equation.primitive.name in ("while", "scan") for equation in jaxpr.eqns)
+    return loops or any(map(_has_loop, inner))
 
-    def unpack(packed: PyTree) -> PyTree:
-        small, large = iter(separate(packed[0])), iter(packed[1])
-        ordered = [next(small if is_one else large) for is_one in is_small]
-        return jax.tree.unflatten(structure, ordered)
 
-    return (joined, chosen(False)), unpack
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
