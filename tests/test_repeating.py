@@ -10,7 +10,7 @@ CARRY = {
     "weights": jnp.linspace(-1, 1, 12).reshape(3, 4),
     "others": jnp.linspace(0, 1, 12).reshape(4, 3),
     "bias": jnp.arange(4.0),
-    "scale": jnp.array(2.0),
+    "scale": jnp.array(2.0, jnp.float32),
     "half": jnp.ones([3], jnp.bfloat16),
     "step": jnp.zeros([], jnp.int32),
     "key": jax.random.key(0),
@@ -67,3 +67,16 @@ def test_the_loop_carries_one_small_array_and_each_cast_once():
     cast = ["float32[3,4]", "bfloat16[3,4]", "float32[4,3]", "bfloat16[4,3]"]
     others = ["float32[5]", "bfloat16[3]", "int32[]", "key<fry>[]"]
     assert sorted(carried) == sorted([*cast, *others])
+
+
+def test_nothing_is_joined_for_a_step_with_a_loop_in_it():
+    def looping(carry):
+        grown = jax.lax.fori_loop(0, 2, lambda _, x: x + carry["scale"], carry["bias"])
+        return {**step(carry), "bias": grown}
+
+    jaxpr = jax.make_jaxpr(lambda carry: repeat(looping, carry, 3))(CARRY)
+    (loop,) = (one for one in jaxpr.eqns if one.primitive.name == "scan")
+    carried = [str(x.aval) for x in loop.outvars[: loop.params["num_carry"]]]
+    assert "float32[]" in carried
+    assert "float32[4]" in carried
+    assert "bfloat16[3,4]" in carried
