@@ -23,11 +23,19 @@ from samrobust.experiments.reporting.names import (
 from samrobust.experiments.reporting.notes import legend, notes, sampling_error, signed
 from samrobust.experiments.reporting.pictures import draw_table, write_figure
 from samrobust.experiments.reporting.prices import draw_prices, has_prices
-from samrobust.experiments.reporting.table import Difference, Table
+from samrobust.experiments.reporting.table import Difference, Table, summarize
 from samrobust.system.files import write_text
 from samrobust.system.tables import TextTable
 
-__all__ = ["to_csv", "to_json", "to_markdown", "to_rich", "write_table"]
+__all__ = [
+    "from_json",
+    "to_csv",
+    "to_json",
+    "to_markdown",
+    "to_rich",
+    "write_pictures",
+    "write_table",
+]
 
 
 def write_table(
@@ -47,10 +55,15 @@ def write_table(
     for suffix, render in (("md", to_markdown), ("csv", to_csv), ("json", to_json)):
         paths.append(directory / f"{name}.{suffix}")
         write_text(paths[-1], render(table))
-    paths += write_figure(draw_table(table), directory, name, ("png",))
+    return (*paths, *write_pictures(table, directory, name))
+
+
+def write_pictures(table: Table, directory: Path, name: str) -> tuple[Path, ...]:
+    """Writes the pictures of a table alone; returns their paths."""
+    paths = write_figure(draw_table(table), directory, name, ("png",))
     if has_prices(table):
         paths += write_figure(draw_prices(table), directory, f"{name}-cost", ("png",))
-    return tuple(paths)
+    return paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +247,37 @@ def to_csv(table: Table) -> str:
             numbers = (len(cell.values), cell.mean, cell.std, cell.paper)
             writer.writerow([row.name, row.label, column, *numbers])
     return text.getvalue()
+
+
+def from_json(text: str) -> Table:
+    """Returns the table that `to_json` wrote, also an older version of it.
+
+    It is made of what each seed measured, and of nothing that was derived from that.
+    """
+    content = json.loads(text)
+    runs = {(run["row"], run["seed"]): run for run in content["runs"]}
+    results = [
+        runs[row["name"], seed]
+        | {key: content[key] for key in ("dataset", "num_test")}
+        | {"accuracy": {c: row["cells"][c]["values"][i] for c in content["columns"]}}
+        for row in content["rows"]
+        for i, seed in enumerate(row["seeds"])
+    ]
+    published = {
+        row["name"]: {
+            c: x["paper"] for c, x in row["cells"].items() if x["paper"] is not None
+        }
+        for row in content["rows"]
+    }
+    counted = {row["name"]: row.get("passes") for row in content["rows"]}
+    return summarize(
+        results,
+        rows=[(row["name"], row["label"]) for row in content["rows"]],
+        paper=published,
+        passes={name: passes for name, passes in counted.items() if passes is not None},
+        title=content["title"],
+        caption=content["caption"],
+    )
 
 
 def to_json(table: Table) -> str:
