@@ -1,10 +1,11 @@
-"""A table for the terminal, as Markdown, CSV and JSON, and the files of all these.
+"""A table for the terminal, as Markdown, HTML, CSV and JSON, and its files.
 
 On a terminal a row is one line, as detailed as the terminal is wide.
 """
 
 import csv
 import dataclasses
+import html
 import io
 import json
 import os
@@ -30,6 +31,7 @@ from samrobust.system.tables import TextTable
 __all__ = [
     "from_json",
     "to_csv",
+    "to_html",
     "to_json",
     "to_markdown",
     "to_rich",
@@ -148,23 +150,43 @@ def to_markdown(table: Table) -> str:
     """
     blocks = [
         f"### {' '.join(table.title.split())}",
-        _lay_out(table, _LAYOUTS[0], "±", with_seeds=True).to_markdown(),
+        _in_full(table).to_markdown(),
         *filter(None, [table.caption]),
         "\n".join(f"* {note}" for note in (legend(table), *notes(table))),
     ]
+    if compared := _compared(table):
+        blocks += [_FOLDED, compared.to_markdown(), "</details>"]
+    return "\n\n".join(blocks) + "\n"
+
+
+def to_html(table: Table) -> str:
+    """Returns what `to_markdown` does in HTML, without the title."""
+    said = (f"<li>{html.escape(note)}</li>" for note in (legend(table), *notes(table)))
+    caption = f"<p>{html.escape(table.caption)}</p>" if table.caption else ""
+    blocks = [_in_full(table).to_html(), caption, f"<ul>{''.join(said)}</ul>"]
+    if compared := _compared(table):
+        blocks += [_FOLDED, compared.to_html(), "</details>"]
+    return "\n".join(filter(None, blocks))
+
+
+_FOLDED = (
+    "<details><summary>Difference to ST in points, paired by seed, ± one standard "
+    "error; bold: beyond two</summary>"
+)
+
+
+def _in_full(table: Table) -> TextTable:
+    return _lay_out(table, _LAYOUTS[0], "±", with_seeds=True)
+
+
+def _compared(table: Table) -> TextTable | None:
+    """Returns the differences to ST; None where no row shares a seed with it."""
     shown = [
         [row.label, *(_shown(row.differences[column]) for column in table.columns)]
         for row in table.rows
         if row.differences
     ]
-    if shown:
-        blocks += [
-            "<details><summary>Difference to ST in points, paired by seed, ± one "
-            "standard error; bold: beyond two</summary>",
-            TextTable(["method", *table.columns], shown).to_markdown(),
-            "</details>",
-        ]
-    return "\n\n".join(blocks) + "\n"
+    return TextTable(["method", *table.columns], shown) if shown else None
 
 
 def _lay_out(table: Table, layout: _Layout, sign: str, with_seeds: bool) -> TextTable:
