@@ -141,6 +141,33 @@ def test_a_pytorch_attack_runs_on_a_jax_classifier_as_on_the_same_module():
     assert np.abs(adversarial[0] - to_torch(IMAGES).numpy()).max() > 0.09
 
 
+def test_a_module_is_on_a_device_as_attack_libraries_ask_and_moves_to_another():
+    def device(module):
+        (only,) = module.parameters()
+        assert only.numel() == 0
+        assert not only.requires_grad
+        return only.device.type
+
+    assert device(as_torch(ours)) == "cpu"
+    assert device(as_torch(ours, device="meta")) == "meta"
+    assert device(as_torch(ours).to("meta")) == "meta"
+
+
+def test_foolbox_attacks_a_jax_classifier_as_the_same_module_and_warns_of_nothing():
+    foolbox = pytest.importorskip("foolbox")
+    attack = foolbox.attacks.LinfPGD(rel_stepsize=0.3, steps=5, random_start=False)
+    adversarial = [
+        attack(
+            foolbox.PyTorchModel(module, bounds=(0, 1), device="cpu"),
+            *(to_torch(IMAGES), torch.tensor([1, 0, 6])),
+            epsilons=[0.1],
+        )[1][0].numpy()
+        for module in (as_torch(ours), Theirs().eval())
+    ]
+    np.testing.assert_allclose(adversarial[0], adversarial[1], atol=1e-5)
+    assert np.abs(adversarial[0] - to_torch(IMAGES).numpy()).max() > 0.09
+
+
 def test_a_module_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"Expected a module in evaluation mode"):
         from_torch(Theirs())
