@@ -21,6 +21,7 @@ import pytest
 
 from samrobust.evaluation.diagnostics.finding import allowance
 from samrobust.experiments import configuration
+from samrobust.experiments.leaderboard import read_claims, to_sheet
 from samrobust.experiments.reporting.notes import tail_probability
 from samrobust.experiments.reporting.render import from_json, to_json, to_markdown
 from samrobust.experiments.reporting.table import Cell, Difference, Table
@@ -297,6 +298,8 @@ def held(page: str) -> tuple[Rows, ...]:
     folder = page.removeprefix("results/").rsplit("/", 1)[0]
     if page.endswith(("/table.md", "/autoattack.md")):
         return tuple(tables(to_markdown(table(page[8:-3]))))
+    if page == "results/leaderboard/leaderboard.md":
+        return tuple(tables(board()))
     if page.endswith("/bench.md"):
         found = BenchReport(**stored(f"{folder}/bench.json"))
         return tuple(tables(bench_report.to_sheet(found).to_markdown()))
@@ -320,6 +323,11 @@ def held(page: str) -> tuple[Rows, ...]:
         plain(DIGITS_AA, beside_autoattack("linf 32/255", "l2 128/255")),
         plain(FULL_AA, beside_autoattack("linf 1/255", "linf 2/255")),
     )
+
+
+def board() -> str:
+    """The leaderboard of the claims, each held to the table that it rests on."""
+    return to_sheet(read_claims(RESULTS / "leaderboard")).to_markdown()
 
 
 def counted_for_the_gpu() -> Rows:
@@ -876,6 +884,10 @@ def test_the_sharpness_rows_are_the_best_of_their_grid():
     for row, values in strengths.items():
         best = max((row.format(value) for value in values), key=score)
         assert best in chosen
+
+
+def test_the_leaderboard_is_that_of_its_claims():
+    assert (RESULTS / "leaderboard/leaderboard.md").read_text() == board()
 
 
 def test_the_papers_numbers_are_those_of_the_configs():

@@ -24,6 +24,7 @@ from samrobust.cli import (
     evaluate,
     export,
     import_,
+    leaderboard,
     recheck,
     report,
     sharpness,
@@ -58,6 +59,7 @@ COMMANDS = {
     "theory": theory,
     "export": export,
     "import": import_,
+    "leaderboard": leaderboard,
 }
 
 
