@@ -66,7 +66,11 @@ def result(row: str, seed: int) -> dict:
 def leave_run(folder: Path, found: dict) -> None:
     """What `samrobust train` leaves of a finished run, but for its checkpoints."""
     helpers.make_folder(folder)
-    config = {"label": found["label"], "evaluation": helpers.make_config().evaluation}
+    config = {
+        "label": found["label"],
+        "seed": found["seed"],
+        "evaluation": helpers.make_config().evaluation,
+    }
     config["evaluation"] = config["evaluation"].to_dict()
     write_json(folder / "config.json", config)
     write_sealed(folder / "result.json", found)
@@ -160,6 +164,7 @@ def test_a_run_has_a_page_of_its_evaluations(tmp_path, capsys):
     text = Page(folder / "report.html").text
     for said in ("AutoAttack, standard", "12.35", "61.50", "1,000", "PGD-"):
         assert said in text
+    assert "Report: SAM (rho = 0.2) <b>, seed 1" in text
     assert "of-the-evaluation" in text
     assert "identity-sam,rho=0.2-1" in text
 

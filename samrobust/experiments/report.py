@@ -22,6 +22,7 @@ from samrobust.experiments.reporting.page import Section, picture, render_page
 from samrobust.experiments.reporting.pictures import write_figure
 from samrobust.experiments.reporting.render import from_json, to_html, write_pictures
 from samrobust.experiments.reporting.training import draw_training
+from samrobust.experiments.survey import read_plan
 from samrobust.system.files import (
     WorkdirError,
     glance,
@@ -54,7 +55,7 @@ def write_report(workdir: pathlib.Path) -> tuple[pathlib.Path, ...]:
         report.add_result()
     else:
         report.add_table("table", "Natural and robust accuracy", "table")
-        report.add_table("autoattack", "Under AutoAttack", "recheck")
+        report.add_table("autoattack", "AutoAttack", "recheck")
         report.add_curves()
     report.add_training()
     report.add_sanity()
@@ -90,7 +91,9 @@ class _Report:
 
     def render(self) -> str:
         """Returns the page."""
-        name = self.workdir.resolve().name
+        config = glance(self.workdir / "config.json")
+        label = f"{config.get('label')}, seed {config.get('seed')}"
+        name = label if config else self.workdir.resolve().name
         sections = [*self.sections, _provenance(self.measured)]
         missing = "; ".join(f"{title} ({command})" for title, command in self.missing)
         notes = [
@@ -196,11 +199,15 @@ class _Report:
             self._lacks(title, "evaluate --sanity")
 
     def _runs(self) -> Iterator[tuple[pathlib.Path, str]]:
-        """Returns the folders of the runs, and their names; a lone run has none."""
-        for pattern in ("config.json", "*/config.json", "*/seed*/config.json"):
-            for path in sorted(self.workdir.glob(pattern)):
-                name = path.parent.relative_to(self.workdir).as_posix()
-                yield path.parent, name.removeprefix(".")
+        """Yields the folders of the runs in order, and names; a lone run has none."""
+        paths = [self.workdir / "config.json"]
+        paths += (
+            self.workdir / name / "config.json" for name in read_plan(self.workdir)
+        )
+        paths += sorted(self.workdir.glob("*/seed*/config.json"))
+        for path in dict.fromkeys(path for path in paths if path.exists()):
+            name = path.parent.relative_to(self.workdir).as_posix()
+            yield path.parent, name.removeprefix(".")
 
     def _add(self, title: str, content: str, *drawn: pathlib.Path) -> None:
         self.sections.append(Section(title, content))
