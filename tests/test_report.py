@@ -139,13 +139,15 @@ def test_what_is_not_there_or_not_as_it_was_written_is_left_out_and_said(tmp_pat
     leave_curves(tmp_path)
     path = tmp_path / "curves.json"
     path.write_text(path.read_text().replace("33.25", "99.25"))
+    (tmp_path / "autoattack.json").write_text('{"rows": []}')
     write_report(tmp_path)
     text = Page(tmp_path / "report.html").text
-    for command in ("recheck", "curves", "train", "evaluate --sanity"):
+    for command in ("curves", "train", "evaluate --sanity"):
         assert f"(samrobust {command})" in text
     assert re.search(
         "Left out: Expected the content that was written in .*curves", text
     )
+    assert "Left out: Expected what `samrobust recheck` writes in" in text
     assert "of-the-curve" not in text
     assert "99.2" not in text
     assert "not recorded" in text  # of the table's run

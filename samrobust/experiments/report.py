@@ -111,7 +111,12 @@ class _Report:
         if not path.exists():
             self._lacks(title, command)
             return
-        table = from_json(path.read_text(encoding="utf-8"))
+        try:
+            table = from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"Expected what `samrobust {command}` writes in {path}, got"
+            self.refused.append(f"{reason} {type(error).__name__}: {error}.")
+            return
         drawn = write_pictures(table, self.workdir, name)
         labels = {row.name: row.label for row in table.rows}
         for run in table.runs:

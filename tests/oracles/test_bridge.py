@@ -1,8 +1,6 @@
 """The bridge: the same logits and gradients on both sides, and attacks across it."""
 
 import functools
-import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -369,24 +367,3 @@ def test_halves_cross_to_a_jax_classifier_and_back():
     logits = as_torch(halves)(images)
     np.testing.assert_allclose(logits.numpy(), ours(IMAGES), atol=0.1)
     assert their_gradient(as_torch(halves), images).dtype == torch.bfloat16
-
-
-DOCS = pathlib.Path(__file__).parents[2] / "docs/interchange.md"
-SNIPPETS = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
-
-
-def run_snippet(index):
-    names: dict = {}
-    exec(compile(SNIPPETS[index], f"snippet {index} of {DOCS.name}", "exec"), names)
-    return names
-
-
-def test_the_documented_lines_for_pytorch_attacks_run():
-    gradient = run_snippet(0)["gradient"].numpy()
-    np.testing.assert_allclose(gradient, 1 / (3 * 8 * 8), rtol=1e-5)
-
-
-def test_the_documented_lines_for_our_attacks_run():
-    names = run_snippet(1)
-    moved = np.abs(names["adversarial"] - names["images"])
-    assert moved.max() == pytest.approx(8 / 255, abs=1e-6)

@@ -117,7 +117,7 @@ def _draw_panel(panel: "Axes", rows: Sequence[TableRow], column: str) -> None:
             line = {"color": pictures.GRAY, "linewidth": 0.4, "zorder": 1}
             panel.plot([x, beside], [y, height], **line)
             text = pictures.in_symbols(names[row.name])
-            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.2}
             look = {"fontsize": pictures.SMALL, "va": "center", "bbox": behind}
             panel.text(beside + _MARGIN / 4, height, text, **look, zorder=1.5)
     doublings = range(math.floor(min(places.values())), math.floor(right) + 1)
