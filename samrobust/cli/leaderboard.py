@@ -24,9 +24,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--workdir", **flags.DIRECTORY, required=True, help="of the claims")
     new = "also claim the runs of this folder, where `samrobust recheck` was run"
     add("--add", **flags.DIRECTORY, help=new)
-    add("--architecture", metavar="TEXT", help="with --add: of the networks")
+    add("--architecture", **flags.TEXT, help="with --add: of the networks")
     note = "with --add: what must be known beside, as of a reduced training set"
-    add("--note", metavar="TEXT", default="", help=note)
+    add("--note", **flags.TEXT, help=note)
 
 
 def run(arguments: argparse.Namespace, stop: Any) -> int:
@@ -42,16 +42,16 @@ def run(arguments: argparse.Namespace, stop: Any) -> int:
 
     del stop  # it takes seconds
     folder, text = pathlib.Path(arguments.workdir), arguments.architecture
-    given = bool(text or arguments.note) if arguments.add is None else bool(text)
+    adds = arguments.add is not None
     check(
-        given == (arguments.add is not None),
-        "--add with --architecture, and both or none",
+        adds == (text is not None) and (adds or arguments.note is None),
+        "--add with --architecture, both or none, and --note only with them",
         add=arguments.add,
         architecture=text,
         note=arguments.note,
     )
-    if arguments.add is not None:
-        add_claims(folder, pathlib.Path(arguments.add), text, arguments.note)
+    if adds:
+        add_claims(folder, pathlib.Path(arguments.add), text, arguments.note or "")
     sheet, console = to_sheet(read_claims(folder)), make_console()
     console.print(sheet.to_rich())
     write_text(folder / "leaderboard.md", sheet.to_markdown())
