@@ -35,7 +35,7 @@ def samrobust(*arguments):
 COMMANDS = ("table", "train", "status", "evaluate", "recheck", "curves", "bench")
 COMMANDS += ("theory", "sharpness", "export", "import", "config")
 COMMANDS += ("report", "leaderboard")
-COMMANDS += ("doctor",)
+COMMANDS += ("doctor", "completion")
 HEAVY = {"jax", "numpy", "rich", "matplotlib", "ml_collections"}
 
 
@@ -59,8 +59,8 @@ def test_each_command_explains_its_flags(command, capsys):
         main([command, "--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    flag = {"config": "--config", "doctor": "--help"}.get(command, "--workdir")
-    assert flag in shown
+    own = {"config": "--config", "doctor": "Exit code 1", "completion": "{bash,zsh}"}
+    assert own.get(command, "--workdir") in shown
 
 
 @pytest.mark.parametrize("arguments", [[], ["help"], ["--help"]])

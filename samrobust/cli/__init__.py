@@ -19,6 +19,7 @@ from samrobust import __version__
 from samrobust.checks import shorten
 from samrobust.cli import (
     bench,
+    completion,
     config,
     curves,
     doctor,
@@ -62,8 +63,9 @@ COMMANDS = {
     "export": export,
     "import": import_,
     "leaderboard": leaderboard,
+    "completion": completion,
 }
-_WITHOUT_JAX = (status, doctor)  # or, as for the latter, with any JAX there is
+_WITHOUT_JAX = (status, doctor, completion)  # or with any JAX that there is
 
 
 def main(argv: Sequence[str] | None = None) -> int:
