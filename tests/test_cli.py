@@ -35,7 +35,7 @@ def samrobust(*arguments):
 COMMANDS = ("table", "train", "status", "evaluate", "recheck", "curves", "bench")
 COMMANDS += ("theory", "sharpness", "export", "import", "config")
 COMMANDS += ("report", "leaderboard")
-COMMANDS += ("doctor", "completion")
+COMMANDS += ("doctor", "completion", "estimate")
 HEAVY = {"jax", "numpy", "rich", "matplotlib", "ml_collections"}
 
 

@@ -23,6 +23,7 @@ from samrobust.cli import (
     config,
     curves,
     doctor,
+    estimate,
     evaluate,
     export,
     import_,
@@ -50,6 +51,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "table": table,
     "train": train,
+    "estimate": estimate,
     "status": status,
     "evaluate": evaluate,
     "recheck": recheck,
