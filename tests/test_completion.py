@@ -11,7 +11,7 @@ from samrobust import cli
 CASES = {
     "samrobust tab": ["table"],
     "samrobust s": ["sharpness", "status"],
-    "samrobust help e": ["evaluate", "export"],
+    "samrobust help ex": ["export"],
     "samrobust table --seeds": ["--seeds-per-program=", "--seeds="],
     "samrobust table --workdir=x --col": ["--collect"],
     "samrobust evaluate --workdir=x --attack=a": ["autoattack"],
