@@ -32,7 +32,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     add = parser.add_argument
     add("--config", **flags.CONFIG, default="configs/digits.py")
-    add("--workdir", **flags.DIRECTORY, help="default: runs/NAME for configs/NAME.py")
+    add("--workdir", **flags.WORKDIR, help="default: runs/NAME for configs/NAME.py")
     seeds = "runs of a row, 0 .. N-1; with --config.seed=S: S .. S+N-1"
     add("--seeds", **flags.FEW, default=1, help=seeds)
     program = "seeds of a row that are trained at a time, as one program on one device"
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         record_plan,
         refuse_other_configs,
     )
-    from samrobust.experiments.tracking import check_installed
+    from samrobust.experiments.tracking import check_trackers
     from samrobust.experiments.trunks import remove_finished
     from samrobust.system import distributed
 
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         if arguments.list:
             return _list(plan)
         return _conclude(plan, arguments, make_console())
-    check_installed(plan.runs[0].config)
+    check_trackers(plan.runs[0].config, plan.workdir)
     should_stop, console = join(stop)
     share = plan.runs[plan.shard]
     check_seeds_per_program(arguments.seeds_per_program, share)
@@ -137,7 +137,7 @@ def _make_plan(arguments: argparse.Namespace) -> _Plan:
         shard=arguments.shard,
     )
     name = pathlib.Path(arguments.config).stem
-    workdir = pathlib.Path(arguments.workdir or f"runs/{name}")
+    workdir = arguments.workdir or pathlib.Path("runs", name)
     texts = ";".join(arguments.rows or ()).split(";")
     rows = [row for text in texts for row in rows_of(text.strip())]
     configs = {
