@@ -164,7 +164,9 @@ def glance(path: pathlib.Path) -> dict[str, Any]:
     For readers while others write: whatever is there, it neither raises nor blocks.
     """
     try:
-        value = read_json(path) if path.is_file() else None  # a pipe would not end
+        # A pipe would not end; no store has any, and the question is a request there.
+        is_safe = isinstance(path, storage.ObjectPath) or path.is_file()
+        value = read_json(path) if is_safe else None
     except (OSError, RecursionError, WorkdirError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -175,10 +177,12 @@ def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
     A kill may cut a line off.
     """
-    if not path.exists():
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return []
     lines = []
-    for text in path.read_bytes().splitlines():
+    for text in content.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if isinstance(line, dict):
