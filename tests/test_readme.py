@@ -241,6 +241,12 @@ def mentions(page):
     return [" ".join(command.split()) for command in found]
 
 
+@pytest.fixture(autouse=True)
+def _clients_of_buckets(monkeypatch):
+    """Commands name buckets, whose packages are extras."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "stand_ins")
+
+
 def of_all_pages(find):
     return [pytest.param(c, id=f"{page}: {c}") for page in TEXTS for c in find(page)]
 
