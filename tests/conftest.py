@@ -5,6 +5,7 @@ share is made once. With the short ones left for the end, all are busy to the en
 """
 
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +13,10 @@ import pytest
 from samrobust.system.runtime import collect_garbage_seldom
 
 collect_garbage_seldom()
+# Images of containers forbid it; then each of the many processes that tests start would
+# compile all of this package.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # PyTorch's threads wait for each other busily, and lose time on networks this small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Networks this small are compiled for longer than they run: XLA optimizes little here
