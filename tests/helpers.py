@@ -382,6 +382,15 @@ def finish_command(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, " ".join(output.split()), " ".join(errors.split())
 
 
+def is_alive(pid: int | str) -> bool:
+    """Whether a process runs; one that is dead and not yet waited for does not."""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
 def run_command(*arguments: str, **environment: str) -> tuple[int, str, str]:
     """Runs the `samrobust` command; as `finish_command`."""
     return finish_command(start_command(*arguments, **environment))

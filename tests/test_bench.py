@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-import time
+import types
 
 import helpers
 import jax
@@ -16,7 +16,7 @@ import pytest
 
 from samrobust.data import dataset_facts, load_dataset
 from samrobust.models import PreActResNet, ViT
-from samrobust.studies.bench import programs, worker
+from samrobust.studies.bench import programs, timing, worker
 from samrobust.studies.bench.counts import StepCost, count_passes, step_cost
 from samrobust.studies.bench.images import make_dataset
 from samrobust.studies.bench.plan import Options, Task, plan
@@ -124,24 +124,20 @@ def test_the_made_up_digits_have_the_shape_of_the_real_ones():
 # Timing.
 
 
-def test_a_repeat_is_as_many_calls_as_fill_its_time():
-    calls, waits = [], []
+def test_a_repeat_is_as_many_calls_as_fill_its_time(monkeypatch):
+    now, waits = [0.0], []
 
     def call():
-        calls.append(time.perf_counter())
-        time.sleep(0.01)
-        return len(calls)
+        now[0] += 1 / 64
+        return round(64 * now[0])
 
+    monkeypatch.setattr(
+        timing, "time", types.SimpleNamespace(perf_counter=lambda: now[0])
+    )
     options = {"warmup_calls": 1, "wait": waits.append}
-    seconds = measure(call, repeats=3, min_seconds=0.1, **options)
-    assert len(seconds) == 3
-    assert all(value >= 0.01 for value in seconds)
-    assert waits[-3] - waits[-4] == waits[-1] - waits[-2]  # calls of a repeat
-    assert 2 <= waits[-1] - waits[-2] <= 11
-    assert waits[-1] == len(calls)  # for the last call of a repeat
-    warmup = waits[:-3]  # each waited for, and together as long as a repeat
-    assert warmup == list(range(1, len(warmup) + 1))
-    assert calls[len(warmup)] - calls[0] >= 0.1
+    assert measure(call, repeats=3, min_seconds=1 / 8, **options) == [1 / 64] * 3
+    # Each call of the warmup is waited for, and the last one of a repeat.
+    assert waits == [*range(1, 9), 16, 24, 32]
 
 
 # Programs.
@@ -420,11 +416,10 @@ def test_a_flag_that_xla_does_not_know_fails_its_row_alone(tmp_path):
 
 
 def test_a_bench_that_is_stopped_ends_its_worker_at_once(tmp_path):
-    started = time.monotonic()
-    launch = launcher(tmp_path, lambda: time.monotonic() - started > 1.0)
+    answers = iter([False])
+    launch = launcher(tmp_path, lambda: next(answers, True))
     with pytest.raises(StoppedError, match="kept"):
         launch(AT)
-    assert time.monotonic() - started < 5.0
 
 
 def bench(tmp_path, *flags):

@@ -21,12 +21,15 @@ import pytest
 from samrobust.training.checkpoint import Checkpoints
 
 SCRIPT = helpers.ROOT / "launch" / "tpu_vm.sh"
+# What the script reads of the checkout that it brings to the VM.
+BROUGHT = ("launch/tpu_vm.sh", "requirements.lock")
 # Notes its arguments; a virtual environment that it makes has the command.
 UV = """#!/bin/sh
 echo "$@" >> ~/uv.log
 if [ "$1" = venv ]; then mkdir -p venv/bin; ln -sf {command} venv/bin/samrobust; fi
 """
-# Counts in runs/a/count, as often as it is started.
+# Counts in runs/a/count, as often as it is started; not beyond $HOLD before it is let
+# go. Ends with ~/exit_code once.
 COUNT = """#!/bin/sh
 mkdir -p runs/a/checkpoints
 cd runs/a
@@ -35,16 +38,19 @@ echo "$JAX_PLATFORMS" > platforms
 echo "started after $(cat count 2>/dev/null)" >> starts
 for k in $(seq $(( $(cat count 2>/dev/null || echo 0) + 1 )) $COUNT); do
   echo "$k" > count; echo "$k" > checkpoints/newest; sleep 0.04
+  [ "$k" != "$HOLD" ] || until [ -e "$GCLOUD_STAND_IN/go" ]; do sleep 0.04; done
 done
-exit $(cat ~/exit_code 2>/dev/null || echo 0)
+code=$(cat ~/exit_code 2>/dev/null || echo 0)
+rm -f ~/exit_code
+exit "$code"
 """
 STAND_IN = gcloud_stand_in.__file__
 BUCKET = "gs://bucket/sam"
 RUN = ("train", "--config=a.py:sam,rho=0.2", "--workdir=runs/a")
+LONGEST = 300  # seconds, on however busy a machine
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("git") is None or not (helpers.ROOT / ".git").exists(),
-    reason="needs a git checkout, which it brings to the VM",
+    shutil.which("git") is None, reason="brings a git checkout to the VM"
 )
 
 
@@ -53,12 +59,13 @@ class Cloud:
     """The stand-in's folder, and how to call the script."""
 
     folder: Path
+    checkout: Path
     environment: dict[str, str]
     started: list[subprocess.Popen[str]] = dataclasses.field(default_factory=list)
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [str(SCRIPT), *arguments],
+            [str(self.checkout / "launch" / SCRIPT.name), *arguments],
             env={**self.environment, **environment},
             cwd=self.folder / "here",
             stdout=subprocess.PIPE,
@@ -70,7 +77,7 @@ class Cloud:
 
     def call(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
         process = self.start(*arguments, **environment)
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=LONGEST)
         return process.returncode, output, errors
 
     def calls(self, *words: str) -> list[list[str]]:
@@ -85,8 +92,12 @@ class Cloud:
     def count(self, name: str) -> int:
         return int(self.read(name) or 0)
 
-    def wait(self, condition: Callable[[], object], seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
+    def let_go(self) -> None:
+        """What was started with HOLD counts on."""
+        (self.folder / "go").touch()
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        end = time.monotonic() + LONGEST
         while True:
             with contextlib.suppress(OSError):  # as files come and go
                 if condition():
@@ -95,8 +106,21 @@ class Cloud:
             time.sleep(0.02)
 
 
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A small one: it is copied to every VM."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in BROUGHT:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(helpers.ROOT / name, folder / name)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in ("init --quiet", "add .", "commit --quiet --message=all"):
+        subprocess.run([*git, *words.split()], cwd=folder, check=True)
+    return folder
+
+
 @contextlib.contextmanager
-def open_cloud(folder: Path) -> Iterator[Cloud]:
+def open_cloud(folder: Path, checkout: Path) -> Iterator[Cloud]:
     programs = launch_runs.write_command(folder / "bin")
     scripts = {
         "gcloud": f'#!/bin/sh\nexec {sys.executable} -IS {STAND_IN} "$@"\n',
@@ -120,9 +144,10 @@ def open_cloud(folder: Path) -> Iterator[Cloud]:
         "POLL_SECONDS": "0.1",
         "MAX_FAILURES": "3",
         "COUNT": "10",
+        "HOLD": "",
         "JAX_PLATFORMS": "",  # none is set on a VM
     }
-    cloud = Cloud(folder, environment)
+    cloud = Cloud(folder, checkout, environment)
     yield cloud
     for process in cloud.started:
         process.kill()
@@ -131,15 +156,15 @@ def open_cloud(folder: Path) -> Iterator[Cloud]:
 
 
 @pytest.fixture
-def cloud(tmp_path) -> Iterator[Cloud]:
-    with open_cloud(tmp_path) as cloud:
+def cloud(tmp_path, checkout) -> Iterator[Cloud]:
+    with open_cloud(tmp_path, checkout) as cloud:
         yield cloud
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Iterator[Cloud]:
-    """Where `up` has done its work, after it was refused a VM twice."""
-    with open_cloud(tmp_path_factory.mktemp("cloud")) as cloud:
+def finished(tmp_path_factory, checkout) -> Iterator[Cloud]:
+    """Where `up` has done its work, after it was refused a VM four times."""
+    with open_cloud(tmp_path_factory.mktemp("cloud"), checkout) as cloud:
         (cloud.folder / "refuse_create").write_text("4")  # more often than it fails
         code, _, errors = cloud.call("up", *RUN)
         assert code == 0, errors
@@ -189,11 +214,11 @@ def test_the_last_commit_is_installed_on_every_worker_from_the_lock(cloud):
     assert cloud.call("create")[0] == 0
     assert cloud.call("install")[0] == 0
     head = ["git", "rev-parse", "HEAD"]
-    wanted = subprocess.check_output(head, cwd=helpers.ROOT, text=True)
+    wanted = subprocess.check_output(head, cwd=cloud.checkout, text=True)
     for worker in "01":
         home = cloud.folder / "vm" / worker
-        checkout = home / "samrobust"
-        assert subprocess.check_output(head, cwd=checkout, text=True) == wanted
+        there = home / "samrobust"
+        assert subprocess.check_output(head, cwd=there, text=True) == wanted
         assert (home / "uv.log").read_text().splitlines() == [
             "venv -q --clear --python 3.12 venv",
             "pip install -q --python venv --require-hashes -r "
@@ -220,13 +245,14 @@ def test_one_worker_that_cannot_be_installed_leaves_it_to_the_next_attempt(cloud
 
 
 def test_a_vm_that_nobody_waits_for_ends_by_itself_and_leaves_all_in_the_bucket(cloud):
-    process = cloud.start("up", *RUN, COUNT="20")
-    cloud.wait(lambda: cloud.count("vm/0/runs/a/count") > 3)
+    process = cloud.start("up", *RUN, HOLD="3")
+    cloud.wait(lambda: (cloud.folder / "vm" / "0" / "save.pid").exists())
     process.kill()
+    cloud.let_go()
     cloud.wait(lambda: not (cloud.folder / "state").exists())
-    assert cloud.read("bucket/sam/a/count") == "20"
+    assert cloud.read("bucket/sam/a/count") == "10"
     assert cloud.call("up", *RUN)[0] == 0
-    assert cloud.read("here/runs/a/count") == "20"
+    assert cloud.read("here/runs/a/count") == "10"
     assert (cloud.folder / "here" / "runs" / "worker0.log").exists()
     assert len(cloud.calls("queued-resources", "create")) == 1
     assert not (cloud.folder / "bucket" / "sam.ended").exists()  # said once
@@ -312,16 +338,16 @@ def test_checkpoints_without_their_sums_are_left_out_on_a_new_vm(cloud):
 
 
 def test_up_goes_on_after_the_vm_was_preempted(cloud):
-    process = cloud.start("up", *RUN, COUNT="60")
-    cloud.wait(lambda: cloud.count("bucket/sam/a/count") > 5)
+    process = cloud.start("up", *RUN, HOLD="6")
+    cloud.wait(lambda: cloud.count("bucket/sam/a/count") == 6)
     gcloud_stand_in.preempt(cloud.folder)
-    _, errors = process.communicate(timeout=60)
+    cloud.let_go()
+    _, errors = process.communicate(timeout=LONGEST)
     assert process.returncode == 0, errors
     assert len(cloud.calls("queued-resources", "create")) == 2
-    assert cloud.read("here/runs/a/count") == "60"
-    first, second = cloud.read("here/runs/a/starts").splitlines()
-    assert first == "started after "
-    assert int(second.split()[-1]) >= 5
+    assert cloud.read("here/runs/a/count") == "10"
+    starts = cloud.read("here/runs/a/starts").splitlines()
+    assert starts == ["started after ", "started after 6"]
 
 
 def test_up_gives_up_in_the_end(cloud):
@@ -333,24 +359,32 @@ def test_up_gives_up_in_the_end(cloud):
 
 
 def test_up_that_is_called_again_finds_its_vm_at_work(cloud):
-    process = cloud.start("up", *RUN, COUNT="40")
-    cloud.wait(lambda: cloud.count("vm/0/runs/a/count") > 3)
+    process = cloud.start("up", *RUN, HOLD="3")
+    cloud.wait(lambda: (cloud.folder / "vm" / "0" / "save.pid").exists())
     process.kill()
-    assert cloud.call("up", *RUN)[0] == 0
+    process = cloud.start("up", *RUN)
+    assert process.stderr is not None
+    while "running" not in (line := process.stderr.readline()):
+        assert line
+    cloud.let_go()
+    assert process.wait(LONGEST) == 0
     assert cloud.read("here/runs/a/starts") == "started after"
     assert len(cloud.calls("queued-resources", "create")) == 1
 
 
 def test_up_starts_what_a_restart_of_the_vm_has_ended_without_going_back(cloud):
-    process = cloud.start("up", *RUN, SAVE_SECONDS="1", COUNT="40")
-    cloud.wait(lambda: cloud.count("vm/0/runs/a/count") > 5)
+    release = hang_at(cloud, ".*/a/count")  # on the VM's disk alone
+    process = cloud.start("up", *RUN, HOLD="6")
+    cloud.wait(lambda: cloud.count("vm/0/runs/a/count") == 6)
+    cloud.wait((cloud.folder / "hanging").exists)
     gcloud_stand_in.stop_processes(cloud.folder)
-    seen = cloud.count("vm/0/runs/a/count")
-    _, errors = process.communicate(timeout=60)
+    release()
+    cloud.let_go()
+    _, errors = process.communicate(timeout=LONGEST)
     assert process.returncode == 0, errors
     assert len(cloud.calls("queued-resources", "create")) == 1
-    last = cloud.read("here/runs/a/starts").splitlines()[-1]
-    assert int(last.split()[-1]) >= seen
+    starts = cloud.read("here/runs/a/starts").splitlines()
+    assert starts == ["started after ", "started after 6"]
 
 
 def test_a_run_that_failed_ends_up_with_its_code(cloud):
@@ -367,12 +401,10 @@ def test_a_run_that_stopped_or_crashed_is_started_again(cloud, code):
     assert cloud.call("create")[0] == 0
     for worker in "01":
         (cloud.folder / "vm" / worker / "exit_code").write_text(str(code))
-    process = cloud.start("up", *RUN)
-    cloud.wait(lambda: len(cloud.read("vm/0/runs/a/starts").splitlines()) == 2)
-    for worker in "01":
-        (cloud.folder / "vm" / worker / "exit_code").unlink()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    code, _, errors = cloud.call("up", *RUN)
+    assert code == 0, errors
+    starts = cloud.read("here/runs/a/starts").splitlines()
+    assert starts == ["started after ", "started after 10"]
 
 
 @pytest.mark.parametrize(
@@ -428,51 +460,40 @@ def hang_at(cloud, pattern):
 
 
 @pytest.mark.slow
-def test_a_real_run_whose_vm_was_preempted_ends_bit_identical(cloud):
-    release = hang_at(cloud, r".*/result\.json")  # it cannot end before
+def test_a_real_run_whose_vm_is_preempted_again_and_again_ends_bit_identical(cloud):
+    """It starts anew, as its first copy was cut off, and goes on from the second."""
+    # Just before what makes the checkpoint count; all else has arrived.
+    hang_at(cloud, r".*/last/\d+/metadata/metadata")
     process = start_real_run(cloud)
-    cloud.wait(lambda: sums_in_the_bucket(cloud), seconds=90)
-    gcloud_stand_in.preempt(cloud.folder)
-    release()
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert len(cloud.calls("queued-resources", "create")) == 2
-    launch_runs.assert_same_run(cloud.folder / "here" / "runs" / "at")
-
-
-@pytest.mark.slow
-def test_a_real_run_whose_first_copy_was_cut_off_starts_anew(cloud):
-    """Just before what makes the checkpoint count; all else has arrived."""
-    release = hang_at(cloud, r".*/last/\d+/metadata/metadata")
-    process = start_real_run(cloud)
-    cloud.wait(lambda: (cloud.folder / "hanging").exists(), seconds=90)
-    gcloud_stand_in.preempt(cloud.folder)
-    bucket = cloud.folder / "bucket" / "sam" / "at"
-    assert helpers.checkpoint_steps(bucket)
+    cloud.wait((cloud.folder / "hanging").exists)
+    assert helpers.checkpoint_steps(cloud.folder / "bucket" / "sam" / "at")
     assert not sums_in_the_bucket(cloud)
+    gcloud_stand_in.preempt(cloud.folder)
+    release = hang_at(cloud, r".*/result\.json")  # it cannot end before
+    cloud.wait(lambda: sums_in_the_bucket(cloud))
+    gcloud_stand_in.preempt(cloud.folder)
     release()
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=LONGEST)
     assert process.returncode == 0, errors
     assert "its copy was cut off" in errors
-    assert len(cloud.calls("queued-resources", "create")) == 2
+    assert len(cloud.calls("queued-resources", "create")) == 3
     launch_runs.assert_same_run(cloud.folder / "here" / "runs" / "at")
 
 
 @pytest.mark.slow
 def test_a_real_run_whose_only_checkpoint_is_damaged_is_refused(cloud):
     """It had arrived whole, so this is no copy that was cut off."""
-    release = hang_at(cloud, r".*/result\.json")
-    process = start_real_run(cloud)
-    cloud.wait(lambda: sums_in_the_bucket(cloud), seconds=90)
-    gcloud_stand_in.preempt(cloud.folder)
-    release()
-    whole = [sums.parents[1] for sums in sums_in_the_bucket(cloud)]
-    for path in [path for folder in whole for path in folder.rglob("state/**/d/*")]:
+    arrived = cloud.folder / "bucket" / "sam" / "at"
+    claims = shutil.ignore_patterns(".claim")
+    shutil.copytree(launch_runs.expected(2), arrived, ignore=claims)
+    (arrived / "result.json").unlink()
+    assert len(sums_in_the_bucket(cloud)) == 1
+    for path in arrived.rglob("state/**/d/*"):
         path.write_bytes(path.read_bytes()[:-1])
-    _, errors = process.communicate(timeout=120)
+    process = start_real_run(cloud)
+    _, errors = process.communicate(timeout=LONGEST)
     assert process.returncode == 1, errors
-    for folder in whole:  # that of a later one may have been
-        assert f"/{folder.name}: its copy was cut off" not in errors
+    assert "its copy was cut off" not in errors
     failure = json.loads(cloud.read("here/runs/at/failure.json"))
     assert "got only damaged ones" in json.dumps(failure)
 
