@@ -5,6 +5,8 @@ share is made once. With the short ones left for the end, all are busy to the en
 """
 
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +14,10 @@ import pytest
 from samrobust.system.runtime import collect_garbage_seldom
 
 collect_garbage_seldom()
+# Images of containers forbid it; then each of the many processes that tests start would
+# compile all of this package.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # PyTorch's threads wait for each other busily, and lose time on networks this small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Networks this small are compiled for longer than they run: XLA optimizes little here
@@ -26,37 +32,56 @@ os.environ.setdefault(
 
 # By the time they take on two cores, from a minute to 15 seconds.
 _LONG = (
-    "test_processes_end",
-    "test_launch_tpu",
-    "test_launch_slurm",
     "test_processes",
-    "test_parallel",
-    "test_sanity",
+    "test_processes_end",
+    "test_launch_slurm",
+    "test_launch_tpu",
     "test_resume",
+    "test_lockstep",
+    "test_sanity",
+    "test_damage",
     "test_bench",
     "test_theory",
+    "test_training_loop",
+    "test_parallel",
+    "test_phases",
+    "test_m_sharpness",
+    "test_autoattack",
+    "test_own_code",
     "test_against_torch",
     "test_launch_local",
-    "test_own_code",
-    "test_damage",
-    "test_interchange",
+    "test_trunks",
     "test_attacks",
     "test_apgd",
-    "test_square",
     "test_minimal_attacks",
-    "test_training_loop",
-    "test_launch_k8s",
-    "test_autoattack",
-    "test_training_networks",
-    "test_m_sharpness",
-    "test_sharpness_contract",
+    "test_square",
     "test_attack_contract",
-    "test_pytorch_reference",
+    "test_sharpness_contract",
+    "test_flatness",
+    "test_flatness_study",
+    "test_interchange",
+    "test_sweep",
+    "test_autoattack_against_upstream",
     "test_float64",
+    "test_readme",
+    "test_table",
+    "test_training_networks",
+    "test_start",
     "test_models",
+    "test_pytorch_reference",
+    "test_launch_k8s",
     "test_recheck",
     "test_evaluation",
 )
+
+
+@pytest.fixture(scope="module")
+def programs_made_once() -> Iterator[None]:
+    """For modules that run one config again and again."""
+    import helpers
+
+    with helpers.programs_made_once():
+        yield
 
 
 @pytest.hookimpl(optionalhook=True)

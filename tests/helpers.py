@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from samrobust.experiments import building, configuration
 from samrobust.experiments.run import run
 from samrobust.experiments.validation import validate
 from samrobust.models import PreActResNet
+from samrobust.training.epoch import EpochRunner
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = {
@@ -74,6 +75,42 @@ def usual_compilation() -> Iterator[None]:
     jax.config.update(name, False)
     yield
     jax.config.update(name, before)
+
+
+@contextlib.contextmanager
+def programs_made_once() -> Iterator[None]:
+    """Lets the runs of one config share their training programs.
+
+    Each run traces and lowers its steps anew otherwise, half of the time of a tiny one.
+    """
+    made: dict[Any, Any] = {}
+
+    def once(key: Any, make: Callable[[], Any]) -> Any:
+        if key not in made:
+            made[key] = make()
+        return made[key]
+
+    def build(make: Callable[..., Any]) -> Callable[..., Any]:
+        def build_once(config: Any, dataset: Any, steps_per_epoch: int) -> Any:
+            shape = dataset.image_shape, dataset.num_classes, steps_per_epoch
+            key = make, config.to_json_best_effort(), shape
+            return once(key, lambda: make(config, dataset, steps_per_epoch))
+
+        return build_once
+
+    compile_chunk = EpochRunner.compile
+
+    def compile_once(self: Any, chunk: Any, carries: Any) -> Any:
+        split = tuple(array.shape for array in self._data)
+        step = tuple(self._train_steps), tuple(self._augmentation.items())
+        key = (*step, self._plan, split, chunk, len(carries))
+        return once(key, lambda: compile_chunk(self, chunk, carries))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EpochRunner, "compile", compile_once)
+        for name in ("make_method", "make_earlier"):
+            patch.setattr(building, name, build(getattr(building, name)))
+        yield
 
 
 class Silent:
@@ -380,6 +417,15 @@ def finish_command(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Waits for a command: its exit code, and its output as one line of words."""
     output, errors = process.communicate(timeout=300)
     return process.returncode, " ".join(output.split()), " ".join(errors.split())
+
+
+def is_alive(pid: int | str) -> bool:
+    """Whether a process runs; one that is dead and not yet waited for does not."""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def run_command(*arguments: str, **environment: str) -> tuple[int, str, str]:

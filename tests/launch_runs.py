@@ -108,7 +108,7 @@ def free_port() -> int:
 
 
 def wait_for_checkpoint(
-    workdir: pathlib.Path, *, after: int = 0, seconds: float = 90
+    workdir: pathlib.Path, *, after: int = 0, seconds: float = 300
 ) -> int:
     """Waits for a checkpoint of a later step than `after`; gives its step."""
     end = time.monotonic() + seconds

@@ -24,6 +24,7 @@ __all__ = ["Cluster", "start_cluster", "why_not"]
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "setpriv")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+_LONGEST = 300  # seconds, on however busy a machine
 _NULL_DEVICE = os.makedev(1, 3)
 _CONF = """
 ClusterName=samrobust
@@ -91,7 +92,7 @@ class Cluster:
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=_LONGEST,
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -102,9 +103,9 @@ class Cluster:
         fields = (word.partition("=") for word in line.split() if "=" in word)
         return {name: value for name, _, value in fields}
 
-    def wait(self, job: str, *states: str, seconds: float = 90) -> dict[str, str]:
+    def wait(self, job: str, *states: str) -> dict[str, str]:
         """Waits until the job is in one of the states; gives its fields."""
-        wait_until(lambda: self.job(job)["JobState"] in states, seconds, self, job)
+        wait_until(lambda: self.job(job)["JobState"] in states, self, job)
         return self.job(job)
 
     def hasten(self, job: str, *, restarts: int = 1) -> None:
@@ -114,20 +115,18 @@ class Cluster:
             known = self.job(job)
             return (known["Restarts"], known["JobState"]) == (f"{restarts}", "PENDING")
 
-        wait_until(is_requeued, 90, self, job)
+        wait_until(is_requeued, self, job)
         time.sleep(2)  # a node refuses what it ended in the same second
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
 
 
-def wait_until(
-    condition: Callable[[], object], seconds: float, cluster: Cluster, about: str
-) -> None:
-    """Polls; after the time given says what SLURM knows."""
-    end = time.monotonic() + seconds
+def wait_until(condition: Callable[[], object], cluster: Cluster, about: str) -> None:
+    """Polls; in the end says what SLURM knows."""
+    end = time.monotonic() + _LONGEST
     while not condition():
         if time.monotonic() > end:
             known = cluster.run("squeue", "--states=all", "--format=%i %j %T %r %M %N")
-            message = f"waited {seconds} s for {about}; squeue: {known}"
+            message = f"waited {_LONGEST} s for {about}; squeue: {known}"
             raise TimeoutError(message)
         time.sleep(0.1)
 
@@ -149,8 +148,8 @@ def start_cluster(
             started.append(_start(command, cluster))
             if command[0] == "munged":
                 socket = folder / "munge" / "socket"
-                wait_until(socket.exists, 10, cluster, "munge")
-        wait_until(lambda: _is_ready(cluster, nodes), 30, cluster, "the nodes")
+                wait_until(socket.exists, cluster, "munge")
+        wait_until(lambda: _is_ready(cluster, nodes), cluster, "the nodes")
         yield cluster
     finally:
         _end(started, cluster)

@@ -22,6 +22,8 @@ from samrobust.training.averaging.fawa import fawa
 from samrobust.training.averaging.generalist import generalist
 from samrobust.training.state import TrainState
 
+pytestmark = pytest.mark.usefixtures("programs_made_once")
+
 KEY = jax.random.key(0)
 IMAGES = jax.random.uniform(jax.random.key(1), (6, 2, 2, 1))
 LABELS = jnp.arange(6, dtype=jnp.int32) % 3

@@ -16,6 +16,8 @@ from samrobust.experiments.workdir import settle_config
 from samrobust.training import InterruptedRunError
 from samrobust.training.checkpoint import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("programs_made_once")
+
 FIELDS = {
     "data.validation_size": 40,
     "training.learning_rate": 0.3,

@@ -383,7 +383,7 @@ def test_a_signal_as_it_loads_or_ends_leaves_no_traceback(number, code, when):
     # As Python joins threads at its end, a handler of its own would print a traceback.
     script = (
         "import sys, threading, time\nfrom samrobust import cli\n"
-        "def wait():\n    print('now', flush=True)\n    time.sleep(20)\n"
+        "def wait():\n    print('now', flush=True)\n    time.sleep(600)\n"
         "loads = lambda _: wait()\n"
         "ends = lambda _: threading.Thread(target=wait).start()\n"
         f"cli._run = {when}\nsys.exit(cli.main())"
@@ -397,7 +397,7 @@ def test_a_signal_as_it_loads_or_ends_leaves_no_traceback(number, code, when):
     assert process.stdout is not None
     assert process.stdout.readline() == "now\n"
     process.send_signal(number)
-    assert process.communicate(timeout=10) == ("", "")
+    assert process.communicate(timeout=300) == ("", "")
     assert process.returncode == code
 
 

@@ -339,7 +339,7 @@ def test_the_pods_of_two_nodes_run_as_one(tmp_path):
             cwd=volume,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         return done.returncode, done.stderr
 

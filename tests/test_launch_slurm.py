@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import stat
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,7 +61,7 @@ class Site:
 
     def wait_for_log(self, job: str, text: str, count: int = 1) -> None:
         slurm_cluster.wait_until(
-            lambda: self.log(job).count(text) >= count, 60, self.cluster, self.log(job)
+            lambda: self.log(job).count(text) >= count, self.cluster, self.log(job)
         )
 
 
@@ -227,7 +226,6 @@ def test_a_job_that_is_cancelled_stays_cancelled(site):
     site.wait_for_log(job, "arguments=wait", 2)
     site.cluster.run("scancel", job)
     site.cluster.wait(job, "CANCELLED")  # and no longer COMPLETING: the script is over
-    time.sleep(1)
     assert site.cluster.job(job)["JobState"] == "CANCELLED"
     assert "requeued" not in site.log(job)
 
@@ -281,7 +279,7 @@ def test_a_job_of_two_nodes_that_is_preempted_ends_bit_identical(site):
 def test_a_table_as_an_array_equals_the_one_of_a_single_process(site):
     rows = [f"--rows={row}" for row in ROWS]
     config = f"--config={helpers.ROOT}/configs/digits.py"
-    flags = helpers.make_flags({"training.epochs": 1})
+    flags = helpers.make_flags({"training.epochs": 1, "evaluation.linf": ()})
     table = [config, "--seeds=2", *rows, *flags]
     folders = [site.folder / "tables" / name for name in ("array", "single")]
     said = site.cluster.run(

@@ -18,12 +18,15 @@ import launch_runs
 import pytest
 
 SCRIPT = helpers.ROOT / "launch" / "tpu_vm.sh"
+# What the script reads of the checkout that it brings to the VM.
+BROUGHT = ("launch/tpu_vm.sh", "requirements.lock")
 # Notes its arguments; a virtual environment that it makes has the command.
 UV = """#!/bin/sh
 echo "$@" >> ~/uv.log
 if [ "$1" = venv ]; then mkdir -p venv/bin; ln -sf {command} venv/bin/samrobust; fi
 """
-# Counts, as often as it is started: worker 0 in the bucket, others at home.
+# Counts, as often as it is started: worker 0 in the bucket, others at home; not beyond
+# $HOLD before it is let go. Ends with ~/exit_code once.
 COUNT = """#!/bin/sh
 folder=~/scratch
 if [ "$JAX_PROCESS_ID" = 0 ]; then folder=$GCLOUD_STAND_IN/bucket/sam/a; fi
@@ -35,16 +38,20 @@ echo "$JAX_PLATFORMS $JAX_COMPILATION_CACHE_DIR $TFDS_DATA_DIR" > environment
 echo "started after $(cat count 2>/dev/null)" >> starts
 for k in $(seq $(( $(cat count 2>/dev/null || echo 0) + 1 )) $COUNT); do
   echo "$k" > count; sleep 0.04
+  [ "$k" != "$HOLD" ] || until [ -e "$GCLOUD_STAND_IN/go" ]; do sleep 0.04; done
 done
-exit $(cat ~/exit_code 2>/dev/null || echo 0)
+code=$(cat ~/exit_code 2>/dev/null || echo 0)
+rm -f ~/exit_code
+exit "$code"
 """
 STAND_IN = gcloud_stand_in.__file__
 FOLDER = "Expected --workdir=gs://BUCKET/FOLDER, got: "
 RUN = ("train", "--config=a.py:sam,rho=0.2", "--workdir=gs://bucket/sam/a")
 
+LONGEST = 300  # seconds, on however busy a machine
+
 pytestmark = pytest.mark.skipif(
-    shutil.which("git") is None or not (helpers.ROOT / ".git").exists(),
-    reason="needs a git checkout, which it brings to the VM",
+    shutil.which("git") is None, reason="brings a git checkout to the VM"
 )
 
 
@@ -53,12 +60,13 @@ class Cloud:
     """The stand-in's folder, and how to call the script."""
 
     folder: Path
+    checkout: Path
     environment: dict[str, str]
     started: list[subprocess.Popen[str]] = dataclasses.field(default_factory=list)
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [str(SCRIPT), *arguments],
+            [str(self.checkout / "launch" / SCRIPT.name), *arguments],
             env={**self.environment, **environment},
             cwd=self.folder / "here",
             stdout=subprocess.PIPE,
@@ -70,7 +78,7 @@ class Cloud:
 
     def call(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
         process = self.start(*arguments, **environment)
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=LONGEST)
         return process.returncode, output, errors
 
     def calls(self, *words: str) -> list[list[str]]:
@@ -85,8 +93,12 @@ class Cloud:
     def count(self, name: str) -> int:
         return int(self.read(name) or 0)
 
-    def wait(self, condition: Callable[[], object], seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
+    def let_go(self) -> None:
+        """What was started with HOLD counts on."""
+        (self.folder / "go").touch()
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        end = time.monotonic() + LONGEST
         while True:
             with contextlib.suppress(OSError):  # as files come and go
                 if condition():
@@ -95,8 +107,21 @@ class Cloud:
             time.sleep(0.02)
 
 
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A small one: it is copied to every VM."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in BROUGHT:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(helpers.ROOT / name, folder / name)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in ("init --quiet", "add .", "commit --quiet --message=all"):
+        subprocess.run([*git, *words.split()], cwd=folder, check=True)
+    return folder
+
+
 @contextlib.contextmanager
-def open_cloud(folder: Path) -> Iterator[Cloud]:
+def open_cloud(folder: Path, checkout: Path) -> Iterator[Cloud]:
     programs = launch_runs.write_command(folder / "bin")
     scripts = {
         "gcloud": f'#!/bin/sh\nexec {sys.executable} -IS {STAND_IN} "$@"\n',
@@ -119,9 +144,10 @@ def open_cloud(folder: Path) -> Iterator[Cloud]:
         "POLL_SECONDS": "0.1",
         "MAX_FAILURES": "3",
         "COUNT": "10",
+        "HOLD": "",
         **dict.fromkeys(("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR"), ""),  # on a VM
     }
-    cloud = Cloud(folder, environment)
+    cloud = Cloud(folder, checkout, environment)
     yield cloud
     for process in cloud.started:
         process.kill()
@@ -130,15 +156,15 @@ def open_cloud(folder: Path) -> Iterator[Cloud]:
 
 
 @pytest.fixture
-def cloud(tmp_path) -> Iterator[Cloud]:
-    with open_cloud(tmp_path) as cloud:
+def cloud(tmp_path, checkout) -> Iterator[Cloud]:
+    with open_cloud(tmp_path, checkout) as cloud:
         yield cloud
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Iterator[Cloud]:
-    """Where `up` has done its work, after it was refused a VM twice."""
-    with open_cloud(tmp_path_factory.mktemp("cloud")) as cloud:
+def finished(tmp_path_factory, checkout) -> Iterator[Cloud]:
+    """Where `up` has done its work, after it was refused a VM four times."""
+    with open_cloud(tmp_path_factory.mktemp("cloud"), checkout) as cloud:
         (cloud.folder / "refuse_create").write_text("4")  # more often than it fails
         code, _, errors = cloud.call("up", *RUN)
         assert code == 0, errors
@@ -191,11 +217,11 @@ def test_the_last_commit_is_installed_on_every_worker_from_the_lock(cloud):
     assert cloud.call("create")[0] == 0
     assert cloud.call("install")[0] == 0
     head = ["git", "rev-parse", "HEAD"]
-    wanted = subprocess.check_output(head, cwd=helpers.ROOT, text=True)
+    wanted = subprocess.check_output(head, cwd=cloud.checkout, text=True)
     for worker in "01":
         home = cloud.folder / "vm" / worker
-        checkout = home / "samrobust"
-        assert subprocess.check_output(head, cwd=checkout, text=True) == wanted
+        there = home / "samrobust"
+        assert subprocess.check_output(head, cwd=there, text=True) == wanted
         assert (home / "uv.log").read_text().splitlines() == [
             "venv -q --clear --python 3.12 venv",
             "pip install -q --python venv --require-hashes -r "
@@ -222,12 +248,12 @@ def test_one_worker_that_cannot_be_installed_leaves_it_to_the_next_attempt(cloud
 
 
 def test_a_vm_that_nobody_waits_for_ends_by_itself_and_leaves_all_in_the_bucket(cloud):
-    process = cloud.start("up", *RUN, COUNT="20")
-    cloud.wait(lambda: cloud.count("bucket/sam/a/count") > 3)
+    process = cloud.start("up", *RUN, HOLD="3")
     cloud.wait(lambda: cloud.read("bucket/sam/a.vm/sam-w-0.log"))  # while it works
     process.kill()
+    cloud.let_go()
     cloud.wait(lambda: not (cloud.folder / "state").exists())
-    assert cloud.read("bucket/sam/a/count") == "20"
+    assert cloud.read("bucket/sam/a/count") == "10"
     assert cloud.call("up", *RUN)[0] == 0
     assert cloud.read("bucket/sam/a.vm/sam-w-0.log") == "it works"
     assert len(cloud.calls("queued-resources", "create")) == 1
@@ -260,16 +286,16 @@ def test_up_asks_again_where_there_is_no_capacity(finished):
 
 
 def test_up_goes_on_after_the_vm_was_preempted(cloud):
-    process = cloud.start("up", *RUN, COUNT="60")
-    cloud.wait(lambda: cloud.count("bucket/sam/a/count") > 5)
+    process = cloud.start("up", *RUN, HOLD="6")
+    cloud.wait(lambda: cloud.count("bucket/sam/a/count") == 6)
     gcloud_stand_in.preempt(cloud.folder)
-    _, errors = process.communicate(timeout=60)
+    cloud.let_go()
+    _, errors = process.communicate(timeout=LONGEST)
     assert process.returncode == 0, errors
     assert len(cloud.calls("queued-resources", "create")) == 2
-    assert cloud.read("bucket/sam/a/count") == "60"
-    first, second = cloud.read("bucket/sam/a/starts").splitlines()
-    assert first == "started after "
-    assert int(second.split()[-1]) >= 5
+    assert cloud.read("bucket/sam/a/count") == "10"
+    starts = cloud.read("bucket/sam/a/starts").splitlines()
+    assert starts == ["started after ", "started after 6"]
 
 
 def test_up_gives_up_in_the_end(cloud):
@@ -299,24 +325,29 @@ def test_what_would_be_refused_again_ends_up_at_once(cloud, refusal):
 
 
 def test_up_that_is_called_again_finds_its_vm_at_work(cloud):
-    process = cloud.start("up", *RUN, COUNT="40")
-    cloud.wait(lambda: cloud.count("bucket/sam/a/count") > 3)
+    process = cloud.start("up", *RUN, HOLD="3")
+    cloud.wait(lambda: cloud.count("bucket/sam/a/count") == 3)
     process.kill()
-    assert cloud.call("up", *RUN)[0] == 0
+    process = cloud.start("up", *RUN)
+    assert process.stderr is not None
+    while "running" not in (line := process.stderr.readline()):
+        assert line
+    cloud.let_go()
+    assert process.wait(LONGEST) == 0
     assert cloud.read("bucket/sam/a/starts") == "started after"
     assert len(cloud.calls("queued-resources", "create")) == 1
 
 
 def test_up_starts_what_a_restart_of_the_vm_has_ended_without_going_back(cloud):
-    process = cloud.start("up", *RUN, COUNT="40")
-    cloud.wait(lambda: cloud.count("bucket/sam/a/count") > 5)
+    process = cloud.start("up", *RUN, HOLD="6")
+    cloud.wait(lambda: cloud.count("bucket/sam/a/count") == 6)
     gcloud_stand_in.stop_processes(cloud.folder)
-    seen = cloud.count("bucket/sam/a/count")
-    _, errors = process.communicate(timeout=60)
+    cloud.let_go()
+    _, errors = process.communicate(timeout=LONGEST)
     assert process.returncode == 0, errors
     assert len(cloud.calls("queued-resources", "create")) == 1
-    last = cloud.read("bucket/sam/a/starts").splitlines()[-1]
-    assert int(last.split()[-1]) >= seen
+    starts = cloud.read("bucket/sam/a/starts").splitlines()
+    assert starts == ["started after ", "started after 6"]
 
 
 def test_a_run_that_failed_ends_up_with_its_code(cloud):
@@ -333,12 +364,10 @@ def test_a_run_that_stopped_or_crashed_is_started_again(cloud, code):
     assert cloud.call("create")[0] == 0
     for worker in "01":
         (cloud.folder / "vm" / worker / "exit_code").write_text(str(code))
-    process = cloud.start("up", *RUN)
-    cloud.wait(lambda: len(cloud.read("bucket/sam/a/starts").splitlines()) == 2)
-    for worker in "01":
-        (cloud.folder / "vm" / worker / "exit_code").unlink()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    code, _, errors = cloud.call("up", *RUN)
+    assert code == 0, errors
+    starts = cloud.read("bucket/sam/a/starts").splitlines()
+    assert starts == ["started after ", "started after 10"]
 
 
 @pytest.mark.parametrize(
@@ -402,13 +431,13 @@ def hang_at(cloud, pattern):
 def test_a_real_run_whose_vm_was_preempted_ends_bit_identical(cloud, pattern):
     release = hang_at(cloud, pattern)  # it cannot end before
     process = start_real_run(cloud)
-    cloud.wait(lambda: (cloud.folder / "hanging").exists(), seconds=90)
+    cloud.wait(lambda: (cloud.folder / "hanging").exists())
     gcloud_stand_in.preempt(cloud.folder)
     bucket = cloud.folder / "bucket" / "sam" / "at"
     assert helpers.checkpoint_steps(bucket)
     assert bool(sums_in_the_bucket(cloud)) == ("result" in pattern)
     release()
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=LONGEST)
     assert process.returncode == 0, errors
     assert len(cloud.calls("queued-resources", "create")) == 2
     launch_runs.assert_same_run(bucket)

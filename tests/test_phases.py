@@ -21,6 +21,8 @@ from samrobust.training.averaging import AVERAGES
 from samrobust.training.objectives import OBJECTIVES
 from samrobust.training.phases import phase_of
 
+pytestmark = pytest.mark.usefixtures("programs_made_once")
+
 LATE_SAM = "sam,rho=0.2,start=0.5"
 LATE_BOTH = "at,norm=linf,eps=16,start=0.25+sam,rho=0.2,start=0.5"
 EPOCHS = 4

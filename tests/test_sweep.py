@@ -69,6 +69,12 @@ def start_worker(folder: Path) -> subprocess.Popen:
     )
 
 
+def begin(worker: subprocess.Popen) -> None:
+    assert worker.stdin is not None
+    worker.stdin.write("\n")
+    worker.stdin.flush()
+
+
 def test_workers_share_the_runs_and_one_that_is_killed_is_replaced(tmp_path):
     with contextlib.ExitStack() as stack:
         workers = [start_worker(tmp_path) for _ in range(3)]
@@ -78,18 +84,17 @@ def test_workers_share_the_runs_and_one_that_is_killed_is_replaced(tmp_path):
         for worker in workers:
             assert worker.stdout is not None
             assert worker.stdout.readline() == "ready\n"
-        for worker in workers:
-            assert worker.stdin is not None
-            worker.stdin.write("\n")
-            worker.stdin.flush()
         victim, *others = workers
+        begin(victim)
         began = f'"pid": {victim.pid}}}'
         while not any(
             began in path.read_text() for path in tmp_path.glob("*/began.jsonl")
         ):
             time.sleep(0.01)
+        for worker in others:
+            begin(worker)
         victim.kill()
-        outputs = [worker.communicate(timeout=60)[0] for worker in others]
+        outputs = [worker.communicate(timeout=300)[0] for worker in others]
     assert [output.split() for output in outputs] == [["16"], ["16"]]
     starts = [
         [line["pid"] for line in helpers.read_lines(path)]

@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -159,7 +160,7 @@ def test_a_disk_that_is_full_is_said_once_and_leaves_no_traceback_at_the_end(tmp
         [sys.executable, "-c", FULL_DISK, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "done\n")
@@ -281,11 +282,13 @@ def test_an_end_that_is_not_sent_is_not_awaited_for_ever(tmp_path, wandb, monkey
     make_log(workdir, 1)
     on = Tracking(config, workdir)
     on.finish({"natural": 99.0})
+    over = threading.Event()
     monkeypatch.setattr(
-        sys.modules["wandb"].Run, "finish", lambda *_, **__: time.sleep(1.0)
+        sys.modules["wandb"].Run, "finish", lambda *_, **__: over.wait()
     )
     with pytest.warns(UserWarning, match="`wandb sync` sends it later"):
         on.close()
+    over.set()
     assert wandb()
 
 

@@ -324,7 +324,7 @@ def test_the_cosine_schedule_falls_to_zero(tmp_path):
 # Ways to the same parameters, and to others.
 
 
-@pytest.mark.parametrize("row", ["st", "sam,rho=0.4", "at,norm=linf,eps=16"])
+@pytest.mark.parametrize("row", ["st", "at,norm=linf,eps=16+sam,rho=0.4"])
 def test_several_steps_a_call_end_at_the_same_parameters(row, tmp_path):
     """Seven steps an epoch in calls of 3, 3 and 1; on CPUs bit for bit."""
     outcomes = []

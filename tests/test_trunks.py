@@ -20,6 +20,8 @@ from samrobust.system.claims import claim
 from samrobust.training import InterruptedRunError
 from samrobust.training.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("programs_made_once")
+
 SAM, LATER_SAM = "sam,rho=0.2,start=0.5", "sam,rho=0.2,start=0.75"
 AT = "at,norm=linf,eps=16,start=0.5"
 BOTH = "at,norm=linf,eps=16,start=0.25+sam,rho=0.2,start=0.5"

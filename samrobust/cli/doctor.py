@@ -26,6 +26,8 @@ EXTRAS = {
     "aot": "nvidia-cuda-nvcc",
     "cuda12": "jax-cuda12-plugin",
     "cuda13": "jax-cuda13-plugin",
+    "gcs": "gcsfs",
+    "s3": "s3fs",
     "tpu": "libtpu",
     "tensorboard": "tensorboardX",
     "wandb": "wandb",

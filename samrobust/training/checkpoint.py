@@ -43,9 +43,12 @@ from samrobust.types import PyTree
 __all__ = ["CheckpointError", "Checkpoints", "Restored"]
 
 # On a failed write Orbax logs the same traceback up to five times; `CheckpointError`
-# has it as its cause.
+# has it as its cause. That a save waits for the one before tells of a busy disk alone.
 logging.getLogger("absl").addFilter(
-    lambda record: record.levelno != logging.ERROR or "orbax" not in record.pathname
+    lambda record: (
+        "orbax" not in record.pathname
+        or (record.levelno != logging.ERROR and "previous save" not in str(record.msg))
+    )
 )
 
 
