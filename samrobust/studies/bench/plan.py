@@ -33,7 +33,7 @@ class Options:
       row: rows of any method, instead of `methods`.
       batch_sizes: over all devices; the config's where empty.
       precisions: float32, bfloat16; the config's where empty.
-      devices: numbers of devices; 0: all there are.
+      devices: numbers of devices; 0: all there are; with `aot` one.
       steps_per_call: 0: the default of the device.
       xla_flags: XLA's options for the programs measured, one string a variant.
       seeds_per_program: how many runs' steps are taken by one program.
@@ -79,7 +79,7 @@ class Task:
       row: of the config.
       batch_size: over all devices.
       precision: dtype of the network.
-      devices: how many; 0: all.
+      devices: how many; 0: all; of a target one.
       steps_per_call: 0: the default.
       xla_flags: XLA's options for the program.
       seeds: whose steps the program takes.
@@ -183,12 +183,6 @@ def _check_counts(options: Options) -> None:
         "--measure in {step, evaluation} and no --compare with --aot",
         "Nothing runs.",
         **{"--measure": options.measure, "--compare": options.compare},
-    )
-    check(
-        options.devices == (0,),
-        "no --devices with --aot",
-        "Programs are compiled for one.",
-        **{"--devices": options.devices},
     )
 
 
