@@ -32,7 +32,7 @@ FORMAT = 1
 # What may change between two starts of the same run: none of it changes a result.
 _MAY_CHANGE = (
     *("data.data_dir", "data.manual_dir", "training.steps_per_call"),
-    *("checkpoint.", "paper.", "tracking."),
+    *("evaluation.batch_size", "checkpoint.", "paper.", "tracking."),
 )
 _PACKAGES = ("samrobust", "jax", "jaxlib", "flax", "optax")
 _IMPORTED = "import "  # begins the `data` of a network from a file
