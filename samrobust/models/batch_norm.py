@@ -31,6 +31,7 @@ from jax import lax
 
 from samrobust.checks import check
 from samrobust.models.layers import exact_dtype
+from samrobust.system.distributed import data_mesh
 from samrobust.types import Array
 
 __all__ = ["BatchNorm"]
@@ -282,16 +283,18 @@ def _sums(one: Array, other: Array) -> tuple[Array, Array]:
     """Sums two arrays over all axes but the last, in one pass over what both are of.
 
     Within each example first: a sum over all pixels at once has too few columns to keep
-    a GPU busy, and XLA would store what it sums. Over the examples as one array: of a
-    batch that is split over devices that is one all-reduce, and not two.
+    a GPU busy, and XLA would store what it sums. Over the examples of several devices
+    both are one array, and so one all-reduce; on one device that costs a kernel more.
     """
 
     def add(sums: tuple[Array, ...], terms: tuple[Array, ...]) -> tuple[Array, ...]:
         return sums[0] + terms[0], sums[1] + terms[1]
 
-    zero, pixels = jnp.zeros([], one.dtype), tuple(range(1, one.ndim - 1))
-    of_examples: Any = lax.reduce((one, other), (zero, zero), add, pixels)
-    first, second = jnp.sum(jnp.stack(of_examples, axis=1), axis=0)
+    zero, axes = jnp.zeros([], one.dtype), tuple(range(one.ndim - 1))
+    terms: Any = lax.reduce((one, other), (zero, zero), add, axes[1:])
+    if data_mesh().size == 1:
+        return lax.reduce(terms, (zero, zero), add, axes[:1])
+    first, second = jnp.sum(jnp.stack(terms, axis=1), axis=0)
     return first, second
 
 
