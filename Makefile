@@ -1,9 +1,10 @@
-# make table: the digits experiment; make test: the tests. Both install first.
+# make table: the digits experiment; make test: the tests; make docs: the site. All
+# install first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: table test lint lock
+.PHONY: table test lint docs lock
 
 table: $(VENV)/.installed
 	$(BIN)/samrobust table
@@ -15,6 +16,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # A virtual environment leaves a Python that the distribution manages alone.
 $(VENV)/bin/python:
@@ -31,7 +35,12 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements-dev.lock
 	@touch $@
 
+$(VENV)/.installed-docs: requirements-docs.lock | $(VENV)/bin/python
+	@$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements-docs.lock
+	@touch $@
+
 # After a change of the dependencies in pyproject.toml; needs uv.
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml --output-file requirements.lock
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --group dev --constraint requirements.lock pyproject.toml --output-file requirements-dev.lock
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --group docs --constraint requirements-dev.lock --output-file requirements-docs.lock

@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
     config.training.batch_size = 128  # over all devices
     # Whether an incomplete last batch of an epoch is left out.
     config.training.drop_remainder = False
-    # sgd; adamw, of which `momentum` is b1; or `package.module:name`.
+    # sgd, adam or adamw, of which `momentum` is b1; or `package.module:name`.
     config.training.optimizer = "sgd"
     config.training.learning_rate = 0.1  # at its highest
     config.training.schedule = "step"  # or cosine (to 0); or cyclic (from 0 and back)

@@ -13,7 +13,7 @@ from samrobust.experiments.reporting.results import unlike
 
 SHIPPED = [
     *("configs/cifar10.py", "configs/cifar100.py", "configs/digits.py"),
-    "configs/small_radius.py",
+    *("configs/small_radius.py", "configs/duality.py", "configs/cifar10_small.py"),
 ]
 SHARPNESS = "configs/sharpness.py"
 PAPER_ROWS = [

@@ -57,11 +57,14 @@ WORDS = {
     ("here", "there"),
     ("in the file", ""),
     ("measure", "formula", "how, and by default"),
+    ("model", "`logits_fn`"),
     ("module", ""),
     ("row", "what it descends by", "cost", "m-sharpness"),  # held by test_phases
     ("row", "what it trains on", "cost"),  # held by test_phases
+    ("value", "running statistics come from", "as in"),
     ("where", "command"),
     ("where", "one command"),
+    ("you want to", "read"),
 }
 FAMILY_AA = "adversarial/digits/autoattack"
 SHARPNESS, FAMILY = "sharpness/digits/table", "adversarial/digits/table"
@@ -477,9 +480,9 @@ def autoattack_in_words() -> list[str]:
         f"{linf[0]} points at l-inf 32/255 where PGD-10 said {linf[1]}, {l2[0]} at l2 "
         f"128/255 where it said {l2[1]}",
         f"({table(DIGITS_AA).num_test} test images; in percent",
-        f"On digits, {seeds}, the networks of the first table"
+        f"On digits, {seeds}, the networks of the README's table"
         if same_networks()
-        else f"On digits, {seeds}, other networks than those of the first table",
+        else f"On digits, {seeds}, other networks than those of the README's table",
         f"({table(FULL_AA).num_test:,} test images, one seed",
         f"a larger gain than PGD-10 at 1/255, {one[0]} points instead of {one[1]}: "
         f"{more:.1f} more, with a standard error of at most {error:.1f} from the "
@@ -487,7 +490,7 @@ def autoattack_in_words() -> list[str]:
         f"At 2/255, {two[0]} instead of {two[1]}, the {more_at_two:.1f} more may be "
         f"chance (at most {error_at_two:.1f})",
         f"by up to {flattered:.0f} points",
-        f"SAM's {mean(FULL_AA, sam, 'linf 2/255 AA'):.1f} % at 2/255 stand beside the "
+        f"SAM's {mean(FULL_AA, sam, 'linf 2/255 AA'):.1f} % at 2/255 with the "
         f"{robust:.1f} % that AT (30 epochs) keeps",
         f"on {table(SMALL_AA).num_test} images, {small[1]} points under PGD-10 and "
         f"{small[0]} under AutoAttack, AT {trained[1]} and {trained[0]}",
@@ -529,8 +532,8 @@ def upstream_in_words() -> list[str]:
         f"under l-inf and l2, {sum(x['judged differently'] for x in lines)} images of "
         f"{sum(x['num_test'] for x in lines):,} judged differently",
         f"upstream took {low:.1f} to {high:.1f} times our time on digits, "
-        f"{over_all:.1f} over all",
-        f"but {lower:.1f} to {higher:.1f} times, {over_cifar:.1f} over all, on 100 "
+        f"{over_all:.1f} overall",
+        f"but {lower:.1f} to {higher:.1f} times, {over_cifar:.1f} overall, on 100 "
         "images",
     ]
 
@@ -673,10 +676,11 @@ def sharpness_in_words() -> list[str]:
     controls = ["st,training.epochs=40", "st,training.weight_decay=0.002"]
     controls += ["swa,start=0.75", "ema,decay=0.9"]
     return [
-        f"For {words[edges]} of the {len(strengths)} it stands at an end of its grid",
-        f"of two passes add {ranges[0][0]:.1f} to {ranges[0][-1]:.1f} points at l-inf "
-        f"32/255 and {ranges[1][0]:.1f} to {ranges[1][-1]:.1f} at l2 128/255",
-        f"AWP alone is ahead of SAM, by {' and '.join(leads)}",
+        f"For {words[edges]} of the {len(strengths)} the best setting is at "
+        "an end of its grid",
+        f"two-pass methods add {ranges[0][0]:.1f} to {ranges[0][-1]:.1f} points at "
+        f"l-inf 32/255 and {ranges[1][0]:.1f} to {ranges[1][-1]:.1f} at l2 128/255",
+        f"Only AWP beats SAM, by {' and '.join(leads)}",
         f"it adds {over_st(smooth)} and {over_st(smooth, hard[1])}, SAM "
         f"{over_st(sam)} and {over_st(sam, hard[1])}",
         "Twice the epochs add {} at l-inf 32/255, four times the weight decay {}, SWA "
@@ -753,7 +757,7 @@ def theory_in_words() -> list[str]:
     ]
     return [
         f"too large at {large} of {total} points, and too small at {small}",
-        f"Of the trained SAM runs that at rho = {moved[0]:g} alone moves the weight",
+        f"Of the trained SAM runs, only that at rho = {moved[0]:g} moves the weight",
     ]
 
 

@@ -19,7 +19,7 @@ from jax.flatten_util import ravel_pytree
 
 from samrobust import cli
 from samrobust.cli.table import rows_of
-from samrobust.data import from_arrays
+from samrobust.data import from_arrays, load_dataset
 from samrobust.experiments import configuration
 from samrobust.experiments.components import model_fields
 from samrobust.experiments.entries import section_fields
@@ -79,6 +79,12 @@ def check_as_torch(names):
 def check_flowers(names):
     flowers = from_arrays("flowers", names["flowers"]())
     assert (flowers.num_classes, flowers.image_shape) == (5, (16, 12, 3))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Snippets may write files."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -143,6 +149,17 @@ def check_flatness(names):
     assert (names["distance"] == 0).tolist() == wrong.tolist()
 
 
+def check_npz(names):
+    flowers = load_dataset("flowers.npz")
+    np.testing.assert_array_equal(flowers.train.images, names["data"].train.images)
+
+
+def check_start(names):
+    moved = jnp.abs(names["adversarial"] - names["images"])
+    assert moved.max() <= 2 / 255 + 1e-6
+    assert 0 < names["robust"].sum() < len(names["robust"])
+
+
 CHECKS = {
     "README.md": [check_autoattack, check_sam, check_nnx],
     "docs/data.md": [check_flowers],
@@ -151,6 +168,7 @@ CHECKS = {
     "docs/library.md": [check_pgd],
     "docs/own.md": [check_parts, check_network, check_loop],
     "docs/sharpness.md": [check_family],
+    "docs/start.md": [check_npz, check_start],
 }
 
 
@@ -269,3 +287,8 @@ def test_every_make_target_exists(target):
 )
 def test_every_link_leads_somewhere(page, link):
     assert ((ROOT / page).parent / link).exists()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_is_in_the_sites_navigation(page):
+    assert f": {page}\n" in (ROOT / "mkdocs.yml").read_text()

@@ -129,6 +129,16 @@ def _sgd(
     )
 
 
+def _adam(
+    learning_rate: optax.Schedule, momentum: float, weight_decay: float
+) -> Sequence[optax.GradientTransformation]:
+    """Returns Adam after coupled weight decay, as PyTorch's; `momentum` is b1."""
+    return (
+        optax.add_decayed_weights(weight_decay),
+        optax.adam(learning_rate, b1=momentum),
+    )
+
+
 def _adamw(
     learning_rate: optax.Schedule, momentum: float, weight_decay: float
 ) -> Sequence[optax.GradientTransformation]:
@@ -136,7 +146,11 @@ def _adamw(
     return (optax.adamw(learning_rate, b1=momentum, weight_decay=weight_decay),)
 
 
-OPTIMIZERS: dict[str, Callable[..., Any]] = {"sgd": _sgd, "adamw": _adamw}
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "sgd": _sgd,
+    "adam": _adam,
+    "adamw": _adamw,
+}
 
 
 def make_optimizer(

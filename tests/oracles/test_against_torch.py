@@ -400,3 +400,25 @@ def test_the_learning_rate_of_every_epoch_equals_that_of_torch():
             assert schedule(391 * epoch + step) == pytest.approx(expected)
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"), [("adam", "Adam"), ("adamw", "AdamW"), ("sgd", "SGD")]
+)
+def test_every_optimizer_takes_the_steps_of_torchs(name, theirs):
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    config = make_config(f"st,training.optimizer={name},training.weight_decay=0.1")
+    ours = optax.chain(*make_optimizer(config, optax.constant_schedule(0.01)))
+    weights = np.linspace(-1, 1, 7, dtype=np.float32)
+    parameter = torch.nn.Parameter(torch.from_numpy(weights.copy()))
+    options |= {"momentum": 0.9} if name == "sgd" else {"betas": (0.9, 0.999)}
+    optimizer = getattr(torch.optim, theirs)([parameter], **options)
+    state = ours.init(params := jnp.asarray(weights))
+    for _ in range(NUM_STEPS):
+        optimizer.zero_grad()
+        torch.sum((parameter - 0.5) ** 4).backward()
+        optimizer.step()
+        gradient = jax.grad(lambda w: jnp.sum((w - 0.5) ** 4))(params)
+        updates, state = ours.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params, parameter.detach(), atol=1e-6)

@@ -1,0 +1,41 @@
+"""The sharpness family on real images in hours of two CPU cores: a small CIFAR-10.
+
+    samrobust table --config=configs/cifar10_small.py --seeds=3
+    samrobust recheck --workdir=runs/cifar10_small --num-examples=200
+
+5,000 training and 1,000 test images of CIFAR-10, a slim pre-activation ResNet and ten
+epochs; the attacks and radii of the paper's tables. Rows and settings were chosen as in
+configs/sharpness.py, on 1,000 held-out training images and one seed:
+
+    samrobust table --config=configs/cifar10_small.py \
+        --rows=configs/cifar10_small.py:GRID --config.data.validation_size=1000 \
+        --config.evaluation.split=validation --workdir=runs/cifar10_small-grid
+
+One run of two passes a step takes two minutes of a core.
+"""
+
+from samrobust.experiments.configuration import base_config, finish, load_rows
+from samrobust.types import Config
+
+# Of each method's four settings the three weaker ones: the network underfits.
+GRID = [
+    row
+    for index, row in enumerate(load_rows("configs/sharpness.py", "GRID"))
+    if index % 4 < 3
+]
+ROWS = ["st", "sam,rho=0.1", "sam,rho=0.2", "at,norm=linf,eps=2"]
+
+
+def get_config(row: str = "st") -> Config:
+    """Returns the locked config of one row."""
+    config = base_config()
+    config.data.name = "cifar10"
+    config.data.train_size = 5_000
+    config.data.test_size = 1_000
+    config.model.width = 16
+    config.model.blocks = (1, 1, 1, 1)
+    config.training.epochs = 10
+    config.training.batch_size = 64
+    config.training.drop_remainder = True  # one shape, compiled once
+    config.checkpoint.minutes = 0.25
+    return finish(config, row)
