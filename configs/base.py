@@ -27,7 +27,8 @@ def get_config() -> ConfigDict:
     config.label = ""
     # Every random number is a function of the seed, below 2**32, and the step.
     config.seed = 0
-    # The paper's accuracies in percent for this row, printed beside ours.
+    # The paper's accuracies in percent for this row, printed beside ours; dropped where
+    # an override makes another experiment of it.
     config.paper = ConfigDict()
 
     config.data = ConfigDict()

@@ -6,9 +6,10 @@ from pathlib import Path
 import helpers
 import pytest
 
-from samrobust.cli import shared, sharpness
+from samrobust.cli import sharpness
 from samrobust.experiments import reporting
 from samrobust.experiments.networks import checkpoints_of, load, load_network
+from samrobust.experiments.reporting.names import checkpoint_in_words
 from samrobust.experiments.run import run, train
 from samrobust.experiments.scoring import evaluation_work
 from samrobust.experiments.workdir import settle_config
@@ -174,4 +175,4 @@ def test_a_table_shows_both_side_by_side(workdir, tmp_path):
     assert f"| {' | '.join(COLUMNS)} |" in markdown.read_text()
     evaluation = helpers.make_config("st", FIELDS).evaluation
     assert checkpoints_of(helpers.make_config("st", FIELDS)) == ("last", "best")
-    assert shared.checkpoint_in_words(evaluation) == "last and best checkpoint"
+    assert checkpoint_in_words(evaluation) == "last and best checkpoint"

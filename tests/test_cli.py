@@ -34,6 +34,7 @@ def samrobust(*arguments):
 
 COMMANDS = ("table", "train", "status", "evaluate", "recheck", "curves", "bench")
 COMMANDS += ("theory", "sharpness", "export", "import", "config")
+COMMANDS += ("report", "leaderboard")
 HEAVY = {"jax", "numpy", "rich", "matplotlib", "ml_collections"}
 
 

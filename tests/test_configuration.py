@@ -87,6 +87,25 @@ def test_rows_at_small_radii_come_baseline_first_and_long_attacks_last():
         assert not unlike(config.to_dict(), configs[0].to_dict())
 
 
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [
+        ("training.epochs=2", False),
+        ("model.width=16", False),
+        ("evaluation.num_steps=20", False),
+        ("seed=3", True),
+        ("model.dtype=bfloat16", True),
+        ("checkpoint.minutes=1", True),
+        ("evaluation.linf=(1,)", True),
+    ],
+)
+def test_another_experiment_has_no_number_of_the_paper(override, kept):
+    path = "configs/cifar10.py:sam,rho=0.2"
+    config = configuration.load_config(path, [f"--config.{override}"])
+    assert bool(config.paper) == kept
+    assert config.is_locked
+
+
 def test_a_row_outside_the_papers_table_has_no_number_of_the_paper():
     assert not configuration.load_config("configs/cifar10.py:sam,rho=0.3").paper
 

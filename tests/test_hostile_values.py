@@ -154,7 +154,14 @@ FLAGS = [flag for flag in flags() if flag[1] != "--xla-flags"]
 
 
 def texts_for(flag):
-    if flag in ("--workdir", "--input", "--output", "--transfer-from", "--cache"):
+    if flag in (
+        "--add",
+        "--workdir",
+        "--input",
+        "--output",
+        "--transfer-from",
+        "--cache",
+    ):
         return PATHS
     if flag in ("--linf", "--l2"):  # '' is no radius of this norm
         return [*NUMBERS[1:], "0", "8/255", "0.0313725", "1e9", "8,,16"]

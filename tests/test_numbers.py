@@ -21,9 +21,10 @@ import pytest
 
 from samrobust.evaluation.diagnostics.finding import allowance
 from samrobust.experiments import configuration
+from samrobust.experiments.leaderboard import read_claims, to_sheet
 from samrobust.experiments.reporting.notes import tail_probability
-from samrobust.experiments.reporting.render import to_json, to_markdown
-from samrobust.experiments.reporting.table import Cell, Difference, Table, summarize
+from samrobust.experiments.reporting.render import from_json, to_json, to_markdown
+from samrobust.experiments.reporting.table import Cell, Difference, Table
 from samrobust.studies.bench import report as bench_report
 from samrobust.studies.bench.results import BenchReport
 
@@ -93,33 +94,9 @@ def stored(name: str) -> Any:
 
 
 @functools.cache
-def table(name: str, *, paper: bool = True) -> Table:
+def table(name: str) -> Table:
     """A table made of what each seed measured, and of nothing that was derived."""
-    content = stored(f"{name}.json")
-    runs = {(run["row"], run["seed"]): run for run in content["runs"]}
-    results = [
-        runs[row["name"], seed]
-        | {key: content[key] for key in ("dataset", "num_test")}
-        | {"accuracy": {c: row["cells"][c]["values"][i] for c in content["columns"]}}
-        for row in content["rows"]
-        for i, seed in enumerate(row["seeds"])
-    ]
-    numbers = {
-        row["name"]: {c: x["paper"] for c, x in row["cells"].items() if x["paper"]}
-        for row in content["rows"]
-    }
-    return summarize(
-        results,
-        rows=[(row["name"], row["label"]) for row in content["rows"]],
-        paper=numbers if paper else None,
-        passes={
-            row["name"]: row["passes"]
-            for row in content["rows"]
-            if row.get("passes") is not None
-        },
-        title=content["title"],
-        caption=content["caption"],
-    )
+    return from_json((RESULTS / f"{name}.json").read_text())
 
 
 def cell(name: str, row: str, column: str) -> Cell:
@@ -199,9 +176,9 @@ def rendered(name: str) -> Rows:
     return tables(to_markdown(table(name)))[0]
 
 
-def without_paper(name: str) -> Rows:
-    """As rendered, without the paper's numbers, the passes and the cost."""
-    head, *rows = tables(to_markdown(table(name, paper=False)))[0]
+def without_cost(name: str) -> Rows:
+    """As rendered, without the passes and the cost."""
+    head, *rows = rendered(name)
     kept = [i for i, title in enumerate(head) if title not in ("passes", "cost")]
     return [[row[i] for i in kept] for row in (head, *rows)]
 
@@ -321,6 +298,8 @@ def held(page: str) -> tuple[Rows, ...]:
     folder = page.removeprefix("results/").rsplit("/", 1)[0]
     if page.endswith(("/table.md", "/autoattack.md")):
         return tuple(tables(to_markdown(table(page[8:-3]))))
+    if page == "results/leaderboard/leaderboard.md":
+        return tuple(tables(board()))
     if page.endswith("/bench.md"):
         found = BenchReport(**stored(f"{folder}/bench.json"))
         return tuple(tables(bench_report.to_sheet(found).to_markdown()))
@@ -342,10 +321,15 @@ def held(page: str) -> tuple[Rows, ...]:
         return ()
     return (
         beside_the_paper(),
-        without_paper(SMALL),
+        without_cost(SMALL),
         plain(DIGITS_AA, beside_autoattack("linf 32/255", "l2 128/255")),
         plain(FULL_AA, beside_autoattack("linf 1/255", "linf 2/255")),
     )
+
+
+def board() -> str:
+    """The leaderboard of the claims, each held to the table that it rests on."""
+    return to_sheet(read_claims(RESULTS / "leaderboard")).to_markdown()
 
 
 def counted_for_the_gpu() -> Rows:
@@ -950,11 +934,15 @@ def test_the_sharpness_rows_are_the_best_of_their_grid():
         assert best in chosen
 
 
+def test_the_leaderboard_is_that_of_its_claims():
+    assert (RESULTS / "leaderboard/leaderboard.md").read_text() == board()
+
+
 def test_the_papers_numbers_are_those_of_the_configs():
-    for name in (SMALL, FULL):
-        for row in stored(f"{name}.json")["rows"]:
-            numbers = {c: found["paper"] for c, found in row["cells"].items()}
-            assert numbers == paper("cifar10.py")[row["name"]]
+    for row in stored(f"{FULL}.json")["rows"]:
+        numbers = {c: found["paper"] for c, found in row["cells"].items()}
+        assert numbers == paper("cifar10.py")[row["name"]]
+    assert not table(SMALL).has_paper  # another experiment
     config = stored(f"{AT_FULL}/config.json")
     assert config["paper"] == paper("cifar10.py")[config["row"]]
     for name in ("cifar10.py", "cifar100.py"):

@@ -1,5 +1,7 @@
 """README and docs tell the truth: their code runs, their commands and fields exist."""
 
+import contextlib
+import functools
 import itertools
 import pathlib
 import re
@@ -8,6 +10,7 @@ import sys
 import types
 from typing import Any
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,14 +46,22 @@ SNIPPETS = {
 # --- code -----------------------------------------------------------------------------
 
 
-def run_snippet(page, index, names=None):
+def run_snippet(page, index, names=None, folder="."):
     """Runs a snippet as it is printed, by itself or after what gave the names."""
     code = SNIPPETS[page][index]
-    if "import torch" in code:
+    if "import torch" in code or "as_torch" in code:
         pytest.importorskip("torch")
     names = {} if names is None else names
-    exec(compile(code, f"{page}, snippet {index}", "exec"), names)
+    with contextlib.chdir(folder):
+        exec(compile(code, f"{page}, snippet {index}", "exec"), names)
     return names
+
+
+def check_load(names):
+    torch = pytest.importorskip("torch")
+    images = jnp.full([2, 8, 8, 1], 0.5)
+    logits = names["module"](torch.full((2, 1, 8, 8), 0.5)).numpy()
+    np.testing.assert_allclose(logits, names["logits_fn"](images), atol=1e-5)
 
 
 def check_sam(names):
@@ -164,12 +175,31 @@ CHECKS = {
     "README.md": [check_autoattack, check_sam, check_nnx],
     "docs/data.md": [check_flowers],
     "docs/flatness.md": [check_flatness],
-    "docs/interchange.md": [check_as_torch, check_pgd],
+    "docs/interchange.md": [check_load, check_as_torch, check_pgd],
     "docs/library.md": [check_pgd],
     "docs/own.md": [check_parts, check_network, check_loop],
     "docs/sharpness.md": [check_family],
     "docs/start.md": [check_npz, check_start],
 }
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """Where to run a snippet: beside a run, where it speaks of one."""
+    trained = functools.cache(
+        lambda: helpers.make_table(tmp_path_factory.mktemp("trained"), ["st"])
+    )
+
+    def folder(page, index):
+        if "runs/sam" not in SNIPPETS[page][index]:
+            return "."
+        run = trained() / "runs" / "sam"
+        if not run.exists():
+            run.parent.mkdir()
+            run.symlink_to(trained() / "st" / "seed0")
+        return trained()
+
+    return folder
 
 
 def test_every_snippet_is_run():
@@ -182,15 +212,15 @@ def test_every_snippet_is_run():
     ("page", "index"),
     [(page, index) for page, found in SNIPPETS.items() for index in range(len(found))],
 )
-def test_a_snippet_runs_by_itself(page, index):
-    CHECKS[page][index](run_snippet(page, index))
+def test_a_snippet_runs_by_itself(page, index, folder_of):
+    CHECKS[page][index](run_snippet(page, index, folder=folder_of(page, index)))
 
 
 @pytest.mark.parametrize("page", SNIPPETS)
-def test_snippets_run_one_after_the_other(page):
+def test_snippets_run_one_after_the_other(page, folder_of):
     names: dict = {}
     for index, check in enumerate(CHECKS[page]):
-        check(run_snippet(page, index, names))
+        check(run_snippet(page, index, names, folder_of(page, index)))
 
 
 # --- commands -------------------------------------------------------------------------

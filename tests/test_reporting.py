@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -18,6 +19,7 @@ from samrobust.experiments.reporting.notes import notes, tail_probability
 from samrobust.experiments.reporting.pictures import draw_table, write_figure
 from samrobust.experiments.reporting.prices import draw_prices, has_prices
 from samrobust.experiments.reporting.render import (
+    from_json,
     to_csv,
     to_json,
     to_markdown,
@@ -417,6 +419,10 @@ class TestCsvAndJson:
             "provenance": {"commit": "abc123", "jax": "0.10.0", "device": "CPU"},
         }
 
+    def test_json_gives_the_table_back(self):
+        table = grid(paper=PAPER, title="A title", passes={"st": 1, "sam,rho=0.2": 2})
+        assert from_json(to_json(table)) == table
+
     def test_json_says_null_for_what_is_not_known(self):
         result = run("st")
         del result["provenance"], result["step_seconds"], result["training_seconds"]
@@ -518,12 +524,67 @@ class TestPlot:
             header = file.read(24)
         assert header[:8] == b"\x89PNG\r\n\x1a\n"
         width, height = (int.from_bytes(header[i : i + 4]) for i in (16, 20))
-        assert 850 <= width <= 1100
+        assert 850 <= width <= 1300
         assert 200 <= height <= 800
 
     def test_another_suffix_is_another_format(self, tmp_path):
         write_figure(draw_table(grid()), tmp_path, "table", ("svg",))
         assert "<svg" in (tmp_path / "table.svg").read_text()
+
+    ACCURACY = {
+        "natural": 95.0,
+        "linf 1/255": 60.0,
+        "linf 1/255 AA": 50.0,
+        "linf 2/255": 30.0,
+        "l2 16/255": 70.0,
+    }
+
+    def drawn(self, *accuracies, **options):
+        """The picture of ST under several attacks."""
+        runs = [run("st", i, accuracy) for i, accuracy in enumerate(accuracies)]
+        return draw_table(summarize(runs, rows=ROWS[:1], **options))
+
+    def test_pgd_and_autoattack_of_one_ball_share_a_panel_hollow_and_filled(self):
+        panels = self.drawn(self.ACCURACY).axes
+        assert [panel.get_title() for panel in panels] == [
+            "natural",
+            "\u2113\u221e, \u03b5 = 1/255",
+            "\u2113\u221e, \u03b5 = 2/255",
+            "\u21132, \u03b5 = 16/255",
+        ]
+        marks = {
+            place: mark.get_markerfacecolor() != "white"
+            for panel in panels
+            for mark in panel.lines
+            if mark.get_marker() == "o"
+            for place in np.asarray(mark.get_xdata()).tolist()
+        }
+        assert marks == {95: True, 60: False, 50: True, 30: True, 70: True}
+
+    def test_panels_of_one_norm_share_their_range(self):
+        natural, one, two, l2 = (
+            panel.get_xlim() for panel in self.drawn(self.ACCURACY).axes
+        )
+        assert one == two
+        assert one[0] < 30 < 60 < one[1]
+        assert len({natural, one, l2}) == 3
+
+    @pytest.mark.parametrize(
+        ("accuracies", "options", "labels"),
+        [
+            ([ACCURACY], {}, ["PGD", "AutoAttack", "ST, AutoAttack"]),
+            ([{"natural": 95.0}], {}, ["measured", "ST"]),
+            ([{"natural": 95.0}], {"paper": PAPER}, ["measured", "the paper's", "ST"]),
+            (
+                [{"natural": 95.0, "natural best": 96.0}],
+                {},
+                ["last checkpoint", "best checkpoint", "ST"],
+            ),
+        ],
+    )
+    def test_the_legend_names_what_is_drawn(self, accuracies, options, labels):
+        (legend,) = self.drawn(*accuracies, **options).legends
+        assert [text.get_text() for text in legend.get_texts()] == labels
 
 
 class TestPrices:
@@ -543,7 +604,7 @@ class TestPrices:
         figure = draw_prices(summarize(runs, rows=ROWS, passes=self.passes))
         titles = [panel.get_title() for panel in figure.axes]
         assert titles == [
-            "\u2113\u221e, \u03b5 = 1/255, AA",
+            "\u2113\u221e, \u03b5 = 1/255, AutoAttack",
             "\u21132, \u03b5 = 16/255",
         ]
 

@@ -24,7 +24,9 @@ from samrobust.cli import (
     evaluate,
     export,
     import_,
+    leaderboard,
     recheck,
+    report,
     sharpness,
     status,
     table,
@@ -51,11 +53,13 @@ COMMANDS = {
     "recheck": recheck,
     "curves": curves,
     "sharpness": sharpness,
+    "report": report,
     "config": config,
     "bench": bench,
     "theory": theory,
     "export": export,
     "import": import_,
+    "leaderboard": leaderboard,
 }
 
 

@@ -113,12 +113,12 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
             write()
     runs = [(c.row, c.label, stored[path]) for path, c in configs.items()]
     lines = curves.curves_of(runs, settings)
-    write(curves=[dataclasses.asdict(line) for line in lines])
     title = (
         f"{first.data.name}: accuracy under PGD-{settings.num_steps} "
         f"({settings.loss.replace('_', ' ')}, any iterate), "
         f"{next(iter(stored.values()))['num_images']} {first.evaluation.split} images"
     )
+    write(title=title, curves=[dataclasses.asdict(line) for line in lines])
     pictures = broadcast_from_primary(
         lambda: write_figure(curves.draw_curves(lines, title), workdir, "curves")
     )

@@ -45,6 +45,7 @@ __all__ = [
     "SIZES",
     "STEP",
     "SWITCH",
+    "TEXT",
     "VERSION",
     "build",
     "given",
@@ -165,6 +166,7 @@ SWITCH = {"action": "store_const", "const": True}  # None where it is not given
 COLUMN = _kind(_column, "COLUMN")
 CONFIG = {**_kind(_name, "FILE"), "help": "default: %(default)s"}
 ROWS = {**_kind(_name, "ROW"), "action": "append"}
+TEXT = _kind(_name, "TEXT")  # on one line
 NORMS = ("linf", "l2")
 CHECKPOINT = {
     "choices": ("last", "best"),

@@ -155,9 +155,12 @@ def _conclude(
     console: "Console",
 ) -> tuple[pathlib.Path, ...]:
     """Shows and writes the table."""
-    from samrobust.cli.shared import attack_in_words, checkpoint_in_words
     from samrobust.experiments import reporting
     from samrobust.experiments.methods import training_cost
+    from samrobust.experiments.reporting.names import (
+        attack_in_words,
+        checkpoint_in_words,
+    )
 
     configs = [by_attack["pgd"] for by_attack in runs.values()]
     first, name = configs[0], configs[0].data.name

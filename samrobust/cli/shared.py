@@ -25,8 +25,6 @@ from samrobust.types import Config
 
 __all__ = [
     "apply_flags",
-    "attack_in_words",
-    "checkpoint_in_words",
     "join",
     "once_per",
     "show_accuracies",
@@ -78,24 +76,6 @@ def once_per(make: Callable[[Config], _T], *sections: str) -> Callable[[Config],
         return made[key]
 
     return get
-
-
-def attack_in_words(evaluation: Config) -> str:
-    """Names the attack: `PGD-20 on the margin loss, any iterate judged`."""
-    if evaluation.attack == "autoattack":
-        members = ", ".join(evaluation.members)
-        return f"AutoAttack, {evaluation.version}" + (members and f" ({members})")
-    restarts = f" x {evaluation.restarts}" if evaluation.restarts > 1 else ""
-    return (
-        f"PGD-{evaluation.num_steps}{restarts} on the {evaluation.loss} loss, "
-        f"{evaluation.judge} iterate judged"
-    )
-
-
-def checkpoint_in_words(evaluation: Config) -> str:
-    """Names what is judged: `last checkpoint`, or `last and best checkpoint`."""
-    which = evaluation.checkpoint
-    return f"{'last and best' if which == 'both' else which} checkpoint"
 
 
 def show_accuracies(console: Console, name: str, accuracy: Mapping[str, float]) -> None:

@@ -289,8 +289,11 @@ def _show(plan: _Plan, results: list[dict[str, Any]], console: "Console") -> Non
 
 
 def _caption(config: "Config") -> str:
-    from samrobust.cli.shared import attack_in_words, checkpoint_in_words
     from samrobust.experiments.components import model_fields
+    from samrobust.experiments.reporting.names import (
+        attack_in_words,
+        checkpoint_in_words,
+    )
 
     model, evaluation, size = config.model, config.evaluation, config.data.train_size
     images = f"{size:,} training images, " if size is not None else ""

@@ -31,6 +31,7 @@ from samrobust.system.resolve import failure_of
 from samrobust.types import Config, Field
 
 __all__ = [
+    "CHANGES_NO_RESULT",
     "as_dict",
     "base_config",
     "differences",
@@ -41,6 +42,18 @@ __all__ = [
     "parse_row",
     "with_defaults",
 ]
+
+# What may change between two starts of the same run.
+CHANGES_NO_RESULT = (
+    *("data.data_dir", "data.manual_dir", "training.steps_per_call"),
+    *("evaluation.batch_size", "checkpoint.", "paper.", "tracking."),
+)
+# What the paper's numbers still stand beside: chance, rounding, which are asked for.
+_IS_STILL_THE_PAPERS = (
+    *CHANGES_NO_RESULT,
+    *("seed", "model.dtype", "training.deterministic"),
+    *("evaluation.linf", "evaluation.l2"),
+)
 
 
 def finish(config: Config, row: str) -> Config:
@@ -192,16 +205,22 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
       overrides: in the form of the command line, `--config.training.epochs=2`.
 
     Returns:
-      The locked config.
+      The locked config. It has the paper's numbers where it is still the paper's
+      experiment: not once an override changes more than chance and rounding.
 
     Raises:
       ValueError: for a file, row, field or value that is not valid; names the field.
     """
     name, colon, row = path.partition(":")
     config = _call_get_config(find_config_file(name), [row] if colon else [])
+    written = as_dict(config)
     config = _overridden(config, overrides)
     validate(config)
     _check_fields(config)
+    changed = differences(written, as_dict(config))
+    if not all(field.startswith(_IS_STILL_THE_PAPERS) for field in changed):
+        with config.unlocked():
+            config.paper = ConfigDict()
     _check_row(config, row if colon else config.row)
     return config
 

@@ -181,5 +181,5 @@ def draw_curves(curves: Sequence[Curve], title: str) -> "Figure":
     over = pictures.over_seeds(curve.seeds for curve in curves)
     if over != "one seed":
         over = f"mean and band of one standard deviation over {over}"
-    pictures.add_legend(figure, panels[0].get_lines(), over, columns=3)
+    pictures.add_legend(figure, panels[0].get_lines(), over, columns=4)
     return figure

@@ -18,7 +18,12 @@ from importlib import metadata
 from typing import Any
 
 from samrobust.data import Dataset, fingerprint
-from samrobust.experiments.configuration import as_dict, differences, with_defaults
+from samrobust.experiments.configuration import (
+    CHANGES_NO_RESULT,
+    as_dict,
+    differences,
+    with_defaults,
+)
 from samrobust.experiments.methods import parts_of
 from samrobust.system.provenance import random_bits
 from samrobust.system.resolve import is_reference, sources
@@ -29,11 +34,6 @@ __all__ = ["Identity", "changed_fields", "identity_of"]
 # To be raised when a config and a seed come to mean other numbers, beyond rounding.
 FORMAT = 1
 
-# What may change between two starts of the same run: none of it changes a result.
-_MAY_CHANGE = (
-    *("data.data_dir", "data.manual_dir", "training.steps_per_call"),
-    *("evaluation.batch_size", "checkpoint.", "paper.", "tracking."),
-)
 _PACKAGES = ("samrobust", "jax", "jaxlib", "flax", "optax")
 _IMPORTED = "import "  # begins the `data` of a network from a file
 _LENGTH = 16  # of a hash, in hexadecimal digits
@@ -180,7 +180,7 @@ def changed_fields(
     return {
         name: values
         for name, values in differences(*both).items()
-        if not name.startswith(_MAY_CHANGE)
+        if not name.startswith(CHANGES_NO_RESULT)
         and not (name.startswith("source.") and None in values)
     }
 

@@ -1,11 +1,12 @@
-"""Tables with notes below, for a Rich console and as Markdown, from one description.
+"""Tables with notes below, for a Rich console, Markdown and HTML, from one description.
 
 A cell is text as it stands, or Rich's `Text` where something in it stands out: what is
-bold on a console is bold in Markdown too, and colors and padding are left out there.
+bold on a console is bold in Markdown and HTML too, which leave out colors and padding.
 """
 
+import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from rich import box
@@ -64,6 +65,25 @@ class TextTable(NamedTuple):
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         return f"**{self.title}**\n\n{table}" if self.title else table
 
+    def to_html(self) -> str:
+        """Returns the table in HTML, in a box that scrolls where a screen is narrow.
+
+        >>> print(TextTable(["row", "n"], [["a<b", Text("3", "bold")]]).to_html())
+        <div class="wide"><table>
+        <thead><tr><th>row</th><th class="number">n</th></tr></thead>
+        <tbody>
+        <tr><td>a&lt;b</td><td class="number"><b>3</b></td></tr>
+        </tbody>
+        </table></div>
+        """
+        rows = [_html_row("td", row, self.words) if row else _GAP for row in self.rows]
+        caption = f"<caption>{html.escape(self.title)}</caption>\n" * bool(self.title)
+        head = _html_row("th", self.header, self.words)
+        return (
+            f'<div class="wide"><table>\n{caption}<thead>{head}</thead>\n'
+            f"<tbody>\n{chr(10).join(rows)}\n</tbody>\n</table></div>"
+        )
+
 
 class Sheet(NamedTuple):
     """Tables, and the sentences to be read with them.
@@ -86,14 +106,45 @@ class Sheet(NamedTuple):
         parts = [*(table.to_markdown() for table in self.tables), *self.notes]
         return "\n\n".join(parts) + "\n"
 
+    def to_html(self) -> str:
+        """Returns the sheet in HTML."""
+        notes = (f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return "\n".join([*(table.to_html() for table in self.tables), *notes])
+
+
+_GAP = "</tbody><tbody>"
+
+
+def _html_row(tag: str, cells: Sequence[str | Text], words: int) -> str:
+    kinds = ["" if i < words else ' class="number"' for i in range(len(cells))]
+    shown = [
+        f"<{tag}{kind}>{_in_html(cell)}</{tag}>"
+        for kind, cell in zip(kinds, cells, strict=True)
+    ]
+    return f"<tr>{''.join(shown)}</tr>"
+
+
+def _pieces(cell: str | Text) -> Iterator[tuple[str, bool]]:
+    """Returns the parts of a cell, and of each whether it is bold."""
+    text = Text() + cell
+    edges = {edge for span in text.spans for edge in (span.start, span.end)}
+    for piece in text.divide(sorted(edges)):
+        is_bold = any("bold" in str(span.style) for span in piece.spans)
+        yield piece.plain, is_bold and bool(piece.plain)
+
 
 def _in_markdown(cell: str | Text) -> str:
     """Returns a cell on one line, in which nothing but what is bold is markup."""
-    text = Text() + cell
-    edges = {edge for span in text.spans for edge in (span.start, span.end)}
     shown = ""
-    for piece in text.divide(sorted(edges)):
-        plain = re.sub(r"[|*_]", r"\\\g<0>", piece.plain)
-        is_bold = any("bold" in str(span.style) for span in piece.spans)
-        shown += f"**{plain}**" if is_bold and plain else plain
+    for plain, is_bold in _pieces(cell):
+        escaped = re.sub(r"[|*_]", r"\\\g<0>", plain)
+        shown += f"**{escaped}**" if is_bold else escaped
+    return " ".join(shown.split())
+
+
+def _in_html(cell: str | Text) -> str:
+    shown = ""
+    for plain, is_bold in _pieces(cell):
+        escaped = html.escape(plain)
+        shown += f"<b>{escaped}</b>" if is_bold else escaped
     return " ".join(shown.split())

@@ -1,8 +1,6 @@
 """The bridge: the same logits and gradients on both sides, and attacks across it."""
 
 import functools
-import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +133,33 @@ def test_a_pytorch_attack_runs_on_a_jax_classifier_as_on_the_same_module():
     labels = torch.tensor([1, 0, 6])
     adversarial = [
         twin.pgd_linf(module, to_torch(IMAGES), labels, **options).numpy()
+        for module in (as_torch(ours), Theirs().eval())
+    ]
+    np.testing.assert_allclose(adversarial[0], adversarial[1], atol=1e-5)
+    assert np.abs(adversarial[0] - to_torch(IMAGES).numpy()).max() > 0.09
+
+
+def test_a_module_is_on_a_device_as_attack_libraries_ask_and_moves_to_another():
+    def device(module):
+        (only,) = module.parameters()
+        assert only.numel() == 0
+        assert not only.requires_grad
+        return only.device.type
+
+    assert device(as_torch(ours)) == "cpu"
+    assert device(as_torch(ours, device="meta")) == "meta"
+    assert device(as_torch(ours).to("meta")) == "meta"
+
+
+def test_foolbox_attacks_a_jax_classifier_as_the_same_module_and_warns_of_nothing():
+    foolbox = pytest.importorskip("foolbox")
+    attack = foolbox.attacks.LinfPGD(rel_stepsize=0.3, steps=5, random_start=False)
+    adversarial = [
+        attack(
+            foolbox.PyTorchModel(module, bounds=(0, 1), device="cpu"),
+            *(to_torch(IMAGES), torch.tensor([1, 0, 6])),
+            epsilons=[0.1],
+        )[1][0].numpy()
         for module in (as_torch(ours), Theirs().eval())
     ]
     np.testing.assert_allclose(adversarial[0], adversarial[1], atol=1e-5)
@@ -342,24 +367,3 @@ def test_halves_cross_to_a_jax_classifier_and_back():
     logits = as_torch(halves)(images)
     np.testing.assert_allclose(logits.numpy(), ours(IMAGES), atol=0.1)
     assert their_gradient(as_torch(halves), images).dtype == torch.bfloat16
-
-
-DOCS = pathlib.Path(__file__).parents[2] / "docs/interchange.md"
-SNIPPETS = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
-
-
-def run_snippet(index):
-    names: dict = {}
-    exec(compile(SNIPPETS[index], f"snippet {index} of {DOCS.name}", "exec"), names)
-    return names
-
-
-def test_the_documented_lines_for_pytorch_attacks_run():
-    gradient = run_snippet(0)["gradient"].numpy()
-    np.testing.assert_allclose(gradient, 1 / (3 * 8 * 8), rtol=1e-5)
-
-
-def test_the_documented_lines_for_our_attacks_run():
-    names = run_snippet(1)
-    moved = np.abs(names["adversarial"] - names["images"])
-    assert moved.max() == pytest.approx(8 / 255, abs=1e-6)

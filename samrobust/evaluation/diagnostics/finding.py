@@ -43,6 +43,12 @@ class Finding:
     values: dict[str, Any]
     ball: str = ""
 
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> "Finding":
+        """Returns a finding of `sanity.json`."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: stored[name] for name in names})
+
     @property
     def anchor(self) -> str:
         """Returns where it is explained.

@@ -1,4 +1,4 @@
-"""What the names of rows and columns say: families, norms, radii, short forms.
+"""What the names of rows and columns say, and the attack of a config in words.
 
 A row is `"st"`, `"sam,rho=0.2"`, `"at,norm=linf,eps=8+sam,rho=0.1"`; a column is
 `"natural"` or a norm and a radius in 1/255, `"linf 1/255"`, and where there are several
@@ -6,10 +6,14 @@ attacks the name of one, `"linf 1/255 AA"`, or several checkpoints, `"natural be
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from samrobust.checks import check
 
 __all__ = [
+    "attack_in_words",
+    "checkpoint_in_words",
     "column_norm",
     "column_order",
     "family",
@@ -77,6 +81,25 @@ def column_order(column: str) -> tuple[int, str, float, str]:
     norm, (_, rest) = column_norm(column), split_column(column)
     rank = _NORMS.index(norm) if norm in _NORMS else len(_NORMS)
     return rank, norm, float(_match(column)[3] or 0), rest
+
+
+def attack_in_words(evaluation: Mapping[str, Any]) -> str:
+    """Names the attack of a config: `PGD-20 on the margin loss, any iterate judged`."""
+    if evaluation["attack"] == "autoattack":
+        members = ", ".join(evaluation["members"])
+        return f"AutoAttack, {evaluation['version']}" + (members and f" ({members})")
+    several = evaluation["restarts"] > 1
+    restarts = f" x {evaluation['restarts']}" if several else ""
+    return (
+        f"PGD-{evaluation['num_steps']}{restarts} on the {evaluation['loss']} loss, "
+        f"{evaluation['judge']} iterate judged"
+    )
+
+
+def checkpoint_in_words(evaluation: Mapping[str, Any]) -> str:
+    """Names what is judged: `last checkpoint`, or `last and best checkpoint`."""
+    which = evaluation["checkpoint"]
+    return f"{'last and best' if which == 'both' else which} checkpoint"
 
 
 def short_column(column: str) -> str:

@@ -11,17 +11,15 @@ import itertools
 import pathlib
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from samrobust.experiments.reporting.names import family, short_column, split_column
+from samrobust.experiments.reporting.names import column_norm, family, split_column
 from samrobust.experiments.reporting.table import Table, TableRow
 from samrobust.system.files import write_bytes
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 __all__ = [
     "GRAY",
@@ -53,7 +51,8 @@ _SYMBOLS = {  # script small l; Greek rho and epsilon
 GRAY, PALE = "#8A8A8A", "#E4E4E4"
 SMALL, TEXT, _TITLE = 6.5, 7.5, 9  # points; 150 dots an inch make 14, 16, 19 pixels
 _LEAST_SPAN = 4.0  # points of accuracy: a panel does not magnify the noise
-_RING = {"marker": "o", "markersize": 7, "markerfacecolor": "none", "linestyle": "none"}
+_CROSS = {"marker": "x", "markersize": 5, "linestyle": "none"}
+_BASELINE = {"color": GRAY, "linewidth": 0.8, "linestyle": ":"}
 
 
 def family_colors(families: Iterable[str]) -> dict[str, str]:
@@ -126,7 +125,7 @@ def make_panels(
 
 
 def add_legend(
-    figure: "Figure", handles: Sequence["Artist"], title: str, columns: int
+    figure: "Figure", handles: Sequence[Any], title: str, columns: int
 ) -> None:
     """Adds a legend below all panels."""
     figure.legend(
@@ -163,51 +162,94 @@ def write_figure(
 def draw_table(table: Table) -> "Figure":
     """Draws the means of a table with their standard deviations.
 
-    A line a method, a panel a column. A dot is a mean, its bar one standard deviation
-    over the seeds, a ring the paper's number, the dotted line ST. Each panel has its
-    own range of accuracies.
+    A line a method, a panel a ball; panels of one norm share an axis. What one ball has
+    several columns for stands in one panel, below each other: AutoAttack filled and the
+    attack beside it hollow, the last checkpoint a dot and the best one a diamond. The
+    dotted line is ST, under AutoAttack where it was run; a cross is the paper's number.
     """
-    num_columns, heights = len(table.columns), _heights(table)
-    size = (max(6.0, 1.4 + 0.85 * num_columns), 1.5 + 0.21 * heights[-1])
-    figure, panels = make_panels(num_columns, size, table.title, 75)
+    labels, heights = [_row_label(row) for row in table.rows], _heights(table)
+    panels_of = {
+        ball: list(columns)
+        for ball, columns in itertools.groupby(
+            table.columns, key=lambda column: split_column(column)[0]
+        )
+    }
+    width = 0.3 + 0.055 * max(map(len, labels)) + 1.15 * len(panels_of)
+    size = (max(6.0, width), 1.5 + 0.21 * heights[-1])
+    figure, panels = make_panels(len(panels_of), size, table.title, int(12.5 * size[0]))
     colors = family_colors(row.family for row in table.rows)
-    for panel, column in zip(panels, table.columns, strict=True):
-        _draw_panel(panel, table, column, colors)
-    labels = [_row_label(row) for row in table.rows]
+    limits = _limits_by_norm(table)
+    for panel, (ball, columns) in zip(panels, panels_of.items(), strict=True):
+        _draw_panel(panel, table, columns, colors)
+        panel.set_xlim(*limits[column_norm(ball)])
+        panel.set_title(_panel_title(ball), fontsize=TEXT)
     panels[0].set_yticks(heights, labels, fontsize=TEXT)
     panels[0].set_ylim(heights[-1] + 0.6, -0.6)
     for tick, row in zip(panels[0].get_yticklabels(), table.rows, strict=True):
         tick.set_color(colors[row.family] if row.seeds else GRAY)
-    said = "accuracy in % (each panel has its own range), higher is better"
-    add_legend(figure, _marks(table), said, columns=4)
+    over = over_seeds(len(row.seeds) for row in table.rows)
+    shown = over if over == "one seed" else f"mean ± std over {over}"
+    add_legend(figure, _legend(panels[0], table), f"accuracy in %, {shown}", columns=4)
     return figure
 
 
 def _draw_panel(
-    panel: "Axes", table: Table, column: str, colors: dict[str, str]
+    panel: "Axes", table: Table, columns: Sequence[str], colors: dict[str, str]
 ) -> None:
-    """Draws one column of the table."""
-    marks = []
+    """Draws the columns of one ball."""
+    marks = _attacks_on(columns)
+    judged = next(column for column, mark in marks.items() if not mark.is_hollow)
     for y, row in zip(_heights(table), table.rows, strict=True):
-        cell, color = row.cells[column], colors[row.family]
+        color = colors[row.family]
         panel.axhline(y, color=PALE, linewidth=0.6, zorder=0)
-        if cell.mean is not None:
-            bar = {"elinewidth": 1.3, "capsize": 2, "markersize": 4, "zorder": 3}
-            panel.errorbar(cell.mean, y, xerr=cell.std, fmt="o", color=color, **bar)
-            marks += [cell.mean - (cell.std or 0.0), cell.mean + (cell.std or 0.0)]
-            if row is table.baseline:
-                dotted = {"linewidth": 0.8, "linestyle": ":", "zorder": 1}
-                panel.axvline(cell.mean, color=GRAY, **dotted)
-        if cell.paper is not None:
-            panel.plot(cell.paper, y, **_RING, color=color, zorder=4)
-            marks.append(cell.paper)
-    panel.set_title(_panel_title(column), fontsize=TEXT)
-    panel.set_xlim(*_limits(min(marks), max(marks)))
+        for number, (column, mark) in enumerate(marks.items()):
+            cell, place = row.cells[column], y + 0.3 * number - 0.15 * (len(marks) - 1)
+            if cell.mean is not None:
+                look = mark.look(color)
+                panel.errorbar(cell.mean, place, xerr=cell.std, **look, zorder=3)
+            if cell.paper is not None:
+                panel.plot(cell.paper, place, **_CROSS, color=color, zorder=4)
+        if row is table.baseline and (mean := row.cells[judged].mean) is not None:
+            panel.axvline(mean, **_BASELINE, zorder=1)
     panel.locator_params(axis="x", nbins=3, steps=[1, 2, 5, 10], integer=True)
     panel.tick_params(axis="x", labelsize=SMALL, length=2)
     panel.tick_params(axis="y", length=0)
     panel.spines["left"].set_visible(False)
     panel.spines["bottom"].set_color(GRAY)
+
+
+class _Mark(NamedTuple):
+    """Mark of a column's means: what it says in words, and how it is drawn."""
+
+    words: str
+    is_hollow: bool
+    is_best: bool
+
+    def look(self, color: str) -> dict[str, Any]:
+        """Returns how the marks of a row of this color are drawn, with bars."""
+        return {
+            "color": color,
+            "marker": "D" if self.is_best else "o",
+            "markersize": 4,
+            "linestyle": "none",
+            "elinewidth": 0.8 if self.is_hollow else 1.3,
+            "capsize": 2,
+            **({"markerfacecolor": "white"} if self.is_hollow else {}),
+        }
+
+
+def _attacks_on(columns: Iterable[str]) -> dict[str, _Mark]:
+    """Returns the marks of the columns of one ball, or of the same in other balls."""
+    words = {column: split_column(column)[1].split() for column in columns}
+    several = any("AA" in own for own in words.values())
+    chosen = any("best" in own for own in words.values())
+    marks = {}
+    for column, own in words.items():
+        said = ["AutoAttack" if "AA" in own else "PGD"] if several else []
+        said += ["best checkpoint" if "best" in own else "last checkpoint"] * chosen
+        is_hollow = several and "AA" not in own
+        marks[column] = _Mark(", ".join(said), is_hollow, "best" in own)
+    return marks
 
 
 def _heights(table: Table) -> list[float]:
@@ -218,8 +260,21 @@ def _heights(table: Table) -> list[float]:
     return heights
 
 
+def _limits_by_norm(table: Table) -> dict[str, tuple[float, float]]:
+    """Returns the range of the panels of each norm: all marks, and no tiny range."""
+    marks = collections.defaultdict(list)
+    for row, column in itertools.product(table.rows, table.columns):
+        cell = row.cells[column]
+        if cell.mean is not None:
+            spread = cell.std or 0.0
+            marks[column_norm(column)] += [cell.mean - spread, cell.mean + spread]
+        if cell.paper is not None:
+            marks[column_norm(column)].append(cell.paper)
+    return {norm: _limits(min(own), max(own)) for norm, own in marks.items()}
+
+
 def _limits(low: float, high: float) -> tuple[float, float]:
-    """Returns the range of a panel: all marks, some margin, and no tiny range."""
+    """Returns a range that holds both values, some margin, and no tiny range."""
     missing = max(0.0, _LEAST_SPAN - (high - low)) / 2
     low, high = low - missing, high + missing
     margin = 0.1 * (high - low)
@@ -227,28 +282,32 @@ def _limits(low: float, high: float) -> tuple[float, float]:
     return low - margin - excess, high + margin - excess
 
 
-def _marks(table: Table) -> list["Line2D"]:
+def _legend(panel: "Axes", table: Table) -> list[Any]:
     """Returns what the marks mean, only for those that are drawn."""
-    from matplotlib.lines import Line2D
-
-    over = over_seeds(len(row.seeds) for row in table.rows)
-    mean, line = (over, "none") if over == "one seed" else (f"mean ± std, {over}", "-")
-    style = {"color": GRAY, "marker": "o", "markersize": 4, "linestyle": line}
-    marks = [Line2D([], [], **style, label=mean)]
+    attacks = {split_column(column)[1]: column for column in table.columns}
+    marks = _attacks_on(attacks.values()).values()
+    spread = any(c.std is not None for row in table.rows for c in row.cells.values())
+    bars = {"xerr": [] if spread else None}  # with bars in the legend, or without
+    handles: list[Any] = [
+        panel.errorbar(
+            [], [], label=mark.words or "measured", **bars, **mark.look(GRAY)
+        )
+        for mark in marks
+    ]
     if table.has_paper:
-        marks.append(Line2D([], [], color=GRAY, **_RING, label="paper"))
+        handles += panel.plot([], [], color=GRAY, **_CROSS, label="the paper's")
     if table.baseline is not None:
-        marks.append(Line2D([], [], color=GRAY, linestyle=":", label="ST"))
-    return marks
+        attack = ", AutoAttack" if any(mark.is_hollow for mark in marks) else ""
+        handles += panel.plot([], [], **_BASELINE, label=f"ST{attack}")
+    return handles
 
 
-def _panel_title(column: str) -> str:
-    """Returns a column's name in symbols, on two lines."""
-    perturbation, rest = split_column(column)
-    if perturbation == "natural":
-        return f"{perturbation} {rest}".strip() + "\nno attack"
-    norm, radius = short_column(perturbation).split(" ")
-    return f"{in_symbols(norm)} {rest or 'attack'}\nε = {radius}/255"
+def _panel_title(ball: str) -> str:
+    """Returns a ball's name in symbols."""
+    if ball == "natural":
+        return "natural"
+    norm, radius = ball.split(" ")
+    return f"{in_symbols(norm)}, ε = {radius}"
 
 
 def _row_label(row: TableRow) -> str:

@@ -29,8 +29,10 @@ __all__ = ["draw_prices", "has_prices"]
 _WIDTH, _HEIGHT = 8.0, 3.6  # inches, of a panel
 _NEAR = 0.3  # doublings of the cost within which names stand in one column
 _MARGIN = 0.06  # doublings between points and names
-_RIGHT = 0.9  # doublings for the last names
+_LETTER = 0.022  # doublings that a letter of a name takes
 _OTHERS = re.compile(r",\w+\.\w")  # in the name of a row: other fields of its config
+_DOT = {"marker": "o", "markersize": 3.5, "linestyle": "none", "elinewidth": 0.8}
+_STAIRS = {"drawstyle": "steps-post", "color": pictures.PALE, "linewidth": 2.5}
 _LINES = 30.0  # names that a panel has room for, one below another
 
 
@@ -53,12 +55,14 @@ def draw_prices(table: Table) -> "Figure":
     )
     for panel, column in zip(panels, columns, strict=True):
         _draw_panel(panel, rows, column)
+    panels[-1].set_xlabel("passes of training, counted, ST = 1", fontsize=pictures.TEXT)
     over = pictures.over_seeds(len(row.seeds) for row in rows)
-    spread = "" if over == "one seed" else " ± std"
-    said = f"mean{spread}, {over}; the line: not beaten at this cost or less"
-    panels[-1].set_xlabel(
-        f"passes of training, counted, ST = 1   ({said})", fontsize=pictures.TEXT
-    )
+    mean = over if over == "one seed" else f"mean ± std over {over}"
+    bar = {"yerr": None if over == "one seed" else [], **_DOT}
+    handles = [panels[0].errorbar([], [], color=pictures.GRAY, label=mean, **bar)]
+    said = "not beaten at this cost or less"
+    handles += panels[0].plot([], [], **_STAIRS, label=said)
+    pictures.add_legend(figure, handles, "", columns=2)
     return figure
 
 
@@ -97,27 +101,28 @@ def _draw_panel(panel: "Axes", rows: Sequence[TableRow], column: str) -> None:
         if means[row.name] > best:
             best = means[row.name]
             front.append((places[row.name], best))
-    front.append((_last(places) + _RIGHT, best))
-    staircase = {"drawstyle": "steps-post", "color": pictures.PALE, "linewidth": 2.5}
-    panel.plot(*zip(*front, strict=True), **staircase, zorder=0)
-    for cluster in _clusters(rows, places):
+    clusters = _clusters(rows, places)
+    letters = max(len(names[row.name]) for row in clusters[-1])
+    right = _last(places) + 2 * _MARGIN + _LETTER * letters
+    front.append((right, best))
+    panel.plot(*zip(*front, strict=True), **_STAIRS, zorder=0)
+    for cluster in clusters:
         beside = max(places[row.name] for row in cluster) + _MARGIN
         cluster = sorted(cluster, key=lambda row: means[row.name])
         wanted = [means[row.name] for row in cluster]
         heights = _spread(wanted, (high - low) / _LINES, low, high)
         for row, height in zip(cluster, heights, strict=True):
             x, y, color = places[row.name], means[row.name], colors[row.family]
-            bar = {"elinewidth": 0.8, "capsize": 0, "markersize": 3.5, "zorder": 3}
-            panel.errorbar(x, y, bars[row.name], fmt="o", color=color, **bar)
+            panel.errorbar(x, y, bars[row.name], color=color, **_DOT, zorder=3)
             line = {"color": pictures.GRAY, "linewidth": 0.4, "zorder": 1}
             panel.plot([x, beside], [y, height], **line)
             text = pictures.in_symbols(names[row.name])
-            panel.text(
-                beside + _MARGIN / 4, height, text, fontsize=pictures.SMALL, va="center"
-            )
-    doublings = range(math.floor(min(places.values())), math.ceil(_last(places)) + 1)
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.2}
+            look = {"fontsize": pictures.SMALL, "va": "center", "bbox": behind}
+            panel.text(beside + _MARGIN / 4, height, text, **look, zorder=1.5)
+    doublings = range(math.floor(min(places.values())), math.floor(right) + 1)
     panel.set_xticks(list(doublings), [f"{2.0**n:g}x" for n in doublings])
-    panel.set_xlim(min(places.values()) - 0.15, _last(places) + _RIGHT)
+    panel.set_xlim(min(places.values()) - 0.15, right)
     panel.set_title(_title(column), fontsize=pictures.TEXT)
     panel.set_ylabel("accuracy in %", fontsize=pictures.TEXT)
     panel.tick_params(labelsize=pictures.SMALL, length=2)
@@ -138,7 +143,8 @@ def _names(rows: Sequence[TableRow]) -> dict[str, str]:
 
 def _title(column: str) -> str:
     norm, radius, *attack = column.split(" ", 2)
-    return ", ".join([pictures.in_symbols(norm), f"ε = {radius}", *attack])
+    words = ["AutoAttack" if word == "AA" else word for word in attack]
+    return ", ".join([pictures.in_symbols(norm), f"ε = {radius}", *words])
 
 
 def _last(places: dict[str, float]) -> float:

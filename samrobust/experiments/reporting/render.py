@@ -1,10 +1,11 @@
-"""A table for the terminal, as Markdown, CSV and JSON, and the files of all these.
+"""A table for the terminal, as Markdown, HTML, CSV and JSON, and its files.
 
 On a terminal a row is one line, as detailed as the terminal is wide.
 """
 
 import csv
 import dataclasses
+import html
 import io
 import json
 import os
@@ -23,11 +24,20 @@ from samrobust.experiments.reporting.names import (
 from samrobust.experiments.reporting.notes import legend, notes, sampling_error, signed
 from samrobust.experiments.reporting.pictures import draw_table, write_figure
 from samrobust.experiments.reporting.prices import draw_prices, has_prices
-from samrobust.experiments.reporting.table import Difference, Table
+from samrobust.experiments.reporting.table import Difference, Table, summarize
 from samrobust.system.files import write_text
 from samrobust.system.tables import TextTable
 
-__all__ = ["to_csv", "to_json", "to_markdown", "to_rich", "write_table"]
+__all__ = [
+    "from_json",
+    "to_csv",
+    "to_html",
+    "to_json",
+    "to_markdown",
+    "to_rich",
+    "write_pictures",
+    "write_table",
+]
 
 
 def write_table(
@@ -47,10 +57,15 @@ def write_table(
     for suffix, render in (("md", to_markdown), ("csv", to_csv), ("json", to_json)):
         paths.append(directory / f"{name}.{suffix}")
         write_text(paths[-1], render(table))
-    paths += write_figure(draw_table(table), directory, name, ("png",))
+    return (*paths, *write_pictures(table, directory, name))
+
+
+def write_pictures(table: Table, directory: Path, name: str) -> tuple[Path, ...]:
+    """Writes the pictures of a table alone; returns their paths."""
+    paths = write_figure(draw_table(table), directory, name, ("png",))
     if has_prices(table):
         paths += write_figure(draw_prices(table), directory, f"{name}-cost", ("png",))
-    return tuple(paths)
+    return paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,23 +150,43 @@ def to_markdown(table: Table) -> str:
     """
     blocks = [
         f"### {' '.join(table.title.split())}",
-        _lay_out(table, _LAYOUTS[0], "±", with_seeds=True).to_markdown(),
+        _in_full(table).to_markdown(),
         *filter(None, [table.caption]),
         "\n".join(f"* {note}" for note in (legend(table), *notes(table))),
     ]
+    if compared := _compared(table):
+        blocks += [_FOLDED, compared.to_markdown(), "</details>"]
+    return "\n\n".join(blocks) + "\n"
+
+
+def to_html(table: Table) -> str:
+    """Returns what `to_markdown` does in HTML, without the title."""
+    said = (f"<li>{html.escape(note)}</li>" for note in (legend(table), *notes(table)))
+    caption = f"<p>{html.escape(table.caption)}</p>" if table.caption else ""
+    blocks = [_in_full(table).to_html(), caption, f"<ul>{''.join(said)}</ul>"]
+    if compared := _compared(table):
+        blocks += [_FOLDED, compared.to_html(), "</details>"]
+    return "\n".join(filter(None, blocks))
+
+
+_FOLDED = (
+    "<details><summary>Difference to ST in points, paired by seed, ± one standard "
+    "error; bold: beyond two</summary>"
+)
+
+
+def _in_full(table: Table) -> TextTable:
+    return _lay_out(table, _LAYOUTS[0], "±", with_seeds=True)
+
+
+def _compared(table: Table) -> TextTable | None:
+    """Returns the differences to ST; None where no row shares a seed with it."""
     shown = [
         [row.label, *(_shown(row.differences[column]) for column in table.columns)]
         for row in table.rows
         if row.differences
     ]
-    if shown:
-        blocks += [
-            "<details><summary>Difference to ST in points, paired by seed, ± one "
-            "standard error; bold: beyond two</summary>",
-            TextTable(["method", *table.columns], shown).to_markdown(),
-            "</details>",
-        ]
-    return "\n\n".join(blocks) + "\n"
+    return TextTable(["method", *table.columns], shown) if shown else None
 
 
 def _lay_out(table: Table, layout: _Layout, sign: str, with_seeds: bool) -> TextTable:
@@ -234,6 +269,37 @@ def to_csv(table: Table) -> str:
             numbers = (len(cell.values), cell.mean, cell.std, cell.paper)
             writer.writerow([row.name, row.label, column, *numbers])
     return text.getvalue()
+
+
+def from_json(text: str) -> Table:
+    """Returns the table that `to_json` wrote, also an older version of it.
+
+    It is made of what each seed measured, and of nothing that was derived from that.
+    """
+    content = json.loads(text)
+    runs = {(run["row"], run["seed"]): run for run in content["runs"]}
+    results = [
+        runs[row["name"], seed]
+        | {key: content[key] for key in ("dataset", "num_test")}
+        | {"accuracy": {c: row["cells"][c]["values"][i] for c in content["columns"]}}
+        for row in content["rows"]
+        for i, seed in enumerate(row["seeds"])
+    ]
+    published = {
+        row["name"]: {
+            c: x["paper"] for c, x in row["cells"].items() if x["paper"] is not None
+        }
+        for row in content["rows"]
+    }
+    counted = {row["name"]: row.get("passes") for row in content["rows"]}
+    return summarize(
+        results,
+        rows=[(row["name"], row["label"]) for row in content["rows"]],
+        paper=published,
+        passes={name: passes for name, passes in counted.items() if passes is not None},
+        title=content["title"],
+        caption=content["caption"],
+    )
 
 
 def to_json(table: Table) -> str:

@@ -25,19 +25,21 @@ from samrobust.types import Array, LogitsFn
 __all__ = ["as_torch", "from_torch"]
 
 
-def as_torch(logits_fn: LogitsFn) -> Any:
+def as_torch(logits_fn: LogitsFn, *, device: Any = "cpu") -> Any:
     """Returns a `torch.nn.Module` that computes what `logits_fn` does, gradients too.
 
     For attack libraries written for PyTorch. Another batch shape is compiled again.
 
     Args:
       logits_fn: images [B, H, W, C] in [0, 1] to logits [B, K].
+      device: PyTorch's, where the attack library is to put its images.
 
     Returns:
-      A module in evaluation mode, without parameters: images [B, C, H, W] to logits
-      [B, K], on the images' device. Images are float32; bfloat16 is computed in
-      float32; float64 needs JAX's x64. **Guarantees**: the gradient is that of
-      `jax.vjp`; the network runs once when a gradient is needed.
+      A module in evaluation mode: images [B, C, H, W] to logits [B, K], on the images'
+      device. Its one parameter is empty and says which `device` the module is on, as
+      attack libraries ask of a model; `module.to` changes it. Images are float32;
+      bfloat16 is computed in float32; float64 needs JAX's x64. **Guarantees**: the
+      gradient is that of `jax.vjp`; the network runs once when a gradient is needed.
 
     Raises:
       ValueError: if PyTorch is not installed; by the module, for images of another
@@ -88,6 +90,11 @@ def as_torch(logits_fn: LogitsFn) -> Any:
             return torch.from_numpy(gradient).to(cotangent.device)
 
     class Classifier(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            nothing = torch.empty(0, device=device)
+            self.placement = torch.nn.Parameter(nothing, requires_grad=False)
+
         def forward(self, images: Any) -> Any:
             return Bridge.apply(images)
 

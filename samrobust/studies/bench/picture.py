@@ -51,13 +51,19 @@ def draw(report: BenchReport) -> "Figure":
     size = (8, 1.6 + 0.55 * len(groups))
     figure, (speed, cost) = make_panels(2, size, title, 110)
     for y, rows in enumerate(groups.values()):
-        for row in rows:
-            _draw_row(speed, cost, y, row)
+        for number, row in enumerate(rows):
+            _draw_row(speed, cost, y, 0.13 * (number - (len(rows) - 1) / 2), row)
     speed.set_yticks(range(len(groups)), list(groups))
     speed.set_ylim(len(groups) - 0.5, -0.5)
     speed.set_xlabel("images per second (log)", fontsize=_TEXT)
     cost.set_xlabel("time of a step relative to ST (log)", fontsize=_TEXT)
-    rates = [row["images_per_second"] for rows in groups.values() for row in rows]
+    rates = [
+        row["batch_size"] / seconds
+        for rows in groups.values()
+        for row in rows
+        for repeats in row["seconds"]
+        for seconds in repeats
+    ]
     first = np.searchsorted(_ROUND, min(rates), "right") - 1
     last = np.searchsorted(_ROUND, max(rates))
     ticks = _ROUND[first : last + 1]
@@ -71,6 +77,8 @@ def draw(report: BenchReport) -> "Figure":
         panel.grid(axis="y", color="#E4E4E4", linewidth=0.6)
         panel.set_axisbelow(True)
     speed.set_xlim(ticks[0], ticks[-1])
+    low, high = cost.get_xlim()
+    cost.set_xlim(low / 1.1, high * 1.1)  # marks at the edge are drawn whole
     handles = _handles(speed) | _handles(cost)
     figure.legend(
         list(handles.values()),
@@ -83,10 +91,13 @@ def draw(report: BenchReport) -> "Figure":
     return figure
 
 
-def _draw_row(speed: "Axes", cost: "Axes", y: int, row: Row) -> None:
-    """Draws a row's speed with its range over all repeats, and its cost and claims."""
+def _draw_row(speed: "Axes", cost: "Axes", y: int, shift: float, row: Row) -> None:
+    """Draws a row's speed with its range over all repeats, and its cost and claims.
+
+    What is measured stands `shift` below the line of the group, claims on the line.
+    """
     series = row["variant"] or row["kind"]
-    height = y + 0.13 * (list(_SERIES).index(series) - (len(_SERIES) - 1) / 2)
+    height = y + shift
     style = _style(*_SERIES[series], 5)
     rate, size = row["images_per_second"], row["batch_size"]
     repeats = [value for values in row["seconds"] for value in values]
@@ -97,7 +108,7 @@ def _draw_row(speed: "Axes", cost: "Axes", y: int, row: Row) -> None:
         cost.plot(row["cost"], height, **style)
     for field in _CLAIMS if series == "step" else ():
         if field in row:
-            cost.plot(row[field], y, **_style(*_CLAIMS[field], 9))
+            cost.plot(row[field], y, **_style(*_CLAIMS[field], 9), zorder=4)
 
 
 def _style(label: str, color: str, marker: str, size: int) -> dict[str, Any]:

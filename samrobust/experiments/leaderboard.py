@@ -1,0 +1,214 @@
+"""A leaderboard of small radii: claims in RobustBench's format, held to measurements.
+
+RobustBench's boards are at l-inf 8/255; what training without an attack gives shows at
+1/255 and 2/255. A claim is a JSON file with the fields of RobustBench's `model_info`
+and, under `samrobust`, the run and the `autoattack.json` of `samrobust recheck` that it
+rests on. Everything that the measurement decides is read there again whenever the
+board is written; a claim that says anything else is refused.
+"""
+
+import itertools
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from samrobust.checks import check
+from samrobust.experiments.reporting.names import split_column
+from samrobust.experiments.reporting.render import from_json
+from samrobust.experiments.reporting.table import Table
+from samrobust.system.files import read_object, write_json
+from samrobust.system.tables import Sheet, TextTable
+
+__all__ = ["add_claims", "read_claims", "to_sheet"]
+
+_RADII = ("1/255", "2/255")  # of l-inf
+_TEXTS = ("link", "name", "authors", "venue", "architecture", "footnote")
+_BY_HAND = {*_TEXTS, "additional_data", "number_forward_passes"}  # RobustBench's
+# What `recheck` says of a table that both attacks judged; the bundle is float32 too.
+_STANDARD = re.compile(r".*, test images, .*float32\. AA: AutoAttack, standard;.*")
+
+Claim = dict[str, Any]
+
+
+def add_claims(
+    folder: pathlib.Path, rechecked: pathlib.Path, architecture: str, note: str = ""
+) -> list[pathlib.Path]:
+    """Writes a claim for every run and every small radius of a table.
+
+    Args:
+      folder: of the leaderboard.
+      rechecked: where `samrobust recheck` left `autoattack.json`.
+      architecture: of the networks, in words.
+      note: what a reader must know beside, such as that the training set was reduced.
+
+    Raises:
+      ValueError: if there is no such table or no small radius in it, or a measurement
+        lacks what a claim rests on.
+    """
+    evidence = rechecked / "autoattack.json"
+    table = _read_table(evidence)
+    columns = [f"linf {radius} AA" for radius in _RADII]
+    columns = [column for column in columns if column in table.columns]
+    wanted = "AutoAttack at l-inf 1/255 or 2/255"
+    fix = "Run `samrobust recheck --linf=1,2`."
+    check(bool(columns), wanted, fix, columns=list(table.columns))
+    paths = []
+    for row, column in itertools.product(table.rows, columns):
+        for seed in row.seeds:
+            found = _measured(table, row.name, seed, column)
+            origin = {
+                **found.pop("samrobust"),
+                "evidence": pathlib.Path(os.path.relpath(evidence, folder)).as_posix(),
+            }
+            radius = found["eps"].replace("/", "-")
+            footnote = f"samrobust's AutoAttack on {table.num_test:,} test images."
+            claim = {
+                "link": "",
+                "name": f"{row.label}, seed {seed}",
+                "authors": "",
+                "additional_data": False,
+                "number_forward_passes": 1,
+                "venue": "",
+                "architecture": architecture,
+                **found,
+                "footnote": f"{footnote} {note}".strip(),
+                "samrobust": origin,
+            }
+            place = folder / table.dataset / f"linf-{radius}"
+            place.mkdir(parents=True, exist_ok=True)
+            paths.append(place / f"{row.name}-seed{seed}.json")
+            write_json(paths[-1], claim)
+    return paths
+
+
+def read_claims(folder: pathlib.Path) -> list[Claim]:
+    """Returns the claims of a leaderboard, each held to what it rests on.
+
+    Raises:
+      ValueError: if there is none, or one lacks a field, has one more, or says what was
+        not measured; names the file and the field.
+    """
+    paths = sorted(folder.glob("*/linf-*/*.json"))
+    check(bool(paths), "claims in --workdir", "Add some: --add.", workdir=str(folder))
+    claims = []
+    for path in paths:
+        claim = read_object(path) or {}
+        _check_claim(claim, folder, path.relative_to(folder).as_posix())
+        claims.append(claim)
+    return claims
+
+
+def _check_claim(claim: Claim, folder: pathlib.Path, name: str) -> None:
+    """Refuses a claim that is not what its evidence says."""
+    origin = claim.get("samrobust")
+    known = isinstance(origin, dict) and {"evidence", "row", "seed"} <= origin.keys()
+    check(known, "a claim with samrobust.evidence, row and seed", claim=name)
+    assert isinstance(origin, dict)
+    column = f"linf {claim.get('eps')} AA"
+    table = _read_table(folder / str(origin["evidence"]))
+    found = _measured(table, origin["row"], origin["seed"], column)
+    fields = {*_BY_HAND, *found}
+    lacking, more = sorted(fields - claim.keys()), sorted(claim.keys() - fields)
+    check(
+        not (lacking or more),
+        "RobustBench's fields",
+        claim=name,
+        lacking=lacking,
+        more=more,
+    )
+    for field in _TEXTS:
+        check(isinstance(claim[field], str), f"a text in {field}", claim=name)
+    said = claim["name"] and claim["architecture"]
+    check(bool(said), "a name and an architecture", claim=name)
+    check(
+        isinstance(claim["additional_data"], bool),
+        "additional_data=true or false",
+        claim=name,
+    )
+    passes = claim["number_forward_passes"]
+    check(passes == 1, "number_forward_passes=1", claim=name, got=passes)
+    found["samrobust"]["evidence"] = origin["evidence"]
+    for field, value in found.items():
+        wanted = f"{field}={value} as in {origin['evidence']}"
+        check(claim[field] == value, wanted, claim=name, **{field: claim[field]})
+
+
+def _read_table(path: pathlib.Path) -> Table:
+    """Reads a table that a claim may rest on."""
+    wanted, fix = "the autoattack.json of `samrobust recheck`", "Run it first."
+    check(path.is_file(), wanted, fix, path=str(path))
+    table = from_json(path.read_text(encoding="utf-8"))
+    wanted = "the standard AutoAttack, in float32 and on test images"
+    fix = "Run `samrobust recheck --dtype=float32`."
+    is_standard = bool(_STANDARD.fullmatch(table.caption))
+    check(is_standard, wanted, fix, path=str(path), caption=table.caption)
+    return table
+
+
+def _measured(table: Table, row: str, seed: int, column: str) -> Claim:
+    """Returns the fields that a measurement decides.
+
+    Raises:
+      ValueError: if the table has no such run or column, or does not say which network
+        was measured, on which images and how.
+    """
+    radius = split_column(column)[0].removeprefix("linf ")
+    check(radius in _RADII, f"eps in {list(_RADII)}", eps=radius)
+    check(column in table.columns, f"a column {column}", columns=list(table.columns))
+    runs = [run for run in table.runs if (run["row"], run["seed"]) == (row, seed)]
+    check(len(runs) == 1, "a run of the table", row=row, seed=seed)
+    (run,) = runs
+    named = {key: run.get(key) for key in ("identity", "step", "images")}
+    made: Mapping[str, Any] = run.get("provenance") or {}
+    named |= {key: made.get(key) for key in ("commit", "device", "command")}
+    lacking = [key for key, value in named.items() if value is None]
+    fix = "Run `samrobust recheck` again: this version records it."
+    check(not lacking, "a measurement that names its network", fix, lacking=lacking)
+    cells = next(r for r in table.rows if r.name == row)
+    number = cells.seeds.index(seed)
+    natural, robust = (cells.cells[c].values[number] for c in ("natural", column))
+    return {
+        "dataset": table.dataset,
+        "eps": radius,
+        "clean_acc": f"{natural:.2f}",
+        "autoattack_acc": f"{robust:.2f}",
+        "samrobust": {
+            **{"norm": "linf", "row": row, "label": cells.label, "seed": seed},
+            **{"num_test": table.num_test, **named},
+        },
+    }
+
+
+def to_sheet(claims: list[Claim]) -> Sheet:
+    """Returns a table for each data set and radius, the most robust first."""
+
+    def board(claim: Claim) -> tuple[str, str]:
+        return claim["dataset"], claim["eps"]
+
+    header = ("model", "architecture", "images", "natural", "AutoAttack", "run")
+    tables = []
+    for (dataset, radius), group in itertools.groupby(sorted(claims, key=board), board):
+        ranked = sorted(group, key=lambda c: (-float(c["autoattack_acc"]), c["name"]))
+        rows = [
+            (
+                *(c["name"], c["architecture"], f"{c['samrobust']['num_test']:,}"),
+                *(c["clean_acc"], c["autoattack_acc"], c["samrobust"]["identity"]),
+            )
+            for c in ranked
+        ]
+        tables.append(TextTable(header, rows, f"{dataset}, linf {radius}", words=2))
+    errors = [
+        100 * math.sqrt(p * (1 - p) / claim["samrobust"]["num_test"])
+        for claim in claims
+        for p in [float(claim["autoattack_acc"]) / 100]
+    ]
+    notes = [
+        "Accuracy in %, one network a line; the standard AutoAttack in float32 on as "
+        "many test images as the column says, which leave up to "
+        f"±{max(errors):.2g} points (one standard error).",
+        *dict.fromkeys(claim["footnote"] for claim in claims),
+    ]
+    return Sheet(tables, notes)

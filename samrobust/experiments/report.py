@@ -1,0 +1,264 @@
+"""The report of a folder: all that was measured there, on one page.
+
+Every number comes from the file that its command wrote, and stands beside the identity
+of what made it. What is not there is left out, and named with the command that makes
+it. A folder is a table's or a run's.
+"""
+
+import dataclasses
+import html
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from samrobust import __version__
+from samrobust.checks import check
+from samrobust.evaluation.diagnostics.finding import Finding
+from samrobust.evaluation.diagnostics.report import to_sheet
+from samrobust.experiments.curves import Curve, draw_curves
+from samrobust.experiments.reporting.names import attack_in_words
+from samrobust.experiments.reporting.page import Section, picture, render_page
+from samrobust.experiments.reporting.pictures import write_figure
+from samrobust.experiments.reporting.render import from_json, to_html, write_pictures
+from samrobust.experiments.reporting.training import draw_training
+from samrobust.experiments.survey import read_plan
+from samrobust.system.files import (
+    WorkdirError,
+    glance,
+    read_json_lines,
+    read_sealed,
+    write_text,
+)
+from samrobust.system.tables import Sheet, TextTable
+
+__all__ = ["write_report"]
+
+_UNKNOWN = "not recorded"
+_VERSIONS = ("samrobust", "jax", "jaxlib", "flax", "optax", "python")
+
+
+def write_report(workdir: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    """Writes `report.html`, and draws the pictures of the folder again.
+
+    Args:
+      workdir: of a table or of a run.
+
+    Returns:
+      The page and the pictures.
+
+    Raises:
+      ValueError: if nothing was measured there.
+    """
+    report = _Report(workdir)
+    if (workdir / "config.json").exists():
+        report.add_result()
+    else:
+        report.add_table("table", "Natural and robust accuracy", "table")
+        report.add_table("autoattack", "AutoAttack", "recheck")
+        report.add_curves()
+    report.add_training()
+    report.add_sanity()
+    fix = "Run `samrobust table` or `samrobust train` with it first."
+    wanted = "a workdir of a table or a run with results"
+    check(bool(report.sections), wanted, fix, workdir=str(workdir))
+    path = workdir / "report.html"
+    write_text(path, report.render())
+    return (path, *report.pictures)
+
+
+@dataclasses.dataclass
+class _Report:
+    """Report in the making.
+
+    Attributes:
+      workdir: see `write_report`.
+      sections: so far.
+      pictures: files that were drawn.
+      missing: titles of parts that are not there, and the commands that measure them.
+      refused: what is there and cannot be trusted, a sentence each.
+      measured: what a measurement was of, which run, its fields.
+    """
+
+    workdir: pathlib.Path
+    sections: list[Section] = dataclasses.field(default_factory=list)
+    pictures: list[pathlib.Path] = dataclasses.field(default_factory=list)
+    missing: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    refused: list[str] = dataclasses.field(default_factory=list)
+    measured: list[tuple[str, str, Mapping[str, Any]]] = dataclasses.field(
+        default_factory=list
+    )
+
+    def render(self) -> str:
+        """Returns the page."""
+        config = glance(self.workdir / "config.json")
+        label = f"{config.get('label')}, seed {config.get('seed')}"
+        name = label if config else self.workdir.resolve().name
+        sections = [*self.sections, _provenance(self.measured)]
+        missing = "; ".join(f"{title} ({command})" for title, command in self.missing)
+        notes = [
+            f"Written by samrobust {__version__} from the files of this folder. "
+            "Accuracies are percentages; the last section names the runs, by which "
+            "command and on which hardware they were measured.",
+            *([f"Not measured here: {missing}."] if missing else []),
+            *(f"Left out: {reason}" for reason in self.refused),
+        ]
+        return render_page(f"Report: {name}", notes, sections)
+
+    def add_table(self, name: str, title: str, command: str) -> None:
+        """Adds what `table` or `recheck` found."""
+        path = self.workdir / f"{name}.json"
+        if not path.exists():
+            self._lacks(title, command)
+            return
+        try:
+            table = from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"Expected what `samrobust {command}` writes in {path}, got"
+            self.refused.append(f"{reason} {type(error).__name__}: {error}.")
+            return
+        drawn = write_pictures(table, self.workdir, name)
+        labels = {row.name: row.label for row in table.rows}
+        for run in table.runs:
+            self._measured(title, f"{labels[run['row']]}, seed {run['seed']}", run)
+        alts = (table.title, f"{table.title}, against the cost of training")
+        shown = [picture(*pair) for pair in zip(drawn, alts, strict=False)]
+        self._add(title, "\n".join([to_html(table), *shown]), *drawn)
+
+    def add_curves(self) -> None:
+        """Adds what `curves` found."""
+        title, content = "Robustness curves", self._sealed("curves.json")
+        if content is None or "curves" not in content:  # not all runs are measured yet
+            self._lacks(title, "curves")
+            return
+        curves = [Curve(**curve) for curve in content["curves"]]
+        for path, run in content["runs"].items():
+            self._measured(title, path, run)
+        said = content.get("title", "Accuracy against the radius")
+        drawn = write_figure(
+            draw_curves(curves, said), self.workdir, "curves", ("png",)
+        )
+        tables = [
+            TextTable(
+                ("radius in 1/255", *(f"{radius:g}" for radius in own[0].radii)),
+                [(c.label, *(f"{mean:.1f}" for mean in c.mean)) for c in own],
+                title=norm,
+            )
+            for norm in dict.fromkeys(curve.norm for curve in curves)
+            if (own := [curve for curve in curves if curve.norm == norm])
+        ]
+        numbers = _folded("The means", Sheet(tables, []).to_html())
+        self._add(title, f"{picture(drawn[0], said)}\n{numbers}", *drawn)
+
+    def add_result(self) -> None:
+        """Adds the accuracies of a run, by all of its evaluations."""
+        title, result = "Accuracy", self._sealed("result.json")
+        config = glance(self.workdir / "config.json")
+        lines = read_json_lines(self.workdir / "evaluations.jsonl")
+        found = [line for line in (result, *lines) if line]
+        if not found:
+            self._lacks(title, "train")
+            return
+        columns = list(dict.fromkeys(c for line in found for c in line["accuracy"]))
+        rows = []
+        for line in found:
+            evaluation = line.get("evaluation", config["evaluation"])
+            name, accuracy = attack_in_words(evaluation), line["accuracy"]
+            self._measured(title, f"{config['label']}, {name}", line)
+            cells = (f"{accuracy[c]:.2f}" if c in accuracy else "-" for c in columns)
+            rows.append((name, f"{line['num_test']:,}", *cells))
+        shown = TextTable(("attack", "images", *columns), rows).to_html()
+        text = html.escape(json.dumps(config, indent=2))
+        self._add(title, f"{shown}\n{_folded('The config', f'<pre>{text}</pre>')}")
+
+    def add_training(self) -> None:
+        """Adds loss and accuracy by epoch, of runs that have a result."""
+        title, runs = "Training", {}
+        for folder, name in self._runs():
+            result = self._sealed(f"{name}/result.json".lstrip("/"))
+            lines = read_json_lines(folder / "metrics.jsonl")
+            if result and lines:
+                label, own = runs.setdefault(result["row"], (result["label"], []))
+                own.append(lines)
+                self._measured(title, f"{label}, seed {result['seed']}", result)
+        if not runs:
+            self._lacks(title, "train")
+            return
+        drawn = write_figure(draw_training(runs), self.workdir, "training", ("png",))
+        self._add(title, picture(drawn[0], "loss and accuracy by epoch"), *drawn)
+
+    def add_sanity(self) -> None:
+        """Adds the signs of gradient masking that were looked for."""
+        title, parts = "Signs of gradient masking", []
+        for folder, name in self._runs():
+            content = glance(folder / "sanity.json")
+            if content:
+                said = name or "this run"
+                self._measured(title, said, content)
+                findings = [Finding.from_dict(found) for found in content["findings"]]
+                sheet = to_sheet(findings, f"{content['num_examples']} images.")
+                parts.append(f"<h3>{html.escape(said)}</h3>\n{sheet.to_html()}")
+        if parts:
+            self._add(title, "\n".join(parts))
+        else:
+            self._lacks(title, "evaluate --sanity")
+
+    def _runs(self) -> Iterator[tuple[pathlib.Path, str]]:
+        """Yields the folders of the runs in order, and names; a lone run has none."""
+        paths = [self.workdir / "config.json"]
+        paths += (
+            self.workdir / name / "config.json" for name in read_plan(self.workdir)
+        )
+        paths += sorted(self.workdir.glob("*/seed*/config.json"))
+        for path in dict.fromkeys(path for path in paths if path.exists()):
+            name = path.parent.relative_to(self.workdir).as_posix()
+            yield path.parent, name.removeprefix(".")
+
+    def _add(self, title: str, content: str, *drawn: pathlib.Path) -> None:
+        self.sections.append(Section(title, content))
+        self.pictures += drawn
+
+    def _measured(self, what: str, run: str, fields: Mapping[str, Any]) -> None:
+        self.measured.append((what, run, fields))
+
+    def _lacks(self, title: str, command: str) -> None:
+        self.missing.append((title, f"samrobust {command}"))
+
+    def _sealed(self, name: str) -> dict[str, Any] | None:
+        """Returns what a sealed file holds; None where it cannot be trusted."""
+        try:
+            return read_sealed(self.workdir / name)
+        except WorkdirError as error:
+            if str(error) not in self.refused:
+                self.refused.append(str(error))
+            return None
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{summary}</summary>{content}</details>"
+
+
+def _provenance(measured: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Section:
+    """Returns which run each number is of, and how and on what it was measured."""
+    ways: dict[tuple[str, ...], int] = {}
+    runs = []
+    for what, run, fields in measured:
+        made = fields.get("provenance") or {}
+        versions = ", ".join(f"{n} {made[n]}" for n in _VERSIONS if n in made)
+        device = f"{made.get('num_devices', 1)} x {made.get('device', _UNKNOWN)}"
+        named = (str(made.get(n) or _UNKNOWN) for n in ("commit", "command"))
+        commit, command = named
+        way = (command, commit, device, versions or _UNKNOWN)
+        number = ways.setdefault(way, len(ways) + 1)
+        known = (str(fields.get(name) or _UNKNOWN) for name in ("identity", "step"))
+        date = str(made.get("date") or _UNKNOWN)
+        runs.append((what, run, *known, f"[{number}]", date))
+    header = ("", "command", "commit", "hardware", "versions")
+    how = [(f"[{number}]", *way) for way, number in ways.items()]
+    listed = ("what", "run", "identity", "step", "how", "when")
+    tables = [TextTable(header, how, words=5), TextTable(listed, runs, words=6)]
+    note = (
+        "An identity names a run by its config, its data and the libraries that it was "
+        "begun with; the step is that of the network."
+    )
+    return Section("Provenance", Sheet(tables, [note]).to_html())

@@ -1,0 +1,125 @@
+"""Claims in RobustBench's format say what was measured, and nothing else."""
+
+import json
+from pathlib import Path
+
+import helpers
+import pytest
+
+from samrobust.experiments.leaderboard import add_claims, read_claims, to_sheet
+from samrobust.experiments.reporting import summarize
+from samrobust.experiments.reporting.render import to_json
+
+MADE = {"commit": "abc", "device": "CPU", "command": "samrobust recheck"}
+CAPTION = (
+    "digits, test images, last checkpoint, float32. AA: AutoAttack, standard; the "
+    "columns beside it: PGD-10 on the cross_entropy loss, final iterate judged."
+)
+ROWS = [("st", "ST"), ("sam,rho=0.2", "SAM (rho = 0.2)")]
+AT = "2/255"
+
+
+def recheck(folder: Path, caption: str = CAPTION, **changes) -> Path:
+    """A folder as `samrobust recheck` leaves it, of one seed."""
+    runs = [
+        {
+            "dataset": "digits",
+            "row": row,
+            "seed": 0,
+            "num_test": 400,
+            "identity": f"identity-{row}",
+            "step": 9,
+            "images": "of-these",
+            "accuracy": {"natural": 90.0, f"linf {AT}": 70.0, f"linf {AT} AA": robust},
+            "provenance": MADE,
+        }
+        | changes
+        for (row, _), robust in zip(ROWS, (50.0, 60.25), strict=True)
+    ]
+    table = summarize(runs, rows=ROWS, caption=caption)
+    folder.mkdir(exist_ok=True)
+    (folder / "autoattack.json").write_text(to_json(table))
+    return folder
+
+
+@pytest.fixture
+def board(tmp_path) -> Path:
+    """A leaderboard of two claims."""
+    add_claims(tmp_path / "board", recheck(tmp_path / "digits"), "A CNN", "Reduced.")
+    return tmp_path / "board"
+
+
+def test_a_claim_has_robustbenchs_fields_and_names_what_it_rests_on(board):
+    path = board / "digits" / "linf-2-255" / "sam,rho=0.2-seed0.json"
+    claim = json.loads(path.read_text())
+    numbers = (claim["eps"], claim["clean_acc"], claim["autoattack_acc"])
+    assert numbers == ("2/255", "90.00", "60.25")
+    assert claim["footnote"] == "samrobust's AutoAttack on 400 test images. Reduced."
+    origin = claim["samrobust"]
+    assert (board / origin["evidence"]).is_file()
+    assert (origin["identity"], origin["step"]) == ("identity-sam,rho=0.2", 9)
+    assert origin.items() >= MADE.items()
+
+
+def test_the_most_robust_comes_first(board):
+    assert helpers.main("leaderboard", f"--workdir={board}") == 0
+    text = (board / "leaderboard.md").read_text()
+    assert text == to_sheet(read_claims(board)).to_markdown()
+    first, second = [line for line in text.splitlines() if "A CNN" in line]
+    assert first.startswith("| SAM (rho = 0.2), seed 0 | A CNN | 400 | 90.00 | 60.25 |")
+    assert second.startswith("| ST, seed 0 | A CNN | 400 | 90.00 | 50.00 |")
+    assert "±2.5 points" in text  # 100 sqrt(0.5 * 0.5 / 400)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"autoattack_acc": "60.00"}, "autoattack_acc=50.00 as in .*'60.00'"),
+        ({"clean_acc": "99.00"}, "clean_acc=90.00 as in .*'99.00'"),
+        ({"dataset": "cifar10"}, "dataset=digits as in .*'cifar10'"),
+        ({"eps": "8/255"}, r"eps in \['1/255', '2/255'\], got eps='8/255'"),
+        ({"eps": "1/255"}, "a column linf 1/255 AA, got columns="),
+        ({"samrobust.num_test": 500}, "samrobust=.*'num_test': 400.*as in"),
+        ({"samrobust.identity": "another"}, "samrobust=.*as in .*another"),
+        ({"samrobust.seed": 1}, "a run of the table, got row='st', seed=1"),
+        ({"samrobust.evidence": "none.json"}, "the autoattack.json of .*none.json"),
+        ({"unreliable": True}, r"RobustBench's fields.*more=\['unreliable'\]"),
+        ({"venue": None}, "a text in venue"),
+        ({"name": ""}, "a name and an architecture"),
+        ({"number_forward_passes": 3}, "number_forward_passes=1"),
+        ({"additional_data": "no"}, "additional_data=true or false"),
+    ],
+)
+def test_a_claim_of_anything_else_is_refused(board, change, message):
+    path = board / "digits" / "linf-2-255" / "st-seed0.json"
+    claim = json.loads(path.read_text())
+    for name, value in change.items():
+        section, _, field = name.rpartition(".")
+        (claim[section] if section else claim)[field] = value
+    path.write_text(json.dumps(claim))
+    with pytest.raises(ValueError, match=f"^Expected {message}"):
+        read_claims(board)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"caption": CAPTION.replace("standard", "custom (square)")}, "the standard"),
+        ({"caption": CAPTION.replace("float32", "bfloat16")}, "in float32"),
+        ({"caption": CAPTION.replace("test im", "validation im")}, "on test images"),
+        ({"identity": None}, r"names its network, got lacking=\['identity'\]"),
+        ({"provenance": {}}, r"names its network, .*'commit', 'device', 'command'"),
+        ({"accuracy": {"natural": 9.0, "linf 8/255 AA": 1.0}}, "at l-inf 1/255 or 2"),
+    ],
+)
+def test_what_is_no_evidence_is_refused(tmp_path, options, message):
+    folder = recheck(tmp_path / "digits", **options)
+    with pytest.raises(ValueError, match=f"^Expected .*{message}"):
+        add_claims(tmp_path / "board", folder, "A CNN")
+
+
+def test_flags_that_do_not_go_together_are_refused(board, capsys):
+    assert helpers.main("leaderboard", f"--workdir={board}", "--architecture=A") == 2
+    assert "--add with --architecture" in capsys.readouterr().err
+    assert helpers.main("leaderboard", f"--workdir={board / 'none'}") == 2
+    assert "Expected claims in --workdir" in capsys.readouterr().err
