@@ -405,6 +405,15 @@ def test_the_loops_of_a_step_transpose_nothing(name):
     assert [k.name for k in found if k.loop and "transpose" in k.opcodes] == []
 
 
+@has_compiler
+@pytest.mark.slow
+def test_eight_devices_wait_once_a_layer_and_pass_and_for_the_gradients():
+    config = helpers.make_config("st", {"training.batch_size": 16})
+    with helpers.usual_compilation():
+        found = aot.counted("step", config, "h200", devices=8)
+    assert found["kernels"]["collectives"] == 2 * 3 + 1  # three layers
+
+
 # Compiled for a TPU.
 
 

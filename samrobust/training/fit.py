@@ -238,8 +238,8 @@ class _Run:
     """The loop over epochs and chunks.
 
     Attributes:
-      ended: the epoch that has no line yet.
-      began: when the device turned to the epoch after that one.
+      ended: the last epoch, until it has a line.
+      began: when the first epoch without a line began, in seconds.
     """
 
     earlier: Sequence[Phase]
