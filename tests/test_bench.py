@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from samrobust.data import dataset_facts, load_dataset
-from samrobust.experiments import configuration
 from samrobust.models import PreActResNet, ViT
 from samrobust.studies.bench import programs, worker
 from samrobust.studies.bench.counts import StepCost, count_passes, step_cost
@@ -349,20 +348,8 @@ def test_the_ratios_to_pytorch_are_taken_round_by_round():
     assert round(reference["flop_cost"], 2) == 11.01
 
 
-def test_the_hours_of_the_tables_are_those_of_their_epochs_and_evaluations():
-    """Per table and seed: 1 ST, 3 SAM and 8 AT rows of 100 epochs of 391 steps."""
-    report = fake_report()
-    methods = [
-        configuration.parse_row(r).method for r in configuration.load_rows(CIFAR)
-    ]
-    seconds = {"st": 1.0, "sam": 2.1, "at": 8.0}
-    training = sum(100 * (391 * seconds[m] + 1.0) for m in methods)
-    evaluation = len(methods) * 5.0 / 500 * 10_000
-    assert report.projection is not None
-    assert report.projection["models"] == 72
-    hours = 2 * 3 * (training + evaluation) / 3600
-    assert report.projection["hours"] == pytest.approx(hours)
-    evaluated = find(report, "evaluation", "")
+def test_an_evaluation_is_told_in_epochs_of_standard_training():
+    evaluated = find(fake_report(), "evaluation", "")
     assert evaluated["st_epochs"] == pytest.approx(100 / 392)
 
 
@@ -465,7 +452,6 @@ def test_the_command_measures_writes_and_shows(tmp_path, monkeypatch, capsys):
     assert rows["at step"]["copy_fraction"] > 0
     assert 0 < rows["at step"]["matmul_fraction"] < 1
     assert 0 < rows["at step"]["pipeline_share"] < 1
-    assert report["projection"] is None  # no SAM row was measured
 
 
 def test_several_devices_and_steps_per_call_are_rows_of_their_own(tmp_path):

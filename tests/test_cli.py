@@ -35,6 +35,7 @@ def samrobust(*arguments):
 COMMANDS = ("table", "train", "status", "evaluate", "recheck", "curves", "bench")
 COMMANDS += ("theory", "sharpness", "export", "import", "config")
 COMMANDS += ("report", "leaderboard")
+COMMANDS += ("doctor", "completion", "estimate")
 HEAVY = {"jax", "numpy", "rich", "matplotlib", "ml_collections"}
 
 
@@ -58,7 +59,8 @@ def test_each_command_explains_its_flags(command, capsys):
         main([command, "--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert ("--config" if command == "config" else "--workdir") in shown
+    own = {"config": "--config", "doctor": "Exit code 1", "completion": "{bash,zsh}"}
+    assert own.get(command, "--workdir") in shown
 
 
 @pytest.mark.parametrize("arguments", [[], ["help"], ["--help"]])
@@ -247,6 +249,28 @@ def test_a_jax_that_does_not_load_is_one_line(tmp_path):
     assert (code, output) == (2, "")
     expected = "samrobust: error: Expected a JAX that loads, got: invalid truth value"
     assert errors.startswith(expected)
+
+
+def test_a_package_that_is_missing_is_named_with_the_line_that_installs_it(tmp_path):
+    script = (
+        "import sys\nsys.modules['flax'] = None\nfrom samrobust.cli import main\n"
+        f"sys.exit(main(['train', '--config=digits:st', '--workdir={tmp_path}']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "samrobust: error: Expected the package flax for `samrobust train`, got none. "
+        "Install all: pip install samrobust\n"
+    )
+
+
+def test_evaluate_names_the_runs_of_a_tables_folder(tmp_path, capsys):
+    runs = [{"path": f"st/seed{i}"} for i in range(2)]
+    write_json(tmp_path / "plan.json", {"runs": runs})
+    assert main(["evaluate", f"--workdir={tmp_path}"]) == 2
+    assert "Its runs: st/seed0, st/seed1." in capsys.readouterr().err
 
 
 def caused(error: Exception, cause: Exception) -> Exception:

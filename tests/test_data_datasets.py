@@ -406,7 +406,8 @@ def test_without_data_and_network_the_error_says_what_to_put_where(place):
         place.load()
     check_advice(place, error)
     (manual / "cifar-10-batches-py").mkdir(parents=True)
-    found = rf"got cifar-10-batches-py/ in {manual} and no download \("
+    found = rf"got cifar-10-batches-py/ in {manual} and no download\. Put .* Or set "
+    found += r"data_dir .* to have it made\. The download failed: "
     with pytest.raises(DatasetUnavailableError, match=found):
         place.load()
 

@@ -65,7 +65,7 @@ def test_everything_that_is_copied_exists_and_is_sent_to_the_build():
 def test_what_the_package_is_built_from_is_copied():
     project, build = PROJECT["project"], PROJECT["tool"]["hatch"]["build"]
     wheel = build["targets"]["wheel"]
-    needed = {project["readme"], *project["license-files"]}
+    needed = {"README.md", "hatch_build.py", *project["license-files"]}
     needed |= {*wheel["packages"], *wheel["force-include"], "pyproject.toml"}
     assert needed <= set(sources())
 

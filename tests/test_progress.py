@@ -30,6 +30,14 @@ def test_without_a_terminal_a_line_says_share_metrics_and_eta(monkeypatch):
     assert "eta" in line
 
 
+def test_without_a_terminal_a_line_is_one_however_long_and_its_eta_not_negative():
+    display, file = make(terminal=False, total=0.3)
+    display.show("waiting for " + 20 * "AT (linf, eps = 8/255), seed 0; ", 0.1 + 0.2)
+    (line,) = file.getvalue().splitlines()
+    assert line.startswith("100%  waiting for ")
+    assert line.endswith("(elapsed 0 s, eta 0 s)")
+
+
 def test_the_share_of_a_run_that_goes_on_is_of_the_work_that_was_left(monkeypatch):
     monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_LINES", 0.0)
     display, file = make(terminal=False)

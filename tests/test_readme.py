@@ -7,6 +7,7 @@ import pathlib
 import re
 import shlex
 import sys
+import tomllib
 import types
 from typing import Any
 
@@ -21,7 +22,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from samrobust import cli
-from samrobust.cli.table import rows_of
+from samrobust.cli.planning import rows_of
 from samrobust.data import from_arrays, load_dataset
 from samrobust.experiments import configuration
 from samrobust.experiments.components import model_fields
@@ -305,6 +306,18 @@ def test_every_field_exists(field):
 @pytest.mark.parametrize("target", re.findall(r"^ {4}make (\w+)", README, re.MULTILINE))
 def test_every_make_target_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_on_a_package_index_the_readme_has_no_link_that_leads_nowhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    text = README
+    for rule in project["tool"]["hatch"]["metadata"]["hooks"]["custom"][
+        "substitutions"
+    ]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    assert all(link.startswith("https://") for link in re.findall(r"\]\((.*?)\)", text))
+    assert "[arXiv 2305.05392](https://" in text
+    assert re.findall("```python\n(.*?)```", text, re.DOTALL) == SNIPPETS["README.md"]
 
 
 @pytest.mark.parametrize(

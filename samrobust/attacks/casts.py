@@ -1,18 +1,19 @@
-"""Casts of a classifier's parameters, out of the loops that call it step by step.
+"""Casts of parameters, out of the loops that would repeat them.
 
 A network casts its parameters to the dtype that it computes in. XLA leaves the casts in
-the body of an attack's loop: for each layer a kernel in each step, that reads six bytes
-a parameter.
+the body of a loop: for each layer a kernel in each step, that reads six bytes a
+parameter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.extend import core
 
 from samrobust.types import Array
 
-__all__ = ["cast_once"]
+__all__ = ["cast_once", "split_casts"]
 
 
 def cast_once(logits_fn: Callable[[Array], Array], images: Array) -> Callable:
@@ -26,16 +27,34 @@ def cast_once(logits_fn: Callable[[Array], Array], images: Array) -> Callable:
       A function of arrays like the images.
     """
     closed = jax.make_jaxpr(logits_fn)(images)
-    jaxpr = closed.jaxpr
-    values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-    equations = []
+    jaxpr, casts = split_casts(closed.jaxpr, closed.jaxpr.constvars)
+    consts = [closed.consts[index].astype(dtype) for index, dtype in casts]
+    closed = core.ClosedJaxpr(jaxpr, [*consts, *closed.consts])
+    return lambda images: core.jaxpr_as_fun(closed)(images)[0]
+
+
+def split_casts(
+    jaxpr: core.Jaxpr, variables: Sequence[Any]
+) -> tuple[core.Jaxpr, list[tuple[int, Any]]]:
+    """Takes the casts of some variables out of a jaxpr.
+
+    Args:
+      jaxpr: of whose own equations casts are taken, and not of those inside them.
+      variables: of it.
+
+    Returns:
+      The jaxpr with further constants before its own, and for each of them the index of
+      the variable and the dtype that it is cast to. The same cast may be there twice.
+    """
+    index = {variable: number for number, variable in enumerate(variables)}
+    results, casts, equations = [], [], []
     for equation in jaxpr.eqns:
+        source = equation.invars[0] if equation.invars else None
         is_cast = equation.primitive.name == "convert_element_type"
-        if is_cast and equation.invars[0] in values:
-            (array,), (result,) = equation.invars, equation.outvars
-            values[result] = values[array].astype(result.aval.dtype)
+        if is_cast and isinstance(source, core.Var) and source in index:
+            results.append(equation.outvars[0])
+            casts.append((index[source], equation.params["new_dtype"]))
         else:
             equations.append(equation)
-    jaxpr = jaxpr.replace(constvars=list(values), eqns=equations)
-    run = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, list(values.values())))
-    return lambda images: run(images)[0]
+    constants = [*results, *jaxpr.constvars]
+    return jaxpr.replace(constvars=constants, eqns=equations), casts

@@ -6,7 +6,6 @@ shape [B], whatever the dtype of the logits, but in float64 where they are float
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from samrobust.checks import check
 from samrobust.types import Array, LossFn
@@ -37,7 +36,10 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     >>> cross_entropy(jnp.zeros([1, 4]), jnp.array([2])).round(4)
     Array([1.3863], dtype=float32)
     """
-    return optax.softmax_cross_entropy_with_integer_labels(_precise(logits), labels)
+    logits = _precise(logits)
+    # A gather, and not `logit_of`: the gradient has the bits that optax's has.
+    of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - of_label
 
 
 def misclassified(logits: Array, labels: Array) -> Array:

@@ -19,8 +19,11 @@ from samrobust import __version__
 from samrobust.checks import shorten
 from samrobust.cli import (
     bench,
+    completion,
     config,
     curves,
+    doctor,
+    estimate,
     evaluate,
     export,
     import_,
@@ -48,6 +51,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "table": table,
     "train": train,
+    "estimate": estimate,
     "status": status,
     "evaluate": evaluate,
     "recheck": recheck,
@@ -55,12 +59,15 @@ COMMANDS = {
     "sharpness": sharpness,
     "report": report,
     "config": config,
+    "doctor": doctor,
     "bench": bench,
     "theory": theory,
     "export": export,
     "import": import_,
     "leaderboard": leaderboard,
+    "completion": completion,
 }
+_WITHOUT_JAX = (status, doctor, completion)  # or with any JAX that there is
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,17 +88,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     arguments = _parse(argv)
-    if arguments.command == "status":  # needs no JAX
-        return status.run(arguments)
+    command = COMMANDS[arguments.command]
     try:
-        import jax  # noqa: F401
-    except (ImportError, RuntimeError, ValueError) as error:
-        # As of JAX_ENABLE_X64=maybe, or a jaxlib of another version.
-        say(f"error: Expected a JAX that loads, got: {error}")
-        return BAD_INPUT
-    from samrobust.cli.running import execute
+        if command in _WITHOUT_JAX:
+            return command.run(arguments)
+        try:
+            import jax  # noqa: F401
+        except (ImportError, RuntimeError, ValueError) as error:
+            # As of JAX_ENABLE_X64=maybe, or a jaxlib of another version.
+            say(f"error: Expected a JAX that loads, got: {error}")
+            return BAD_INPUT
+        from samrobust.cli.running import execute
 
-    return execute(COMMANDS[arguments.command].run, arguments)
+        return execute(command.run, arguments)
+    except ModuleNotFoundError as error:  # after `pip install --no-deps samrobust`
+        say(
+            f"error: Expected the package {error.name} for `samrobust "
+            f"{arguments.command}`, got none. Install all: pip install samrobust"
+        )
+        return BAD_INPUT
 
 
 def _open_streams() -> None:

@@ -24,8 +24,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         "bench",
         help="how fast training is, beside its FLOPs, the paper and PyTorch",
         description="Times training steps, as epochs run them, and evaluations, each "
-        "row in a process of its own, and projects the hours of the config's table. "
-        "Images are synthetic: nothing is downloaded.",
+        "row in a process of its own. Images are synthetic: nothing is downloaded. "
+        "`samrobust estimate` says how long a table takes.",
         epilog=flags.ANY_FIELD,
     )
     add = parser.add_argument

@@ -34,6 +34,8 @@ def find_archive(
     archive: ArchiveFile,
     downloads: pathlib.Path,
     manual_dir: pathlib.Path | None = None,
+    *,
+    otherwise: str = "",
 ) -> pathlib.Path:
     """Returns the path of the verified archive, downloading it if necessary.
 
@@ -44,6 +46,7 @@ def find_archive(
       archive: which one.
       downloads: the directory for downloads.
       manual_dir: a directory where the user put the archive.
+      otherwise: a sentence that says what else can be done where it is missing.
 
     Returns:
       The path. **Guarantees**: the file's SHA-256 is the archive's.
@@ -66,14 +69,16 @@ def find_archive(
         raise DatasetUnavailableError(
             f"Expected {archive.name} in manual_dir, got "
             f"{_found(archive, manual_dir)}. "
-            f"Set it to a folder with {wanted}; or leave it out, to download that."
+            f"Set it to a folder with {wanted}; or leave it out, to download that. "
+            f"{otherwise}".rstrip()
         )
     try:
         return _download(archive, downloads)
     except (OSError, ValueError) as error:  # a broken line or disk; a wrong hash
         raise DatasetUnavailableError(
             f"Expected {archive.name}, got {_found(archive, downloads / 'manual')} and "
-            f"no download ({error}). Put {wanted} into {downloads / 'manual'}."
+            f"no download. Put {wanted} into {downloads / 'manual'}. {otherwise} "
+            f"The download failed: {error}"
         ) from error
 
 

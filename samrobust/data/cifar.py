@@ -19,7 +19,7 @@ from samrobust.data.official import VERSION, CifarSpec, check_examples
 from samrobust.data.prepared import file_formats, find_prepared, read_split
 from samrobust.data.splits import DatasetUnavailableError
 
-__all__ = ["load_cifar"]
+__all__ = ["load_cifar", "whereabouts"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,19 @@ def load_cifar(
     return arrays
 
 
+def whereabouts(spec: CifarSpec) -> str:
+    """Says where `load_cifar` would take a data set from; looks, and loads nothing."""
+    data_dir = default_data_dir()
+    if prepared := find_prepared(spec.name, data_dir, VERSION):
+        return f"prepared in {prepared}"
+    downloads, archive = data_dir / "downloads", spec.archive
+    for folder in (downloads / "manual", downloads):
+        if (folder / archive.name).is_file():
+            return f"not prepared, to be made of {folder / archive.name}"
+    size = f"{archive.num_bytes / 1e6:.0f} MB"
+    return f"not there, {size} to be downloaded from {archive.url}"
+
+
 def _load_split(
     spec: CifarSpec,
     prepared: pathlib.Path,
@@ -112,13 +125,16 @@ def _prepare(
         with _one_process_at_a_time(data_dir / "downloads" / f"{spec.name}.lock"):
             if (prepared := find_prepared(spec.name, data_dir, VERSION)) is not None:
                 return prepared  # another process was faster
-            archive = find_archive(spec.archive, data_dir / "downloads", manual_dir)
+            otherwise = f"Or set{_remedy(spec.name).removeprefix('Set')}"
+            downloads = data_dir / "downloads"
+            archive = find_archive(
+                spec.archive, downloads, manual_dir, otherwise=otherwise
+            )
             from samrobust.data.cifar_builder import CifarBuilder
 
             CifarBuilder(spec, archive, data_dir).download_and_prepare()
-    except DatasetUnavailableError as error:
-        message = f"{error} Or set{_remedy(spec.name).removeprefix('Set')}"
-        raise DatasetUnavailableError(message) from error
+    except DatasetUnavailableError:
+        raise
     except (
         OSError,
         RuntimeError,

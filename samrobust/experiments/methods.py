@@ -5,7 +5,8 @@ What a constructor returns tells which part it is.
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import optax
 
@@ -17,11 +18,14 @@ from samrobust.training.phases import first_epoch
 from samrobust.types import Config
 
 __all__ = [
+    "StepPasses",
     "build",
     "cost",
     "group_field",
     "group_size",
     "parts_of",
+    "passes_at",
+    "phases_of",
     "replays",
     "sections",
     "start_epoch",
@@ -150,23 +154,56 @@ def _construct(
     return found
 
 
-def cost(config: Config) -> float:
-    """Returns the predicted cost of a step; that of standard training is 1.
+class StepPasses(NamedTuple):
+    """A step, counted in forward and backward passes with weight gradients.
 
-    In forward and backward passes with weight gradients: a forward pass is 1/3, an
-    attack step 2/3. A part that begins late counts by its share of the epochs.
+    A forward pass is 1/3, an attack step 2/3.
+
+    Attributes:
+      attack: of making the images.
+      ascents: that sharpness adds to each pass over the images.
+      views: of the images, which the objective sees.
     """
+
+    attack: float
+    ascents: float
+    views: int
+
+    @property
+    def total(self) -> float:
+        """The passes of a step; 1 of standard training."""
+        return self.attack + self.views * (1 + self.ascents)
+
+
+def phases_of(config: Config) -> list[range]:
+    """Returns the epochs before the first late part begins, until the next, and so on.
+
+    All epochs, in one range where no part begins late.
+    """
+    late = (start_epoch(config, part.name) for part in parts_of(config))
+    return [
+        range(*ends) for ends in pairwise(sorted({0, *late, config.training.epochs}))
+    ]
+
+
+def passes_at(config: Config, epoch: int) -> StepPasses:
+    """Counts a step of an epoch: parts that begin later cost nothing yet."""
     attack, ascents = 0.0, 0.0
     for part in parts_of(config):
-        values = values_of(config, part.name)
-        share = 1 - start_epoch(config, part.name) / config.training.epochs
-        attack += share * entries.find(part.name).attack_passes(values)
-        ascents += share * entries.added_passes(part.name, values)
+        if start_epoch(config, part.name) <= epoch:
+            values = values_of(config, part.name)
+            attack += entries.find(part.name).attack_passes(values)
+            ascents += entries.added_passes(part.name, values)
     objective = build(config, entries.Given()).get("objective")
-    views = len(set(objective.views)) if objective else 1
-    return attack + views * (1 + ascents)
+    return StepPasses(attack, ascents, len(set(objective.views)) if objective else 1)
+
+
+def cost(config: Config) -> float:
+    """Returns the predicted cost of a step, the mean over all epochs; 1 is ST's."""
+    return training_cost(config) / config.training.epochs
 
 
 def training_cost(config: Config) -> float:
     """Returns the predicted cost of a training, in epochs of standard training."""
-    return config.training.epochs * cost(config)
+    phases = phases_of(config)
+    return sum(len(epochs) * passes_at(config, epochs[0]).total for epochs in phases)

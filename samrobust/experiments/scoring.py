@@ -37,6 +37,7 @@ __all__ = [
     "evaluation_work",
     "make_admit",
     "make_validate",
+    "passes_to_judge",
     "until_stopped",
 ]
 
@@ -194,22 +195,28 @@ def _key(config: Config, stream: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), stream)
 
 
-def evaluation_work(config: Config, dataset: Dataset) -> float:
-    """Returns the predicted cost of the evaluation, in the unit of `run.work`."""
+def passes_to_judge(config: Config, num_classes: int) -> float:
+    """Returns the predicted passes to judge an image once, if it is never broken.
+
+    Counted as in `methods.StepPasses`.
+    """
     evaluation = config.evaluation
     if evaluation.attack == "autoattack":
         passes = [
-            member.cost * member.num_parts(dataset.num_classes)
+            member.cost * member.num_parts(num_classes)
             for attack in building.autoattacks(config).values()
             for member in attack.members
         ]
-        judged = (1 + sum(passes)) / 3
-    else:
-        attacks = len(evaluation.linf) + len(evaluation.l2)
-        attacked = evaluation.restarts * evaluation.num_steps * 2 / 3
-        judged = (1 + attacks) / 3 + attacks * attacked
+        return (1 + sum(passes)) / 3
+    attacks = len(evaluation.linf) + len(evaluation.l2)
+    attacked = evaluation.restarts * evaluation.num_steps * 2 / 3
+    return (1 + attacks) / 3 + attacks * attacked
+
+
+def evaluation_work(config: Config, dataset: Dataset) -> float:
+    """Returns the predicted cost of the evaluation, in the unit of `run.work`."""
     count = len(evaluated_split(config, dataset)) * len(checkpoints_of(config))
-    return judged * count
+    return passes_to_judge(config, dataset.num_classes) * count
 
 
 def evaluated_split(config: Config, dataset: Dataset) -> Split:

@@ -36,6 +36,7 @@ __all__ = [
     "plan_trunks",
     "remove_finished",
     "trained_by",
+    "until",
 ]
 
 
@@ -65,11 +66,14 @@ def plan_trunks(
       table: its workdir.
       configs: of all runs, by their workdirs.
     """
-    starts = {workdir: _starts(config) for workdir, config in configs.items()}
+    starts = {  # of the phases behind the first one
+        workdir: {epochs.start for epochs in methods.phases_of(config)} - {0}
+        for workdir, config in configs.items()
+    }
     together = collections.defaultdict(list)
     for epoch in sorted(set().union(*starts.values())):
         for workdir, config in configs.items():
-            common = _until(config, epoch)
+            common = until(config, epoch)
             if _is_like(common, config):
                 key = epoch, json.dumps(as_dict(common), sort_keys=True)
                 together[key].append((workdir, common))
@@ -86,13 +90,7 @@ def plan_trunks(
     return trunks
 
 
-def _starts(config: Config) -> set[int]:
-    """Returns the epochs after the first that parts of a run begin with."""
-    starts = {methods.start_epoch(config, p.name) for p in methods.parts_of(config)}
-    return starts - {0}
-
-
-def _until(config: Config, epoch: int) -> Config:
+def until(config: Config, epoch: int) -> Config:
     """Returns the config of the run that another is up to an epoch.
 
     Sections of other methods than its own say nothing, and have the base's values.

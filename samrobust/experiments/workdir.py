@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from samrobust.checks import check
+from samrobust.checks import check, shorten
 from samrobust.experiments.configuration import as_dict, with_defaults
 from samrobust.experiments.identity import Identity, changed_fields
 from samrobust.experiments.reporting.results import check_comparable
@@ -80,8 +80,10 @@ def config_of_run(workdir: pathlib.Path) -> Config:
       WorkdirError: as `stored_config`.
     """
     stored = stored_config(workdir)
-    wanted, fix = "a run's --workdir, with a config.json", "Train it first: "
-    check(stored is not None, wanted, f"{fix}`samrobust train`.", workdir=str(workdir))
+    runs, fix = ", ".join(read_plan(workdir)), "Train it first: `samrobust train`."
+    fix = f"It is a table's. Its runs: {shorten(runs)}." if runs else fix
+    wanted = "a run's --workdir, with a config.json"
+    check(stored is not None, wanted, fix, workdir=str(workdir))
     return stored
 
 

@@ -22,6 +22,7 @@ Reference: Ioffe and Szegedy (2015), arXiv 1502.03167, Section 3.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -278,22 +279,30 @@ def _fused_backward(
 _batch_norm.defvjp(_forward, _backward)
 
 
+_PARTIAL_SUMS = 2**16  # of a layer: enough to keep a GPU busy
+
+
 @jax.custom_vjp
 def _sums(one: Array, other: Array) -> tuple[Array, Array]:
     """Sums two arrays over all axes but the last, in one pass over what both are of.
 
-    Within each example first: a sum over all pixels at once has too few columns to keep
-    a GPU busy, and XLA would store what it sums. Over the examples of several devices
-    both are one array, and so one all-reduce; on one device that costs a kernel more.
+    Runs of pixels of an example first. Sums over all pixels at once, of which there are
+    no more than channels, would leave most of a GPU idle; XLA expects that, and stores
+    what it sums, ReLU's mask too, to have less to compute in them. Over several devices
+    both are summed as one array, and so in one all-reduce; on one device that would
+    cost a kernel more.
     """
 
     def add(sums: tuple[Array, ...], terms: tuple[Array, ...]) -> tuple[Array, ...]:
         return sums[0] + terms[0], sums[1] + terms[1]
 
-    zero, axes = jnp.zeros([], one.dtype), tuple(range(one.ndim - 1))
-    terms: Any = lax.reduce((one, other), (zero, zero), add, axes[1:])
+    pixels, longest = math.prod(one.shape[1:-1]), max(one.size // _PARTIAL_SUMS, 16)
+    run = max(n for n in range(1, longest + 1) if pixels % n == 0)
+    zero = jnp.zeros([], one.dtype)
+    terms: Any = tuple(x.reshape(-1, run, x.shape[-1]) for x in (one, other))
+    terms = lax.reduce(terms, (zero, zero), add, (1,))
     if data_mesh().size == 1:
-        return lax.reduce(terms, (zero, zero), add, axes[:1])
+        return lax.reduce(terms, (zero, zero), add, (0,))
     first, second = jnp.sum(jnp.stack(terms, axis=1), axis=0)
     return first, second
 

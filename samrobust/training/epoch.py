@@ -19,6 +19,7 @@ from samrobust.checks import check
 from samrobust.data import Split, epoch_permutation, random_crop_and_flip, take_batch
 from samrobust.system.distributed import data_mesh, replicate, replicated, shard_batch
 from samrobust.system.runtime import compiler_options
+from samrobust.training.repeating import repeat
 from samrobust.training.state import TrainState
 from samrobust.training.step import TrainStep
 from samrobust.types import Array, PyTree
@@ -378,11 +379,7 @@ class EpochRunner:
             ):  # no loop: XLA's CPU compiler is better outside one
                 carries = step_of_each(carries)
             else:
-                carries, _ = jax.lax.scan(
-                    lambda carries, _: (step_of_each(carries), None),
-                    carries,
-                    length=chunk.num_steps,
-                )
+                carries = repeat(step_of_each, carries, chunk.num_steps)
             return [ended(carry) for carry in carries]
 
         def ended(carry: LoopState) -> tuple[LoopState, Array]:

@@ -16,6 +16,8 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from samrobust.experiments.reporting.status import duration
+
 __all__ = ["ProgressDisplay"]
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -86,11 +88,11 @@ class ProgressDisplay:
         if self._console.is_terminal or now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
-        share = done / total if total > 0 else 0.0
+        share = min(1.0, done / total) if total > 0 else 0.0  # sums may round up
         elapsed = now - self._started
-        eta = f"{elapsed * (1 - share) / share:.0f} s" if share > 0.02 else "-"
-        line = f"{share:4.0%}  {text}  (elapsed {elapsed:.0f} s, eta {eta})"
-        self._console.print(line)
+        eta = duration(elapsed * (1 - share) / share) if share > 0.02 else "-"
+        line = f"{share:4.0%}  {text}  (elapsed {duration(elapsed)}, eta {eta})"
+        self._console.print(line, soft_wrap=True)
 
 
 def _fixed(width: int) -> Column:

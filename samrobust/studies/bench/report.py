@@ -145,12 +145,6 @@ def _notes(report: BenchReport) -> list[str]:
         "highest); 'by FLOPs' counts input gradients alone in the attack; 'the paper' "
         "is its claim (SAM +1x, AT with 10 steps +10x)."
     )
-    if projection := report.projection:
-        tables = "Tables 1 and 2" if projection["tables"] == 2 else "the table"
-        notes.append(
-            f"Projected for {tables}, {projection['models']} models: "
-            f"{projection['hours']:,.1f} hours."
-        )
     if any(row["kind"] == "pytorch" for row in report.rows):
         notes.append(
             "PyTorch: reference as the paper's code runs (weight gradients in the "

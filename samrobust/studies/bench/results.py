@@ -1,4 +1,4 @@
-"""Rows from raw outcomes: medians, rates, fractions of ceilings, costs, hours.
+"""Rows from raw outcomes: medians, rates, fractions of ceilings, costs.
 
 No device is asked for, since this process would then hold memory of it.
 """
@@ -27,7 +27,6 @@ __all__ = ["PAPER_COSTS", "BenchReport", "Row", "summarize"]
 # The paper's claim of the time of a step, Section 5: SAM doubles that of ST, AT with
 # ten steps takes eleven times as long.
 PAPER_COSTS = {"st": 1.0, "sam": 2.0, "at": 11.0}
-_SEEDS = 3
 # Rows are of one setting where these agree.
 _SETTING = ("batch_size", "precision", "devices", "steps_per_call", "xla_flags")
 _SETTING += ("seeds",)
@@ -42,14 +41,12 @@ class BenchReport(NamedTuple):
       rows: a dict a row; see `summarize`.
       ceilings: of the roofline by precision: `matmul` in operations and `copy` in bytes
         per second.
-      projection: seconds and hours of the config's table; None if a method is missing.
       failures: (row's name, complaint).
       provenance: of the first outcome, and the command.
     """
 
     rows: list[Row]
     ceilings: dict[str, dict[str, float]]
-    projection: dict[str, Any] | None
     failures: list[tuple[str, str]]
     provenance: dict[str, Any]
 
@@ -101,8 +98,7 @@ def summarize(
         "matmul_precision": first.get("matmul_precision"),
         "command": command,
     }
-    projection = _projection(rows, options)
-    return BenchReport(rows, ceilings, projection, failures, provenance)
+    return BenchReport(rows, ceilings, failures, provenance)
 
 
 def _row(task: Task, raws: Sequence[Outcome], config: Config) -> Row:
@@ -192,25 +188,3 @@ def _ratio(name: str, row: Row, other: Row) -> Row:
     ]
     median = statistics.median(ratios)
     return {name: median, f"{name}_low": min(ratios), f"{name}_high": max(ratios)}
-
-
-def _projection(rows: Sequence[Row], options: Options) -> dict[str, Any] | None:
-    """Returns the hours of the config's table with three seeds, by measured epochs."""
-    seconds = {
-        r["method"]: r["epoch_seconds"] for r in reversed(rows) if r["kind"] == "step"
-    }
-    names = configuration.load_rows(options.config)
-    table = [configuration.parse_row(name).method for name in names]
-    if not set(table) <= seconds.keys():
-        return None
-    path = f"{options.config}:{names[0]}"
-    config = configuration.load_config(path, options.overrides)
-    evaluations = [r["test_set_seconds"] for r in rows if r["kind"] == "evaluation"]
-    training = config.training.epochs * sum(seconds[method] for method in table)
-    total = _SEEDS * (training + len(table) * (evaluations or [0.0])[0])
-    tables = 2 if config.data.name.startswith("cifar") else 1
-    return {
-        "tables": tables,
-        "models": tables * _SEEDS * len(table),
-        "hours": tables * total / 3600,
-    }
