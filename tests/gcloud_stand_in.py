@@ -10,8 +10,6 @@ keeps all of that:
     state           of the VM; no file, no VM
     refuse_create   how many creations fail from now on
     refusal         why; without it for want of capacity
-    hang_at         what a copy to the bucket does not get beyond: a pattern of names,
-                    such as `bucket/sam/a/count`; `hanging` is there once it waits
 """
 
 import contextlib
@@ -19,7 +17,6 @@ import fcntl
 import json
 import os
 import pathlib
-import re
 import shutil
 import signal
 import subprocess
@@ -47,9 +44,7 @@ _FLAGS = {
     "storage cp": {"--quiet"},
     "storage cat": set(),
     "storage rm": {"--quiet"},
-    "storage rsync": {
-        *("--recursive", "--exclude", "--delete-unmatched-destination-objects")
-    },
+    "storage rsync": {"--recursive"},
 }
 
 
@@ -168,6 +163,7 @@ def _environment(folder: pathlib.Path, home: pathlib.Path) -> dict[str, str]:
         "JAX_COORDINATOR_ADDRESS": os.environ.get("SAMROBUST_TEST_ADDRESS", ""),
         "JAX_NUM_PROCESSES": str(NUM_WORKERS),
         "JAX_PROCESS_ID": home.name,
+        "HOSTNAME": f"sam-w-{home.name}",
     }
     return {**os.environ, **told, "HOME": str(home), "SAMROBUST_VM": str(folder)}
 
@@ -189,7 +185,7 @@ def _cp(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
     assert source == "-"
     path = _local(folder, target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(sys.stdin.read())
+    path.write_bytes(sys.stdin.buffer.read())
     return 0
 
 
@@ -212,37 +208,12 @@ def _rm(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
 
 
 def _rsync(folder: pathlib.Path, words: list[str], flags: dict[str, str]) -> int:
+    del flags
     source, target = (_local(folder, word) for word in words)
-    if not source.is_dir() or not any(source.iterdir()):
+    if not source.is_dir():
         return _fail(f"did not match any objects: {source}")
-    excluded = re.compile(flags.get("--exclude", "(?!)"))
-    names = {
-        str(path.relative_to(source))
-        for path in source.rglob("*")
-        if path.is_file() and not excluded.match(str(path.relative_to(source)))
-    }
-    for name in sorted(names):
-        copy = target / name
-        _hang(folder, copy)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        on_its_way = folder / f"copy-{os.getpid()}"
-        shutil.copyfile(source / name, on_its_way)
-        on_its_way.replace(copy)  # an object is there whole or not at all
-    if "--delete-unmatched-destination-objects" in flags:
-        for path in list(target.rglob("*")):
-            if path.is_file() and str(path.relative_to(target)) not in names:
-                path.unlink()
+    shutil.copytree(source, target, dirs_exist_ok=True)
     return 0
-
-
-def _hang(folder: pathlib.Path, copy: pathlib.Path) -> None:
-    """Waits before an object that is to be the last one, until the VM is gone."""
-    pattern = folder / "hang_at"
-    while pattern.exists() and copy.is_relative_to(folder / "bucket"):
-        if not re.fullmatch(pattern.read_text(), str(copy.relative_to(folder))):
-            return
-        (folder / "hanging").touch()
-        time.sleep(0.02)
 
 
 def _fail(message: str) -> int:

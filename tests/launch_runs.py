@@ -64,7 +64,8 @@ def write_command(folder: pathlib.Path) -> pathlib.Path:
     helpers.make_folder(folder)
     script = folder / "samrobust"
     command = f'{sys.executable} -m samrobust.cli "$@"'
-    script.write_text(f"#!/bin/sh\nPYTHONPATH={helpers.ROOT} exec {command}\n")
+    paths = f"{helpers.ROOT}:{helpers.ROOT}/tests/stand_ins"
+    script.write_text(f"#!/bin/sh\nPYTHONPATH={paths} exec {command}\n")
     script.chmod(0o755)
     return folder
 

@@ -344,7 +344,7 @@ CEILINGS = {
     "two seeds": ("st", (), 260, 2.7),
     "sam": ("sam,rho=0.2", (), 565, 5.3),
     "at": ("at,norm=linf,eps=8", (), 2_110, 23.8),
-    "m-sharpness": ("sam,rho=0.2", GROUPS, 3_200, 15.0),
+    "m-sharpness": ("sam,rho=0.2", GROUPS, 3_030, 12.1),
     "trades": ("trades,norm=linf,eps=8,beta=6", (), 1_630, 22.8),
     "awp": ("at,norm=linf,eps=8+awp,gamma=0.005", (), 2_720, 26.5),
     "evaluation": ("st", (), 4_500, 258.0),

@@ -18,7 +18,7 @@ def plan_of(tmp_path, *rows, seeds=1, **fields):
     """The runs of a table of digits; fields are by names with `__` for dots."""
     arguments = planning.argparse.Namespace(
         config=CONFIG,
-        workdir=str(tmp_path),
+        workdir=tmp_path,
         rows=list(rows),
         seeds=seeds,
         shard=None,

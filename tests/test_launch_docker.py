@@ -78,6 +78,7 @@ def test_each_accelerator_is_an_extra_of_the_project(tmp_path, name):
     assert "jax==0.10.2" in (tmp_path / "locked.txt").read_text().splitlines()
     assert calls == [
         "install --no-cache-dir --require-hashes -r requirements.lock",
+        "install --no-cache-dir -c locked.txt gcsfs s3fs",
         f"install --no-cache-dir -c locked.txt {wanted}",
         "install --no-cache-dir --no-deps .",
     ]
@@ -86,7 +87,8 @@ def test_each_accelerator_is_an_extra_of_the_project(tmp_path, name):
 def test_without_an_accelerator_only_the_lock_is_installed(tmp_path):
     code, errors, calls = run_steps(tmp_path, "cpu")
     assert (code, errors) == (0, "")
-    assert [call.split()[2] for call in calls] == ["--require-hashes", "--no-deps"]
+    kinds = ["--require-hashes", "-c", "--no-deps"]
+    assert [call.split()[2] for call in calls] == kinds
 
 
 def test_drivers_and_fast_networks_are_found():
@@ -101,7 +103,7 @@ def test_an_unknown_accelerator_ends_the_build(tmp_path):
     code, errors, calls = run_steps(tmp_path, "abacus")
     assert code == 1
     assert "Expected ACCELERATOR of cuda13, cuda12, tpu, cpu, got abacus." in errors
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 def test_the_build_argument_has_a_value_and_is_used_after_it_is_declared():

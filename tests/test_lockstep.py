@@ -377,7 +377,7 @@ def test_a_command_that_is_stopped_and_killed_ends_at_the_bits_of_lone_runs(tmp_
 def test_what_cannot_be_is_refused_before_any_work(
     tmp_path, capsys, monkeypatch, flags, message
 ):
-    monkeypatch.setattr(tracking, "check_installed", lambda _: None)
+    monkeypatch.setattr(tracking, "check_trackers", lambda *_: None)
     assert helpers.main(*make_arguments(tmp_path / "table", *flags)) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "table").exists()

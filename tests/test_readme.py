@@ -33,7 +33,8 @@ from samrobust.training import make_train_step
 KEY = jax.random.key(0)
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = ["README.md", "CONTRIBUTING.md", "results/README.md", "launch/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES += [f"{folder}/README.md" for folder in ("examples", "launch", "results")]
 PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 CONFIGS = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
 TEXTS = {page: (ROOT / page).read_text() for page in [*PAGES, *CONFIGS]}
@@ -136,7 +137,7 @@ def check_parts(names):
 
 
 def check_network(names):
-    model, images = names["Linear"](), jnp.zeros([2, 4, 4, 1])
+    model, images = names["MLP"](), jnp.zeros([2, 4, 4, 1])
     variables = model.init(KEY, images, train=False)
     assert model.apply(variables, images, train=True).shape == (2, 10)
 
@@ -239,6 +240,12 @@ def mentions(page):
     """The commands within the text, whole or in part."""
     found = re.findall(r"`(samrobust [a-z][^`]*)`", TEXTS[page])
     return [" ".join(command.split()) for command in found]
+
+
+@pytest.fixture(autouse=True)
+def _clients_of_buckets(monkeypatch):
+    """Commands name buckets, whose packages are extras."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "stand_ins")
 
 
 def of_all_pages(find):

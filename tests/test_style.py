@@ -15,9 +15,9 @@ MODULES = sorted(ROOT.rglob("*.py"))
 TWIN = ROOT / "studies" / "bench" / "twin"  # named after what it mirrors
 PAGES = MODULES + [
     page
-    for folder in ("configs", "docs", "launch")
+    for folder in ("configs", "docs", "examples", "launch")
     for page in sorted((ROOT.parent / folder).rglob("*"))
-    if page.suffix in (".md", ".py")
+    if page.suffix in (".ipynb", ".md", ".py")
 ]
 PAGES += [ROOT.parent / name for name in ("README.md", "CONTRIBUTING.md")]
 

@@ -15,7 +15,7 @@ import pytest
 
 from samrobust.experiments import tracking
 from samrobust.experiments.run import run
-from samrobust.experiments.tracking import Tracking, check_installed
+from samrobust.experiments.tracking import Tracking, check_trackers
 from samrobust.system.files import append_json_line
 from samrobust.training import InterruptedRunError, Progress
 
@@ -309,8 +309,8 @@ def test_a_missing_package_is_refused_with_the_command_that_installs_it(
         monkeypatch.delitem(sys.modules, name, raising=False)
     config = helpers.make_config("st", {f"tracking.{field}": value})
     with pytest.raises(ValueError, match=rf"tracking\.{field}={value!r}.*{command}"):
-        check_installed(config)
-    check_installed(helpers.make_config("st"))
+        check_trackers(config, tmp_path)
+    check_trackers(helpers.make_config("st"), tmp_path)
 
 
 @pytest.mark.parametrize("command", ["table", "train"])

@@ -199,7 +199,7 @@ def test_a_run_that_is_killed_as_it_leaves_a_trunk_leaves_it_later(
     for which in ("best", "last"):
 
         def killed(self, *arguments, which=which, **options):
-            if "trunks" in self._directory and self._directory.endswith(which):
+            if "trunks" in self._place.name and self._place.name.endswith(which):
                 raise Killed
             save(self, *arguments, **options)
 

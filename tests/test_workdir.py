@@ -23,11 +23,11 @@ from samrobust.system.files import (
     read_json_lines,
     read_object,
     read_sealed,
-    temporary_beside,
     write_json,
     write_sealed,
     write_text,
 )
+from samrobust.system.storage import temporary_beside
 
 
 def names(folder):

@@ -10,8 +10,9 @@
 With --sweep=N it is a table in N shares, each a pod on a node, which is started again
 alone; N as `samrobust table ... --list | wc -l` counts gives each run its pod. Else one
 process a node, which drives all its devices. The workdir is relative to /work, the
-volume that outlives the pods. All else that one may want to change is in jobset.yaml,
-beside this file; --env may be given again and again. Needs nothing but Python.
+volume that outlives the pods, or gs://..., where the --service-account may write. All
+else that one may want to change is in jobset.yaml, beside this file; --env may be given
+again and again. Needs nothing but Python.
 """
 
 import argparse

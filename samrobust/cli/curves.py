@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         f"any iterate counts) and draws the means over seeds. {RESUME}",
     )
     add = parser.add_argument
-    add("--workdir", **flags.DIRECTORY, required=True, help="of the table")
+    add("--workdir", **flags.WORKDIR, required=True, help="of the table")
     add("--rows", **flags.ROWS, help="only these; default: all")
     for norm in flags.NORMS:
         words = "in 1/255; default: 8 radii up to twice the table's largest"
@@ -62,7 +61,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.system.provenance import provenance
 
     should_stop, console = shared.join(stop)
-    workdir = pathlib.Path(arguments.workdir)
+    workdir = arguments.workdir
     configs = broadcast_from_primary(
         lambda: finished_runs(workdir, arguments.rows or ())
     )

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add", "run"]
 
-_EVALUATIONS = "evaluations.jsonl"
 _OF_PGD = ("num_steps", "restarts", "loss", "judge", "early_stop", "step_size")
 _OF_AUTOATTACK = ("version", "members", "save_examples")
 _SANITY_EXAMPLES = 256
@@ -29,7 +28,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     add = parser.add_argument
     own = "default: the run's"
-    add("--workdir", **flags.DIRECTORY, required=True, help="of the run")
+    add("--workdir", **flags.WORKDIR, required=True, help="of the run")
     add("--attack", choices=("pgd", "autoattack"), help=own)
     add("--version", **flags.VERSION)
     add("--members", **flags.MEMBERS)
@@ -56,7 +55,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     images = f"with --sanity: images, evenly spaced; default: {_SANITY_EXAMPLES}"
     add("--sanity-examples", **flags.COUNT, help=images)
     others = "with --sanity: another run whose adversarial images are tried; repeatable"
-    add("--transfer-from", **flags.DIRECTORY, action="append", help=others)
+    add("--transfer-from", **flags.WORKDIR, action="append", help=others)
 
 
 def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
@@ -73,10 +72,10 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.experiments.networks import load_network
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.scoring import Scorer, evaluated_split, evaluation_work
+    from samrobust.experiments.workdir import add_evaluation
     from samrobust.system import distributed
-    from samrobust.system.files import append_json_line
 
-    workdir = pathlib.Path(arguments.workdir)
+    workdir = arguments.workdir
     should_stop, console = join(stop)
     config, surrogates = distributed.broadcast_from_primary(
         lambda: _inputs(workdir, arguments)
@@ -103,8 +102,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         "num_test": len(evaluated_split(config, dataset)),
         "seed": config.seed,
     }
-    path = workdir / _EVALUATIONS
-    distributed.broadcast_from_primary(lambda: append_json_line(path, line))
+    path = distributed.broadcast_from_primary(lambda: add_evaluation(workdir, line))
     console.print(f"Added to {path}")
     if arguments.sanity:
         check_network(
@@ -121,14 +119,23 @@ def _inputs(
 ) -> "tuple[Config, dict[str, Config]]":
     """Returns the run's config, and those of the runs to transfer from."""
     from samrobust.cli.sanity import check_surrogates, largest_balls
+    from samrobust.experiments.workdir import EVALUATIONS
     from samrobust.system.files import check_writable
+    from samrobust.system.storage import ObjectPath
 
-    number, others = arguments.sanity_examples, arguments.transfer_from or []
+    number = arguments.sanity_examples
+    others = list(map(str, arguments.transfer_from or ()))
     check(
         arguments.sanity or not (others or number is not None),
         "--sanity with --transfer-from and --sanity-examples",
         transfer_from=others,
         sanity_examples=number,
+    )
+    check(
+        not (arguments.save_examples and isinstance(workdir, ObjectPath)),
+        "a workdir on a disk with --save-examples",
+        "Copy the run to one: what was evaluated there goes on here.",
+        workdir=str(workdir),
     )
     config = _config(workdir, arguments)
     check(
@@ -138,7 +145,7 @@ def _inputs(
         linf=config.evaluation.linf,
         l2=config.evaluation.l2,
     )
-    check_writable(workdir, _EVALUATIONS)
+    check_writable(workdir, EVALUATIONS)
     return config, check_surrogates(config, others)
 
 

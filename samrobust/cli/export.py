@@ -20,7 +20,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         epilog="docs/interchange.md describes the files.",
     )
     add = parser.add_argument
-    add("--workdir", **flags.DIRECTORY, required=True, help="of the run")
+    add("--workdir", **flags.WORKDIR, required=True, help="of the run")
     formats = {"choices": ("safetensors", "pytorch", "robustbench")}
     add("--format", **formats, required=True, help="the last two need torch")
     add("--output", **flags.FILE, required=True, help="a file; robustbench: a folder")
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace, stop: Any) -> int:
     )
 
     del stop  # it takes seconds
-    workdir, output = pathlib.Path(arguments.workdir), pathlib.Path(arguments.output)
+    workdir, output = arguments.workdir, pathlib.Path(arguments.output)
     kind, suffixes = arguments.format, SUFFIXES.get(arguments.format)
     if kind != "safetensors":
         import_torch(f"write --format={kind}")

@@ -9,6 +9,7 @@ import argparse
 import functools
 import inspect
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
@@ -22,6 +23,7 @@ from samrobust.checks import (
     check_real,
     check_whole,
 )
+from samrobust.system.storage import to_path
 
 __all__ = [
     "ANY_FIELD",
@@ -47,6 +49,7 @@ __all__ = [
     "SWITCH",
     "TEXT",
     "VERSION",
+    "WORKDIR",
     "build",
     "given",
     "names_of",
@@ -112,6 +115,10 @@ def _path(text: str) -> str:
     return path
 
 
+def _workdir(text: str) -> pathlib.Path:
+    return to_path(text if "://" in text else _path(text))
+
+
 def _name(text: str) -> str:
     """Reads the name of a row or of a config, which is looked up when it is used."""
     check(bool(text.strip(" ;")) and text.isprintable(), "a name", value=text)
@@ -156,6 +163,7 @@ def _column(text: str) -> str:
 
 
 DIRECTORY, FILE = _kind(_path, "DIR"), _kind(_path, "FILE")
+WORKDIR = _kind(_workdir, "DIR")  # or gs://BUCKET/FOLDER, s3://BUCKET/FOLDER
 COUNT, SIZE = _kind(_whole(1), "N"), _kind(_whole(0), "N")
 SEED = _kind(_whole(0, LARGEST_SEED), "N")
 FEW = _kind(_whole(1, 10_000), "N")  # of what is listed or started one by one

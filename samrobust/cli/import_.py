@@ -21,7 +21,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     tensors = "only its tensors are read; none of its code runs"
     add("--input", **flags.FILE, required=True, help=tensors)
-    add("--workdir", **flags.DIRECTORY, required=True, help="a new one")
+    add("--workdir", **flags.WORKDIR, required=True, help="a new one")
     words = {"metavar": "FILE:ROW", "help": "how it is evaluated; default: %(default)s"}
     add("--config", **flags.CONFIG | words, default="configs/cifar10.py:st")
     names = ("cifar10", "cifar100", "digits")
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace, stop: Any) -> int:
     from samrobust.models.torch.weights import read_weights
 
     del stop  # it takes seconds
-    source, workdir = pathlib.Path(arguments.input), pathlib.Path(arguments.workdir)
+    source, workdir = pathlib.Path(arguments.input), arguments.workdir
     weights = read_weights(source)
     config = configuration.load_config(arguments.config, arguments.overrides)
     with config.unlocked():

@@ -21,7 +21,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say which runs a table has."""
     add = parser.add_argument
     add("--config", **flags.CONFIG, default="configs/digits.py")
-    add("--workdir", **flags.DIRECTORY, help="default: runs/NAME for configs/NAME.py")
+    add("--workdir", **flags.WORKDIR, help="default: runs/NAME for configs/NAME.py")
     seeds = "runs of a row, 0 .. N-1; with --config.seed=S: S .. S+N-1"
     add("--seeds", **flags.FEW, default=1, help=seeds)
     program = "seeds of a row that are trained at a time, as one program on one device"
@@ -71,7 +71,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     from samrobust.experiments.workdir import run_folder
 
     name = pathlib.Path(arguments.config).stem
-    workdir = pathlib.Path(arguments.workdir or f"runs/{name}")
+    workdir = arguments.workdir or pathlib.Path("runs", name)
     texts = ";".join(arguments.rows or ()).split(";")
     rows = [row for text in texts for row in rows_of(text.strip())]
     configs = {

@@ -36,7 +36,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         f".csv, .json and .png. {RESUME}",
     )
     add = parser.add_argument
-    add("--workdir", **flags.DIRECTORY, required=True, help="of the table")
+    add("--workdir", **flags.WORKDIR, required=True, help="of the table")
     add("--rows", **flags.ROWS, help="only these; default: all")
     add("--version", **flags.VERSION)
     add("--members", **flags.MEMBERS)
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.system.files import check_writable
 
     should_stop, console = shared.join(stop)
-    workdir = pathlib.Path(arguments.workdir)
+    workdir = arguments.workdir
     runs = broadcast_from_primary(
         lambda: {
             path: {attack: _config(config, attack, arguments) for attack in _ATTACKS}

@@ -1,7 +1,6 @@
 """`samrobust report`: all that a folder holds on one page of HTML."""
 
 import argparse
-import pathlib
 from typing import Any
 
 from samrobust.cli import flags
@@ -20,7 +19,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "of the folder again. Measures nothing.",
     )
     parser.add_argument(
-        "--workdir", **flags.DIRECTORY, required=True, help="of a table or of a run"
+        "--workdir", **flags.WORKDIR, required=True, help="of a table or of a run"
     )
 
 
@@ -35,6 +34,6 @@ def run(arguments: argparse.Namespace, stop: Any) -> int:
     from samrobust.experiments.reporting.console import make_console
 
     del stop  # it takes seconds
-    workdir = pathlib.Path(arguments.workdir)
+    workdir = arguments.workdir
     show_written(make_console(), workdir, write_report(workdir))
     return 0

@@ -20,6 +20,7 @@ from samrobust.experiments.scoring import evaluated_split, evaluation_key, until
 from samrobust.experiments.workdir import config_of_run
 from samrobust.system.distributed import broadcast_from_primary
 from samrobust.system.provenance import provenance
+from samrobust.system.storage import to_path
 from samrobust.training.adversaries.at import make_ball
 from samrobust.types import Config
 
@@ -66,7 +67,7 @@ def check_network(
         same = other.data.to_dict() == config.data.to_dict()
         images = dataset if same else building.load_data(other)
         which = checkpoints_of(other)[0]
-        return Surrogate(*load_network(other, images, pathlib.Path(folder), which)[:2])
+        return Surrogate(*load_network(other, images, to_path(folder), which)[:2])
 
     with display.live():
         findings = run_sanity(
@@ -100,7 +101,7 @@ def check_surrogates(config: Config, folders: Iterable[str]) -> dict[str, Config
     Raises:
       ValueError: if a folder holds no run, or one on other images.
     """
-    found = {folder: config_of_run(pathlib.Path(folder)) for folder in folders}
+    found = {folder: config_of_run(to_path(folder)) for folder in folders}
     for folder, other in found.items():
         check(
             other.data.name == config.data.name,

@@ -37,7 +37,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         epilog="Explained in docs/flatness.md.",
     )
     add = parser.add_argument
-    add("--workdir", **flags.DIRECTORY, required=True, help="of the table")
+    add("--workdir", **flags.WORKDIR, required=True, help="of the table")
     add("--rows", **flags.ROWS, help="only these; default: all")
     column = "to draw, as in 'linf 8/255 AA'; default: the last of l-inf"
     add("--column", **flags.COLUMN, help=column)
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.system.provenance import provenance
 
     should_stop, console = shared.join(stop)
-    workdir = pathlib.Path(arguments.workdir)
+    workdir = arguments.workdir
     configs = broadcast_from_primary(
         lambda: finished_runs(workdir, arguments.rows or ())
     )

@@ -4,7 +4,6 @@ Loads no JAX, writes nothing.
 """
 
 import argparse
-import pathlib
 import signal
 import time
 
@@ -26,7 +25,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "accuracy, ETA of the training, and the last error. Changes nothing.",
     )
     add = parser.add_argument
-    add("--workdir", **flags.DIRECTORY, required=True, help="of a table or of a run")
+    add("--workdir", **flags.WORKDIR, required=True, help="of a table or of a run")
     add("--watch", action="store_true", help="refresh until all runs are done")
 
 
@@ -39,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = make_console()
     try:
         while True:
-            runs = survey(pathlib.Path(arguments.workdir))
+            runs = survey(arguments.workdir)
             if arguments.watch:
                 console.clear()  # does nothing where there is no terminal
             console.print(status_to_rich(runs))

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         record_plan,
         refuse_other_configs,
     )
-    from samrobust.experiments.tracking import check_installed
+    from samrobust.experiments.tracking import check_trackers
     from samrobust.experiments.trunks import remove_finished
     from samrobust.system import distributed
 
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         if arguments.list:
             return _list(plan)
         return _conclude(plan, arguments, make_console())
-    check_installed(plan.runs[0].config)
+    check_trackers(plan.runs[0].config, plan.workdir)
     should_stop, console = join(stop)
     share = plan.runs[plan.shard]
     check_seeds_per_program(arguments.seeds_per_program, share)

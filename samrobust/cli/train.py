@@ -1,7 +1,6 @@
 """`samrobust train`: one row, trained and attacked."""
 
 import argparse
-import pathlib
 from collections.abc import Callable
 
 from samrobust.cli import flags
@@ -20,9 +19,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     words = {"metavar": "FILE:ROW", "help": "configs/digits.py:st"}
     parser.add_argument("--config", **flags.CONFIG | words, required=True)
-    parser.add_argument(
-        "--workdir", **flags.DIRECTORY, required=True, help="of this run"
-    )
+    parser.add_argument("--workdir", **flags.WORKDIR, required=True, help="of this run")
 
 
 def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
@@ -37,15 +34,15 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.run import PlannedRun, work
     from samrobust.experiments.run import run as run_row
-    from samrobust.experiments.tracking import check_installed
+    from samrobust.experiments.tracking import check_trackers
     from samrobust.system import distributed
     from samrobust.system.claims import await_verdict
     from samrobust.training import InterruptedRunError
 
     config = configuration.load_config(arguments.config, arguments.overrides)
-    check_installed(config)
+    check_trackers(config, arguments.workdir)
     should_stop, console = join(stop)
-    planned = PlannedRun(config, pathlib.Path(arguments.workdir))
+    planned = PlannedRun(config, arguments.workdir)
     await_verdict(
         planned.workdir,
         should_stop=should_stop,

@@ -7,7 +7,6 @@ them.
 import hashlib
 import json
 import pathlib
-import shutil
 
 from samrobust.checks import check
 from samrobust.experiments import building
@@ -21,6 +20,7 @@ from samrobust.models.torch.weights import Weights
 from samrobust.system.claims import claim
 from samrobust.system.files import WorkdirError, glance, write_json
 from samrobust.system.provenance import provenance
+from samrobust.system.storage import remove_tree
 from samrobust.training.checkpoint import CheckpointError, Checkpoints
 from samrobust.training.log import checkpoint_folder
 from samrobust.types import Config
@@ -131,8 +131,7 @@ def import_weights(
         if not done:
             # After a kill the same command, or the import of another file, takes what
             # is there for its own: the config, written last, ends it.
-            if (workdir / "checkpoints").exists():
-                shutil.rmtree(workdir / "checkpoints")
+            remove_tree(workdir / "checkpoints")
             write_json(workdir / "import.json", note)
             save_variables(config, facts, workdir, variables, digest)
         given = as_dict(config)

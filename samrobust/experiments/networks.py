@@ -21,6 +21,7 @@ from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.workdir import config_of_run, stored_config
 from samrobust.system.distributed import broadcast_from_primary, data_mesh
 from samrobust.system.files import glance
+from samrobust.system.storage import to_path
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
 from samrobust.training.epoch import LoopState
 from samrobust.training.fit import fresh_carry
@@ -88,7 +89,7 @@ def load(
       CheckpointError: if there is no such checkpoint, or it is damaged or of another
         run.
     """
-    folder = pathlib.Path(workdir)
+    folder = to_path(workdir)
     config = config_of_run(folder)
     facts = building.load_facts(config)
     which = checkpoint or checkpoints_of(config)[0]

@@ -6,6 +6,7 @@ a worker on another machine is alive is judged by this machine's clock. Nothing 
 needs JAX.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import math
@@ -90,7 +91,9 @@ def survey(workdir: pathlib.Path) -> list[RunStatus]:
             f"workdir={str(workdir)!r}. It is made by `samrobust table` or `train`."
         )
         raise WorkdirError(message)
-    return [survey_run(workdir / path, planned) for path, planned in plan.items()]
+    # At a time, since an object store answers late.
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        return list(pool.map(survey_run, map(workdir.joinpath, plan), plan.values()))
 
 
 def read_plan(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:

@@ -20,21 +20,28 @@ from typing import Any, Protocol
 
 from samrobust.checks import check
 from samrobust.system.files import glance, read_json_lines, write_json
+from samrobust.system.storage import ObjectPath
 from samrobust.types import Config
 
-__all__ = ["Tracking", "check_installed"]
+__all__ = ["Tracking", "check_trackers"]
 
 _PACKAGES = {"tensorboard": ("tensorboardX", "2.6"), "wandb": ("wandb", "0.18")}
 # Seconds for W&B to send what is left: at the end, and of a tracker that failed.
 _PATIENCE, _SHORT_PATIENCE = 60.0, 5.0
 
 
-def check_installed(config: Config) -> None:
-    """Refuses a tracker whose package is missing.
+def check_trackers(config: Config, workdir: pathlib.Path) -> None:
+    """Refuses a tracker whose package is missing, or that cannot write to the workdir.
 
     Raises:
-      ValueError: with the command that installs it.
+      ValueError: with the command that installs it, or why not.
     """
+    check(
+        not (config.tracking.tensorboard and isinstance(workdir, ObjectPath)),
+        "a workdir on a disk with tracking.tensorboard",
+        "metrics.jsonl has every epoch, and tracking.wandb works.",
+        workdir=str(workdir),
+    )
     for name, (package, version) in _PACKAGES.items():
         wanted = config.tracking[name]
         spec = util.find_spec(package) if wanted else None
@@ -175,7 +182,8 @@ class _WandB:
             name=f"{config.label}, seed {config.seed}",
             group=config.data.name,
             config=config.to_dict(),
-            dir=str(workdir),
+            # Its own default, where what it keeps meanwhile cannot be in the workdir.
+            dir=None if isinstance(workdir, ObjectPath) else str(workdir),
             settings=wandb.Settings(console="off", silent=True),
         )
 

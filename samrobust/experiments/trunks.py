@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from samrobust.experiments.configuration import as_dict, with_defaults
 from samrobust.experiments.identity import identity_of
 from samrobust.experiments.rows import Row, parse_row
 from samrobust.system.claims import read_holder
+from samrobust.system.storage import remove_tree
 from samrobust.training.fit import fresh_carry
 from samrobust.training.log import checkpoint_folder
 from samrobust.training.trunks import TRAINED_BY, Trunk
@@ -172,7 +172,7 @@ def remove_finished(planned: Iterable[PlannedTrunk]) -> None:
     """Removes the trunks all of whose runs have finished."""
     for trunk in planned:
         if all((workdir / "result.json").exists() for workdir in trunk.workdirs):
-            shutil.rmtree(trunk.folder, ignore_errors=True)
+            remove_tree(trunk.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # others lie there
                 for folder in trunk.folder.parents[:3]:
                     folder.rmdir()

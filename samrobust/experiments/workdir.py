@@ -5,7 +5,9 @@ A workdir holds `config.json`, `metrics.jsonl`, `checkpoints/`, `result.json`;
 `samrobust.system.claims`).
 """
 
+import contextlib
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,11 +18,21 @@ from samrobust.experiments.reporting.results import check_comparable
 from samrobust.experiments.rows import modern_row
 from samrobust.experiments.survey import read_plan
 from samrobust.experiments.validation import validate
-from samrobust.system.files import WorkdirError, read_object, read_sealed, write_json
+from samrobust.system.claims import ClaimedError, claim
+from samrobust.system.files import (
+    WorkdirError,
+    append_json_line,
+    read_object,
+    read_sealed,
+    write_json,
+)
+from samrobust.system.storage import ObjectPath
 from samrobust.types import Config
 
 __all__ = [
+    "EVALUATIONS",
     "OtherConfigError",
+    "add_evaluation",
     "config_changes",
     "config_of_run",
     "finished_runs",
@@ -30,8 +42,9 @@ __all__ = [
     "stored_config",
 ]
 
+EVALUATIONS = "evaluations.jsonl"
 _LEFT_BY_A_RUN = "result.json", "metrics.jsonl", "checkpoints"
-_LEFT_BY_A_RUN += "evaluations.jsonl", "autoattack"
+_LEFT_BY_A_RUN += EVALUATIONS, "autoattack"
 
 
 class OtherConfigError(WorkdirError):
@@ -125,10 +138,11 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
 def run_folder(workdir: pathlib.Path, row: str, seed: int) -> pathlib.Path:
     """Returns where a table has a run: `ROW/seed0`, the row as its version wrote it."""
     folder = workdir / row / f"seed{seed}"
+    if folder.is_dir():
+        return folder
     older = (path / folder.name for path in sorted(workdir.glob("at+sam,*")))
     named = (path for path in older if modern_row(path.parent.name) == row)
-    found = filter(pathlib.Path.is_dir, (folder, *named))
-    return next(found, folder)
+    return next((path for path in named if path.is_dir()), folder)
 
 
 def config_changes(
@@ -144,6 +158,22 @@ def config_changes(
     """
     stored = stored_config(workdir)
     return None if stored is None else changed_fields(stored.to_dict(), as_dict(config))
+
+
+def add_evaluation(workdir: pathlib.Path, line: Mapping[str, Any]) -> pathlib.Path:
+    """Adds a line to `evaluations.jsonl`, as others may at the same time.
+
+    Returns:
+      The path of that file.
+    """
+    path = workdir / EVALUATIONS
+    while isinstance(path, ObjectPath):  # which has no appending
+        with contextlib.suppress(ClaimedError), claim(workdir / ".appending"):
+            append_json_line(path, line)
+            return path
+        time.sleep(1.0)
+    append_json_line(path, line)
+    return path
 
 
 def settle_config(workdir: pathlib.Path, config: Config) -> None:

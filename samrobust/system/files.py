@@ -1,18 +1,18 @@
 """Files that are written whole or not at all, and read with care.
 
 A file is replaced in one step, so that a kill at any moment leaves the old one or the
-new one; temporary names are unique across processes and machines.
+new one. Disks and object stores alike: `samrobust.system.storage`.
 """
 
 import contextlib
 import hashlib
 import itertools
 import json
-import os
 import pathlib
-import uuid
 from collections.abc import Sequence
 from typing import Any
+
+from samrobust.system import storage
 
 __all__ = [
     "MetricsLog",
@@ -25,7 +25,6 @@ __all__ = [
     "read_object",
     "read_sealed",
     "set_aside",
-    "temporary_beside",
     "write_bytes",
     "write_json",
     "write_sealed",
@@ -35,11 +34,6 @@ __all__ = [
 
 class WorkdirError(RuntimeError):
     """The workdir cannot be used for this run; the message says why and what to do."""
-
-
-def temporary_beside(path: pathlib.Path) -> pathlib.Path:
-    """Returns a hidden name in the same directory that nobody else uses."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -53,19 +47,9 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
     Raises:
       WorkdirError: if there is a folder of that name.
     """
-    if path.is_dir():
+    if not isinstance(path, storage.ObjectPath) and path.is_dir():
         raise WorkdirError(f"Expected a file {path}, got a folder. Move it away.")
-    temporary = temporary_beside(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    storage.replace(path, content)
 
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:
@@ -86,12 +70,13 @@ def check_writable(folder: pathlib.Path, *names: str) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = temporary_beside(folder / "probe")
+        probe = storage.temporary_beside(folder / "probe")
         write_bytes(probe, b"probe")
         probe.unlink()
         for name in names:
-            if (folder / name).exists():
-                (folder / name).open("ab").close()
+            path = folder / name
+            if not isinstance(path, storage.ObjectPath) and path.exists():
+                path.open("ab").close()
     except OSError as error:
         message = f"Expected a writable directory, got workdir={str(folder)!r}: {error}"
         raise WorkdirError(message) from error
@@ -103,18 +88,9 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def append_json_line(path: pathlib.Path, value: Any) -> None:
-    """Adds an object to a JSON-lines file; durable on return.
-
-    After a line that a kill cut off it begins a new one.
-    """
+    """Adds an object to a JSON-lines file, as `storage.append`; durable on return."""
     text = json.dumps(value, allow_nan=False) + "\n"
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            text = text if file.read(1) == b"\n" else "\n" + text
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    storage.append(path, text.encode())
 
 
 def read_json(path: pathlib.Path) -> Any | None:
@@ -188,7 +164,9 @@ def glance(path: pathlib.Path) -> dict[str, Any]:
     For readers while others write: whatever is there, it neither raises nor blocks.
     """
     try:
-        value = read_json(path) if path.is_file() else None  # a pipe would not end
+        # A pipe would not end; no store has any, and the question is a request there.
+        is_safe = isinstance(path, storage.ObjectPath) or path.is_file()
+        value = read_json(path) if is_safe else None
     except (OSError, RecursionError, WorkdirError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -199,10 +177,12 @@ def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
     A kill may cut a line off.
     """
-    if not path.exists():
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return []
     lines = []
-    for text in path.read_bytes().splitlines():
+    for text in content.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if isinstance(line, dict):

@@ -8,6 +8,8 @@ directory into place when all of it is written, so that a killed process leaves 
 checkpoints as they were. The checksums find what Orbax misses: it silently
 restores a file with a flipped byte.
 
+The directory may be of an object store (`samrobust.training.places`).
+
 Only process 0 uses this module: it holds a copy of the whole state.
 Only one job at a time may write to a directory; others may read it. Typed PRNG keys are
 out of scope: save `jax.random.key_data(key)`.
@@ -15,6 +17,7 @@ out of scope: save `jax.random.key_data(key)`.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import warnings
@@ -33,6 +36,7 @@ from samrobust.training.manifest import (
     named_leaves,
     place,
 )
+from samrobust.training.places import open_place
 from samrobust.training.reader import ALONE, DamagedError, Reader
 from samrobust.types import PyTree
 
@@ -66,7 +70,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     `keep=1`. A failed write leaves the finished checkpoints as they were.
 
     Args:
-      directory: where the checkpoints lie; made by the first `save`.
+      directory: where the checkpoints lie, as of `samrobust.system.storage.to_path`;
+        made by the first `save`.
       keep: how many checkpoints to keep, the newest ones; at least 1.
 
     Raises:
@@ -85,7 +90,7 @@ metadata={'epoch': 2})
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2):
         check(keep >= 1, "1 <= keep", "Keep at least one checkpoint.", keep=keep)
-        self._directory = os.path.abspath(directory)
+        self._place = open_place(directory)
         self._policy = _KeepNewest(keep)
         self._manager: ocp.CheckpointManager | None = None
         self._last_step: int | None = None
@@ -131,8 +136,8 @@ metadata={'epoch': 2})
         later = [other for other in self._steps() if other > step]
         if later:
             warnings.warn(
-                f"Steps {later} in {self._directory} are later than step {step}, which "
-                "is being saved; they are removed when it is committed.",
+                f"Steps {later} in {self._place.name} are later than step {step}, "
+                "which is being saved; they are removed when it is committed.",
                 stacklevel=2,
             )
         self._last_step, self._policy.later = step, frozenset(later)
@@ -148,6 +153,8 @@ metadata={'epoch': 2})
                 metadata=ocp.args.JsonSave(manifest),
             )
             manager.save(step, args=items, force=True)
+            outdated = functools.partial(self._policy.outdated, step)
+            self._place.publish(step, manager.wait_until_finished, outdated)
         if wait:
             self.wait()
 
@@ -182,9 +189,9 @@ metadata={'epoch': 2})
                     warnings.warn(f"{message}{error}", stacklevel=2)
         if steps:
             raise CheckpointError(
-                f"Expected an intact checkpoint in {self._directory}, got only damaged "
-                f"ones, steps={steps}. Restore the directory from a copy, or use "
-                "another one."
+                f"Expected an intact checkpoint in {self._place.name}, got only "
+                f"damaged ones, steps={steps}. Restore the directory from a copy, or "
+                "use another one."
             )
         return None
 
@@ -224,7 +231,7 @@ metadata={'epoch': 2})
                     ) from error
         raise CheckpointError(
             f"Expected a checkpoint{'' if step is None else f' of step {step}'} in "
-            f"{self._directory}, got {self._steps() or 'none'}. Run `samrobust train`."
+            f"{self._place.name}, got {self._steps() or 'none'}. Run `samrobust train`."
         )
 
     def _read(
@@ -237,10 +244,12 @@ metadata={'epoch': 2})
         """Reads one checkpoint; raises `DamagedError` or `CheckpointError`."""
         path, models = self._path(step), named_leaves(like)
         try:
-            manifest = reader.read_manifest(path, step)
-            reason = refuse(manifest["metadata"])
-            mismatch = find_mismatch(manifest["leaves"], models)
-            leaves = {} if reason or mismatch else reader.read_leaves(path, manifest)
+            with self._place.opened(step) as folder:
+                manifest = reader.read_manifest(folder, step)
+                reason = refuse(manifest["metadata"])
+                mismatch = find_mismatch(manifest["leaves"], models)
+                wanted = not (reason or mismatch)
+                leaves = reader.read_leaves(folder, manifest) if wanted else {}
         except Exception as error:  # Orbax raises many kinds on damaged files
             if is_transient(error):
                 raise
@@ -267,33 +276,33 @@ metadata={'epoch': 2})
         """Waits for the pending write; raises `CheckpointError` if it failed."""
         if self._manager is not None:
             with self._reporting_errors():
+                self._place.wait()
                 self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the pending write, then frees the threads; may be called again."""
-        self.wait()
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+        try:
+            self.wait()
+        finally:
+            if self._manager is not None:
+                self._manager.close()
+                self._manager = None
+            self._place.close()
 
     def _path(self, step: int) -> str:
-        return os.path.join(self._directory, str(step))
+        return os.path.join(self._place.name, str(step))
 
     def _steps(self) -> list[int]:
-        """Lists the finished steps on disk, in increasing order."""
-        if not os.path.isdir(self._directory):
-            return []
-        found = ocp.path.step.standard_name_format().find_all(self._directory)
-        return sorted(item.step for item in found)
+        return self._place.steps()
 
     def _open_manager(self) -> ocp.CheckpointManager:
         """Returns the writer, with its list of steps read again from the disk."""
         if self._manager is None:
             # Made by the first save, for it removes the temporary directories of
             # killed writers: a reader must not do this to a run in progress.
-            os.makedirs(self._directory, exist_ok=True)
+            os.makedirs(self._place.folder, exist_ok=True)
             self._manager = _Manager(
-                self._directory,
+                self._place.folder,
                 options=ocp.CheckpointManagerOptions(
                     create=False,
                     multiprocessing_options=ALONE,
@@ -320,15 +329,15 @@ metadata={'epoch': 2})
                     manager.close()
             raise CheckpointError(
                 f"Expected to write the checkpoint of step {self._last_step} to "
-                f"{self._directory}, got {_summary(error)}. Earlier checkpoints are "
+                f"{self._place.name}, got {_summary(error)}. Earlier checkpoints are "
                 "kept. Check the free space and the permissions there, then save again."
             ) from error
 
     def _is_intact(self, step: int) -> bool:
         with Reader() as reader:
             try:
-                path = self._path(step)
-                reader.read_leaves(path, reader.read_manifest(path, step))
+                with self._place.opened(step) as folder:
+                    reader.read_leaves(folder, reader.read_manifest(folder, step))
             except Exception:  # Orbax raises many kinds on damaged files
                 return False
         return True
@@ -355,14 +364,16 @@ class _KeepNewest:
     keep: int
     later: frozenset[int] = frozenset()
 
+    def outdated(self, saved: int, steps: Sequence[int]) -> list[int]:
+        """Returns the steps to remove once one is saved."""
+        kept = sorted(step for step in steps if step <= saved)[-self.keep :]
+        return [s for s in steps if s in self.later or (s <= saved and s not in kept)]
+
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any):
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
-        saved = steps[-1]  # Orbax appends it to what it found on disk
-        kept = sorted(step for step in steps if step <= saved)[-self.keep :]
-        return [
-            step in kept or (step > saved and step not in self.later) for step in steps
-        ]
+        outdated = self.outdated(steps[-1], steps)  # Orbax appends the one just saved
+        return [step not in outdated for step in steps]
 
 
 def _summary(error: Exception) -> str:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from samrobust.system.distributed import broadcast_from_primary, is_primary
 from samrobust.system.files import MetricsLog
+from samrobust.system.storage import to_path
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
 from samrobust.training.epoch import LoopState, MetricSums
 from samrobust.training.restoring import read_and_spread
@@ -228,7 +229,7 @@ class RunFolder(RunLog):
         self._may_write, self._clock = may_write, clock
         self.identity = identity
         self._minutes = minutes
-        self._workdir = pathlib.Path(workdir)
+        self._workdir = to_path(workdir)
         self._folder = checkpoint_folder(self._workdir, "last")
         self._checkpoints = Checkpoints(self._folder, keep=keep)
         self._best = Checkpoints(checkpoint_folder(self._workdir, "best"), keep=1)

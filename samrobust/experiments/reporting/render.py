@@ -26,6 +26,7 @@ from samrobust.experiments.reporting.pictures import draw_table, write_figure
 from samrobust.experiments.reporting.prices import draw_prices, has_prices
 from samrobust.experiments.reporting.table import Difference, Table, summarize
 from samrobust.system.files import write_text
+from samrobust.system.storage import to_path
 from samrobust.system.tables import TextTable
 
 __all__ = [
@@ -51,7 +52,7 @@ def write_table(
       **Guarantees**: a reader finds each file complete, the old one or the new one, at
       any moment.
     """
-    directory = Path(directory)
+    directory = to_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for suffix, render in (("md", to_markdown), ("csv", to_csv), ("json", to_json)):

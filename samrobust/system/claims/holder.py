@@ -9,6 +9,7 @@ import socket
 from typing import Any
 
 from samrobust.system.files import glance
+from samrobust.system.storage import modified
 
 __all__ = [
     "LEASE",
@@ -74,9 +75,7 @@ def read_holder(workdir: pathlib.Path) -> Holder | None:
     while generation := latest(folder):
         path = folder / f"{generation}.json"
         try:
-            # Opening makes NFS ask for the newest time; a pipe does not block.
-            with open(path, "rb", opener=_open_at_once) as file:
-                refreshed = os.fstat(file.fileno()).st_mtime
+            refreshed = modified(path)
         except FileNotFoundError:
             if latest(folder) == generation:  # a dangling link: nobody's
                 return Holder(generation)
@@ -84,10 +83,6 @@ def read_holder(workdir: pathlib.Path) -> Holder | None:
         known = _believable(glance(path))
         return Holder(**known | {"generation": generation, "refreshed": refreshed})
     return None
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _believable(content: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +103,7 @@ def is_lease(seconds: float) -> bool:
 def generations(folder: pathlib.Path) -> list[int]:
     """Returns the numbers in `.claim`, in any order."""
     try:
-        names = os.listdir(folder)
+        names = [path.name for path in folder.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
     stems = [name.removesuffix(".json") for name in names if name.endswith(".json")]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from samrobust.checks import check
+from samrobust.system import storage
 from samrobust.system.claims.holder import (
     LEASE,
     LONGEST_LEASE,
@@ -21,7 +22,7 @@ from samrobust.system.claims.holder import (
     myself,
     read_holder,
 )
-from samrobust.system.files import WorkdirError, temporary_beside
+from samrobust.system.files import WorkdirError
 
 __all__ = ["Claim", "ClaimedError", "await_verdict", "claim", "lease_seconds"]
 
@@ -85,13 +86,13 @@ class Claim:
                 self._mark_released()
 
     def _mark_released(self) -> None:
-        temporary = temporary_beside(self._path)
         try:
-            temporary.write_text(_content(self._token, released=True))
-            temporary.replace(self._path)
-        except OSError:  # a full disk: setting the time needs no space
-            os.utime(self._path, (0, 0))
-            temporary.unlink(missing_ok=True)
+            content = _content(self._token, released=True)
+            storage.replace(self._path, content.encode(), durable=False)
+        except OSError:
+            if isinstance(self._path, storage.ObjectPath):
+                raise
+            os.utime(self._path, (0, 0))  # a full disk: that needs no space
 
     def _keep(self) -> None:
         while not self._released.wait(self._lease / _REFRESHES):
@@ -100,7 +101,7 @@ class Claim:
     def _refresh(self) -> None:
         try:
             if latest(self._path.parent) == self._generation:
-                os.utime(self._path)
+                storage.touch(self._path)
                 self._refreshed = time.monotonic()
             else:
                 self._lost.set()
@@ -118,7 +119,8 @@ def claim(workdir: pathlib.Path) -> Iterator[Claim]:
 
     Raises:
       ClaimedError: if another process holds it; names it.
-      WorkdirError: if it cannot be written.
+      WorkdirError: if it cannot be written, or lies on a mount of an object store,
+        where what one process creates others do not see at once.
     """
     try:
         (workdir / ".claim").mkdir(parents=True, exist_ok=True)
@@ -126,9 +128,12 @@ def claim(workdir: pathlib.Path) -> Iterator[Claim]:
         for left_by_a_kill in workdir.glob(".*.tmp"):
             left_by_a_kill.unlink(missing_ok=True)
     except OSError as error:
-        message = (
-            f"Expected a writable directory, got workdir={str(workdir)!r}: {error}."
-        )
+        wanted, why = "a writable directory", f": {error}"
+        if mount := storage.fuse_mount(workdir):
+            wanted = "a directory with hard links, which claims are made of"
+            why = f" on {mount}. Give the bucket itself, --workdir=gs://... or s3://..."
+            why += ", or a disk"
+        message = f"Expected {wanted}, got workdir={str(workdir)!r}{why}."
         raise WorkdirError(message) from error
     held = Claim(workdir, generation, token)
     try:
@@ -189,7 +194,7 @@ class _Suspense:
             return None
         try:
             with _contender(self._workdir, "") as contender:
-                if _is_over(self._workdir, holder, _touch(contender)):
+                if _is_over(self._workdir, holder, storage.touch(contender)):
                     return None
         except OSError:  # read-only: `claim` will say so
             return None
@@ -205,7 +210,7 @@ def _acquire(workdir: pathlib.Path) -> tuple[int, str]:
     token = uuid.uuid4().hex
     with _contender(workdir, token) as contender:
         while True:
-            now = _touch(contender)
+            now = storage.touch(contender)
             holder = read_holder(workdir)
             if holder is not None and holder.token == token:
                 _prune(contender.parent, holder.generation, now)
@@ -243,7 +248,7 @@ def _contender(workdir: pathlib.Path, token: str) -> Iterator[pathlib.Path]:
     """Yields a complete file in `.claim`, which can be linked as a generation."""
     path = workdir / ".claim" / f".{uuid.uuid4().hex}.tmp"
     try:
-        path.write_text(_content(token), encoding="utf-8")
+        storage.replace(path, _content(token).encode(), durable=False)
         yield path
     finally:
         with contextlib.suppress(OSError):
@@ -254,10 +259,13 @@ def _create(contender: pathlib.Path, path: pathlib.Path) -> None:
     """Gives the file a second name, unless that is taken."""
     with contextlib.suppress(FileExistsError):
         try:
-            os.link(contender, path)
+            storage.link(contender, path)
         except FileExistsError:
             raise
-        except OSError:  # no hard links here: exclusive creation is as good
+        except OSError:
+            if isinstance(path, storage.ObjectPath) or storage.fuse_mount(path):
+                raise
+            # No hard links on this disk: exclusive creation is as good.
             with path.open("x", encoding="utf-8") as file:
                 file.write(contender.read_text(encoding="utf-8"))
 
@@ -269,14 +277,8 @@ def _prune(folder: pathlib.Path, generation: int, now: float) -> None:
             (folder / f"{number}.json").unlink(missing_ok=True)
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(FileNotFoundError):
-            if now - path.stat().st_mtime > _LEFT_BEHIND:
+            if now - storage.modified(path) > _LEFT_BEHIND:
                 path.unlink()
-
-
-def _touch(path: pathlib.Path) -> float:
-    """Returns the file server's time."""
-    os.utime(path)
-    return path.stat().st_mtime
 
 
 def _content(token: str, *, released: bool = False) -> str:

@@ -1,0 +1,159 @@
+"""Where checkpoints lie: in a folder of this machine, or in an object store.
+
+Orbax writes to a folder and renames what is complete, which no object store can do. So
+for a store it writes to a temporary folder here, and from there the files are uploaded
+in the same layout, the manifest last: a step without one is none. It is the first to be
+removed, too. That costs the state once on this machine's disk; training goes on during
+the upload.
+"""
+
+import concurrent.futures
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+
+import orbax.checkpoint as ocp
+
+from samrobust.system.storage import ObjectPath, to_path
+
+__all__ = ["DiskPlace", "StorePlace", "open_place"]
+
+_MANIFEST = ("metadata", "metadata")
+
+
+def open_place(directory: str | os.PathLike[str]) -> "DiskPlace":
+    """Returns the place that a directory is."""
+    path = to_path(directory)
+    return StorePlace(path) if isinstance(path, ObjectPath) else DiskPlace(str(path))
+
+
+class DiskPlace:
+    """A folder of this machine with a directory for each step.
+
+    Attributes:
+      name: for messages.
+      folder: where Orbax writes.
+    """
+
+    def __init__(self, folder: str):
+        self.name = self.folder = os.path.abspath(folder)
+
+    def steps(self) -> list[int]:
+        """Lists the finished steps, in increasing order."""
+        if not os.path.isdir(self.folder):
+            return []
+        found = ocp.path.step.standard_name_format().find_all(self.folder)
+        return sorted(item.step for item in found)
+
+    @contextlib.contextmanager
+    def opened(self, step: int) -> Iterator[str]:
+        """Yields a folder of this machine that holds a finished step."""
+        yield os.path.join(self.folder, str(step))
+
+    def publish(
+        self,
+        step: int,
+        written: Callable[[], None],
+        outdated: Callable[[list[int]], list[int]],
+    ) -> None:
+        """Brings a step from `folder` to the place, in the background.
+
+        Args:
+          step: the step.
+          written: returns once it is complete in `folder`.
+          outdated: of all finished steps there, those to remove then.
+        """
+        # Orbax does all that here.
+
+    def wait(self) -> None:
+        """Waits until all is published; raises what went wrong."""
+
+    def close(self) -> None:
+        """Frees what it took of this machine."""
+
+
+class StorePlace(DiskPlace):
+    """A folder of an object store."""
+
+    def __init__(self, path: ObjectPath):
+        self.name, self._path = str(path), path
+        self._held = contextlib.ExitStack()
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)  # its thread comes later
+        self._pending: concurrent.futures.Future[None] | None = None
+
+    @property
+    def folder(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Where Orbax writes; made when it is asked for."""
+        if "_folder" not in vars(self):
+            make = tempfile.TemporaryDirectory(prefix="samrobust-checkpoints-")
+            self._folder = self._held.enter_context(make)
+        return self._folder
+
+    def steps(self) -> list[int]:
+        """Lists the steps that have a manifest."""
+        return self._steps(finished=True)
+
+    def _steps(self, *, finished: bool) -> list[int]:
+        """Lists the steps that have a manifest, or all that anything is left of."""
+        begin = len(self._path.parts)
+        names = {path.parts[begin:] for path in self._path.walk_files()}
+        found = {name[0] for name in names if not finished or name[1:] == _MANIFEST}
+        return sorted(int(name) for name in found if name.isdigit())
+
+    @contextlib.contextmanager
+    def opened(self, step: int) -> Iterator[str]:
+        """Yields a copy of a step, which is removed then."""
+        with tempfile.TemporaryDirectory(prefix="samrobust-checkpoint-") as name:
+            for path in (self._path / str(step)).walk_files():
+                here = pathlib.Path(name, *path.parts[len(self._path.parts) :])
+                here.parent.mkdir(parents=True, exist_ok=True)
+                path.download(here)
+            yield os.path.join(name, str(step))
+
+    def publish(
+        self,
+        step: int,
+        written: Callable[[], None],
+        outdated: Callable[[list[int]], list[int]],
+    ) -> None:
+        """Uploads a step, then removes the outdated ones."""
+
+        def bring() -> None:
+            written()
+            self._remove(step)
+            self._upload(step)
+            finished = self.steps()
+            left_by_a_kill = set(self._steps(finished=False)) - set(finished)
+            for other in {*left_by_a_kill, *outdated(finished)}:
+                self._remove(other)
+
+        self._pending = self._pool.submit(bring)
+
+    def _upload(self, step: int) -> None:
+        folder = pathlib.Path(self.folder, str(step))
+        files = {path.relative_to(folder).parts: path for path in folder.rglob("*")}
+        for name in sorted(files, key=lambda name: (name == _MANIFEST, name)):
+            if files[name].is_file():
+                self._path.joinpath(folder.name, *name).upload(files[name])
+        shutil.rmtree(folder)
+
+    def _remove(self, step: int) -> None:
+        folder = self._path / str(step)
+        files = folder.walk_files()
+        manifest = folder.joinpath(*_MANIFEST)
+        for path in sorted(files, key=lambda path: path != manifest):
+            path.unlink(missing_ok=True)
+
+    def wait(self) -> None:
+        """Waits for the upload."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Removes the temporary folder."""
+        self._pool.shutdown()
+        self._held.close()
