@@ -105,7 +105,7 @@ def get_config() -> ConfigDict:
     config.evaluation.early_stop = False
     # See `samrobust.attacks.l2`: the reference code's, at its batch of 1024.
     config.evaluation.gradient_floor = 1024e-10
-    config.evaluation.batch_size = 500  # over all devices
+    config.evaluation.batch_size = 0  # over all devices; 0: 500 for each
     config.evaluation.split = "test"  # or validation, to choose hyper-parameters
     config.evaluation.checkpoint = "last"  # best (on the validation examples); both
 

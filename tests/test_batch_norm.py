@@ -1,6 +1,7 @@
 """The form of BatchNorm that accelerators run, beside autodiff of the formulas."""
 
 import functools
+import types
 from typing import Any
 
 import jax
@@ -42,7 +43,12 @@ def arguments_of(shape, mean=0.0, dtype=jnp.float64):
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", [(6, 5), (6, 3, 4, 5)])
-def test_the_fused_batch_norm_has_the_values_and_gradients_of_the_formulas(shape, relu):
+@pytest.mark.parametrize("num_devices", [1, 8])  # two sums, or one of both
+def test_the_fused_batch_norm_has_the_values_and_gradients_of_the_formulas(
+    monkeypatch, shape, relu, num_devices
+):
+    mesh = types.SimpleNamespace(size=num_devices)
+    monkeypatch.setattr(batch_norm, "data_mesh", lambda: mesh)
     with jax.enable_x64(True):
         fused, plain = fused_and_plain(relu)
         arguments = arguments_of(shape)

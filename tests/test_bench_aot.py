@@ -107,6 +107,26 @@ def test_kernels_are_counted_by_kind_with_their_runs_and_bytes():
     assert found["sums"].opcodes == {"convert", "reduce"}
 
 
+def test_a_collective_is_counted_once_by_what_a_device_brings():
+    text = """
+    HloModule jit_run
+
+    ENTRY %main (p: f32[8,2], q: bf16[4]) -> f32[8,2] {
+      %p = f32[8,2]{1,0} parameter(0)
+      %q = bf16[4]{0} parameter(1)
+      %begun = f32[8,2]{1,0} all-reduce-start(%p), channel_id=1
+      %first = f32[8,2]{1,0} all-reduce-done(%begun)
+      %both = (f32[8,2]{1,0}, bf16[4]{0}) all-reduce(%first, %q), channel_id=2
+      ROOT %sum = f32[8,2]{1,0} get-tuple-element(%both), index=0
+    }
+    """
+    found = kernels(textwrap.dedent(text))
+    assert [(k.kind, k.num_bytes) for k in found] == [
+        ("collectives", 64),
+        ("collectives", 72),
+    ]
+
+
 def test_a_loop_runs_as_often_as_its_condition_says_or_once():
     unnoted = PROGRAM.replace("known_trip_count", "nothing")
     assert kernels(unnoted) == kernels(PROGRAM)
@@ -178,7 +198,6 @@ def test_without_a_compiler_for_the_device_the_command_says_what_installs_it(
     [
         ({"measure": ("unrolled",)}, "--measure"),
         ({"compare": "pytorch"}, "--compare"),
-        ({"devices": (2,)}, "--devices"),
         ({"row": ("mart,beta=6",)}, "mart"),
     ],
 )
@@ -211,7 +230,7 @@ def test_what_was_counted_is_shown_and_written_and_a_failure_told(tmp_path):
     assert (row["row"], row["kernels"]["convolutions"]) == ("st", 2)
     assert failed["error"] == "exit code 1: no memory"
     shown = paths[1].read_text()
-    assert "| st | 8 | float32 | 6 | 0.00 | 2.00 | 3 |" in shown
+    assert "| st | 8 | float32 | 6 | 0.00 | 2.00 | 0 | 0.0 | 3 |" in shown
     assert "loop x 2" in shown
     assert "failed: evaluation: exit code 1: no memory" in shown
 
@@ -384,6 +403,15 @@ def test_activations_in_bfloat16_stay_so(name):
 def test_the_loops_of_a_step_transpose_nothing(name):
     found, _ = compiled_for_h200(name)
     assert [k.name for k in found if k.loop and "transpose" in k.opcodes] == []
+
+
+@has_compiler
+@pytest.mark.slow
+def test_eight_devices_wait_once_a_layer_and_pass_and_for_the_gradients():
+    config = helpers.make_config("st", {"training.batch_size": 16})
+    with helpers.usual_compilation():
+        found = aot.counted("step", config, "h200", devices=8)
+    assert found["kernels"]["collectives"] == 2 * 3 + 1  # three layers
 
 
 # Compiled for a TPU.

@@ -186,8 +186,8 @@ def test_accuracies_are_percentages():
 
 def test_a_batch_of_no_examples_is_refused():
     model, _, _ = network()
-    with pytest.raises(ValueError, match=r"Expected batch_size >= 1, got .*=0\."):
-        make_evaluator(model, {"natural": identity}, batch_size=0)
+    with pytest.raises(ValueError, match=r"Expected batch_size >= 0, got .*=-1\."):
+        make_evaluator(model, {"natural": identity}, batch_size=-1)
 
 
 def test_an_empty_split_is_refused():

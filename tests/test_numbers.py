@@ -314,6 +314,8 @@ def held(page: str) -> tuple[Rows, ...]:
         return rendered(FAMILY), plain(
             FAMILY_AA, beside_autoattack("linf 32/255", "l2 128/255")
         )
+    if page == "docs/scaling.md":
+        return waits(), modeled()
     if page == "docs/speed.md":
         return speed_on_the_cpu(), speed_on_the_gpu(), counted_for_the_gpu()
     if page != "docs/results.md":
@@ -343,6 +345,52 @@ def counted_for_the_gpu() -> Rows:
         sizes = [sum(row["bytes"].values()) / 1e9 for row in pair]
         found.append([name, *kernels, *(f"{size:.3g}" for size in sizes)])
     return found
+
+
+# The model of docs/scaling.md: by name of the fleet its devices, batch, seconds of a
+# small all-reduce, and bytes a second of a large one.
+FLEETS = {
+    "8 GPUs": (8, 128, 15e-6, 200e9),
+    "8 GPUs, batch 1024": (8, 1024, 15e-6, 200e9),
+    "16 GPUs of two machines": (16, 128, 100e-6, 5e9),
+}
+KERNEL_SECONDS = 3e-6
+LABELS = {"st": "ST", "sam": "SAM", "at": "AT-10"}
+
+
+def scaling() -> dict[tuple[str, str], dict[str, Any]]:
+    """What was counted for eight devices, by method and what BatchNorm is over."""
+    return {
+        (row["method"].partition(",")[0], over): row
+        for file, over in (("global", "the batch"), ("local", "a device's share"))
+        for row in stored(f"bench/scaling/{file}.json")["rows"]
+    }
+
+
+def waits() -> Rows:
+    """How often eight devices wait for each other in a step, and what each sends."""
+    rows = []
+    for (method, over), row in scaling().items():
+        count, sent = (row[of]["collectives"] for of in ("kernels", "bytes"))
+        rows.append([LABELS[method], over, f"{count:,.0f}", f"{sent / 1e6:.1f}"])
+    return [["", "BatchNorm over", "waits a step", "MB"], *rows]
+
+
+def modeled() -> Rows:
+    """The rate of images on some devices relative to one, by the model."""
+    rows = [["", "BatchNorm over", *FLEETS]]
+    for (method, over), row in scaling().items():
+        seconds = bench("h200/bench-bfloat16", method=method)["step_seconds"]
+        count = row["kernels"]["collectives"]
+        least = (sum(row["kernels"].values()) - count) * KERNEL_SECONDS
+        rates = []
+        for devices, batch, latency, bandwidth in FLEETS.values():
+            share = max(seconds * batch / 128 / devices, least)
+            sent = 2 * (devices - 1) / devices * row["bytes"]["collectives"]
+            step = share + count * latency + sent / bandwidth
+            rates.append(seconds * batch / 128 / step)
+        rows.append([LABELS[method], over, *(f"{rate:.1f}" for rate in rates)])
+    return rows
 
 
 def sanity(name: str) -> tuple[Rows, ...]:

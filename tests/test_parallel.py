@@ -12,6 +12,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import types
 from typing import Any
 
 import flax.linen as nn
@@ -36,6 +37,7 @@ from samrobust.evaluation import (
     make_autoattack_evaluator,
     make_evaluator,
     make_skip_broken_evaluator,
+    measure,
 )
 from samrobust.experiments.run import run, train
 from samrobust.system.distributed import (
@@ -263,9 +265,22 @@ def test_an_evaluation_that_leaves_the_broken_behind_starts_where_the_plain_one_
     np.testing.assert_array_equal(found[f"early {name}"], found[name])
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 500])
+@pytest.mark.parametrize("batch_size", [1, 5, 0])
 def test_what_breaks_does_not_depend_on_the_batch_size(batch_size):
     assert_same_outcomes(outcomes(batch_size), outcomes(33))
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "batch_size", "size"),
+    [(1, 0, 500), (8, 0, 4000), (8, 500, 504), (3, 2000, 501)],
+)
+def test_a_batch_of_an_evaluation_grows_with_the_devices_unless_its_size_is_given(
+    monkeypatch, num_devices, batch_size, size
+):
+    mesh = types.SimpleNamespace(devices=np.zeros(num_devices))
+    monkeypatch.setattr(measure, "data_mesh", lambda: mesh)
+    num_examples = 500 if num_devices == 3 else 10_000
+    assert measure.batch_size_for(num_examples, batch_size) == size
 
 
 def test_what_breaks_does_not_depend_on_the_devices():

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 import statistics
 import tempfile
 import types
@@ -35,7 +36,8 @@ from samrobust.training import (
     make_train_step,
 )
 from samrobust.training.epoch import Chunk, EpochPlan, EpochRunner
-from samrobust.training.fit import fresh_carry
+from samrobust.training.fit import fit, fresh_carry
+from samrobust.training.log import RunLog
 
 FIELDS = {
     *("step", "epoch", "loss", "accuracy", "learning_rate"),
@@ -397,6 +399,43 @@ def test_nothing_travels_between_host_and_device_within_an_epoch():
     assert int(carry.state.step) == plan.num_steps
 
 
+def test_the_totals_of_an_epoch_are_read_while_the_next_one_runs(monkeypatch):
+    events = []
+
+    def spy(owner, name):
+        original = getattr(owner, name)
+
+        def noted(*args, **options):
+            events.append(name)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    config = helpers.make_config()
+    dataset = helpers.load_data(config)
+    method = make_method(config, dataset, 3)
+    spy(EpochRunner, "run")
+    spy(jax, "device_get")
+    spy(RunLog, "append")
+    fit(method, dataset.train, epochs=3, batch_size=32, key=jax.random.key(0))
+    settled = ["device_get", "append"]
+    inner = ["run", *settled, "run", "run"]
+    assert events == ["run"] * 3 + 2 * inner + [*settled, "device_get"]
+
+
+def test_a_checkpoint_at_the_end_of_an_epoch_has_the_line_of_the_epoch(tmp_path):
+    overrides = {"training.epochs": 2, "checkpoint.minutes": 0, "checkpoint.keep": 9}
+    config = helpers.make_config("st", overrides)
+    dataset = helpers.load_data(config)
+    train(config, dataset, tmp_path)
+    expected = helpers.log_of(tmp_path)
+    assert helpers.checkpoint_steps(tmp_path) == list(range(1, 7))
+    for step in range(4, 7):
+        shutil.rmtree(tmp_path / "checkpoints" / "last" / str(step))
+    train(config, dataset, tmp_path)
+    assert helpers.log_of(tmp_path) == expected
+
+
 def test_the_same_config_gives_the_same_bits_and_another_seed_does_not(tmp_path):
     outcome, _, config, dataset = trained()
     again = train(config, dataset, tmp_path)
@@ -525,10 +564,12 @@ def test_a_run_validates_on_the_held_out_images(tmp_path):
 # Divergence.
 
 
+@pytest.mark.parametrize("batch_size", [32, 96])  # an epoch of three steps, of one
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_good_checkpoint(
-    tmp_path,
+    tmp_path, batch_size
 ):
     overrides = {
+        "training.batch_size": batch_size,
         "training.learning_rate": 1e20,
         "checkpoint.minutes": 0.0,
         "checkpoint.keep": 100,

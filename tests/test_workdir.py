@@ -189,6 +189,7 @@ def test_what_changes_no_result_may_change(tmp_path):
         "checkpoint.keep": 7,
         "tracking.tensorboard": True,
         "training.steps_per_call": 3,
+        "evaluation.batch_size": 7,
     }
     settle_config(tmp_path, helpers.make_config())
     settle_config(tmp_path, helpers.make_config("st", changed))

@@ -42,7 +42,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     precisions = flags.names_of("float32", "bfloat16")
     choices = "of float32, bfloat16; default: the config's"
     add("--precisions", **precisions, help=choices)
-    devices = "how many (virtual ones on a CPU); default: all"
+    devices = "how many (virtual ones on a CPU); default: all, with --aot one"
     add("--devices", **flags.SIZES, help=devices)
     add("--steps-per-call", **flags.SIZES, help="default: as in training")
     xla = "options of XLA for what is measured; repeat to compare; '' for none"

@@ -151,11 +151,10 @@ def make_evaluator(
     Args:
       model: `apply(variables, images, train=False)` gives logits.
       attacks: by the names of the columns; `identity` gives natural accuracy.
-      batch_size: over all devices; at most the number of examples is used, rounded up
-        to a multiple of the devices.
+      batch_size: as `make_measure` takes it.
 
     Raises:
-      ValueError: if batch_size < 1.
+      ValueError: if batch_size < 0.
     """
     measure = make_measure(judge_by(model, attacks), batch_size=batch_size)
 

@@ -53,7 +53,7 @@ def make_autoattack_evaluator(
       aside with a warning and ignored.
 
     Raises:
-      ValueError: if batch_size < 1.
+      ValueError: if batch_size < 0.
     """
     is_right = make_natural(model, batch_size=batch_size)
     programs = {

@@ -27,6 +27,7 @@ from samrobust.system.runtime import compiler_options
 from samrobust.types import Array, LogitsFn, PyTree
 
 __all__ = [
+    "EXAMPLES_A_DEVICE",
     "BatchFn",
     "Examples",
     "Measure",
@@ -49,6 +50,7 @@ __all__ = [
 Measure = Callable[..., dict[str, np.ndarray]]
 Examples = tuple[Array, Array, Array]
 
+EXAMPLES_A_DEVICE = 500  # in a batch whose size is not given
 _SECONDS_UNTOLD = 0.5  # that a batch may take before `meanwhile` is called
 _POLLS = (1e-4, 2e-2)  # the first and the longest pause in waiting, seconds
 
@@ -85,8 +87,8 @@ def make_measure(batch_fn: BatchFn, *, batch_size: int) -> Measure:
 
     Args:
       batch_fn: see there.
-      batch_size: over all devices; at most the number of examples is used, rounded up
-        to a multiple of the devices.
+      batch_size: over all devices; 0: 500 for each of them. At most the number of
+        examples is used, rounded up to a multiple of the devices.
 
     Returns:
       `measure(variables, split, key, *, on_batch=None) -> {name: values}` with NumPy
@@ -98,7 +100,7 @@ def make_measure(batch_fn: BatchFn, *, batch_size: int) -> Measure:
       split alone. Products of float32 are those of float32 on every backend.
 
     Raises:
-      ValueError: if batch_size < 1 or, when called, the split is empty.
+      ValueError: if batch_size < 0 or, when called, the split is empty.
     """
     check_batch_size(batch_size)
     of_batch = batch_program(batch_fn)
@@ -236,8 +238,8 @@ def classifier(model: nn.Module, variables: PyTree) -> LogitsFn:
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Refuses a batch without examples."""
-    check(batch_size >= 1, "batch_size >= 1", batch_size=batch_size)
+    """Refuses a size below 0, which stands for 500 examples for each device."""
+    check(batch_size >= 0, "batch_size >= 0", batch_size=batch_size)
 
 
 def packed(
@@ -270,8 +272,8 @@ def packed(
 def batch_size_for(num_examples: int, batch_size: int) -> int:
     """Returns the size of a batch: no more than asked for, nor than there are examples.
 
-    Rounded up to a multiple of the devices.
+    Asked for by 0 are 500 for each device. Rounded up to a multiple of the devices.
     """
     num_devices = data_mesh().devices.size
-    size = min(batch_size, max(1, num_examples))
+    size = min(batch_size or EXAMPLES_A_DEVICE * num_devices, max(1, num_examples))
     return -(-size // num_devices) * num_devices

@@ -45,7 +45,7 @@ def make_skip_broken_evaluator(
       same steps until it is broken.
 
     Raises:
-      ValueError: if batch_size < 1.
+      ValueError: if batch_size < 0.
     """
     is_right = make_natural(model, batch_size=batch_size)
     programs = {

@@ -94,7 +94,7 @@ FIELDS: dict[str, Rule] = {
     "evaluation.l2_step": _pgd["relative_step_size.l2"],
     **{f"evaluation.{name}": _pgd[name] for name in _OF_PGD},
     "evaluation.early_stop": switch,
-    "evaluation.batch_size": count,
+    "evaluation.batch_size": _size,
     "evaluation.split": one_of("test", "validation"),
     "evaluation.checkpoint": one_of("last", "best", "both"),
     "checkpoint.minutes": partial(check_real, 0, 1e6),

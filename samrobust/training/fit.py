@@ -1,9 +1,10 @@
 """The training loop: epochs, checkpoints, validation, interruption and resumption.
 
 The same call resumes where the last one stopped, and ends bit-identical to a run that
-was never stopped. Nothing is read from the device within an epoch, except for the
-checks that come with a checkpoint. Configs, tables and data sets by name are out of
-scope.
+was never stopped. The device does not wait for the host: an epoch's totals are read
+while the first chunk of the next epoch runs. It waits for a checkpoint that is due, and
+for what is done between epochs, such as validation. Configs, tables and data sets by
+name are out of scope.
 """
 
 import dataclasses
@@ -29,7 +30,12 @@ from samrobust.training.epoch import (
     zero_sums,
 )
 from samrobust.training.lockstep import Companion
-from samrobust.training.log import RunIdentity, RunLog, TrainingDivergedError
+from samrobust.training.log import (
+    EndedEpoch,
+    RunIdentity,
+    RunLog,
+    TrainingDivergedError,
+)
 from samrobust.training.phases import Phase, phase_of
 from samrobust.training.state import TrainState
 from samrobust.training.step import Method, metric_names
@@ -229,7 +235,12 @@ def fresh_carry(
 
 @dataclasses.dataclass
 class _Run:
-    """The loop over epochs and chunks."""
+    """The loop over epochs and chunks.
+
+    Attributes:
+      ended: the last epoch, until it has a line.
+      began: when the first epoch without a line began, in seconds.
+    """
 
     earlier: Sequence[Phase]
     epochs: int
@@ -242,6 +253,8 @@ class _Run:
     validate: Validate | None
     on_progress: Callable[[Progress], None]
     should_stop: Callable[[], bool]
+    ended: EndedEpoch | None = None
+    began: float = 0.0
 
     @property
     def num_phases(self) -> int:
@@ -282,14 +295,15 @@ class _Run:
         return statistics.mean(medians)
 
     def _epoch(self, carry: LoopState, step: int) -> tuple[LoopState, int]:
-        """Trains from a step to the end of its epoch; then validates and logs."""
+        """Trains from a step to the end of its epoch, whose line may still come."""
         epoch = step // self.plan.num_steps
-        started, earlier = time.monotonic(), self.log.earlier_seconds
-        self.log.earlier_seconds = 0.0
+        earlier, self.log.earlier_seconds = self.log.earlier_seconds, 0.0
+        if self.ended is None:
+            self.began = time.monotonic()
 
         def seconds() -> float:
             """Returns this run's share of the time of the epoch so far."""
-            return earlier + (time.monotonic() - started) / self.runner.num_runs
+            return earlier + (time.monotonic() - self.began) / self.runner.num_runs
 
         permutation = self.runner.permutation(epoch)
         previous = None
@@ -299,63 +313,71 @@ class _Run:
             step += chunk.num_steps
             # At most two chunks in flight: signals are handled soon, the ETA is right.
             jax.block_until_ready(previous)
+            self._settle()  # of the first chunk the one before is the last epoch's
             previous = done
             self._report("training", step)
             if step % self.plan.num_steps:
                 self._pause(carry, step, seconds())
-        totals = jax.device_get(carry.totals)
-        self.log.check_finite(totals)
-        line = self._summarize(totals, step, seconds())
-        state, found = carry.state, {}
-        if self.after_epoch is not None:
-            self._report("validating", step)
-            state, found = self.after_epoch(state)
-        carry = LoopState(state, jax.tree.map(jnp.copy, self.zero_sums))
-        if self.validate is not None:
-            self._report("validating", step)
-            scores = self.validate(state)
-            self.log.keep_best(carry, step, scores)
-            found |= scores
-        line |= {f"validation_{name}": number for name, number in found.items()}
-        self.log.append(line)
+        scheduled = {
+            name: jnp.asarray(schedule(step - 1))
+            for name, schedule in self.schedules.items()
+        }
+        ended = EndedEpoch(epoch + 1, step, carry.totals, scheduled, seconds)
+        carry = LoopState(carry.state, self._fresh(carry.totals))
+        if self.after_epoch is None and self.validate is None:
+            self.ended = ended
+        else:
+            carry = self._between(ended, carry)
+        if step == self.num_steps or self.log.passes_on(step):
+            self._settle()
         self.log.pass_on(carry, step)
         self._report("training", step)
         self._pause(carry, step, 0.0)
         return carry, step
 
+    def _fresh(self, totals: MetricSums) -> MetricSums:
+        """Returns the sums that an epoch begins with, after one with these totals."""
+        zeros = jax.tree.map(jnp.copy, self.zero_sums)
+        # Kept, so that no state is saved after a step that was not finite.
+        return zeros | {"first_bad_step": jnp.copy(totals["first_bad_step"])}
+
+    def _between(self, ended: EndedEpoch, carry: LoopState) -> LoopState:
+        """Does what is done between epochs, and writes the line of the last one."""
+        step, line, found = ended.step, self.log.line_of(ended), {}
+        if self.after_epoch is not None:
+            self._report("validating", step)
+            state, found = self.after_epoch(carry.state)
+            carry = dataclasses.replace(carry, state=state)
+        if self.validate is not None:
+            self._report("validating", step)
+            scores = self.validate(carry.state)
+            self.log.keep_best(carry, step, scores)
+            found |= scores
+        line |= {f"validation_{name}": number for name, number in found.items()}
+        self.log.append(line)
+        return carry
+
+    def _settle(self) -> None:
+        """Writes the line of the epoch that has none; waits for its totals."""
+        if self.ended is not None:
+            ended, self.ended = self.ended, None
+            self.log.append(self.log.line_of(ended))
+            self.began = time.monotonic()
+
     def _pause(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Saves when it is time to, or when the run is asked to stop."""
-        stop = self.should_stop()
-        if stop:
+        if self.should_stop():
+            self._settle()
             self.log.save(carry, step, epoch_seconds)
-        else:
-            self.log.save_if_due(carry, step, epoch_seconds)
-        if stop and step < self.num_steps:
-            message = (
-                f"Stopped at step {step} of {self.num_steps}; the state is saved. "
-                f"{RESUME}"
-            )
-            raise InterruptedRunError(message)
-
-    def _summarize(
-        self, totals: MetricSums, step: int, seconds: float
-    ) -> dict[str, Any]:
-        """Returns the epoch's line of `metrics.jsonl`."""
-        examples = float(totals["examples"])
-        means = {name: float(v) / examples for name, v in totals["sums"].items()}
-        scheduled = {
-            name: float(jnp.asarray(schedule(step - 1)))
-            for name, schedule in self.schedules.items()
-        }
-        return {
-            "step": step,
-            "epoch": step // self.plan.num_steps,
-            **means,
-            "accuracy": 100 * means["accuracy"],
-            **scheduled,
-            "examples_per_second": examples / seconds,
-            "seconds": seconds,
-        }
+            if step < self.num_steps:
+                message = (
+                    f"Stopped at step {step} of {self.num_steps}; the state is saved. "
+                    f"{RESUME}"
+                )
+                raise InterruptedRunError(message)
+        elif self.log.may_save(carry):
+            self._settle()
+            self.log.begin_to_save(carry, step, epoch_seconds)
 
     def _report(self, phase: str, step: int) -> None:
         lines = self.log.lines

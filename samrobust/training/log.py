@@ -5,6 +5,7 @@ all processes must know, such as a failed write at the end, reaches all of them.
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import time
@@ -20,8 +21,10 @@ from samrobust.system.storage import to_path
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
 from samrobust.training.epoch import LoopState, MetricSums
 from samrobust.training.restoring import read_and_spread
+from samrobust.types import Array
 
 __all__ = [
+    "EndedEpoch",
     "RunFolder",
     "RunIdentity",
     "RunLog",
@@ -34,6 +37,26 @@ __all__ = [
 
 class TrainingDivergedError(RuntimeError):
     """The loss, a gradient or the parameters stopped being finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EndedEpoch:
+    """An epoch whose totals may still be on their way.
+
+    Attributes:
+      number: of the epoch, from 1.
+      step: its last one.
+      totals: of the metrics.
+      scheduled: values of the schedules, computed before the next epoch's first chunk
+        has the device.
+      seconds: the time of the epoch so far.
+    """
+
+    number: int
+    step: int
+    totals: MetricSums
+    scheduled: dict[str, Array]
+    seconds: Callable[[], float]
 
 
 class RunIdentity(Protocol):
@@ -114,9 +137,34 @@ class RunLog(contextlib.AbstractContextManager):
         del mesh, num_steps
         return fresh
 
+    def line_of(self, ended: EndedEpoch) -> dict[str, Any]:
+        """Returns an epoch's line of `metrics.jsonl`; waits for its totals.
+
+        Raises:
+          TrainingDivergedError: if a step was not finite.
+        """
+        totals, scheduled = jax.device_get((ended.totals, ended.scheduled))
+        self.check_finite(totals)
+        seconds, examples = ended.seconds(), float(totals["examples"])
+        means = {name: float(v) / examples for name, v in totals["sums"].items()}
+        return {
+            "step": ended.step,
+            "epoch": ended.number,
+            **means,
+            "accuracy": 100 * means["accuracy"],
+            **{name: float(value) for name, value in scheduled.items()},
+            "examples_per_second": examples / seconds,
+            "seconds": seconds,
+        }
+
     def append(self, line: dict[str, Any]) -> None:
         """Adds an epoch."""
         self.lines.append(line)
+
+    def passes_on(self, step: int) -> bool:
+        """Says whether `pass_on` has something to do after a step."""
+        del step
+        return False
 
     def pass_on(self, carry: LoopState, step: int) -> None:
         """Leaves the state at the end of an epoch to runs that begin alike."""
@@ -130,14 +178,19 @@ class RunLog(contextlib.AbstractContextManager):
         del step, epoch_seconds
         self.check_finite(jax.device_get(carry.totals))
 
-    def save_if_due(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
-        """Saves the state where the last one saved is old enough."""
+    def may_save(self, carry: LoopState) -> bool:
+        """Says whether the last state saved is old enough, and this one finite."""
+        del carry
+        return False
+
+    def begin_to_save(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
+        """Saves the state in the background."""
 
     def keep_best(self, carry: LoopState, step: int, scores: dict[str, float]) -> None:
         """Keeps the state if its score is the best so far."""
 
     def check_finite(self, totals: MetricSums) -> None:
-        """Raises `TrainingDivergedError` if a step of this epoch was not finite."""
+        """Raises `TrainingDivergedError` if a step so far was not finite."""
         bad_step = int(totals["first_bad_step"])
         if bad_step >= 0:
             raise TrainingDivergedError(
@@ -254,25 +307,36 @@ class RunFolder(RunLog):
         self.check_finite(jax.device_get(carry.totals))
 
         def write() -> None:
-            self._begin_to_save(carry, step, epoch_seconds)
+            self.begin_to_save(carry, step, epoch_seconds)
             self._checkpoints.wait()
 
         broadcast_from_primary(write)
 
-    def save_if_due(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
-        """Starts saving the state in process 0, once the last checkpoint is old enough.
+    def may_save(self, carry: LoopState) -> bool:
+        """Says, in process 0, whether a checkpoint is due and the state is finite.
 
-        A state that is not finite is not saved; one process raises at once, several
-        raise together at the end of the epoch.
+        Where it is not finite one process raises at once; several raise together, when
+        the epoch's totals are read.
         """
         due = self._clock() - self._saved_at >= 60 * self._minutes
         if not due or not is_primary():
-            return
+            return False
         totals = jax.device_get(carry.totals)
         if jax.process_count() == 1:
             self.check_finite(totals)
-        if int(totals["first_bad_step"]) < 0:
-            self._begin_to_save(carry, step, epoch_seconds)
+        return int(totals["first_bad_step"]) < 0
+
+    def begin_to_save(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
+        """Saves the state in the background, in process 0, unless this step is saved.
+
+        The lines of all epochs before must be there.
+        """
+        if step != self._saved_step:
+            self._checkpoints.wait()
+            self._may_write()
+            self._checkpoints.save(step, carry, self._metadata(epoch_seconds))
+            self._saved_step = step
+        self._saved_at = self._clock()
 
     def keep_best(self, carry: LoopState, step: int, scores: dict[str, float]) -> None:
         """Saves the state apart if its score is the best so far."""
@@ -299,15 +363,6 @@ class RunFolder(RunLog):
         good = self._checkpoints.latest_step()
         where = "none was saved before" if good is None else f"step {good}"
         return f"Last good checkpoint: {where} ({self._folder}). "
-
-    def _begin_to_save(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
-        """Saves in the background, unless this step is saved."""
-        if step != self._saved_step:
-            self._checkpoints.wait()
-            self._may_write()
-            self._checkpoints.save(step, carry, self._metadata(epoch_seconds))
-            self._saved_step = step
-        self._saved_at = self._clock()
 
     def _metadata(self, epoch_seconds: float = 0.0) -> dict[str, Any]:
         return checkpoint_metadata(

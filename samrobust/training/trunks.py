@@ -81,6 +81,10 @@ class BranchFolder(RunFolder):
         super().__init__(workdir, identity=identity, **options)
         self._trunks = sorted(trunks, key=lambda trunk: -trunk.step)
 
+    def passes_on(self, step: int) -> bool:
+        """Says whether a trunk ends with this step."""
+        return any(trunk.step == step for trunk in self._trunks)
+
     def pass_on(self, carry: LoopState, step: int) -> None:
         """Leaves the trunk that ends with this step, unless nobody wants it."""
         for trunk in self._trunks:

@@ -64,7 +64,7 @@ def run_sanity(
         accuracy is stated for.
       transfer: other networks on the same images, by name, not empty.
       num_examples: images to look at, >= 1. With fewer than 100 little is resolved.
-      batch_size: over all devices; at most the number of images is used.
+      batch_size: as `make_measure` takes it.
       effort: see there.
       key: consumed.
       on_batch: called after every batch as `on_batch(done, total)`, in images times

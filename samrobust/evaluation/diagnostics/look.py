@@ -67,7 +67,7 @@ class Look:
       transfer: others, by name.
       split: the images.
       effort: how hard to try.
-      batch_size: over all devices.
+      batch_size: as `make_measure` takes it.
       num_measures: how often `measure` will be called.
       key: the randomness of all measurements.
       on_batch: called with the progress, see `run_sanity`.

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from samrobust.checks import check
+from samrobust.checks import LARGEST_COUNT, check
 from samrobust.data import Split
 from samrobust.evaluation.accuracy import judge_by
 from samrobust.evaluation.measure import batch_program, batch_size_for
@@ -56,7 +56,7 @@ class _Target(NamedTuple):
       plugins: modules, any one of which compiles for it.
       install: what pip is to install for the first of them.
       platform: XLA's name.
-      topology: of several devices, its name.
+      topology: its name.
       options: of the compiler.
       environment: that the plugin wants.
     """
@@ -74,7 +74,7 @@ TARGETS = {
         ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"),
         '"samrobust[aot]" jax-cuda13-plugin=={jaxlib}',
         "cuda",
-        {"topology_name": "h200", "topology": "1x1x1"},
+        {"topology_name": "h200"},
         {"xla_gpu_autotune_level": "0"},  # which would try kernels on the device
         {},
     ),
@@ -91,12 +91,16 @@ TARGETS = {
         },
     ),
 }
-_TOTALS = ("row", "batch", "precision", "kernels", "GB", "temporary GB", "compile s")
+_TOTALS = (
+    *("row", "batch", "precision", "kernels", "GB", "temporary GB"),
+    *("collectives", "MB", "compile s"),
+)
 _HOW_TO_READ = (
-    "A kernel's bytes are those of its operands and results. Reductions: nearly all of "
-    "BatchNorm and of norms. 'loop x 10': one run of a loop's body, of 10 a step, "
-    "without the loops in it. Of several seeds a program, the share of one. Compiled "
-    "for a described device and not tuned on one: there are no seconds."
+    "A kernel's bytes are those of its operands and results; of a collective operation "
+    "what each device brings (MB). Reductions: nearly all of BatchNorm and of norms. "
+    "'loop x 10': one run of a loop's body, of 10 a step, without the loops in it. Of "
+    "several seeds a program, the share of one; of several devices, one of them. "
+    "Compiled for described devices and not tuned on one: there are no seconds."
 )
 
 
@@ -116,16 +120,23 @@ def check_target(name: str) -> None:
     )
 
 
-def devices_of(name: str) -> Sequence[Any]:
-    """Returns one device of `TARGETS`, described and not there."""
+def devices_of(name: str, count: int = 1) -> Sequence[Any]:
+    """Returns devices of `TARGETS`, described and not there; GPUs of one machine.
+
+    Raises:
+      ValueError: where the topology has fewer.
+    """
     target = TARGETS[name]
     os.environ.update(target.environment)
     options = dict(target.topology)
     if target.platform == "cuda":
         text = pathlib.Path(__file__).with_name("targets") / f"{name}.txtpb"
         options["target_config"] = text.read_text(encoding="utf-8")
+        options["topology"] = f"1x1x{count}"
     topology = topologies.get_topology_desc(platform=target.platform, **options)
-    return topology.devices[:1]
+    there = len(topology.devices)
+    check(count <= there, f"--devices <= {there} with {name}", **{"--devices": count})
+    return topology.devices[:count]
 
 
 def step_program(config: Config, *, seeds: int = 1) -> tuple[Any, int]:
@@ -147,12 +158,12 @@ def step_program(config: Config, *, seeds: int = 1) -> tuple[Any, int]:
 
 def evaluation_program(config: Config) -> tuple[Any, int]:
     """Traces the evaluation of one batch: clean and all attacks."""
-    facts, size = building.load_facts(config), config.evaluation.batch_size
+    facts = building.load_facts(config)
     model, key = building.make_model(config, facts), _key()
     image = jax.ShapeDtypeStruct((1, *facts.image_shape), jnp.float32)
     init = functools.partial(model.init, train=False)
     variables = jax.eval_shape(init, key, image)
-    size = batch_size_for(size, size)
+    size = batch_size_for(LARGEST_COUNT, config.evaluation.batch_size)
     split = (
         jax.ShapeDtypeStruct((size, *facts.image_shape), jnp.uint8),
         jax.ShapeDtypeStruct((size,), jnp.int32),
@@ -169,6 +180,7 @@ def counted(
     options: Mapping[str, str | bool] = types.MappingProxyType({}),
     *,
     seeds: int = 1,
+    devices: int = 1,
 ) -> dict[str, Any]:
     """Compiles a program for a device that is not there, and counts it.
 
@@ -178,6 +190,7 @@ def counted(
       name: of `TARGETS`.
       options: of the compiler.
       seeds: whose steps the program takes.
+      devices: over which the batch is split; kernels and bytes are those of one.
 
     Returns:
       `counts_of` the program; `temporary_bytes`, that it needs beside its arguments and
@@ -185,7 +198,7 @@ def counted(
     """
     steps = functools.partial(step_program, seeds=seeds)
     program = {"step": steps, "evaluation": evaluation_program}[kind]
-    with compiling_for(devices_of(name)):
+    with compiling_for(devices_of(name, devices)):
         started = time.perf_counter()
         traced, num_steps = program(config)
         compiled = traced.lower().compile(TARGETS[name].options | dict(options))
@@ -247,15 +260,18 @@ def to_sheet(found: Mapping[Task, Sequence[dict[str, Any]]], name: str) -> Sheet
     for task, (outcome,) in found.items():
         what = task.row if task.kind == "step" else task.kind
         several = f"{task.seeds} seeds a program" if task.seeds > 1 else ""
-        label = " ".join(filter(None, (what, task.xla_flags, several)))
+        devices = f"{task.devices} devices" if task.devices > 1 else ""
+        label = " ".join(filter(None, (what, task.xla_flags, several, devices)))
         if "error" in outcome:
             notes.append(f"failed: {label}: {outcome['error']}")
             continue
         size = sum(outcome["bytes"].values()), outcome["temporary_bytes"]
         numbers = f"{sum(outcome['kernels'].values()):,.0f}", *map(_gigabytes, size)
-        seconds = f"{outcome['compile_seconds']:.0f}"
+        count = f"{outcome['kernels']['collectives']:,.0f}"
+        sent = f"{outcome['bytes']['collectives'] / 1e6:,.1f}"
+        seconds = count, sent, f"{outcome['compile_seconds']:.0f}"
         of_task = label, str(task.batch_size), task.precision
-        totals.append([*of_task, *numbers, seconds])
+        totals.append([*of_task, *numbers, *seconds])
         kinds.append([label, "", *_cells(outcome)])
         for body in outcome["bodies"]:
             kinds.append(["", f"loop x {body['runs']:g}", *_cells(body)])

@@ -3,7 +3,8 @@
 A kernel is an instruction that the device runs: a fusion, a library call, a copy; not
 what only names memory (`tuple`, `bitcast`, `parameter`). Its bytes are those of its
 operands and results: what passes through memory if nothing stays in a cache. Of a
-buffer that a fusion only slices or updates in place, the slice alone counts.
+buffer that a fusion only slices or updates in place, the slice alone counts; of a
+collective operation what each device brings, its operands.
 
 A loop's body counts as often as it runs, and once where that hangs on the data: XLA
 notes how often, or the condition compares a counter, from 0, with a constant. Of a
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 __all__ = ["KINDS", "Kernel", "Shape", "kernels"]
 
-KINDS = ("reductions", "loop fusions", "convolutions", "rest")
+KINDS = ("reductions", "loop fusions", "convolutions", "collectives", "rest")
 
 
 class Shape(NamedTuple):
@@ -91,6 +92,9 @@ _NO_KERNEL = {
     *("opt-barrier", "partition-id", "replica-id", "copy-done", "async-done"),
     *("async-update", "add-dependency"),
 }
+_COLLECTIVE = re.compile(
+    r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-\w+)(-start|-done)?"
+)
 
 _Computations = dict[str, list[_Instruction]]
 
@@ -179,7 +183,7 @@ def _walk(
                 for branch in each.named(*fields)
             ]
             yield from max(branches, key=lambda found: sum(k.num_bytes for k in found))
-        elif each.opcode not in _NO_KERNEL:
+        elif each.opcode not in _NO_KERNEL and not _is_end(each.opcode):
             yield _kernel(computations, by_name, each, runs, loop)
 
 
@@ -214,18 +218,27 @@ def _kernel(
     for position, (read, saved) in _sliced(inside).items() if is_fusion else ():
         inputs[position] = min(inputs[position], read)
         written -= saved
+    kind = _kind(each, opcodes)
     return Kernel(
         each.name,
-        _kind(each, opcodes),
+        kind,
         runs,
         loop,
-        sum(inputs) + written,
+        sum(inputs) + (written if kind != "collectives" else 0),
         outputs,
         opcodes,
     )
 
 
+def _is_end(opcode: str) -> bool:
+    """Says whether an instruction only waits for a collective operation."""
+    found = _COLLECTIVE.fullmatch(opcode)
+    return found is not None and found[2] == "-done"
+
+
 def _kind(each: _Instruction, opcodes: frozenset[str]) -> str:
+    if _COLLECTIVE.fullmatch(each.opcode):
+        return "collectives"
     target = re.search(r'custom_call_target="([^"]*)"', each.attributes)
     if "convolution" in opcodes or (target and "conv" in target[1]):
         return "convolutions"

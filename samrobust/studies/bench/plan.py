@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 from samrobust.checks import check, check_choice
+from samrobust.evaluation.measure import EXAMPLES_A_DEVICE
 from samrobust.experiments import configuration
 from samrobust.system.runtime import parse_compiler_options
 from samrobust.types import Config
@@ -33,7 +34,7 @@ class Options:
       row: rows of any method, instead of `methods`.
       batch_sizes: over all devices; the config's where empty.
       precisions: float32, bfloat16; the config's where empty.
-      devices: numbers of devices; 0: all there are.
+      devices: numbers of devices; 0: all there are; with `aot` one.
       steps_per_call: 0: the default of the device.
       xla_flags: XLA's options for the programs measured, one string a variant.
       seeds_per_program: how many runs' steps are taken by one program.
@@ -79,7 +80,7 @@ class Task:
       row: of the config.
       batch_size: over all devices.
       precision: dtype of the network.
-      devices: how many; 0: all.
+      devices: how many; 0: all; of a target one.
       steps_per_call: 0: the default.
       xla_flags: XLA's options for the program.
       seeds: whose steps the program takes.
@@ -145,9 +146,10 @@ def plan(options: Options) -> list[Task]:
     of_kind = {"evaluation": {"": row}, "unrolled": attacked}
     for size, precision, *setting in settings:
         for kind in options.measure:
-            batch = default.evaluation.batch_size if kind == "evaluation" else size
-            own = list(setting)
+            own, batch = list(setting), size
             if kind == "evaluation":  # which has no steps
+                given = default.evaluation.batch_size
+                batch = given or EXAMPLES_A_DEVICE * max(1, own[0])
                 own[1] = 0
             if kind != "step":
                 own[3] = 1
@@ -184,12 +186,6 @@ def _check_counts(options: Options) -> None:
         "Nothing runs.",
         **{"--measure": options.measure, "--compare": options.compare},
     )
-    check(
-        options.devices == (0,),
-        "no --devices with --aot",
-        "Programs are compiled for one.",
-        **{"--devices": options.devices},
-    )
 
 
 def _check_comparison(options: Options, config: Config) -> None:
@@ -210,7 +206,9 @@ def _check_comparison(options: Options, config: Config) -> None:
 def overrides_of(task: Task, options: Options) -> tuple[str, ...]:
     """Returns the overrides of a task's config."""
     own = [f"--config.model.dtype={task.precision}"]
-    if task.kind != "evaluation":
+    if task.kind == "evaluation":
+        own.append(f"--config.evaluation.batch_size={task.batch_size}")
+    else:
         own.append(f"--config.training.batch_size={task.batch_size}")
         steps = 1 if task.kind == "unrolled" else task.steps_per_call
         own.append(f"--config.training.steps_per_call={steps}")

@@ -102,6 +102,7 @@ class Launcher:
             "target": self._options.aot,
             "flags": task.xla_flags,
             "seeds": task.seeds,
+            "devices": task.devices,
         }
         environment = self._devices(task) | {
             "JAX_COMPILATION_CACHE_DIR": self._options.cache
@@ -121,7 +122,7 @@ class Launcher:
 
     def _devices(self, task: Task) -> dict[str, str]:
         """Returns the environment for a task's number of devices."""
-        if not task.devices:
+        if not task.devices or self._options.aot:
             return {}
         machine = self._machine(task)
         there, platform = machine.get("num_devices", 0), machine.get("platform")

@@ -73,6 +73,7 @@ def measured(
     target: str | None = None,
     flags: str = "",
     seeds: int = 1,
+    devices: int = 0,
 ) -> dict[str, Any]:
     """Returns the outcome of one measurement.
 
@@ -87,11 +88,14 @@ def measured(
       target: of `aot.TARGETS`: compile for it and count, and measure nothing.
       flags: XLA's options for the program.
       seeds: whose steps the program takes.
+      devices: of the target; 0: one.
     """
     loaded = configuration.load_config(config, overrides)
     if target is not None:
         options = parse_compiler_options(flags)
-        return aot.counted(kind, loaded, target, options, seeds=seeds)
+        return aot.counted(
+            kind, loaded, target, options, seeds=seeds, devices=max(1, devices)
+        )
     add_compiler_options(flags)
     if kind == "probe":
         return {}

@@ -19,7 +19,12 @@ from samrobust.checks import check_choice, check_real, check_whole
 from samrobust.data import Split, take_batch
 from samrobust.evaluation import OnBatch, is_correct, make_measure
 from samrobust.evaluation.diagnostics.measures import float32_copy, logits_of
-from samrobust.evaluation.measure import fetch, jit_for_all, to_devices
+from samrobust.evaluation.measure import (
+    batch_size_for,
+    fetch,
+    jit_for_all,
+    to_devices,
+)
 from samrobust.studies.sharpness.hessian import hessian_eigenvalues, hessian_trace
 from samrobust.studies.sharpness.inputs import (
     boundary_distance,
@@ -160,7 +165,7 @@ def make_probe(
     Args:
       model: `apply(variables, images, train=False)` gives logits.
       settings: see there.
-      batch_size: images that are taken at once, over all devices.
+      batch_size: images that are taken at once; as `make_measure` takes it.
 
     Returns:
       `probe(variables, train, test, key, *, on_batch) -> {name: value}` over two whole
@@ -269,7 +274,7 @@ def _sample_loss(
     one batch however many there are.
     """
     count = len(labels)
-    size = min(batch_size, count)
+    size = batch_size_for(count, batch_size)
     num_batches = -(-count // size)
     positions = np.arange(num_batches * size).reshape(num_batches, size)
     weights = np.asarray(positions < count, np.float32) / count  # the rest is padding
