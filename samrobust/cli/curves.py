@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,6 @@ from samrobust.cli import flags
 from samrobust.system.runtime import RESUME
 
 if TYPE_CHECKING:
-    from samrobust.evaluation import Evaluator
     from samrobust.experiments.curves import CurveSettings
     from samrobust.types import Config
 
@@ -48,80 +46,54 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
       ValueError: for flags out of range, or a directory without finished runs.
       InterruptedRunError: if it was asked to stop.
     """
-    from samrobust.attacks import ATTACKS_VERSION
-    from samrobust.cli import shared
-    from samrobust.data import fingerprint
+    from samrobust.cli.shared import show_written
+    from samrobust.cli.measuring import Measure, RunMeasurements
+    from samrobust.data import Dataset, fingerprint
     from samrobust.evaluation.diagnostics import some_of
-    from samrobust.experiments import building, curves, networks, scoring
+    from samrobust.experiments import curves, scoring
     from samrobust.experiments.reporting.pictures import write_figure
-    from samrobust.experiments.reporting.progress import ProgressDisplay
-    from samrobust.experiments.workdir import finished_runs
     from samrobust.system.distributed import broadcast_from_primary
-    from samrobust.system.files import check_writable, write_sealed
-    from samrobust.system.provenance import provenance
 
-    should_stop, console = shared.join(stop)
-    workdir = arguments.workdir
-    configs = broadcast_from_primary(
-        lambda: finished_runs(workdir, arguments.rows or ())
+    measurements = RunMeasurements(arguments, stop, "curves", _settings)
+    settings: CurveSettings = measurements.settings
+
+    evaluator = measurements.once(
+        lambda model, size: curves.make_curve_evaluator(
+            model, settings, batch_size=size
+        )
     )
-    first = next(iter(configs.values()))
-    settings = _settings(first, arguments)
-    as_json = json.loads(json.dumps(dataclasses.asdict(settings)))
-    broadcast_from_primary(lambda: check_writable(workdir))
-    stored = broadcast_from_primary(
-        lambda: shared.stored_runs(workdir / "curves.json", as_json)
-    )
-    load_data = shared.once_per(building.load_data, "data")
 
-    def make_evaluator(config: "Config") -> "Evaluator":
-        model = building.make_model(config, load_data(config))
-        size = config.evaluation.batch_size
-        return curves.make_curve_evaluator(model, settings, batch_size=size)
+    def prepare(config: "Config", dataset: Dataset) -> tuple[dict[str, Any], Measure]:
+        split = scoring.evaluated_split(config, dataset)
+        split = some_of(split, settings.num_examples)
 
-    evaluator = shared.once_per(make_evaluator, "data", "model", "evaluation")
-
-    def write(**found: Any) -> None:
-        content = {"settings": as_json, "runs": stored, **found}
-        broadcast_from_primary(lambda: write_sealed(workdir / "curves.json", content))
-
-    works = {path: float(path not in stored) for path in configs}
-    display = ProgressDisplay(console, sum(works.values()))
-    with display.live():
-        for path, config in configs.items():
-            shown = display.run(f"{config.label}, seed {config.seed}", 0.0, works[path])
-            dataset, which = load_data(config), networks.checkpoints_of(config)[0]
-            network = networks.load_network(config, dataset, workdir / path, which)
-            split = scoring.evaluated_split(config, dataset)
-            split = some_of(split, settings.num_examples)
-            measured = {
-                "identity": network.identity.hash,
-                "step": network.step,
-                "images": fingerprint(split),
-                "num_images": len(split),
-                "attacks_version": ATTACKS_VERSION,
-            }
-            if stored.get(path, {}).items() >= measured.items():
-                continue
-            found = curves.measure_run(
-                *(evaluator(config), network.variables, split, settings),
+        def measure(variables: Any, on_batch: Any) -> dict[str, Any]:
+            return curves.measure_run(
+                *(evaluator(config), variables, split, settings),
                 key=scoring.evaluation_key(config),
-                on_batch=scoring.until_stopped(shown.on_batch, should_stop, "in a run"),
+                on_batch=on_batch,
             )
-            stored[path] = {**found, **measured, "provenance": provenance()}
-            write()
-    runs = [(c.row, c.label, stored[path]) for path, c in configs.items()]
+
+        return {"images": fingerprint(split), "num_images": len(split)}, measure
+
+    measurements.measure(prepare)
+    runs = [
+        (c.row, c.label, measurements.runs[path])
+        for path, c in measurements.configs.items()
+    ]
     lines = curves.curves_of(runs, settings)
     title = (
-        f"{first.data.name}: accuracy under PGD-{settings.num_steps} "
+        f"{measurements.first.data.name}: accuracy under PGD-{settings.num_steps} "
         f"({settings.loss.replace('_', ' ')}, any iterate), "
-        f"{next(iter(stored.values()))['num_images']} {first.evaluation.split} images"
+        f"{runs[0][2]['num_images']} {measurements.first.evaluation.split} images"
     )
-    write(title=title, curves=[dataclasses.asdict(line) for line in lines])
+    measurements.write(title=title, curves=[dataclasses.asdict(line) for line in lines])
     pictures = broadcast_from_primary(
-        lambda: write_figure(curves.draw_curves(lines, title), workdir, "curves")
+        lambda: write_figure(
+            curves.draw_curves(lines, title), measurements.workdir, "curves"
+        )
     )
-    shared.show_written(console, workdir, ["curves.json", *pictures])
+    show_written(measurements.console, measurements.workdir, ["curves.json", *pictures])
     return 0
 
 

@@ -4,7 +4,6 @@ With JAX: commands import it inside `run`.
 """
 
 import pathlib
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -15,12 +14,7 @@ from samrobust.cli import flags
 from samrobust.experiments.reporting.console import make_console
 from samrobust.experiments.reporting.notes import overfitting_note, sharpness_note
 from samrobust.system import distributed
-from samrobust.system.files import (
-    WorkdirError,
-    read_json_lines,
-    read_sealed,
-    set_aside,
-)
+from samrobust.system.files import read_json_lines
 from samrobust.types import Config
 
 __all__ = [
@@ -30,7 +24,6 @@ __all__ = [
     "show_accuracies",
     "show_notes",
     "show_written",
-    "stored_runs",
 ]
 
 _T = TypeVar("_T")
@@ -99,21 +92,3 @@ def show_written(
     """Prints which files were written."""
     names = ", ".join(pathlib.Path(path).name for path in paths)
     console.print(f"Written to {folder}: {names}")
-
-
-def stored_runs(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a sealed file holds of each run, measured with the same settings.
-
-    A file of other settings, or a damaged one, is set aside, with a warning.
-    """
-    try:
-        known, problem = read_sealed(path), f"{path} is of other settings"
-    except WorkdirError as error:
-        known, problem = {}, str(error)
-    if known is None:
-        return {}
-    if known.get("settings") == settings:
-        return known["runs"]
-    kept = set_aside(path).name
-    warnings.warn(f"{problem}. It is kept as {kept}; all is measured.", stacklevel=2)
-    return {}

@@ -5,8 +5,6 @@ under attack: PGD's of the table, and AutoAttack's where `samrobust recheck` was
 """
 
 import argparse
-import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -62,92 +60,57 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     """
     import jax
 
-    from samrobust.attacks import ATTACKS_VERSION
-    from samrobust.cli import shared
-    from samrobust.data import fingerprint
+    from samrobust.cli.shared import show_written
+    from samrobust.cli.measuring import Measure, RunMeasurements
+    from samrobust.data import Dataset, fingerprint
     from samrobust.evaluation.diagnostics import some_of
-    from samrobust.experiments import building, networks, scoring
+    from samrobust.experiments import scoring
     from samrobust.experiments.reporting.pictures import write_figure
-    from samrobust.experiments.reporting.progress import ProgressDisplay
-    from samrobust.experiments.workdir import finished_runs
     from samrobust.studies.sharpness import findings
     from samrobust.studies.sharpness.picture import draw_scatter
     from samrobust.studies.sharpness.probe import make_probe
     from samrobust.system.distributed import broadcast_from_primary
-    from samrobust.system.files import check_writable, write_sealed, write_text
-    from samrobust.system.provenance import provenance
+    from samrobust.system.files import write_text
 
-    should_stop, console = shared.join(stop)
-    workdir = arguments.workdir
-    configs = broadcast_from_primary(
-        lambda: finished_runs(workdir, arguments.rows or ())
-    )
-    settings = _settings(next(iter(configs.values())), arguments)
-    broadcast_from_primary(lambda: check_writable(workdir))
+    measurements = RunMeasurements(arguments, stop, _NAME, _settings)
+    settings: ProbeSettings = measurements.settings
+    workdir, configs = measurements.workdir, measurements.configs
     accuracies = broadcast_from_primary(
         lambda: {folder: _accuracy(workdir, folder, c) for folder, c in configs.items()}
     )
     column = findings.choose_column(accuracies.values(), arguments.column)
-    as_json = json.loads(json.dumps(dataclasses.asdict(settings)))
-    path = workdir / f"{_NAME}.json"
-    stored = broadcast_from_primary(lambda: shared.stored_runs(path, as_json))
-    load_data = shared.once_per(building.load_data, "data")
 
-    def make(config: "Config") -> Callable[..., dict[str, float]]:
-        model = building.make_model(config, load_data(config))
-        return make_probe(model, settings, batch_size=config.evaluation.batch_size)
-
-    probe_of = shared.once_per(make, "data", "model", "evaluation")
-
-    def write(**found: Any) -> None:
-        content = {"settings": as_json, "runs": stored, **found}
-        broadcast_from_primary(lambda: write_sealed(path, content))
-
-    works = {folder: float(folder not in stored) for folder in configs}
-    display, runs = ProgressDisplay(console, sum(works.values())), []
-    with display.live():
-        for folder, config in configs.items():
-            name, work = f"{config.label}, seed {config.seed}", works[folder]
-            shown = display.run(name, 0.0, work)
-            dataset, which = load_data(config), networks.checkpoints_of(config)[0]
-            network = networks.load_network(config, dataset, workdir / folder, which)
-            splits = dataset.train, scoring.evaluated_split(config, dataset)
-            train, test = (some_of(split, settings.num_examples) for split in splits)
-            measured = {
-                "identity": network.identity.hash,
-                "step": network.step,
-                "train_images": fingerprint(train),
-                "test_images": fingerprint(test),
-                "num_images": [len(train), len(test)],
-                "attacks_version": ATTACKS_VERSION,
-            }
-            if not stored.get(folder, {}).items() >= measured.items():
-                key = jax.random.fold_in(scoring.evaluation_key(config), _STREAM)
-                values = probe_of(config)(
-                    *(network.variables, train, test, key),
-                    on_batch=scoring.until_stopped(
-                        shown.on_batch, should_stop, "in a run"
-                    ),
-                )
-                values = {n: x if math.isfinite(x) else None for n, x in values.items()}
-                found = {"values": values, **measured, "provenance": provenance()}
-                stored[folder] = found
-                write()
-            runs.append(
-                findings.MeasuredRun(
-                    *(config.row, config.label, config.seed),
-                    *(stored[folder]["values"], accuracies[folder]),
-                )
-            )
-    explained = findings.explain(runs, column)
-    write(**findings.to_json(explained))
-    images = stored[next(iter(configs))]["num_images"]
-    about = (explained, settings, images)
-    console.print(findings.to_sheet(*about, short=True).to_rich())
-    first = next(iter(configs.values()))
-    title = (
-        f"{first.data.name}: accuracy at {explained.column} against what may explain it"
+    probe_of = measurements.once(
+        lambda model, size: make_probe(model, settings, batch_size=size)
     )
+
+    def prepare(config: "Config", dataset: Dataset) -> tuple[dict[str, Any], Measure]:
+        splits = dataset.train, scoring.evaluated_split(config, dataset)
+        train, test = (some_of(split, settings.num_examples) for split in splits)
+
+        def measure(variables: Any, on_batch: Any) -> dict[str, Any]:
+            key = jax.random.fold_in(scoring.evaluation_key(config), _STREAM)
+            values = probe_of(config)(variables, train, test, key, on_batch=on_batch)
+            finite = {n: x if math.isfinite(x) else None for n, x in values.items()}
+            return {"values": finite}
+
+        images = {"train_images": fingerprint(train), "test_images": fingerprint(test)}
+        return {**images, "num_images": [len(train), len(test)]}, measure
+
+    measurements.measure(prepare)
+    runs = [
+        findings.MeasuredRun(
+            *(config.row, config.label, config.seed),
+            *(measurements.runs[folder]["values"], accuracies[folder]),
+        )
+        for folder, config in configs.items()
+    ]
+    explained = findings.explain(runs, column)
+    measurements.write(**findings.to_json(explained))
+    about = (explained, settings, measurements.runs[next(iter(configs))]["num_images"])
+    measurements.console.print(findings.to_sheet(*about, short=True).to_rich())
+    column, data = explained.column, measurements.first.data.name
+    title = f"{data}: accuracy at {column} against what may explain it"
 
     def conclude() -> list[str]:
         write_text(workdir / f"{_NAME}.md", findings.to_sheet(*about).to_markdown())
@@ -155,7 +118,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         write_figure(draw_scatter(explained, title), workdir, _NAME, ("png",))
         return [f"{_NAME}.{suffix}" for suffix in ("md", "csv", "json", "png")]
 
-    shared.show_written(console, workdir, broadcast_from_primary(conclude))
+    show_written(measurements.console, workdir, broadcast_from_primary(conclude))
     return 0
 
 

@@ -421,4 +421,4 @@ def test_every_optimizer_takes_the_steps_of_torchs(name, theirs):
         gradient = jax.grad(lambda w: jnp.sum((w - 0.5) ** 4))(params)
         updates, state = ours.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
-    np.testing.assert_allclose(params, parameter.detach(), atol=1e-6)
+    np.testing.assert_allclose(np.asarray(params), parameter.detach(), atol=1e-6)
