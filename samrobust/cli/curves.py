@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
       ValueError: for flags out of range, or a directory without finished runs.
       InterruptedRunError: if it was asked to stop.
     """
-    from samrobust.cli.shared import show_written
     from samrobust.cli.measuring import Measure, RunMeasurements
+    from samrobust.cli.shared import show_written
     from samrobust.data import Dataset, fingerprint
     from samrobust.evaluation.diagnostics import some_of
     from samrobust.experiments import curves, scoring

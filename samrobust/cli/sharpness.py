@@ -60,8 +60,8 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     """
     import jax
 
-    from samrobust.cli.shared import show_written
     from samrobust.cli.measuring import Measure, RunMeasurements
+    from samrobust.cli.shared import show_written
     from samrobust.data import Dataset, fingerprint
     from samrobust.evaluation.diagnostics import some_of
     from samrobust.experiments import scoring
