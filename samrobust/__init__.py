@@ -12,7 +12,7 @@ any JAX program. The names below are imported when they are first used.
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "samrobust.attacks": (

@@ -152,6 +152,7 @@ def test_the_counts_of_a_step_are_those_of_a_call_over_its_steps():
         "reductions": 2,
         "loop fusions": 2,
         "convolutions": 2,
+        "collectives": 0,
         "rest": 2 / 5,
     }
     assert counts["bytes"]["reductions"] == 2 * 204

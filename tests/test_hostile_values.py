@@ -132,7 +132,7 @@ def test_a_section_that_is_none_is_refused_by_name(section, value):
 
 
 NUMBERS = ["", "x", "nan", "inf", "-1", "1e400", "1" * 5_000, "1;2", "1,nan", "a\nb"]
-PATHS = ["", " ", "a\0b", "a\nb", "gs://bucket/x", "$HOME/x", "~nobody-at-all/x"]
+PATHS = ["", " ", "a\0b", "a\nb", "ftp://a/b", "$HOME/x", "~nobody-at-all/x"]
 NAMES = ["", "x", "sam,rho=0.20", "sam,rho=0", "st,", "st\n", "\x1b[31m", PARAGRAPH]
 VALID = {"--config": f"{DIGITS}:st", "--format": "safetensors"}
 
@@ -162,7 +162,7 @@ def texts_for(flag):
         "--transfer-from",
         "--cache",
     ):
-        return PATHS
+        return [*PATHS, "gs://bucket/x" if flag != "--workdir" else "gs://"]
     if flag in ("--linf", "--l2"):  # '' is no radius of this norm
         return [*NUMBERS[1:], "0", "8/255", "0.0313725", "1e9", "8,,16"]
     names = ("--config", "--rows", "--shard", "--version", "--members", "--format")

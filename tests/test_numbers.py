@@ -60,6 +60,7 @@ WORDS = {
     ("measure", "formula", "how, and by default"),
     ("model", "`logits_fn`"),
     ("module", ""),
+    ("on a disk", "in a bucket", "cost there"),
     ("row", "what it descends by", "cost", "m-sharpness"),  # held by test_phases
     ("row", "what it trains on", "cost"),  # held by test_phases
     ("value", "running statistics come from", "as in"),

@@ -18,6 +18,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from samrobust.data import DatasetFacts
+from samrobust.evaluation.measure import EXAMPLES_A_DEVICE
 from samrobust.experiments import building, configuration, methods
 from samrobust.experiments.networks import checkpoints_of
 from samrobust.experiments.run import PlannedRun
@@ -247,7 +248,10 @@ def _one_attack(config: Config) -> dict[str, Any]:
     return {
         **{"attack": "pgd", "version": "standard", "members": (), "restarts": 1},
         **{"early_stop": False, "linf": linf, "l2": () if linf else l2},
-        "batch_size": min(config.evaluation.batch_size, config.training.batch_size),
+        "batch_size": min(
+            config.evaluation.batch_size or EXAMPLES_A_DEVICE,
+            config.training.batch_size,
+        ),
     }
 
 

@@ -295,6 +295,7 @@ class RunFolder(RunLog):
         """Adds an epoch to the log; no other process waits for process 0's disk."""
         self.lines.append(line)
         if self._log is not None:
+            self._may_write()
             self._log.append(line)
 
     def save(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
