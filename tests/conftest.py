@@ -13,6 +13,8 @@ import pytest
 
 from samrobust.system.runtime import collect_garbage_seldom
 
+# Collected, it would be on the path of all tests, before the real client.
+collect_ignore = ["stand_ins"]
 collect_garbage_seldom()
 # Images of containers forbid it; then each of the many processes that tests start would
 # compile all of this package.
