@@ -9,6 +9,7 @@ from jax.extend import core
 from jax.flatten_util import ravel_pytree
 
 from samrobust.attacks.casts import split_casts
+from samrobust.system.jaxprs import equations
 from samrobust.types import Array
 
 __all__ = ["repeat"]
@@ -37,10 +38,10 @@ def repeat(step: Callable[[Any], Any], carry: Any, times: int) -> Any:
         return jax.tree.leaves(step(jax.tree.unflatten(structure, leaves)))
 
     closed = jax.make_jaxpr(step_of_leaves)(*leaves)
-    large = [x for x in range(len(leaves)) if not _is_small(leaves[x])]
-    if _has_loop(closed.jaxpr):
-        large = list(range(len(leaves)))
-    small = sorted(set(range(len(leaves))) - set(large))
+    loops = (each.primitive.name in ("while", "scan") for each in equations(closed))
+    joins = not any(loops)
+    small = [x for x, leaf in enumerate(leaves) if joins and _is_small(leaf)]
+    large = [x for x in range(len(leaves)) if x not in small]
     _, separate = ravel_pytree([leaves[x] for x in small])
     wide = [x for x in large if jnp.issubdtype(leaves[x].dtype, jnp.floating)]
     jaxpr, casts = split_casts(closed.jaxpr, [closed.jaxpr.invars[x] for x in wide])
@@ -67,19 +68,3 @@ def repeat(step: Callable[[Any], Any], carry: Any, times: int) -> Any:
 
 def _is_small(array: Array) -> bool:
     return array.ndim <= 1 and array.dtype == jnp.float32
-
-
-def _has_loop(jaxpr: core.Jaxpr) -> bool:
-    """Tells whether a loop stands in a jaxpr, at whatever depth."""
-    inner = [
-        getattr(value, "jaxpr", value)  # of a closed one
-        for equation in jaxpr.eqns
-        for value in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr)
-        if _is_jaxpr(value)
-    ]
-    loops = any(equation.primitive.name in ("while", "scan") for equation in jaxpr.eqns)
-    return loops or any(map(_has_loop, inner))
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)

@@ -11,6 +11,7 @@ from flax.errors import InvalidRngError
 
 from samrobust.attacks import Ball, cross_entropy, margin, staged_pgd
 from samrobust.evaluation import BatchFn, is_correct, is_finite, of_name
+from samrobust.system.jaxprs import equations
 from samrobust.types import Array, Attack, LogitsFn, LossFn, PyTree
 
 __all__ = [
@@ -83,17 +84,13 @@ def count_products(
 
 
 def _products(jaxpr: Any) -> Iterator[str]:
-    for equation in jaxpr.eqns:
+    for equation in equations(jaxpr):
         if equation.primitive.name in _PRODUCTS:
             dtypes = [operand.aval.dtype for operand in equation.invars]
             narrow = str(min(dtypes, key=lambda dtype: dtype.itemsize))
             asked = equation.params["precision"]
             exact = asked == (jax.lax.Precision.HIGHEST,) * 2
             yield f"{narrow} rounded" if narrow == "float32" and not exact else narrow
-        for value in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from _products(inner)
 
 
 def measure_logits(model: nn.Module) -> BatchFn:
