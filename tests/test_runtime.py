@@ -139,6 +139,17 @@ def test_the_compiler_options_take_convolutions_away_from_ynnpack():
 
 
 @on_cpu
+def test_what_the_user_chose_or_xla_does_not_know_is_left_out(monkeypatch):
+    ynn, onednn = [*compiler_options()], [*runtime._ATTACK_OPTIONS]
+    assert [*compiler_options(attacks=True)] == ynn + onednn
+    monkeypatch.setenv("XLA_FLAGS", f"--{onednn[0]}=false")
+    assert [*compiler_options(attacks=True)] == ynn
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setattr(runtime, "_ATTACK_OPTIONS", {"xla_cpu_of_another_time": True})
+    assert [*compiler_options(attacks=True)] == ynn
+
+
+@on_cpu
 def test_the_compiler_options_leave_the_environment_as_it_is():
     assert in_a_fresh_process(OPTIONS) == "True None"
 

@@ -104,15 +104,18 @@ def test_the_programs_of_a_run_are_compiled_as_its_config_says(tmp_path, monkeyp
     asked = []
     usual = epoch.compiler_options
 
-    def note(*, deterministic):
-        asked.append(deterministic)
-        return usual(deterministic=deterministic)
+    def note(**options):
+        asked.append(options)
+        return usual(**options)
 
     monkeypatch.setattr(epoch, "compiler_options", note)
     for deterministic in (True, False):
         workdir = tmp_path / str(deterministic)
         train_frozen(workdir, training__deterministic=deterministic, training__epochs=1)
-    assert asked == [True, False]
+        expected = {"attacks": False, "deterministic": deterministic}
+        assert asked
+        assert all(options == expected for options in asked)
+        asked.clear()
 
 
 @pytest.mark.parametrize("drop_remainder", [False, True])
@@ -372,12 +375,12 @@ def test_a_run_compiles_in_its_first_epoch_and_never_again(tmp_path):
     assert at_end_of_epoch[4] == at_end_of_epoch[1]
 
 
-def test_nothing_travels_between_host_and_device_within_an_epoch():
-    sizes = {"training.batch_size": 40, "training.drop_remainder": False}
-    config = helpers.make_config("at,norm=linf,eps=16", sizes)
+def make_runner(row, **sizes):
+    """A runner of epochs, its plan, and what its first call takes."""
+    names = {name.replace("__", "."): value for name, value in sizes.items()}
+    config = helpers.make_config(row, names)
     dataset = helpers.load_data(config)
     plan = make_plan(config, len(dataset.train))
-    assert plan.remainder > 0
     method = make_method(config, dataset, plan.num_steps)
     runner = EpochRunner(
         method.train_step,
@@ -390,6 +393,28 @@ def test_nothing_travels_between_host_and_device_within_an_epoch():
     )
     begin = fresh_carry(method, 40, dataset.image_shape)
     carry = jax.device_put(jax.jit(begin)(jax.random.key(0)), replicated(data_mesh()))
+    return runner, plan, carry
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 2])
+@pytest.mark.parametrize(
+    ("row", "attacks"), [("sam,rho=0.1", False), ("at,norm=linf,eps=16", True)]
+)
+def test_a_step_with_a_loop_in_it_is_compiled_as_an_attack(
+    row, attacks, steps_per_call, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(epoch, "compiler_options", lambda **given: asked.append(given))
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: None)
+    runner, plan, carry = make_runner(row, training__steps_per_call=steps_per_call)
+    runner.compile(plan.chunks()[0], [carry])
+    assert asked == [{"attacks": attacks, "deterministic": False}]
+
+
+def test_nothing_travels_between_host_and_device_within_an_epoch():
+    sizes = {"training__batch_size": 40, "training__drop_remainder": False}
+    runner, plan, carry = make_runner("at,norm=linf,eps=16", **sizes)
+    assert plan.remainder > 0
     permutation = runner.permutation(0)
     for chunk in plan.chunks():
         runner.compile(chunk, [carry])

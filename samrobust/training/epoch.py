@@ -18,6 +18,7 @@ from jax.stages import Traced
 from samrobust.checks import check
 from samrobust.data import Split, epoch_permutation, random_crop_and_flip, take_batch
 from samrobust.system.distributed import data_mesh, replicate, replicated, shard_batch
+from samrobust.system.jaxprs import loop_depth
 from samrobust.system.runtime import compiler_options
 from samrobust.training.repeating import repeat
 from samrobust.training.state import TrainState
@@ -230,7 +231,9 @@ class EpochRunner:
       flip: mirror at random.
       mesh: over which batches are split; all else is replicated.
       key: of all batches, augmentations and attacks of the run.
-      deterministic: see `samrobust.system.runtime.compiler_options`.
+      attacks: see `samrobust.system.runtime.compiler_options`; by default, whether a
+        step has a loop in it.
+      deterministic: see there.
 
     Attributes:
       num_runs: that share the time of a call.
@@ -248,12 +251,13 @@ class EpochRunner:
         flip: bool,
         mesh: Mesh,
         key: Array,
+        attacks: bool | None = None,
         deterministic: bool = False,
     ):
         several = isinstance(train_step, Sequence)
         self._train_steps = train_step if several else (train_step,)
         self._plan, self._mesh = plan, mesh
-        self._options = compiler_options(deterministic=deterministic)
+        self._attacks, self._deterministic = attacks, deterministic
         self._augmentation = {"padding": padding, "flip": flip}
         self._placement = replicated(mesh)
         images_and_labels = (split.images, split.labels)
@@ -314,9 +318,15 @@ class EpochRunner:
         """Returns the compiled function of a chunk, for so many runs."""
         name = chunk, len(carries)
         if name not in self._compiled:
+            traced = self.trace(chunk, carries)
+            attacks = self._attacks
+            if attacks is None:
+                attacks = loop_depth(traced.jaxpr.jaxpr) > (chunk.num_steps > 1)
+            options = compiler_options(
+                attacks=attacks, deterministic=self._deterministic
+            )
             with jax.enable_x64(False):
-                lowered = self.trace(chunk, carries).lower()
-            self._compiled[name] = lowered.compile(self._options)
+                self._compiled[name] = traced.lower().compile(options)
         return self._compiled[name]
 
     def trace(self, chunk: Chunk, carries: Sequence[LoopState]) -> Traced:
