@@ -8,6 +8,9 @@ from pathlib import Path
 import helpers
 import pytest
 
+from samrobust.data.splits import fingerprint
+from samrobust.experiments.building import load_data
+from samrobust.experiments.configuration import load_config
 from samrobust.experiments.workdir import settle_config
 from samrobust.system.files import read_sealed, write_sealed
 
@@ -254,6 +257,16 @@ def test_a_table_of_another_config_says_so_once_before_any_work(tmp_path, capsys
 def test_a_table_records_its_plan_for_status(table, capsys):
     assert helpers.main("status", f"--workdir={table[0]}") == 0
     assert "4 runs: 4 done." in capsys.readouterr().out
+
+
+def test_a_row_with_data_of_its_own_is_trained_on_them(tmp_path):
+    rows = ["st", "st,data.split_seed=1"]
+    assert helpers.main(*make_arguments(tmp_path, rows, seeds=1)) == 0
+    for row in rows:
+        result = json.loads((tmp_path / row / "seed0" / "result.json").read_text())
+        config = load_config(f"configs/digits.py:{row}", helpers.make_flags())
+        dataset = load_data(config)
+        assert result["run"]["data"].startswith(fingerprint(dataset.train))
 
 
 def test_a_row_that_fails_does_not_stop_the_others(

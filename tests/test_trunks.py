@@ -314,7 +314,7 @@ def test_a_worker_first_does_what_does_not_begin_as_a_run_at_work(
         done.clear()
         sweep.run_all(
             list(planned.values())[1:],
-            None,  # type: ignore[arg-type]
+            lambda _: None,  # type: ignore[arg-type,return-value]
             lambda _: helpers.Silent(),
             on_failure=lambda *failure: pytest.fail(str(failure)),
         )

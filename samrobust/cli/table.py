@@ -109,6 +109,7 @@ def _train(
     seeds_per_program: int,
 ) -> bool:
     """Trains and attacks a share; returns whether a run failed."""
+    from samrobust.cli.shared import once_per
     from samrobust.experiments import building
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.run import work
@@ -117,13 +118,13 @@ def _train(
 
     if not runs:
         return False
-    dataset = building.load_data(runs[0].config)
+    load_data = once_per(building.load_data, "data")
     done = broadcast_from_primary(
         lambda: [(r.workdir / "result.json").exists() for r in runs]
     )
     works = {
-        planned.workdir: (0.0, 0.0) if is_done else work(planned.config, dataset)
-        for planned, is_done in zip(runs, done, strict=True)
+        p.workdir: (0.0, 0.0) if is_done else work(p.config, load_data(p.config))
+        for p, is_done in zip(runs, done, strict=True)
     }
     display = ProgressDisplay(console, sum(map(sum, works.values())))
     failures: list[str] = []
@@ -135,7 +136,7 @@ def _train(
     with display.live():
         run_all(
             runs,
-            dataset,
+            load_data,
             lambda planned: display.run(planned.name, *works[planned.workdir]),
             on_failure=lambda run, error: failures.append(f"{run.name}: {error}"),
             on_wait=on_wait,

@@ -45,6 +45,7 @@ from samrobust.system.files import WorkdirError, write_json
 from samrobust.system.runtime import RESUME
 from samrobust.training import InterruptedRunError
 from samrobust.training.lockstep import Lockstep
+from samrobust.types import Config
 
 __all__ = [
     "check_seeds_per_program",
@@ -63,7 +64,7 @@ _TICK, _LONGEST_PAUSE = 0.5, 5.0  # seconds
 
 def run_all(
     runs: Sequence[PlannedRun],
-    dataset: Dataset,
+    load_data: Callable[[Config], Dataset],
     observe: Callable[[PlannedRun], Observer],
     *,
     on_failure: Callable[[PlannedRun, str], None],
@@ -79,7 +80,7 @@ def run_all(
 
     Args:
       runs: with a workdir of its own each.
-      dataset: that of all of them.
+      load_data: of a run's config, again and again.
       observe: gives the observer of a run that is about to be tried.
       on_failure: is told of a run that failed, and why, here or at another worker
         meanwhile. A run that had failed before is tried again.
@@ -104,7 +105,7 @@ def run_all(
         )
         if failure is not None and failure != before[planned.workdir]:
             return f"{failure.get('message')} (on {failure.get('host')})"
-        outcome = _attempt(planned, dataset, observe(planned), **how)
+        outcome = _attempt(planned, load_data, observe(planned), **how)
         if isinstance(outcome, str):
             gc.collect()  # its error held what the run had on the device
         return outcome
@@ -219,11 +220,14 @@ def _attempt_together(
 
 
 def _attempt(
-    planned: PlannedRun, dataset: Dataset, observer: Observer, **how: Any
+    planned: PlannedRun,
+    load_data: Callable[[Config], Dataset],
+    observer: Observer,
+    **how: Any,
 ) -> Outcome:
     """Returns what came of a run, which may be interrupted; `how` as of `run`."""
     try:
-        how |= {"dataset": dataset, "shared": planned.shared}
+        how |= {"dataset": load_data(planned.config), "shared": planned.shared}
         return run(planned.config, planned.workdir, observer, **how)
     except InterruptedRunError:
         raise
