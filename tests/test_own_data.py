@@ -231,6 +231,7 @@ X, Y = make_arrays()["x_train"], make_arrays()["y_train"]
         ({"x_test": X[:6, :3]}, r"images of shape \(4, 6, 3\) in x_test as in x_train"),
         ({"y_train": Y[1:]}, r"integer y_train \[9\], one an image, got shape=\(8,\)"),
         ({"y_train": np.eye(3)[Y]}, r"A row a label becomes y_train.argmax\(1\)"),
+        ({"y_train": Y.astype(str)}, r"np.unique\(y_train, return_inverse=True\)\[1\]"),
         ({"y_train": Y / 1}, "integer y_train .* dtype='float64'"),
         ({"y_test": np.full(6, np.nan)}, "integer y_test .* dtype='float64'"),
         ({"y_train": Y - 1}, r"y_train in 0\.\..*, got y_train=\[-1, -1, -1\]"),
@@ -285,13 +286,13 @@ def with_a_damaged_member(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(b""), r"an \.npz file own\.npz, got: EOFError"),
+        (lambda path: path.write_bytes(b""), r"an \.npz file own\.npz, got: BadZip"),
         (
             lambda path: path.write_bytes(path.read_bytes()[:900]),
             r"an \.npz file own\.npz, got: BadZipFile",
         ),
         (a_single_array, r"an \.npz file own\.npz, got: "),
-        (pickled, r"an \.npz file own\.npz, got: .*pickle"),
+        (pickled, r"an \.npz file own\.npz, got: BadZipFile: File is not a zip file\."),
         (with_an_object, r"the array x_train in own\.npz, got: ValueError: Object arr"),
         (with_a_damaged_member, r"the array y_train in own\.npz, got: BadZipFile: Bad"),
     ],

@@ -260,7 +260,7 @@ def _choose_train(
     check(
         train_size >= 1 and train_size + validation_size <= available,
         f"1 <= train_size and train_size + validation_size <= {available}",
-        "None takes all that are not held out.",
+        f"There are {available} training examples, {validation_size} held out.",
         train_size=train_size,
         validation_size=validation_size,
     )
@@ -278,7 +278,7 @@ def _choose_test(available: int, size: int | None, seed: int) -> np.ndarray:
     check(
         1 <= size <= available,
         f"1 <= test_size <= {available}",
-        "None takes all.",
+        f"There are {available} test examples.",
         test_size=size,
     )
     edges = np.arange(size + 1) * available // size

@@ -6,6 +6,7 @@ Both return the mapping that `samrobust.data.splits.from_arrays` takes and check
 import hashlib
 import os
 import pathlib
+import zipfile
 from typing import IO, Any
 
 import numpy as np
@@ -34,7 +35,8 @@ def load_npz(path: pathlib.Path) -> dict[str, Any]:
         )
     name = None
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        # Not a zip file: NumPy would speak of pickles, and of loading them anyway.
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
             arrays = {}
             for name in file.files:
                 arrays[name] = file[name]

@@ -93,7 +93,9 @@ def config_of_run(workdir: pathlib.Path) -> Config:
       WorkdirError: as `stored_config`.
     """
     stored = stored_config(workdir)
-    runs, fix = ", ".join(read_plan(workdir)), "Train it first: `samrobust train`."
+    of_a_row = sorted(path.parent.name for path in workdir.glob("seed*/config.json"))
+    runs = ", ".join(read_plan(workdir) or of_a_row)
+    fix = "Train it first: `samrobust train`."
     fix = f"It is a table's. Its runs: {shorten(runs)}." if runs else fix
     wanted = "a run's --workdir, with a config.json"
     check(stored is not None, wanted, fix, workdir=str(workdir))
@@ -127,6 +129,8 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
     lacking = set(wanted).difference(config.row for config in configs.values())
     condition = "finished runs in --workdir" + (" of all --rows" if wanted else "")
     fix = "It is the directory of a table: `samrobust table`."
+    if (workdir / "config.json").exists():
+        fix = "It is a run's: give the directory of its table."
     which = {"rows_without": sorted(lacking)} if wanted else {}
     found = bool(configs) and not lacking
     check(found, condition, fix, workdir=str(workdir), **which)
