@@ -113,6 +113,7 @@ def test_no_field_of_a_shipped_config_lacks_a_meaning():
         (["tabel"], "unknown command 'tabel'. Did you mean table?"),
         (["help", "tabel"], "unknown command 'tabel'. Did you mean table?"),
         (["table", "--sedes=3"], "argument '--sedes=3'. Did you mean --seeds?"),
+        (["config", "digits:st"], "'digits:st'. Did you mean --config=digits:st?"),
         (
             ["table", "--epochs=3"],
             "--config.SECTION.NAME=VALUE (see `samrobust t",

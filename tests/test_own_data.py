@@ -353,6 +353,14 @@ def test_a_name_of_no_known_form_is_refused_with_those_that_are(name, message, h
     assert not list(here.iterdir())
 
 
+def test_a_file_or_folder_is_found_behind_its_bare_name():
+    write_npz()
+    write_images(make_arrays())
+    for name, meant in (("own", r"own\.npz"), ("flowers", r"\./flowers")):
+        with pytest.raises(DatasetUnavailableError, match=rf"Did you mean {meant}\?"):
+            load_dataset(name)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_decoded_once_and_found_again_by_content(channels, monkeypatch):
     write_images(arrays := make_arrays((*SHAPE[:2], channels)))

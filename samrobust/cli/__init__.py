@@ -195,6 +195,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             fix = _meant(item.partition("=")[0], own.flags)
             if not fix and "--config" in own.flags:
                 fix = " Fields of the config are flags --config.SECTION.NAME=VALUE"
+                fix = fix if item.startswith("-") else f" Did you mean --config={item}?"
             own.error(f"unknown argument {item!r}.{fix}")
         if "=" not in item:
             parser.error(f"write {item}=VALUE, with an equals sign")

@@ -9,6 +9,7 @@ data, and add a line to `DATASETS`.
 """
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -220,11 +221,13 @@ def _read(
     data_dir = data_dir or default_data_dir()
     prepared = find_prepared(name, data_dir)
     if prepared is None:
+        own = [text for text in (f"{name}.npz", f"./{name}") if os.path.exists(text)]
+        meant = f"Did you mean {own[0]}? " if own else ""
         raise DatasetUnavailableError(
             f"Expected {', '.join(DATASETS)}, or {name} in {data_dir} as TFDS prepares "
-            f"it in ArrayRecord format, got {describe_folder(name, data_dir)}. Set "
-            "data_dir (or TFDS_DATA_DIR), or prepare it where TensorFlow is installed: "
-            f"tfds.builder({name!r}, file_format='array_record')"
+            f"it in ArrayRecord format, got {describe_folder(name, data_dir)}. "
+            f"{meant}Set data_dir (or TFDS_DATA_DIR), or prepare it where TensorFlow "
+            f"is installed: tfds.builder({name!r}, file_format='array_record')"
             ".download_and_prepare()."
         )
     return load_prepared(prepared, cache_dir)

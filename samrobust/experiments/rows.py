@@ -192,7 +192,7 @@ def _split_others(row: str) -> tuple[str, dict[str, Any]]:
 
 def _parse_part(spelling: str, row: str) -> Part:
     name, *items = map(str.strip, spelling.split(","))
-    check(name != STANDARD, "st without parts and options of its own", row=row)
+    check(name != STANDARD, "st alone, without options or parts", row=row)
     given = {key: value for key, _, value in (item.partition("=") for item in items)}
     known = f"{{{', '.join((STANDARD, *REGISTRY))}}}"
     condition = f"parts in {known} or package.module:name"

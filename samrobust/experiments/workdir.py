@@ -155,13 +155,20 @@ def config_changes(
     """Returns the fields that shape a result and are not as when the run was started.
 
     Returns:
-      The values then and now, by dotted names; None where no run was started.
+      The values then and now, by dotted names; None where no run has left anything
+      but a config: it was refused, or stopped before it came to train.
 
     Raises:
       WorkdirError: as `stored_config`.
     """
     stored = stored_config(workdir)
-    return None if stored is None else changed_fields(stored.to_dict(), as_dict(config))
+    if stored is None or not _left_by_a_run(workdir):
+        return None
+    return changed_fields(stored.to_dict(), as_dict(config))
+
+
+def _left_by_a_run(workdir: pathlib.Path) -> list[str]:
+    return [name for name in _LEFT_BY_A_RUN if (workdir / name).exists()]
 
 
 def add_evaluation(workdir: pathlib.Path, line: Mapping[str, Any]) -> pathlib.Path:
@@ -190,7 +197,7 @@ def settle_config(workdir: pathlib.Path, config: Config) -> None:
     changed = config_changes(workdir, config)
     if changed:
         raise OtherConfigError.over(workdir, "a run", changed)
-    left = [name for name in _LEFT_BY_A_RUN if (workdir / name).exists()]
+    left = _left_by_a_run(workdir)
     if changed is None and (workdir / "plan.json").exists():
         raise WorkdirError(
             f"Expected the directory of one run, got that of a table: {workdir}. "
