@@ -304,7 +304,7 @@ def test_an_npz_file_that_cannot_be_read_is_named_and_nothing_unpickled(
     damage(here / "own.npz")
     with pytest.raises(DatasetUnavailableError, match=f"Expected {message}") as error:
         load_dataset("own.npz")
-    assert str(error.value).endswith("numpy.savez, of arrays of numbers alone.")
+    assert str(error.value).endswith("numpy.savez, of arrays of numbers only.")
     assert "\n" not in str(error.value)
     assert not (here / "exploded").exists()
 
@@ -430,11 +430,11 @@ def resave(change):
         (resave(lambda i: i.convert("L")), r"got shape=\(4, 6, 1\)\. .* all grayscale"),
         (
             lambda path: path.rename(path.with_suffix(".bmp")),
-            r"\.png, \.jpg, \.jpeg files alone, got file='01\.bmp'\. Convert it",
+            r"only \.png, \.jpg, \.jpeg files, got file='01\.bmp'\. Convert it",
         ),
         (
             lambda path: path.with_suffix(".png.d").mkdir(),
-            r"alone, got file='01.png.d'",
+            r"files, got file='01.png.d'",
         ),
         (
             lambda path: path.parent.rename(path.parent.with_name("d")),

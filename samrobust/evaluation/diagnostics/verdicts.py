@@ -220,7 +220,8 @@ def judge_radii(standing: Mapping[float, np.ndarray]) -> Finding:
     if is_more(counts[-1], total):
         text = (
             f"{counts[-1]} of {total} images survive even where an image may become "
-            f"any other ({told}): the attack does not find what surely is there."
+            f"any other ({told}): the attack fails, or the network gives all images "
+            "the same answer."
         )
     elif is_more(rise, total):
         text = (
