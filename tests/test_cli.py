@@ -113,10 +113,19 @@ def test_no_field_of_a_shipped_config_lacks_a_meaning():
         (["tabel"], "unknown command 'tabel'. Did you mean table?"),
         (["help", "tabel"], "unknown command 'tabel'. Did you mean table?"),
         (["table", "--sedes=3"], "argument '--sedes=3'. Did you mean --seeds?"),
+        (["config", "digits:st"], "'digits:st'. Did you mean --config=digits:st?"),
+        (
+            ["table", "--epochs=3"],
+            "--config.SECTION.NAME=VALUE (see `samrobust t",
+        ),
         (["table", "--config.training.epochs", "2"], "--config.training.epochs=VALUE"),
         (["train", "--config=configs/digits.py:st"], "--workdir"),
         (["table", "--collect", "--list"], "not allowed with argument"),
         (["status", "--workdir=x", "--config.seed=1"], "status takes no --config, got"),
+        (
+            ["evaluate", "--epsilon=8/255"],
+            "got value='8/255'. Radii are in 1/255 units",
+        ),
         (["table", "--seeds=0"], "--seeds: Expected 1 <= value, got value=0"),
     ],
 )
@@ -140,10 +149,11 @@ def test_wrong_flags_are_refused_with_exit_code_2(arguments, message, capsys):
         (["table", "--collect"], "Expected a finished run in"),
         (["status"], "Expected the directory of a table or of a run"),
         (
-            ["table", "--rows=sma,rho=1"],
+            ["table", "--rows=zap,rho=1"],
             "parts in {st, at, fgsm_rs, nfgsm, free, dynamic, cfa, ",
         ),
-        (["table", "--rows=asm,rho=1"], "Did you mean asam? Examples: "),
+        (["table", "--rows=sma,rho=1"], "Did you mean sam? Examples: "),
+        (["table", "--rows=asma,rho=1"], "Did you mean asam? Examples: "),
         (["table", "--config=cifar1"], "Did you mean configs/cifar10.py?"),
         (["table", "--config.training.epoch=2"], "Did you mean"),
         (["table", "--config=configs/none.py"], "Expected an existing config file"),
@@ -271,6 +281,10 @@ def test_evaluate_names_the_runs_of_a_tables_folder(tmp_path, capsys):
     write_json(tmp_path / "plan.json", {"runs": runs})
     assert main(["evaluate", f"--workdir={tmp_path}"]) == 2
     assert "Its runs: st/seed0, st/seed1." in capsys.readouterr().err
+    (tmp_path / "seed7").mkdir()  # as a row's folder has them
+    (tmp_path / "plan.json").rename(tmp_path / "seed7" / "config.json")
+    assert main(["evaluate", f"--workdir={tmp_path}"]) == 2
+    assert "Its runs: seed7." in capsys.readouterr().err
 
 
 def caused(error: Exception, cause: Exception) -> Exception:

@@ -138,6 +138,8 @@ def test_a_rows_label_says_what_it_is(row, label):
             (f"sam,rho={text}", "the row 'sam,rho=0.2'")
             for text in ("0.20", "+0.2", "2e-1", " 0.2", "0.2 ", "0.2\n", ".2", "00.2")
         ),
+        ("sam, rho=0.2", "the row 'sam,rho=0.2'"),
+        ("at,norm=l2,eps=8 + sam,rho=1", r"the row 'at,norm=l2,eps=8\+sam,rho=1'"),
         ("sam,rho=\uff10.2", "the row 'sam,rho=0.2'"),
         ("at,norm=linf,eps=1_0", "the row 'at,norm=linf,eps=10'"),
         ("at,norm=linf,eps=8.0", "the row 'at,norm=linf,eps=8'"),
@@ -160,7 +162,9 @@ def test_a_rows_label_says_what_it_is(row, label):
         ("sam", "the options rho for sam, got row='sam'"),
         ("sam,rho=", "a number for rho"),
         ("sam,rho=0.1,rho=0.2", "the options rho for sam"),
-        ("st,rho=0.1", "parts in {st, .*} or package.*, got row='st,rho=0.1'"),
+        ("st,rho=0.1", "st alone, without options or parts, got row='st,rho=0.1'"),
+        ("st+sam,rho=0.1", "st alone, without options or parts"),
+        ("at,norm=l2,eps=8/255", "a number for eps, .* 8 means 8/255"),
         ("at,norm=l1,eps=8", "norm in {linf, l2}, got norm='l1'"),
         ("at,norm=linf", "the options norm, eps for at"),
         ("st,training.weight_decay=2e-3", "the row 'st,training.weight_decay=0.002'"),

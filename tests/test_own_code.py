@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import samrobust
-from samrobust.experiments import configuration, entries, identity
+from samrobust.experiments import building, configuration, entries, identity
 
 MINE = '''
 """Adversarial training whose perturbations persist, a linear network, and stripes."""
@@ -184,7 +184,7 @@ def test_a_changed_file_is_not_taken_for_the_one_that_a_run_began_with(folder):
     for command in (evaluate, train):
         code, _, errors = helpers.finish_command(start(folder, *command))
         assert code != 0
-        assert re.search(r"source\.mine is '\w+', not '\w+'", errors), errors
+        assert re.search(r"mine\.py has\s+changed", errors), errors
         assert "Traceback" not in errors
     (folder / "mine.py").write_text(MINE)
     do(folder, *evaluate)
@@ -251,6 +251,18 @@ class Plain(nn.Module):
     stages: tuple[int, ...] = (1, 2)
 
 
+class Six(nn.Module):
+    @nn.compact
+    def __call__(self, images, *, train):
+        return nn.Dense(6)(images.reshape(len(images), -1))
+
+
+class NoTrain(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+        return images
+
+
 def nothing(*_):
     return None
 
@@ -287,6 +299,21 @@ def test_what_a_network_or_an_optimizer_lacks_is_one_line(overrides, own):
     assert own
     with pytest.raises(ValueError, match=OVERRIDES[overrides]) as error:
         configuration.load_config("digits.py", f"--config.{overrides}".split())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("odd:Six", r"^Expected odd:Six to return logits \(1, 10\), got .*\(1, 6\)"),
+        ("odd:NoTrain", "^Expected odd:NoTrain to run, got.* argument 'train'"),
+    ],
+)
+def test_a_network_that_cannot_classify_the_data_is_one_line(name, message, own):
+    assert own
+    config = configuration.load_config("digits.py", [f"--config.model.name={name}"])
+    with pytest.raises(ValueError, match=message) as error:
+        building.make_method(config, building.load_facts(config), 1)
     assert "\n" not in str(error.value)
 
 

@@ -8,6 +8,7 @@ import helpers
 import numpy as np
 import pytest
 
+from samrobust.experiments import scoring
 from samrobust.experiments.run import run
 
 VERSION = ("--version=custom", "--members=apgd-ce")
@@ -128,11 +129,25 @@ def test_every_run_names_its_network_and_who_made_what(
         assert run_after["pgd_provenance"] == {"commit": "later"}
 
 
+def test_a_damaged_result_is_refused_before_any_attack(rechecked, monkeypatch, capsys):
+    path = rechecked / "st" / "seed0" / "result.json"
+    content = path.read_text()
+    path.write_text(content[:-9])
+    monkeypatch.setattr(scoring, "Scorer", None)
+    try:
+        assert helpers.main("recheck", f"--workdir={rechecked}") == 2
+    finally:
+        path.write_text(content)
+    assert "Expected JSON in" in capsys.readouterr().err
+
+
 def test_a_folder_without_runs_and_flags_that_attack_nothing_are_refused(
     rechecked, tmp_path, capsys
 ):
     assert helpers.main("recheck", f"--workdir={tmp_path}") == 2
     assert "Expected finished runs in --workdir" in capsys.readouterr().err
+    assert helpers.main("recheck", f"--workdir={rechecked}/st/seed0") == 2
+    assert "It is a run's: give the directory of its" in capsys.readouterr().err
     nothing = ("--linf=", "--l2=")
     assert helpers.main("recheck", f"--workdir={rechecked}", *nothing) == 2
     assert "Expected radii to attack at" in capsys.readouterr().err

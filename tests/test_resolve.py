@@ -72,6 +72,7 @@ def test_a_folder_of_the_path_is_looked_in_as_ever(write, monkeypatch, tmp_path)
             "the folder that holds gone.py, or add that folder to PYTHONPATH.",
         ),
         ("mine.far:x", "Expected a module mine.far with a number, .* mine/far.py,"),
+        ("mine.py:three", "a module mine.py with .* without .py: mine:three."),
         ("mine:thre", "Expected a number thre in .*mine.py, .* It has three, Four.$"),
         ("mine:os.path", "as package.module:name"),
     ],

@@ -331,3 +331,10 @@ def test_provenance_names_commit_versions_device_and_command():
     assert found["num_devices"] == jax.device_count()
     assert found["command"]
     assert found["commit"] is None or len(found["commit"].split("+")[0]) == 40
+
+
+def test_an_installed_wheel_names_the_tag_of_its_release(tmp_path, monkeypatch):
+    file = f"{tmp_path}/samrobust/system/provenance.py"
+    monkeypatch.setattr("samrobust.system.provenance.__file__", file)
+    found = provenance()
+    assert found["commit"] == f"v{found['samrobust']}"

@@ -195,7 +195,7 @@ def test_the_table_says_states_epochs_etas_totals_and_errors(table):
     totals = "8 runs: 1 done, 2 running, 1 stale, 1 waiting, 2 not started, 1 failed."
     assert totals in text
     assert "ETA of all: " in text
-    assert "ETAs are of training alone." in " ".join(lines)
+    assert "ETAs cover training only." in " ".join(lines)
     assert "ST, seed 4: The loss is not finite." in lines
 
 

@@ -92,4 +92,4 @@ def test_the_work_that_is_told_rises_to_all_but_the_last_example():
     assert shares[-1] == NUM_EXAMPLES - 1  # that all is done the caller says
     standing = np.sum(BREAKS_AT[0] >= 1)
     lines = [line for *_, line in told]
-    assert f"column 0: stage 0, {standing} of 29 images stand" in lines
+    assert f"column 0: stage 0, {standing} of 29 images survive" in lines

@@ -242,6 +242,7 @@ def test_a_table_of_another_config_says_so_once_before_any_work(tmp_path, capsys
     for seed in (0, 1):
         folder = helpers.make_folder(tmp_path / "st" / f"seed{seed}")
         settle_config(folder, helpers.make_config("st", {"seed": seed}))
+        (folder / "metrics.jsonl").touch()
     flags = (*make_arguments(tmp_path, ROWS, seeds=2), "--config.training.momentum=0.5")
     assert helpers.main(*flags) == 2
     output, errors = capsys.readouterr()

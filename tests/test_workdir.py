@@ -8,6 +8,7 @@ import pytest
 from samrobust.experiments import configuration
 from samrobust.experiments.identity import identity_of
 from samrobust.experiments.workdir import (
+    OtherConfigError,
     config_of_run,
     finished_runs,
     read_result,
@@ -163,6 +164,7 @@ def test_a_config_settles_and_stays(tmp_path):
 )
 def test_another_config_is_refused_and_its_fields_are_named(tmp_path, changed, message):
     settle_config(tmp_path, helpers.make_config())
+    (tmp_path / "metrics.jsonl").touch()
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(WorkdirError, match=message):
         settle_config(tmp_path, helpers.make_config("st", changed))
@@ -173,6 +175,7 @@ def test_a_run_of_an_older_version_lacks_the_newest_fields(tmp_path):
     config = helpers.make_config("sam,rho=0.2")
     older = json.loads(config.to_json_best_effort())
     del older["sam"]["m"]
+    (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "config.json").write_text(json.dumps(older))
     settle_config(tmp_path, config)
     (tmp_path / "config.json").write_text(json.dumps(older))
@@ -285,6 +288,16 @@ def test_runs_in_directories_that_an_older_version_named_are_found(tmp_path):
     assert run_folder(tmp_path, row, 0) == folder
     assert run_folder(tmp_path, row, 1) == tmp_path / row / "seed1"
     assert (read_result(folder, whose) or {})["row"] == row
+
+
+def test_a_config_that_no_run_has_left_anything_beside_may_be_another(tmp_path):
+    """As after a wrong batch size, which is refused before it trains."""
+    settle_config(tmp_path, helpers.make_config("st"))
+    settle_config(tmp_path, config := helpers.make_config("sam,rho=0.2"))
+    (tmp_path / "metrics.jsonl").touch()
+    settle_config(tmp_path, config)
+    with pytest.raises(OtherConfigError, match=r"row was 'sam,rho=0\.2', is"):
+        settle_config(tmp_path, helpers.make_config("st"))
 
 
 def test_the_directory_of_a_table_is_not_that_of_a_run(tmp_path):

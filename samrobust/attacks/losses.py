@@ -95,11 +95,11 @@ def dlr(logits: Array, labels: Array) -> Array:
 
     `z_(i)` is the i-th largest logit. Neither a shift nor a positive factor of the
     logits changes the loss, so that a classifier cannot hide by scaling them. Not
-    positive where the example is classified rightly, 0 where the two largest tie.
+    positive where the example is classified correctly, 0 where the two largest tie.
 
-    Its limits: it needs three classes. Where the example is classified rightly it lies
-    in [-1, 0], and is -1 as soon as the second and third logit tie, however sure the
-    classifier is. Where the three largest logits tie, the floor of 1e-12 alone
+    Its limits: it needs three classes. Where the example is classified correctly it
+    lies in [-1, 0], and is -1 as soon as the second and third logit tie, however sure
+    the classifier is. Where the three largest logits tie, the floor of 1e-12 alone
     bounds the gradient. It is no loss to train with.
 
     Args:

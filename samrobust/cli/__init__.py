@@ -191,9 +191,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_args(argv)
     for item in unknown:
         if not item.startswith("--config."):
-            flags = commands[arguments.command].flags
-            meant = _meant(item.partition("=")[0], flags)
-            parser.error(f"unknown argument {item!r}.{meant}")
+            own = commands[arguments.command]
+            fix = _meant(item.partition("=")[0], own.flags)
+            if not fix and "--config" in own.flags:
+                fix = " Fields of the config are flags --config.SECTION.NAME=VALUE"
+                fix = fix if item.startswith("-") else f" Did you mean --config={item}?"
+            own.error(f"unknown argument {item!r}.{fix}")
         if "=" not in item:
             parser.error(f"write {item}=VALUE, with an equals sign")
         if not hasattr(arguments, "config"):

@@ -22,7 +22,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Adds the command and its flags."""
     parser = commands.add_parser(
         "bench",
-        help="how fast training is, beside its FLOPs, the paper and PyTorch",
+        help="how fast training is, next to its FLOPs, the paper and PyTorch",
         description="Times training steps, as epochs run them, and evaluations, each "
         "row in a process of its own. Images are synthetic: nothing is downloaded. "
         "`samrobust estimate` says how long a table takes.",

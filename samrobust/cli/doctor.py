@@ -39,9 +39,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     commands.add_parser(
         "doctor",
         help="devices, packages, caches and data of this machine",
-        description="Says what is there: packages beside the tested versions, devices, "
-        "memory, caches, data sets and what would be downloaded, extras. Exit code 1: "
-        "`samrobust table` cannot run here; the line says why. Asks no network.",
+        description="Checks this machine: packages against the tested versions, "
+        "devices, memory, caches, data sets and what would be downloaded, extras. Exit "
+        "code 1: `samrobust table` cannot run here; the line says why. Needs no "
+        "network.",
     )
 
 
@@ -120,10 +121,10 @@ def _devices() -> str:
     each = f" of {_size(stats['bytes_limit'])} each" if "bytes_limit" in stats else ""
     platforms = os.environ.get("JAX_PLATFORMS")
     chosen = "the first of TPU, GPU and CPU that works (JAX_PLATFORMS is not set)"
-    chosen = f"JAX_PLATFORMS={platforms}, and no other" if platforms else chosen
+    chosen = f"all that JAX_PLATFORMS={platforms} allows" if platforms else chosen
     idle = not platforms and jax.default_backend() == "cpu" and _has_nvidia()
     fix = ' An NVIDIA GPU is there and not used: pip install "samrobust[cuda13]".'
-    return f"{found}{each}; JAX takes {chosen}.{fix if idle else ''}"
+    return f"{found}{each}, {chosen}.{fix if idle else ''}"
 
 
 def _has_nvidia() -> bool:

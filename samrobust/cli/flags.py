@@ -80,7 +80,8 @@ def _number(convert: Callable[[str], float], rule: Rule) -> _Read:
         try:
             value = convert(text)
         except ValueError:
-            check(False, f"a {'whole ' * (convert is int)}number", value=text)
+            fix = "Radii are in 1/255 units: 8 means 8/255." if "/255" in text else ""
+            check(False, f"a {'whole ' * (convert is int)}number", fix, value=text)
             raise
         rule(value=value)
         return value
@@ -191,4 +192,4 @@ MEMBERS = {
     **names_of("apgd-ce", "apgd-t", "fab-t", "square", "apgd-dlr"),
     "help": "with --version=custom: of apgd-ce, apgd-t, fab-t, square, apgd-dlr",
 }
-ANY_FIELD = "Any field: --config.training.epochs=2. See configs/base.py."
+ANY_FIELD = "Any field: --config.training.epochs=2; `samrobust config` lists them."

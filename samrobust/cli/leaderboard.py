@@ -14,9 +14,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Adds the command and its flags."""
     parser = commands.add_parser(
         "leaderboard",
-        help="claims at l-inf 1/255 and 2/255, held to what was measured, ranked",
+        help="claims at l-inf 1/255 and 2/255, checked against measurements, ranked",
         description="Reads the claims of a folder, JSON files in RobustBench's format, "
-        "holds each to the table of `samrobust recheck` that it rests on, and writes "
+        "checks each against the table of `samrobust recheck` it rests on, and writes "
         "leaderboard.md. A claim that says what was not measured is refused.",
         epilog="docs/interchange.md describes the files.",
     )

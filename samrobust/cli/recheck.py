@@ -30,7 +30,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Adds the command and its flags."""
     parser = commands.add_parser(
         "recheck",
-        help="the runs of a table under AutoAttack, beside PGD",
+        help="the runs of a table under AutoAttack, next to PGD",
         description="Attacks every finished run of a table with its PGD and with "
         "AutoAttack, on the same images, and writes the table of both: autoattack.md, "
         f".csv, .json and .png. {RESUME}",
@@ -86,6 +86,9 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         result = read_result(folder, identity_of(config_of_run(folder), None))
         return {} if result is None else result["provenance"]
 
+    trained = broadcast_from_primary(
+        lambda: {path: training_provenance(workdir / path) for path in runs}
+    )
     works = {
         path: sum(scoring.evaluation_work(c, load_data(c)) for c in configs.values())
         for path, configs in runs.items()
@@ -112,9 +115,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
                 "row": config.row,
                 "seed": config.seed,
                 "num_test": len(scoring.evaluated_split(config, dataset)),
-                "training_provenance": broadcast_from_primary(
-                    lambda folder=folder: training_provenance(folder)
-                ),
+                "training_provenance": trained[path],
             }
             results.append(result)
     paths = broadcast_from_primary(lambda: _conclude(workdir, runs, results, console))

@@ -9,6 +9,7 @@ data, and add a line to `DATASETS`.
 """
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -220,11 +221,13 @@ def _read(
     data_dir = data_dir or default_data_dir()
     prepared = find_prepared(name, data_dir)
     if prepared is None:
+        own = [text for text in (f"{name}.npz", f"./{name}") if os.path.exists(text)]
+        meant = f"Did you mean {own[0]}? " if own else ""
         raise DatasetUnavailableError(
             f"Expected {', '.join(DATASETS)}, or {name} in {data_dir} as TFDS prepares "
-            f"it in ArrayRecord format, got {describe_folder(name, data_dir)}. Set "
-            "data_dir (or TFDS_DATA_DIR), or prepare it where TensorFlow is installed: "
-            f"tfds.builder({name!r}, file_format='array_record')"
+            f"it in ArrayRecord format, got {describe_folder(name, data_dir)}. "
+            f"{meant}Set data_dir (or TFDS_DATA_DIR), or prepare it where TensorFlow "
+            f"is installed: tfds.builder({name!r}, file_format='array_record')"
             ".download_and_prepare()."
         )
     return load_prepared(prepared, cache_dir)
@@ -260,7 +263,7 @@ def _choose_train(
     check(
         train_size >= 1 and train_size + validation_size <= available,
         f"1 <= train_size and train_size + validation_size <= {available}",
-        "None takes all that are not held out.",
+        f"There are {available} training examples, {validation_size} held out.",
         train_size=train_size,
         validation_size=validation_size,
     )
@@ -278,7 +281,7 @@ def _choose_test(available: int, size: int | None, seed: int) -> np.ndarray:
     check(
         1 <= size <= available,
         f"1 <= test_size <= {available}",
-        "None takes all.",
+        f"There are {available} test examples.",
         test_size=size,
     )
     edges = np.arange(size + 1) * available // size

@@ -6,6 +6,7 @@ Both return the mapping that `samrobust.data.splits.from_arrays` takes and check
 import hashlib
 import os
 import pathlib
+import zipfile
 from typing import IO, Any
 
 import numpy as np
@@ -34,7 +35,8 @@ def load_npz(path: pathlib.Path) -> dict[str, Any]:
         )
     name = None
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        # Not a zip file: NumPy would speak of pickles, and of loading them anyway.
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
             arrays = {}
             for name in file.files:
                 arrays[name] = file[name]
@@ -43,7 +45,7 @@ def load_npz(path: pathlib.Path) -> dict[str, Any]:
         where = f"the array {name} in {path}" if name else f"an .npz file {path}"
         raise DatasetUnavailableError(
             f"Expected {where}, got: {_line(error)}. Write it with numpy.savez, of "
-            "arrays of numbers alone."
+            "arrays of numbers only."
         ) from error
 
 
@@ -132,7 +134,7 @@ def _images(folder: pathlib.Path) -> list[pathlib.Path]:
     fix = f"Convert it, or move it out of {folder}."
     for path in paths:
         is_image = path.suffix.lower() in _SUFFIXES and path.is_file()
-        check(is_image, f"{', '.join(_SUFFIXES)} files alone", fix, file=path.name)
+        check(is_image, f"only {', '.join(_SUFFIXES)} files", fix, file=path.name)
     return paths
 
 

@@ -219,6 +219,8 @@ def _check_arrays(**pair: np.ndarray) -> None:
         dtype=str(images.dtype),
     )
     fix = f"A row a label becomes {labels_name}.argmax(1)." if labels.ndim == 2 else ""
+    if labels.dtype.kind in "US":
+        fix = f"Names become np.unique({labels_name}, return_inverse=True)[1]."
     check(
         labels.shape == images.shape[:1] and np.issubdtype(labels.dtype, np.integer),
         f"integer {labels_name} [{len(images)}], one an image",

@@ -170,5 +170,5 @@ class _WorkShare:
         total = broken_at.shape[1]
         share = self.done / (self.done + work)
         doing = f"{self._names[place.column]}: {current.name}, "
-        doing += f"{standing:,} of {total:,} images stand"
+        doing += f"{standing:,} of {total:,} images survive"
         self._on_batch(min(total - 1, int(share * total)), total, doing)

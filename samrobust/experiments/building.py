@@ -4,12 +4,13 @@ The one place where the parts of an experiment are put together: data, network, 
 schedule, attacks. Out of scope: validation, see `samrobust.experiments.validation`.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 
 from samrobust import attacks
 from samrobust.attacks.losses import LOSSES
@@ -113,9 +114,7 @@ def _method_maker(
     """Returns how to build the method without parts, and the first steps of those."""
     model = make_model(config, dataset)
     training = config.training
-    images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    variables = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, images)
+    variables = _variables_of(model, config.model.name, dataset)
     learning_rate = learning_rate_schedule(config, steps_per_epoch)
     links = make_optimizer(config, learning_rate)
     parts = methods.build(
@@ -156,6 +155,22 @@ def _method_maker(
         return averaging.join(method, natural)
 
     return make, starts
+
+
+def _variables_of(
+    model: nn.Module, name: str, dataset: Dataset | DatasetFacts
+) -> Mapping[str, Any]:
+    """Returns the shapes of a network's variables; refuses logits of another shape."""
+    images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with entries.renamed({}, name):
+        logits, variables = jax.eval_shape(
+            lambda k, x: model.init_with_output(k, x, train=False), key, images
+        )
+    shape, wanted = getattr(logits, "shape", logits), (1, dataset.num_classes)
+    fix = "One logit for each class of the data."
+    check(shape == wanted, f"{name} to return logits {wanted}", fix, logits=shape)
+    return variables
 
 
 def evaluation_attacks(config: Config) -> dict[str, Attack]:

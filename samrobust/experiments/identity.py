@@ -132,7 +132,12 @@ class Identity:
         if None not in both and not (was and not is_now):
             changed |= differences({"data": self.data}, {"data": other.data})
         changed |= differences({"format": self.format}, {"format": other.format})
-        told = [f"{n} is {a!r}, not {b!r}" for n, (a, b) in changed.items()]
+        told = [
+            f"{name.removeprefix('source.')}.py has changed"
+            if name.startswith("source.")
+            else f"{name} is {then!r}, not {now!r}"
+            for name, (then, now) in changed.items()
+        ]
         if draws and self.random != other.random:
             told.append(
                 f"JAX drew {self.random!r} from a key and not {other.random!r}, which "

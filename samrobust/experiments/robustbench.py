@@ -180,7 +180,7 @@ def _claims_in_words(found: dict[str, Any] | None, which: str, full: int) -> str
         lacking = "has not been evaluated by the standard AutoAttack"
         if found is not None:
             count = found["num_test"]
-            lacking = f"was evaluated on {count} of the {full} test images alone"
+            lacking = f"was evaluated on only {count} of the {full} test images"
         return (
             f"None: the run's {which} checkpoint {lacking}.\n"
             f"Run `{command}` and export again."

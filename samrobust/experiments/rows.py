@@ -152,7 +152,7 @@ def parse_row(row: str) -> Row:
     modern = modern_row(row)
     check(modern == row, f"the row {modern!r}", "Each part has its options.", row=row)
     method, others = _split_others(row)
-    spellings = [] if method == STANDARD else re.split(r"\+(?=[A-Za-z_])", method)
+    spellings = [] if method == STANDARD else re.split(r"\+(?=\s*[A-Za-z_])", method)
     parsed = Row(tuple(_parse_part(part, row) for part in spellings), others)
     names = [part.name for part in parsed.parts]
     known = [n for name in names if (n := _registry_of(name)) is not None]
@@ -191,11 +191,13 @@ def _split_others(row: str) -> tuple[str, dict[str, Any]]:
 
 
 def _parse_part(spelling: str, row: str) -> Part:
-    name, *items = spelling.split(",")
+    name, *items = map(str.strip, spelling.split(","))
+    check(name != STANDARD, "st alone, without options or parts", row=row)
     given = {key: value for key, _, value in (item.partition("=") for item in items)}
     known = f"{{{', '.join((STANDARD, *REGISTRY))}}}"
     condition = f"parts in {known} or package.module:name"
-    near = difflib.get_close_matches(name, REGISTRY, 1)
+    swapped = [known for known in REGISTRY if sorted(known) == sorted(name)]
+    near = swapped or difflib.get_close_matches(name, REGISTRY, 1)
     fix = f"Did you mean {near[0]}? {_EXAMPLES}" if near else _EXAMPLES
     check(name in REGISTRY or is_reference(name), condition, fix, row=row)
     fields, wanted = entries.section_fields(name), _options(name, given)
@@ -233,5 +235,6 @@ def _read(given: str, field: Field, option: str, row: str) -> Any:
     try:
         return int(given) if kind is int else float(given)
     except ValueError:
-        check(False, f"a number for {option}", row=row)
+        fix = "Radii are in 1/255 units: 8 means 8/255." if option == "eps" else ""
+        check(False, f"a number for {option}", fix, row=row)
         raise

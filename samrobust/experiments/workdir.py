@@ -93,7 +93,9 @@ def config_of_run(workdir: pathlib.Path) -> Config:
       WorkdirError: as `stored_config`.
     """
     stored = stored_config(workdir)
-    runs, fix = ", ".join(read_plan(workdir)), "Train it first: `samrobust train`."
+    of_a_row = sorted(path.parent.name for path in workdir.glob("seed*/config.json"))
+    runs = ", ".join(read_plan(workdir) or of_a_row)
+    fix = "Train it first: `samrobust train`."
     fix = f"It is a table's. Its runs: {shorten(runs)}." if runs else fix
     wanted = "a run's --workdir, with a config.json"
     check(stored is not None, wanted, fix, workdir=str(workdir))
@@ -127,6 +129,8 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
     lacking = set(wanted).difference(config.row for config in configs.values())
     condition = "finished runs in --workdir" + (" of all --rows" if wanted else "")
     fix = "It is the directory of a table: `samrobust table`."
+    if (workdir / "config.json").exists():
+        fix = "It is a run's: give the directory of its table."
     which = {"rows_without": sorted(lacking)} if wanted else {}
     found = bool(configs) and not lacking
     check(found, condition, fix, workdir=str(workdir), **which)
@@ -151,13 +155,20 @@ def config_changes(
     """Returns the fields that shape a result and are not as when the run was started.
 
     Returns:
-      The values then and now, by dotted names; None where no run was started.
+      The values then and now, by dotted names; None where no run has left anything
+      but a config: it was refused, or stopped before it came to train.
 
     Raises:
       WorkdirError: as `stored_config`.
     """
     stored = stored_config(workdir)
-    return None if stored is None else changed_fields(stored.to_dict(), as_dict(config))
+    if stored is None or not _left_by_a_run(workdir):
+        return None
+    return changed_fields(stored.to_dict(), as_dict(config))
+
+
+def _left_by_a_run(workdir: pathlib.Path) -> list[str]:
+    return [name for name in _LEFT_BY_A_RUN if (workdir / name).exists()]
 
 
 def add_evaluation(workdir: pathlib.Path, line: Mapping[str, Any]) -> pathlib.Path:
@@ -186,7 +197,7 @@ def settle_config(workdir: pathlib.Path, config: Config) -> None:
     changed = config_changes(workdir, config)
     if changed:
         raise OtherConfigError.over(workdir, "a run", changed)
-    left = [name for name in _LEFT_BY_A_RUN if (workdir / name).exists()]
+    left = _left_by_a_run(workdir)
     if changed is None and (workdir / "plan.json").exists():
         raise WorkdirError(
             f"Expected the directory of one run, got that of a table: {workdir}. "

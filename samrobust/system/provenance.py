@@ -21,7 +21,8 @@ def provenance() -> dict[str, Any]:
     """Returns what to keep with a measurement, ready for JSON.
 
     Returns:
-      `commit` (None outside a git checkout; `+changes` if files differ from it),
+      `commit` (`+changes` if files differ from it; of an installed wheel the tag of
+      its release, as `v0.2.0`; None where git does not answer),
       the versions of the packages, `python`, `device`, `num_devices`, `num_processes`,
       `platform`, `command` and `date` (UTC, ISO 8601).
     """
@@ -48,10 +49,8 @@ def random_bits() -> str:
 
 def _commit() -> str | None:
     checkout = pathlib.Path(__file__).resolve().parents[2]
-    if not (
-        checkout / ".git"
-    ).exists():  # an installed wheel inside somebody's checkout
-        return None
+    if not (checkout / ".git").exists():  # a wheel, maybe in somebody's checkout
+        return f"v{metadata.version('samrobust')}"
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(checkout), *arguments]

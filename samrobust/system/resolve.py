@@ -141,8 +141,11 @@ def _import(module: str, what: str, reference: str) -> types.ModuleType:
         ):
             file = f"{missing.replace('.', '/')}.py"
             fix = f"Run in the folder that holds {file}, or add that folder to "
+            fix += "PYTHONPATH."
+            if missing.endswith(".py"):  # the name of the file
+                fix = f"Write it without .py: {reference.replace('.py:', ':')}."
             wanted = f"a module {missing} with {what}"
-            check(False, wanted, f"{fix}PYTHONPATH.", reference=reference)
+            check(False, wanted, fix, reference=reference)
         raise failure_of(f"the module {module} with {what}", error) from error
 
 

@@ -232,9 +232,10 @@ metadata={'epoch': 2})
                         f"damaged one: {str(error).rstrip('.')}. Steps beside it: "
                         f"{steps}; another one is used only where --step names it."
                     ) from error
+        fix = "Choose one of these." if self._steps() else "Run `samrobust train`."
         raise CheckpointError(
             f"Expected a checkpoint{'' if step is None else f' of step {step}'} in "
-            f"{self._place.name}, got {self._steps() or 'none'}. Run `samrobust train`."
+            f"{self._place.name}, got {self._steps() or 'none'}. {fix}"
         )
 
     def _read(

@@ -474,7 +474,7 @@ def test_a_claim_under_l2_has_robustbenchs_way_to_write_the_radius(workdir, tmp_
     [
         ([], "has not been evaluated"),
         ([{}, {"evaluation": 3}, {"accuracy": []}], "has not been evaluated"),
-        ([make_line(CLAIMED) | {"num_test": 48}], "on 48 of the 500 test images alone"),
+        ([make_line(CLAIMED) | {"num_test": 48}], "on only 48 of the 500 test images"),
         ([make_line(CLAIMED) | {"step": 7}], "has not been evaluated"),
     ],
 )

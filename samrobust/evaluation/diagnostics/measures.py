@@ -159,7 +159,7 @@ def measure_crafts(model: nn.Module, crafts: Mapping[str, Craft]) -> BatchFn:
 
     `variables` are a dictionary by the names of the sources, the network's own under
     the empty name. The outcome, each [B], by the crafts' names: whether the image is
-    classified rightly, under `NAME margin` the margin loss, and under `NAME finite`
+    classified correctly, under `NAME margin` the margin loss, and under `NAME finite`
     whether its logits make a decision.
     """
 

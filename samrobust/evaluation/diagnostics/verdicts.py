@@ -1,6 +1,6 @@
 """Judgments of measurements: pure functions of NumPy arrays to findings.
 
-`standing` means: classified rightly after an attack, bool [N]. A comparison counts
+`standing` means: classified correctly after an attack, bool [N]. A comparison counts
 images and holds the count against `allowance`.
 """
 
@@ -46,14 +46,14 @@ def judge_gradients(
     """Judges whether the gradient that an attack follows is there; bool [N] each.
 
     Args:
-      correct: classified rightly; the others need no attack.
+      correct: classified correctly; the others need no attack.
       zero: the gradient of the cross entropy is exactly zero.
       zero_margin: that of the margin loss is.
       saturated: the cross entropy itself is.
     """
     total = int(correct.sum())
     if total == 0:
-        text = "No image is classified rightly: there is nothing to attack."
+        text = "No image is classified correctly: there is nothing to attack."
         return Finding("zero gradients", UNDECIDED, text, {})
     flat, deep, full = (
         int(np.sum(correct & v)) for v in (zero, zero_margin, saturated)
@@ -66,7 +66,7 @@ def judge_gradients(
     }
     text = (
         f"The gradient of the cross entropy is exactly zero at {flat} of {total} "
-        f"rightly classified images ({allowance(total)} are allowed), that of the "
+        f"correctly classified images ({allowance(total)} are allowed), that of the "
         f"margin at {deep}; the loss itself is zero in float32 at {full}."
     )
     if is_more(flat, total):
@@ -148,7 +148,7 @@ def judge_precision(
     }
     text = (
         f"The network computes in {dtype}; float32 would change {changed} of {total} "
-        f"predictions. {_percent(own):.1f} % stand after PGD, {_percent(exact):.1f} % "
+        f"predictions. {_percent(own):.1f} % survive PGD, {_percent(exact):.1f} % "
         f"after PGD along float32 gradients ({allowance(total)} images are allowed)."
     )
     is_bad = is_more(changed, total) or is_more(gained, total)
@@ -219,8 +219,9 @@ def judge_radii(standing: Mapping[float, np.ndarray]) -> Finding:
     text = f"Robust accuracy falls to {_percent(each[-1]):.1f} % ({told})."
     if is_more(counts[-1], total):
         text = (
-            f"{counts[-1]} of {total} images stand even where an image may become any "
-            f"other ({told}): the attack does not find what surely is there."
+            f"{counts[-1]} of {total} images survive even where an image may become "
+            f"any other ({told}): the attack fails, or the network gives all images "
+            "the same answer."
         )
     elif is_more(rise, total):
         text = (
@@ -272,7 +273,7 @@ def judge_logit_scale(
     hides = is_more(gained, len(plain))
     follows = ": large logits hide the gradient. Attack with the margin or DLR."
     text = (
-        f"{_percent(plain):.1f} % stand after PGD on the cross entropy, "
+        f"{_percent(plain):.1f} % survive PGD on the cross entropy, "
         f"{_percent(rescaled):.1f} % once logits are rescaled (their median margin is "
         f"{size:.3g}){follows if hides else '.'}"
     )
@@ -309,7 +310,7 @@ def judge_noise(
         text += " An attack that noise beats does not attack."
     elif useless:
         text = (
-            f"Of {num_both} images that stand under both, APGD brings {worse} nearer "
+            f"Of {num_both} images that survive both, APGD brings {worse} nearer "
             "to a mistake than random noise does, not clearly more than half. An "
             "attack no better than noise does not attack."
         )

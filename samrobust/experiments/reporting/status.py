@@ -57,5 +57,5 @@ def _totals(runs: Sequence[survey.RunStatus]) -> Text:
     if together is not None:
         text += f" ETA of all: {duration(together)} at this number of workers."
     if any(seconds for seconds in survey.remaining(runs)):
-        text += " ETAs are of training alone."
+        text += " ETAs cover training only."
     return Text(text)

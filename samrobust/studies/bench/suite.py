@@ -133,7 +133,7 @@ class Launcher:
         check(
             task.devices < there and platform == "gpu",
             f"--devices=0 or {there}, which are there",
-            "Fewer than all can be chosen on GPUs alone.",
+            "Only on GPUs can fewer than all be chosen.",
             devices=task.devices,
         )
         return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(task.devices)))}

@@ -216,7 +216,7 @@ def _notes(
         f"pairs; lambda max: {s.lanczos_steps} steps of Lanczos; trace: "
         f"{s.trace_draws} draws.",
         f"linearity error: within {s.linearity_norm} {s.linearity_radius:g}/255; "
-        "distance: median over rightly classified images, in 1/255, by FAB toward "
+        "distance: median over correctly classified images, in 1/255, by FAB toward "
         f"{s.num_targets} classes.",
     ]
     if count < LEAST_FOR_INTERVAL:

@@ -170,7 +170,7 @@ def make_probe(
     Returns:
       `probe(variables, train, test, key, *, on_batch) -> {name: value}` over two whole
       splits, with the names of `QUANTITIES`; distances in 1/255. NaN where nothing can
-      be said: no rightly classified image, or a last layer that is not `nn.Dense`.
+      be said: no correctly classified image, or a last layer that is not `nn.Dense`.
       Compiles once for splits of one size.
     """
     model = float32_copy(model) or model
