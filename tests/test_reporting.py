@@ -131,8 +131,15 @@ class TestSummarise:
         assert [row.cost for row in grid().rows] == pytest.approx([1, 2, 2, 11, 11])
 
     def test_cost_is_of_the_whole_training(self):
-        runs = [run("st", step=100), run("sam,rho=0.2", step=300)]
+        runs = [run("st", training_steps=100), run("sam,rho=0.2", training_steps=300)]
         assert summarize(runs, rows=ROWS).rows[1].cost == pytest.approx(6)
+
+    def test_cost_does_not_depend_on_where_the_best_checkpoint_lies(self):
+        runs = [
+            run(row, step=step, training_steps=300)
+            for row, step in (("st", 100), ("sam,rho=0.2", 300))
+        ]
+        assert summarize(runs, rows=ROWS).rows[1].cost == pytest.approx(2)
 
     def test_passes_are_relative_to_st_and_shown_beside_the_cost(self):
         table = grid(passes={"st": 20, "sam,rho=0.2": 40, "at,norm=linf,eps=8": 153.4})
