@@ -111,10 +111,10 @@ class Table:
       title: one line.
       caption: what the reader should know beyond the numbers.
       dataset: the name of the data set.
-      num_test: the number of test images behind every accuracy.
+      num_test: the number of images behind every accuracy.
       columns: natural first, then linf and l2, each by radius.
       rows: in the order of the config, the unfinished ones too.
-      runs: of every run its row, seed, identity, step, images, seconds, provenance;
+      runs: of every run its row, seed, identity, step, images, time, provenance;
         with two checkpoints also what `best` is.
     """
 
@@ -230,7 +230,7 @@ def summarize(
 
     kept = (
         *("row", "seed", "identity", "step", "images", "best"),
-        *("training_seconds", "step_seconds", "provenance"),
+        *("training_steps", "training_seconds", "step_seconds", "provenance"),
         *("pgd_provenance", "training_provenance"),
     )
     return Table(

@@ -124,7 +124,8 @@ def to_sheet(
     Args:
       found: see there.
       settings: of the measures.
-      num_images: how many training and how many test images were looked at.
+      num_images: how many training images were looked at, and how many of those that
+        accuracy is of.
       short: means alone, short names, and the correlations with one column.
     """
     rows: dict[str, list[MeasuredRun]] = {}
@@ -208,7 +209,7 @@ def _notes(
     methods = len({run.row for run in found.runs})
     notes = [
         "Cross entropy of natural images in float32, BatchNorm in evaluation mode. "
-        f"Flatness on {train} training images, the rest on {test} test images; "
+        f"Flatness on {train} training images, the rest on {test} evaluated ones; "
         "means over seeds.",
         f"worst-case: rise of the loss in {s.ascent_steps} steps within an l2 ball of "
         f"{s.rho:g}, adaptive: of {s.rho_adaptive:g} |w|; average: under noise of "
