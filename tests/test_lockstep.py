@@ -147,15 +147,32 @@ def test_the_images_are_on_the_device_once():
     assert max(counts) == 1
 
 
-def test_the_seconds_of_an_epoch_are_each_runs_share(monkeypatch):
-    now = iter(range(10**6))
-    clock = types.SimpleNamespace(monotonic=lambda: next(now))
-    monkeypatch.setattr(sys.modules["samrobust.training.fit"], "time", clock)
-    logs = [RunLog(), RunLog()]
-    together(*(functools.partial(train, i, log=log) for i, log in enumerate(logs)))
-    shares = [line["seconds"] for log in logs for line in log.lines]
-    assert all(0 < share < 4 for share in shares)
-    assert any(share % 1 for share in shares)  # halves
+@pytest.mark.parametrize("validates", [False, True])
+def test_the_seconds_of_an_epoch_are_each_runs_share_of_its_calls(
+    validates, monkeypatch
+):
+    now, logs, run_each = [0.0], [RunLog(), RunLog()], EpochRunner.run_each
+    clock = types.SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(sys.modules["samrobust.training.lockstep"], "time", clock)
+
+    def take(seconds: float) -> dict[str, float]:
+        now[0] += seconds
+        return {"score": 0.0}
+
+    def timed(self, chunk, turns):
+        take(10.0)
+        return run_each(self, chunk, turns)
+
+    def trained_and_judged(seed: int, **companion: Any) -> None:
+        validate = (lambda _: take(100.0)) if validates else None
+        train(seed, log=logs[seed], validate=validate, **companion)
+        take(1000.0)
+
+    monkeypatch.setattr(EpochRunner, "run_each", timed)
+    together(*(functools.partial(trained_and_judged, seed) for seed in (0, 1)))
+    shares = [[line["seconds"] for line in log.lines] for log in logs]
+    assert [sum(share) for share in shares] == [20, 20]  # four calls of both
+    assert shares == [[10, 10]] * 2 or not validates
 
 
 # Stopped, killed, resumed.

@@ -7,6 +7,7 @@ can resume at any step as if it had never stopped.
 
 import copy
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -234,12 +235,7 @@ class EpochRunner:
       attacks: see `samrobust.system.runtime.compiler_options`; by default, whether a
         step has a loop in it.
       deterministic: see there.
-
-    Attributes:
-      num_runs: that share the time of a call.
     """
-
-    num_runs = 1
 
     def __init__(
         self,
@@ -268,6 +264,13 @@ class EpochRunner:
             out_shardings=self._placement,
         )
         self._compiled: dict[tuple[Chunk, int], Callable[..., Any]] = {}
+
+    def seconds(self) -> float:
+        """Returns a time; the difference of two is what this run took meanwhile."""
+        return time.monotonic()
+
+    def rest(self) -> None:
+        """Says that what follows, up to the next call, is no training."""
 
     def permutation(self, epoch: int) -> Array:
         """Returns the order of the examples in an epoch, int32 [N]."""
