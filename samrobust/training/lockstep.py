@@ -117,14 +117,14 @@ class Lockstep:
         served = [c for c, r in self._requests.items() if r[:2] == (step, chunk)]
         turns = [self._requests.pop(companion).turn for companion in served]
         assert self._runner is not None  # made by the first that asked
-        self.note(trains=step != _COMPILE)
-        self._served = served
-        answers: list[Any]
+        self.note(trains=False)
+        answers: list[Any] = [None] * len(turns)
         try:
-            if step == _COMPILE:
-                self._runner.compile(chunk, [turn.carry for turn in turns])
-                answers = [None] * len(turns)
-            else:
+            # Beforehand, as of a lone run: no epoch's seconds are those of a compiler.
+            self._runner.compile(chunk, [turn.carry for turn in turns])
+            if step != _COMPILE:
+                self.note(trains=True)
+                self._served = served
                 answers = [*self._runner.run_each(chunk, turns)]
         except Exception as error:
             answers = [error] * len(turns)
