@@ -208,14 +208,8 @@ def _noted(totals: MetricSums, arrays: PyTree, step: Array) -> MetricSums:
 def _added(totals: MetricSums, metrics: dict[str, Array], size: int) -> MetricSums:
     """Adds a step's metrics."""
     # Weighted by examples: the last batch of an epoch may be smaller.
-    sums = {
-        name: totals["sums"][name] + size * value for name, value in metrics.items()
-    }
-    return {
-        **totals,
-        "examples": totals["examples"] + size,
-        "sums": sums,
-    }
+    sums = {name: totals["sums"][name] + size * x for name, x in metrics.items()}
+    return {**totals, "examples": totals["examples"] + size, "sums": sums}
 
 
 class EpochRunner:
@@ -387,9 +381,8 @@ class EpochRunner:
                     for carry, *own in zip(carries, permutations, keys, strict=True)
                 ]
 
-            if (
-                chunk.num_steps == 1
-            ):  # no loop: XLA's CPU compiler is better outside one
+            if chunk.num_steps == 1:
+                # No loop: XLA's CPU compiler is better outside one.
                 carries = step_of_each(carries)
             else:
                 carries = repeat(step_of_each, carries, chunk.num_steps)
