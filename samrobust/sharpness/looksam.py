@@ -110,7 +110,7 @@ def looksam(
             outcome = jax.tree.map(
                 lambda a, b: (at_least_float32(a) + b).astype(a.dtype), g, added
             )
-            # The others stay: zeros in between would spoil means over steps.
+            # The others stay: zeros would make means over steps meaningless.
             length = length.astype(jnp.float32)
             metrics = before.metrics._replace(gradient_norm=length)
             after = before._replace(
