@@ -117,6 +117,7 @@ def to_sheet(
     settings: ProbeSettings,
     num_images: Sequence[int],
     *,
+    notes: Sequence[str] = (),
     short: bool = False,
 ) -> Sheet:
     """Returns tables and notes, for a console (`short`) or as Markdown.
@@ -126,6 +127,7 @@ def to_sheet(
       settings: of the measures.
       num_images: how many training images were looked at, and how many of those that
         accuracy is of.
+      notes: further ones, such as on how the accuracies were measured.
       short: means alone, short names, and the correlations with one column.
     """
     rows: dict[str, list[MeasuredRun]] = {}
@@ -164,7 +166,8 @@ def to_sheet(
         table("Confidence, margin", "values", of_kinds("confidence", "margin")),
         correlations(),
     ]
-    return Sheet(tables, [*_answers(found), *_notes(found, settings, num_images)])
+    told = [*_answers(found), *_notes(found, settings, num_images), *notes]
+    return Sheet(tables, told)
 
 
 def _name(column: str, *, short: bool) -> str:
