@@ -85,6 +85,7 @@ def test_each_checkpoint_has_a_column_of_each_attack(workdir):
         6,
     )
     assert result["best"]["identity"] == result["identity"]
+    assert result["training_steps"] == 18
 
 
 def test_the_last_column_is_that_of_a_run_judged_by_its_last_checkpoint(workdir):

@@ -132,7 +132,9 @@ def test_curves_that_are_damaged_or_of_other_settings_are_kept_aside(
             assert helpers.main("curves", f"--workdir={workdir}", "--linf=8") == 0
     aside = sorted(workdir.glob("curves.json.aside*"))
     assert [path.read_text() for path in aside] == contents
-    assert (read_sealed(path) or {})["runs"]["st/seed0"]["num_images"] == 48
+    content = read_sealed(path) or {}
+    assert content["runs"]["st/seed0"]["num_images"] == 48
+    assert content["title"].endswith("48 test images, last checkpoint")
 
 
 def test_a_directory_without_finished_runs_is_refused(tmp_path, capsys):

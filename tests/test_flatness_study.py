@@ -285,6 +285,8 @@ def test_autoattack_stands_beside_pgd_where_the_network_is_the_same(
     content = {
         "rows": [{"name": row, "seeds": [0], "cells": cells} for row in ROWS],
         "runs": runs,
+        "num_test": 17,
+        "caption": "digits, test images. AA: AutoAttack, custom.",
     }
     (workdir / "autoattack.json").write_text(json.dumps(content))
     assert helpers.main("sharpness", f"--workdir={workdir}") == 0
@@ -292,6 +294,10 @@ def test_autoattack_stands_beside_pgd_where_the_network_is_the_same(
     assert accuracy["sam,rho=0.2/seed0"]["linf 16/255 AA"] == 7.0
     assert accuracy["sam,rho=0.2/seed0"]["linf 16/255"] != 1.0
     assert "linf 16/255 AA" not in accuracy["st/seed0"]
+    said = (
+        "AA: by `samrobust recheck` on 17 images: digits, test images. AA: AutoAttack"
+    )
+    assert said in (workdir / "sharpness.md").read_text()
 
 
 @pytest.mark.slow

@@ -147,15 +147,51 @@ def test_the_images_are_on_the_device_once():
     assert max(counts) == 1
 
 
-def test_the_seconds_of_an_epoch_are_each_runs_share(monkeypatch):
-    now = iter(range(10**6))
-    clock = types.SimpleNamespace(monotonic=lambda: next(now))
-    monkeypatch.setattr(sys.modules["samrobust.training.fit"], "time", clock)
+@pytest.fixture
+def take(monkeypatch) -> Any:
+    """A clock's hand: a call of the device takes 10 seconds, a new program 9000."""
+    now, run_each, compile_chunk = [0.0], EpochRunner.run_each, EpochRunner.compile
+    clock = types.SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(sys.modules["samrobust.training.lockstep"], "time", clock)
+
+    def take(seconds: float) -> dict[str, float]:
+        now[0] += seconds
+        return {"score": 0.0}
+
+    def timed(self, chunk, turns):
+        take(10.0)
+        return run_each(self, chunk, turns)
+
+    def compiled(self, chunk, carries):
+        take(0.0 if (chunk, len(carries)) in self._compiled else 9000.0)
+        return compile_chunk(self, chunk, carries)
+
+    monkeypatch.setattr(EpochRunner, "run_each", timed)
+    monkeypatch.setattr(EpochRunner, "compile", compiled)
+    return take
+
+
+@pytest.mark.parametrize("validates", [False, True])
+def test_the_seconds_of_an_epoch_are_each_runs_share_of_its_calls(validates, take):
     logs = [RunLog(), RunLog()]
-    together(*(functools.partial(train, i, log=log) for i, log in enumerate(logs)))
-    shares = [line["seconds"] for log in logs for line in log.lines]
-    assert all(0 < share < 4 for share in shares)
-    assert any(share % 1 for share in shares)  # halves
+
+    def trained_and_judged(seed: int, **companion: Any) -> None:
+        validate = (lambda _: take(100.0)) if validates else None
+        train(seed, log=logs[seed], validate=validate, **companion)
+        take(1000.0)
+
+    together(*(functools.partial(trained_and_judged, seed) for seed in (0, 1)))
+    shares = [[line["seconds"] for line in log.lines] for log in logs]
+    assert [sum(share) for share in shares] == [20, 20]  # four calls of both
+    assert shares == [[10, 10]] * 2 or not validates
+
+
+@pytest.mark.usefixtures("take")
+def test_the_seconds_of_a_run_that_goes_on_alone_are_all_of_its_calls():
+    log, score = RunLog(), lambda _: {"score": 0.0}
+    first = functools.partial(train, 0, epochs=1)
+    together(first, functools.partial(train, 1, log=log, validate=score))
+    assert [line["seconds"] for line in log.lines] == [10, 20]
 
 
 # Stopped, killed, resumed.

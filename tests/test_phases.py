@@ -205,3 +205,20 @@ def test_entropy_sgd_is_refused_with_an_optimizer_whose_place_it_takes():
         ValueError, match=r"training\.optimizer=sgd with entropy_sgd, got"
     ):
         helpers.make_config("entropy_sgd,gamma=0.03", {"training.optimizer": "adamw"})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "decay"), [("sgd", 0.1), ("adam", 0.1), ("adamw", 0.0)]
+)
+def test_awp_is_told_of_the_decay_that_its_optimizer_adds_to_gradients(
+    optimizer, decay, monkeypatch
+):
+    given, build = [], methods.build
+    monkeypatch.setattr(
+        methods, "build", lambda *args: given.append(args[1]) or build(*args)
+    )
+    fields = {"training.optimizer": optimizer, "training.weight_decay": 0.1}
+    config = helpers.make_config("awp,gamma=0.01", fields)
+    given.clear()
+    building.make_method(config, building.load_facts(config), 1)
+    assert [one.weight_decay for one in given] == [decay]

@@ -69,9 +69,9 @@ def leave_run(folder: Path, found: dict) -> None:
     config = {
         "label": found["label"],
         "seed": found["seed"],
-        "evaluation": helpers.make_config().evaluation,
+        "model": {"dtype": "bfloat16"},
+        "evaluation": helpers.make_config().evaluation.to_dict(),
     }
-    config["evaluation"] = config["evaluation"].to_dict()
     write_json(folder / "config.json", config)
     write_sealed(folder / "result.json", found)
     lines = [{"epoch": e, "loss": 1 / e, "accuracy": 90.0 + e} for e in (1, 2)]
@@ -160,11 +160,17 @@ def test_a_run_has_a_page_of_its_evaluations(tmp_path, capsys):
     evaluation |= {"attack": "autoattack", "version": "standard", "members": []}
     line = {"accuracy": {"linf 1/255": 12.345}, "evaluation": evaluation}
     line |= {"num_test": 1000, "identity": "of-the-evaluation", "provenance": MADE}
+    evaluation |= {"checkpoint": "best", "split": "validation"}
+    line |= {"step": 33, "dtype": "float32"}
     (folder / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
     assert helpers.main("report", f"--workdir={folder}") == 0
     assert "report.html, training.png" in capsys.readouterr().out
     text = Page(folder / "report.html").text
-    for said in ("AutoAttack, standard", "12.35", "61.50", "1,000", "PGD-"):
+    for said in ("AutoAttack, standard", "12.35", "61.50", "PGD-"):
+        assert said in text
+    networks = ("best checkpoint, step 33float321,000 validation",)
+    networks += ("last checkpoint, step 77bfloat16500 test",)
+    for said in networks:  # cells one after the other
         assert said in text
     assert "Report: SAM (rho = 0.2) <b>, seed 1" in text
     assert "of-the-evaluation" in text

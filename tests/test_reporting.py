@@ -131,8 +131,17 @@ class TestSummarise:
         assert [row.cost for row in grid().rows] == pytest.approx([1, 2, 2, 11, 11])
 
     def test_cost_is_of_the_whole_training(self):
-        runs = [run("st", step=100), run("sam,rho=0.2", step=300)]
+        runs = [run("st", training_steps=100), run("sam,rho=0.2", training_steps=300)]
         assert summarize(runs, rows=ROWS).rows[1].cost == pytest.approx(6)
+
+    def test_cost_does_not_depend_on_where_the_best_checkpoint_lies(self):
+        runs = [
+            run(row, step=step, training_steps=300)
+            for row, step in (("st", 100), ("sam,rho=0.2", 300))
+        ]
+        table = summarize(runs, rows=ROWS)
+        assert table.rows[1].cost == pytest.approx(2)
+        assert from_json(to_json(table)) == table
 
     def test_passes_are_relative_to_st_and_shown_beside_the_cost(self):
         table = grid(passes={"st": 20, "sam,rho=0.2": 40, "at,norm=linf,eps=8": 153.4})
@@ -300,7 +309,7 @@ class TestComparison:
         results = natural_runs("st", 90.0, num_test=500)
         results += natural_runs("sam,rho=0.2", 40.0, num_test=500)
         # 100 sqrt(0.4 * 0.6 / 500) = 2.19
-        expected = "Sampling error: 500 test images leave up to ±2.2 points"
+        expected = "Sampling error: 500 images leave up to ±2.2 points"
         assert any(n.startswith(expected) for n in notes(summarize(results, rows=ROWS)))
 
     @pytest.mark.parametrize("num_seeds", [2, 3, 4, 5, 6, 10, 31])

@@ -559,3 +559,10 @@ def test_a_grad_fn_that_returns_something_else_is_refused_in_one_line(method, na
         jax.eval_shape(
             lambda: tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
         )
+
+
+def test_a_step_of_looksam_with_one_pass_shows_what_the_last_with_two_found():
+    method = FAMILY["looksam"]
+    shown = last_metrics(trained(method)[1])  # of the second step, k is 2
+    assert shown["applied_rho"] == pytest.approx(float(method.rho), rel=1e-5)
+    assert 0 < shown["cosine"] < 0.9999

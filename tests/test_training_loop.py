@@ -37,7 +37,7 @@ from samrobust.training import (
 )
 from samrobust.training.epoch import Chunk, EpochPlan, EpochRunner
 from samrobust.training.fit import fit, fresh_carry
-from samrobust.training.log import RunLog
+from samrobust.training.log import EndedEpoch, RunLog
 
 FIELDS = {
     *("step", "epoch", "loss", "accuracy", "learning_rate"),
@@ -685,3 +685,12 @@ def test_the_weights_of_a_run_that_saved_none_are_refused(tmp_path):
     for which in ("last", "best"):
         with pytest.raises(RuntimeError, match=r"Expected a checkpoint in .*got none"):
             load_network(config, dataset, tmp_path, which)
+
+
+def test_every_accuracy_in_a_line_is_in_percent():
+    sums = {"loss": 8.0, "accuracy": 2.0, "natural_loss": 4.0, "natural_accuracy": 1.0}
+    totals = {"sums": sums, "examples": 4.0, "first_bad_step": -1}
+    line = RunLog().line_of(EndedEpoch(1, 3, totals, {}, lambda: 2.0))
+    wanted = {"loss": 2.0, "natural_loss": 1.0, "examples_per_second": 2.0}
+    wanted |= {"accuracy": 50.0, "natural_accuracy": 25.0}
+    assert {name: line[name] for name in wanted} == wanted

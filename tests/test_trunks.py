@@ -12,7 +12,7 @@ import jax
 import pytest
 from flax import linen as nn
 
-from samrobust.experiments import sweep
+from samrobust.experiments import identity, sweep
 from samrobust.experiments.configuration import as_dict, load_config
 from samrobust.experiments.run import PlannedRun, train
 from samrobust.experiments.trunks import plan_trunks, remove_finished
@@ -257,6 +257,25 @@ def test_a_trunk_is_left_where_a_run_has_yet_to_begin(tmp_path):
     helpers.make_folder(table.workdir(AT) / "checkpoints" / "last")
     table.stop(SAM, 7)
     assert not table.trunks()
+
+
+def test_a_run_that_began_with_imported_weights_leaves_no_trunk(tmp_path):
+    table = Table(tmp_path, ["st", SAM])
+    helpers.make_folder(table.workdir("st")).joinpath("import.json").write_text("{}")
+    table.stop("st", 7)
+    assert not table.trunks()
+
+
+def test_a_trunk_names_all_libraries_that_took_part_in_it(tmp_path, monkeypatch):
+    table = Table(tmp_path, ["st", SAM])
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "_versions", lambda: {"jax": "older"})
+        table.stop("st", 4)
+    table.stop("st", 7)
+    table.stop(SAM, 7)
+    manifest = table.workdir(SAM) / "checkpoints/last/7/metadata/metadata"
+    stored = json.loads(manifest.read_text())["metadata"]["identity"]
+    assert stored["versions"] == [{"jax": "older"}, identity._versions()]
 
 
 PLANS = {

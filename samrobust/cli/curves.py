@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.data import Dataset, fingerprint
     from samrobust.evaluation.diagnostics import some_of
     from samrobust.experiments import curves, scoring
+    from samrobust.experiments.networks import checkpoints_of
     from samrobust.experiments.reporting.pictures import write_figure
     from samrobust.system.distributed import broadcast_from_primary
 
@@ -85,7 +86,8 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     title = (
         f"{measurements.first.data.name}: accuracy under PGD-{settings.num_steps} "
         f"({settings.loss.replace('_', ' ')}, any iterate), "
-        f"{runs[0][2]['num_images']} {measurements.first.evaluation.split} images"
+        f"{runs[0][2]['num_images']} {measurements.first.evaluation.split} images, "
+        f"{checkpoints_of(measurements.first)[0]} checkpoint"
     )
     measurements.write(title=title, curves=[dataclasses.asdict(line) for line in lines])
     pictures = broadcast_from_primary(

@@ -5,9 +5,10 @@ under attack: PGD's of the table, and AutoAttack's where `samrobust recheck` was
 """
 
 import argparse
+import functools
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from samrobust.checks import check
@@ -108,12 +109,14 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     explained = findings.explain(runs, column)
     measurements.write(**findings.to_json(explained))
     about = (explained, settings, measurements.runs[next(iter(configs))]["num_images"])
-    measurements.console.print(findings.to_sheet(*about, short=True).to_rich())
+    notes = broadcast_from_primary(lambda: _on_autoattack(workdir, explained.columns))
+    to_sheet = functools.partial(findings.to_sheet, *about, notes=notes)
+    measurements.console.print(to_sheet(short=True).to_rich())
     column, data = explained.column, measurements.first.data.name
     title = f"{data}: accuracy at {column} against what may explain it"
 
     def conclude() -> list[str]:
-        write_text(workdir / f"{_NAME}.md", findings.to_sheet(*about).to_markdown())
+        write_text(workdir / f"{_NAME}.md", to_sheet().to_markdown())
         write_text(workdir / f"{_NAME}.csv", findings.to_csv(explained))
         write_figure(draw_scatter(explained, title), workdir, _NAME, ("png",))
         return [f"{_NAME}.{suffix}" for suffix in ("md", "csv", "json", "png")]
@@ -161,3 +164,14 @@ def _accuracy(workdir: pathlib.Path, folder: str, config: "Config") -> dict[str,
         for column, cell in row["cells"].items()
         if column.endswith(" AA")
     }
+
+
+def _on_autoattack(workdir: pathlib.Path, columns: Sequence[str]) -> list[str]:
+    """Says how AutoAttack's columns were measured; nothing where there are none."""
+    from samrobust.system.files import glance
+
+    if not any(column.endswith(" AA") for column in columns):
+        return []
+    rechecked = glance(workdir / "autoattack.json")
+    count, caption = rechecked.get("num_test"), rechecked.get("caption")
+    return [f"AA: by `samrobust recheck` on {count} images: {caption}"]

@@ -117,6 +117,7 @@ def _method_maker(
     variables = _variables_of(model, config.model.name, dataset)
     learning_rate = learning_rate_schedule(config, steps_per_epoch)
     links = make_optimizer(config, learning_rate)
+    is_coupled = training.optimizer in ("sgd", "adam")
     parts = methods.build(
         config,
         entries.Given(
@@ -125,8 +126,8 @@ def _method_maker(
             momentum=training.momentum,
             aux=variables.get("batch_stats", {}),
             grouped=methods.group_size(config) > 0,
-            # Decay that SGD couples; AdamW's is none of the gradient's.
-            weight_decay=training.weight_decay if training.optimizer == "sgd" else 0.0,
+            # Of the gradient, as it is of SGD's and Adam's; AdamW's is none of it.
+            weight_decay=training.weight_decay if is_coupled else 0.0,
             num_classes=dataset.num_classes,
             total_steps=training.epochs * steps_per_epoch,
             steps_per_epoch=steps_per_epoch,

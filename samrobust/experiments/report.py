@@ -17,7 +17,10 @@ from samrobust.checks import check
 from samrobust.evaluation.diagnostics.finding import Finding
 from samrobust.evaluation.diagnostics.report import to_sheet
 from samrobust.experiments.curves import Curve, draw_curves
-from samrobust.experiments.reporting.names import attack_in_words
+from samrobust.experiments.reporting.names import (
+    attack_in_words,
+    checkpoint_in_words,
+)
 from samrobust.experiments.reporting.page import Section, picture, render_page
 from samrobust.experiments.reporting.pictures import write_figure
 from samrobust.experiments.reporting.render import from_json, to_html, write_pictures
@@ -162,12 +165,16 @@ class _Report:
         columns = list(dict.fromkeys(c for line in found for c in line["accuracy"]))
         rows = []
         for line in found:
-            evaluation = line.get("evaluation", config["evaluation"])
+            evaluation = config["evaluation"] | line.get("evaluation", {})
             name, accuracy = attack_in_words(evaluation), line["accuracy"]
             self._measured(title, f"{config['label']}, {name}", line)
             cells = (f"{accuracy[c]:.2f}" if c in accuracy else "-" for c in columns)
-            rows.append((name, f"{line['num_test']:,}", *cells))
-        shown = TextTable(("attack", "images", *columns), rows).to_html()
+            judged = f"{checkpoint_in_words(evaluation)}, step {line.get('step')}"
+            precision = line.get("dtype", config["model"]["dtype"])
+            images = f"{line['num_test']:,} {evaluation['split']}"
+            rows.append((name, judged, precision, images, *cells))
+        header = ("attack", "network", "precision", "images", *columns)
+        shown = TextTable(header, rows, words=4).to_html()
         text = html.escape(json.dumps(config, indent=2))
         self._add(title, f"{shown}\n{_folded('The config', f'<pre>{text}</pre>')}")
 

@@ -309,6 +309,7 @@ def _describe(
         "num_test": len(scoring.evaluated_split(config, dataset)),
         "split": config.evaluation.split,
         "checkpoint": config.evaluation.checkpoint,
+        "training_steps": outcome.step,  # `step` is that of the network judged
         "training_seconds": outcome.seconds,
         "step_seconds": outcome.step_seconds,
         "provenance": provenance() | {"seconds": outcome.seconds},

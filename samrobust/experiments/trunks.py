@@ -142,6 +142,8 @@ def _make_trunk(
         return jax.eval_shape(begin, jax.eval_shape(lambda: jax.random.key(0)))
 
     def is_wanted() -> bool:
+        if (workdir / "import.json").exists():  # others begin with weights of their own
+            return False
         others = (other for other in planned.workdirs if other != workdir)
         return any(not checkpoint_folder(w, "last").exists() for w in others)
 

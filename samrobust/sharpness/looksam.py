@@ -24,8 +24,8 @@ class LookSamState(NamedTuple):
     """State of `looksam`.
 
     Attributes:
-      two_pass: a `TwoPassState`, of SAM; after a step with one pass its metrics are 0,
-        except for the gradient's norm.
+      two_pass: a `TwoPassState`, of SAM; its metrics are of the last step with two
+        passes, except for the gradient's norm, which is of the last step.
       vertical: g_v, in float32 at least.
     """
 
@@ -110,8 +110,9 @@ def looksam(
             outcome = jax.tree.map(
                 lambda a, b: (at_least_float32(a) + b).astype(a.dtype), g, added
             )
-            none = jax.tree.map(jnp.zeros_like, before.metrics)
-            metrics = none._replace(gradient_norm=length.astype(jnp.float32))
+            # The others stay: zeros would make means over steps meaningless.
+            length = length.astype(jnp.float32)
+            metrics = before.metrics._replace(gradient_norm=length)
             after = before._replace(
                 step=optax.safe_increment(before.step), metrics=metrics, aux=aux
             )

@@ -7,6 +7,7 @@ can resume at any step as if it had never stopped.
 
 import copy
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -207,14 +208,8 @@ def _noted(totals: MetricSums, arrays: PyTree, step: Array) -> MetricSums:
 def _added(totals: MetricSums, metrics: dict[str, Array], size: int) -> MetricSums:
     """Adds a step's metrics."""
     # Weighted by examples: the last batch of an epoch may be smaller.
-    sums = {
-        name: totals["sums"][name] + size * value for name, value in metrics.items()
-    }
-    return {
-        **totals,
-        "examples": totals["examples"] + size,
-        "sums": sums,
-    }
+    sums = {name: totals["sums"][name] + size * x for name, x in metrics.items()}
+    return {**totals, "examples": totals["examples"] + size, "sums": sums}
 
 
 class EpochRunner:
@@ -234,12 +229,7 @@ class EpochRunner:
       attacks: see `samrobust.system.runtime.compiler_options`; by default, whether a
         step has a loop in it.
       deterministic: see there.
-
-    Attributes:
-      num_runs: that share the time of a call.
     """
-
-    num_runs = 1
 
     def __init__(
         self,
@@ -268,6 +258,13 @@ class EpochRunner:
             out_shardings=self._placement,
         )
         self._compiled: dict[tuple[Chunk, int], Callable[..., Any]] = {}
+
+    def seconds(self) -> float:
+        """Returns a time; the difference of two is what this run took meanwhile."""
+        return time.monotonic()
+
+    def rest(self) -> None:
+        """Says that what follows, up to the next call, is no training."""
 
     def permutation(self, epoch: int) -> Array:
         """Returns the order of the examples in an epoch, int32 [N]."""
@@ -384,9 +381,8 @@ class EpochRunner:
                     for carry, *own in zip(carries, permutations, keys, strict=True)
                 ]
 
-            if (
-                chunk.num_steps == 1
-            ):  # no loop: XLA's CPU compiler is better outside one
+            if chunk.num_steps == 1:
+                # No loop: XLA's CPU compiler is better outside one.
                 carries = step_of_each(carries)
             else:
                 carries = repeat(step_of_each, carries, chunk.num_steps)

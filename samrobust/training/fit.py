@@ -9,7 +9,6 @@ name are out of scope.
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -239,7 +238,7 @@ class _Run:
 
     Attributes:
       ended: the last epoch, until it has a line.
-      began: when the first epoch without a line began, in seconds.
+      began: when the first epoch without a line began, as the runner tells time.
     """
 
     earlier: Sequence[Phase]
@@ -299,11 +298,11 @@ class _Run:
         epoch = step // self.plan.num_steps
         earlier, self.log.earlier_seconds = self.log.earlier_seconds, 0.0
         if self.ended is None:
-            self.began = time.monotonic()
+            self.began = self.runner.seconds()
 
         def seconds() -> float:
             """Returns this run's share of the time of the epoch so far."""
-            return earlier + (time.monotonic() - self.began) / self.runner.num_runs
+            return earlier + self.runner.seconds() - self.began
 
         permutation = self.runner.permutation(epoch)
         previous = None
@@ -330,6 +329,7 @@ class _Run:
             carry = self._between(ended, carry)
         if step == self.num_steps or self.log.passes_on(step):
             self._settle()
+            self.runner.rest()
         self.log.pass_on(carry, step)
         self._report("training", step)
         self._pause(carry, step, 0.0)
@@ -344,6 +344,7 @@ class _Run:
     def _between(self, ended: EndedEpoch, carry: LoopState) -> LoopState:
         """Does what is done between epochs, and writes the line of the last one."""
         step, line, found = ended.step, self.log.line_of(ended), {}
+        self.runner.rest()
         if self.after_epoch is not None:
             self._report("validating", step)
             state, found = self.after_epoch(carry.state)
@@ -362,7 +363,7 @@ class _Run:
         if self.ended is not None:
             ended, self.ended = self.ended, None
             self.log.append(self.log.line_of(ended))
-            self.began = time.monotonic()
+            self.began = self.runner.seconds()
 
     def _pause(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Saves when it is time to, or when the run is asked to stop."""

@@ -53,21 +53,38 @@ class Lockstep:
         self._runner: EpochRunner | None = None
         self._requests: dict[Companion, _Request] = {}
         self._answers: dict[Companion, Any] = {}
-        self._called_at = time.monotonic()
+        self._called_at = self._noted_at = time.monotonic()
+        self._served: list[Companion] = []  # by the last call
+        self._trains = False
 
     @contextlib.contextmanager
     def joined(self) -> Iterator["Companion"]:
         """Makes this thread that of one of the runs, inside the context."""
+        companion = Companion(self)
         with self._turn:
+            self.note(trains=False)
             try:
-                yield Companion(self)
+                yield companion
             finally:
+                self.note(trains=False)
+                self._served = [other for other in self._served if other != companion]
                 self._size -= 1
                 self._serve()
 
     def clock(self) -> float:
         """Returns when the last call was made: the same for all runs after it."""
         return self._called_at
+
+    def note(self, *, trains: bool | None = None) -> None:
+        """Shares the time since the last note, if in training, among the runs served.
+
+        Args:
+          trains: whether what the run at work does next is training; None: as before.
+        """
+        noted_at, self._noted_at = self._noted_at, time.monotonic()
+        for companion in self._served if self._trains else ():
+            companion.spent += (self._noted_at - noted_at) / len(self._served)
+        self._trains = self._trains if trains is None else trains
 
     def should_stop(self) -> bool:
         """Asks whether to stop."""
@@ -86,6 +103,7 @@ class Lockstep:
         self._serve()
         while companion not in self._answers:
             self._turn.wait()
+        self.note(trains=request.step != _COMPILE)  # others may have rested
         answer = self._answers.pop(companion)
         if isinstance(answer, Exception):
             raise answer
@@ -99,18 +117,20 @@ class Lockstep:
         served = [c for c, r in self._requests.items() if r[:2] == (step, chunk)]
         turns = [self._requests.pop(companion).turn for companion in served]
         assert self._runner is not None  # made by the first that asked
-        answers: list[Any]
+        self.note(trains=False)
+        answers: list[Any] = [None] * len(turns)
         try:
-            if step == _COMPILE:
-                self._runner.compile(chunk, [turn.carry for turn in turns])
-                answers = [None] * len(turns)
-            else:
+            # Beforehand, as of a lone run: no epoch's seconds are those of a compiler.
+            self._runner.compile(chunk, [turn.carry for turn in turns])
+            if step != _COMPILE:
+                self.note(trains=True)
+                self._served = served
                 answers = [*self._runner.run_each(chunk, turns)]
         except Exception as error:
             answers = [error] * len(turns)
         self._called_at, stop = time.monotonic(), self._should_stop()
         for companion in served:
-            companion.num_runs, companion.stop = len(served), stop
+            companion.stop = stop
         self._answers |= zip(served, answers, strict=True)
         self._turn.notify_all()
 
@@ -119,7 +139,7 @@ class Companion:
     """One of the runs of a `Lockstep`, in the place of an `EpochRunner`.
 
     Attributes:
-      num_runs: that took part in its last call.
+      spent: seconds of training, its share of those of calls with others.
       stop: whether to stop after that call, until it was asked; then None.
     """
 
@@ -127,7 +147,7 @@ class Companion:
         self._lockstep = lockstep
         self._runner: Any = None
         self._step: int | None = None
-        self.num_runs = 1
+        self.spent = 0.0
         self.stop: bool | None = None
         self.clock = lockstep.clock
 
@@ -136,6 +156,15 @@ class Companion:
         make = functools.partial(EpochRunner, *args, **options)
         self._runner = self._lockstep.runner_of(key, make)
         return self
+
+    def seconds(self) -> float:
+        """Returns the run's share of the seconds of training so far."""
+        self._lockstep.note()
+        return self.spent
+
+    def rest(self) -> None:
+        """Says that what follows, up to the next call, is no training."""
+        self._lockstep.note(trains=False)
 
     def should_stop(self) -> bool:
         """Tells whether to stop; right after a call, all runs the same."""

@@ -147,11 +147,13 @@ class RunLog(contextlib.AbstractContextManager):
         self.check_finite(totals)
         seconds, examples = ended.seconds(), float(totals["examples"])
         means = {name: float(v) / examples for name, v in totals["sums"].items()}
+        # Of another network that is trained beside, too, as Generalist's.
+        shares = [name for name in means if name.endswith("accuracy")]
         return {
             "step": ended.step,
             "epoch": ended.number,
             **means,
-            "accuracy": 100 * means["accuracy"],
+            **{name: 100 * means[name] for name in shares},
             **{name: float(value) for name, value in scheduled.items()},
             "examples_per_second": examples / seconds,
             "seconds": seconds,

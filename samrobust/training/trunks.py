@@ -107,6 +107,7 @@ class BranchFolder(RunFolder):
     def _write(self, trunk: Trunk, carry: LoopState) -> None:
         like = trunk.make_like()
         late = carry.totals["sums"].keys() - like.totals["sums"].keys()
+        identity = trunk.identity.branched(self.identity.as_dict()).as_dict()
 
         def write(which: str, step: int, state: LoopState, metadata: dict) -> None:
             lines = [
@@ -114,7 +115,7 @@ class BranchFolder(RunFolder):
                 | {name: value for name, value in line.items() if name not in late}
                 for line in metadata["lines"]
             ]
-            metadata |= {"identity": trunk.identity.as_dict(), "lines": lines}
+            metadata |= {"identity": identity, "lines": lines}
             with Checkpoints(checkpoint_folder(trunk.folder, which)) as checkpoints:
                 checkpoints.save(step, _without(state, like), metadata, wait=True)
 

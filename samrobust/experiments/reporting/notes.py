@@ -31,7 +31,7 @@ def notes(table: Table) -> tuple[str, ...]:
     """
     sentences = [
         *_comparisons(table),
-        f"Sampling error: {table.num_test:,} test images leave up to "
+        f"Sampling error: {table.num_test:,} images leave up to "
         f"±{sampling_error(table):.2g} points (one standard error) on a cell, however "
         "many seeds.",
     ]

@@ -5,7 +5,8 @@ A result is a dictionary, one finished run: one row of the table and one seed.
     {"dataset": "digits", "row": "sam,rho=0.2", "seed": 0, "num_test": 500,
      "accuracy": {"natural": 99.4, "linf 16/255": 89.4},    # percentages
      "step_seconds": 0.012,                   # of a training step, or None
-     "training_seconds": 15.1, "provenance": {"commit": ..., ...}}    # both optional
+     "training_steps": 360,                   # optional, as are these:
+     "training_seconds": 15.1, "provenance": {"commit": ..., ...}}
 
 One table holds runs of the same data that are judged alike.
 """

@@ -111,10 +111,10 @@ class Table:
       title: one line.
       caption: what the reader should know beyond the numbers.
       dataset: the name of the data set.
-      num_test: the number of test images behind every accuracy.
+      num_test: the number of images behind every accuracy.
       columns: natural first, then linf and l2, each by radius.
       rows: in the order of the config, the unfinished ones too.
-      runs: of every run its row, seed, identity, step, images, seconds, provenance;
+      runs: of every run its row, seed, identity, step, images, time, provenance;
         with two checkpoints also what `best` is.
     """
 
@@ -230,7 +230,7 @@ def summarize(
 
     kept = (
         *("row", "seed", "identity", "step", "images", "best"),
-        *("training_seconds", "step_seconds", "provenance"),
+        *("training_steps", "training_seconds", "step_seconds", "provenance"),
         *("pgd_provenance", "training_provenance"),
     )
     return Table(
@@ -270,7 +270,7 @@ def _cost(
     if not timed:
         return None, None
     ratios = [ours["step_seconds"] / st["step_seconds"] for ours, st in timed]
-    steps = [ours.get("step", 1) / st.get("step", 1) for ours, st in timed]
+    steps = [_num_steps(ours) / _num_steps(st) for ours, st in timed]
     costs = [ratio * count for ratio, count in zip(ratios, steps, strict=True)]
     cost, spread = statistics.median(costs), None
     if len(costs) > 1:
@@ -279,3 +279,11 @@ def _cost(
     faster = statistics.median(ratios) < _LEAST_RATIO
     meaningless = faster or (spread or 0.0) > cost / 2
     return (None, None) if meaningless else (cost, spread)
+
+
+def _num_steps(run: Mapping[str, Any]) -> int:
+    """Returns the steps of a run's training.
+
+    Earlier results have `step` alone: of the network judged, mostly the last.
+    """
+    return run.get("training_steps", run.get("step", 1))

@@ -117,6 +117,7 @@ def to_sheet(
     settings: ProbeSettings,
     num_images: Sequence[int],
     *,
+    notes: Sequence[str] = (),
     short: bool = False,
 ) -> Sheet:
     """Returns tables and notes, for a console (`short`) or as Markdown.
@@ -124,7 +125,9 @@ def to_sheet(
     Args:
       found: see there.
       settings: of the measures.
-      num_images: how many training and how many test images were looked at.
+      num_images: how many training images were looked at, and how many of those that
+        accuracy is of.
+      notes: further ones, such as on how the accuracies were measured.
       short: means alone, short names, and the correlations with one column.
     """
     rows: dict[str, list[MeasuredRun]] = {}
@@ -163,7 +166,8 @@ def to_sheet(
         table("Confidence, margin", "values", of_kinds("confidence", "margin")),
         correlations(),
     ]
-    return Sheet(tables, [*_answers(found), *_notes(found, settings, num_images)])
+    told = [*_answers(found), *_notes(found, settings, num_images), *notes]
+    return Sheet(tables, told)
 
 
 def _name(column: str, *, short: bool) -> str:
@@ -208,7 +212,7 @@ def _notes(
     methods = len({run.row for run in found.runs})
     notes = [
         "Cross entropy of natural images in float32, BatchNorm in evaluation mode. "
-        f"Flatness on {train} training images, the rest on {test} test images; "
+        f"Flatness on {train} training images, the rest on {test} evaluated ones; "
         "means over seeds.",
         f"worst-case: rise of the loss in {s.ascent_steps} steps within an l2 ball of "
         f"{s.rho:g}, adaptive: of {s.rho_adaptive:g} |w|; average: under noise of "
