@@ -260,7 +260,7 @@ def test_a_table_records_its_plan_for_status(table, capsys):
     assert "4 runs: 4 done." in capsys.readouterr().out
 
 
-def test_a_row_with_data_of_its_own_is_trained_on_them(tmp_path):
+def test_a_row_with_data_of_its_own_is_trained_on_them(tmp_path, capsys):
     rows = ["st", "st,data.split_seed=1"]
     assert helpers.main(*make_arguments(tmp_path, rows, seeds=1)) == 0
     for row in rows:
@@ -268,6 +268,8 @@ def test_a_row_with_data_of_its_own_is_trained_on_them(tmp_path):
         config = load_config(f"configs/digits.py:{row}", helpers.make_flags())
         dataset = load_data(config)
         assert result["run"]["data"].startswith(fingerprint(dataset.train))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "split seed 1, seed 0: not comparable with ST, seed 0: images is" in said
 
 
 def test_a_row_that_fails_does_not_stop_the_others(

@@ -164,11 +164,16 @@ def _conclude(plan: Plan, arguments: argparse.Namespace, console: "Console") -> 
             "missing: `samrobust status` shows them, and the same command with "
             f"--collect instead of --shard={shard} builds the table."
         )
+    told = [  # of training it was said why a run has no result, but not of one that has
+        (planned.name, why)
+        for planned, why in missing
+        if arguments.collect or (planned.workdir / "result.json").exists()
+    ]
+    for why in dict.fromkeys(why for _, why in told):
+        names = "; ".join(name for name, its in told if its == why)
+        console.print(f"missing {names}: {why}")
     if not arguments.collect:
         return 0
-    for why in dict.fromkeys(why for _, why in missing):
-        names = "; ".join(planned.name for planned, its in missing if its == why)
-        console.print(f"missing {names}: {why}")
     if not results:
         message = (
             f"Expected a finished run in {plan.workdir}, got none of the {total}. "
