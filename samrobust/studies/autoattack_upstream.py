@@ -85,11 +85,9 @@ def _ours(run: pathlib.Path, arguments: argparse.Namespace) -> tuple[np.ndarray,
     network = load_network(config, dataset, run, checkpoints_of(config)[0])
     shared = json.dumps([config.model.to_dict(), config.data.to_dict()], default=str)
     if shared not in _evaluators:
-        _evaluators[shared] = make_autoattack_evaluator(
-            network.model,
-            building.autoattacks(config),
-            batch_size=arguments.batch_size,
-        )
+        attacks, size = building.autoattacks(config), arguments.batch_size
+        made = make_autoattack_evaluator(network.model, attacks, batch_size=size)
+        _evaluators[shared] = made
     evaluate = _evaluators[shared]
     start = time.monotonic()
     outcome = evaluate(network.variables, dataset.test, jax.random.key(config.seed))
@@ -165,15 +163,10 @@ def _upstream(
         images, labels, batch_size=arguments.batch_size
     )
     attacked = attacked[0] if isinstance(attacked, tuple) else attacked
-    right = []
+    batches = attacked.split(arguments.batch_size)
     with torch.no_grad():
-        for batch, truth in zip(
-            attacked.split(arguments.batch_size),
-            labels.split(arguments.batch_size),
-            strict=True,
-        ):
-            right.append(model(batch.to(_device())).argmax(1).cpu() == truth)
-    return torch.cat(right).numpy()
+        found = [model(batch.to(_device())).argmax(1).cpu() for batch in batches]
+    return (torch.cat(found) == labels).numpy()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from samrobust.experiments import building, configuration, methods
 from samrobust.experiments.networks import checkpoints_of
 from samrobust.experiments.run import PlannedRun
 from samrobust.experiments.scoring import passes_to_judge
-from samrobust.experiments.trunks import until
+from samrobust.experiments.trunks import epochs_given, until
 from samrobust.studies.bench.plan import Options, Task
 from samrobust.studies.bench.programs import num_steps
 from samrobust.studies.bench.suite import Launcher, Outcome
@@ -169,12 +169,11 @@ def estimate(
         for row, config in configs.items()
         if {*_families(config)} <= good.keys()
     }
-    ends, trained = [0.0] * workers, set()
-    for planned in (planned for planned in runs if planned.config.row in rows):
+    timed, ends = [run for run in runs if run.config.row in rows], [0.0] * workers
+    given = epochs_given(planned.shared for planned in timed)
+    for planned, first in zip(timed, given, strict=True):
         row = rows[planned.config.row]
-        others = [t.epoch for t in planned.shared if t.folder in trained]
-        trained |= {trunk.folder for trunk in planned.shared}
-        seconds = row.training(max(others, default=0)) + row.evaluation
+        seconds = row.training(first) + row.evaluation
         seconds += 0.0 if row.total else row.compilation
         rows[planned.config.row] = row._replace(total=row.total + seconds)
         heapq.heapreplace(ends, ends[0] + seconds)

@@ -189,8 +189,7 @@ class Launcher:
             try:
                 while child.poll() is None:
                     if self._should_stop():
-                        message = "Stopped; what was measured so far is kept."
-                        raise StoppedError(message)
+                        raise StoppedError("Stopped; what was measured so far is kept.")
                     time.sleep(0.1)
             finally:
                 child.kill()  # does nothing to one that has ended

@@ -21,15 +21,9 @@ from samrobust.studies.bench.counts import count_passes
 from samrobust.studies.bench.parity import parity
 from samrobust.studies.bench.plan import Options, Task, config_of
 from samrobust.studies.bench.timing import measure, peak_resident_bytes
+from samrobust.system import runtime
 from samrobust.system.distributed import check_platform
 from samrobust.system.provenance import provenance
-from samrobust.system.runtime import (
-    add_compiler_options,
-    collect_garbage_seldom,
-    enable_compilation_cache,
-    keep_freed_memory,
-    parse_compiler_options,
-)
 from samrobust.types import Config
 
 __all__ = ["BAD_INPUT", "main", "measured", "outcome"]
@@ -40,9 +34,9 @@ BAD_INPUT = 2  # the exit code where no row can be measured; the last line says 
 
 def main() -> None:
     """Measures what the command line asks for."""
-    collect_garbage_seldom()
-    enable_compilation_cache()
-    keep_freed_memory()
+    runtime.collect_garbage_seldom()
+    runtime.enable_compilation_cache()
+    runtime.keep_freed_memory()
     try:
         check_platform()
     except ValueError as error:
@@ -78,10 +72,10 @@ def measured(task: Task, options: Options, path: str) -> dict[str, Any]:
     """
     config, kind = config_of(task, options), task.kind
     if options.aot is not None:
-        flags, count = parse_compiler_options(task.xla_flags), max(1, task.devices)
-        setting = {"seeds": task.seeds, "devices": count}
+        flags = runtime.parse_compiler_options(task.xla_flags)
+        setting = {"seeds": task.seeds, "devices": max(1, task.devices)}
         return aot.counted(kind, config, options.aot, flags, **setting)
-    add_compiler_options(task.xla_flags)
+    runtime.add_compiler_options(task.xla_flags)
     if kind == "probe":
         return {}
     if kind == "parity":

@@ -242,10 +242,9 @@ def _loaded_model(spec: TwinSpec, arrays: Arrays) -> nn.Module:
         model.load_state_dict({n.removeprefix("network/"): x for n, x in named.items()})
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        message = (
+        raise ValueError(
             f"Expected the weights of this network in the parity file, got {reason}"
-        )
-        raise ValueError(message) from error
+        ) from error
     return model
 
 
