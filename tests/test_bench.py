@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from samrobust.data import dataset_facts, load_dataset
+from samrobust.data import DatasetUnavailableError, dataset_facts, load_dataset
+from samrobust.experiments import configuration
 from samrobust.models import PreActResNet, ViT
 from samrobust.studies.bench import programs, timing, worker
 from samrobust.studies.bench.counts import StepCost, count_passes, step_cost
@@ -119,6 +120,13 @@ def test_the_made_up_digits_have_the_shape_of_the_real_ones():
     made_up = make_dataset("digits", 1, 1)
     assert made_up.image_shape == real.image_shape
     assert made_up.num_classes == real.num_classes
+
+
+def test_the_images_are_like_those_of_the_data_set_in_the_configs_own_folder(tmp_path):
+    overrides = ("--config.data.name=mine", f"--config.data.data_dir={tmp_path}")
+    config = configuration.load_config(DIGITS, overrides)
+    with pytest.raises(DatasetUnavailableError, match=re.escape(f"in {tmp_path} as")):
+        programs.begin(config, 1)
 
 
 # Timing.
@@ -375,6 +383,16 @@ def test_the_operations_are_those_of_the_settings_that_were_measured():
     (row,) = summarize({**FIRST, task: [fake_step([8.0])]}, options).rows
     st = step_cost(PASSES).flops
     assert row["flop_cost"] == pytest.approx(step_cost(PASSES, 5).flops / st)
+
+
+def test_the_operations_count_each_view_that_an_objective_differentiates():
+    row = "trades,norm=linf,eps=8,beta=6"
+    options = Options(CIFAR, row=(row,), measure=("step",))
+    (task,) = plan(options)
+    (found,) = summarize({**FIRST, task: [fake_step([8.0])]}, options).rows
+    # Two views with weight gradients; the attack has a forward pass beside ten steps.
+    expected = step_cost(PASSES, 10.5, 2).flops / step_cost(PASSES).flops
+    assert found["flop_cost"] == pytest.approx(expected)
 
 
 def test_the_files_of_a_report_are_complete_and_say_what_was_measured(tmp_path):

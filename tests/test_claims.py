@@ -12,14 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from samrobust.system import claims, storage
-from samrobust.system.claims import (
-    ClaimedError,
-    await_verdict,
-    claim,
-    lease,
-    read_holder,
-)
+from samrobust.system import storage
+from samrobust.system.claims import lease
+from samrobust.system.claims.holder import Holder, read_holder
+from samrobust.system.claims.lease import ClaimedError, await_verdict, claim
 from samrobust.system.files import WorkdirError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each holds what it wins until its input ends; JAX must not be needed for any of it.
 CONTEND = """
 import contextlib, json, pathlib, sys
-from samrobust.system.claims import ClaimedError, claim
+from samrobust.system.claims.lease import ClaimedError, claim
 won = []
 with contextlib.ExitStack() as stack:
     print("ready", flush=True)
@@ -44,7 +40,7 @@ with contextlib.ExitStack() as stack:
 # Comes and goes; while inside it would meet whoever else is.
 COME_AND_GO = """
 import pathlib, sys, time
-from samrobust.system.claims import ClaimedError, claim
+from samrobust.system.claims.lease import ClaimedError, claim
 workdir, entered = pathlib.Path(sys.argv[1]), 0
 while entered < 15:
     try:
@@ -61,7 +57,7 @@ print(entered)
 # Asks whether it still has the claim whenever it is told to.
 HOLD = """
 import pathlib, sys
-from samrobust.system.claims import ClaimedError, claim
+from samrobust.system.claims.lease import ClaimedError, claim
 with claim(pathlib.Path(sys.argv[1])) as held:
     print("held", flush=True)
     for line in sys.stdin:
@@ -324,7 +320,7 @@ def test_the_clock_of_this_machine_does_not_matter(tmp_path, monkeypatch):
 
 def test_a_slow_contender_that_makes_a_pruned_number_withdraws(tmp_path, monkeypatch):
     write_claim(tmp_path, 40)
-    outdated = [claims.Holder(10, released=True)]
+    outdated = [Holder(10, released=True)]
 
     def read(workdir):
         return outdated.pop() if outdated else read_holder(workdir)
@@ -493,7 +489,7 @@ def test_what_no_claim_would_say_of_its_holder_counts_as_unknown(tmp_path, conte
     write_claim(tmp_path, 1, age=100.0, **{"lease": 60.0, **content})
     holder = read_holder(tmp_path)
     assert holder is not None
-    default = claims.Holder(1)
+    default = Holder(1)
     name = next(iter(content))
     assert getattr(holder, name) == getattr(default, name)
     assert (holder.generation, holder.refreshed < time.time()) == (1, True)

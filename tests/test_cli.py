@@ -20,7 +20,7 @@ from samrobust.experiments.reporting.console import make_console
 from samrobust.experiments.reporting.progress import ProgressDisplay
 from samrobust.experiments.workdir import settle_config
 from samrobust.models import MODELS
-from samrobust.system.claims import ClaimedError
+from samrobust.system.claims.lease import ClaimedError
 from samrobust.system.distributed import DistributedError, agreement
 from samrobust.system.files import WorkdirError, write_json
 from samrobust.training import TrainingDivergedError

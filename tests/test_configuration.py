@@ -10,6 +10,7 @@ import pytest
 from samrobust.experiments import building, configuration, methods
 from samrobust.experiments.identity import changed_fields
 from samrobust.experiments.reporting.results import unlike
+from samrobust.system.fields import differences
 
 SHIPPED = [
     *("configs/cifar10.py", "configs/cifar100.py", "configs/digits.py"),
@@ -579,10 +580,10 @@ def test_a_config_file_without_rows_is_refused_by_name(tmp_path):
 def test_differences_names_changed_missing_and_new_fields():
     one = {"a": {"b": 1, "c": (1, 2)}, "d": None}
     other = {"a": {"b": 2, "c": [1, 2]}, "e": 0}
-    assert configuration.differences(one, other) == {"a.b": (1, 2), "e": (None, 0)}
+    assert differences(one, other) == {"a.b": (1, 2), "e": (None, 0)}
 
 
 def test_a_config_survives_json():
     config = load(row="at,norm=linf,eps=16")
     stored = json.loads(config.to_json_best_effort())
-    assert configuration.differences(stored, json.loads(json.dumps(stored))) == {}
+    assert differences(stored, json.loads(json.dumps(stored))) == {}

@@ -156,8 +156,8 @@ def test_the_command_times_the_programs_and_shows_time_memory_and_cost(
 ):
     def in_this_process(_, module, spec, environment=None):
         del module, environment
-        quick = {"repeats": 1, "min_seconds": 1e-3}
-        return worker.outcome({**spec, **quick})
+        spec["options"] |= {"repeats": 1, "min_seconds": 1e-3}
+        return worker.outcome(spec)
 
     monkeypatch.setattr(suite.Launcher, "_run", in_this_process)
     workdir = tmp_path / "table"

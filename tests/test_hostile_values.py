@@ -4,7 +4,6 @@ Whatever the value: no traceback, one line, the name of the field or flag, befor
 work starts.
 """
 
-import argparse
 import math
 from typing import Any
 
@@ -139,10 +138,8 @@ VALID = {"--config": f"{DIGITS}:st", "--format": "safetensors"}
 
 def flags():
     """Every flag with a value, of every subcommand: command, flag, required ones."""
-    commands = argparse.ArgumentParser().add_subparsers()
-    for command in cli.COMMANDS.values():
-        command.add(commands)
-    for command, parser in commands.choices.items():
+    _, parsers = cli._make_parser()
+    for command, parser in parsers.items():
         actions = [a for a in parser._actions if a.option_strings and a.nargs != 0]
         required = [a.option_strings[0] for a in actions if a.required]
         for action in actions:

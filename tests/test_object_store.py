@@ -21,7 +21,9 @@ from fsspec.config import conf
 from samrobust.experiments.run import run
 from samrobust.experiments.workdir import add_evaluation
 from samrobust.system import storage
-from samrobust.system.claims import ClaimedError, claim, lease, read_holder
+from samrobust.system.claims import lease
+from samrobust.system.claims.holder import read_holder
+from samrobust.system.claims.lease import ClaimedError, claim
 from samrobust.system.failures import is_transient
 from samrobust.system.files import (
     WorkdirError,
@@ -254,7 +256,7 @@ def test_a_claim_is_held_released_and_taken_again(store):
 
 CONTEND = """
 import contextlib, json, sys
-from samrobust.system.claims import ClaimedError, claim
+from samrobust.system.claims.lease import ClaimedError, claim
 from samrobust.system.storage import to_path
 won = []
 with contextlib.ExitStack() as stack:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import helpers
 import pytest
 
-from samrobust.system.claims import ClaimedError, claim
+from samrobust.system.claims.lease import ClaimedError, claim
 
 ST = "st"  # how processes end does not depend on what they do
 

@@ -80,6 +80,21 @@ def test_runs_share_the_bar_in_proportion_to_their_work(monkeypatch):
     assert lines[1].startswith(" 95%  second: attacked 250 of 500 images")
 
 
+def test_epochs_that_an_earlier_run_leaves_are_no_work_of_a_later_one(monkeypatch):
+    monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_LINES", 0.0)
+    for begun, shares in ((5, (" 62%", " 88%")), (0, (" 50%", " 90%"))):
+        display, file = make(terminal=False, total=16.0)
+        with display.live():
+            display.run("first", 8.0, 2.0).on_progress(Progress("training", 0, 10, {}))
+            run = display.run("second", 8.0, 2.0, 4.0)
+            run.on_progress(
+                Progress("compiling", begun, 10, {})
+            )  # 0: the trunk is lost
+            run.on_progress(Progress("training", 10, 10, {}))
+        _, compiling, training = file.getvalue().splitlines()
+        assert (compiling[:4], training[:4]) == shares
+
+
 def test_a_run_done_elsewhere_leaves_the_total_and_may_come_again(monkeypatch):
     monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_LINES", 0.0)
     display, file = make(terminal=False, total=30.0)

@@ -20,8 +20,8 @@ import pytest
 from samrobust.data import DatasetUnavailableError
 from samrobust.experiments import building
 from samrobust.experiments.run import run, train
-from samrobust.system.claims import ClaimedError, claim
 from samrobust.system.claims import lease as claims_lease
+from samrobust.system.claims.lease import ClaimedError, claim
 from samrobust.system.files import WorkdirError
 from samrobust.training import InterruptedRunError
 

@@ -22,7 +22,7 @@ from samrobust.experiments.survey import (
     survey,
     survey_run,
 )
-from samrobust.system.claims import claim
+from samrobust.system.claims.lease import claim
 from samrobust.system.files import write_json
 
 CONFIG = {"label": "ST", "seed": 0, "training": {"epochs": 8}}

@@ -22,7 +22,7 @@ from samrobust.experiments.identity import identity_of
 from samrobust.experiments.run import PlannedRun
 from samrobust.experiments.survey import read_plan
 from samrobust.experiments.workdir import settle_config
-from samrobust.system.claims import ClaimedError, claim
+from samrobust.system.claims.lease import ClaimedError, claim
 from samrobust.system.failures import read_failure, recording_failure
 from samrobust.system.files import WorkdirError, write_json, write_sealed
 from samrobust.training import InterruptedRunError, TrainingDivergedError
@@ -33,7 +33,7 @@ NAMES = ["a", "b", "c"]
 WORKER = """
 import os, pathlib, sys, time
 from samrobust.experiments import sweep
-from samrobust.system.claims import claim
+from samrobust.system.claims.lease import claim
 from samrobust.system.files import append_json_line, read_json, write_json
 
 class Planned:

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import strategies
 from scipy import integrate, optimize, stats
 
-from samrobust.studies.theory import Grid, World, judge, sample, study
 from samrobust.studies.theory.closed_forms import (
     adversarial_weight,
     adversarial_weight_all_features,
@@ -46,7 +45,11 @@ from samrobust.studies.theory.population import (
     sam_all_weights,
     sam_robust_weight,
 )
+from samrobust.studies.theory.report import Findings
+from samrobust.studies.theory.study import Grid, study
 from samrobust.studies.theory.training import TrainingEffort, train
+from samrobust.studies.theory.verdicts import judge
+from samrobust.studies.theory.world import World, sample
 
 WORLD = World(p=0.7, eta=0.1, d=10)
 GRID = Grid(p=(0.7, 0.95), eta=(0.1, 0.5), d=(10, 1, 100), rho=(0.1, 1.0))
@@ -570,7 +573,9 @@ def test_unusual_worlds_get_verdicts_and_pictures(tmp_path, grid, monkeypatch):
     for verdict in outcome:
         assert (verdict.holds is None) == (verdict.points == 0)
         assert verdict.holds is not False or "holds for" not in verdict.verdict
-    assert len(draw_all(grid.world, found, [], 1000, tmp_path)) == 2 * len(drawn) == 8
+    effort = TrainingEffort(seeds=0, batch_size=1000)
+    findings = Findings(grid, effort, found, outcome, [], 0.0)
+    assert len(draw_all(findings, tmp_path)) == 2 * len(drawn) == 8
 
 
 def test_the_command_shows_and_writes_everything(tmp_path):

@@ -11,12 +11,16 @@ import helpers
 import jax
 import pytest
 from flax import linen as nn
+from rich.console import Console
 
+from samrobust import cli
+from samrobust.cli import table
+from samrobust.cli.planning import make_plan
 from samrobust.experiments import identity, sweep
 from samrobust.experiments.configuration import as_dict, load_config
 from samrobust.experiments.run import PlannedRun, train
 from samrobust.experiments.trunks import plan_trunks, remove_finished
-from samrobust.system.claims import claim
+from samrobust.system.claims.lease import claim
 from samrobust.training import InterruptedRunError
 from samrobust.training.checkpoint import Checkpoints
 
@@ -44,6 +48,9 @@ class Tiny(nn.Module):
 
 FIELDS = {name: v for name, v in helpers.TINY.items() if not name.startswith("model.")}
 FIELDS |= {"model.name": "test_trunks:Tiny"}
+
+
+DIGITS = f"{helpers.ROOT}/configs/digits.py"
 
 
 def make_flags(overrides):
@@ -379,3 +386,22 @@ def test_a_result_of_a_table_names_the_run_that_it_went_on_from(tmp_path):
     assert logs[0][0]["seconds"] == logs[1][0]["seconds"]
     total = sum(line["seconds"] for line in logs[1])
     assert late["training_seconds"] == pytest.approx(total)
+
+
+def test_the_eta_of_a_table_counts_epochs_in_common_once(tmp_path, monkeypatch):
+    rows = "st;sam,rho=0.4,start=0.5;sam,rho=0.8,start=0.5"
+    flags = [f"--config={DIGITS}", f"--workdir={tmp_path}", f"--rows={rows}"]
+    fields = ("training.epochs=2", "data.train_size=64", "training.batch_size=32")
+    fields += ("evaluation.linf=()", "evaluation.l2=()", "data.test_size=30")
+    flags += [f"--config.{field}" for field in fields]
+    plan = make_plan(cli._parse(["table", *flags]))
+    works = []
+
+    def observe_all(runs, _, observe, **__):
+        works.extend(observe(planned).work for planned in runs)
+
+    monkeypatch.setattr(sweep, "run_all", observe_all)
+    table._train(plan.runs, Console(quiet=True), lambda: False, 1)
+    judged = 30 / 3  # a forward pass an image
+    # ST trains the epoch that all begin with: half of the steps are left to SAM.
+    assert works == pytest.approx([2 * 64 + judged, *[1.5 * 64 + judged] * 2])

@@ -9,6 +9,7 @@ rerun the same command to resume.
 import argparse
 import contextlib
 import difflib
+import importlib
 import io
 import os
 import sys
@@ -17,25 +18,6 @@ from typing import IO, Any, NoReturn
 
 from samrobust import __version__
 from samrobust.checks import shorten
-from samrobust.cli import (
-    bench,
-    completion,
-    config,
-    curves,
-    doctor,
-    estimate,
-    evaluate,
-    export,
-    import_,
-    leaderboard,
-    recheck,
-    report,
-    sharpness,
-    status,
-    table,
-    theory,
-    train,
-)
 from samrobust.system.runtime import (
     BAD_INPUT,
     FAILED,
@@ -47,27 +29,16 @@ from samrobust.system.runtime import (
 
 __all__ = ["COMMANDS", "main"]
 
-# Each has its flags in `add` and its body in `run`, which alone imports JAX.
+# Each has its flags in `add_flags` and its body in `run`, which alone imports JAX.
 COMMANDS = {
-    "table": table,
-    "train": train,
-    "estimate": estimate,
-    "status": status,
-    "evaluate": evaluate,
-    "recheck": recheck,
-    "curves": curves,
-    "sharpness": sharpness,
-    "report": report,
-    "config": config,
-    "doctor": doctor,
-    "bench": bench,
-    "theory": theory,
-    "export": export,
-    "import": import_,
-    "leaderboard": leaderboard,
-    "completion": completion,
+    name: importlib.import_module(f"{__name__}.{name.replace('import', 'import_')}")
+    for name in (
+        *("table", "train", "estimate", "status", "evaluate", "recheck", "curves"),
+        *("sharpness", "report", "config", "doctor", "bench", "theory", "export"),
+        *("import", "leaderboard", "completion"),
+    )
 }
-_WITHOUT_JAX = (status, doctor, completion)  # or with any JAX that there is
+_WITHOUT_JAX = ("status", "doctor", "completion")  # or with any JAX that there is
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +61,7 @@ def _run(argv: list[str]) -> int:
     arguments = _parse(argv)
     command = COMMANDS[arguments.command]
     try:
-        if command in _WITHOUT_JAX:
+        if arguments.command in _WITHOUT_JAX:
             return command.run(arguments)
         try:
             import jax  # noqa: F401
@@ -221,6 +192,7 @@ def _make_parser() -> tuple[_Parser, dict[str, _Parser]]:
     version = f"samrobust {__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS.values():
-        command.add(commands)
+    for name, command in COMMANDS.items():
+        command.add_flags(commands.add_parser(name, **command.ABOUT))
+    commands.choices["completion"].set_defaults(parsers=commands.choices)
     return parser, commands.choices  # pyright: ignore[reportReturnType]

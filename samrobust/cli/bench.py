@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from samrobust.studies.bench.plan import Task
     from samrobust.studies.bench.suite import Launcher
 
-__all__ = ["add", "run"]
+__all__ = ["ABOUT", "add_flags", "run"]
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "bench",
-        help="how fast training is, next to its FLOPs, the paper and PyTorch",
-        description="Times training steps, as epochs run them, and evaluations, each "
-        "row in a process of its own. Images are synthetic: nothing is downloaded. "
-        "`samrobust estimate` says how long a table takes.",
-        epilog=flags.ANY_FIELD,
-    )
+ABOUT = {
+    "help": "how fast training is, next to its FLOPs, the paper and PyTorch",
+    "description": "Times training steps, as epochs run them, and evaluations, each "
+    "row in a process of its own. Images are synthetic: nothing is downloaded. "
+    "`samrobust estimate` says how long a table takes.",
+    "epilog": flags.ANY_FIELD,
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
     add = parser.add_argument
     add("--config", **flags.CONFIG, default="configs/cifar10.py")
-    workdir = {"default": "runs/bench", "help": "default: %(default)s"}
-    add("--workdir", **flags.DIRECTORY, **workdir)
+    add("--workdir", **flags.FOLDER, default="runs/bench")
     kinds = flags.names_of("step", "evaluation", "unrolled")
     unrolled = "step, evaluation, unrolled (AT's loop); default: the first two"
     add("--measure", **kinds, help=unrolled)

@@ -1,42 +1,26 @@
 """`samrobust completion`: commands, flags and their choices, completed in a shell.
 
 Prints a script made from the parsers, so that nothing starts when a key is pressed.
+Readline takes what stands behind an `=` for a word of its own, and replaces that alone;
+so does the script in bash. Zsh, through its bashcompinit, does neither.
 """
 
 import argparse
+import pathlib
 from collections.abc import Iterator
 
-__all__ = ["add", "run"]
+__all__ = ["ABOUT", "add_flags", "run"]
 
-# Readline takes what stands behind an `=` for a word of its own, and replaces that
-# alone. Zsh, through its bashcompinit, does neither.
-_SCRIPT = """\
-_samrobust() {{
-  local line="${{COMP_LINE:0:$COMP_POINT}}" words="{commands}"
-  local word="${{line##* }}"
-  [ "$COMP_CWORD" -gt 1 ] && case "${{COMP_WORDS[1]}}" in
-{cases}
-  esac
-  COMPREPLY=($(compgen -W "$words" -- "$word"))
-  case "$COMP_WORDBREAKS" in
-    *=*) COMPREPLY=("${{COMPREPLY[@]#"${{word%"${{word##*=}}"}}"}}") ;;
-  esac
-  case "${{COMPREPLY[*]}}" in *=) compopt -o nospace 2>/dev/null ;; esac
-}}
-complete -o default {options}-F _samrobust samrobust
-"""
+ABOUT = {
+    "help": "tab completion in bash and zsh",
+    "description": "Prints a script that completes commands, flags and choices. In "
+    'your ~/.bashrc: eval "$(samrobust completion bash)"',
+}
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its argument."""
-    parser = commands.add_parser(
-        "completion",
-        help="tab completion in bash and zsh",
-        description="Prints a script that completes commands, flags and choices. In "
-        'your ~/.bashrc: eval "$(samrobust completion bash)"',
-    )
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument of the command."""
     parser.add_argument("shell", choices=("bash", "zsh"))
-    parser.set_defaults(parsers=commands.choices)  # of all commands, once all are added
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -47,11 +31,13 @@ def run(arguments: argparse.Namespace) -> int:
         for name, parser in parsers.items()
     ]
     zsh = arguments.shell == "zsh"
-    script = _SCRIPT.format(
-        commands=" ".join(("help", *parsers)),
-        cases="\n".join(cases),
-        options="-o nospace " * zsh,
-    )
+    script = pathlib.Path(__file__).with_suffix(".sh").read_text(encoding="utf-8")
+    for name, text in (
+        ("COMMANDS", " ".join(("help", *parsers))),
+        ("CASES", "\n".join(cases)),
+        ("OPTIONS", "-o nospace " * zsh),
+    ):
+        script = script.replace(f"@{name}@", text)
     print("autoload -U +X bashcompinit && bashcompinit\n" * zsh + script, end="")
     return 0
 

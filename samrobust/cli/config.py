@@ -7,18 +7,19 @@ from itertools import groupby
 
 from samrobust.cli import flags
 
-__all__ = ["add", "run"]
+__all__ = ["ABOUT", "add_flags", "run"]
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "config",
-        help="every field of a config, its value and what it means",
-        description="Prints the fields that count for a row, as it would be trained. "
-        "Each may be changed on the command line of `table` and `train`.",
-        epilog=flags.ANY_FIELD,
-    )
+ABOUT = {
+    "help": "every field of a config, its value and what it means",
+    "description": "Prints the fields that count for a row, as it would be trained. "
+    "Each may be changed on the command line of `table` and `train`.",
+    "epilog": flags.ANY_FIELD,
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
     parser.add_argument(
         "--config",
         **{**flags.CONFIG, "metavar": "FILE:ROW"},

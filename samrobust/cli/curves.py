@@ -12,19 +12,20 @@ if TYPE_CHECKING:
     from samrobust.experiments.curves import CurveSettings
     from samrobust.types import Config
 
-__all__ = ["add", "run"]
+__all__ = ["ABOUT", "add_flags", "run"]
 
 _POINTS = 8  # of a curve, beside radius 0
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "curves",
-        help="accuracy against the attack's radius, all methods of a table in one plot",
-        description="Attacks every finished run of a table at a grid of radii (PGD, "
-        f"any iterate counts) and draws the means over seeds. {RESUME}",
-    )
+ABOUT = {
+    "help": "accuracy against the attack's radius, all methods of a table in one plot",
+    "description": "Attacks every finished run of a table at a grid of radii (PGD, "
+    f"any iterate counts) and draws the means over seeds. {RESUME}",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
     add = parser.add_argument
     add("--workdir", **flags.WORKDIR, required=True, help="of the table")
     add("--rows", **flags.ROWS, help="only these; default: all")

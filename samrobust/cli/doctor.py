@@ -19,7 +19,7 @@ from samrobust import __version__
 from samrobust.checks import check, shorten
 from samrobust.system.runtime import FAILED, one_line, trusted_cache_folder
 
-__all__ = ["EXTRAS", "add", "run"]
+__all__ = ["ABOUT", "EXTRAS", "add_flags", "run"]
 
 # Extras, and of each a distribution that nothing else brings.
 EXTRAS = {
@@ -34,16 +34,18 @@ EXTRAS = {
 }
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command."""
-    commands.add_parser(
-        "doctor",
-        help="devices, packages, caches and data of this machine",
-        description="Checks this machine: packages against the tested versions, "
-        "devices, memory, caches, data sets and what would be downloaded, extras. Exit "
-        "code 1: `samrobust table` cannot run here; the line says why. Needs no "
-        "network.",
-    )
+ABOUT = {
+    "help": "devices, packages, caches and data of this machine",
+    "description": "Checks this machine: packages against the tested versions, "
+    "devices, memory, caches, data sets and what would be downloaded, extras. Exit "
+    "code 1: `samrobust table` cannot run here; the line says why. Needs no "
+    "network.",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds no flag: the command has none."""
+    del parser
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,28 +7,29 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from samrobust.cli import flags
-from samrobust.cli.planning import add_flags, make_plan
+from samrobust.cli.planning import add_plan_flags, make_plan
 from samrobust.system.runtime import FAILED
 
 if TYPE_CHECKING:
     from samrobust.studies.estimate import TableEstimate
     from samrobust.system.tables import Sheet
 
-__all__ = ["add", "run"]
+__all__ = ["ABOUT", "add_flags", "run"]
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "estimate",
-        help="time, memory and cost of a table before it runs",
-        description="Times a few steps of each different program of a table on this "
-        "device and adds up its runs, with their evaluation. The flags are those of "
-        "`samrobust table`; runs that have finished cost nothing. Images are "
-        "synthetic: nothing is downloaded.",
-        epilog=flags.ANY_FIELD,
-    )
-    add_flags(parser)
+ABOUT = {
+    "help": "time, memory and cost of a table before it runs",
+    "description": "Times a few steps of each different program of a table on this "
+    "device and adds up its runs, with their evaluation. The flags are those of "
+    "`samrobust table`; runs that have finished cost nothing. Images are "
+    "synthetic: nothing is downloaded.",
+    "epilog": flags.ANY_FIELD,
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
+    add_plan_flags(parser)
     add = parser.add_argument
     devices = (
         "like one of these that share the runs, each with a worker of its own, as with "
@@ -70,8 +71,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
                 should_stop=stop,
             )
         except StoppedError:
-            message = "Stopped; nothing is kept."
-            raise StoppedError(message) from None
+            raise StoppedError("Stopped; nothing is kept.") from None
     found = estimate(runs, tasks, outcomes, workers=arguments.devices or 1)
     sheet = _to_sheet(found, len(share) - len(runs), arguments.price_per_hour)
     console.print(sheet.to_rich(), soft_wrap=True)

@@ -11,21 +11,22 @@ from samrobust.cli import flags
 if TYPE_CHECKING:
     from samrobust.types import Config
 
-__all__ = ["add", "run"]
+__all__ = ["ABOUT", "add_flags", "run"]
 
 _OF_PGD = ("num_steps", "restarts", "loss", "judge", "early_stop", "step_size")
 _OF_AUTOATTACK = ("version", "members", "save_examples")
 _SANITY_EXAMPLES = 256
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "evaluate",
-        help="attack a trained run again, under other attacks",
-        description="Attacks the network of a finished or stopped run. Prints the "
-        "accuracies and adds them to evaluations.jsonl in its workdir.",
-    )
+ABOUT = {
+    "help": "attack a trained run again, under other attacks",
+    "description": "Attacks the network of a finished or stopped run. Prints the "
+    "accuracies and adds them to evaluations.jsonl in its workdir.",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
     add = parser.add_argument
     own = "default: the run's"
     add("--workdir", **flags.WORKDIR, required=True, help="of the run")

@@ -7,22 +7,23 @@ from typing import Any
 from samrobust.checks import check
 from samrobust.cli import flags
 
-__all__ = ["add", "run"]
+__all__ = ["ABOUT", "add_flags", "run"]
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "export",
-        help="a run's network for PyTorch, as safetensors, or for RobustBench",
-        description="Writes the network of a run under the names of the paper's "
-        "PyTorch code.",
-        epilog="docs/interchange.md describes the files.",
-    )
+ABOUT = {
+    "help": "a run's network for PyTorch, as safetensors, or for RobustBench",
+    "description": "Writes the network of a run under the names of the paper's "
+    "PyTorch code.",
+    "epilog": "docs/interchange.md describes the files.",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
     add = parser.add_argument
     add("--workdir", **flags.WORKDIR, required=True, help="of the run")
-    formats = {"choices": ("safetensors", "pytorch", "robustbench")}
-    add("--format", **formats, required=True, help="the last two need torch")
+    formats = ("safetensors", "pytorch", "robustbench")
+    add("--format", choices=formats, required=True, help="the last two need torch")
     add("--output", **flags.FILE, required=True, help="a file; robustbench: a folder")
     add("--checkpoint", **flags.CHECKPOINT)
     add("--step", **flags.STEP)

@@ -13,16 +13,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
-from samrobust.checks import (
-    LARGEST_SEED,
-    Rule,
-    check,
-    check_choice,
-    check_path,
-    check_radius,
-    check_real,
-    check_whole,
-)
+from samrobust import checks
 from samrobust.system.storage import to_path
 
 __all__ = [
@@ -35,6 +26,7 @@ __all__ = [
     "DIRECTORY",
     "FEW",
     "FILE",
+    "FOLDER",
     "LOSS",
     "MEMBERS",
     "NORMS",
@@ -73,7 +65,7 @@ def _kind(read: _Read, metavar: str) -> _Kind:
     return {"type": checked, "metavar": metavar}
 
 
-def _number(convert: Callable[[str], float], rule: Rule) -> _Read:
+def _number(convert: Callable[[str], float], rule: checks.Rule) -> _Read:
     """Returns the reader of a number that a rule accepts."""
 
     def read(text: str) -> float:
@@ -81,7 +73,9 @@ def _number(convert: Callable[[str], float], rule: Rule) -> _Read:
             value = convert(text)
         except ValueError:
             fix = "Radii are in 1/255 units: 8 means 8/255." if "/255" in text else ""
-            check(False, f"a {'whole ' * (convert is int)}number", fix, value=text)
+            checks.check(
+                False, f"a {'whole ' * (convert is int)}number", fix, value=text
+            )
             raise
         rule(value=value)
         return value
@@ -90,11 +84,11 @@ def _number(convert: Callable[[str], float], rule: Rule) -> _Read:
 
 
 def _whole(*bounds: int) -> _Read:
-    return _number(int, functools.partial(check_whole, *bounds))
+    return _number(int, functools.partial(checks.check_whole, *bounds))
 
 
 def _real(low: float, high: float) -> _Read:
-    return _number(float, functools.partial(check_real, low, high))
+    return _number(float, functools.partial(checks.check_real, low, high))
 
 
 def _each(read: _Read) -> _Read:
@@ -102,7 +96,7 @@ def _each(read: _Read) -> _Read:
 
     def read_each(text: str) -> tuple[Any, ...]:
         words = text.split(",")
-        check(all(words), "values separated by commas", value=text)
+        checks.check(all(words), "values separated by commas", value=text)
         return tuple(read(word) for word in words)
 
     return read_each
@@ -110,9 +104,9 @@ def _each(read: _Read) -> _Read:
 
 def _path(text: str) -> str:
     path = os.path.expanduser(text)
-    check_path(value=path)
+    checks.check_path(value=path)
     fix = "The shell did not expand it."
-    check(not path.startswith(("~", "$")), "a local path", fix, value=text)
+    checks.check(not path.startswith(("~", "$")), "a local path", fix, value=text)
     return path
 
 
@@ -122,7 +116,7 @@ def _workdir(text: str) -> pathlib.Path:
 
 def _name(text: str) -> str:
     """Reads the name of a row or of a config, which is looked up when it is used."""
-    check(bool(text.strip(" ;")) and text.isprintable(), "a name", value=text)
+    checks.check(bool(text.strip(" ;")) and text.isprintable(), "a name", value=text)
     return text
 
 
@@ -130,7 +124,7 @@ def names_of(*options: str) -> _Kind:
     """Returns the kind of `a,b`, read as ("a", "b"): each is one of the options."""
 
     def read(text: str) -> str:
-        check_choice(options, value=text)
+        checks.check_choice(options, value=text)
         return text
 
     return _kind(_each(read), "NAMES")
@@ -138,7 +132,7 @@ def names_of(*options: str) -> _Kind:
 
 def radii(norm: str) -> _Kind:
     """Returns the kind of `8,16`, radii in 1/255; `` is none of this norm."""
-    each = _each(_number(float, functools.partial(check_radius, norm)))
+    each = _each(_number(float, functools.partial(checks.check_radius, norm)))
     return _kind(lambda text: each(text) if text else (), "E,...")
 
 
@@ -164,31 +158,32 @@ def _column(text: str) -> str:
 
 
 DIRECTORY, FILE = _kind(_path, "DIR"), _kind(_path, "FILE")
+FOLDER: _Kind = {**DIRECTORY, "help": "default: %(default)s"}
 WORKDIR = _kind(_workdir, "DIR")  # or gs://BUCKET/FOLDER, s3://BUCKET/FOLDER
 COUNT, SIZE = _kind(_whole(1), "N"), _kind(_whole(0), "N")
-SEED = _kind(_whole(0, LARGEST_SEED), "N")
+SEED = _kind(_whole(0, checks.LARGEST_SEED), "N")
 FEW = _kind(_whole(1, 10_000), "N")  # of what is listed or started one by one
 COUNTS, SIZES = _kind(_each(_whole(1)), "N,..."), _kind(_each(_whole(0)), "N,...")
 POSITIVE = _kind(_real(1e-30, 1e30), "X")
 REALS = _kind(_each(_real(-1e30, 1e30)), "X,...")
-SWITCH = {"action": "store_const", "const": True}  # None where it is not given
+SWITCH: _Kind = {"action": "store_const", "const": True}  # None where it is not given
 COLUMN = _kind(_column, "COLUMN")
-CONFIG = {**_kind(_name, "FILE"), "help": "default: %(default)s"}
-ROWS = {**_kind(_name, "ROW"), "action": "append"}
+CONFIG: _Kind = {**_kind(_name, "FILE"), "help": "default: %(default)s"}
+ROWS: _Kind = {**_kind(_name, "ROW"), "action": "append"}
 TEXT = _kind(_name, "TEXT")  # on one line
 NORMS = ("linf", "l2")
-CHECKPOINT = {
+CHECKPOINT: _Kind = {
     "choices": ("last", "best"),
     "help": "default: as the run; of both, last",
 }
-STEP = {**SIZE, "help": "of the checkpoint; default: the newest"}
-LOSS = {"choices": ("cross_entropy", "margin")}
-PRECISION = {"choices": ("float32", "bfloat16")}
-VERSION = {
+STEP: _Kind = {**SIZE, "help": "of the checkpoint; default: the newest"}
+LOSS: _Kind = {"choices": ("cross_entropy", "margin")}
+PRECISION: _Kind = {"choices": ("float32", "bfloat16")}
+VERSION: _Kind = {
     "choices": ("standard", "rand", "custom"),
     "help": "of AutoAttack; default: standard; rand: for random logits",
 }
-MEMBERS = {
+MEMBERS: _Kind = {
     **names_of("apgd-ce", "apgd-t", "fab-t", "square", "apgd-dlr"),
     "help": "with --version=custom: of apgd-ce, apgd-t, fab-t, square, apgd-dlr",
 }

@@ -6,23 +6,27 @@ from typing import Any
 
 from samrobust.cli import flags
 
-__all__ = ["add", "run"]
+__all__ = ["ABOUT", "add_flags", "run"]
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "import",
-        help="a network from a .safetensors or .pth file, to evaluate",
-        description="Makes a workdir of a file of weights, for `samrobust evaluate`. "
-        "Width, blocks and classes are read from the tensors.",
-        epilog="Any field: --config.model.mean='(0.5, 0.5, 0.5)'. See configs/base.py.",
-    )
+ABOUT = {
+    "help": "a network from a .safetensors or .pth file, to evaluate",
+    "description": "Makes a workdir of a file of weights, for `samrobust evaluate`. "
+    "Width, blocks and classes are read from the tensors.",
+    "epilog": "Any field: --config.model.mean='(0.5, 0.5, 0.5)'. See configs/base.py.",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
     add = parser.add_argument
     tensors = "only its tensors are read; none of its code runs"
     add("--input", **flags.FILE, required=True, help=tensors)
     add("--workdir", **flags.WORKDIR, required=True, help="a new one")
-    words = {"metavar": "FILE:ROW", "help": "how it is evaluated; default: %(default)s"}
+    words: dict = {
+        "metavar": "FILE:ROW",
+        "help": "how it is evaluated; default: %(default)s",
+    }
     add("--config", **flags.CONFIG | words, default="configs/cifar10.py:st")
     names = ("cifar10", "cifar100", "digits")
     add("--dataset", choices=names, help="default: the config's")

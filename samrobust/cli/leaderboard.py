@@ -7,19 +7,20 @@ from typing import Any
 from samrobust.checks import check
 from samrobust.cli import flags
 
-__all__ = ["add", "run"]
+__all__ = ["ABOUT", "add_flags", "run"]
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "leaderboard",
-        help="claims at l-inf 1/255 and 2/255, checked against measurements, ranked",
-        description="Reads the claims of a folder, JSON files in RobustBench's format, "
-        "checks each against the table of `samrobust recheck` it rests on, and writes "
-        "leaderboard.md. A claim that says what was not measured is refused.",
-        epilog="docs/interchange.md describes the files.",
-    )
+ABOUT = {
+    "help": "claims at l-inf 1/255 and 2/255, checked against measurements, ranked",
+    "description": "Reads the claims of a folder, JSON files in RobustBench's format, "
+    "checks each against the table of `samrobust recheck` it rests on, and writes "
+    "leaderboard.md. A claim that says what was not measured is refused.",
+    "epilog": "docs/interchange.md describes the files.",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
     add = parser.add_argument
     add("--workdir", **flags.DIRECTORY, required=True, help="of the claims")
     new = "also claim the runs of this folder, where `samrobust recheck` was run"

@@ -20,24 +20,48 @@ from samrobust.evaluation import OnBatch
 from samrobust.experiments import building, networks, scoring
 from samrobust.experiments.reporting.progress import ProgressDisplay
 from samrobust.experiments.workdir import finished_runs
+from samrobust.system import files
 from samrobust.system.distributed import broadcast_from_primary
-from samrobust.system.files import (
-    WorkdirError,
-    check_writable,
-    read_sealed,
-    set_aside,
-    write_sealed,
-)
 from samrobust.system.provenance import provenance
 from samrobust.types import Config, PyTree
 
-__all__ = ["RunMeasurements"]
+__all__ = ["FinishedRuns", "RunMeasurements"]
 
 _T = TypeVar("_T")
 Measure: TypeAlias = Callable[[PyTree, OnBatch], dict[str, Any]]
 
 
-class RunMeasurements:
+class FinishedRuns:
+    """Table of finished runs, opened by a command in all processes.
+
+    Args:
+      arguments: of the command, with the workdir and the rows.
+      stop: asked before each batch.
+
+    Attributes:
+      should_stop: the same answer in all processes.
+      console: of process 0.
+      workdir: of the table, in which process 0 can write.
+      configs: of the runs, by their folders in the workdir.
+      first: the first of them.
+      load_data: of a config; once for equal data.
+
+    Raises:
+      ValueError: for a directory without finished runs.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, stop: Callable[[], bool]):
+        self.should_stop, self.console = shared.join(stop)
+        self.workdir: pathlib.Path = arguments.workdir
+        self.configs: Mapping[str, Config] = broadcast_from_primary(
+            lambda: finished_runs(self.workdir, arguments.rows or ())
+        )
+        self.first = next(iter(self.configs.values()))
+        self.load_data = shared.once_per(building.load_data, "data")
+        broadcast_from_primary(lambda: files.check_writable(self.workdir))
+
+
+class RunMeasurements(FinishedRuns):
     """Measurements of a command of each finished run of a table.
 
     Args:
@@ -47,13 +71,8 @@ class RunMeasurements:
       make_settings: of the first run's config and the arguments; a dataclass.
 
     Attributes:
-      console: of process 0.
-      workdir: of the table.
-      configs: of the runs, by their folders in the workdir.
-      first: the first of them.
       settings: of all measurements.
       runs: what is known of each run, by its folder.
-      load_data: of a config; once for equal data.
 
     Raises:
       ValueError: for settings out of range, or a directory without finished runs.
@@ -66,20 +85,13 @@ class RunMeasurements:
         name: str,
         make_settings: Callable[[Config, argparse.Namespace], Any],
     ):
-        self._should_stop, self.console = shared.join(stop)
-        self.workdir: pathlib.Path = arguments.workdir
-        self.configs: Mapping[str, Config] = broadcast_from_primary(
-            lambda: finished_runs(self.workdir, arguments.rows or ())
-        )
-        self.first = next(iter(self.configs.values()))
+        super().__init__(arguments, stop)
         self.settings = make_settings(self.first, arguments)
-        broadcast_from_primary(lambda: check_writable(self.workdir))
         self._path = self.workdir / f"{name}.json"
         self._as_json = json.loads(json.dumps(dataclasses.asdict(self.settings)))
         self.runs: dict[str, dict[str, Any]] = broadcast_from_primary(
             lambda: _stored_runs(self._path, self._as_json)
         )
-        self.load_data = shared.once_per(building.load_data, "data")
 
     def once(self, make: Callable[[nn.Module, int], _T]) -> Callable[[Config], _T]:
         """Returns what is made of a network and its batch size, once for equal ones."""
@@ -122,7 +134,7 @@ class RunMeasurements:
                 if self.runs.get(folder, {}).items() >= measured.items():
                     continue
                 on_batch = scoring.until_stopped(
-                    shown.on_batch, self._should_stop, "in a run"
+                    shown.on_batch, self.should_stop, "in a run"
                 )
                 found = measure(network.variables, on_batch)
                 self.runs[folder] = {**found, **measured, "provenance": provenance()}
@@ -131,7 +143,7 @@ class RunMeasurements:
     def write(self, **found: Any) -> None:
         """Writes what is known, and what was found in all of it."""
         content = {"settings": self._as_json, "runs": self.runs, **found}
-        broadcast_from_primary(lambda: write_sealed(self._path, content))
+        broadcast_from_primary(lambda: files.write_sealed(self._path, content))
 
 
 def _stored_runs(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -140,13 +152,13 @@ def _stored_runs(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]
     A file of other settings, or a damaged one, is set aside, with a warning.
     """
     try:
-        known, problem = read_sealed(path), f"{path} is of other settings"
-    except WorkdirError as error:
+        known, problem = files.read_sealed(path), f"{path} is of other settings"
+    except files.WorkdirError as error:
         known, problem = {}, str(error)
     if known is None:
         return {}
     if known.get("settings") == settings:
         return known["runs"]
-    kept = set_aside(path).name
+    kept = files.set_aside(path).name
     warnings.warn(f"{problem}. It is kept as {kept}; all is measured.", stacklevel=2)
     return {}

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from samrobust.experiments.run import PlannedRun
     from samrobust.types import Config
 
-__all__ = ["Plan", "add_flags", "make_plan", "rows_of"]
+__all__ = ["Plan", "add_plan_flags", "make_plan", "rows_of"]
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say which runs a table has."""
     add = parser.add_argument
     add("--config", **flags.CONFIG, default="configs/digits.py")

@@ -20,21 +20,22 @@ if TYPE_CHECKING:
 
     from samrobust.types import Config
 
-__all__ = ["add", "run"]
+__all__ = ["ABOUT", "add_flags", "run"]
 
 _NAME = "autoattack"  # of the table's files
 _ATTACKS = ("pgd", "autoattack")
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "recheck",
-        help="the runs of a table under AutoAttack, next to PGD",
-        description="Attacks every finished run of a table with its PGD and with "
-        "AutoAttack, on the same images, and writes the table of both: autoattack.md, "
-        f".csv, .json and .png. {RESUME}",
-    )
+ABOUT = {
+    "help": "the runs of a table under AutoAttack, next to PGD",
+    "description": "Attacks every finished run of a table with its PGD and with "
+    "AutoAttack, on the same images, and writes the table of both: autoattack.md, "
+    f".csv, .json and .png. {RESUME}",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
     add = parser.add_argument
     add("--workdir", **flags.WORKDIR, required=True, help="of the table")
     add("--rows", **flags.ROWS, help="only these; default: all")
@@ -61,23 +62,21 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
       InterruptedRunError: if it was asked to stop.
     """
     from samrobust.cli import shared
-    from samrobust.experiments import building, networks, scoring
+    from samrobust.cli.measuring import FinishedRuns
+    from samrobust.experiments import networks, scoring
     from samrobust.experiments.identity import identity_of
     from samrobust.experiments.reporting.progress import ProgressDisplay
-    from samrobust.experiments.workdir import config_of_run, finished_runs, read_result
+    from samrobust.experiments.workdir import config_of_run, read_result
     from samrobust.system.distributed import broadcast_from_primary
-    from samrobust.system.files import check_writable
 
-    should_stop, console = shared.join(stop)
-    workdir = arguments.workdir
+    opened = FinishedRuns(arguments, stop)
+    console, workdir, load_data = opened.console, opened.workdir, opened.load_data
     runs = broadcast_from_primary(
         lambda: {
             path: {attack: _config(config, attack, arguments) for attack in _ATTACKS}
-            for path, config in finished_runs(workdir, arguments.rows or ()).items()
+            for path, config in opened.configs.items()
         }
     )
-    broadcast_from_primary(lambda: check_writable(workdir))
-    load_data = shared.once_per(building.load_data, "data")
     scorer = shared.once_per(
         lambda c: scoring.Scorer(c, load_data(c)), "data", "model", "evaluation"
     )
@@ -102,7 +101,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
             for which in networks.checkpoints_of(config):
                 network = networks.load_network(config, dataset, folder, which)
                 pgd, autoattack = (
-                    scorer(configs[attack])(network, folder, shown, should_stop)
+                    scorer(configs[attack])(network, folder, shown, opened.should_stop)
                     for attack in _ATTACKS
                 )
                 scores[which] = autoattack._replace(

@@ -5,19 +5,20 @@ from typing import Any
 
 from samrobust.cli import flags
 
-__all__ = ["add", "run"]
+__all__ = ["ABOUT", "add_flags", "run"]
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "report",
-        help="tables, pictures and provenance of a folder on one page of HTML",
-        description="Writes report.html, one page that needs no network, of a table's "
-        "or a run's workdir: tables, curves, training, signs of gradient masking, "
-        "provenance. What was not measured is left out, and said. Draws the pictures "
-        "of the folder again. Measures nothing.",
-    )
+ABOUT = {
+    "help": "tables, pictures and provenance of a folder on one page of HTML",
+    "description": "Writes report.html, one page that needs no network, of a table's "
+    "or a run's workdir: tables, curves, training, signs of gradient masking, "
+    "provenance. What was not measured is left out, and said. Draws the pictures "
+    "of the folder again. Measures nothing.",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
     parser.add_argument(
         "--workdir", **flags.WORKDIR, required=True, help="of a table or of a run"
     )

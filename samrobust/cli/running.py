@@ -11,28 +11,17 @@ import jax
 
 from samrobust.data import DatasetUnavailableError
 from samrobust.studies.bench.suite import StoppedError
-from samrobust.system import distributed
-from samrobust.system.claims import ClaimedError, lease_seconds
+from samrobust.system import distributed, runtime
+from samrobust.system.claims.lease import ClaimedError, lease_seconds
 from samrobust.system.failures import is_transient
 from samrobust.system.files import WorkdirError
-from samrobust.system.runtime import (
-    BAD_INPUT,
-    EXIT_CODES,
-    FAILED,
-    OutputError,
-    StopRequest,
-    enable_compilation_cache,
-    keep_freed_memory,
-    one_line,
-    say,
-)
 from samrobust.training import InterruptedRunError, TrainingDivergedError
 from samrobust.training.checkpoint import CheckpointError
 
 __all__ = ["execute"]
 
 # The former for what may well be gone at the next attempt: launchers start it again.
-_TRANSIENT, _CTRL_C = 69, EXIT_CODES[signal.SIGINT]
+_TRANSIENT, _CTRL_C = 69, runtime.EXIT_CODES[signal.SIGINT]
 
 # Commands that a signal may end in the middle of a computation, and after how long:
 # their findings are stored as they come, or are found again.
@@ -41,42 +30,42 @@ _PATIENCE = 1.5  # seconds
 _ALONE = ("theory", "export", "import")  # the others look for a device as they join
 
 
-Run: TypeAlias = Callable[[argparse.Namespace, StopRequest], int]
+Run: TypeAlias = Callable[[argparse.Namespace, runtime.StopRequest], int]
 
 
 def execute(run: Run, arguments: argparse.Namespace) -> int:
     """Runs a subcommand; turns errors that the user can fix into a line and a code."""
     warnings.formatwarning = lambda message, *_: (
-        f"samrobust: warning: {one_line(str(message))}\n"
+        f"samrobust: warning: {runtime.one_line(str(message))}\n"
     )
     patience = _PATIENCE if arguments.command in _LOSES_NOTHING else None
-    stop = StopRequest(patience, is_alone=lambda: not distributed.is_joined())
+    stop = runtime.StopRequest(patience, is_alone=lambda: not distributed.is_joined())
     with stop.listening():
         code = _run(run, arguments, stop)
         distributed.shut_down()
     return code
 
 
-def _run(run: Run, arguments: argparse.Namespace, stop: StopRequest) -> int:
+def _run(run: Run, arguments: argparse.Namespace, stop: runtime.StopRequest) -> int:
     """Returns a command's exit code; exits at once if this process failed alone."""
     try:
         lease_seconds()  # checked here, or each row of a table would fail by it
         jax.config.update("jax_enable_x64", False)  # a seed would draw other numbers
-        enable_compilation_cache()
-        keep_freed_memory()
+        runtime.enable_compilation_cache()
+        runtime.keep_freed_memory()
         if arguments.command in _ALONE:
             distributed.check_platform()
         return run(arguments, stop)
     except (InterruptedRunError, StoppedError) as error:
         _say(str(error), error)
-        return EXIT_CODES[stop.signal or signal.SIGTERM]
+        return runtime.EXIT_CODES[stop.signal or signal.SIGTERM]
     except KeyboardInterrupt:
         if distributed.is_joined():
             distributed.abort(_CTRL_C, "It was interrupted by Ctrl-C.")
         return _CTRL_C
-    except (BrokenPipeError, OutputError):
+    except (BrokenPipeError, runtime.OutputError):
         if distributed.is_joined():
-            distributed.abort(FAILED, "Its output cannot be written.")
+            distributed.abort(runtime.FAILED, "Its output cannot be written.")
         raise
     except Exception as error:
         code = _code_of(error)
@@ -84,7 +73,7 @@ def _run(run: Run, arguments: argparse.Namespace, stop: StopRequest) -> int:
             if not distributed.is_joined():
                 raise
             traceback.print_exc()
-            code = FAILED
+            code = runtime.FAILED
         message = str(error) or type(error).__name__
         message = f"{_LOST} ({message})" if distributed.lost_a_peer(error) else message
         _say(f"error: {message}", error)
@@ -105,18 +94,18 @@ def _code_of(error: Exception) -> int | None:
     if elsewhere or distributed.lost_a_peer(error) or is_transient(error):
         return _TRANSIENT
     if isinstance(error, WorkdirError | DatasetUnavailableError):
-        return BAD_INPUT
+        return runtime.BAD_INPUT
     if isinstance(error, TrainingDivergedError | CheckpointError):
-        return FAILED
+        return runtime.FAILED
     if isinstance(error, ValueError):
-        return BAD_INPUT
+        return runtime.BAD_INPUT
     out_of_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-    return FAILED if isinstance(error, OSError) or out_of_memory else None
+    return runtime.FAILED if isinstance(error, OSError) or out_of_memory else None
 
 
 def _say(text: str, error: BaseException) -> None:
     """Says something once, where all processes have the same to say."""
     if not distributed.is_joined() or distributed.is_primary():
-        say(text)
+        runtime.say(text)
     elif not (distributed.is_shared(error) or isinstance(error, InterruptedRunError)):
-        say(f"(process {jax.process_index()}) {text}")
+        runtime.say(f"(process {jax.process_index()}) {text}")

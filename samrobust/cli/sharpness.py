@@ -19,22 +19,23 @@ if TYPE_CHECKING:
     from samrobust.studies.sharpness.probe import ProbeSettings
     from samrobust.types import Config
 
-__all__ = ["add", "run"]
+__all__ = ["ABOUT", "add_flags", "run"]
 
 _NAME = "sharpness"  # of the files
 _STREAM = 4  # another branch of the evaluation's key
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "sharpness",
-        help="flatness, confidence and margin of a table's runs, against robustness",
-        description="Measures sharpness, Hessian, confidence and distance to the "
-        "boundary of every finished run of a table, and their rank correlation with "
-        f"accuracy under attack. {RESUME}",
-        epilog="Explained in docs/flatness.md.",
-    )
+ABOUT = {
+    "help": "flatness, confidence and margin of a table's runs, against robustness",
+    "description": "Measures sharpness, Hessian, confidence and distance to the "
+    "boundary of every finished run of a table, and their rank correlation with "
+    f"accuracy under attack. {RESUME}",
+    "epilog": "Explained in docs/flatness.md.",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
     add = parser.add_argument
     add("--workdir", **flags.WORKDIR, required=True, help="of the table")
     add("--rows", **flags.ROWS, help="only these; default: all")

@@ -11,19 +11,20 @@ from samrobust.cli import flags
 from samrobust.system.files import WorkdirError
 from samrobust.system.runtime import BAD_INPUT, EXIT_CODES, say
 
-__all__ = ["add", "run"]
+__all__ = ["ABOUT", "add_flags", "run"]
 
 _REFRESH = 5.0  # seconds
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "status",
-        help="which runs are done, running, failed; time left",
-        description="Shows the runs of a table, or one run: state, epochs, loss, "
-        "accuracy, ETA of the training, and the last error. Changes nothing.",
-    )
+ABOUT = {
+    "help": "which runs are done, running, failed; time left",
+    "description": "Shows the runs of a table, or one run: state, epochs, loss, "
+    "accuracy, ETA of the training, and the last error. Changes nothing.",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
     add = parser.add_argument
     add("--workdir", **flags.WORKDIR, required=True, help="of a table or of a run")
     add("--watch", action="store_true", help="refresh until all runs are done")

@@ -1,12 +1,13 @@
 """`samrobust table`: all rows of a config, as one worker or as one of many."""
 
 import argparse
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from samrobust.checks import check
 from samrobust.cli import flags
-from samrobust.cli.planning import Plan, add_flags, make_plan
+from samrobust.cli.planning import Plan, add_plan_flags, make_plan
 from samrobust.system.runtime import FAILED
 
 if TYPE_CHECKING:
@@ -15,20 +16,21 @@ if TYPE_CHECKING:
     from samrobust.experiments.run import PlannedRun
     from samrobust.types import Config
 
-__all__ = ["add", "run"]
+__all__ = ["ABOUT", "add_flags", "run"]
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "table",
-        help="all rows of a config, trained, attacked and printed as a table",
-        description="Trains and attacks every row of a config's table. Can be killed "
-        "at any moment: rerun the same command to resume. Several workers may share a "
-        "workdir; each takes runs that no other holds.",
-        epilog=flags.ANY_FIELD,
-    )
-    add_flags(parser)
+ABOUT = {
+    "help": "all rows of a config, trained, attacked and printed as a table",
+    "description": "Trains and attacks every row of a config's table. Can be killed "
+    "at any moment: rerun the same command to resume. Several workers may share a "
+    "workdir; each takes runs that no other holds.",
+    "epilog": flags.ANY_FIELD,
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
+    add_plan_flags(parser)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--collect",
@@ -114,6 +116,7 @@ def _train(
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.run import work
     from samrobust.experiments.sweep import run_all
+    from samrobust.experiments.trunks import epochs_given
     from samrobust.system.distributed import broadcast_from_primary
 
     if not runs:
@@ -122,11 +125,16 @@ def _train(
     done = broadcast_from_primary(
         lambda: [(r.workdir / "result.json").exists() for r in runs]
     )
-    works = {
-        p.workdir: (0.0, 0.0) if is_done else work(p.config, load_data(p.config))
-        for p, is_done in zip(runs, done, strict=True)
-    }
-    display = ProgressDisplay(console, sum(map(sum, works.values())))
+    works: dict[pathlib.Path, tuple[float, float, float]] = {}
+    given = epochs_given(planned.shared for planned in runs)
+    for planned, is_done, first in zip(runs, done, given, strict=True):
+        config, training, judged = planned.config, 0.0, 0.0
+        if not is_done:
+            training, judged = work(config, load_data(config))
+        left = training * first / config.training.epochs
+        works[planned.workdir] = training, judged, left
+    total = sum(training + judged - left for training, judged, left in works.values())
+    display = ProgressDisplay(console, total)
     failures: list[str] = []
 
     def on_wait(held: "Sequence[PlannedRun]") -> None:
@@ -175,11 +183,10 @@ def _conclude(plan: Plan, arguments: argparse.Namespace, console: "Console") -> 
     if not arguments.collect:
         return 0
     if not results:
-        message = (
+        raise WorkdirError(
             f"Expected a finished run in {plan.workdir}, got none of the {total}. "
             "Train them first: the same command without --collect."
         )
-        raise WorkdirError(message)
     return FAILED if missing else 0
 
 

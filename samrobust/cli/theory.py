@@ -8,20 +8,21 @@ from collections.abc import Callable
 
 from samrobust.cli import flags
 
-__all__ = ["add", "run"]
+__all__ = ["ABOUT", "add_flags", "run"]
 
 _PARTS = 4  # of a study; each takes about as long as a training
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "theory",
-        help="the paper's Section 4, checked: formulas, exact minima, training",
-        description="Compares Theorems 4.1 to 4.5 with the exact minimum of the loss "
-        "over a grid of worlds, trains the first of them, and prints what holds where.",
-        epilog="Explained in docs/theory.md.",
-    )
+ABOUT = {
+    "help": "the paper's Section 4, checked: formulas, exact minima, training",
+    "description": "Compares Theorems 4.1 to 4.5 with the exact minimum of the loss "
+    "over a grid of worlds, trains the first of them, and prints what holds where.",
+    "epilog": "Explained in docs/theory.md.",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
     add = parser.add_argument
     add("--p", **flags.REALS, help="accuracy of x_1; default: 0.7,0.95")
     add("--eta", **flags.REALS, help="of the other features; default: 0.1,0.03,0.5")
@@ -35,8 +36,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--seeds", **flags.SIZE, help="trained runs; 0 trains nothing; default: 5")
     add("--samples", **flags.COUNT, help="of each run; default: 300000")
     add("--batch-size", **flags.COUNT, help="default: 1000")
-    workdir = {"default": "runs/theory", "help": "default: %(default)s"}
-    add("--workdir", **flags.DIRECTORY, **workdir)
+    add("--workdir", **flags.FOLDER, default="runs/theory")
 
 
 def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
@@ -79,6 +79,6 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     console.print(sheet.to_rich())
     write_json(folder / "theory.json", to_json(report))
     write_text(folder / "theory.md", sheet.to_markdown())
-    pictures = draw_all(grid.world, points, estimates, effort.batch_size, folder)
+    pictures = draw_all(report, folder)
     show_written(console, folder, ["theory.json", "theory.md", *pictures])
     return 0

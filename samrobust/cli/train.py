@@ -6,17 +6,18 @@ from collections.abc import Callable
 from samrobust.cli import flags
 from samrobust.system.runtime import RESUME
 
-__all__ = ["add", "run"]
+__all__ = ["ABOUT", "add_flags", "run"]
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "train",
-        help="one row: train, attack, write result.json",
-        description=f"Trains and attacks one row. {RESUME}",
-        epilog=flags.ANY_FIELD,
-    )
+ABOUT = {
+    "help": "one row: train, attack, write result.json",
+    "description": f"Trains and attacks one row. {RESUME}",
+    "epilog": flags.ANY_FIELD,
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
     words = {"metavar": "FILE:ROW", "help": "configs/digits.py:st"}
     parser.add_argument("--config", **flags.CONFIG | words, required=True)
     parser.add_argument("--workdir", **flags.WORKDIR, required=True, help="of this run")
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.experiments.run import run as run_row
     from samrobust.experiments.tracking import check_trackers
     from samrobust.system import distributed
-    from samrobust.system.claims import await_verdict
+    from samrobust.system.claims.lease import await_verdict
     from samrobust.training import InterruptedRunError
 
     config = configuration.load_config(arguments.config, arguments.overrides)

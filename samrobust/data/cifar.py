@@ -135,10 +135,7 @@ def _prepare(
             CifarBuilder(spec, archive, data_dir).download_and_prepare()
     except DatasetUnavailableError:
         raise
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # on a full disk ArrayRecord's is no OSError
+    except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's: a full disk
         # Without locks another machine may have been faster: then the rename fails.
         if find_prepared(spec.name, data_dir, VERSION) is None:
             raise DatasetUnavailableError(

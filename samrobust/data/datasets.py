@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from samrobust.checks import check
+from samrobust.data import splits
 from samrobust.data.cifar import load_cifar
 from samrobust.data.digits import FACTS, load_digits
 from samrobust.data.folders import PathLike, default_data_dir, local_folder
@@ -28,13 +29,6 @@ from samrobust.data.prepared import (
     find_prepared,
     is_tfds_name,
     load_prepared,
-)
-from samrobust.data.splits import (
-    Dataset,
-    DatasetFacts,
-    DatasetUnavailableError,
-    Split,
-    from_arrays,
 )
 from samrobust.system.resolve import failure_of, is_reference, resolve
 
@@ -50,7 +44,7 @@ class DatasetEntry(NamedTuple):
         `x_train`, `y_train`, `x_test` and `y_test` as `from_arrays` takes them.
     """
 
-    facts: DatasetFacts
+    facts: splits.DatasetFacts
     load: Callable[..., Mapping[str, Any]]
 
 
@@ -66,7 +60,7 @@ def dataset_facts(
     *,
     data_dir: PathLike | None = None,
     cache_dir: PathLike | None = None,
-) -> DatasetFacts:
+) -> splits.DatasetFacts:
     """Returns the facts that a network needs about a data set.
 
     Reads no image of one of `DATASETS`; loads any other.
@@ -89,7 +83,7 @@ def dataset_facts(
     if name in DATASETS:
         return DATASETS[name].facts
     full = load_dataset(name, data_dir=data_dir, cache_dir=cache_dir)
-    return DatasetFacts(
+    return splits.DatasetFacts(
         num_classes=full.num_classes,
         image_shape=full.image_shape,
         mean=full.mean,
@@ -109,7 +103,7 @@ def load_dataset(
     train_size: int | None = None,
     test_size: int | None = None,
     split_seed: int = 0,
-) -> Dataset:
+) -> splits.Dataset:
     """Loads a data set; the first time it is downloaded, prepared and cached.
 
     Args:
@@ -184,7 +178,7 @@ def load_dataset(
 
     if name in DATASETS:  # what is out of range is refused before a long download
         choose(DATASETS[name].facts.num_train, DATASETS[name].facts.num_test)
-    full = from_arrays(name, _read(name, **folders))
+    full = splits.from_arrays(name, _read(name, **folders))
     kept, held_out, tested = choose(len(full.train), len(full.test))
     return dataclasses.replace(
         full,
@@ -223,7 +217,7 @@ def _read(
     if prepared is None:
         own = [text for text in (f"{name}.npz", f"./{name}") if os.path.exists(text)]
         meant = f"Did you mean {own[0]}? " if own else ""
-        raise DatasetUnavailableError(
+        raise splits.DatasetUnavailableError(
             f"Expected {', '.join(DATASETS)}, or {name} in {data_dir} as TFDS prepares "
             f"it in ArrayRecord format, got {describe_folder(name, data_dir)}. "
             f"{meant}Set data_dir (or TFDS_DATA_DIR), or prepare it where TensorFlow "
@@ -289,10 +283,10 @@ def _choose_test(available: int, size: int | None, seed: int) -> np.ndarray:
     return edges[:-1] + (keys % np.diff(edges).astype(np.uint64)).astype(np.int64)
 
 
-def _select(split: Split, positions: np.ndarray) -> Split:
+def _select(split: splits.Split, positions: np.ndarray) -> splits.Split:
     """Returns the examples at sorted positions, without a copy if these are all."""
     if len(positions) == len(split):
         return split
     images, labels = split.images[positions], split.labels[positions]
     images.flags.writeable = labels.flags.writeable = False
-    return Split(images, labels)
+    return splits.Split(images, labels)

@@ -15,7 +15,7 @@ from samrobust.checks import check, shorten
 from samrobust.data.cache import cached_arrays, default_cache_dir
 from samrobust.data.splits import DatasetUnavailableError
 
-__all__ = ["load_images", "load_npz", "read_image"]
+__all__ = ["load_images", "load_npz", "one_line", "read_image"]
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _DECODING = 1  # to be raised when the same files decode to other arrays
@@ -44,7 +44,7 @@ def load_npz(path: pathlib.Path) -> dict[str, Any]:
     except Exception as error:  # zipfile, zlib and NumPy raise many kinds
         where = f"the array {name} in {path}" if name else f"an .npz file {path}"
         raise DatasetUnavailableError(
-            f"Expected {where}, got: {_line(error)}. Write it with numpy.savez, of "
+            f"Expected {where}, got: {one_line(error)}. Write it with numpy.savez, of "
             "arrays of numbers only."
         ) from error
 
@@ -121,7 +121,7 @@ def _names(folder: pathlib.Path) -> list[str]:
         names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
     except OSError as error:
         raise DatasetUnavailableError(
-            f"Expected a folder {folder} of class folders, got: {_line(error)}. Put "
+            f"Expected a folder {folder} of class folders, got: {one_line(error)}. Put "
             f"images into {folder}/CLASS/."
         ) from error
     check(bool(names), f"images in {folder}", "Or remove it.", found=names)
@@ -146,8 +146,8 @@ def _stack(paths: list[pathlib.Path]) -> np.ndarray:
             image = read_image(path)
         except Exception as error:  # Pillow raises anything on damaged files
             raise DatasetUnavailableError(
-                f"Expected an image {path}, got: {_line(error)}. Replace the file, or "
-                "move it away."
+                f"Expected an image {path}, got: {one_line(error)}. Replace the file, "
+                "or move it away."
             ) from error
         if images is None:
             images = np.empty((len(paths), *image.shape), np.uint8)
@@ -160,6 +160,6 @@ def _stack(paths: list[pathlib.Path]) -> np.ndarray:
     return images
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Returns an error of another library as one line."""
     return shorten(f"{type(error).__name__}: {error}").rstrip(".")

@@ -16,7 +16,7 @@ import numpy as np
 
 from samrobust.checks import shorten
 from samrobust.data.cache import Arrays, cached_arrays, default_cache_dir
-from samrobust.data.own import read_image
+from samrobust.data.own import one_line, read_image
 from samrobust.data.splits import DatasetUnavailableError
 from samrobust.system.files import glance
 
@@ -138,7 +138,7 @@ def _num_classes(prepared: pathlib.Path) -> int:
         info: Any = tfds.builder_from_directory(prepared).info
         splits, features = sorted(info.splits), dict(info.features or {})
     except Exception as error:  # TFDS raises anything on damaged files
-        raise _one_line(error) from error
+        raise ValueError(f"{one_line(error)}.") from error
     image, label = features.get("image"), features.get("label")
     if (
         not {"train", "test"} <= {*splits}
@@ -207,10 +207,5 @@ def _decode(prepared: pathlib.Path, split: str) -> Arrays:
         order = np.argsort(ids, kind="stable")
         arrays = {"images": np.stack(images), "labels": np.array(labels, np.int32)}
     except Exception as error:  # TFDS and its readers raise anything on damaged files
-        raise _one_line(error) from error
+        raise ValueError(f"{one_line(error)}.") from error
     return {name: array[order] for name, array in arrays.items()}
-
-
-def _one_line(error: Exception) -> ValueError:
-    """Returns an error of another library as one line."""
-    return ValueError(f"{shorten(f'{type(error).__name__}: {error}')}.")

@@ -14,13 +14,7 @@ from flax import linen as nn
 
 from samrobust.attacks import AutoAttack, Member, draws
 from samrobust.data import Split
-from samrobust.evaluation.accuracy import (
-    Archive,
-    Evaluator,
-    Outcome,
-    conclude,
-    make_natural,
-)
+from samrobust.evaluation import accuracy
 from samrobust.evaluation.fates import MISCLASSIFIED, Fates, FatesFile, Place, identify
 from samrobust.evaluation.measure import OnBatch, batch_size_for, to_devices
 from samrobust.evaluation.survivors import Stage, compile_attack, survivors
@@ -33,7 +27,7 @@ _QUARTERS = 4  # the smallest batch is a quarter of a full one
 
 def make_autoattack_evaluator(
     model: nn.Module, attacks: Mapping[str, AutoAttack], *, batch_size: int
-) -> Evaluator:
+) -> accuracy.Evaluator:
     """Builds the counterpart of `make_evaluator` for AutoAttack.
 
     Args:
@@ -55,7 +49,7 @@ def make_autoattack_evaluator(
     Raises:
       ValueError: if batch_size < 0.
     """
-    is_right = make_natural(model, batch_size=batch_size)
+    is_right = accuracy.make_natural(model, batch_size=batch_size)
     programs = {
         (column, member.name): compile_attack(model, column, _attack(member))
         for column, attack in attacks.items()
@@ -72,9 +66,9 @@ def make_autoattack_evaluator(
         split: Split,
         key: Array,
         *,
-        archive: Archive | None = None,
+        archive: accuracy.Archive | None = None,
         on_batch: OnBatch = lambda *_: None,
-    ) -> Outcome:
+    ) -> accuracy.Outcome:
         folder, examples, provenance = archive or (None, False, None)
         num_classes = _num_classes(model, variables, split)
         parts = {c: list(_parts(each, num_classes)) for c, each in attacks.items()}
@@ -105,7 +99,7 @@ def make_autoattack_evaluator(
             finally:
                 file.write(fates, now=True)
         on_batch(len(split), len(split), "done")
-        return conclude(fates.correct(), fates.num_non_finite(), fates)
+        return accuracy.conclude(fates.correct(), fates.num_non_finite(), fates)
 
     return evaluate
 

@@ -212,10 +212,9 @@ class FatesFile:
             text = " ".join(str(error).split()) or type(error).__name__
             raise _UnfitError(f"{path} is damaged ({text[:100]})") from error
         if not is_ours:
-            message = (
+            raise _UnfitError(
                 f"{path} is of another network, split or attack than its name says"
             )
-            raise _UnfitError(message)
         if not is_possible:
             raise _UnfitError(f"{path} holds values that cannot be")
         if self._examples is not None:

@@ -27,7 +27,6 @@ from samrobust.system.runtime import compiler_options
 from samrobust.types import Array, LogitsFn, PyTree
 
 __all__ = [
-    "EXAMPLES_A_DEVICE",
     "BatchFn",
     "Examples",
     "Measure",
@@ -45,12 +44,13 @@ __all__ = [
     "of_name",
     "packed",
     "to_devices",
+    "usual_batch_size",
 ]
 
 Measure = Callable[..., dict[str, np.ndarray]]
 Examples = tuple[Array, Array, Array]
 
-EXAMPLES_A_DEVICE = 500  # in a batch whose size is not given
+_EXAMPLES_A_DEVICE = 500  # in a batch whose size is not given
 _SECONDS_UNTOLD = 0.5  # that a batch may take before `meanwhile` is called
 _POLLS = (1e-4, 2e-2)  # the first and the longest pause in waiting, seconds
 
@@ -269,11 +269,16 @@ def packed(
         done += len(taken)
 
 
+def usual_batch_size(batch_size: int, num_devices: int = 1) -> int:
+    """Returns the size that is asked for, or for 0 500 examples for each device."""
+    return batch_size or _EXAMPLES_A_DEVICE * num_devices
+
+
 def batch_size_for(num_examples: int, batch_size: int) -> int:
     """Returns the size of a batch: no more than asked for, nor than there are examples.
 
     Asked for by 0 are 500 for each device. Rounded up to a multiple of the devices.
     """
     num_devices = data_mesh().devices.size
-    size = min(batch_size or EXAMPLES_A_DEVICE * num_devices, max(1, num_examples))
+    size = min(usual_batch_size(batch_size, num_devices), max(1, num_examples))
     return -(-size // num_devices) * num_devices

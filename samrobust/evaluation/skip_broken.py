@@ -14,13 +14,7 @@ from flax import linen as nn
 
 from samrobust.attacks import StagedPgd
 from samrobust.data import Split
-from samrobust.evaluation.accuracy import (
-    Archive,
-    Evaluator,
-    Outcome,
-    conclude,
-    make_natural,
-)
+from samrobust.evaluation import accuracy
 from samrobust.evaluation.fates import Fates
 from samrobust.evaluation.measure import OnBatch, batch_size_for, to_devices
 from samrobust.evaluation.survivors import Stage, compile_attack, survivors
@@ -31,7 +25,7 @@ __all__ = ["make_skip_broken_evaluator"]
 
 def make_skip_broken_evaluator(
     model: nn.Module, attacks: Mapping[str, StagedPgd], *, batch_size: int
-) -> Evaluator:
+) -> accuracy.Evaluator:
     """Builds the counterpart of `make_evaluator` for attacks in stages.
 
     Args:
@@ -47,7 +41,7 @@ def make_skip_broken_evaluator(
     Raises:
       ValueError: if batch_size < 0.
     """
-    is_right = make_natural(model, batch_size=batch_size)
+    is_right = accuracy.make_natural(model, batch_size=batch_size)
     programs = {
         name: compile_attack(model, name, _stretch(pgd))
         for name, pgd in attacks.items()
@@ -58,9 +52,9 @@ def make_skip_broken_evaluator(
         split: Split,
         key: Array,
         *,
-        archive: Archive | None = None,
+        archive: accuracy.Archive | None = None,
         on_batch: OnBatch = lambda *_: None,
-    ) -> Outcome:
+    ) -> accuracy.Outcome:
         del archive
         right = is_right(variables, split, key, on_batch)
         data = (*to_devices(variables, split), key)
@@ -78,7 +72,7 @@ def make_skip_broken_evaluator(
         on_batch(len(split), len(split), "done")
         # A misclassified natural image may be classified correctly at every iterate.
         correct = fates.correct() | {"natural": right}
-        return conclude(correct, fates.num_non_finite())
+        return accuracy.conclude(correct, fates.num_non_finite())
 
     return evaluate
 

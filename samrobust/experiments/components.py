@@ -119,37 +119,21 @@ def check_model(config: Config) -> None:
     make_optimizer(config, optax.constant_schedule(0.1))
 
 
-def _sgd(
-    learning_rate: optax.Schedule, momentum: float, weight_decay: float
-) -> Sequence[optax.GradientTransformation]:
-    """Returns SGD with momentum after coupled weight decay."""
-    return (
+OPTIMIZERS: dict[str, Callable[..., Sequence[optax.GradientTransformation]]] = {
+    # SGD with momentum after coupled weight decay.
+    "sgd": lambda learning_rate, momentum, weight_decay: (
         optax.add_decayed_weights(weight_decay),
         optax.sgd(learning_rate, momentum=momentum or None),
-    )
-
-
-def _adam(
-    learning_rate: optax.Schedule, momentum: float, weight_decay: float
-) -> Sequence[optax.GradientTransformation]:
-    """Returns Adam after coupled weight decay, as PyTorch's; `momentum` is b1."""
-    return (
+    ),
+    # Adam after coupled weight decay, as PyTorch's; `momentum` is b1.
+    "adam": lambda learning_rate, momentum, weight_decay: (
         optax.add_decayed_weights(weight_decay),
         optax.adam(learning_rate, b1=momentum),
-    )
-
-
-def _adamw(
-    learning_rate: optax.Schedule, momentum: float, weight_decay: float
-) -> Sequence[optax.GradientTransformation]:
-    """Returns AdamW, of which `momentum` is b1 and weight decay is decoupled."""
-    return (optax.adamw(learning_rate, b1=momentum, weight_decay=weight_decay),)
-
-
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "sgd": _sgd,
-    "adam": _adam,
-    "adamw": _adamw,
+    ),
+    # AdamW, of which `momentum` is b1 and weight decay is decoupled.
+    "adamw": lambda learning_rate, momentum, weight_decay: (
+        optax.adamw(learning_rate, b1=momentum, weight_decay=weight_decay),
+    ),
 }
 
 

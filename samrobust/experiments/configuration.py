@@ -27,6 +27,7 @@ from samrobust.experiments import entries, methods, rows
 from samrobust.experiments.components import model_fields
 from samrobust.experiments.rows import parse_row
 from samrobust.experiments.validation import fields_of, validate
+from samrobust.system.fields import differences, flatten
 from samrobust.system.resolve import failure_of
 from samrobust.types import Config, Field
 
@@ -34,7 +35,6 @@ __all__ = [
     "CHANGES_NO_RESULT",
     "as_dict",
     "base_config",
-    "differences",
     "find_config_file",
     "finish",
     "load_config",
@@ -308,7 +308,7 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
 def _check_fields(config: Config) -> None:
     """Refuses fields that nothing reads; stored configs may have some, new ones not."""
     known = fields_of(config)
-    for field in _flatten(config.to_dict()):
+    for field, _ in flatten(config):
         if field not in known and not field.startswith("paper."):
             near = difflib.get_close_matches(field, known, 1)
             fix = f"Did you mean {near[0]}?" if near else ""
@@ -323,37 +323,11 @@ def _check_row(config: Config, wanted: str) -> None:
     row = parse_row(config.row)
     label = config.label.removeprefix("Imported ")  # as `samrobust import` says
     fix = "Choose another row instead, as in --config=FILE.py:sam,rho=0.3."
-    said, found = row.fields, _flatten(config.to_dict()) | {"label": label}
+    said, found = row.fields, dict(flatten(config)) | {"label": label}
     said["label"] = row.label
     for field, named in said.items():
         wanted = f"{field}={named} as the row {config.row!r} says"
         check(named == found[field], wanted, fix, **{field: found[field]})
-
-
-def differences(one: dict, other: dict) -> dict[str, tuple[object, object]]:
-    """Returns the fields in which two configs, as plain dicts, differ.
-
-    Both values by dotted names.
-
-    >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
-    {'a.b': (1, 3)}
-    """
-    flat, other_flat = _flatten(one), _flatten(other)
-    return {
-        name: (flat.get(name), other_flat.get(name))
-        for name in sorted(flat.keys() | other_flat.keys())
-        if flat.get(name) != other_flat.get(name)
-    }
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = json.loads(json.dumps(value))
-    return flat
 
 
 def _load_module(file: pathlib.Path) -> types.ModuleType:

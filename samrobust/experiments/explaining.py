@@ -6,11 +6,12 @@ docstrings of their constructors.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from samrobust.experiments import components, entries, methods
 from samrobust.experiments.configuration import find_config_file
+from samrobust.system.fields import flatten
 from samrobust.types import Config
 
 __all__ = ["ExplainedField", "explain"]
@@ -57,7 +58,7 @@ def explain(config: Config) -> Iterator[ExplainedField]:
         names = entries.section_fields(part.name)
         said |= {f"{section}.{name}": told.get(name, "") for name in names}
         order.append(section)
-    fields = [field for field in _flatten(config) if _section(field[0]) in order]
+    fields = [field for field in flatten(config) if _section(field[0]) in order]
     for name, value in sorted(
         fields, key=lambda field: order.index(_section(field[0]))
     ):
@@ -98,11 +99,3 @@ def _arguments(make: Callable[..., Any]) -> dict[str, str]:
         for names, text in re.findall(listed, block[1] if block else "", re.M):
             said |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return said
-
-
-def _flatten(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if hasattr(value, "items"):
-            yield from _flatten(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value

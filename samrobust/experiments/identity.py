@@ -21,10 +21,10 @@ from samrobust.data import Dataset, fingerprint
 from samrobust.experiments.configuration import (
     CHANGES_NO_RESULT,
     as_dict,
-    differences,
     with_defaults,
 )
 from samrobust.experiments.methods import parts_of
+from samrobust.system.fields import differences
 from samrobust.system.provenance import random_bits
 from samrobust.system.resolve import is_reference, sources
 from samrobust.types import Config

@@ -17,7 +17,7 @@ from samrobust.experiments.workdir import OtherConfigError, config_changes
 from samrobust.models import PreActResNet
 from samrobust.models.torch.names import from_tensors, infer_architecture, to_tensors
 from samrobust.models.torch.weights import Weights
-from samrobust.system.claims import claim
+from samrobust.system.claims.lease import claim
 from samrobust.system.files import WorkdirError, glance, write_json
 from samrobust.system.provenance import provenance
 from samrobust.system.storage import remove_tree
@@ -163,11 +163,10 @@ def _is_done(workdir: pathlib.Path, digest: str, config: Config) -> bool:
     elif imported != digest:
         others += found("config.json", "import.json", "checkpoints")
     if others:
-        message = (
+        raise WorkdirError(
             f"Expected a --workdir without a run, got workdir={str(workdir)!r} with "
             f"{', '.join(others)}. Choose another."
         )
-        raise WorkdirError(message)
     if changed := config_changes(workdir, config):
         raise OtherConfigError.over(workdir, "this file's import", changed)
     return is_whole and step == 0 and _is_intact(workdir, config)

@@ -26,13 +26,7 @@ from samrobust.experiments.reporting.pictures import write_figure
 from samrobust.experiments.reporting.render import from_json, to_html, write_pictures
 from samrobust.experiments.reporting.training import draw_training
 from samrobust.experiments.survey import read_plan
-from samrobust.system.files import (
-    WorkdirError,
-    glance,
-    read_json_lines,
-    read_sealed,
-    write_text,
-)
+from samrobust.system import files
 from samrobust.system.tables import Sheet, TextTable
 
 __all__ = ["write_report"]
@@ -66,7 +60,7 @@ def write_report(workdir: pathlib.Path) -> tuple[pathlib.Path, ...]:
     wanted = "a workdir of a table or a run with results"
     check(bool(report.sections), wanted, fix, workdir=str(workdir))
     path = workdir / "report.html"
-    write_text(path, report.render())
+    files.write_text(path, report.render())
     return (path, *report.pictures)
 
 
@@ -94,7 +88,7 @@ class _Report:
 
     def render(self) -> str:
         """Returns the page."""
-        config = glance(self.workdir / "config.json")
+        config = files.glance(self.workdir / "config.json")
         label = f"{config.get('label')}, seed {config.get('seed')}"
         name = label if config else self.workdir.resolve().name
         sections = [*self.sections, _provenance(self.measured)]
@@ -156,8 +150,8 @@ class _Report:
     def add_result(self) -> None:
         """Adds the accuracies of a run, by all of its evaluations."""
         title, result = "Accuracy", self._sealed("result.json")
-        config = glance(self.workdir / "config.json")
-        lines = read_json_lines(self.workdir / "evaluations.jsonl")
+        config = files.glance(self.workdir / "config.json")
+        lines = files.read_json_lines(self.workdir / "evaluations.jsonl")
         found = [line for line in (result, *lines) if line]
         if not found:
             self._lacks(title, "train")
@@ -183,7 +177,7 @@ class _Report:
         title, runs = "Training", {}
         for folder, name in self._runs():
             result = self._sealed(f"{name}/result.json".lstrip("/"))
-            lines = read_json_lines(folder / "metrics.jsonl")
+            lines = files.read_json_lines(folder / "metrics.jsonl")
             if result and lines:
                 label, own = runs.setdefault(result["row"], (result["label"], []))
                 own.append(lines)
@@ -198,7 +192,7 @@ class _Report:
         """Adds the signs of gradient masking that were looked for."""
         title, parts = "Signs of gradient masking", []
         for folder, name in self._runs():
-            content = glance(folder / "sanity.json")
+            content = files.glance(folder / "sanity.json")
             if content:
                 said = name or "this run"
                 self._measured(title, said, content)
@@ -234,8 +228,8 @@ class _Report:
     def _sealed(self, name: str) -> dict[str, Any] | None:
         """Returns what a sealed file holds; None where it cannot be trusted."""
         try:
-            return read_sealed(self.workdir / name)
-        except WorkdirError as error:
+            return files.read_sealed(self.workdir / name)
+        except files.WorkdirError as error:
             if str(error) not in self.refused:
                 self.refused.append(str(error))
             return None

@@ -21,7 +21,7 @@ from samrobust.models.torch.weights import Weights
 from samrobust.system.files import read_json_lines, write_bytes, write_json, write_text
 from samrobust.types import Config
 
-__all__ = ["find_evaluation", "model_info", "write_bundle"]
+__all__ = ["find_evaluation", "model_info", "with_normalization", "write_bundle"]
 
 _USUAL = ("linf 8/255", "l2 127.5/255")
 _FIELDS = (  # RobustBench's
@@ -49,9 +49,9 @@ def write_bundle(
     Raises:
       ValueError: if PyTorch is not installed.
     """
-    content = torch_bytes(_with_normalization(weights))
+    content = torch_bytes(with_normalization(weights))
     texts = resources.files("samrobust.experiments")
-    code = (texts / "robustbench_model.txt").read_text(encoding="utf-8")
+    code = (texts / "robustbench_model.py").read_text(encoding="utf-8")
     readme = (texts / "robustbench_readme.txt").read_text(encoding="utf-8")
     lines = read_json_lines(workdir / "evaluations.jsonl")
     origin = weights.metadata["origin"]
@@ -72,13 +72,13 @@ def write_bundle(
     write_text(folder / "README.md", readme)
 
 
-def _with_normalization(weights: Weights) -> dict[str, np.ndarray]:
+def with_normalization(weights: Weights) -> dict[str, np.ndarray]:
     """Returns all under `model.`, and mean and std as buffers [1, C, 1, 1]."""
     shape = (1, weights.tensors["conv1.weight"].shape[1], 1, 1)
     tensors = {f"model.{name}": tensor for name, tensor in weights.tensors.items()}
     for name in ("mean", "std"):
         values = np.asarray(weights.metadata[name], np.float32).reshape(1, -1, 1, 1)
-        tensors[name] = np.broadcast_to(values, shape)
+        tensors[name] = np.broadcast_to(values, shape).copy()
     return tensors
 
 

@@ -16,20 +16,25 @@ import jax
 from samrobust.checks import check
 from samrobust.data import Dataset, check_padding, fingerprint
 from samrobust.experiments import building, methods, scoring, trunks
-from samrobust.experiments.configuration import as_dict, differences
+from samrobust.experiments.configuration import as_dict
 from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.networks import Trained, checkpoints_of, load_network
 from samrobust.experiments.tracking import Tracking
 from samrobust.experiments.workdir import (
     OtherConfigError,
-    WorkdirError,
     read_result,
     settle_config,
 )
-from samrobust.system.claims import Claim, ClaimedError, claim
+from samrobust.system.claims.lease import Claim, ClaimedError, claim
 from samrobust.system.distributed import broadcast_from_primary, lost_a_peer
 from samrobust.system.failures import is_transient, recording_failure
-from samrobust.system.files import read_json_lines, read_sealed, write_sealed
+from samrobust.system.fields import differences
+from samrobust.system.files import (
+    WorkdirError,
+    read_json_lines,
+    read_sealed,
+    write_sealed,
+)
 from samrobust.system.provenance import provenance
 from samrobust.training import FitResult, InterruptedRunError, Progress, fit
 from samrobust.training.fit import Validate

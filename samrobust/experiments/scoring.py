@@ -179,8 +179,7 @@ def until_stopped(
     def listen(done: int, num_examples: int, doing: str = "") -> None:
         on_batch(done, num_examples, doing)
         if should_stop() and done < num_examples:
-            message = f"Stopped {when}. {RESUME}"
-            raise InterruptedRunError(message)
+            raise InterruptedRunError(f"Stopped {when}. {RESUME}")
 
     return listen
 

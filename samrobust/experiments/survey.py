@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from samrobust.system.claims import Holder, read_holder
+from samrobust.system.claims.holder import Holder, read_holder
 from samrobust.system.failures import read_failure
 from samrobust.system.files import WorkdirError, glance, read_json_lines
 from samrobust.system.runtime import one_line
@@ -86,11 +86,10 @@ def survey(workdir: pathlib.Path) -> list[RunStatus]:
     paths = sorted(path.relative_to(workdir).as_posix() for path in found)
     plan |= {path: {} for path in paths if path not in plan}
     if not plan:
-        message = (
+        raise WorkdirError(
             "Expected the directory of a table or of a run, got "
             f"workdir={str(workdir)!r}. It is made by `samrobust table` or `train`."
         )
-        raise WorkdirError(message)
     # At a time, since an object store answers late.
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         return list(pool.map(survey_run, map(workdir.joinpath, plan), plan.values()))

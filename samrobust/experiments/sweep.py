@@ -38,7 +38,7 @@ from samrobust.experiments.workdir import (
     config_changes,
     read_result,
 )
-from samrobust.system.claims import ClaimedError
+from samrobust.system.claims.lease import ClaimedError
 from samrobust.system.distributed import broadcast_from_primary, met_by_all
 from samrobust.system.failures import describe, is_transient, read_failure
 from samrobust.system.files import WorkdirError, write_json

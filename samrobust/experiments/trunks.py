@@ -22,7 +22,7 @@ from samrobust.experiments import building, entries, methods
 from samrobust.experiments.configuration import as_dict, with_defaults
 from samrobust.experiments.identity import identity_of
 from samrobust.experiments.rows import Row, parse_row
-from samrobust.system.claims import read_holder
+from samrobust.system.claims.holder import read_holder
 from samrobust.system.storage import remove_tree
 from samrobust.training.fit import fresh_carry
 from samrobust.training.log import checkpoint_folder
@@ -31,6 +31,7 @@ from samrobust.types import Config
 
 __all__ = [
     "PlannedTrunk",
+    "epochs_given",
     "in_the_making",
     "make_trunks",
     "plan_trunks",
@@ -114,6 +115,15 @@ def _is_like(common: Config, config: Config) -> bool:
     replays = [methods.replays(c) for c in (common, config)]
     judges = config.data.validation_size > 0 and judged[0] != judged[1]
     return not judges and replays[0] == replays[1]
+
+
+def epochs_given(shared: Iterable[Iterable[PlannedTrunk]]) -> list[int]:
+    """Returns how many epochs each run takes from those before it, by their trunks."""
+    found, left = [], set()
+    for trunks in map(list, shared):
+        found.append(max((t.epoch for t in trunks if t.folder in left), default=0))
+        left |= {trunk.folder for trunk in trunks}
+    return found
 
 
 def make_trunks(

@@ -18,14 +18,8 @@ from samrobust.experiments.reporting.results import check_comparable
 from samrobust.experiments.rows import modern_row
 from samrobust.experiments.survey import read_plan
 from samrobust.experiments.validation import validate
-from samrobust.system.claims import ClaimedError, claim
-from samrobust.system.files import (
-    WorkdirError,
-    append_json_line,
-    read_object,
-    read_sealed,
-    write_json,
-)
+from samrobust.system import files
+from samrobust.system.claims.lease import ClaimedError, claim
 from samrobust.system.storage import ObjectPath
 from samrobust.types import Config
 
@@ -47,7 +41,7 @@ _LEFT_BY_A_RUN = "result.json", "metrics.jsonl", "checkpoints"
 _LEFT_BY_A_RUN += EVALUATIONS, "autoattack"
 
 
-class OtherConfigError(WorkdirError):
+class OtherConfigError(files.WorkdirError):
     """The workdir holds a run of another config."""
 
     @classmethod
@@ -73,7 +67,7 @@ def stored_config(workdir: pathlib.Path) -> Config | None:
       WorkdirError: if `config.json` is damaged, or no config that this version takes.
     """
     path = workdir / "config.json"
-    stored = read_object(path)
+    stored = files.read_object(path)
     if stored is None:
         return None
     try:
@@ -81,7 +75,7 @@ def stored_config(workdir: pathlib.Path) -> Config | None:
         validate(config)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         message = f"Expected the config of a run in {path}, got one where: {error}"
-        raise WorkdirError(message) from error
+        raise files.WorkdirError(message) from error
     return config
 
 
@@ -180,10 +174,10 @@ def add_evaluation(workdir: pathlib.Path, line: Mapping[str, Any]) -> pathlib.Pa
     path = workdir / EVALUATIONS
     while isinstance(path, ObjectPath):  # which has no appending
         with contextlib.suppress(ClaimedError), claim(workdir / ".appending"):
-            append_json_line(path, line)
+            files.append_json_line(path, line)
             return path
         time.sleep(1.0)
-    append_json_line(path, line)
+    files.append_json_line(path, line)
     return path
 
 
@@ -199,17 +193,17 @@ def settle_config(workdir: pathlib.Path, config: Config) -> None:
         raise OtherConfigError.over(workdir, "a run", changed)
     left = _left_by_a_run(workdir)
     if changed is None and (workdir / "plan.json").exists():
-        raise WorkdirError(
+        raise files.WorkdirError(
             f"Expected the directory of one run, got that of a table: {workdir}. "
             "Choose another --workdir, or one of its runs'."
         )
     if changed is None and left:
-        raise WorkdirError(
+        raise files.WorkdirError(
             f"Expected a config.json beside {', '.join(left)} in {workdir}, got "
             "none: nothing says of which run they are. Restore it from a copy, or "
             "choose another --workdir."
         )
-    write_json(workdir / "config.json", as_dict(config))
+    files.write_json(workdir / "config.json", as_dict(config))
 
 
 def read_result(workdir: pathlib.Path, identity: Identity) -> dict[str, Any] | None:
@@ -223,13 +217,13 @@ def read_result(workdir: pathlib.Path, identity: Identity) -> dict[str, Any] | N
       WorkdirError: if the file is damaged, or the result of another run.
     """
     path = workdir / "result.json"
-    result = read_sealed(path)
+    result = files.read_sealed(path)
     if result is None:
         return None
     stored = Identity.from_dict(result.get("run"))
     unlike = "it does not say of which" if stored is None else stored.unlike(identity)
     if unlike:
-        raise WorkdirError(
+        raise files.WorkdirError(
             f"Expected the result of this run in {path}, got another's: {unlike}. Move "
             "that file away (the last checkpoint is then evaluated again), or choose "
             "another --workdir."

@@ -13,6 +13,7 @@ the first lines show. A line of JSON for each run.
 
 import argparse
 import concurrent.futures
+import io
 import json
 import logging
 import multiprocessing
@@ -24,19 +25,22 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import torch
-from flax import traverse_util
 from pyautoattack import AutoAttack
+from torch import nn
 
 from samrobust.data import Dataset, Split
 from samrobust.evaluation import make_autoattack_evaluator
 from samrobust.experiments import building
+from samrobust.experiments.interchange import export_weights
 from samrobust.experiments.networks import checkpoints_of, load_network
+from samrobust.experiments.robustbench import with_normalization
+from samrobust.experiments.robustbench_model import load_model
 from samrobust.experiments.workdir import config_of_run
-from samrobust.studies.bench.twin.network import TwinResNet, from_jax
+from samrobust.models.torch.files import torch_bytes
 from samrobust.system.files import append_json_line
 from samrobust.system.provenance import provenance
 from samrobust.system.runtime import keep_freed_memory
-from samrobust.types import Config, PyTree
+from samrobust.types import Config
 
 __all__ = ["main"]
 
@@ -77,18 +81,17 @@ def _process(
 
 def _ours(run: pathlib.Path, arguments: argparse.Namespace) -> tuple[np.ndarray, float]:
     """Returns which images are still right, and the seconds that took."""
-    config, dataset, variables = _load(run, arguments)
+    config, dataset = _load(run, arguments)
+    network = load_network(config, dataset, run, checkpoints_of(config)[0])
     shared = json.dumps([config.model.to_dict(), config.data.to_dict()], default=str)
     if shared not in _evaluators:
-        _evaluators[shared] = make_autoattack_evaluator(
-            building.make_model(config, dataset),
-            building.autoattacks(config),
-            batch_size=arguments.batch_size,
-        )
+        attacks, size = building.autoattacks(config), arguments.batch_size
+        made = make_autoattack_evaluator(network.model, attacks, batch_size=size)
+        _evaluators[shared] = made
     evaluate = _evaluators[shared]
     start = time.monotonic()
-    outcome = evaluate(variables, dataset.test, jax.random.key(config.seed))
-    (correct,) = list(outcome.correct().values())[1:]
+    outcome = evaluate(network.variables, dataset.test, jax.random.key(config.seed))
+    (correct,) = list(outcome.correct.values())[1:]
     return correct, time.monotonic() - start
 
 
@@ -96,26 +99,22 @@ def _theirs(
     run: pathlib.Path, arguments: argparse.Namespace
 ) -> tuple[np.ndarray, float]:
     """Returns the same, from the authors' code."""
-    config, dataset, variables = _load(run, arguments)
-    model = _twin(config, dataset, variables)
+    config, dataset = _load(run, arguments)
+    weights = export_weights(config, run, checkpoints_of(config)[0])
+    model = load_model(io.BytesIO(torch_bytes(with_normalization(weights))))
     start = time.monotonic()
-    correct = _upstream(model, dataset.test, arguments, config.seed)
+    correct = _upstream(model.to(_device()), dataset.test, arguments, config.seed)
     return correct, time.monotonic() - start
 
 
-def _load(
-    run: pathlib.Path, arguments: argparse.Namespace
-) -> tuple[Config, Dataset, PyTree]:
+def _load(run: pathlib.Path, arguments: argparse.Namespace) -> tuple[Config, Dataset]:
     config = config_of_run(run)
     if arguments.num_examples is not None:
         config.data.test_size = arguments.num_examples
     config.model.dtype = "float32"
     config.evaluation.update(linf=(), l2=(), attack="autoattack")
     config.evaluation[arguments.norm] = (arguments.epsilon,)
-    dataset = building.load_data(config)
-    which = checkpoints_of(config)[0]
-    variables = load_network(config, dataset, run, which).variables
-    return config, dataset, variables
+    return config, building.load_data(config)
 
 
 def _line(
@@ -141,27 +140,13 @@ def _line(
     }
 
 
-def _twin(config: Any, dataset: Dataset, variables: Any) -> TwinResNet:
-    model = TwinResNet(
-        config.model.width,
-        tuple(config.model.blocks),
-        dataset.num_classes,
-        dataset.test.images.shape[-1],
-        dataset.mean,
-        dataset.std,
-    ).eval()
-    with torch.no_grad():
-        from_jax(model, traverse_util.flatten_dict(jax.device_get(variables), sep="/"))
-    return model.to(_device())
-
-
 def _device() -> str:
     """Returns PyTorch's name for the device that JAX computes on."""
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
 def _upstream(
-    model: TwinResNet, split: Split, arguments: argparse.Namespace, seed: int
+    model: nn.Module, split: Split, arguments: argparse.Namespace, seed: int
 ) -> np.ndarray:
     logging.disable(logging.CRITICAL)
     attack = AutoAttack(
@@ -178,15 +163,10 @@ def _upstream(
         images, labels, batch_size=arguments.batch_size
     )
     attacked = attacked[0] if isinstance(attacked, tuple) else attacked
-    right = []
+    batches = attacked.split(arguments.batch_size)
     with torch.no_grad():
-        for batch, truth in zip(
-            attacked.split(arguments.batch_size),
-            labels.split(arguments.batch_size),
-            strict=True,
-        ):
-            right.append(model(batch.to(_device())).argmax(1).cpu() == truth)
-    return torch.cat(right).numpy()
+        found = [model(batch.to(_device())).argmax(1).cpu() for batch in batches]
+    return (torch.cat(found) == labels).numpy()
 
 
 if __name__ == "__main__":

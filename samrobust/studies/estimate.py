@@ -18,16 +18,15 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from samrobust.data import DatasetFacts
-from samrobust.evaluation.measure import EXAMPLES_A_DEVICE
+from samrobust.evaluation.measure import usual_batch_size
 from samrobust.experiments import building, configuration, methods
 from samrobust.experiments.networks import checkpoints_of
 from samrobust.experiments.run import PlannedRun
 from samrobust.experiments.scoring import passes_to_judge
-from samrobust.experiments.trunks import until
+from samrobust.experiments.trunks import epochs_given, until
 from samrobust.studies.bench.plan import Options, Task
-from samrobust.studies.bench.programs import num_train
+from samrobust.studies.bench.programs import num_steps
 from samrobust.studies.bench.suite import Launcher, Outcome
-from samrobust.training.epoch import EpochPlan
 from samrobust.types import Config
 
 __all__ = ["RowEstimate", "TableEstimate", "estimate", "tasks_of", "time_tasks"]
@@ -170,12 +169,11 @@ def estimate(
         for row, config in configs.items()
         if {*_families(config)} <= good.keys()
     }
-    ends, trained = [0.0] * workers, set()
-    for planned in (planned for planned in runs if planned.config.row in rows):
+    timed, ends = [run for run in runs if run.config.row in rows], [0.0] * workers
+    given = epochs_given(planned.shared for planned in timed)
+    for planned, first in zip(timed, given, strict=True):
         row = rows[planned.config.row]
-        others = [t.epoch for t in planned.shared if t.folder in trained]
-        trained |= {trunk.folder for trunk in planned.shared}
-        seconds = row.training(max(others, default=0)) + row.evaluation
+        seconds = row.training(first) + row.evaluation
         seconds += 0.0 if row.total else row.compilation
         rows[planned.config.row] = row._replace(total=row.total + seconds)
         heapq.heapreplace(ends, ends[0] + seconds)
@@ -249,7 +247,7 @@ def _one_attack(config: Config) -> dict[str, Any]:
         **{"attack": "pgd", "version": "standard", "members": (), "restarts": 1},
         **{"early_stop": False, "linf": linf, "l2": () if linf else l2},
         "batch_size": min(
-            config.evaluation.batch_size or EXAMPLES_A_DEVICE,
+            usual_batch_size(config.evaluation.batch_size),
             config.training.batch_size,
         ),
     }
@@ -264,10 +262,8 @@ def _with_one_attack(config: Config, overrides: Sequence[str]) -> list[str]:
 
 
 def _epoch_seconds(config: Config, facts: DatasetFacts, timed: Outcome) -> float:
-    training = config.training
-    size, drop = num_train(config, facts), training.drop_remainder
-    steps = EpochPlan(size, training.batch_size, 1, drop).num_steps
-    return steps * statistics.median(timed["seconds"]) + timed["checkpoint_seconds"]
+    seconds = num_steps(config, facts) * statistics.median(timed["seconds"])
+    return seconds + timed["checkpoint_seconds"]
 
 
 def _evaluation_seconds(config: Config, facts: DatasetFacts, timed: Outcome) -> float:

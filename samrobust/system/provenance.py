@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import os
 import pathlib
 import platform
 import shlex
@@ -75,12 +76,10 @@ def _processor() -> str:
             x.partition(":")[2].strip() for x in lines if x.startswith("model name")
         ]
         model = names[0] if names else model
-    return f"{model} ({len(_affinity())} cores)"
+    return f"{model} ({_cores()} cores)"
 
 
-def _affinity() -> set[int]:
-    import os
-
+def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -4,9 +4,11 @@ A cell is text as it stands, or Rich's `Text` where something in it stands out: 
 bold on a console is bold in Markdown and HTML too, which leave out colors and padding.
 """
 
+import csv
 import html
+import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from rich import box
@@ -14,7 +16,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Sheet", "TextTable"]
+__all__ = ["Sheet", "TextTable", "csv_text"]
 
 
 class TextTable(NamedTuple):
@@ -83,6 +85,13 @@ class TextTable(NamedTuple):
             f'<div class="wide"><table>\n{caption}<thead>{head}</thead>\n'
             f"<tbody>\n{chr(10).join(rows)}\n</tbody>\n</table></div>"
         )
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Returns lines of comma-separated values; None is empty."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
 
 
 class Sheet(NamedTuple):

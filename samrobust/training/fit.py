@@ -371,11 +371,10 @@ class _Run:
             self._settle()
             self.log.save(carry, step, epoch_seconds)
             if step < self.num_steps:
-                message = (
+                raise InterruptedRunError(
                     f"Stopped at step {step} of {self.num_steps}; the state is saved. "
                     f"{RESUME}"
                 )
-                raise InterruptedRunError(message)
         elif self.log.may_save(carry):
             self._settle()
             self.log.begin_to_save(carry, step, epoch_seconds)

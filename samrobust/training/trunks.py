@@ -20,7 +20,7 @@ import jax
 from jax.sharding import Mesh
 
 from samrobust.sharpness import last_metrics
-from samrobust.system.claims import ClaimedError, claim
+from samrobust.system.claims.lease import ClaimedError, claim
 from samrobust.system.distributed import broadcast_from_primary
 from samrobust.system.files import WorkdirError
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored

@@ -1,20 +1,27 @@
 """The whole standard AutoAttack against the authors', on one trained network."""
 
+import argparse
 import functools
 import logging
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from samrobust.attacks import autoattack, cross_entropy, l2, linf
+from samrobust.attacks import autoattack, cross_entropy, identity, l2, linf
 from samrobust.data import load_dataset
+from samrobust.evaluation import make_evaluator
+from samrobust.experiments import building, configuration
+from samrobust.experiments.networks import save_variables
+from samrobust.experiments.workdir import settle_config
 from samrobust.types import Array
 
 torch = pytest.importorskip("torch")
 upstream = pytest.importorskip("pyautoattack")
+study = pytest.importorskip("samrobust.studies.autoattack_upstream")
 
 RADII = {"Linf": linf(0.06), "L2": l2(0.3)}
 NUM_IMAGES = 100
@@ -78,3 +85,35 @@ def test_robust_accuracy_is_upstreams_within_half_a_point(norm):
     assert 0.1 < standing.mean() < 0.9
     # Half a point of so few images is none, but for one at the very edge of the ball.
     assert np.sum(ours != standing) <= 1
+
+
+def test_the_study_shows_both_attacks_the_network_and_the_images_of_a_run(
+    tmp_path, monkeypatch
+):
+    small = ("width=2", "blocks=(1,)", "mean=(0.2,)", "std=(0.5,)")
+    overrides = [f"--config.model.{field}" for field in small]
+    config = configuration.load_config("digits:st", overrides)
+    facts = building.load_facts(config)
+    model = building.make_model(config, facts)
+    variables = helpers.draw_variables(model, facts.image_shape, 0)
+    settle_config(tmp_path, config)
+    save_variables(config, facts, tmp_path, variables)
+
+    def make_fake(model, attacks, *, batch_size):
+        unattacked = {"natural": identity, **dict.fromkeys(attacks, identity)}
+        return make_evaluator(model, unattacked, batch_size=batch_size)
+
+    def judge(model, split, *_):
+        pixels = split.images.transpose(0, 3, 1, 2).astype(np.float32) / 255
+        with torch.no_grad():
+            return (model(torch.from_numpy(pixels)).argmax(1).numpy()) == split.labels
+
+    monkeypatch.setattr(study, "make_autoattack_evaluator", make_fake)
+    monkeypatch.setattr(study, "_upstream", judge)
+    flags = {"norm": "linf", "epsilon": 1.0, "num_examples": 40, "batch_size": 40}
+    (ours, _), (theirs, _) = (
+        side(tmp_path, argparse.Namespace(**flags))
+        for side in (study._ours, study._theirs)
+    )
+    assert 0 < ours.sum() < 40
+    np.testing.assert_array_equal(ours, theirs)

@@ -16,7 +16,10 @@ import optax
 import pytest
 
 from samrobust.attacks.losses import cross_entropy
+from samrobust.experiments.robustbench import with_normalization
 from samrobust.models import PreActResNet
+from samrobust.models.torch.names import to_tensors
+from samrobust.models.torch.weights import Weights
 from samrobust.training import make_train_step
 
 torch = pytest.importorskip("torch")
@@ -26,14 +29,7 @@ steps = pytest.importorskip("samrobust.studies.bench.twin.steps")
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
-NETWORK = {
-    "width": 8,
-    "blocks": [1, 1],
-    "num_classes": 10,
-    "in_channels": 3,
-    "mean": MEAN,
-    "std": STD,
-}
+NETWORK = {"width": 8, "blocks": [1, 1], "num_classes": 10, "in_channels": 3}
 SPEC = {
     "method": "st",
     "variant": "reference",
@@ -42,6 +38,8 @@ SPEC = {
     "float32_matmul": "highest",
     "device": "cpu",
     "network": NETWORK,
+    "mean": MEAN,
+    "std": STD,
     "image_shape": [8, 8, 3],
     "norm": "linf",
     "epsilon": 8 / 255,
@@ -53,15 +51,6 @@ SPEC = {
     "min_seconds": 0.01,
 }
 VARIANTS = ["reference", "tuned"]
-
-
-def flatten(name, tree):
-    """`{"b": {"c": x}}` as `{"a/b/c": x}`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        "/".join([name, *(key.key for key in path)]): np.asarray(leaf)
-        for path, leaf in leaves
-    }
 
 
 def make_parity() -> dict[str, Any]:
@@ -83,10 +72,11 @@ def make_parity() -> dict[str, Any]:
 
     gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(images)
     updated, _ = jax.jit(step)(state, images, labels, jax.random.key(1))
+    weights = Weights(to_tensors(state.variables, model), {"mean": MEAN, "std": STD})
+    moved = to_tensors({"params": updated.params}, model)
     return {
-        **flatten("params", state.params),
-        **flatten("batch_stats", state.batch_stats),
-        **flatten("updated", updated.params),
+        **{f"network/{name}": x for name, x in with_normalization(weights).items()},
+        **{f"updated/model.{name}": x for name, x in moved.items()},
         "images": images,
         "labels": np.asarray(labels),
         "logits": np.asarray(logits),
@@ -157,9 +147,10 @@ def test_every_method_and_variant_has_its_results(changes, arrays):
 
 
 def test_another_network_is_refused_with_its_deviation(arrays):
-    kernel = arrays["params/stage2_block1/conv1/kernel"].copy()
+    name = "network/model.layer2.0.conv1.weight"
+    kernel = arrays[name].copy()
     kernel[0, 0, 0, 0] += 0.01
-    perturbed = arrays | {"params/stage2_block1/conv1/kernel": kernel}
+    perturbed = arrays | {name: kernel}
     with pytest.raises(ValueError, match="Expected deviations from the") as error:
         benchmark.run(make_spec(), perturbed)
     message = str(error.value)
@@ -187,7 +178,7 @@ def test_a_choice_that_there_is_not_is_refused_by_name(field, value):
 
 
 def test_a_parity_file_of_another_network_is_refused(arrays):
-    with pytest.raises(ValueError, match="stage3_block1"):
+    with pytest.raises(ValueError, match=r"layer3\.0\.bn1"):
         benchmark.parity(make_spec(blocks=[1, 1, 1]), arrays)
     with pytest.raises(ValueError, match="shape"):
         benchmark.parity(make_spec(width=16), arrays)
@@ -197,6 +188,15 @@ def test_a_parity_file_of_another_network_is_refused(arrays):
 
 
 # --- the steps ------------------------------------------------------------------------
+
+
+def values_of(model):
+    """Copies of a network's parameters and running statistics, by their names."""
+    kinds = {"params": model.named_parameters(), "batch_stats": model.named_buffers()}
+    return {
+        kind: {name: tensor.detach().float().numpy().copy() for name, tensor in named}
+        for kind, named in kinds.items()
+    }
 
 
 def make_batch(seed=0):
@@ -226,7 +226,7 @@ def train(steps_taken=2, *, mode=None, **changes):
     images, labels, delta = make_batch()
     for _ in range(steps_taken):
         trainer.step(*trainer.place(images, labels), start=delta)
-    return twin.to_jax(trainer.model)
+    return values_of(trainer.model)
 
 
 def train_by_the_oracle(method, norm, epsilon, steps_taken=2):
@@ -251,7 +251,7 @@ def train_by_the_oracle(method, norm, epsilon, steps_taken=2):
             twin.train_step_at(model, optimizer, images, labels, attack)
         else:
             twin.train_step_st(model, optimizer, images, labels)
-    return twin.to_jax(model)
+    return values_of(model)
 
 
 def largest_difference(first, second):
@@ -274,7 +274,7 @@ def test_steps_reach_the_parameters_of_the_oracle(name, variant):
     ours = train(method=method, norm=norm, epsilon=epsilon, variant=variant)
     expected = train_by_the_oracle(method, norm, epsilon)
     assert largest_difference(ours["params"], expected["params"]) <= 1e-5
-    start = twin.to_jax(make_model(make_spec()))
+    start = values_of(make_model(make_spec()))
     assert largest_difference(ours["params"], start["params"]) > 1e-2
 
 

@@ -14,30 +14,7 @@ from typing import NamedTuple
 __all__ = ["Section", "picture", "render_page"]
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --faint: #666;
-  --line: #ddd; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e4e4; --paper: #16181b;
-  --faint: #a0a0a0; --line: #3a3d42; } }
-body { margin: 0 auto; padding: 1rem; max-width: 72rem; color: var(--ink);
-  background: var(--paper); font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0.5rem 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 0.6rem; border-bottom: 1px solid var(--line); }
-nav a { display: inline-block; margin-right: 1rem; }
-a { color: inherit; }
-p, li, summary { color: var(--faint); max-width: 60rem; overflow-wrap: anywhere; }
-ul { padding-left: 1.2rem; }
-.wide { overflow-x: auto; margin: 0.8rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: 0.3rem 0; }
-th, td { padding: 0.25rem 0.7rem 0.25rem 0; text-align: left; vertical-align: top; }
-th { border-bottom: 1px solid var(--line); white-space: nowrap; }
-tbody + tbody td { border-top: 0; }
-tbody + tbody tr:first-child td { border-top: 1px solid var(--line); }
-.number { text-align: right; white-space: nowrap; }
-td:first-child { position: sticky; left: 0; background: var(--paper); }
-img { display: block; background: #fff; border-radius: 6px; }
-"""
+_STYLE = pathlib.Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 _PNG_SIZE = slice(16, 24)  # width and height, four bytes each
 _SCALE = 1.5  # dots of a picture beside each other in a pixel of the page
 
@@ -84,6 +61,6 @@ def render_page(title: str, notes: Sequence[str], sections: Sequence[Section]) -
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{html.escape(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n"
         f"<body>\n{chr(10).join([*body, *parts])}\n</body>\n</html>\n"
     )

@@ -12,6 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from samrobust.experiments.reporting import pictures
 from samrobust.experiments.reporting.names import (
     column_norm,
@@ -103,7 +105,7 @@ def _draw_panel(panel: "Axes", rows: Sequence[TableRow], column: str) -> None:
             front.append((places[row.name], best))
     clusters = _clusters(rows, places)
     letters = max(len(names[row.name]) for row in clusters[-1])
-    right = _last(places) + 2 * _MARGIN + _LETTER * letters
+    right = max(places.values()) + 2 * _MARGIN + _LETTER * letters
     front.append((right, best))
     panel.plot(*zip(*front, strict=True), **_STAIRS, zorder=0)
     for cluster in clusters:
@@ -147,10 +149,6 @@ def _title(column: str) -> str:
     return ", ".join([pictures.in_symbols(norm), f"ε = {radius}", *words])
 
 
-def _last(places: dict[str, float]) -> float:
-    return max(places.values())
-
-
 def _clusters(
     rows: Sequence[TableRow], places: dict[str, float]
 ) -> list[list[TableRow]]:
@@ -169,23 +167,11 @@ def _spread(
 ) -> list[float]:
     """Returns heights near rising ones that are wanted, `gap` apart and within a panel.
 
-    Names that would collide form a block about the mean of their heights; blocks that
-    collide join.
+    The names that lie `gap` apart at heights y_i have nondecreasing y_i - i gap: the
+    nearest ones in least squares are an isotonic regression, clipped at the panel.
     """
-    blocks: list[
-        tuple[list[float], float]
-    ] = []  # the heights wanted; the lowest name's
+    from scipy.optimize import isotonic_regression  # slow to load
 
-    def placed(heights: list[float]) -> tuple[list[float], float]:
-        extent = gap * (len(heights) - 1)
-        lowest = sum(heights) / len(heights) - extent / 2
-        return heights, min(max(lowest, low), high - extent)
-
-    for height in wanted:
-        blocks.append(placed([height]))
-        while len(blocks) > 1:
-            (below, start), (above, begin) = blocks[-2:]
-            if start + gap * len(below) <= begin:
-                break
-            blocks[-2:] = [placed(below + above)]
-    return [start + gap * i for heights, start in blocks for i in range(len(heights))]
+    steps = gap * np.arange(len(wanted))
+    levels = isotonic_regression(wanted - steps).x
+    return (np.clip(levels, low, high - steps[-1]) + steps).tolist()

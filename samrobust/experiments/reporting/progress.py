@@ -59,16 +59,18 @@ class ProgressDisplay:
             yield self
 
     def run(
-        self, name: str, training_work: float, evaluation_work: float
+        self, name: str, training: float, evaluation: float, given: float = 0.0
     ) -> "RunDisplay":
         """Returns the display of the next run; the runs' work adds up to the total.
+
+        Of the training `given` is what an earlier run leaves, which counts for nothing.
 
         A run that is never told of progress is done elsewhere: it is left out, and
         may come again.
         """
         for run in self._runs.values():
             run.done = run.work
-        self._runs[name] = RunDisplay(self.say, name, training_work, evaluation_work)
+        self._runs[name] = RunDisplay(self.say, name, training, evaluation, given)
         return self._runs[name]
 
     def say(self, text: str) -> None:
@@ -103,18 +105,23 @@ class RunDisplay:
     """Part of one run in a `ProgressDisplay`.
 
     Attributes:
-      work: of the run.
+      work: of the run, less what it is given.
       done: of it.
-      skipped: what an earlier process did, known as soon as the run is told of
-        progress; None before. The ETA must not promise the speed of that.
+      skipped: what an earlier process did beyond what is given, known as soon as the
+        run is told of progress; None before. The ETA must not promise that speed.
     """
 
     def __init__(
-        self, say: Callable[[str], None], name: str, training: float, evaluation: float
+        self,
+        say: Callable[[str], None],
+        name: str,
+        training: float,
+        evaluation: float,
+        given: float = 0.0,
     ):
-        self._say, self._name = say, name
+        self._say, self._name, self._given = say, name, given
         self._training, self._evaluation = training, evaluation
-        self.work, self.done = training + evaluation, 0.0
+        self.work, self.done = training + evaluation - given, 0.0
         self.skipped: float | None = None
 
     def on_progress(self, progress: Any) -> None:
@@ -133,6 +140,7 @@ class RunDisplay:
         self._move(self._training, work, doing)
 
     def _move(self, before: float, done: float, text: str) -> None:
-        self.skipped = before if self.skipped is None else self.skipped
-        self.done = done
+        if self.skipped is None:
+            self.skipped = before - self._given
+        self.done = done - self._given
         self._say(f"{self._name}: {text}")

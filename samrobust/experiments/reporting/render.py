@@ -3,10 +3,8 @@
 On a terminal a row is one line, as detailed as the terminal is wide.
 """
 
-import csv
 import dataclasses
 import html
-import io
 import json
 import os
 from pathlib import Path
@@ -16,18 +14,14 @@ from rich.measure import Measurement
 from rich.table import Table as Grid
 from rich.text import Text
 
-from samrobust.experiments.reporting.names import (
-    short_column,
-    short_label,
-    split_column,
-)
+from samrobust.experiments.reporting import names
 from samrobust.experiments.reporting.notes import legend, notes, sampling_error, signed
 from samrobust.experiments.reporting.pictures import draw_table, write_figure
 from samrobust.experiments.reporting.prices import draw_prices, has_prices
 from samrobust.experiments.reporting.table import Difference, Table, summarize
 from samrobust.system.files import write_text
 from samrobust.system.storage import to_path
-from samrobust.system.tables import TextTable
+from samrobust.system.tables import TextTable, csv_text
 
 __all__ = [
     "from_json",
@@ -194,7 +188,7 @@ def _lay_out(table: Table, layout: _Layout, sign: str, with_seeds: bool) -> Text
     """Returns the table's texts, a gap between ST, SAM and AT."""
     labels = [row.label for row in table.rows]
     columns: dict[str, list] = {
-        "method": [short_label(x) if layout.short else x for x in labels]
+        "method": [names.short_label(x) if layout.short else x for x in labels]
     }
     if with_seeds:
         name = "n" if layout.short else "seeds"
@@ -222,7 +216,7 @@ def _count(passes: float | None) -> str:
 
 def _two_lines(column: str) -> str:
     """Returns a column's short name, that of attack and checkpoint on its own line."""
-    return "\n".join(filter(None, map(short_column, split_column(column))))
+    return "\n".join(filter(None, map(names.short_column, names.split_column(column))))
 
 
 def _cells(table: Table, column: str, layout: _Layout, sign: str) -> list[Text]:
@@ -261,15 +255,14 @@ def to_csv(table: Table) -> str:
     The fields are row, label, column, n, mean, std and paper; what is not known is
     empty, and n counts the seeds.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row", "label", "column", "n", "mean", "std", "paper"])
-    for row in table.rows:
-        for column in table.columns:
-            cell = row.cells[column]
-            numbers = (len(cell.values), cell.mean, cell.std, cell.paper)
-            writer.writerow([row.name, row.label, column, *numbers])
-    return text.getvalue()
+    lines = (
+        (row.name, row.label, c, len(cell.values), cell.mean, cell.std, cell.paper)
+        for row in table.rows
+        for c in table.columns
+        for cell in [row.cells[c]]
+    )
+    header = ("row", "label", "column", "n", "mean", "std", "paper")
+    return csv_text(header, lines)
 
 
 def from_json(text: str) -> Table:

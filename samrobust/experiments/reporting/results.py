@@ -12,11 +12,12 @@ One table holds runs of the same data that are judged alike.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from samrobust.checks import check
 from samrobust.experiments.reporting.names import column_order
+from samrobust.system.fields import differences, flatten
 
 __all__ = ["check_comparable", "check_results", "unlike"]
 
@@ -47,21 +48,12 @@ def unlike(
     >>> unlike({"num_test": 100, "accuracy": {"natural": 98.0}}, first)
     {'num_test': (100, 500)}
     """
-    own, other = (dict(_common(fields)) for fields in (run, first))
-    names = sorted(own.keys() | other.keys())
-    both = {name: (own.get(name), other.get(name)) for name in names}
-    return {name: (a, b) for name, (a, b) in both.items() if a != b}
+    return differences(_common(run), _common(first))
 
 
-def _common(fields: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in fields.items():
-        name = f"{above}{key}"
-        if name == "accuracy":
-            yield "columns", sorted(value)
-        elif isinstance(value, Mapping):
-            yield from _common(value, f"{name}.")
-        elif f"{name}.".startswith(_COMMON):
-            yield name, value
+def _common(fields: Mapping[str, Any]) -> dict[str, Any]:
+    found = {n: x for n, x in flatten(fields) if f"{n}.".startswith(_COMMON)}
+    return found | {"columns": sorted(fields.get("accuracy", ()))}
 
 
 def check_comparable(runs: Mapping[str, Mapping[str, Any]], fix: str) -> None:

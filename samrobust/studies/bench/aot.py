@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import pathlib
 import time
@@ -50,18 +51,19 @@ __all__ = [
 
 
 class _Target(NamedTuple):
-    """A device to compile for.
+    """A device to compile for, as a file in `targets` describes it.
 
     Attributes:
       plugins: modules, any one of which compiles for it.
       install: what pip is to install for the first of them.
       platform: XLA's name.
       topology: its name.
-      options: of the compiler.
+      options: of the compiler; those of GPUs turn off autotuning, which would try
+        kernels on the device.
       environment: that the plugin wants.
     """
 
-    plugins: tuple[str, ...]
+    plugins: Sequence[str]
     install: str
     platform: str
     topology: dict[str, str]
@@ -69,27 +71,10 @@ class _Target(NamedTuple):
     environment: dict[str, str]
 
 
+_FOLDER = pathlib.Path(__file__).with_name("targets")
 TARGETS = {
-    "h200": _Target(
-        ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"),
-        '"samrobust[aot]" jax-cuda13-plugin=={jaxlib}',
-        "cuda",
-        {"topology_name": "h200"},
-        {"xla_gpu_autotune_level": "0"},  # which would try kernels on the device
-        {},
-    ),
-    "v5e": _Target(
-        ("libtpu",),
-        '"samrobust[tpu]"',
-        "tpu",
-        {"topology_name": "v5e:2x2"},
-        {},
-        {
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-        },
-    ),
+    path.stem: _Target(**json.loads(path.read_text(encoding="utf-8")))
+    for path in sorted(_FOLDER.glob("*.json"))
 }
 _TOTALS = (
     *("row", "batch", "precision", "kernels", "GB", "temporary GB"),
@@ -130,8 +115,8 @@ def devices_of(name: str, count: int = 1) -> Sequence[Any]:
     os.environ.update(target.environment)
     options = dict(target.topology)
     if target.platform == "cuda":
-        text = pathlib.Path(__file__).with_name("targets") / f"{name}.txtpb"
-        options["target_config"] = text.read_text(encoding="utf-8")
+        text = (_FOLDER / f"{name}.txtpb").read_text(encoding="utf-8")
+        options["target_config"] = text
         options["topology"] = f"1x1x{count}"
     topology = topologies.get_topology_desc(platform=target.platform, **options)
     there = len(topology.devices)
@@ -188,7 +173,8 @@ def counted(
       kind: step or evaluation.
       config: of the program.
       name: of `TARGETS`.
-      options: of the compiler.
+      options: of the compiler; those of GPUs turn off autotuning, which would try
+        kernels on the device.
       seeds: whose steps the program takes.
       devices: over which the batch is split; kernels and bytes are those of one.
 

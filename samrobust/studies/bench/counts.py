@@ -79,8 +79,8 @@ def count_passes(
 
 def step_cost(
     passes: Mapping[str, StepCost],
-    attack_steps: int = 0,
-    num_passes: int = 1,
+    attack_steps: float = 0,
+    num_passes: float = 1,
     *,
     attack_weight_gradients: bool = False,
 ) -> StepCost:

@@ -8,21 +8,25 @@ cuts that real pixels do not.
 import numpy as np
 
 from samrobust.data import Dataset, Split, dataset_facts
+from samrobust.data.folders import PathLike
 
 __all__ = ["make_dataset"]
 
 _DIFFERENT = 4096  # images; beyond these they come again
 
 
-def make_dataset(name: str, num_train: int, num_test: int) -> Dataset:
+def make_dataset(
+    name: str, num_train: int, num_test: int, *, data_dir: PathLike | None = None
+) -> Dataset:
     """Returns a data set like `name` in all but its pictures, the same at every call.
 
     Args:
       name: of a data set of which `dataset_facts` knows.
       num_train: training images.
       num_test: test images.
+      data_dir: where data sets lie that TFDS prepared; None: in its own directory.
     """
-    num_classes, shape, mean, std, *_ = dataset_facts(name)
+    num_classes, shape, mean, std, *_ = dataset_facts(name, data_dir=data_dir)
     rng = np.random.default_rng(0)
 
     def split(size: int) -> Split:

@@ -11,6 +11,9 @@ from flax import traverse_util
 from samrobust.attacks.losses import cross_entropy
 from samrobust.data import take_batch
 from samrobust.experiments import building
+from samrobust.experiments.robustbench import with_normalization
+from samrobust.models.torch.names import to_tensors
+from samrobust.models.torch.weights import Weights
 from samrobust.studies.bench.programs import begin
 from samrobust.types import Array, Config, PyTree
 
@@ -21,7 +24,8 @@ def parity(config: Config, path: str) -> dict[str, Any]:
     """Writes weights, a batch and what they lead to, for another framework to repeat.
 
     Logits and the gradient of the summed loss in the images by batch statistics, and
-    the parameters after one step of standard training; `twin/parity.py` has the names.
+    the parameters after one step of standard training. Weights have the names and the
+    layouts of PyTorch, see `samrobust.experiments.robustbench_model`.
     BatchNorm's parameters are moved so that no activation is near the kink of a ReLU:
     there rounding alone decides a gradient.
     """
@@ -45,10 +49,13 @@ def parity(config: Config, path: str) -> dict[str, Any]:
         )
         logits = jax.jit(logits_fn)(images)
         image_gradient = jax.jit(jax.grad(loss))(images)
+    tensors = to_tensors(state.variables, model)
+    moved = to_tensors({"params": updated.params}, model)
+    section = config.model
+    statistics = {n: section[n] or getattr(dataset, n) for n in ("mean", "std")}
     trees = {
-        "params": state.params,
-        "batch_stats": state.batch_stats,
-        "updated": updated.params,
+        "network": with_normalization(Weights(tensors, statistics)),
+        "updated": {f"model.{name}": tensor for name, tensor in moved.items()},
         "images": images,
         "labels": labels,
         "logits": logits,

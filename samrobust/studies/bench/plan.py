@@ -6,12 +6,12 @@ import itertools
 from typing import Any
 
 from samrobust.checks import check, check_choice
-from samrobust.evaluation.measure import EXAMPLES_A_DEVICE
+from samrobust.evaluation.measure import usual_batch_size
 from samrobust.experiments import configuration
 from samrobust.system.runtime import parse_compiler_options
 from samrobust.types import Config
 
-__all__ = ["Options", "Task", "config_of", "overrides_of", "plan"]
+__all__ = ["Options", "Task", "config_of", "plan"]
 
 # Of PyTorch's side: the methods, and the variants by precision.
 _TWIN_METHODS = ("st", "sam", "at")
@@ -149,7 +149,7 @@ def plan(options: Options) -> list[Task]:
             own, batch = list(setting), size
             if kind == "evaluation":  # which has no steps
                 given = default.evaluation.batch_size
-                batch = given or EXAMPLES_A_DEVICE * max(1, own[0])
+                batch = usual_batch_size(given, max(1, own[0]))
                 own[1] = 0
             if kind != "step":
                 own[3] = 1
@@ -203,7 +203,7 @@ def _check_comparison(options: Options, config: Config) -> None:
     check(network == "preact_resnet", condition, fix, **given, model=network)
 
 
-def overrides_of(task: Task, options: Options) -> tuple[str, ...]:
+def _overrides_of(task: Task, options: Options) -> tuple[str, ...]:
     """Returns the overrides of a task's config."""
     own = [f"--config.model.dtype={task.precision}"]
     if task.kind == "evaluation":
@@ -222,4 +222,4 @@ def config_of(task: Task, options: Options) -> Config:
       ValueError: for one that is not valid.
     """
     path = f"{options.config}:{task.row}"
-    return configuration.load_config(path, overrides_of(task, options))
+    return configuration.load_config(path, _overrides_of(task, options))

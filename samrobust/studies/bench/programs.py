@@ -30,13 +30,14 @@ from samrobust.studies.bench.images import make_dataset
 from samrobust.system.distributed import data_mesh, replicated
 from samrobust.training import Method
 from samrobust.training.checkpoint import Checkpoints
-from samrobust.training.epoch import Chunk, EpochRunner, LoopState
+from samrobust.training.epoch import Chunk, EpochPlan, EpochRunner, LoopState
 from samrobust.training.fit import fresh_carry
 from samrobust.types import Array, Config
 
 __all__ = [
     "begin",
     "evaluation",
+    "num_steps",
     "num_train",
     "roofline",
     "step",
@@ -59,7 +60,7 @@ def step(
     `checkpoint_seconds`, for how long saving holds up the loop.
     """
     facts = building.load_facts(config)
-    split = make_dataset(config.data.name, num_train(config, facts), 1).train
+    split = _images(config, num_train(config, facts), 1).train
     runner, chunk, begin = training(config, facts, split, unroll=unroll)
     init = jax.jit(begin, out_shardings=replicated(data_mesh()))
     carries = [init(jax.random.key(seed)) for seed in range(seeds)]
@@ -139,6 +140,13 @@ def num_train(config: Config, facts: DatasetFacts) -> int:
     return config.data.train_size or facts.num_train - config.data.validation_size
 
 
+def num_steps(config: Config, facts: DatasetFacts) -> int:
+    """Returns the number of steps in an epoch of a run of the config."""
+    training = config.training
+    size, drop = num_train(config, facts), training.drop_remainder
+    return EpochPlan(size, training.batch_size, 1, drop).num_steps
+
+
 def evaluation(config: Config, measure: Measure) -> Found:
     """Measures clean accuracy and all attacks of the config, on one batch."""
     batch_size = config.evaluation.batch_size
@@ -185,11 +193,16 @@ def begin(
     config: Config, num_train: int, num_test: int = 1
 ) -> tuple[Dataset, Method, LoopState]:
     """Returns images, the config's method, and the first state, on all devices."""
-    dataset = make_dataset(config.data.name, num_train, num_test)
+    dataset = _images(config, num_train, num_test)
     method = building.make_method(config, dataset, 1)
     fresh = fresh_carry(method, config.training.batch_size, dataset.image_shape)
     everywhere = replicated(data_mesh())
     return dataset, method, jax.jit(fresh, out_shardings=everywhere)(jax.random.key(0))
+
+
+def _images(config: Config, num_train: int, num_test: int) -> Dataset:
+    data = config.data
+    return make_dataset(data.name, num_train, num_test, data_dir=data.data_dir)
 
 
 def _unrolled(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from samrobust.experiments import building, configuration, entries, methods
+from samrobust.experiments import building, methods
 from samrobust.studies.bench.counts import StepCost, step_cost
 from samrobust.studies.bench.plan import Options, Task, config_of
-from samrobust.studies.bench.programs import num_train
+from samrobust.studies.bench.programs import num_steps
 from samrobust.studies.bench.suite import Outcome
-from samrobust.training.epoch import EpochPlan
 from samrobust.types import Config
 
 __all__ = ["PAPER_COSTS", "BenchReport", "Row", "summarize"]
@@ -124,12 +123,9 @@ def _row(task: Task, raws: Sequence[Outcome], config: Config) -> Row:
         row["num_test"] = facts.num_test
         row["test_set_seconds"] = median / task.batch_size * facts.num_test
     if task.kind == "step":
-        size = num_train(config, facts)
-        drop = config.training.drop_remainder
-        steps = EpochPlan(size, task.batch_size, 1, drop).num_steps
         saving = statistics.median(raw["checkpoint_seconds"] for raw in raws)
         pipeline = statistics.median(raw["pipeline_seconds"] for raw in raws)
-        row["epoch_seconds"] = steps * median + saving
+        row["epoch_seconds"] = num_steps(config, facts) * median + saving
         row["checkpoint_seconds"] = saving
         row["pipeline_share"] = pipeline / median
     return row
@@ -143,12 +139,9 @@ def _rates(
     ceiling: Mapping[str, float] | None,
 ) -> Row:
     """Returns what the hardware did, and how much of what it can."""
-    attack_steps, num_passes = 0, 1.0
-    for part in configuration.parse_row(task.row).parts:
-        values = methods.values_of(config, part.name)
-        attack_steps += values.get("num_steps", 0) * values.get("restarts", 1)
-        num_passes += entries.added_passes(part.name, values)
-    work = (passes, attack_steps, round(num_passes))
+    counted = methods.passes_at(config, config.training.epochs - 1)
+    # Of three matrix products in a pass a step of the attack has two.
+    work = (passes, counted.attack * 3 / 2, counted.views * (1 + counted.ascents))
     wasteful = task.variant in ("reference", "resident")
     flops = step_cost(*work, attack_weight_gradients=wasteful).flops
     rate, st = row["images_per_second"], step_cost(passes)

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from samrobust.checks import check
 from samrobust.experiments import building
-from samrobust.studies.bench.plan import Options, Task, config_of, overrides_of
+from samrobust.studies.bench.plan import Options, Task, config_of
 from samrobust.studies.bench.worker import BAD_INPUT
 
 __all__ = ["Launcher", "Outcome", "StoppedError", "schedule"]
@@ -28,7 +28,6 @@ Outcome: TypeAlias = dict[str, Any]
 
 _WORKER = "samrobust.studies.bench.worker"
 _TWIN = "samrobust.studies.bench.twin.reference"
-_ROOFLINE_SECONDS = 0.5  # of a repeat, at most
 
 
 class StoppedError(RuntimeError):
@@ -89,20 +88,10 @@ class Launcher:
         """
         if task.kind == "pytorch":
             return self._pytorch(task)
-        seconds = self._options.min_seconds
-        if task.kind == "roofline":
-            seconds = min(seconds, _ROOFLINE_SECONDS)
         spec = {
-            "kind": task.kind,
-            "config": f"{self._options.config}:{task.row}",
-            "overrides": overrides_of(task, self._options),
-            "repeats": self._options.repeats,
-            "min_seconds": seconds,
+            "task": dataclasses.asdict(task),
+            "options": dataclasses.asdict(self._options),
             "path": str(path or ""),
-            "target": self._options.aot,
-            "flags": task.xla_flags,
-            "seeds": task.seeds,
-            "devices": task.devices,
         }
         environment = self._devices(task) | {
             "JAX_COMPILATION_CACHE_DIR": self._options.cache
@@ -161,9 +150,9 @@ class Launcher:
                 "blocks": config.model.blocks,
                 "num_classes": facts.num_classes,
                 "in_channels": facts.image_shape[-1],
-                "mean": facts.mean,
-                "std": facts.std,
             },
+            "mean": facts.mean,
+            "std": facts.std,
             "image_shape": facts.image_shape,
             "norm": attack.norm,
             "epsilon": attack.epsilon / 255,
@@ -200,8 +189,7 @@ class Launcher:
             try:
                 while child.poll() is None:
                     if self._should_stop():
-                        message = "Stopped; what was measured so far is kept."
-                        raise StoppedError(message)
+                        raise StoppedError("Stopped; what was measured so far is kept.")
                     time.sleep(0.1)
             finally:
                 child.kill()  # does nothing to one that has ended

@@ -8,38 +8,35 @@ nor the allocator know another row.
 
 import functools
 import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from samrobust.experiments import building, configuration
+from samrobust.experiments import building
 from samrobust.studies.bench import aot, programs
 from samrobust.studies.bench.counts import count_passes
 from samrobust.studies.bench.parity import parity
+from samrobust.studies.bench.plan import Options, Task, config_of
 from samrobust.studies.bench.timing import measure, peak_resident_bytes
+from samrobust.system import runtime
 from samrobust.system.distributed import check_platform
 from samrobust.system.provenance import provenance
-from samrobust.system.runtime import (
-    add_compiler_options,
-    collect_garbage_seldom,
-    enable_compilation_cache,
-    keep_freed_memory,
-    parse_compiler_options,
-)
 from samrobust.types import Config
 
 __all__ = ["BAD_INPUT", "main", "measured", "outcome"]
 
+_ROOFLINE_SECONDS = 0.5  # of a repeat, at most
 BAD_INPUT = 2  # the exit code where no row can be measured; the last line says why
 
 
 def main() -> None:
     """Measures what the command line asks for."""
-    collect_garbage_seldom()
-    enable_compilation_cache()
-    keep_freed_memory()
+    runtime.collect_garbage_seldom()
+    runtime.enable_compilation_cache()
+    runtime.keep_freed_memory()
     try:
         check_platform()
     except ValueError as error:
@@ -52,9 +49,10 @@ def outcome(spec: dict[str, Any]) -> dict[str, Any]:
     """Returns what a measurement found, with what it was taken on.
 
     Args:
-      spec: the arguments of `measured`.
+      spec: the arguments of `measured`, in JSON's types.
     """
-    return measured(**spec) | {
+    task, options = Task(**spec["task"]), Options(**spec["options"])
+    return measured(task, options, spec["path"]) | {
         "platform": jax.default_backend(),
         "num_devices": jax.device_count(),
         "peak_memory": _peak_memory(),
@@ -63,56 +61,38 @@ def outcome(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measured(
-    kind: str,
-    config: str,
-    overrides: Sequence[str],
-    repeats: int,
-    min_seconds: float,
-    path: str,
-    target: str | None = None,
-    flags: str = "",
-    seeds: int = 1,
-    devices: int = 0,
-) -> dict[str, Any]:
+def measured(task: Task, options: Options, path: str) -> dict[str, Any]:
     """Returns the outcome of one measurement.
 
     Args:
-      kind: of a `plan.Task`; `probe` measures nothing.
-      config: a config file and its row.
-      overrides: of the config, as on the command line.
-      repeats: see `timing.measure`.
-      min_seconds: see `timing.measure`.
+      task: what is measured; the kind `probe` measures nothing.
+      options: of the bench; with `aot` it compiles and counts, and measures nothing.
       path: where `parity` writes its file; the others, if it is not empty, write a
         trace there and measure nothing.
-      target: of `aot.TARGETS`: compile for it and count, and measure nothing.
-      flags: XLA's options for the program.
-      seeds: whose steps the program takes.
-      devices: of the target; 0: one.
     """
-    loaded = configuration.load_config(config, overrides)
-    if target is not None:
-        options = parse_compiler_options(flags)
-        return aot.counted(
-            kind, loaded, target, options, seeds=seeds, devices=max(1, devices)
-        )
-    add_compiler_options(flags)
+    config, kind = config_of(task, options), task.kind
+    if options.aot is not None:
+        flags = runtime.parse_compiler_options(task.xla_flags)
+        setting = {"seeds": task.seeds, "devices": max(1, task.devices)}
+        return aot.counted(kind, config, options.aot, flags, **setting)
+    runtime.add_compiler_options(task.xla_flags)
     if kind == "probe":
         return {}
     if kind == "parity":
-        return parity(loaded, path)
+        return parity(config, path)
     if kind == "counts":
-        return _counts(loaded)
+        return _counts(config)
+    longest = _ROOFLINE_SECONDS if kind == "roofline" else math.inf
     timed = functools.partial(
         measure,
-        repeats=repeats,
-        min_seconds=min_seconds,
+        repeats=options.repeats,
+        min_seconds=min(options.min_seconds, longest),
         warmup_calls=3 if jax.default_backend() == "cpu" else 10,
         wait=jax.block_until_ready,
     )
     traced = functools.partial(_trace, folder=path)
-    several = {"seeds": seeds} if kind == "step" else {}
-    return getattr(programs, kind)(loaded, traced if path else timed, **several)
+    several = {"seeds": task.seeds} if kind == "step" else {}
+    return getattr(programs, kind)(config, traced if path else timed, **several)
 
 
 def _trace(call: Callable[[], Any], folder: str) -> list[float]:

@@ -6,7 +6,6 @@ the next start skips what was finished and takes up the rest again.
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import signal
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from samrobust.studies.campaign.blocks import Block, Command
+from samrobust.system.files import glance, write_json
 
 __all__ = ["DONE", "run"]
 
@@ -54,7 +54,7 @@ def run(
     found: dict[str, str] = {}
     for block in blocks:
         path = workdir / "blocks" / f"{block.name}.json"
-        if path.exists() and json.loads(path.read_text())["status"] == DONE:
+        if glance(path).get("status") == DONE:
             found[block.name] = DONE
             continue
         left = end - time.monotonic() - grace
@@ -64,9 +64,7 @@ def run(
             block, workdir, min(block.seconds, left), grace, should_stop
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(outcome, indent=1))
-        temporary.replace(path)
+        write_json(path, outcome)
         found[block.name] = outcome["status"]
         after()
     return found

@@ -1,12 +1,12 @@
 """What a campaign found, for people; and all that is small in one file."""
 
-import json
 import pathlib
 import tarfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from samrobust.studies.campaign.blocks import Block
+from samrobust.system.files import glance
 
 __all__ = ["write_archive", "write_summary"]
 
@@ -27,10 +27,10 @@ def write_summary(blocks: Sequence[Block], workdir: pathlib.Path) -> pathlib.Pat
     """Writes summary.md: what became of each block, and its numbers."""
     lines = _head("Blocks", "block", "status", "seconds", "message")
     for block in blocks:
-        outcome = _read(workdir / "blocks" / f"{block.name}.json")
+        outcome = glance(workdir / "blocks" / f"{block.name}.json")
         told = (outcome.get(n, "-") for n in ("status", "seconds", "message"))
         lines.append(_line(block.name, *told))
-    machine = _read(workdir / "machine" / "machine.json")
+    machine = glance(workdir / "machine" / "machine.json")
     for precision in ("bfloat16", "float32"):
         if ceiling := machine.get(precision):
             matmul, copy = ceiling["matmul"] / 1e12, ceiling["copy"] / 1e9
@@ -38,7 +38,7 @@ def write_summary(blocks: Sequence[Block], workdir: pathlib.Path) -> pathlib.Pat
             lines += ["", text]
     lines += _head("Steps", "block", "row", "flags", *_NUMBERS)
     for block in blocks:
-        report = _read(workdir / block.name / "bench.json")
+        report = glance(workdir / block.name / "bench.json")
         lines += [_step(block.name, row) for row in report.get("rows", [])]
         lines += [
             _line(block.name, f"failed: {name}: {complaint}", *[""] * 8)
@@ -47,7 +47,7 @@ def write_summary(blocks: Sequence[Block], workdir: pathlib.Path) -> pathlib.Pat
     lines += _head("Epochs", "run", "ms a step", "images/s", "bits at the end")
     for block in blocks:
         for path in sorted((workdir / block.name).glob("*.json")):
-            if "digest" in (found := _read(path)):
+            if "digest" in (found := glance(path)):
                 numbers = 1e3 * found["step_seconds"], found["images_per_second"]
                 shown = f"{numbers[0]:.3f}", f"{numbers[1]:,.0f}"
                 name = f"{block.name}/{path.stem}"
@@ -95,7 +95,3 @@ def _head(title: str, *columns: str) -> list[str]:
 def _line(*cells: object) -> str:
     texts = (str(cell).replace("|", "/").replace("\n", " ") for cell in cells)
     return f"| {' | '.join(texts)} |"
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

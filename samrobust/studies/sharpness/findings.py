@@ -1,7 +1,5 @@
 """What the measures of all runs of a table say about their robust accuracy."""
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +19,7 @@ from samrobust.studies.sharpness.ranks import (
     RankCorrelation,
     rank_correlation,
 )
-from samrobust.system.tables import Sheet, TextTable
+from samrobust.system.tables import Sheet, TextTable, csv_text
 
 __all__ = [
     "Explanation",
@@ -239,14 +237,12 @@ def _notes(
 
 def to_csv(found: Explanation) -> str:
     """Returns all runs, a line each: measures by name, accuracies by column."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row", "label", "seed", *QUANTITIES, *found.columns])
-    for run in found.runs:
-        values = [run.values.get(name) for name in QUANTITIES]
-        accuracies = [run.accuracy.get(column) for column in found.columns]
-        writer.writerow([run.row, run.label, run.seed, *values, *accuracies])
-    return text.getvalue()
+    header, columns = ("row", "label", "seed", *QUANTITIES), found.columns
+    lines = (
+        (*run[:3], *map(run.values.get, QUANTITIES), *map(run.accuracy.get, columns))
+        for run in found.runs
+    )
+    return csv_text((*header, *columns), lines)
 
 
 def to_json(found: Explanation) -> dict[str, Any]:

@@ -6,15 +6,7 @@ Matplotlib is imported when the picture is drawn, and its global state is left a
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from samrobust.experiments.reporting.pictures import (
-    PALE,
-    SMALL,
-    TEXT,
-    add_legend,
-    in_symbols,
-    make_panels,
-    row_looks,
-)
+from samrobust.experiments.reporting import pictures
 from samrobust.studies.sharpness.findings import Explanation
 from samrobust.studies.sharpness.probe import QUANTITIES
 
@@ -31,23 +23,23 @@ _DECADE = 10.0  # measures that span more are drawn on a logarithmic axis
 def draw_scatter(found: Explanation, title: str) -> "Figure":
     """Draws accuracy in the spoken-of column against all measures."""
     size = (1.85 * _COLUMNS + 0.4, 1.95 * _ROWS + 0.9)
-    figure, panels = make_panels(_COLUMNS, size, title, 120, rows=_ROWS)
+    figure, panels = pictures.make_panels(_COLUMNS, size, title, 120, rows=_ROWS)
     looks = {
         row: {**look, "linestyle": "none", "markersize": 4.5}
-        for row, look in row_looks(run.row for run in found.runs).items()
+        for row, look in pictures.row_looks(run.row for run in found.runs).items()
     }
     for panel, name in zip(panels, QUANTITIES, strict=False):
         _draw(panel, found, name, looks)
     for panel in panels[len(QUANTITIES) :]:
         panel.set_axis_off()
     for panel in panels[::_COLUMNS]:
-        panel.set_ylabel("accuracy in %", fontsize=SMALL)
-    labels = {run.row: in_symbols(run.label) for run in found.runs}
+        panel.set_ylabel("accuracy in %", fontsize=pictures.SMALL)
+    labels = {run.row: pictures.in_symbols(run.label) for run in found.runs}
     handles = [
         panels[0].plot([], [], **looks[row], label=label)[0]
         for row, label in labels.items()
     ]
-    add_legend(figure, handles, "a dot a run", columns=5)
+    pictures.add_legend(figure, handles, "a dot a run", columns=5)
     return figure
 
 
@@ -61,10 +53,11 @@ def _draw(
     _choose_scale(panel, [value for value, _, _ in pairs])
     known = found.correlations[name][found.column]
     words = f"r = {known}".replace("-", "\N{MINUS SIGN}")
-    panel.set_title(f"{in_symbols(QUANTITIES[name].label)}\n{words}", fontsize=TEXT)
-    panel.set_xlabel(QUANTITIES[name].unit, fontsize=SMALL)
-    panel.tick_params(labelsize=SMALL, length=2)
-    panel.grid(color=PALE, linewidth=0.6)
+    title = f"{pictures.in_symbols(QUANTITIES[name].label)}\n{words}"
+    panel.set_title(title, fontsize=pictures.TEXT)
+    panel.set_xlabel(QUANTITIES[name].unit, fontsize=pictures.SMALL)
+    panel.tick_params(labelsize=pictures.SMALL, length=2)
+    panel.grid(color=pictures.PALE, linewidth=0.6)
     panel.set_axisbelow(True)
 
 

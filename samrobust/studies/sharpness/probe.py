@@ -25,12 +25,8 @@ from samrobust.evaluation.measure import (
     jit_for_all,
     to_devices,
 )
+from samrobust.studies.sharpness import inputs
 from samrobust.studies.sharpness.hessian import hessian_eigenvalues, hessian_trace
-from samrobust.studies.sharpness.inputs import (
-    boundary_distance,
-    input_gradient_norm,
-    local_linearity_error,
-)
 from samrobust.studies.sharpness.outputs import (
     logit_gap,
     logit_norm,
@@ -315,9 +311,9 @@ def _images_parts(
         return {
             "logit_norm": logit_norm(logits_fn(images)),
             "logit_gap": logit_gap(logits_fn(images)),
-            "gradient_l1": input_gradient_norm(*example, order=1),
-            "gradient_l2": input_gradient_norm(*example, order=2),
-            "linearity_error": local_linearity_error(
+            "gradient_l1": inputs.input_gradient_norm(*example, order=1),
+            "gradient_l2": inputs.input_gradient_norm(*example, order=2),
+            "linearity_error": inputs.local_linearity_error(
                 *example, ball=ball, num_steps=steps, key=key
             ),
         }
@@ -331,7 +327,7 @@ def _images_parts(
             attack = fab_minimal(
                 around, num_targets=settings.num_targets, num_steps=settings.fab_steps
             )
-            found[f"distance_{norm}"] = 255 * boundary_distance(
+            found[f"distance_{norm}"] = 255 * inputs.boundary_distance(
                 *(logits_fn, images, labels), attack=attack, ball=around, key=key
             )
         return {**found, "correct": is_correct(logits_fn(images), labels)}

@@ -7,21 +7,20 @@ in gray.
 
 import itertools
 import pathlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from samrobust.experiments.reporting.pictures import write_figure
 from samrobust.studies.theory import closed_forms as forms
-from samrobust.studies.theory.experiment import Estimate
 from samrobust.studies.theory.logistic import (
     logistic_weight,
     sam_minimax_weight,
     sam_step_weight,
 )
 from samrobust.studies.theory.population import accuracy, adversarial, natural
-from samrobust.studies.theory.study import Points, Study
+from samrobust.studies.theory.report import Findings
+from samrobust.studies.theory.study import Points
 from samrobust.studies.theory.world import World
 
 if TYPE_CHECKING:
@@ -36,66 +35,36 @@ _GREEN, _PINK = "#009E73", "#CC79A7"
 _THIN: dict[str, Any] = {"color": _GRAY, "linewidth": 0.8}
 _MARK: dict[str, Any] = {"linestyle": "none", "markersize": 5, "zorder": 4}
 _HOLLOW: dict[str, Any] = {**_MARK, "marker": "o", "markerfacecolor": "none"}
-_STYLE: dict[Any, Any] = {
-    "axes.labelsize": 8,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 8,
-    "figure.dpi": 150,
-    "figure.titlesize": 9,
-    "font.size": 7,
-    "legend.fontsize": 6.5,
-    "legend.frameon": False,
-    "lines.dotted_pattern": (1, 2),
-}
+_STYLE = pathlib.Path(__file__).with_suffix(".mplstyle")
 
 
-class _Content(NamedTuple):
-    """The arguments of `draw_all`."""
-
-    world: World
-    study: Study
-    estimates: Sequence[Estimate]
-    batch_size: int
-
-
-def draw_all(
-    world: World,
-    study: Study,
-    estimates: Sequence[Estimate],
-    batch_size: int,
-    folder: pathlib.Path,
-) -> tuple[pathlib.Path, ...]:
+def draw_all(found: Findings, folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
     """Draws the pictures into a folder that exists, each as .png and .pdf.
 
     Args:
-      world: of scalars; the pictures of one world are of this one.
-      study: the points.
-      estimates: of the trained world; may be empty.
-      batch_size: they were trained with.
+      found: what is drawn; the pictures of one world are of the grid's own.
       folder: where to.
     """
-    from matplotlib import rc_context
+    from matplotlib import style
 
-    content, paths = _Content(world, study, estimates, batch_size), []
+    paths = []
     for picture in (_robust_weight, _equal_weight, _all_weights, _trade_off):
-        with rc_context(_STYLE):
-            paths += write_figure(picture(content), folder, picture.__name__[1:])
+        with style.context(_STYLE):
+            paths += write_figure(picture(found), folder, picture.__name__[1:])
     return tuple(paths)
 
 
-def _robust_weight(content: _Content) -> "Figure":
+def _robust_weight(found: Findings) -> "Figure":
     """Draws w_1 against the radius: theory, direct minimum and training."""
-    title = f"The robust weight in a world of {_name(content.world)}"
+    title = f"The robust weight in a world of {_name(found.grid.world)}"
     figure, (attack, sam) = _make_panels(2, (8.6, 3.9), title)
-    _draw_attack(attack, content)
-    _draw_sam(sam, content)
+    _draw_attack(attack, found)
+    _draw_sam(sam, found)
     return figure
 
 
-def _draw_attack(panel: "Axes", content: _Content) -> None:
-    world, study = content.world, content.study
+def _draw_attack(panel: "Axes", found: Findings) -> None:
+    world, study = found.grid.world, found.study
     radii = np.linspace(0.002, 0.72, 120) * min(float(world.eta), 1.0)
     printed = forms.adversarial_weight(world, radii)
     whole = forms.adversarial_weight_all_features(world, radii)
@@ -115,8 +84,8 @@ def _draw_attack(panel: "Axes", content: _Content) -> None:
         panel.axvline(edge, ymax=0.66, color=_RED, linewidth=0.7, linestyle=":")
         words = " beyond: $x_1$ alone,\n $w_1 = \\infty$ (0-1, eq. 9)"
         panel.text(edge, low, words, color=_RED, fontsize=6.5, va="bottom")
-    _draw_bands(panel, content, "at", color=_BLUE, marker="s")
-    _draw_bands(panel, content, "at all features", color=_GREEN, marker="D")
+    _draw_bands(panel, found, "at", color=_BLUE, marker="s")
+    _draw_bands(panel, found, "at all features", color=_GREEN, marker="D")
     panel.plot([], [], color=_GRAY, **_HOLLOW, label="direct minimum, 0-1 loss")
     panel.plot([], [], color=_GRAY, marker="s", **_MARK, label="trained, 95 % band")
     panel.set_xlabel("radius of the attack $\\epsilon_{AT}$")
@@ -124,10 +93,10 @@ def _draw_attack(panel: "Axes", content: _Content) -> None:
     panel.legend(loc="upper left")
 
 
-def _draw_sam(panel: "Axes", content: _Content) -> None:
-    world, batch_size = content.world, content.batch_size
+def _draw_sam(panel: "Axes", found: Findings) -> None:
+    world, batch_size = found.grid.world, found.effort.batch_size
     start = float(forms.standard_weight(world))
-    here = _of_world(content.study.sam, world)
+    here = _of_world(found.study.sam, world)
     rho = np.geomspace(0.7 * here.radius.min(), 1.4 * here.radius.max(), 60)
     minimax = sam_minimax_weight(world, rho) - start
     for w, color, style, label in (
@@ -152,19 +121,19 @@ def _draw_sam(panel: "Axes", content: _Content) -> None:
     label = "direct minimum, 0-1 loss"
     panel.plot(here.radius, here.w - start, color=_RED, **_HOLLOW, label=label)
     label = "trained, 95 % band"
-    _draw_bands(panel, content, "sam", color=_BLUE, marker="s", label=label)
+    _draw_bands(panel, found, "sam", color=_BLUE, marker="s", label=label)
     panel.set(xscale="log", yscale="log", ylabel="$w_1 - w^*$")
     panel.set_ylim(0.3 * minimax[0], 4 * (rho[-1] + start * rho[-1] ** 2))
     panel.set_xlabel("radius of SAM $\\rho$ on $w_1$")
     panel.legend(loc="upper left")
 
 
-def _equal_weight(content: _Content) -> "Figure":
+def _equal_weight(found: Findings) -> "Figure":
     """Draws the radii of AT and SAM that give the same w_1."""
-    p, eta = float(content.world.p), float(content.world.eta)
+    p, eta = float(found.grid.world.p), float(found.grid.world.eta)
     title = f"Radii of SAM and AT of equal $w_1$ (p = {p:g}, $\\eta$ = {eta:g})"
     figure, (panel,) = _make_panels(1, (5.2, 4.2), title)
-    sam, lowest = content.study.sam, eta
+    sam, lowest = found.study.sam, eta
     rho = np.geomspace(0.5 * sam.radius.min(), 7 * sam.radius.max(), 120)
     colors = itertools.cycle((_BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY))
     styles = zip(colors, itertools.cycle("os^Dv"), strict=False)
@@ -180,7 +149,7 @@ def _equal_weight(content: _Content) -> "Figure":
         panel.plot(here.radius, here.attack_radius, **style)
         style["linestyle"] = "-"
         panel.plot([], [], **style, label=f"exact and direct minima, $d = {d:g}$")
-    printed = forms.equal_attack_radius_printed(content.world, rho)
+    printed = forms.equal_attack_radius_printed(found.grid.world, rho)
     label = "Theorem 4.5 as printed, every $d$"
     panel.plot(rho, printed, "--", color=_BLACK, label=label)
     panel.plot([], [], ":", color=_GRAY, label="Theorem 4.5 corrected")
@@ -194,7 +163,7 @@ def _equal_weight(content: _Content) -> "Figure":
     return figure
 
 
-def _all_weights(content: _Content) -> "Figure":
+def _all_weights(found: Findings) -> "Figure":
     """Draws where SAM on all weights raises the robust one."""
     title = "SAM on all weights: the sign of its effect on $w_1$"
     figure, (panel,) = _make_panels(1, (5.2, 4.0), title)
@@ -203,7 +172,7 @@ def _all_weights(content: _Content) -> "Figure":
     panel.fill_betweenx(d, edge, high, color=_ORANGE, alpha=0.25, linewidth=0)
     panel.fill_betweenx(d, low, edge, color=_SKY, alpha=0.25, linewidth=0)
     panel.plot(edge, d, color=_BLACK, label="$w^{*2} = 2d$: $K = 0$")
-    points = content.study.sam_all.resolved()
+    points = found.study.sam_all.resolved()
     up, down = points.w > points.standard, points.w <= points.standard
     for mask, word, color, marker in (
         (up, "raises", _RED, "^"),
@@ -221,24 +190,24 @@ def _all_weights(content: _Content) -> "Figure":
     return figure
 
 
-def _trade_off(content: _Content) -> "Figure":
+def _trade_off(found: Findings) -> "Figure":
     """Draws natural and robust accuracy of all classifiers of the model class."""
-    name = _name(content.world)
+    name = _name(found.grid.world)
     title = f"What robustness costs: $w_1$ from $w^*/2$ to $\\infty$, {name}"
     figure, (alone, whole) = _make_panels(2, (8.6, 3.7), title)
-    _draw_trade_off(alone, content, moves_robust=False)
-    _draw_trade_off(whole, content, moves_robust=True)
+    _draw_trade_off(alone, found, moves_robust=False)
+    _draw_trade_off(whole, found, moves_robust=True)
     alone.set_title("$x_1$ left alone")
     whole.set_title("all features attacked")
     _draw_legend_below(figure, alone)
     return figure
 
 
-def _draw_trade_off(panel: "Axes", content: _Content, *, moves_robust: bool) -> None:
-    world = content.world
+def _draw_trade_off(panel: "Axes", found: Findings, *, moves_robust: bool) -> None:
+    world = found.grid.world
     start, root = float(forms.standard_weight(world)), np.sqrt(world.d)
     angles = np.linspace(np.arctan(start / root / 2), np.pi / 2 - 1e-3, 400)
-    rho = np.max(content.study.sam.radius)
+    rho = np.max(found.study.sam.radius)
     weak, strong = np.array([0.3, 0.6]) * min(float(world.eta), 1.0)
     words = [f"$\\epsilon = {e / world.eta:.2g}\\,\\eta$" for e in (weak, strong)]
     classifiers = (
@@ -281,9 +250,9 @@ def _make_panels(
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
-def _draw_bands(panel: "Axes", content: _Content, method: str, **style: Any) -> None:
+def _draw_bands(panel: "Axes", found: Findings, method: str, **style: Any) -> None:
     """Draws trained weights; a band that reaches below 0 has no lower end."""
-    own = [e for e in content.estimates if e.method == method]
+    own = [e for e in found.estimates if e.method == method]
     if own:
         radius, mean, band = zip(
             *((e.radius, e.mean, e.half_width) for e in own), strict=True

@@ -15,24 +15,7 @@ A holder that stood still for longer finds that it has been succeeded.
 `SAMROBUST_CLAIM_LEASE` sets the seconds of the lease, 120 by default; with less than a
 minute NFS may hide that a holder is alive.
 
-Nothing here needs JAX.
+`holder` reads who it is, `lease` takes and keeps a claim. Nothing here needs JAX.
 """
 
-from samrobust.system.claims.holder import Holder, read_holder
-from samrobust.system.claims.lease import (
-    Claim,
-    ClaimedError,
-    await_verdict,
-    claim,
-    lease_seconds,
-)
-
-__all__ = [
-    "Claim",
-    "ClaimedError",
-    "Holder",
-    "await_verdict",
-    "claim",
-    "lease_seconds",
-    "read_holder",
-]
+__all__ = []

@@ -216,11 +216,10 @@ def _acquire(workdir: pathlib.Path) -> tuple[int, str]:
                 _prune(contender.parent, holder.generation, now)
                 return holder.generation, token
             if holder is not None and not _is_over(workdir, holder, now):
-                message = (
+                raise ClaimedError(
                     f"Another process ({holder}) is working in {workdir}. Wait for "
                     "it, or choose another --workdir."
                 )
-                raise ClaimedError(message)
             # Then look again: a pruned number can be made again, but only the highest
             # one counts, and NFS may report that a link failed although it was made.
             generation = 1 if holder is None else holder.generation + 1

@@ -13,12 +13,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from samrobust.checks import check
-from samrobust.system.distributed.environment import (
-    Settings,
-    find_settings,
-    on_cloud_tpu,
-    read_seconds,
-)
+from samrobust.system.distributed import environment
 from samrobust.system.runtime import say
 
 __all__ = ["DistributedError", "check_platform", "initialize"]
@@ -48,9 +43,9 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
     """
     if jax.distributed.is_initialized():
         return
-    heartbeat = read_seconds(environ, "SAMROBUST_HEARTBEAT_SECONDS", "100")
-    meeting = read_seconds(environ, "SAMROBUST_MEETING_SECONDS", "600")
-    settings = find_settings(environ)
+    heartbeat = environment.read_seconds(environ, "SAMROBUST_HEARTBEAT_SECONDS", "100")
+    meeting = environment.read_seconds(environ, "SAMROBUST_MEETING_SECONDS", "600")
+    settings = environment.find_settings(environ)
     join = functools.partial(
         jax.distributed.initialize,
         initialization_timeout=meeting,
@@ -66,7 +61,7 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
                 jax.config.update("jax_cpu_enable_async_dispatch", False)
                 _check_port(settings)
                 join(*settings, cluster_detection_method="deactivate")
-            elif on_cloud_tpu(environ):
+            elif environment.on_cloud_tpu(environ):
                 join()
     except (RuntimeError, OSError) as error:
         message = f"Expected to meet the other processes of the run{at}, got: {error} "
@@ -121,7 +116,7 @@ def _connect_devices() -> None:
     multihost_utils.sync_global_devices("samrobust")
 
 
-def _check_port(settings: Settings) -> None:
+def _check_port(settings: environment.Settings) -> None:
     """Refuses, in process 0, a port in use: JAX would end without a message."""
     if settings.process_id == 0:
         port = int(settings.address.rpartition(":")[2])

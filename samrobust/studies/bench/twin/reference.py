@@ -45,11 +45,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from samrobust.checks import check
 from samrobust.studies.bench.timing import measure, peak_resident_bytes
-from samrobust.studies.bench.twin.network import TwinResNet, from_jax, to_jax
 from samrobust.studies.bench.twin.steps import (
     ReferenceTrainer,
     TwinSpec,
@@ -188,14 +187,14 @@ def parity(spec: TwinSpec, arrays: Arrays) -> dict[str, float]:
         logits = trainer.loss(*batch)[1].cpu().numpy()
     gradient = trainer.image_gradient(*batch) * len(labels)
     trainer.step(*batch)
-    variables = to_jax(trainer.model)
+    state = trainer.model.state_dict()
     pairs = {
         "logits": [(logits, arrays["logits"])],
         "image_gradient": [
             (gradient.permute(0, 2, 3, 1).cpu().numpy(), arrays["image_gradient"])
         ],
         "update": [
-            (variables[name.replace("updated", "params", 1)], array)
+            (state[name.removeprefix("updated/")].cpu().numpy(), array)
             for name, array in arrays.items()
             if name.startswith("updated/")
         ],
@@ -235,10 +234,17 @@ def _deviation(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
     return float(gap / max(np.max(np.abs(their)) for _, their in pairs))
 
 
-def _loaded_model(spec: TwinSpec, arrays: Arrays) -> TwinResNet:
+def _loaded_model(spec: TwinSpec, arrays: Arrays) -> nn.Module:
     """Returns the network with the weights of the parity file."""
-    model, collections = make_model(spec), ("params/", "batch_stats/")
-    from_jax(model, {k: v for k, v in arrays.items() if k.startswith(collections)})
+    named = {n: torch.from_numpy(x) for n, x in arrays.items() if "network/" in n}
+    model = make_model(spec)
+    try:
+        model.load_state_dict({n.removeprefix("network/"): x for n, x in named.items()})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"Expected the weights of this network in the parity file, got {reason}"
+        ) from error
     return model
 
 
@@ -249,7 +255,7 @@ def make_pool(spec: TwinSpec) -> list[tuple[Tensor, Tensor]]:
     to [0, 1].
     """
     rng = np.random.default_rng(0)
-    mean, std = (np.array(spec.network[name]) for name in ("mean", "std"))
+    mean, std = np.array(spec.mean), np.array(spec.std)
 
     def batch() -> tuple[Tensor, Tensor]:
         noise = rng.standard_normal([spec.batch_size, *spec.image_shape])

@@ -24,7 +24,7 @@ import torch.nn.functional as F  # noqa: N812 - PyTorch's own custom
 from torch import Tensor, nn
 
 from samrobust.checks import check, check_choice
-from samrobust.studies.bench.twin.network import TwinResNet
+from samrobust.experiments.robustbench_model import NormalizedPreActResNet
 
 __all__ = [
     "VARIANTS",
@@ -73,7 +73,9 @@ class TwinSpec:
       precision: `float32`; in a tuned variant also `bfloat16`, of `pure` the only one.
       float32_matmul: `highest`, or `high` for TF32 in products and convolutions.
       device: `cpu` or `cuda`.
-      network: the arguments of `TwinResNet`, all of them.
+      network: the arguments of `NormalizedPreActResNet`, all of them.
+      mean: of the pixels, a number for all channels or one for each.
+      std: of the pixels, likewise.
       image_shape: (H, W, C).
       norm: of the attack, `linf` or `l2`; without effect where there is none.
       epsilon: the attack's radius.
@@ -96,6 +98,8 @@ class TwinSpec:
     float32_matmul: str
     device: str
     network: Mapping[str, Any]
+    mean: Sequence[float]
+    std: Sequence[float]
     image_shape: Sequence[int]
     norm: str
     epsilon: float
@@ -146,13 +150,13 @@ class TwinSpec:
         return torch.bfloat16 if is_pure else torch.float32
 
 
-def make_model(spec: TwinSpec) -> TwinResNet:
+def make_model(spec: TwinSpec) -> nn.Module:
     """Returns the network in train mode on the spec's device."""
-    return TwinResNet(**spec.network).to(spec.device, spec.dtype).train()
+    return NormalizedPreActResNet(**spec.network).to(spec.device, spec.dtype).train()
 
 
 def make_trainer(
-    spec: TwinSpec, model: TwinResNet, *, mode: str | None = None
+    spec: TwinSpec, model: nn.Module, *, mode: str | None = None
 ) -> "ReferenceTrainer":
     """Returns the trainer of the spec's variant.
 
@@ -176,7 +180,7 @@ class ReferenceTrainer:
 
     layout = torch.contiguous_format
 
-    def __init__(self, spec: TwinSpec, model: TwinResNet, *, mode: str | None = None):
+    def __init__(self, spec: TwinSpec, model: nn.Module, *, mode: str | None = None):
         self.spec, self.model = spec, model.to(memory_format=self.layout)
         self._network = model if mode is None else torch.compile(model, mode=mode)
         fused = spec.is_tuned or None  # None: as PyTorch chooses

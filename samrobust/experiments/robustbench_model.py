@@ -12,11 +12,11 @@ import re
 import torch
 from torch import nn
 
-__all__ = ["NormalisedPreActResNet", "PreActResNet", "load_model"]
+__all__ = ["NormalizedPreActResNet", "PreActNetwork", "load_model"]
 
 
-class PreActBlock(nn.Module):
-    """Batch norm, ReLU, 3x3 convolution, twice, and a shortcut."""
+class TorchBlock(nn.Module):
+    """Block of batch norm, ReLU, 3x3 convolution, twice, and a shortcut."""
 
     def __init__(self, in_channels, channels, stride):
         super().__init__()
@@ -30,7 +30,7 @@ class PreActBlock(nn.Module):
             self.shortcut = nn.Sequential(projection)
 
     def forward(self, inputs):
-        """[B, C, H, W] to [B, channels, H / stride, W / stride]."""
+        """Maps [B, C, H, W] to [B, channels, H / stride, W / stride]."""
         activated = torch.relu(self.bn1(inputs))
         # The projection sees activated inputs, the identity raw ones.
         skip = inputs if self.shortcut is None else self.shortcut(activated)
@@ -38,8 +38,8 @@ class PreActBlock(nn.Module):
         return hidden + skip
 
 
-class PreActResNet(nn.Module):
-    """The network on normalised images; every stage but the first halves the size."""
+class PreActNetwork(nn.Module):
+    """Network on normalized images; every stage but the first halves the size."""
 
     def __init__(self, num_classes, width, blocks, in_channels):
         super().__init__()
@@ -49,42 +49,42 @@ class PreActResNet(nn.Module):
             stage = []
             for j in range(count):
                 stride = 2 if i > 0 and j == 0 else 1
-                stage.append(PreActBlock(channels, width * 2**i, stride))
+                stage.append(TorchBlock(channels, width * 2**i, stride))
                 channels = width * 2**i
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
         self.bn = nn.BatchNorm2d(channels)
         self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, inputs):
-        """Normalised images [B, C, H, W] to logits [B, num_classes]."""
+        """Maps normalized images [B, C, H, W] to logits [B, num_classes]."""
         hidden = self.conv1(inputs)
         for i in range(self.num_stages):
             hidden = getattr(self, f"layer{i + 1}")(hidden)
         return self.linear(torch.relu(self.bn(hidden)).mean(dim=(2, 3)))
 
 
-class NormalisedPreActResNet(nn.Module):
-    """The network on pixels in [0, 1]."""
+class NormalizedPreActResNet(nn.Module):
+    """Network on pixels in [0, 1]."""
 
     def __init__(self, num_classes=10, width=64, blocks=(2, 2, 2, 2), in_channels=3):
         super().__init__()
         self.register_buffer("mean", torch.zeros(1, in_channels, 1, 1))
         self.register_buffer("std", torch.ones(1, in_channels, 1, 1))
-        self.model = PreActResNet(num_classes, width, blocks, in_channels)
+        self.model = PreActNetwork(num_classes, width, blocks, in_channels)
 
     def forward(self, images):
-        """Images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
+        """Maps images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
         return self.model((images - self.mean) / self.std)
 
 
 def load_model(path):
-    """The network of a state dict, in evaluation mode; its sizes are read from there."""
+    """Returns the network of a state dict, which tells its sizes, for evaluation."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     found = (re.match(r"model\.layer(\d+)\.(\d+)\.", name) for name in state)
     places = {(int(match[1]), int(match[2])) for match in found if match}
     stages = sorted({stage for stage, _ in places})
     width, in_channels = state["model.conv1.weight"].shape[:2]
-    network = NormalisedPreActResNet(
+    network = NormalizedPreActResNet(
         num_classes=len(state["model.linear.bias"]),
         width=width,
         blocks=[sum(place[0] == stage for place in places) for stage in stages],

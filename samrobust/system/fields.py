@@ -1,0 +1,30 @@
+"""Fields of configs and results, by dotted names, and in which two of them differ."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["differences", "flatten"]
+
+
+def flatten(tree: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the fields of a mapping and of those within, each by its dotted name."""
+    for name, value in tree.items():
+        if hasattr(value, "items"):
+            yield from flatten(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def differences(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    """Returns the fields in which two mappings differ.
+
+    Values are compared as JSON has them, so that a tuple equals a list.
+
+    >>> differences({"a": {"b": (1,)}, "c": 2}, {"a": {"b": [1]}})
+    {'c': (2, None)}
+    """
+    trees = [json.loads(json.dumps(dict(flatten(tree)))) for tree in (one, other)]
+    names = sorted(trees[0].keys() | trees[1].keys())
+    both = {name: tuple(tree.get(name) for tree in trees) for name in names}
+    return {name: (a, b) for name, (a, b) in both.items() if a != b}
