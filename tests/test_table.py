@@ -260,16 +260,25 @@ def test_a_table_records_its_plan_for_status(table, capsys):
     assert "4 runs: 4 done." in capsys.readouterr().out
 
 
-def test_a_row_with_data_of_its_own_is_trained_on_them(tmp_path, capsys):
-    rows = ["st", "st,data.split_seed=1"]
+def test_a_row_may_be_trained_on_other_images_of_the_same_data(tmp_path):
+    rows = ["st", "st,data.validation_size=16"]
     assert helpers.main(*make_arguments(tmp_path, rows, seeds=1)) == 0
     for row in rows:
         result = json.loads((tmp_path / row / "seed0" / "result.json").read_text())
         config = load_config(f"configs/digits.py:{row}", helpers.make_flags())
         dataset = load_data(config)
-        assert result["run"]["data"].startswith(fingerprint(dataset.train))
-    said = " ".join(capsys.readouterr().out.split())
-    assert "split seed 1, seed 0: not comparable with ST, seed 0: images is" in said
+        images = map(fingerprint, (dataset.train, dataset.validation))
+        assert result["run"]["data"] == "+".join(images)
+    assert "ST with validation size 16 | 1 |" in (tmp_path / "table.md").read_text()
+
+
+def test_rows_judged_on_other_images_are_refused_before_any_work(tmp_path, capsys):
+    rows = ["st", "st,data.split_seed=1"]  # by which test images are chosen, too
+    assert helpers.main(*make_arguments(tmp_path / "new", rows, seeds=1)) == 2
+    said = capsys.readouterr().err
+    assert "judged alike, as st, got run='st,data.split_seed=1'" in said
+    assert "data.split_seed=(1, 0). Make one table for each." in said
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_row_that_fails_does_not_stop_the_others(

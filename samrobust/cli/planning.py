@@ -63,9 +63,11 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     """Builds the plan of a command line.
 
     Raises:
-      ValueError: for rows, fields or values that are not valid.
+      ValueError: for rows, fields or values that are not valid, and for rows that are
+        not judged alike.
     """
     from samrobust.experiments import configuration
+    from samrobust.experiments.reporting.results import check_comparable
     from samrobust.experiments.run import PlannedRun
     from samrobust.experiments.trunks import plan_trunks
     from samrobust.experiments.workdir import run_folder
@@ -78,6 +80,11 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         row: configuration.load_config(f"{arguments.config}:{row}", arguments.overrides)
         for row in rows or configuration.load_rows(arguments.config)
     }
+    judged = {
+        row: {"data": config.data.to_dict(), "evaluation": config.evaluation.to_dict()}
+        for row, config in configs.items()
+    }
+    check_comparable(judged, "Make one table for each.")
 
     def seeded(row: str, seed: int) -> "Config":
         check_whole(0, LARGEST_SEED, seed=seed)

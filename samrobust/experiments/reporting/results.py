@@ -8,7 +8,8 @@ A result is a dictionary, one finished run: one row of the table and one seed.
      "training_steps": 360,                   # optional, as are these:
      "training_seconds": 15.1, "provenance": {"commit": ..., ...}}
 
-One table holds runs of the same data that are judged alike.
+One table holds runs that are judged alike on the same images. They may have been
+trained on other images, as their labels say.
 """
 
 import math
@@ -25,9 +26,8 @@ _KEYS = ("dataset", "row", "seed", "accuracy", "num_test")
 # Fields of a config, then of a result, that all runs of a table have in common, and all
 # fields below them.
 _COMMON = (
-    *("data.name.", "data.test_size.", "data.validation_size.", "data.split_seed."),
-    *("evaluation.", "model.dtype."),
-    *("dataset.", "num_test.", "images.", "run.data."),
+    *("data.name.", "data.test_size.", "evaluation.", "model.dtype."),
+    *("dataset.", "num_test.", "images."),
 )
 
 
@@ -48,11 +48,20 @@ def unlike(
     >>> unlike({"num_test": 100, "accuracy": {"natural": 98.0}}, first)
     {'num_test': (100, 500)}
     """
-    return differences(_common(run), _common(first))
+    return differences(_common(run, first), _common(first, run))
 
 
-def _common(fields: Mapping[str, Any]) -> dict[str, Any]:
-    found = {n: x for n, x in flatten(fields) if f"{n}.".startswith(_COMMON)}
+def _common(fields: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    flat, beside = dict(flatten(fields)), dict(flatten(other))
+    names = {name for name in flat if f"{name}.".startswith(_COMMON)}
+    if flat.get("evaluation.split") == "validation":
+        names |= {"data.validation_size", "data.split_seed"}
+    if flat.get("data.test_size") is not None:
+        names.add("data.split_seed")
+    data = [n for n in flat if n.startswith("run.config.data.")]
+    if all(flat[name] == beside.get(name) for name in data):
+        names.add("run.data")  # or the images themselves are others
+    found = {name: flat.get(name) for name in names}
     return found | {"columns": sorted(fields.get("accuracy", ()))}
 
 
