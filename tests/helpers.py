@@ -28,7 +28,7 @@ import pytest
 
 from samrobust import cli
 from samrobust.data import Dataset, Split
-from samrobust.experiments import building, configuration
+from samrobust.experiments import building, configuration, networks
 from samrobust.experiments.run import run
 from samrobust.experiments.scoring import Scorer
 from samrobust.experiments.validation import validate
@@ -96,9 +96,9 @@ def programs_made_once() -> Iterator[None]:
         return repr(fields), dataset.image_shape, dataset.num_classes
 
     def build(make: Callable[..., Any]) -> Callable[..., Any]:
-        def build_once(config: Any, dataset: Any, steps_per_epoch: int) -> Any:
-            key = make, *facts(config, dataset), steps_per_epoch
-            return once(key, lambda: make(config, dataset, steps_per_epoch))
+        def build_once(config: Any, dataset: Any, *steps: Any, **named: Any) -> Any:
+            key = make, *facts(config, dataset), *steps, *named.values()
+            return once(key, lambda: make(config, dataset, *steps, **named))
 
         return build_once
 
@@ -124,8 +124,12 @@ def programs_made_once() -> Iterator[None]:
         patch.setattr(fit, "fresh_carry", functools.cache(fit.fresh_carry))
         patch.setattr(EpochRunner, "compile", compile_once)
         patch.setattr(Scorer, "__init__", begin_scorer_once)
-        for name in ("make_method", "make_earlier"):
-            patch.setattr(building, name, build(getattr(building, name)))
+        for module, name in (
+            (building, "make_method"),
+            (building, "make_earlier"),
+            (networks, "_make_init"),
+        ):
+            patch.setattr(module, name, build(getattr(module, name)))
         yield
 
 
