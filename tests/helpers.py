@@ -28,8 +28,9 @@ import pytest
 
 from samrobust import cli
 from samrobust.data import Dataset, Split
-from samrobust.experiments import building, configuration
+from samrobust.experiments import building, configuration, networks
 from samrobust.experiments.run import run
+from samrobust.experiments.scoring import Scorer
 from samrobust.experiments.validation import validate
 from samrobust.models import PreActResNet
 from samrobust.training.epoch import EpochRunner
@@ -79,9 +80,9 @@ def usual_compilation() -> Iterator[None]:
 
 @contextlib.contextmanager
 def programs_made_once() -> Iterator[None]:
-    """Lets the runs of one config share their training programs.
+    """Lets the runs of one config share their programs, whatever their seeds.
 
-    Each run traces and lowers its steps anew otherwise, half of the time of a tiny one.
+    Each run traces and lowers its own anew otherwise, half of the time of a tiny one.
     """
     made: dict[Any, Any] = {}
 
@@ -90,11 +91,14 @@ def programs_made_once() -> Iterator[None]:
             made[key] = make()
         return made[key]
 
+    def facts(config: Any, dataset: Any) -> tuple[Any, ...]:
+        fields = {**config.to_dict(), "seed": None}
+        return repr(fields), dataset.image_shape, dataset.num_classes
+
     def build(make: Callable[..., Any]) -> Callable[..., Any]:
-        def build_once(config: Any, dataset: Any, steps_per_epoch: int) -> Any:
-            shape = dataset.image_shape, dataset.num_classes, steps_per_epoch
-            key = make, config.to_json_best_effort(), shape
-            return once(key, lambda: make(config, dataset, steps_per_epoch))
+        def build_once(config: Any, dataset: Any, *steps: Any, **named: Any) -> Any:
+            key = make, *facts(config, dataset), *steps, *named.values()
+            return once(key, lambda: make(config, dataset, *steps, **named))
 
         return build_once
 
@@ -103,13 +107,29 @@ def programs_made_once() -> Iterator[None]:
     def compile_once(self: Any, chunk: Any, carries: Any) -> Any:
         split = tuple(array.shape for array in self._data)
         step = tuple(self._train_steps), tuple(self._augmentation.items())
-        key = (*step, self._plan, split, chunk, len(carries))
-        return once(key, lambda: compile_chunk(self, chunk, carries))
+        options = self._attacks, self._deterministic
+        key = (*step, *options, self._plan, split, chunk, len(carries))
+        program = once(key, lambda: compile_chunk(self, chunk, carries))
+        self._compiled[chunk, len(carries)] = program
+        return program
 
+    begin_scorer = Scorer.__init__
+
+    def begin_scorer_once(self: Any, config: Any, dataset: Any) -> None:
+        begin_scorer(self, config, dataset)
+        self._evaluate = once(facts(config, dataset), lambda: self._evaluate)
+
+    fit = sys.modules["samrobust.training.fit"]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "fresh_carry", functools.cache(fit.fresh_carry))
         patch.setattr(EpochRunner, "compile", compile_once)
-        for name in ("make_method", "make_earlier"):
-            patch.setattr(building, name, build(getattr(building, name)))
+        patch.setattr(Scorer, "__init__", begin_scorer_once)
+        for module, name in (
+            (building, "make_method"),
+            (building, "make_earlier"),
+            (networks, "_make_init"),
+        ):
+            patch.setattr(module, name, build(getattr(module, name)))
         yield
 
 

@@ -31,23 +31,9 @@ from samrobust.training.checkpoint import CheckpointError
 from samrobust.training.epoch import LoopState
 from samrobust.training.log import RunFolder
 
+pytestmark = pytest.mark.usefixtures("programs_made_once")
+
 REFUSED = (WorkdirError, CheckpointError)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _trace_once():
-    """What a checkpoint must look like is worked out once and not at each reading."""
-    known, make_init = {}, networks._make_init
-
-    def make_init_once(config, dataset):
-        key = (config.to_json_best_effort(), id(dataset))
-        if key not in known:
-            known[key] = make_init(config, dataset)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "_make_init", make_init_once)
-        yield
 
 
 @dataclasses.dataclass

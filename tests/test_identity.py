@@ -18,6 +18,8 @@ from samrobust.system.files import WorkdirError
 from samrobust.training.checkpoint import CheckpointError, Checkpoints
 from samrobust.training.log import RunFolder, checkpoint_folder
 
+pytestmark = pytest.mark.usefixtures("programs_made_once")
+
 # Runs of the same shapes as the first, which is `st` with seed 0 and one epoch.
 OTHERS = {
     "seed": ("st", {"seed": 1}, "seed is 1, not 0"),

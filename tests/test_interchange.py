@@ -22,6 +22,8 @@ from samrobust.models import PreActResNet
 from samrobust.models.torch import Weights, read_weights, to_tensors, write_safetensors
 from samrobust.training.checkpoint import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("programs_made_once")
+
 DIGITS = "--config=configs/digits.py:st"
 FIELDS = {"model.width": 4, "model.blocks": (1, 2), "model.mean": (0.3,)}
 

@@ -35,6 +35,8 @@ from samrobust.training.averaging.ema import ema
 from samrobust.training.epoch import EpochRunner
 from samrobust.training.lockstep import Lockstep
 
+pytestmark = pytest.mark.usefixtures("programs_made_once")
+
 SPLIT = helpers.make_split(20, side=4)
 NUM_STEPS = 6  # of two epochs: 2 steps in a call, then an incomplete batch
 CALLS = [0, 2, 3, 5]  # the steps at which they begin
@@ -372,16 +374,18 @@ def test_a_table_of_several_seeds_in_a_program_is_that_of_lone_runs(tmp_path, ca
 @pytest.mark.slow
 def test_a_command_that_is_stopped_and_killed_ends_at_the_bits_of_lone_runs(tmp_path):
     words = ["table", "--config=configs/digits.py", "--rows=st", "--seeds=2"]
-    words += helpers.make_flags({"training.epochs": 60})  # 180 steps
+    words += helpers.make_flags({"training.epochs": 100})  # 300 steps
     lone, workdir = (tmp_path / name for name in ("lone", "together"))
     assert helpers.run_command(*words, f"--workdir={lone}")[0] == 0
     words += ["--seeds-per-program=2", f"--workdir={workdir}"]
-    words += ["--config.checkpoint.minutes=0"]
     folders = [workdir / "st" / f"seed{seed}" for seed in (0, 1)]
     codes = []
     for end in (signal.SIGTERM, signal.SIGKILL, None):
         before = [max(helpers.checkpoint_steps(f), default=0) for f in folders]
-        process = helpers.start_command(*words)
+        minutes = 0 if end else 10  # a checkpoint takes far longer than a step
+        process = helpers.start_command(
+            *words, f"--config.checkpoint.minutes={minutes}"
+        )
         while end and process.poll() is None:
             newest = [max(helpers.checkpoint_steps(f), default=0) for f in folders]
             if all(now > then for now, then in zip(newest, before, strict=True)):
@@ -391,7 +395,7 @@ def test_a_command_that_is_stopped_and_killed_ends_at_the_bits_of_lone_runs(tmp_
         codes.append(helpers.finish_command(process)[0])
         if end == signal.SIGTERM:
             first, second = map(helpers.checkpoint_steps, folders)
-            assert first[-1] == second[-1] < 180
+            assert first[-1] == second[-1] < 300
     assert codes == [75, -signal.SIGKILL, 0]
     for folder in folders:
         leaves = helpers.read_checkpoint(lone / folder.relative_to(workdir))

@@ -38,6 +38,8 @@ from samrobust.system.storage import ObjectPath, fuse_mount, to_path
 from samrobust.training import InterruptedRunError
 from samrobust.training.checkpoint import CheckpointError, Checkpoints
 
+pytestmark = pytest.mark.usefixtures("programs_made_once")
+
 STAND_INS = helpers.ROOT / "tests" / "stand_ins"
 SHORT = {"training.epochs": 2, "checkpoint.minutes": 0.0}
 

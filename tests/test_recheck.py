@@ -11,6 +11,8 @@ import pytest
 from samrobust.experiments import scoring
 from samrobust.experiments.run import run
 
+pytestmark = pytest.mark.usefixtures("programs_made_once")
+
 VERSION = ("--version=custom", "--members=apgd-ce")
 IMAGES = ("--num-examples=24", "--batch-size=24")
 FLAGS = ("--linf=24", "--l2=", *IMAGES, *VERSION)

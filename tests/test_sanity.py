@@ -154,23 +154,20 @@ def test_a_plain_network_is_not_robust_and_the_numbers_say_so():
 # Masked gradients: gray values in steps.
 
 
-@pytest.mark.parametrize("ball", BALLS)
 @pytest.mark.parametrize("check", ["square", "transfer", "steps", "radius", "noise"])
-def test_steps_in_the_input_are_exposed(check, ball):
-    assert verdict(check, ball, surrogate=True, balls=(LINF, L2), levels=16) == WARNING
+def test_steps_in_the_input_are_exposed(check):
+    assert verdict(check, LINF, surrogate=True, levels=16) == WARNING
 
 
 def test_what_gradients_cannot_break_square_breaks():
-    values = findings(surrogate=True, balls=(LINF, L2), levels=16)[
-        "square", LINF
-    ].values
+    values = findings(surrogate=True, levels=16)["square", LINF].values
     assert values["accuracy_white_box"] > 60
     assert values["accuracy"] < values["accuracy_white_box"] - 20
     assert values["broken_by_it_alone"] > values["allowed"]
 
 
 def test_a_flat_network_has_no_gradient_of_either_loss():
-    found = findings(surrogate=True, balls=(LINF, L2), levels=16)["zero gradients", ""]
+    found = findings(surrogate=True, levels=16)["zero gradients", ""]
     assert found.verdict == WARNING
     assert found.values["zero_margin"] == found.values["images"] > 100
     assert "masked" in found.text
@@ -230,10 +227,8 @@ def test_noise_in_the_forward_pass_is_found_out():
     assert 'version="rand"' in found.text
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_logits_that_low_precision_rounds_away_are_found_out(dtype):
-    offset = 4000.0 if dtype == jnp.bfloat16 else 40_000.0
-    found = findings(offset=offset, dtype=dtype, effort=Effort(**QUICK))
+def test_logits_that_low_precision_rounds_away_are_found_out():
+    found = findings(offset=4e4, dtype=jnp.float16, effort=Effort(**QUICK))
     assert found["low precision", LINF].verdict == WARNING
     assert found["low precision", LINF].values["changed"] > 7
 

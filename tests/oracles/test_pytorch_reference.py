@@ -61,7 +61,7 @@ def make_parity() -> dict[str, Any]:
         optax.sgd(SGD["lr"], momentum=SGD["momentum"]),
     )
     init, step = make_train_step(model, tx)
-    state = init(jax.random.key(0), jnp.zeros([1, 8, 8, 3]))
+    state = jax.jit(init)(jax.random.key(0), jnp.zeros([1, 8, 8, 3]))
     rng = np.random.default_rng(0)
     images = rng.uniform(size=(4, 8, 8, 3)).astype(np.float32)
     labels = jnp.asarray(rng.integers(0, 10, 4))
