@@ -23,7 +23,31 @@ GRID = [
     for index, row in enumerate(load_rows("configs/sharpness.py", "GRID"))
     if index % 4 < 3
 ]
-ROWS = ["st", "sam,rho=0.1", "sam,rho=0.2", "at,norm=linf,eps=2"]
+ROWS = [
+    "st",
+    "st,training.epochs=20",
+    "st,training.weight_decay=0.002",
+    "label_smoothing,alpha=0.2",
+    "sam,rho=0.2",
+    "sam,rho=0.8,start=0.8",
+    "asam,rho=0.5",
+    "asam_davda,rho=1",
+    "gsam,rho=0.1",
+    "friendly_sam,rho=0.1",
+    "looksam,rho=0.1",
+    "esam,rho=0.1",
+    "sam_on,rho=0.25",
+    "fisher_sam,rho=0.1",
+    "fsam,rho=0.4",
+    "ssam,mask=fisher,rho=0.1",
+    "ssam,mask=dynamic,rho=0.1",
+    "awp,gamma=0.005",
+    "msam,rho=1",
+    "entropy_sgd,gamma=0.3,training.learning_rate=1",
+    "swa,start=0.25",
+    "ema,decay=0.99",
+    "at,norm=linf,eps=0.25",
+]
 
 
 def get_config(row: str = "st") -> Config:
