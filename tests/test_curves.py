@@ -19,8 +19,6 @@ from samrobust.experiments.curves import (
 )
 from samrobust.system.files import read_sealed, write_sealed
 
-pytestmark = pytest.mark.usefixtures("programs_made_once")
-
 SETTINGS = CurveSettings({"linf": (8.0, 16.0)})
 ROWS = ("st", "sam,rho=0.2")
 

@@ -39,8 +39,6 @@ from samrobust.experiments.networks import load_network
 from samrobust.experiments.run import run
 from samrobust.system.files import read_sealed
 
-pytestmark = pytest.mark.usefixtures("programs_made_once")
-
 KEY = jax.random.key(3)
 NUM_EXAMPLES = 23
 

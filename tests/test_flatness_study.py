@@ -39,8 +39,6 @@ from samrobust.studies.sharpness.probe import (
 from samrobust.studies.sharpness.ranks import rank_correlation
 from samrobust.system.files import read_sealed, write_sealed
 
-pytestmark = pytest.mark.usefixtures("programs_made_once")
-
 ROWS = ("sam,rho=0.2", "st")  # in the order of their folders
 LITTLE = ProbeSettings(
     *("linf", 8.0),

@@ -14,8 +14,6 @@ from samrobust.experiments.configuration import load_config
 from samrobust.experiments.workdir import settle_config
 from samrobust.system.files import read_sealed, write_sealed
 
-pytestmark = pytest.mark.usefixtures("programs_made_once")
-
 ROWS = ["st", "sam,rho=0.2"]
 COLUMNS = {"natural", "linf 16/255"}
 DIVERGING = helpers.DIVERGING

@@ -20,8 +20,6 @@ from samrobust.experiments.tracking import Tracking, check_trackers
 from samrobust.system.files import append_json_line
 from samrobust.training import InterruptedRunError, Progress
 
-pytestmark = pytest.mark.usefixtures("programs_made_once")
-
 ON = {"tracking.tensorboard": True}
 
 # Records what is done with it, as lines of $WANDB_STANDIN; fails where told to.
