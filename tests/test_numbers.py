@@ -615,7 +615,20 @@ def speed_in_words() -> list[str]:
         f"{max(cached):.0f} s from the cache",
         f"takes {loop['ratio']:.2f} ({loop['ratio_low']:.2f} to "
         f"{loop['ratio_high']:.2f}) times as long",
+        *onednn_in_words(),
         *gpu_in_words(),
+    ]
+
+
+def onednn_in_words() -> list[str]:
+    rows = stored("bench/onednn/newest/bench.json")["rows"]
+    seconds = [row["step_seconds"] for row in rows]
+    locked = bench("bench/onednn/locked")["step_seconds"]
+    tuned = bench("bench/onednn/locked", kind="pytorch", variant="tuned")
+    return [
+        "takes {:.1f} s instead of {:.1f} in".format(*seconds),
+        f"tuned PyTorch took {tuned['step_seconds']:.1f} s and the locked",
+        f"which has no oneDNN, {locked:.1f} s",
     ]
 
 
