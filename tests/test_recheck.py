@@ -95,6 +95,8 @@ def test_the_table_is_written_for_people_too(rechecked):
     assert "| method | seeds | natural | linf 24/255 | linf 24/255 AA |" in text
     assert "AA: AutoAttack, custom (apgd-ce)" in text
     assert "PGD-1 on the cross_entropy loss" in text
+    rows = json.loads((rechecked / "autoattack.json").read_text())["rows"]
+    assert {row["name"]: row["passes"] for row in rows} == {"st": 1, "sam,rho=0.2": 2}
 
 
 def test_what_autoattack_found_is_not_looked_for_again(rechecked, tmp_path):

@@ -194,14 +194,16 @@ def _show(plan: Plan, results: list[dict[str, Any]], console: "Console") -> None
     """Prints and writes the table."""
     from samrobust.cli.shared import show_written
     from samrobust.experiments import reporting
-    from samrobust.experiments.methods import training_cost
+    from samrobust.experiments.methods import training_passes
+    from samrobust.experiments.reporting.results import num_steps
 
     config = next(iter(plan.configs.values()))
+    steps = {result["row"]: num_steps(result) for result in results}
     table = reporting.summarize(
         results,
         rows=[(row, c.label) for row, c in plan.configs.items()],
         paper={row: dict(c.paper) for row, c in plan.configs.items() if c.paper},
-        passes={row: training_cost(c) for row, c in plan.configs.items()},
+        passes={row: training_passes(plan.configs[row], n) for row, n in steps.items()},
         title=f"Natural and robust accuracy on {config.data.name}",
         caption=_caption(config) + plan.note,
     )

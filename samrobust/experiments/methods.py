@@ -30,6 +30,7 @@ __all__ = [
     "sections",
     "start_epoch",
     "training_cost",
+    "training_passes",
     "values_of",
 ]
 
@@ -207,3 +208,13 @@ def training_cost(config: Config) -> float:
     """Returns the predicted cost of a training, in epochs of standard training."""
     phases = phases_of(config)
     return sum(len(epochs) * passes_at(config, epochs[0]).total for epochs in phases)
+
+
+def training_passes(config: Config, num_steps: int) -> float:
+    """Returns the passes of a training over single images.
+
+    Args:
+      config: of the training.
+      num_steps: that it took. An incomplete batch counts as a whole one.
+    """
+    return num_steps * config.training.batch_size * cost(config)

@@ -20,7 +20,7 @@ from samrobust.checks import check
 from samrobust.experiments.reporting.names import column_order
 from samrobust.system.fields import differences, flatten
 
-__all__ = ["check_comparable", "check_results", "unlike"]
+__all__ = ["check_comparable", "check_results", "num_steps", "unlike"]
 
 _KEYS = ("dataset", "row", "seed", "accuracy", "num_test")
 # Fields of a config, then of a result, that all runs of a table have in common, and all
@@ -29,6 +29,14 @@ _COMMON = (
     *("data.name.", "data.test_size.", "evaluation.", "model.dtype."),
     *("dataset.", "num_test.", "images."),
 )
+
+
+def num_steps(result: Mapping[str, Any]) -> int:
+    """Returns the steps of a run's training.
+
+    Earlier results have `step` alone: of the network judged, mostly the last.
+    """
+    return result.get("training_steps", result.get("step", 1))
 
 
 def unlike(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from samrobust.experiments.reporting.names import column_order, family
-from samrobust.experiments.reporting.results import check_results
+from samrobust.experiments.reporting.results import check_results, num_steps
 
 __all__ = ["Cell", "Difference", "Table", "TableRow", "summarize"]
 
@@ -270,7 +270,7 @@ def _cost(
     if not timed:
         return None, None
     ratios = [ours["step_seconds"] / st["step_seconds"] for ours, st in timed]
-    steps = [_num_steps(ours) / _num_steps(st) for ours, st in timed]
+    steps = [num_steps(ours) / num_steps(st) for ours, st in timed]
     costs = [ratio * count for ratio, count in zip(ratios, steps, strict=True)]
     cost, spread = statistics.median(costs), None
     if len(costs) > 1:
@@ -279,11 +279,3 @@ def _cost(
     faster = statistics.median(ratios) < _LEAST_RATIO
     meaningless = faster or (spread or 0.0) > cost / 2
     return (None, None) if meaningless else (cost, spread)
-
-
-def _num_steps(run: Mapping[str, Any]) -> int:
-    """Returns the steps of a run's training.
-
-    Earlier results have `step` alone: of the network judged, mostly the last.
-    """
-    return run.get("training_steps", run.get("step", 1))
