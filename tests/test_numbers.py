@@ -616,7 +616,28 @@ def speed_in_words() -> list[str]:
         f"takes {loop['ratio']:.2f} ({loop['ratio_low']:.2f} to "
         f"{loop['ratio_high']:.2f}) times as long",
         *onednn_in_words(),
+        *attacked_in_evaluation(),
         *gpu_in_words(),
+    ]
+
+
+def attacked_in_evaluation() -> list[str]:
+    """What a step of an attack moves, and what its BatchNorms with ReLU have to."""
+    (row,) = stored("bench/aot/evaluation.json")["rows"]
+    step, inputs, shape = row["bodies"][0], 0, (64, 32)  # channels, side
+    for stage in ((64, 32), (128, 16), (256, 8), (512, 4)):
+        for channels, side in (shape, stage, stage, stage):  # two blocks of two
+            inputs += channels * side**2
+        shape = stage
+    inputs += 512 * 4**2
+    least = 5 * inputs * row["batch_size"] * 2  # two passes forward, three backward
+    moved = {kind: size / 1e9 for kind, size in step["bytes"].items()}
+    return [
+        f"takes {sum(step['kernels'].values()):.0f} kernels and "
+        f"{sum(moved.values()):.2f} GB at batch {row['batch_size']}: "
+        f"{moved['convolutions']:.2f} of cuDNN's convolutions and "
+        f"{moved['loop fusions']:.2f} of elementwise work, of which BatchNorm with its "
+        f"ReLU alone takes {least / 1e9:.2f} in 5 activations' worth",
     ]
 
 
