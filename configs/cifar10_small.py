@@ -1,7 +1,9 @@
-"""The sharpness family on real images in hours of two CPU cores: a small CIFAR-10.
+"""Both families on real images in hours of two CPU cores: a small CIFAR-10.
 
     samrobust table --config=configs/cifar10_small.py --seeds=3
     samrobust recheck --workdir=runs/cifar10_small --num-examples=200
+    samrobust table --config=configs/cifar10_small.py --seeds=3 \
+        --rows=configs/cifar10_small.py:ADVERSARIAL --workdir=runs/adversarial_small
 
 5,000 training and 1,000 test images of CIFAR-10, a slim pre-activation ResNet and ten
 epochs; the attacks and radii of the paper's tables. Rows and settings were chosen as in
@@ -11,7 +13,9 @@ configs/sharpness.py, on 1,000 held-out training images and one seed:
         --rows=configs/cifar10_small.py:GRID --config.data.validation_size=1000 \
         --config.evaluation.split=validation --workdir=runs/cifar10_small-grid
 
-One run of two passes a step takes two minutes of a core.
+`ADVERSARIAL` has the rows of configs/adversarial.py at radii from a quarter of the
+smallest one attacked with to the largest, the cheap ones first. One run of two passes a
+step takes two minutes of a core.
 """
 
 from samrobust.experiments.configuration import base_config, finish, load_rows
@@ -47,6 +51,23 @@ ROWS = [
     "swa,start=0.25",
     "ema,decay=0.99",
     "at,norm=linf,eps=0.25",
+]
+ADVERSARIAL = [
+    "st",
+    "label_smoothing,alpha=0.2",
+    "sam,rho=0.2",
+    "sam,rho=0.8,start=0.8",
+    "msam,rho=1",
+    *(f"fgsm_rs,eps={eps}" for eps in ("0.25", "0.5", "1", "2", "8")),
+    "nfgsm,eps=8",
+    *(f"free,eps={eps},m=4" for eps in (1, 8)),
+    "at,norm=linf,eps=1,start=0.8",
+    *(f"at,norm=linf,eps={eps}" for eps in ("0.25", "0.5", "1", "2", "8")),
+    "at,norm=l2,eps=32",
+    "trades,norm=linf,eps=1,beta=1",
+    "trades,norm=linf,eps=8,beta=6",
+    "mart,norm=linf,eps=8,beta=5",
+    "at,norm=linf,eps=8+awp,gamma=0.005",
 ]
 
 

@@ -25,9 +25,17 @@ PAPER_ROWS = [
 ]
 
 
-@pytest.mark.parametrize("name", [*SHIPPED, SHARPNESS, "configs/adversarial.py"])
-def test_every_row_of_every_config_is_valid_and_locked(name):
-    for row in configuration.load_rows(name):
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        *((name, "ROWS") for name in (*SHIPPED, SHARPNESS, "configs/adversarial.py")),
+        (SHARPNESS, "GRID"),
+        ("configs/cifar10_small.py", "GRID"),
+        ("configs/cifar10_small.py", "ADVERSARIAL"),
+    ],
+)
+def test_every_row_of_every_config_is_valid_and_locked(name, rows):
+    for row in configuration.load_rows(name, rows):
         config = configuration.load_config(f"{name}:{row}")
         assert config.row == row
         assert config.is_locked
