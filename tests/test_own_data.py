@@ -8,6 +8,7 @@ import shutil
 import struct
 import sys
 import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -569,3 +570,26 @@ def test_an_image_with_two_channels_has_no_place_here():
     file.seek(0)
     with pytest.raises(ValueError, match="got mode='LA'"):
         own.read_image(file)
+
+
+def test_an_image_of_sixteen_bits_a_channel_is_refused_and_not_cut_to_eight():
+    def chunk(kind, content):
+        length, body = struct.pack(">I", len(content)), kind + content
+        return length + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)  # 1 x 1, RGB
+    pixel = zlib.compress(b"\0" + struct.pack(">HHH", 255, 256, 65280))
+    chunks = ((b"IHDR", header), (b"IDAT", pixel), (b"IEND", b""))
+    file = io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks))
+    with pytest.raises(ValueError, match="8 bits a channel, got packed='RGB;16B'"):
+        own.read_image(file)
+
+
+@pytest.mark.parametrize("form", ["jpeg", "png"])
+def test_an_image_is_turned_as_its_orientation_says(form):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # as a camera held upright writes it: a quarter turn clockwise
+    pixels = np.array([[100], [200]], np.uint8).repeat(8, 0).repeat(8, 1)
+    Image.fromarray(pixels).save(file, form, exif=exif, quality=100)
+    file.seek(0)
+    np.testing.assert_array_equal(own.read_image(file)[..., 0], np.rot90(pixels, -1))

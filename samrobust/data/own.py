@@ -18,7 +18,7 @@ from samrobust.data.splits import DatasetUnavailableError
 __all__ = ["load_images", "load_npz", "one_line", "read_image"]
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
-_DECODING = 1  # to be raised when the same files decode to other arrays
+_DECODING = 2  # to be raised when the same files decode to other arrays
 
 
 def load_npz(path: pathlib.Path) -> dict[str, Any]:
@@ -98,10 +98,12 @@ def load_images(folder: pathlib.Path, cache_dir: pathlib.Path | None) -> dict[st
 def read_image(file: IO[bytes] | pathlib.Path) -> np.ndarray:
     """Decodes a PNG or JPEG to uint8 `[H, W, C]`, C = 3, or 1 where it is grayscale.
 
+    As viewers show it: turned as the orientation in its EXIF metadata says.
+
     Raises:
       ValueError: for other modes: palettes, transparency, 16 bits.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     with Image.open(file) as image:
         fix = 'Convert it: image.convert("RGB").'
@@ -111,7 +113,11 @@ def read_image(file: IO[bytes] | pathlib.Path) -> np.ndarray:
             fix,
             mode=image.mode,
         )
-        pixels = np.asarray(image)
+        # Pillow's RGB of 16 bits a channel is their upper 8, and says so here alone.
+        packed = "".join(str(tile[3]) for tile in image.tile)
+        fix = "Scale it by 255 / 65535, and round."
+        check("16" not in packed, "8 bits a channel", fix, packed=packed)
+        pixels = np.asarray(ImageOps.exif_transpose(image))
     return pixels.reshape(*pixels.shape[:2], -1)
 
 

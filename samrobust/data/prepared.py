@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _CHUNK = 1000  # records read at a time
-_DECODING = 1  # to be raised when the same records decode to other arrays
+_DECODING = 2  # to be raised when the same records decode to other arrays
 
 logger = logging.getLogger(__name__)
 
