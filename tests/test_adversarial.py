@@ -182,15 +182,24 @@ def test_the_cyclic_schedule_is_that_of_torch():
 
 
 @pytest.mark.parametrize(
-    ("row", "num_steps"),
-    [("fgsm_rs,eps=16", 10), ("free,eps=16,m=2", 10), ("dynamic,eps=16", 3)],
+    ("row", "fields", "step", "num_steps"),
+    [
+        ("fgsm_rs,eps=16", {}, 4, 10),
+        ("free,eps=16,m=2", {}, 4, 10),
+        ("at,norm=linf,eps=16", {"attack.num_steps": 1}, 4, 10),
+        ("at,norm=linf,eps=16", {"attack.num_steps": 2}, 4, 2),
+        ("dynamic,eps=16", {"dynamic.num_steps": 3}, 4, 3),
+        ("dynamic,eps=16", {"dynamic.num_steps": 3, "dynamic.alpha": 0.5}, 8, 3),
+    ],
 )
-def test_a_row_of_one_step_is_judged_by_pgd_on_the_held_out_images(row, num_steps):
-    config = helpers.make_config(row, {"dynamic.num_steps": 3})
+def test_held_out_images_are_attacked_as_in_training_or_where_that_is_one_step_in_ten(
+    row, fields, step, num_steps
+):
+    config = helpers.make_config(row, fields)
     found = jax.jit(
         functools.partial(building.validation_attacks(config)["robust"], logits_fn)
     )(IMAGES, LABELS, key=KEY)
-    usual = pgd(linf(16 / 255), step_size=4 / 255, num_steps=num_steps)
+    usual = pgd(linf(16 / 255), step_size=step / 255, num_steps=num_steps)
     expected = jax.jit(functools.partial(usual, logits_fn))(IMAGES, LABELS, key=KEY)
     np.testing.assert_array_equal(found, expected)
 

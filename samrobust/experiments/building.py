@@ -225,17 +225,20 @@ def validation_attacks(config: Config) -> dict[str, Attack]:
 
     `natural`; with an attack in training also `robust`, PGD under the same ball, step
     size and number of steps; 10 steps of a quarter of the radius where training has no
-    such steps, so that a row of one step is not judged by its own.
+    such steps, or one, so that a row of one step is not judged by its own.
     """
     columns: dict[str, Attack] = {"natural": attacks.identity}
     for part in methods.parts_of(config):
         values = methods.values_of(config, part.name)
         if part.name in entries.REGISTRY and "epsilon" in values:
-            usual = {"random_start": True, "restarts": 1, "loss": "cross_entropy"}
-            usual |= {"norm": "linf", "num_steps": 10, "gradient_floor": 0.0}
-            values = usual | {"step_size": values["epsilon"] / 4} | values
-            given = (values[name] for name in ("norm", "epsilon", "step_size"))
-            ball, options = _pgd_options(values, *given)
+            usual = {"norm": "linf", "random_start": True, "restarts": 1}
+            usual |= {"loss": "cross_entropy", "gradient_floor": 0.0}
+            values, epsilon = usual | values, values["epsilon"]
+            step_size = epsilon * values.get("alpha", 0.25)
+            step_size = values.get("step_size", step_size)
+            if values.get("num_steps", 1) == 1:
+                values["num_steps"], step_size = 10, epsilon / 4
+            ball, options = _pgd_options(values, values["norm"], epsilon, step_size)
             judge = values.get("judge", "final")
             columns["robust"] = attacks.pgd(ball, judge=judge, **options)
     return columns
