@@ -75,6 +75,32 @@ def test_every_example_has_the_outcome_of_the_plain_evaluation(options, batch_si
         assert 0 < survivors.mean() < 1
 
 
+def test_what_a_network_says_beyond_the_first_mistake_is_not_looked_at():
+    class Bursting:
+        """Mistaken for bright images; of brighter ones it has no logits."""
+
+        def apply(self, variables, images, train):
+            assert not train
+            bright = jnp.mean(images, (1, 2, 3))
+            logits = jnp.stack([variables["params"] - bright, 0 * bright], -1)
+            return jnp.where(bright[:, None] > 0.31, jnp.nan, logits)
+
+    model: Any = Bursting()
+    variables = {"params": jnp.float32(0.3)}
+    images = np.full([3, 2, 2, 1], 74, np.uint8)  # 0.290, and 0.317 in the end
+    split = helpers.Split(images, np.zeros(3, np.int32))
+    options: Any = {"step_size": 0.003, "num_steps": 9, "random_start": False}
+    attacks = {"natural": identity, "linf": pgd(linf(0.05), judge="any", **options)}
+    stages = {"linf": staged_pgd(linf(0.05), **options)}
+    for evaluate in (
+        make_evaluator(model, attacks, batch_size=3),
+        make_skip_broken_evaluator(model, stages, batch_size=3),
+    ):
+        outcome = evaluate(variables, split, jax.random.key(0))
+        assert not outcome.correct["linf"].any()
+        assert outcome.non_finite == {}
+
+
 def test_when_all_are_broken_at_once_nothing_more_is_computed():
     split, steps = make_split(20), []
     split = type(split)(split.images, (split.labels + 1) % 5)

@@ -38,6 +38,7 @@ from samrobust.attacks.per_example import (
     factor,
     filled,
     score,
+    select,
     unseen,
 )
 from samrobust.checks import check, check_choice
@@ -143,8 +144,8 @@ class StagedPgd(NamedTuple):
       advance: `advance(logits_fn, current, images, labels, num_steps) -> (current,
         broken)`: takes `num_steps` steps (may be traced); `broken` bool [B] says which
         examples were misclassified at one of the iterates, the first and the last one
-        included. An example's outcome does not depend on the batch it is in, up to
-        rounding.
+        included: there they stay. An example's outcome does not depend on the batch it
+        is in, up to rounding.
       num_steps: of a restart.
       restarts: of the attack.
     """
@@ -200,8 +201,9 @@ def staged_pgd(
         def step(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             current, broken = carry
             following, reached = run.ascend(current)
+            broken = broken | jnp.isposinf(reached)
             following = keep_still(ball, current, following)
-            return following, broken | jnp.isposinf(reached)
+            return select(broken, current, following), broken
 
         unbroken = filled(current, 0, bool)
         final, broken = jax.lax.fori_loop(0, num_steps, step, (current, unbroken))
