@@ -195,6 +195,17 @@ def test_the_sheet_answers_and_says_how_far_it_can_be_believed():
     assert "Runs: 4, too few for intervals, which take 8" in text
 
 
+def test_it_is_said_what_is_known_of_some_runs_alone():
+    *runs, last = made_runs(9)
+    without = {"natural": 99.0, "linf 8/255": 50.0}  # AutoAttack
+    runs[:6] = [run._replace(accuracy=without) for run in runs[:6]]
+    found = explain([*runs, last._replace(values={"worst": 0.5})], "natural")
+    assert found.correlations["distance_linf"]["linf 8/255"].n == 8
+    text = to_sheet(found, LITTLE, (20, 20)).to_markdown()
+    said = "Known of fewer than all 9 runs: linf 8/255 AA (3), linf distance (8). "
+    assert said in text
+
+
 def test_the_column_is_the_last_of_linf_unless_it_is_named():
     found = [run.accuracy for run in made_runs(2)]
     assert choose_column(found) == "linf 8/255 AA"

@@ -232,6 +232,17 @@ def _notes(
             "methods; bold: leaves out 0. Runs of a method are alike: for other "
             "methods the intervals are too narrow. A correlation is no cause."
         )
+    known = {c: sum(c in run.accuracy for run in found.runs) for c in found.columns}
+    known |= {
+        one.label: sum(run.values.get(name) is not None for run in found.runs)
+        for name, one in QUANTITIES.items()
+    }
+    fewer = ", ".join(f"{what} ({n})" for what, n in known.items() if 0 < n < count)
+    if fewer:
+        notes.append(
+            f"Known of fewer than all {count} runs: {fewer}. Correlations are over the "
+            "runs that have both."
+        )
     return notes
 
 
