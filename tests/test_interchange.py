@@ -216,6 +216,28 @@ def test_the_command_line_has_the_last_word_on_mean_and_std(exported, tmp_path):
     assert model["mean"] == [0.25]
 
 
+def test_another_network_comes_back_as_its_file_says(tmp_path, capsys):
+    # Two heads and three, the default, have tensors of the same shapes.
+    fields = {"patch": 2, "dim": 6, "depth": 1, "heads": 2}
+    chosen = [f"--config.model.{name}={value}" for name, value in fields.items()]
+    vit = "--config.model.name=vit"
+    config = configuration.load_config("configs/digits.py:st", [vit, *chosen])
+    dataset = helpers.load_data(config)
+    model = helpers.make_model(config, dataset)
+    variables = helpers.draw_variables(model, dataset.image_shape)
+    (tmp_path / "run").mkdir()
+    save_variables(config, dataset, tmp_path / "run", variables)
+    (tmp_path / "run/config.json").write_text(config.to_json_best_effort())
+    path, workdir = tmp_path / "vit.safetensors", tmp_path / "imported"
+    assert export(tmp_path / "run", path) == 0
+    assert bring(path, workdir, vit, *chosen[:3]) == 0
+    imported = config_of_run(workdir).model.to_dict()
+    assert fields.items() <= imported.items()
+    assert bring(path, tmp_path / "other", "--config.model.name=wide_resnet") == 2
+    message = "Expected model.name=vit as in the file, got model.name='wide_resnet'."
+    assert message in capsys.readouterr().err
+
+
 def test_a_workdir_that_holds_a_run_is_refused(run, exported, capsys):
     before = sorted(path.name for path in run[0].iterdir())
     assert bring(exported, run[0]) == 2

@@ -7,6 +7,7 @@ them.
 import hashlib
 import json
 import pathlib
+from typing import Any
 
 from samrobust.checks import check
 from samrobust.experiments import building
@@ -76,9 +77,12 @@ def describe(config: Config, weights: Weights) -> None:
     """Writes into a config what a file of weights says of its network.
 
     Raises:
-      ValueError: if its metadata contradict its tensors.
+      ValueError: if its metadata contradict its tensors, or are of another network than
+        the config's.
     """
-    if config.model.name == "preact_resnet":
+    if "model" in weights.metadata:
+        _describe_another(config.model, weights.metadata["model"])
+    elif config.model.name == "preact_resnet":
         architecture = infer_architecture(weights.tensors)
         for name, value in architecture.items():
             told = list(value) if name == "blocks" else value
@@ -91,6 +95,22 @@ def describe(config: Config, weights: Weights) -> None:
         if is_open and name in weights.metadata:
             config.model[name] = tuple(weights.metadata[name])
     config.label = f"Imported {config.label}"
+
+
+def _describe_another(section: Config, told: Any) -> None:
+    """Writes the fields of another network than `PreActResNet` into `config.model`.
+
+    No shape of a tensor tells all of them: not the heads of a transformer.
+    """
+    said = told if isinstance(told, dict) else {"name": told}
+    wanted = f"model.name={said.get('name')} as in the file"
+    check(said.get("name") == section.name, wanted, **{"model.name": section.name})
+    for name, field in model_fields(section.name).items():
+        if name in said:
+            value = said[name]
+            value = tuple(value) if isinstance(value, list) else value
+            field.rule(**{f"model.{name}": value})
+            section[name] = value
 
 
 def import_weights(
