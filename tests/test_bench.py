@@ -281,6 +281,23 @@ def test_a_cost_is_the_median_of_the_rounds_with_their_range():
     assert (row["cost"], row["cost_low"], row["cost_high"]) == (2.5, 2.0, 3.0)
 
 
+def test_a_round_that_failed_is_compared_with_no_other():
+    st, sam = plan(Options(CIFAR, measure=("step",), methods=("st", "sam")))
+    failed: dict = {"error": "killed"}
+    outcomes = {
+        st: [fake_step([1.0]), fake_step([2.0]), fake_step([4.0])],
+        sam: [failed, fake_step([6.0]), fake_step([10.0])],
+    }
+    row = find(summarize(outcomes, OPTIONS), "step", "sam")
+    assert (row["cost_low"], row["cost_high"]) == (2.5, 3.0)
+    assert row["step_seconds"] == 8.0
+    assert "compile_cold" not in row  # what the first one left is not known
+    rows = summarize({st: [fake_step([1.0]), failed], sam: [failed]}, OPTIONS).rows
+    assert [row["method"] for row in rows] == ["st"]
+    outcomes = {st: [fake_step([1.0]), failed], sam: [failed, fake_step([6.0])]}
+    assert "cost" not in find(summarize(outcomes, OPTIONS), "step", "sam")
+
+
 # Rows.
 
 

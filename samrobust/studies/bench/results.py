@@ -86,7 +86,7 @@ def summarize(
             ceilings[task.precision] = {n: good[0][n] for n in ("matmul", "copy")}
             continue
         config = config_of(task, options)
-        rows.append(_row(task, good, config))
+        rows.append(_row(task, raws, config))
         if passes and task.kind != "evaluation":
             ceiling = ceilings.get(task.precision)
             rows[-1] |= _rates(rows[-1], task, config, passes, ceiling)
@@ -101,8 +101,9 @@ def summarize(
 
 
 def _row(task: Task, raws: Sequence[Outcome], config: Config) -> Row:
-    """Makes a row by itself."""
-    seconds = [raw["seconds"] for raw in raws]
+    """Makes a row by itself, of all its rounds; one at least did not fail."""
+    seconds = [raw.get("seconds", []) for raw in raws]
+    first, raws = raws[0], [raw for raw in raws if "error" not in raw]
     low, median, high = np.percentile(np.concatenate(seconds), (25, 50, 75)).tolist()
     row = dataclasses.asdict(task) | {
         "seconds": seconds,
@@ -114,7 +115,8 @@ def _row(task: Task, raws: Sequence[Outcome], config: Config) -> Row:
     told = ("parity", "versions", "float32_matmul")
     row |= {name: raws[0][name] for name in told if name in raws[0]}
     compiled = [raw["compile_seconds"] for raw in raws if "compile_seconds" in raw]
-    row |= {"compile_cold": compiled[0]} if compiled else {}
+    # The first round found an empty cache; one that failed left nobody knows what.
+    row |= {"compile_cold": compiled[0]} if compiled and raws[0] is first else {}
     row |= {"compile_cached": statistics.median(compiled[1:])} if compiled[1:] else {}
     if task.method in PAPER_COSTS:
         row["paper_cost"] = PAPER_COSTS[task.method]
@@ -178,6 +180,9 @@ def _ratio(name: str, row: Row, other: Row) -> Row:
     ratios = [
         statistics.median(own) / statistics.median(theirs)
         for own, theirs in zip(row["seconds"], other["seconds"], strict=False)
+        if own and theirs
     ]
+    if not ratios:
+        return {}
     median = statistics.median(ratios)
     return {name: median, f"{name}_low": min(ratios), f"{name}_high": max(ratios)}
