@@ -572,6 +572,15 @@ def test_an_image_with_two_channels_has_no_place_here():
         own.read_image(file)
 
 
+@pytest.mark.parametrize(("mode", "color"), [("RGB", (1, 2, 3)), ("L", 7)])
+def test_an_image_with_a_transparent_color_is_refused(mode, color):
+    file = io.BytesIO()
+    Image.new(mode, (2, 2)).save(file, format="png", transparency=color)
+    file.seek(0)
+    with pytest.raises(ValueError, match="without transparency, got transparency="):
+        own.read_image(file)
+
+
 def test_an_image_of_sixteen_bits_a_channel_is_refused_and_not_cut_to_eight():
     def chunk(kind, content):
         length, body = struct.pack(">I", len(content)), kind + content

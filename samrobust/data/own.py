@@ -113,6 +113,8 @@ def read_image(file: IO[bytes] | pathlib.Path) -> np.ndarray:
             fix,
             mode=image.mode,
         )
+        color = image.info.get("transparency")  # of PNG, in any mode
+        check(color is None, "an image without transparency", fix, transparency=color)
         # Pillow's RGB of 16 bits a channel is their upper 8, and says so here alone.
         packed = "".join(str(tile[3]) for tile in image.tile)
         fix = "Scale it by 255 / 65535, and round."
