@@ -209,11 +209,12 @@ def test_mean_and_std_are_the_data_sets_where_the_file_has_none(
     assert helpers.make_model(config, dataset).mean == dataset.mean != run[2].mean
 
 
-def test_the_command_line_has_the_last_word_on_mean_and_std(exported, tmp_path):
+def test_the_command_line_has_the_last_word_on_mean_and_std(exported, tmp_path, capsys):
     workdir = tmp_path / "imported"
     assert bring(exported, workdir, "--config.model.mean=(0.25,)") == 0
     model = json.loads((workdir / "config.json").read_text())["model"]
     assert model["mean"] == [0.25]
+    assert "; mean of the command line, std of the file." in capsys.readouterr().out
 
 
 def test_another_network_comes_back_as_its_file_says(tmp_path, capsys):

@@ -2,9 +2,14 @@
 
 import argparse
 import pathlib
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from samrobust.cli import flags
+
+if TYPE_CHECKING:
+    from samrobust.models.torch.weights import Weights
+    from samrobust.types import Config
 
 __all__ = ["ABOUT", "add_flags", "run"]
 
@@ -41,7 +46,7 @@ def run(arguments: argparse.Namespace, stop: Any) -> int:
     """
     from samrobust.experiments import configuration
     from samrobust.experiments.building import load_facts
-    from samrobust.experiments.components import model_fields
+    from samrobust.experiments.components import model_fields, takes
     from samrobust.experiments.interchange import describe, import_weights
     from samrobust.experiments.reporting.console import make_console
     from samrobust.experiments.validation import validate
@@ -51,6 +56,11 @@ def run(arguments: argparse.Namespace, stop: Any) -> int:
     source, workdir = pathlib.Path(arguments.input), arguments.workdir
     weights = read_weights(source)
     config = configuration.load_config(arguments.config, arguments.overrides)
+    origins = {
+        name: _origin(name, config, weights, arguments.overrides)
+        for name in ("mean", "std")
+        if takes(config.model.name, name)
+    }
     with config.unlocked():
         if arguments.dataset is not None:
             config.data.name = arguments.dataset
@@ -59,18 +69,24 @@ def run(arguments: argparse.Namespace, stop: Any) -> int:
     done = import_weights(config, weights, source, workdir)
     fields = {name: config.model[name] for name in model_fields(config.model.name)}
     shown = [f"{n} {list(v) if isinstance(v, tuple) else v}" for n, v in fields.items()]
-    where = f"data set {config.data.name}"
-    if any(item.startswith("--config.model.mean=") for item in arguments.overrides):
-        where = "command line"
-    elif "mean" in weights.metadata:
-        where = "file"
     shown.append(f"{load_facts(config).num_classes} classes")
-    normalized = f"; mean and std of the {where}" if "mean" in fields else ""
+    normalized = ", ".join(f"{name} of the {whose}" for name, whose in origins.items())
+    told = "; ".join(filter(None, (", ".join(shown), normalized)))
     lines = (
-        f"{'Already imported' if done else 'Imported'} {source} to {workdir}: "
-        f"{', '.join(shown)}{normalized}.",
+        f"{'Already imported' if done else 'Imported'} {source} to {workdir}: {told}.",
         *weights.notes,
         f"Next: samrobust evaluate --workdir={workdir}",
     )
     make_console().print("\n".join(lines), soft_wrap=True)
     return 0
+
+
+def _origin(
+    name: str, config: "Config", weights: "Weights", overrides: Sequence[str]
+) -> str:
+    """Says whose mean or std it is, before the file's are written into the config."""
+    if any(item.startswith(f"--config.model.{name}=") for item in overrides):
+        return "command line"
+    if config.model[name] is not None:
+        return "config"
+    return "file" if name in weights.metadata else "data set"
