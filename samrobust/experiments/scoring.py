@@ -41,7 +41,9 @@ __all__ = [
     "until_stopped",
 ]
 
-# Evaluation keys must not coincide with those of training: another branch of the seed.
+# Folded into the key that training splits. `fold_in(key, 1)` is the second half of the
+# split, but every draw of an evaluation has the checksum of a name in its key, and none
+# of a training has: no number is drawn twice.
 _EVALUATION_STREAM, _VALIDATION_STREAM = 1, 2
 
 
