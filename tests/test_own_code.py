@@ -17,6 +17,7 @@ import pytest
 
 import samrobust
 from samrobust.experiments import building, configuration, entries, identity
+from samrobust.models.torch import read_weights
 
 MINE = '''
 """Adversarial training whose perturbations persist, a linear network, and stripes."""
@@ -164,8 +165,13 @@ def test_it_is_evaluated_rechecked_and_exported(own, capsys):
     assert "persistent" in said("recheck", "--workdir=runs", *flags)
     flags = ["--format=safetensors", "--output=mine.safetensors"]
     said("export", f"--workdir={workdir}", *flags)
-    flags = [*FLAGS, "--input=mine.safetensors", "--workdir=back"]
     # Its network knows no mean and std.
+    assert (
+        read_weights(own / "mine.safetensors")
+        .metadata.keys()
+        .isdisjoint({"mean", "std"})
+    )
+    flags = [*FLAGS, "--input=mine.safetensors", "--workdir=back"]
     assert "hidden 4, 3 classes." in said("import", CONFIG, *flags)
     average = "state.state.average"
     back, sent = map(helpers.read_checkpoint, (own / "back", own / workdir))

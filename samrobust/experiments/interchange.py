@@ -63,9 +63,10 @@ def export_weights(
     own = {name: section[name] for name in model_fields(section.name)}
     if not isinstance(network.model, PreActResNet):
         own = {"model": {"name": section.name, **own}}
+    moments = {name: section[name] or getattr(facts, name) for name in ("mean", "std")}
+    normalizes = any(takes(section.name, name) for name in moments)
     metadata = {
-        "mean": list(section.mean or facts.mean),
-        "std": list(section.std or facts.std),
+        **({n: list(values) for n, values in moments.items()} if normalizes else {}),
         "num_classes": facts.num_classes,
         **json.loads(json.dumps(own)),
         "origin": origin,
