@@ -222,6 +222,10 @@ class TestSummarise:
                 r"alike, as st/seed0, .* num_test=\(500, 10000\)\. Make one table",
             ),
             (
+                [run("st"), run("st", 1, attacks_version=3)],
+                r"alike, as st/seed0, .* attacks_version=\(3, 2\)\. Make one table",
+            ),
+            (
                 [run("st"), run("st", 1, {"natural": 9.0})],
                 r"alike, as st/seed0, .* columns=\(\['natural'\], \['l2 16/255', 'l",
             ),
@@ -236,6 +240,11 @@ class TestSummarise:
     def test_results_that_make_no_table_are_refused(self, results, message):
         with pytest.raises(ValueError, match=f"^Expected .*{message}"):
             summarize(results, rows=ROWS)
+
+    def test_results_of_before_they_named_the_attacks_stand_beside_those_of_then(self):
+        results = [run("st"), run("st", 1, attacks_version=2)]
+        (own,) = summarize(results, rows=ROWS[:1]).rows
+        assert own.seeds == (0, 1)
 
     def test_rows_with_one_name_are_refused(self):
         with pytest.raises(ValueError, match="Expected distinct rows, got rows="):
