@@ -95,6 +95,8 @@ class Entry:
       check: of a row's options, by their names; raises `ValueError`.
       passes: how many a sharpness method adds to each pass over the images, or a
         function from the section's values to that.
+      chosen: from the section's values and the size of a batch to how many of its
+        examples have passes of their own; 0: none.
     """
 
     make: Callable[..., Any]
@@ -105,3 +107,4 @@ class Entry:
     attack_passes: Callable[[Mapping[str, Any]], float] = lambda _: 0.0
     check: Callable[..., None] = lambda **_: None
     passes: float | Callable[[Mapping[str, Any]], float] = 1.0
+    chosen: Callable[[Mapping[str, Any], int], int] = lambda *_: 0

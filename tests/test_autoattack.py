@@ -21,6 +21,7 @@ from samrobust.attacks import (
     l2,
     linf,
 )
+from samrobust.attacks.losses import normalized
 from samrobust.evaluation import Archive, make_autoattack_evaluator, measure
 from samrobust.evaluation.fates import identify
 
@@ -548,6 +549,34 @@ def test_a_network_without_finite_logits_is_refused_and_leaves_no_number(
     variables, archive = {"threshold": jnp.float32(jnp.nan)}, Archive(tmp_path)
     with pytest.raises(ValueError, match=r"finite logits, got images_without=53"):
         pursuer()(variables, split, KEY, archive=archive)
+
+
+def test_an_evaluation_tells_probabilities_from_logits(split):
+    class Softmax(Brightness):
+        def apply(self, variables, images, train):
+            return jax.nn.softmax(super().apply(variables, images, train))
+
+    model: Any = Softmax()
+    pursue = make_autoattack_evaluator(model, TOYS, batch_size=8)
+    with pytest.warns(UserWarning, match="sum to 1, as probabilities do"):
+        pursue({"threshold": jnp.float32(0.5)}, split, KEY)
+
+
+def test_the_attack_tells_probabilities_from_logits_where_it_sees_them():
+    logits_fn, images, labels = make_problem(num_images=4)
+    attack = AutoAttack((), 0.1, is_random=False)
+    with pytest.warns(UserWarning, match="sum to 1, as probabilities do"):
+        attack(lambda x: jax.nn.softmax(logits_fn(x)), images, labels, key=KEY)
+    attack(logits_fn, images, labels, key=KEY)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+def test_probabilities_are_known_whatever_their_rounding(dtype):
+    logits = jax.random.normal(KEY, [100, 1000], dtype) * 3
+    assert normalized(jax.nn.softmax(logits)).all()
+    assert not normalized(jax.nn.log_softmax(logits)).any()
+    assert not normalized(jax.nn.softmax(logits) * 1.1).any()
+    assert not normalized(jax.nn.softmax(logits) - 2e-3).any()
 
 
 def test_images_without_finite_logits_are_broken_and_counted(split, tmp_path):

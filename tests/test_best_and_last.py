@@ -6,6 +6,7 @@ from pathlib import Path
 import helpers
 import pytest
 
+from samrobust.attacks import ATTACKS_VERSION
 from samrobust.cli import sharpness
 from samrobust.experiments import reporting
 from samrobust.experiments.networks import checkpoints_of, load, load_network
@@ -100,13 +101,20 @@ def test_the_last_column_is_that_of_a_run_judged_by_its_last_checkpoint(workdir)
     assert evaluation_work(both, dataset) == 2 * evaluation_work(last, dataset)
 
 
-def test_a_stop_between_both_evaluations_costs_nothing_that_was_done(workdir, tmp_path):
+@pytest.mark.parametrize(("version", "left"), [(ATTACKS_VERSION, 2), (1, 4)])
+def test_a_stop_between_both_evaluations_costs_nothing_unless_attacks_change(
+    workdir, tmp_path, monkeypatch, version, left
+):
     stopped, resumed = Counting(stop_after=3), Counting()
-    with pytest.raises(InterruptedRunError, match="during evaluation"):
-        run_of(tmp_path / "run", stopped)
+    with monkeypatch.context() as patch:
+        patch.setattr("samrobust.experiments.scoring.ATTACKS_VERSION", version)
+        with pytest.raises(InterruptedRunError, match="during evaluation"):
+            run_of(tmp_path / "run", stopped)
     assert (tmp_path / "run" / "scores.json").exists()
     result = run_of(tmp_path / "run", resumed)
-    assert (stopped.batches, resumed.batches) == (3, 2)
+    assert (stopped.batches, resumed.batches) == (3, left)
+    assert result["attacks_version"] == result["best"]["attacks_version"]
+    assert result["attacks_version"] == ATTACKS_VERSION
     assert result["accuracy"] == read(workdir, "result.json")["accuracy"]
     assert not (tmp_path / "run" / "scores.json").exists()
 

@@ -448,6 +448,25 @@ def test_groups_that_cannot_be_are_refused(overrides, message):
 
 
 @pytest.mark.parametrize(
+    ("row", "examples"),
+    [("ssam,mask=fisher,rho=0.1", 1), ("esam,rho=0.1,esam.gamma=0.3", 19)],
+)
+def test_batch_norm_groups_that_a_choice_of_examples_does_not_fill_are_refused(
+    row, examples
+):
+    overrides = ["model.batch_norm_group=16"]
+    told = f"divides the {examples} of 64 examples that the method takes a pass over"
+    with pytest.raises(ValueError, match=f"model.batch_norm_group that {told}"):
+        load(*overrides, row=row)
+    load("model.batch_norm_group=64", row=row)
+
+
+@pytest.mark.parametrize("row", ["ssam,mask=dynamic,rho=0.1", "esam,rho=0.1"])
+def test_batch_norm_groups_that_a_choice_of_examples_fills_are_accepted(row):
+    load("model.batch_norm_group=16", row=row)
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
         ["sam.m=64"],

@@ -279,6 +279,14 @@ def write_other(place, split, change):
     return data_dir
 
 
+def test_preparing_leaves_nothing_among_the_temporary_files(place, monkeypatch):
+    temporary = place.root / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    place.prepare()
+    assert list(temporary.iterdir()) == []
+
+
 def relabel(images, labels):
     labels[3] = (labels[3] + 1) % 10
     return images, labels

@@ -31,6 +31,9 @@ LAYOUTS = {"1x1": (1, 1), "1x2": (1, 2), "2x1": (2, 1), "2x2": (2, 2)}
 SEVERAL = [layout for layout in LAYOUTS if layout != "1x1"]
 ROWS = {layout: [AT] if layout == "2x2" else [SAM, AT] for layout in LAYOUTS}
 VALIDATED = {"data.validation_size": 50, "evaluation.checkpoint": "best"}
+# XLA splits sums over its threads, by default one a core but at least one a device: on
+# one core 1x2 would have two threads and each process of 2x1 one.
+THREADS = {"NPROC": "2"}
 EARLY = {"evaluation.judge": "any", "evaluation.early_stop": True}
 
 
@@ -92,6 +95,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
                 [[sys.executable, "-W", "error", __file__, str(folder), layout]]
                 * count,
                 devices=devices,
+                **THREADS,
             )
         )
         for code, _, errors in outcomes:

@@ -2,6 +2,7 @@
 
 import io
 
+import jax
 import pytest
 from rich.console import Console
 
@@ -122,6 +123,33 @@ def test_where_nothing_is_left_to_do_here_waiting_is_shown(monkeypatch):
         display.run("held", 8.0, 2.0)
         display.say("waiting")
     assert file.getvalue().startswith("  0%  waiting")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_eta_leaves_out_the_time_that_programs_took_to_compile(
+    monkeypatch, terminal
+):
+    now, event = 0.0, progress_module._COMPILATION
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_LINES", 0.0)
+    display, file = make(terminal)
+    with display.live():
+        run = display.run("ST, seed 0", 0.0, 10.0)
+        run.on_batch(0, 500)
+        for attacked in (100, 200):  # 40 s for a fifth of the work, behind 60 s of XLA
+            jax.monitoring.record_event_duration_secs(event, 60.0)
+            now += 100.0
+            run.on_batch(attacked, 500)
+    first, second = "eta 3 min", "eta 2 min"  # of 160 and 120 s; or of 400 and 300
+    assert first in file.getvalue() or terminal  # which is redrawn now and then
+    assert second in file.getvalue()
+
+
+def test_the_compilation_clock_runs_while_a_program_compiles():
+    clock = progress_module._compilation_clock()
+    begun = clock()
+    jax.jit(lambda x: x + 1)(1.0)
+    assert clock() > begun
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])

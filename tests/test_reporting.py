@@ -222,6 +222,10 @@ class TestSummarise:
                 r"alike, as st/seed0, .* num_test=\(500, 10000\)\. Make one table",
             ),
             (
+                [run("st"), run("st", 1, attacks_version=3)],
+                r"alike, as st/seed0, .* attacks_version=\(3, 2\)\. Make one table",
+            ),
+            (
                 [run("st"), run("st", 1, {"natural": 9.0})],
                 r"alike, as st/seed0, .* columns=\(\['natural'\], \['l2 16/255', 'l",
             ),
@@ -236,6 +240,11 @@ class TestSummarise:
     def test_results_that_make_no_table_are_refused(self, results, message):
         with pytest.raises(ValueError, match=f"^Expected .*{message}"):
             summarize(results, rows=ROWS)
+
+    def test_results_of_before_they_named_the_attacks_stand_beside_those_of_then(self):
+        results = [run("st"), run("st", 1, attacks_version=2)]
+        (own,) = summarize(results, rows=ROWS[:1]).rows
+        assert own.seeds == (0, 1)
 
     def test_rows_with_one_name_are_refused(self):
         with pytest.raises(ValueError, match="Expected distinct rows, got rows="):
@@ -606,30 +615,47 @@ class TestPrices:
         assert not has_prices(grid())
         assert not has_prices(grid(passes=dict.fromkeys(self.passes, 1)))
 
-    def test_a_panel_shows_the_smallest_radius_under_the_strongest_attack(self):
-        accuracy = {"natural": 95.0, "linf 2/255": 9.0}
+    def test_panels_show_the_end_radii_under_the_strongest_attack(self):
+        accuracy = {"natural": 95.0, "linf 2/255": 30.0, "linf 4/255": 9.0}
         accuracy |= {"linf 1/255": 60.0, "linf 1/255 AA": 50.0, "l2 16/255": 70.0}
         runs = [run(row, accuracy=accuracy) for row in ("st", "sam,rho=0.2")]
         figure = draw_prices(summarize(runs, rows=ROWS, passes=self.passes))
         titles = [panel.get_title() for panel in figure.axes]
         assert titles == [
             "\u2113\u221e, \u03b5 = 1/255, AutoAttack",
+            "\u2113\u221e, \u03b5 = 4/255",
             "\u21132, \u03b5 = 16/255",
         ]
 
-    def test_names_of_alike_methods_do_not_cover_each_other(self):
-        rows = [("st", "ST"), *((f"sam,rho={i}", f"SAM {i}") for i in range(1, 20))]
+    def draw_sams(self, count):
+        """The only panel of ST and of so many alike settings of SAM."""
+        rows = [("st", "ST"), *((f"sam,rho={i}", f"SAM {i}") for i in range(count))]
         runs = [
-            run("st", accuracy={"natural": 99.0, "linf 1/255": value}) | {"row": name}
-            for (name, _), value in zip(rows, range(50, 70), strict=True)
+            run("st", accuracy={"natural": 99.0, "linf 1/255": 50 + i}) | {"row": name}
+            for i, (name, _) in enumerate(rows)
         ]
         passes = {name: 2 if "sam" in name else 1 for name, _ in rows}
-        (panel,) = draw_prices(summarize(runs, rows=rows, passes=passes)).axes
-        heights = sorted(text.get_position()[1] for text in panel.texts)[1:]
+        figure = draw_prices(summarize(runs, rows=rows, passes=passes))
+        figure.draw_without_rendering()
+        (panel,) = figure.axes
+        return panel
+
+    def test_names_of_alike_methods_do_not_cover_each_other(self):
+        panel = self.draw_sams(30)
+        boxes = sorted(
+            (text.get_window_extent() for text in panel.texts[1:]), key=lambda b: b.y0
+        )
+        assert len(boxes) == 30
+        assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
+        heights = sorted(text.get_position()[1] for text in panel.texts)
         low, high = panel.get_ylim()
         assert low <= heights[0] < heights[-1] <= high
-        gaps = [b - a for a, b in itertools.pairwise(heights)]
-        assert min(gaps) >= (high - low) / 31
+
+    def test_in_a_crowd_the_best_of_a_family_is_named(self):
+        panel = self.draw_sams(31)
+        assert [text.get_text() for text in panel.texts] == ["ST", "SAM 30"]
+        assert "of more than 30 alike, the best" in panel.get_xlabel()
+        assert len(panel.containers) == 32 + 1  # a dot each, and the legend's
 
 
 class TestWriteTable:

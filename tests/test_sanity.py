@@ -44,7 +44,7 @@ KEY = jax.random.key(5)
 EFFORT = Effort(apgd_steps=40, queries=300, restart_steps=10, radii=2)
 LINF, L2 = "linf 24/255", "l2 128/255"
 BALLS = {LINF: linf(24 / 255), L2: l2(128 / 255)}
-ON_NETWORK = {"zero gradients", "randomness"}
+ON_NETWORK = {"logits", "zero gradients", "randomness"}
 ON_BALL = {
     *("steps", "restarts", "radius", "square", "transfer", "logit scale"),
     *("low precision", "noise", "finite logits"),
@@ -57,6 +57,7 @@ class Network(nn.Module):
     Attributes:
       levels: the images are rounded to as many gray values; 0: are not.
       factor: of the logits.
+      softmax: the outputs are probabilities.
       noise: standard deviation of noise on the images, fresh in every pass.
       offset: added to all logits, rounded to `dtype` and taken off again.
       dtype: of that.
@@ -64,6 +65,7 @@ class Network(nn.Module):
 
     levels: int = 0
     factor: float = 1.0
+    softmax: bool = False
     noise: float = 0.0
     offset: float = 0.0
     dtype: Any = jnp.float32
@@ -78,6 +80,7 @@ class Network(nn.Module):
             images = images + self.noise * draw
         hidden = nn.relu(nn.Dense(64)(images.reshape(len(images), -1)))
         logits = nn.Dense(10)(hidden) * self.factor
+        logits = jax.nn.softmax(logits) if self.softmax else logits
         bits = jnp.finfo(self.dtype)
         # A cast to and fro would do, but XLA may leave that out.
         shifted = jax.lax.reduce_precision(logits + self.offset, bits.nexp, bits.nmant)
@@ -149,6 +152,15 @@ def test_a_plain_network_passes_every_check():
 def test_a_plain_network_is_not_robust_and_the_numbers_say_so():
     values = findings(surrogate=True, balls=(LINF, L2))["steps", LINF].values
     assert values["accuracy"]["1"] > values["accuracy"]["100"] + 20
+
+
+# Probabilities instead of logits.
+
+
+def test_a_network_that_ends_in_a_softmax_is_exposed():
+    found = findings(softmax=True, balls=())["logits", ""]
+    assert (found.verdict, found.values["normalized"]) == (WARNING, 150)
+    assert "Leave the softmax out" in found.text
 
 
 # Masked gradients: gray values in steps.

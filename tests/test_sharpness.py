@@ -15,8 +15,10 @@ from flax import nnx
 from samrobust.sharpness import (
     TwoPassMetrics,
     TwoPassState,
+    gradient_point,
     last_aux,
     last_metrics,
+    msam,
     sam,
     two_pass,
 )
@@ -560,6 +562,33 @@ def test_sam_inside_of_accumulation_is_the_large_batch_if_grad_fn_spans_all_of_i
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     wrong, _ = micro.one_by_one(tx)  # a silent other step: the last micro-batch's
     assert np.abs(wrong - expected).max() > 1e-2
+
+
+def test_msam_inside_of_accumulation_takes_all_gradients_at_the_moved_weights():
+    """In NumPy's float64: three updates of two micro-batches each."""
+    batches, (lr, momentum, decay) = np.asarray(MicroBatches.batches), (0.05, 0.9, 0.01)
+    w, v, e = W.astype(np.float64), np.zeros(4), np.zeros(4)
+    for _ in range(3):
+        grads = [A @ (w + e) - np.mean(b * np.sin(b * (w + e)), 0) for b in batches]
+        v = momentum * v + np.mean(grads, 0) + decay * (w + e)
+        w, e = w - lr * v, -RHO * v / np.linalg.norm(v)
+
+    tx: Any = optax.MultiSteps(msam(RHO, descent()), every_k_schedule=2)
+    found: Any = jnp.asarray(W)
+    state = tx.init(found)
+    for batch in np.tile(batches, (3, 1, 1)):
+        grads = MicroBatches.gradient(gradient_point(found, state), batch)
+        updates, state = tx.update(grads, state, found)
+        found = optax.apply_updates(found, updates)
+    np.testing.assert_allclose(found, w, rtol=1e-5)
+    np.testing.assert_allclose(gradient_point(found, state), w + e, rtol=1e-5)
+
+
+def test_msam_outside_of_accumulation_is_refused():
+    steps = optax.MultiSteps(descent(), every_k_schedule=2)
+    inner = optax.chain(optax.clip(1.0), steps.gradient_transformation())
+    with pytest.raises(ValueError, match=r"moves at every update.*MultiSteps\(msam"):
+        msam(RHO, inner).init(jnp.asarray(W))
 
 
 def test_jit_does_not_change_the_step_and_traces_it_once():

@@ -201,6 +201,15 @@ def test_a_last_batch_that_the_groups_do_not_divide_is_refused(
     assert make_plan(helpers.make_config("sam,rho=0.2", dropped), 64 + remainder)
 
 
+def test_examples_chosen_of_a_last_batch_that_do_not_fill_groups_are_refused():
+    options = {"training.drop_remainder": False, "model.batch_norm_group": 8}
+    config = helpers.make_config("esam,rho=0.2", options)
+    chosen = "Expected the examples chosen of the last batch of an epoch, 4 of 72 "
+    with pytest.raises(ValueError, match=f"{chosen}.*divisible by model.batch_norm_gr"):
+        make_plan(config, 72)
+    assert [make_plan(config, size).remainder for size in (64, 80)] == [0, 16]
+
+
 def lowered_step(config: Any, **options: Any) -> str:
     """The program of a config's step; with options, of the step they make."""
     dataset = helpers.load_data(config)

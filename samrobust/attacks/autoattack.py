@@ -14,9 +14,10 @@ import jax
 from samrobust.attacks import draws
 from samrobust.attacks.apgd import apgd, apgd_targeted
 from samrobust.attacks.balls import Ball, l2
-from samrobust.attacks.calls import accept, check_set
+from samrobust.attacks.calls import accept, check_set, warn_of_probabilities
 from samrobust.attacks.fab import fab_targeted
-from samrobust.attacks.losses import dlr, margin, misclassified
+from samrobust.attacks.losses import dlr, margin, misclassified, normalized
+from samrobust.attacks.numbers import seen
 from samrobust.attacks.per_example import filled, select
 from samrobust.attacks.square import square
 from samrobust.checks import check, check_choice
@@ -83,7 +84,9 @@ class AutoAttack:
             options = {"key": key} if self.is_random else {}
             return logits_fn(images, **options)
 
-        num_classes = jax.eval_shape(judge, images, key).shape[-1]
+        logits = judge(images, key)
+        warn_of_probabilities(seen(normalized(logits)))
+        num_classes = logits.shape[-1]
         for number, member in enumerate(self.members):
             own_key = draws.fold_in(key, number)
 
@@ -136,6 +139,7 @@ def autoattack(
       result is then what the first of them found, in ball and box; else the image, as
       for misclassified images. Radius 0 changes nothing. With random logits each member
       draws and judges with new logits: what breaks now may be right at the next look.
+      Probabilities instead of logits draw a warning, unless `jax.jit` hides them.
 
     Raises:
       ValueError: for other versions or members, and as `pgd` does.

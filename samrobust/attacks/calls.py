@@ -6,6 +6,7 @@ labels where they are concrete. Nothing here runs inside a compiled program.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from samrobust.checks import check
 from samrobust.types import Array, Attack, LogitsFn, LossFn
 
 __all__ = [
+    "PROBABILITIES",
     "Call",
     "accept",
     "attack_of",
@@ -31,7 +33,14 @@ __all__ = [
     "check_target",
     "is_point",
     "keep_still",
+    "warn_of_probabilities",
 ]
+
+PROBABILITIES = (
+    "The network's outputs are in [0, 1] and sum to 1, as probabilities do. Attacks "
+    "need logits: the gradient vanishes in a softmax, and robustness is overestimated. "
+    "Leave the softmax out."
+)
 
 _ROUNDING = 1e-6  # how far a pixel may lie outside the box, as a share of it
 _UNITS = "Radii are in pixel units: did you mean {:g} / 255?"
@@ -218,6 +227,12 @@ def check_target(first_target: int | Array, num_classes: int) -> None:
             first_target=int(first),
             classes=num_classes,
         )
+
+
+def warn_of_probabilities(normalized: np.ndarray) -> None:
+    """Warns if all outputs are normalized, bool [B]; of none nothing is known."""
+    if normalized.size and normalized.all():
+        warnings.warn(PROBABILITIES, stacklevel=3)
 
 
 def _as_array(**one: Any) -> Array:

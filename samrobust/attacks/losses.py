@@ -17,9 +17,11 @@ __all__ = [
     "logit_of",
     "margin",
     "misclassified",
+    "normalized",
     "targeted_dlr",
 ]
 
+_BFLOAT16 = 1e-2  # what rounding to 8 bits leaves of a sum of probabilities, and more
 _DLR_FLOOR = 1e-12  # the paper's code adds it to the denominators of both DLR losses
 
 
@@ -63,6 +65,22 @@ def misclassified(logits: Array, labels: Array) -> Array:
     undecided = ~jnp.isfinite(jnp.max(logits, axis=-1))
     decided = jnp.argmax(logits, axis=-1)  # of more classes than uint8 labels can name
     return undecided | (decided != labels.astype(decided.dtype))
+
+
+def normalized(logits: Array) -> Array:
+    """Tells which outputs [B, K] are probabilities: not negative, with the sum 1.
+
+    Up to rounding, in bfloat16 too.
+
+    Returns:
+      bool [B].
+
+    >>> normalized(jnp.array([[0.7, 0.3], [2.0, -1.0]]))
+    Array([ True, False], dtype=bool)
+    """
+    logits = _precise(logits)
+    is_whole = jnp.abs(jnp.sum(logits, axis=-1) - 1) < _BFLOAT16
+    return is_whole & (jnp.min(logits, axis=-1) >= 0)
 
 
 def margin(logits: Array, labels: Array) -> Array:

@@ -28,6 +28,13 @@ _CITATION = """\
 """
 
 
+class _Info(tfds.core.DatasetInfo):
+    """Description that comes from the archive alone."""
+
+    def initialize_from_bucket(self) -> None:
+        """Does nothing, where TFDS leaves an empty folder among the temporary files."""
+
+
 class CifarBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """TFDS builder that writes the official archive in ArrayRecord format."""
 
@@ -55,7 +62,7 @@ class CifarBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         }
         for key, _, num_classes in self._spec.labels:
             features[key] = tfds.features.ClassLabel(num_classes=num_classes)
-        return tfds.core.DatasetInfo(
+        return _Info(
             builder=self,
             description=f"{self._spec.title}: 60,000 color images of 32x32 pixels.",
             features=tfds.features.FeaturesDict(features),

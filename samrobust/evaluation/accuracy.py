@@ -3,7 +3,7 @@
 The network is evaluated in inference mode (`model.apply(variables, images,
 train=False)`), in its own precision. An example with a logit that is not finite counts
 as misclassified: a network with such logits on natural images is refused, and those
-under attack are reported.
+under attack are reported. Outputs that are probabilities draw a warning.
 
 All evaluators have one signature (`Evaluator`) and return an `Outcome`.
 """
@@ -19,6 +19,8 @@ import numpy as np
 from flax import linen as nn
 
 from samrobust.attacks import identity
+from samrobust.attacks.calls import warn_of_probabilities
+from samrobust.attacks.losses import normalized
 from samrobust.checks import check
 from samrobust.data import Split
 from samrobust.evaluation.fates import Fates
@@ -172,6 +174,8 @@ def make_evaluator(
         for name, attack in attacks.items():
             if attack is identity:
                 check_finite(bad.pop(name), len(split))
+                if is_primary():
+                    warn_of_probabilities(found[name][:, 2])
         correct = {name: found[name][:, 0] for name in attacks}  # in their order
         return conclude(correct, bad)
 
@@ -179,9 +183,10 @@ def make_evaluator(
 
 
 def judge_by(model: nn.Module, attacks: Mapping[str, Attack]) -> BatchFn:
-    """Builds the verdict on a batch under every attack, by its name, bool [B, 2].
+    """Builds the verdict on a batch under every attack, by its name, bool [B, 3].
 
-    Of each example: it is classified correctly, and its logits are finite.
+    Of each example: it is classified correctly, its logits are finite, and they are
+    probabilities.
     """
 
     def judge(
@@ -192,7 +197,7 @@ def judge_by(model: nn.Module, attacks: Mapping[str, Attack]) -> BatchFn:
         for name, attack in attacks.items():
             attacked = attack(logits_fn, images, labels, key=of_name(key, name))
             logits = logits_fn(attacked)
-            verdict = is_correct(logits, labels), is_finite(logits)
+            verdict = is_correct(logits, labels), is_finite(logits), normalized(logits)
             found[name] = jnp.stack(verdict, axis=-1)
         return found
 

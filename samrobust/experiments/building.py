@@ -72,14 +72,15 @@ def make_plan(config: Config, num_examples: int) -> EpochPlan:
             drop_remainder=training.drop_remainder,
             replays=methods.replays(config),
         )
-    field, size = methods.group_field(config)
-    groups = {field: size, "model.batch_norm_group": config.model.batch_norm_group}
-    for field, size in groups.items():
-        count = f"{plan.remainder} of {num_examples} examples"
-        wanted = f"the last batch of an epoch, {count}, divisible by {field}"
+    batch_norm = "model.batch_norm_group", config.model.batch_norm_group
+    last, alone = plan.remainder, methods.chosen(config, plan.remainder)
+    groups = (methods.group_field(config), last), (batch_norm, last)
+    for (field, size), count in (*groups, (batch_norm, alone)):
+        of = "" if count == last else "the examples chosen of "
+        wanted = f"{of}the last batch of an epoch, {count} of {num_examples} examples, "
         fix = "Set training.drop_remainder, or choose a size that divides it."
-        holds = size in (0, training.batch_size) or plan.remainder % size == 0
-        check(holds, wanted, fix, **{field: size})
+        holds = size in (0, training.batch_size) or count % size == 0
+        check(holds, f"{wanted}divisible by {field}", fix, **{field: size})
     return plan
 
 

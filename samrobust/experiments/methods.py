@@ -20,6 +20,7 @@ from samrobust.types import Config
 __all__ = [
     "StepPasses",
     "build",
+    "chosen",
     "cost",
     "group_field",
     "group_size",
@@ -77,6 +78,15 @@ def group_size(config: Config) -> int:
     """Returns m; 0 where it is the batch, an incomplete last one too."""
     _, size = group_field(config)
     return 0 if size == config.training.batch_size else size
+
+
+def chosen(config: Config, batch_size: int) -> int:
+    """Returns how many examples of a batch have passes of their own; 0: none."""
+    counts = [
+        entries.find(part.name).chosen(values_of(config, part.name), batch_size)
+        for part in parts_of(config)
+    ]
+    return min(batch_size, max(counts, default=0))
 
 
 def replays(config: Config) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from samrobust.attacks import ATTACKS_VERSION
 from samrobust.checks import check
 from samrobust.data import Dataset, check_padding, fingerprint
 from samrobust.experiments import building, methods, scoring, trunks
@@ -250,10 +251,14 @@ def _trained(config: Config, dataset: Dataset, outcome: FitResult) -> Trained:
 
 
 def _read_scores(workdir: pathlib.Path, images: str) -> dict[str, scoring.Score]:
-    """Returns the scores on these images that a stop between two has left."""
+    """Returns the scores that a stop between two has left, by today's attacks."""
     stored = read_sealed(workdir / _SCORES) or {}
-    scores = {which: scoring.Score(**fields) for which, fields in stored.items()}
-    return {which: s for which, s in scores.items() if s.images == images}
+    wanted = {"images": images, "attacks_version": ATTACKS_VERSION}
+    return {
+        which: scoring.Score(**fields)
+        for which, fields in stored.items()
+        if fields.items() >= wanted.items()
+    }
 
 
 def _identity_in(outcome: FitResult) -> Identity:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from samrobust.attacks import ATTACKS_VERSION
 from samrobust.data import Dataset, Split, fingerprint
 from samrobust.evaluation import (
     Archive,
@@ -65,6 +66,7 @@ class Score(NamedTuple):
       step: after which the network was saved.
       identity: the hash of its run's identity.
       images: the hash of the images that it was judged on.
+      attacks_version: `ATTACKS_VERSION` of the attacks that it was judged by.
       provenance: of the process that ended the evaluation, also where it is only read
         again.
       details: what there is beyond that, in JSON's types. Of AutoAttack, `autoattack`:
@@ -77,6 +79,7 @@ class Score(NamedTuple):
     step: int
     identity: str
     images: str
+    attacks_version: int
     provenance: dict[str, Any]
     details: dict[str, Any]
 
@@ -162,6 +165,7 @@ class Scorer:
             step=network.step,
             identity=network.identity.hash,
             images=fingerprint(self._split),
+            attacks_version=ATTACKS_VERSION,
             provenance=outcome.ended_by or provenance(),
             details=outcome.details,
         )

@@ -210,6 +210,15 @@ def _validate_groups(config: Config) -> None:
         fix=f"BatchNorm cannot reach across groups of {m} that have parameters of "
         f"their own: set --config.{group}={m}, or a divisor of it.",
     )
+    alone = methods.chosen(config, batch_size)
+    _require(
+        config,
+        size in (0, batch_size) or alone % size == 0,
+        f"{group} that divides the {alone} of {batch_size} examples that the method "
+        "takes a pass over",
+        *(group, "row"),
+        fix="0 means all examples of a pass.",
+    )
 
 
 def _validate_evaluation(config: Config) -> None:

@@ -87,7 +87,7 @@ def esam(
         return of_length(rho / beta, chosen, norm(chosen)), state
 
     def choose(rises: Array) -> Array:
-        return jax.lax.top_k(rises, max(1, int(gamma * len(rises))))[1]
+        return jax.lax.top_k(rises, _chosen(gamma, len(rises)))[1]
 
     def measure(grads: PyTree, perturbation: PyTree) -> dict[str, Array]:
         del grads
@@ -103,6 +103,10 @@ def esam(
     )
 
 
+def _chosen(gamma: float, batch_size: int) -> int:
+    return max(1, int(gamma * batch_size))
+
+
 def _passes(values: Mapping[str, Any]) -> float:
     return 1.0 if values["gamma"] == 1 else values["gamma"] + 1 / 3
 
@@ -116,4 +120,5 @@ ENTRY = Entry(
         "gamma": Field(0.5, _fraction),
     },
     passes=_passes,
+    chosen=lambda values, size: _chosen(values["gamma"], size),
 )

@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from samrobust.checks import check_strength
-from samrobust.sharpness.refusals import check_present, check_rho, check_scheduled
+from samrobust.sharpness.refusals import (
+    check_present,
+    check_rho,
+    check_scheduled,
+    check_steps,
+)
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.state import OffsetState, shifted
 from samrobust.sharpness.trees import at_least_float32, norm, width, zeros
@@ -32,6 +37,9 @@ def msam(
         grads = jax.grad(loss)(gradient_point(params, opt_state))
         updates, opt_state = tx.update(grads, opt_state, params)
 
+    With micro-batches put MSAM inside, `optax.MultiSteps(msam(rho, sgd), k)`: all k
+    gradients are taken at the same moved weights.
+
     Args:
       rho: the distance in the l2 norm of all parameters together, or a schedule of it;
         the authors' is 0.3, and 3 for a WideResNet.
@@ -44,7 +52,8 @@ def msam(
       next offset.
 
     Raises:
-      ValueError: unless rho is as for `sam`; in `update`, without `params`.
+      ValueError: unless rho is as for `sam`; in `init`, if the optimizer accumulates
+        gradients by `optax.MultiSteps`; in `update`, without `params`.
 
     Reference: Becker, Altrock and Risse (2024), arXiv 2401.12033; as the authors' code,
     MarlonBecker/MSAM, for SGD. *Our deviation*: their AdamW moves along its average of
@@ -60,8 +69,9 @@ def msam(
         exact = jax.tree.map(at_least_float32, params)
         offset = jax.tree.map(lambda w: zeros(w.shape, w.dtype, w), exact)
         measured = {name: zeros((), jnp.float32, params) for name in _METRICS}
-        step = jnp.zeros([], jnp.int32)
-        return OffsetState(step, offset, inner.init(params), measured)
+        step, state = jnp.zeros([], jnp.int32), inner.init(params)
+        check_steps(state)
+        return OffsetState(step, offset, state, measured)
 
     def update(
         updates: PyTree,

@@ -23,6 +23,7 @@ __all__ = [
     "check_present",
     "check_rho",
     "check_scheduled",
+    "check_steps",
     "is_gap",
     "is_off",
 ]
@@ -84,6 +85,24 @@ def check_present(**values: Any) -> None:
             "Call `tx.update(grads, opt_state, params, grad_fn=grad_fn)`.",
             **{name: value},
         )
+
+
+def check_steps(state: PyTree) -> None:
+    """Refuses an optimizer whose update is 0 while it accumulates gradients.
+
+    Whoever looks ahead along that update would stand still at all micro-batches but
+    the first.
+    """
+
+    def accumulates(node: Any) -> bool:
+        return isinstance(node, optax.MultiStepsState)
+
+    check(
+        not any(map(accumulates, jax.tree.leaves(state, is_leaf=accumulates))),
+        "an optimizer that moves at every update",
+        "Put the accumulation around: `optax.MultiSteps(msam(rho, optimizer), k)`.",
+        optimizer="optax.MultiSteps",
+    )
 
 
 def is_gap(node: Any) -> bool:

@@ -229,4 +229,5 @@ ENTRY = Entry(
         "num_samples": Field(16, count),
         "drop_rate": Field(0.5, share),
     },
+    chosen=lambda values, _: int(values["mask"] == "fisher"),
 )

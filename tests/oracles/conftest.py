@@ -1,3 +1,3 @@
 """What is not collected for doctests, which would import it without PyTorch."""
 
-collect_ignore = ["torch_twin.py", "torch_reference_network.py"]
+collect_ignore = ["torch_twin.py"]

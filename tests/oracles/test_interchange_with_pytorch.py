@@ -25,7 +25,7 @@ from samrobust.models.torch import (
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
-reference = pytest.importorskip("torch_reference_network")
+twin = pytest.importorskip("torch_twin")
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 NETWORKS = {
@@ -54,7 +54,7 @@ def as_torch_images(images):
 def make_theirs(fields, seed=0):
     """The reference's network, with statistics of some training passes."""
     torch.manual_seed(seed)
-    network = reference.ReferenceNetwork(**fields)
+    network = twin.TwinResNet(**fields)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if "bn" in name:
@@ -78,7 +78,7 @@ def test_an_exported_network_has_the_same_logits_in_pytorch(fields, tmp_path):
     model, variables = make_ours(fields)
     path = tmp_path / "weights.pth"
     write_pytorch(path, Weights(to_tensors(variables, model), {}))
-    network = reference.ReferenceNetwork(**fields)
+    network = twin.TwinResNet(**fields)
     network.load_state_dict(torch.load(path, weights_only=True), strict=True)
     images = make_images()
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_the_counters_of_batches_are_int64_scalars():
     model, variables = make_ours(NETWORKS["uneven"])
     tensors = to_tensors(variables, model)
     counters = [n for n in tensors if n.endswith("num_batches_tracked")]
-    theirs = reference.ReferenceNetwork(**NETWORKS["uneven"]).state_dict()
+    theirs = twin.TwinResNet(**NETWORKS["uneven"]).state_dict()
     assert tensors.keys() == theirs.keys()
     assert len(counters) == 9
     assert all(tensors[n].shape == () for n in counters)
@@ -325,7 +325,7 @@ def test_a_run_goes_to_a_pytorch_file_and_comes_back_to_the_bit(workdir, tmp_pat
 def test_a_whole_preactresnet_18_goes_here_and_back_by_command(tmp_path):
     """As others save it: 11 million weights, in parallel, behind a normalization."""
     torch.manual_seed(0)
-    network = reference.ReferenceNetwork(in_channels=1)
+    network = twin.TwinResNet(in_channels=1)
     rng = np.random.default_rng(0)
     normalized = [rng.normal(size=(16, 1, 8, 8)).astype(np.float32) for _ in range(3)]
     for batch in normalized:

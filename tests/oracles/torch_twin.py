@@ -2,8 +2,8 @@
 
 Written from the facts about the paper's PyTorch code (weizeming/SAM_AT), without
 samrobust: images are [B, C, H, W] in [0, 1], radii in pixel units; the normalization of
-pixels is inside the network. Attacks start where they are told to, so that no random
-numbers have to agree.
+pixels is inside the network, whose state dict has the names of that code. Attacks start
+where they are told to, so that no random numbers have to agree.
 
 Out of scope: data, schedules, speed.
 
@@ -11,7 +11,7 @@ Reference: Wei, Zhu and Zhang, 2023, arXiv 2305.05392.
 """
 
 import contextlib
-from collections import OrderedDict
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -52,21 +52,22 @@ class TwinBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = _convolution(in_channels, channels, 3, stride)
-        self.norm2 = nn.BatchNorm2d(channels)
+        self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = _convolution(channels, channels, 3)
         self.shortcut = None
         if stride != 1 or in_channels != channels:
-            self.shortcut = _convolution(in_channels, channels, 1, stride)
+            projection = _convolution(in_channels, channels, 1, stride)
+            self.shortcut = nn.Sequential(projection)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Maps [B, C, H, W] to [B, channels, H / stride, W / stride]."""
-        activated = torch.relu(self.norm1(inputs))
+        activated = torch.relu(self.bn1(inputs))
         # The convolution of the shortcut sees activated inputs, the identity raw ones.
         skip = inputs if self.shortcut is None else self.shortcut(activated)
         hidden = self.conv1(activated)
-        hidden = self.conv2(torch.relu(self.norm2(hidden)))
+        hidden = self.conv2(torch.relu(self.bn2(hidden)))
         return hidden + skip
 
 
@@ -98,22 +99,24 @@ class TwinResNet(nn.Module):
         for name, value in (("mean", mean), ("std", std)):
             buffer = torch.tensor(value).reshape(1, -1, 1, 1)
             self.register_buffer(name, buffer, persistent=False)
-        self.stem = _convolution(in_channels, width, 3)
-        stages, channels = OrderedDict[str, nn.Module](), width
+        self.conv1 = _convolution(in_channels, width, 3)
+        self.num_stages, channels = len(blocks), width
         for i, num_blocks in enumerate(blocks):
+            stage = []
             for j in range(num_blocks):
                 stride = 2 if i > 0 and j == 0 else 1
-                block = TwinBlock(channels, width * 2**i, stride)
-                stages[f"stage{i + 1}_block{j + 1}"] = block
+                stage.append(TwinBlock(channels, width * 2**i, stride))
                 channels = width * 2**i
-        self.stages = nn.Sequential(stages)
-        self.norm = nn.BatchNorm2d(channels)
-        self.head = nn.Linear(channels, num_classes)
+            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+        self.bn = nn.BatchNorm2d(channels)
+        self.linear = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
-        hidden = self.stages(self.stem((images - self.mean) / self.std))
-        return self.head(torch.relu(self.norm(hidden)).mean(dim=(2, 3)))
+        hidden = self.conv1((images - self.mean) / self.std)
+        for i in range(self.num_stages):
+            hidden = getattr(self, f"layer{i + 1}")(hidden)
+        return self.linear(torch.relu(self.bn(hidden)).mean(dim=(2, 3)))
 
 
 # --- weights --------------------------------------------------------------------------
@@ -133,13 +136,20 @@ _TO_JAX = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}  # OIHW -> HWIO, [out, in] -> [i
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 
 
+def _path(name: str) -> str:
+    """Returns Flax's path of a layer: `stage2_block1/norm1` of `layer2.0.bn1`."""
+    if match := re.match(r"layer(\d+)\.(\d+)\.(\w+)", name):
+        stage, block, layer = match.groups()
+        return f"stage{stage}_block{int(block) + 1}/{layer.replace('bn', 'norm')}"
+    return {"conv1": "stem", "bn": "norm", "linear": "head"}[name]
+
+
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yields Flax's path of each tensor of the model, and the tensor."""
     for name, module in model.named_modules():
-        path = name.removeprefix("stages.").replace(".", "/")
         for collection, jax_name, torch_name in _NAMES.get(type(module), ()):
             tensor = getattr(module, torch_name).detach()
-            yield f"{collection}/{path}/{jax_name}", tensor
+            yield f"{collection}/{_path(name)}/{jax_name}", tensor
 
 
 def to_jax(model: nn.Module) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def run_sanity(
 
 
 def _on_network(look: Look) -> list[Finding]:
-    """Judges whether there are gradients to follow, and whether two passes agree.
+    """Judges whether it gives logits, gradients, and in two passes the same.
 
     Raises:
       ValueError: if the logits are not finite: there is nothing to check.
@@ -114,6 +114,7 @@ def _on_network(look: Look) -> list[Finding]:
     gradients = look.measure(measure_gradients(look.model))
     names = ("correct", "zero", "zero_margin", "saturated")
     return [
+        verdicts.judge_outputs(first["logits"]),
         verdicts.judge_gradients(*(gradients[name] for name in names)),
         verdicts.judge_randomness(first["logits"], second["logits"]),
     ]

@@ -6,8 +6,11 @@ images and holds the count against `allowance`.
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
+from samrobust.attacks.calls import PROBABILITIES
+from samrobust.attacks.losses import normalized
 from samrobust.evaluation.diagnostics.finding import (
     PASSED,
     UNDECIDED,
@@ -23,6 +26,7 @@ __all__ = [
     "judge_gradients",
     "judge_logit_scale",
     "judge_noise",
+    "judge_outputs",
     "judge_precision",
     "judge_products",
     "judge_radii",
@@ -35,6 +39,15 @@ __all__ = [
 
 # Sums in another order differ by a few units of 1.2e-7, never by a thousand of them.
 _ROUNDING = 1e-4
+
+
+def judge_outputs(outputs: np.ndarray) -> Finding:
+    """Judges whether the outputs [N, K] are logits and not probabilities."""
+    count = int(np.sum(normalized(jnp.asarray(outputs))))
+    values = {"images": len(outputs), "normalized": count}
+    is_bad = count == len(outputs)
+    text = PROBABILITIES if is_bad else "The outputs are no probabilities."
+    return _finding("logits", is_bad, text, values)
 
 
 def judge_gradients(

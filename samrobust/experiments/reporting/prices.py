@@ -1,8 +1,9 @@
 """Picture of what robustness costs: accuracy against the passes of training.
 
-A panel a norm, at its smallest radius and under its strongest attack. Methods of alike
-cost stand side by side, so their names are written beside them, spread so that each can
-be read.
+Of each norm a panel for the smallest radius and one for the largest, under the
+strongest attack. Methods of alike cost stand side by side, so their names are written
+beside them, spread so that each can be read; in a crowd only the best of each family is
+named.
 """
 
 import collections
@@ -28,14 +29,15 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_prices", "has_prices"]
 
-_WIDTH, _HEIGHT = 8.0, 3.6  # inches, of a panel
+_WIDTH, _LEAST, _LINE = 8.0, 1.8, 0.105  # inches: of a panel, and between two names
+_AROUND = 0.45  # inches above and below a panel
 _NEAR = 0.3  # doublings of the cost within which names stand in one column
 _MARGIN = 0.06  # doublings between points and names
 _LETTER = 0.022  # doublings that a letter of a name takes
 _OTHERS = re.compile(r",\w+\.\w")  # in the name of a row: other fields of its config
 _DOT = {"marker": "o", "markersize": 3.5, "linestyle": "none", "elinewidth": 0.8}
 _STAIRS = {"drawstyle": "steps-post", "color": pictures.PALE, "linewidth": 2.5}
-_LINES = 30.0  # names that a panel has room for, one below another
+_CROWD = 30  # names in a column, beyond which most are left out
 
 
 def has_prices(table: Table) -> bool:
@@ -51,13 +53,18 @@ def draw_prices(table: Table) -> "Figure":
     method beats at that cost or less.
     """
     columns, rows = _columns(table), _drawn(table)
-    size = (_WIDTH, _HEIGHT * len(columns) + 0.6)
+    most = max(len(_named(cluster, columns[0])) for cluster in _clusters(rows))
+    height = max(_LEAST, 1.25 * most * _LINE)
+    size = (_WIDTH, (height + _AROUND) * len(columns) + 0.6)
     figure, panels = pictures.make_panels(
         1, size, table.title, 100, rows=len(columns), sharey=False
     )
     for panel, column in zip(panels, columns, strict=True):
-        _draw_panel(panel, rows, column)
-    panels[-1].set_xlabel("passes of training, counted, ST = 1", fontsize=pictures.TEXT)
+        _draw_panel(panel, rows, column, height)
+    words = "passes of training, counted, ST = 1"
+    if any(len(cluster) > _CROWD for cluster in _clusters(rows)):
+        words += f"; of more than {_CROWD} alike, the best of each family are named"
+    panels[-1].set_xlabel(words, fontsize=pictures.TEXT)
     over = pictures.over_seeds(len(row.seeds) for row in rows)
     mean = over if over == "one seed" else f"mean ± std over {over}"
     bar = {"yerr": None if over == "one seed" else [], **_DOT}
@@ -73,13 +80,14 @@ def _drawn(table: Table) -> list[TableRow]:
 
 
 def _columns(table: Table) -> list[str]:
-    """Returns of each norm the smallest radius under the attack that leaves least."""
+    """Returns each norm's smallest and largest radius, under its strongest attack."""
     robust = [c for c in table.columns if column_norm(c) != "natural"]
     chosen = []
     for _, columns in itertools.groupby(robust, key=column_norm):
         by_radius = itertools.groupby(columns, key=lambda c: column_order(c)[2])
-        _, smallest = next(iter(by_radius))
-        chosen.append(min(smallest, key=lambda column: _total(table, column)))
+        smallest, *others = (list(each) for _, each in by_radius)
+        for attacks in (smallest, *others[-1:]):
+            chosen.append(min(attacks, key=lambda column: _total(table, column)))
     return chosen
 
 
@@ -88,9 +96,11 @@ def _total(table: Table, column: str) -> float:
     return sum(mean for mean in means if mean is not None)
 
 
-def _draw_panel(panel: "Axes", rows: Sequence[TableRow], column: str) -> None:
+def _draw_panel(
+    panel: "Axes", rows: Sequence[TableRow], column: str, height: float
+) -> None:
     colors, names = pictures.family_colors(row.family for row in rows), _names(rows)
-    places = {row.name: math.log2(row.passes or 1.0) for row in rows}
+    places = {row.name: _place(row) for row in rows}
     means = {row.name: row.cells[column].mean or 0.0 for row in rows}
     bars = {row.name: row.cells[column].std or 0.0 for row in rows}
     least = min(means[name] - bar for name, bar in bars.items())
@@ -103,25 +113,27 @@ def _draw_panel(panel: "Axes", rows: Sequence[TableRow], column: str) -> None:
         if means[row.name] > best:
             best = means[row.name]
             front.append((places[row.name], best))
-    clusters = _clusters(rows, places)
-    letters = max(len(names[row.name]) for row in clusters[-1])
+    for row in rows:
+        dot = {**_DOT, "color": colors[row.family], "zorder": 3}
+        panel.errorbar(places[row.name], means[row.name], bars[row.name], **dot)
+    clusters = _clusters(rows)
+    letters = max(len(names[row.name]) for row in _named(clusters[-1], column))
     right = max(places.values()) + 2 * _MARGIN + _LETTER * letters
     front.append((right, best))
     panel.plot(*zip(*front, strict=True), **_STAIRS, zorder=0)
     for cluster in clusters:
         beside = max(places[row.name] for row in cluster) + _MARGIN
-        cluster = sorted(cluster, key=lambda row: means[row.name])
-        wanted = [means[row.name] for row in cluster]
-        heights = _spread(wanted, (high - low) / _LINES, low, high)
-        for row, height in zip(cluster, heights, strict=True):
-            x, y, color = places[row.name], means[row.name], colors[row.family]
-            panel.errorbar(x, y, bars[row.name], color=color, **_DOT, zorder=3)
+        named = _named(cluster, column)
+        wanted = [means[row.name] for row in named]
+        levels = _spread(wanted, (high - low) * _LINE / height, low, high)
+        for row, level in zip(named, levels, strict=True):
             line = {"color": pictures.GRAY, "linewidth": 0.4, "zorder": 1}
-            panel.plot([x, beside], [y, height], **line)
+            ends = [places[row.name], beside], [means[row.name], level]
+            panel.plot(*ends, **line)
             text = pictures.in_symbols(names[row.name])
             behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.2}
             look = {"fontsize": pictures.SMALL, "va": "center", "bbox": behind}
-            panel.text(beside + _MARGIN / 4, height, text, **look, zorder=1.5)
+            panel.text(beside + _MARGIN / 4, level, text, **look, zorder=1.5)
     doublings = range(math.floor(min(places.values())), math.floor(right) + 1)
     panel.set_xticks(list(doublings), [f"{2.0**n:g}x" for n in doublings])
     panel.set_xlim(min(places.values()) - 0.15, right)
@@ -149,14 +161,26 @@ def _title(column: str) -> str:
     return ", ".join([pictures.in_symbols(norm), f"ε = {radius}", *words])
 
 
-def _clusters(
-    rows: Sequence[TableRow], places: dict[str, float]
-) -> list[list[TableRow]]:
+def _place(row: TableRow) -> float:
+    """Returns what a row costs, in doublings of ST."""
+    return math.log2(row.passes or 1.0)
+
+
+def _named(cluster: Sequence[TableRow], column: str) -> list[TableRow]:
+    """Returns the rows whose names have room, the lowest accuracy first."""
+    rising = sorted(cluster, key=lambda row: row.cells[column].mean or 0.0)
+    if len(rising) <= _CROWD:
+        return rising
+    best = {row.family: row for row in rising}
+    return [row for row in rising if best[row.family] is row]
+
+
+def _clusters(rows: Sequence[TableRow]) -> list[list[TableRow]]:
     """Returns the rows by what they cost, those of alike cost together."""
-    ordered = sorted(rows, key=lambda row: places[row.name])
+    ordered = sorted(rows, key=_place)
     clusters = [[ordered[0]]]
     for before, row in itertools.pairwise(ordered):
-        if places[row.name] - places[before.name] > _NEAR:
+        if _place(row) - _place(before) > _NEAR:
             clusters.append([])
         clusters[-1].append(row)
     return clusters

@@ -1,6 +1,7 @@
 """A live progress bar over a grid of runs; plain lines where there is no terminal."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Column
 
@@ -21,10 +21,14 @@ from samrobust.experiments.reporting.status import duration
 __all__ = ["ProgressDisplay"]
 
 _SECONDS_BETWEEN_LINES = 15.0
+_COMPILATION = "/jax/core/compile/backend_compile_duration"  # JAX's event
 
 
 class ProgressDisplay:
     """Display of how far a grid of runs is, in units of predicted work.
+
+    The ETA does not count the time that programs took to compile: the work that is left
+    needs few new ones.
 
     Args:
       console: a terminal gets a live bar with an ETA, anything else a line now and
@@ -36,21 +40,20 @@ class ProgressDisplay:
         self._console, self._total = console, total_work
         self._started, self._last_line = time.monotonic(), 0.0
         self._runs: dict[str, RunDisplay] = {}
+        self._compiling: Callable[[], float] = lambda: 0.0
         text = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
             TextColumn("{task.description}", markup=False, table_column=text),
             BarColumn(bar_width=16),
             TextColumn("{task.percentage:>3.0f}%", table_column=_fixed(4)),
             TimeElapsedColumn(table_column=_fixed(8)),
-            TextColumn("eta", table_column=_fixed(3)),
-            TimeRemainingColumn(table_column=_fixed(8)),
+            TextColumn("eta {task.fields[eta]}", table_column=_fixed(14)),
             console=console,
             expand=True,
-            speed_estimate_period=120,
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task: TaskID = self._progress.add_task("", total=total_work)
+        self._task: TaskID = self._progress.add_task("", total=total_work, eta="-")
 
     @contextlib.contextmanager
     def live(self) -> Iterator["ProgressDisplay"]:
@@ -68,6 +71,10 @@ class ProgressDisplay:
         A run that is never told of progress is done elsewhere: it is left out, and
         may come again.
         """
+        if not self._runs:
+            clock = _compilation_clock()
+            begun = clock()
+            self._compiling = lambda: clock() - begun
         for run in self._runs.values():
             run.done = run.work
         self._runs[name] = RunDisplay(self.say, name, training, evaluation, given)
@@ -85,16 +92,33 @@ class ProgressDisplay:
     def show(self, text: str, done: float, total: float | None = None) -> None:
         """Moves the bar to `done` units of work and says what is going on."""
         total = self._total if total is None else total
-        self._progress.update(self._task, completed=done, total=total, description=text)
         now = time.monotonic()
+        share = min(1.0, done / total) if total > 0 else 0.0  # sums may round up
+        elapsed = now - self._started
+        left = (elapsed - self._compiling()) * (1 - share)
+        eta = duration(left / share) if share > 0.02 else "-"
+        moved: dict[str, Any] = {"completed": done, "total": total, "eta": eta}
+        self._progress.update(self._task, description=text, **moved)
         if self._console.is_terminal or now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
-        share = min(1.0, done / total) if total > 0 else 0.0  # sums may round up
-        elapsed = now - self._started
-        eta = duration(elapsed * (1 - share) / share) if share > 0.02 else "-"
         line = f"{share:4.0%}  {text}  (elapsed {duration(elapsed)}, eta {eta})"
         self._console.print(line, soft_wrap=True)
+
+
+@functools.cache
+def _compilation_clock() -> Callable[[], float]:
+    """Returns a clock of the seconds in which this process has compiled programs."""
+    import jax.monitoring  # not for displays of what other processes do
+
+    seconds = [0.0]
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == _COMPILATION:
+            seconds[0] += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return lambda: seconds[0]
 
 
 def _fixed(width: int) -> Column:

@@ -27,8 +27,10 @@ _KEYS = ("dataset", "row", "seed", "accuracy", "num_test")
 # fields below them.
 _COMMON = (
     *("data.name.", "data.test_size.", "evaluation.", "model.dtype."),
-    *("dataset.", "num_test.", "images."),
+    *("dataset.", "num_test.", "images.", "attacks_version."),
 )
+# What results meant that have no such field yet.
+_EARLIER = {"attacks_version": 2}
 
 
 def num_steps(result: Mapping[str, Any]) -> int:
@@ -69,7 +71,7 @@ def _common(fields: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, An
     data = [n for n in flat if n.startswith("run.config.data.")]
     if all(flat[name] == beside.get(name) for name in data):
         names.add("run.data")  # or the images themselves are others
-    found = {name: flat.get(name) for name in names}
+    found = _EARLIER | {name: flat.get(name) for name in names}
     return found | {"columns": sorted(fields.get("accuracy", ()))}
 
 

@@ -229,7 +229,7 @@ def summarize(
         return TableRow(name, label, seeds, cells, counted, *cost)
 
     kept = (
-        *("row", "seed", "identity", "step", "images", "best"),
+        *("row", "seed", "identity", "step", "images", "attacks_version", "best"),
         *("training_steps", "training_seconds", "step_seconds", "provenance"),
         *("pgd_provenance", "training_provenance"),
     )
