@@ -345,8 +345,8 @@ def children_of(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the processes")
-def test_a_run_that_lost_a_process_and_was_stopped_ends_bit_identical(tmp_path):
-    """Killed in one process, then told to stop, then left alone."""
+def test_a_run_that_lost_a_process_goes_on_and_stops_as_it_is_told(tmp_path):
+    """What it ends with is in test_processes_end."""
 
     def start_run() -> subprocess.Popen[str]:
         script = "import sys; from samrobust import cli; sys.exit(cli.main())"
@@ -370,8 +370,5 @@ def test_a_run_that_lost_a_process_and_was_stopped_ends_bit_identical(tmp_path):
     code, _, errors = finish(stopped)
     assert code == 75, errors
     step = helpers.checkpoint_steps(tmp_path)[-1]
+    assert step > began_at
     assert f"Stopped at step {step} of" in errors
-
-    code, _, errors = finish(start_run())
-    assert code == 0, errors
-    launch_runs.assert_same_run(tmp_path)

@@ -1,4 +1,4 @@
-"""One device or several: the same numbers.
+"""One device or four: the same numbers; on two, see `test_processes.py`.
 
 Devices are virtual ones on the CPU, which JAX makes as it starts: so in processes of
 their own, which run this file as a script.
@@ -50,8 +50,6 @@ from samrobust.system.distributed import (
 from samrobust.training import InterruptedRunError
 
 ST, SAM = "st", "sam,rho=0.2"
-# Of devices; two, and other methods on two and four, are in test_processes.
-COUNTS = (1, 4)
 # Runs whose last batch of an epoch, 6 or 3 images, the devices do not divide.
 UNEVEN = {
     "groups": (
@@ -123,12 +121,13 @@ def start(folder: pathlib.Path, num_devices: int) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-    """The runs on one device and on four."""
+    """The runs on the one device of this process, and on four."""
     folder = tmp_path_factory.mktemp("parallel")
-    for count in COUNTS:
-        process = start(folder, count)
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    with helpers.programs_made_once():
+        work(folder)
+    process = start(folder, 4)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
     return folder
 
 

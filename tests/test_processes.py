@@ -16,6 +16,7 @@ import pytest
 from samrobust.experiments.networks import load_network
 from samrobust.experiments.run import run, train
 from samrobust.experiments.scoring import Scorer
+from samrobust.experiments.workdir import OtherConfigError
 from samrobust.system import distributed
 from samrobust.training import InterruptedRunError
 
@@ -44,6 +45,12 @@ def work(folder: pathlib.Path, layout: str) -> None:
         config = helpers.make_config(row, uneven | SEED)
         dataset = helpers.load_data(config)
         run(config, folder / layout / row, helpers.Silent(), dataset=dataset)
+    if layout == "2x1":
+        move(folder / "1x1 to 2x1")
+        start_to_move(folder / "2x1 to 1x1")
+        come_again(folder / layout / AT)
+    if layout == "1x2":
+        return
     config = helpers.make_config(AT, EARLY | SEED)
     dataset = helpers.load_data(config)
     workdir = folder / layout / AT
@@ -57,9 +64,22 @@ def work(folder: pathlib.Path, layout: str) -> None:
         assert distributed.is_shared(error) == (jax.process_count() > 1)  # noqa: PT017
     if distributed.is_primary():
         (folder / layout / "early.json").write_text(json.dumps(accuracy))
-    if layout == "2x1":
-        move(folder / "1x1 to 2x1")
-        start_to_move(folder / "2x1 to 1x1")
+
+
+def come_again(workdir: pathlib.Path) -> None:
+    """What process 0 alone reads, of a finished run, is returned or raised in all."""
+    config = helpers.make_config(AT, {"evaluation.batch_size": 13} | SEED)
+    dataset = helpers.load_data(config)
+    result = run(config, workdir, helpers.Silent(), dataset=dataset)
+    stored = json.loads((workdir / "result.json").read_text())
+    assert result["accuracy"] == stored["accuracy"]
+    other = helpers.make_config(AT, {"training.momentum": 0.5} | SEED)
+    try:
+        run(other, workdir, helpers.Silent(), dataset=dataset)
+    except OtherConfigError as error:
+        assert "training.momentum was 0.9, is 0.5" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError
 
 
 def start_to_move(workdir: pathlib.Path) -> None:
@@ -148,7 +168,7 @@ def test_every_layout_measures_the_same_accuracies(folder, layout, row):
     assert provenance["num_devices"] == count * devices
 
 
-@pytest.mark.parametrize("layout", SEVERAL)
+@pytest.mark.parametrize("layout", ["2x1", "2x2"])  # 1x8 is in test_parallel
 def test_evaluation_with_early_stop_too(folder, layout):
     accuracy, expected = (
         json.loads((folder / name / "early.json").read_text())

@@ -6,8 +6,6 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-import pytest
-
 import samrobust
 
 ROOT = pathlib.Path(samrobust.__file__).parent
@@ -56,15 +54,15 @@ def id_of(path: pathlib.Path) -> str:
     return str(path.relative_to(ROOT.parent))
 
 
-every_module = pytest.mark.parametrize("path", MODULES, ids=id_of)
-
-
 def described(path: pathlib.Path) -> Iterator[tuple[Definition, str, str]]:
     """Definitions with a docstring, the docstring's first word, and where it stands."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, Definition) and (text := ast.get_docstring(node)):
             line = text.splitlines()[0]
             yield node, line.split()[0], f"{id_of(path)}:{node.lineno}: {line}"
+
+
+DESCRIBED = [found for path in MODULES for found in described(path)]
 
 
 def is_property(node: Definition) -> bool:
@@ -76,31 +74,26 @@ def is_verb(word: str) -> bool:
     return bool(looks_like_one) and not NOT_A_VERB.fullmatch(word)
 
 
-@every_module
-def test_a_functions_docstring_opens_with_a_verb_in_the_third_person(path):
+def test_a_functions_docstring_opens_with_a_verb_in_the_third_person():
     wrong = [
         line
-        for node, word, line in described(path)
+        for node, word, line in DESCRIBED
         if not (is_verb(word) or is_property(node) or isinstance(node, ast.ClassDef))
     ]
     assert not wrong, "\n".join(wrong)
 
 
-VERBS = {
-    word
-    for path in MODULES
-    for node, word, _ in described(path)
-    if is_verb(word) and not isinstance(node, ast.ClassDef)
-}
-
-
-@every_module
-def test_a_classs_docstring_opens_with_what_it_is(path):
+def test_a_classs_docstring_opens_with_what_it_is():
+    verbs = {
+        word
+        for node, word, _ in DESCRIBED
+        if is_verb(word) and not isinstance(node, ast.ClassDef)
+    }
     wrong = [
         line
-        for node, word, line in described(path)
+        for node, word, line in DESCRIBED
         if isinstance(node, ast.ClassDef)
-        and (word in VERBS or NOT_A_NOUN.fullmatch(word))
+        and (word in verbs or NOT_A_NOUN.fullmatch(word))
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -114,10 +107,10 @@ def test_no_two_classes_share_a_name():
     assert {name: at for name, at in places.items() if len(at) > 1} == {}
 
 
-@pytest.mark.parametrize("path", PAGES, ids=id_of)
-def test_the_words_are_those_of_an_american_engineer_today(path):
+def test_the_words_are_those_of_an_american_engineer_today():
     wrong = [
         f"{id_of(path)}:{number}: {line.strip()}"
+        for path in PAGES
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if BRITISH.search(line) or ARCHAIC.search(line)
     ]

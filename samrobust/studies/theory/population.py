@@ -127,24 +127,33 @@ def sam_all_weights(world: World, rho: Floats) -> Objective:
     """
     root = np.sqrt(world.d)
 
-    def loss(w: np.ndarray, angle: np.ndarray, lift: np.ndarray) -> Value:
+    def margins(
+        w: np.ndarray, angle: np.ndarray, lift: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         # Spherical coordinates of the perturbation: a, c and b, in this order.
         along = root + rho * np.cos(lift) * np.cos(angle)
         first = w + rho * np.cos(lift) * np.sin(angle)
         norm = np.hypot(along, rho * np.sin(lift))
         mean = world.eta * root * along
-        up, down = (mean + first) / norm, (mean - first) / norm
+        return (mean + first) / norm, (mean - first) / norm, norm
+
+    def log_loss(w: np.ndarray, angle: np.ndarray, lift: np.ndarray) -> np.ndarray:
+        up, down, _ = margins(w, angle, lift)
+        return np.logaddexp(*_log_parts(world.p, up, down))
+
+    def loss(w: np.ndarray, angle: np.ndarray, lift: np.ndarray) -> Value:
+        up, down, norm = margins(w, angle, lift)
         return _mixture(world.p, up, 1 / norm, down, -1 / norm)
 
     def worst_on_side(w: np.ndarray, sign: int) -> Value:
         def worst_angle(lift: np.ndarray) -> np.ndarray:
             start = np.full(lift.shape, sign * np.pi / 2)
             return _search(
-                lambda angle: loss(w, angle, lift), start, np.pi / 2, _ANGLE_GRIDS
+                lambda angle: log_loss(w, angle, lift), start, np.pi / 2, _ANGLE_GRIDS
             )
 
         lift = _search(
-            lambda lift: loss(w, worst_angle(lift), lift),
+            lambda lift: log_loss(w, worst_angle(lift), lift),
             np.full(w.shape, np.pi / 4),
             np.pi / 4,
             _LIFT_GRIDS,
@@ -235,7 +244,7 @@ def _scan(
 
 
 def _search(
-    loss: Callable[[np.ndarray], Value],
+    loss: Callable[[np.ndarray], np.ndarray],
     middle: np.ndarray,
     half: float,
     grids: Sequence[int],
@@ -245,7 +254,7 @@ def _search(
     for count in grids:
         points = middle + half * _leading(np.linspace(-1, 1, count), middle)
         points = np.clip(points, low, high)
-        worst = np.argmax(loss(points).log_loss, axis=0, keepdims=True)
+        worst = np.argmax(loss(points), axis=0, keepdims=True)
         middle = np.take_along_axis(points, worst, axis=0)[0]
         half *= 2.2 / (count - 1)
     return middle
@@ -262,6 +271,13 @@ def _leading(values: np.ndarray, beside: np.ndarray) -> np.ndarray:
     return values.reshape(-1, *[1] * np.ndim(beside))
 
 
+def _log_parts(
+    p: Floats, up: np.ndarray, down: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the logarithms of both parts of L = p Phi(-up) + (1 - p) Phi(-down)."""
+    return np.log(p) + log_ndtr(-up), np.log1p(-p) + log_ndtr(-down)
+
+
 def _mixture(
     p: Floats,
     up: np.ndarray,
@@ -270,9 +286,7 @@ def _mixture(
     down_slope: np.ndarray,
 ) -> Value:
     """Returns the loss of two margins with their derivatives by w_1, > 0 and < 0."""
-    # L = p Phi(-up) + (1 - p) Phi(-down), in logarithms.
-    right = np.log(p) + log_ndtr(-up)
-    wrong = np.log1p(-p) + log_ndtr(-down)
+    right, wrong = _log_parts(p, up, down)
     total = np.logaddexp(right, wrong)
     slope = -np.exp(right - total) * _hazard(up) * up_slope
     slope -= np.exp(wrong - total) * _hazard(down) * down_slope
