@@ -39,6 +39,7 @@ _LONG = (
     "test_launch_slurm",
     "test_launch_tpu",
     "test_sanity",
+    "test_hostile_values",
     "test_parallel",
     "test_bench",
     "test_theory",

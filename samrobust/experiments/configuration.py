@@ -292,9 +292,10 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
     values = flags.FlagValues()
     argv = ["samrobust", *overrides]
     try:
-        options = {"flag_values": values, "sys_argv": argv}
-        config_flags.DEFINE_config_dict("config", config, **options)
-        values(argv)
+        with _unwritten(config):
+            options = {"flag_values": values, "sys_argv": argv}
+            config_flags.DEFINE_config_dict("config", config, **options)
+            values(argv)
     except Exception as error:  # of several kinds, for values that are no literals
         reason = str(error)
         with contextlib.suppress(ValueError, SyntaxError):  # of a KeyError: quoted
@@ -303,6 +304,24 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
         message = f"Expected valid fields and values, got {given}: {reason}"
         raise ValueError(message) from error
     return values.config
+
+
+class _Unwritten(ConfigDict):
+    """A config whose text is short."""
+
+    def __str__(self) -> str:
+        return "config"
+
+
+@contextlib.contextmanager
+def _unwritten(config: Config) -> Iterator[None]:
+    """Spares the text of a flag's default: YAML of all fields, twice, for no reader."""
+    written = type(config)
+    object.__setattr__(config, "__class__", _Unwritten)
+    try:
+        yield
+    finally:
+        object.__setattr__(config, "__class__", written)
 
 
 def _check_fields(config: Config) -> None:
