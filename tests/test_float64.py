@@ -77,16 +77,26 @@ def logits_of(weights, images, scale=1.0):
 
 
 @functools.cache
+def compiled(name, ball):
+    """The attack as a program of the logits' scale too."""
+    attack = {**ATTACKS, **MINIMAL}[name](BALLS[ball])
+
+    @jax.jit
+    def run(images, labels, scale):
+        logits_fn = functools.partial(logits_of, make_problem()[0], scale=scale)
+        result = attack(logits_fn, images, labels, key=KEY)
+        return result, margin(logits_fn(result), labels)
+
+    return run
+
+
+@functools.cache
 def attacked(name, ball, dtype, scale=1.0):
     """Adversarial images, and their margins: positive where an example is broken."""
-    weights, images, labels = make_problem()
-    attack = {**ATTACKS, **MINIMAL}[name](BALLS[ball])
+    _, images, labels = make_problem()
     with jax.enable_x64(dtype is np.float64):
-        logits_fn = functools.partial(logits_of, weights, scale=scale)
-        run = jax.jit(functools.partial(attack, logits_fn))
-        labels = jnp.asarray(labels)
-        result = run(jnp.asarray(images, dtype), labels, key=KEY)
-        return np.asarray(result), np.asarray(margin(logits_fn(result), labels))
+        given = jnp.asarray(images, dtype), jnp.asarray(labels), scale
+        return tuple(map(np.asarray, compiled(name, ball)(*given)))
 
 
 def lengths(ball, result):

@@ -11,7 +11,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import types
 from typing import Any
 
@@ -93,6 +92,7 @@ def work(folder: pathlib.Path) -> None:
             train(config, dataset, helpers.make_folder(moved), should_stop=stop)
     else:
         train(config, dataset, moved)
+        np.savez(folder / "outcomes.npz", **outcomes(33))  # pyright: ignore[reportArgumentType]
     for name, (row, overrides) in UNEVEN.items():
         config = helpers.make_config(
             row, {"training.drop_remainder": False, **overrides}
@@ -108,26 +108,22 @@ def work(folder: pathlib.Path) -> None:
     (folder / f"message {count}.txt").write_text(message)
 
 
-def start(folder: pathlib.Path, num_devices: int) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        **{"JAX_NUM_CPU_DEVICES": str(num_devices), "JAX_PLATFORMS": "cpu"},
-    }
-    command = [sys.executable, "-W", "error", __file__, str(folder)]
-    return subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True, cwd=helpers.ROOT
-    )
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
     """The runs on the one device of this process, and on four."""
     folder = tmp_path_factory.mktemp("parallel")
     with helpers.programs_made_once():
         work(folder)
-    process = start(folder, 4)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    devices = {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", __file__, str(folder)],
+        env={**os.environ, **devices},
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=helpers.ROOT,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -226,15 +222,6 @@ def make_outcomes(batch_size: int) -> dict[str, np.ndarray]:
     }
 
 
-@functools.cache
-def outcomes_on(num_devices: int) -> dict[str, np.ndarray]:
-    with tempfile.TemporaryDirectory() as folder:
-        process = start(pathlib.Path(folder) / "outcomes.npz", num_devices)
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        return dict(np.load(pathlib.Path(folder) / "outcomes.npz"))
-
-
 def test_attacks_that_begin_at_random_break_some_images_and_not_all():
     for name, correct in outcomes(33).items():
         assert 0 < correct.sum() <= 33
@@ -267,8 +254,8 @@ def test_a_batch_of_an_evaluation_grows_with_the_devices_unless_its_size_is_give
     assert measure.batch_size_for(num_examples, batch_size) == size
 
 
-def test_what_breaks_does_not_depend_on_the_devices():
-    assert_same_outcomes(outcomes_on(8), outcomes(33))
+def test_what_breaks_does_not_depend_on_the_devices(folder):
+    assert_same_outcomes(dict(np.load(folder / "outcomes.npz")), outcomes(33))
 
 
 def assert_same_outcomes(found, expected):
@@ -322,9 +309,5 @@ def test_a_batch_keeps_its_values_when_it_is_split():
 
 
 if __name__ == "__main__":
-    target = pathlib.Path(sys.argv[1])
-    if target.suffix == ".npz":
-        np.savez(target, **outcomes(33))  # pyright: ignore[reportArgumentType]
-    else:
-        with helpers.programs_made_once():
-            work(target)
+    with helpers.programs_made_once():
+        work(pathlib.Path(sys.argv[1]))

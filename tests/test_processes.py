@@ -168,7 +168,7 @@ def test_every_layout_measures_the_same_accuracies(folder, layout, row):
     assert provenance["num_devices"] == count * devices
 
 
-@pytest.mark.parametrize("layout", ["2x1", "2x2"])  # 1x8 is in test_parallel
+@pytest.mark.parametrize("layout", ["2x1", "2x2"])  # 1x4: test_parallel
 def test_evaluation_with_early_stop_too(folder, layout):
     accuracy, expected = (
         json.loads((folder / name / "early.json").read_text())

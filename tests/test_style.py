@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import functools
 import pathlib
 import re
 from collections.abc import Iterator
@@ -62,7 +63,9 @@ def described(path: pathlib.Path) -> Iterator[tuple[Definition, str, str]]:
             yield node, line.split()[0], f"{id_of(path)}:{node.lineno}: {line}"
 
 
-DESCRIBED = [found for path in MODULES for found in described(path)]
+@functools.cache
+def all_described() -> list[tuple[Definition, str, str]]:
+    return [found for path in MODULES for found in described(path)]
 
 
 def is_property(node: Definition) -> bool:
@@ -77,7 +80,7 @@ def is_verb(word: str) -> bool:
 def test_a_functions_docstring_opens_with_a_verb_in_the_third_person():
     wrong = [
         line
-        for node, word, line in DESCRIBED
+        for node, word, line in all_described()
         if not (is_verb(word) or is_property(node) or isinstance(node, ast.ClassDef))
     ]
     assert not wrong, "\n".join(wrong)
@@ -86,12 +89,12 @@ def test_a_functions_docstring_opens_with_a_verb_in_the_third_person():
 def test_a_classs_docstring_opens_with_what_it_is():
     verbs = {
         word
-        for node, word, _ in DESCRIBED
+        for node, word, _ in all_described()
         if is_verb(word) and not isinstance(node, ast.ClassDef)
     }
     wrong = [
         line
-        for node, word, line in DESCRIBED
+        for node, word, line in all_described()
         if isinstance(node, ast.ClassDef)
         and (word in verbs or NOT_A_NOUN.fullmatch(word))
     ]
