@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from ml_collections import ConfigDict
 
 from samrobust.experiments import building, configuration, methods
 from samrobust.experiments.identity import changed_fields
@@ -39,6 +40,12 @@ def test_every_row_of_every_config_is_valid_and_locked(name, rows):
         config = configuration.load_config(f"{name}:{row}")
         assert config.row == row
         assert config.is_locked
+
+
+def test_overrides_are_read_without_writing_the_config_out(monkeypatch):
+    monkeypatch.setattr("yaml.dump", lambda *_, **__: pytest.fail("written out"))
+    config = configuration.load_config("digits.py", ["--config.seed=3"])
+    assert (config.seed, type(config)) == (3, ConfigDict)
 
 
 @pytest.mark.parametrize("name", SHIPPED[:2])
