@@ -85,14 +85,14 @@ def _complete(config: Config) -> None:
 
 def _check_sections(row: rows.Row) -> None:
     """Refuses names of somebody's own parts that would share a section of a config."""
-    taken = set(base_config())
-    for part in row.parts:
-        if part.name not in entries.REGISTRY:
-            section = entries.section_of(part.name)
-            fix = f"Call it otherwise: its fields are those of config.{section}."
-            wanted = f"another name than {section}"
-            check(section not in taken, wanted, fix, part=part.name)
-            taken.add(section)
+    own = [part for part in row.parts if part.name not in entries.REGISTRY]
+    taken = set(base_config()) if own else set()
+    for part in own:
+        section = entries.section_of(part.name)
+        fix = f"Call it otherwise: its fields are those of config.{section}."
+        wanted = f"another name than {section}"
+        check(section not in taken, wanted, fix, part=part.name)
+        taken.add(section)
 
 
 def _add_fields(config: Config, section: str, fields: Mapping[str, Field]) -> None:
