@@ -269,6 +269,27 @@ def _bits(array: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
     return str(array.dtype), array.shape, array.tobytes()
 
 
+def run_on_devices(file: str, *arguments: str, count: int, **environment: str) -> str:
+    """Runs a module of tests as a program on so many devices; returns what it printed.
+
+    Warnings are errors in it.
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", file, *arguments],
+        env={
+            **os.environ,
+            **{"JAX_NUM_CPU_DEVICES": str(count), "JAX_PLATFORMS": "cpu"},
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def assert_same_bits(tree: Any, expected: Any) -> None:
     """Every leaf equals its partner bit for bit; names those that do not."""
     bits, expected_bits = as_bits(tree), as_bits(expected)

@@ -8,9 +8,6 @@ docs/scaling.md is held to the counts in results/, compiled for GPUs.
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -106,15 +103,8 @@ def as_on_accelerators(*operands: Any, default: Any, **_: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def counts() -> dict[str, Any]:
-    devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": f"{DEVICES}"}
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, **devices, **helpers.USUAL_COMPILATION},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    usual = helpers.USUAL_COMPILATION
+    return json.loads(helpers.run_on_devices(__file__, count=DEVICES, **usual))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,10 +7,8 @@ its own part of the batch, BatchNorm, ascent direction and running statistics.
 """
 
 import functools
-import os
 import pathlib
 import re
-import subprocess
 import sys
 from typing import Any, NamedTuple
 
@@ -327,16 +325,7 @@ def work(folder: pathlib.Path) -> None:
 def folder(tmp_path_factory) -> pathlib.Path:
     """The results on two, four and eight devices."""
     folder = tmp_path_factory.mktemp("groups")
-    devices = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", __file__, str(folder)],
-        env={**os.environ, **devices},
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=helpers.ROOT,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    helpers.run_on_devices(__file__, str(folder), count=8)
     return folder
 
 

@@ -7,9 +7,7 @@ their own, which run this file as a script.
 import contextlib
 import functools
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import types
 from typing import Any
@@ -114,16 +112,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("parallel")
     with helpers.programs_made_once():
         work(folder)
-    devices = {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", __file__, str(folder)],
-        env={**os.environ, **devices},
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=helpers.ROOT,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    helpers.run_on_devices(__file__, str(folder), count=4)
     return folder
 
 

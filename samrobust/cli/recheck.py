@@ -156,23 +156,21 @@ def _conclude(
     console: "Console",
 ) -> tuple[pathlib.Path, ...]:
     """Shows and writes the table."""
+    from samrobust.cli.shared import passes_of
     from samrobust.experiments import reporting
-    from samrobust.experiments.methods import training_passes
     from samrobust.experiments.reporting.names import (
         attack_in_words,
         checkpoint_in_words,
     )
-    from samrobust.experiments.reporting.results import num_steps
 
     configs = [by_attack["pgd"] for by_attack in runs.values()]
     by_row = {config.row: config for config in configs}
-    steps = {result["row"]: num_steps(result) for result in results}
     first, name = configs[0], configs[0].data.name
     pgd, autoattack = (c.evaluation for c in next(iter(runs.values())).values())
     table = reporting.summarize(
         results,
         rows=[(row, config.label) for row, config in by_row.items()],
-        passes={row: training_passes(by_row[row], n) for row, n in steps.items()},
+        passes=passes_of(results, by_row),
         title=f"PGD and AutoAttack on {name}",
         caption=f"{name}, {pgd.split} images, {checkpoint_in_words(pgd)}, "
         f"{first.model.dtype}. AA: {attack_in_words(autoattack)}; the columns beside "

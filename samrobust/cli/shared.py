@@ -11,8 +11,10 @@ from rich.console import Console
 
 from samrobust.checks import check
 from samrobust.cli import flags
+from samrobust.experiments.methods import training_passes
 from samrobust.experiments.reporting.console import make_console
 from samrobust.experiments.reporting.notes import overfitting_note, sharpness_note
+from samrobust.experiments.reporting.results import num_steps
 from samrobust.system import distributed
 from samrobust.system.files import read_json_lines
 from samrobust.types import Config
@@ -21,6 +23,7 @@ __all__ = [
     "apply_flags",
     "join",
     "once_per",
+    "passes_of",
     "show_accuracies",
     "show_notes",
     "show_written",
@@ -84,6 +87,16 @@ def show_notes(console: Console, workdir: pathlib.Path) -> None:
         for note in (sharpness_note(lines), overfitting_note(lines)):
             if note:
                 console.print(note)
+
+
+def passes_of(
+    results: Iterable[Mapping[str, Any]], configs: Mapping[str, Config]
+) -> dict[str, float]:
+    """Returns what the training of each row took, by the runs and configs of rows."""
+    return {
+        result["row"]: training_passes(configs[result["row"]], num_steps(result))
+        for result in results
+    }
 
 
 def show_written(

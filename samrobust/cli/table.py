@@ -192,18 +192,15 @@ def _conclude(plan: Plan, arguments: argparse.Namespace, console: "Console") -> 
 
 def _show(plan: Plan, results: list[dict[str, Any]], console: "Console") -> None:
     """Prints and writes the table."""
-    from samrobust.cli.shared import show_written
+    from samrobust.cli.shared import passes_of, show_written
     from samrobust.experiments import reporting
-    from samrobust.experiments.methods import training_passes
-    from samrobust.experiments.reporting.results import num_steps
 
     config = next(iter(plan.configs.values()))
-    steps = {result["row"]: num_steps(result) for result in results}
     table = reporting.summarize(
         results,
         rows=[(row, c.label) for row, c in plan.configs.items()],
         paper={row: dict(c.paper) for row, c in plan.configs.items() if c.paper},
-        passes={row: training_passes(plan.configs[row], n) for row, n in steps.items()},
+        passes=passes_of(results, plan.configs),
         title=f"Natural and robust accuracy on {config.data.name}",
         caption=_caption(config) + plan.note,
     )
