@@ -92,8 +92,8 @@ def programs_made_once() -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Returns one more than there are cores: the tests of launchers mostly wait."""
-    return (os.cpu_count() or 1) + 1
+    """Returns two more than there are cores: the tests of launchers mostly wait."""
+    return (os.cpu_count() or 1) + 2
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

@@ -91,10 +91,11 @@ def test_padding_may_be_less_than_half_the_window(padding):
     assert_close(of(conv2d), of(native))
 
 
+@pytest.mark.parametrize("size", [(5, 6), (2, 2)])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_second_derivatives_are_those_of_xla(stride):
+def test_second_derivatives_are_those_of_xla(stride, size):
     """Reverse over reverse: the gradient of a function of the gradients."""
-    images, kernel = conv_inputs(3, (5, 6))
+    images, kernel = conv_inputs(3, size)
 
     @jax.jit
     def results(images, kernel):
@@ -191,6 +192,24 @@ def test_in_a_loop_on_the_cpu_training_too_has_canonical_convolutions_alone():
     compiled = compile_on_the_cpu(descend, *two_kernels())
     labels = re.findall(r"dim_labels=(\w+->\w+)", compiled)
     assert len(labels) == 5  # two forward, one to the first layer, two to the kernels
+    assert set(labels) == {"b01f_01io->b01f"}
+
+
+def test_in_a_loop_on_the_cpu_products_with_a_hessian_have_canonical_ones_alone():
+    images, first, second = two_kernels()
+
+    def lanczos(first, second):
+        gradient = gradients(conv2d, argnums=(1, 2))
+        along = lambda kernels: gradient(images, *kernels)  # noqa: E731
+
+        def step(_, vector):
+            return jax.vjp(along, (first, second))[1](vector)[0]
+
+        return lax.fori_loop(0, 3, step, (first, second))
+
+    compiled = compile_on_the_cpu(lanczos, first, second)
+    labels = re.findall(r"dim_labels=(\w+->\w+)", compiled)
+    assert len(labels) >= 10
     assert set(labels) == {"b01f_01io->b01f"}
 
 

@@ -4,19 +4,20 @@ XLA's CPU compiler brings convolutions into its fast form in the entry computati
 alone, and merges the transpositions that this takes with the elementwise work around
 them, into loops that stride through memory. So the gradients as JAX derives them are
 slow in the entry computation, and naive loops inside `lax.fori_loop`, `scan` or `cond`:
-where PGD computes them. Here both gradients are written as forward convolutions, fast
-everywhere, and their transpositions stand in functions of their own, which XLA
-neither merges nor repeats: those of the kernels leave the loop of an attack altogether.
-Images smaller than the window, the last stage of a network for digits, XLA leaves to a
-naive loop as well (25 to 100 times as slow); they are multiplied by the matrix that the
-convolution is. The choice is made when a function is lowered for its platform: on GPU
-and TPU the convolution and its gradients are JAX's own.
+where PGD computes them. Here both gradients, and theirs in turn, are written as forward
+convolutions, fast everywhere, and their transpositions stand in functions of their own,
+which XLA neither merges nor repeats: those of the kernels leave the loop of an attack
+altogether. Images smaller than the window, the last stage of a network for digits, XLA
+leaves to a naive loop as well (25 to 100 times as slow); they are multiplied by the
+matrix that the convolution is. The choice is made when a function is lowered for its
+platform: on GPU and TPU the convolution and its gradients are JAX's own.
 
 Conventions: NHWC images, HWIO kernels, symmetric padding as in PyTorch.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,13 +51,93 @@ def conv2d(images: Array, kernel: Array, stride: int, padding: int) -> Array:
     return _conv2d(images, kernel, stride, padding)
 
 
+# With C the convolution of images x with a kernel k, the form <y, C(x, k)> is linear in
+# x, k and y; I(y, k) and K(y, x) below are its gradients in x and in k. So each of the
+# three has the other two as its gradients, and all orders are as fast as the first.
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv2d(images: Array, kernel: Array, stride: int, padding: int) -> Array:
+    """Returns C(x, k)."""
     convolve = functools.partial(_convolve, stride=stride, padding=padding)
     if not _is_smaller(images, kernel):
         return convolve(images, kernel)
     multiply = functools.partial(_multiply, stride=stride, padding=padding)
     return lax.platform_dependent(images, kernel, cpu=multiply, default=convolve)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _to_images(
+    cotangent: Array, kernel: Array, shape: tuple[int, ...], stride: int, padding: int
+) -> Array:
+    """Returns I(y, k), of the shape of the images."""
+
+    def native(cotangent: Array, kernel: Array) -> Array:
+        convolve = functools.partial(_convolve, stride=stride, padding=padding)
+        images = jax.ShapeDtypeStruct(shape, cotangent.dtype)
+        return jax.linear_transpose(lambda x: convolve(x, kernel), images)(cotangent)[0]
+
+    own = functools.partial(
+        _image_gradient, shape=shape, stride=stride, padding=padding
+    )
+    return lax.platform_dependent(cotangent, kernel, cpu=own, default=native)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _to_kernel(
+    cotangent: Array, images: Array, shape: tuple[int, ...], stride: int, padding: int
+) -> Array:
+    """Returns K(y, x), of the shape of the kernel."""
+
+    def native(cotangent: Array, images: Array) -> Array:
+        convolve = functools.partial(_convolve, stride=stride, padding=padding)
+        kernel = jax.ShapeDtypeStruct(shape, images.dtype)
+        return jax.linear_transpose(lambda k: convolve(images, k), kernel)(cotangent)[0]
+
+    own = functools.partial(
+        _kernel_gradient, window=shape[:2], stride=stride, padding=padding
+    )
+    return lax.platform_dependent(cotangent, images, cpu=own, default=native)
+
+
+def _keep(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the forward rule: both arrays are kept."""
+    return lambda one, other, *rest: (function(one, other, *rest), (one, other))
+
+
+def _backward(stride: int, padding: int, kept: Any, cotangent: Array) -> Any:
+    images, kernel = kept
+    return (
+        _to_images(cotangent, kernel, images.shape, stride, padding),
+        _to_kernel(cotangent, images, kernel.shape, stride, padding),
+    )
+
+
+def _images_backward(
+    shape: tuple[int, ...], stride: int, padding: int, kept: Any, images: Array
+) -> Any:
+    del shape
+    cotangent, kernel = kept
+    return (
+        _conv2d(images, kernel, stride, padding),
+        _to_kernel(cotangent, images, kernel.shape, stride, padding),
+    )
+
+
+def _kernel_backward(
+    shape: tuple[int, ...], stride: int, padding: int, kept: Any, kernel: Array
+) -> Any:
+    del shape
+    cotangent, images = kept
+    return (
+        _conv2d(images, kernel, stride, padding),
+        _to_images(cotangent, kernel, images.shape, stride, padding),
+    )
+
+
+_conv2d.defvjp(_keep(_conv2d), _backward)
+_to_images.defvjp(_keep(_to_images), _images_backward)
+_to_kernel.defvjp(_keep(_to_kernel), _kernel_backward)
 
 
 def _convolve(images: Array, kernel: Array, stride: int, padding: int) -> Array:
@@ -66,40 +147,6 @@ def _convolve(images: Array, kernel: Array, stride: int, padding: int) -> Array:
         window_strides=(stride, stride),
         padding=((padding, padding), (padding, padding)),
         dimension_numbers=_DIMENSIONS,
-    )
-
-
-def _forward(
-    images: Array, kernel: Array, stride: int, padding: int
-) -> tuple[Array, tuple[Array, Array]]:
-    return _conv2d(images, kernel, stride, padding), (images, kernel)
-
-
-def _backward(
-    stride: int, padding: int, residuals: tuple[Array, Array], cotangent: Array
-) -> tuple[Array, Array]:
-    images, kernel = residuals
-    options = {"stride": stride, "padding": padding}
-
-    def native_image(cotangent: Array, kernel: Array) -> Array:
-        _, vjp = jax.vjp(lambda x: _convolve(x, kernel, **options), images)
-        return vjp(cotangent)[0]
-
-    def native_kernel(cotangent: Array, images: Array) -> Array:
-        _, vjp = jax.vjp(lambda k: _convolve(images, k, **options), kernel)
-        return vjp(cotangent)[0]
-
-    image_gradient = functools.partial(_image_gradient, shape=images.shape, **options)
-    kernel_gradient = functools.partial(
-        _kernel_gradient, window=kernel.shape[:2], **options
-    )
-    return (
-        lax.platform_dependent(
-            cotangent, kernel, cpu=image_gradient, default=native_image
-        ),
-        lax.platform_dependent(
-            cotangent, images, cpu=kernel_gradient, default=native_kernel
-        ),
     )
 
 
@@ -217,6 +264,3 @@ def _kernel_gradient(
 
 def _transpose(array: Array, *axes: int) -> Array:
     return _apart(lambda x: x.transpose(axes))(array)
-
-
-_conv2d.defvjp(_forward, _backward)
