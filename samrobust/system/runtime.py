@@ -109,6 +109,9 @@ _SWITCH = ("on", "off", "1", "0")
 def enable_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that a restart is fast.
 
+    Programs with oneDNN's convolutions are compiled anew in each process: jaxlib 0.12
+    cannot write them, and its warning, of memory that has run out, is not shown.
+
     Does nothing if `JAX_COMPILATION_CACHE_DIR` is set (JAX reads it by itself), or if
     `SAMROBUST_COMPILATION_CACHE=off`; nor where the folder is not this user's alone.
 
@@ -117,6 +120,8 @@ def enable_compilation_cache() -> None:
     """
     wanted = os.environ.get("SAMROBUST_COMPILATION_CACHE", "").lower() or "on"
     check_choice(_SWITCH, SAMROBUST_COMPILATION_CACHE=wanted)
+    unwritten = "Error writing persistent compilation cache entry .*: std::bad_alloc"
+    warnings.filterwarnings("ignore", unwritten)
     if wanted in ("off", "0") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     import jax
