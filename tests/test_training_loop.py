@@ -533,6 +533,29 @@ def test_the_best_checkpoint_is_that_of_the_highest_score(tmp_path, scores, best
     assert tuple(line["validation_score"] for line in lines) == scores
 
 
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        (
+            {"score": float("nan")},
+            r"^Expected a finite score from validate, got score=nan",
+        ),
+        (
+            {"score": 1, "x": np.float32("inf")},
+            r"^Expected a finite x from validate, got x=inf\.$",
+        ),
+        (
+            {"accuracy": 1.0},
+            r"^Expected a score from validate, got names=\['accuracy'\]\.$",
+        ),
+    ],
+)
+def test_what_validate_returns_is_checked(tmp_path, numbers, message):
+    config = helpers.make_config()
+    with pytest.raises(ValueError, match=message):
+        train(config, helpers.load_data(config), tmp_path, validate=lambda _: numbers)
+
+
 def test_validation_does_not_change_the_training(tmp_path):
     outcome, _, config, dataset = trained()
     judged = train(config, dataset, tmp_path, validate=Judge(2.0, 1.0, 1.0, 1.0))

@@ -109,7 +109,7 @@ _SWITCH = ("on", "off", "1", "0")
 def enable_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that a restart is fast.
 
-    Programs with oneDNN's convolutions are compiled anew in each process: jaxlib 0.12
+    Programs with oneDNN's convolutions are compiled again in each process: jaxlib 0.12
     cannot write them, and its warning, of memory that has run out, is not shown.
 
     Does nothing if `JAX_COMPILATION_CACHE_DIR` is set (JAX reads it by itself), or if

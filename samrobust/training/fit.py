@@ -8,6 +8,7 @@ name are out of scope.
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -156,8 +157,9 @@ def fit(
       with `deterministic`.
 
     Raises:
-      ValueError: if there is not one batch, the devices do not divide a batch, or there
-        are more steps than an int32 counts.
+      ValueError: if there is not one batch, the devices do not divide a batch, there
+        are more steps than an int32 counts, or `after_epoch` or `validate` returns a
+        number that is not finite, or the latter no score.
       TrainingDivergedError: with the step and the last good checkpoint.
       InterruptedRunError: after `should_stop`.
       CheckpointError: if there are checkpoints and none is intact, or the newest intact
@@ -347,11 +349,13 @@ class _Run:
         self.runner.rest()
         if self.after_epoch is not None:
             self._report("validating", step)
-            state, found = self.after_epoch(carry.state)
+            state, numbers = self.after_epoch(carry.state)
+            found = _finite(numbers, "after_epoch")
             carry = dataclasses.replace(carry, state=state)
         if self.validate is not None:
             self._report("validating", step)
-            scores = self.validate(carry.state)
+            scores = _finite(self.validate(carry.state), "validate")
+            check("score" in scores, "a score from validate", names=sorted(scores))
             self.log.keep_best(carry, step, scores)
             found |= scores
         line |= {f"validation_{name}": number for name, number in found.items()}
@@ -383,3 +387,11 @@ class _Run:
         lines = self.log.lines
         metrics = lines[-1] if lines else {}
         self.on_progress(Progress(phase, step, self.num_steps, metrics))
+
+
+def _finite(numbers: Mapping[str, Any], source: str) -> dict[str, float]:
+    """Returns the numbers of a function of one's own as floats; refuses NaN."""
+    floats = {name: float(number) for name, number in numbers.items()}
+    for name, number in floats.items():
+        check(math.isfinite(number), f"a finite {name} from {source}", **{name: number})
+    return floats
