@@ -19,6 +19,7 @@ from samrobust.experiments.networks import load
 from samrobust.studies.sharpness import (
     hessian_trace,
     logit_gap,
+    ranks,
     relative_flatness,
 )
 from samrobust.studies.sharpness.findings import (
@@ -141,7 +142,7 @@ def test_the_rank_correlation_is_scipys_and_its_interval_covers_it():
     rng = np.random.default_rng(1)
     one = rng.normal(size=30).round(1)  # with ties
     other = one + rng.normal(size=30)
-    found = rank_correlation(list(one), list(other))
+    found = rank_correlation(list(one), list(other), range(30))
     expected: Any = scipy.stats.spearmanr(one, other)
     assert found.rho == pytest.approx(expected.statistic)
     assert found.rho is not None
@@ -154,13 +155,39 @@ def test_the_rank_correlation_is_scipys_and_its_interval_covers_it():
     assert found.is_sure == (low > 0)
 
 
-def test_few_runs_have_no_interval_and_equal_ones_no_correlation():
+def test_few_methods_have_no_interval_and_equal_runs_no_correlation():
     rising = [float(i) for i in range(8)]
-    few = rank_correlation(rising[:7], rising[:7])
-    assert (few.n, few.rho, few.interval) == (7, pytest.approx(1), None)
-    assert rank_correlation(rising, rising).interval == pytest.approx((1, 1))
-    assert rank_correlation(rising[:2], rising[:2]).rho is None
-    assert rank_correlation(rising, [3.0] * 8).rho is None
+    few = rank_correlation(rising, rising, "abcdefgg")
+    assert (few.n, few.rho, few.interval) == (8, pytest.approx(1), None)
+    assert rank_correlation(rising, rising, "abcdefgh").interval == pytest.approx(
+        (1, 1)
+    )
+    assert rank_correlation(rising[:2], rising[:2], "ab").rho is None
+    assert rank_correlation(rising, [3.0] * 8, "abcdefgh").rho is None
+    assert rank_correlation([], [], []).rho is None
+
+
+def test_copies_of_a_run_make_no_correlation_surer():
+    """A bootstrap over runs would make its interval half as wide."""
+    rng = np.random.default_rng(2)
+    one = rng.normal(size=20)
+    other = one + 2 * rng.normal(size=20)
+    groups = range(20)
+    once = rank_correlation(list(one), list(other), groups)
+    copies = (np.tile(array, 4).tolist() for array in (one, other, groups))
+    found = rank_correlation(*copies)
+    assert found.n == 4 * once.n
+    assert found.rho == pytest.approx(once.rho)
+    assert found.interval == pytest.approx(once.interval)
+
+
+def test_a_sample_of_groups_has_the_correlation_of_scipy():
+    rng = np.random.default_rng(3)
+    pairs = rng.integers(5, size=(2, 12)).astype(float)  # with ties
+    times = rng.integers(3, size=(6, 12))
+    for row, found in zip(times, ranks._correlate(pairs, times), strict=True):
+        expected: Any = scipy.stats.spearmanr(*np.repeat(pairs, row, axis=1))
+        assert found == pytest.approx(expected.statistic)
 
 
 def made_runs(count):
@@ -173,14 +200,14 @@ def made_runs(count):
                 "distance_linf": float(number),
                 "trace": None,
             },
-            {"natural": 99.0, "linf 8/255": 10.0 * number, "linf 8/255 AA": 5.0},
+            {"natural": 99.0, "linf 8/255": 5.0 * number, "linf 8/255 AA": 5.0},
         )
         for number in range(count)
     ]
 
 
 def test_the_sheet_answers_and_says_how_far_it_can_be_believed():
-    found = explain(made_runs(8), "linf 8/255")
+    found = explain(made_runs(16), "linf 8/255")
     assert found.correlations["worst"]["linf 8/255"].rho == pytest.approx(-1)
     assert found.correlations["distance_linf"]["linf 8/255"].rho == pytest.approx(1)
     assert found.correlations["trace"]["linf 8/255"].n == 0
@@ -189,10 +216,10 @@ def test_the_sheet_answers_and_says_how_far_it_can_be_believed():
     assert "| worst-case sharpness | - | **-1.00 [-1.00, -1.00]** | - |" in text
     assert "linf 8/255 and flatness: -1.00 [-1.00, -1.00] for worst-case" in text
     assert "linf 8/255 and confidence: nothing can be said." in text
-    assert "8 runs of 4 methods" in text
+    assert "over the methods of 16 runs of 8 methods" in text
     few = explain(made_runs(4), "linf 8/255")
     text = to_sheet(few, LITTLE, (20, 20)).to_markdown()
-    assert "Runs: 4, too few for intervals, which take 8" in text
+    assert "4 runs of 2 methods: too few for intervals, which take 8 methods" in text
 
 
 def test_it_is_said_what_is_known_of_some_runs_alone():
@@ -215,7 +242,7 @@ def test_the_column_is_the_last_of_linf_unless_it_is_named():
 
 
 def test_the_picture_has_a_panel_a_measure_and_a_dot_a_run():
-    found = explain(made_runs(12), "linf 8/255")
+    found = explain(made_runs(16), "linf 8/255")
     figure = draw_scatter(found, "digits")
     panels = [panel for panel in figure.axes if panel.get_title()]
     assert len(panels) == len(QUANTITIES)
@@ -251,7 +278,7 @@ def test_the_command_measures_writes_and_does_not_measure_twice(
     monkeypatch.setattr("samrobust.studies.sharpness.probe.make_probe", make)
     flags = (f"--workdir={workdir}", "--num-examples=20", "--rho=0.3")
     assert helpers.main("sharpness", *flags) == 0
-    assert "Runs: 2, too few for intervals" in capsys.readouterr().out
+    assert "2 runs of 2 methods: too few for intervals" in capsys.readouterr().out
     stored = json.loads((workdir / "sharpness.json").read_text())
     assert stored["settings"]["rho"] == 0.3
     assert stored["settings"]["linearity_radius"] == 16

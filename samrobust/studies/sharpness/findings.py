@@ -104,7 +104,8 @@ def explain(runs: Sequence[MeasuredRun], column: str) -> Explanation:
 
     def correlate(name: str, column: str) -> RankCorrelation:
         pairs = explained.pairs(name, column)
-        return rank_correlation([x for x, _, _ in pairs], [y for _, y, _ in pairs])
+        values, percents, own = zip(*pairs, strict=True) if pairs else ((), (), ())
+        return rank_correlation(values, percents, [run.row for run in own])
 
     correlations = {n: {c: correlate(n, c) for c in columns} for n in QUANTITIES}
     return explained._replace(correlations=correlations)
@@ -208,6 +209,7 @@ def _notes(
     s, count = settings, len(found.runs)
     train, test = num_images
     methods = len({run.row for run in found.runs})
+    kinds = f"{count} runs of {methods} method{'s' if methods > 1 else ''}"
     notes = [
         "Cross entropy of natural images in float32, BatchNorm in evaluation mode. "
         f"Flatness on {train} training images, the rest on {test} evaluated ones; "
@@ -221,16 +223,15 @@ def _notes(
         "distance: median over correctly classified images, in 1/255, by FAB toward "
         f"{s.num_targets} classes.",
     ]
-    if count < LEAST_FOR_INTERVAL:
+    if methods < LEAST_FOR_INTERVAL:
         notes.append(
-            f"Runs: {count}, too few for intervals, which take {LEAST_FOR_INTERVAL}, "
-            "and too few to say that anything goes with robustness."
+            f"{kinds}: too few for intervals, which take {LEAST_FOR_INTERVAL} methods, "
+            "and to say that anything goes with robustness."
         )
     else:
         notes.append(
-            f"[low, high]: 95 %, percentile bootstrap over {count} runs of {methods} "
-            "methods; bold: leaves out 0. Runs of a method are alike: for other "
-            "methods the intervals are too narrow. A correlation is no cause."
+            f"[low, high]: 95 %, percentile bootstrap over the methods of {kinds}, "
+            "each with all its runs; bold: leaves out 0. A correlation is no cause."
         )
     known = {c: sum(c in run.accuracy for run in found.runs) for c in found.columns}
     known |= {
