@@ -6,11 +6,9 @@ time goes into compiling.
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -433,11 +431,7 @@ def work() -> None:
 
 @functools.cache
 def of_two_devices():
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, __file__]
-    lines = subprocess.run(
-        command, env=environment, check=True, capture_output=True, text=True
-    ).stdout.splitlines()
+    lines = helpers.run_on_devices(__file__, count=2).splitlines()
     return {(name, kind): found for name, kind, found in map(json.loads, lines)}
 
 
