@@ -32,6 +32,7 @@ PAPER_ROWS = [
         *((name, "ROWS") for name in (*SHIPPED, SHARPNESS, "configs/adversarial.py")),
         (SHARPNESS, "GRID"),
         ("configs/cifar10_small.py", "GRID"),
+        ("configs/cifar10_small.py", "SMALL_RADIUS"),
         ("configs/cifar10_small.py", "ADVERSARIAL"),
     ],
 )
