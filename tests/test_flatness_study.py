@@ -256,6 +256,20 @@ def test_the_picture_has_a_panel_a_measure_and_a_dot_a_run():
     )
 
 
+def test_the_legend_of_many_methods_is_no_wider_than_the_picture():
+    runs = [
+        run._replace(label=f"AT (linf, eps = 16/255) + {run.label}")
+        for run in made_runs(70)
+    ]
+    figure = draw_scatter(explain(runs, "linf 8/255"), "digits")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 35
+    place = legend.get_window_extent()
+    assert place.x0 >= 0
+    assert place.x1 <= figure.bbox.width
+
+
 # --- the command ----------------------------------------------------------------------
 
 

@@ -127,16 +127,20 @@ def make_panels(
 def add_legend(
     figure: "Figure", handles: Sequence[Any], title: str, columns: int
 ) -> None:
-    """Adds a legend below all panels."""
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=columns,
-        fontsize=SMALL,
-        title=title,
-        title_fontsize=TEXT,
-        frameon=False,
-    )
+    """Adds a legend below all panels, in so many columns or as many as fit."""
+    for count in range(columns, 0, -1):
+        legend = figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=count,
+            fontsize=SMALL,
+            title=title,
+            title_fontsize=TEXT,
+            frameon=False,
+        )
+        if count == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def write_figure(

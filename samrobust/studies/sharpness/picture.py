@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from samrobust.experiments.reporting import pictures
+from samrobust.experiments.reporting.names import short_label
 from samrobust.studies.sharpness.findings import Explanation
 from samrobust.studies.sharpness.probe import QUANTITIES
 
@@ -22,7 +23,9 @@ _DECADE = 10.0  # measures that span more are drawn on a logarithmic axis
 
 def draw_scatter(found: Explanation, title: str) -> "Figure":
     """Draws accuracy in the spoken-of column against all measures."""
-    size = (1.85 * _COLUMNS + 0.4, 1.95 * _ROWS + 0.9)
+    labels = {run.row: short_label(run.label) for run in found.runs}
+    legend = 0.5 + 0.16 * len(labels) / _COLUMNS
+    size = (1.85 * _COLUMNS + 0.4, 1.95 * _ROWS + legend)
     figure, panels = pictures.make_panels(_COLUMNS, size, title, 120, rows=_ROWS)
     looks = {
         row: {**look, "linestyle": "none", "markersize": 4.5}
@@ -34,12 +37,11 @@ def draw_scatter(found: Explanation, title: str) -> "Figure":
         panel.set_axis_off()
     for panel in panels[::_COLUMNS]:
         panel.set_ylabel("accuracy in %", fontsize=pictures.SMALL)
-    labels = {run.row: pictures.in_symbols(run.label) for run in found.runs}
     handles = [
-        panels[0].plot([], [], **looks[row], label=label)[0]
+        panels[0].plot([], [], **looks[row], label=pictures.in_symbols(label))[0]
         for row, label in labels.items()
     ]
-    pictures.add_legend(figure, handles, "a dot a run", columns=5)
+    pictures.add_legend(figure, handles, "a dot a run", columns=_COLUMNS)
     return figure
 
 
