@@ -27,6 +27,8 @@ from samrobust.experiments.reporting.render import from_json, to_json, to_markdo
 from samrobust.experiments.reporting.table import Cell, Difference, Table
 from samrobust.studies.bench import report as bench_report
 from samrobust.studies.bench.results import BenchReport
+from samrobust.studies.sharpness import findings
+from samrobust.studies.sharpness.probe import QUANTITIES, ProbeSettings
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -302,6 +304,8 @@ def held(page: str) -> tuple[Rows, ...]:
         return tuple(tables(to_markdown(table(page[8:-3]))))
     if page == "results/leaderboard/leaderboard.md":
         return tuple(tables(board()))
+    if page.endswith("digits/sharpness.md"):
+        return flatness_tables(folder)
     if page.endswith("/bench.md"):
         content = stored(f"{folder}/bench.json")  # older ones project hours, too
         found = BenchReport(**{name: content[name] for name in BenchReport._fields})
@@ -316,6 +320,8 @@ def held(page: str) -> tuple[Rows, ...]:
         return rendered(FAMILY), plain(
             FAMILY_AA, beside_autoattack("linf 32/255", "l2 128/255")
         )
+    if page == "docs/flatness.md":
+        return (correlations(),)
     if page == "docs/scaling.md":
         return waits(), modeled()
     if page == "docs/speed.md":
@@ -328,6 +334,50 @@ def held(page: str) -> tuple[Rows, ...]:
         plain(DIGITS_AA, beside_autoattack("linf 32/255", "l2 128/255")),
         plain(FULL_AA, beside_autoattack("linf 1/255", "linf 2/255")),
     )
+
+
+@functools.cache
+def flatness(folder: str) -> findings.Explanation:
+    """What flatness, confidence and margin have to do with robustness."""
+    content, runs = stored(f"{folder}/sharpness.json"), []
+    for row in table(f"{folder}/table").rows:
+        for number, seed in enumerate(row.seeds):
+            name = f"{row.name}/seed{seed}"
+            values, accuracy = (
+                content["runs"][name]["values"],
+                content["accuracy"][name],
+            )
+            assert accuracy == {c: x.values[number] for c, x in row.cells.items()}
+            runs.append(
+                findings.MeasuredRun(row.name, row.label, seed, values, accuracy)
+            )
+    assert len(runs) == len(content["runs"])
+    return findings.explain(runs, content["column"])
+
+
+def flatness_tables(folder: str) -> tuple[Rows, ...]:
+    content = stored(f"{folder}/sharpness.json")
+    settings = ProbeSettings(**content["settings"])
+    num_images = next(iter(content["runs"].values()))["num_images"]
+    sheet = findings.to_sheet(flatness(folder), settings, num_images)
+    return tuple(tables(sheet.to_markdown()))
+
+
+def correlations() -> Rows:
+    """Of both families, side by side."""
+    families = {"sharpness/digits": "sharpness", "adversarial/digits": "adversarial"}
+    columns = ("linf 16/255", "linf 32/255")
+    header = [f"{name}, {c}" for name in families.values() for c in columns]
+    places = [
+        (flatness(folder).correlations, c) for folder in families for c in columns
+    ]
+    return [
+        ["rank correlation", *header],
+        *(
+            [one.label, *(str(of[key][c]) for of, c in places)]
+            for key, one in QUANTITIES.items()
+        ),
+    ]
 
 
 def board() -> str:
@@ -837,6 +887,47 @@ def under_autoattack_in_words(sam: str, fast: str, free: str) -> list[str]:
     ]
 
 
+def flatness_in_words() -> list[str]:
+    own, other = flatness("sharpness/digits"), flatness("adversarial/digits")
+    flat = [name for name, one in QUANTITIES.items() if one.kind == "flatness"]
+
+    def average(found: findings.Explanation, row: str, name: str) -> float:
+        return statistics.fmean(
+            x.values[name] or 0.0 for x in found.runs if x.row == row
+        )
+
+    def rising(found: findings.Explanation, name: str, column: str) -> bool | None:
+        """Whether accuracy rises with a measure; None where that is not sure."""
+        known = found.correlations[name][column]
+        return known.rho is not None and known.rho > 0 if known.is_sure else None
+
+    for found in (own, other):
+        for column in found.columns[1:]:
+            assert rising(found, "distance_linf", column)
+            assert rising(found, "linearity_error", column) is False
+    for name in flat:
+        values = {run.row: average(own, run.row, name) for run in own.runs}
+        assert max(values, key=values.__getitem__) == "label_smoothing,alpha=0.4"
+        assert rising(own, name, "linf 32/255") is not False
+    for name in ("lambda_max", "trace", "relative_flatness"):
+        assert rising(other, name, "linf 32/255")
+    for name in ("logit_norm", "logit_gap"):
+        assert rising(other, name, "linf 32/255") is False
+    st, sam = (
+        [average(own, row, name) for name in ("worst", "trace")]
+        for row in ("st", "sam,rho=0.4")
+    )
+    assert round(st[0] / sam[0]) == 6
+    at = average(other, "at,norm=linf,eps=16", "worst")
+    counts = [(len(x.runs), len({run.row for run in x.runs})) for x in (own, other)]
+    return [
+        *("{} of {} methods".format(*found) for found in counts),
+        f"is a sixth of ST's ({sam[0]:.4f} and {st[0]:.4f})",
+        f"while its trace is the same ({sam[1]:.2f} and {st[1]:.2f})",
+        f"is as flat ({at:.4f}) without",
+    ]
+
+
 def theory_in_words() -> list[str]:
     """How the shift that is printed for small rho errs, over the grid."""
     large = small = total = 0
@@ -902,6 +993,7 @@ SENTENCES = {
     "docs/speed.md": [speed_in_words],
     "docs/adversarial.md": [family_in_words],
     "docs/sharpness.md": [sharpness_in_words, real_images_in_words],
+    "docs/flatness.md": [flatness_in_words],
     "docs/theory.md": [theory_in_words],
     "docs/sanity.md": [sanity_in_words],
     "results/README.md": [provenance_in_words],
