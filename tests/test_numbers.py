@@ -73,6 +73,7 @@ WORDS = {
 FAMILY_AA = "adversarial/digits/autoattack"
 SHARPNESS, FAMILY = "sharpness/digits/table", "adversarial/digits/table"
 REAL = "sharpness/cifar10-small/table"
+CHEAP = "adversarial/cifar10-small/table"
 DIGITS, SMALL, FULL = "digits/table", "cifar10-small/table", "h200/cifar10/table"
 DIGITS_AA, SMALL_AA, FULL_AA = (
     f"{folder}/autoattack"
@@ -317,8 +318,10 @@ def held(page: str) -> tuple[Rows, ...]:
     if page == "docs/sharpness.md":
         return rendered(SHARPNESS), rendered(REAL)
     if page == "docs/adversarial.md":
-        return rendered(FAMILY), plain(
-            FAMILY_AA, beside_autoattack("linf 32/255", "l2 128/255")
+        return (
+            rendered(FAMILY),
+            plain(FAMILY_AA, beside_autoattack("linf 32/255", "l2 128/255")),
+            rendered(CHEAP),
         )
     if page == "docs/flatness.md":
         return (correlations(),)
@@ -928,6 +931,49 @@ def flatness_in_words() -> list[str]:
     ]
 
 
+def cheap_in_words() -> list[str]:
+    near, far, sam, at = "linf 1/255", "linf 2/255", "sam,rho=0.2", "at,norm=linf,eps=1"
+    fast = {eps: f"fgsm_rs,eps={eps}" for eps in ("0.25", "0.5", "1")}
+    passes = {row.name: row.passes or 0.0 for row in table(CHEAP).rows}
+    assert passes["free,eps=1,m=4"] == 1
+    for row in fast.values():
+        for column in (near, far, "natural"):
+            both = (cell(CHEAP, name, column).values for name in (row, sam))
+            assert all(ours > theirs for ours, theirs in zip(*both, strict=True))
+
+    def gains(row: str) -> list[str]:
+        return [gain(CHEAP, row, column) for column in (near, far, "natural")]
+
+    own, half, whole, late, trades = map(
+        gains,
+        (sam, fast["0.5"], at, f"{at},start=0.8", "trades,norm=linf,eps=1,beta=1"),
+    )
+    ahead = [
+        "{:.1f} ± {:.1f}".format(*lead(CHEAP, fast["0.25"], sam, column))
+        for column in (near, far, "natural")
+    ]
+    shares = [
+        100 * difference(CHEAP, row, far).mean / difference(CHEAP, at, far).mean
+        for row in (fast["0.5"], sam)
+    ]
+    smooth = [gain(name, "label_smoothing,alpha=0.2", far) for name in (REAL, CHEAP)]
+    free = mean(CHEAP, "free,eps=1,m=4", "natural")
+    return [
+        f"SAM adds {own[0]} points at l-inf 1/255, {own[1]} at 2/255 and {own[2]} of "
+        f"natural accuracy, for {passes[sam]:g} passes",
+        f"FGSM-RS at half of that radius adds, in the same order, {half[0]}, {half[1]} "
+        f"and {half[2]}, for {passes[fast['0.5']]:.2f}",
+        f"ahead of SAM by {ahead[0]}, {ahead[1]} and {ahead[2]}",
+        f"adds {whole[0]}, {whole[1]} and {whole[2]}, for {passes[at]:.2f}",
+        f"{late[0]}, {late[1]} and {late[2]}, for {passes[at + ',start=0.8']:.2f}",
+        f"TRADES with a small beta {trades[0]}, {trades[1]} and {trades[2]}, for "
+        f"{passes['trades,norm=linf,eps=1,beta=1']:g}",
+        f"FGSM-RS has {shares[0]:.0f} % and SAM {shares[1]:.0f} %",
+        f"learns too little ({free:.1f} % natural)",
+        f"adds {smooth[0]} at l-inf 2/255 there and {smooth[1]} here",
+    ]
+
+
 def theory_in_words() -> list[str]:
     """How the shift that is printed for small rho errs, over the grid."""
     large = small = total = 0
@@ -991,7 +1037,7 @@ SENTENCES = {
     "docs/reference.md": [reference_in_words],
     "docs/results.md": [full_size_in_words, small_in_words, autoattack_in_words],
     "docs/speed.md": [speed_in_words],
-    "docs/adversarial.md": [family_in_words],
+    "docs/adversarial.md": [family_in_words, cheap_in_words],
     "docs/sharpness.md": [sharpness_in_words, real_images_in_words],
     "docs/flatness.md": [flatness_in_words],
     "docs/theory.md": [theory_in_words],
