@@ -961,7 +961,7 @@ def cheap_in_words() -> list[str]:
     return [
         f"SAM adds {own[0]} points at l-inf 1/255, {own[1]} at 2/255 and {own[2]} of "
         f"natural accuracy, for {passes[sam]:g} passes",
-        f"FGSM-RS at half of that radius adds, in the same order, {half[0]}, {half[1]} "
+        f"FGSM-RS at 0.5/255 adds, in the same order, {half[0]}, {half[1]} "
         f"and {half[2]}, for {passes[fast['0.5']]:.2f}",
         f"ahead of SAM by {ahead[0]}, {ahead[1]} and {ahead[2]}",
         f"adds {whole[0]}, {whole[1]} and {whole[2]}, for {passes[at]:.2f}",
