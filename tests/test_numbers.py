@@ -74,6 +74,7 @@ FAMILY_AA = "adversarial/digits/autoattack"
 SHARPNESS, FAMILY = "sharpness/digits/table", "adversarial/digits/table"
 REAL = "sharpness/cifar10-small/table"
 CHEAP = "adversarial/cifar10-small/table"
+CHEAP_AA = "adversarial/cifar10-small/autoattack"
 DIGITS, SMALL, FULL = "digits/table", "cifar10-small/table", "h200/cifar10/table"
 DIGITS_AA, SMALL_AA, FULL_AA = (
     f"{folder}/autoattack"
@@ -958,6 +959,11 @@ def cheap_in_words() -> list[str]:
     ]
     smooth = [gain(name, "label_smoothing,alpha=0.2", far) for name in (REAL, CHEAP)]
     free = mean(CHEAP, "free,eps=1,m=4", "natural")
+    weak, strong = (
+        [mean(CHEAP_AA, row, column) for row in (fast["0.5"], sam)]
+        for column in (near, f"{near} AA")
+    )
+    apart = "{:.1f} ± {:.1f}".format(*lead(CHEAP_AA, fast["0.5"], sam, f"{near} AA"))
     return [
         f"SAM adds {own[0]} points at l-inf 1/255, {own[1]} at 2/255 and {own[2]} of "
         f"natural accuracy, for {passes[sam]:g} passes",
@@ -971,6 +977,9 @@ def cheap_in_words() -> list[str]:
         f"FGSM-RS has {shares[0]:.0f} % and SAM {shares[1]:.0f} %",
         f"learns too little ({free:.1f} % natural)",
         f"adds {smooth[0]} at l-inf 2/255 there and {smooth[1]} here",
+        f"On {table(CHEAP_AA).num_test} of the test images AutoAttack leaves FGSM-RS "
+        f"at 0.5/255 {strong[0]:.1f} % at l-inf 1/255 and SAM {strong[1]:.1f} %, "
+        f"{apart} points apart; PGD leaves them {weak[0]:.1f} and {weak[1]:.1f} %",
     ]
 
 
