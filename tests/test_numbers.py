@@ -137,6 +137,10 @@ def lead(name: str, row: str, other: str, column: str) -> tuple[float, float]:
 
 
 @functools.cache
+def ahead(name: str, row: str, other: str, column: str) -> str:
+    return "{:.1f} ± {:.1f}".format(*lead(name, row, other, column))
+
+
 def paper(config: str) -> dict[str, dict[str, float]]:
     """The paper's table as the config has it."""
     path = str(ROOT / "configs" / config)
@@ -853,19 +857,20 @@ def family_in_words() -> list[str]:
     assert passes[free] == 1
     assert round(passes[at] / passes[fast]) == 5
 
-    def ahead(row: str, column: str) -> str:
-        return "{:.1f} ± {:.1f}".format(*lead(FAMILY, row, sam, column))
-
+    quick, replayed = (
+        [ahead(FAMILY, row, sam, column) for column in (near, far)]
+        for row in (fast, free)
+    )
     shares = [
         100 * difference(FAMILY, row, near).mean / difference(FAMILY, at, near).mean
         for row in (fast, sam)
     ]
     return [
         f"({natural.pop():.1f} %) FGSM-RS at 8/255 costs {passes[fast]:.2f} passes "
-        f"where SAM costs {passes[sam]:g}, and is ahead of SAM by {ahead(fast, near)} "
-        f"points at l-inf 16/255 and by {ahead(fast, far)} at l-inf 32/255",
+        f"where SAM costs {passes[sam]:g}, and is ahead of SAM by {quick[0]} "
+        f"points at l-inf 16/255 and by {quick[1]} at l-inf 32/255",
         f"it has {shares[0]:.0f} % at a fifth of the price, SAM {shares[1]:.0f} %",
-        f"is ahead of SAM by {ahead(free, near)} and {ahead(free, far)}",
+        f"is ahead of SAM by {replayed[0]} and {replayed[1]}",
         *under_autoattack_in_words(sam, fast, free),
     ]
 
@@ -877,17 +882,14 @@ def under_autoattack_in_words(sam: str, fast: str, free: str) -> list[str]:
         pgd, strong = (gain(FAMILY_AA, row, f"{far}{x}") for x in ("", " AA"))
         return f"{pgd} points at l-inf 32/255 under PGD and {strong} under AutoAttack"
 
-    ahead = [
-        "{:.1f} ± {:.1f}".format(*lead(FAMILY_AA, row, sam, f"{far} AA"))
-        for row in (fast, free)
-    ]
+    apart = [ahead(FAMILY_AA, row, sam, f"{far} AA") for row in (fast, free)]
     behind, error = lead(FAMILY_AA, smooth, sam, f"{far} AA")
     assert behind < -2 * error
     return [
         f"on {table(FAMILY_AA).num_test} of the test images",
         f"Label smoothing adds {both(smooth)}",
         f"SAM adds {both(sam)}".replace(" points at l-inf 32/255 under PGD", ""),
-        f"stay ahead of SAM by {ahead[0]} and {ahead[1]}",
+        f"stay ahead of SAM by {apart[0]} and {apart[1]}",
     ]
 
 
@@ -949,9 +951,8 @@ def cheap_in_words() -> list[str]:
         gains,
         (sam, fast["0.5"], at, f"{at},start=0.8", "trades,norm=linf,eps=1,beta=1"),
     )
-    ahead = [
-        "{:.1f} ± {:.1f}".format(*lead(CHEAP, fast["0.25"], sam, column))
-        for column in (near, far, "natural")
+    quarter = [
+        ahead(CHEAP, fast["0.25"], sam, column) for column in (near, far, "natural")
     ]
     shares = [
         100 * difference(CHEAP, row, far).mean / difference(CHEAP, at, far).mean
@@ -963,13 +964,13 @@ def cheap_in_words() -> list[str]:
         [mean(CHEAP_AA, row, column) for row in (fast["0.5"], sam)]
         for column in (near, f"{near} AA")
     )
-    apart = "{:.1f} ± {:.1f}".format(*lead(CHEAP_AA, fast["0.5"], sam, f"{near} AA"))
+    apart = ahead(CHEAP_AA, fast["0.5"], sam, f"{near} AA")
     return [
         f"SAM adds {own[0]} points at l-inf 1/255, {own[1]} at 2/255 and {own[2]} of "
         f"natural accuracy, for {passes[sam]:g} passes",
         f"FGSM-RS at 0.5/255 adds, in the same order, {half[0]}, {half[1]} "
         f"and {half[2]}, for {passes[fast['0.5']]:.2f}",
-        f"ahead of SAM by {ahead[0]}, {ahead[1]} and {ahead[2]}",
+        f"ahead of SAM by {quarter[0]}, {quarter[1]} and {quarter[2]}",
         f"adds {whole[0]}, {whole[1]} and {whole[2]}, for {passes[at]:.2f}",
         f"{late[0]}, {late[1]} and {late[2]}, for {passes[at + ',start=0.8']:.2f}",
         f"TRADES with a small beta {trades[0]}, {trades[1]} and {trades[2]}, for "

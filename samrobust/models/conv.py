@@ -72,10 +72,8 @@ def _to_images(
 ) -> Array:
     """Returns I(y, k), of the shape of the images."""
 
-    def native(cotangent: Array, kernel: Array) -> Array:
-        convolve = functools.partial(_convolve, stride=stride, padding=padding)
-        images = jax.ShapeDtypeStruct(shape, cotangent.dtype)
-        return jax.linear_transpose(lambda x: convolve(x, kernel), images)(cotangent)[0]
+    def native(y: Array, kernel: Array) -> Array:
+        return _transpose_at(y, lambda x: _convolve(x, kernel, stride, padding), shape)
 
     own = functools.partial(
         _image_gradient, shape=shape, stride=stride, padding=padding
@@ -89,15 +87,20 @@ def _to_kernel(
 ) -> Array:
     """Returns K(y, x), of the shape of the kernel."""
 
-    def native(cotangent: Array, images: Array) -> Array:
-        convolve = functools.partial(_convolve, stride=stride, padding=padding)
-        kernel = jax.ShapeDtypeStruct(shape, images.dtype)
-        return jax.linear_transpose(lambda k: convolve(images, k), kernel)(cotangent)[0]
+    def native(y: Array, images: Array) -> Array:
+        return _transpose_at(y, lambda k: _convolve(images, k, stride, padding), shape)
 
     own = functools.partial(
         _kernel_gradient, window=shape[:2], stride=stride, padding=padding
     )
     return lax.platform_dependent(cotangent, images, cpu=own, default=native)
+
+
+def _transpose_at(
+    y: Array, linear: Callable[[Array], Array], shape: tuple[int, ...]
+) -> Array:
+    """Applies the transpose of a linear map of arrays of a shape."""
+    return jax.linear_transpose(linear, jax.ShapeDtypeStruct(shape, y.dtype))(y)[0]
 
 
 def _keep(function: Callable[..., Any]) -> Callable[..., Any]:
