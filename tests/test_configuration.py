@@ -423,6 +423,23 @@ def test_a_small_radius_is_accepted(radius):
         (["evaluation.linf_step=1e20"], "evaluation.linf_step <= 10"),
         (["evaluation.l2_step=1e-20"], "0.0001 <= evaluation.l2_step"),
         (["evaluation.version=rand"], "attack=autoattack with evaluation.version"),
+        (
+            ["training.schedule=cosine", "training.milestones=(0.5,)"],
+            "training.schedule=step when training.milestones is set, got "
+            "training.milestones=\\(0.5,\\), training.schedule='cosine'",
+        ),
+        (
+            ["training.schedule=cyclic", "training.decay_factor=0.2"],
+            "training.schedule=step when training.decay_factor is set",
+        ),
+        (
+            ["evaluation.attack=autoattack", "evaluation.num_steps=50"],
+            "evaluation.attack=pgd when evaluation.num_steps is set",
+        ),
+        (
+            ["evaluation.attack=autoattack", "evaluation.linf_step=0.1"],
+            "evaluation.attack=pgd when evaluation.linf_step is set",
+        ),
         (["label=SAM"], "label=ST as the row 'st' says, got label='SAM'"),
         (["row=sam,rho=0.1"], "a config of the row 'st', got row='sam,rho=0.1'"),
         (["training.learning_rate='0.1"], '"\'0.1"$'),

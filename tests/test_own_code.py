@@ -215,11 +215,12 @@ MESSAGES = {
     "sam,rho=0.1+mine:stripes": r"^Expected mine:stripes to build one of adversary",
     "odd:data,share=1": r"^Expected another name than data, got part='odd:data'",
     "sam,rho=0.1+odd:sam,rho=1": r"^Expected another name than sam, got part=",
-    "odd:fails,share=1": r"^Expected odd:fails to run, got at .*odd\.py, line 17: Type",
+    "odd:fails,share=1": r"^Expected odd:fails to run, got at .*odd\.py, line 18: Type",
     "odd:by_place,share=1": r"^Expected odd:by_place to run, got: TypeError: .*share",
     "odd:called,kind=../up": r"^Expected letters, digits, _, \. and - for kind, got",
 }
 ODD = '''
+import optax
 from flax import linen as nn
 
 from samrobust.training import Averaging
@@ -275,6 +276,10 @@ def nothing(*_):
 
 def breaks(*_):
     raise RuntimeError("no")
+
+
+def plain(learning_rate, momentum):
+    return optax.sgd(learning_rate, momentum)
 '''
 
 
@@ -296,6 +301,9 @@ OVERRIDES = {
     "training.optimizer=odd:nothing": r"^Expected training\.optimizer=odd:nothing to",
     "training.optimizer=odd:breaks": r"^Expected odd:breaks to run, got .*line ",
     "training.optimizer=odd:nn": r"^Expected the optimizer's constructor, got",
+    "training.optimizer=odd:plain --config.training.weight_decay=0.002": (
+        r"^Expected an optimizer with a parameter weight_decay when training\.weight_d"
+    ),
     "model.name=mine:Linear --config.model.dtype=bfloat16": r"^Expected no model\.dt",
 }
 

@@ -68,9 +68,12 @@ def model_fields(name: str) -> Mapping[str, Field]:
     return fields_of_parameters(make, _NO_FIELDS)
 
 
-def takes(name: str, parameter: str) -> bool:
-    """Returns whether a network's constructor has a parameter, such as `mean`."""
-    return parameter in inspect.signature(_find(name, _MODEL)).parameters
+def takes(name: str, parameter: str, *, field: str = _MODEL) -> bool:
+    """Returns whether a network's constructor has a parameter, such as `mean`.
+
+    Or an optimizer's, with `field="training.optimizer"`.
+    """
+    return parameter in inspect.signature(_find(name, field)).parameters
 
 
 def make_model(config: Config, dataset: Dataset | DatasetFacts) -> nn.Module:

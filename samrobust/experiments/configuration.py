@@ -24,9 +24,9 @@ from ml_collections import ConfigDict, config_dict, config_flags
 
 from samrobust.checks import check, shorten
 from samrobust.experiments import entries, methods, rows
-from samrobust.experiments.components import model_fields
+from samrobust.experiments.components import model_fields, takes
 from samrobust.experiments.rows import parse_row
-from samrobust.experiments.validation import fields_of, validate
+from samrobust.experiments.validation import OF_PGD, fields_of, validate
 from samrobust.system.fields import differences, flatten
 from samrobust.system.resolve import failure_of
 from samrobust.types import Config, Field
@@ -54,6 +54,12 @@ _IS_STILL_THE_PAPERS = (
     *("seed", "model.dtype", "training.deterministic"),
     *("evaluation.linf", "evaluation.l2"),
 )
+
+# What is read under one choice alone; a tuple of fields for each.
+_READ_UNDER = {
+    ("training.schedule", "step"): ("training.milestones", "training.decay_factor"),
+    ("evaluation.attack", "pgd"): OF_PGD,
+}
 
 
 def finish(config: Config, row: str) -> Config:
@@ -217,6 +223,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     config = _overridden(config, overrides)
     validate(config)
     _check_fields(config)
+    _check_choices(config)
     changed = differences(written, as_dict(config))
     if not all(field.startswith(_IS_STILL_THE_PAPERS) for field in changed):
         with config.unlocked():
@@ -332,6 +339,22 @@ def _check_fields(config: Config) -> None:
             near = difflib.get_close_matches(field, known, 1)
             fix = f"Did you mean {near[0]}?" if near else ""
             check(False, "a field of configs/base.py or of a method", fix, field=field)
+
+
+def _check_choices(config: Config) -> None:
+    """Refuses settings that nothing reads, for something else was chosen."""
+    found, optimizer = dict(flatten(config)), "training.optimizer"
+    for field in differences(json.loads(_defaults()), as_dict(config)):
+        for (choice, value), fields in _READ_UNDER.items():
+            holds = field not in fields or found[choice] == value
+            given = {field: found.get(field), choice: found[choice]}
+            check(holds, f"{choice}={value} when {field} is set", **given)
+        if field in ("training.momentum", "training.weight_decay"):
+            parameter = field.rpartition(".")[2]
+            holds = takes(found[optimizer], parameter, field=optimizer)
+            wanted = f"an optimizer with a parameter {parameter} when {field} is set"
+            given = {field: found[field], optimizer: found[optimizer]}
+            check(holds, wanted, **given)
 
 
 def _check_row(config: Config, wanted: str) -> None:

@@ -35,7 +35,7 @@ from samrobust.experiments.components import check_model, model_fields, takes
 from samrobust.training.adversaries import at
 from samrobust.types import Config
 
-__all__ = ["FIELDS", "fields_of", "validate"]
+__all__ = ["FIELDS", "OF_PGD", "fields_of", "validate"]
 
 _SECTION = (ConfigDict, Mapping)
 _MOST = 3e38  # finite in float32
@@ -44,7 +44,14 @@ _size = partial(check_whole, 0)
 _seed = partial(check_whole, 0, LARGEST_SEED)
 # PGD judges by the rules that it trains by.
 _pgd = {name: field.rule for name, field in at.ENTRY.fields.items()}
-_OF_PGD = ("num_steps", "random_start", "restarts", "loss", "judge", "gradient_floor")
+_ALIKE = ("num_steps", "random_start", "restarts", "loss", "judge", "gradient_floor")
+_PGD = {
+    "evaluation.linf_step": _pgd["relative_step_size.linf"],
+    "evaluation.l2_step": _pgd["relative_step_size.l2"],
+    **{f"evaluation.{name}": _pgd[name] for name in _ALIKE},
+    "evaluation.early_stop": switch,
+}
+OF_PGD = tuple(_PGD)
 
 
 def _percentages(**values: Any) -> None:
@@ -90,10 +97,7 @@ FIELDS: dict[str, Rule] = {
     "evaluation.attack": one_of("pgd", "autoattack"),
     "evaluation.version": one_of(*VERSIONS),
     "evaluation.members": each(one_of(*MEMBERS)),
-    "evaluation.linf_step": _pgd["relative_step_size.linf"],
-    "evaluation.l2_step": _pgd["relative_step_size.l2"],
-    **{f"evaluation.{name}": _pgd[name] for name in _OF_PGD},
-    "evaluation.early_stop": switch,
+    **_PGD,
     "evaluation.batch_size": _size,
     "evaluation.split": one_of("test", "validation"),
     "evaluation.checkpoint": one_of("last", "best", "both"),
