@@ -38,16 +38,17 @@ def fresh(columns: dict[str, list[Stage]]) -> Fates:
     return Fates.fresh(names, NUM_EXAMPLES)
 
 
-def pursue(columns, fates, sizes, on_batch=lambda *_: None):
-    return survivors(columns, fates, sizes=sizes, on_batch=on_batch)
+def pursue(columns, fates, size, on_batch=lambda *_: None):
+    chosen = size if callable(size) else lambda *_: size
+    return survivors(columns, fates, size=chosen, on_batch=on_batch)
 
 
-@pytest.mark.parametrize("sizes", [[1], [8], [8, 4, 2], [64]])
-def test_every_example_goes_through_each_stage_once_until_it_breaks(sizes):
+@pytest.mark.parametrize("size", [1, 8, lambda _, now: max(1, now // 3), 64])
+def test_every_example_goes_through_each_stage_once_until_it_breaks(size):
     passes: Counter = Counter()
     columns = make_columns(passes)
     fates = fresh(columns)
-    batches = list(pursue(columns, fates, sizes))
+    batches = list(pursue(columns, fates, size))
     expected = {
         (column, number, i)
         for column, count in enumerate(NUM_STAGES)
@@ -73,19 +74,42 @@ def test_a_loop_that_is_cut_after_a_batch_goes_on_with_what_is_left(cut):
     passes: Counter = Counter()
     columns = make_columns(passes)
     fates = fresh(columns)
-    assert len(list(itertools.islice(pursue(columns, fates, [4]), cut))) == cut
+    assert len(list(itertools.islice(pursue(columns, fates, 4), cut))) == cut
     assert fates.is_possible()
     assert not fates.is_whole
-    list(pursue(columns, fates, [5, 3]))
+    list(pursue(columns, fates, 5))
     whole = fresh(columns)
     assert set(passes.values()) == {1}
-    list(pursue(columns, whole, [8]))
+    list(pursue(columns, whole, 8))
     np.testing.assert_array_equal(fates.broken_at, whole.broken_at)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 5, 6])
+def test_the_size_depends_on_what_a_member_and_a_stage_begin_with_alone(cut):
+    """However far the stage was when the loop was cut."""
+    columns, asked = make_columns(Counter()), []
+    members = {"column 0": ["one", "two", "two"], "column 1": ["one", "one"]}
+    fates = Fates.fresh(members, NUM_EXAMPLES)
+
+    def size(*counts):
+        asked.append(counts)
+        return 7
+
+    list(itertools.islice(pursue(columns, fates, size), cut))
+    list(pursue(columns, fates, size))
+    left = {  # how many go through a stage
+        (column, number): int(np.sum(number <= BREAKS_AT[column]))
+        for column, count in enumerate(NUM_STAGES)
+        for number in range(count)
+    }
+    firsts = {(0, 0): 0, (0, 1): 1, (0, 2): 1, (1, 0): 0, (1, 1): 0}
+    expected = [(left[place[0], first], left[place]) for place, first in firsts.items()]
+    assert list(dict.fromkeys(asked)) == list(dict.fromkeys(expected))
 
 
 def test_the_work_that_is_told_rises_to_all_but_the_last_example():
     columns, told = make_columns(Counter()), []
-    list(pursue(columns, fresh(columns), [8], lambda *report: told.append(report)))
+    list(pursue(columns, fresh(columns), 8, lambda *report: told.append(report)))
     shares = [done for done, *_ in told]
     assert shares == sorted(shares)
     assert {total for _, total, _ in told} == {NUM_EXAMPLES}

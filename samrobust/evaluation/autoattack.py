@@ -22,8 +22,6 @@ from samrobust.types import Array, LogitsFn, PyTree
 
 __all__ = ["make_autoattack_evaluator"]
 
-_QUARTERS = 4  # the smallest batch is a quarter of a full one
-
 
 def make_autoattack_evaluator(
     model: nn.Module, attacks: Mapping[str, AutoAttack], *, batch_size: int
@@ -33,8 +31,9 @@ def make_autoattack_evaluator(
     Args:
       model: as there.
       attacks: by the names of the columns; `natural` is added in front.
-      batch_size: as there; batches have three sizes, so that each part compiles at
-        most three times.
+      batch_size: as there, of the largest batches. Those of a member have the size that
+        fits the examples it begins with, until half of them are left: it compiles once
+        or twice for a network.
 
     Returns:
       The evaluator. With an archive the outcome is stored there, and a call with the
@@ -92,8 +91,9 @@ def make_autoattack_evaluator(
                     fates.broken_at[:, ~right] = MISCLASSIFIED
                 data = (*to_devices(variables, split), key)
                 stages = _stages(programs, parts, data)
-                sizes = _batch_sizes(batch_size_for(len(split), batch_size))
-                for batch in survivors(stages, fates, sizes=sizes, on_batch=on_batch):
+                largest = batch_size_for(len(split), batch_size)
+                size = functools.partial(_batch_size, largest)
+                for batch in survivors(stages, fates, size=size, on_batch=on_batch):
                     file.put_examples(*batch)
                     file.write(fates, now=False)
             finally:
@@ -169,7 +169,23 @@ def _stages(
     }
 
 
-def _batch_sizes(size: int) -> list[int]:
-    """Returns a full batch, the double of the smallest, the smallest; each once."""
-    smallest = batch_size_for(size, -(-size // _QUARTERS))
-    return sorted({size, min(size, 2 * smallest), smallest}, reverse=True)
+def _batch_size(largest: int, at_first: int, now: int) -> int:
+    """Returns the size of a stage's batches, with little padding and few programs.
+
+    Other networks leave about as many examples: an octave has eight sizes.
+
+    Args:
+      largest: that is allowed.
+      at_first: how many examples the stage's member began with.
+      now: how many the stage begins with.
+
+    >>> [_batch_size(100, 49, now) for now in (49, 30, 24, 9)]
+    [52, 52, 26, 13]
+    >>> [_batch_size(100, n, n) for n in (400, 390, 330, 101, 100, 33)]
+    [100, 100, 88, 52, 100, 36]
+    """
+    while 2 * now <= at_first:
+        at_first = -(-at_first // 2)
+    even = -(-at_first // -(-at_first // largest))
+    step = max(1, 2 ** (even.bit_length() - 4))
+    return batch_size_for(-(-even // step) * step, largest)

@@ -82,6 +82,16 @@ class Fates:
         """Says whether nothing is left to do."""
         return self.place.column >= len(self.stages)
 
+    def num_begun(self, place: Place) -> tuple[int, int]:
+        """Returns how many examples its member began with, and the stage there."""
+        row, members = self.broken_at[place.column], list(self.stages.values())
+        first = members[place.column].index(members[place.column][place.stage])
+
+        def count(stage: int) -> int:
+            return int(np.sum((row == STANDING) | (row >= stage)))
+
+        return count(first), count(place.stage)
+
     def is_possible(self) -> bool:
         """Says whether an evaluation can produce these values."""
         nums = np.array([len(stages) for stages in self.stages.values()])

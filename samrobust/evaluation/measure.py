@@ -11,7 +11,7 @@ position in the split: never of the batch, its padding or the number of devices.
 import functools
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import jax
@@ -117,7 +117,7 @@ def make_measure(batch_fn: BatchFn, *, batch_size: int) -> Measure:
         size = batch_size_for(num_examples, batch_size)
         data = to_devices(variables, split)
         parts: list[dict[str, np.ndarray]] = []
-        for indices, count in packed(np.arange(num_examples), [size]):
+        for indices, count in packed(np.arange(num_examples), size):
             values = fetch(of_batch(*data, indices, key), on_batch, done, num_examples)
             parts.append({name: value[:count] for name, value in values.items()})
             done += count
@@ -242,31 +242,19 @@ def check_batch_size(batch_size: int) -> None:
     check(batch_size >= 0, "batch_size >= 0", batch_size=batch_size)
 
 
-def packed(
-    positions: np.ndarray, sizes: Sequence[int]
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields batches of few sizes, with how many of each are not padding.
-
-    As little padding as the smallest size allows, in as few batches as that takes.
+def packed(positions: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields batches of one size, with how many of each are not padding.
 
     Args:
       positions: in a split, int [n].
-      sizes: of batches, falling.
+      size: of a batch.
 
-    >>> [(len(i), n) for i, n in packed(np.arange(21), [8, 4, 2])]
-    [(8, 8), (8, 8), (4, 4), (2, 1)]
-    >>> [(len(i), n) for i, n in packed(np.arange(7), [8, 4, 2])]
-    [(8, 7)]
-    >>> [i.tolist() for i, _ in packed(np.arange(3), [2])]
-    [[0, 1], [2, 2]]
+    >>> [(i.tolist(), n) for i, n in packed(np.arange(3), 2)]
+    [([0, 1], 2), ([2, 2], 1)]
     """
-    smallest, done = sizes[-1], 0
-    while done < len(positions):
-        slots = -(-(len(positions) - done) // smallest) * smallest
-        length = next(length for length in sizes if length <= slots)
-        taken = positions[done : done + length]
-        yield np.resize(taken, length).astype(np.int32), len(taken)
-        done += len(taken)
+    for start in range(0, len(positions), size):
+        taken = positions[start : start + size]
+        yield np.resize(taken, size).astype(np.int32), len(taken)
 
 
 def usual_batch_size(batch_size: int, num_devices: int = 1) -> int:

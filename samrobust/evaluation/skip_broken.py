@@ -65,8 +65,9 @@ def make_skip_broken_evaluator(
         }
         names = {c: [stage.name for stage in each] for c, each in columns.items()}
         fates = Fates.fresh(names, len(split))
-        sizes = [batch_size_for(len(split), batch_size)]
-        for batch in survivors(columns, fates, sizes=sizes, on_batch=on_batch):
+        size = batch_size_for(len(split), batch_size)
+        batches = survivors(columns, fates, size=lambda *_: size, on_batch=on_batch)
+        for batch in batches:
             images = jax.device_get(batch.images)
             iterates[batch.indices] = images[: len(batch.indices)]
         on_batch(len(split), len(split), "done")

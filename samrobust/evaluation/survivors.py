@@ -1,8 +1,7 @@
 """The loop over attacks in stages: only unbroken examples go on to the next stage.
 
-After each stage the survivors of the whole split are packed into full batches again, of
-few sizes, so that nothing recompiles. On a network that breaks easily, most of the
-attack is skipped.
+After each stage the survivors of the whole split are packed into batches again. On a
+network that breaks easily, most of the attack is skipped.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,7 +97,7 @@ def survivors(
     columns: Mapping[str, Sequence[Stage]],
     fates: Fates,
     *,
-    sizes: Sequence[int],
+    size: Callable[[int, int], int],
     on_batch: OnBatch,
 ) -> Iterator[Attacked]:
     """Runs the rest of all attacks, stage by stage, on the unbroken examples.
@@ -107,7 +106,9 @@ def survivors(
       columns: the stages of each attack, by the names of the columns.
       fates: of the examples; work that is done is not repeated. Updated in place, with
         each batch before it is yielded.
-      sizes: of batches, falling; the devices divide each of them.
+      size: `size(at_first, now) -> int` of the batches of a stage, which the devices
+        divide; of how many examples the first stage of its member began with, and it
+        does itself, >= 1.
       on_batch: called after every batch, and during one that takes long, with the share
         of the expected work that is done.
 
@@ -120,20 +121,26 @@ def survivors(
     while not fates.is_whole:
         column, stages = fates.place.column, columns[names[fates.place.column]]
         while fates.place.stage < len(stages):
-            yield from _pass(stages[fates.place.stage], fates, sizes, progress)
+            yield from _pass(stages[fates.place.stage], fates, size, progress)
             fates.place = Place(column, fates.place.stage + 1)
         fates.place = Place(column + 1)
 
 
 def _pass(
-    stage: Stage, fates: Fates, sizes: Sequence[int], progress: "_WorkShare"
+    stage: Stage,
+    fates: Fates,
+    size: Callable[[int, int], int],
+    progress: "_WorkShare",
 ) -> Iterator[Attacked]:
     """Runs the stage at `fates.place` on the unbroken examples."""
     place, row = fates.place, fates.broken_at[fates.place.column]
     alive = np.flatnonzero(row == STANDING)
     alive = alive[alive >= place.example]
     left = len(alive)
-    for indices, count in packed(alive, sizes):
+    if not left:
+        return
+    # By the fates alone: resumed, a stage goes on with batches of the same size.
+    for indices, count in packed(alive, size(*fates.num_begun(place))):
         images, *flags = stage.run(indices)
         broken, finite = (
             flag[:count] for flag in fetch(flags, progress.tell, place, left)
