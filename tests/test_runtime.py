@@ -157,7 +157,21 @@ def test_the_compiler_options_leave_the_environment_as_it_is():
 @on_cpu
 def test_the_users_own_choice_among_xlas_flags_wins():
     flags = "--xla_cpu_experimental_ynn_fusion_type=individual_dot"
+    flags += " --xla_backend_optimization_level=2"
     assert in_a_fresh_process(OPTIONS, XLA_FLAGS=flags) == f"False {flags}"
+
+
+@on_cpu
+@pytest.mark.parametrize("is_off", [False, True])
+def test_llvms_first_level_is_enough_unless_jax_is_asked_for_less(is_off, monkeypatch):
+    was = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", is_off)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    try:
+        level = compiler_options().get("xla_backend_optimization_level")
+    finally:
+        jax.config.update("jax_disable_most_optimizations", was)
+    assert level == (None if is_off else "1")
 
 
 def test_a_gpu_alone_needs_another_program_to_give_the_same_bits_again(monkeypatch):

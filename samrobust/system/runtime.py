@@ -47,7 +47,13 @@ __all__ = [
 # takes 1.3 to 1.5 times as long as Eigen, its other choice. Reductions stay where they
 # are: there YNNPACK is the faster one.
 _YNN_FLAG = "xla_cpu_experimental_ynn_fusion_type"
-_CPU_OPTIONS: dict[str, str | bool] = {_YNN_FLAG: "LIBRARY_FUSION_TYPE_REDUCE"}
+# LLVM's first level compiles in two thirds of the time of XLA's usual one. Steps and
+# attacks take as long: convolutions and products are in libraries.
+_LEVEL = "xla_backend_optimization_level"
+_CPU_OPTIONS: dict[str, str | bool] = {
+    _YNN_FLAG: "LIBRARY_FUSION_TYPE_REDUCE",
+    _LEVEL: "1",
+}
 # oneDNN, in jaxlib 0.12 and newer, takes 0.75 to 0.9 times as long as Eigen for a
 # convolution and its image's gradient, but up to 1.7 times as long for its kernel's.
 _ATTACK_OPTIONS: dict[str, str | bool] = {
@@ -192,8 +198,12 @@ def parse_compiler_options(flags: str) -> dict[str, str | bool]:
 
 def _cpu_options(*, attacks: bool) -> dict[str, str | bool]:
     """Returns those options that XLA knows and the user did not choose."""
+    import jax
+
     options = _CPU_OPTIONS | (_ATTACK_OPTIONS if attacks else {})
     flags = os.environ.get("XLA_FLAGS", "")
+    if jax.config.read("jax_disable_most_optimizations"):  # it sets a level, too
+        flags += _LEVEL
     return {
         name: value
         for name, value in options.items()
