@@ -32,8 +32,8 @@ def make_autoattack_evaluator(
       model: as there.
       attacks: by the names of the columns; `natural` is added in front.
       batch_size: as there, of the largest batches. Those of a member have the size that
-        fits the examples it begins with, until half of them are left: it compiles once
-        or twice for a network.
+        fits the examples it begins with, until three quarters of them are left: it
+        compiles once or twice for a network.
 
     Returns:
       The evaluator. With an archive the outcome is stored there, and a call with the
@@ -179,13 +179,13 @@ def _batch_size(largest: int, at_first: int, now: int) -> int:
       at_first: how many examples the stage's member began with.
       now: how many the stage begins with.
 
-    >>> [_batch_size(100, 49, now) for now in (49, 30, 24, 9)]
-    [52, 52, 26, 13]
+    >>> [_batch_size(100, 49, now) for now in (49, 37, 36, 9)]
+    [52, 52, 36, 11]
     >>> [_batch_size(100, n, n) for n in (400, 390, 330, 101, 100, 33)]
     [100, 100, 88, 52, 100, 36]
     """
-    while 2 * now <= at_first:
-        at_first = -(-at_first // 2)
+    while 4 * now <= 3 * at_first:
+        at_first = 3 * at_first // 4
     even = -(-at_first // -(-at_first // largest))
     step = max(1, 2 ** (even.bit_length() - 4))
     return batch_size_for(-(-even // step) * step, largest)
