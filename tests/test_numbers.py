@@ -18,6 +18,7 @@ import statistics
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from samrobust.evaluation.diagnostics.finding import allowance
 from samrobust.experiments import configuration
@@ -70,7 +71,8 @@ WORDS = {
     ("where", "one command"),
     ("you want to", "read"),
 }
-FAMILY_AA = "adversarial/digits/autoattack"
+FAMILY_AA, SHARPNESS_AA = "adversarial/digits/autoattack", "sharpness/digits/autoattack"
+FOUR_AA = "adversarial/digits-four-radii/autoattack"  # the same networks, some rows
 SHARPNESS, FAMILY = "sharpness/digits/table", "adversarial/digits/table"
 REAL = "sharpness/cifar10-small/table"
 CHEAP = "adversarial/cifar10-small/table"
@@ -321,11 +323,12 @@ def held(page: str) -> tuple[Rows, ...]:
     if page == "README.md":
         return (rendered(DIGITS),)
     if page == "docs/sharpness.md":
-        return rendered(SHARPNESS), rendered(REAL)
+        strong = plain(SHARPNESS_AA, beside_autoattack("linf 32/255"))
+        return rendered(SHARPNESS), strong, rendered(REAL)
     if page == "docs/adversarial.md":
         return (
             rendered(FAMILY),
-            plain(FAMILY_AA, beside_autoattack("linf 32/255", "l2 128/255")),
+            plain(FOUR_AA, beside_autoattack("linf 32/255", "l2 128/255")),
             rendered(CHEAP),
         )
     if page == "docs/flatness.md":
@@ -348,14 +351,18 @@ def held(page: str) -> tuple[Rows, ...]:
 def flatness(folder: str) -> findings.Explanation:
     """What flatness, confidence and margin have to do with robustness."""
     content, runs = stored(f"{folder}/sharpness.json"), []
+    rechecked = {row.name: row for row in table(f"{folder}/autoattack").rows}
     for row in table(f"{folder}/table").rows:
+        strong = rechecked[row.name]
+        assert strong.seeds == row.seeds
+        cells = row.cells | {c: x for c, x in strong.cells.items() if c[-3:] == " AA"}
         for number, seed in enumerate(row.seeds):
             name = f"{row.name}/seed{seed}"
             values, accuracy = (
                 content["runs"][name]["values"],
                 content["accuracy"][name],
             )
-            assert accuracy == {c: x.values[number] for c, x in row.cells.items()}
+            assert accuracy == {c: x.values[number] for c, x in cells.items()}
             runs.append(
                 findings.MeasuredRun(row.name, row.label, seed, values, accuracy)
             )
@@ -374,7 +381,7 @@ def flatness_tables(folder: str) -> tuple[Rows, ...]:
 def correlations() -> Rows:
     """Of both families, side by side."""
     families = {"sharpness/digits": "sharpness", "adversarial/digits": "adversarial"}
-    columns = ("linf 16/255", "linf 32/255")
+    columns = ("linf 32/255", "linf 32/255 AA")
     header = [f"{name}, {c}" for name in families.values() for c in columns]
     places = [
         (flatness(folder).correlations, c) for folder in families for c in columns
@@ -765,15 +772,18 @@ def gpu_in_words() -> list[str]:
     ]
 
 
+def two_pass() -> list[str]:
+    return [
+        row.name
+        for row in table(SHARPNESS).rows
+        if 1.5 < (row.passes or 0) < 2.5 and row.family != "ST"
+    ]
+
+
 def sharpness_in_words() -> list[str]:
     name, sam = SHARPNESS, "sam,rho=0.4"
     hard = ("linf 32/255", "l2 128/255")
-    rows = {row.name: row for row in table(name).rows}
-    family = [
-        row.name
-        for row in table(name).rows
-        if 1.5 < (row.passes or 0) < 2.5 and row.family != "ST"
-    ]
+    rows, family = {row.name: row for row in table(name).rows}, two_pass()
     ranges = [sorted(difference(name, r, c).mean for r in family) for c in hard]
     ahead = {
         (row, column): lead(name, row, sam, column)
@@ -815,6 +825,26 @@ def sharpness_in_words() -> list[str]:
         f"adds {over_st(at)} there, at {rows[at].passes:.2f} times the passes",
         f"adds {over_st('sam,rho=1.6,start=0.8')} there at 1.2 times the passes, but "
         f"{over_st('sam,rho=1.6,start=0.8', 'linf 16/255')} at l-inf 16/255",
+        *sharpness_under_autoattack_in_words(sam, smooth),
+    ]
+
+
+def sharpness_under_autoattack_in_words(sam: str, smooth: str) -> list[str]:
+    name, far, awp = SHARPNESS_AA, "linf 32/255", "awp,gamma=0.04"
+    over = sorted(overstated(name, far).values(), reverse=True)
+    assert over[0] == overstated(name, far)[smooth]
+    gains = {row: difference(name, row, f"{far} AA").mean for row in two_pass()}
+    assert {row for row in gains if gains[row] > gains[sam]} == {awp}
+    apart, error = lead(name, awp, sam, f"{far} AA")
+    assert apart < error  # "which may be chance"
+    return [
+        f"on {table(name).num_test} of the test images",
+        f"the two-pass methods add {min(gains.values()):.1f} to "
+        f"{max(gains.values()):.1f} points, SAM {gain(name, sam, f'{far} AA')}; AWP "
+        f"alone is ahead of it, by {ahead(name, awp, sam, f'{far} AA')}",
+        f"smoothing adds {gain(name, smooth, f'{far} AA')}, no longer as much as SAM, "
+        f"for PGD is too good to it by {over[0]:.1f} points and to the others by "
+        f"{over[-1]:.1f} to {over[1]:.1f}",
     ]
 
 
@@ -885,12 +915,50 @@ def under_autoattack_in_words(sam: str, fast: str, free: str) -> list[str]:
     apart = [ahead(FAMILY_AA, row, sam, f"{far} AA") for row in (fast, free)]
     behind, error = lead(FAMILY_AA, smooth, sam, f"{far} AA")
     assert behind < -2 * error
+
+    at = "at,norm=linf,eps=16"
+    smoothed = f"{at}+label_smoothing,alpha=0.1"
+    mart, single = "mart,norm=linf,eps=16,beta=5", "nfgsm,eps=32"
+    over = overstated(FAMILY_AA, far)
+    ranked = sorted(over.values(), reverse=True)
+    assert ranked[:2] == [over[smooth], over["st"]]
+    passes = {row.name: row.passes or 0.0 for row in table(FAMILY_AA).rows}
+    strong = [mean(FAMILY_AA, row, f"{far} AA") for row in (single, at[:-2] + "32")]
+    on_top = [ahead(FAMILY_AA, smoothed, at, f"{far}{x}") for x in ("", " AA")]
+    lost = [ahead(FAMILY_AA, at, mart, f"{far}{x}") for x in ("", " AA")]
     return [
-        f"on {table(FAMILY_AA).num_test} of the test images",
+        f"PGD orders the {len(over)} almost as AutoAttack does at l-inf 32/255 "
+        f"(rank correlation {agreement(FAMILY_AA, far):.2f}), but is too good to label "
+        f"smoothing by {ranked[0]:.1f} points, to ST by {ranked[1]:.1f} and to the "
+        f"others by {ranked[-1]:.1f} to {ranked[2]:.1f}",
+        f"Beside adversarial training label smoothing adds {on_top[0]} points under PGD "
+        f"and {on_top[1]} under AutoAttack",
+        f"N-FGSM at 32/255 keeps {strong[0]:.1f} % for {passes[single]:.2f} passes, "
+        f"adversarial training at that radius {strong[1]:.1f} % for {passes[at]:.2f}",
+        f"MART is behind adversarial training by {lost[0]} under PGD and {lost[1]} under "
+        "AutoAttack",
+        f"on {table(FOUR_AA).num_test} of the test images",
         f"Label smoothing adds {both(smooth)}",
         f"SAM adds {both(sam)}".replace(" points at l-inf 32/255 under PGD", ""),
         f"stay ahead of SAM by {apart[0]} and {apart[1]}",
     ]
+
+
+def overstated(name: str, column: str) -> dict[str, float]:
+    """By how many points PGD's accuracy is above AutoAttack's, by row."""
+    return {
+        row.name: mean(name, row.name, column) - mean(name, row.name, f"{column} AA")
+        for row in table(name).rows
+    }
+
+
+def agreement(name: str, column: str) -> float:
+    """The rank correlation of PGD's and AutoAttack's means over the rows."""
+    both = (
+        [mean(name, row.name, c) for row in table(name).rows]
+        for c in (column, f"{column} AA")
+    )
+    return float(stats.spearmanr(*both).statistic)
 
 
 def flatness_in_words() -> list[str]:
@@ -911,14 +979,18 @@ def flatness_in_words() -> list[str]:
         for column in found.columns[1:]:
             assert rising(found, "distance_linf", column)
             assert rising(found, "linearity_error", column) is False
+    far, worst = "linf 32/255 AA", ("worst", "worst_adaptive")
     for name in flat:
         values = {run.row: average(own, run.row, name) for run in own.runs}
         assert max(values, key=values.__getitem__) == "label_smoothing,alpha=0.4"
-        assert rising(own, name, "linf 32/255") is not False
-    for name in ("lambda_max", "trace", "relative_flatness"):
-        assert rising(other, name, "linf 32/255")
+        if name != "relative_flatness":
+            assert rising(own, name, far) is (False if name in worst else None)
+            assert rising(own, name, "linf 32/255") is None  # "PGD hides that"
+    for found in (own, other):
+        assert rising(found, "relative_flatness", far)
+    assert all(rising(other, name, far) is None for name in worst)
     for name in ("logit_norm", "logit_gap"):
-        assert rising(other, name, "linf 32/255") is False
+        assert rising(other, name, far) is False
     st, sam = (
         [average(own, row, name) for name in ("worst", "trace")]
         for row in ("st", "sam,rho=0.4")
@@ -930,7 +1002,7 @@ def flatness_in_words() -> list[str]:
         *("{} of {} methods".format(*found) for found in counts),
         f"is a sixth of ST's ({sam[0]:.4f} and {st[0]:.4f})",
         f"while its trace is the same ({sam[1]:.2f} and {st[1]:.2f})",
-        f"is as flat ({at:.4f}) without",
+        f"is as flat as SAM ({at:.4f}) without",
     ]
 
 
