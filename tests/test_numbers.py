@@ -931,12 +931,12 @@ def under_autoattack_in_words(sam: str, fast: str, free: str) -> list[str]:
         f"(rank correlation {agreement(FAMILY_AA, far):.2f}), but is too good to label "
         f"smoothing by {ranked[0]:.1f} points, to ST by {ranked[1]:.1f} and to the "
         f"others by {ranked[-1]:.1f} to {ranked[2]:.1f}",
-        f"Beside adversarial training label smoothing adds {on_top[0]} points under PGD "
-        f"and {on_top[1]} under AutoAttack",
+        f"Beside adversarial training label smoothing adds {on_top[0]} points under "
+        f"PGD and {on_top[1]} under AutoAttack",
         f"N-FGSM at 32/255 keeps {strong[0]:.1f} % for {passes[single]:.2f} passes, "
         f"adversarial training at that radius {strong[1]:.1f} % for {passes[at]:.2f}",
-        f"MART is behind adversarial training by {lost[0]} under PGD and {lost[1]} under "
-        "AutoAttack",
+        f"MART is behind adversarial training by {lost[0]} under PGD and {lost[1]} "
+        "under AutoAttack",
         f"on {table(FOUR_AA).num_test} of the test images",
         f"Label smoothing adds {both(smooth)}",
         f"SAM adds {both(sam)}".replace(" points at l-inf 32/255 under PGD", ""),
