@@ -1073,9 +1073,9 @@ def larger_radii_in_words(at: str) -> list[str]:
     return [
         f"Trained at 2/255 FGSM-RS keeps {said[0]} at l-inf 2/255 for {passes[0]:.2f} "
         f"passes, adversarial training {said[1]} for {passes[1]:.2f}",
-        f"the {COUNTS[len(largest)]} rows keep {natural[0]:.1f} to {natural[-1]:.1f} % natural "
-        f"and {robust[0]:.1f} to {robust[-1]:.1f} % at l-inf 2/255, where adversarial "
-        f"training at 1/255 keeps {mean(CHEAP, at, far):.1f} %",
+        f"the {COUNTS[len(largest)]} rows keep {natural[0]:.1f} to {natural[-1]:.1f} % "
+        f"natural and {robust[0]:.1f} to {robust[-1]:.1f} % at l-inf 2/255, where "
+        f"adversarial training at 1/255 keeps {mean(CHEAP, at, far):.1f} %",
     ]
 
 
