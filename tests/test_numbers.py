@@ -355,7 +355,8 @@ def flatness(folder: str) -> findings.Explanation:
     for row in table(f"{folder}/table").rows:
         strong = rechecked[row.name]
         assert strong.seeds == row.seeds
-        cells = row.cells | {c: x for c, x in strong.cells.items() if c[-3:] == " AA"}
+        cells = {c: x for c, x in strong.cells.items() if c[-3:] == " AA"}
+        cells |= row.cells
         for number, seed in enumerate(row.seeds):
             name = f"{row.name}/seed{seed}"
             values, accuracy = (
@@ -954,11 +955,12 @@ def overstated(name: str, column: str) -> dict[str, float]:
 
 def agreement(name: str, column: str) -> float:
     """The rank correlation of PGD's and AutoAttack's means over the rows."""
-    both = (
+    weak, strong = (
         [mean(name, row.name, c) for row in table(name).rows]
         for c in (column, f"{column} AA")
     )
-    return float(stats.spearmanr(*both).statistic)
+    found: Any = stats.spearmanr(weak, strong)
+    return float(found.statistic)
 
 
 def flatness_in_words() -> list[str]:

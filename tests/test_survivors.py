@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +40,7 @@ def fresh(columns: dict[str, list[Stage]]) -> Fates:
 
 
 def pursue(columns, fates, size, on_batch=lambda *_: None):
-    chosen = size if callable(size) else lambda *_: size
+    chosen: Any = size if callable(size) else lambda *_: size
     return survivors(columns, fates, size=chosen, on_batch=on_batch)
 
 
