@@ -20,7 +20,7 @@ from samrobust.studies.bench import plan as bench_plan
 from samrobust.studies.campaign import blocks, pieces, summary, trace
 from samrobust.studies.campaign.blocks import Block, Campaign, Command, plan
 from samrobust.studies.campaign.runner import run
-from samrobust.system.runtime import parse_compiler_options
+from samrobust.system.compiler import parse_compiler_options
 
 SCRIPT = helpers.ROOT / "launch" / "gpu_measure.sh"
 

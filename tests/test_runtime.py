@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from samrobust.system import runtime
+from samrobust.system import compiler
+from samrobust.system.compiler import add_compiler_options, compiler_options
 from samrobust.system.provenance import provenance
 from samrobust.system.runtime import (
     StopRequest,
-    add_compiler_options,
     cache_folder,
-    compiler_options,
     enable_compilation_cache,
     trusted_cache_folder,
 )
@@ -117,7 +116,7 @@ def in_a_fresh_process(script, **environment):
 
 
 OPTIONS = (
-    "from samrobust.system.runtime import compiler_options; import os\n"
+    "from samrobust.system.compiler import compiler_options; import os\n"
     "print(bool(compiler_options()), os.environ.get('XLA_FLAGS'))"
 )
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="options of the CPU")
@@ -140,12 +139,12 @@ def test_the_compiler_options_take_convolutions_away_from_ynnpack():
 
 @on_cpu
 def test_what_the_user_chose_or_xla_does_not_know_is_left_out(monkeypatch):
-    ynn, onednn = [*compiler_options()], [*runtime._ATTACK_OPTIONS]
+    ynn, onednn = [*compiler_options()], [*compiler._ATTACK_OPTIONS]
     assert [*compiler_options(attacks=True)] == ynn + onednn
     monkeypatch.setenv("XLA_FLAGS", f"--{onednn[0]}=false")
     assert [*compiler_options(attacks=True)] == ynn
     monkeypatch.delenv("XLA_FLAGS")
-    monkeypatch.setattr(runtime, "_ATTACK_OPTIONS", {"xla_cpu_of_another_time": True})
+    monkeypatch.setattr(compiler, "_ATTACK_OPTIONS", {"xla_cpu_of_another_time": True})
     assert [*compiler_options(attacks=True)] == ynn
 
 
@@ -186,7 +185,7 @@ def test_a_gpu_alone_needs_another_program_to_give_the_same_bits_again(monkeypat
 
 
 def test_options_that_are_added_hold_for_every_program(monkeypatch):
-    monkeypatch.setattr(runtime, "_added_options", {})
+    monkeypatch.setattr(compiler, "_added_options", {})
     add_compiler_options("--xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=false")
     added = {"xla_gpu_autotune_level": "0", "xla_gpu_deterministic_ops": False}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

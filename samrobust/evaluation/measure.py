@@ -22,8 +22,8 @@ from flax import linen as nn
 from samrobust.attacks.losses import misclassified
 from samrobust.checks import check
 from samrobust.data import Split, take_batch
+from samrobust.system.compiler import compiler_options
 from samrobust.system.distributed import data_mesh, replicate, replicated, shard_batch
-from samrobust.system.runtime import compiler_options
 from samrobust.types import Array, LogitsFn, PyTree
 
 __all__ = [

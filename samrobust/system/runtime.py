@@ -1,4 +1,4 @@
-"""Settings of a process that runs experiments: compiler, memory, cache, signals.
+"""Settings of a process that runs experiments: memory, cache, signals.
 
 Libraries must not touch these; the `samrobust` command does, only through this module.
 What the user has set in the environment takes precedence. JAX is imported late,
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from samrobust.checks import check, check_choice
+from samrobust.checks import check_choice
 
 __all__ = [
     "BAD_INPUT",
@@ -30,37 +30,15 @@ __all__ = [
     "RESUME",
     "OutputError",
     "StopRequest",
-    "add_compiler_options",
     "cache_folder",
     "collect_garbage_seldom",
-    "compiler_options",
     "enable_compilation_cache",
     "end_on_signals",
     "keep_freed_memory",
     "one_line",
-    "parse_compiler_options",
     "say",
     "trusted_cache_folder",
 ]
-
-# XLA's CPU compiler passes convolutions to YNNPACK, which at the sizes of this package
-# takes 1.3 to 1.5 times as long as Eigen, its other choice. Reductions stay where they
-# are: there YNNPACK is the faster one.
-_YNN_FLAG = "xla_cpu_experimental_ynn_fusion_type"
-# LLVM's first level compiles in two thirds of the time of XLA's usual one. Steps and
-# attacks take as long: convolutions and products are in libraries.
-_LEVEL = "xla_backend_optimization_level"
-_CPU_OPTIONS: dict[str, str | bool] = {
-    _YNN_FLAG: "LIBRARY_FUSION_TYPE_REDUCE",
-    _LEVEL: "1",
-}
-# oneDNN, in jaxlib 0.12 and newer, takes 0.75 to 0.9 times as long as Eigen for a
-# convolution and its image's gradient, but up to 1.7 times as long for its kernel's.
-_ATTACK_OPTIONS: dict[str, str | bool] = {
-    "xla_cpu_experimental_onednn_custom_call": True
-}
-_DETERMINISTIC_FLAG = "xla_gpu_deterministic_ops"
-_added_options: dict[str, str | bool] = {}
 
 # mallopt's parameters, from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -135,91 +113,6 @@ def enable_compilation_cache() -> None:
     if folder := trusted_cache_folder("xla"):
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def compiler_options(
-    *, attacks: bool = False, deterministic: bool = False
-) -> dict[str, str | bool]:
-    """Returns XLA options for a program on this process's devices.
-
-    Given with each program (`jax.jit(..., compiler_options=...)`), so that nothing is
-    written into the environment, where an option that this version of XLA does not know
-    ends the process.
-
-    Args:
-      attacks: most of the program's time goes to passes that compute no gradients of
-        weights, as in attacks and evaluations.
-      deterministic: on GPUs take only algorithms that give the same bits at every run,
-        and choose none of them by its time. Programs for CPUs are so anyway, and XLA
-        has no other ones for TPUs.
-
-    Returns:
-      What was found to be fastest on the backend and, last, what
-      `add_compiler_options` added.
-    """
-    import jax
-
-    platform = jax.default_backend()
-    found = _cpu_options(attacks=attacks) if platform == "cpu" else {}
-    if deterministic and platform == "gpu":
-        found = found | {_DETERMINISTIC_FLAG: True}
-    return found | _added_options
-
-
-def add_compiler_options(flags: str) -> None:
-    """Adds options to every program that is compiled from now on.
-
-    Args:
-      flags: as in `XLA_FLAGS`, `--xla_a=1 --xla_b=true`.
-
-    Raises:
-      ValueError: for other words.
-    """
-    _added_options.update(parse_compiler_options(flags))
-
-
-def parse_compiler_options(flags: str) -> dict[str, str | bool]:
-    """Reads `XLA_FLAGS` as options of a program, of which true and false are bools.
-
-    Raises:
-      ValueError: for other words.
-
-    >>> parse_compiler_options("--xla_a=1 --xla_b=true")
-    {'xla_a': '1', 'xla_b': True}
-    """
-    found: dict[str, str | bool] = {}
-    for word in flags.split():
-        name, _, value = word.removeprefix("--").partition("=")
-        named = word.startswith("--xla_") and bool(value)
-        check(named, "--xla_NAME=VALUE, or several", flag=word)
-        found[name] = {"true": True, "false": False}.get(value.lower(), value)
-    return found
-
-
-def _cpu_options(*, attacks: bool) -> dict[str, str | bool]:
-    """Returns those options that XLA knows and the user did not choose."""
-    import jax
-
-    options = _CPU_OPTIONS | (_ATTACK_OPTIONS if attacks else {})
-    flags = os.environ.get("XLA_FLAGS", "")
-    if jax.config.read("jax_disable_most_optimizations"):  # it sets a level, too
-        flags += _LEVEL
-    return {
-        name: value
-        for name, value in options.items()
-        if name not in flags and _is_known(name, value)
-    }
-
-
-@functools.cache
-def _is_known(name: str, value: str | bool) -> bool:
-    import jax
-
-    try:
-        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
 
 
 def collect_garbage_seldom() -> None:

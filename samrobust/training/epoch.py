@@ -18,9 +18,9 @@ from jax.stages import Traced
 
 from samrobust.checks import check
 from samrobust.data import Split, epoch_permutation, random_crop_and_flip, take_batch
+from samrobust.system.compiler import compiler_options
 from samrobust.system.distributed import data_mesh, replicate, replicated, shard_batch
 from samrobust.system.jaxprs import loop_depth
-from samrobust.system.runtime import compiler_options
 from samrobust.training.repeating import repeat
 from samrobust.training.state import TrainState
 from samrobust.training.step import TrainStep
@@ -226,7 +226,7 @@ class EpochRunner:
       flip: mirror at random.
       mesh: over which batches are split; all else is replicated.
       key: of all batches, augmentations and attacks of the run.
-      attacks: see `samrobust.system.runtime.compiler_options`; by default, whether a
+      attacks: see `samrobust.system.compiler.compiler_options`; by default, whether a
         step has a loop in it.
       deterministic: see there.
     """

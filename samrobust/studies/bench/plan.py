@@ -8,7 +8,7 @@ from typing import Any
 from samrobust.checks import check, check_choice
 from samrobust.evaluation.measure import usual_batch_size
 from samrobust.experiments import configuration
-from samrobust.system.runtime import parse_compiler_options
+from samrobust.system.compiler import parse_compiler_options
 from samrobust.types import Config
 
 __all__ = ["Options", "Task", "config_of", "plan"]

@@ -21,7 +21,7 @@ from samrobust.studies.bench.counts import count_passes
 from samrobust.studies.bench.parity import parity
 from samrobust.studies.bench.plan import Options, Task, config_of
 from samrobust.studies.bench.timing import measure, peak_resident_bytes
-from samrobust.system import runtime
+from samrobust.system import compiler, runtime
 from samrobust.system.distributed import check_platform
 from samrobust.system.provenance import provenance
 from samrobust.types import Config
@@ -72,10 +72,10 @@ def measured(task: Task, options: Options, path: str) -> dict[str, Any]:
     """
     config, kind = config_of(task, options), task.kind
     if options.aot is not None:
-        flags = runtime.parse_compiler_options(task.xla_flags)
+        flags = compiler.parse_compiler_options(task.xla_flags)
         setting = {"seeds": task.seeds, "devices": max(1, task.devices)}
         return aot.counted(kind, config, options.aot, flags, **setting)
-    runtime.add_compiler_options(task.xla_flags)
+    compiler.add_compiler_options(task.xla_flags)
     if kind == "probe":
         return {}
     if kind == "parity":
