@@ -163,13 +163,10 @@ def test_the_users_own_choice_among_xlas_flags_wins():
 @on_cpu
 @pytest.mark.parametrize("is_off", [False, True])
 def test_llvms_first_level_is_enough_unless_jax_is_asked_for_less(is_off, monkeypatch):
-    was = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", is_off)
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    try:
+    with helpers.usual_compilation():  # which is put back
+        jax.config.update("jax_disable_most_optimizations", is_off)
         level = compiler_options().get("xla_backend_optimization_level")
-    finally:
-        jax.config.update("jax_disable_most_optimizations", was)
     assert level == (None if is_off else "1")
 
 
