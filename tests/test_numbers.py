@@ -23,7 +23,6 @@ from scipy import stats
 from samrobust.evaluation.diagnostics.finding import allowance
 from samrobust.experiments import configuration
 from samrobust.experiments.leaderboard import read_claims, to_sheet
-from samrobust.experiments.reporting.notes import tail_probability
 from samrobust.experiments.reporting.render import from_json, to_json, to_markdown
 from samrobust.experiments.reporting.table import Cell, Difference, Table
 from samrobust.studies.bench import report as bench_report
@@ -526,7 +525,7 @@ def small_in_words() -> list[str]:
     sam, at = "sam,rho=0.2", "at,norm=linf,eps=2"
     found = difference(SMALL, sam, "linf 2/255")
     errors = found.mean / (found.standard_error or math.nan)
-    chance = 100 * tail_probability(found.num_seeds, errors)
+    chance = 100 * (found.p_value or math.nan)
     numbers = paper("cifar10.py")
     published = {c: v - numbers["st"][c] for c, v in numbers[at].items()}
     return [

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from samrobust.experiments.reporting.names import family, short_label
-from samrobust.experiments.reporting.notes import notes, tail_probability
+from samrobust.experiments.reporting.notes import notes
 from samrobust.experiments.reporting.pictures import draw_table, write_figure
 from samrobust.experiments.reporting.prices import draw_prices, has_prices
 from samrobust.experiments.reporting.render import (
@@ -26,7 +26,7 @@ from samrobust.experiments.reporting.render import (
     to_rich,
     write_table,
 )
-from samrobust.experiments.reporting.table import summarize
+from samrobust.experiments.reporting.table import Difference, summarize
 
 ROWS = [
     ("st", "ST"),
@@ -264,7 +264,6 @@ class TestComparison:
         found = difference(summarize(results, rows=ROWS), 1)
         assert (found.num_seeds, found.mean) == (2, 3.5)
         assert found.standard_error == pytest.approx(1.5)
-        assert found.significant
 
     def test_a_common_shift_of_the_seeds_leaves_no_standard_error(self):
         found = difference(grid(), 1, "linf 1/255")
@@ -274,7 +273,7 @@ class TestComparison:
     def test_no_difference_at_all_is_not_significant(self):
         results = natural_runs("st", 90.0, 91.0) + natural_runs("sam,rho=0.2", 90, 91)
         found = difference(summarize(results, rows=ROWS), 1)
-        assert (found.mean, found.standard_error) == (0, 0)
+        assert (found.mean, found.standard_error, found.p_value) == (0, 0, 1)
         assert found.significant is False
 
     def test_st_and_rows_without_shared_seeds_have_no_difference(self):
@@ -293,7 +292,7 @@ class TestComparison:
         # Differences 2, 5, 1: mean 8/3, standard error sqrt(13/3) / sqrt(3) = 1.2.
         assert notes(summarize(results, rows=ROWS))[0] == (
             "SAM (rho = 0.4) - ST over 3 seeds: natural +2.7 ± 1.2 points; "
-            "larger than two standard errors."
+            "not significant."
         )
 
     def test_a_note_names_the_columns_that_count(self):
@@ -303,10 +302,15 @@ class TestComparison:
             return [run(row, i, accuracy) for i, accuracy in enumerate(accuracies)]
 
         results = runs("st", (50.0, 50.0), (50.0, 50.0))
-        results += runs("sam,rho=0.4", (56.0, 49.0), (58.0, 51.0))
-        assert notes(summarize(results, rows=ROWS))[0].endswith(
-            "linf 1/255 +7.0 ± 1.0, linf 2/255 +0.0 ± 1.0 points; "
-            "only linf 1/255 larger than two standard errors."
+        results += runs("sam,rho=0.4", (69.0, 49.0), (71.0, 51.0))
+        first, second, *_ = notes(summarize(results, rows=ROWS))
+        assert first.endswith(
+            "linf 1/255 +20.0 ± 1.0, linf 2/255 +0.0 ± 1.0 points; "
+            "only linf 1/255 significant."
+        )
+        assert second == (
+            "Differences are paired by seed, ± one standard error; significant: "
+            "p < 0.05 in a t-test, 12.7 standard errors with 2 seeds."
         )
 
     def test_one_seed_cannot_say(self):
@@ -321,17 +325,25 @@ class TestComparison:
         expected = "Sampling error: 500 images leave up to ±2.2 points"
         assert any(n.startswith(expected) for n in notes(summarize(results, rows=ROWS)))
 
-    @pytest.mark.parametrize("num_seeds", [2, 3, 4, 5, 6, 10, 31])
-    def test_the_tail_is_that_of_students_t(self, num_seeds):
+    @pytest.mark.parametrize("num_seeds", [2, 3, 5, 10, 31])
+    def test_p_values_are_those_of_a_paired_t_test(self, num_seeds):
         stats = pytest.importorskip("scipy.stats")
-        expected = 2 * stats.t.sf(2.0, num_seeds - 1)
-        assert tail_probability(num_seeds) == pytest.approx(expected, rel=1e-12)
+        rng = np.random.default_rng(num_seeds)
+        pairs = rng.uniform(40, 60, [2, num_seeds])
+        results = natural_runs("st", *pairs[0])
+        results += natural_runs("sam,rho=0.2", *pairs[1])
+        found = difference(summarize(results, rows=ROWS), 1)
+        expected = stats.ttest_rel(pairs[1], pairs[0]).pvalue
+        assert found.p_value == pytest.approx(expected, rel=1e-9)
 
-    def test_one_seed_has_no_tail(self):
-        with pytest.raises(
-            ValueError, match="Expected 2 <= num_seeds, got num_seeds=1"
-        ):
-            tail_probability(1)
+    @pytest.mark.parametrize("num_seeds", [2, 3, 5, 31])
+    def test_a_difference_is_significant_where_chance_goes_as_far_in_5_percent(
+        self, num_seeds
+    ):
+        stats = pytest.importorskip("scipy.stats")
+        needed = stats.t.ppf(0.975, num_seeds - 1)
+        assert Difference(num_seeds, -1.001 * needed, 1.0).significant
+        assert not Difference(num_seeds, 0.999 * needed, 1.0).significant
 
     def test_the_notes_name_what_is_missing_and_what_the_runs_ran_on(self):
         said = notes(grid(rows=ROWS[:3]))
@@ -386,11 +398,11 @@ class TestMarkdown:
         assert line(to_markdown(table), "| a ").startswith(r"| a \| b c | 1 | 95.1 |")
 
     def test_the_differences_of_all_rows_are_folded_below(self):
-        results = natural_runs("st", 90.0, 80.0) + natural_runs("sam,rho=0.2", 92, 85)
-        results += natural_runs("sam,rho=0.4", 91.0, 79.0)
+        results = natural_runs("st", 80.0, 70.0) + natural_runs("sam,rho=0.2", 94, 85)
+        results += natural_runs("sam,rho=0.4", 81.0, 69.0)
         text = to_markdown(summarize(results, rows=ROWS))
         below = text[text.index("<details>") :]
-        assert "| SAM (rho = 0.2) | **+3.5** ± 1.5 |" in below
+        assert "| SAM (rho = 0.2) | **+14.5** ± 0.5 |" in below
         assert "| SAM (rho = 0.4) | +0.0 ± 1.0 |" in below
         assert below.endswith("</details>\n")
 

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
-from samrobust.checks import check
 from samrobust.experiments.reporting.names import column_norm
-from samrobust.experiments.reporting.table import Difference, Table
+from samrobust.experiments.reporting.table import LEVEL, Difference, Table
 
 __all__ = [
     "legend",
@@ -16,7 +15,6 @@ __all__ = [
     "sampling_error",
     "sharpness_note",
     "signed",
-    "tail_probability",
 ]
 
 
@@ -24,7 +22,7 @@ def notes(table: Table) -> tuple[str, ...]:
     """Returns the sentences that belong to the table, most important first.
 
     One sentence a group of columns compares a row with ST, seed by seed, and says
-    whether the difference is beyond two standard errors. The row is the last finished
+    whether the difference is significant. The row is the last finished
     SAM row, or without one the last finished row: chosen by its place in the table
     and not by its result, since the best of several is too good by chance. Then: the
     sampling error of the test set, the missing rows, and what the runs ran on.
@@ -84,23 +82,6 @@ def sampling_error(table: Table) -> float:
     return max(100 * math.sqrt(p * (1 - p) / table.num_test) for p in shares)
 
 
-def tail_probability(num_seeds: int, errors: float = 2.0) -> float:
-    """Returns how often chance alone goes beyond `errors` standard errors.
-
-    P(|t| > errors) for Student's t with `num_seeds - 1` degrees of freedom.
-
-    Raises:
-      ValueError: unless `2 <= num_seeds`.
-
-    >>> round(tail_probability(3), 3)  # 1 - 2 / sqrt(6)
-    0.184
-    """
-    from scipy.special import stdtr  # slow to load, and not for every command
-
-    check(num_seeds >= 2, "2 <= num_seeds", num_seeds=num_seeds)
-    return float(2 * stdtr(num_seeds - 1, -errors))
-
-
 def signed(difference: Difference) -> str:
     """Formats a difference and its standard error, in as many digits as that needs.
 
@@ -130,11 +111,10 @@ def _comparisons(table: Table) -> list[str]:
         for _, columns in groupby(table.columns, key=column_norm)
     ]
     if num_seeds > 1:
-        share = 100 * tail_probability(num_seeds)
         sentences.append(
-            "Differences are paired by seed, ± one standard error; with "
-            f"{num_seeds} seeds chance alone goes beyond two of them in "
-            f"{share:.0f} % of cases."
+            "Differences are paired by seed, ± one standard error; significant: p < "
+            f"{LEVEL:g} in a t-test, {_errors(num_seeds):.1f} standard errors with "
+            f"{num_seeds} seeds."
         )
     return sentences
 
@@ -146,12 +126,19 @@ def _sentence(differences: Mapping[str, Difference]) -> str:
     if any(d.significant is None for d in differences.values()):
         return f"{shown}; one seed cannot say whether that is chance."
     if len(differences) == 1:
-        verdict = "larger" if beyond else "not larger"
+        verdict = "significant" if beyond else "not significant"
     elif len(beyond) in (0, len(differences)):
-        verdict = "all larger" if beyond else "none larger"
+        verdict = "all significant" if beyond else "none significant"
     else:
-        verdict = f"only {', '.join(beyond)} larger"
-    return f"{shown}; {verdict} than two standard errors."
+        verdict = f"only {', '.join(beyond)} significant"
+    return f"{shown}; {verdict}."
+
+
+def _errors(num_seeds: int) -> float:
+    """Returns how many standard errors from 0 a mean over seeds is significant."""
+    from scipy.special import stdtrit  # slow to load, and not for every command
+
+    return float(stdtrit(num_seeds - 1, 1 - LEVEL / 2))
 
 
 def _provenance(table: Table) -> list[str]:

@@ -166,7 +166,7 @@ def to_html(table: Table) -> str:
 
 _FOLDED = (
     "<details><summary>Difference to ST in points, paired by seed, ± one standard "
-    "error; bold: beyond two</summary>"
+    "error; bold: significant</summary>"
 )
 
 
@@ -243,7 +243,7 @@ def _cells(table: Table, column: str, layout: _Layout, sign: str) -> list[Text]:
 
 
 def _shown(difference: Difference) -> Text:
-    """Returns a difference to ST and its standard error, bold where it counts."""
+    """Returns a difference to ST and its standard error, bold where significant."""
     mean, *error = signed(difference).split(" ", 1)
     style = "bold" if difference.significant else ""
     return Text.assemble((mean, style), *(f" {part}" for part in error))
@@ -306,7 +306,10 @@ def to_json(table: Table) -> str:
     for row in table.rows:
         content = dataclasses.asdict(row)
         for column, found in row.differences.items():
-            content["cells"][column]["difference"]["significant"] = found.significant
+            content["cells"][column]["difference"] |= {
+                "p_value": found.p_value,
+                "significant": found.significant,
+            }
         rows.append({**content, "family": row.family, "n": len(row.seeds)})
     content = {
         **vars(table),

@@ -14,8 +14,9 @@ from typing import Any
 from samrobust.experiments.reporting.names import column_order, family
 from samrobust.experiments.reporting.results import check_results, num_steps
 
-__all__ = ["Cell", "Difference", "Table", "TableRow", "summarize"]
+__all__ = ["LEVEL", "Cell", "Difference", "Table", "TableRow", "summarize"]
 
+LEVEL = 0.05  # of significance
 _LEAST_RATIO = 0.95  # of the seconds of two steps that may be alike
 
 
@@ -34,11 +35,25 @@ class Difference:
     standard_error: float | None
 
     @property
-    def significant(self) -> bool | None:
-        """Whether it is beyond two standard errors; None where one seed cannot say."""
+    def p_value(self) -> float | None:
+        """Of a two-sided t-test of the pairs; None where one seed cannot say.
+
+        >>> round(Difference(3, 2.0, 1.0).p_value, 3)  # 1 - 2 / sqrt(6)
+        0.184
+        """
+        from scipy.special import stdtr  # slow to load, and not for every command
+
         if self.standard_error is None:
             return None
-        return abs(self.mean) > 2 * self.standard_error
+        if self.standard_error == 0:  # all seeds agree
+            return float(self.mean == 0)
+        errors = abs(self.mean) / self.standard_error
+        return 2 * float(stdtr(self.num_seeds - 1, -errors))
+
+    @property
+    def significant(self) -> bool | None:
+        """Whether chance alone goes as far in less than 5 % of cases; None as above."""
+        return None if self.p_value is None else self.p_value < LEVEL
 
 
 @dataclass(frozen=True)
