@@ -1,15 +1,18 @@
 """The runs of a table under AutoAttack, beside PGD."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import helpers
 import numpy as np
 import pytest
 
-from samrobust.experiments import scoring
+from samrobust.experiments import curves, scoring, turns
 from samrobust.experiments.run import run
+from samrobust.system.claims.lease import claim
 
 pytestmark = pytest.mark.usefixtures("programs_made_once")
 
@@ -131,6 +134,66 @@ def test_every_run_names_its_network_and_who_made_what(
             assert run_after[made] == run_before[made]
         assert run_after["training_provenance"] == result["provenance"]
         assert run_after["pgd_provenance"] == {"commit": "later"}
+
+
+@pytest.fixture
+def another_worker(monkeypatch):
+    """Holds the first run until this worker waits, and then acts."""
+
+    @contextlib.contextmanager
+    def at_work(workdir: Path, act: Callable[[], object] = lambda: None):
+        with contextlib.ExitStack() as held:
+            held.enter_context(claim(workdir / ".judging" / "sam,rho=0.2" / "seed0"))
+
+            def wait(seconds, should_stop):
+                del seconds, should_stop
+                held.close()
+                act()
+
+            monkeypatch.setattr(turns, "_wait", wait)
+            yield
+
+    return at_work
+
+
+def test_a_run_that_another_worker_judges_is_judged_last(
+    rechecked, tmp_path, another_worker, monkeypatch
+):
+    workdir = Path(shutil.copytree(rechecked, tmp_path / "table"))
+    judged = []
+    score = scoring.Scorer.__call__
+
+    def recorded(self, network, *args, **kwargs):
+        judged.append(network.config.row)
+        return score(self, network, *args, **kwargs)
+
+    monkeypatch.setattr(scoring.Scorer, "__call__", recorded)
+    with another_worker(workdir):
+        assert helpers.main("recheck", f"--workdir={workdir}", *FLAGS) == 0
+    assert judged == ["st"] * 2 + ["sam,rho=0.2"] * 2  # PGD and AutoAttack
+    assert accuracies(workdir) == accuracies(rechecked)
+    assert list(accuracies(workdir)) == list(accuracies(rechecked))
+
+
+def test_what_another_worker_measured_meanwhile_is_kept_and_not_measured_again(
+    trained, tmp_path, another_worker, monkeypatch
+):
+    workdir = Path(shutil.copytree(trained, tmp_path / "table"))
+    flags = (f"--workdir={workdir}", "--linf=8", "--l2=", "--num-examples=16")
+    row, measured = "--rows=sam,rho=0.2", []
+    measure = curves.measure_run
+
+    def counted(*args, **kwargs):
+        measured.append(args)
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(curves, "measure_run", counted)
+    with another_worker(workdir, lambda: helpers.main("curves", *flags, row)):
+        assert helpers.main("curves", *flags) == 0
+    assert len(measured) == 2
+    content = json.loads((workdir / "curves.json").read_text())
+    assert content["runs"].keys() == {"st/seed0", "sam,rho=0.2/seed0"}
+    assert {line["row"] for line in content["curves"]} == {"st", "sam,rho=0.2"}
 
 
 def test_a_damaged_result_is_refused_before_any_attack(rechecked, monkeypatch, capsys):

@@ -17,7 +17,7 @@ import helpers
 import jax
 import pytest
 
-from samrobust.experiments import sweep
+from samrobust.experiments import sweep, turns
 from samrobust.experiments.identity import identity_of
 from samrobust.experiments.run import PlannedRun
 from samrobust.experiments.survey import read_plan
@@ -32,7 +32,7 @@ NAMES = ["a", "b", "c"]
 # A worker whose runs are short: they note who does them, and take a while.
 WORKER = """
 import os, pathlib, sys, time
-from samrobust.experiments import sweep
+from samrobust.experiments import sweep, turns
 from samrobust.system.claims.lease import claim
 from samrobust.system.files import append_json_line, read_json, write_json
 
@@ -131,7 +131,7 @@ class Script:
 @pytest.fixture
 def follow(tmp_path, monkeypatch):
     """Runs a, b and c by a script: the results' names, the failures, the order."""
-    monkeypatch.setattr(sweep, "_TICK", 0.001)
+    monkeypatch.setattr(turns, "_TICK", 0.001)
 
     def follow(acts, **options):
         script = Script(acts)

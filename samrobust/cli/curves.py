@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from samrobust.cli import flags
-from samrobust.system.runtime import RESUME
 
 if TYPE_CHECKING:
     from samrobust.experiments.curves import CurveSettings
@@ -20,7 +19,7 @@ _POINTS = 8  # of a curve, beside radius 0
 ABOUT = {
     "help": "accuracy against the attack's radius, all methods of a table in one plot",
     "description": "Attacks every finished run of a table at a grid of radii (PGD, "
-    f"any iterate counts) and draws the means over seeds. {RESUME}",
+    f"any iterate counts) and draws the means over seeds. {flags.SHARED}",
 }
 
 
@@ -110,9 +109,9 @@ def _settings(config: "Config", arguments: argparse.Namespace) -> "CurveSettings
     for norm in flags.NORMS:
         given = getattr(arguments, norm)
         largest = max(config.evaluation[norm], default=0.0)
-        if given is not None:
+        if given:
             grids[norm] = given
-        elif largest:
+        elif given is None and largest:
             grid = np.linspace(0, min(2 * largest, 255.0), _POINTS + 1)[1:]
             grids[norm] = tuple(float(f"{radius:.4g}") for radius in grid)
     return flags.build(CurveSettings, arguments, radii=grids)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 from samrobust import checks
+from samrobust.system.runtime import RESUME
 from samrobust.system.storage import to_path
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "REALS",
     "ROWS",
     "SEED",
+    "SHARED",
     "SIZE",
     "SIZES",
     "STEP",
@@ -188,3 +190,4 @@ MEMBERS: _Kind = {
     "help": "with --version=custom: of apgd-ce, apgd-t, fab-t, square, apgd-dlr",
 }
 ANY_FIELD = "Any field: --config.training.epochs=2; `samrobust config` lists them."
+SHARED = f"{RESUME} Several workers may share a workdir: each takes what none holds."

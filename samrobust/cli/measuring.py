@@ -1,14 +1,15 @@
-"""Measurements of a table's finished runs, in one file that a rerun goes on from.
+"""Measurements of a table's finished runs, shared by all that work on its directory.
 
 With JAX: commands import it inside `run`.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from flax import linen as nn
@@ -18,9 +19,11 @@ from samrobust.cli import shared
 from samrobust.data import Dataset
 from samrobust.evaluation import OnBatch
 from samrobust.experiments import building, networks, scoring
-from samrobust.experiments.reporting.progress import ProgressDisplay
+from samrobust.experiments.reporting.progress import ProgressDisplay, RunDisplay
+from samrobust.experiments.turns import take_turns
 from samrobust.experiments.workdir import finished_runs
 from samrobust.system import files
+from samrobust.system.claims.lease import ClaimedError, claim
 from samrobust.system.distributed import broadcast_from_primary
 from samrobust.system.provenance import provenance
 from samrobust.types import Config, PyTree
@@ -60,6 +63,58 @@ class FinishedRuns:
         self.load_data = shared.once_per(building.load_data, "data")
         broadcast_from_primary(lambda: files.check_writable(self.workdir))
 
+    def judge(
+        self, judge: Callable[[str, RunDisplay], _T], works: Mapping[str, float]
+    ) -> dict[str, _T]:
+        """Judges every run, each while no other worker does.
+
+        Args:
+          judge: of the run's folder and its display, while the run is this worker's.
+          works: predicted costs of the runs, by their folders, in any unit.
+
+        Returns:
+          What was found of each run, by its folder, in the order of `configs`.
+
+        Raises:
+          InterruptedRunError: if it was asked to stop while others held the last runs.
+        """
+        found: dict[str, _T] = {}
+        display = ProgressDisplay(self.console, sum(works.values()))
+
+        def name(folder: str) -> str:
+            config = self.configs[folder]
+            return f"{config.label}, seed {config.seed}"
+
+        def attempt(left: Sequence[str]) -> list[str]:
+            return [folder for folder in left if not judged(folder)]
+
+        def judged(folder: str) -> bool:
+            shown = display.run(name(folder), 0.0, works[folder])
+            with contextlib.ExitStack() as held:
+                place = self.workdir / _CLAIMS / folder
+                try:
+                    broadcast_from_primary(lambda: _hold(held, place))
+                except ClaimedError:
+                    return False
+                found[folder] = judge(folder, shown)
+            return True
+
+        def on_wait(held: Sequence[str]) -> None:
+            display.say(f"waiting for other workers: {', '.join(map(name, held))}")
+
+        turns = {"on_wait": on_wait, "should_stop": self.should_stop}
+        with display.live():
+            take_turns(list(self.configs), attempt, **turns)
+        return {folder: found[folder] for folder in self.configs}
+
+
+# Beside the runs and not in them: these may be somebody else's, or in use.
+_CLAIMS = ".judging"
+
+
+def _hold(held: contextlib.ExitStack, place: pathlib.Path) -> None:
+    held.enter_context(claim(place))
+
 
 class RunMeasurements(FinishedRuns):
     """Measurements of a command of each finished run of a table.
@@ -89,9 +144,9 @@ class RunMeasurements(FinishedRuns):
         self.settings = make_settings(self.first, arguments)
         self._path = self.workdir / f"{name}.json"
         self._as_json = json.loads(json.dumps(dataclasses.asdict(self.settings)))
-        self.runs: dict[str, dict[str, Any]] = broadcast_from_primary(
-            lambda: _stored_runs(self._path, self._as_json)
-        )
+        self.runs: dict[str, dict[str, Any]] = {}
+        self._measured: dict[str, dict[str, Any]] = {}  # by this worker
+        self._read()
 
     def once(self, make: Callable[[nn.Module, int], _T]) -> Callable[[Config], _T]:
         """Returns what is made of a network and its batch size, once for equal ones."""
@@ -116,34 +171,51 @@ class RunMeasurements(FinishedRuns):
           InterruptedRunError: if it was asked to stop.
         """
         works = {folder: float(folder not in self.runs) for folder in self.configs}
-        display = ProgressDisplay(self.console, sum(works.values()))
-        with display.live():
-            for folder, config in self.configs.items():
-                name = f"{config.label}, seed {config.seed}"
-                shown = display.run(name, 0.0, works[folder])
-                dataset, where = self.load_data(config), self.workdir / folder
-                which = networks.checkpoints_of(config)[0]
-                network = networks.load_network(config, dataset, where, which)
-                images, measure = prepare(config, dataset)
-                measured = {
-                    "identity": network.identity.hash,
-                    "step": network.step,
-                    **images,
-                    "attacks_version": ATTACKS_VERSION,
-                }
-                if self.runs.get(folder, {}).items() >= measured.items():
-                    continue
-                on_batch = scoring.until_stopped(
-                    shown.on_batch, self.should_stop, "in a run"
-                )
-                found = measure(network.variables, on_batch)
-                self.runs[folder] = {**found, **measured, "provenance": provenance()}
-                self.write()
+
+        def judge(folder: str, shown: RunDisplay) -> None:
+            config = self.configs[folder]
+            dataset, where = self.load_data(config), self.workdir / folder
+            which = networks.checkpoints_of(config)[0]
+            network = networks.load_network(config, dataset, where, which)
+            images, measure = prepare(config, dataset)
+            measured = {
+                "identity": network.identity.hash,
+                "step": network.step,
+                **images,
+                "attacks_version": ATTACKS_VERSION,
+            }
+            self._read()  # another worker may have measured it
+            if self.runs.get(folder, {}).items() >= measured.items():
+                return
+            on_batch = scoring.until_stopped(
+                shown.on_batch, self.should_stop, "in a run"
+            )
+            found = measure(network.variables, on_batch)
+            measured["provenance"] = provenance()
+            self._measured[folder] = self.runs[folder] = {**found, **measured}
+            self.write()
+
+        self.judge(judge, works)
 
     def write(self, **found: Any) -> None:
         """Writes what is known, and what was found in all of it."""
-        content = {"settings": self._as_json, "runs": self.runs, **found}
-        broadcast_from_primary(lambda: files.write_sealed(self._path, content))
+        self.runs = broadcast_from_primary(lambda: self._write(found))
+
+    def _read(self) -> None:
+        self.runs = broadcast_from_primary(self._together)
+
+    def _write(self, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        runs: dict[str, dict[str, Any]] = {}
+        # Read again after writing: others may be adding theirs.
+        while (together := self._together()) != runs:
+            runs = together
+            content = {"settings": self._as_json, "runs": runs, **found}
+            files.write_sealed(self._path, content)
+        return runs
+
+    def _together(self) -> dict[str, dict[str, Any]]:
+        """Returns what this worker and others have measured so far."""
+        return self.runs | _stored_runs(self._path, self._as_json) | self._measured
 
 
 def _stored_runs(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from samrobust.checks import check
 from samrobust.cli import flags
-from samrobust.system.runtime import RESUME
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from samrobust.experiments.reporting.progress import RunDisplay
     from samrobust.types import Config
 
 __all__ = ["ABOUT", "add_flags", "run"]
@@ -30,7 +30,7 @@ ABOUT = {
     "help": "the runs of a table under AutoAttack, next to PGD",
     "description": "Attacks every finished run of a table with its PGD and with "
     "AutoAttack, on the same images, and writes the table of both: autoattack.md, "
-    f".csv, .json and .png. {RESUME}",
+    f".csv, .json and .png. {flags.SHARED}",
 }
 
 
@@ -65,7 +65,6 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.cli.measuring import FinishedRuns
     from samrobust.experiments import networks, scoring
     from samrobust.experiments.identity import identity_of
-    from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.workdir import config_of_run, read_result
     from samrobust.system.distributed import broadcast_from_primary
 
@@ -92,32 +91,32 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         path: sum(scoring.evaluation_work(c, load_data(c)) for c in configs.values())
         for path, configs in runs.items()
     }
-    display, results = ProgressDisplay(console, sum(works.values())), []
-    with display.live():
-        for path, configs in runs.items():
-            config, folder = configs["pgd"], workdir / path
-            shown = display.run(f"{config.label}, seed {config.seed}", 0.0, works[path])
-            dataset, scores = load_data(config), {}
-            for which in networks.checkpoints_of(config):
-                network = networks.load_network(config, dataset, folder, which)
-                pgd, autoattack = (
-                    scorer(configs[attack])(network, folder, shown, opened.should_stop)
-                    for attack in _ATTACKS
-                )
-                scores[which] = autoattack._replace(
-                    accuracy=_columns(pgd.accuracy, autoattack.accuracy),
-                    details={**autoattack.details, "pgd_provenance": pgd.provenance},
-                )
-            result = {
-                **scoring.as_result(scores),
-                "dataset": config.data.name,
-                "row": config.row,
-                "seed": config.seed,
-                "num_test": len(scoring.evaluated_split(config, dataset)),
-                "training_steps": max(score.step for score in scores.values()),
-                "training_provenance": trained[path],
-            }
-            results.append(result)
+
+    def judge(path: str, shown: "RunDisplay") -> dict[str, Any]:
+        configs, folder = runs[path], workdir / path
+        config, scores = configs["pgd"], {}
+        dataset = load_data(config)
+        for which in networks.checkpoints_of(config):
+            network = networks.load_network(config, dataset, folder, which)
+            pgd, autoattack = (
+                scorer(configs[attack])(network, folder, shown, opened.should_stop)
+                for attack in _ATTACKS
+            )
+            scores[which] = autoattack._replace(
+                accuracy=_columns(pgd.accuracy, autoattack.accuracy),
+                details={**autoattack.details, "pgd_provenance": pgd.provenance},
+            )
+        return {
+            **scoring.as_result(scores),
+            "dataset": config.data.name,
+            "row": config.row,
+            "seed": config.seed,
+            "num_test": len(scoring.evaluated_split(config, dataset)),
+            "training_steps": max(score.step for score in scores.values()),
+            "training_provenance": trained[path],
+        }
+
+    results = list(opened.judge(judge, works).values())
     paths = broadcast_from_primary(lambda: _conclude(workdir, runs, results, console))
     shared.show_written(console, workdir, paths)
     return 0

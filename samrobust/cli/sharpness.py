@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from samrobust.checks import check
 from samrobust.cli import flags
-from samrobust.system.runtime import RESUME
 
 if TYPE_CHECKING:
     from samrobust.studies.sharpness.probe import ProbeSettings
@@ -29,7 +28,7 @@ ABOUT = {
     "help": "flatness, confidence and margin of a table's runs, against robustness",
     "description": "Measures sharpness, Hessian, confidence and distance to the "
     "boundary of every finished run of a table, and their rank correlation with "
-    f"accuracy under attack. {RESUME}",
+    f"accuracy under attack. {flags.SHARED}",
     "epilog": "Explained in docs/flatness.md.",
 }
 

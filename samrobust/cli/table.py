@@ -22,8 +22,7 @@ __all__ = ["ABOUT", "add_flags", "run"]
 ABOUT = {
     "help": "all rows of a config, trained, attacked and printed as a table",
     "description": "Trains and attacks every row of a config's table. Can be killed "
-    "at any moment: rerun the same command to resume. Several workers may share a "
-    "workdir; each takes runs that no other holds.",
+    f"at any moment. {flags.SHARED}",
     "epilog": flags.ANY_FIELD,
 }
 

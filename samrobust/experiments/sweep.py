@@ -1,10 +1,7 @@
-"""A grid of runs, shared by all that work on its directory.
+"""A grid of runs, shared in turns by all that work on its directory.
 
-Whoever comes takes the next run that nobody holds. A run held by another is put off and
-asked for again, until that one has finished it, or died and left it. So every worker
-ends when all of its share is done, and one more of them is always of use. A run whose
-first epochs another is training just now is put off once, for those that begin
-otherwise.
+A run whose first epochs another is training just now is put off once, for those that
+begin otherwise.
 
 What a worker does next follows from what `samrobust.experiments.run.run` returns or
 raises, and from `failure.json`: processes that agree on these and on `should_stop` stay
@@ -17,7 +14,6 @@ import contextlib
 import functools
 import gc
 import pathlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -33,6 +29,7 @@ from samrobust.experiments.run import PlannedRun, run
 from samrobust.experiments.scoring import Observer
 from samrobust.experiments.survey import read_plan, survey_run
 from samrobust.experiments.trunks import in_the_making
+from samrobust.experiments.turns import take_turns
 from samrobust.experiments.workdir import (
     OtherConfigError,
     config_changes,
@@ -42,7 +39,6 @@ from samrobust.system.claims.lease import ClaimedError
 from samrobust.system.distributed import broadcast_from_primary, met_by_all
 from samrobust.system.failures import describe, is_transient, read_failure
 from samrobust.system.files import WorkdirError, write_json
-from samrobust.system.runtime import RESUME
 from samrobust.training import InterruptedRunError
 from samrobust.training.lockstep import Lockstep
 from samrobust.types import Config
@@ -58,8 +54,6 @@ __all__ = [
 
 # The result; or why the run failed; or None if another holds it.
 Outcome: TypeAlias = dict[str, Any] | str | None
-
-_TICK, _LONGEST_PAUSE = 0.5, 5.0  # seconds
 
 
 def run_all(
@@ -111,14 +105,14 @@ def run_all(
         return outcome
 
     results: dict[pathlib.Path, dict[str, Any]] = {}
-    left, pause = list(runs), _TICK
     put_off: set[pathlib.Path] = set()
-    while left:
+
+    def attempt_all(left: Sequence[PlannedRun]) -> list[PlannedRun]:
         held = []
         for group in _groups(left, seeds_per_program):
             fresh = [p for p in group if p.workdir not in put_off]
             if broadcast_from_primary(functools.partial(_any_in_the_making, fresh)):
-                put_off |= {planned.workdir for planned in group}
+                put_off.update(planned.workdir for planned in group)
                 held += group
                 continue
             outcomes = _attempt_together(group, attempt, should_stop)
@@ -129,13 +123,9 @@ def run_all(
                     on_failure(planned, outcome)
                 else:
                     results[planned.workdir] = outcome
-        if len(held) == len(left):
-            on_wait(held)
-            _wait(pause, should_stop)
-            pause = min(2 * pause, _LONGEST_PAUSE)
-        else:
-            pause = _TICK
-        left = held
+        return held
+
+    take_turns(runs, attempt_all, on_wait=on_wait, should_stop=should_stop)
     return [results[p.workdir] for p in runs if p.workdir in results]
 
 
@@ -323,12 +313,3 @@ def record_plan(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> None:
     except OSError as error:
         what = f"Expected a writable directory, got workdir={str(workdir)!r}: {error}."
         raise WorkdirError(what) from error
-
-
-def _wait(seconds: float, should_stop: Callable[[], bool]) -> None:
-    """Waits by counting and not by the clock: processes in step ask equally often."""
-    for _ in range(round(seconds / _TICK)):
-        if should_stop():
-            message = f"Stopped while others held the last runs. {RESUME}"
-            raise InterruptedRunError(message)
-        time.sleep(_TICK)
