@@ -155,6 +155,13 @@ def test_each_share_of_a_table_is_a_pod_that_starts_again_alone(options):
     assert not any(name.startswith("JAX_COORD") for name in environment)
 
 
+def test_pods_that_judge_the_runs_of_a_table_take_what_none_holds():
+    jobset = render(*H100, "--sweep=4", command=("recheck", "--workdir=runs/cifar10"))
+    assert job_of(jobset)["completions"] == 4
+    _, command = resolve_pod(jobset, 3)
+    assert command == ["samrobust", "recheck", "--workdir=runs/cifar10"]
+
+
 @each_kind
 def test_a_pod_has_time_to_save_and_its_files_outlive_it(options):
     jobset = render(*options)
@@ -265,7 +272,7 @@ def test_arguments_arrive_as_they_were_written():
         (("--accelerator=gpu", "--nodes=0"), "Expected --nodes >= 1, got 0."),
         ((*GPU, "--name=Sam"), "got --name=Sam."),
         ((*GPU, "--sweep=2"), "a node for each share, got 2 nodes and train."),
-        ((*H100, "--sweep=2"), "Expected a table with --sweep"),
+        ((*H100, "--sweep=2"), "Expected table, recheck, curves, sharpness with --sw"),
         ((*H100, "--at-once=2"), "Expected --sweep with --at-once."),
         ((*GPU, f"--name={'a' * 41}"), "Expected at most 40 small letters"),
         (

@@ -25,7 +25,7 @@ for name in "${show[@]}"; do echo -n "$name=${!name-unset} "; done
 trap 'kill $!; echo stopped; exit 75' TERM
 echo "arguments=$*"
 while [ "$1" = wait ]; do sleep 60 & wait; done # sleep may meet SIGTERM first
-[ "$1" != table ] || exit $((SLURM_PROCID == 3))
+[[ "$1" != [a-z]* ]] || exit $((SLURM_PROCID == 3))
 exit "$1"
 """
 
@@ -116,10 +116,11 @@ def test_one_process_a_gpu_sees_the_gpus_of_its_peers(site):
     assert {one["CUDA_VISIBLE_DEVICES"] for one in seen} == {"0,1"}
 
 
-def test_one_run_a_gpu_sees_that_one_alone(site):
+@pytest.mark.parametrize("command", ["table", "recheck"])
+def test_one_run_a_gpu_sees_that_one_alone(site, command):
     job = site.submit(
         *("--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2"),
-        arguments=("table",),
+        arguments=(command,),
         SAMROBUST_PROCESS_PER="run",
     )
     assert site.end(job) == "1:0"

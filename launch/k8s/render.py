@@ -8,11 +8,12 @@
         --topology=4x4 -- train --config=... --workdir=runs/sam | kubectl apply -f -
 
 With --sweep=N it is a table in N shares, each a pod on a node, which is started again
-alone; N as `samrobust table ... --list | wc -l` counts gives each run its pod. Else one
-process a node, which drives all its devices. The workdir is relative to /work, the
-volume that outlives the pods, or gs://..., where the --service-account may write. All
-else that one may want to change is in jobset.yaml, beside this file; --env may be given
-again and again. Needs nothing but Python.
+alone; N as `samrobust table ... --list | wc -l` counts gives each run its pod. Of
+recheck, curves or sharpness it is N workers on the runs of a table. Else one process a
+node, which drives all its devices. The workdir is relative to /work, the volume that
+outlives the pods, or gs://..., where the --service-account may write. All else that one
+may want to change is in jobset.yaml, beside this file; --env may be given again and
+again. Needs nothing but Python.
 """
 
 import argparse
@@ -31,6 +32,8 @@ _MARKS = r"  # ((?:gpu|tpu|run|sweep| )+)$"
 _TEMPLATE = pathlib.Path(__file__).with_name("jobset.yaml")
 _CPUS, _MEMORY = 2, 8  # requested for each device, the latter in GiB
 _GKE = "cloud.google.com/gke"
+# Commands of which each worker takes the run that no other holds.
+_SHARED = ("recheck", "curves", "sharpness")
 # Kubernetes names a pod NAME-worker-0-INDEX-xxxxx, within 63 characters.
 _NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
 
@@ -91,7 +94,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--nodes", type=int, metavar="N", help="of GPUs; default: 1")
     add("--gpus-per-node", type=int, metavar="K", help="default: 1")
-    add("--sweep", type=int, metavar="N", help="a table in N shares, a pod each")
+    add("--sweep", type=int, metavar="N", help="in N shares, a pod each")
     add(
         "--at-once", type=int, metavar="K", help="shares that run at a time; default: N"
     )
@@ -142,10 +145,11 @@ def _check(options: argparse.Namespace) -> None:
         )
         raise ValueError(message)
     nodes = _tpu_size(options)[0] if _is_tpu(options) else options.nodes or 1
-    if options.sweep and (nodes > 1 or options.command[0] != "table"):
+    shared = options.command[0] in (*_SHARED, "table")
+    if options.sweep and (nodes > 1 or not shared):
         message = (
-            "Expected a table with --sweep, and a node for each share, got "
-            f"{nodes} nodes and {options.command[0]}."
+            f"Expected table, {', '.join(_SHARED)} with --sweep, and a node for each "
+            f"share, got {nodes} nodes and {options.command[0]}."
         )
         raise ValueError(message)
     if options.at_once and not options.sweep:
@@ -193,6 +197,7 @@ def _values(options: argparse.Namespace) -> dict[str, Any]:
         labels = {f"{_GKE}-accelerator": options.accelerator} if of_gke else {}
     memory = options.memory or f"{_MEMORY * chips}Gi"
     secret, queue = options.pull_secret, options.queue
+    in_shares = options.sweep and options.command[0] not in _SHARED
     return {
         "marks": {
             "tpu" if _is_tpu(options) else "gpu",
@@ -215,7 +220,7 @@ def _values(options: argparse.Namespace) -> dict[str, Any]:
         # Kubernetes takes $(NAME) for a variable, and $$ for a dollar.
         "arguments": [
             *(word.replace("$", "$$") for word in options.command),
-            *([f"--shard=$(SHARD)/{options.sweep}"] if options.sweep else []),
+            *([f"--shard=$(SHARD)/{options.sweep}"] if in_shares else []),
         ],
     }
 
