@@ -63,7 +63,7 @@ class FinishedRuns:
         self.load_data = shared.once_per(building.load_data, "data")
         broadcast_from_primary(lambda: files.check_writable(self.workdir))
 
-    def judge(
+    def judge_each(
         self, judge: Callable[[str, RunDisplay], _T], works: Mapping[str, float]
     ) -> dict[str, _T]:
         """Judges every run, each while no other worker does.
@@ -91,9 +91,8 @@ class FinishedRuns:
         def judged(folder: str) -> bool:
             shown = display.run(name(folder), 0.0, works[folder])
             with contextlib.ExitStack() as held:
-                place = self.workdir / _CLAIMS / folder
                 try:
-                    broadcast_from_primary(lambda: _hold(held, place))
+                    broadcast_from_primary(lambda: self._claim(held, folder))
                 except ClaimedError:
                     return False
                 found[folder] = judge(folder, shown)
@@ -102,18 +101,14 @@ class FinishedRuns:
         def on_wait(held: Sequence[str]) -> None:
             display.say(f"waiting for other workers: {', '.join(map(name, held))}")
 
-        turns = {"on_wait": on_wait, "should_stop": self.should_stop}
+        everything, should_stop = list(self.configs), self.should_stop
         with display.live():
-            take_turns(list(self.configs), attempt, **turns)
+            take_turns(everything, attempt, on_wait=on_wait, should_stop=should_stop)
         return {folder: found[folder] for folder in self.configs}
 
-
-# Beside the runs and not in them: these may be somebody else's, or in use.
-_CLAIMS = ".judging"
-
-
-def _hold(held: contextlib.ExitStack, place: pathlib.Path) -> None:
-    held.enter_context(claim(place))
+    def _claim(self, held: contextlib.ExitStack, folder: str) -> None:
+        # Beside the run and not in it: that may be somebody else's, or in use.
+        held.enter_context(claim(self.workdir / ".judging" / folder))
 
 
 class RunMeasurements(FinishedRuns):
@@ -195,7 +190,7 @@ class RunMeasurements(FinishedRuns):
             self._measured[folder] = self.runs[folder] = {**found, **measured}
             self.write()
 
-        self.judge(judge, works)
+        self.judge_each(judge, works)
 
     def write(self, **found: Any) -> None:
         """Writes what is known, and what was found in all of it."""

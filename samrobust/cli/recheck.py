@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
             "training_provenance": trained[path],
         }
 
-    results = list(opened.judge(judge, works).values())
+    results = list(opened.judge_each(judge, works).values())
     paths = broadcast_from_primary(lambda: _conclude(workdir, runs, results, console))
     shared.show_written(console, workdir, paths)
     return 0
