@@ -43,8 +43,9 @@ class Counting(helpers.Silent):
         return self.batches == self._stop_after
 
 
-def run_of(workdir, observer, best=2):
-    config = helpers.make_config("st", FIELDS)
+def run_of(workdir, observer, best=2, checkpoint="both"):
+    fields = {**FIELDS, "evaluation.checkpoint": checkpoint}
+    config = helpers.make_config("st", fields)
     dataset = helpers.load_data(config)
     if not workdir.exists():
         settle_config(helpers.make_folder(workdir), config)
@@ -157,6 +158,14 @@ def test_a_best_checkpoint_that_the_result_is_not_of_is_refused(workdir, tmp_pat
     assert load(tmp_path).step == 18
     with pytest.raises(CheckpointError, match=r"Expected step 3 in .*, got step 6"):
         load(tmp_path, checkpoint="best")
+
+
+def test_the_passes_of_a_row_are_those_of_its_training(tmp_path):
+    run_of(tmp_path / "st" / "seed0", Counting(), checkpoint="best")
+    flags = ("--version=custom", "--members=apgd-ce", "--num-examples=24")
+    assert helpers.main("recheck", f"--workdir={tmp_path}", *flags) == 0
+    (judged,) = read(tmp_path, "autoattack.json")["runs"]
+    assert (judged["step"], judged["training_steps"]) == (6, 18)
 
 
 def test_autoattack_judges_both_checkpoints_too(table):

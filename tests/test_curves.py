@@ -108,12 +108,14 @@ def test_the_command_measures_draws_and_does_not_measure_twice(
     assert measured == []
     again = json.loads((workdir / "curves.json").read_text())
     assert again["curves"] == stored["curves"]
-    # Curves of another network of the same name are measured again.
-    content = read_sealed(workdir / "curves.json") or {}
-    content["runs"]["st/seed0"]["identity"] = "0" * 16
-    write_sealed(workdir / "curves.json", content)
-    assert helpers.main("curves", f"--workdir={workdir}", *flags) == 0
-    assert measured == [1]
+    # Curves of another network are measured again, even if a run of the same identity
+    # led to it.
+    for count, field in enumerate(("identity", "network"), 1):
+        content = read_sealed(workdir / "curves.json") or {}
+        content["runs"]["st/seed0"][field] = "0" * 16
+        write_sealed(workdir / "curves.json", content)
+        assert helpers.main("curves", f"--workdir={workdir}", *flags) == 0
+        assert len(measured) == count
 
 
 def test_curves_that_are_damaged_or_of_other_settings_are_kept_aside(
@@ -135,6 +137,23 @@ def test_curves_that_are_damaged_or_of_other_settings_are_kept_aside(
     content = read_sealed(path) or {}
     assert content["runs"]["st/seed0"]["num_images"] == 48
     assert content["title"].endswith("48 test images, last checkpoint")
+
+
+def test_a_worker_with_other_settings_is_named_and_nothing_of_it_overwritten(
+    table, tmp_path, monkeypatch, capsys
+):
+    workdir = Path(shutil.copytree(table, tmp_path / "table"))
+    path, flags = workdir / "curves.json", (f"--workdir={workdir}", "--linf=8")
+
+    def measure(*_, **__):
+        write_sealed(path, {"settings": {"num_steps": 50}, "runs": {}})
+        return {"linf": [50.0, 9.0]}
+
+    monkeypatch.setattr("samrobust.experiments.curves.measure_run", measure)
+    assert helpers.main("curves", *flags) != 0
+    assert "curves.json of other ones, which another worker" in capsys.readouterr().err
+    assert (read_sealed(path) or {})["settings"] == {"num_steps": 50}
+    assert not list(workdir.glob("curves.json.aside*"))
 
 
 def test_a_directory_without_finished_runs_is_refused(tmp_path, capsys):

@@ -80,6 +80,7 @@ def test_an_exported_file_holds_the_network_and_what_else_it_takes(run, exported
         header = {n: json.loads(v) for n, v in file.metadata().items() if n != "format"}
     origin = header.pop("origin")
     assert len(origin.pop("identity")) == 16
+    assert len(origin.pop("network")) == 64
     assert origin == {
         "label": "ST",
         "row": "st",

@@ -9,6 +9,7 @@ import pytest
 from samrobust.experiments.leaderboard import add_claims, read_claims, to_sheet
 from samrobust.experiments.reporting import summarize
 from samrobust.experiments.reporting.render import to_json
+from samrobust.system.files import WorkdirError
 
 MADE = {"commit": "abc", "device": "CPU", "command": "samrobust recheck"}
 CAPTION = (
@@ -49,8 +50,13 @@ def board(tmp_path) -> Path:
     return tmp_path / "board"
 
 
+def place(board: Path, row: str) -> Path:
+    """Where the claim of a row is."""
+    return board / "digits" / "linf-2-255" / f"{row}-seed0-identity-{row}.json"
+
+
 def test_a_claim_has_robustbenchs_fields_and_names_what_it_rests_on(board):
-    path = board / "digits" / "linf-2-255" / "sam,rho=0.2-seed0.json"
+    path = place(board, "sam,rho=0.2")
     claim = json.loads(path.read_text())
     numbers = (claim["eps"], claim["clean_acc"], claim["autoattack_acc"])
     assert numbers == ("2/255", "90.00", "60.25")
@@ -59,6 +65,36 @@ def test_a_claim_has_robustbenchs_fields_and_names_what_it_rests_on(board):
     assert (board / origin["evidence"]).is_file()
     assert (origin["identity"], origin["step"]) == ("identity-sam,rho=0.2", 9)
     assert origin.items() >= MADE.items()
+
+
+def test_what_was_filled_in_by_hand_stays_and_other_networks_stand_beside(board):
+    path, again = place(board, "st"), board.parent / "digits"
+    claim = json.loads(path.read_text()) | {"authors": "A. Author", "link": "a.org"}
+    path.write_text(json.dumps(claim))
+    add_claims(board, again, "A wide CNN")
+    added = json.loads(path.read_text())
+    assert (added["authors"], added["link"]) == ("A. Author", "a.org")
+    assert added["architecture"] == "A wide CNN"
+    add_claims(board, recheck(board.parent / "other", identity="another"), "A CNN")
+    assert len(read_claims(board)) == 4
+
+
+def test_a_data_set_with_a_slash_in_its_name_has_a_board(tmp_path):
+    name = "imagenet_resized/32x32"
+    recheck(tmp_path / "small", dataset=name)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "board").symlink_to(tmp_path / "real")
+    add_claims(tmp_path / "board", tmp_path / "small", "A CNN")
+    assert {c["dataset"] for c in read_claims(tmp_path / "board")} == {name}
+
+
+def test_a_table_that_was_edited_is_no_evidence(board):
+    path = board.parent / "digits" / "autoattack.json"
+    path.write_text(path.read_text().replace("50.0", "89.0"))
+    with pytest.raises(WorkdirError, match="a damaged file"):
+        add_claims(board, path.parent, "A CNN")
+    with pytest.raises(WorkdirError, match="a damaged file"):
+        read_claims(board)
 
 
 def test_the_most_robust_comes_first(board):
@@ -91,7 +127,7 @@ def test_the_most_robust_comes_first(board):
     ],
 )
 def test_a_claim_of_anything_else_is_refused(board, change, message):
-    path = board / "digits" / "linf-2-255" / "st-seed0.json"
+    path = place(board, "st")
     claim = json.loads(path.read_text())
     for name, value in change.items():
         section, _, field = name.rpartition(".")
@@ -107,6 +143,7 @@ def test_a_claim_of_anything_else_is_refused(board, change, message):
         ({"caption": CAPTION.replace("standard", "custom (square)")}, "the standard"),
         ({"caption": CAPTION.replace("float32", "bfloat16")}, "in float32"),
         ({"caption": CAPTION.replace("test im", "validation im")}, "on test images"),
+        ({"attacks_version": 1}, "attacks of version .* got attacks_version=1"),
         ({"identity": None}, r"names its network, got lacking=\['identity'\]"),
         ({"provenance": {}}, r"names its network, .*'commit', 'device', 'command'"),
         ({"accuracy": {"natural": 9.0, "linf 8/255 AA": 1.0}}, "at l-inf 1/255 or 2"),

@@ -3,8 +3,10 @@
 import hashlib
 import sys
 
+import helpers
 import pytest
 
+from samrobust.system import resolve as resolving
 from samrobust.system.resolve import failure_of, is_reference, resolve, sources
 
 
@@ -122,3 +124,9 @@ def test_the_source_of_somebodys_own_code_is_known_as_it_was_imported(
     assert found["where_named"] == hashlib.sha256(text).hexdigest()
     (tmp_path / "where_named.py").write_text("made = 3\n")
     assert sources(["where_named:made"]) == found
+
+
+def test_a_file_beside_the_package_whose_path_begins_alike_is_ones_own():
+    package = str(helpers.ROOT / "samrobust")
+    for file, is_own in ((f"{package}_mine.py", True), (f"{package}/mine.py", False)):
+        assert file.startswith(resolving._INSTALLED) is not is_own

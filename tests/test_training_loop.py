@@ -35,9 +35,11 @@ from samrobust.training import (
     epoch,
     make_train_step,
 )
-from samrobust.training.epoch import Chunk, EpochPlan, EpochRunner
+from samrobust.training.checkpoint import Checkpoints
+from samrobust.training.epoch import Chunk, EpochPlan, EpochRunner, LoopState
 from samrobust.training.fit import fit, fresh_carry
-from samrobust.training.log import EndedEpoch, RunLog
+from samrobust.training.log import EndedEpoch, RunFolder, RunLog
+from samrobust.training.state import TrainState
 
 FIELDS = {
     *("step", "epoch", "loss", "accuracy", "learning_rate"),
@@ -531,6 +533,51 @@ def test_the_best_checkpoint_is_that_of_the_highest_score(tmp_path, scores, best
     helpers.assert_same_bits(variables["params"], judge.seen[best - 1])
     lines = helpers.read_lines(tmp_path / "metrics.jsonl")
     assert tuple(line["validation_score"] for line in lines) == scores
+
+
+def state_after(step: int) -> LoopState:
+    """The state of a network with one weight, which says after how many steps."""
+    state = TrainState(np.int32([step])[0], {"w": np.float32([step])}, {}, ())
+    totals: Any = {"examples": np.float32(0), "first_bad_step": np.int32(-1)}
+    return LoopState(state, jax.tree.map(np.asarray, totals | {"sums": {}}))
+
+
+@pytest.mark.parametrize(("score", "best"), [(49.0, 10), (55.0, 20), (60.0, 20)])
+def test_a_run_that_goes_on_knows_the_best_as_of_where_it_goes_on(
+    tmp_path, score, best
+):
+    def keep(log: RunFolder, step: int, score: float) -> None:
+        log.keep_best(state_after(step), step, {"score": score})
+
+    with RunFolder(tmp_path) as killed:
+        killed.restore(state_after(0), data_mesh(), 100)
+        keep(killed, 5, 40.0)
+        keep(killed, 10, 50.0)
+        killed.save(state_after(15), 15, 0.0)
+        keep(killed, 20, 60.0)
+    assert helpers.checkpoint_steps(tmp_path, "best") == [10, 20]
+    with RunFolder(tmp_path) as log:
+        assert log.restore(state_after(0), data_mesh(), 100).state.step == 15
+        assert helpers.checkpoint_steps(tmp_path, "best") == [10]
+        # Rounding leads elsewhere now: the same step has another score.
+        keep(log, 20, score)
+        log.save(state_after(25), 25, 0.0)
+    assert helpers.checkpoint_steps(tmp_path, "best")[-1] == best
+    with Checkpoints(tmp_path / "checkpoints" / "best") as checkpoints:
+        found = checkpoints.restore(None, jax.tree.map(np.asarray, state_after(0)))
+    assert found.metadata["validation"] == {"score": max(score, 50.0)}
+
+
+def test_the_best_of_every_checkpoint_that_is_kept_is_kept(tmp_path):
+    with RunFolder(tmp_path, keep=2) as log:
+        log.restore(state_after(0), data_mesh(), 100)
+        for step in range(1, 7):
+            log.keep_best(state_after(step), step, {"score": float(step)})
+            log.begin_to_save(state_after(step), step, 0.0)
+        log.save(state_after(7), 7, 0.0)
+    lasts = helpers.checkpoint_steps(tmp_path, "last")
+    assert lasts == [6, 7]
+    assert {6} <= {*helpers.checkpoint_steps(tmp_path, "best")} <= {5, 6}
 
 
 @pytest.mark.parametrize(

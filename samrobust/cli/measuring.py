@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -141,6 +142,7 @@ class RunMeasurements(FinishedRuns):
         self._as_json = json.loads(json.dumps(dataclasses.asdict(self.settings)))
         self.runs: dict[str, dict[str, Any]] = {}
         self._measured: dict[str, dict[str, Any]] = {}  # by this worker
+        broadcast_from_primary(self._set_aside_what_is_of_no_use)
         self._read()
 
     def once(self, make: Callable[[nn.Module, int], _T]) -> Callable[[Config], _T]:
@@ -176,6 +178,7 @@ class RunMeasurements(FinishedRuns):
             measured = {
                 "identity": network.identity.hash,
                 "step": network.step,
+                "network": network.checksum(),
                 **images,
                 "attacks_version": ATTACKS_VERSION,
             }
@@ -200,32 +203,39 @@ class RunMeasurements(FinishedRuns):
         self.runs = broadcast_from_primary(self._together)
 
     def _write(self, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        runs: dict[str, dict[str, Any]] = {}
-        # Read again after writing: others may be adding theirs.
-        while (together := self._together()) != runs:
-            runs = together
-            content = {"settings": self._as_json, "runs": runs, **found}
-            files.write_sealed(self._path, content)
-        return runs
+        lock = self.workdir / ".judging" / self._path.name
+        while True:  # others add theirs to the same file
+            with contextlib.suppress(ClaimedError), claim(lock):
+                runs = self._together()
+                content = {"settings": self._as_json, "runs": runs, **found}
+                files.write_sealed(self._path, content)
+                return runs
+            time.sleep(0.1)
 
     def _together(self) -> dict[str, dict[str, Any]]:
-        """Returns what this worker and others have measured so far."""
-        return self.runs | _stored_runs(self._path, self._as_json) | self._measured
+        """Returns what this worker and others have measured so far.
 
+        Raises:
+          WorkdirError: if the file is damaged, or another worker began to measure
+            meanwhile with other settings.
+        """
+        known = files.read_sealed(self._path)
+        if known is not None and known.get("settings") != self._as_json:
+            raise files.WorkdirError(
+                f"Expected workers with the same settings in {self.workdir}, got "
+                f"{self._path.name} of other ones, which another worker has just "
+                "written. Measure with one after the other."
+            )
+        return self.runs | (known or {"runs": {}})["runs"] | self._measured
 
-def _stored_runs(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a sealed file holds of each run, measured with the same settings.
-
-    A file of other settings, or a damaged one, is set aside, with a warning.
-    """
-    try:
-        known, problem = files.read_sealed(path), f"{path} is of other settings"
-    except files.WorkdirError as error:
-        known, problem = {}, str(error)
-    if known is None:
-        return {}
-    if known.get("settings") == settings:
-        return known["runs"]
-    kept = files.set_aside(path).name
-    warnings.warn(f"{problem}. It is kept as {kept}; all is measured.", stacklevel=2)
-    return {}
+    def _set_aside_what_is_of_no_use(self) -> None:
+        """Renames a file of other settings, or a damaged one, with a warning."""
+        try:
+            known, problem = files.read_sealed(self._path), "is of other settings"
+        except files.WorkdirError as error:
+            known, problem = {}, str(error)
+        if known is None or known.get("settings") == self._as_json:
+            return
+        kept = files.set_aside(self._path).name
+        about = f"{problem}. It is kept as {kept}; all is measured."
+        warnings.warn(f"{self._path} {about}" if known else about, stacklevel=2)

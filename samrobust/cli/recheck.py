@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.cli.measuring import FinishedRuns
     from samrobust.experiments import networks, scoring
     from samrobust.experiments.identity import identity_of
+    from samrobust.experiments.reporting.results import num_steps
     from samrobust.experiments.workdir import config_of_run, read_result
     from samrobust.system.distributed import broadcast_from_primary
 
@@ -80,12 +81,14 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         lambda c: scoring.Scorer(c, load_data(c)), "data", "model", "evaluation"
     )
 
-    def training_provenance(folder: pathlib.Path) -> dict[str, Any]:
+    def training_of(folder: pathlib.Path) -> dict[str, Any]:
         result = read_result(folder, identity_of(config_of_run(folder), None))
-        return {} if result is None else result["provenance"]
+        assert result is not None  # the run is finished
+        made_by = result["provenance"]
+        return {"training_steps": num_steps(result), "training_provenance": made_by}
 
     trained = broadcast_from_primary(
-        lambda: {path: training_provenance(workdir / path) for path in runs}
+        lambda: {path: training_of(workdir / path) for path in runs}
     )
     works = {
         path: sum(scoring.evaluation_work(c, load_data(c)) for c in configs.values())
@@ -112,8 +115,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
             "row": config.row,
             "seed": config.seed,
             "num_test": len(scoring.evaluated_split(config, dataset)),
-            "training_steps": max(score.step for score in scores.values()),
-            "training_provenance": trained[path],
+            **trained[path],
         }
 
     results = list(opened.judge_each(judge, works).values())

@@ -17,6 +17,7 @@ from samrobust.experiments.reporting.notes import overfitting_note, sharpness_no
 from samrobust.experiments.reporting.results import num_steps
 from samrobust.system import distributed
 from samrobust.system.files import read_json_lines
+from samrobust.system.provenance import commit
 from samrobust.types import Config
 
 __all__ = [
@@ -42,6 +43,7 @@ _FIELDS = {
 
 def join(stop: Callable[[], bool]) -> tuple[Callable[[], bool], Console]:
     """Joins the other processes; returns their common stop, and process 0's console."""
+    commit()  # of the code that runs now
     should_stop = distributed.join(stop)
     return should_stop, make_console(quiet=not distributed.is_primary())
 

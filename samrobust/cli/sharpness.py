@@ -146,15 +146,19 @@ def _accuracy(workdir: pathlib.Path, folder: str, config: "Config") -> dict[str,
 
     Of two checkpoints those of the last, whose network is measured.
     """
+    from samrobust.attacks import ATTACKS_VERSION
     from samrobust.experiments.identity import identity_of
     from samrobust.experiments.workdir import read_result
-    from samrobust.system.files import glance
+    from samrobust.system.files import glance, unseal
 
     result = read_result(workdir / folder, identity_of(config, None))
     assert result is not None  # the run is finished
-    own = {name: result[name] for name in ("row", "seed", "identity", "step")}
+    names = ("row", "seed", "identity", "step", "network")
+    own = {name: result[name] for name in names if name in result}
+    own["attacks_version"] = ATTACKS_VERSION
     accuracy = {n: x for n, x in result["accuracy"].items() if not n.endswith(" best")}
-    rechecked = glance(workdir / "autoattack.json")
+    file = workdir / "autoattack.json"
+    rechecked = unseal(glance(file), file, older=True)
     if not any(run.items() >= own.items() for run in rechecked.get("runs", ())):
         return accuracy
     (row,) = [row for row in rechecked["rows"] if row["name"] == config.row]

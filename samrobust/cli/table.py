@@ -2,7 +2,7 @@
 
 import argparse
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from samrobust.checks import check
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
             return 0
         if arguments.list:
             return _list(plan)
-        return _conclude(plan, arguments, make_console())
+        return _conclude(plan, arguments, make_console(), {})
     check_trackers(plan.runs[0].config, plan.workdir)
     should_stop, console = join(stop)
     share = plan.runs[plan.shard]
@@ -88,7 +88,9 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     failed = _train(share, console, should_stop, arguments.seeds_per_program)
     shared = [trunk for planned in plan.runs for trunk in planned.shared]
     distributed.broadcast_from_primary(lambda: remove_finished(shared))
-    distributed.broadcast_from_primary(lambda: _conclude(plan, arguments, console))
+    distributed.broadcast_from_primary(
+        lambda: _conclude(plan, arguments, console, failed)
+    )
     return FAILED if failed else 0
 
 
@@ -108,8 +110,8 @@ def _train(
     console: "Console",
     should_stop: Callable[[], bool],
     seeds_per_program: int,
-) -> bool:
-    """Trains and attacks a share; returns whether a run failed."""
+) -> dict[pathlib.Path, str]:
+    """Trains and attacks a share; returns which runs failed, and why."""
     from samrobust.cli.shared import once_per
     from samrobust.experiments import building
     from samrobust.experiments.reporting.progress import ProgressDisplay
@@ -119,7 +121,7 @@ def _train(
     from samrobust.system.distributed import broadcast_from_primary
 
     if not runs:
-        return False
+        return {}
     load_data = once_per(building.load_data, "data")
     done = broadcast_from_primary(
         lambda: [(r.workdir / "result.json").exists() for r in runs]
@@ -134,7 +136,7 @@ def _train(
         works[planned.workdir] = training, judged, left
     total = sum(training + judged - left for training, judged, left in works.values())
     display = ProgressDisplay(console, total)
-    failures: list[str] = []
+    failed: dict[pathlib.Path, str] = {}
 
     def on_wait(held: "Sequence[PlannedRun]") -> None:
         names = ", ".join(planned.name for planned in held)
@@ -145,23 +147,29 @@ def _train(
             runs,
             load_data,
             lambda planned: display.run(planned.name, *works[planned.workdir]),
-            on_failure=lambda run, error: failures.append(f"{run.name}: {error}"),
+            on_failure=lambda planned, why: failed.update({planned.workdir: why}),
             on_wait=on_wait,
             should_stop=should_stop,
             seeds_per_program=seeds_per_program,
         )
-    for failure in failures:
-        console.print("failed", style="red", end=" ")
-        console.print(failure)
-    return bool(failures)
+    for planned in runs:
+        if planned.workdir in failed:
+            console.print("failed", style="red", end=" ")
+            console.print(f"{planned.name}: {failed[planned.workdir]}")
+    return failed
 
 
-def _conclude(plan: Plan, arguments: argparse.Namespace, console: "Console") -> int:
+def _conclude(
+    plan: Plan,
+    arguments: argparse.Namespace,
+    console: "Console",
+    failed: Mapping[pathlib.Path, str],
+) -> int:
     """Shows the table of the finished runs, and which are missing."""
     from samrobust.experiments.sweep import collect
     from samrobust.system.files import WorkdirError
 
-    results, missing = collect(plan.runs)
+    results, missing = collect(plan.runs, failed)
     total, shard = len(plan.runs), arguments.shard
     if results and not (missing and shard):
         _show(plan, results, console)
@@ -174,7 +182,8 @@ def _conclude(plan: Plan, arguments: argparse.Namespace, console: "Console") -> 
     told = [  # of training it was said why a run has no result, but not of one that has
         (planned.name, why)
         for planned, why in missing
-        if arguments.collect or (planned.workdir / "result.json").exists()
+        if planned.workdir not in failed
+        and (arguments.collect or (planned.workdir / "result.json").exists())
     ]
     for why in dict.fromkeys(why for _, why in told):
         names = "; ".join(name for name, its in told if its == why)

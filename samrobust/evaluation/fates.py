@@ -25,7 +25,7 @@ from samrobust.data import Split, fingerprint
 from samrobust.evaluation.examples import ExamplesFile
 from samrobust.system.distributed import broadcast_from_primary, is_primary
 from samrobust.system.files import set_aside, write_bytes
-from samrobust.system.provenance import random_bits
+from samrobust.system.provenance import checksum, random_bits
 from samrobust.types import Array, PyTree
 
 __all__ = ["MISCLASSIFIED", "STANDING", "Fates", "FatesFile", "Place", "identify"]
@@ -304,21 +304,12 @@ def identify(
     return {
         "version": [_VERSION, ATTACKS_VERSION],
         "model": re.sub(r" at 0x[0-9a-f]+", "", repr(model)),
-        "network": _checksum(variables),
+        "network": checksum(variables),
         "split": fingerprint(split),
         "key": jax.random.key_data(key).tolist(),
         "random": random_bits(),
         **settings,
     }
-
-
-def _checksum(tree: PyTree) -> str:
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(jax.device_get(leaf))
-        name = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
-        digest.update(name.encode() + array.tobytes())
-    return digest.hexdigest()
 
 
 def _like(array: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -15,7 +15,13 @@ from flax import linen as nn
 from samrobust import attacks
 from samrobust.attacks.losses import LOSSES
 from samrobust.checks import check
-from samrobust.data import Dataset, DatasetFacts, dataset_facts, load_dataset
+from samrobust.data import (
+    DATASETS,
+    Dataset,
+    DatasetFacts,
+    dataset_facts,
+    load_dataset,
+)
 from samrobust.experiments import entries, methods
 from samrobust.experiments.components import make_model, make_optimizer
 from samrobust.system.distributed import data_mesh
@@ -33,6 +39,7 @@ __all__ = [
     "learning_rate_schedule",
     "load_data",
     "load_facts",
+    "load_facts_or_data",
     "make_earlier",
     "make_method",
     "make_model",
@@ -52,6 +59,15 @@ def load_data(config: Config) -> Dataset:
 def load_facts(config: Config) -> DatasetFacts:
     """Returns what is known of the data set of `config.data` without its images."""
     return dataset_facts(config.data.name, data_dir=config.data.data_dir)
+
+
+def load_facts_or_data(config: Config) -> Dataset | DatasetFacts:
+    """Returns what a network trained on `config.data` has to be compared with.
+
+    The facts of a built-in data set, which does not change; all of any other.
+    """
+    is_built_in = config.data.name in DATASETS
+    return load_facts(config) if is_built_in else load_data(config)
 
 
 def make_plan(config: Config, num_examples: int) -> EpochPlan:

@@ -25,7 +25,7 @@ from samrobust.experiments.configuration import (
 )
 from samrobust.experiments.methods import parts_of
 from samrobust.system.fields import differences
-from samrobust.system.provenance import random_bits
+from samrobust.system.provenance import commit, random_bits
 from samrobust.system.resolve import is_reference, sources
 from samrobust.types import Config
 
@@ -52,19 +52,21 @@ class Identity:
       random: what JAX drew from key 0: another generator, chosen by a setting or by
         another version, makes another run.
       versions: of the libraries that the run was begun with, and of those that it was
-        then continued with, in order.
+        then continued with, in order; with the commit of this package, which `hash`
+        leaves out.
     """
 
     config: Mapping[str, Any]
     data: str | None
     format: int
     random: str
-    versions: tuple[Mapping[str, str], ...]
+    versions: tuple[Mapping[str, str | None], ...]
 
     @property
     def hash(self) -> str:
         """Names the run, in 16 hexadecimal digits."""
-        begun = dataclasses.replace(self, versions=self.versions[:1])
+        packages = {n: v for n, v in self.versions[0].items() if n != "commit"}
+        begun = dataclasses.replace(self, versions=(packages,))
         text = json.dumps(dataclasses.asdict(begun), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:_LENGTH]
 
@@ -191,5 +193,6 @@ def changed_fields(
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
-    return {package: metadata.version(package) for package in _PACKAGES}
+def _versions() -> dict[str, str | None]:
+    packages = {package: metadata.version(package) for package in _PACKAGES}
+    return packages | {"commit": commit()}

@@ -45,10 +45,11 @@ def export_weights(
       step: of the checkpoint; None for the newest.
 
     Raises:
-      CheckpointError: if the run has no intact checkpoint of that kind.
+      CheckpointError: if the run has no intact checkpoint of that kind, or was trained
+        on other data than those of today.
     """
-    facts = building.load_facts(config)
-    network = load_network(config, facts, workdir, which, step=step)
+    data = building.load_facts_or_data(config)
+    network = load_network(config, data, workdir, which, step=step)
     imported = glance(workdir / "import.json")
     origin = {
         "label": config.label,
@@ -57,17 +58,18 @@ def export_weights(
         "checkpoint": which,
         "step": network.step,
         "identity": network.identity.hash,
+        "network": network.checksum(),
         "imported": {n: imported[n] for n in ("source", "sha256") if n in imported},
     }
     section = config.model
     own = {name: section[name] for name in model_fields(section.name)}
     if not isinstance(network.model, PreActResNet):
         own = {"model": {"name": section.name, **own}}
-    moments = {name: section[name] or getattr(facts, name) for name in ("mean", "std")}
+    moments = {name: section[name] or getattr(data, name) for name in ("mean", "std")}
     normalizes = any(takes(section.name, name) for name in moments)
     metadata = {
         **({n: list(values) for n, values in moments.items()} if normalizes else {}),
-        "num_classes": facts.num_classes,
+        "num_classes": data.num_classes,
         **json.loads(json.dumps(own)),
         "origin": origin,
     }

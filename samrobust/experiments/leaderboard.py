@@ -14,7 +14,9 @@ import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
+from samrobust.attacks import ATTACKS_VERSION
 from samrobust.checks import check
 from samrobust.experiments.reporting.names import split_column
 from samrobust.experiments.reporting.render import from_json
@@ -27,6 +29,7 @@ __all__ = ["add_claims", "read_claims", "to_sheet"]
 _RADII = ("1/255", "2/255")  # of l-inf
 _TEXTS = ("link", "name", "authors", "venue", "architecture", "footnote")
 _BY_HAND = {*_TEXTS, "additional_data", "number_forward_passes"}  # RobustBench's
+_KEPT = ("link", "name", "authors", "venue", "additional_data")
 # What `recheck` says of a table that both attacks judged; the bundle is float32 too.
 _STANDARD = re.compile(r".*, test images, .*float32\. AA: AutoAttack, standard;.*")
 
@@ -37,6 +40,8 @@ def add_claims(
     folder: pathlib.Path, rechecked: pathlib.Path, architecture: str, note: str = ""
 ) -> list[pathlib.Path]:
     """Writes a claim for every run and every small radius of a table.
+
+    Of a claim that is there already, what was filled in by hand stays.
 
     Args:
       folder: of the leaderboard.
@@ -49,6 +54,7 @@ def add_claims(
         lacks what a claim rests on.
     """
     evidence = rechecked / "autoattack.json"
+    real, home = evidence.resolve(), folder.resolve()
     table = _read_table(evidence)
     columns = [f"linf {radius} AA" for radius in _RADII]
     columns = [column for column in columns if column in table.columns]
@@ -61,9 +67,8 @@ def add_claims(
             found = _measured(table, row.name, seed, column)
             origin = {
                 **found.pop("samrobust"),
-                "evidence": pathlib.Path(os.path.relpath(evidence, folder)).as_posix(),
+                "evidence": pathlib.Path(os.path.relpath(real, home)).as_posix(),
             }
-            radius = found["eps"].replace("/", "-")
             footnote = f"samrobust's AutoAttack on {table.num_test:,} test images."
             claim = {
                 "link": "",
@@ -77,11 +82,22 @@ def add_claims(
                 "footnote": f"{footnote} {note}".strip(),
                 "samrobust": origin,
             }
-            place = folder / table.dataset / f"linf-{radius}"
-            place.mkdir(parents=True, exist_ok=True)
-            paths.append(place / f"{row.name}-seed{seed}.json")
-            write_json(paths[-1], claim)
+            path = folder / _place(claim)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # What was filled in by hand stays.
+            before = read_object(path) or {}
+            kept = {name: before[name] for name in _KEPT if before.get(name)}
+            write_json(path, {**claim, **kept})
+            paths.append(path)
     return paths
+
+
+def _place(claim: Claim) -> pathlib.PurePath:
+    """Returns where a board has a claim: networks of one row and seed beside others."""
+    origin, dataset = claim["samrobust"], quote(claim["dataset"], safe="")
+    radius = claim["eps"].replace("/", "-")
+    name = f"{origin['row']}-seed{origin['seed']}-{origin['identity']}.json"
+    return pathlib.PurePath(dataset, f"linf-{radius}", name)
 
 
 def read_claims(folder: pathlib.Path) -> list[Claim]:
@@ -164,6 +180,10 @@ def _measured(table: Table, row: str, seed: int, column: str) -> Claim:
     named = {key: run.get(key) for key in ("identity", "step", "images")}
     made: Mapping[str, Any] = run.get("provenance") or {}
     named |= {key: made.get(key) for key in ("commit", "device", "command")}
+    version = run.get("attacks_version", ATTACKS_VERSION)
+    wanted = f"attacks of version {ATTACKS_VERSION}, as today's"
+    fix = "Run `samrobust recheck` again."
+    check(version == ATTACKS_VERSION, wanted, fix, attacks_version=version)
     lacking = [key for key, value in named.items() if value is None]
     fix = "Run `samrobust recheck` again: this version records it."
     check(not lacking, "a measurement that names its network", fix, lacking=lacking)

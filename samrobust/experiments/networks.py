@@ -21,6 +21,7 @@ from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.workdir import config_of_run, stored_config
 from samrobust.system.distributed import broadcast_from_primary, data_mesh
 from samrobust.system.files import glance
+from samrobust.system.provenance import checksum
 from samrobust.system.storage import to_path
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
 from samrobust.training.epoch import LoopState
@@ -57,6 +58,10 @@ class Trained(NamedTuple):
         """
         return cast(Array, self.model.apply(self.variables, images, train=False))
 
+    def checksum(self) -> str:
+        """Returns the SHA-256 of its numbers: of equal runs one may round otherwise."""
+        return checksum(self.variables)
+
 
 def checkpoints_of(config: Config) -> tuple[str, ...]:
     """Returns the checkpoints that a run is judged by.
@@ -75,7 +80,10 @@ def load(
     checkpoint: str | None = None,
     step: int | None = None,
 ) -> Trained:
-    """Returns the trained network of a run; its data set need not be there.
+    """Returns the trained network of a run.
+
+    A built-in data set need not be there. Any other must be, and be the one that the
+    network was trained on: its mean and standard deviation belong to the network.
 
     Args:
       workdir: of `samrobust train`, or of a row and seed of `samrobust table`.
@@ -86,15 +94,15 @@ def load(
     Raises:
       ValueError: if the directory holds no run.
       WorkdirError: if its config is damaged.
-      CheckpointError: if there is no such checkpoint, or it is damaged or of another
-        run.
+      CheckpointError: if there is no such checkpoint, or it is damaged, or of another
+        run or other data.
     """
     folder = to_path(workdir)
     config = config_of_run(folder)
-    facts = building.load_facts(config)
+    data = building.load_facts_or_data(config)
     which = checkpoint or checkpoints_of(config)[0]
     check_choice(("last", "best"), checkpoint=which)
-    return load_network(config, facts, folder, which, step=step)
+    return load_network(config, data, folder, which, step=step)
 
 
 def load_network(

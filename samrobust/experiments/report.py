@@ -9,8 +9,8 @@ import dataclasses
 import html
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from samrobust import __version__
 from samrobust.checks import check
@@ -26,11 +26,15 @@ from samrobust.experiments.reporting.pictures import write_figure
 from samrobust.experiments.reporting.render import from_json, to_html, write_pictures
 from samrobust.experiments.reporting.training import draw_training
 from samrobust.experiments.survey import read_plan
+from samrobust.experiments.workdir import read_evaluations
 from samrobust.system import files
 from samrobust.system.tables import Sheet, TextTable
 
 __all__ = ["write_report"]
 
+_T = TypeVar("_T")
+# What reading a file may raise that is no table.
+_UNFIT = (ValueError, LookupError, TypeError, AttributeError, files.WorkdirError)
 _UNKNOWN = "not recorded"
 _VERSIONS = ("samrobust", "jax", "jaxlib", "flax", "optax", "python")
 
@@ -110,7 +114,7 @@ class _Report:
             return
         try:
             table = from_json(path.read_text(encoding="utf-8"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except _UNFIT as error:
             reason = f"Expected what `samrobust {command}` writes in {path}, got"
             self.refused.append(f"{reason} {type(error).__name__}: {error}.")
             return
@@ -151,7 +155,7 @@ class _Report:
         """Adds the accuracies of a run, by all of its evaluations."""
         title, result = "Accuracy", self._sealed("result.json")
         config = files.glance(self.workdir / "config.json")
-        lines = files.read_json_lines(self.workdir / "evaluations.jsonl")
+        lines = self._trusted(read_evaluations, self.workdir) or []
         found = [line for line in (result, *lines) if line]
         if not found:
             self._lacks(title, "train")
@@ -191,8 +195,8 @@ class _Report:
     def add_sanity(self) -> None:
         """Adds the signs of gradient masking that were looked for."""
         title, parts = "Signs of gradient masking", []
-        for folder, name in self._runs():
-            content = files.glance(folder / "sanity.json")
+        for _, name in self._runs():
+            content = self._sealed(f"{name}/sanity.json".lstrip("/"))
             if content:
                 said = name or "this run"
                 self._measured(title, said, content)
@@ -227,8 +231,14 @@ class _Report:
 
     def _sealed(self, name: str) -> dict[str, Any] | None:
         """Returns what a sealed file holds; None where it cannot be trusted."""
+        return self._trusted(files.read_sealed, self.workdir / name)
+
+    def _trusted(
+        self, read: Callable[[pathlib.Path], _T], path: pathlib.Path
+    ) -> _T | None:
+        """Returns what is read there; None where it cannot be trusted."""
         try:
-            return files.read_sealed(self.workdir / name)
+            return read(path)
         except files.WorkdirError as error:
             if str(error) not in self.refused:
                 self.refused.append(str(error))

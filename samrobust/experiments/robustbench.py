@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from samrobust.attacks import ATTACKS_VERSION
 from samrobust.experiments.building import load_facts
+from samrobust.experiments.workdir import read_evaluations
 from samrobust.models.torch.files import torch_bytes
 from samrobust.models.torch.weights import Weights
-from samrobust.system.files import read_json_lines, write_bytes, write_json, write_text
+from samrobust.system.files import write_bytes, write_json, write_text
 from samrobust.types import Config
 
 __all__ = ["find_evaluation", "model_info", "with_normalization", "write_bundle"]
@@ -53,7 +55,7 @@ def write_bundle(
     texts = resources.files("samrobust.experiments")
     code = (texts / "robustbench_model.py").read_text(encoding="utf-8")
     readme = (texts / "robustbench_readme.txt").read_text(encoding="utf-8")
-    lines = read_json_lines(workdir / "evaluations.jsonl")
+    lines = read_evaluations(workdir)
     origin = weights.metadata["origin"]
     found = find_evaluation(lines, which, config.model.dtype, origin)
     full = load_facts(config).num_test
@@ -125,9 +127,10 @@ def find_evaluation(
 ) -> dict[str, Any] | None:
     """Returns the evaluation of this checkpoint by the standard AutoAttack; or None.
 
-    On test images, under at least one attack and in float32, as the bundle computes:
-    the one on most images, and of those the newest. `dtype` is that of lines which name
-    none; a line that names a `step` or an `identity` must name those of `origin`.
+    On test images, under at least one attack of today's version and in float32, as the
+    bundle computes: the one on most images, and of those the newest. `dtype` is that of
+    lines which name none; a line that names a `step`, an `identity` or a `network` must
+    name those of `origin`.
     """
     wanted = {
         "attack": "autoattack",
@@ -142,13 +145,14 @@ def find_evaluation(
             isinstance(evaluation, dict)
             and evaluation.items() >= wanted.items()
             and line.get("dtype", dtype) == "float32"
+            and line.get("attacks_version", ATTACKS_VERSION) == ATTACKS_VERSION
             and isinstance(line.get("num_test"), int)
             and isinstance(accuracy, dict)
             and "natural" in accuracy
             and len(accuracy) > 1
             and all(
                 None in (line.get(n), origin.get(n)) or line[n] == origin[n]
-                for n in ("step", "identity")
+                for n in ("step", "identity", "network")
             )
         )
 

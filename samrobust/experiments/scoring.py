@@ -73,6 +73,7 @@ class Score(NamedTuple):
         the accuracy after each member by column, the file with what became of every
         example, relative to the workdir, and the provenance of the process that began
         it. `non_finite`: by attack, the images with logits that are not finite, if any.
+      network: its checksum; empty in what older versions stored.
     """
 
     accuracy: dict[str, float]
@@ -82,10 +83,12 @@ class Score(NamedTuple):
     attacks_version: int
     provenance: dict[str, Any]
     details: dict[str, Any]
+    network: str = ""
 
     def is_of(self, network: Trained) -> bool:
         """Returns whether it is the score of this network."""
-        return (self.step, self.identity) == (network.step, network.identity.hash)
+        own = network.step, network.identity.hash, network.checksum()
+        return (self.step, self.identity, self.network) == own
 
     def as_dict(self) -> dict[str, Any]:
         """Returns it in JSON's types."""
@@ -168,6 +171,7 @@ class Scorer:
             attacks_version=ATTACKS_VERSION,
             provenance=outcome.ended_by or provenance(),
             details=outcome.details,
+            network=network.checksum(),
         )
 
 

@@ -14,7 +14,7 @@ import contextlib
 import functools
 import gc
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -244,18 +244,22 @@ def finished(planned: PlannedRun) -> dict[str, Any] | None:
 
 
 def collect(
-    runs: Sequence[PlannedRun],
+    runs: Sequence[PlannedRun], failed: Mapping[pathlib.Path, str]
 ) -> tuple[list[dict[str, Any]], list[tuple[PlannedRun, str]]]:
     """Returns the results of finished runs, and the other runs, each with the reason.
 
     A result that is not comparable with the first one counts as missing.
+
+    Args:
+      runs: of the table.
+      failed: by its workdir, why a run failed just now; a result is of other data.
     """
     results: list[Any] = []
     missing = []
     for planned in runs:
-        result, why = None, ""
+        result, why = None, failed.get(planned.workdir, "")
         try:
-            result = finished(planned)
+            result = None if why else finished(planned)
         except WorkdirError as error:
             why = str(error)
         if result is None and not why:

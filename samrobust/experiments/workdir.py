@@ -30,6 +30,7 @@ __all__ = [
     "config_changes",
     "config_of_run",
     "finished_runs",
+    "read_evaluations",
     "read_result",
     "run_folder",
     "settle_config",
@@ -171,7 +172,7 @@ def add_evaluation(workdir: pathlib.Path, line: Mapping[str, Any]) -> pathlib.Pa
     Returns:
       The path of that file.
     """
-    path = workdir / EVALUATIONS
+    path, line = workdir / EVALUATIONS, files.seal(line)
     while isinstance(path, ObjectPath):  # which has no appending
         with contextlib.suppress(ClaimedError), claim(workdir / ".appending"):
             files.append_json_line(path, line)
@@ -179,6 +180,18 @@ def add_evaluation(workdir: pathlib.Path, line: Mapping[str, Any]) -> pathlib.Pa
         time.sleep(1.0)
     files.append_json_line(path, line)
     return path
+
+
+def read_evaluations(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the lines of `evaluations.jsonl`.
+
+    Raises:
+      WorkdirError: if one was changed since it was written.
+    """
+    path = workdir / EVALUATIONS
+    return [
+        files.unseal(line, path, older=True) for line in files.read_json_lines(path)
+    ]
 
 
 def settle_config(workdir: pathlib.Path, config: Config) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from samrobust.system import storage
@@ -24,7 +24,9 @@ __all__ = [
     "read_json_lines",
     "read_object",
     "read_sealed",
+    "seal",
     "set_aside",
+    "unseal",
     "write_bytes",
     "write_json",
     "write_sealed",
@@ -123,7 +125,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any] | None:
 
 def write_sealed(path: pathlib.Path, value: dict[str, Any]) -> None:
     """Replaces a JSON file in one step; `read_sealed` knows whether it is unchanged."""
-    write_json(path, {**value, _SEAL: _checksum(value)})
+    write_json(path, seal(value))
 
 
 def read_sealed(path: pathlib.Path) -> dict[str, Any] | None:
@@ -133,24 +135,44 @@ def read_sealed(path: pathlib.Path) -> dict[str, Any] | None:
       WorkdirError: if it is not what was written; names the file.
     """
     value = read_object(path)
-    if value is None:
-        return None
-    seal = value.pop(_SEAL, "none, as before samrobust had them")
-    if seal != (checksum := _checksum(value)):
-        reason = f"its checksum is {seal}, not {checksum}"
-        raise _damaged(path, "the content that was written", reason)
-    return value
+    return None if value is None else unseal(value, path)
+
+
+def seal(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an object with its checksum, by which `unseal` knows it again."""
+    return {**value, _SEAL: _checksum(value)}
+
+
+def unseal(
+    value: Mapping[str, Any], where: pathlib.Path | str, *, older: bool = False
+) -> dict[str, Any]:
+    """Returns an object without its checksum.
+
+    Args:
+      value: what was read.
+      where: the file, for the message.
+      older: whether none is as good, for older versions wrote none.
+
+    Raises:
+      WorkdirError: if it is not what was sealed.
+    """
+    content = {name: item for name, item in value.items() if name != _SEAL}
+    found = value.get(_SEAL, "none, as before samrobust had them")
+    if (_SEAL in value or not older) and found != (own := _checksum(content)):
+        reason = f"its checksum is {found}, not {own}"
+        raise _damaged(where, "the content that was written", reason)
+    return content
 
 
 _SEAL = "checksum"
 
 
-def _checksum(value: dict[str, Any]) -> str:
+def _checksum(value: Mapping[str, Any]) -> str:
     """Hashes a value's JSON form; tuples count as lists, order does not."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _damaged(path: pathlib.Path, wanted: str, got: object) -> WorkdirError:
+def _damaged(path: pathlib.Path | str, wanted: str, got: object) -> WorkdirError:
     reason = " ".join(str(got).split())
     return WorkdirError(
         f"Expected {wanted} in {path}, got a damaged file ({reason}). Restore it from "

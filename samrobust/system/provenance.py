@@ -1,7 +1,8 @@
-"""The provenance of a number: commit, versions, device, command, time."""
+"""The provenance of a number: commit, versions, device, command, time; its network."""
 
 import datetime
 import functools
+import hashlib
 import os
 import pathlib
 import platform
@@ -12,8 +13,11 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import numpy as np
 
-__all__ = ["provenance", "random_bits"]
+from samrobust.types import PyTree
+
+__all__ = ["checksum", "commit", "provenance", "random_bits"]
 
 _PACKAGES = ("samrobust", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
@@ -29,7 +33,7 @@ def provenance() -> dict[str, Any]:
     """
     device = jax.devices()[0]
     return {
-        "commit": _commit(),
+        "commit": commit(),
         **{package: metadata.version(package) for package in _PACKAGES},
         "python": platform.python_version(),
         "device": _processor() if device.platform == "cpu" else device.device_kind,
@@ -48,7 +52,19 @@ def random_bits() -> str:
     return "".join(f"{value:08x}" for value in bits.tolist())
 
 
-def _commit() -> str | None:
+def checksum(tree: PyTree) -> str:
+    """Returns the SHA-256 of all numbers in a tree, with their names and dtypes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(jax.device_get(leaf))
+        name = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
+        digest.update(name.encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+@functools.cache  # what is checked out later is not what runs
+def commit() -> str | None:
+    """Returns the commit of this package as of the first call, as in `provenance`."""
     checkout = pathlib.Path(__file__).resolve().parents[2]
     if not (checkout / ".git").exists():  # a wheel, maybe in somebody's checkout
         return f"v{metadata.version('samrobust')}"

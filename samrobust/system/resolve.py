@@ -25,8 +25,11 @@ __all__ = ["failure_of", "is_reference", "resolve", "sources"]
 # Lines in these folders are not where the user's own code went wrong.
 _INSTALLED = (
     "<frozen",
-    str(pathlib.Path(__file__).parents[1]),
-    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    f"{pathlib.Path(__file__).parents[1]}{os.sep}",
+    *(
+        f"{sysconfig.get_path(name)}{os.sep}"
+        for name in ("stdlib", "purelib", "platlib")
+    ),
 )
 
 

@@ -241,10 +241,22 @@ def replace(path: pathlib.Path, content: bytes, *, durable: bool = True) -> None
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
+        if durable:
+            _sync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _sync(folder: pathlib.Path) -> None:
+    """Makes the names in a folder outlive a loss of power, where it can be opened."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def append(path: pathlib.Path, line: bytes) -> None:
@@ -259,6 +271,7 @@ def append(path: pathlib.Path, line: bytes) -> None:
             before = path.read_bytes()
         replace(path, before + line)
         return
+    is_new = not path.exists()
     with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -266,6 +279,8 @@ def append(path: pathlib.Path, line: bytes) -> None:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
+    if is_new:
+        _sync(path.parent)
 
 
 def link(path: pathlib.Path, other: pathlib.Path) -> None:

@@ -21,7 +21,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -108,6 +108,7 @@ metadata={'epoch': 2})
         metadata: Mapping[str, Any] | None = None,
         *,
         wait: bool = False,
+        needed: Collection[int] = (),
     ) -> None:
         """Saves `state`; returns once it is copied to the host, or with `wait` written.
 
@@ -123,6 +124,7 @@ metadata={'epoch': 2})
           state: a pytree of arrays, each fully replicated or on this process.
           metadata: whatever JSON can hold, returned by `restore_latest`.
           wait: whether to return only when the checkpoint is committed.
+          needed: earlier steps that stay, beside the newest.
 
         Raises:
           CheckpointError: if this write, or the one before it, failed.
@@ -131,19 +133,20 @@ metadata={'epoch': 2})
         """
         check(step >= 0, "0 <= step", step=step)
         self.wait()
-        if step in self._steps() and self._is_intact(step):
+        if step in self.steps() and self._is_intact(step):
             return
         leaves = jax.device_get(named_leaves(state))
         leaves = {name: np.asarray(leaf) for name, leaf in leaves.items()}
         manifest = make_manifest(step, leaves, metadata or {})
-        later = [other for other in self._steps() if other > step]
+        later = [other for other in self.steps() if other > step]
         if later:
             warnings.warn(
                 f"Steps {later} in {self._place.name} are later than step {step}, "
                 "which is being saved; they are removed when it is committed.",
                 stacklevel=2,
             )
-        self._last_step, self._policy.later = step, frozenset(later)
+        self._last_step = step
+        self._policy.later, self._policy.needed = frozenset(later), frozenset(needed)
         with self._reporting_errors():
             manager = self._open_manager()
             if step in manager.all_steps():
@@ -182,7 +185,7 @@ metadata={'epoch': 2})
             cast.
         """
         self.wait()
-        steps = self._steps()
+        steps = self.steps()
         with Reader() as reader:
             for step in reversed(steps):
                 try:
@@ -217,7 +220,7 @@ metadata={'epoch': 2})
             or is refused.
         """
         self.wait()
-        while steps := self._steps():
+        while steps := self.steps():
             wanted = steps[-1] if step is None else step
             if wanted not in steps:
                 break
@@ -225,17 +228,17 @@ metadata={'epoch': 2})
                 try:
                     return self._read(reader, wanted, like, refuse)
                 except DamagedError as error:
-                    if wanted not in self._steps():  # its writer has gone on
+                    if wanted not in self.steps():  # its writer has gone on
                         continue
                     raise CheckpointError(
                         f"Expected an intact checkpoint {self._path(wanted)}, got a "
                         f"damaged one: {str(error).rstrip('.')}. Steps beside it: "
                         f"{steps}; another one is used only where --step names it."
                     ) from error
-        fix = "Choose one of these." if self._steps() else "Run `samrobust train`."
+        fix = "Choose one of these." if self.steps() else "Run `samrobust train`."
         raise CheckpointError(
             f"Expected a checkpoint{'' if step is None else f' of step {step}'} in "
-            f"{self._place.name}, got {self._steps() or 'none'}. {fix}"
+            f"{self._place.name}, got {self.steps() or 'none'}. {fix}"
         )
 
     def _read(
@@ -272,9 +275,20 @@ metadata={'epoch': 2})
         state = jax.tree.unflatten(jax.tree.structure(like), placed)
         return Restored(step, state, manifest["metadata"])
 
+    def retain(self, wanted: Callable[[int], bool]) -> None:
+        """Removes the finished checkpoints of all other steps."""
+        self.wait()
+        for step in self.steps():
+            if not wanted(step):
+                self._place.remove(step)
+
+    def steps(self) -> list[int]:
+        """Returns the finished steps, in increasing order, not verified."""
+        return self._place.steps()
+
     def latest_step(self) -> int | None:
         """Returns the newest finished step on disk, not verified, or None."""
-        return max(self._steps(), default=None)
+        return max(self.steps(), default=None)
 
     def wait(self) -> None:
         """Waits for the pending write; raises `CheckpointError` if it failed."""
@@ -295,9 +309,6 @@ metadata={'epoch': 2})
 
     def _path(self, step: int) -> str:
         return os.path.join(self._place.name, str(step))
-
-    def _steps(self) -> list[int]:
-        return self._place.steps()
 
     def _open_manager(self) -> ocp.CheckpointManager:
         """Returns the writer, with its list of steps read again from the disk."""
@@ -363,14 +374,17 @@ class _KeepNewest:
       keep: how many.
       later: steps to remove although they are later; any other is not ours, but that of
         a process that took the run over while we wrote.
+      needed: steps that stay although they are earlier.
     """
 
     keep: int
     later: frozenset[int] = frozenset()
+    needed: frozenset[int] = frozenset()
 
     def outdated(self, saved: int, steps: Sequence[int]) -> list[int]:
         """Returns the steps to remove once one is saved."""
-        kept = sorted(step for step in steps if step <= saved)[-self.keep :]
+        newest = sorted(step for step in steps if step <= saved)[-self.keep :]
+        kept = {*newest, *self.needed}
         return [s for s in steps if s in self.later or (s <= saved and s not in kept)]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any):

@@ -4,6 +4,7 @@ Only process 0 reads and writes files. It alone saves a checkpoint when one is d
 all processes must know, such as a failed write at the end, reaches all of them.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -94,6 +95,7 @@ def checkpoint_metadata(
     *,
     epoch_seconds: float = 0.0,
     best_score: float | None = None,
+    best_step: int | None = None,
     lines: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Returns what a checkpoint holds besides the state.
@@ -102,12 +104,14 @@ def checkpoint_metadata(
       identity: of the run.
       epoch_seconds: of the epoch in progress.
       best_score: so far.
+      best_step: the step of the `best` checkpoint with that score.
       lines: of `metrics.jsonl`, so that it can be written again.
     """
     return {
         "identity": None if identity is None else identity.as_dict(),
         "epoch_seconds": epoch_seconds,
         "best_score": best_score,
+        "best_step": best_step,
         "lines": list(lines),
     }
 
@@ -236,6 +240,9 @@ class RunFolder(RunLog):
         self._checkpoints = Checkpoints(self._folder, keep=keep)
         self._best = Checkpoints(checkpoint_folder(self._workdir, "best"), keep=1)
         self._best_score: float | None = None
+        self._best_step: int | None = None
+        # Those that the kept checkpoints, and one in the making, name as their best.
+        self._named = collections.deque[int](maxlen=keep + 1)
         self._saved_step, self._saved_at = -1, clock()
         self._log: MetricsLog | None = None  # of process 0
 
@@ -269,8 +276,8 @@ class RunFolder(RunLog):
             if own is not None:
                 self.identity = own.resumed(metadata["identity"])
             self.earlier_seconds = metadata["epoch_seconds"]
-            self._best_score = metadata["best_score"]
             self.lines = list(metadata["lines"])
+            broadcast_from_primary(lambda: self._restore_best(step, metadata))
 
         def open_log() -> None:
             self._workdir.mkdir(parents=True, exist_ok=True)
@@ -278,6 +285,14 @@ class RunFolder(RunLog):
 
         broadcast_from_primary(open_log)
         return fresh if restored is None else restored.state
+
+    def _restore_best(self, step: int, metadata: dict[str, Any]) -> None:
+        """Goes back to the best as of a step: rounding may lead elsewhere after it."""
+        self._best_score = metadata["best_score"]
+        self._best_step = metadata.get("best_step")
+        if self._best_step is not None:  # else of an older version
+            self._named.append(self._best_step)
+            self._best.retain(lambda other: other <= step)
 
     def _find(self, fresh: LoopState, mesh: Mesh) -> Restored | None:
         """Returns the checkpoint that the run resumes from; None for a new run."""
@@ -312,6 +327,8 @@ class RunFolder(RunLog):
         def write() -> None:
             self.begin_to_save(carry, step, epoch_seconds)
             self._checkpoints.wait()
+            if self._best_step is not None:
+                self._best.retain(self._named.__contains__)
 
         broadcast_from_primary(write)
 
@@ -337,6 +354,7 @@ class RunFolder(RunLog):
         if step != self._saved_step:
             self._checkpoints.wait()
             self._may_write()
+            self._named.extend([] if self._best_step is None else [self._best_step])
             self._checkpoints.save(step, carry, self._metadata(epoch_seconds))
             self._saved_step = step
         self._saved_at = self._clock()
@@ -344,16 +362,16 @@ class RunFolder(RunLog):
     def keep_best(self, carry: LoopState, step: int, scores: dict[str, float]) -> None:
         """Saves the state apart if its score is the best so far."""
 
-        def keep() -> float:
-            score = scores["score"]
-            if self._best_score is not None and score <= self._best_score:
-                return self._best_score
+        def keep() -> tuple[float | None, int | None]:
+            score, best = scores["score"], self._best_score
+            if best is not None and score <= best:
+                return best, self._best_step
             self._may_write()
             metadata = self._metadata() | {"validation": scores}
-            self._best.save(step, carry, metadata, wait=True)
-            return score
+            self._best.save(step, carry, metadata, wait=True, needed=self._named)
+            return score, step
 
-        self._best_score = broadcast_from_primary(keep)
+        self._best_score, self._best_step = broadcast_from_primary(keep)
 
     def check_finite(self, totals: MetricSums) -> None:
         """Raises `TrainingDivergedError`, if in one process, in all."""
@@ -372,6 +390,7 @@ class RunFolder(RunLog):
             self.identity,
             epoch_seconds=epoch_seconds,
             best_score=self._best_score,
+            best_step=self._best_step,
             lines=self.lines,
         )
 

@@ -48,6 +48,13 @@ class DiskPlace:
         found = ocp.path.step.standard_name_format().find_all(self.folder)
         return sorted(item.step for item in found)
 
+    def remove(self, step: int) -> None:
+        """Removes a step, which no longer counts as finished from the first moment."""
+        gone = os.path.join(self.folder, f".{step}.gone")
+        shutil.rmtree(gone, ignore_errors=True)  # left by a kill
+        os.rename(os.path.join(self.folder, str(step)), gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
     @contextlib.contextmanager
     def opened(self, step: int) -> Iterator[str]:
         """Yields a folder of this machine that holds a finished step."""
@@ -123,12 +130,12 @@ class StorePlace(DiskPlace):
 
         def bring() -> None:
             written()
-            self._remove(step)
+            self.remove(step)
             self._upload(step)
             finished = self.steps()
             left_by_a_kill = set(self._steps(finished=False)) - set(finished)
             for other in {*left_by_a_kill, *outdated(finished)}:
-                self._remove(other)
+                self.remove(other)
 
         self._pending = self._pool.submit(bring)
 
@@ -140,7 +147,8 @@ class StorePlace(DiskPlace):
                 self._path.joinpath(folder.name, *name).upload(files[name])
         shutil.rmtree(folder)
 
-    def _remove(self, step: int) -> None:
+    def remove(self, step: int) -> None:
+        """Removes a step, its manifest first."""
         folder = self._path / str(step)
         files = folder.walk_files()
         manifest = folder.joinpath(*_MANIFEST)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 
 from samrobust.evaluation.diagnostics.finding import PASSED, UNDECIDED, WARNING, Finding
-from samrobust.system.files import write_json, write_text
+from samrobust.system.files import write_sealed, write_text
 from samrobust.system.tables import Sheet, TextTable
 
 __all__ = ["to_json", "to_sheet", "write_report"]
@@ -71,6 +71,6 @@ def write_report(
       The files.
     """
     paths = [folder / "sanity.json", folder / "sanity.md"]
-    write_json(paths[0], to_json(findings, **about))
+    write_sealed(paths[0], to_json(findings, **about))
     write_text(paths[1], to_sheet(findings, note).to_markdown())
     return paths

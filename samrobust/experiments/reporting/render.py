@@ -19,7 +19,7 @@ from samrobust.experiments.reporting.notes import legend, notes, sampling_error,
 from samrobust.experiments.reporting.pictures import draw_table, write_figure
 from samrobust.experiments.reporting.prices import draw_prices, has_prices
 from samrobust.experiments.reporting.table import Difference, Table, summarize
-from samrobust.system.files import write_text
+from samrobust.system.files import seal, unseal, write_text
 from samrobust.system.storage import to_path
 from samrobust.system.tables import TextTable, csv_text
 
@@ -269,8 +269,11 @@ def from_json(text: str) -> Table:
     """Returns the table that `to_json` wrote, also an older version of it.
 
     It is made of what each seed measured, and of nothing that was derived from that.
+
+    Raises:
+      WorkdirError: if the text was changed since.
     """
-    content = json.loads(text)
+    content = unseal(json.loads(text), "a table's JSON", older=True)
     runs = {(run["row"], run["seed"]): run for run in content["runs"]}
     results = [
         runs[row["name"], seed]
@@ -318,4 +321,4 @@ def to_json(table: Table) -> str:
         "sampling_error": sampling_error(table),
         "missing": [row.name for row in table.missing],
     }
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    return json.dumps(seal(content), indent=2, allow_nan=False) + "\n"

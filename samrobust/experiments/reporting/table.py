@@ -129,8 +129,8 @@ class Table:
       num_test: the number of images behind every accuracy.
       columns: natural first, then linf and l2, each by radius.
       rows: in the order of the config, the unfinished ones too.
-      runs: of every run its row, seed, identity, step, images, time, provenance;
-        with two checkpoints also what `best` is.
+      runs: of every run its row, seed, identity, step, network, images, time,
+        provenance; with two checkpoints also what `best` is.
     """
 
     title: str
@@ -244,7 +244,8 @@ def summarize(
         return TableRow(name, label, seeds, cells, counted, *cost)
 
     kept = (
-        *("row", "seed", "identity", "step", "images", "attacks_version", "best"),
+        *("row", "seed", "identity", "step", "network", "images", "attacks_version"),
+        "best",
         *("training_steps", "training_seconds", "step_seconds", "provenance"),
         *("pgd_provenance", "training_provenance"),
     )
