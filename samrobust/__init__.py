@@ -17,14 +17,15 @@ __version__ = "0.2.0"
 _HOMES = {
     "samrobust.attacks": (
         *("Ball", "apgd", "apgd_targeted", "autoattack", "ddn", "fab_minimal"),
-        *("fab_targeted", "fgsm", "l2", "linf", "pgd", "square"),
+        *("fab_targeted", "fgsm", "l2", "linf", "noise", "pgd", "square"),
         *("cross_entropy", "dlr", "margin", "targeted_dlr"),
     ),
+    "samrobust.data": ("Split",),
     "samrobust.experiments.networks": ("load",),
     "samrobust.sharpness": (
         *("asam", "asam_davda", "awp", "entropy_sgd", "esam", "fisher_sam", "fsam"),
-        *("friendly_sam", "gradient_point", "gsam", "looksam", "msam", "rwp", "sam"),
-        *("sam_on", "ssam", "two_pass"),
+        *("friendly_sam", "gradient_point", "gsam", "last_aux", "last_metrics"),
+        *("looksam", "msam", "rwp", "sam", "sam_on", "ssam", "two_pass"),
     ),
     "samrobust.studies.sharpness": (
         *("average_sharpness", "boundary_distance", "hessian_eigenvalues"),

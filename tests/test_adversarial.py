@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import helpers
 import jax
@@ -222,7 +223,8 @@ def test_catastrophic_overfitting_is_said_with_its_epoch():
     assert overfitting_note([{"epoch": 1, "accuracy": 50.0}]) == ""
 
 
-CALIBRATION = {"begin": 0.3, "num_classes": 3, "steps_per_epoch": 2, "total_steps": 8}
+TIMES: Any = {"steps_per_epoch": 2, "total_steps": 8}
+CALIBRATION: Any = {"begin": 0.3, "num_classes": 3, **TIMES}
 
 
 def taught(adversary, answers):
@@ -326,9 +328,12 @@ BAD = {
     "share": (lambda: label_smoothing(1.5), "alpha <= 1, got alpha=1.5"),
     "radius": (lambda: fgsm_rs(8 / 255), "epsilon=0.03.*did you mean 8"),
     "noise": (lambda: nfgsm(8.0, noise=-1.0), "0 <= noise, got noise=-1"),
-    "bound": (lambda: dynamic(8.0, c_max=-1.0), "0 <= c_max, got c_max=-1"),
-    "base": (lambda: cfa(8.0, base=-1.0), "0 <= base, got base=-1"),
-    "lambda": (lambda: cfa_trades(8.0, 6.0, base_beta=-1.0), "0 <= base_beta, got"),
+    "bound": (lambda: dynamic(8.0, c_max=-1.0, **TIMES), "0 <= c_max, got c_max=-1"),
+    "base": (lambda: cfa(8.0, base=-1.0, **CALIBRATION), "0 <= base, got base=-1"),
+    "lambda": (
+        lambda: cfa_trades(8.0, 6.0, base_beta=-1.0, **CALIBRATION),
+        "0 <= base_beta, got",
+    ),
     "threshold": (lambda: rwp(0.1, -1.0), "0 <= threshold, got threshold=-1"),
     "groups": (lambda: rwp(0.1, grouped=True), "no groups of examples with rwp"),
 }

@@ -20,6 +20,7 @@ from samrobust.training import InterruptedRunError, make_train_step
 from samrobust.training.averaging.ema import ema
 from samrobust.training.averaging.fawa import fawa
 from samrobust.training.averaging.generalist import generalist
+from samrobust.training.averaging.swa import swa
 from samrobust.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("programs_made_once")
@@ -107,6 +108,12 @@ def states_of(averaging=None, **options):
         state, metrics = step(state, IMAGES, LABELS, jax.random.key(number))
         found.append((state, metrics))
     return found
+
+
+@pytest.mark.parametrize("make", [swa, generalist])
+def test_an_average_over_epochs_must_be_told_how_long_they_are(make):
+    with pytest.raises(TypeError, match="'steps_per_epoch' and 'total_steps'"):
+        make(0.5)
 
 
 EPOCHS = {"steps_per_epoch": 2, "total_steps": 6}
@@ -205,8 +212,8 @@ def test_a_generalist_costs_a_pass_more():
 BAD = {
     "threshold": (lambda: fawa(1.5), "threshold <= 1, got threshold=1.5"),
     "decay": (lambda: fawa(0.2, 1.0), "decay <= 1, got decay=1"),
-    "beta": (lambda: generalist(-0.1), "0 <= beta, got beta=-0.1"),
-    "every": (lambda: generalist(0.4, every=0), "1 <= every, got every=0"),
+    "beta": (lambda: generalist(-0.1, **EPOCHS), "0 <= beta, got beta=-0.1"),
+    "every": (lambda: generalist(0.4, every=0, **EPOCHS), "1 <= every, got every=0"),
 }
 
 

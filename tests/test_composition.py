@@ -10,11 +10,12 @@ import optax
 import pytest
 from flax import linen as nn
 
-from samrobust.attacks import linf
+from samrobust.attacks import linf, noise
 from samrobust.attacks.losses import cross_entropy
+from samrobust.data import Split
 from samrobust.models import BatchNorm
 from samrobust.sharpness import sam
-from samrobust.training import Adversary, Objective, make_train_step
+from samrobust.training import Adversary, Objective, fit, make_train_step
 from samrobust.training.averaging.ema import ema
 from samrobust.training.objectives.trades import kl_divergence, kl_pgd, trades_loss
 
@@ -134,7 +135,9 @@ def test_a_view_that_stands_twice_is_computed_once():
             return jnp.sum(jnp.stack([cross_entropy(z, labels) for z in logits]), 0)
 
         init, step = make_train_step(
-            Network(normalizes=True), optax.sgd(0.1), objective=Objective(loss, views)
+            *(Network(normalizes=True), optax.sgd(0.1)),
+            adversary=noise(linf(0.1)),
+            objective=Objective(loss, views),
         )
         arguments = (init(KEY, IMAGES), IMAGES, LABELS, KEY)
         program: Any = jax.jit(step).lower(*arguments).compile()
@@ -144,6 +147,38 @@ def test_a_view_that_stands_twice_is_computed_once():
         once = operations(("natural",))
         assert operations(("natural", "adversarial")) > 1.5 * once
         assert operations(("natural", "natural")) < 1.1 * once
+
+
+def test_an_objective_that_compares_needs_an_adversary():
+    with pytest.raises(ValueError, match="an adversary for an objective that"):
+        make_train_step(Network(), optax.sgd(0.1), objective=trades_loss(6.0))
+
+
+def test_the_logits_of_a_method_are_those_of_the_network_as_it_is_evaluated():
+    method = make_train_step(Network(), optax.sgd(0.5), averaging=ema(0.75))
+    init, step = method
+    state = init(KEY, IMAGES)
+    for _ in range(2):
+        state, _ = jax.jit(step)(state, IMAGES, LABELS, KEY)
+    assert method.logits is not None
+    found = method.logits(state, IMAGES)
+    expected = Network().apply(state.eval_variables, IMAGES, train=False)
+    np.testing.assert_array_equal(found, expected)
+    assert np.any(found != Network().apply(state.variables, IMAGES, train=False))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(LABELS + 2, r"labels in 0\.\.2, got labels=\[3"), (LABELS - 1, "labels in 0")],
+)
+def test_labels_that_the_network_has_no_logit_for_are_refused(labels, message):
+    images = np.asarray(255 * IMAGES).astype(np.uint8)
+    method = make_train_step(Network(), optax.sgd(0.1))
+    options: Any = {"epochs": 1, "batch_size": len(images), "key": KEY}
+    with pytest.raises(ValueError, match=f"^Expected {message}"):
+        fit(method, Split(images, np.asarray(labels)), **options)
+    with pytest.raises(ValueError, match=r"^Expected a samrobust\.data\.Split"):
+        fit(method, (images, np.asarray(LABELS)), **options)  # pyright: ignore
 
 
 def test_accuracy_is_that_of_the_images_under_attack():

@@ -37,6 +37,47 @@ def _float64():
         yield
 
 
+@pytest.mark.parametrize("scale", [1e-150, 1.0, 1e150])
+def test_no_scale_of_a_hessian_is_lost(scale):
+    values = jnp.array([1.0, 2.0, 5.0])
+    found = hessian_eigenvalues(
+        lambda w: scale * jnp.sum(values * w**2) / 2, jnp.ones(3), key=KEY
+    )
+    np.testing.assert_allclose(found, scale * values, rtol=1e-9)
+
+
+def test_a_hessian_in_bfloat16_weights_is_measured_in_float32():
+    weights = jnp.ones(3, jnp.bfloat16)
+    loss = lambda w: jnp.sum(jnp.array([1.0, 2.0, 5.0], jnp.bfloat16) * w**2) / 2  # noqa: E731
+    found = hessian_eigenvalues(loss, weights, key=KEY)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, [1.0, 2.0, 5.0], rtol=0.02)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_slope_whose_square_underflows_is_measured(order):
+    slope = jnp.array([3e-200, 4e-200])
+    found = input_gradient_norm(
+        *(lambda x: x @ jnp.stack([slope, 0 * slope], 1), jnp.full([1, 2], 0.5)),
+        *(jnp.array([0]),),
+        order=order,
+        loss=lambda logits, _: logits[:, 0],
+    )
+    np.testing.assert_allclose(found, [{1: 7e-200, 2: 5e-200}[order]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_radius_of_each_image_may_be_wider_than_the_images(dtype):
+    images = jnp.full([2, 1], 0.5, np.float32)
+    found = local_linearity_error(
+        *(lambda x: x**2, images, jnp.array([0, 0])),
+        ball=linf(jnp.array([0.1, 0.2], dtype)),
+        loss=lambda logits, _: logits[:, 0],
+        key=KEY,
+    )
+    np.testing.assert_allclose(found, [0.01, 0.04], rtol=1e-4)
+
+
 def quadratic(size=5, *, shift=0.0):
     """A quadratic loss of two leaves, its Hessian and its gradient at the weights."""
     root = RNG.normal(size=(size, size))

@@ -174,12 +174,18 @@ def check_start(names):
     assert 0 < names["robust"].sum() < len(names["robust"])
 
 
+def check_partial(names):
+    length = jnp.linalg.norm((names["adversarial"] - 0.5).reshape(4, -1), axis=1)
+    np.testing.assert_allclose(length, 0.5, rtol=1e-4)
+    assert names["attack"]._cache_size() == 1
+
+
 CHECKS = {
     "README.md": [check_autoattack, check_sam, check_nnx],
     "docs/data.md": [check_flowers],
     "docs/flatness.md": [check_flatness],
     "docs/interchange.md": [check_load, check_as_torch, check_pgd],
-    "docs/library.md": [check_pgd],
+    "docs/library.md": [check_pgd, check_partial],
     "docs/own.md": [check_parts, check_network, check_loop],
     "docs/sharpness.md": [check_family],
     "docs/start.md": [check_npz, check_start],

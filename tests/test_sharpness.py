@@ -1,5 +1,6 @@
 """SAM on functions whose perturbed gradient is known, and in optax's machinery."""
 
+import math
 import warnings
 from typing import Any
 
@@ -19,10 +20,12 @@ from samrobust.sharpness import (
     last_aux,
     last_metrics,
     msam,
+    rwp,
     sam,
     two_pass,
 )
 from samrobust.sharpness.masks import is_bias
+from samrobust.sharpness.trees import norm
 
 RHO = 0.3
 ROOT = np.random.default_rng(0).standard_normal((4, 4))
@@ -273,6 +276,43 @@ def test_a_half_precision_perturbation_is_rounded_once():
     tx: Any = sam(2.0**-8 + 2.0**-17)
     tx.update(w, tx.init(w), w, grad_fn=lambda p: points.append(p) or p)
     assert float(points[0][0]) == 1 + 2.0**-7
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: sam(0.1), lambda: rwp(0.1, threshold=99.0)],
+    ids=["sam", "rwp"],
+)
+def test_uphill_is_uphill_for_a_complex_parameter_too(make):
+    target = jnp.array([[1.0, 2.0], [-0.5, 0.25]])
+
+    def losses(pair):
+        return jnp.sum((pair - target) ** 4, axis=1)
+
+    def as_pair(z):
+        return jnp.stack([z["w"].real, z["w"].imag], axis=-1).reshape(2, 2)
+
+    pair = jnp.array([[3.0, 3.5], [0.7, -1.0]])
+    z = {"w": jax.lax.complex(pair[:, :1], pair[:, 1:])}
+    found = []
+    for params, measure in ((z, lambda z: losses(as_pair(z))), (pair, losses)):
+        grad_fn = lambda p, measure=measure: jax.tree.map(  # noqa: E731
+            jnp.conj, jax.grad(lambda p: jnp.mean(measure(p)))(p)
+        )
+        tx = make()
+        extra = {"grad_fn": grad_fn, "loss_fn": measure}
+        found.append(tx.update(grad_fn(params), tx.init(params), params, **extra)[0])
+    np.testing.assert_allclose(as_pair(found[0]), found[1], rtol=1e-5)
+
+
+def test_the_derivative_of_a_norm_at_zero_is_zero():
+    for point in ([0.0, 3.0, 4.0], [0.0, 0.0], [1e-30, 0.0], [3e30, 4e30]):
+        vector = jnp.array(point)
+        length = math.hypot(*point)
+        expected = [x / length if length else 0.0 for x in point]
+        slope = jax.grad(norm)(vector)
+        np.testing.assert_allclose(slope, expected, rtol=1e-6)
+    assert np.isnan(norm(jnp.array([np.nan, 1.0])))
 
 
 def test_a_complex_parameter_is_a_pair_of_real_ones():

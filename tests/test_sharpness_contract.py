@@ -85,8 +85,12 @@ MAKERS |= {
     "sam_on": functools.partial(sharpness.sam_on, select=select_kernel),
     "fisher_sam": sharpness.fisher_sam,
     "fsam": functools.partial(sharpness.fsam, keep_ratio=0.5, every=1),
-    "ssam, fisher": functools.partial(sharpness.ssam, "fisher", num_samples=2),
-    "ssam, dynamic": functools.partial(sharpness.ssam, "dynamic", total_steps=2),
+    "ssam, fisher": functools.partial(
+        sharpness.ssam, "fisher", num_samples=2, steps_per_epoch=1, total_steps=2
+    ),
+    "ssam, dynamic": functools.partial(
+        sharpness.ssam, "dynamic", steps_per_epoch=1, total_steps=2
+    ),
     "esam": functools.partial(sharpness.esam, beta=0.7),
     "rwp": functools.partial(sharpness.rwp, threshold=2.5, num_steps=2),
     "msam": around_sgd(sharpness.msam, optimizer=MOMENTUM),
@@ -521,6 +525,59 @@ def test_in_bfloat16_parameters_and_state_keep_their_dtypes(method):
     state = method.tx.init(params)
     found = jax.eval_shape(functools.partial(update, method), params, state, batch)
     assert dtypes_of(found) == dtypes_of((params, state))
+
+
+@every_method
+def test_its_state_can_be_donated(method):
+    """No buffer of it is there twice."""
+    state = method.tx.init(make_params())
+    leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.size]
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
+@pytest.mark.parametrize("method", FAMILY.values(), ids=FAMILY)
+def test_a_parameter_without_a_gradient_changes_no_structure(method):
+    """Or is refused by name, where the whole gradient is needed."""
+    params, batch = make_params(), make_batch()
+    differentiate = gradient_of_groups if method.grouped else gradient
+
+    def without_bias(params: Any, examples: Any = slice(None), **options: Any) -> Any:
+        chosen = tuple(array[examples] for array in batch)
+        return {**differentiate(params, chosen, **options), "bias": None}
+
+    def grad_fn(moved: Any, *examples: Any) -> Any:
+        own = {"own": True} if method.grouped else {}
+        grads = without_bias(moved, *examples, **own)
+        return (grads, params) if method.aux else grads
+
+    def step(state: Any) -> Any:
+        return method.tx.update(
+            without_bias(params),
+            state,
+            params,
+            grad_fn=grad_fn,
+            loss_fn=lambda moved: losses_of(moved, batch),
+            losses=losses_of(params, batch),
+            aux=params if method.aux else None,
+            key=KEY,
+        )
+
+    state = method.tx.init(params)
+    if method.name in OPTIMIZERS:
+        with pytest.raises(ValueError, match=r"a gradient of every param.*'bias'"):
+            jax.eval_shape(step, state)
+        return
+    updates, following = jax.eval_shape(step, state)
+    assert updates["bias"] is None
+    assert jax.tree.structure(following) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("name", ["esam", "rwp", "ssam, dynamic", "entropy_sgd"])
+def test_what_a_method_wants_of_an_update_is_in_the_call_that_is_advised(name):
+    method, params = FAMILY[name], make_params()
+    grads, wanted = gradient(params, make_batch()), "loss_fn" * (name == "rwp") or "key"
+    with pytest.raises(ValueError, match=rf"grad_fn=grad_fn, {wanted}={wanted}\)`"):
+        method.tx.update(grads, method.tx.init(params), params, grad_fn=lambda _: grads)
 
 
 @pytest.mark.parametrize("method", FAMILY.values(), ids=FAMILY)

@@ -537,7 +537,8 @@ def test_the_best_checkpoint_is_that_of_the_highest_score(tmp_path, scores, best
 
 def state_after(step: int) -> LoopState:
     """The state of a network with one weight, which says after how many steps."""
-    state = TrainState(np.int32([step])[0], {"w": np.float32([step])}, {}, ())
+    count: Any = np.asarray(step, np.int32)
+    state = TrainState(count, {"w": np.ones(1, np.float32)}, {}, ())
     totals: Any = {"examples": np.float32(0), "first_bad_step": np.int32(-1)}
     return LoopState(state, jax.tree.map(np.asarray, totals | {"sums": {}}))
 

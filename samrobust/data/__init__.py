@@ -17,6 +17,7 @@ from samrobust.data.splits import (
     DatasetFacts,
     DatasetUnavailableError,
     Split,
+    check_labels,
     fingerprint,
     from_arrays,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "DatasetFacts",
     "DatasetUnavailableError",
     "Split",
+    "check_labels",
     "check_padding",
     "dataset_facts",
     "epoch_permutation",

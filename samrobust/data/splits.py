@@ -41,7 +41,8 @@ class Split:
     """Images uint8 `[N, H, W, C]` and their labels, integers `[N]`.
 
     Raises:
-      ValueError: for other types, shapes, or another number of labels than of images.
+      ValueError: for other types, shapes, another number of labels than of images, or
+        negative labels.
     """
 
     images: np.ndarray
@@ -49,6 +50,7 @@ class Split:
 
     def __post_init__(self) -> None:
         _check_arrays(images=self.images, labels=self.labels)
+        check_labels(2**31, labels=self.labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -205,6 +207,9 @@ def _naming(name: str) -> Iterator[None]:
 
 def _check_arrays(**pair: np.ndarray) -> None:
     """Refuses what are not the images and the labels of a split, by these names."""
+    for name, array in pair.items():
+        wanted = f"a NumPy array of {name}"
+        check(isinstance(array, np.ndarray), wanted, type=type(array).__name__)
     (name, images), (labels_name, labels) = pair.items()
     fix = ""
     if images.ndim == 3:

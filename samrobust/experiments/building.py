@@ -29,8 +29,13 @@ from samrobust.training import Method, make_train_step
 from samrobust.training.adversaries.at import make_ball
 from samrobust.training.epoch import EpochPlan
 from samrobust.training.epoch import make_plan as cut_epoch
-from samrobust.training.fit import check_total_steps
-from samrobust.training.phases import Phase, earlier_phases, first_epoch, waiting
+from samrobust.training.phases import (
+    Phase,
+    check_total_steps,
+    earlier_phases,
+    first_epoch,
+    waiting,
+)
 from samrobust.types import Attack, Config
 
 __all__ = [

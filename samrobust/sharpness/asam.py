@@ -34,8 +34,9 @@ def asam(
       rho: the radius in the norm ||T^-1 e||_2, or a schedule of it; the authors' is 0.5
         for CIFAR-10.
       eta: >= 0, added to |w|.
-      is_fixed: of the path of a parameter, whether T is 1 there; by default of biases.
-        Scales of normalization layers are adapted.
+      is_fixed: of the path of a parameter, whether T is 1 there; by default of biases,
+        known by their name: `b`, or one with `bias` in it. Scales of normalization
+        layers are adapted.
       aux: see `two_pass`.
       grouped: see `two_pass`.
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from samrobust.checks import amount, check_real, count, share
-from samrobust.sharpness.refusals import check_present
+from samrobust.sharpness.refusals import check_present, check_whole_tree
 from samrobust.sharpness.state import OffsetState
 from samrobust.sharpness.trees import at_least_float32, norm, width, zeros
 from samrobust.types import Array, Entry, Field, PyTree
@@ -84,10 +84,13 @@ def entropy_sgd(
     # All is kept relative to w: the offset w' - w, and mu - w.
     def init(params: PyTree) -> OffsetState:
         exact = jax.tree.map(at_least_float32, params)
-        nothing = jax.tree.map(lambda w: zeros(w.shape, w.dtype, w), exact)
+
+        def nothing() -> PyTree:  # with buffers of its own, which can be donated
+            return jax.tree.map(lambda w: zeros(w.shape, w.dtype, w), exact)
+
         measured = {name: zeros((), jnp.float32, params) for name in _METRICS}
-        inner = {"velocity": nothing, "mean": nothing}
-        return OffsetState(jnp.zeros([], jnp.int32), nothing, inner, measured)
+        inner = {"velocity": nothing(), "mean": nothing()}
+        return OffsetState(jnp.zeros([], jnp.int32), nothing(), inner, measured)
 
     def update(
         updates: PyTree,
@@ -99,6 +102,7 @@ def entropy_sgd(
     ) -> tuple[PyTree, OffsetState]:
         del extra_args
         check_present(params=params)
+        check_whole_tree(updates, params)
         step = state.step
         velocity, mean = state.inner["velocity"], state.inner["mean"]
         number = (step // inner_steps + 1).astype(width(updates))  # of the round

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import optax
 
 from samrobust.checks import amount, check_strength, count
-from samrobust.sharpness.refusals import check_present, is_off
+from samrobust.sharpness.masks import restricted, where_given
+from samrobust.sharpness.refusals import (
+    as_template,
+    check_output,
+    check_present,
+    is_off,
+)
 from samrobust.sharpness.sam import of_length, sam
 from samrobust.sharpness.state import last_metrics
 from samrobust.sharpness.trees import at_least_float32, cosine, mean_of_groups, norm
@@ -97,16 +103,23 @@ def looksam(
             along = of_length(share, g, lengths[0])
             # Where SAM did not move, the difference is rounding alone.
             moved = last_metrics(after)["applied_rho"] != 0
-            vertical = jax.tree.map(
-                lambda s, a: jnp.where(moved, s - a, jnp.zeros_like(s)), g_s, along
-            )
+
+            def part(s: Array, old: Array, a: Array) -> Array:
+                del old
+                return jnp.where(moved, s - a, jnp.zeros_like(s))
+
+            vertical = where_given(part, g_s, state.vertical, along)
             return outcome, LookSamState(after, vertical)
 
+        if before.aux is not None:
+            check_present(aux=aux)
+            _, aux = check_output((updates, aux), updates, as_template(before.aux))
+
         def one_pass() -> tuple[PyTree, LookSamState]:
-            check_present(**({} if before.aux is None else {"aux": aux}))
             g = mean()
             length = norm(g)
-            added = of_length(alpha * length, state.vertical, norm(state.vertical))
+            vertical = restricted(state.vertical, g)
+            added = of_length(alpha * length, vertical, norm(vertical))
             outcome = jax.tree.map(
                 lambda a, b: (at_least_float32(a) + b).astype(a.dtype), g, added
             )

@@ -32,8 +32,9 @@ def _names(path: Any) -> tuple[str, ...]:
 
 
 def is_bias(path: Any) -> bool:
-    """Returns whether the last key of a parameter's path names a bias."""
-    return "bias" in "".join(_names(path)[-1:]).lower()
+    """Returns whether the last key of a parameter's path is `b` or has `bias` in it."""
+    name = "".join(_names(path)[-1:]).lower()
+    return name == "b" or "bias" in name
 
 
 def normalizations(params: PyTree) -> PyTree:

@@ -15,6 +15,7 @@ from samrobust.sharpness.refusals import (
     check_rho,
     check_scheduled,
     check_steps,
+    check_whole_tree,
 )
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.state import OffsetState, shifted
@@ -80,6 +81,7 @@ def msam(
         **extra_args: Any,
     ) -> tuple[PyTree, OffsetState]:
         check_present(params=params)
+        check_whole_tree(updates, params)
         moved = shifted(params, state.offset)
         updates, after = inner.update(updates, state.inner, moved, **extra_args)
         scheduled = schedule(state.step)

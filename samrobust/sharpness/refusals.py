@@ -24,6 +24,7 @@ __all__ = [
     "check_rho",
     "check_scheduled",
     "check_steps",
+    "check_whole_tree",
     "is_gap",
     "is_off",
 ]
@@ -78,13 +79,30 @@ def _shown(value: Any) -> Any:
 
 def check_present(**values: Any) -> None:
     """Refuses a `None` among the arguments of `update`."""
+    lacking = [n for n, v in values.items() if v is None and n not in _IN_ANY_CALL]
+    more = "".join(f", {name}={name}" for name in lacking)
     for name, value in values.items():
         check(
             value is not None,
             f"{name} in the update",
-            "Call `tx.update(grads, opt_state, params, grad_fn=grad_fn)`.",
+            f"Call `tx.update(grads, opt_state, params, grad_fn=grad_fn{more})`.",
             **{name: value},
         )
+
+
+_IN_ANY_CALL = ("params", "grad_fn")
+
+
+def check_whole_tree(updates: PyTree, params: PyTree) -> None:
+    """Refuses gradients that leave a parameter out, by name."""
+    gaps = [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_gap)
+        if is_gap(leaf)
+    ]
+    given = jax.tree.structure(updates) == jax.tree.structure(params)
+    fix = "Give zeros for frozen ones, or wrap it in `optax.masked`."
+    check(given or not gaps, "a gradient of every parameter", fix, without=gaps)
 
 
 def check_steps(state: PyTree) -> None:

@@ -81,7 +81,9 @@ def rwp(
 
         def step(_: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
             total, moves = carry
-            found = _of_weights(jax.grad(small_losses)(moves))
+            # Uphill for complex weights too, of which JAX gives the conjugate.
+            found = jax.tree.map(jnp.conj, jax.grad(small_losses)(moves))
+            found = _of_weights(found)
             total = jax.tree.map(jnp.add, total, found)
             return total, of_length(length, total, norm(total))
 

@@ -10,7 +10,7 @@ import jax
 import optax
 
 from samrobust.checks import check, check_strength
-from samrobust.sharpness.masks import live, masked, normalizations
+from samrobust.sharpness.masks import live, masked, normalizations, restricted
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
@@ -50,7 +50,7 @@ def sam_on(
     """
 
     def ascend(grads: PyTree, params: PyTree, rho: Array) -> PyTree:
-        mask = select(params)
+        mask = restricted(select(params), grads)
         check(
             any(jax.tree.leaves(mask)),
             "a network with normalization layers for SAM-ON",

@@ -37,8 +37,8 @@ def ssam(
     num_samples: int = 16,
     drop_rate: float = 0.5,
     *,
-    steps_per_epoch: int = 1,
-    total_steps: int = 1,
+    steps_per_epoch: int,
+    total_steps: int,
     aux: PyTree = None,
     grouped: bool = False,
 ) -> optax.GradientTransformationExtraArgs:

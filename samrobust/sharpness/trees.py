@@ -67,18 +67,24 @@ def norm(tree: PyTree) -> Array:
         2.0 ** -math.ceil((info.maxexp + info.nmant) / 2),
     )
 
-    def total(square: Callable[[Array], Array]) -> Array:
-        return _total([square(size) for size in sizes], dtype)
+    def total(part: Callable[[Array], Array]) -> Array:
+        return _total([jnp.square(part(size)) for size in sizes], dtype)
 
-    small = total(lambda size: jnp.where(size < low, jnp.square(size * up), 0.0))
-    large = total(lambda size: jnp.where(size > high, jnp.square(size * down), 0.0))
+    small = total(lambda size: jnp.where(size < low, size * up, 0.0))
+    large = total(lambda size: jnp.where(size > high, size * down, 0.0))
     medium = total(  # and NaN
-        lambda size: jnp.where((size < low) | (size > high), 0.0, jnp.square(size))
+        lambda size: jnp.where((size < low) | (size > high), 0.0, size)
     )
-    parts = jnp.stack([jnp.sqrt(small) / up, jnp.sqrt(medium), jnp.sqrt(large) / down])
-    scale = jnp.max(parts)
+    parts = jnp.stack([_root(small) / up, _root(medium), _root(large) / down])
+    scale = jax.lax.stop_gradient(jnp.max(parts))  # of which the outcome is no function
     safe = jnp.where((scale > 0) & (scale < jnp.inf), scale, 1.0)
-    return scale * jnp.sqrt(jnp.sum(jnp.square(parts / safe)))
+    return scale * _root(jnp.sum(jnp.square(parts / safe)))
+
+
+def _root(square: Array) -> Array:
+    """Returns the square root, whose derivative is 0 at 0."""
+    is_zero = square == 0
+    return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
 
 
 def cosine(first: PyTree, second: PyTree, norms: tuple[Array, Array]) -> Array:

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samrobust.checks import LARGEST_COUNT, check
-from samrobust.data import Split
+from samrobust.checks import check
+from samrobust.data import Split, check_labels
 from samrobust.system.distributed import data_mesh, replicated
 from samrobust.system.runtime import RESUME
 from samrobust.training.epoch import (
@@ -36,7 +36,7 @@ from samrobust.training.log import (
     RunLog,
     TrainingDivergedError,
 )
-from samrobust.training.phases import Phase, phase_of
+from samrobust.training.phases import Phase, check_total_steps, phase_of
 from samrobust.training.state import TrainState
 from samrobust.training.step import Method, metric_names
 from samrobust.types import Array
@@ -46,7 +46,6 @@ __all__ = [
     "InterruptedRunError",
     "Progress",
     "TrainingDivergedError",
-    "check_total_steps",
     "fit",
     "fresh_carry",
 ]
@@ -121,7 +120,7 @@ def fit(
     """Trains to the end, from the newest intact checkpoint where there is one.
 
     Args:
-      method: `init, train_step` of `make_train_step`.
+      method: from `make_train_step`.
       split: training images uint8 [N, H, W, C] and labels, copied to every device.
       epochs: number of them, >= 1.
       batch_size: over all devices.
@@ -159,12 +158,15 @@ def fit(
     Raises:
       ValueError: if there is not one batch, the devices do not divide a batch, there
         are more steps than an int32 counts, or `after_epoch` or `validate` returns a
-        number that is not finite, or the latter no score.
+        number that is not finite, or the latter no score; for a label that is none of
+        the network's.
       TrainingDivergedError: with the step and the last good checkpoint.
       InterruptedRunError: after `should_stop`.
       CheckpointError: if there are checkpoints and none is intact, or the newest intact
         one is of another run.
     """
+    wanted = "a samrobust.data.Split(images, labels) to train on"
+    check(isinstance(split, Split), wanted, split=type(split).__name__)
     plan = make_plan(
         len(split),
         batch_size,
@@ -191,6 +193,7 @@ def fit(
         out_shardings=replicated(mesh),
     )
     fresh = init(init_key)
+    _check_labels(method, fresh.state, split)
     zeros = jax.tree.map(jnp.copy, fresh.totals)  # fresh itself is donated
     with log or RunLog() as kept:
         carry = kept.restore(fresh, mesh, plan.num_steps * epochs)
@@ -201,18 +204,12 @@ def fit(
         return run.to_the_end(carry)
 
 
-def check_total_steps(epochs: int, steps_per_epoch: int) -> None:
-    """Refuses more steps than an int32 counts, as optimizers do.
-
-    Raises:
-      ValueError: see above.
-    """
-    check(
-        epochs >= 1 and epochs * steps_per_epoch <= LARGEST_COUNT,
-        f"1 <= epochs <= {LARGEST_COUNT // steps_per_epoch}",
-        f"An epoch has {steps_per_epoch} steps; they are counted in 32 bits.",
-        epochs=epochs,
-    )
+def _check_labels(method: Method, state: TrainState, split: Split) -> None:
+    """Refuses labels that the network has no logit for."""
+    if method.logits is not None and len(split):
+        images = jax.ShapeDtypeStruct((1, *split.images.shape[1:]), jnp.float32)
+        num_classes = jax.eval_shape(method.logits, state, images).shape[-1]
+        check_labels(num_classes, labels=split.labels)
 
 
 def fresh_carry(

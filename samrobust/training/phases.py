@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import optax
 
-from samrobust.checks import check_real
+from samrobust.checks import LARGEST_COUNT, check, check_real
 from samrobust.training.parts import Adversary
 from samrobust.training.step import TrainStep
 from samrobust.types import Field, PyTree
@@ -18,6 +18,7 @@ from samrobust.types import Field, PyTree
 __all__ = [
     "START",
     "Phase",
+    "check_total_steps",
     "earlier_phases",
     "first_epoch",
     "phase_of",
@@ -91,3 +92,17 @@ def earlier_phases(
 def phase_of(earlier: Sequence[Phase], step: int) -> int:
     """Returns the number of the phase that a step belongs to, from 0."""
     return sum(step >= phase.until for phase in earlier)
+
+
+def check_total_steps(epochs: int, steps_per_epoch: int) -> None:
+    """Refuses more steps than an int32 counts, as optimizers do.
+
+    Raises:
+      ValueError: see above.
+    """
+    check(
+        epochs >= 1 and epochs * steps_per_epoch <= LARGEST_COUNT,
+        f"1 <= epochs <= {LARGEST_COUNT // steps_per_epoch}",
+        f"An epoch has {steps_per_epoch} steps; they are counted in 32 bits.",
+        epochs=epochs,
+    )

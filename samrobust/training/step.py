@@ -9,7 +9,8 @@ over groups of it.
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol, cast
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -59,17 +60,24 @@ class InitFn(Protocol):
         ...
 
 
-class Method(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Method:
     """A training method: `init, train_step = make_train_step(...)`.
 
     Attributes:
       init: of a key, which is consumed, and a batch [B, H, W, C] of full size, of which
         shape and dtype alone count, to the state before the first step.
       train_step: see `make_train_step`.
+      logits: of a state and images [B, H, W, C] to the logits [B, K] of the network as
+        it is evaluated; attacks take `jax.tree_util.Partial(method.logits, state)`.
     """
 
     init: InitFn
     train_step: TrainStep
+    logits: Callable[[TrainState, Array], Array] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.init, self.train_step))
 
 
 def make_train_step(
@@ -151,10 +159,17 @@ def make_train_step(
     (1, ['accuracy', 'gradient_norm', 'loss'])
     """
     check_choice(("first", "second", "both"), batch_stats=batch_stats)
-    if not isinstance(adversary, Adversary):
-        adversary = as_adversary(adversary)
     if not isinstance(objective, Objective):
         objective = as_objective(objective)
+    check(
+        adversary is not identity or not {*VIEWS} <= {*objective.views},
+        "an adversary for an objective that compares images with attacked ones",
+        "As in make_train_step(..., adversary=pgd(...)).",
+        adversary="identity",
+        views=objective.views,
+    )
+    if not isinstance(adversary, Adversary):
+        adversary = as_adversary(adversary)
     check_choice(("train", "eval"), batch_norm=adversary.batch_norm)
     for view in objective.views:
         check_choice(VIEWS, view=view)
@@ -276,7 +291,10 @@ def make_train_step(
             average = averaging.update(state.average, state.variables, step)
         return dataclasses.replace(state, average=average)
 
-    return Method(init, train_step)
+    def logits(state: TrainState, images: Array) -> Array:
+        return cast(Array, model.apply(state.eval_variables, images, train=False))
+
+    return Method(init, train_step, logits)
 
 
 def metric_names(state: TrainState) -> tuple[str, ...]:

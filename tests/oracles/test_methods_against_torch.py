@@ -480,7 +480,12 @@ TWINS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fisher_sam": (fisher_sam(RHO, 20.0), (ascend_by_fisher_information,)),
     "fsam": (fsam(RHO, 0.4, 3), (ascend_where_gradients_are_large,)),
     "ssam, fisher": (
-        ssam("fisher", RHO, 0.3, num_samples=4, steps_per_epoch=3),
+        ssam(
+            *("fisher", RHO, 0.3),
+            num_samples=4,
+            steps_per_epoch=3,
+            total_steps=STEPS,
+        ),
         (ascend_by_examples,),
     ),
     "ssam, dynamic": (
@@ -650,7 +655,17 @@ trained = functools.cache(train_ours)
         ),
         ({"sharpness": fisher_sam(RHO, 0.0)}, SAM),
         ({"sharpness": fsam(RHO, 1.0)}, SAM),
-        ({"sharpness": ssam("dynamic", RHO, 0.0, drop_rate=0.0)}, SAM),
+        (
+            {
+                "sharpness": ssam(
+                    *("dynamic", RHO, 0.0),
+                    drop_rate=0.0,
+                    steps_per_epoch=1,
+                    total_steps=STEPS,
+                )
+            },
+            SAM,
+        ),
         ({"averaging": ema(0.0)}, {}),
         (
             {"objective": trades_loss(0.0)},

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from samrobust.checks import check_whole
+from samrobust.sharpness.trees import at_least_float32, norm
 from samrobust.studies.sharpness.perturbations import ParamsLoss
 from samrobust.types import Array, PyTree
 
@@ -69,8 +70,8 @@ def hessian_eigenvalues(
         basis, image = basis.at[k].set(vector), product(vector)
         diagonal = diagonal.at[k].set(jnp.sum(vector * image))
         rest = orthogonal(image, basis)  # rows that are not filled yet are zero
-        length = jnp.linalg.norm(rest)
-        smallest = _BREAKDOWN * jnp.finfo(flat.dtype).eps * jnp.linalg.norm(image)
+        length = norm(rest)
+        smallest = _BREAKDOWN * jnp.finfo(flat.dtype).eps * norm(image)
 
         def elsewhere() -> Array:
             # An invariant subspace: T falls apart, and goes on from outside of it.
@@ -131,12 +132,19 @@ def hessian_trace(
 def _product(
     loss_fn: ParamsLoss, params: PyTree
 ) -> tuple[Array, Callable[[Array], Array]]:
-    """Returns the weights as a vector, and the function v -> H v of such vectors."""
-    flat, unravel = ravel_pytree(params)
-    gradient = jax.grad(lambda w: loss_fn(unravel(w)))
-    return flat, lambda v: jax.grad(lambda w: jnp.sum(gradient(w) * v))(flat)
+    """Returns the weights as a vector, and the function v -> H v of such vectors.
+
+    In float32 at least; the loss gets the weights in their own precision.
+    """
+    exact, unravel = ravel_pytree(jax.tree.map(at_least_float32, params))
+
+    def as_given(vector: Array) -> PyTree:
+        return jax.tree.map(lambda x, w: x.astype(w.dtype), unravel(vector), params)
+
+    gradient = jax.grad(lambda w: loss_fn(as_given(w)))
+    return exact, lambda v: jax.grad(lambda w: jnp.sum(gradient(w) * v))(exact)
 
 
 def _unit(vector: Array) -> Array:
-    length = jnp.linalg.norm(vector)
+    length = norm(vector)
     return vector / jnp.where(length > 0, length, 1.0)

@@ -9,9 +9,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from samrobust.attacks import Ball, cross_entropy
+from samrobust.attacks import Ball, cross_entropy, l2
 from samrobust.attacks.balls import into_set
 from samrobust.attacks.losses import misclassified
+from samrobust.attacks.per_example import factor
 from samrobust.checks import check, check_whole
 from samrobust.types import Array, Attack, LogitsFn, LossFn
 
@@ -54,7 +55,9 @@ def input_gradient_norm(
     """
     check(order in (1, 2), "order in {1, 2}", order=order)
     _, gradient = _losses_and_gradient(logits_fn, images, labels, loss)
-    return jnp.linalg.norm(gradient.reshape(len(images), -1), order, axis=1)
+    if order == 1:
+        return jnp.sum(jnp.abs(gradient), axis=tuple(range(1, gradient.ndim)))
+    return l2(1.0).norm(gradient)  # whose squares cannot underflow
 
 
 def local_linearity_error(
@@ -111,8 +114,7 @@ def local_linearity_error(
         moved, largest = carry
         found, ascend = jax.vjp(errors, moved)
         (uphill,) = ascend(jnp.ones_like(found))
-        step_size = jnp.reshape(ball.radius, (-1,) + (1,) * (images.ndim - 1)) / 4
-        moved = moved + step_size * ball.steepest_ascent(uphill)
+        moved = moved + factor(ball.radius, images) / 4 * ball.steepest_ascent(uphill)
         return into_set(moved, images, ball, _BOX), jnp.maximum(largest, found)
 
     noise = ball.sample(key, images.shape).astype(images.dtype)

@@ -111,9 +111,10 @@ def cfa(
     base: float = 0.5,
     begin: float = 0.05,
     batch_norm: str = "train",
-    num_classes: int = 10,
-    steps_per_epoch: int = 1,
-    total_steps: int = 1,
+    *,
+    num_classes: int,
+    steps_per_epoch: int,
+    total_steps: int,
 ) -> Adversary:
     """Builds class-wise calibrated margins: PGD in a ball of radius eps (base + R_k).
 

@@ -48,8 +48,9 @@ def dynamic(
     c_max: float = 0.5,
     end: float = 100 / 120,
     batch_norm: str = "train",
-    steps_per_epoch: int = 1,
-    total_steps: int = 1,
+    *,
+    steps_per_epoch: int,
+    total_steps: int,
 ) -> Adversary:
     """Builds PGD that leaves an example once its FOSC is at most c_t.
 

@@ -27,8 +27,9 @@ def generalist(
     begin: float = 2 / 3,
     reset: float = 0.625,
     every: int = 5,
-    steps_per_epoch: int = 1,
-    total_steps: int = 1,
+    *,
+    steps_per_epoch: int,
+    total_steps: int,
 ) -> Averaging:
     """Builds the average of beta a + (1 - beta) b, of a robust and a natural expert.
 
@@ -107,7 +108,7 @@ def generalist(
             of_natural = {f"natural_{n}": found[n] for n in ("loss", "accuracy")}
             return dataclasses.replace(one, average=memory), metrics | of_natural
 
-        return Method(init, train_step)
+        return Method(init, train_step, robust.logits)
 
     return averaging._replace(join=join)
 

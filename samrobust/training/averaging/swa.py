@@ -15,7 +15,7 @@ from samrobust.types import Array, Entry, Field, PyTree
 __all__ = ["ENTRY", "swa"]
 
 
-def swa(start: float, *, steps_per_epoch: int = 1, total_steps: int = 1) -> Averaging:
+def swa(start: float, *, steps_per_epoch: int, total_steps: int) -> Averaging:
     """Builds the average a <- (n a + w) / (n + 1) of the weights after each epoch.
 
     Args:

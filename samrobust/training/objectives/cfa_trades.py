@@ -41,9 +41,10 @@ def cfa_trades(
     base_beta: float = 0.5,
     begin: float = 0.05,
     batch_norm: str = "eval",
-    num_classes: int = 10,
-    steps_per_epoch: int = 1,
-    total_steps: int = 1,
+    *,
+    num_classes: int,
+    steps_per_epoch: int,
+    total_steps: int,
 ) -> tuple[Adversary, Objective]:
     """Builds TRADES with eps_k = (base + R_k) eps and beta_k = (base_beta + R_k) beta.
 
