@@ -330,7 +330,7 @@ def test_autoattack_stands_beside_pgd_where_the_network_is_the_same(
     results = [
         json.loads((workdir / row / "seed0/result.json").read_text()) for row in ROWS
     ]
-    own = ("row", "seed", "identity", "step")
+    own = ("row", "seed", "identity", "step", "network")
     runs = [{name: result[name] for name in own} for result in results]
     runs[1]["step"] = 1  # of a network that is no more
     cells = {"linf 16/255": {"values": [1.0]}, "linf 16/255 AA": {"values": [7.0]}}

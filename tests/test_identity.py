@@ -12,7 +12,8 @@ import pytest
 
 from samrobust.data import Split
 from samrobust.experiments.identity import Identity, identity_of
-from samrobust.experiments.networks import load_network
+from samrobust.experiments.interchange import export_weights
+from samrobust.experiments.networks import load, load_network
 from samrobust.experiments.run import run, train
 from samrobust.system.files import WorkdirError
 from samrobust.training.checkpoint import CheckpointError, Checkpoints
@@ -55,6 +56,28 @@ def first(runs, tmp_path) -> pathlib.Path:
 
 def config_of_first():
     return helpers.make_config("st", {"training.epochs": 1})
+
+
+def test_a_network_is_loaded_and_exported_with_the_data_of_its_training(tmp_path):
+    """Whose mean and deviation are its own; built-in data need not be there."""
+    digits = helpers.load_data(config_of_first())
+    arrays = {
+        **{f"x_{name}": getattr(digits, name).images for name in ("train", "test")},
+        **{f"y_{name}": getattr(digits, name).labels for name in ("train", "test")},
+    }
+    file, workdir = tmp_path / "mine.npz", tmp_path / "run"
+    np.savez(file, **arrays)
+    fields = {"training.epochs": 1, "data.name": str(file)}
+    fields |= {"data.train_size": None, "data.test_size": None}
+    config = helpers.make_config("st", fields)
+    run(config, workdir, helpers.Silent(), dataset=helpers.load_data(config))
+    mean = load(workdir).model.mean
+    np.savez(file, **arrays | {"x_train": 255 - arrays["x_train"]})
+    for read in (load, lambda folder: export_weights(config, folder, "last")):
+        with pytest.raises(CheckpointError, match=r"of this run, got .*: data is "):
+            read(workdir)
+    np.savez(file, **arrays)
+    assert load(workdir).model.mean == mean
 
 
 each_other = pytest.mark.parametrize("name", OTHERS)

@@ -196,23 +196,6 @@ def test_a_changed_file_is_not_taken_for_the_one_that_a_run_began_with(folder):
     do(folder, *evaluate)
 
 
-def test_a_network_is_not_put_on_other_data_than_it_was_trained_on(folder):
-    """Its mean and deviation belong to it."""
-    (folder / "mine.py").write_text(MINE)
-    (folder / "others.py").write_text("from mine import stripes\n")
-    flags = [name.replace("mine:stripes", "others:stripes") for name in FLAGS[:-7]]
-    brief = ["--config.training.epochs=1", "--workdir=runs/others"]
-    do(folder, "train", CONFIG, *flags, *brief)
-    text = "import mine\ndef stripes():\n    found = mine.stripes()\n"
-    text += "    found['x_train'] = 255 - found['x_train']\n    return found\n"
-    (folder / "others.py").write_text(text)
-    flags = ["--workdir=runs/others", "--format=safetensors", "--output=x.safetensors"]
-    code, _, errors = helpers.finish_command(start(folder, "export", *flags))
-    assert code != 0
-    assert re.search(r"a checkpoint of this run, .* data\s+is", errors, re.DOTALL)
-    assert not (folder / "x.safetensors").exists()
-
-
 def test_it_is_loaded_and_attacked(own):
     trained = samrobust.load(own / "runs" / ROW / "seed0")
     images = jnp.full([2, 4, 6, 1], 0.5)

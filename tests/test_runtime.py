@@ -18,7 +18,7 @@ import pytest
 
 from samrobust.system import compiler
 from samrobust.system.compiler import add_compiler_options, compiler_options
-from samrobust.system.provenance import provenance
+from samrobust.system.provenance import commit, provenance
 from samrobust.system.runtime import (
     StopRequest,
     cache_folder,
@@ -346,5 +346,10 @@ def test_provenance_names_commit_versions_device_and_command():
 def test_an_installed_wheel_names_the_tag_of_its_release(tmp_path, monkeypatch):
     file = f"{tmp_path}/samrobust/system/provenance.py"
     monkeypatch.setattr("samrobust.system.provenance.__file__", file)
-    found = provenance()
-    assert found["commit"] == f"v{found['samrobust']}"
+    assert commit.__wrapped__() == f"v{provenance()['samrobust']}"
+
+
+def test_the_commit_is_that_of_the_code_that_was_started(monkeypatch):
+    begun = provenance()["commit"]
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("asked again"))
+    assert provenance()["commit"] == begun

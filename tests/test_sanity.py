@@ -38,6 +38,7 @@ from samrobust.evaluation.diagnostics import (
 from samrobust.evaluation.diagnostics.finding import is_mostly
 from samrobust.experiments.run import run
 from samrobust.experiments.scoring import until_stopped
+from samrobust.system.files import read_sealed
 from samrobust.training import InterruptedRunError
 
 KEY = jax.random.key(5)
@@ -463,7 +464,7 @@ def test_the_report_says_what_was_found_and_where_it_is_explained(tmp_path):
         assert text in shown
     paths = write_report(found, tmp_path, note="256 images.", about={"seed": 3})
     assert [path.name for path in paths] == ["sanity.json", "sanity.md"]
-    stored = json.loads(paths[0].read_text())
+    stored = read_sealed(paths[0]) or {}
     assert stored == to_json(found, seed=3)
     assert stored["verdicts"] == {PASSED: 1, WARNING: 1, UNDECIDED: 0}
     assert stored["findings"][1]["explained"] == "docs/sanity.md#square"

@@ -155,11 +155,14 @@ def _accuracy(workdir: pathlib.Path, folder: str, config: "Config") -> dict[str,
     assert result is not None  # the run is finished
     names = ("row", "seed", "identity", "step", "network")
     own = {name: result[name] for name in names if name in result}
-    own["attacks_version"] = ATTACKS_VERSION
     accuracy = {n: x for n, x in result["accuracy"].items() if not n.endswith(" best")}
     file = workdir / "autoattack.json"
     rechecked = unseal(glance(file), file, older=True)
-    if not any(run.items() >= own.items() for run in rechecked.get("runs", ())):
+    if not any(
+        run.items() >= own.items()
+        and run.get("attacks_version", ATTACKS_VERSION) == ATTACKS_VERSION
+        for run in rechecked.get("runs", ())
+    ):
         return accuracy
     (row,) = [row for row in rechecked["rows"] if row["name"] == config.row]
     number = row["seeds"].index(config.seed)

@@ -50,7 +50,8 @@ class Split:
 
     def __post_init__(self) -> None:
         _check_arrays(images=self.images, labels=self.labels)
-        check_labels(2**31, labels=self.labels)
+        negative = np.min(self.labels, initial=0)
+        check(negative >= 0, "0 <= labels", least=int(negative))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -208,8 +209,8 @@ def _naming(name: str) -> Iterator[None]:
 def _check_arrays(**pair: np.ndarray) -> None:
     """Refuses what are not the images and the labels of a split, by these names."""
     for name, array in pair.items():
-        wanted = f"a NumPy array of {name}"
-        check(isinstance(array, np.ndarray), wanted, type=type(array).__name__)
+        is_array = hasattr(array, "dtype") and hasattr(array, "shape")
+        check(is_array, f"an array of {name}", type=type(array).__name__)
     (name, images), (labels_name, labels) = pair.items()
     fix = ""
     if images.ndim == 3:
@@ -238,6 +239,7 @@ def _check_arrays(**pair: np.ndarray) -> None:
 def check_labels(num_classes: int, /, **arrays: np.ndarray) -> None:
     """Refuses an array with a label that is not in 0..num_classes - 1."""
     for name, labels in arrays.items():
+        labels = np.asarray(labels)
         wrong = labels[(labels < 0) | (labels >= num_classes)][:3].tolist()
         check(not wrong, f"{name} in 0..{num_classes - 1}", **{name: wrong})
 
