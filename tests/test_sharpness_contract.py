@@ -209,13 +209,20 @@ def update(method: Any, params: Any, state: Any, batch: Any, sync: Any = None):
         state,
         params,
         grad_fn=grad_fn,
-        loss_fn=lambda moved: losses_of(moved, batch),
-        losses=losses_of(point, batch),
-        aux=params if method.aux else None,
-        key=KEY,
+        **what_else_it_takes(method, params, point, batch),
     )
     rate = 1.0 if method.name in OPTIMIZERS else -RATE
     return jax.tree.map(lambda w, u: w + rate * u, params, updates), state
+
+
+def what_else_it_takes(method: Any, params: Any, point: Any, batch: Any) -> Any:
+    """Arguments of an update, beside `grad_fn`, that some methods want."""
+    return {
+        "loss_fn": lambda moved: losses_of(moved, batch),
+        "losses": losses_of(point, batch),
+        "aux": params if method.aux else None,
+        "key": KEY,
+    }
 
 
 def train(method: Method, params: Any, batch: Any, sync: Any = None) -> Any:
@@ -556,10 +563,7 @@ def test_a_parameter_without_a_gradient_changes_no_structure(method):
             state,
             params,
             grad_fn=grad_fn,
-            loss_fn=lambda moved: losses_of(moved, batch),
-            losses=losses_of(params, batch),
-            aux=params if method.aux else None,
-            key=KEY,
+            **what_else_it_takes(method, params, params, batch),
         )
 
     state = method.tx.init(params)

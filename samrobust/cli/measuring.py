@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -24,7 +23,7 @@ from samrobust.experiments.reporting.progress import ProgressDisplay, RunDisplay
 from samrobust.experiments.turns import take_turns
 from samrobust.experiments.workdir import finished_runs
 from samrobust.system import files
-from samrobust.system.claims.lease import ClaimedError, claim
+from samrobust.system.claims.lease import ClaimedError, claim, claim_in_turn
 from samrobust.system.distributed import broadcast_from_primary
 from samrobust.system.provenance import provenance
 from samrobust.types import Config, PyTree
@@ -100,7 +99,7 @@ class FinishedRuns:
             return True
 
         def on_wait(held: Sequence[str]) -> None:
-            display.say(f"waiting for other workers: {', '.join(map(name, held))}")
+            display.wait_for(map(name, held))
 
         everything, should_stop = list(self.configs), self.should_stop
         with display.live():
@@ -203,14 +202,14 @@ class RunMeasurements(FinishedRuns):
         self.runs = broadcast_from_primary(self._together)
 
     def _write(self, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        lock = self.workdir / ".judging" / self._path.name
-        while True:  # others add theirs to the same file
-            with contextlib.suppress(ClaimedError), claim(lock):
-                runs = self._together()
-                content = {"settings": self._as_json, "runs": runs, **found}
-                files.write_sealed(self._path, content)
-                return runs
-            time.sleep(0.1)
+        with self._alone():  # others add theirs to the same file
+            runs = self._together()
+            content = {"settings": self._as_json, "runs": runs, **found}
+            files.write_sealed(self._path, content)
+        return runs
+
+    def _alone(self) -> contextlib.AbstractContextManager[Any]:
+        return claim_in_turn(self.workdir / ".judging" / self._path.name)
 
     def _together(self) -> dict[str, dict[str, Any]]:
         """Returns what this worker and others have measured so far.
@@ -230,12 +229,13 @@ class RunMeasurements(FinishedRuns):
 
     def _set_aside_what_is_of_no_use(self) -> None:
         """Renames a file of other settings, or a damaged one, with a warning."""
-        try:
-            known, problem = files.read_sealed(self._path), "is of other settings"
-        except files.WorkdirError as error:
-            known, problem = {}, str(error)
-        if known is None or known.get("settings") == self._as_json:
-            return
-        kept = files.set_aside(self._path).name
+        with self._alone():
+            try:
+                known, problem = files.read_sealed(self._path), "is of other settings"
+            except files.WorkdirError as error:
+                known, problem = {}, str(error)
+            if known is None or known.get("settings") == self._as_json:
+                return
+            kept = files.set_aside(self._path).name
         about = f"{problem}. It is kept as {kept}; all is measured."
         warnings.warn(f"{self._path} {about}" if known else about, stacklevel=2)

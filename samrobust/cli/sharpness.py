@@ -148,6 +148,7 @@ def _accuracy(workdir: pathlib.Path, folder: str, config: "Config") -> dict[str,
     """
     from samrobust.attacks import ATTACKS_VERSION
     from samrobust.experiments.identity import identity_of
+    from samrobust.experiments.reporting.results import attacks_version
     from samrobust.experiments.workdir import read_result
     from samrobust.system.files import glance, unseal
 
@@ -159,8 +160,7 @@ def _accuracy(workdir: pathlib.Path, folder: str, config: "Config") -> dict[str,
     file = workdir / "autoattack.json"
     rechecked = unseal(glance(file), file, older=True)
     if not any(
-        run.items() >= own.items()
-        and run.get("attacks_version", ATTACKS_VERSION) == ATTACKS_VERSION
+        run.items() >= own.items() and attacks_version(run) == ATTACKS_VERSION
         for run in rechecked.get("runs", ())
     ):
         return accuracy

@@ -139,8 +139,7 @@ def _train(
     failed: dict[pathlib.Path, str] = {}
 
     def on_wait(held: "Sequence[PlannedRun]") -> None:
-        names = ", ".join(planned.name for planned in held)
-        display.say(f"waiting for other workers: {names}")
+        display.wait_for(planned.name for planned in held)
 
     with display.live():
         run_all(

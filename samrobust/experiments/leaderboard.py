@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-from samrobust.attacks import ATTACKS_VERSION
 from samrobust.checks import check
 from samrobust.experiments.reporting.names import split_column
 from samrobust.experiments.reporting.render import from_json
+from samrobust.experiments.reporting.results import attacks_version
 from samrobust.experiments.reporting.table import Table
 from samrobust.system.files import read_object, write_json
 from samrobust.system.tables import Sheet, TextTable
@@ -180,7 +180,9 @@ def _measured(table: Table, row: str, seed: int, column: str) -> Claim:
     named = {key: run.get(key) for key in ("identity", "step", "images")}
     made: Mapping[str, Any] = run.get("provenance") or {}
     named |= {key: made.get(key) for key in ("commit", "device", "command")}
-    version = run.get("attacks_version", ATTACKS_VERSION)
+    from samrobust.attacks import ATTACKS_VERSION  # JAX is slow to load
+
+    version = attacks_version(run)
     wanted = f"attacks of version {ATTACKS_VERSION}, as today's"
     fix = "Run `samrobust recheck` again."
     check(version == ATTACKS_VERSION, wanted, fix, attacks_version=version)

@@ -34,7 +34,7 @@ __all__ = ["write_report"]
 
 _T = TypeVar("_T")
 # What reading a file may raise that is no table.
-_UNFIT = (ValueError, LookupError, TypeError, AttributeError, files.WorkdirError)
+_UNFIT = (ValueError, KeyError, TypeError, AttributeError, files.WorkdirError)
 _UNKNOWN = "not recorded"
 _VERSIONS = ("samrobust", "jax", "jaxlib", "flax", "optax", "python")
 

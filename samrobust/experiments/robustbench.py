@@ -17,6 +17,7 @@ import numpy as np
 
 from samrobust.attacks import ATTACKS_VERSION
 from samrobust.experiments.building import load_facts
+from samrobust.experiments.reporting.results import attacks_version
 from samrobust.experiments.workdir import read_evaluations
 from samrobust.models.torch.files import torch_bytes
 from samrobust.models.torch.weights import Weights
@@ -145,7 +146,7 @@ def find_evaluation(
             isinstance(evaluation, dict)
             and evaluation.items() >= wanted.items()
             and line.get("dtype", dtype) == "float32"
-            and line.get("attacks_version", ATTACKS_VERSION) == ATTACKS_VERSION
+            and attacks_version(line) == ATTACKS_VERSION
             and isinstance(line.get("num_test"), int)
             and isinstance(accuracy, dict)
             and "natural" in accuracy

@@ -7,7 +7,6 @@ A workdir holds `config.json`, `metrics.jsonl`, `checkpoints/`, `result.json`;
 
 import contextlib
 import pathlib
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from samrobust.experiments.rows import modern_row
 from samrobust.experiments.survey import read_plan
 from samrobust.experiments.validation import validate
 from samrobust.system import files
-from samrobust.system.claims.lease import ClaimedError, claim
+from samrobust.system.claims.lease import claim_in_turn
 from samrobust.system.storage import ObjectPath
 from samrobust.types import Config
 
@@ -173,12 +172,10 @@ def add_evaluation(workdir: pathlib.Path, line: Mapping[str, Any]) -> pathlib.Pa
       The path of that file.
     """
     path, line = workdir / EVALUATIONS, files.seal(line)
-    while isinstance(path, ObjectPath):  # which has no appending
-        with contextlib.suppress(ClaimedError), claim(workdir / ".appending"):
-            files.append_json_line(path, line)
-            return path
-        time.sleep(1.0)
-    files.append_json_line(path, line)
+    with contextlib.ExitStack() as held:
+        if isinstance(path, ObjectPath):  # which has no appending
+            held.enter_context(claim_in_turn(workdir / ".appending"))
+        files.append_json_line(path, line)
     return path
 
 

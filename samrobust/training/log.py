@@ -277,7 +277,7 @@ class RunFolder(RunLog):
                 self.identity = own.resumed(metadata["identity"])
             self.earlier_seconds = metadata["epoch_seconds"]
             self.lines = list(metadata["lines"])
-            broadcast_from_primary(lambda: self._restore_best(step, metadata))
+            self._restore_best(step, metadata)
 
         def open_log() -> None:
             self._workdir.mkdir(parents=True, exist_ok=True)
@@ -292,7 +292,7 @@ class RunFolder(RunLog):
         self._best_step = metadata.get("best_step")
         if self._best_step is not None:  # else of an older version
             self._named.append(self._best_step)
-            self._best.retain(lambda other: other <= step)
+            broadcast_from_primary(lambda: self._best.retain(lambda s: s <= step))
 
     def _find(self, fresh: LoopState, mesh: Mesh) -> Restored | None:
         """Returns the checkpoint that the run resumes from; None for a new run."""

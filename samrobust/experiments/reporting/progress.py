@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -88,6 +88,10 @@ class ProgressDisplay:
         skipped = sum(skipped for _, skipped in known)
         done = sum(done for done, _ in known) - skipped
         self.show(text, done, self._total - absent - skipped)
+
+    def wait_for(self, names: Iterable[str]) -> None:
+        """Says that other workers have the last runs, by their names."""
+        self.say(f"waiting for other workers: {', '.join(names)}")
 
     def show(self, text: str, done: float, total: float | None = None) -> None:
         """Moves the bar to `done` units of work and says what is going on."""

@@ -20,7 +20,13 @@ from samrobust.checks import check
 from samrobust.experiments.reporting.names import column_order
 from samrobust.system.fields import differences, flatten
 
-__all__ = ["check_comparable", "check_results", "num_steps", "unlike"]
+__all__ = [
+    "attacks_version",
+    "check_comparable",
+    "check_results",
+    "num_steps",
+    "unlike",
+]
 
 _KEYS = ("dataset", "row", "seed", "accuracy", "num_test")
 # Fields of a config, then of a result, that all runs of a table have in common, and all
@@ -39,6 +45,11 @@ def num_steps(result: Mapping[str, Any]) -> int:
     Earlier results have `step` alone: of the network judged, mostly the last.
     """
     return result.get("training_steps", result.get("step", 1))
+
+
+def attacks_version(result: Mapping[str, Any]) -> int:
+    """Returns the version of the attacks that a run was judged by."""
+    return (_EARLIER | dict(result))["attacks_version"]
 
 
 def unlike(

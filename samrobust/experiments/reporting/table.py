@@ -41,19 +41,20 @@ class Difference:
         >>> round(Difference(3, 2.0, 1.0).p_value, 3)  # 1 - 2 / sqrt(6)
         0.184
         """
-        from scipy.special import stdtr  # slow to load, and not for every command
-
         if self.standard_error is None:
             return None
         if self.standard_error == 0:  # all seeds agree
             return float(self.mean == 0)
+        from scipy.special import stdtr  # slow to load, and not for every command
+
         errors = abs(self.mean) / self.standard_error
         return 2 * float(stdtr(self.num_seeds - 1, -errors))
 
     @property
     def significant(self) -> bool | None:
         """Whether chance alone goes as far in less than 5 % of cases; None as above."""
-        return None if self.p_value is None else self.p_value < LEVEL
+        p_value = self.p_value
+        return None if p_value is None else p_value < LEVEL
 
 
 @dataclass(frozen=True)

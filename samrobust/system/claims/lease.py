@@ -24,10 +24,18 @@ from samrobust.system.claims.holder import (
 )
 from samrobust.system.files import WorkdirError
 
-__all__ = ["Claim", "ClaimedError", "await_verdict", "claim", "lease_seconds"]
+__all__ = [
+    "Claim",
+    "ClaimedError",
+    "await_verdict",
+    "claim",
+    "claim_in_turn",
+    "lease_seconds",
+]
 
 _REFRESHES = 12  # in a lease
 _KEPT = 16  # generations before the current one
+_TURN = 0.2  # seconds
 _LEFT_BEHIND = 3600.0  # seconds after which a contender's file is nobody's
 
 
@@ -140,6 +148,19 @@ def claim(workdir: pathlib.Path) -> Iterator[Claim]:
         yield held
     finally:
         held.release()
+
+
+@contextlib.contextmanager
+def claim_in_turn(workdir: pathlib.Path) -> Iterator[Claim]:
+    """Does as `claim`, and waits for whoever holds the directory; for short work."""
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                mine = held.enter_context(claim(workdir))
+                break
+            except ClaimedError:
+                time.sleep(_TURN)
+        yield mine
 
 
 class Pending(NamedTuple):
