@@ -393,6 +393,18 @@ def test_a_loss_may_close_over_traced_logits_and_a_ball_may_start_elsewhere():
 # Over devices
 
 
+def one_device_is_done():
+    """The problem, the images of the first of two devices misclassified already."""
+    images, labels = make_problem()
+    return images, np.where(np.arange(5) < 2, (labels + 1) % CLASSES, labels)
+
+
+def communicating_logits_fn(images):
+    """The same classifier, after a sum over all devices that changes nothing."""
+    total = jax.lax.psum(jnp.sum(images), "batch")  # positive
+    return logits_fn(images) + jnp.minimum(total, 0)
+
+
 def work() -> None:
     """What a process of two devices does: every attack, over both, in three ways."""
     images, labels = (array[:4] for array in make_problem())
@@ -401,15 +413,21 @@ def work() -> None:
         mesh = jax.make_mesh((2,), ("batch",), axis_types=(kind,))
         split, same = jax.P("batch"), jax.P()
         for name in ATTACKS:
-            ball = "l2" if kind.name == "Auto" else "linf"
+            ball, classify = (
+                ("l2", communicating_logits_fn)
+                if kind.name == "Auto"
+                else ("linf", logits_fn)
+            )
 
-            def attack(x, y, k, name=name, ball=ball):
-                return make_attack(name, ball)(logits_fn, x, y, key=k)
+            def attack(x, y, k, name=name, ball=ball, classify=classify):
+                return make_attack(name, ball)(classify, x, y, key=k)
 
             with jax.set_mesh(mesh):
                 batch = jax.device_put((images, labels, keys), split)
                 if kind.name == "Auto":
-                    mapped = functools.partial(jax.shard_map, out_specs=split)
+                    mapped = functools.partial(
+                        jax.shard_map, out_specs=split, check_vma=name != "noise"
+                    )
                     one_key = mapped(attack, in_specs=(split, split, same))
                     jax.eval_shape(one_key, *batch[:2], KEYS[0])
                     # The same images on both devices, each with keys of its own.
@@ -425,22 +443,34 @@ def work() -> None:
                     attack = mapped(attack, in_specs=split)
                 else:
                     jax.eval_shape(attack, *batch[:2], KEYS[0])
-                found = np.asarray(jax.jit(attack)(*batch)) if name in PROGRAMS else 0
-            print(json.dumps([name, kind.name, np.asarray(found).tolist()]))
+                if name not in PROGRAMS:
+                    continue
+                attack = jax.jit(attack)
+                uneven = one_device_is_done()[1][:4]
+                for case, y in (("all", labels), ("one device", uneven)):
+                    found = attack(batch[0], jax.device_put(y, split), batch[2])
+                    print(json.dumps([name, kind.name, case, found.tolist()]))
 
 
 @functools.cache
 def of_two_devices():
     lines = helpers.run_on_devices(__file__, count=2).splitlines()
-    return {(name, kind): found for name, kind, found in map(json.loads, lines)}
+    return {tuple(case): found for *case, found in map(json.loads, lines)}
 
 
 @each_program
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_shard_map_and_explicit_meshes_take_it_and_change_nothing(name, kind):
-    found = of_two_devices()[name, kind]
+    found = of_two_devices()[name, kind, "all"]
     ball = {"Auto": "l2", "Explicit": "linf"}[kind]
     np.testing.assert_allclose(found, outcome(name, ball)[:4], atol=1e-6)
+
+
+@each_program
+def test_a_device_with_nothing_left_to_do_still_communicates(name):
+    found = of_two_devices()[name, "Auto", "one device"]
+    alone = compiled(name, "l2")(logits_fn, *one_device_is_done(), key=KEYS)
+    np.testing.assert_allclose(found, alone[:4], atol=1e-6)
 
 
 # Random numbers

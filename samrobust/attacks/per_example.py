@@ -138,18 +138,27 @@ def repeat_while(
     """Returns `function(index, state)` done `limit` times, or until nothing is left.
 
     One `lax.while_loop`: the compiled size does not depend on the limit, which may be
-    traced.
+    traced. In `shard_map` all devices go on until none has anything left, so that the
+    function may communicate.
     """
 
-    def goes_on(carry: tuple[Array, _Tree]) -> Array:
-        index, state = carry
-        return (index < limit) & is_left(state)
+    def carried(index: Array, state: _Tree) -> tuple[Array, Array, _Tree]:
+        return index, _on_any_device((index < limit) & is_left(state)), state
 
-    def step(carry: tuple[Array, _Tree]) -> tuple[Array, _Tree]:
-        index, state = carry
-        return index + 1, function(index, state)
+    def goes_on(carry: tuple[Array, Array, _Tree]) -> Array:
+        return carry[1]
 
-    return jax.lax.while_loop(goes_on, step, (jnp.int32(0), start))[1]
+    def step(carry: tuple[Array, Array, _Tree]) -> tuple[Array, Array, _Tree]:
+        index, _, state = carry
+        return carried(index + 1, function(index, state))
+
+    return jax.lax.while_loop(goes_on, step, carried(jnp.int32(0), start))[2]
+
+
+def _on_any_device(predicate: Array) -> Array:
+    """Returns whether it holds on any of the devices of a `shard_map`."""
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    return jax.lax.psum(predicate.astype(jnp.int32), axes) > 0 if axes else predicate
 
 
 def likeliest_wrong(logits: Array, labels: Array) -> Array:
