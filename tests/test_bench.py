@@ -148,6 +148,21 @@ def test_a_repeat_is_as_many_calls_as_fill_its_time(monkeypatch):
     assert waits == [*range(1, 9), 16, 24, 32]
 
 
+def test_the_warm_up_lasts_until_three_calls_take_the_same_time(monkeypatch):
+    # A heap that grows, as of a training step on a CPU; and one that never stops.
+    for durations, left_out in (([7, 7, 11, 12, 11, 7, 7, 7], 8), ([1, 9] * 20, 12)):
+        now, made = [0.0], iter(durations + [8] * 20)
+        clock = types.SimpleNamespace(perf_counter=lambda now=now: now[0])
+        monkeypatch.setattr(timing, "time", clock)
+
+        def call(now=now, made=made):
+            now[0] += next(made)
+
+        options = {"warmup_calls": 3, "wait": lambda _: None}
+        found = measure(call, repeats=2, min_seconds=1.0, **options)
+        assert found == (durations + [8] * 20)[left_out : left_out + 2]
+
+
 # Programs.
 
 

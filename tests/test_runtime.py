@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from samrobust.models.conv import conv2d
 from samrobust.system import compiler
 from samrobust.system.compiler import add_compiler_options, compiler_options
 from samrobust.system.provenance import commit, provenance
@@ -138,14 +139,35 @@ def test_the_compiler_options_take_convolutions_away_from_ynnpack():
 
 
 @on_cpu
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="jaxlib without oneDNN")
+@pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache entry")
+def test_onednn_takes_all_convolutions_but_those_of_kernels_gradients():
+    def loss(images, kernels):
+        for kernel in kernels:
+            images = jax.nn.relu(conv2d(images, kernel, 1, 1))
+        return jnp.sum(images**2)
+
+    gradients = jax.jit(jax.grad(loss, (0, 1)), compiler_options=compiler_options())
+    with helpers.usual_compilation():
+        lowered = gradients.lower(
+            jnp.ones((8, 16, 16, 16)), jnp.ones((2, 3, 3, 16, 16))
+        )
+        text = lowered.compile().as_text() or ""
+    assert text.count('custom_call_target="__onednn$convolution"') == 2 + 2
+    assert text.count(" convolution(") == 2
+
+
+@on_cpu
 def test_what_the_user_chose_or_xla_does_not_know_is_left_out(monkeypatch):
-    ynn, onednn = [*compiler_options()], [*compiler._ATTACK_OPTIONS]
-    assert [*compiler_options(attacks=True)] == ynn + onednn
-    monkeypatch.setenv("XLA_FLAGS", f"--{onednn[0]}=false")
-    assert [*compiler_options(attacks=True)] == ynn
-    monkeypatch.delenv("XLA_FLAGS")
-    monkeypatch.setattr(compiler, "_ATTACK_OPTIONS", {"xla_cpu_of_another_time": True})
-    assert [*compiler_options(attacks=True)] == ynn
+    usual = compiler_options()
+    assert "xla_cpu_experimental_onednn_custom_call" in usual
+    for name in usual:
+        with monkeypatch.context() as patch:
+            patch.setenv("XLA_FLAGS", f"--{name}=false")
+            assert compiler_options().keys() == usual.keys() - {name}
+    unknown = compiler._CPU_OPTIONS | {"xla_cpu_of_another_time": True}
+    monkeypatch.setattr(compiler, "_CPU_OPTIONS", unknown)
+    assert compiler_options() == usual
 
 
 @on_cpu
@@ -157,6 +179,7 @@ def test_the_compiler_options_leave_the_environment_as_it_is():
 def test_the_users_own_choice_among_xlas_flags_wins():
     flags = "--xla_cpu_experimental_ynn_fusion_type=individual_dot"
     flags += " --xla_backend_optimization_level=2"
+    flags += " --xla_cpu_experimental_onednn_custom_call=false"
     assert in_a_fresh_process(OPTIONS, XLA_FLAGS=flags) == f"False {flags}"
 
 

@@ -114,7 +114,7 @@ def test_the_programs_of_a_run_are_compiled_as_its_config_says(tmp_path, monkeyp
     for deterministic in (True, False):
         workdir = tmp_path / str(deterministic)
         train_frozen(workdir, training__deterministic=deterministic, training__epochs=1)
-        expected = {"attacks": False, "deterministic": deterministic}
+        expected = {"deterministic": deterministic}
         assert asked
         assert all(options == expected for options in asked)
         asked.clear()
@@ -405,21 +405,6 @@ def make_runner(row, **sizes):
     begin = fresh_carry(method, 40, dataset.image_shape)
     carry = jax.device_put(jax.jit(begin)(jax.random.key(0)), replicated(data_mesh()))
     return runner, plan, carry
-
-
-@pytest.mark.parametrize("steps_per_call", [1, 2])
-@pytest.mark.parametrize(
-    ("row", "attacks"), [("sam,rho=0.1", False), ("at,norm=linf,eps=16", True)]
-)
-def test_a_step_with_a_loop_in_it_is_compiled_as_an_attack(
-    row, attacks, steps_per_call, monkeypatch
-):
-    asked = []
-    monkeypatch.setattr(epoch, "compiler_options", lambda **given: asked.append(given))
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_: None)
-    runner, plan, carry = make_runner(row, training__steps_per_call=steps_per_call)
-    runner.compile(plan.chunks()[0], [carry])
-    assert asked == [{"attacks": attacks, "deterministic": False}]
 
 
 def test_nothing_travels_between_host_and_device_within_an_epoch():

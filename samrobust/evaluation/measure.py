@@ -223,7 +223,7 @@ def jit_for_all(function: Callable[..., Any]) -> Callable[..., Any]:
 
     return jax.jit(
         precise,
-        compiler_options=compiler_options(attacks=True),
+        compiler_options=compiler_options(),
         out_shardings=replicated(data_mesh()),
     )
 

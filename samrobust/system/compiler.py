@@ -18,22 +18,19 @@ _YNN_FLAG = "xla_cpu_experimental_ynn_fusion_type"
 # LLVM's first level compiles in two thirds of the time of XLA's usual one. Steps and
 # attacks take as long: convolutions and products are in libraries.
 _LEVEL = "xla_backend_optimization_level"
+# oneDNN, in jaxlib 0.12 and newer, takes 0.75 to 0.9 times as long as Eigen for a
+# convolution and its image's gradient. Its kernel's stays with Eigen, see
+# `samrobust.models.conv`.
 _CPU_OPTIONS: dict[str, str | bool] = {
     _YNN_FLAG: "LIBRARY_FUSION_TYPE_REDUCE",
     _LEVEL: "1",
-}
-# oneDNN, in jaxlib 0.12 and newer, takes 0.75 to 0.9 times as long as Eigen for a
-# convolution and its image's gradient, but up to 1.7 times as long for its kernel's.
-_ATTACK_OPTIONS: dict[str, str | bool] = {
-    "xla_cpu_experimental_onednn_custom_call": True
+    "xla_cpu_experimental_onednn_custom_call": True,
 }
 _DETERMINISTIC_FLAG = "xla_gpu_deterministic_ops"
 _added_options: dict[str, str | bool] = {}
 
 
-def compiler_options(
-    *, attacks: bool = False, deterministic: bool = False
-) -> dict[str, str | bool]:
+def compiler_options(*, deterministic: bool = False) -> dict[str, str | bool]:
     """Returns XLA options for a program on this process's devices.
 
     Given with each program (`jax.jit(..., compiler_options=...)`), so that nothing is
@@ -41,8 +38,6 @@ def compiler_options(
     ends the process.
 
     Args:
-      attacks: most of the program's time goes to passes that compute no gradients of
-        weights, as in attacks and evaluations.
       deterministic: on GPUs take only algorithms that give the same bits at every run,
         and choose none of them by its time. Programs for CPUs are so anyway, and XLA
         has no other ones for TPUs.
@@ -54,7 +49,7 @@ def compiler_options(
     import jax
 
     platform = jax.default_backend()
-    found = _cpu_options(attacks=attacks) if platform == "cpu" else {}
+    found = _cpu_options() if platform == "cpu" else {}
     if deterministic and platform == "gpu":
         found = found | {_DETERMINISTIC_FLAG: True}
     return found | _added_options
@@ -90,17 +85,16 @@ def parse_compiler_options(flags: str) -> dict[str, str | bool]:
     return found
 
 
-def _cpu_options(*, attacks: bool) -> dict[str, str | bool]:
+def _cpu_options() -> dict[str, str | bool]:
     """Returns those options that XLA knows and the user did not choose."""
     import jax
 
-    options = _CPU_OPTIONS | (_ATTACK_OPTIONS if attacks else {})
     flags = os.environ.get("XLA_FLAGS", "")
     if jax.config.read("jax_disable_most_optimizations"):  # it sets a level, too
         flags += _LEVEL
     return {
         name: value
-        for name, value in options.items()
+        for name, value in _CPU_OPTIONS.items()
         if name not in flags and _is_known(name, value)
     }
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["equations", "loop_depth"]
+__all__ = ["equations"]
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
@@ -14,16 +14,6 @@ def equations(jaxpr: Any) -> Iterator[Any]:
         yield equation
         for inner in _inner(equation):
             yield from equations(inner)
-
-
-def loop_depth(jaxpr: Any) -> int:
-    """Returns how many loops of a jaxpr stand in each other, at most."""
-
-    def depth(equation: Any) -> int:
-        within = max(map(loop_depth, _inner(equation)), default=0)
-        return within + (equation.primitive.name in ("while", "scan"))
-
-    return max(map(depth, jaxpr.eqns), default=0)
 
 
 def _inner(equation: Any) -> Iterator[Any]:

@@ -20,7 +20,6 @@ from samrobust.checks import check
 from samrobust.data import Split, epoch_permutation, random_crop_and_flip, take_batch
 from samrobust.system.compiler import compiler_options
 from samrobust.system.distributed import data_mesh, replicate, replicated, shard_batch
-from samrobust.system.jaxprs import loop_depth
 from samrobust.training.repeating import repeat
 from samrobust.training.state import TrainState
 from samrobust.training.step import TrainStep
@@ -226,9 +225,7 @@ class EpochRunner:
       flip: mirror at random.
       mesh: over which batches are split; all else is replicated.
       key: of all batches, augmentations and attacks of the run.
-      attacks: see `samrobust.system.compiler.compiler_options`; by default, whether a
-        step has a loop in it.
-      deterministic: see there.
+      deterministic: see `samrobust.system.compiler.compiler_options`.
     """
 
     def __init__(
@@ -241,13 +238,12 @@ class EpochRunner:
         flip: bool,
         mesh: Mesh,
         key: Array,
-        attacks: bool | None = None,
         deterministic: bool = False,
     ):
         several = isinstance(train_step, Sequence)
         self._train_steps = train_step if several else (train_step,)
         self._plan, self._mesh = plan, mesh
-        self._attacks, self._deterministic = attacks, deterministic
+        self._deterministic = deterministic
         self._augmentation = {"padding": padding, "flip": flip}
         self._placement = replicated(mesh)
         images_and_labels = (split.images, split.labels)
@@ -316,12 +312,7 @@ class EpochRunner:
         name = chunk, len(carries)
         if name not in self._compiled:
             traced = self.trace(chunk, carries)
-            attacks = self._attacks
-            if attacks is None:
-                attacks = loop_depth(traced.jaxpr.jaxpr) > (chunk.num_steps > 1)
-            options = compiler_options(
-                attacks=attacks, deterministic=self._deterministic
-            )
+            options = compiler_options(deterministic=self._deterministic)
             with jax.enable_x64(False):
                 self._compiled[name] = traced.lower().compile(options)
         return self._compiled[name]

@@ -9,7 +9,7 @@ from jax.extend import core
 from jax.flatten_util import ravel_pytree
 
 from samrobust.attacks.casts import split_casts
-from samrobust.system.jaxprs import loop_depth
+from samrobust.system.jaxprs import equations
 from samrobust.types import Array
 
 __all__ = ["repeat"]
@@ -38,7 +38,8 @@ def repeat(step: Callable[[Any], Any], carry: Any, times: int) -> Any:
         return jax.tree.leaves(step(jax.tree.unflatten(structure, leaves)))
 
     closed = jax.make_jaxpr(step_of_leaves)(*leaves)
-    joins = loop_depth(closed.jaxpr) == 0
+    names = {equation.primitive.name for equation in equations(closed.jaxpr)}
+    joins = names.isdisjoint(("while", "scan"))
     small = [x for x, leaf in enumerate(leaves) if joins and _is_small(leaf)]
     large = [x for x in range(len(leaves)) if x not in small]
     _, separate = ravel_pytree([leaves[x] for x in small])

@@ -125,7 +125,6 @@ def training(
         **_augmentation(config),
         mesh=data_mesh(),
         key=jax.random.key(1),
-        attacks=True if unroll else None,  # compiled as the loop is
         deterministic=config.training.deterministic,
     )
     return runner, plan.chunks()[0], begin

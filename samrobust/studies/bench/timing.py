@@ -15,6 +15,7 @@ from typing import Any
 __all__ = ["measure", "peak_resident_bytes"]
 
 _WARMUP_SECONDS = 1.0
+_STEADY, _PATIENCE = 1.1, 4
 
 
 def measure(
@@ -32,7 +33,8 @@ def measure(
       repeats: number of repeats, >= 1.
       min_seconds: length of a repeat, as far as whole calls allow; > 0.
       warmup_calls: calls before, at least; and at least a repeat or a second of them,
-        whichever is shorter.
+        whichever is shorter; and until the last three take the same time within 10 %,
+        for a heap may still grow after the first ones, but at most four times as many.
       wait: waits for the work, given what the last call returned.
     """
 
@@ -44,10 +46,18 @@ def measure(
         return (time.perf_counter() - started) / calls
 
     warmup, end = [], time.perf_counter() + min(min_seconds, _WARMUP_SECONDS)
-    while len(warmup) < warmup_calls or time.perf_counter() < end:
+    while (
+        len(warmup) < warmup_calls
+        or time.perf_counter() < end
+        or (len(warmup) < _PATIENCE * warmup_calls and not _is_steady(warmup[-3:]))
+    ):
         warmup.append(seconds_of(1))
     calls = max(1, math.ceil(min_seconds / min(warmup)))
     return [seconds_of(calls) for _ in range(repeats)]
+
+
+def _is_steady(seconds: list[float]) -> bool:
+    return max(seconds) <= _STEADY * min(seconds)
 
 
 def peak_resident_bytes() -> int:
