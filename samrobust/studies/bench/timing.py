@@ -33,7 +33,7 @@ def measure(
       repeats: number of repeats, >= 1.
       min_seconds: length of a repeat, as far as whole calls allow; > 0.
       warmup_calls: calls before, at least; and at least a repeat or a second of them,
-        whichever is shorter; and until the last three take the same time within 10 %,
+        whichever is shorter; and until the last three are within 10 % of the fastest,
         for a heap may still grow after the first ones, but at most four times as many.
       wait: waits for the work, given what the last call returned.
     """
@@ -49,7 +49,7 @@ def measure(
     while (
         len(warmup) < warmup_calls
         or time.perf_counter() < end
-        or (len(warmup) < _PATIENCE * warmup_calls and not _is_steady(warmup[-3:]))
+        or (len(warmup) < _PATIENCE * warmup_calls and not _is_steady(warmup))
     ):
         warmup.append(seconds_of(1))
     calls = max(1, math.ceil(min_seconds / min(warmup)))
@@ -57,7 +57,7 @@ def measure(
 
 
 def _is_steady(seconds: list[float]) -> bool:
-    return max(seconds) <= _STEADY * min(seconds)
+    return max(seconds[-3:]) <= _STEADY * min(seconds)
 
 
 def peak_resident_bytes() -> int:
