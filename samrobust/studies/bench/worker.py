@@ -87,7 +87,7 @@ def measured(task: Task, options: Options, path: str) -> dict[str, Any]:
         measure,
         repeats=options.repeats,
         min_seconds=min(options.min_seconds, longest),
-        warmup_calls=3 if jax.default_backend() == "cpu" else 10,
+        warmup_calls=6 if jax.default_backend() == "cpu" else 10,
         wait=jax.block_until_ready,
     )
     traced = functools.partial(_trace, folder=path)

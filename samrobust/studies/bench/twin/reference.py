@@ -136,7 +136,7 @@ def run(spec: TwinSpec, arrays: Arrays) -> dict[str, Any]:
         _stepper(spec, trainer),
         repeats=spec.repeats,
         min_seconds=spec.min_seconds,
-        warmup_calls=10 if on_cuda else 3,
+        warmup_calls=10 if on_cuda else 6,
         wait=lambda _: torch.cuda.synchronize() if on_cuda else None,
     )
     check(
