@@ -34,7 +34,7 @@ _HOMES = {
     ),
     "samrobust.training": (
         *("Adversary", "Averaging", "Method", "Objective", "RunFolder", "TrainState"),
-        *("as_adversary", "as_objective", "fit", "make_train_step"),
+        *("as_adversary", "fit", "make_train_step"),
     ),
     "samrobust.training.averaging.ema": ("ema",),
     "samrobust.training.averaging.fawa": ("fawa",),

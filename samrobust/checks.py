@@ -115,7 +115,8 @@ def check_whole(low: int, high: int = LARGEST_COUNT, /, **values: Any) -> None:
     """
     for name, value in values.items():
         is_whole = isinstance(value, int) and not isinstance(value, bool)
-        check(is_whole, f"a whole number for {name}", **{name: value})
+        fix = _as_python(name, value)
+        check(is_whole, f"a whole number for {name}", fix, **{name: value})
         check(low <= value, f"{low} <= {name}", **{name: value})
         check(value <= high, f"{name} <= {high}", **{name: value})
 
@@ -129,9 +130,15 @@ def check_real(low: float, high: float, /, **values: Any) -> None:
     """
     for name, value in values.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        check(is_number, f"a number for {name}", **{name: value})
+        fix = _as_python(name, value)
+        check(is_number, f"a number for {name}", fix, **{name: value})
         check(low <= value, f"{low:g} <= {name}", **{name: value})
         check(value <= high, f"{name} <= {high:g}", **{name: value})
+
+
+def _as_python(name: str, value: Any) -> str:
+    """Returns how a NumPy scalar becomes a number of Python, which has no dtype."""
+    return f"Give {name}.item()." if hasattr(value, "item") else ""
 
 
 def check_radius(norm: str, /, **values: Any) -> None:

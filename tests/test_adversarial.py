@@ -59,7 +59,7 @@ def record(num_steps: int) -> Method:
         state = TrainState(state.step + 1, notes, {}, (), ())
         return state, dict.fromkeys(metric_names(state), jnp.zeros([]))
 
-    return Method(init, step)
+    return Method(init, step, lambda _, images: jnp.zeros([len(images), 10]))
 
 
 def noted(replays: int, epochs: int) -> dict[str, np.ndarray]:

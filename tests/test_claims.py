@@ -379,14 +379,17 @@ def test_a_removed_workdir_is_lost(tmp_path, monkeypatch):
 
 
 def test_files_left_by_a_kill_are_removed_by_the_holder_alone(tmp_path):
-    left = tmp_path / ".config.json.abc.tmp"
+    left, new = (tmp_path / f".config.json.{name}.tmp" for name in ("abc", "def"))
     with claim(tmp_path):
         left.touch()
+        new.touch()
+        os.utime(left, (0, 0))
         with pytest.raises(ClaimedError):
             claim(tmp_path).__enter__()
         assert left.exists()
     with claim(tmp_path):
         assert not left.exists()
+        assert new.exists()  # another process may be about to rename it
 
 
 def test_a_claimed_workdir_is_refused_until_it_is_free(tmp_path):

@@ -629,8 +629,8 @@ def upstream_in_words() -> list[str]:
         said.append((min(ratios), max(ratios), over_all))
     (low, high, over_all), (lower, higher, over_cifar) = said
     return [
-        f"the same accuracy in {len(lines)} comparisons under l-inf and l2 but for "
-        f"{apart} images of {sum(x['num_test'] for x in lines):,}",
+        f"the same accuracy in {len(lines)} comparisons under l-inf and l2 except "
+        f"for {apart} images of {sum(x['num_test'] for x in lines):,}",
         f"upstream took {low:.1f} to {high:.1f} times our time on digits, "
         f"{over_all:.1f} overall",
         f"and {lower:.1f} to {higher:.1f} times, {over_cifar:.1f} overall, on 100 "

@@ -335,16 +335,14 @@ def test_the_plans_of_all_calls_are_kept_each_run_once(tmp_path):
     ]
 
 
-def test_a_plan_that_another_call_overwrote_is_written_again(tmp_path, monkeypatch):
-    theirs = {"runs": [{"path": "theirs/seed0"}]}
-    write, others = sweep.write_json, [theirs]
+def test_what_another_call_plans_meanwhile_is_kept(tmp_path, monkeypatch):
+    in_turn = sweep.claim_in_turn
 
-    def write_and_lose(path, value):
-        write(path, value)
-        if others:
-            write(path, others.pop())
+    def after_theirs(folder):
+        sweep.write_json(tmp_path / "plan.json", {"runs": [{"path": "theirs/seed0"}]})
+        return in_turn(folder)
 
-    monkeypatch.setattr(sweep, "write_json", write_and_lose)
+    monkeypatch.setattr(sweep, "claim_in_turn", after_theirs)
     sweep.record_plan(tmp_path, make_runs(tmp_path, ["st"]))
     assert read_plan(tmp_path).keys() == {"theirs/seed0", "st/seed0"}
 

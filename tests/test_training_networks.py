@@ -20,7 +20,7 @@ from samrobust.experiments.building import make_method, make_plan
 from samrobust.models import BatchNorm, PreActResNet
 from samrobust.sharpness import sam
 from samrobust.system.distributed import data_mesh
-from samrobust.training import as_adversary, as_objective, make_train_step
+from samrobust.training import Objective, as_adversary, make_train_step
 from samrobust.training.checkpoint import Checkpoints
 from samrobust.training.epoch import Chunk, EpochRunner
 from samrobust.training.fit import fresh_carry
@@ -148,7 +148,7 @@ def test_every_group_drops_units_of_its_own_in_both_passes():
     images, labels = make_batch(4)
     views = {"adversarial": jnp.concatenate([images] * 2)}
     twice = (views, jnp.concatenate([labels] * 2), KEY)
-    passes = make_passes(model, as_objective(cross_entropy), group_size=4)
+    passes = make_passes(model, Objective(cross_entropy), group_size=4)
     params = make_state(model)[1].params
     first = passes.first(params, {}, *twice)
     stacked = jax.tree.map(lambda w: jnp.stack([w, w]), params)

@@ -16,7 +16,6 @@ from samrobust.experiments.workdir import (
     settle_config,
 )
 from samrobust.system.files import (
-    MetricsLog,
     WorkdirError,
     append_json_line,
     glance,
@@ -304,16 +303,3 @@ def test_the_directory_of_a_table_is_not_that_of_a_run(tmp_path):
     write_json(tmp_path / "plan.json", {"runs": []})
     with pytest.raises(WorkdirError, match="got that of a table"):
         settle_config(tmp_path, helpers.make_config())
-
-
-# The log.
-
-
-def test_a_log_is_written_anew_from_the_lines_that_are_known(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 4}\n{"step": 8}\n{"step": 12, "epo')
-    lines = [{"step": 4}, {"step": 8}]
-    log = MetricsLog(path, lines)
-    assert helpers.read_lines(path) == lines
-    log.append({"step": 12, "again": True})
-    assert helpers.read_lines(path) == [*lines, {"step": 12, "again": True}]

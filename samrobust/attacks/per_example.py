@@ -169,4 +169,7 @@ def likeliest_wrong(logits: Array, labels: Array) -> Array:
     """
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     others = jnp.where(is_label, -jnp.inf, logits)
-    return jnp.argsort(others, axis=-1, descending=True)[:, :-1]
+    likeliest = jnp.argsort(others, axis=-1, descending=True)
+    # The label last: a network may give other classes logits of -inf, too.
+    last = jnp.argsort(jnp.take_along_axis(is_label, likeliest, -1), axis=-1)
+    return jnp.take_along_axis(likeliest, last, -1)[:, :-1]

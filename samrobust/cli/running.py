@@ -1,6 +1,7 @@
 """How a command runs: signals, exit codes, and errors that the user can fix."""
 
 import argparse
+import logging
 import signal
 import traceback
 import warnings
@@ -53,6 +54,7 @@ def _run(run: Run, arguments: argparse.Namespace, stop: runtime.StopRequest) -> 
         jax.config.update("jax_enable_x64", False)  # a seed would draw other numbers
         runtime.enable_compilation_cache()
         runtime.keep_freed_memory()
+        logging.getLogger("absl").addFilter(_is_news)
         if arguments.command in _ALONE:
             distributed.check_platform()
         return run(arguments, stop)
@@ -101,6 +103,17 @@ def _code_of(error: Exception) -> int | None:
         return runtime.BAD_INPUT
     out_of_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
     return runtime.FAILED if isinstance(error, OSError) or out_of_memory else None
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Leaves out of the log what is said once by `CheckpointError`, or is no news.
+
+    Orbax logs the traceback of a failed write up to five times. That a save waits for
+    the one before tells of a busy disk alone.
+    """
+    return "orbax" not in record.pathname or (
+        record.levelno != logging.ERROR and "previous save" not in str(record.msg)
+    )
 
 
 def _say(text: str, error: BaseException) -> None:

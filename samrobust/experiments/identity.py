@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from samrobust.data import Dataset, fingerprint
+from samrobust.data import DATASETS, Dataset, DatasetFacts, fingerprint
 from samrobust.experiments.configuration import (
     CHANGES_NO_RESULT,
     as_dict,
@@ -36,6 +36,7 @@ FORMAT = 1
 
 _PACKAGES = ("samrobust", "jax", "jaxlib", "flax", "optax")
 _IMPORTED = "import "  # begins the `data` of a network from a file
+_NORMALIZED = " mean "  # begins what follows the fingerprint of data of one's own
 _LENGTH = 16  # of a hash, in hexadecimal digits
 
 
@@ -47,7 +48,9 @@ class Identity:
       config: of the run, as JSON holds it; with parts, a network or an optimizer of
         somebody's own also `source`, the SHA-256 of their files.
       data: fingerprint of the training and held-out examples; of an imported network
-        the digest of its file; None where nothing is known.
+        the digest of its file; None where nothing is known. With the mean and the
+        deviation by which the network normalizes, where the name of the data does not
+        say them.
       format: `FORMAT` when the run began.
       random: what JAX drew from key 0: another generator, chosen by a setting or by
         another version, makes another run.
@@ -126,13 +129,13 @@ class Identity:
           other: the run that reads what this one left.
           draws: whether it draws further random numbers of the run.
         """
-        changed, both = (
-            changed_fields(self.config, other.config),
-            (self.data, other.data),
-        )
+        changed = changed_fields(self.config, other.config)
+        both = self.data, other.data
         was, is_now = ((data or "").startswith(_IMPORTED) for data in both)
         if None not in both and not (was and not is_now):
-            changed |= differences({"data": self.data}, {"data": other.data})
+            if not all(_NORMALIZED in data for data in both):  # of older versions
+                both = tuple(data.partition(_NORMALIZED)[0] for data in both)
+            changed |= differences(*({"data": data} for data in both))
         changed |= differences({"format": self.format}, {"format": other.format})
         told = [
             f"{name.removeprefix('source.')}.py has changed"
@@ -149,22 +152,26 @@ class Identity:
 
 
 def identity_of(
-    config: Config, dataset: Dataset | None, digest: str | None = None
+    config: Config, dataset: Dataset | DatasetFacts | None, digest: str | None = None
 ) -> Identity:
     """Returns the identity of a run that this process would begin.
 
     Args:
       config: of the run.
       dataset: that of `config.data`; None where the network was not trained on it, or
-        one without test images where no image is at hand.
+        facts or one without test images where no image is at hand.
       digest: SHA-256 of the file that the network was imported from, if it was.
     """
     names = [part.name for part in parts_of(config)]
     names += [config.model.name, config.training.optimizer]
     source = sources(filter(is_reference, names))
     data = None if digest is None else f"{_IMPORTED}{digest}"
-    if data is None and dataset is not None and len(dataset.test):
+    if data is None and isinstance(dataset, Dataset) and len(dataset.test):
         data = f"{fingerprint(dataset.train)}+{fingerprint(dataset.validation)}"
+    if data is not None and dataset is not None and config.data.name not in DATASETS:
+        mean, std = config.model.mean or dataset.mean, config.model.std or dataset.std
+        numbers = (" ".join(f"{x:.9g}" for x in each) for each in (mean, std))
+        data += _NORMALIZED + " std ".join(numbers)
     return Identity(
         config=as_dict(config) | ({"source": source} if source else {}),
         data=data,

@@ -135,7 +135,8 @@ def load_network(
         lambda: glance(workdir / "import.json").get("sha256")
     )
     images = dataset if isinstance(dataset, Dataset) else None
-    expected = identity_of(own, images, digest)
+    known = images if digest is None else dataset
+    expected = identity_of(own, known, digest)
 
     def refuse(metadata: dict[str, Any]) -> str:
         return expected.refuse(metadata.get("identity"), draws=False)
@@ -209,7 +210,8 @@ def save_variables(
         return LoopState(state, carry.totals)
 
     carry = make(jax.random.key(config.seed), variables)
-    metadata = checkpoint_metadata(identity_of(config, None, digest))
+    known = None if digest is None else dataset
+    metadata = checkpoint_metadata(identity_of(config, known, digest))
     with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
         checkpoints.save(0, carry, metadata, wait=True)
 

@@ -35,7 +35,7 @@ from samrobust.experiments.workdir import (
     config_changes,
     read_result,
 )
-from samrobust.system.claims.lease import ClaimedError
+from samrobust.system.claims.lease import ClaimedError, claim_in_turn
 from samrobust.system.distributed import broadcast_from_primary, met_by_all
 from samrobust.system.failures import describe, is_transient, read_failure
 from samrobust.system.files import WorkdirError, write_json
@@ -311,8 +311,10 @@ def record_plan(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> None:
         }
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        # Read again after writing: others may be adding theirs.
-        while (plan := read_plan(workdir)) != (together := plan | ours):
+        if (plan := read_plan(workdir)) == plan | ours:
+            return
+        with claim_in_turn(workdir / ".planning"):  # others may be adding theirs
+            together = read_plan(workdir) | ours
             write_json(workdir / "plan.json", {"runs": list(together.values())})
     except OSError as error:
         what = f"Expected a writable directory, got workdir={str(workdir)!r}: {error}."

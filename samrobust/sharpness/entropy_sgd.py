@@ -3,6 +3,7 @@
 Reference: Chaudhari et al. (2017), arXiv 1611.01838, Algorithm 1.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -20,8 +21,7 @@ __all__ = ["ENTRY", "entropy_sgd"]
 _KEPT = 0.75  # share of the old mean that an inner step keeps, alpha in the paper
 
 
-def _rate(**values: float) -> None:
-    check_real(1e-12, 1e3, **values)
+_rate = functools.partial(check_real, 1e-12, 1e3)
 
 
 def entropy_sgd(

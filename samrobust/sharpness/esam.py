@@ -3,6 +3,7 @@
 Reference: Du et al. (2022), arXiv 2110.03141, Algorithm 1.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +22,7 @@ from samrobust.types import Array, Entry, Field, PyTree
 __all__ = ["ENTRY", "esam"]
 
 
-def _fraction(**values: float) -> None:
-    check_real(0.01, 1, **values)
+_fraction = functools.partial(check_real, 0.01, 1)
 
 
 def esam(

@@ -3,6 +3,8 @@
 Reference: Kim et al. (2022), arXiv 2206.04920, equations (7) to (9).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,8 +19,7 @@ from samrobust.types import Array, Entry, Field, PyTree
 __all__ = ["ENTRY", "fisher_sam"]
 
 
-def _eta(**values: float) -> None:
-    check_real(0, 1e30, **values)
+_eta = functools.partial(check_real, 0, 1e30)
 
 
 def fisher_sam(

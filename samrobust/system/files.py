@@ -9,13 +9,12 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from samrobust.system import storage
 
 __all__ = [
-    "MetricsLog",
     "WorkdirError",
     "append_json_line",
     "check_writable",
@@ -210,20 +209,3 @@ def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
             if isinstance(line, dict):
                 lines.append(line)
     return lines
-
-
-class MetricsLog:
-    """`metrics.jsonl`: an object an epoch, in order, each epoch once.
-
-    Args:
-      path: of the file, which is written again from `lines`.
-      lines: of the epochs so far; the list grows with the file.
-    """
-
-    def __init__(self, path: pathlib.Path, lines: Sequence[dict[str, Any]]):
-        self._path = path
-        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-    def append(self, line: dict[str, Any]) -> None:
-        """Adds an epoch; durable on return."""
-        append_json_line(self._path, line)

@@ -1,7 +1,7 @@
 """Training: what a method is composed of, the one step, the epoch, the loop.
 
-init, train_step = make_train_step(model, tx, adversary=..., objective=...)
-outcome = fit(Method(init, train_step), split, epochs=20, batch_size=64, key=key)
+method = make_train_step(model, tx, adversary=..., objective=...)
+outcome = fit(method, split, epochs=20, batch_size=64, key=key)
 """
 
 from samrobust.training.fit import FitResult, InterruptedRunError, Progress, fit
@@ -11,7 +11,6 @@ from samrobust.training.parts import (
     Averaging,
     Objective,
     as_adversary,
-    as_objective,
 )
 from samrobust.training.state import TrainState
 from samrobust.training.step import Method, TrainStep, make_train_step
@@ -30,7 +29,6 @@ __all__ = [
     "TrainStep",
     "TrainingDivergedError",
     "as_adversary",
-    "as_objective",
     "fit",
     "make_train_step",
 ]

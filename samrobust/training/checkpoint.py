@@ -18,7 +18,6 @@ out of scope: save `jax.random.key_data(key)`.
 import contextlib
 import dataclasses
 import functools
-import logging
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -41,15 +40,6 @@ from samrobust.training.reader import ALONE, DamagedError, Reader
 from samrobust.types import PyTree
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored"]
-
-# On a failed write Orbax logs the same traceback up to five times; `CheckpointError`
-# has it as its cause. That a save waits for the one before tells of a busy disk alone.
-logging.getLogger("absl").addFilter(
-    lambda record: (
-        "orbax" not in record.pathname
-        or (record.levelno != logging.ERROR and "previous save" not in str(record.msg))
-    )
-)
 
 
 class CheckpointError(RuntimeError):

@@ -72,8 +72,8 @@ class Chunk:
     """Work of one call of the device: `num_steps` steps on batches of `batch_size`.
 
     Attributes:
-      num_steps: see above.
-      batch_size: see above.
+      num_steps: training steps in the call.
+      batch_size: examples of a step, over all devices.
       phase: of the training, whose step is taken.
     """
 
@@ -260,7 +260,7 @@ class EpochRunner:
         return time.monotonic()
 
     def rest(self) -> None:
-        """Says that what follows, up to the next call, is no training."""
+        """Stops the training clock until the next call."""
 
     def permutation(self, epoch: int) -> Array:
         """Returns the order of the examples in an epoch, int32 [N]."""
@@ -324,7 +324,7 @@ class EpochRunner:
         )
         labels = self._data[1]
         permutation = jax.ShapeDtypeStruct(
-            labels.shape, labels.dtype, sharding=self._placement
+            labels.shape, jnp.int32, sharding=self._placement
         )
         permutations = [permutation] * len(carries)
         keys = [self._step_key] * len(carries)

@@ -141,11 +141,12 @@ def fit(
         last step of each epoch.
       after_epoch: called after each epoch with the state, for what no step can do;
         returns the state to go on with, in shapes and placement alike, and numbers for
-        the epoch's line, which begin with `validation_` there. Pure.
-      validate: called thereafter with the state; its `score` (higher is better)
-        decides which state is kept as the best one.
+        the epoch's line, which begin with `validation_` there. Pure. The arrays of the
+        state are donated to the next step: copy what you keep.
+      validate: called thereafter with the state, to which that applies, too; its
+        `score` (higher is better) decides which state is kept as the best one.
       on_progress: called after each call of the device.
-      should_stop: called as often; if true, the state is saved and the run stops. It
+      should_stop: called then, too; if true, the state is saved and the run stops. It
         must return the same in all processes, see `AgreedStop`.
       companion: of a `Lockstep`, for a run whose calls are taken together with others;
         `should_stop` is then its own.
@@ -206,7 +207,7 @@ def fit(
 
 def _check_labels(method: Method, state: TrainState, split: Split) -> None:
     """Refuses labels that the network has no logit for."""
-    if method.logits is not None and len(split):
+    if len(split):
         images = jax.ShapeDtypeStruct((1, *split.images.shape[1:]), jnp.float32)
         num_classes = jax.eval_shape(method.logits, state, images).shape[-1]
         check_labels(num_classes, labels=split.labels)

@@ -163,7 +163,7 @@ class Companion:
         return self.spent
 
     def rest(self) -> None:
-        """Says that what follows, up to the next call, is no training."""
+        """Stops the training clock until the next call."""
         self._lockstep.note(trains=False)
 
     def should_stop(self) -> bool:

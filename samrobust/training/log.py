@@ -7,6 +7,7 @@ all processes must know, such as a failed write at the end, reaches all of them.
 import collections
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import time
@@ -17,11 +18,11 @@ import jax
 from jax.sharding import Mesh
 
 from samrobust.system.distributed import broadcast_from_primary, is_primary
-from samrobust.system.files import MetricsLog
+from samrobust.system.files import append_json_line, write_text
 from samrobust.system.storage import to_path
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
 from samrobust.training.epoch import LoopState, MetricSums
-from samrobust.training.restoring import read_and_spread
+from samrobust.training.restoring import abstract, read_and_spread
 from samrobust.types import Array
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "RunIdentity",
     "RunLog",
     "TrainingDivergedError",
-    "abstract",
     "checkpoint_folder",
     "checkpoint_metadata",
 ]
@@ -244,7 +244,7 @@ class RunFolder(RunLog):
         # Those that the kept checkpoints, and one in the making, name as their best.
         self._named = collections.deque[int](maxlen=keep + 1)
         self._saved_step, self._saved_at = -1, clock()
-        self._log: MetricsLog | None = None  # of process 0
+        self._log = self._workdir / "metrics.jsonl"
 
     def __exit__(
         self, error_type: type[BaseException] | None, *exc_info: object
@@ -265,7 +265,9 @@ class RunFolder(RunLog):
           CheckpointError: if the state is not of this run, or beyond `num_steps`.
         """
         restored, own = self._find(fresh, mesh), self.identity
-        if restored is not None:
+        if restored is None:  # a best one is left of a run that was killed
+            broadcast_from_primary(lambda: self._best.retain(lambda _: False))
+        else:
             step, metadata = restored.step, restored.metadata
             if not step == int(restored.state.state.step) <= num_steps:
                 raise CheckpointError(
@@ -277,22 +279,23 @@ class RunFolder(RunLog):
                 self.identity = own.resumed(metadata["identity"])
             self.earlier_seconds = metadata["epoch_seconds"]
             self.lines = list(metadata["lines"])
-            self._restore_best(step, metadata)
+            self._restore_best(metadata)
 
-        def open_log() -> None:
+        def write_log() -> None:
             self._workdir.mkdir(parents=True, exist_ok=True)
-            self._log = MetricsLog(self._workdir / "metrics.jsonl", self.lines)
+            write_text(self._log, "".join(json.dumps(x) + "\n" for x in self.lines))
 
-        broadcast_from_primary(open_log)
+        broadcast_from_primary(write_log)
         return fresh if restored is None else restored.state
 
-    def _restore_best(self, step: int, metadata: dict[str, Any]) -> None:
-        """Goes back to the best as of a step: rounding may lead elsewhere after it."""
+    def _restore_best(self, metadata: dict[str, Any]) -> None:
+        """Goes back to the best of then: rounding may lead elsewhere after it."""
         self._best_score = metadata["best_score"]
-        self._best_step = metadata.get("best_step")
-        if self._best_step is not None:  # else of an older version
-            self._named.append(self._best_step)
-            broadcast_from_primary(lambda: self._best.retain(lambda s: s <= step))
+        if "best_step" in metadata:  # else of an older version
+            self._best_step = best = metadata["best_step"]
+            self._named.extend([] if best is None else [best])
+            newest = -1 if best is None else best
+            broadcast_from_primary(lambda: self._best.retain(lambda s: s <= newest))
 
     def _find(self, fresh: LoopState, mesh: Mesh) -> Restored | None:
         """Returns the checkpoint that the run resumes from; None for a new run."""
@@ -311,9 +314,9 @@ class RunFolder(RunLog):
     def append(self, line: dict[str, Any]) -> None:
         """Adds an epoch to the log; no other process waits for process 0's disk."""
         self.lines.append(line)
-        if self._log is not None:
+        if is_primary():
             self._may_write()
-            self._log.append(line)
+            append_json_line(self._log, line)
 
     def save(self, carry: LoopState, step: int, epoch_seconds: float) -> None:
         """Saves the state and waits until it is written, in all processes.
@@ -393,8 +396,3 @@ class RunFolder(RunLog):
             best_step=self._best_step,
             lines=self.lines,
         )
-
-
-def abstract(carry: LoopState) -> LoopState:
-    """Returns the shapes and dtypes of a state."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), carry)

@@ -9,11 +9,9 @@ is an optax transformation, see `samrobust.sharpness`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
-from samrobust.attacks.losses import cross_entropy
-from samrobust.checks import check
-from samrobust.types import Array, Attack, LogitsFn, LossFn, PyTree
+from samrobust.types import Array, Attack, LogitsFn, PyTree
 
 __all__ = [
     "VIEWS",
@@ -23,7 +21,6 @@ __all__ = [
     "Objective",
     "Perturb",
     "as_adversary",
-    "as_objective",
 ]
 
 VIEWS = ("natural", "adversarial")
@@ -128,10 +125,6 @@ class Averaging(NamedTuple):
     join: Callable[[Any, Any], Any] | None = None
 
 
-AdversaryLike: TypeAlias = "Adversary | Attack"
-ObjectiveLike: TypeAlias = "Objective | LossFn"
-
-
 def as_adversary(attack: Attack, *, batch_norm: str = "train") -> Adversary:
     """Lifts an attack to an adversary without a memory."""
 
@@ -141,9 +134,3 @@ def as_adversary(attack: Attack, *, batch_norm: str = "train") -> Adversary:
         return attack(logits_fn, images, labels, key=key), state
 
     return Adversary(perturb, batch_norm=batch_norm)
-
-
-def as_objective(loss: LossFn = cross_entropy) -> Objective:
-    """Lifts a loss to an objective on the images trained on."""
-    check(callable(loss), "loss as a function of logits and labels", loss=loss)
-    return Objective(loss)

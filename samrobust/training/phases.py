@@ -4,6 +4,7 @@ Each phase is a step of its own over one state, compiled by itself: before a par
 begins, a step is the one without it bit for bit, and costs no more.
 """
 
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -26,13 +27,9 @@ __all__ = [
 ]
 
 
-def _start(**values: Any) -> None:
-    check_real(0, 0.999, **values)
-
-
 # Of a part that may come in late: the fraction of the epochs, rounded up to whole ones,
 # after which it is on.
-START = Field(0.0, _start)
+START = Field(0.0, functools.partial(check_real, 0, 0.999))
 
 _Part = TypeVar("_Part", Adversary, optax.GradientTransformationExtraArgs)
 
@@ -50,7 +47,7 @@ class Phase(NamedTuple):
 
 
 def first_epoch(fraction: float, epochs: int) -> int:
-    """Returns the first epoch that is no longer `epoch < fraction * epochs`."""
+    """Returns ceil(fraction * epochs): the first epoch at or after that fraction."""
     # Rounded, as 0.55 * 100 is a little more than 55 in binary.
     return math.ceil(round(fraction * epochs, 6))
 

@@ -12,7 +12,7 @@ from samrobust.system.distributed import broadcast, broadcast_from_primary
 from samrobust.training.checkpoint import Checkpoints, Restored
 from samrobust.types import PyTree
 
-__all__ = ["read_and_spread"]
+__all__ = ["abstract", "read_and_spread"]
 
 
 def read_and_spread(
@@ -49,3 +49,8 @@ def read_and_spread(
 
 def _zeros(model: jax.ShapeDtypeStruct) -> np.ndarray:
     return np.zeros(model.shape, model.dtype)
+
+
+def abstract(carry: PyTree) -> PyTree:
+    """Returns the shapes and dtypes of a state."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), carry)

@@ -19,7 +19,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from samrobust.attacks import identity
-from samrobust.attacks.losses import cross_entropy
+from samrobust.attacks.losses import cross_entropy, misclassified
 from samrobust.checks import check, check_choice
 from samrobust.sharpness import gradient_point, last_aux, last_metrics
 from samrobust.system.distributed import shard_batch
@@ -29,7 +29,6 @@ from samrobust.training.parts import (
     Averaging,
     Objective,
     as_adversary,
-    as_objective,
 )
 from samrobust.training.passes import Views, apply_in_training, make_passes
 from samrobust.training.state import TrainState
@@ -74,7 +73,7 @@ class Method:
 
     init: InitFn
     train_step: TrainStep
-    logits: Callable[[TrainState, Array], Array] | None = None
+    logits: Callable[[TrainState, Array], Array]
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.init, self.train_step))
@@ -160,7 +159,8 @@ def make_train_step(
     """
     check_choice(("first", "second", "both"), batch_stats=batch_stats)
     if not isinstance(objective, Objective):
-        objective = as_objective(objective)
+        check(callable(objective), "a loss of logits and labels", objective=objective)
+        objective = Objective(objective)
     check(
         adversary is not identity or not {*VIEWS} <= {*objective.views},
         "an adversary for an objective that compares images with attacked ones",
@@ -198,7 +198,9 @@ def make_train_step(
             opt_state=tx.init(variables["params"]),
             adversary=adversary.init(zeros),
         )
-        return _averaged(state, None)
+        if averaging is not None:
+            state = dataclasses.replace(state, average=averaging.init(state.variables))
+        return state
 
     def train_step(
         state: TrainState, images: Array, labels: Array, key: Array
@@ -257,7 +259,7 @@ def make_train_step(
         statistics = first.batch_stats
         if batch_stats != "first":
             statistics = last_aux(opt_state, default=first.batch_stats)
-        correct = jnp.argmax(first.logits, axis=-1) == labels
+        correct = ~misclassified(first.logits, labels)
         if adversary.learn is not None:
             assert first.image_grads is not None  # for type checkers
             memory = adversary.learn(
@@ -279,17 +281,10 @@ def make_train_step(
             adversary=memory,
             average=state.average,
         )
-        return _averaged(following, state.step), metrics
-
-    def _averaged(state: TrainState, step: Array | None) -> TrainState:
-        """Returns the state with its average begun, or brought up to date."""
-        if averaging is None:
-            return state
-        if step is None:
-            average = averaging.init(state.variables)
-        else:
-            average = averaging.update(state.average, state.variables, step)
-        return dataclasses.replace(state, average=average)
+        if averaging is not None:
+            average = averaging.update(state.average, following.variables, state.step)
+            following = dataclasses.replace(following, average=average)
+        return following, metrics
 
     def logits(state: TrainState, images: Array) -> Array:
         return cast(Array, model.apply(state.eval_variables, images, train=False))

@@ -25,9 +25,9 @@ from samrobust.system.distributed import broadcast_from_primary
 from samrobust.system.files import WorkdirError
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
 from samrobust.training.epoch import LoopState
-from samrobust.training.log import RunFolder, RunIdentity, abstract, checkpoint_folder
+from samrobust.training.log import RunFolder, RunIdentity, checkpoint_folder
 from samrobust.training.manifest import named_leaves
-from samrobust.training.restoring import read_and_spread
+from samrobust.training.restoring import abstract, read_and_spread
 
 __all__ = ["TRAINED_BY", "BranchFolder", "Trunk"]
 

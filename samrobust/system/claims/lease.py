@@ -36,7 +36,7 @@ __all__ = [
 _REFRESHES = 12  # in a lease
 _KEPT = 16  # generations before the current one
 _TURN = 0.2  # seconds
-_LEFT_BEHIND = 3600.0  # seconds after which a contender's file is nobody's
+_LEFT_BEHIND = 3600.0  # seconds after which a temporary file is nobody's
 
 
 class ClaimedError(WorkdirError):
@@ -123,7 +123,7 @@ class Claim:
 def claim(workdir: pathlib.Path) -> Iterator[Claim]:
     """Makes the directory and holds it for this process; freed on exit, even by a kill.
 
-    Files that a killed process left half written are removed.
+    Files that a killed process left half written an hour ago are removed.
 
     Raises:
       ClaimedError: if another process holds it; names it.
@@ -133,8 +133,6 @@ def claim(workdir: pathlib.Path) -> Iterator[Claim]:
     try:
         (workdir / ".claim").mkdir(parents=True, exist_ok=True)
         generation, token = _acquire(workdir)
-        for left_by_a_kill in workdir.glob(".*.tmp"):
-            left_by_a_kill.unlink(missing_ok=True)
     except OSError as error:
         wanted, why = "a writable directory", f": {error}"
         if mount := storage.fuse_mount(workdir):
@@ -234,7 +232,9 @@ def _acquire(workdir: pathlib.Path) -> tuple[int, str]:
             now = storage.touch(contender)
             holder = read_holder(workdir)
             if holder is not None and holder.token == token:
-                _prune(contender.parent, holder.generation, now)
+                _prune(contender.parent, holder.generation)
+                _remove_left_behind(contender.parent, now)
+                _remove_left_behind(workdir, now)
                 return holder.generation, token
             if holder is not None and not _is_over(workdir, holder, now):
                 raise ClaimedError(
@@ -290,11 +290,15 @@ def _create(contender: pathlib.Path, path: pathlib.Path) -> None:
                 file.write(contender.read_text(encoding="utf-8"))
 
 
-def _prune(folder: pathlib.Path, generation: int, now: float) -> None:
-    """Removes long-superseded generations, and files of killed contenders."""
+def _prune(folder: pathlib.Path, generation: int) -> None:
+    """Removes long-superseded generations."""
     for number in generations(folder):
         if number < generation - _KEPT:
             (folder / f"{number}.json").unlink(missing_ok=True)
+
+
+def _remove_left_behind(folder: pathlib.Path, now: float) -> None:
+    """Removes files that killed processes left half written; others write meanwhile."""
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(FileNotFoundError):
             if now - storage.modified(path) > _LEFT_BEHIND:

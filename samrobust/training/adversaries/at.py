@@ -3,6 +3,7 @@
 Reference: Madry et al. (2018), arXiv 1706.06083, equation (2.1).
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,9 @@ __all__ = [
 # Range of step size / radius. Beyond ten radii steps only jump between the faces of the
 # ball; below this fraction a step is lost in float32's rounding of pixels.
 STEP = (1e-4, 10.0)
-_MOST = 3e38  # finite in float32
+_radius = functools.partial(check_real, 0, 3e38)  # finite in float32
+# The reference code's 1e-10, times a batch below 1e7.
+_floor = functools.partial(check_real, 0, 1e-3)
 
 
 def check_alpha(**values: Any) -> None:
@@ -48,14 +51,6 @@ def check_alpha(**values: Any) -> None:
 def check_extent(**values: Any) -> None:
     """Refuses a length, in radii, that is negative or leaves every ball."""
     check_real(0, STEP[1], **values)
-
-
-def _radius(**values: Any) -> None:
-    check_real(0, _MOST, **values)
-
-
-def _floor(**values: Any) -> None:
-    check_real(0, 1e-3, **values)  # the reference code's 1e-10 times a batch below 1e7
 
 
 # The fields of every attack by PGD in training; radii and steps in 1/255 units.
@@ -82,7 +77,7 @@ def make_ball(norm: str, epsilon: float, gradient_floor: float = 0.0) -> Ball:
     return linf(epsilon / 255)
 
 
-def check_options(norm: str, eps: float, **_: Any) -> None:
+def check_options(eps: float, norm: str = "linf", **_: Any) -> None:
     """Refuses a radius in other units than 1/255 in the name of a row."""
     check_radius(norm, eps=eps)
 

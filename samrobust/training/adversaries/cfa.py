@@ -18,8 +18,8 @@ from samrobust.training.adversaries.at import (
     attack_passes,
     check_alpha,
     check_extent,
+    check_options,
 )
-from samrobust.training.adversaries.fgsm_rs import check_option
 from samrobust.training.parts import Adversary
 from samrobust.training.phases import first_epoch
 from samrobust.types import Array, Attack, Entry, Field, LogitsFn, PyTree
@@ -178,5 +178,5 @@ ENTRY = Entry(
     options={"eps": "epsilon"},
     fields=FIELDS,
     attack_passes=attack_passes,
-    check=check_option,
+    check=check_options,
 )

@@ -3,6 +3,8 @@
 Reference: Wang et al. (2019), arXiv 2112.08304, Algorithm 1.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -12,8 +14,12 @@ from samrobust.attacks.calls import Call, attack_of
 from samrobust.attacks.losses import cross_entropy
 from samrobust.attacks.per_example import spread
 from samrobust.checks import amount, check_radius, check_real, count
-from samrobust.training.adversaries.at import PGD_FIELDS, attack_passes, check_alpha
-from samrobust.training.adversaries.fgsm_rs import check_option
+from samrobust.training.adversaries.at import (
+    PGD_FIELDS,
+    attack_passes,
+    check_alpha,
+    check_options,
+)
 from samrobust.training.parts import Adversary
 from samrobust.types import Array, Entry, Field, LogitsFn, PyTree
 
@@ -22,8 +28,7 @@ __all__ = ["ENTRY", "dynamic", "first_order_condition"]
 _BOX = (0.0, 1.0)
 
 
-def _end(**values: float) -> None:
-    check_real(1e-6, 1, **values)
+_end = functools.partial(check_real, 1e-6, 1)
 
 
 def first_order_condition(gradients: Array, delta: Array, radius: float) -> Array:
@@ -129,5 +134,5 @@ ENTRY = Entry(
         "batch_norm": PGD_FIELDS["batch_norm"],
     },
     attack_passes=attack_passes,
-    check=check_option,
+    check=check_options,
 )

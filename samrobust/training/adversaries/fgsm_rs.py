@@ -9,17 +9,12 @@ from typing import Any
 from samrobust import attacks
 from samrobust.attacks import linf
 from samrobust.checks import check_radius
-from samrobust.training.adversaries.at import PGD_FIELDS, check_alpha
+from samrobust.training.adversaries.at import PGD_FIELDS, check_alpha, check_options
 from samrobust.training.parts import Adversary, as_adversary
 from samrobust.training.phases import START
 from samrobust.types import Entry, Field
 
-__all__ = ["ENTRY", "ONE_STEP", "check_option", "fgsm_rs", "one_step"]
-
-
-def check_option(eps: float, **_: Any) -> None:
-    """Refuses a radius in other units than 1/255 in the name of a row."""
-    check_radius("linf", eps=eps)
+__all__ = ["ENTRY", "ONE_STEP", "fgsm_rs", "one_step"]
 
 
 def fgsm_rs(
@@ -71,5 +66,5 @@ ENTRY = Entry(
     options={"eps": "epsilon"},
     fields=ONE_STEP,
     attack_passes=one_step,
-    check=check_option,
+    check=check_options,
 )

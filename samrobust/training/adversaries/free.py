@@ -6,8 +6,7 @@ Reference: Shafahi et al. (2019), arXiv 1904.12843, Algorithm 1.
 import jax.numpy as jnp
 
 from samrobust.checks import check_radius, count
-from samrobust.training.adversaries.at import PGD_FIELDS
-from samrobust.training.adversaries.fgsm_rs import check_option
+from samrobust.training.adversaries.at import PGD_FIELDS, check_options
 from samrobust.training.parts import Adversary
 from samrobust.types import Array, Entry, Field, LogitsFn, PyTree
 
@@ -69,5 +68,5 @@ ENTRY = Entry(
     options={"eps": "epsilon", "m": "replays"},
     # Steps in a row that a batch is trained on; all batches are full ones then.
     fields={"epsilon": PGD_FIELDS["epsilon"], "replays": Field(8, count)},
-    check=check_option,
+    check=check_options,
 )

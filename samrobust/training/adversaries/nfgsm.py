@@ -6,8 +6,8 @@ Reference: de Jorge et al. (2022), arXiv 2202.01181, Algorithm 1.
 from samrobust import attacks
 from samrobust.attacks import draws, linf
 from samrobust.checks import check_radius
-from samrobust.training.adversaries.at import check_alpha, check_extent
-from samrobust.training.adversaries.fgsm_rs import ONE_STEP, check_option, one_step
+from samrobust.training.adversaries.at import check_alpha, check_extent, check_options
+from samrobust.training.adversaries.fgsm_rs import ONE_STEP, one_step
 from samrobust.training.parts import Adversary, as_adversary
 from samrobust.types import Array, Entry, Field
 
@@ -60,5 +60,5 @@ ENTRY = Entry(
         "noise": Field(2.0, check_extent),
     },
     attack_passes=one_step,
-    check=check_option,
+    check=check_options,
 )

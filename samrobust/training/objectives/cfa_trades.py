@@ -5,10 +5,14 @@ Reference: Wei et al. (2023), arXiv 2303.14460.
 
 from samrobust.attacks import linf
 from samrobust.attacks.losses import cross_entropy
-from samrobust.checks import amount, check_radius
-from samrobust.training.adversaries.at import attack_passes, check_alpha
+from samrobust.checks import amount, check_radius, share
+from samrobust.training.adversaries.at import (
+    attack_passes,
+    check_alpha,
+    check_extent,
+    check_options,
+)
 from samrobust.training.adversaries.cfa import FIELDS, class_wise
-from samrobust.training.adversaries.fgsm_rs import check_option
 from samrobust.training.objectives import trades
 from samrobust.training.parts import Adversary, Objective
 from samrobust.types import Array, Attack, Entry, Field
@@ -74,8 +78,8 @@ def cfa_trades(
     check_radius("linf", epsilon=epsilon)
     check_alpha(alpha=alpha)
     amount(beta=beta)
-    for name, value in (("base", base), ("base_beta", base_beta), ("begin", begin)):
-        _RULES[name](**{name: value})
+    check_extent(base=base, base_beta=base_beta)
+    share(begin=begin)
     radius = epsilon / 255
 
     def make_attack(radii: Array) -> Attack:
@@ -100,15 +104,14 @@ def cfa_trades(
 _FIELDS = {
     **FIELDS,
     "beta": trades.FIELDS["beta"],
-    "base_beta": Field(0.5, FIELDS["base"].rule),
+    "base_beta": Field(0.5, check_extent),
     "batch_norm": trades.FIELDS["batch_norm"],
 }
-_RULES = {name: field.rule for name, field in _FIELDS.items()}
 ENTRY = Entry(
     cfa_trades,
     "CFA with TRADES (eps = {eps:g}/255, beta = {beta:g})",
     options={"eps": "epsilon", "beta": "beta"},
     fields=_FIELDS,
     attack_passes=lambda values: attack_passes(values) + 1 / 3,
-    check=check_option,
+    check=check_options,
 )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from samrobust import attacks
 from samrobust.attacks.losses import cross_entropy
+from samrobust.checks import amount
 from samrobust.training.adversaries.at import (
     attack_passes,
     check_options,
@@ -17,7 +18,6 @@ from samrobust.training.adversaries.at import (
 )
 from samrobust.training.objectives.trades import (
     FIELDS,
-    amount,
     beside,
     kl_divergence,
 )
