@@ -310,7 +310,10 @@ def test_a_damaged_file_is_refused(content, exported, tmp_path, capsys):
         ({"blocks": 3}, "Expected blocks=[1, 2] as in the tensors"),
         ({"mean": "abc", "std": [1.0]}, "Expected a list of numbers for mean"),
         ({"mean": [0.5]}, "Expected mean and std in the file's metadata, or neither"),
-        ({"mean": [0.5, 0.5], "std": [1.0]}, "Expected one mean or one a channel (1)"),
+        (
+            {"mean": [0.5, 0.5], "std": [1.0]},
+            "Expected one model.mean or one a channel (1)",
+        ),
     ],
 )
 def test_a_header_that_cannot_be_true_is_refused(

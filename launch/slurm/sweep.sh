@@ -35,7 +35,8 @@ source <(grep '^SAMROBUST_[A-Z]*=' "$here/train.sbatch")
 if [ -z "$runs" ]; then
   set +eu # conda's and Lmod's scripts
   # shellcheck source=/dev/null
-  [ "$SAMROBUST_ENV" = none ] || source "$SAMROBUST_ENV"
+  [ "$SAMROBUST_ENV" = none ] || source "$SAMROBUST_ENV" ||
+    refuse "Expected a file that can be sourced, got SAMROBUST_ENV=$SAMROBUST_ENV."
   set -eu
   # shellcheck disable=SC2086 # several words
   runs=$(JAX_PLATFORMS=cpu $SAMROBUST_EXEC samrobust table "$@" --list | wc -l)

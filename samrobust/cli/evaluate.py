@@ -71,6 +71,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.cli.shared import join, show_accuracies
     from samrobust.experiments import building
     from samrobust.experiments.networks import load_network
+    from samrobust.experiments.reporting.names import attack_in_words
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.scoring import Scorer, evaluated_split, evaluation_work
     from samrobust.experiments.workdir import add_evaluation
@@ -95,12 +96,22 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         for column, left in details["after_each"].items():
             cells = ", ".join(f"{member} {value:.2f}" for member, value in left.items())
             console.print(f"{column} after {cells}")
-        console.print(f"What broke which image: {workdir / details['outcome']}")
+        outcome = workdir / details["outcome"]
+        console.print(f"What broke which image: {outcome}")
+        if arguments.save_examples:
+            examples = outcome.with_name(f"{outcome.stem}-examples.npy")
+            console.print(f"Adversarial images: {examples}")
+    num_test = len(evaluated_split(config, dataset))
+    evaluation = config.evaluation.to_dict()
+    console.print(
+        f"On {num_test} {evaluation['split']} images: {attack_in_words(evaluation)}; "
+        f"{which} checkpoint, step {network.step}, run {network.identity.hash}"
+    )
     line = {
         **scored.as_dict(),
-        "evaluation": config.evaluation.to_dict(),
+        "evaluation": evaluation,
         "dtype": config.model.dtype,
-        "num_test": len(evaluated_split(config, dataset)),
+        "num_test": num_test,
         "seed": config.seed,
     }
     path = distributed.broadcast_from_primary(lambda: add_evaluation(workdir, line))

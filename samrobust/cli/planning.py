@@ -34,8 +34,8 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--shard",
         metavar="I/N",
-        help="train every N-th run from the I-th on (0 <= I < N) and no other; the "
-        "worker that finishes the last run of all builds the table",
+        help="every N-th run from the I-th on (0 <= I < N) and no other; of `table`, "
+        "the worker that finishes the last run of all builds the table",
     )
 
 
@@ -99,7 +99,10 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     }
     shared = plan_trunks(workdir, folders)
     runs = [PlannedRun(config, path, shared[path]) for path, config in folders.items()]
-    changed = ", ".join(item.removeprefix("--config.") for item in arguments.overrides)
+    given = [item.removeprefix("--config.") for item in arguments.overrides]
+    # Nor where to: what changes no number is nothing that a reader has to know.
+    silent = configuration.CHANGES_NO_RESULT
+    changed = ", ".join(item for item in given if not item.startswith(silent))
     note = f" Changed from {arguments.config}: {changed}." if changed else ""
     return Plan(workdir, configs, runs, _shard(arguments.shard), note)
 

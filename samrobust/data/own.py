@@ -106,19 +106,21 @@ def read_image(file: IO[bytes] | pathlib.Path) -> np.ndarray:
     from PIL import Image, ImageOps
 
     with Image.open(file) as image:
-        fix = 'Convert it: image.convert("RGB").'
+        mode = image.mode
+        fix = f'Convert it: image.convert("{"L" if mode in ("1", "LA") else "RGB"}").'
+        scale = "Scale its values to 0..255, round, and save it with 8 bits a channel."
+        is_deep = mode.startswith(("I", "F"))  # which Pillow's `convert` would clip
         check(
-            image.mode in ("RGB", "L"),
+            mode in ("RGB", "L"),
             "an RGB or a grayscale image",
-            fix,
-            mode=image.mode,
+            scale if is_deep else fix,
+            mode=mode,
         )
         color = image.info.get("transparency")  # of PNG, in any mode
         check(color is None, "an image without transparency", fix, transparency=color)
         # Pillow's RGB of 16 bits a channel is their upper 8, and says so here alone.
         packed = "".join(str(tile[3]) for tile in image.tile)
-        fix = "Scale it by 255 / 65535, and round."
-        check("16" not in packed, "8 bits a channel", fix, packed=packed)
+        check("16" not in packed, "8 bits a channel", scale, packed=packed)
         pixels = np.asarray(ImageOps.exif_transpose(image))
     return pixels.reshape(*pixels.shape[:2], -1)
 

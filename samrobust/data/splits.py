@@ -172,7 +172,7 @@ def from_arrays(name: str, arrays: Mapping[str, Any]) -> Dataset:
             f"{', '.join(_ARRAYS)}, and at most {', '.join(_FACTS)} beside them",
             arrays=list(arrays) if isinstance(arrays, Mapping) else arrays,
         )
-        x_train, y_train, x_test, y_test = (np.asarray(arrays[key]) for key in _ARRAYS)
+        x_train, y_train, x_test, y_test = (_array(arrays, key) for key in _ARRAYS)
         _check_arrays(x_train=x_train, y_train=y_train)
         _check_arrays(x_test=x_test, y_test=y_test)
         for key, images in (("x_train", x_train), ("x_test", x_test)):
@@ -206,6 +206,14 @@ def _naming(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from error
 
 
+def _array(arrays: Mapping[str, Any], key: str) -> np.ndarray:
+    try:
+        return np.asarray(arrays[key])
+    except ValueError:
+        check(False, f"one shape in all of {key}", type=type(arrays[key]).__name__)
+        raise
+
+
 def _check_arrays(**pair: np.ndarray) -> None:
     """Refuses what are not the images and the labels of a split, by these names."""
     for name, array in pair.items():
@@ -217,6 +225,8 @@ def _check_arrays(**pair: np.ndarray) -> None:
         fix = f"Add the channel axis: {name}[..., None]."
     elif images.dtype.kind == "f":
         fix = f"Pixels in [0, 1] become np.round(255 * {name}).astype(np.uint8)."
+    elif images.dtype.kind in "iu":
+        fix = f"Pixels in 0..255 become {name}.astype(np.uint8)."
     check(
         images.ndim == 4 and images.dtype == np.uint8,
         f"{name} uint8 [N, H, W, C]",
@@ -224,7 +234,10 @@ def _check_arrays(**pair: np.ndarray) -> None:
         shape=images.shape,
         dtype=str(images.dtype),
     )
-    fix = f"A row a label becomes {labels_name}.argmax(1)." if labels.ndim == 2 else ""
+    fix = ""
+    if labels.ndim == 2:
+        one = "[:, 0]" if labels.shape[1] == 1 else ".argmax(1)"
+        fix = f"A row a label becomes {labels_name}{one}."
     if labels.dtype.kind in "US":
         fix = f"Names become np.unique({labels_name}, return_inverse=True)[1]."
     check(

@@ -5,6 +5,7 @@ schedule, attacks. Out of scope: validation, see `samrobust.experiments.validati
 """
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -183,16 +184,29 @@ def _method_maker(
 def _variables_of(
     model: nn.Module, name: str, dataset: Dataset | DatasetFacts
 ) -> Mapping[str, Any]:
-    """Returns the shapes of a network's variables; refuses logits of another shape."""
+    """Returns the shapes of a network's variables.
+
+    Traces it as it is initialized, evaluated and trained, and refuses one that cannot
+    be, with logits of another shape, or with parameters that have no gradient.
+    """
     images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with entries.renamed({}, name):
         logits, variables = jax.eval_shape(
             lambda k, x: model.init_with_output(k, x, train=False), key, images
         )
-    shape, wanted = getattr(logits, "shape", logits), (1, dataset.num_classes)
-    fix = "One logit for each class of the data."
-    check(shape == wanted, f"{name} to return logits {wanted}", fix, logits=shape)
+        shape, wanted = getattr(logits, "shape", logits), (1, dataset.num_classes)
+        fix = "One logit for each class of the data."
+        check(shape == wanted, f"{name} to return logits {wanted}", fix, logits=shape)
+        # A forgotten `use_running_average=not train` or `deterministic=not train`.
+        jax.eval_shape(partial(model.apply, train=False), variables, images)
+    for path, leaf in jax.tree.leaves_with_path(variables.get("params", {})):
+        check(
+            jnp.issubdtype(leaf.dtype, jnp.inexact),
+            f"parameters of {name} that have gradients",
+            "Make constants attributes of the module.",
+            **{jax.tree_util.keystr(path, simple=True, separator="."): leaf.dtype.name},
+        )
     return variables
 
 

@@ -101,6 +101,11 @@ def make_model(config: Config, dataset: Dataset | DatasetFacts) -> nn.Module:
         # A group that is the batch: 0, for an incomplete last one too.
         "batch_norm_group": 0 if group == config.training.batch_size else group,
     }
+    channels = dataset.image_shape[-1]
+    for field in ("mean", "std"):
+        count = len(section[field] or ())
+        wanted = f"one model.{field} or one a channel ({channels})"
+        check(count in (0, 1, channels), wanted, **{f"model.{field}": section[field]})
     fields = {key: section[key] for key in model_fields(name)}
     fields |= {key: tuple(x) for key, x in fields.items() if isinstance(x, list)}
     names = {key: f"model.{key}" for key in (*fields, *_OF_THE_DATA, *_COMMON)}
@@ -117,7 +122,8 @@ def check_model(config: Config) -> None:
     Raises:
       ValueError: as `make_model` and `make_optimizer`.
     """
-    facts = DatasetFacts(10, (32, 32, 3), (0.0,), (1.0,), 1, 1)
+    channels = max(len(config.model.mean or ()), len(config.model.std or ()), 1)
+    facts = DatasetFacts(10, (32, 32, channels), (0.0,), (1.0,), 1, 1)
     make_model(config, facts)
     make_optimizer(config, optax.constant_schedule(0.1))
 

@@ -198,7 +198,14 @@ def save_variables(
     @jax.jit
     def make(key: Array, variables: dict[str, PyTree]) -> LoopState:
         carry = init(key)
-        state = dataclasses.replace(carry.state, **variables)
+        state = dataclasses.replace(
+            carry.state,
+            **jax.tree.map(
+                lambda new, old: jnp.asarray(new, old.dtype),
+                variables,
+                {name: getattr(carry.state, name) for name in variables},
+            ),
+        )
         if state.average:
             average = jax.tree.map(
                 lambda new, old: jnp.array(new, old.dtype),

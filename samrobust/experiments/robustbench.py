@@ -181,7 +181,8 @@ def _claim(evaluation: dict[str, Any] | None) -> dict[str, Any]:
 
 def _claims_in_words(found: dict[str, Any] | None, which: str, full: int) -> str:
     if found is None or found["num_test"] != full:
-        command = f"samrobust evaluate --attack=autoattack --checkpoint={which}"
+        command = "samrobust evaluate --attack=autoattack --workdir=RUN"
+        command += f" --checkpoint={which}"
         lacking = "has not been evaluated by the standard AutoAttack"
         if found is not None:
             count = found["num_test"]

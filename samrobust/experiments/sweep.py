@@ -281,7 +281,13 @@ def refuse_other_configs(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> N
 
     Raises:
       OtherConfigError: says once what differs, before any work.
+      WorkdirError: if the directory is that of a run.
     """
+    if (workdir / "config.json").exists():
+        raise WorkdirError(
+            f"Expected a table's directory, got workdir={str(workdir)!r}, that of a "
+            "run. Choose another --workdir."
+        )
     changed = []
     for planned in runs:
         with contextlib.suppress(WorkdirError):  # a damaged file fails its run alone

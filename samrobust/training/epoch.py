@@ -152,9 +152,11 @@ def make_plan(
         on_cpu = devices.flat[0].platform == "cpu"
         steps_per_call = 1 if on_cpu else _divisor_near(25, full)
     plan = EpochPlan(num_examples, batch_size, steps_per_call, drop_remainder, replays)
+    check(batch_size >= 1, "1 <= batch_size", batch_size=batch_size)
     check(
-        batch_size >= 1 and plan.num_steps > 0,
-        f"batch_size <= {num_examples} (the training examples), not below 1",
+        plan.num_steps > 0,
+        f"batch_size <= {num_examples}, the training examples",
+        "Or keep an incomplete batch: drop_remainder=False." if num_examples else "",
         batch_size=batch_size,
     )
     count = devices.size

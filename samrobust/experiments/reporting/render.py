@@ -60,6 +60,8 @@ def write_pictures(table: Table, directory: Path, name: str) -> tuple[Path, ...]
     paths = write_figure(draw_table(table), directory, name, ("png",))
     if has_prices(table):
         paths += write_figure(draw_prices(table), directory, f"{name}-cost", ("png",))
+    else:  # of other rows
+        (directory / f"{name}-cost.png").unlink(missing_ok=True)
     return paths
 
 
