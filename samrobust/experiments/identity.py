@@ -130,12 +130,12 @@ class Identity:
           draws: whether it draws further random numbers of the run.
         """
         changed = changed_fields(self.config, other.config)
-        both = self.data, other.data
-        was, is_now = ((data or "").startswith(_IMPORTED) for data in both)
-        if None not in both and not (was and not is_now):
-            if not all(_NORMALIZED in data for data in both):  # of older versions
-                both = tuple(data.partition(_NORMALIZED)[0] for data in both)
-            changed |= differences(*({"data": data} for data in both))
+        then, now = self.data or "", other.data or ""
+        was, is_now = (data.startswith(_IMPORTED) for data in (then, now))
+        if then and now and not (was and not is_now):
+            if not (_NORMALIZED in then and _NORMALIZED in now):  # of older versions
+                then, now = (data.partition(_NORMALIZED)[0] for data in (then, now))
+            changed |= differences({"data": then}, {"data": now})
         changed |= differences({"format": self.format}, {"format": other.format})
         told = [
             f"{name.removeprefix('source.')}.py has changed"
