@@ -13,6 +13,7 @@ import pytest
 
 from samrobust.attacks import apgd, apgd_targeted, cross_entropy, dlr, l2, linf
 from samrobust.attacks.apgd import ApgdRun
+from samrobust.attacks.per_example import likeliest_wrong
 
 KEY = jax.random.key(3)
 EPS = float(np.finfo(np.float32).eps)
@@ -316,3 +317,9 @@ def test_too_few_classes_are_refused_and_just_enough_are_attacked(name, needed):
     assert np.mean(jnp.argmax(enough(adversarial), -1) != labels) > 0.9
     with pytest.raises(ValueError, match=f"Expected {needed} classes for the.*DLR"):
         attack(too_few, images, labels * 0, key=KEY)
+
+
+def test_the_label_is_no_target_where_other_classes_have_no_logit_either():
+    logits = jnp.array([[1.0, -jnp.inf, -jnp.inf], [-jnp.inf, 2.0, 3.0]])
+    found = likeliest_wrong(logits, jnp.array([0, 2]))
+    np.testing.assert_array_equal(found, [[1, 2], [1, 0]])

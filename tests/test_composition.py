@@ -160,7 +160,6 @@ def test_the_logits_of_a_method_are_those_of_the_network_as_it_is_evaluated():
     state = init(KEY, IMAGES)
     for _ in range(2):
         state, _ = jax.jit(step)(state, IMAGES, LABELS, KEY)
-    assert method.logits is not None
     found = method.logits(state, IMAGES)
     expected = Network().apply(state.eval_variables, IMAGES, train=False)
     np.testing.assert_array_equal(found, expected)
@@ -179,6 +178,18 @@ def test_labels_that_the_network_has_no_logit_for_are_refused(labels, message):
         fit(method, Split(images, np.asarray(labels)), **options)
     with pytest.raises(ValueError, match=r"^Expected a samrobust\.data\.Split"):
         fit(method, (images, np.asarray(LABELS)), **options)  # pyright: ignore
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_labels_may_be_of_any_integer_type(dtype):
+    images = np.asarray(255 * IMAGES).astype(np.uint8)
+    method = make_train_step(Network(), optax.sgd(0.1))
+    options: Any = {"epochs": 1, "batch_size": len(images), "key": KEY}
+    found, expected = (
+        fit(method, Split(images, np.asarray(LABELS, kind)), **options).state.params
+        for kind in (dtype, np.int32)
+    )
+    helpers.assert_same_bits(found, expected)
 
 
 def test_accuracy_is_that_of_the_images_under_attack():

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import samrobust
 from samrobust.data import Split
 from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.interchange import export_weights
@@ -142,6 +143,39 @@ def test_the_same_config_on_other_data_is_another_run(first, dataset):
         run(config, first, helpers.Silent(), dataset=other)
     with pytest.raises(CheckpointError, match="data is"):
         train(config, other, first)
+
+
+def test_other_means_in_the_same_file_make_another_run(tmp_path):
+    """The name of data of one's own does not say them."""
+    path, images = tmp_path / "own.npz", np.arange(40 * 64).reshape(40, 8, 8, 1)
+    arrays = {
+        name: (images % 251).astype(np.uint8) if name[0] == "x" else np.arange(40) % 4
+        for name in ("x_train", "y_train", "x_test", "y_test")
+    }
+
+    def dataset_with(mean):
+        np.savez(path, allow_pickle=False, **arrays, mean=[mean], std=[0.25])
+        return helpers.load_data(config)
+
+    config = helpers.make_config(
+        "st",
+        {"training.epochs": 1, "training.batch_size": 20, "data.name": str(path)}
+        | {"data.train_size": 40, "data.test_size": 40},
+    )
+    run(config, tmp_path / "run", helpers.Silent(), dataset=dataset_with(0.5))
+    again = run(config, tmp_path / "run", helpers.Silent(), dataset=dataset_with(0.5))
+    changed = dataset_with(0.25)
+    message = r"data is '\w+\+\w+ mean 0\.5 std 0\.25', not '.* mean 0\.25 std"
+    with pytest.raises(WorkdirError, match=message):
+        run(config, tmp_path / "run", helpers.Silent(), dataset=changed)
+    with pytest.raises(CheckpointError, match=message):
+        train(config, changed, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=message):
+        samrobust.load(tmp_path / "run")
+    now = identity_of(config, changed)
+    before = dataclasses.replace(now, data=(now.data or "").partition(" mean")[0])
+    assert before.unlike(now) == "" == now.unlike(before)  # of an older version
+    assert again["identity"] != now.hash
 
 
 def test_a_result_on_other_test_images_is_refused(first, dataset):

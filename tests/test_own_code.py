@@ -215,11 +215,12 @@ MESSAGES = {
     "sam,rho=0.1+mine:stripes": r"^Expected mine:stripes to build one of adversary",
     "odd:data,share=1": r"^Expected another name than data, got part='odd:data'",
     "sam,rho=0.1+odd:sam,rho=1": r"^Expected another name than sam, got part=",
-    "odd:fails,share=1": r"^Expected odd:fails to run, got at .*odd\.py, line 18: Type",
+    "odd:fails,share=1": r"^Expected odd:fails to run, got at .*odd\.py, line 19: Type",
     "odd:by_place,share=1": r"^Expected odd:by_place to run, got: TypeError: .*share",
     "odd:called,kind=../up": r"^Expected letters, digits, _, \. and - for kind, got",
 }
 ODD = '''
+import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
@@ -268,6 +269,35 @@ class NoTrain(nn.Module):
     @nn.compact
     def __call__(self, images):
         return images
+
+
+class Forgets(nn.Module):
+    @nn.compact
+    def __call__(self, images, *, train):
+        features = nn.BatchNorm(use_running_average=False)(images)
+        return nn.Dense(10)(features.reshape(len(images), -1))
+
+
+class Draws(nn.Module):
+    @nn.compact
+    def __call__(self, images, *, train):
+        features = nn.Dropout(0.5, deterministic=False)(images)
+        return nn.Dense(10)(features.reshape(len(images), -1))
+
+
+class Counts(nn.Module):
+    @nn.compact
+    def __call__(self, images, *, train):
+        n = self.param("n", lambda key: jnp.zeros((), int))
+        return nn.Dense(10)(images.reshape(len(images), -1)) + n
+
+
+class Mean(nn.Module):
+    mean: tuple = ()
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return nn.Dense(10)(images.reshape(len(images), -1))
 
 
 def nothing(*_):
@@ -321,6 +351,9 @@ def test_what_a_network_or_an_optimizer_lacks_is_one_line(overrides, own):
     [
         ("odd:Six", r"^Expected odd:Six to return logits \(1, 10\), got .*\(1, 6\)"),
         ("odd:NoTrain", "^Expected odd:NoTrain to run, got.* argument 'train'"),
+        ("odd:Forgets", "^Expected odd:Forgets to run, got.*batch_stats.*immutable"),
+        ("odd:Draws", "^Expected odd:Draws to run, got.*InvalidRngError"),
+        ("odd:Counts", "^Expected parameters of odd:Counts that .* got n='int32'"),
     ],
 )
 def test_a_network_that_cannot_classify_the_data_is_one_line(name, message, own):
@@ -329,6 +362,14 @@ def test_a_network_that_cannot_classify_the_data_is_one_line(name, message, own)
     with pytest.raises(ValueError, match=message) as error:
         building.make_method(config, building.load_facts(config), 1)
     assert "\n" not in str(error.value)
+
+
+def test_it_is_given_a_mean_for_each_channel_or_one(own):
+    assert own
+    flags = ["--config.model.name=odd:Mean", "--config.model.mean=(0.1, 0.2, 0.3)"]
+    config = configuration.load_config("digits.py", flags)
+    with pytest.raises(ValueError, match=r"^Expected one model\.mean or one a channel"):
+        building.make_method(config, building.load_facts(config), 1)
 
 
 def test_its_options_may_be_of_any_plain_type_and_zero(own):

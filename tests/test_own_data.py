@@ -226,12 +226,13 @@ X, Y = make_arrays()["x_train"], make_arrays()["y_train"]
         ({"means": X}, "and at most mean, std, num_classes beside them"),
         ({"x_train": X / 255}, r"x_train uint8 .* np.round\(255 \* x_train\).astype"),
         ({"x_test": X[:6, ..., 0]}, r"x_test .* Add the channel axis: x_test\[..., No"),
-        ({"x_train": X.astype(np.int64)}, r"x_train uint8 .* dtype='int64'"),
+        ({"x_train": X.astype(np.int64)}, r"dtype='int64'\. .*x_train\.astype\(np\.u"),
         ({"x_train": X.transpose(0, 3, 1, 2)}, r"x_train.transpose\(0, 2, 3, 1\)"),
         ({"x_train": X[:0], "y_train": Y[:0]}, r"images in x_train, got shape=\(0, 4,"),
         ({"x_test": X[:6, :3]}, r"images of shape \(4, 6, 3\) in x_test as in x_train"),
         ({"y_train": Y[1:]}, r"integer y_train \[9\], one an image, got shape=\(8,\)"),
         ({"y_train": np.eye(3)[Y]}, r"A row a label becomes y_train.argmax\(1\)"),
+        ({"y_train": Y[:, None]}, r"A row a label becomes y_train\[:, 0\]\."),
         ({"y_train": Y.astype(str)}, r"np.unique\(y_train, return_inverse=True\)\[1\]"),
         ({"y_train": Y / 1}, "integer y_train .* dtype='float64'"),
         ({"y_test": np.full(6, np.nan)}, "integer y_test .* dtype='float64'"),
@@ -568,7 +569,16 @@ def test_an_image_with_two_channels_has_no_place_here():
     file = io.BytesIO()
     Image.new("LA", (2, 2)).save(file, format="png")
     file.seek(0)
-    with pytest.raises(ValueError, match="got mode='LA'"):
+    with pytest.raises(ValueError, match=r"got mode='LA'\. Convert it: .*\(\"L\"\)"):
+        own.read_image(file)
+
+
+def test_pixels_of_sixteen_bits_are_to_be_scaled_and_not_converted():
+    """Pillow's `convert` cuts them off at 255."""
+    file = io.BytesIO()
+    Image.fromarray(np.full([2, 2], 30_000, np.uint16)).save(file, format="png")
+    file.seek(0)
+    with pytest.raises(ValueError, match=r"got mode='I;16'\. Scale its values"):
         own.read_image(file)
 
 

@@ -102,6 +102,13 @@ def test_a_failed_run_says_why(tmp_path):
     assert (run.state, run.error) == ("failed", "The loss is not finite.")
 
 
+def test_a_run_whose_result_is_damaged_says_so(tmp_path):
+    folder = make_run(tmp_path / "run", epochs=8, result=RESULT)
+    (folder / "result.json").write_text("")
+    run = survey_run(folder)
+    assert (run.state, run.error[:22]) == ("failed", "result.json is damaged")
+
+
 def test_a_failed_run_that_is_tried_again_is_running(tmp_path):
     run = survey_run(make_run(tmp_path / "run", failure=FAILURE, age=5.0))
     assert (run.state, run.error) == ("running", "The loss is not finite.")

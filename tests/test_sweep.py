@@ -335,6 +335,14 @@ def test_the_plans_of_all_calls_are_kept_each_run_once(tmp_path):
     ]
 
 
+def test_a_table_is_not_made_in_the_directory_of_a_run(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        WorkdirError, match=r"a table.s directory, got workdir=.* a run"
+    ):
+        sweep.refuse_other_configs(tmp_path, make_runs(tmp_path, ["st"]))
+
+
 def test_what_another_call_plans_meanwhile_is_kept(tmp_path, monkeypatch):
     in_turn = sweep.claim_in_turn
 

@@ -554,6 +554,30 @@ def test_a_run_that_goes_on_knows_the_best_as_of_where_it_goes_on(
     assert found.metadata["validation"] == {"score": max(score, 50.0)}
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_the_best_network_of_a_killed_run_is_not_taken_for_that_of_the_next(
+    tmp_path, goes_on
+):
+    """A kill comes after the first best network is saved, and before its checkpoint."""
+    with RunFolder(tmp_path) as killed:
+        killed.restore(state_after(0), data_mesh(), 100)
+        if goes_on:
+            killed.save(state_after(5), 5, 0.0)
+        killed.keep_best(state_after(10), 10, {"score": 60.0})
+    with RunFolder(tmp_path) as log:
+        log.restore(state_after(0), data_mesh(), 100)
+        assert helpers.checkpoint_steps(tmp_path, "best") == []
+        zeros = {"w": np.zeros(1, np.float32)}
+        other = dataclasses.replace(state_after(10).state, params=zeros)
+        log.keep_best(LoopState(other, state_after(10).totals), 10, {"score": 50.0})
+        log.save(state_after(15), 15, 0.0)
+    with Checkpoints(tmp_path / "checkpoints" / "best") as checkpoints:
+        like = LoopState(other, state_after(10).totals)
+        found = checkpoints.restore(None, jax.tree.map(np.asarray, like))
+    assert found.metadata["validation"] == {"score": 50.0}
+    assert not np.any(found.state.state.params["w"])
+
+
 def test_the_best_of_every_checkpoint_that_is_kept_is_kept(tmp_path):
     with RunFolder(tmp_path, keep=2) as log:
         log.restore(state_after(0), data_mesh(), 100)
@@ -739,7 +763,7 @@ def test_every_line_of_the_log_is_json_that_any_reader_takes(tmp_path):
 
 def test_a_batch_larger_than_the_data_is_refused_where_remainders_are_dropped(tmp_path):
     config = helpers.make_config("st", {"training.batch_size": 97})
-    message = r"Expected training.batch_size <= 96 .*, got training.batch_size=97\."
+    message = r"training\.batch_size <= 96, .* got .*=97\. .*\.drop_remainder=False"
     with pytest.raises(ValueError, match=message):
         train(config, helpers.load_data(config), tmp_path)
 
