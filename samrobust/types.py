@@ -11,6 +11,8 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 
+from samrobust.checks import Rule
+
 __all__ = [
     "Array",
     "Attack",
@@ -73,7 +75,7 @@ class Field:
     """
 
     default: Any
-    rule: Callable[..., None]
+    rule: Rule
     kind: type | None = None
 
 
@@ -88,7 +90,9 @@ class Entry:
       label: of a row in tables, a format of the options; empty: name and options.
       options: names of options in rows to fields, if not all parameters without a
         default are options under their own names.
-      fields: those that have a rule, or are not parameters.
+      fields: the rules of parameters, called as `rule(**{name: value})`, which raise
+        `ValueError` for other values; and whole fields, of what is no parameter or has
+        another default in configs. A parameter without a default has 0 there: off.
       section: of the config; empty: the name.
       attack_passes: from the section's values to the cost of making the images, or of
         what else a step does once, in passes with weight gradients.
@@ -102,7 +106,7 @@ class Entry:
     make: Callable[..., Any]
     label: str = ""
     options: Mapping[str, str] | None = None
-    fields: Mapping[str, Field] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, Field | Rule] = dataclasses.field(default_factory=dict)
     section: str = ""
     attack_passes: Callable[[Mapping[str, Any]], float] = lambda _: 0.0
     check: Callable[..., None] = lambda **_: None

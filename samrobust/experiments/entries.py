@@ -186,8 +186,17 @@ def section_fields(name: str) -> Mapping[str, Field]:
         fields["m"] = Field(0, functools.partial(check_whole, 0))
         if not is_optimizer(name):  # without which there is no training before it
             fields.setdefault("start", START)
-    own = dict(entry.fields)
+    own = {
+        key: given if isinstance(given, Field) else _ruled(fields[key], given)
+        for key, given in entry.fields.items()
+    }
     return own | fields | own  # own rules come first, and win
+
+
+def _ruled(field: Field, rule: Rule) -> Field:
+    """Returns the field of a parameter with another rule; it is off by default."""
+    default = field.kind() if field.kind else field.default
+    return Field(default, rule)
 
 
 def section_of(name: str) -> str:

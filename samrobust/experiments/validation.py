@@ -32,7 +32,6 @@ from samrobust.checks import (
 )
 from samrobust.experiments import entries, methods
 from samrobust.experiments.components import check_model, model_fields, takes
-from samrobust.training.adversaries import at
 from samrobust.types import Config
 
 __all__ = ["FIELDS", "OF_PGD", "fields_of", "validate"]
@@ -43,7 +42,7 @@ _LEAST = 1e-30  # above 0 in float32
 _size = partial(check_whole, 0)
 _seed = partial(check_whole, 0, LARGEST_SEED)
 # PGD judges by the rules that it trains by.
-_pgd = {name: field.rule for name, field in at.ENTRY.fields.items()}
+_pgd = {name: field.rule for name, field in entries.section_fields("at").items()}
 _ALIKE = ("num_steps", "random_start", "restarts", "loss", "judge", "gradient_floor")
 _PGD = {
     "evaluation.linf_step": _pgd["relative_step_size.linf"],

@@ -15,7 +15,7 @@ from samrobust.sharpness.masks import is_bias
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "asam"]
 
@@ -75,5 +75,5 @@ def asam(
 ENTRY = Entry(
     asam,
     "ASAM (rho = {rho:g})",
-    fields={"rho": Field(0.0, check_strength), "eta": Field(0.01, amount)},
+    fields={"rho": check_strength, "eta": amount},
 )

@@ -7,7 +7,7 @@ import optax
 
 from samrobust.checks import check_strength
 from samrobust.sharpness.asam import asam
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "asam_davda"]
 
@@ -42,5 +42,5 @@ def asam_davda(
 ENTRY = Entry(
     asam_davda,
     "ASAM (davda54, rho = {rho:g})",
-    fields={"rho": Field(0.0, check_strength)},
+    fields={"rho": check_strength},
 )

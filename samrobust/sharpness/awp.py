@@ -91,7 +91,7 @@ def decay_at_the_moved(weight_decay: float) -> Combine:
 
 
 FIELDS = {
-    "gamma": Field(0.0, check_strength),
+    "gamma": check_strength,
     # The authors' code throws the statistics of the first pass away.
     "batch_stats": Field("second", one_of("first", "second", "both")),
 }

@@ -14,7 +14,7 @@ from samrobust.checks import amount, check_real, count, share
 from samrobust.sharpness.refusals import check_present, check_whole_tree
 from samrobust.sharpness.state import OffsetState
 from samrobust.sharpness.trees import at_least_float32, norm, width, zeros
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "entropy_sgd"]
 
@@ -154,11 +154,11 @@ ENTRY = Entry(
     entropy_sgd,
     "Entropy-SGD (gamma = {gamma:g})",
     fields={
-        "gamma": Field(0.0, amount),
-        "inner_steps": Field(20, count),
-        "inner_rate": Field(0.1, _rate),
-        "noise": Field(1e-4, amount),
-        "scoping": Field(1e-3, amount),
+        "gamma": amount,
+        "inner_steps": count,
+        "inner_rate": _rate,
+        "noise": amount,
+        "scoping": amount,
     },
     passes=0.0,
 )

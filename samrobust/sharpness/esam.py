@@ -17,7 +17,7 @@ from samrobust.sharpness.refusals import check_present
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "esam"]
 
@@ -115,9 +115,9 @@ ENTRY = Entry(
     esam,
     "ESAM (rho = {rho:g})",
     fields={
-        "rho": Field(0.0, check_strength),
-        "beta": Field(0.6, _fraction),
-        "gamma": Field(0.5, _fraction),
+        "rho": check_strength,
+        "beta": _fraction,
+        "gamma": _fraction,
     },
     passes=_passes,
     chosen=lambda values, size: _chosen(values["gamma"], size),

@@ -14,7 +14,7 @@ from samrobust.sharpness.masks import size
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "fisher_sam"]
 
@@ -77,5 +77,5 @@ def fisher_sam(
 ENTRY = Entry(
     fisher_sam,
     "Fisher SAM (rho = {rho:g})",
-    fields={"rho": Field(0.0, check_strength), "eta": Field(1.0, _eta)},
+    fields={"rho": check_strength, "eta": _eta},
 )

@@ -14,7 +14,7 @@ from samrobust.sharpness.masks import restricted, where_given
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "friendly_sam"]
 
@@ -82,8 +82,8 @@ ENTRY = Entry(
     friendly_sam,
     "Friendly SAM (rho = {rho:g})",
     fields={
-        "rho": Field(0.0, check_strength),
-        "sigma": Field(1.0, amount),
-        "lmbda": Field(0.9, share),
+        "rho": check_strength,
+        "sigma": amount,
+        "lmbda": share,
     },
 )

@@ -23,7 +23,7 @@ from samrobust.sharpness.masks import (
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm, zeros
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "fsam"]
 
@@ -112,8 +112,8 @@ ENTRY = Entry(
     fsam,
     "FSAM (rho = {rho:g})",
     fields={
-        "rho": Field(0.0, check_strength),
-        "keep_ratio": Field(0.1, share),
-        "every": Field(100, count),
+        "rho": check_strength,
+        "keep_ratio": share,
+        "every": count,
     },
 )

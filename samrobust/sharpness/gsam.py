@@ -10,7 +10,7 @@ from samrobust.checks import amount, check_strength
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import cosine, norm
 from samrobust.sharpness.two_pass import second, two_pass
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "gsam"]
 
@@ -67,5 +67,5 @@ def gsam(
 ENTRY = Entry(
     gsam,
     "GSAM (rho = {rho:g})",
-    fields={"rho": Field(0.0, check_strength), "alpha": Field(0.4, amount)},
+    fields={"rho": check_strength, "alpha": amount},
 )

@@ -21,7 +21,7 @@ from samrobust.sharpness.refusals import (
 from samrobust.sharpness.sam import of_length, sam
 from samrobust.sharpness.state import last_metrics
 from samrobust.sharpness.trees import at_least_float32, cosine, mean_of_groups, norm
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "LookSamState", "looksam"]
 
@@ -147,9 +147,9 @@ ENTRY = Entry(
     looksam,
     "LookSAM (rho = {rho:g})",
     fields={
-        "rho": Field(0.0, check_strength),
-        "k": Field(10, count),
-        "alpha": Field(0.7, amount),
+        "rho": check_strength,
+        "k": count,
+        "alpha": amount,
     },
     passes=_passes,
 )

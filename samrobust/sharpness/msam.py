@@ -20,7 +20,7 @@ from samrobust.sharpness.refusals import (
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.state import OffsetState, shifted
 from samrobust.sharpness.trees import at_least_float32, norm, width, zeros
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "msam"]
 
@@ -100,6 +100,4 @@ def msam(
 
 _METRICS: tuple[str, ...] = ("rho", "applied_rho")
 
-ENTRY = Entry(
-    msam, "MSAM (rho = {rho:g})", fields={"rho": Field(0.0, check_strength)}, passes=0.0
-)
+ENTRY = Entry(msam, "MSAM (rho = {rho:g})", fields={"rho": check_strength}, passes=0.0)

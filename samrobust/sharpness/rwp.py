@@ -16,7 +16,7 @@ from samrobust.sharpness.refusals import check_present
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm, zeros_as
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "rwp"]
 
@@ -112,8 +112,8 @@ ENTRY = Entry(
     "RWP (gamma = {gamma:g})",
     fields={
         **FIELDS,
-        "threshold": Field(1.7, amount),
-        "num_steps": Field(10, count),
+        "threshold": amount,
+        "num_steps": count,
     },
     passes=_passes,
 )

@@ -10,7 +10,7 @@ import optax
 from samrobust.checks import check_strength
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "of_length", "sam"]
 
@@ -65,4 +65,4 @@ def of_length(rho: Array, tree: PyTree, length: Array) -> PyTree:
     )
 
 
-ENTRY = Entry(sam, "SAM (rho = {rho:g})", fields={"rho": Field(0.0, check_strength)})
+ENTRY = Entry(sam, "SAM (rho = {rho:g})", fields={"rho": check_strength})

@@ -14,7 +14,7 @@ from samrobust.sharpness.masks import live, masked, normalizations, restricted
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "sam_on"]
 
@@ -71,6 +71,4 @@ def _named(params: PyTree) -> list[tuple[Any, Any]]:
     return jax.tree_util.tree_leaves_with_path(params)
 
 
-ENTRY = Entry(
-    sam_on, "SAM-ON (rho = {rho:g})", fields={"rho": Field(0.0, check_strength)}
-)
+ENTRY = Entry(sam_on, "SAM-ON (rho = {rho:g})", fields={"rho": check_strength})

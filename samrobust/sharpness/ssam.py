@@ -223,11 +223,11 @@ ENTRY = Entry(
     "SSAM ({mask}, rho = {rho:g})",
     fields={
         "mask": Field("fisher", one_of("fisher", "dynamic")),
-        "rho": Field(0.0, check_strength),
-        "sparsity": Field(0.5, share),
-        "every": Field(1, count),
-        "num_samples": Field(16, count),
-        "drop_rate": Field(0.5, share),
+        "rho": check_strength,
+        "sparsity": share,
+        "every": count,
+        "num_samples": count,
+        "drop_rate": share,
     },
     chosen=lambda values, _: int(values["mask"] == "fisher"),
 )

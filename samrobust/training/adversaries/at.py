@@ -11,6 +11,7 @@ from samrobust import attacks
 from samrobust.attacks import Ball, l2, linf
 from samrobust.attacks.losses import LOSSES
 from samrobust.checks import (
+    Rule,
     check,
     check_choice,
     check_radius,
@@ -54,19 +55,19 @@ def check_extent(**values: Any) -> None:
 
 
 # The fields of every attack by PGD in training; radii and steps in 1/255 units.
-PGD_FIELDS: Mapping[str, Field] = {
+PGD_FIELDS: Mapping[str, Field | Rule] = {
     "norm": Field("linf", one_of("linf", "l2")),
-    "epsilon": Field(0.0, _radius),
+    "epsilon": _radius,
     # A step as a fraction of epsilon, by norm; `step_size` follows.
     "relative_step_size.linf": Field(0.25, check_alpha),
     "relative_step_size.l2": Field(0.125, check_alpha),
-    "step_size": Field(0.0, _radius),
-    "num_steps": Field(10, count),
+    "step_size": _radius,
+    "num_steps": count,
     # How the attacked network normalizes: by the batch (train) or running statistics.
-    "batch_norm": Field("train", one_of("train", "eval")),
+    "batch_norm": one_of("train", "eval"),
     # Added to the norm of an example's gradient in l2 steps; the reference code's
     # 1e-10 on the gradient of the mean loss, times its batch of 128.
-    "gradient_floor": Field(128e-10, _floor),
+    "gradient_floor": _floor,
 }
 
 
@@ -155,10 +156,10 @@ ENTRY = Entry(
     options={"norm": "norm", "eps": "epsilon"},
     fields={
         **PGD_FIELDS,
-        "random_start": Field(True, switch),
-        "restarts": Field(1, count),  # each example keeps its worst case
-        "loss": Field("cross_entropy", one_of(*LOSSES)),
-        "judge": Field("final", one_of("final", "any")),  # which iterate is taken
+        "random_start": switch,
+        "restarts": count,  # each example keeps its worst case
+        "loss": one_of(*LOSSES),
+        "judge": one_of("final", "any"),  # which iterate is taken
         "start": START,
     },
     section="attack",

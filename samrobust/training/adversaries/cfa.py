@@ -22,7 +22,7 @@ from samrobust.training.adversaries.at import (
 )
 from samrobust.training.parts import Adversary
 from samrobust.training.phases import first_epoch
-from samrobust.types import Array, Attack, Entry, Field, LogitsFn, PyTree
+from samrobust.types import Array, Attack, Entry, LogitsFn, PyTree
 
 __all__ = ["ENTRY", "FIELDS", "ClassRates", "cfa", "class_wise"]
 
@@ -166,10 +166,10 @@ def cfa(
 
 FIELDS = {
     "epsilon": PGD_FIELDS["epsilon"],
-    "alpha": Field(0.25, check_alpha),
+    "alpha": check_alpha,
     "num_steps": PGD_FIELDS["num_steps"],
-    "base": Field(0.5, check_extent),
-    "begin": Field(0.05, share),
+    "base": check_extent,
+    "begin": share,
     "batch_norm": PGD_FIELDS["batch_norm"],
 }
 ENTRY = Entry(

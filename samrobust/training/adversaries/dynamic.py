@@ -21,7 +21,7 @@ from samrobust.training.adversaries.at import (
     check_options,
 )
 from samrobust.training.parts import Adversary
-from samrobust.types import Array, Entry, Field, LogitsFn, PyTree
+from samrobust.types import Array, Entry, LogitsFn, PyTree
 
 __all__ = ["ENTRY", "dynamic", "first_order_condition"]
 
@@ -127,10 +127,10 @@ ENTRY = Entry(
     options={"eps": "epsilon"},
     fields={
         "epsilon": PGD_FIELDS["epsilon"],
-        "alpha": Field(0.25, check_alpha),
+        "alpha": check_alpha,
         "num_steps": PGD_FIELDS["num_steps"],
-        "c_max": Field(0.5, amount),
-        "end": Field(100 / 120, _end),
+        "c_max": amount,
+        "end": _end,
         "batch_norm": PGD_FIELDS["batch_norm"],
     },
     attack_passes=attack_passes,

@@ -12,7 +12,7 @@ from samrobust.checks import check_radius
 from samrobust.training.adversaries.at import PGD_FIELDS, check_alpha, check_options
 from samrobust.training.parts import Adversary, as_adversary
 from samrobust.training.phases import START
-from samrobust.types import Entry, Field
+from samrobust.types import Entry
 
 __all__ = ["ENTRY", "ONE_STEP", "fgsm_rs", "one_step"]
 
@@ -56,7 +56,7 @@ def one_step(values: Mapping[str, Any]) -> float:
 
 ONE_STEP = {
     "epsilon": PGD_FIELDS["epsilon"],
-    "alpha": Field(1.25, check_alpha),
+    "alpha": check_alpha,
     "batch_norm": PGD_FIELDS["batch_norm"],
     "start": START,
 }

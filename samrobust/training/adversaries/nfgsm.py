@@ -9,7 +9,7 @@ from samrobust.checks import check_radius
 from samrobust.training.adversaries.at import check_alpha, check_extent, check_options
 from samrobust.training.adversaries.fgsm_rs import ONE_STEP, one_step
 from samrobust.training.parts import Adversary, as_adversary
-from samrobust.types import Array, Entry, Field
+from samrobust.types import Array, Entry
 
 __all__ = ["ENTRY", "nfgsm"]
 
@@ -56,8 +56,8 @@ ENTRY = Entry(
     options={"eps": "epsilon"},
     fields={
         **ONE_STEP,
-        "alpha": Field(1.0, check_alpha),
-        "noise": Field(2.0, check_extent),
+        "alpha": check_alpha,
+        "noise": check_extent,
     },
     attack_passes=one_step,
     check=check_options,

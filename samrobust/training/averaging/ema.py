@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from samrobust.checks import below_one
 from samrobust.training.parts import Averaging
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "ema", "exact", "mix", "moving"]
 
@@ -70,4 +70,4 @@ def exact(tree: PyTree) -> PyTree:
     return jax.tree.map(of, tree)
 
 
-ENTRY = Entry(ema, "EMA (decay = {decay:g})", fields={"decay": Field(0.0, below_one)})
+ENTRY = Entry(ema, "EMA (decay = {decay:g})", fields={"decay": below_one})

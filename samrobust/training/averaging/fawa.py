@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from samrobust.checks import below_one, share
 from samrobust.training.averaging.ema import exact, mix
 from samrobust.training.parts import Averaging
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "fawa"]
 
@@ -67,7 +67,7 @@ ENTRY = Entry(
     fawa,
     "FAWA (threshold = {threshold:g})",
     fields={
-        "threshold": Field(0.0, share),
-        "decay": Field(0.88, below_one),
+        "threshold": share,
+        "decay": below_one,
     },
 )

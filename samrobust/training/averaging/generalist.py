@@ -15,7 +15,7 @@ from samrobust.training.parts import Averaging
 from samrobust.training.phases import first_epoch
 from samrobust.training.state import TrainState
 from samrobust.training.step import Method
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "generalist"]
 
@@ -126,12 +126,12 @@ ENTRY = Entry(
     generalist,
     "Generalist (beta = {beta:g})",
     fields={
-        "beta": Field(0.0, share),
-        "first_beta": Field(1.0, share),
-        "decay": Field(0.999, below_one),
-        "begin": Field(2 / 3, share),
-        "reset": Field(0.625, share),
-        "every": Field(5, count),
+        "beta": share,
+        "first_beta": share,
+        "decay": below_one,
+        "begin": share,
+        "reset": share,
+        "every": count,
     },
     # The natural expert's pass.
     attack_passes=lambda _: 1.0,

@@ -15,7 +15,7 @@ from samrobust.training.adversaries.at import (
 from samrobust.training.adversaries.cfa import FIELDS, class_wise
 from samrobust.training.objectives import trades
 from samrobust.training.parts import Adversary, Objective
-from samrobust.types import Array, Attack, Entry, Field
+from samrobust.types import Array, Attack, Entry
 
 __all__ = ["ENTRY", "cfa_trades", "regularized"]
 
@@ -104,7 +104,7 @@ def cfa_trades(
 _FIELDS = {
     **FIELDS,
     "beta": trades.FIELDS["beta"],
-    "base_beta": Field(0.5, check_extent),
+    "base_beta": check_extent,
     "batch_norm": trades.FIELDS["batch_norm"],
 }
 ENTRY = Entry(

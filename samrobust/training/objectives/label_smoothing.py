@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from samrobust.attacks.losses import cross_entropy
 from samrobust.checks import share
 from samrobust.training.parts import Objective
-from samrobust.types import Array, Entry, Field
+from samrobust.types import Array, Entry
 
 __all__ = ["ENTRY", "label_smoothing"]
 
@@ -50,5 +50,5 @@ def label_smoothing(alpha: float) -> Objective:
 ENTRY = Entry(
     label_smoothing,
     "label smoothing (alpha = {alpha:g})",
-    fields={"alpha": Field(0.0, share)},
+    fields={"alpha": share},
 )

@@ -18,7 +18,7 @@ from samrobust.training.adversaries.at import (
     make_ball,
 )
 from samrobust.training.parts import Adversary, Objective, as_adversary
-from samrobust.types import Array, Attack, Entry, Field, LogitsFn
+from samrobust.types import Array, Attack, Entry, LogitsFn
 
 __all__ = [
     "ENTRY",
@@ -150,8 +150,8 @@ def trades(
 
 FIELDS = {
     **PGD_FIELDS,
-    "beta": Field(0.0, amount),
-    "batch_norm": Field("eval", PGD_FIELDS["batch_norm"].rule),
+    "beta": amount,
+    "batch_norm": PGD_FIELDS["batch_norm"],
 }
 ENTRY = Entry(
     trades,
