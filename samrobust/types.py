@@ -11,8 +11,6 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 
-from samrobust.checks import Rule
-
 __all__ = [
     "Array",
     "Attack",
@@ -75,7 +73,7 @@ class Field:
     """
 
     default: Any
-    rule: Rule
+    rule: Callable[..., None]
     kind: type | None = None
 
 
@@ -106,7 +104,9 @@ class Entry:
     make: Callable[..., Any]
     label: str = ""
     options: Mapping[str, str] | None = None
-    fields: Mapping[str, Field | Rule] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, Field | Callable[..., None]] = dataclasses.field(
+        default_factory=dict
+    )
     section: str = ""
     attack_passes: Callable[[Mapping[str, Any]], float] = lambda _: 0.0
     check: Callable[..., None] = lambda **_: None

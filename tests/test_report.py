@@ -25,6 +25,7 @@ MADE = {
 }
 ACCURACY = {"natural": 95.25, "linf 1/255": 61.5}
 VOID = {"meta", "img"}
+PIXEL = b"\x89PNG\r\n\x1a\n" + b"\0" * 8 + b"\0\0\0\2" * 2  # the size of a PNG
 
 
 class Page(html.parser.HTMLParser):
@@ -95,6 +96,7 @@ def whole(tmp_path_factory) -> Path:
         found["accuracy"] = {**ACCURACY, "linf 1/255 AA": 50.5}
     leave_table(folder, results, "autoattack")
     leave_curves(folder)
+    leave_flatness(folder)
     finding = Finding("zero gradients", PASSED, "None of 9 < 10.", {})
     about = {"num_examples": 9, "step": 5, "identity": "of-the-checks"}
     about |= {"provenance": MADE}
@@ -114,6 +116,14 @@ def leave_curves(folder: Path) -> None:
     write_sealed(folder / "curves.json", content)
 
 
+def leave_flatness(folder: Path) -> None:
+    runs = {"st/seed0": {"identity": "of-the-flatness", "step": 5, "provenance": MADE}}
+    content = {"runs": runs, "column": "linf 1/255", "correlations": {}}
+    write_sealed(folder / "sharpness.json", content)
+    (folder / "sharpness.md").write_text("lambda max of ST is 12.25.")
+    (folder / "sharpness.png").write_bytes(PIXEL)
+
+
 def test_a_page_needs_nothing_but_itself(whole):
     page = Page(whole / "report.html")
     assert all(re.match("data:image/png;base64,|#part", link) for link in page.links)
@@ -124,10 +134,17 @@ def test_a_tables_page_has_every_part_and_names_what_made_each(whole):
     text = Page(whole / "report.html").text
     assert "Not measured here" not in text
     assert "not recorded" not in text
-    for number in ("95.2 ±0.0", "61.5 ±0.0", "50.5 ±0.0", "33.2", "None of 9 < 10."):
+    for number in (
+        "95.2 ±0.0",
+        "61.5 ±0.0",
+        "50.5 ±0.0",
+        "33.2",
+        "12.25",
+        "None of 9 < 10.",
+    ):
         assert number in text
     runs = [f"identity-{row}-{seed}" for row, _ in ROWS for seed in range(2)]
-    for identity in (*runs, "of-the-curve", "of-the-checks"):
+    for identity in (*runs, "of-the-curve", "of-the-flatness", "of-the-checks"):
         assert identity in text
     assert all(part in text for part in ("abc123", "1 x A <GPU>", "jax 0.10.0"))
 

@@ -114,6 +114,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     measurements.console.print(to_sheet(short=True).to_rich())
     column, data = explained.column, measurements.first.data.name
     title = f"{data}: accuracy at {column} against what may explain it"
+    title += f", {about[-1]} images, Spearman's r"
 
     def conclude() -> list[str]:
         write_text(workdir / f"{_NAME}.md", to_sheet().to_markdown())

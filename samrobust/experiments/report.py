@@ -58,6 +58,7 @@ def write_report(workdir: pathlib.Path) -> tuple[pathlib.Path, ...]:
         report.add_table("table", "Natural and robust accuracy", "table")
         report.add_table("autoattack", "AutoAttack", "recheck")
         report.add_curves()
+        report.add_flatness()
     report.add_training()
     report.add_sanity()
     fix = "Run `samrobust table` or `samrobust train` with it first."
@@ -150,6 +151,21 @@ class _Report:
         ]
         numbers = _folded("The means", Sheet(tables, []).to_html())
         self._add(title, f"{picture(drawn[0], said)}\n{numbers}", *drawn)
+
+    def add_flatness(self) -> None:
+        """Adds what `sharpness` found, as it was drawn and written then."""
+        title, content = "Flatness", self._sealed("sharpness.json")
+        drawn, text = (self.workdir / f"sharpness.{kind}" for kind in ("png", "md"))
+        is_whole = drawn.exists() and text.exists()
+        if content is None or "correlations" not in content or not is_whole:
+            self._lacks(title, "sharpness")
+            return
+        for path, run in content["runs"].items():
+            self._measured(title, path, run)
+        numbers = html.escape(text.read_text(encoding="utf-8"))
+        alt = f"accuracy at {content['column']} against what may explain it"
+        folded = _folded("The numbers", f"<pre>{numbers}</pre>")
+        self._add(title, f"{picture(drawn, alt)}\n{folded}")
 
     def add_result(self) -> None:
         """Adds the accuracies of a run, by all of its evaluations."""
