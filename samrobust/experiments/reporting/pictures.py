@@ -193,7 +193,8 @@ def draw_table(table: Table) -> "Figure":
         tick.set_color(colors[row.family] if row.seeds else GRAY)
     over = over_seeds(len(row.seeds) for row in table.rows)
     shown = over if over == "one seed" else f"mean ± std over {over}"
-    add_legend(figure, _legend(panels[0], table), f"accuracy in %, {shown}", columns=4)
+    said = f"accuracy in % on {table.num_test:,} images, {shown}"
+    add_legend(figure, _legend(panels[0], table), said, columns=4)
     return figure
 
 

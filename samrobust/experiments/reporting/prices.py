@@ -71,7 +71,8 @@ def draw_prices(table: Table) -> "Figure":
     handles = [panels[0].errorbar([], [], color=pictures.GRAY, label=mean, **bar)]
     said = "not beaten at this cost or less"
     handles += panels[0].plot([], [], **_STAIRS, label=said)
-    pictures.add_legend(figure, handles, "", columns=2)
+    images = f"accuracy in % on {table.num_test:,} images"
+    pictures.add_legend(figure, handles, images, columns=2)
     return figure
 
 

@@ -13,7 +13,7 @@ __all__ = ["draw_training"]
 
 _PANELS = {  # of a line in `metrics.jsonl`
     "loss": "loss of training",
-    "accuracy": "accuracy in training, %",
+    "accuracy": "accuracy on what it trains on, %",
     "validation_natural": "held-out natural, %",
     "validation_robust": "held-out robust, %",
 }
@@ -49,6 +49,7 @@ def draw_training(runs: Mapping[str, tuple[str, Sequence[Lines]]]) -> "Figure":
     counts = [len(own) for _, own in runs.values()]
     over = pictures.over_seeds(counts)
     said = over if over == "one seed" else f"mean over {over}"
+    said += "; adversarial training trains on attacked images"
     columns = 4 if len(shown) > 2 else 3
     pictures.add_legend(figure, panels[0].get_lines(), said, columns=columns)
     return figure
