@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import samrobust
 from samrobust.experiments import building, configuration, entries, identity
+from samrobust.experiments.scoring import check_alone
 from samrobust.models.torch import read_weights
 
 MINE = '''
@@ -362,6 +364,23 @@ def test_a_network_that_cannot_classify_the_data_is_one_line(name, message, own)
     with pytest.raises(ValueError, match=message) as error:
         building.make_method(config, building.load_facts(config), 1)
     assert "\n" not in str(error.value)
+
+
+def test_its_logits_of_an_image_depend_on_no_other_image():
+    class Centers(nn.Module):
+        by: bool
+
+        @nn.compact
+        def __call__(self, images, *, train):
+            centered = images - self.by * jnp.mean(images, axis=0)
+            return nn.Dense(3)(centered.reshape(len(images), -1))
+
+    images = np.arange(5 * 12, dtype=np.uint8).reshape(5, 2, 2, 3)
+    variables = Centers(by=True).init(jax.random.key(0), images[:1] / 255, train=False)
+    check_alone(Centers(by=False), variables, images)
+    check_alone(Centers(by=True), variables, images[:1])
+    with pytest.raises(ValueError, match="do not depend on the other images"):
+        check_alone(Centers(by=True), variables, images)
 
 
 def test_it_is_given_a_mean_for_each_channel_or_one(own):

@@ -1,14 +1,17 @@
 """Evaluation of a run's network, by the attacks of its config."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from flax import linen as nn
 
 from samrobust.attacks import ATTACKS_VERSION
+from samrobust.checks import check
 from samrobust.data import Dataset, Split, fingerprint
 from samrobust.evaluation import (
     Archive,
@@ -23,6 +26,7 @@ from samrobust.experiments import building, entries, methods
 from samrobust.experiments.networks import Trained, checkpoints_of
 from samrobust.system.distributed import data_mesh, replicated
 from samrobust.system.provenance import provenance
+from samrobust.system.resolve import is_reference
 from samrobust.system.runtime import RESUME
 from samrobust.training import InterruptedRunError, Progress, TrainState
 from samrobust.training.fit import AfterEpoch
@@ -33,6 +37,7 @@ __all__ = [
     "Score",
     "Scorer",
     "as_result",
+    "check_alone",
     "evaluated_split",
     "evaluation_key",
     "evaluation_work",
@@ -132,8 +137,9 @@ class Scorer:
             make, attacks = make_skip_broken_evaluator, building.staged_attacks(config)
         else:
             make, attacks = make_evaluator, building.evaluation_attacks(config)
-        model, size = building.make_model(config, dataset), config.evaluation.batch_size
-        self._evaluate = make(model, attacks, batch_size=size)
+        self._model = building.make_model(config, dataset)
+        size = config.evaluation.batch_size
+        self._evaluate = make(self._model, attacks, batch_size=size)
 
     def __call__(
         self,
@@ -156,7 +162,10 @@ class Scorer:
         Raises:
           InterruptedRunError: after `should_stop`. The same call begins again with
             PGD, and resumes with AutoAttack.
+          ValueError: for a network that `check_alone` refuses.
         """
+        if is_reference(network.config.model.name):
+            check_alone(self._model, network.variables, self._split.images)
         on_batch = until_stopped(observer.on_batch, should_stop, "during evaluation")
         archive = Archive(workdir / "autoattack", keep_examples, provenance())
         key = evaluation_key(network.config)
@@ -173,6 +182,34 @@ class Scorer:
             details=outcome.details,
             network=network.checksum(),
         )
+
+
+def check_alone(model: nn.Module, variables: Any, images: np.ndarray) -> None:
+    """Refuses a network whose logits of an image depend on what is beside it.
+
+    Its accuracy would be another with every size of a batch and its padding.
+
+    Args:
+      model: somebody's own.
+      variables: of the network.
+      images: uint8 [N, H, W, C], of which a few are looked at.
+
+    Raises:
+      ValueError: see above.
+    """
+    few = images[:4].astype(np.float32) / 255
+    apply = jax.jit(functools.partial(model.apply, train=False))
+    with_itself, with_others = (
+        np.asarray(apply(variables, batch), np.float64)[0]
+        for batch in (few[[0] * len(few)], few)
+    )
+    check(
+        np.allclose(with_itself, with_others, rtol=1e-3, atol=1e-3),
+        "logits that do not depend on the other images of the batch",
+        "Normalize by the batch, and draw, only where train=True.",
+        with_itself=with_itself.round(3).tolist(),
+        with_others=with_others.round(3).tolist(),
+    )
 
 
 def until_stopped(
