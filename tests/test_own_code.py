@@ -372,6 +372,7 @@ def test_its_logits_of_an_image_depend_on_no_other_image():
 
         @nn.compact
         def __call__(self, images, *, train):
+            del train
             centered = images - self.by * jnp.mean(images, axis=0)
             return nn.Dense(3)(centered.reshape(len(images), -1))
 
