@@ -149,6 +149,18 @@ def test_a_tables_page_has_every_part_and_names_what_made_each(whole):
     assert all(part in text for part in ("abc123", "1 x A <GPU>", "jax 0.10.0"))
 
 
+def test_a_damaged_log_is_left_out_and_said(tmp_path):
+    for seed in range(2):
+        leave_run(tmp_path / "st" / f"seed{seed}", result("st", seed))
+    leave_table(tmp_path, [result("st", 0)])
+    log = tmp_path / "st" / "seed1" / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:-3])
+    write_report(tmp_path)
+    text = Page(tmp_path / "report.html").text
+    assert f"Left out: Expected lines of JSON in {log}, got damaged ones." in text
+    assert "identity-st-0" in text
+
+
 def test_what_is_not_there_or_not_as_it_was_written_is_left_out_and_said(tmp_path):
     found = result("st", 0)
     del found["identity"]

@@ -14,6 +14,7 @@ __all__ = [
     "LOSSES",
     "cross_entropy",
     "dlr",
+    "is_finite",
     "logit_of",
     "margin",
     "misclassified",
@@ -44,6 +45,11 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1) - of_label
 
 
+def is_finite(logits: Array) -> Array:
+    """Tells which logits decide, bool [B]: none is NaN, the highest is finite."""
+    return jnp.isfinite(jnp.max(logits, axis=-1))
+
+
 def misclassified(logits: Array, labels: Array) -> Array:
     """Tells which examples have another class than the label as their highest logit.
 
@@ -62,9 +68,8 @@ def misclassified(logits: Array, labels: Array) -> Array:
     >>> misclassified(jnp.array([[2.0, 1.0], [jnp.nan, 1.0]]), jnp.array([0, 0]))
     Array([False,  True], dtype=bool)
     """
-    undecided = ~jnp.isfinite(jnp.max(logits, axis=-1))
     decided = jnp.argmax(logits, axis=-1)  # of more classes than uint8 labels can name
-    return undecided | (decided != labels.astype(decided.dtype))
+    return ~is_finite(logits) | (decided != labels.astype(decided.dtype))
 
 
 def normalized(logits: Array) -> Array:

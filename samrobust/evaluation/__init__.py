@@ -14,7 +14,6 @@ from samrobust.evaluation.measure import (
     Measure,
     OnBatch,
     is_correct,
-    is_finite,
     make_measure,
     of_name,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "Outcome",
     "check_finite",
     "is_correct",
-    "is_finite",
     "make_autoattack_evaluator",
     "make_evaluator",
     "make_measure",

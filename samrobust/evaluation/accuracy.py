@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from samrobust.attacks import identity
 from samrobust.attacks.calls import warn_of_probabilities
-from samrobust.attacks.losses import normalized
+from samrobust.attacks.losses import is_finite, normalized
 from samrobust.checks import check
 from samrobust.data import Split
 from samrobust.evaluation.fates import Fates
@@ -29,7 +29,6 @@ from samrobust.evaluation.measure import (
     OnBatch,
     classifier,
     is_correct,
-    is_finite,
     make_measure,
     of_name,
 )

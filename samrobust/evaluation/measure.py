@@ -38,7 +38,6 @@ __all__ = [
     "examples_of",
     "fetch",
     "is_correct",
-    "is_finite",
     "jit_for_all",
     "make_measure",
     "of_name",
@@ -181,11 +180,6 @@ def is_correct(logits: Array, labels: Array) -> Array:
     [True, False]
     """
     return ~misclassified(logits, labels)
-
-
-def is_finite(logits: Array) -> Array:
-    """Says which logits decide, bool [B]: none is NaN, the highest is finite."""
-    return jnp.isfinite(jnp.max(logits, axis=-1))
 
 
 def fetch(values: PyTree, tell: Callable[..., None], *progress: Any) -> PyTree:

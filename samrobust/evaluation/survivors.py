@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from flax import linen as nn
 
+from samrobust.attacks.losses import is_finite
 from samrobust.evaluation.fates import MISCLASSIFIED, STANDING, Fates, Place
 from samrobust.evaluation.measure import (
     OnBatch,
@@ -17,7 +18,6 @@ from samrobust.evaluation.measure import (
     examples_of,
     fetch,
     is_correct,
-    is_finite,
     jit_for_all,
     of_name,
     packed,

@@ -197,8 +197,13 @@ class _Report:
         title, runs = "Training", {}
         for folder, name in self._runs():
             result = self._sealed(f"{name}/result.json".lstrip("/"))
-            lines = files.read_json_lines(folder / "metrics.jsonl")
-            if result and lines:
+            log = folder / "metrics.jsonl"
+            lines = files.read_json_lines(log)
+            if log.is_file() and len(lines) < len(log.read_bytes().splitlines()):
+                self.refused.append(
+                    f"Expected lines of JSON in {log}, got damaged ones."
+                )
+            elif result and lines:
                 label, own = runs.setdefault(result["row"], (result["label"], []))
                 own.append(lines)
                 self._measured(title, f"{label}, seed {result['seed']}", result)

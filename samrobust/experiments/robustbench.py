@@ -27,10 +27,8 @@ from samrobust.types import Config
 __all__ = ["find_evaluation", "model_info", "with_normalization", "write_bundle"]
 
 _USUAL = ("linf 8/255", "l2 127.5/255")
-_FIELDS = (  # RobustBench's
-    *("link", "name", "authors", "additional_data", "venue"),
-    *("eps", "clean_acc", "autoattack_acc", "reported"),
-)
+# RobustBench's fields that no evaluation knows.
+_BY_HAND = ("link", "name", "authors", "additional_data", "venue", "reported")
 
 
 def write_bundle(
@@ -62,7 +60,7 @@ def write_bundle(
     full = load_facts(config).num_test
     evaluation = found if found and found["num_test"] == full else None
     info = model_info(config, weights, evaluation)
-    by_hand = [f"`{name}`" for name in _FIELDS if info.get(name, "") == ""]
+    by_hand = [f"`{name}`" for name in _BY_HAND if info.get(name, "") == ""]
     readme = readme.format(
         **{**info, **origin, "checkpoint": which},
         claims=_claims_in_words(found, which, full),

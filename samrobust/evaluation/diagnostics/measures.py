@@ -10,7 +10,8 @@ from flax import linen as nn
 from flax.errors import InvalidRngError
 
 from samrobust.attacks import Ball, cross_entropy, margin, staged_pgd
-from samrobust.evaluation import BatchFn, is_correct, is_finite, of_name
+from samrobust.attacks.losses import is_finite
+from samrobust.evaluation import BatchFn, is_correct, of_name
 from samrobust.system.jaxprs import equations
 from samrobust.types import Array, Attack, LogitsFn, LossFn, PyTree
 
