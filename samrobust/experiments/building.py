@@ -186,8 +186,8 @@ def _variables_of(
 ) -> Mapping[str, Any]:
     """Returns the shapes of a network's variables.
 
-    Traces it as it is initialized, evaluated and trained, and refuses one that cannot
-    be, with logits of another shape, or with parameters that have no gradient.
+    Traces it as it is initialized and as it is evaluated, and refuses one that cannot
+    be, one with logits of another shape, and parameters that have no gradient.
     """
     images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
