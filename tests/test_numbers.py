@@ -669,10 +669,10 @@ def speed_in_words() -> list[str]:
         f"more for AT-10: its steps reach {min(shares[0]):.0f} to {max(shares[0]):.0f} "
         f"% of the rate of a matrix product, ours {min(shares[1]):.0f} to "
         f"{max(shares[1]):.0f} %",
-        f"an ST epoch takes {st['epoch_seconds'] / 60:.0f} minutes here and an AT "
+        f"an ST epoch took {st['epoch_seconds'] / 60:.0f} minutes and an AT "
         f"epoch {at['epoch_seconds'] / 3600:.1f} hours, drawing and augmenting batches "
         f"{100 * st['pipeline_share']:.2f} % of that",
-        f"costs {evaluation['st_epochs']:.1f} ST epochs",
+        f"cost {evaluation['st_epochs']:.1f} ST epochs",
         f"Compilation takes {min(cold):.0f} to {max(cold):.0f} s in each process",
         f"takes {loop['ratio']:.2f} ({loop['ratio_low']:.2f} to "
         f"{loop['ratio_high']:.2f}) times as long",
