@@ -134,9 +134,7 @@ def load_network(
     digest = broadcast_from_primary(
         lambda: glance(workdir / "import.json").get("sha256")
     )
-    images = dataset if isinstance(dataset, Dataset) else None
-    known = images if digest is None else dataset
-    expected = identity_of(own, known, digest)
+    expected = identity_of(own, dataset, digest)
 
     def refuse(metadata: dict[str, Any]) -> str:
         return expected.refuse(metadata.get("identity"), draws=False)
@@ -195,24 +193,16 @@ def save_variables(
     """
     init = _make_init(config, dataset)
 
+    def cast(variables: PyTree, like: PyTree) -> PyTree:
+        return jax.tree.map(lambda x, old: jnp.array(x, old.dtype), variables, like)
+
     @jax.jit
     def make(key: Array, variables: dict[str, PyTree]) -> LoopState:
         carry = init(key)
-        state = dataclasses.replace(
-            carry.state,
-            **jax.tree.map(
-                lambda new, old: jnp.asarray(new, old.dtype),
-                variables,
-                {name: getattr(carry.state, name) for name in variables},
-            ),
-        )
+        fresh = {name: carry.state.variables[name] for name in variables}
+        state = dataclasses.replace(carry.state, **cast(variables, fresh))
         if state.average:
-            average = jax.tree.map(
-                lambda new, old: jnp.array(new, old.dtype),
-                state.variables,
-                state.eval_variables,
-            )
-            average = {**state.average, **average}
+            average = {**state.average, **cast(state.variables, state.eval_variables)}
             state = dataclasses.replace(state, average=average)
         return LoopState(state, carry.totals)
 

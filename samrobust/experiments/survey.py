@@ -142,7 +142,7 @@ def survey_run(
     seed = "?" if seed is None else seed
     of_config = training.get("epochs") if isinstance(training, dict) else None
     message = _text((read_failure(folder) or {}).get("message"))
-    if state != "running" and _is_damaged(folder / "result.json"):
+    if state not in ("done", "running") and (folder / "result.json").is_file():
         state, message = "failed", "result.json is damaged. Restore it from a copy."
     return RunStatus(
         name=one_line(f"{label}, seed {seed}" if label else folder.name),
@@ -156,10 +156,6 @@ def survey_run(
         work=_positive(planned.get("work")),
         error="" if state == "done" else one_line(message),
     )
-
-
-def _is_damaged(path: pathlib.Path) -> bool:
-    return path.is_file() and not glance(path)
 
 
 def _text(value: Any) -> str:
