@@ -425,8 +425,9 @@ def test_what_cannot_be_written_is_refused_before_the_work(
     for folder in (workdir, workdir / "st" / "seed0"):
         settle_config(helpers.make_folder(folder), config)
     (workdir / "st" / "seed0" / "result.json").write_text("{}")
+    # Its own method: a module that is loaded meanwhile would keep another class.
     monkeypatch.setattr(
-        "samrobust.experiments.reporting.progress.ProgressDisplay",
+        "samrobust.experiments.reporting.progress.ProgressDisplay.__init__",
         lambda *_: pytest.fail("works"),
     )
 
