@@ -13,7 +13,9 @@ from typing import Any, TypeAlias
 
 __all__ = [
     "LARGEST_COUNT",
+    "LARGEST_REAL",
     "LARGEST_SEED",
+    "NORMS",
     "Rule",
     "amount",
     "below_one",
@@ -39,9 +41,11 @@ Rule: TypeAlias = Callable[..., None]
 
 LARGEST_SEED = 2**32 - 1  # JAX keeps the low 32 bits: 2**32 would be seed 0
 LARGEST_COUNT = 2**31 - 1  # steps, sizes and indices are int32 on the device
+LARGEST_REAL = 3e38  # finite in float32
 
 _READABLE = 240  # characters of a value in a message
 
+NORMS = ("linf", "l2")
 # A ball of this radius in 1/255 units holds every image: the largest are 32 x 32 x 3.
 _WHOLE_BOX = {"linf": 255.0, "l2": 14134.0}
 # A smaller radius must be in another unit. An l2 ball of 1/255 moves no pixel by more
@@ -238,11 +242,13 @@ def share(**values: Any) -> None:
 
 def below_one(**values: Any) -> None:
     """Raises `ValueError` unless every value is in [0, 1), as float32 has it."""
-    check_real(0, 1 - 1e-7, **values)
+    check_real(0, 1, **values)
+    for name, value in values.items():
+        check(value <= 1 - 1e-7, f"{name} < 1", **{name: value})
 
 
 def amount(**values: Any) -> None:
-    """Raises `ValueError` unless every value is 0 or more, and no absurd number."""
+    """Raises `ValueError` unless every value is in [0, 1e6]."""
     check_real(0, 1e6, **values)
 
 

@@ -353,6 +353,20 @@ def test_autoattack_and_random_starts_of_no_length_refuse_radii_by_name():
 # Losses and starts of one's own
 
 
+@pytest.mark.parametrize("ball", [linf(0.1), l2(0.5)])
+def test_autoattack_starts_as_the_ball_says(ball):
+    drawn = []
+
+    def sample(key, shape):
+        drawn.append(shape)
+        return ball.sample(key, shape)
+
+    around = ball._replace(sample=sample)
+    attack = autoattack(around, version="custom", members=("apgd-ce",))
+    attack(logits_fn, *make_problem(), key=KEYS)
+    assert drawn
+
+
 def test_a_loss_may_close_over_traced_logits_and_a_ball_may_start_elsewhere():
     """A step of the attack of TRADES: on the divergence from the natural logits."""
     images, labels = make_problem()

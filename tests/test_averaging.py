@@ -211,7 +211,7 @@ def test_a_generalist_costs_a_pass_more():
 
 BAD = {
     "threshold": (lambda: fawa(1.5), "threshold <= 1, got threshold=1.5"),
-    "decay": (lambda: fawa(0.2, 1.0), "decay <= 1, got decay=1"),
+    "decay": (lambda: fawa(0.2, 1.0), "decay < 1, got decay=1"),
     "beta": (lambda: generalist(-0.1, **EPOCHS), "0 <= beta, got beta=-0.1"),
     "every": (lambda: generalist(0.4, every=0, **EPOCHS), "1 <= every, got every=0"),
 }

@@ -17,6 +17,7 @@ from samrobust.models import BatchNorm
 from samrobust.sharpness import sam
 from samrobust.training import Adversary, Objective, fit, make_train_step
 from samrobust.training.averaging.ema import ema
+from samrobust.training.objectives.mart import mart_loss
 from samrobust.training.objectives.trades import kl_divergence, kl_pgd, trades_loss
 
 KEY = jax.random.key(0)
@@ -258,9 +259,22 @@ def test_the_attack_of_trades_stays_in_its_set_and_raises_the_divergence():
     assert float(jnp.min(found)) > 0
 
 
+@pytest.mark.parametrize("objective", [trades_loss(2.0), mart_loss(2.0)])
+def test_a_class_that_the_network_rules_out_plays_no_part(objective):
+    def mean(logits: Any, ruled_out: Any) -> Any:
+        views = [jnp.concatenate([z, ruled_out], axis=-1) for z in logits]
+        views = (*views, views[0])[: len(objective.views)]
+        return jnp.mean(objective.loss(*views, jnp.array([0, 1])))
+
+    logits = jax.random.normal(KEY, (2, 2, 3))
+    none, one = jnp.zeros([2, 0]), jnp.full([2, 1], -jnp.inf)
+    found, expected = (jax.value_and_grad(mean)(logits, z) for z in (one, none))
+    helpers.assert_close(found, expected, atol=1e-6)
+
+
 BAD = {
     "beta": (lambda: trades_loss(-1.0), "0 <= beta, got beta=-1"),
-    "decay": (lambda: ema(1.0), "decay <= 1, got decay=1"),
+    "decay": (lambda: ema(1.0), "decay < 1, got decay=1"),
     "view": (
         lambda: make_train_step(
             Network(), optax.sgd(0.1), objective=Objective(cross_entropy, ("hard",))

@@ -61,7 +61,8 @@ def test_what_breaks_in_a_ball_is_broken_in_a_larger_one():
         ({"radii": {}}, "radii of at least one norm"),
         ({"radii": {"linf": (8.0, 4.0)}}, "rising radii > 0"),
         ({"radii": {"l1": (8.0,)}}, "norm in {linf, l2}"),
-        ({"radii": {"linf": (8.0,)}, "num_steps": 0}, "num_steps >= 1"),
+        ({"radii": {"linf": (8.0,)}, "num_steps": 0}, "1 <= num_steps"),
+        ({"radii": {"linf": (8.0,)}, "num_examples": 1.5}, "num_examples=1.5"),
     ],
 )
 def test_settings_that_mean_no_curve_are_refused(fields, message):

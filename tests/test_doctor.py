@@ -87,3 +87,5 @@ def test_caches_are_measured_and_one_that_others_can_write_to_is_named(
     lines = lines_of(capsys)
     assert f"1 MB in {tmp_path}/samrobust/xla" in lines["programs"]
     assert "samrobust/data is not used: it can be written by others" in lines["images"]
+    monkeypatch.setenv("SAMROBUST_COMPILATION_CACHE", "OFF")
+    assert "compiled programs are not kept" in lines_of(capsys)["programs"]

@@ -240,6 +240,14 @@ def test_noise_in_the_forward_pass_is_found_out():
     assert 'version="rand"' in found.text
 
 
+def test_a_class_that_is_ruled_out_by_minus_infinity_is_no_randomness():
+    logits = np.array([[2.0, -np.inf], [1.0, 0.0]])
+    found = verdicts.judge_randomness(logits, logits)
+    assert found.verdict == PASSED
+    assert found.values["largest_logit"] == 2
+    assert verdicts.judge_randomness(logits, logits[::-1]).verdict == WARNING
+
+
 def test_logits_that_low_precision_rounds_away_are_found_out():
     found = findings(offset=4e4, dtype=jnp.float16, effort=Effort(**QUICK))
     assert found["low precision", LINF].verdict == WARNING

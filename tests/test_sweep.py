@@ -270,6 +270,16 @@ def test_a_failure_is_recorded_and_removed_by_a_success(tmp_path):
     assert read_failure(tmp_path) is None
 
 
+def test_a_failure_that_cannot_be_recorded_is_still_the_one_that_is_raised(tmp_path):
+    (tmp_path / "failure.json").mkdir()
+    with (
+        pytest.warns(UserWarning, match="Could not write"),
+        pytest.raises(ZeroDivisionError),
+        recording_failure(tmp_path),
+    ):
+        print(1 / 0)
+
+
 def test_a_long_traceback_is_cut_at_its_beginning(tmp_path):
     with pytest.raises(ValueError, match="x"), recording_failure(tmp_path):
         raise ValueError("x" * 10_000 + "end")

@@ -7,9 +7,9 @@ An attack is a pure function: configuration at construction, data at call; it wo
 inside and outside `jax.jit`, `vmap` and `shard_map`, with models of Flax, Equinox or
 plain functions. Images are [B, ...] with pixels in [0, 1], labels int [B], radii in
 pixel units; radii and keys are one for all examples or one for each. Anything else is
-refused by name (`samrobust.attacks.calls`). Logits that are not finite count as a
-mistake. Normalization belongs in `logits_fn`. Out of scope: training, data sets,
-accuracy (see `samrobust.evaluation`).
+refused by name (`samrobust.attacks.calls`). Logits whose highest is NaN or infinite
+count as a mistake. Normalization belongs in `logits_fn`. Out of scope: training, data
+sets, accuracy (see `samrobust.evaluation`).
 
 One file is one algorithm; what all of them share is in `balls`, `calls`, `draws`,
 `numbers` and `per_example`.

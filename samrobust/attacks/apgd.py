@@ -377,7 +377,7 @@ def windows(num_steps: int) -> np.ndarray:
 def _run_maker(
     ball: Ball, num_steps: int, rho: float, eot: int, box: tuple[float, float]
 ) -> Callable[..., ApgdRun]:
-    """Refuses what the attacks cannot mean; returns what makes a run of the rest."""
+    """Checks the options; returns a factory that makes a run for given data."""
     num_steps, eot = whole(1, num_steps=num_steps), whole(1, eot=eot)
     rho = real(rho=rho)
     check(0 <= rho <= 1, "0 <= rho <= 1", rho=rho)

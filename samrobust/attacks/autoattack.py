@@ -181,7 +181,8 @@ def autoattack(
         members=tuple(members),
     )
     if ball.order == 2:
-        ball = l2(ball.radius, gradient_floor=_NORM_FLOOR)
+        floored = l2(ball.radius, gradient_floor=_NORM_FLOOR)
+        ball = ball._replace(steepest_ascent=floored.steepest_ascent)
     names = tuple(members) or _VERSIONS[version]
     eot = _DRAWS if version == "rand" else 1
     made = tuple(_MAKERS[name](name, ball, eot, box) for name in names)

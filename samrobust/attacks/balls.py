@@ -57,7 +57,7 @@ def linf(radius: float | Array) -> Ball:
       The ball. `sample` is uniform in it.
 
     Raises:
-      ValueError: if the radius is no number, negative or not finite; what is traced
+      ValueError: if the radius is not a number, negative or not finite; what is traced
         cannot be looked at.
 
     >>> linf(0.5).project(jnp.array([[0.2, -0.7]]))
@@ -99,7 +99,7 @@ def l2(radius: float | Array, *, gradient_floor: float = 0.0) -> Ball:
       nearly all volume lies at the surface.
 
     Raises:
-      ValueError: if an argument is no number, negative or not finite.
+      ValueError: if an argument is not a number, negative or not finite.
 
     >>> l2(1.0).project(jnp.array([[3.0, 4.0]]))
     Array([[0.6, 0.8]], dtype=float32)

@@ -272,7 +272,7 @@ def _run_maker(
     beta: float,
     box: tuple[float, float],
 ) -> Callable[..., _FabRun]:
-    """Refuses what the attacks cannot mean; returns what makes a run of the data."""
+    """Checks the options; returns a factory that makes a run for given data."""
     num_steps, restarts = whole(0, num_steps=num_steps), whole(1, restarts=restarts)
     alpha_max, eta, beta = real(alpha_max=alpha_max), real(eta=eta), real(beta=beta)
     check(0 <= alpha_max <= 1, "0 <= alpha_max <= 1", alpha_max=alpha_max)

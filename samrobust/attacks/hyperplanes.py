@@ -68,7 +68,8 @@ def step_onto_hyperplane(
     size = jnp.where(speed > 0, jnp.abs(weights), 0.0)
     length = _common_length(size, speed, room, demand, axes)
     # An infinite length times a zero speed is NaN, and not chosen.
-    return jnp.where(size > 0, -jnp.sign(weights) * _moved(length, speed, room), 0.0)
+    moved = jnp.minimum(length * speed, room)
+    return jnp.where(size > 0, -jnp.sign(weights) * moved, 0.0)
 
 
 def _common_length(
@@ -99,7 +100,3 @@ def _common_length(
 
     start = jnp.zeros_like(demand)
     return jax.lax.while_loop(goes_on, newton, (start, jnp.ones_like(start, bool)))[0]
-
-
-def _moved(length: Array, speed: Array, room: Array) -> Array:
-    return jnp.minimum(length * speed, room)

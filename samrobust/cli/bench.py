@@ -37,7 +37,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--measure", **kinds, help=unrolled)
     methods = flags.names_of("st", "sam", "at", "at+sam")
     add("--methods", **methods, help="of st, sam, at, at+sam; default: st,sam,at")
-    add("--row", **flags.ROWS, help="of any method, in their place; repeat for several")
+    add("--row", **flags.ROWS, help="of any method, instead of --methods; repeatable")
     add("--batch-sizes", **flags.COUNTS, help="default: the config's")
     precisions = flags.names_of("float32", "bfloat16")
     choices = "of float32, bfloat16; default: the config's"

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from samrobust.checks import NORMS
 from samrobust.cli import flags
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--workdir", **flags.WORKDIR, required=True, help="of the table")
     add("--rows", **flags.ROWS, help="only these; default: all")
-    for norm in flags.NORMS:
+    for norm in NORMS:
         words = "in 1/255; default: 8 radii up to twice the table's largest"
         add(f"--{norm}", **flags.radii(norm), help=words)
     add("--num-steps", **flags.COUNT, help="of PGD; default: 20")
@@ -106,7 +107,7 @@ def _settings(config: "Config", arguments: argparse.Namespace) -> "CurveSettings
     from samrobust.experiments.curves import CurveSettings
 
     grids = {}
-    for norm in flags.NORMS:
+    for norm in NORMS:
         given = getattr(arguments, norm)
         largest = max(config.evaluation[norm], default=0.0)
         if given:

@@ -17,7 +17,7 @@ from importlib import metadata
 
 from samrobust import __version__
 from samrobust.checks import check, shorten
-from samrobust.system.runtime import FAILED, one_line, trusted_cache_folder
+from samrobust.system.runtime import FAILED, is_off, one_line, trusted_cache_folder
 
 __all__ = ["ABOUT", "EXTRAS", "add_flags", "run"]
 
@@ -145,7 +145,7 @@ def _memory() -> str:
 
 def _programs() -> str:
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if not folder and os.environ.get("SAMROBUST_COMPILATION_CACHE") in ("off", "0"):
+    if not folder and is_off(os.environ, "SAMROBUST_COMPILATION_CACHE"):
         return "compiled programs are not kept (SAMROBUST_COMPILATION_CACHE)"
     return (
         f"compiled programs: {_cache('xla', pathlib.Path(folder) if folder else None)}"

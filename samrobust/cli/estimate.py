@@ -32,8 +32,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_plan_flags(parser)
     add = parser.add_argument
     devices = (
-        "like one of these that share the runs, each with a worker of its own, as with "
-        "launch/local.py --each; default: one worker on all devices that are here"
+        "identical devices that share the runs, with one worker each, as with "
+        "launch/local.py --each; default: one worker on all devices of this machine"
     )
     add("--devices", **flags.FEW, help=devices)
     add("--price-per-hour", **flags.POSITIVE, help="of a device, in any currency")

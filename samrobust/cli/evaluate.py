@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from samrobust.checks import check
+from samrobust.checks import NORMS, check
 from samrobust.cli import flags
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     examples = "keep AutoAttack's adversarial images, beside its results"
     add("--save-examples", **flags.SWITCH, help=examples)
     add("--num-examples", **flags.COUNT, help=f"test images, evenly spaced; {own}")
-    add("--norm", choices=flags.NORMS, action="append", help="default: both")
+    add("--norm", choices=NORMS, action="append", help="default: both")
     radii = "radius in 1/255, needs --norm; repeatable"
     add("--epsilon", **flags.POSITIVE, action="append", help=f"{radii}; {own}")
     add("--step-size", **flags.POSITIVE, help=f"in 1/255; {own}")
@@ -169,7 +169,7 @@ def _config(workdir: pathlib.Path, arguments: argparse.Namespace) -> "Config":
     from samrobust.experiments.workdir import config_of_run
 
     run_config = config_of_run(workdir)
-    norms, epsilons = arguments.norm or flags.NORMS, arguments.epsilon
+    norms, epsilons = arguments.norm or NORMS, arguments.epsilon
     attack = arguments.attack or run_config.evaluation.attack
     useless = _OF_PGD if attack == "autoattack" else _OF_AUTOATTACK
     given = list(flags.given(vars(arguments), useless))
@@ -188,7 +188,7 @@ def _config(workdir: pathlib.Path, arguments: argparse.Namespace) -> "Config":
         norm=arguments.norm,
         epsilon=epsilons,
     )
-    radii = {norm: epsilons if norm in norms else () for norm in flags.NORMS}
+    radii = {norm: epsilons if norm in norms else () for norm in NORMS}
     config = apply_flags(run_config, vars(arguments) | radii)
     if (step_size := arguments.step_size) is not None:
         attacked = [r for norm in norms for r in config.evaluation[norm]]

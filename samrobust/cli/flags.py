@@ -30,7 +30,6 @@ __all__ = [
     "FOLDER",
     "LOSS",
     "MEMBERS",
-    "NORMS",
     "POSITIVE",
     "PRECISION",
     "REALS",
@@ -173,7 +172,6 @@ COLUMN = _kind(_column, "COLUMN")
 CONFIG: _Kind = {**_kind(_name, "FILE"), "help": "default: %(default)s"}
 ROWS: _Kind = {**_kind(_name, "ROW"), "action": "append"}
 TEXT = _kind(_name, "TEXT")  # on one line
-NORMS = ("linf", "l2")
 CHECKPOINT: _Kind = {
     "choices": ("last", "best"),
     "help": "default: as the run; of both, last",
@@ -190,4 +188,4 @@ MEMBERS: _Kind = {
     "help": "with --version=custom: of apgd-ce, apgd-t, fab-t, square, apgd-dlr",
 }
 ANY_FIELD = "Any field: --config.training.epochs=2; `samrobust config` lists them."
-SHARED = f"{RESUME} Several workers may share a workdir: each takes what none holds."
+SHARED = f"{RESUME} Several workers may share a workdir: each takes runs of its own."

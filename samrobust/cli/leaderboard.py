@@ -26,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     new = "also claim the runs of this folder, where `samrobust recheck` was run"
     add("--add", **flags.DIRECTORY, help=new)
     add("--architecture", **flags.TEXT, help="with --add: of the networks")
-    note = "with --add: what must be known beside, as of a reduced training set"
+    note = "with --add: what a reader must know, such as a reduced training set"
     add("--note", **flags.TEXT, help=note)
 
 

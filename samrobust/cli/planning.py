@@ -24,7 +24,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add("--workdir", **flags.WORKDIR, help="default: runs/NAME for configs/NAME.py")
     seeds = "runs of a row, 0 .. N-1; with --config.seed=S: S .. S+N-1"
     add("--seeds", **flags.FEW, default=1, help=seeds)
-    program = "seeds of a row that are trained at a time, as one program on one device"
+    program = "seeds of a row to train together, as one program on one device"
     add("--seeds-per-program", **flags.FEW, default=1, help=program)
     rows = (
         "only these, as in --rows=st --rows=sam,rho=0.2; or separated by ';'; "

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from samrobust.checks import check
+from samrobust.checks import NORMS, check
 from samrobust.cli import flags
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--rows", **flags.ROWS, help="only these; default: all")
     add("--version", **flags.VERSION)
     add("--members", **flags.MEMBERS)
-    for norm in flags.NORMS:
+    for norm in NORMS:
         radii = "radii in 1/255; default: the table's"
         add(f"--{norm}", **flags.radii(norm), help=radii)
     images = "test images, evenly spaced; default: the table's"

@@ -7,7 +7,7 @@ import jax
 from rich.console import Console
 
 from samrobust.attacks import Ball
-from samrobust.checks import check
+from samrobust.checks import NORMS, check
 from samrobust.cli.shared import show_written
 from samrobust.data import Dataset
 from samrobust.evaluation.diagnostics.checks import run_sanity
@@ -15,6 +15,7 @@ from samrobust.evaluation.diagnostics.look import Surrogate, some_of
 from samrobust.evaluation.diagnostics.report import to_sheet, write_report
 from samrobust.experiments import building
 from samrobust.experiments.networks import Trained, checkpoints_of, load_network
+from samrobust.experiments.reporting.names import column_of
 from samrobust.experiments.reporting.progress import ProgressDisplay
 from samrobust.experiments.scoring import evaluated_split, evaluation_key, until_stopped
 from samrobust.experiments.workdir import config_of_run
@@ -114,7 +115,7 @@ def check_surrogates(config: Config, folders: Iterable[str]) -> dict[str, Config
 def largest_balls(config: Config) -> dict[str, Ball]:
     """Builds the largest ball > 0 of each norm that the evaluation names."""
     return {
-        f"{norm} {max(radii):g}/255": make_ball(norm, max(radii))
-        for norm in ("linf", "l2")
+        column_of(norm, max(radii)): make_ball(norm, max(radii))
+        for norm in NORMS
         if (radii := [r for r in config.evaluation[norm] if r > 0])
     }

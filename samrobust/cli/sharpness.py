@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from samrobust.checks import check
+from samrobust.checks import NORMS, check
 from samrobust.cli import flags
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _settings(config: "Config", arguments: argparse.Namespace) -> "ProbeSettings
     """Returns how to measure; linearity within the smallest ball of the table."""
     from samrobust.studies.sharpness.probe import ProbeSettings
 
-    balls = [(norm, r) for norm in flags.NORMS for r in sorted(config.evaluation[norm])]
+    balls = [(norm, r) for norm in NORMS for r in sorted(config.evaluation[norm])]
     check(
         bool(balls),
         "a table with accuracies under attack",

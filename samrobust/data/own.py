@@ -15,10 +15,10 @@ from samrobust.checks import check, shorten
 from samrobust.data.cache import cached_arrays, default_cache_dir
 from samrobust.data.splits import DatasetUnavailableError
 
-__all__ = ["load_images", "load_npz", "one_line", "read_image"]
+__all__ = ["DECODING", "load_images", "load_npz", "one_line", "read_image"]
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
-_DECODING = 2  # to be raised when the same files decode to other arrays
+DECODING = 2  # to be raised when `read_image` gives other arrays of the same files
 
 
 def load_npz(path: pathlib.Path) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def load_images(folder: pathlib.Path, cache_dir: pathlib.Path | None) -> dict[st
     for path, _ in (pair for pairs in files.values() for pair in pairs):
         sha256.update(os.fsencode(path.relative_to(folder)) + b"\0")
         sha256.update(hashlib.sha256(path.read_bytes()).digest())
-    source = {"decoding": _DECODING, "files": sha256.hexdigest()}
+    source = {"decoding": DECODING, "files": sha256.hexdigest()}
 
     def decode() -> dict[str, np.ndarray]:
         arrays = {}

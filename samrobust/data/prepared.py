@@ -16,7 +16,7 @@ import numpy as np
 
 from samrobust.checks import shorten
 from samrobust.data.cache import Arrays, cached_arrays, default_cache_dir
-from samrobust.data.own import one_line, read_image
+from samrobust.data.own import DECODING, one_line, read_image
 from samrobust.data.splits import DatasetUnavailableError
 from samrobust.system.files import glance
 
@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 _CHUNK = 1000  # records read at a time
-_DECODING = 2  # to be raised when the same records decode to other arrays
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +177,7 @@ def read_split(
     for path in sorted(prepared.glob(f"*-{split}.array_record*")):
         with path.open("rb") as file:
             records[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    source = {"decoding": _DECODING, "records": records}
+    source = {"decoding": DECODING, "records": records}
     stem = f"{prepared.parent.name}-{split}"
     folder = cache_dir or default_cache_dir()
     return cached_arrays(folder, stem, source, lambda: _decode(prepared, split), verify)

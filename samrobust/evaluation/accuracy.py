@@ -1,9 +1,9 @@
 """Natural and robust accuracy: every test example exactly once, whatever the batch.
 
 The network is evaluated in inference mode (`model.apply(variables, images,
-train=False)`), in its own precision. An example with a logit that is not finite counts
-as misclassified: a network with such logits on natural images is refused, and those
-under attack are reported. Outputs that are probabilities draw a warning.
+train=False)`), in its own precision. An example whose highest logit is NaN or infinite
+counts as misclassified: a network with such logits on natural images is refused, and
+those under attack are reported. Outputs that are probabilities draw a warning.
 
 All evaluators have one signature (`Evaluator`) and return an `Outcome`.
 """
@@ -69,8 +69,8 @@ class Outcome:
     Attributes:
       correct: by column, bool [N] in the order of the split: whether the example is
         classified correctly under the attack.
-      non_finite: how many examples have logits that are not finite under the attack,
-        by column; columns without any are left out.
+      non_finite: how many examples have a highest logit that is NaN or infinite under
+        the attack, by column; columns without any are left out.
       fates: which part of an attack broke which example, for attacks in parts.
     """
 

@@ -58,7 +58,7 @@ class Fates:
       broken_at: int16 [columns, N] in the order of the split: the stage that broke an
         example, `STANDING` (-1) where none did, `MISCLASSIFIED` (-2) where it was not
         right as it was.
-      non_finite: bool [columns, N]: broken by a logit that is not finite.
+      non_finite: bool [columns, N]: broken by a highest logit that is NaN or infinite.
       place: how far the attack has come.
       provenance: of all processes that contributed, in order.
       path: of the file, if they are stored.
@@ -116,7 +116,7 @@ class Fates:
         return {"natural": natural, **dict(columns)}
 
     def num_non_finite(self) -> dict[str, int]:
-        """Returns how many broke by a logit that is not finite, by column."""
+        """Returns how many broke by a highest logit that is NaN or infinite."""
         counts = self.non_finite.sum(axis=1).tolist()
         return dict(zip(self.stages, counts, strict=True))
 
@@ -226,7 +226,7 @@ class FatesFile:
                 f"{path} is of another network, split or attack than its name says"
             )
         if not is_possible:
-            raise _UnfitError(f"{path} holds values that cannot be")
+            raise _UnfitError(f"{path} holds impossible values")
         if self._examples is not None:
             sums = stored.get("sums", np.zeros(0))
             problem = self._examples.reopen(found.broken_at >= 0, sums)

@@ -90,7 +90,7 @@ def make_measure(batch_fn: BatchFn, *, batch_size: int) -> Measure:
         examples is used, rounded up to a multiple of the devices.
 
     Returns:
-      `measure(variables, split, key, *, on_batch=None) -> {name: values}` with NumPy
+      `measure(variables, split, key, *, on_batch=...) -> {name: values}` with NumPy
       arrays [N, ...] in the order of the split. `on_batch(done, num_examples)` is
       called after every batch, and during one that takes long. The function
       compiles once for splits of one size and may be called for many networks.

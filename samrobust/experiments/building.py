@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from samrobust import attacks
 from samrobust.attacks.losses import LOSSES
-from samrobust.checks import check
+from samrobust.checks import NORMS, check
 from samrobust.data import (
     DATASETS,
     Dataset,
@@ -25,6 +25,7 @@ from samrobust.data import (
 )
 from samrobust.experiments import entries, methods
 from samrobust.experiments.components import make_model, make_optimizer
+from samrobust.experiments.reporting.names import column_of
 from samrobust.system.distributed import data_mesh
 from samrobust.training import Method, make_train_step
 from samrobust.training.adversaries.at import make_ball
@@ -239,11 +240,11 @@ def _evaluation_columns(config: Config) -> dict[str, tuple[attacks.Ball, dict]]:
     """Returns ball and options of every column under attack, by its name, in order."""
     evaluation = config.evaluation
     columns = {}
-    for norm in ("linf", "l2"):
+    for norm in NORMS:
         for radius in evaluation[norm]:
             step_size = radius * evaluation[f"{norm}_step"]
             options = _pgd_options(evaluation, norm, radius, step_size)
-            columns[f"{norm} {radius:g}/255"] = options
+            columns[column_of(norm, radius)] = options
     return columns
 
 

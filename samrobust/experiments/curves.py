@@ -14,10 +14,11 @@ from flax import linen as nn
 
 from samrobust import attacks
 from samrobust.attacks.losses import LOSSES
-from samrobust.checks import check, check_choice
+from samrobust.checks import NORMS, check, check_choice, count
 from samrobust.data import Split
 from samrobust.evaluation import Evaluator, OnBatch, make_evaluator
 from samrobust.experiments.reporting import pictures
+from samrobust.experiments.reporting.names import column_of
 from samrobust.training.adversaries.at import make_ball
 from samrobust.types import Array, PyTree
 
@@ -53,10 +54,9 @@ class CurveSettings:
     def __post_init__(self):
         check(bool(self.radii), "radii of at least one norm", radii=self.radii)
         check_choice(tuple(LOSSES), loss=self.loss)
-        check(self.num_steps >= 1, "num_steps >= 1", num_steps=self.num_steps)
-        check(self.num_examples >= 1, "num_examples >= 1", examples=self.num_examples)
+        count(num_steps=self.num_steps, num_examples=self.num_examples)
         for norm, radii in self.radii.items():
-            check_choice(("linf", "l2"), norm=norm)
+            check_choice(NORMS, norm=norm)
             rising = len(radii) > 0 and bool(np.all(np.diff([0.0, *radii]) > 0))
             check(rising, "rising radii > 0", norm=norm, radii=radii)
 
@@ -89,7 +89,7 @@ def make_curve_evaluator(
     columns: dict[str, Any] = {"natural": attacks.identity}
     for norm, radii in settings.radii.items():
         for radius in radii:
-            columns[f"{norm} {radius:g}/255"] = attacks.pgd(
+            columns[column_of(norm, radius)] = attacks.pgd(
                 make_ball(norm, radius),
                 step_size=radius / 255 / 4,
                 num_steps=settings.num_steps,
@@ -124,7 +124,7 @@ def measure_run(
     correct = evaluate(variables, split, key, on_batch=on_batch).correct
     curves = {}
     for norm, radii in settings.radii.items():
-        names = ["natural", *(f"{norm} {radius:g}/255" for radius in radii)]
+        names = ["natural", *(column_of(norm, radius) for radius in radii)]
         standing = np.logical_and.accumulate([correct[name] for name in names])
         curves[norm] = [100 * float(share) for share in standing.mean(axis=1)]
     return curves

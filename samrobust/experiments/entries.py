@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import optax
 
 from samrobust.checks import (
+    LARGEST_REAL,
     Rule,
     check,
     check_real,
@@ -53,7 +54,6 @@ __all__ = [
 REGISTRIES = (ADVERSARIES, OBJECTIVES, SHARPNESS, AVERAGES)
 REGISTRY: dict[str, str] = functools.reduce(lambda a, b: a | b, REGISTRIES)
 _PLAIN = (bool, int, float, str, tuple)  # what a field of a config can hold
-_MOST = 3e38  # finite in float32
 
 
 class Given(NamedTuple):
@@ -87,9 +87,11 @@ def find(name: str) -> Entry:
     """Returns the entry of a name in rows.
 
     Raises:
-      ValueError: if there is none, or it is no constructor.
+      ValueError: if there is none, or it is not a constructor.
     """
-    found = resolve(name if is_reference(name) else REGISTRY[name], "a method")
+    known = is_reference(name) or name in REGISTRY
+    check(known, "the name of a method", method=name)
+    found = resolve(REGISTRY.get(name, name), "a method")
     if isinstance(found, Entry):
         return found
     check(callable(found), "a method's constructor", method=name)
@@ -159,7 +161,7 @@ def _rule_of(kind: type) -> Rule:
     rules: dict[type, Rule] = {
         bool: switch,
         int: functools.partial(check_whole, -(2**31)),
-        float: functools.partial(check_real, -_MOST, _MOST),
+        float: functools.partial(check_real, -LARGEST_REAL, LARGEST_REAL),
         str: text,
     }
     return rules.get(kind, each(lambda **_: None))

@@ -84,7 +84,6 @@ def add_claims(
             }
             path = folder / _place(claim)
             path.parent.mkdir(parents=True, exist_ok=True)
-            # What was filled in by hand stays.
             before = read_object(path) or {}
             kept = {name: before[name] for name in _KEPT if before.get(name)}
             write_json(path, {**claim, **kept})

@@ -77,7 +77,7 @@ class Score(NamedTuple):
       details: what there is beyond that, in JSON's types. Of AutoAttack, `autoattack`:
         the accuracy after each member by column, the file with what became of every
         example, relative to the workdir, and the provenance of the process that began
-        it. `non_finite`: by attack, the images with logits that are not finite, if any.
+        it. `non_finite`: by attack, the images whose highest logit is NaN or infinite.
       network: its checksum; empty in what older versions stored.
     """
 

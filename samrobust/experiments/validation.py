@@ -15,8 +15,10 @@ from ml_collections import ConfigDict
 
 from samrobust.attacks.autoattack import MEMBERS, VERSIONS
 from samrobust.checks import (
+    LARGEST_REAL,
     LARGEST_SEED,
     Rule,
+    below_one,
     check,
     check_path,
     check_radius,
@@ -26,7 +28,6 @@ from samrobust.checks import (
     each,
     maybe,
     one_of,
-    share,
     switch,
     text,
 )
@@ -37,7 +38,6 @@ from samrobust.types import Config
 __all__ = ["FIELDS", "OF_PGD", "fields_of", "validate"]
 
 _SECTION = (ConfigDict, Mapping)
-_MOST = 3e38  # finite in float32
 _LEAST = 1e-30  # above 0 in float32
 _size = partial(check_whole, 0)
 _seed = partial(check_whole, 0, LARGEST_SEED)
@@ -84,12 +84,12 @@ FIELDS: dict[str, Rule] = {
     "training.deterministic": switch,
     "training.drop_remainder": switch,
     "training.optimizer": text,
-    "training.learning_rate": partial(check_real, _LEAST, _MOST),
+    "training.learning_rate": partial(check_real, _LEAST, LARGEST_REAL),
     "training.schedule": one_of("step", "cosine", "cyclic"),
     "training.milestones": each(partial(check_real, 1e-4, 1)),
     "training.decay_factor": partial(check_real, _LEAST, 1),
-    "training.momentum": share,
-    "training.weight_decay": partial(check_real, 0, _MOST),
+    "training.momentum": below_one,
+    "training.weight_decay": partial(check_real, 0, LARGEST_REAL),
     "training.steps_per_call": _size,
     "evaluation.linf": each(partial(check_radius, "linf")),
     "evaluation.l2": each(partial(check_radius, "l2")),
@@ -154,8 +154,7 @@ def _require(
 
 
 def _validate_training(config: Config) -> None:
-    momentum, milestones = "training.momentum", "training.milestones"
-    _require(config, _read(config, momentum) < 1, f"{momentum} < 1", momentum)
+    milestones = "training.milestones"
     points = (0, *_read(config, milestones), 1)
     rising = all(a < b for a, b in itertools.pairwise(points))
     wanted = "increasing fractions of the training between 0 and 1"

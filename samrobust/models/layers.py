@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from samrobust.checks import check, check_real, check_whole
+from samrobust.checks import check, check_whole
 from samrobust.models.conv import conv2d
 from samrobust.types import Array
 
@@ -19,7 +19,6 @@ __all__ = [
     "Conv",
     "ImageClassifier",
     "StagedClassifier",
-    "check_dropout",
     "exact_dtype",
     "residual_stages",
     "torch_init",
@@ -133,12 +132,6 @@ class StagedClassifier(ImageClassifier):
     def widths(self) -> list[int]:
         """Channels of each stage."""
         return [self.width * 2**i for i in range(len(self.blocks))]
-
-
-def check_dropout(dropout: Any) -> None:
-    """Raises `ValueError` unless the share dropped is in [0, 1)."""
-    check_real(0, 1, dropout=dropout)
-    check(dropout < 1, "dropout < 1", dropout=dropout)
 
 
 def residual_stages(

@@ -19,10 +19,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from samrobust.checks import check, check_whole
+from samrobust.checks import below_one, check, check_whole
 from samrobust.models.layers import (
     ImageClassifier,
-    check_dropout,
     exact_dtype,
     torch_linear,
 )
@@ -107,7 +106,7 @@ class ViT(ImageClassifier):
         check_whole(1, heads=self.heads)
         holds = self.dim % self.heads == 0
         check(holds, "heads that divide dim", heads=self.heads, dim=self.dim)
-        check_dropout(self.dropout)
+        below_one(dropout=self.dropout)
         super().__post_init__()
 
     @nn.compact

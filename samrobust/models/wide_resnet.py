@@ -15,8 +15,8 @@ Reference: Zagoruyko and Komodakis (2016), "Wide Residual Networks", arXiv 1605.
 
 import flax.linen as nn
 
-from samrobust.checks import check, check_whole
-from samrobust.models.layers import ImageClassifier, check_dropout, torch_init
+from samrobust.checks import below_one, check, check_whole
+from samrobust.models.layers import ImageClassifier, torch_init
 from samrobust.models.preact_resnet import preact_features
 from samrobust.types import Array
 
@@ -47,7 +47,7 @@ class WideResNet(ImageClassifier):
         fits = self.depth % 6 == 4
         check(fits, "depth = 6n + 4", "As 16, 22, 28 and 34 are.", depth=self.depth)
         check_whole(1, 1024, widen=self.widen)
-        check_dropout(self.dropout)
+        below_one(dropout=self.dropout)
         super().__post_init__()
 
     @nn.compact

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from samrobust.checks import check_real, check_strength, one_of
+from samrobust.checks import LARGEST_REAL, check_real, check_strength, one_of
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm, zeros_as
 from samrobust.sharpness.two_pass import Combine, two_pass
@@ -57,7 +57,7 @@ def awp(
     >>> updates
     Array([[-0.45000002, -0.6       ]], dtype=float32)
     """
-    check_real(0, 3e38, weight_decay=weight_decay)
+    check_real(0, LARGEST_REAL, weight_decay=weight_decay)
 
     def ascend(grads: PyTree, params: PyTree, gamma: Array) -> PyTree:
         def move(g: Array, w: Array) -> Array:

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samrobust.checks import amount, check_real, count, share
+from samrobust.checks import LARGEST_REAL, amount, below_one, check_real, count
 from samrobust.sharpness.refusals import check_present, check_whole_tree
 from samrobust.sharpness.state import OffsetState
-from samrobust.sharpness.trees import at_least_float32, norm, width, zeros
+from samrobust.sharpness.trees import at_least_float32, norm, normal_like, width, zeros
 from samrobust.types import Array, Entry, PyTree
 
 __all__ = ["ENTRY", "entropy_sgd"]
@@ -76,7 +76,9 @@ def entropy_sgd(
     """
     amount(gamma=gamma, noise=noise, scoping=scoping, weight_decay=weight_decay)
     _rate(inner_rate=inner_rate)
-    share(momentum=momentum)
+    if not callable(learning_rate):
+        check_real(1e-12, LARGEST_REAL, learning_rate=learning_rate)
+    below_one(momentum=momentum)
     count(inner_steps=inner_steps)
     outer = learning_rate if callable(learning_rate) else lambda _: learning_rate
     spread = noise / (0.5 * inner_rate) ** 0.5
@@ -114,7 +116,11 @@ def entropy_sgd(
             pull = strength.astype(e.dtype) * e + weight_decay * (w + e)
             return e - inner_rate * (g + momentum * v + pull + spread * drawn)
 
-        drawn = _normal(key, grads) if noise else jax.tree.map(jnp.zeros_like, grads)
+        if noise:
+            check_present(key=key)
+            drawn = normal_like(grads, key)
+        else:
+            drawn = jax.tree.map(jnp.zeros_like, grads)
         offset = jax.tree.map(walk, grads, velocity, state.offset, params, drawn)
         mean = jax.tree.map(lambda m, e: _KEPT * m + (1 - _KEPT) * e, mean, offset)
         shown = (value.astype(jnp.float32) for value in (norm(offset), norm(mean)))
@@ -139,17 +145,6 @@ def entropy_sgd(
 _METRICS: tuple[str, ...] = ("distance", "entropy_gradient_norm")
 
 
-def _normal(key: Any, like: PyTree) -> PyTree:
-    check_present(key=key)
-    leaves, structure = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [
-        jax.random.normal(k, leaf.shape, leaf.dtype)
-        for k, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, drawn)
-
-
 ENTRY = Entry(
     entropy_sgd,
     "Entropy-SGD (gamma = {gamma:g})",
@@ -160,5 +155,4 @@ ENTRY = Entry(
         "noise": amount,
         "scoping": amount,
     },
-    passes=0.0,
 )

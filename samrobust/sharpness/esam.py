@@ -67,10 +67,6 @@ def esam(
     """
     _fraction(beta=beta, gamma=gamma)
 
-    def init(params: PyTree) -> optax.EmptyState:
-        del params
-        return optax.EmptyState()
-
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, PyTree]:
@@ -89,15 +85,11 @@ def esam(
     def choose(rises: Array) -> Array:
         return jax.lax.top_k(rises, _chosen(gamma, len(rises)))[1]
 
-    def measure(grads: PyTree, perturbation: PyTree) -> dict[str, Array]:
-        del grads
-        return live(perturbation)
-
     return two_pass(
         rho,
-        optax.GradientTransformationExtraArgs(init, update),
+        optax.GradientTransformationExtraArgs(optax.identity().init, update),
         choose=None if gamma == 1 else choose,
-        measure=measure,
+        measure=live,
         aux=aux,
         grouped=grouped,
     )

@@ -16,12 +16,13 @@ from samrobust.sharpness.masks import (
     live,
     masked,
     normalizations,
+    nothing,
     restricted,
     size,
     where_given,
 )
 from samrobust.sharpness.sam import of_length
-from samrobust.sharpness.trees import norm, zeros
+from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, Entry, PyTree
 
@@ -65,9 +66,6 @@ def fsam(
     share(keep_ratio=keep_ratio)
     count(every=every)
 
-    def init(params: PyTree) -> PyTree:
-        return jax.tree.map(lambda w: zeros(w.shape, jnp.bool, w), params)
-
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, PyTree]:
@@ -89,12 +87,8 @@ def fsam(
         ascent = of_length(extra_args["rho"], updates, norm(updates))
         return masked(restricted(mask, updates), ascent), mask
 
-    def measure(grads: PyTree, perturbation: PyTree) -> dict[str, Array]:
-        del grads
-        return live(perturbation)
-
-    ascent = optax.GradientTransformationExtraArgs(init, update)
-    return two_pass(rho, ascent, measure=measure, aux=aux, grouped=grouped)
+    ascent = optax.GradientTransformationExtraArgs(nothing, update)
+    return two_pass(rho, ascent, measure=live, aux=aux, grouped=grouped)
 
 
 def _outside(params: PyTree) -> PyTree:

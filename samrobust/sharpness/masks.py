@@ -60,17 +60,24 @@ def size(tree: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def live(tree: PyTree) -> dict[str, Array]:
-    """Returns the metric `live`: the fraction of the entries that are not zero."""
-    counts = [jnp.sum(leaf != 0, dtype=jnp.float32) for leaf in jax.tree.leaves(tree)]
-    return {"live": sum(counts, jnp.zeros([])) / max(size(tree), 1)}
+def live(grads: PyTree, perturbation: PyTree) -> dict[str, Array]:
+    """Measures `live`: the fraction of the perturbation's entries that are not zero."""
+    del grads
+    leaves = jax.tree.leaves(perturbation)
+    counts = [jnp.sum(leaf != 0, dtype=jnp.float32) for leaf in leaves]
+    return {"live": sum(counts, jnp.zeros([])) / max(size(perturbation), 1)}
+
+
+def nothing(params: PyTree) -> PyTree:
+    """Returns the mask without any entry."""
+    return jax.tree.map(lambda w: zeros(w.shape, jnp.bool, w), params)
 
 
 def largest(scores: PyTree, count: int | Array) -> PyTree:
     """Returns the mask of the `count` largest of all entries.
 
     Args:
-      scores: a tree of real numbers; NaN counts as the largest.
+      scores: a tree of real numbers; NaN counts as the smallest.
       count: may be traced. Of equal entries the first are taken.
     """
     leaves, structure = jax.tree.flatten(scores)

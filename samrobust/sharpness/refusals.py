@@ -59,7 +59,7 @@ def check_ascent(memory: PyTree, *, grouped: bool) -> None:
 
 
 def check_scheduled(rho: Any) -> None:
-    """Refuses a schedule's value that is no real scalar."""
+    """Refuses a schedule's value that is not a real scalar."""
     holds = _is_real_scalar(rho)
     check(holds, "a schedule of rho to return a real scalar", returned=_shown(rho))
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samrobust.checks import amount, check, check_real, count
+from samrobust.checks import LARGEST_REAL, amount, check, check_real, count
 from samrobust.sharpness.awp import FIELDS, decay_at_the_moved
 from samrobust.sharpness.refusals import check_present
 from samrobust.sharpness.sam import of_length
@@ -61,13 +61,9 @@ def rwp(
     """
     amount(threshold=threshold)
     count(num_steps=num_steps)
-    check_real(0, 3e38, weight_decay=weight_decay)
+    check_real(0, LARGEST_REAL, weight_decay=weight_decay)
     fix = "Train with the whole batch as one group."
     check(not grouped, "no groups of examples with rwp", fix, grouped=grouped)
-
-    def init(params: PyTree) -> optax.EmptyState:
-        del params
-        return optax.EmptyState()
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
@@ -92,7 +88,7 @@ def rwp(
 
     return two_pass(
         gamma,
-        optax.GradientTransformationExtraArgs(init, update),
+        optax.GradientTransformationExtraArgs(optax.identity().init, update),
         combine=decay_at_the_moved(weight_decay),
         aux=aux,
     )

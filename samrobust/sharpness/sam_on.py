@@ -4,7 +4,6 @@ Reference: Mueller et al. (2023), arXiv 2306.04226.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import optax
@@ -51,24 +50,17 @@ def sam_on(
 
     def ascend(grads: PyTree, params: PyTree, rho: Array) -> PyTree:
         mask = restricted(select(params), grads)
+        named = jax.tree_util.tree_leaves_with_path(params)
         check(
             any(jax.tree.leaves(mask)),
             "a network with normalization layers for SAM-ON",
             "Choose another model, or sam.",
-            parameters=[jax.tree_util.keystr(p) for p, _ in _named(params)],
+            parameters=[jax.tree_util.keystr(path) for path, _ in named],
         )
         chosen = masked(mask, grads)
         return of_length(rho, chosen, norm(chosen))
 
-    def measure(grads: PyTree, perturbation: PyTree) -> dict[str, Array]:
-        del grads
-        return live(perturbation)
-
-    return two_pass(rho, ascend, measure=measure, aux=aux, grouped=grouped)
-
-
-def _named(params: PyTree) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(params)
+    return two_pass(rho, ascend, measure=live, aux=aux, grouped=grouped)
 
 
 ENTRY = Entry(sam_on, "SAM-ON (rho = {rho:g})", fields={"rho": check_strength})

@@ -16,13 +16,14 @@ from samrobust.sharpness.masks import (
     largest,
     live,
     masked,
+    nothing,
     restricted,
     size,
     where_given,
 )
 from samrobust.sharpness.refusals import check_present
 from samrobust.sharpness.sam import of_length
-from samrobust.sharpness.trees import at_least_float32, norm, zeros
+from samrobust.sharpness.trees import at_least_float32, norm
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, Entry, Field, PyTree
 
@@ -95,9 +96,6 @@ def ssam(
         ]
         before, after = _drawn(sparsity), _moved(sparsity, period, rates)
 
-    def init(params: PyTree) -> PyTree:
-        return jax.tree.map(lambda w: zeros(w.shape, jnp.bool, w), params)
-
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, PyTree]:
@@ -109,12 +107,8 @@ def ssam(
         kept = where_given(lambda *new: new[-1], updates, state, following)
         return masked(current, ascent), kept
 
-    def measure(grads: PyTree, perturbation: PyTree) -> dict[str, Array]:
-        del grads
-        return live(perturbation)
-
-    ascent = optax.GradientTransformationExtraArgs(init, update)
-    return two_pass(rho, ascent, measure=measure, aux=aux, grouped=grouped)
+    ascent = optax.GradientTransformationExtraArgs(nothing, update)
+    return two_pass(rho, ascent, measure=live, aux=aux, grouped=grouped)
 
 
 # A step of a mask: of the gradients, the mask so far, and what `two_pass` gives.

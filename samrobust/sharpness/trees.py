@@ -20,6 +20,7 @@ __all__ = [
     "cosine",
     "mean_of_groups",
     "norm",
+    "normal_like",
     "width",
     "zeros",
     "zeros_as",
@@ -39,6 +40,17 @@ def _reals(tree: PyTree) -> list[Array]:
         (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,) for leaf in leaves
     ]
     return [part for pair in parts for part in pair]
+
+
+def normal_like(tree: PyTree, key: Array) -> PyTree:
+    """Returns standard normal numbers in the shapes and dtypes of a tree."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [
+        jax.random.normal(key, leaf.shape, leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, drawn)
 
 
 def width(tree: PyTree) -> Any:

@@ -290,10 +290,6 @@ def _live(g: Array | None, w: Any) -> Array | None:
 
 
 def _without_memory(ascend: Ascent) -> optax.GradientTransformationExtraArgs:
-    def init(params: PyTree) -> optax.EmptyState:
-        del params
-        return optax.EmptyState()
-
     def update(
         updates: PyTree,
         state: PyTree,
@@ -302,7 +298,7 @@ def _without_memory(ascend: Ascent) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[PyTree, PyTree]:
         return ascend(updates, params, extra_args["rho"]), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(optax.identity().init, update)
 
 
 def _move(params: PyTree, grads: PyTree, perturbation: PyTree) -> _Ascended:

@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from samrobust.checks import NORMS
 from samrobust.data import DatasetFacts
 from samrobust.evaluation.measure import usual_batch_size
 from samrobust.experiments import building, configuration, methods
@@ -242,7 +243,7 @@ def _one_attack(config: Config) -> dict[str, Any]:
 
     Larger ones may take minutes on a CPU.
     """
-    linf, l2 = (tuple(config.evaluation[norm])[:1] for norm in ("linf", "l2"))
+    linf, l2 = (tuple(config.evaluation[norm])[:1] for norm in NORMS)
     return {
         **{"attack": "pgd", "version": "standard", "members": (), "restarts": 1},
         **{"early_stop": False, "linf": linf, "l2": () if linf else l2},

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from samrobust.system.files import glance, write_json
+from samrobust.system.files import WorkdirError, glance, write_json
 
 __all__ = ["describe", "is_transient", "read_failure", "recording_failure"]
 
@@ -57,7 +57,7 @@ def recording_failure(
             raise
         try:
             write_json(path, _record(error))
-        except OSError as problem:  # a full disk may be what went wrong
+        except (OSError, WorkdirError) as problem:  # a full disk may be what went wrong
             warnings.warn(f"Could not write {path}: {problem}", stacklevel=2)
         raise
     path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ import stat
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -34,6 +34,7 @@ __all__ = [
     "collect_garbage_seldom",
     "enable_compilation_cache",
     "end_on_signals",
+    "is_off",
     "keep_freed_memory",
     "one_line",
     "say",
@@ -87,7 +88,15 @@ def _private(folder: pathlib.Path) -> pathlib.Path | None:
     return None
 
 
-_SWITCH = ("on", "off", "1", "0")
+def is_off(environ: Mapping[str, str], name: str) -> bool:
+    """Tells whether a variable of the environment switches something off.
+
+    Raises:
+      ValueError: if it is neither on nor off.
+    """
+    wanted = environ.get(name, "").lower() or "on"
+    check_choice(("on", "off", "1", "0"), **{name: wanted})
+    return wanted in ("off", "0")
 
 
 def enable_compilation_cache() -> None:
@@ -102,11 +111,10 @@ def enable_compilation_cache() -> None:
     Raises:
       ValueError: if `SAMROBUST_COMPILATION_CACHE` is neither on nor off.
     """
-    wanted = os.environ.get("SAMROBUST_COMPILATION_CACHE", "").lower() or "on"
-    check_choice(_SWITCH, SAMROBUST_COMPILATION_CACHE=wanted)
+    unwanted = is_off(os.environ, "SAMROBUST_COMPILATION_CACHE")
     unwritten = "Error writing persistent compilation cache entry .*: std::bad_alloc"
     warnings.filterwarnings("ignore", unwritten)
-    if wanted in ("off", "0") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if unwanted or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     import jax
 

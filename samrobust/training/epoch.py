@@ -262,7 +262,7 @@ class EpochRunner:
         return time.monotonic()
 
     def rest(self) -> None:
-        """Stops the training clock until the next call."""
+        """Does nothing: the time of a run by itself is that of the wall."""
 
     def permutation(self, epoch: int) -> Array:
         """Returns the order of the examples in an epoch, int32 [N]."""

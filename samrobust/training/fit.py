@@ -159,8 +159,8 @@ def fit(
     Raises:
       ValueError: if there is not one batch, the devices do not divide a batch, there
         are more steps than an int32 counts, or `after_epoch` or `validate` returns a
-        number that is not finite, or the latter no score; for a label that is none of
-        the network's.
+        number that is not finite, or the latter no score; for a label that the
+        network has no logit for.
       TrainingDivergedError: with the step and the last good checkpoint.
       InterruptedRunError: after `should_stop`.
       CheckpointError: if there are checkpoints and none is intact, or the newest intact

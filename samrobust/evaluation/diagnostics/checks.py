@@ -85,7 +85,7 @@ def run_sanity(
     check("" not in transfer, "names for the networks of transfer", names=[*transfer])
     # How often `_on_network` and `_on_ball` measure, for an accurate progress bar.
     has_copy = float32_copy(model) is not None
-    num_measures = 3 + (6 + bool(transfer) + 2 * has_copy) * len(balls)
+    num_measures = 3 + (5 + bool(transfer) + 2 * has_copy) * len(balls)
     look = Look(
         model,
         variables,
@@ -97,34 +97,38 @@ def run_sanity(
         key,
         on_batch,
     )
-    findings = _on_network(look)
+    findings, logits = _on_network(look)
     for name, ball in balls.items():
-        findings += [dataclasses.replace(f, ball=name) for f in _on_ball(look, ball)]
+        found = _on_ball(look, ball, logits)
+        findings += [dataclasses.replace(finding, ball=name) for finding in found]
     return findings
 
 
-def _on_network(look: Look) -> list[Finding]:
+def _on_network(look: Look) -> tuple[list[Finding], np.ndarray]:
     """Judges whether it gives logits, gradients, and in two passes the same.
+
+    Returns:
+      The findings and the logits [N, K].
 
     Raises:
       ValueError: if the logits are not finite: there is nothing to check.
     """
-    first, second = (look.measure(measure_logits(look.model)) for _ in range(2))
+    logits_of = measure_logits(look.model)
+    first, second = (look.measure(logits_of) for _ in range(2))
     check_finite(int(np.sum(~first["finite"])), len(first["finite"]))
     gradients = look.measure(measure_gradients(look.model))
     names = ("correct", "zero", "zero_margin", "saturated")
+    logits = first["logits"]
     return [
-        verdicts.judge_outputs(first["logits"]),
+        verdicts.judge_outputs(logits),
         verdicts.judge_gradients(*(gradients[name] for name in names)),
-        verdicts.judge_randomness(first["logits"], second["logits"]),
-    ]
+        verdicts.judge_randomness(logits, second["logits"]),
+    ], logits
 
 
-def _on_ball(look: Look, ball: Ball) -> list[Finding]:
+def _on_ball(look: Look, ball: Ball, logits: np.ndarray) -> list[Finding]:
     """Runs all checks on the attack within one ball."""
-    images = look.measure(measure_logits(look.model))
-    pgd = _pgd(look, ball)
-    effort, logits = look.effort, images["logits"]
+    pgd, effort = _pgd(look, ball), look.effort
     # The ascent on this loss does not change with a factor of the logits.
     scale_free = attacks.dlr if logits.shape[-1] >= 3 else attacks.margin
     crafts = {

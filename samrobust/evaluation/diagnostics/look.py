@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from samrobust.checks import check
 from samrobust.data import Split
-from samrobust.evaluation import BatchFn, make_measure
+from samrobust.evaluation import BatchFn, Measure, make_measure
 from samrobust.types import Array, PyTree
 
 __all__ = ["Effort", "Look", "Surrogate", "some_of"]
@@ -72,6 +72,7 @@ class Look:
       key: the randomness of all measurements.
       on_batch: called with the progress, see `run_sanity`.
       num_measured: how often `measure` was called.
+      compiled: what measures, by what it measures.
     """
 
     model: nn.Module
@@ -84,6 +85,7 @@ class Look:
     key: Array
     on_batch: Callable[[int, int], None]
     num_measured: int = 0
+    compiled: dict[BatchFn, Measure] = dataclasses.field(default_factory=dict)
 
     def measure(
         self, batch_fn: BatchFn, variables: PyTree | None = None
@@ -94,9 +96,12 @@ class Look:
             total = self.num_measures * num_examples
             self.on_batch(self.num_measured * num_examples + done, total)
 
-        measure = make_measure(batch_fn, batch_size=self.batch_size)
+        if batch_fn not in self.compiled:
+            made = make_measure(batch_fn, batch_size=self.batch_size)
+            self.compiled[batch_fn] = made
         variables = self.variables if variables is None else variables
         own_key = jax.random.fold_in(self.key, self.num_measured)
+        measure = self.compiled[batch_fn]
         outcome = measure(variables, self.split, own_key, on_batch=on_batch)
         self.num_measured += 1
         return outcome

@@ -114,7 +114,7 @@ def measure_gradients(model: nn.Module) -> BatchFn:
     """Measures where the losses are flat, in float32 whatever the model's precision.
 
     The outcome, each [B]: `correct`; `saturated`, whether the cross entropy is exactly
-    zero; `margin`; `zero` and `zero_margin`, whether every entry of the gradient of the
+    zero; `zero` and `zero_margin`, whether every entry of the gradient of the
     cross entropy and of the margin is exactly zero.
     """
     model = float32_copy(model) or model
@@ -133,7 +133,6 @@ def measure_gradients(model: nn.Module) -> BatchFn:
         return {
             "correct": is_correct(logits, labels),
             "saturated": cross_entropy(logits, labels) == 0,
-            "margin": margin(logits, labels),
             "zero": is_flat(cross_entropy),
             "zero_margin": is_flat(margin),
         }
@@ -233,5 +232,6 @@ def rescaled_cross_entropy(logits: Array, labels: Array) -> Array:
     like, and its gradient still does not vanish.
     """
     size = jnp.abs(margin(logits, labels))
-    scale = jax.lax.stop_gradient(jnp.where(size > 0, size, 1.0))
+    usable = (size > 0) & (size < jnp.inf)
+    scale = jax.lax.stop_gradient(jnp.where(usable, size, 1.0))
     return cross_entropy(logits.astype(jnp.float32) / scale[:, None], labels)

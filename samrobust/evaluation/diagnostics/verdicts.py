@@ -46,7 +46,7 @@ def judge_outputs(outputs: np.ndarray) -> Finding:
     count = int(np.sum(normalized(jnp.asarray(outputs))))
     values = {"images": len(outputs), "normalized": count}
     is_bad = count == len(outputs)
-    text = PROBABILITIES if is_bad else "The outputs are no probabilities."
+    text = PROBABILITIES if is_bad else "The outputs are not probabilities."
     return _finding("logits", is_bad, text, values)
 
 
@@ -93,8 +93,11 @@ def judge_gradients(
 
 def judge_randomness(first: np.ndarray, second: np.ndarray) -> Finding:
     """Judges whether two passes over the same images give the same logits [N, K]."""
-    size = max(float(np.max(np.abs(first))), np.finfo(np.float32).tiny)
-    largest = float(np.max(np.abs(first - second)))
+    finite = np.abs(first[np.isfinite(first)])  # -inf rules out a class
+    size = max(float(np.max(finite, initial=0.0)), np.finfo(np.float32).tiny)
+    with np.errstate(invalid="ignore"):
+        gaps = np.where(first == second, 0.0, np.abs(first - second))
+    largest = float(np.max(gaps))
     changed = int(np.sum(first.argmax(-1) != second.argmax(-1)))
     values = {"largest_difference": largest, "largest_logit": size, "changed": changed}
     differs = not largest <= _ROUNDING * size
@@ -259,7 +262,7 @@ def judge_transfer(
 ) -> Finding:
     """Judges whether images made on other networks break what APGD does not."""
     if not transferred:
-        text = "Not done: no other run was given. Name some by --transfer-from."
+        text = "Not done: no other run was given. Name some with --transfer-from."
         return Finding("transfer", UNDECIDED, text, {})
     union = np.all(list(transferred.values()), axis=0)
     beaten, text = _compare(

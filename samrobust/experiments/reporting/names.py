@@ -9,12 +9,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from samrobust.checks import check
+from samrobust.checks import NORMS, check
 
 __all__ = [
     "attack_in_words",
     "checkpoint_in_words",
     "column_norm",
+    "column_of",
     "column_order",
     "family",
     "short_column",
@@ -23,7 +24,7 @@ __all__ = [
 ]
 
 _COLUMN = re.compile(r"(natural|(\w+) (\d+(?:\.\d+)?)/255)(?: (\S.*))?")
-_NORMS = ("natural", "linf", "l2")
+_ORDER = ("natural", *NORMS)
 
 
 def family(row: str) -> str:
@@ -37,6 +38,15 @@ def family(row: str) -> str:
     names = re.findall(r"(?:^|\+)([A-Za-z_][\w.:]*)", row)
     own = [name.rpartition(":")[2] if ":" in name else name.upper() for name in names]
     return " ".join(["+".join(own), *re.findall(r"norm=(\w+)", row)])
+
+
+def column_of(norm: str, radius: float) -> str:
+    """Names the column of a ball, its radius in 1/255.
+
+    >>> column_of("linf", 8.0)
+    'linf 8/255'
+    """
+    return f"{norm} {radius:g}/255"
 
 
 def _match(column: str) -> re.Match[str]:
@@ -79,7 +89,7 @@ def column_order(column: str) -> tuple[int, str, float, str]:
         follows either, such as ` AA`, is set off by a space.
     """
     norm, (_, rest) = column_norm(column), split_column(column)
-    rank = _NORMS.index(norm) if norm in _NORMS else len(_NORMS)
+    rank = _ORDER.index(norm) if norm in _ORDER else len(_ORDER)
     return rank, norm, float(_match(column)[3] or 0), rest
 
 

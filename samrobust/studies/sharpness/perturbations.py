@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from samrobust.checks import check_real, check_whole
-from samrobust.sharpness.trees import at_least_float32, norm
+from samrobust.sharpness.trees import at_least_float32, norm, normal_like
 from samrobust.types import Array, PyTree
 
-__all__ = ["ParamsLoss", "average_sharpness", "normal_like", "worst_case_sharpness"]
+__all__ = ["ParamsLoss", "average_sharpness", "worst_case_sharpness"]
 
 ParamsLoss = Callable[[PyTree], Array]
 
@@ -142,17 +142,6 @@ def average_sharpness(
         return ((losses[0] - start) + (losses[1] - start)) / 2
 
     return jnp.mean(jax.lax.map(rise, jax.random.split(key, num_samples)))
-
-
-def normal_like(tree: PyTree, key: Array) -> PyTree:
-    """Returns standard normal numbers in the shapes and dtypes of a tree."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    draws = [
-        jax.random.normal(key, leaf.shape, leaf.dtype)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, draws)
 
 
 def _scale(params: PyTree, *, adaptive: bool) -> PyTree:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from samrobust.attacks import cross_entropy, fab_minimal
-from samrobust.checks import check_choice, check_real, check_whole
+from samrobust.checks import NORMS, check_choice, check_real, check_whole
 from samrobust.data import Split, take_batch
 from samrobust.evaluation import OnBatch, is_correct, make_measure
 from samrobust.evaluation.diagnostics.measures import float32_copy, logits_of
@@ -125,7 +125,7 @@ class ProbeSettings:
     fab_steps: int = 50
 
     def __post_init__(self):
-        check_choice(("linf", "l2"), linearity_norm=self.linearity_norm)
+        check_choice(NORMS, linearity_norm=self.linearity_norm)
         for name in ("linearity_radius", "rho", "rho_adaptive", "sigma"):
             check_real(0, float("inf"), **{name: getattr(self, name)})
         check_real(0, float("inf"), sigma_adaptive=self.sigma_adaptive)
@@ -322,7 +322,7 @@ def _images_parts(
         variables: PyTree, images: Array, labels: Array, *, key: Array
     ) -> Any:
         logits_fn, found = logits_of(model, variables), {}
-        for norm in ("linf", "l2"):
+        for norm in NORMS:
             around = make_ball(norm, 1.0)  # the radius plays no part
             attack = fab_minimal(
                 around, num_targets=settings.num_targets, num_steps=settings.fab_steps

@@ -319,7 +319,7 @@ def lease_seconds() -> float:
     """Returns the lease of this process's claims, `SAMROBUST_CLAIM_LEASE`.
 
     Raises:
-      ValueError: if that is no number of seconds, or more than an hour.
+      ValueError: if that is not a number of seconds, or more than an hour.
     """
     text = os.environ.get("SAMROBUST_CLAIM_LEASE", "") or str(LEASE)
     try:

@@ -21,8 +21,9 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from samrobust.checks import check, check_choice
+from samrobust.checks import check
 from samrobust.system.jax_internals import in_cloud_tpu_vm
+from samrobust.system.runtime import is_off
 
 __all__ = ["Settings", "find_settings", "on_cloud_tpu", "read_seconds", "starts_first"]
 
@@ -61,7 +62,7 @@ def find_settings(environ: Mapping[str, str]) -> Settings | None:
     ...                "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"})
     Settings(address='node1:1234', num_processes=2, process_id=1, local_device_ids=None)
     """
-    if _is_off(environ):
+    if is_off(environ, "SAMROBUST_DISTRIBUTED"):
         return None
     given = [name for name in _EXPLICIT if environ.get(name)]
     if given and given != [_EXPLICIT[0]]:
@@ -98,7 +99,7 @@ def on_cloud_tpu(environ: Mapping[str, str]) -> bool:
     """Tells whether JAX runs on a TPU VM, alone or of several; asks for no device."""
     platforms = environ.get("JAX_PLATFORMS", "")
     wanted = not platforms or "tpu" in platforms
-    return in_cloud_tpu_vm() and wanted and not _is_off(environ)
+    return in_cloud_tpu_vm() and wanted and not is_off(environ, "SAMROBUST_DISTRIBUTED")
 
 
 def read_seconds(environ: Mapping[str, str], name: str, default: str) -> int:
@@ -241,9 +242,3 @@ def _integer(environ: Mapping[str, str], name: str, default: str = "") -> int:
         re.fullmatch("[0-9]{1,18}", text) is not None, "a whole number", **{name: text}
     )
     return int(text)
-
-
-def _is_off(environ: Mapping[str, str]) -> bool:
-    wanted = environ.get("SAMROBUST_DISTRIBUTED", "").lower() or "on"
-    check_choice(("on", "off", "1", "0"), SAMROBUST_DISTRIBUTED=wanted)
-    return wanted in ("off", "0")

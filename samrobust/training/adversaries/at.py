@@ -11,6 +11,8 @@ from samrobust import attacks
 from samrobust.attacks import Ball, l2, linf
 from samrobust.attacks.losses import LOSSES
 from samrobust.checks import (
+    LARGEST_REAL,
+    NORMS,
     Rule,
     check,
     check_choice,
@@ -39,7 +41,7 @@ __all__ = [
 # Range of step size / radius. Beyond ten radii steps only jump between the faces of the
 # ball; below this fraction a step is lost in float32's rounding of pixels.
 STEP = (1e-4, 10.0)
-_radius = functools.partial(check_real, 0, 3e38)  # finite in float32
+_radius = functools.partial(check_real, 0, LARGEST_REAL)
 # The reference code's 1e-10, times a batch below 1e7.
 _floor = functools.partial(check_real, 0, 1e-3)
 
@@ -56,7 +58,7 @@ def check_extent(**values: Any) -> None:
 
 # The fields of every attack by PGD in training; radii and steps in 1/255 units.
 PGD_FIELDS: Mapping[str, Field | Rule] = {
-    "norm": Field("linf", one_of("linf", "l2")),
+    "norm": Field("linf", one_of(*NORMS)),
     "epsilon": _radius,
     # A step as a fraction of epsilon, by norm; `step_size` follows.
     "relative_step_size.linf": Field(0.25, check_alpha),
@@ -89,7 +91,7 @@ def check_steps(norm: str, epsilon: float, step_size: float) -> None:
     Raises:
       ValueError: see above.
     """
-    check_choice(("linf", "l2"), norm=norm)
+    check_choice(NORMS, norm=norm)
     check_radius(norm, epsilon=epsilon)
     low, high = STEP
     check(

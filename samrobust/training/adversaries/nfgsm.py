@@ -54,11 +54,7 @@ ENTRY = Entry(
     nfgsm,
     "N-FGSM (eps = {eps:g}/255)",
     options={"eps": "epsilon"},
-    fields={
-        **ONE_STEP,
-        "alpha": check_alpha,
-        "noise": check_extent,
-    },
+    fields={**ONE_STEP, "noise": check_extent},
     attack_passes=one_step,
     check=check_options,
 )

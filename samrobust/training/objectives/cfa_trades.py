@@ -105,7 +105,6 @@ _FIELDS = {
     **FIELDS,
     "beta": trades.FIELDS["beta"],
     "base_beta": check_extent,
-    "batch_norm": trades.FIELDS["batch_norm"],
 }
 ENTRY = Entry(
     cfa_trades,

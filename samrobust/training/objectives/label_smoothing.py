@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from samrobust.attacks.losses import cross_entropy
 from samrobust.checks import share
+from samrobust.sharpness.trees import at_least_float32
 from samrobust.training.parts import Objective
 from samrobust.types import Array, Entry
 
@@ -40,8 +41,8 @@ def label_smoothing(alpha: float) -> Objective:
         return Objective(cross_entropy)
 
     def loss(logits: Array, labels: Array) -> Array:
-        exact = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        uniform = -jnp.mean(jax.nn.log_softmax(exact), axis=-1)
+        log_p = jax.nn.log_softmax(at_least_float32(logits))
+        uniform = -jnp.mean(log_p, axis=-1)
         return (1 - alpha) * cross_entropy(logits, labels) + alpha * uniform
 
     return Objective(loss)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from samrobust import attacks
 from samrobust.attacks.losses import cross_entropy
 from samrobust.checks import amount
+from samrobust.sharpness.trees import at_least_float32
 from samrobust.training.adversaries.at import (
     attack_passes,
     check_options,
@@ -38,7 +39,7 @@ def boosted_cross_entropy(logits: Array, labels: Array) -> Array:
       logits: [B, K].
       labels: int [B].
     """
-    exact = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    exact = at_least_float32(logits)
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     wrong = jnp.max(jnp.where(is_label, 0.0, jax.nn.softmax(exact)), axis=-1)
     return cross_entropy(logits, labels) - jnp.log(_BOOST - wrong)

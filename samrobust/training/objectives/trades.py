@@ -10,6 +10,7 @@ from samrobust import attacks
 from samrobust.attacks import Ball, draws
 from samrobust.attacks.losses import cross_entropy
 from samrobust.checks import amount
+from samrobust.sharpness.trees import at_least_float32
 from samrobust.training.adversaries.at import (
     PGD_FIELDS,
     attack_passes,
@@ -42,11 +43,11 @@ def kl_divergence(logits: Array, others: Array) -> Array:
       logits: [B, K].
       others: [B, K].
     """
-    log_p, log_q = (
-        jax.nn.log_softmax(z.astype(jnp.promote_types(z.dtype, jnp.float32)))
-        for z in (logits, others)
-    )
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    log_p, log_q = (jax.nn.log_softmax(at_least_float32(z)) for z in (logits, others))
+    p = jnp.exp(log_p)
+    # Classes that p rules out, with a logit of -inf, have no part in it.
+    log_p, log_q = (jnp.where(p > 0, log, 0.0) for log in (log_p, log_q))
+    return jnp.sum(p * (log_p - log_q), axis=-1)
 
 
 def beside(ball: Ball) -> Ball:
@@ -148,11 +149,7 @@ def trades(
     return as_adversary(attack, batch_norm=batch_norm), trades_loss(beta)
 
 
-FIELDS = {
-    **PGD_FIELDS,
-    "beta": amount,
-    "batch_norm": PGD_FIELDS["batch_norm"],
-}
+FIELDS = {**PGD_FIELDS, "beta": amount}
 ENTRY = Entry(
     trades,
     "TRADES ({norm}, eps = {eps:g}/255, beta = {beta:g})",
