@@ -76,14 +76,14 @@ def get_config() -> ConfigDict:
     # `decay_factor`, rounded up to whole ones: after 23 of 30.
     config.training.milestones = (0.75, 0.9)
     config.training.decay_factor = 0.1
-    config.training.momentum = 0.9  # or b1 of AdamW
+    config.training.momentum = 0.9  # or b1 of Adam and AdamW
     # Coupled, on all parameters: normalization and biases too.
     config.training.weight_decay = 5e-4
     # Steps in one call of the device (`lax.scan`); 0: 1 on CPU, on GPU and TPU about 25
     # that divide an epoch's full batches.
     config.training.steps_per_call = 0
-    # The same bits at every run on a GPU too, by slower algorithms: a killed run is
-    # resumed as if never stopped. CPUs do so anyway; there it changes nothing.
+    # Bit-reproducible on GPUs too, by slower algorithms: a killed run is resumed as if
+    # never stopped. CPUs do so anyway; there it changes nothing.
     config.training.deterministic = False
 
     config.evaluation = ConfigDict()

@@ -3,8 +3,8 @@
     samrobust table --config=configs/sharpness.py --seeds=3
     samrobust recheck --workdir=runs/sharpness
 
-The data, the network and the attacks of configs/digits.py. Each method had as many
-settings in `GRID`; in `ROWS` stands the best of them on held-out training images, by
+The data, the network and the attacks of configs/digits.py. `GRID` has four
+settings of each method, `ROWS` the best of them on held-out training images, by
 the mean of the natural and the four robust accuracies over two seeds:
 
     samrobust table --config=configs/sharpness.py --rows=configs/sharpness.py:GRID \

@@ -629,8 +629,8 @@ def upstream_in_words() -> list[str]:
         said.append((min(ratios), max(ratios), over_all))
     (low, high, over_all), (lower, higher, over_cifar) = said
     return [
-        f"the same accuracy in {len(lines)} comparisons under l-inf and l2 except "
-        f"for {apart} images of {sum(x['num_test'] for x in lines):,}",
+        f"agreed on all but {apart} of {sum(x['num_test'] for x in lines):,} images in "
+        f"{len(lines)} comparisons under l-inf and l2",
         f"upstream took {low:.1f} to {high:.1f} times our time on digits, "
         f"{over_all:.1f} overall",
         f"and {lower:.1f} to {higher:.1f} times, {over_cifar:.1f} overall, on 100 "
@@ -738,8 +738,8 @@ def gpu_in_words() -> list[str]:
     return [
         f"PyTorch's tuned ST step took {1e3 * theirs[half]:.1f} ms, longer than its "
         f"own {1e3 * theirs[full]:.2f} ms in float32",
-        f"step is {theirs[full] / ours:.1f} times as fast as the latter, its best "
-        f"({theirs[half] / ours:.1f} times as fast as the former)",
+        f"bfloat16 step is {theirs[full] / ours:.1f} times as fast as its best, in "
+        f"float32, and {theirs[half] / ours:.1f} times as fast as its bfloat16 step",
         f"the 72 models of Tables 1 and 2 take {hours[half]:.0f} hours of one H200 in "
         f"bfloat16 and {hours[full]:.0f} in float32",
         f"{shown[0]} images/s of ST, {shown[1]} of SAM and {shown[2]} of AT-10",
@@ -804,7 +804,7 @@ def sharpness_in_words() -> list[str]:
         f"{over_st(sam)} and {over_st(sam, hard[1])}",
         "Twice the epochs add {} at l-inf 32/255, four times the weight decay {}, SWA "
         "{} and EMA {}".format(*map(over_st, controls)),
-        f"adds {over_st(at)} there, at {rows[at].passes:.2f} times the passes",
+        f"adds {over_st(at)} at l-inf 32/255, at {rows[at].passes:.2f} times the passes",
         f"adds {over_st('sam,rho=1.6,start=0.8')} there at 1.2 times the passes, but "
         f"{over_st('sam,rho=1.6,start=0.8', 'linf 16/255')} at l-inf 16/255",
         *sharpness_under_autoattack_in_words(sam, smooth),
@@ -825,7 +825,7 @@ def sharpness_under_autoattack_in_words(sam: str, smooth: str) -> list[str]:
         f"{max(gains.values()):.1f} points, SAM {gain(name, sam, f'{far} AA')}; AWP "
         f"alone is ahead of it, by {ahead(name, awp, sam, f'{far} AA')}",
         f"smoothing adds {gain(name, smooth, f'{far} AA')}, no longer as much as SAM, "
-        f"for PGD is too good to it by {over[0]:.1f} points and to the others by "
+        f"for PGD overestimates it by {over[0]:.1f} points and the others by "
         f"{over[-1]:.1f} to {over[1]:.1f}",
     ]
 
@@ -910,9 +910,9 @@ def under_autoattack_in_words(sam: str, fast: str, free: str) -> list[str]:
     lost = [ahead(FAMILY_AA, at, mart, f"{far}{x}") for x in ("", " AA")]
     return [
         f"PGD orders the {len(over)} almost as AutoAttack does at l-inf 32/255 "
-        f"(rank correlation {agreement(FAMILY_AA, far):.2f}), but is too good to label "
-        f"smoothing by {ranked[0]:.1f} points, to ST by {ranked[1]:.1f} and to the "
-        f"others by {ranked[-1]:.1f} to {ranked[2]:.1f}",
+        f"(rank correlation {agreement(FAMILY_AA, far):.2f}), but overestimates label "
+        f"smoothing by {ranked[0]:.1f} points, ST by {ranked[1]:.1f} and the others by "
+        f"{ranked[-1]:.1f} to {ranked[2]:.1f}",
         f"Beside adversarial training label smoothing adds {on_top[0]} points under "
         f"PGD and {on_top[1]} under AutoAttack",
         f"N-FGSM at 32/255 keeps {strong[0]:.1f} % for {passes[single]:.2f} passes, "
@@ -1043,8 +1043,8 @@ def cheap_under_autoattack_in_words(fast: str, sam: str) -> list[str]:
     return [
         f"on {table(CHEAP_AA).num_test} of the test images at l-inf 1/255, the picture "
         f"is the same. PGD orders the {len(over)} rows almost as AutoAttack does (rank "
-        f"correlation {agreement(CHEAP_AA, near):.2f}) and is too good to none by more "
-        f"than {max(over.values()):.1f} points, to label smoothing most",
+        f"correlation {agreement(CHEAP_AA, near):.2f}) and overestimates no row by "
+        f"more than {max(over.values()):.1f} points, label smoothing most",
         f"leaves standard training {left[0]:.1f} %, SAM {left[1]:.1f} % and FGSM-RS at "
         f"0.5/255 {left[2]:.1f} %",
         f"FGSM-RS is ahead of SAM by {apart[0]}, adversarial training within l2 32/255 "
@@ -1076,15 +1076,15 @@ def larger_radii_in_words(at: str) -> list[str]:
         for column in ("l2 16/255", "l2 32/255", "linf 2/255")
     ]
     signs = [
-        ahead(CHEAP, row, "at,norm=linf,eps=8", far)
+        ahead(CHEAP, "at,norm=linf,eps=8", row, far)
         for row in ("mart,norm=linf,eps=8,beta=5", "at,norm=linf,eps=8+awp,gamma=0.005")
     ]
     return [
         f"it keeps {whole[0]:.1f} % natural and {whole[1]:.1f} % at l-inf 1/255, and "
         f"is ahead of FGSM-RS at 0.5/255 by {cheap[0]} at l2 16/255, {cheap[1]} at "
         f"32/255 and {cheap[2]} at l-inf 2/255",
-        f"MART is ahead of adversarial training by {signs[0]} points at l-inf 2/255, "
-        f"AWP by {signs[1]}",
+        f"MART is behind adversarial training by {signs[0]} points at l-inf 2/255, AWP "
+        f"by {signs[1]}",
         f"Trained at 2/255 FGSM-RS keeps {said[0]} at l-inf 2/255 for {passes[0]:.2f} "
         f"passes, adversarial training {said[1]} for {passes[1]:.2f}",
         f"the {COUNTS[len(largest)]} rows keep {natural[0]:.1f} to {natural[-1]:.1f} % "

@@ -180,12 +180,21 @@ def check_partial(names):
     assert names["attack"]._cache_size() == 1
 
 
+def check_linen(names):
+    """Each pass moves the statistics by 1 % of the way to those of the batch."""
+    begun = names["model"].init(KEY, names["images"], train=False)["params"]["Dense_0"]
+    hidden = names["images"].reshape(8, -1) @ begun["kernel"] + begun["bias"]
+    moved = names["batch_stats"]["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(moved, (1 - 0.99**2) * hidden.mean(0), atol=1e-3)
+    assert jnp.abs(moved).max() > 1e-2
+
+
 CHECKS = {
     "README.md": [check_autoattack, check_sam, check_nnx],
     "docs/data.md": [check_flowers],
     "docs/flatness.md": [check_flatness],
     "docs/interchange.md": [check_load, check_as_torch, check_pgd],
-    "docs/library.md": [check_pgd, check_partial],
+    "docs/library.md": [check_pgd, check_partial, check_linen],
     "docs/own.md": [check_parts, check_network, check_loop],
     "docs/sharpness.md": [check_family],
     "docs/start.md": [check_npz, check_start],

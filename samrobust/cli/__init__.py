@@ -1,9 +1,9 @@
 """The `samrobust` command: parses, and hands over to a command's `run`.
 
 Exit codes: 0 done; 1 a run failed, or is missing from a collected table, or the output
-could not be written; 2 bad input, or another process works in the directory; 69 another
-process of this run died; 75 stopped by SIGTERM, 130 by Ctrl-C. After the last three,
-rerun the same command to resume.
+could not be written; 2 bad input; 69 another process of this run died, or works in the
+directory, or a disk or network is away; 75 stopped by SIGTERM, 130 by Ctrl-C. After the
+last three, rerun the same command to resume.
 """
 
 import argparse
