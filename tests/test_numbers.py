@@ -804,7 +804,8 @@ def sharpness_in_words() -> list[str]:
         f"{over_st(sam)} and {over_st(sam, hard[1])}",
         "Twice the epochs add {} at l-inf 32/255, four times the weight decay {}, SWA "
         "{} and EMA {}".format(*map(over_st, controls)),
-        f"adds {over_st(at)} at l-inf 32/255, at {rows[at].passes:.2f} times the passes",
+        f"adds {over_st(at)} at l-inf 32/255, at {rows[at].passes:.2f} times the "
+        "passes",
         f"adds {over_st('sam,rho=1.6,start=0.8')} there at 1.2 times the passes, but "
         f"{over_st('sam,rho=1.6,start=0.8', 'linf 16/255')} at l-inf 16/255",
         *sharpness_under_autoattack_in_words(sam, smooth),
