@@ -8,8 +8,8 @@ Is SAM the lightweight substitute for adversarial training? Network, data, train
 and evaluation are those of `configs/cifar10.py`, so the rows of both are the same runs:
 in one workdir, with the same `dtype`, neither trains again what the other has. The
 order is for a short loan of a GPU: baselines first, then cheap rows, the most missed
-ones first, and those with attacks of ten steps last. A run that is stopped goes on with the
-same command. On one NVIDIA H200 in bfloat16 ST trained in 114 s and SAM in 215 s; by
+ones first, and those with attacks of ten steps last. A run that is stopped goes on with
+the same command. On one NVIDIA H200 in bfloat16 ST trained in 114 s and SAM in 215 s; by
 their passes PGD adversarial training takes 7.67 times as long as ST and TRADES 9 times,
 a quarter of an hour or a little more.
 """
