@@ -9,9 +9,9 @@ and evaluation are those of `configs/cifar10.py`, so the rows of both are the sa
 in one workdir, with the same `dtype`, neither trains again what the other has. The
 order is for a short loan of a GPU: baselines first, then cheap rows, the most missed
 ones first, and those with attacks of ten steps last. A run that is stopped goes on with
-the same command. On one NVIDIA H200 in bfloat16 ST trained in 114 s and SAM in 215 s; by
-their passes PGD adversarial training takes 7.67 times as long as ST and TRADES 9 times,
-a quarter of an hour or a little more.
+the same command. On one NVIDIA H200 in bfloat16 ST trained in 114 s and SAM in 215 s;
+by their passes PGD adversarial training takes 7.67 times as long as ST and TRADES 9
+times, a quarter of an hour or a little more.
 """
 
 from samrobust.experiments.configuration import base_config, finish
