@@ -6,8 +6,9 @@ run where a function is configured, never inside a compiled computation or a run
 job.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -29,6 +30,7 @@ __all__ = [
     "count",
     "each",
     "maybe",
+    "naming",
     "one_of",
     "share",
     "shorten",
@@ -72,6 +74,15 @@ def check(holds: bool, condition: str, fix: str = "", /, **values: Any) -> None:
     if not holds:
         got = ", ".join(f"{name}={_show(value)}" for name, value in values.items())
         raise ValueError(f"Expected {condition}, got {got}. {fix}".rstrip())
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Puts a name before the message of a check that fails inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _show(value: Any) -> str:

@@ -389,6 +389,30 @@ def test_an_evaluation_is_told_in_epochs_of_standard_training():
     assert evaluated["st_epochs"] == pytest.approx(100 / 392)
 
 
+def test_what_is_compared_was_measured_alike():
+    """An evaluation in its own precision; PyTorch with the plainest of our steps."""
+
+    def step(seconds, precision="float32", **setting):
+        return {
+            Task("step", "st", "st", 64, precision, **setting): [fake_step([seconds])]
+        }
+
+    def judging(seconds, precision):
+        task = Task("evaluation", "", "st", 500, precision)
+        return {task: [fake([seconds], compile_seconds=1.0)]}
+
+    outcomes = step(4.0) | judging(10.0, "float32")
+    outcomes |= step(1.0, "bfloat16") | judging(2.5, "bfloat16")
+    rows = summarize(outcomes, OPTIONS).rows
+    told = [row["st_epochs"] for row in rows if row["kind"] == "evaluation"]
+    assert told[0] == pytest.approx(told[1], rel=0.05)
+    pytorch = Task("pytorch", "st", "st", 64, "float32", variant="reference")
+    for other in ({"devices": 4}, {"devices": 1, "seeds": 2}):
+        outcomes = step(1.0, **other) | step(4.0, devices=1)
+        found = summarize(outcomes | {pytorch: [fake([4.0])]}, OPTIONS).rows
+        assert found[-1]["ratio"] == 1.0
+
+
 def test_a_failed_row_is_reported_and_the_others_stand():
     tasks = plan(Options(CIFAR, measure=("step",)))
     outcomes = {tasks[0]: [{"error": "out of memory"}], tasks[1]: [fake_step([2.0])]}

@@ -182,6 +182,18 @@ def test_every_form_gives_the_arrays_its_facts_and_subsets_and_the_same_again(ma
         load_dataset(name, validation_size=9)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_split_does_not_follow_the_draws_that_made_the_data(seed):
+    """Every fifth label is noise, drawn by the generator that most people take."""
+    is_noise = np.random.default_rng(seed).random(1000) < 0.2
+    images = np.zeros([1000, 1, 1, 1], np.uint8)
+    images[::2] = 255
+    arrays = {"x_train": images, "y_train": is_noise.astype(int)}
+    np.savez("noisy.npz", **arrays, x_test=images[:2], y_test=[0, 1])
+    data = load_dataset("noisy.npz", validation_size=200, split_seed=seed)
+    assert 0.1 < data.validation.labels.mean() < 0.3
+
+
 def test_what_is_given_beside_the_arrays_is_taken():
     given = {
         "mean": [0.1, 0.2, 0.3],

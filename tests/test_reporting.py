@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from samrobust.experiments.reporting.names import family, short_label
-from samrobust.experiments.reporting.notes import notes
+from samrobust.experiments.reporting.notes import notes, sampling_error
 from samrobust.experiments.reporting.pictures import draw_table, write_figure
 from samrobust.experiments.reporting.prices import draw_prices, has_prices
 from samrobust.experiments.reporting.render import (
@@ -330,8 +330,8 @@ class TestComparison:
         stats = pytest.importorskip("scipy.stats")
         rng = np.random.default_rng(num_seeds)
         pairs = rng.uniform(40, 60, [2, num_seeds])
-        results = natural_runs("st", *pairs[0])
-        results += natural_runs("sam,rho=0.2", *pairs[1])
+        results = natural_runs("st", *pairs[0], num_test=10**9)
+        results += natural_runs("sam,rho=0.2", *pairs[1], num_test=10**9)
         found = difference(summarize(results, rows=ROWS), 1)
         expected = stats.ttest_rel(pairs[1], pairs[0]).pvalue
         assert found.p_value == pytest.approx(expected, rel=1e-9)
@@ -344,6 +344,17 @@ class TestComparison:
         needed = stats.t.ppf(0.975, num_seeds - 1)
         assert Difference(num_seeds, -1.001 * needed, 1.0).significant
         assert not Difference(num_seeds, 0.999 * needed, 1.0).significant
+
+    def test_seeds_that_agree_to_the_image_are_no_proof(self):
+        results = natural_runs("st", 98.0, 98.4, num_test=500)
+        results += natural_runs("sam,rho=0.2", 98.2, 98.6, num_test=500)
+        found = difference(summarize(results, rows=ROWS), 1)
+        assert found.standard_error == pytest.approx(0, abs=1e-9)
+        assert not found.significant
+
+    def test_an_accuracy_of_0_on_three_images_is_no_certainty(self):
+        table = summarize(natural_runs("st", 0.0, num_test=3), rows=ROWS)
+        assert sampling_error(table) > 20
 
     def test_the_notes_name_what_is_missing_and_what_the_runs_ran_on(self):
         said = notes(grid(rows=ROWS[:3]))

@@ -240,6 +240,24 @@ def test_noise_in_the_forward_pass_is_found_out():
     assert 'version="rand"' in found.text
 
 
+@pytest.mark.parametrize(
+    "judge",
+    [
+        lambda none: verdicts.judge_square(none, none, 100),
+        lambda none: verdicts.judge_transfer(none, {"other": none}),
+        lambda none: verdicts.judge_noise(none, none, (np.zeros(9), np.zeros(9)), 3),
+        lambda none: verdicts.judge_logit_scale(none, none, np.ones(9)),
+        lambda none: verdicts.judge_steps(
+            (1, 2), np.stack([none] * 2, 1), np.ones([9, 2])
+        ),
+        lambda none: verdicts.judge_restarts((1, 2), np.stack([none] * 2, 1)),
+        lambda none: verdicts.judge_radii({1.0: none, 255.0: none}),
+    ],
+)
+def test_where_no_image_is_left_nothing_is_decided(judge):
+    assert judge(np.zeros(9, bool)).verdict == UNDECIDED
+
+
 def test_a_class_that_is_ruled_out_by_minus_infinity_is_no_randomness():
     logits = np.array([[2.0, -np.inf], [1.0, 0.0]])
     found = verdicts.judge_randomness(logits, logits)
@@ -361,9 +379,12 @@ def test_without_another_run_the_transfer_check_says_that_it_was_not_done():
     assert "Not done" in found.text
 
 
-def test_the_images_are_spread_evenly_over_the_split():
-    split = helpers.make_split(10)
-    assert some_of(split, 5).labels.tolist() == split.labels[::2].tolist()
+def test_the_images_are_spread_evenly_and_at_random_over_the_split():
+    """Every second image of a split where two classes alternate would be of one."""
+    split = Split(np.zeros([100, 1, 1, 1], np.uint8), np.arange(100))
+    chosen = some_of(split, 50).labels
+    assert (chosen // 2).tolist() == list(range(50))
+    assert 15 < (chosen % 2).sum() < 35
     assert some_of(split, 100).labels.tolist() == split.labels.tolist()
 
 
@@ -518,7 +539,7 @@ def test_the_command_checks_a_run_and_writes_what_it_found(tmp_path, capsys):
     flags = ("--sanity", f"--transfer-from={finished()}", "--sanity-examples=30")
     assert evaluate(workdir, *flags) == 0
     output = capsys.readouterr().out
-    assert "30 of 60 images of the test set of digits, evenly spaced" in output
+    assert "30 of 60 images of the test set of digits, evenly spread" in output
     stored = json.loads((workdir / "sanity.json").read_text())
     by_check = {f["check"]: f for f in stored["findings"]}
     assert by_check.keys() == ON_NETWORK | ON_BALL

@@ -64,7 +64,7 @@ def make_run(
 
 
 def test_a_run_without_a_file_has_not_started(tmp_path):
-    planned = {"label": "AT", "seed": 3, "epochs": 20, "work": 7.5}
+    planned = {"label": "AT", "seed": 3, "epochs": 20, "work": "0:7.5"}
     run = survey_run(tmp_path / "absent", planned)
     assert run == RunStatus("AT, seed 3", "not started", epochs=20, work=7.5)
 
@@ -75,6 +75,14 @@ def test_a_run_at_work_names_its_host_and_its_last_epoch(tmp_path):
     assert (run.name, run.epoch, run.epochs) == ("ST, seed 0", 4, 8)
     assert (run.loss, run.accuracy) == (0.25, 90.0)
     assert run.epoch_seconds == 30.0  # the first one, which compiles, counts less
+
+
+def test_epochs_that_are_left_are_as_long_as_their_phase_costs(tmp_path):
+    """Four of eight epochs at 30 s; the last two cost seven times as much."""
+    planned = {"epochs": 8, "work": "0:1.0 6:7.0"}
+    run = survey_run(make_run(tmp_path / "run", epochs=4, age=5.0), planned)
+    assert (run.epoch_seconds, run.work) == (120.0, 4.0)
+    assert remaining([run]) == [2 * 30.0 + 2 * 7 * 30.0]
 
 
 def test_a_run_of_this_machine_is_at_work_until_its_process_is_gone(tmp_path):
@@ -139,10 +147,10 @@ def test_a_half_written_file_counts_as_absent(tmp_path, name):
 def table(tmp_path) -> Path:
     """A table with a run in each state."""
     rows = [
-        {"path": f"st/seed{i}", "label": "ST", "seed": i, "epochs": 8, "work": 1.0}
+        {"path": f"st/seed{i}", "label": "ST", "seed": i, "epochs": 8, "work": "0:1"}
         for i in range(6)
     ]
-    other = {"path": "at/seed0", "label": "AT", "seed": 0, "epochs": 8, "work": 8.0}
+    other = {"path": "at/seed0", "label": "AT", "seed": 0, "epochs": 8, "work": "0:8"}
     write_json(tmp_path / "plan.json", {"runs": [*rows, other]})
     make_run(tmp_path / "st" / "seed0", epochs=8, result=RESULT)
     make_run(tmp_path / "st" / "seed1", epochs=4, age=5.0)
@@ -249,6 +257,7 @@ HOSTILE = [
     *(b'{"runs": [1, null, [], {"path": 3}, {"path": "/etc"}, {"path": "../x"}]}',),
 ]
 VALUES = [None, True, -1, 0, 1e308, 10**400, float("nan"), float("inf"), "x\x1b[31m\n"]
+VALUES += ["0:1 9:1e999", "5:1 2:1", "0:" + 99 * "9", "0:0"]
 VALUES += ["\ud800[/red]", [], [1], {}, {"epochs": "x"}]
 FIELDS = ("path", "label", "seed", "epochs", "work", "epoch", "loss", "accuracy")
 FIELDS += ("seconds", "training", "message", "host", "machine", "lease", "refreshed")

@@ -34,7 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         add(f"--{norm}", **flags.radii(norm), help=words)
     add("--num-steps", **flags.COUNT, help="of PGD; default: 20")
     add("--loss", **flags.LOSS, help="default: cross_entropy")
-    add("--num-examples", **flags.COUNT, help="images, evenly spaced; default: 256")
+    add("--num-examples", **flags.COUNT, help="images, evenly spread; default: 256")
 
 
 def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:

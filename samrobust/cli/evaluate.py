@@ -35,7 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--members", **flags.MEMBERS)
     examples = "keep AutoAttack's adversarial images, beside its results"
     add("--save-examples", **flags.SWITCH, help=examples)
-    add("--num-examples", **flags.COUNT, help=f"test images, evenly spaced; {own}")
+    add("--num-examples", **flags.COUNT, help=f"test images, evenly spread; {own}")
     add("--norm", choices=NORMS, action="append", help="default: both")
     radii = "radius in 1/255, needs --norm; repeatable"
     add("--epsilon", **flags.POSITIVE, action="append", help=f"{radii}; {own}")
@@ -53,7 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", **flags.SEED, help=f"of the random starts; {own}")
     sanity = "also look for signs of gradient masking; see docs/sanity.md"
     add("--sanity", action="store_true", help=sanity)
-    images = f"with --sanity: images, evenly spaced; default: {_SANITY_EXAMPLES}"
+    images = f"with --sanity: images, evenly spread; default: {_SANITY_EXAMPLES}"
     add("--sanity-examples", **flags.COUNT, help=images)
     others = "with --sanity: another run whose adversarial images are tried; repeatable"
     add("--transfer-from", **flags.WORKDIR, action="append", help=others)

@@ -44,7 +44,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for norm in NORMS:
         radii = "radii in 1/255; default: the table's"
         add(f"--{norm}", **flags.radii(norm), help=radii)
-    images = "test images, evenly spaced; default: the table's"
+    images = "test images, evenly spread; default: the table's"
     add("--num-examples", **flags.COUNT, help=images)
     add("--batch-size", **flags.COUNT, help="default: the table's")
     add("--dtype", **flags.PRECISION, help="of the networks; default: the table's")

@@ -81,7 +81,7 @@ def check_network(
         )
     count = len(some_of(split, num_examples))
     name = f"{config.evaluation.split} set of {config.data.name}"
-    note = f"{count} of {len(split):,} images of the {name}, evenly spaced."
+    note = f"{count} of {len(split):,} images of the {name}, evenly spread."
     about = {
         "num_examples": count,
         "seed": config.seed,

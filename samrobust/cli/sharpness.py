@@ -40,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--rows", **flags.ROWS, help="only these; default: all")
     column = "to draw, as in 'linf 8/255 AA'; default: the last of l-inf"
     add("--column", **flags.COLUMN, help=column)
-    images = "training and test images, evenly spaced; default: 256 of each"
+    images = "training and test images, evenly spread; default: 256 of each"
     add("--num-examples", **flags.COUNT, help=images)
     add("--rho", **flags.POSITIVE, help="of worst-case sharpness; default: 0.1")
     add("--rho-adaptive", **flags.POSITIVE, help="relative to |w|; default: 0.5")

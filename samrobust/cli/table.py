@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from samrobust.checks import check
+from samrobust.checks import check, naming
 from samrobust.cli import flags
 from samrobust.cli.planning import Plan, add_plan_flags, make_plan
 from samrobust.system.runtime import FAILED
@@ -131,7 +131,10 @@ def _train(
     for planned, is_done, first in zip(runs, done, given, strict=True):
         config, training, judged = planned.config, 0.0, 0.0
         if not is_done:
-            training, judged = work(config, load_data(config))
+            dataset = load_data(config)
+            with naming(planned.config.label):  # before hours of other rows
+                building.make_plan(config, len(dataset.train))
+            training, judged = work(config, dataset)
         left = training * first / config.training.epochs
         works[planned.workdir] = training, judged, left
     total = sum(training + judged - left for training, judged, left in works.values())

@@ -34,6 +34,8 @@ from samrobust.system.resolve import failure_of, is_reference, resolve
 
 __all__ = ["DATASETS", "DatasetEntry", "dataset_facts", "load_dataset"]
 
+_STREAM_OF_OWN = 0x73616D72  # any number that nobody seeds with
+
 
 class DatasetEntry(NamedTuple):
     """A built-in data set.
@@ -170,9 +172,13 @@ def load_dataset(
         for folder, path in given.items()
     }
 
+    # NumPy pads seeds with zeros: [seed, 0] is the stream of `default_rng(seed)`, by
+    # which labels of one's own may have been drawn. Built-in data keep their splits.
+    stream = split_seed, 0 if name in DATASETS else _STREAM_OF_OWN
+
     def choose(num_train: int, num_test: int) -> tuple[np.ndarray, ...]:
         return (
-            *_choose_train(num_train, validation_size, train_size, split_seed),
+            *_choose_train(num_train, validation_size, train_size, stream),
             _choose_test(num_test, test_size, split_seed),
         )
 
@@ -243,7 +249,10 @@ def _is_count(value: object) -> bool:
 
 
 def _choose_train(
-    available: int, validation_size: int, train_size: int | None, seed: int
+    available: int,
+    validation_size: int,
+    train_size: int | None,
+    stream: tuple[int, int],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the sorted positions of the training and of the validation examples."""
     check(
@@ -262,14 +271,14 @@ def _choose_train(
         validation_size=validation_size,
     )
     # The raw stream of a bit generator is fixed forever; Generator's methods are not.
-    keys = np.random.PCG64([seed, 0]).random_raw(available)
+    keys = np.random.PCG64(stream).random_raw(available)
     permutation = np.argsort(keys, kind="stable")
     held_out = permutation[available - validation_size :]
     return np.sort(permutation[:train_size]), np.sort(held_out)
 
 
 def _choose_test(available: int, size: int | None, seed: int) -> np.ndarray:
-    """Returns one random position out of each of `size` equal stretches."""
+    """Returns the positions of the test examples."""
     if size is None:
         size = available
     check(
@@ -278,9 +287,7 @@ def _choose_test(available: int, size: int | None, seed: int) -> np.ndarray:
         f"There are {available} test examples.",
         test_size=size,
     )
-    edges = np.arange(size + 1) * available // size
-    keys = np.random.PCG64([seed, 1]).random_raw(size)
-    return edges[:-1] + (keys % np.diff(edges).astype(np.uint64)).astype(np.int64)
+    return splits.spread(available, size, seed)
 
 
 def _select(split: splits.Split, positions: np.ndarray) -> splits.Split:

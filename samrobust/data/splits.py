@@ -4,17 +4,16 @@ Every source is loaded into one mapping: the arrays `x_train`, `y_train`,
 `x_test` and `y_test`, and perhaps `mean`, `std` and `num_classes`.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from samrobust.checks import check
+from samrobust.checks import check, naming
 
 __all__ = [
     "Dataset",
@@ -24,6 +23,7 @@ __all__ = [
     "check_labels",
     "fingerprint",
     "from_arrays",
+    "spread",
 ]
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -125,6 +125,20 @@ class DatasetFacts(NamedTuple):
     num_test: int
 
 
+def spread(available: int, size: int, seed: int = 0) -> np.ndarray:
+    """Returns one random position out of each of `size` equal stretches, int [size].
+
+    Ascending, and all where as many are available: an order that repeats, as classes in
+    turn, shows up in them no more than by chance.
+
+    >>> spread(4, 4).tolist()
+    [0, 1, 2, 3]
+    """
+    edges = np.arange(size + 1) * available // size if size else np.zeros(1, int)
+    keys = np.random.PCG64([seed, 1]).random_raw(size)
+    return edges[:-1] + (keys % np.diff(edges).astype(np.uint64)).astype(np.int64)
+
+
 def fingerprint(split: Split) -> str:
     """Returns a checksum of a split's images and labels, in their order.
 
@@ -165,7 +179,7 @@ def from_arrays(name: str, arrays: Mapping[str, Any]) -> Dataset:
     >>> flags.num_classes, flags.image_shape, len(flags.validation)
     (2, (2, 1, 1), 0)
     """
-    with _naming(name):
+    with naming(name):
         check(
             isinstance(arrays, Mapping)
             and set(_ARRAYS) <= set(arrays) <= {*_ARRAYS, *_FACTS},
@@ -195,15 +209,6 @@ def from_arrays(name: str, arrays: Mapping[str, Any]) -> Dataset:
     train, test = _frozen(x_train, y_train), _frozen(x_test, y_test)
     none = Split(train.images[:0], train.labels[:0])
     return Dataset(name, num_classes, mean, std, train, none, test)
-
-
-@contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Prefixes the message of a check with a name."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
 
 
 def _array(arrays: Mapping[str, Any], key: str) -> np.ndarray:

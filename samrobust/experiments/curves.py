@@ -43,7 +43,7 @@ class CurveSettings:
       radii: by norm, in 1/255, rising and > 0; radius 0 is natural accuracy.
       num_steps: of PGD; a step is a quarter of the radius, any iterate counts.
       loss: `cross_entropy` or `margin`.
-      num_examples: images of the split, evenly spaced.
+      num_examples: images of the split, evenly spread.
     """
 
     radii: Mapping[str, tuple[float, ...]]

@@ -11,9 +11,11 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import re
 import statistics
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from samrobust.system.claims.holder import Holder, read_holder
@@ -31,6 +33,8 @@ __all__ = [
     "survey_run",
 ]
 
+_PHASE = r"\d{1,9}:\d{1,9}(\.\d{1,9})?"
+_WORK = rf"{_PHASE}( {_PHASE})*"
 STATES = ("done", "running", "stale", "waiting", "not started", "failed")
 
 
@@ -47,8 +51,10 @@ class RunStatus:
       epochs: of the whole training; None if unknown.
       loss: of the last epoch; None before.
       accuracy: of the last epoch, on training images, in percent; None before.
-      epoch_seconds: median over the finished epochs; None without one.
-      work: predicted cost of an epoch relative to ST; None if unknown.
+      epoch_seconds: of an epoch that is left: the median over the finished ones, scaled
+        by the predicted costs; None without a finished one.
+      work: predicted cost relative to ST of an epoch that is left, the mean; None if
+        unknown.
       error: of the last attempt, where that failed; else empty.
     """
 
@@ -135,12 +141,19 @@ def survey_run(
         if (folder / "metrics.jsonl").is_file():
             lines = read_json_lines(folder / "metrics.jsonl")
     last = lines[-1] if lines else {}
-    seconds = [x for line in lines if (x := _positive(line.get("seconds")))]
     state = _state(folder, holder, started=bool(config or lines))
     label = _text(planned.get("label")) or _text(config.get("label"))
     seed = _count(planned.get("seed"), config.get("seed"))
     seed = "?" if seed is None else seed
     of_config = training.get("epochs") if isinstance(training, dict) else None
+    epoch = _count(last.get("epoch")) or 0
+    epochs = _count(of_config, planned.get("epochs"))
+    work = _mean_cost(planned.get("work"), epoch, epochs)
+    finished = [
+        x * (work or 1.0) / (_mean_cost(planned.get("work"), i, i + 1) or 1.0)
+        for i, line in enumerate(lines)
+        if (x := _positive(line.get("seconds")))
+    ]
     message = _text((read_failure(folder) or {}).get("message"))
     if state not in ("done", "running") and (folder / "result.json").is_file():
         state, message = "failed", "result.json is damaged. Restore it from a copy."
@@ -148,14 +161,39 @@ def survey_run(
         name=one_line(f"{label}, seed {seed}" if label else folder.name),
         state=state,
         host=one_line(holder.host) if holder and state in ("running", "stale") else "",
-        epoch=_count(last.get("epoch")) or 0,
-        epochs=_count(of_config, planned.get("epochs")),
+        epoch=epoch,
+        epochs=epochs,
         loss=_number(last.get("loss")),
         accuracy=_number(last.get("accuracy")),
-        epoch_seconds=statistics.median(seconds) if seconds else None,
-        work=_positive(planned.get("work")),
+        epoch_seconds=statistics.median(finished) if finished else None,
+        work=work,
         error="" if state == "done" else one_line(message),
     )
+
+
+def _mean_cost(work: Any, begin: int, epochs: int | None) -> float | None:
+    """Returns the mean cost of some epochs, of all if none is left; None if unknown.
+
+    Args:
+      work: the first epoch of each phase and its cost, as `record_plan` writes it.
+      begin: the first of the epochs.
+      epochs: the end of the training.
+
+    >>> _mean_cost("0:1 8:7", 6, 10), _mean_cost("0:1 8:7", 10, 10)
+    (4.0, 2.2)
+    """
+    if not epochs or not re.fullmatch(_WORK, _text(work)):
+        return None
+    begin = begin if begin < epochs else 0
+    phases = [item.split(":") for item in work.split()]
+    starts = [min(max(int(start), begin), epochs) for start, _ in phases]
+    costs = [
+        (end - start) / (epochs - begin) * float(cost)
+        for (start, end), (_, cost) in zip(
+            pairwise([*starts, epochs]), phases, strict=True
+        )
+    ]
+    return _positive(sum(costs))
 
 
 def _text(value: Any) -> str:

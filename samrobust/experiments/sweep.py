@@ -313,7 +313,11 @@ def record_plan(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> None:
             "label": config.label,
             "seed": config.seed,
             "epochs": config.training.epochs,
-            "work": methods.cost(config),
+            # Of each phase, from its first epoch on.
+            "work": " ".join(
+                f"{epochs.start}:{methods.passes_at(config, epochs.start).total:.4f}"
+                for epochs in methods.phases_of(config)
+            ),
         }
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -231,7 +231,7 @@ def _family(config: Config, epochs: range) -> Family:
 
 def _judged(config: Config) -> Family:
     """Returns what decides how long an image takes to be judged."""
-    return "evaluation", _network(config)
+    return "evaluation", _network(config), _one_attack(config)["batch_size"]
 
 
 def _network(config: Config) -> str:

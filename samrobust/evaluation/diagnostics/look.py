@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from samrobust.checks import check
 from samrobust.data import Split
+from samrobust.data.splits import spread
 from samrobust.evaluation import BatchFn, Measure, make_measure
 from samrobust.types import Array, PyTree
 
@@ -108,12 +109,12 @@ class Look:
 
 
 def some_of(split: Split, num_examples: int) -> Split:
-    """Selects at most `num_examples` of a split, evenly spaced, in order.
+    """Selects at most `num_examples` of a split, evenly spread, in order.
 
     >>> split = Split(np.zeros([10, 1, 1, 1], np.uint8), np.arange(10, dtype=np.int32))
     >>> some_of(split, 4).labels.tolist()
-    [0, 2, 5, 7]
+    [1, 3, 5, 9]
     """
     count = min(num_examples, len(split))
-    indices = np.arange(count) * len(split) // max(count, 1)
+    indices = spread(len(split), count)
     return Split(split.images[indices], split.labels[indices])

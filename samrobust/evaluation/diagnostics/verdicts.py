@@ -187,6 +187,8 @@ def judge_steps(
     """
     total, left = len(standing), standing[:, -1]
     num_left = int(left.sum())
+    if not standing.any():
+        return _unseen("steps", "the first steps of PGD")
     curve, told = _curve(stages, standing.T, "steps")
     late = int(np.sum(standing[:, -2] & ~left))
     fallen = int(np.sum(standing[:, 0] & ~left))
@@ -212,6 +214,8 @@ def judge_steps(
 
 def judge_restarts(numbers: Sequence[int], standing: np.ndarray) -> Finding:
     """Judges whether restarts suffice; standing is bool [N, S] after each number."""
+    if not standing.any():
+        return _unseen("restarts", "the first restarts of PGD")
     curve, told = _curve(numbers, standing.T, "restarts")
     late = int(np.sum(standing[:, -2] & ~standing[:, -1]))
     is_weak = is_more(late, len(standing))
@@ -228,6 +232,8 @@ def judge_radii(standing: Mapping[float, np.ndarray]) -> Finding:
     """Judges whether accuracy falls to zero as the radius, in 1/255, grows."""
     radii = sorted(standing)
     each = [standing[radius] for radius in radii]
+    if not np.any(each):
+        return _unseen("radius", "the smallest radius")
     names = [f"{radius:.4g}" for radius in radii]
     curve, told = _curve(names, each, "radius in 1/255")
     total, counts = len(each[0]), [int(one.sum()) for one in each]
@@ -251,6 +257,8 @@ def judge_radii(standing: Mapping[float, np.ndarray]) -> Finding:
 
 def judge_square(white_box: np.ndarray, square: np.ndarray, queries: int) -> Finding:
     """Judges whether Square, which sees no gradients, breaks what APGD does not."""
+    if not white_box.any():
+        return _unseen("square", "APGD")
     beaten, text = _compare(white_box, square, f"Square ({queries} queries)")
     if beaten:
         text += " Gradients are masked, and robust accuracy is an illusion."
@@ -264,6 +272,8 @@ def judge_transfer(
     if not transferred:
         text = "Not done: no other run was given. Name some with --transfer-from."
         return Finding("transfer", UNDECIDED, text, {})
+    if not white_box.any():
+        return _unseen("transfer", "APGD")
     union = np.all(list(transferred.values()), axis=0)
     beaten, text = _compare(
         white_box, union, f"Images made on {', '.join(transferred)}"
@@ -284,21 +294,20 @@ def judge_logit_scale(
       rescaled: who stands after PGD on that of rescaled logits.
       margins: [N], the margin loss of the natural images.
     """
+    if not plain.any():
+        return _unseen("logit scale", "PGD")
     gained = int(np.sum(plain)) - int(np.sum(rescaled))
     size = float(np.median(np.abs(margins)))
     hides = is_more(gained, len(plain))
     follows = ": large logits hide the gradient. Attack with the margin or DLR."
+    shares = _percent(plain), _percent(rescaled)
     text = (
-        f"{_percent(plain):.1f} % survive PGD on the cross entropy, "
-        f"{_percent(rescaled):.1f} % once logits are rescaled (their median margin is "
-        f"{size:.3g}){follows if hides else '.'}"
+        f"{shares[0]:.1f} % survive PGD on the cross entropy, {shares[1]:.1f} % once "
+        f"logits are rescaled (their median margin is {size:.3g})"
+        f"{follows if hides else '.'}"
     )
-    values = {
-        "accuracy": _percent(plain),
-        "accuracy_rescaled": _percent(rescaled),
-        "gained": gained,
-        "median_margin": size,
-    }
+    values = {"accuracy": shares[0], "accuracy_rescaled": shares[1]}
+    values |= {"gained": gained, "median_margin": size}
     return _finding("logit scale", hides, text, values)
 
 
@@ -316,6 +325,8 @@ def judge_noise(
       margins: [N] each, the margin loss after APGD and after noise.
       draws: of noise.
     """
+    if not white_box.any():
+        return _unseen("noise", "APGD")
     both = white_box & noise
     num_both = int(both.sum())
     worse = int(np.sum(margins[0][both] > margins[1][both]))
@@ -348,6 +359,11 @@ def judge_finite(finite: Mapping[str, np.ndarray]) -> Finding:
 
 def _finding(check: str, is_bad: bool, text: str, values: Mapping) -> Finding:
     return Finding(check, WARNING if is_bad else PASSED, text, dict(values))
+
+
+def _unseen(check: str, attack: str) -> Finding:
+    text = f"No image survives {attack}: there is nothing left to look at."
+    return Finding(check, UNDECIDED, text, {})
 
 
 def _compare(white_box: np.ndarray, other: np.ndarray, name: str) -> tuple[bool, str]:

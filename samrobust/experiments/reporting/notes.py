@@ -75,10 +75,16 @@ def _cost_legend(table: Table) -> str:
 def sampling_error(table: Table) -> float:
     """Returns the largest standard error of a cell due to the finite test set.
 
-    100 sqrt(p (1 - p) / num_test) points, for an accuracy of 100 p percent.
+    100 sqrt(p (1 - p) / num_test) points, for an accuracy of 100 p percent; p is kept
+    away from 0 and 1 by half an image, which are no certainty either.
     """
     cells = [row.cells[column] for row in table.rows for column in table.columns]
-    shares = [cell.mean / 100 for cell in cells if cell.mean is not None]
+    edge = 0.5 / table.num_test
+    shares = [
+        min(max(cell.mean / 100, edge), 1 - edge)
+        for cell in cells
+        if cell.mean is not None
+    ]
     return max(100 * math.sqrt(p * (1 - p) / table.num_test) for p in shares)
 
 

@@ -28,27 +28,33 @@ class Difference:
       num_seeds: the number of shared seeds, at least 1.
       mean: the mean of the differences, in points of accuracy.
       standard_error: of the mean, `std(ddof=1) / sqrt(num_seeds)`; None for one seed.
+      step: points that one image is worth; a difference is a multiple of it.
     """
 
     num_seeds: int
     mean: float
     standard_error: float | None
+    step: float = 0.0
 
     @property
     def p_value(self) -> float | None:
         """Of a two-sided t-test of the pairs; None where one seed cannot say.
+
+        With the variance of rounding to whole images, step^2 / 12, added to that of a
+        difference: by chance, few seeds often agree to the image.
 
         >>> round(Difference(3, 2.0, 1.0).p_value, 3)  # 1 - 2 / sqrt(6)
         0.184
         """
         if self.standard_error is None:
             return None
-        if self.standard_error == 0:  # all seeds agree
+        rounding = self.step / math.sqrt(12 * self.num_seeds)
+        error = math.hypot(self.standard_error, rounding)
+        if error == 0:
             return float(self.mean == 0)
         from scipy.special import stdtr  # slow to load, and not for every command
 
-        errors = abs(self.mean) / self.standard_error
-        return 2 * float(stdtr(self.num_seeds - 1, -errors))
+        return 2 * float(stdtr(self.num_seeds - 1, -abs(self.mean) / error))
 
     @property
     def significant(self) -> bool | None:
@@ -232,7 +238,8 @@ def summarize(
         if pairs:
             mean, std = _mean_std(pairs)
             error = None if std is None else std / math.sqrt(len(pairs))
-            difference = Difference(len(pairs), mean, error)
+            step = 100 / runs[name][0]["num_test"]
+            difference = Difference(len(pairs), mean, error, step)
         return Cell(values, *_mean_std(values), number, difference)
 
     def make_row(name: str, label: str) -> TableRow:

@@ -4,6 +4,7 @@ No device is asked for, since this process would then hold memory of it.
 """
 
 import dataclasses
+import math
 import pathlib
 import shlex
 import statistics
@@ -159,17 +160,22 @@ def _rates(
 def _compared(row: Row, rows: Sequence[Row]) -> Row:
     """Returns the cost relative to ST, and the time relative to our own step's."""
 
+    def plainness(other: Row) -> tuple:  # PyTorch's are on one device, by themselves
+        return other["devices"] or math.inf, other["seeds"], other["steps_per_call"]
+
     def other(*alike: str, **wanted: str) -> Row | None:
         wanted |= {name: row[name] for name in alike}
-        return next((r for r in rows if wanted.items() <= r.items()), None)
+        found = (r for r in rows if wanted.items() <= r.items())
+        return min(found, key=plainness, default=None)
 
     found = {}
     if row["method"] and (st := other("kind", "variant", *_SETTING, method="st")):
         found |= _ratio("cost", row, st)
-    ours = other("method", "batch_size", "precision", kind="step")
-    if ours and row["kind"] in ("pytorch", "unrolled"):
+    alike = {"pytorch": ("batch_size", "precision"), "unrolled": _SETTING}
+    names = alike.get(row["kind"])
+    if names and (ours := other("method", *names, kind="step")):
         found |= _ratio("ratio", row, ours)
-    st = other(kind="step", method="st")
+    st = other("precision", "devices", "xla_flags", kind="step", method="st")
     if st and row["kind"] == "evaluation":
         found["st_epochs"] = row["test_set_seconds"] / st["epoch_seconds"]
     return found

@@ -100,7 +100,7 @@ class ProbeSettings:
     Attributes:
       linearity_norm, linearity_radius: the ball of the local linearity error, its
         radius in 1/255.
-      num_examples: training images and test images, evenly spaced.
+      num_examples: training images and test images, evenly spread.
       rho, rho_adaptive: radii of the worst-case sharpness.
       sigma, sigma_adaptive: standard deviations of the average sharpness.
       ascent_steps: of the worst-case sharpness, and of the linearity error.
