@@ -392,7 +392,7 @@ def test_an_evaluation_is_told_in_epochs_of_standard_training():
 def test_what_is_compared_was_measured_alike():
     """An evaluation in its own precision; PyTorch with the plainest of our steps."""
 
-    def step(seconds, precision="float32", **setting):
+    def step(seconds, precision="float32", **setting: Any):
         return {
             Task("step", "st", "st", 64, precision, **setting): [fake_step([seconds])]
         }
@@ -407,7 +407,8 @@ def test_what_is_compared_was_measured_alike():
     told = [row["st_epochs"] for row in rows if row["kind"] == "evaluation"]
     assert told[0] == pytest.approx(told[1], rel=0.05)
     pytorch = Task("pytorch", "st", "st", 64, "float32", variant="reference")
-    for other in ({"devices": 4}, {"devices": 1, "seeds": 2}):
+    others: list[dict[str, Any]] = [{"devices": 4}, {"devices": 1, "seeds": 2}]
+    for other in others:
         outcomes = step(1.0, **other) | step(4.0, devices=1)
         found = summarize(outcomes | {pytorch: [fake([4.0])]}, OPTIONS).rows
         assert found[-1]["ratio"] == 1.0

@@ -378,6 +378,23 @@ def test_a_removed_workdir_is_lost(tmp_path, monkeypatch):
             held.check()
 
 
+def test_another_workdir_of_the_same_name_is_not_taken_for_its_own(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SAMROBUST_CLAIM_LEASE", "60")
+    workdir = tmp_path / "run"
+    with contextlib.ExitStack() as old, contextlib.ExitStack() as new:
+        mine = old.enter_context(claim(workdir))
+        workdir.rename(tmp_path / "moved")
+        other = new.enter_context(claim(workdir))
+        with pytest.raises(ClaimedError, match="moved, and another process"):
+            mine.confirm()
+        old.close()
+        other.confirm()  # and the old one has not released it
+        with pytest.raises(ClaimedError, match="is working in"), claim(workdir):
+            pass
+
+
 def test_files_left_by_a_kill_are_removed_by_the_holder_alone(tmp_path):
     left, new = (tmp_path / f".config.json.{name}.tmp" for name in ("abc", "def"))
     with claim(tmp_path):

@@ -706,6 +706,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_good_checkpoint(
         assert bad == []
 
 
+def test_what_is_on_the_device_ends_before_a_divergence_is_told(tmp_path, monkeypatch):
+    """A process that ended meanwhile might crash, with another exit code."""
+    begun, ended, run_chunk = [], [], EpochRunner.run
+
+    def remember(*arguments):
+        carry, done = run_chunk(*arguments)
+        begun.append(done)
+        return carry, done
+
+    monkeypatch.setattr(EpochRunner, "run", remember)
+    monkeypatch.setattr(jax, "block_until_ready", ended.append)
+    config = helpers.make_config("st", {"training.learning_rate": 1e20})
+    with pytest.raises(TrainingDivergedError):
+        train(config, helpers.load_data(config), tmp_path)
+    assert begun[-1] is ended[-1]
+
+
 def test_without_a_checkpoint_the_message_of_a_divergence_says_so(tmp_path):
     overrides = {"training.learning_rate": 1e20}
     config = helpers.make_config("st", overrides)

@@ -139,7 +139,7 @@ def run(
             workdir,
             on_progress=on_progress,
             should_stop=should_stop,
-            may_write=lambda: claims[0].check(),
+            may_write=lambda: claims[0].confirm(),
             companion=companion,
             shared=shared,
         )
@@ -148,7 +148,7 @@ def run(
         scores = broadcast_from_primary(lambda: _read_scores(workdir, images))
 
         def keep() -> None:
-            claims[0].check()
+            claims[0].confirm()
             stored = {which: score._asdict() for which, score in scores.items()}
             write_sealed(workdir / _SCORES, stored)
 
@@ -168,7 +168,7 @@ def run(
             lines = read_json_lines(workdir / "metrics.jsonl")
             if origin := trunks.trained_by(lines):
                 result["provenance"]["trunk"] = origin
-            claims[0].check()
+            claims[0].confirm()
             write_sealed(workdir / "result.json", result)
             (workdir / _SCORES).unlink(missing_ok=True)
             tracking.finish(result["accuracy"])

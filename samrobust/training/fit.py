@@ -7,6 +7,7 @@ for what is done between epochs, such as validation. Configs, tables and data se
 name are out of scope.
 """
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -254,6 +255,7 @@ class _Run:
     should_stop: Callable[[], bool]
     ended: EndedEpoch | None = None
     began: float = 0.0
+    in_flight: Array | None = None  # ready when the last chunk is done
 
     @property
     def num_phases(self) -> int:
@@ -271,8 +273,12 @@ class _Run:
             for phase in range(phase_of(self.earlier, step), self.num_phases):
                 for chunk in dict.fromkeys(self.plan.chunks(phase=phase)):
                     self.runner.compile(chunk, [carry])
-        while step < self.num_steps:
-            carry, step = self._epoch(carry, step)
+        try:
+            while step < self.num_steps:
+                carry, step = self._epoch(carry, step)
+        finally:  # a process that ends while a program runs may crash
+            with contextlib.suppress(Exception):
+                jax.block_until_ready(self.in_flight)
         self.log.save(carry, step, 0.0)
         seconds = [line["seconds"] for line in self.log.lines]
         step_seconds = self._epoch_seconds() / self.plan.num_steps
@@ -305,15 +311,14 @@ class _Run:
             return earlier + self.runner.seconds() - self.began
 
         permutation = self.runner.permutation(epoch)
-        previous = None
         phase = phase_of(self.earlier, step)
         for chunk in self.plan.chunks(step % self.plan.num_steps, phase):
             carry, done = self.runner.run(chunk, carry, permutation)
             step += chunk.num_steps
             # At most two chunks in flight: signals are handled soon, the ETA is right.
+            previous, self.in_flight = self.in_flight, done
             jax.block_until_ready(previous)
             self._settle()  # of the first chunk the one before is the last epoch's
-            previous = done
             self._report("training", step)
             if step % self.plan.num_steps:
                 self._pause(carry, step, seconds())

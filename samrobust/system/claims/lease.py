@@ -67,6 +67,12 @@ class Claim:
         if self._lost.is_set():
             raise ClaimedError(self._loss())
 
+    def confirm(self) -> None:
+        """Does as `check`, and looks; before anything is written."""
+        if not isinstance(self._path, storage.ObjectPath):  # where nothing is moved
+            self._refresh()
+        self.check()
+
     def guard(self, should_stop: Callable[[], bool]) -> Callable[[], bool]:
         """Returns the same question, which raises `ClaimedError` after a loss."""
 
@@ -80,6 +86,11 @@ class Claim:
         holder = read_holder(self._workdir)
         if holder is None:
             return f"Lost {self._workdir}: the directory was removed or moved."
+        if holder.generation <= self._generation:
+            return (
+                f"Lost {self._workdir}: the directory was removed or moved, and "
+                f"another process ({holder}) began one of that name."
+            )
         return (
             f"Another process ({holder}) took over {self._workdir}: this one gave no "
             f"sign of life for longer than {self._lease:g} s. Let that one go on."
@@ -90,7 +101,7 @@ class Claim:
         self._released.set()
         self._thread.join()
         with contextlib.suppress(OSError):
-            if latest(self._path.parent) == self._generation:
+            if self._is_ours():
                 self._mark_released()
 
     def _mark_released(self) -> None:
@@ -102,13 +113,18 @@ class Claim:
                 raise
             os.utime(self._path, (0, 0))  # a full disk: that needs no space
 
+    def _is_ours(self) -> bool:
+        """Tells whether the newest claim is this one; in a new directory it is not."""
+        is_newest = latest(self._path.parent) == self._generation
+        return is_newest and self._token.encode() in self._path.read_bytes()
+
     def _keep(self) -> None:
         while not self._released.wait(self._lease / _REFRESHES):
             self._refresh()
 
     def _refresh(self) -> None:
         try:
-            if latest(self._path.parent) == self._generation:
+            if self._is_ours():
                 storage.touch(self._path)
                 self._refreshed = time.monotonic()
             else:
