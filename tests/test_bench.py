@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import types
+from typing import Any
 
 import helpers
 import jax

@@ -37,6 +37,7 @@ from samrobust.evaluation import (
 )
 from samrobust.experiments.networks import load_network
 from samrobust.experiments.run import run
+from samrobust.system.claims.lease import claim
 from samrobust.system.files import read_sealed
 
 KEY = jax.random.key(3)
@@ -474,6 +475,13 @@ def test_evaluate_attacks_as_its_flags_say(workdir, capsys):
     assert {name: line["evaluation"][name] for name in stated} == stated
     lines = helpers.read_lines(workdir / "evaluations.jsonl")
     assert lines == [{"earlier": True}, line]
+
+
+def test_one_process_at_a_time_keeps_adversarial_images(workdir, capsys):
+    flags = ("--attack=autoattack", "--save-examples", "--num-examples=8")
+    with claim(workdir / "autoattack"):
+        assert helpers.main("evaluate", f"--workdir={workdir}", *flags) == 69
+    assert "Another process" in capsys.readouterr().err
 
 
 def test_more_restarts_never_raise_the_accuracy():

@@ -71,6 +71,7 @@ def leave_run(folder: Path, found: dict) -> None:
         "label": found["label"],
         "seed": found["seed"],
         "model": {"dtype": "bfloat16"},
+        "training": {"epochs": 2},
         "evaluation": helpers.make_config().evaluation.to_dict(),
     }
     write_json(folder / "config.json", config)
@@ -157,8 +158,19 @@ def test_a_damaged_log_is_left_out_and_said(tmp_path):
     log.write_bytes(log.read_bytes()[:-3])
     write_report(tmp_path)
     text = Page(tmp_path / "report.html").text
-    assert f"Left out: Expected lines of JSON in {log}, got damaged ones." in text
+    assert f"Left out: Expected a line for each of 2 epochs in {log}, got 1." in text
     assert "identity-st-0" in text
+
+
+def test_a_damaged_evaluation_is_no_absent_one(tmp_path):
+    folder = tmp_path / "run"
+    leave_run(folder, result("st", 0))
+    cut, lost = '{"a"', "{{}\n"
+    for text, is_said in ((cut, False), (lost + cut, True)):
+        (folder / "evaluations.jsonl").write_text(text)
+        write_report(folder)
+        said = "evaluations.jsonl, got a damaged file (see line 1)"
+        assert (said in Page(folder / "report.html").text) == is_said
 
 
 def test_what_is_not_there_or_not_as_it_was_written_is_left_out_and_said(tmp_path):

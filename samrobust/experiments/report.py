@@ -26,7 +26,7 @@ from samrobust.experiments.reporting.pictures import write_figure
 from samrobust.experiments.reporting.render import from_json, to_html, write_pictures
 from samrobust.experiments.reporting.training import draw_training
 from samrobust.experiments.survey import read_plan
-from samrobust.experiments.workdir import read_evaluations
+from samrobust.experiments.workdir import read_evaluations, read_log
 from samrobust.system import files
 from samrobust.system.tables import Sheet, TextTable
 
@@ -197,13 +197,8 @@ class _Report:
         title, runs = "Training", {}
         for folder, name in self._runs():
             result = self._sealed(f"{name}/result.json".lstrip("/"))
-            log = folder / "metrics.jsonl"
-            lines = files.read_json_lines(log)
-            if log.is_file() and len(lines) < len(log.read_bytes().splitlines()):
-                self.refused.append(
-                    f"Expected lines of JSON in {log}, got damaged ones."
-                )
-            elif result and lines:
+            lines = self._trusted(read_log, folder) or []
+            if result and lines:
                 label, own = runs.setdefault(result["row"], (result["label"], []))
                 own.append(lines)
                 self._measured(title, f"{label}, seed {result['seed']}", result)

@@ -1,5 +1,6 @@
 """Evaluation of a run's network, by the attacks of its config."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -24,7 +25,12 @@ from samrobust.evaluation import (
 )
 from samrobust.experiments import building, entries, methods
 from samrobust.experiments.networks import Trained, checkpoints_of
-from samrobust.system.distributed import data_mesh, replicated
+from samrobust.system.claims.lease import claim
+from samrobust.system.distributed import (
+    broadcast_from_primary,
+    data_mesh,
+    replicated,
+)
 from samrobust.system.provenance import provenance
 from samrobust.system.resolve import is_reference
 from samrobust.system.runtime import RESUME
@@ -162,6 +168,7 @@ class Scorer:
         Raises:
           InterruptedRunError: after `should_stop`. The same call begins again with
             PGD, and resumes with AutoAttack.
+          ClaimedError: if another process keeps adversarial images there.
           ValueError: for a network that `check_alone` refuses.
         """
         if is_reference(network.config.model.name):
@@ -169,9 +176,18 @@ class Scorer:
         on_batch = until_stopped(observer.on_batch, should_stop, "during evaluation")
         archive = Archive(workdir / "autoattack", keep_examples, provenance())
         key = evaluation_key(network.config)
-        outcome = self._evaluate(
-            *(network.variables, self._split, key), archive=archive, on_batch=on_batch
-        )
+        with contextlib.ExitStack() as held:
+
+            def hold() -> None:
+                held.enter_context(claim(archive.folder))
+
+            if keep_examples:  # their file is written in place
+                broadcast_from_primary(hold)
+            outcome = self._evaluate(
+                *(network.variables, self._split, key),
+                archive=archive,
+                on_batch=on_batch,
+            )
         return Score(
             accuracy=outcome.accuracy,
             step=network.step,

@@ -30,6 +30,7 @@ __all__ = [
     "config_of_run",
     "finished_runs",
     "read_evaluations",
+    "read_log",
     "read_result",
     "run_folder",
     "settle_config",
@@ -183,12 +184,31 @@ def read_evaluations(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the lines of `evaluations.jsonl`.
 
     Raises:
-      WorkdirError: if one was changed since it was written.
+      WorkdirError: if one was changed since it was written, or is damaged.
     """
     path = workdir / EVALUATIONS
     return [
-        files.unseal(line, path, older=True) for line in files.read_json_lines(path)
+        files.unseal(line, path, older=True)
+        for line in files.read_json_lines(path, whole=True)
     ]
+
+
+def read_log(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the lines of `metrics.jsonl`, an epoch each.
+
+    Raises:
+      WorkdirError: if one is damaged, or those of a finished run are not all there.
+    """
+    path = workdir / "metrics.jsonl"
+    lines = files.read_json_lines(path, whole=True)
+    training = files.glance(workdir / "config.json").get("training")
+    epochs = training.get("epochs") if isinstance(training, dict) else len(lines)
+    if (workdir / "result.json").exists() and len(lines) != epochs:
+        raise files.WorkdirError(
+            f"Expected a line for each of {epochs} epochs in {path}, got {len(lines)}. "
+            "Restore it from a copy."
+        )
+    return lines
 
 
 def settle_config(workdir: pathlib.Path, config: Config) -> None:

@@ -193,19 +193,26 @@ def glance(path: pathlib.Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_json_lines(path: pathlib.Path, *, whole: bool = False) -> list[dict[str, Any]]:
     """Returns the objects of a JSON-lines file; lines that are none are left out.
 
-    A kill may cut a line off.
+    A kill may cut the last line off.
+
+    Raises:
+      WorkdirError: with `whole`, for any other line that is none.
     """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return []
     lines = []
-    for text in content.splitlines():
+    texts = content.splitlines(keepends=True)
+    for number, text in enumerate(texts, start=1):
+        line = None
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
-            if isinstance(line, dict):
-                lines.append(line)
+        if isinstance(line, dict):
+            lines.append(line)
+        elif whole and text.endswith(b"\n"):
+            raise _damaged(path, "lines of JSON", f"see line {number}")
     return lines
