@@ -397,6 +397,15 @@ def test_names_and_suffixes_order_the_images_and_hidden_files_are_left_out():
     check_same(load_dataset("./flowers"), by_class(arrays))  # 10 < B < b
 
 
+def test_a_class_may_have_no_image_in_the_test_set():
+    write_images(make_arrays())
+    for path in pathlib.Path("flowers/test/b").iterdir():
+        path.unlink()
+    data = load_dataset("./flowers")
+    assert data.num_classes == 3
+    assert set(data.test.labels.tolist()) == {0, 2}
+
+
 def test_jpeg_files_are_images_too():
     write_images(arrays := make_arrays(), suffix=".jpg")
     images = load_dataset("./flowers").train.images
@@ -455,8 +464,12 @@ def resave(change):
             r"the classes of flowers/train in flowers/test, got odd=\['b', 'd'\]",
         ),
         (
-            lambda path: [file.unlink() for file in path.parent.iterdir()],
-            "images in flowers/test/b",
+            lambda path: [file.unlink() for file in path.parents[1].glob("*/*")],
+            r"images in flowers/test/\*, got found=\['a', 'b', 'c'\]",
+        ),
+        (
+            lambda path: [file.unlink() for file in path.parents[2].glob("train/b/*")],
+            "images in flowers/train/b",
         ),
         (
             lambda path: shutil.rmtree(path.parent.parent),

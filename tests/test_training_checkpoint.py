@@ -311,6 +311,12 @@ def test_keep_must_be_positive(tmp_path):
         Checkpoints(tmp_path, keep=0)
 
 
+@pytest.mark.parametrize("name", ["runs[2]", "a]", "a\\b"])
+def test_a_path_that_would_be_a_pattern_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="without .*Rename the folder"):
+        Checkpoints(tmp_path / name / "checkpoints")
+
+
 def test_a_negative_step_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Expected 0 <= step, got step=-1"):
         Checkpoints(tmp_path).save(-1, small(1))

@@ -237,5 +237,5 @@ class RunMeasurements(FinishedRuns):
             if known is None or known.get("settings") == self._as_json:
                 return
             kept = files.set_aside(self._path).name
-        about = f"{problem}. It is kept as {kept}; all is measured."
+        about = f"{problem.rstrip('.')}. It is kept as {kept}; all is measured."
         warnings.warn(f"{self._path} {about}" if known else about, stacklevel=2)

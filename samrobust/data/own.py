@@ -67,17 +67,19 @@ def load_images(folder: pathlib.Path, cache_dir: pathlib.Path | None) -> dict[st
       ValueError: for other files, other classes in `test`, or images of several shapes.
     """
     classes = _names(folder / "train")
-    found, fix = _names(folder / "test"), "Give both the same class folders."
+    found = _names(folder / "test")
+    fix = "Give both the same class folders; in test some may be empty."
     odd = sorted({*classes} ^ {*found})
     check(not odd, f"the classes of {folder}/train in {folder}/test", fix, odd=odd[:4])
     files = {
         split: [
             (path, label)
             for label, name in enumerate(classes)
-            for path in _images(folder / split / name)
+            for path in _images(folder / split / name, may_be_empty=split == "test")
         ]
         for split in ("train", "test")
     }
+    check(bool(files["test"]), f"images in {folder}/test/*", found=found[:4])
     sha256 = hashlib.sha256()
     for path, _ in (pair for pairs in files.values() for pair in pairs):
         sha256.update(os.fsencode(path.relative_to(folder)) + b"\0")
@@ -125,8 +127,8 @@ def read_image(file: IO[bytes] | pathlib.Path) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
-def _names(folder: pathlib.Path) -> list[str]:
-    """Returns the sorted names in a folder of folders, without hidden ones."""
+def _names(folder: pathlib.Path, *, may_be_empty: bool = False) -> list[str]:
+    """Returns the sorted names in a folder, without hidden ones."""
     try:
         names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
     except OSError as error:
@@ -134,13 +136,15 @@ def _names(folder: pathlib.Path) -> list[str]:
             f"Expected a folder {folder} of class folders, got: {one_line(error)}. Put "
             f"images into {folder}/CLASS/."
         ) from error
-    check(bool(names), f"images in {folder}", "Or remove it.", found=names)
+    fix = "Or remove it."
+    check(may_be_empty or bool(names), f"images in {folder}", fix, found=names)
     return names
 
 
-def _images(folder: pathlib.Path) -> list[pathlib.Path]:
+def _images(folder: pathlib.Path, *, may_be_empty: bool) -> list[pathlib.Path]:
     """Returns the files of a class, sorted by name."""
-    paths = [folder / name for name in _names(folder)]
+    names = _names(folder, may_be_empty=may_be_empty)
+    paths = [folder / name for name in names]
     fix = f"Convert it, or move it out of {folder}."
     for path in paths:
         is_image = path.suffix.lower() in _SUFFIXES and path.is_file()

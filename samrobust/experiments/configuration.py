@@ -296,6 +296,11 @@ def _choose_model(config: Config, overrides: Sequence[str]) -> Config:
 
 def _override(config: Config, overrides: Sequence[str]) -> Config:
     """Sets fields as `ml_collections` does on the command line, types checked."""
+    for item in overrides:
+        field = item.removeprefix("--config.").partition("=")[0]
+        section = field.partition(".")[0].partition("[")[0]
+        fix = f"Its fields: {', '.join(config)}."
+        check(section in config, "a field of the config", fix, override=item)
     values = flags.FlagValues()
     argv = ["samrobust", *overrides]
     try:

@@ -56,18 +56,12 @@ def to_path(place: str | os.PathLike[str]) -> pathlib.Path:
       place: a local path, or as `gs://BUCKET/FOLDER`.
 
     Raises:
-      ValueError: if it is a URL of another kind, or the package for it is missing; if
-        a local path holds what Orbax would take for a pattern.
+      ValueError: if it is a URL of another kind, or the package for it is missing.
 
     >>> to_path("gs://bucket/runs") / "sam"  # doctest: +SKIP
     ObjectPath('gs://bucket/runs/sam')
     """
-    if isinstance(place, ObjectPath):
-        return place
     if not isinstance(place, str) or "://" not in place:
-        whole = os.path.abspath(place)
-        fix = "Orbax takes them for patterns, and its checkpoints would be damaged."
-        check(not {*"[]\\"} & {*whole}, "a path without [, ] and \\", fix, path=whole)
         return place if isinstance(place, pathlib.Path) else pathlib.Path(place)
     protocol, _, name = place.partition("://")
     wanted = ", ".join(f"{known}://" for known in _PACKAGES)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 import orbax.checkpoint as ocp
 
+from samrobust.checks import check
 from samrobust.system.storage import ObjectPath, to_path
 
 __all__ = ["DiskPlace", "StorePlace", "open_place"]
@@ -25,9 +26,20 @@ _MANIFEST = ("metadata", "metadata")
 
 
 def open_place(directory: str | os.PathLike[str]) -> "DiskPlace":
-    """Returns the place that a directory is."""
+    """Returns the place that a directory is.
+
+    Raises:
+      ValueError: for a path on a disk in which Orbax would see a pattern: it would find
+        none of the files that it writes, and call such a checkpoint finished.
+    """
     path = to_path(directory)
-    return StorePlace(path) if isinstance(path, ObjectPath) else DiskPlace(str(path))
+    if isinstance(path, ObjectPath):
+        return StorePlace(path)
+    place = DiskPlace(str(path))
+    fix = "Rename the folder, or choose another --workdir."
+    holds = not {*"[]\\"} & {*place.folder}
+    check(holds, "a path for checkpoints without [, ] and \\", fix, path=place.folder)
+    return place
 
 
 class DiskPlace:
