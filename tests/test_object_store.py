@@ -111,6 +111,11 @@ def test_a_local_path_is_what_it_was():
     assert type(to_path("runs/st")) is type(pathlib.Path())
 
 
+def test_a_disk_that_is_full_is_named_by_the_file():
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        storage.append(pathlib.Path("/dev/full"), b"line")
+
+
 def test_whoever_takes_it_for_a_local_path_is_refused(memory, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     uses = [open, os.fspath, os.stat, pathlib.Path.open, np.load]

@@ -313,7 +313,7 @@ def test_keep_must_be_positive(tmp_path):
 
 @pytest.mark.parametrize("name", ["runs[2]", "a]", "a\\b"])
 def test_a_path_that_would_be_a_pattern_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match="without .*Rename the folder"):
+    with pytest.raises(ValueError, match=r"without .*Rename the folder"):
         Checkpoints(tmp_path / name / "checkpoints")
 
 

@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 
+from samrobust.system.storage import of_file
 from samrobust.types import Array
 
 __all__ = ["ExamplesFile"]
@@ -35,7 +36,7 @@ class ExamplesFile:
         """Writes the natural images."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         header = {"descr": "<f4", "fortran_order": False, "shape": self._shape}
-        with self.path.open("wb") as file:
+        with of_file(self.path), self.path.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for _ in range(self._shape[0]):
                 for image in self._images:

@@ -37,6 +37,7 @@ __all__ = [
     "fuse_mount",
     "link",
     "modified",
+    "of_file",
     "remove_tree",
     "replace",
     "temporary_beside",
@@ -235,7 +236,7 @@ def replace(path: pathlib.Path, content: bytes, *, durable: bool = True) -> None
         return
     temporary = temporary_beside(path)
     try:
-        with temporary.open("wb") as file:
+        with of_file(path), temporary.open("wb") as file:
             file.write(content)
             if durable:
                 file.flush()
@@ -246,6 +247,16 @@ def replace(path: pathlib.Path, content: bytes, *, durable: bool = True) -> None
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def of_file(path: pathlib.Path) -> Iterator[None]:
+    """Names a file in the error of a write, as of a full disk, that names none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
 
 
@@ -272,7 +283,7 @@ def append(path: pathlib.Path, line: bytes) -> None:
         replace(path, before + line)
         return
     is_new = not path.exists()
-    with path.open("ab+") as file:
+    with of_file(path), path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else b"\n" + line
