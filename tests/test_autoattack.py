@@ -595,7 +595,7 @@ def test_images_without_finite_logits_are_broken_and_counted(split, tmp_path):
 
     attacks = {"a": AutoAttack((Member("blind", lambda _: 1, blind, 1),), 0.1, False)}
     pursue = make_autoattack_evaluator(NETWORK, attacks, batch_size=8)
-    told = r"NaN or infinite logits .*\(47 under a\)"
+    told = r"highest logit is NaN or infinite .*\(47 under a\)"
     for _ in range(2):  # the second time out of the file
         with pytest.warns(UserWarning, match=told):
             outcome = pursue(

@@ -265,7 +265,7 @@ def test_logits_that_are_not_finite_are_no_prediction_and_are_reported(kind):
     assert outcome.correct["brighten"].tolist() == [True, True, False, False]
     assert outcome.details == {"non_finite": {"brighten": 2}}
     assert str(caught[0].message) == (
-        "The network has NaN or infinite logits on adversarial images (2 under "
+        "The highest logit is NaN or infinite on adversarial images (2 under "
         "brighten). They count as misclassified."
     )
 

@@ -13,7 +13,12 @@ from samrobust.evaluation.diagnostics.report import write_report as write_sanity
 from samrobust.experiments.report import write_report
 from samrobust.experiments.reporting import summarize
 from samrobust.experiments.reporting.render import to_json
-from samrobust.system.files import write_json, write_sealed, write_text
+from samrobust.system.files import (
+    append_json_line,
+    write_json,
+    write_sealed,
+    write_text,
+)
 
 ROWS = [("st", "ST"), ("sam,rho=0.2", "SAM (rho = 0.2) <b>")]
 MADE = {
@@ -166,6 +171,9 @@ def test_a_damaged_evaluation_is_no_absent_one(tmp_path):
     folder = tmp_path / "run"
     leave_run(folder, result("st", 0))
     cut, lost = '{"a"', "{{}\n"
+    (folder / "evaluations.jsonl").write_text(lost + cut)
+    append_json_line(folder / "evaluations.jsonl", {"added": 1})
+    assert (folder / "evaluations.jsonl").read_text() == lost + '{"added": 1}\n'
     for text, is_said in ((cut, False), (lost + cut, True)):
         (folder / "evaluations.jsonl").write_text(text)
         write_report(folder)

@@ -310,7 +310,8 @@ class TestComparison:
         )
         assert second == (
             "Differences are paired by seed, ± one standard error; significant: "
-            "p < 0.05 in a t-test, 12.7 standard errors with 2 seeds."
+            "p < 0.05 in a t-test, 12.7 standard errors with 2 seeds, rounding to "
+            "whole images included."
         )
 
     def test_one_seed_cannot_say(self):

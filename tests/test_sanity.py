@@ -263,7 +263,12 @@ def test_a_class_that_is_ruled_out_by_minus_infinity_is_no_randomness():
     found = verdicts.judge_randomness(logits, logits)
     assert found.verdict == PASSED
     assert found.values["largest_logit"] == 2
-    assert verdicts.judge_randomness(logits, logits[::-1]).verdict == WARNING
+    other = verdicts.judge_randomness(logits, logits[::-1])
+    assert other.verdict == WARNING
+    stands = np.ones(4, bool)
+    scale = verdicts.judge_logit_scale(stands, stands, np.full(4, -np.inf))
+    for finding in (found, other, scale):
+        assert all(np.isfinite(value) for value in finding.values.values())
 
 
 def test_logits_that_low_precision_rounds_away_are_found_out():

@@ -279,6 +279,15 @@ def test_a_row_may_be_trained_on_other_images_of_the_same_data(tmp_path):
     assert [row["passes"] for row in written] == [1, steps[1] / steps[0]]
 
 
+def test_a_row_whose_batches_cannot_be_cut_is_refused_before_any_work(tmp_path, capsys):
+    rows = "--rows=st;free,eps=8,m=4"
+    flags = [f"--workdir={tmp_path}", rows, "--config.training.drop_remainder=False"]
+    assert helpers.main("table", "--config=digits", *flags) == 2
+    message = capsys.readouterr().err
+    assert "Free-AT (eps = 8/255, m = 4): Expected training.drop_remainder" in message
+    assert not list(tmp_path.glob("*/seed0/metrics.jsonl"))
+
+
 def test_rows_judged_on_other_images_are_refused_before_any_work(tmp_path, capsys):
     rows = ["st", "st,data.split_seed=1"]  # by which test images are chosen, too
     assert helpers.main(*make_arguments(tmp_path / "new", rows, seeds=1)) == 2

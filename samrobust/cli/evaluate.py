@@ -76,6 +76,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.experiments.scoring import Scorer, evaluated_split, evaluation_work
     from samrobust.experiments.workdir import add_evaluation
     from samrobust.system import distributed
+    from samrobust.system.claims.lease import await_verdict
 
     workdir = arguments.workdir
     should_stop, console = join(stop)
@@ -85,6 +86,13 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     dataset, which = building.load_data(config), config.evaluation.checkpoint
     network = load_network(config, dataset, workdir, which, step=arguments.step)
     work = evaluation_work(config, dataset)
+    if arguments.save_examples:
+        await_verdict(
+            workdir / "autoattack",
+            should_stop=should_stop,
+            on_wait=console.print,
+            agree=distributed.broadcast_from_primary,
+        )
     display = ProgressDisplay(console, work)
     with display.live():
         scored = Scorer(config, dataset)(

@@ -131,9 +131,13 @@ def spread(available: int, size: int, seed: int = 0) -> np.ndarray:
     Ascending, and all where as many are available: an order that repeats, as classes in
     turn, shows up in them no more than by chance.
 
+    Raises:
+      ValueError: if fewer are available.
+
     >>> spread(4, 4).tolist()
     [0, 1, 2, 3]
     """
+    check(0 <= size <= available, f"0 <= size <= {available}", size=size)
     edges = np.arange(size + 1) * available // size if size else np.zeros(1, int)
     keys = np.random.PCG64([seed, 1]).random_raw(size)
     return edges[:-1] + (keys % np.diff(edges).astype(np.uint64)).astype(np.int64)

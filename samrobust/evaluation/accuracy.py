@@ -138,8 +138,8 @@ class Evaluator(Protocol):
           devices, up to rounding.
 
         Raises:
-          ValueError: if the split is empty, or the network's logits of an image as it
-            is are not finite.
+          ValueError: if the split is empty, or the highest logit of an image as it is
+            is NaN or infinite.
         """
         ...
 
@@ -230,12 +230,12 @@ def conclude(
     non_finite: Mapping[str, int],
     fates: Fates | None = None,
 ) -> Outcome:
-    """Builds an outcome, and warns of logits that are not finite."""
+    """Builds an outcome, and warns where the highest logit is NaN or infinite."""
     counts = {name: count for name, count in non_finite.items() if count}
     if counts and is_primary():
         told = ", ".join(f"{count} under {name}" for name, count in counts.items())
         warnings.warn(
-            f"The network has NaN or infinite logits on adversarial images ({told}). "
+            f"The highest logit is NaN or infinite on adversarial images ({told}). "
             "They count as misclassified.",
             stacklevel=3,
         )
@@ -243,7 +243,7 @@ def conclude(
 
 
 def check_finite(non_finite: int, num_examples: int) -> None:
-    """Refuses a network whose logits of natural images are not all finite."""
+    """Refuses a network whose highest logit of a natural image is NaN or infinite."""
     check(
         non_finite == 0,
         "a network with finite logits",

@@ -32,8 +32,8 @@ def make_autoattack_evaluator(
       model: as there.
       attacks: by the names of the columns; `natural` is added in front.
       batch_size: as there, of the largest batches. Those of a member have the size that
-        fits the examples it begins with, until three quarters of them are left: it
-        compiles once or twice for a network.
+        fits the examples it begins with, and shrink each time a quarter of them is
+        gone: it rarely compiles more than twice for a network.
 
     Returns:
       The evaluator. With an archive the outcome is stored there, and a call with the

@@ -25,7 +25,7 @@ from samrobust.evaluation import (
 )
 from samrobust.experiments import building, entries, methods
 from samrobust.experiments.networks import Trained, checkpoints_of
-from samrobust.system.claims.lease import claim
+from samrobust.system.claims.lease import Claim, claim
 from samrobust.system.distributed import (
     broadcast_from_primary,
     data_mesh,
@@ -173,16 +173,21 @@ class Scorer:
         """
         if is_reference(network.config.model.name):
             check_alone(self._model, network.variables, self._split.images)
-        on_batch = until_stopped(observer.on_batch, should_stop, "during evaluation")
         archive = Archive(workdir / "autoattack", keep_examples, provenance())
         key = evaluation_key(network.config)
+        claims: list[Claim] = []  # of process 0
         with contextlib.ExitStack() as held:
 
             def hold() -> None:
-                held.enter_context(claim(archive.folder))
+                claims.append(held.enter_context(claim(archive.folder)))
 
             if keep_examples:  # their file is written in place
                 broadcast_from_primary(hold)
+            for mine in claims:
+                should_stop = mine.guard(should_stop)
+            on_batch = until_stopped(
+                observer.on_batch, should_stop, "during evaluation"
+            )
             outcome = self._evaluate(
                 *(network.variables, self._split, key),
                 archive=archive,

@@ -148,11 +148,13 @@ def survey_run(
     of_config = training.get("epochs") if isinstance(training, dict) else None
     epoch = _count(last.get("epoch")) or 0
     epochs = _count(of_config, planned.get("epochs"))
-    work = _mean_cost(planned.get("work"), epoch, epochs)
+    costs = planned.get("work")
+    work = _mean_cost(costs, epoch, epochs)
     finished = [
-        x * (work or 1.0) / (_mean_cost(planned.get("work"), i, i + 1) or 1.0)
-        for i, line in enumerate(lines)
-        if (x := _positive(line.get("seconds")))
+        seconds * (work or 1.0) / (_mean_cost(costs, end - 1, end) or 1.0)
+        for line in lines
+        if (seconds := _positive(line.get("seconds")))
+        and (end := _count(line.get("epoch")))
     ]
     message = _text((read_failure(folder) or {}).get("message"))
     if state not in ("done", "running") and (folder / "result.json").is_file():
@@ -175,15 +177,18 @@ def _mean_cost(work: Any, begin: int, epochs: int | None) -> float | None:
     """Returns the mean cost of some epochs, of all if none is left; None if unknown.
 
     Args:
-      work: the first epoch of each phase and its cost, as `record_plan` writes it.
+      work: the first epoch of each phase and its cost, as `record_plan` writes it; of
+        older versions a number, that of all.
       begin: the first of the epochs.
       epochs: the end of the training.
 
     >>> _mean_cost("0:1 8:7", 6, 10), _mean_cost("0:1 8:7", 10, 10)
     (4.0, 2.2)
     """
-    if not epochs or not re.fullmatch(_WORK, _text(work)):
+    if not epochs:
         return None
+    if not re.fullmatch(_WORK, _text(work)):
+        return _positive(work)
     begin = begin if begin < epochs else 0
     phases = [item.split(":") for item in work.split()]
     starts = [min(max(int(start), begin), epochs) for start, _ in phases]

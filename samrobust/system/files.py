@@ -194,12 +194,12 @@ def glance(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: pathlib.Path, *, whole: bool = False) -> list[dict[str, Any]]:
-    """Returns the objects of a JSON-lines file; lines that are none are left out.
+    """Returns the objects of a JSON-lines file; other lines are left out.
 
     A kill may cut the last line off.
 
     Raises:
-      WorkdirError: with `whole`, for any other line that is none.
+      WorkdirError: with `whole`, if any line before that is not a JSON object.
     """
     try:
         content = path.read_bytes()

@@ -256,7 +256,8 @@ def of_file(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
         raise
 
 
@@ -273,20 +274,22 @@ def _sync(folder: pathlib.Path) -> None:
 def append(path: pathlib.Path, line: bytes) -> None:
     """Adds a line to a file; durable on return.
 
-    After a line that a kill cut off it begins a new one. In an object store the file is
-    read and replaced: there nobody else may add to it meanwhile.
+    A line that a kill cut off is removed. In an object store the file is read and
+    replaced: there nobody else may add to it meanwhile.
     """
     if isinstance(path, ObjectPath):
         before = b""
         with contextlib.suppress(FileNotFoundError):
             before = path.read_bytes()
-        replace(path, before + line)
+        replace(path, before[: before.rfind(b"\n") + 1] + line)
         return
     is_new = not path.exists()
     with of_file(path), path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else b"\n" + line
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
         file.write(line)
         file.flush()
         os.fsync(file.fileno())

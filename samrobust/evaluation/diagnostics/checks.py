@@ -85,7 +85,7 @@ def run_sanity(
     check("" not in transfer, "names for the networks of transfer", names=[*transfer])
     # How often `_on_network` and `_on_ball` measure, for an accurate progress bar.
     has_copy = float32_copy(model) is not None
-    num_measures = 3 + (5 + bool(transfer) + 2 * has_copy) * len(balls)
+    num_measures = 3 + has_copy + (5 + bool(transfer) + has_copy) * len(balls)
     look = Look(
         model,
         variables,
@@ -104,17 +104,18 @@ def run_sanity(
     return findings
 
 
-def _on_network(look: Look) -> tuple[list[Finding], np.ndarray]:
+def _on_network(look: Look) -> tuple[list[Finding], list[np.ndarray]]:
     """Judges whether it gives logits, gradients, and in two passes the same.
 
     Returns:
-      The findings and the logits [N, K].
+      The findings; the logits [N, K], and if it has a copy in float32, of that too.
 
     Raises:
-      ValueError: if the logits are not finite: there is nothing to check.
+      ValueError: if a highest logit is NaN or infinite: there is nothing to check.
     """
-    logits_of = measure_logits(look.model)
-    first, second = (look.measure(logits_of) for _ in range(2))
+    models = [look.model, float32_copy(look.model)]
+    network, *copy = [look.measuring(measure_logits(m)) for m in models if m]
+    first, second, *exact = (each(None) for each in (network, network, *copy))
     check_finite(int(np.sum(~first["finite"])), len(first["finite"]))
     gradients = look.measure(measure_gradients(look.model))
     names = ("correct", "zero", "zero_margin", "saturated")
@@ -123,14 +124,14 @@ def _on_network(look: Look) -> tuple[list[Finding], np.ndarray]:
         verdicts.judge_outputs(logits),
         verdicts.judge_gradients(*(gradients[name] for name in names)),
         verdicts.judge_randomness(logits, second["logits"]),
-    ], logits
+    ], [logits, *(each["logits"] for each in exact)]
 
 
-def _on_ball(look: Look, ball: Ball, logits: np.ndarray) -> list[Finding]:
+def _on_ball(look: Look, ball: Ball, logits: list[np.ndarray]) -> list[Finding]:
     """Runs all checks on the attack within one ball."""
     pgd, effort = _pgd(look, ball), look.effort
     # The ascent on this loss does not change with a factor of the logits.
-    scale_free = attacks.dlr if logits.shape[-1] >= 3 else attacks.margin
+    scale_free = attacks.dlr if logits[0].shape[-1] >= 3 else attacks.margin
     crafts = {
         "apgd": attacks.apgd(ball, num_steps=effort.apgd_steps),
         "apgd dlr": attacks.apgd(ball, loss=scale_free, num_steps=effort.apgd_steps),
@@ -222,15 +223,17 @@ def _transfer(look: Look, ball: Ball, white_box: np.ndarray) -> Finding:
     return verdicts.judge_transfer(white_box, {name: outcome[name] for name in crafts})
 
 
-def _precision(look: Look, logits: np.ndarray, own: np.ndarray, pgd: Attack) -> Finding:
+def _precision(
+    look: Look, logits: list[np.ndarray], own: np.ndarray, pgd: Attack
+) -> Finding:
     dtype = str(jnp.dtype(getattr(look.model, "dtype", None) or jnp.float32))
     shape = look.split.images.shape[1:]
     products = count_products(look.model, look.variables, shape)
     copy = float32_copy(look.model)
     if copy is None:
         return verdicts.judge_products(dtype, products)
-    exact_logits = look.measure(measure_logits(copy))["logits"]
+    natural, exact_natural = logits
     exact = _crafted(look, {"exact": Craft(pgd, copy)}, {})["exact"]
     return verdicts.judge_precision(
-        dtype, products, (logits, exact_logits), (own, exact)
+        dtype, products, (natural, exact_natural), (own, exact)
     )

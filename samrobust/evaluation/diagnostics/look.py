@@ -12,7 +12,7 @@ from flax import linen as nn
 from samrobust.checks import check
 from samrobust.data import Split
 from samrobust.data.splits import spread
-from samrobust.evaluation import BatchFn, Measure, make_measure
+from samrobust.evaluation import BatchFn, make_measure
 from samrobust.types import Array, PyTree
 
 __all__ = ["Effort", "Look", "Surrogate", "some_of"]
@@ -73,7 +73,6 @@ class Look:
       key: the randomness of all measurements.
       on_batch: called with the progress, see `run_sanity`.
       num_measured: how often `measure` was called.
-      compiled: what measures, by what it measures.
     """
 
     model: nn.Module
@@ -86,26 +85,31 @@ class Look:
     key: Array
     on_batch: Callable[[int, int], None]
     num_measured: int = 0
-    compiled: dict[BatchFn, Measure] = dataclasses.field(default_factory=dict)
 
     def measure(
         self, batch_fn: BatchFn, variables: PyTree | None = None
     ) -> dict[str, np.ndarray]:
         """Measures something on all images, by default of the network itself."""
+        return self.measuring(batch_fn)(variables)
+
+    def measuring(
+        self, batch_fn: BatchFn
+    ) -> Callable[[PyTree | None], dict[str, np.ndarray]]:
+        """Returns `measure` of one thing, which compiles once."""
+        measure = make_measure(batch_fn, batch_size=self.batch_size)
 
         def on_batch(done: int, num_examples: int) -> None:
             total = self.num_measures * num_examples
             self.on_batch(self.num_measured * num_examples + done, total)
 
-        if batch_fn not in self.compiled:
-            made = make_measure(batch_fn, batch_size=self.batch_size)
-            self.compiled[batch_fn] = made
-        variables = self.variables if variables is None else variables
-        own_key = jax.random.fold_in(self.key, self.num_measured)
-        measure = self.compiled[batch_fn]
-        outcome = measure(variables, self.split, own_key, on_batch=on_batch)
-        self.num_measured += 1
-        return outcome
+        def measured(variables: PyTree | None = None) -> dict[str, np.ndarray]:
+            variables = self.variables if variables is None else variables
+            own_key = jax.random.fold_in(self.key, self.num_measured)
+            outcome = measure(variables, self.split, own_key, on_batch=on_batch)
+            self.num_measured += 1
+            return outcome
+
+        return measured
 
 
 def some_of(split: Split, num_examples: int) -> Split:

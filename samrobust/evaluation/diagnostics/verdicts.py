@@ -93,14 +93,13 @@ def judge_gradients(
 
 def judge_randomness(first: np.ndarray, second: np.ndarray) -> Finding:
     """Judges whether two passes over the same images give the same logits [N, K]."""
-    finite = np.abs(first[np.isfinite(first)])  # -inf rules out a class
-    size = max(float(np.max(finite, initial=0.0)), np.finfo(np.float32).tiny)
-    with np.errstate(invalid="ignore"):
-        gaps = np.where(first == second, 0.0, np.abs(first - second))
-    largest = float(np.max(gaps))
+    both = np.isfinite(first) & np.isfinite(second)  # -inf rules out a class
+    size = max(np.max(np.abs(first[both]), initial=0.0), np.finfo(np.float32).tiny)
+    size, apart = float(size), bool(np.any(first[~both] != second[~both]))
+    largest = float(np.max(np.abs(first[both] - second[both]), initial=0.0))
     changed = int(np.sum(first.argmax(-1) != second.argmax(-1)))
     values = {"largest_difference": largest, "largest_logit": size, "changed": changed}
-    differs = not largest <= _ROUNDING * size
+    differs = apart or largest > _ROUNDING * size
     text = f"Two passes over the same images differ by at most {largest:.2g}."
     if differs:
         text = (
@@ -297,7 +296,8 @@ def judge_logit_scale(
     if not plain.any():
         return _unseen("logit scale", "PGD")
     gained = int(np.sum(plain)) - int(np.sum(rescaled))
-    size = float(np.median(np.abs(margins)))
+    finite = np.abs(margins[np.isfinite(margins)])
+    size = float(np.median(finite)) if len(finite) else 0.0
     hides = is_more(gained, len(plain))
     follows = ": large logits hide the gradient. Attack with the margin or DLR."
     shares = _percent(plain), _percent(rescaled)
@@ -348,11 +348,11 @@ def judge_finite(finite: Mapping[str, np.ndarray]) -> Finding:
     """Judges whether the logits of the images from each attack are finite, bool [N]."""
     counts = {name: int(np.sum(~each)) for name, each in finite.items()}
     bad = [f"{count} under {name}" for name, count in counts.items() if count]
-    text = "All logits are finite."
+    text = "All highest logits are finite."
     if bad:
         text = (
-            f"Adversarial images lead to NaN or infinite logits ({', '.join(bad)}): "
-            "gradients say nothing there. They count as misclassified."
+            "Adversarial images lead to a highest logit that is NaN or infinite "
+            f"({', '.join(bad)}): no gradient helps there. They count as misclassified."
         )
     return _finding("finite logits", bool(bad), text, counts)
 

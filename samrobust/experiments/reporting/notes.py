@@ -76,7 +76,7 @@ def sampling_error(table: Table) -> float:
     """Returns the largest standard error of a cell due to the finite test set.
 
     100 sqrt(p (1 - p) / num_test) points, for an accuracy of 100 p percent; p is kept
-    away from 0 and 1 by half an image, which are no certainty either.
+    half an image away from 0 and 1, since neither is certain.
     """
     cells = [row.cells[column] for row in table.rows for column in table.columns]
     edge = 0.5 / table.num_test
@@ -120,7 +120,7 @@ def _comparisons(table: Table) -> list[str]:
         sentences.append(
             "Differences are paired by seed, ± one standard error; significant: p < "
             f"{LEVEL:g} in a t-test, {_errors(num_seeds):.1f} standard errors with "
-            f"{num_seeds} seeds."
+            f"{num_seeds} seeds, rounding to whole images included."
         )
     return sentences
 

@@ -161,7 +161,9 @@ def _compared(row: Row, rows: Sequence[Row]) -> Row:
     """Returns the cost relative to ST, and the time relative to our own step's."""
 
     def plainness(other: Row) -> tuple:  # PyTorch's are on one device, by themselves
-        return other["devices"] or math.inf, other["seeds"], other["steps_per_call"]
+        devices = other["devices"] or math.inf
+        own = other["seeds"], other["steps_per_call"]
+        return bool(other["xla_flags"]), devices, *own
 
     def other(*alike: str, **wanted: str) -> Row | None:
         wanted |= {name: row[name] for name in alike}

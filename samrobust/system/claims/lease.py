@@ -86,14 +86,16 @@ class Claim:
         holder = read_holder(self._workdir)
         if holder is None:
             return f"Lost {self._workdir}: the directory was removed or moved."
-        if holder.generation <= self._generation:
-            return (
-                f"Lost {self._workdir}: the directory was removed or moved, and "
-                f"another process ({holder}) began one of that name."
-            )
+        with contextlib.suppress(OSError):
+            if self._is_there():
+                return (
+                    f"Another process ({holder}) took over {self._workdir}: this one "
+                    f"gave no sign of life for longer than {self._lease:g} s. Let that "
+                    "one go on."
+                )
         return (
-            f"Another process ({holder}) took over {self._workdir}: this one gave no "
-            f"sign of life for longer than {self._lease:g} s. Let that one go on."
+            f"Lost {self._workdir}: the directory was removed or moved, and another "
+            f"process ({holder}) began one of that name."
         )
 
     def release(self) -> None:
@@ -116,7 +118,10 @@ class Claim:
     def _is_ours(self) -> bool:
         """Tells whether the newest claim is this one; in a new directory it is not."""
         is_newest = latest(self._path.parent) == self._generation
-        return is_newest and self._token.encode() in self._path.read_bytes()
+        return is_newest and self._is_there()
+
+    def _is_there(self) -> bool:
+        return self._token.encode() in self._path.read_bytes()
 
     def _keep(self) -> None:
         while not self._released.wait(self._lease / _REFRESHES):
