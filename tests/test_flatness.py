@@ -259,7 +259,7 @@ def test_one_draw_gives_the_trace_of_a_diagonal_hessian():
 def test_relative_flatness_is_the_definition_with_a_dense_hessian(scale):
     features, bias = RNG.normal(size=(5, 4)), RNG.normal(size=3)
     kernel = scale * RNG.normal(size=(4, 3))
-    labels = np.array([0, 1, 2, 0, 1])
+    labels: Any = np.array([0, 1, 2, 0, 1])
     logits = features @ kernel + bias
 
     def loss(kernel):

@@ -195,13 +195,15 @@ def test_a_network_with_further_variables_is_refused():
         make_state(Counting())
 
 
-IMAGES, LABELS = make_batch()
+IMAGES: Any
+LABELS: Any
+IMAGES, LABELS = map(np.asarray, make_batch())
 BATCHES = {
-    "pixels as bytes": (IMAGES.astype(jnp.uint8), LABELS, "float images"),
+    "pixels as bytes": (IMAGES.astype(np.uint8), LABELS, "float images"),
     "one image": (IMAGES[0], LABELS, r"float images \[B, H, W, C\]"),
     "a column of labels": (IMAGES, LABELS[:, None], r"int labels \[8\].*\(8, 1\)"),
-    "one-hot labels": (IMAGES, jax.nn.one_hot(LABELS, 3), r"int labels .*\(8, 3\)"),
-    "float labels": (IMAGES, LABELS * 1.0, "int labels .*dtype='float32'"),
+    "one-hot labels": (IMAGES, np.eye(3)[LABELS], r"int labels .*\(8, 3\)"),
+    "float labels": (IMAGES, np.float32(LABELS), "int labels .*dtype='float32'"),
     "too few labels": (IMAGES, LABELS[:1], r"int labels \[8\].*\(1,\)"),
 }
 
@@ -295,12 +297,12 @@ def test_64_bit_types_change_no_dtype_of_a_step(layer):
     def make() -> Any:
         model = Network(layer)
 
-        def step() -> Any:
+        def run() -> Any:
             tx, state = make_state(model, sam(RHO, aux=statistics(model)))
-            step = make_train_step(model, tx).train_step
+            step: Any = make_train_step(model, tx).train_step
             return state, step(state, *make_batch(), KEY)
 
-        return jax.eval_shape(step)
+        return jax.eval_shape(run)
 
     plain = make()
     with jax.enable_x64(True):

@@ -35,7 +35,7 @@ class Network(nn.Module):
 
 
 model = Network()
-variables = helpers.init_variables(model)
+variables = helpers.draw_variables(model, (8, 8, 1))
 
 
 def make_tx(*sharpness: optax.GradientTransformationExtraArgs):
