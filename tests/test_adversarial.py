@@ -32,13 +32,19 @@ from samrobust.training.step import metric_names
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.uniform(jax.random.key(1), (6, 2, 2, 1), minval=0.3, maxval=0.7)
-LABELS = jnp.arange(6, dtype=jnp.int32) % 3
+LABELS: Any = np.arange(6, dtype=np.int32) % 3
+
+
+@functools.cache
+def weights():
+    with jax.ensure_compile_time_eval():
+        hidden = jax.random.normal(jax.random.key(2), (4, 5))
+        return hidden, jax.random.normal(jax.random.key(3), (5, 3))
 
 
 def logits_fn(images):
     """A small smooth network."""
-    hidden = jax.random.normal(jax.random.key(2), (4, 5))
-    head = jax.random.normal(jax.random.key(3), (5, 3))
+    hidden, head = weights()
     return jnp.tanh(3 * images.reshape(len(images), -1) @ hidden) @ head
 
 
@@ -293,7 +299,7 @@ def test_losses_are_weighed_by_what_the_adversary_remembers_of_each_class():
 
 
 def test_rwp_of_one_step_below_the_threshold_is_awp_on_one_weight_tensor():
-    weights = {"kernel": jax.random.normal(KEY, (4, 3)), "bias": jnp.ones(3)}
+    weights = {"kernel": jax.random.normal(KEY, (4, 3)), "bias": np.ones(3, "f4")}
     inputs = IMAGES.reshape(6, -1)
 
     def losses(params):
@@ -301,6 +307,7 @@ def test_rwp_of_one_step_below_the_threshold_is_awp_on_one_weight_tensor():
 
     gradient = jax.grad(lambda params: jnp.mean(losses(params)))
 
+    @functools.partial(jax.jit, static_argnames=("tx", "loss_fn"))
     def updates(tx, **given):
         state = tx.init(weights)
         return tx.update(gradient(weights), state, weights, grad_fn=gradient, **given)

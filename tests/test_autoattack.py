@@ -34,12 +34,17 @@ def _only_tell_of_batches(monkeypatch):
     monkeypatch.setattr(measure, "_SECONDS_UNTOLD", 1e9)
 
 
+def run(attack, logits_fn, images, labels):
+    """The attack in `jit`."""
+    return jax.jit(functools.partial(attack, logits_fn))(images, labels, key=KEY)
+
+
 def make_problem(num_classes=5, num_images=24):
     """A small random network that bends, and images at all distances from its edges."""
     rng = np.random.default_rng(num_classes)
-    w1 = jnp.asarray(rng.standard_normal((16, 12)) / 2, jnp.float32)
-    w2 = jnp.asarray(rng.standard_normal((12, num_classes)), jnp.float32)
-    images = jnp.asarray(rng.uniform(size=(num_images, 4, 4, 1)), jnp.float32)
+    w1 = (rng.standard_normal((16, 12)) / 2).astype(np.float32)
+    w2 = rng.standard_normal((12, num_classes)).astype(np.float32)
+    images = rng.uniform(size=(num_images, 4, 4, 1)).astype(np.float32)
 
     def logits_fn(images, *, key=None):
         logits = jnp.tanh((images.reshape(len(images), -1) - 0.5) @ w1) @ w2
@@ -47,15 +52,17 @@ def make_problem(num_classes=5, num_images=24):
             return logits
         return logits + 0.01 * jax.random.normal(key, logits.shape)
 
-    labels = jnp.argmax(logits_fn(images), axis=-1).astype(jnp.int32)
-    return logits_fn, images, labels.at[0].set((labels[0] + 1) % num_classes)
+    hidden = np.tanh((images.reshape(num_images, -1) - 0.5) @ w1)
+    labels = np.argmax(hidden @ w2, axis=-1).astype(np.int32)
+    labels[0] = (labels[0] + 1) % num_classes
+    return logits_fn, jnp.asarray(images), labels
 
 
 @functools.cache
 def attacked(norm, **options):
     logits_fn, images, labels = make_problem()
     attack = autoattack(RADII[norm], **options)
-    result = jax.jit(functools.partial(attack, logits_fn))(images, labels, key=KEY)
+    result = run(attack, logits_fn, images, labels)
     return np.asarray(result), np.asarray(jnp.argmax(logits_fn(result), -1) == labels)
 
 
@@ -102,9 +109,8 @@ def test_without_a_radius_nothing_changes_and_with_a_large_one_nothing_stands():
     logits_fn, images, labels = make_problem()
     unchanged = autoattack(linf(0.0))(logits_fn, images, labels, key=KEY)
     np.testing.assert_array_equal(unchanged, images)
-    broken = autoattack(linf(1.0), version="custom", members=["apgd-ce"])(
-        logits_fn, images, labels, key=KEY
-    )
+    attack = autoattack(linf(1.0), version="custom", members=["apgd-ce"])
+    broken = run(attack, logits_fn, images, labels)
     assert not np.any(jnp.argmax(logits_fn(broken), -1) == labels)
 
 
@@ -114,7 +120,7 @@ def test_few_classes_leave_fewer_targets_and_another_loss(num_classes):
     attack = autoattack(linf(0.03), version="custom", members=["apgd-t", "fab-t"])
     parts = [member.num_parts(num_classes) for member in attack.members]
     assert parts == [1, num_classes - 1]
-    result = attack(logits_fn, images, labels, key=KEY)
+    result = run(attack, logits_fn, images, labels)
     standing = np.asarray(jnp.argmax(logits_fn(result), -1) == labels)
     assert 0 < standing.mean() < 1
 
@@ -127,7 +133,7 @@ def test_a_random_classifier_is_attacked_over_its_draws():
     def noisy(images, *, key):  # a key must be given
         return logits_fn(images, key=key)
 
-    result = attack(noisy, images, labels, key=KEY)
+    result = run(attack, noisy, images, labels)
     standing = np.asarray(jnp.argmax(logits_fn(result), -1) == labels)
     assert standing.mean() < 0.8
 

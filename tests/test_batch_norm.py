@@ -50,7 +50,7 @@ def test_the_fused_batch_norm_has_the_values_and_gradients_of_the_formulas(
     mesh = types.SimpleNamespace(size=num_devices)
     monkeypatch.setattr(batch_norm, "data_mesh", lambda: mesh)
     with jax.enable_x64(True):
-        fused, plain = fused_and_plain(relu)
+        fused, plain = map(jax.jit, fused_and_plain(relu))
         arguments = arguments_of(shape)
         found, expected = fused(*arguments), plain(*arguments)
         jax.tree.map(
@@ -65,8 +65,8 @@ def test_the_fused_batch_norm_keeps_its_digits_where_the_mean_is_1000_deviations
     (outputs, mean, var), gradients = jax.jit(fused)(*arguments)
     with jax.enable_x64(True):
         _, plain = fused_and_plain(relu=True)
-        exact = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arguments)
-        expected, expected_gradients = plain(*exact)
+        exact = jax.tree.map(lambda x: np.asarray(x, np.float64), arguments)
+        expected, expected_gradients = jax.jit(plain)(*exact)
     np.testing.assert_allclose(mean, expected[1], rtol=1e-7)
     np.testing.assert_allclose(var, expected[2], rtol=1e-5)
     np.testing.assert_allclose(outputs, expected[0], atol=1e-3)
@@ -78,10 +78,11 @@ def test_the_fused_batch_norm_normalizes_each_group_by_itself():
     with jax.enable_x64(True):
         fused, plain = fused_and_plain(relu=True)
         inputs, shift, scale, bias, _ = arguments_of((6, 2, 2, 5))
-        groups = inputs.reshape(3, 2, 2, 2, 5)
-        cotangents = jnp.cos(groups), jnp.ones((3, 5)), jnp.ones((3, 5))
+        groups = np.asarray(inputs).reshape(3, 2, 2, 2, 5)
+        cotangents = np.cos(groups), np.ones((3, 5)), np.ones((3, 5))
         axes = 0, None, None, None, 0
-        found = jax.vmap(fused, axes)(groups, shift, scale, bias, cotangents)
+        found = jax.jit(jax.vmap(fused, axes))(groups, shift, scale, bias, cotangents)
+        plain = jax.jit(plain)
         for i in range(3):
             of_group = jax.tree.map(lambda leaf, i=i: leaf[i], cotangents)
             expected = plain(groups[i], shift, scale, bias, of_group)
@@ -103,7 +104,7 @@ def test_the_fused_batch_norm_has_the_second_derivatives_of_the_formulas(relu):
             return sum(jnp.sum(jnp.sin(gradient)) for gradient in gradients)
 
         found, expected = (
-            jax.grad(functools.partial(total, form), argnums=(0, 1, 2, 3))(
+            jax.jit(jax.grad(functools.partial(total, form), argnums=(0, 1, 2, 3)))(
                 inputs, scale, bias, cotangents
             )
             for form in fused_and_plain(relu)
@@ -117,7 +118,8 @@ def layer_and_inputs(relu) -> tuple[Any, Any, Any]:
     rng = np.random.default_rng(0)
     inputs = jnp.asarray(rng.normal(size=(8, 4, 4, 5)), jnp.float32)
     layer = BatchNorm(relu=relu)
-    return layer, layer.init(jax.random.key(0), inputs, train=False), inputs
+    init = jax.jit(layer.init, static_argnames="train")
+    return layer, init(jax.random.key(0), inputs, train=False), inputs
 
 
 def test_batch_norm_keeps_its_inputs_for_the_backward_pass_and_nothing_as_large():

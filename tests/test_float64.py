@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import in_one_program
 
 from samrobust.attacks import (
     apgd,
@@ -142,9 +143,11 @@ def test_pgd_in_stages_stays_in_float64(ball):
     pieces = staged_pgd(BALLS[ball], step_size=0.01, num_steps=5)
     with jax.enable_x64(True):
         exact = jnp.asarray(images, np.float64)
-        start = pieces.start(exact, labels, 0, key=KEY)
+        start = in_one_program(pieces.start, exact, labels, 0, key=KEY)
         logits_fn = functools.partial(logits_of, weights)
-        final, broken = pieces.advance(logits_fn, start, exact, labels, 5)
+        final, broken = in_one_program(
+            pieces.advance, logits_fn, start, exact, labels, 5
+        )
         assert start.dtype == final.dtype == np.float64
         assert broken[0]
         radius = BALLS[ball].radius + 16 * np.finfo(np.float64).eps
@@ -172,7 +175,7 @@ def test_losses_of_float64_logits_are_float64_and_exact(name):
     near = logits.astype(np.float32)
     with jax.enable_x64(True):
         exact, rounded, single = (
-            LOSSES[name](jnp.asarray(values), labels)
+            jax.jit(LOSSES[name])(values, labels)
             for values in (logits, near.astype(np.float64), near)
         )
         exact, rounded, single = map(np.asarray, (exact, rounded, single))

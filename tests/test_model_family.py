@@ -169,10 +169,16 @@ def test_dropout_draws_from_its_own_key_in_training_alone(name):
     np.testing.assert_array_equal(evaluated, plain_evaluated)
 
 
+def init(model):
+    """The parameters, in NumPy."""
+    variables = jax.jit(lambda: model.init(KEY, images_of(1), train=False))()
+    return jax.device_get(variables["params"])
+
+
 def test_the_kernels_of_a_wide_resnet_are_normal_with_the_scale_of_he():
     """N(0, 2 / fan_in), not truncated; the head as PyTorch's, its bias 0."""
     model = MODELS["wide_resnet"](num_classes=50, depth=10, widen=1)
-    params = jax.jit(lambda: model.init(KEY, images_of(1), train=False))()["params"]
+    params = init(model)
     drawn = {
         jax.tree_util.keystr(path): leaf / np.sqrt(2 / np.prod(leaf.shape[:-1]))
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -191,7 +197,7 @@ def test_the_kernels_of_a_wide_resnet_are_normal_with_the_scale_of_he():
 
 def test_the_kernels_of_a_vit_are_a_truncated_normal_and_its_biases_zero():
     model = MODELS["vit"](patch=2, dim=48, depth=1)
-    params = jax.jit(lambda: model.init(KEY, images_of(1), train=False))()["params"]
+    params = init(model)
     embedding = params.pop("embedding")
     assert 0 < np.abs(embedding["bias"]).max() <= 4**-0.5
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

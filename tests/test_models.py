@@ -1,5 +1,6 @@
 """The convolution, BatchNorm and PreActResNet against XLA, SciPy and NumPy."""
 
+import functools
 import re
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_padding_may_be_less_than_half_the_window(padding):
         def energy(images, kernel):
             return jnp.sum(jnp.sin(conv(images, kernel, 2, padding)))
 
-        return jax.value_and_grad(energy, (0, 1))(images, kernel)
+        return jax.jit(jax.value_and_grad(energy, (0, 1)))(images, kernel)
 
     assert_close(of(conv2d), of(native))
 
@@ -117,7 +118,7 @@ def test_second_derivatives_are_those_of_xla(stride, size):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_conv2d_is_the_correlation_of_scipy(stride):
     images, kernel = conv_inputs(3, (7, 6))
-    outputs: Any = conv2d(images, kernel, stride, 1)
+    outputs: Any = jax.jit(conv2d, static_argnums=(2, 3))(images, kernel, stride, 1)
     x, k = np.asarray(images, np.float64), np.asarray(kernel, np.float64)
     expected = np.zeros((2, 7, 6, 3))
     for b, c, d in np.ndindex(2, 2, 3):
@@ -251,7 +252,8 @@ def test_the_gradient_of_a_one_by_one_kernel_is_that_of_xla():
     images, kernel = conv_inputs(1, (7, 6))
 
     def of(conv):
-        return jax.grad(lambda k: jnp.sum(jnp.sin(conv(images, k, 2, 0))))(kernel)
+        energy = lambda kernel: jnp.sum(jnp.sin(conv(images, kernel, 2, 0)))  # noqa: E731
+        return jax.jit(jax.grad(energy))(kernel)
 
     assert_close(of(conv2d), of(native))
 
@@ -271,6 +273,9 @@ def test_lowered_for_an_accelerator_the_convolutions_are_the_native_ones(platfor
 # BatchNorm
 
 
+@functools.partial(
+    jax.jit, static_argnames=("train", "batch_norm_group", "epsilon", "dtype")
+)
 def batch_norm(inputs, train, variables: Any = None, **options) -> tuple[Any, Any]:
     model = BatchNorm(**options)
     variables = variables or model.init(KEY, inputs, train=False)
@@ -434,12 +439,24 @@ def images_of(num, size=8, channels=3):
     return jnp.asarray(pixels, jnp.float32)
 
 
-def init(model, images):
-    return jax.jit(lambda images: model.init(KEY, images, train=False))(images)
+@functools.partial(jax.jit, static_argnames=("model", "train"))
+def init(model, images, train=False):
+    return model.init(KEY, images, train=train)
 
 
-def evaluate(model, variables, images):
-    return jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
+@functools.partial(jax.jit, static_argnames=("model", "train"))
+def logits_of(model, variables, images, train=False):
+    return model.apply(variables, images, train=train)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def totals_and_gradients(model, variables, images):
+    """Of the logits, in evaluation and in training."""
+
+    def total(images, train):
+        return jnp.sum(model.apply(variables, images, train=train))
+
+    return [jax.value_and_grad(total)(images, train=train) for train in (False, True)]
 
 
 @pytest.fixture(scope="module")
@@ -566,8 +583,8 @@ def test_bfloat16_is_the_dtype_of_all_hidden_layers():
 def test_the_logits_in_bfloat16_are_near_those_in_float32(small):
     model, variables = small
     images = images_of(8)
-    exact = evaluate(model, variables, images)
-    low = evaluate(model.clone(dtype=jnp.bfloat16), variables, images)
+    exact = logits_of(model, variables, images)
+    low = logits_of(model.clone(dtype=jnp.bfloat16), variables, images)
     assert np.any(low != exact)
     np.testing.assert_allclose(low, exact, atol=0.03 * np.ptp(exact))
 
@@ -575,11 +592,11 @@ def test_the_logits_in_bfloat16_are_near_those_in_float32(small):
 def test_in_evaluation_an_examples_logits_do_not_depend_on_the_batch(small):
     model, variables = small
     images = images_of(6)
-    whole = evaluate(model, variables, images)
-    alone = evaluate(model, variables, images[2:3])
+    whole = logits_of(model, variables, images)
+    alone = logits_of(model, variables, images[2:3])
     np.testing.assert_allclose(alone, whole[2:3], atol=1e-6)
     np.testing.assert_allclose(
-        evaluate(model, variables, images[::-1]), whole[::-1], atol=1e-6
+        logits_of(model, variables, images[::-1]), whole[::-1], atol=1e-6
     )
 
 
@@ -589,9 +606,8 @@ def test_in_training_an_examples_logits_depend_on_the_batch_and_not_on_the_stati
     model, variables = small
     images = images_of(6)
 
-    @jax.jit
     def train(variables, images):
-        return model.apply(variables, images, train=True)
+        return logits_of(model, variables, images, train=True)
 
     whole = train(variables, images)
     assert np.abs(train(variables, images[:3]) - whole[:3]).max() > 1e-3
@@ -637,7 +653,7 @@ def test_the_logits_are_those_of_the_network_written_out(small):
         lambda variables, images: reference_logits(variables, images, strides)
     )(variables, images)
     np.testing.assert_allclose(
-        evaluate(model, variables, images), expected, rtol=1e-5, atol=1e-5
+        logits_of(model, variables, images), expected, rtol=1e-5, atol=1e-5
     )
 
 
@@ -646,9 +662,9 @@ def test_the_pixels_are_normalized_inside(small):
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     images = images_of(4)
     shifted = images * jnp.array(std) + jnp.array(mean)
-    inside = evaluate(model.clone(mean=mean, std=std), variables, shifted)
+    inside = logits_of(model.clone(mean=mean, std=std), variables, shifted)
     np.testing.assert_allclose(
-        inside, evaluate(model, variables, images), rtol=1e-4, atol=1e-5
+        inside, logits_of(model, variables, images), rtol=1e-4, atol=1e-5
     )
 
 
@@ -682,30 +698,18 @@ def test_mirrored_images_and_mirrored_kernels_give_the_same_logits(small):
     mirrored = jax.tree.map(
         lambda leaf: leaf[:, ::-1] if leaf.ndim == 4 else leaf, variables
     )
-    logits = evaluate(model, variables, images)
-    assert np.any(evaluate(model, variables, images[:, :, ::-1]) != logits)
+    logits = logits_of(model, variables, images)
+    assert np.any(logits_of(model, variables, images[:, :, ::-1]) != logits)
     np.testing.assert_allclose(
-        evaluate(model, mirrored, images[:, :, ::-1]), logits, atol=1e-5
+        logits_of(model, mirrored, images[:, :, ::-1]), logits, atol=1e-5
     )
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_constant_images_give_finite_logits_and_gradients(small, value):
     model, variables = small
-    images = jnp.full([2, 8, 8, 3], value)
-
-    @jax.jit
-    def run(variables, images):
-        def total(images, train):
-            return jnp.sum(model.apply(variables, images, train=train))
-
-        return [
-            jax.value_and_grad(total)(images, train=train) for train in (False, True)
-        ]
-
-    assert all(
-        np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(run(variables, images))
-    )
+    found = totals_and_gradients(model, variables, jnp.full([2, 8, 8, 3], value))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(found))
 
 
 @pytest.mark.parametrize("size", [8, 9, 32])
@@ -723,10 +727,8 @@ def test_a_network_with_groups_is_initialized_with_one_image(train):
     plain = PreActResNet(width=2, blocks=(1,))
     grouped = PreActResNet(width=2, blocks=(1,), batch_norm_group=4)
 
-    def make(model):
-        return jax.jit(lambda image: model.init(KEY, image, train=train))(images_of(1))
-
-    helpers.assert_same_bits(make(grouped), make(plain))
+    found, expected = (init(model, images_of(1), train) for model in (grouped, plain))
+    helpers.assert_same_bits(found, expected)
 
 
 def test_every_layer_of_a_network_normalizes_by_groups():
@@ -736,7 +738,7 @@ def test_every_layer_of_a_network_normalizes_by_groups():
     variables = init(plain, images)
 
     def logits(model, images):
-        return jax.jit(lambda v, x: model.apply(v, x, train=True))(variables, images)
+        return logits_of(model, variables, images, train=True)
 
     alone = np.concatenate([logits(plain, images[:3]), logits(plain, images[3:])])
     np.testing.assert_allclose(logits(grouped, images), alone, atol=1e-5)

@@ -7,12 +7,12 @@ import numpy as np
 from samrobust.training.repeating import repeat
 
 CARRY = {
-    "weights": jnp.linspace(-1, 1, 12).reshape(3, 4),
-    "others": jnp.linspace(0, 1, 12).reshape(4, 3),
-    "bias": jnp.arange(4.0),
-    "scale": jnp.array(2.0, jnp.float32),
-    "half": jnp.ones([3], jnp.bfloat16),
-    "step": jnp.zeros([], jnp.int32),
+    "weights": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4),
+    "others": np.linspace(0, 1, 12, dtype=np.float32).reshape(4, 3),
+    "bias": np.arange(4, dtype=np.float32),
+    "scale": np.float32(2),
+    "half": np.ones([3], jnp.bfloat16),
+    "step": np.int32(0),
     "key": jax.random.key(0),
 }
 

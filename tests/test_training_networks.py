@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from helpers import in_one_program
 
 from samrobust.attacks import linf, pgd
 from samrobust.attacks.losses import cross_entropy
@@ -74,11 +75,8 @@ def make_state(model: Any, *transformations: Any) -> Any:
 
 
 def statistics(model: Any) -> Any:
-    return (
-        make_train_step(model, optax.sgd(RATE))
-        .init(KEY, jnp.zeros([1, 4, 4, 1]))
-        .batch_stats
-    )
+    """Their shapes and dtypes."""
+    return jax.eval_shape(lambda: make_state(model)[1].batch_stats)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -150,9 +148,9 @@ def test_every_group_drops_units_of_its_own_in_both_passes():
     twice = (views, jnp.concatenate([labels] * 2), KEY)
     passes = make_passes(model, Objective(cross_entropy), group_size=4)
     params = make_state(model)[1].params
-    first = passes.first(params, {}, *twice)
-    stacked = jax.tree.map(lambda w: jnp.stack([w, w]), params)
-    second = passes.second(stacked, {}, *twice)
+    first = in_one_program(passes.first, params, {}, *twice)
+    stacked = jax.tree.map(lambda w: np.stack([w, w]), params)
+    second = in_one_program(passes.second, stacked, {}, *twice)
     helpers.assert_close(first.grads, second.grads, atol=1e-6)
     kernel = first.grads["Dense_1"]["kernel"]
     assert np.abs(kernel[0] - kernel[1]).max() > 1e-3
@@ -197,13 +195,15 @@ def test_a_network_with_further_variables_is_refused():
         make_state(Counting())
 
 
-IMAGES, LABELS = make_batch()
+IMAGES: Any
+LABELS: Any
+IMAGES, LABELS = map(np.asarray, make_batch())
 BATCHES = {
-    "pixels as bytes": (IMAGES.astype(jnp.uint8), LABELS, "float images"),
+    "pixels as bytes": (IMAGES.astype(np.uint8), LABELS, "float images"),
     "one image": (IMAGES[0], LABELS, r"float images \[B, H, W, C\]"),
     "a column of labels": (IMAGES, LABELS[:, None], r"int labels \[8\].*\(8, 1\)"),
-    "one-hot labels": (IMAGES, jax.nn.one_hot(LABELS, 3), r"int labels .*\(8, 3\)"),
-    "float labels": (IMAGES, LABELS * 1.0, "int labels .*dtype='float32'"),
+    "one-hot labels": (IMAGES, np.eye(3)[LABELS], r"int labels .*\(8, 3\)"),
+    "float labels": (IMAGES, np.float32(LABELS), "int labels .*dtype='float32'"),
     "too few labels": (IMAGES, LABELS[:1], r"int labels \[8\].*\(1,\)"),
 }
 
@@ -296,9 +296,13 @@ def test_a_checkpoint_is_restored_whether_64_bit_types_are_on_or_off(tmp_path):
 def test_64_bit_types_change_no_dtype_of_a_step(layer):
     def make() -> Any:
         model = Network(layer)
-        tx, state = make_state(model, sam(RHO, aux=statistics(model)))
-        step = make_train_step(model, tx).train_step
-        return state, jax.eval_shape(step, state, *make_batch(), KEY)
+
+        def run() -> Any:
+            tx, state = make_state(model, sam(RHO, aux=statistics(model)))
+            step: Any = make_train_step(model, tx).train_step
+            return state, step(state, *make_batch(), KEY)
+
+        return jax.eval_shape(run)
 
     plain = make()
     with jax.enable_x64(True):
@@ -311,20 +315,23 @@ def test_a_network_of_float64_is_float64_in_all_its_parts():
 
     variables = helpers.draw_variables(make(jnp.float32), (4, 4, 1))
     images, labels = make_batch()
-    single: Any = make(jnp.float32).apply(variables, images, train=True)
+    single = in_one_program(make(jnp.float32).apply, variables, images, train=True)
     with pytest.raises(
         ValueError, match=r"^Expected a dtype that JAX .*'float64'\. Set"
     ):
         make(np.float64).apply(variables, images, train=True)
     with jax.enable_x64(True):
         model = make(np.float64)
-        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, np.float64), variables)
-        double: Any = model.apply(wide, images, train=True)
-        rounded: Any = model.apply(variables, images, train=True)
+        wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
+        double = in_one_program(model.apply, wide, images, train=True)
+        rounded = in_one_program(model.apply, variables, images, train=True)
         np.testing.assert_array_equal(double, rounded)
-        tx, state = make_state(model, sam(RHO, aux=statistics(model)))
-        step = make_train_step(model, tx).train_step
-        after, metrics = jax.eval_shape(step, state, images, labels, KEY)
+
+        def run() -> Any:
+            tx, state = make_state(model, sam(RHO, aux=statistics(model)))
+            return make_train_step(model, tx).train_step(state, images, labels, KEY)
+
+        after, metrics = jax.eval_shape(run)
         assert dtypes_of((double, after.params, after.batch_stats)) == {"float64"}
         assert dtypes_of((metrics, after.opt_state[0].metrics)) == {"float32"}
     np.testing.assert_allclose(single, double, atol=1e-5)

@@ -35,7 +35,7 @@ class Network(nn.Module):
 
 
 model = Network()
-variables = helpers.init_variables(model)
+variables = helpers.draw_variables(model, (8, 8, 1))
 
 
 def make_tx(*sharpness: optax.GradientTransformationExtraArgs):
@@ -93,6 +93,7 @@ def mean_cross_entropy(params, images, labels):
 loss_and_gradient = jax.jit(jax.value_and_grad(mean_cross_entropy))
 
 
+@jax.jit
 def batch_statistics(params, images):
     """Mean and unbiased variance of every layer's inputs on one batch."""
     zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
@@ -116,13 +117,13 @@ def perturbed(params, gradient, rho=RHO):
 
 def descend_by_hand(batches, gradient_fn):
     """SGD with momentum and coupled weight decay, in NumPy."""
-    params = variables["params"]
+    params = jax.tree.map(np.asarray, variables["params"])
     velocity = jax.tree.map(np.zeros_like, params)
     history = []
     for images, labels in batches:
         gradient = gradient_fn(params, images, labels)
         velocity = jax.tree.map(
-            lambda v, g, w: MOMENTUM * v + np.asarray(g + WEIGHT_DECAY * w),
+            lambda v, g, w: MOMENTUM * v + np.asarray(g) + WEIGHT_DECAY * w,
             velocity,
             gradient,
             params,
@@ -252,13 +253,18 @@ def test_both_passes_of_sam_see_the_images_that_were_crafted_once():
     recorder: Any = Recorder()
     tx = make_tx(make_sam())
     step = make_train_step(recorder, tx, adversary=attack).train_step
+
+    @jax.jit
+    def record(state, images, labels):
+        step(state, images, labels, KEY)
+        return crafted, recorder.images
+
     images, labels = make_batches(1)[0]
-    step(make_state(tx), images, labels, KEY)
-    assert len(crafted) == 1
-    assert np.any(crafted[0] != images)
-    assert len(recorder.images) == 2
-    for seen in recorder.images:
-        np.testing.assert_array_equal(seen, crafted[0])
+    (made,), seen = record(make_state(tx), images, labels)
+    assert np.any(made != images)
+    assert len(seen) == 2
+    for of_pass in seen:
+        np.testing.assert_array_equal(of_pass, made)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -274,14 +280,16 @@ def test_the_attacked_network_normalizes_as_it_is_told(mode):
     step = make_train_step(
         model, tx, adversary=as_adversary(attack, batch_norm=mode)
     ).train_step
-    images, labels = make_batches(1)[0]
-    step(make_state(tx), images, labels, KEY)
-    by_batch, _ = logits_and_stats(
-        variables["params"], variables["batch_stats"], images
-    )
-    by_running: Any = model.apply(variables, images, train=False)
+
+    @jax.jit
+    def record(state, images, labels):
+        step(state, images, labels, KEY)
+        by_batch, _ = logits_and_stats(state.params, state.batch_stats, images)
+        return logits, by_batch, model.apply(variables, images, train=False)
+
+    (found,), by_batch, by_running = record(make_state(tx), *make_batches(1)[0])
     expected = by_batch if mode == "train" else by_running
-    np.testing.assert_allclose(logits[0], expected, atol=1e-6)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
     assert np.abs(by_batch - by_running).max() > 0.01
 
 
@@ -298,25 +306,28 @@ def test_the_attack_leaves_the_running_statistics_alone(mode):
     step = make_train_step(
         model, tx, adversary=as_adversary(attack, batch_norm=mode)
     ).train_step
-    images, labels = make_batches(1)[0]
-    state, _ = step(make_state(tx), images, labels, KEY)
+
+    @jax.jit
+    def record(state, images, labels):
+        return step(state, images, labels, KEY)[0], adversarial
+
+    state, (made,) = record(make_state(tx), *make_batches(1)[0])
     expected = moved_toward(
-        variables["batch_stats"],
-        batch_statistics(variables["params"], adversarial[0]),
+        variables["batch_stats"], batch_statistics(variables["params"], made)
     )
     helpers.assert_close(state.batch_stats, expected, atol=1e-6)
 
 
 def test_the_metrics_are_those_of_the_images_trained_on():
     tx = make_tx(make_sam())
-    step = make_train_step(model, tx, adversary=noise).train_step
+    step = jax.jit(make_train_step(model, tx, adversary=noise).train_step)
     images, labels = make_batches(1)[0]
     _, metrics = step(make_state(tx), images, labels, KEY)
     crafted = noise(None, images, labels, key=KEY)
     params = variables["params"]
     loss, gradient = loss_and_gradient(params, crafted, labels)
     _, second = loss_and_gradient(perturbed(params, gradient), crafted, labels)
-    logits, _ = logits_and_stats(params, variables["batch_stats"], crafted)
+    logits, _ = jax.jit(logits_and_stats)(params, variables["batch_stats"], crafted)
     product = sum(
         float(np.vdot(a, b))
         for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(second), strict=True)

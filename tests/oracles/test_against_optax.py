@@ -30,14 +30,10 @@ def loss(params, images, labels):
 
 
 def initial_params(dtype):
-    hidden, head = jax.random.split(jax.random.key(0))
-    return {
-        "hidden": {
-            "kernel": jax.random.normal(hidden, [8, 16], dtype) / 3,
-            "bias": jnp.zeros(16, dtype),
-        },
-        "head": jax.random.normal(head, [16, 3], dtype) / 4,
-    }
+    rng = np.random.default_rng(1)
+    hidden = {"kernel": rng.normal(size=(8, 16)) / 3, "bias": np.zeros(16)}
+    params = {"hidden": hidden, "head": rng.normal(size=(16, 3)) / 4}
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
 
 
 def batches(dtype):
@@ -54,20 +50,23 @@ def train(tx, dtype=np.float32):
     tx = optax.with_extra_args_support(tx)
     params = initial_params(dtype)
     opt_state = tx.init(params)
-    differentiate = jax.jit(jax.grad(loss))
-    for batch in batches(dtype):
 
-        def grad_fn(params, _=None, batch=batch):  # optax also passes the pass's number
-            return differentiate(params, *batch)
+    @jax.jit
+    def step(params, opt_state, batch):
+        def grad_fn(params, _=None):  # optax also passes the pass's number
+            return jax.grad(loss)(params, *batch)
 
         grads = grad_fn(params)
         updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), opt_state
+
+    for batch in batches(dtype):
+        params, opt_state = step(params, opt_state, batch)
     return params
 
 
 def largest_difference(first, second):
-    gaps = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), first, second)
+    gaps = jax.tree.map(lambda a, b: np.max(np.abs(np.subtract(a, b))), first, second)
     return max(map(float, jax.tree.leaves(gaps)))
 
 

@@ -227,10 +227,15 @@ def test_a_gradient_that_nearly_vanishes_shortens_the_step_as_in_the_authors_cod
     attack, _, _ = their_run("L2", "cross_entropy", 1, scale=tiny)
     ascent = our_ascent("L2", "cross_entropy", 1, scale=tiny)
     start = jnp.asarray(shared_start("L2", batch()[0]))
-    moved = ascent.moved(ascent.begin(start, KEY), jnp.int32(0))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def move(ball):
+        run = ascent._replace(ball=ball)
+        return run.moved(run.begin(start, KEY), jnp.int32(0))
+
+    moved = move(BALLS["L2"])
     np.testing.assert_allclose(moved, attack.iterate, atol=1e-6)
-    full = ascent._replace(ball=l2(BALLS["L2"].radius))
-    far = full.moved(full.begin(start, KEY), jnp.int32(0))
+    far = move(l2(BALLS["L2"].radius))
     assert np.abs(far - moved).max() > 0.01
 
 
