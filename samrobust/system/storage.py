@@ -20,6 +20,7 @@ as its process, for tests.
 import contextlib
 import errno
 import fnmatch
+import json
 import os
 import pathlib
 import shutil
@@ -272,7 +273,7 @@ def _sync(folder: pathlib.Path) -> None:
 
 
 def append(path: pathlib.Path, line: bytes) -> None:
-    """Adds a line to a file; durable on return.
+    """Adds a line of JSON to a file; durable on return.
 
     A line that a kill cut off is removed. In an object store the file is read and
     replaced: there nobody else may add to it meanwhile.
@@ -281,7 +282,7 @@ def append(path: pathlib.Path, line: bytes) -> None:
         before = b""
         with contextlib.suppress(FileNotFoundError):
             before = path.read_bytes()
-        replace(path, before[: before.rfind(b"\n") + 1] + line)
+        replace(path, _whole_lines(before) + line)
         return
     is_new = not path.exists()
     with of_file(path), path.open("ab+") as file:
@@ -289,12 +290,29 @@ def append(path: pathlib.Path, line: bytes) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
+                before = file.read()
+                kept = _whole_lines(before)
+                file.truncate(min(len(kept), len(before)))
+                line = kept[len(before) :] + line
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
     if is_new:
         _sync(path.parent)
+
+
+def _whole_lines(content: bytes) -> bytes:
+    r"""Returns lines of JSON, each ended, without a last one that was cut off.
+
+    >>> _whole_lines(b'{}\n{"a"'), _whole_lines(b'{}\n{"a": 1}')
+    (b'{}\n', b'{}\n{"a": 1}\n')
+    """
+    end = content.rfind(b"\n") + 1
+    try:
+        json.loads(content[end:])
+    except ValueError:
+        return content[:end]
+    return content + b"\n"
 
 
 def link(path: pathlib.Path, other: pathlib.Path) -> None:
