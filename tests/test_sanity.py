@@ -27,6 +27,7 @@ from samrobust.evaluation.diagnostics import (
     Finding,
     Surrogate,
     allowance,
+    checks,
     measures,
     run_sanity,
     some_of,
@@ -539,7 +540,10 @@ def evaluate(workdir: Path, *flags: str) -> int:
     return helpers.main("evaluate", f"--workdir={workdir}", *flags)
 
 
-def test_the_command_checks_a_run_and_writes_what_it_found(tmp_path, capsys):
+def test_the_command_checks_a_run_and_writes_what_it_found(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(checks, "Effort", functools.partial(Effort, **QUICK))
     workdir = Path(shutil.copytree(finished(), tmp_path / "run"))
     flags = ("--sanity", f"--transfer-from={finished()}", "--sanity-examples=30")
     assert evaluate(workdir, *flags) == 0
