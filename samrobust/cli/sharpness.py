@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     measurements.console.print(to_sheet(short=True).to_rich())
     column, data = explained.column, measurements.first.data.name
     title = f"{data}: accuracy at {column} against what may explain it"
-    title += f", {about[-1]} images, Spearman's r"
+    title += ", {} training and {} test images, Spearman's r".format(*about[-1])
 
     def conclude() -> list[str]:
         write_text(workdir / f"{_NAME}.md", to_sheet().to_markdown())
