@@ -138,7 +138,7 @@ def spread(available: int, size: int, seed: int = 0) -> np.ndarray:
     [0, 1, 2, 3]
     """
     check(0 <= size <= available, f"0 <= size <= {available}", size=size)
-    edges = np.arange(size + 1) * available // size if size else np.zeros(1, int)
+    edges = np.arange(size + 1) * available // max(size, 1)
     keys = np.random.PCG64([seed, 1]).random_raw(size)
     return edges[:-1] + (keys % np.diff(edges).astype(np.uint64)).astype(np.int64)
 

@@ -232,8 +232,7 @@ def _precision(
     copy = float32_copy(look.model)
     if copy is None:
         return verdicts.judge_products(dtype, products)
-    natural, exact_natural = logits
     exact = _crafted(look, {"exact": Craft(pgd, copy)}, {})["exact"]
     return verdicts.judge_precision(
-        dtype, products, (natural, exact_natural), (own, exact)
+        dtype, products, (logits[0], logits[1]), (own, exact)
     )
