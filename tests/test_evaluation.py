@@ -328,13 +328,14 @@ def test_all_evaluators_are_called_alike_and_agree_on_a_network_without_batch_no
         )
         assert outcome.non_finite == {}
     assert told.count((9, 9)) == 3
-    assert [outcome.ended_by for outcome in outcomes] == [None, None, {"who": "a test"}]
+    by = {"who": "a test"}
+    assert [outcome.ended_by for outcome in outcomes] == [{}, {}, {"a": by}]
     (path,) = (tmp_path / "fates").iterdir()
     summary = outcomes[2].details["autoattack"]
     assert summary == {
         "after_each": {"a": {"pgd": outcomes[2].accuracy["a"]}},
-        "outcome": f"fates/{path.name}",
-        "begun_by": {"who": "a test"},
+        "outcome": {"a": f"fates/{path.name}"},
+        "begun_by": {"a": by},
     }
 
 

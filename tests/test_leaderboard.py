@@ -67,6 +67,15 @@ def test_a_claim_has_robustbenchs_fields_and_names_what_it_rests_on(board):
     assert origin.items() >= MADE.items()
 
 
+def test_a_claim_rests_on_the_process_that_made_its_column(tmp_path):
+    earlier = MADE | {"commit": "earlier"}
+    made_by = {f"linf {AT} AA": earlier}
+    folder = recheck(tmp_path / "digits", column_provenance=made_by)
+    add_claims(tmp_path / "board", folder, "A CNN")
+    claim = json.loads(place(tmp_path / "board", "st").read_text())
+    assert claim["samrobust"].items() >= earlier.items()
+
+
 def test_what_was_filled_in_by_hand_stays_and_other_networks_stand_beside(board):
     path, again = place(board, "st"), board.parent / "digits"
     claim = json.loads(path.read_text()) | {"authors": "A. Author", "link": "a.org"}

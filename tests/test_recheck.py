@@ -136,6 +136,53 @@ def test_every_run_names_its_network_and_who_made_what(
         assert run_after["pgd_provenance"] == {"commit": "later"}
 
 
+def test_another_radius_is_attacked_beside_those_that_are_stored(
+    rechecked, tmp_path, monkeypatch
+):
+    workdir = Path(shutil.copytree(rechecked, tmp_path / "table"))
+    runs = json.loads((workdir / "autoattack.json").read_text())["runs"]
+    (before,) = (run for run in runs if run["row"] == "st")
+    (stored,) = (workdir / "st/seed0/autoattack").glob("*.npz")
+    untouched = stored.read_bytes()
+    told = []
+    monkeypatch.setattr(
+        "samrobust.experiments.scoring.provenance",
+        lambda: {"commit": "later", "date": "9999-12-31T00:00:00+00:00"},
+    )
+    until_stopped = scoring.until_stopped
+
+    def listening(on_batch, *rest):
+        def listen(done, total, doing=""):
+            told.append(doing.split(":")[0])
+            on_batch(done, total, doing)
+
+        return until_stopped(listen, *rest)
+
+    monkeypatch.setattr(scoring, "until_stopped", listening)
+    flags = ("--rows=st", "--linf=24,4", *FLAGS[1:])
+    assert helpers.main("recheck", f"--workdir={workdir}", *flags) == 0
+    assert "linf 4/255" in told
+    assert "linf 24/255" not in told
+    assert "natural" not in told
+    assert stored.read_bytes() == untouched
+    assert len(list(stored.parent.glob("*.npz"))) == 2
+    table = json.loads((workdir / "autoattack.json").read_text())
+    (run,), (row,) = table["runs"], table["rows"]
+    assert run["provenance"]["commit"] == "later"
+    assert run["column_provenance"] == {COLUMNS[2]: before["provenance"]}
+    cell = accuracies(rechecked)["st"][COLUMNS[2]]
+    assert (
+        row["cells"][COLUMNS[2]]["mean"]
+        == cell
+        <= row["cells"]["linf 4/255 AA"]["mean"]
+    )
+    (measured,) = (note for note in table["notes"] if note.startswith("Measured"))
+    assert f"{before['provenance']['commit']}, later" in measured
+    assert helpers.main("report", f"--workdir={workdir}") == 0
+    page = (workdir / "report.html").read_text()
+    assert f"AutoAttack, {COLUMNS[2]}" in page
+
+
 @pytest.fixture
 def another_worker(monkeypatch):
     """Holds the first run until this worker waits, and then acts."""

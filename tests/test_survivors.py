@@ -1,5 +1,6 @@
 """The loop over attacks in stages: each example once a stage, until it breaks."""
 
+import functools
 import itertools
 from collections import Counter
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from samrobust.evaluation.fates import Fates
-from samrobust.evaluation.survivors import Stage, survivors
+from samrobust.evaluation.survivors import Stage, Work, survivors
 
 NUM_EXAMPLES, NUM_STAGES = 29, (3, 2)
 # The stage that breaks an example, by column; beyond the last one none does.
@@ -34,14 +35,25 @@ def make_columns(passes: Counter) -> dict[str, list[Stage]]:
     }
 
 
-def fresh(columns: dict[str, list[Stage]]) -> Fates:
-    names = {name: [stage.name for stage in each] for name, each in columns.items()}
-    return Fates.fresh(names, NUM_EXAMPLES)
+def fresh(columns: dict[str, list[Stage]]) -> dict[str, Fates]:
+    return {
+        name: Fates.fresh([stage.name for stage in stages], NUM_EXAMPLES)
+        for name, stages in columns.items()
+    }
 
 
 def pursue(columns, fates, size, on_batch=lambda *_: None):
+    """Attacks in all columns; yields batches with the number of their column."""
     chosen: Any = size if callable(size) else lambda *_: size
-    return survivors(columns, fates, size=chosen, on_batch=on_batch)
+    work = Work(columns, fates, on_batch)
+    for number, (name, stages) in enumerate(columns.items()):
+        tell = functools.partial(work.tell, name)
+        for batch in survivors(stages, fates[name], size=chosen, tell=tell):
+            yield number, batch
+
+
+def broken_at(fates: dict[str, Fates]) -> np.ndarray:
+    return np.stack([own.broken_at for own in fates.values()])
 
 
 @pytest.mark.parametrize("size", [1, 8, lambda _, now: max(1, now // 3), 64])
@@ -58,14 +70,15 @@ def test_every_example_goes_through_each_stage_once_until_it_breaks(size):
     }
     assert passes == dict.fromkeys(expected, 1)
     beyond = np.array(NUM_STAGES)[:, None] <= BREAKS_AT
-    np.testing.assert_array_equal(fates.broken_at, np.where(beyond, -1, BREAKS_AT))
-    np.testing.assert_array_equal(fates.non_finite, ~beyond)
-    assert fates.is_whole
-    assert fates.is_possible()
-    for batch in batches:
-        stage = int(batch.images[0]) - 10 * batch.column
+    np.testing.assert_array_equal(broken_at(fates), np.where(beyond, -1, BREAKS_AT))
+    for own, row in zip(fates.values(), beyond, strict=True):
+        np.testing.assert_array_equal(own.non_finite, ~row)
+        assert own.is_whole
+        assert own.is_possible()
+    for column, batch in batches:
+        stage = int(batch.images[0]) - 10 * column
         np.testing.assert_array_equal(
-            batch.broken, BREAKS_AT[batch.column, batch.indices] == stage
+            batch.broken, BREAKS_AT[column, batch.indices] == stage
         )
 
 
@@ -76,13 +89,13 @@ def test_a_loop_that_is_cut_after_a_batch_goes_on_with_what_is_left(cut):
     columns = make_columns(passes)
     fates = fresh(columns)
     assert len(list(itertools.islice(pursue(columns, fates, 4), cut))) == cut
-    assert fates.is_possible()
-    assert not fates.is_whole
+    assert all(own.is_possible() for own in fates.values())
+    assert not all(own.is_whole for own in fates.values())
     list(pursue(columns, fates, 5))
     whole = fresh(columns)
     assert set(passes.values()) == {1}
     list(pursue(columns, whole, 8))
-    np.testing.assert_array_equal(fates.broken_at, whole.broken_at)
+    np.testing.assert_array_equal(broken_at(fates), broken_at(whole))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 5, 6])
@@ -90,7 +103,7 @@ def test_the_size_depends_on_what_a_member_and_a_stage_begin_with_alone(cut):
     """However far the stage was when the loop was cut."""
     columns, asked = make_columns(Counter()), []
     members = {"column 0": ["one", "two", "two"], "column 1": ["one", "one"]}
-    fates = Fates.fresh(members, NUM_EXAMPLES)
+    fates = {name: Fates.fresh(each, NUM_EXAMPLES) for name, each in members.items()}
 
     def size(*counts):
         asked.append(counts)

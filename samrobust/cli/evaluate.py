@@ -104,11 +104,11 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         for column, left in details["after_each"].items():
             cells = ", ".join(f"{member} {value:.2f}" for member, value in left.items())
             console.print(f"{column} after {cells}")
-        outcome = workdir / details["outcome"]
-        console.print(f"What broke which image: {outcome}")
-        if arguments.save_examples:
-            examples = outcome.with_name(f"{outcome.stem}-examples.npy")
-            console.print(f"Adversarial images: {examples}")
+            outcome = workdir / details["outcome"][column]
+            console.print(f"What broke which image: {outcome}")
+            if arguments.save_examples:
+                examples = outcome.with_name(f"{outcome.stem}-examples.npy")
+                console.print(f"Adversarial images: {examples}")
     num_test = len(evaluated_split(config, dataset))
     evaluation = config.evaluation.to_dict()
     console.print(

@@ -105,9 +105,12 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
                 scorer(configs[attack])(network, folder, shown, opened.should_stop)
                 for attack in _ATTACKS
             )
+            details = dict(autoattack.details)
+            if "column_provenance" in details:
+                details["column_provenance"] = _named(details["column_provenance"])
             scores[which] = autoattack._replace(
-                accuracy=_columns(pgd.accuracy, autoattack.accuracy),
-                details={**autoattack.details, "pgd_provenance": pgd.provenance},
+                accuracy=pgd.accuracy | _named(autoattack.accuracy),
+                details={**details, "pgd_provenance": pgd.provenance},
             )
         return {
             **scoring.as_result(scores),
@@ -143,11 +146,14 @@ def _config(config: "Config", attack: str, arguments: argparse.Namespace) -> "Co
     return config
 
 
-def _columns(
-    pgd: Mapping[str, float], autoattack: Mapping[str, float]
-) -> dict[str, float]:
-    """Returns the columns under both attacks: `linf 8/255`, `linf 8/255 AA`."""
-    return {**pgd} | {f"{n} AA": x for n, x in autoattack.items() if n != "natural"}
+def _named(under_autoattack: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns columns of AutoAttack by the names they have beside PGD's.
+
+    >>> _named({"natural": 90.0, "linf 8/255": 40.0})
+    {'linf 8/255 AA': 40.0}
+    """
+    named = under_autoattack.items()
+    return {f"{name} AA": value for name, value in named if name != "natural"}
 
 
 def _conclude(

@@ -71,12 +71,13 @@ class Outcome:
         classified correctly under the attack.
       non_finite: how many examples have a highest logit that is NaN or infinite under
         the attack, by column; columns without any are left out.
-      fates: which part of an attack broke which example, for attacks in parts.
+      fates: by column, which member of an ensemble broke which example; empty for
+        other attacks.
     """
 
     correct: dict[str, np.ndarray]
     non_finite: dict[str, int]
-    fates: Fates | None = None
+    fates: Mapping[str, Fates] = dataclasses.field(default_factory=dict)
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -88,20 +89,34 @@ class Outcome:
         return {name: 100 * float(np.mean(of)) for name, of in self.correct.items()}
 
     @property
-    def ended_by(self) -> dict[str, Any] | None:
-        """Returns the provenance of the call that finished a stored evaluation."""
-        return (
-            self.fates.provenance[-1] if self.fates and self.fates.provenance else None
-        )
+    def ended_by(self) -> dict[str, dict[str, Any]]:
+        """Returns the provenance of the call that finished each stored column."""
+        return {
+            c: own.provenance[-1] for c, own in self.fates.items() if own.provenance
+        }
 
     @property
     def details(self) -> dict[str, Any]:
-        """Returns the results besides the accuracies, in JSON's types."""
+        """Returns the results besides the accuracies, in JSON's types.
+
+        Of an ensemble, `autoattack`: by column, the accuracy after each member; of a
+        stored column also its file, relative to the folder above its own, and the
+        provenance of the call that began it.
+        """
         found: dict[str, Any] = {}
         if self.non_finite:
             found["non_finite"] = self.non_finite
-        if self.fates is not None:
-            found["autoattack"] = self.fates.summary()
+        if fates := self.fates.items():
+            paths = {c: own.path for c, own in fates}
+            found["autoattack"] = {
+                "after_each": {c: own.after_each() for c, own in fates},
+                "outcome": {
+                    c: f"{p.parent.name}/{p.name}" for c, p in paths.items() if p
+                },
+                "begun_by": {
+                    c: own.provenance[0] for c, own in fates if own.provenance
+                },
+            }
         return found
 
 
@@ -228,7 +243,7 @@ def make_natural(
 def conclude(
     correct: dict[str, np.ndarray],
     non_finite: Mapping[str, int],
-    fates: Fates | None = None,
+    fates: Mapping[str, Fates] | None = None,
 ) -> Outcome:
     """Builds an outcome, and warns where the highest logit is NaN or infinite."""
     counts = {name: count for name, count in non_finite.items() if count}
@@ -239,7 +254,7 @@ def conclude(
             "They count as misclassified.",
             stacklevel=3,
         )
-    return Outcome(correct, counts, fates)
+    return Outcome(correct, counts, fates or {})
 
 
 def check_finite(non_finite: int, num_examples: int) -> None:

@@ -1,10 +1,11 @@
 """The evaluation by AutoAttack: only unbroken examples go on to the next part.
 
-The outcome is written to a file as it grows: a killed evaluation resumes where it was.
+The outcome under each attack is written to a file of its own as it grows: a killed
+evaluation resumes where it was, and another radius is attacked beside those before.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -15,9 +16,15 @@ from flax import linen as nn
 from samrobust.attacks import AutoAttack, Member, draws
 from samrobust.data import Split
 from samrobust.evaluation import accuracy
-from samrobust.evaluation.fates import MISCLASSIFIED, Fates, FatesFile, Place, identify
+from samrobust.evaluation.fates import MISCLASSIFIED, Fates, FatesFile, identify
 from samrobust.evaluation.measure import OnBatch, batch_size_for, to_devices
-from samrobust.evaluation.survivors import Stage, compile_attack, survivors
+from samrobust.evaluation.survivors import (
+    Attacked,
+    Stage,
+    Work,
+    compile_attack,
+    survivors,
+)
 from samrobust.types import Array, LogitsFn, PyTree
 
 __all__ = ["make_autoattack_evaluator"]
@@ -36,14 +43,16 @@ def make_autoattack_evaluator(
         gone: it rarely compiles more than twice for a network.
 
     Returns:
-      The evaluator. With an archive the outcome is stored there, and a call with the
-      same network, split, attacks and key resumes where the last one ended.
+      The evaluator. With an archive the outcome under each attack is stored there, and
+      a call with the same network, split, attack and key resumes where the last one
+      ended, whatever other attacks there are.
 
       **Guarantees.** An example counts as right if it is classified correctly and no
       member breaks it. Its random numbers depend on the key, the column, the stage and
       its position in the split alone: neither batches, devices nor a stop change the
       outcome, up to rounding. A file that is damaged, or of anything else, is moved
-      aside with a warning and ignored.
+      aside with a warning and ignored. An example that one stored outcome has as
+      misclassified before the attack is so in all.
 
     Raises:
       ValueError: if batch_size < 0.
@@ -71,37 +80,58 @@ def make_autoattack_evaluator(
         folder, examples, provenance = archive or (None, False, None)
         num_classes = _num_classes(model, variables, split)
         parts = {c: list(_parts(each, num_classes)) for c, each in attacks.items()}
-        file = FatesFile(
-            folder,
-            identify(
-                *(model, variables, split, key),
-                columns={c: [part.name for part in each] for c, each in parts.items()},
-                attacks=balls,
-                examples=examples,
-            ),
-        )
-        members = {c: [part.member.name for part in each] for c, each in parts.items()}
-        fresh = Fates.fresh(members, len(split))
-        fates = file.open(fresh, split.images if examples else None)
-        if not fates.is_whole:
-            fates.provenance += (provenance,) if provenance else ()
-            try:
-                if fates.place == Place():
-                    right = is_right(variables, split, key, on_batch)
-                    fates.broken_at[:, ~right] = MISCLASSIFIED
-                data = (*to_devices(variables, split), key)
-                stages = _stages(programs, parts, data)
-                largest = batch_size_for(len(split), batch_size)
-                size = functools.partial(_batch_size, largest)
-                for batch in survivors(stages, fates, size=size, on_batch=on_batch):
-                    file.put_examples(*batch)
-                    file.write(fates, now=False)
-            finally:
-                file.write(fates, now=True)
+        about = identify(model, variables, split, key, examples=examples)
+        files, fates = {}, {}
+        for column, own in parts.items():
+            names = [part.name for part in own]
+            attack = {"column": column, "parts": names, "ball": balls[column]}
+            files[column] = FatesFile(folder, about | attack)
+            fresh = Fates.fresh([part.member.name for part in own], len(split))
+            fates[column] = files[column].open(
+                fresh, split.images if examples else None
+            )
+        right = _known_right(list(fates.values()))
+        if right is None:
+            right = is_right(variables, split, key, on_batch)
+        for own in fates.values():
+            own.leave_out(~right)
+        stages = _stages(programs, parts, (*to_devices(variables, split), key))
+        size = functools.partial(_batch_size, batch_size_for(len(split), batch_size))
+        work = Work(stages, fates, on_batch)
+        for column, own in fates.items():
+            tell = functools.partial(work.tell, column)
+            rest = survivors(stages[column], own, size=size, tell=tell)
+            _write_down(rest, own, files[column], provenance)
         on_batch(len(split), len(split), "done")
-        return accuracy.conclude(fates.correct(), fates.num_non_finite(), fates)
+        correct = {"natural": right} | {c: own.correct for c, own in fates.items()}
+        non_finite = {column: own.num_non_finite for column, own in fates.items()}
+        return accuracy.conclude(correct, non_finite, fates)
 
     return evaluate
+
+
+def _known_right(stored: Sequence[Fates]) -> np.ndarray | None:
+    """Returns which examples are right before all attacks, if any has been begun."""
+    known = [own.broken_at != MISCLASSIFIED for own in stored if own.is_begun]
+    return np.logical_and.reduce(known) if known else None
+
+
+def _write_down(
+    rest: Iterable[Attacked],
+    fates: Fates,
+    file: FatesFile,
+    provenance: dict[str, Any] | None,
+) -> None:
+    """Attacks the rest of the examples, and stores what becomes of them."""
+    if fates.is_whole:
+        return
+    fates.provenance += (provenance,) if provenance else ()
+    try:
+        for batch in rest:
+            file.put_examples(*batch)
+            file.write(fates, now=False)
+    finally:
+        file.write(fates, now=True)
 
 
 class _MemberPart(NamedTuple):

@@ -1,9 +1,9 @@
 """The file of adversarial images, next to the file of fates.
 
-`NAME-examples.npy`, float32 [columns, N, ...]: the adversarial image of each example
-that a column broke, the natural image of all others. It is written in place, so the
-file of fates holds a checksum of each broken image: images that a kill left half
-written are made again, and later damage is noticed.
+`NAME-examples.npy`, float32 [N, ...]: the adversarial image of each example that the
+attack broke, the natural image of all others. It is written in place, so the file of
+fates holds a checksum of each broken image: images that a kill left half written are
+made again, and later damage is noticed.
 """
 
 import pathlib
@@ -18,37 +18,35 @@ __all__ = ["ExamplesFile"]
 
 
 class ExamplesFile:
-    """Adversarial images of a split, one per column and example.
+    """Adversarial images of a split, one per example.
 
     Args:
       path: of the file.
       images: the split's, uint8 [N, ...].
-      num_columns: of the outcome.
     """
 
-    def __init__(self, path: pathlib.Path, images: np.ndarray, num_columns: int):
+    def __init__(self, path: pathlib.Path, images: np.ndarray):
         self.path, self._images = path, images
-        self._shape = (num_columns, *images.shape)
         self._array: np.ndarray | None = None
-        self.sums = np.zeros(self._shape[:2], np.uint32)
+        self.sums = np.zeros(len(images), np.uint32)
 
     def create(self) -> None:
         """Writes the natural images."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        header = {"descr": "<f4", "fortran_order": False, "shape": self._shape}
+        shape = self._images.shape
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         with of_file(self.path), self.path.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for _ in range(self._shape[0]):
-                for image in self._images:
-                    file.write(_unit(image).tobytes())
+            for image in self._images:
+                file.write(_unit(image).tobytes())
         self._array = np.lib.format.open_memmap(self.path, mode="r+")
 
     def reopen(self, broken: np.ndarray, sums: np.ndarray) -> str:
         """Opens the existing file, unless it differs from what the fates say.
 
         Args:
-          broken: bool [columns, N], which images the fates say are broken.
-          sums: uint32 [columns, N], their checksums.
+          broken: bool [N], which images the fates say are broken.
+          sums: uint32 [N], their checksums.
 
         Returns:
           The problem with the file; empty if there is none.
@@ -61,26 +59,29 @@ class ExamplesFile:
         except (ValueError, EOFError) as error:
             return f"cannot be read ({error})"
         whole = stored.offset + stored.nbytes == self.path.stat().st_size
-        if stored.shape != self._shape or stored.dtype != np.float32 or not whole:
+        if (
+            stored.shape != self._images.shape
+            or stored.dtype != np.float32
+            or not whole
+        ):
             return "holds other arrays"
-        places = map(tuple, np.argwhere(broken))
-        found = [_checksum(stored[place]) for place in places]
+        found = [_checksum(stored[index]) for index in np.flatnonzero(broken)]
         if sums.shape != broken.shape or found != sums[broken].tolist():
             return "holds other images than those that broke the network"
         self.sums = sums.copy()
         self._array = np.lib.format.open_memmap(self.path, mode="r+")
-        for column, index in np.argwhere(~broken).tolist():
+        for index in np.flatnonzero(~broken):
             original = _unit(self._images[index])
-            if not np.array_equal(self._array[column, index], original):
-                self._array[column, index] = original
+            if not np.array_equal(self._array[index], original):
+                self._array[index] = original
         return ""
 
-    def put(self, column: int, indices: np.ndarray, images: np.ndarray | Array) -> None:
+    def put(self, indices: np.ndarray, images: np.ndarray | Array) -> None:
         """Stores broken images."""
         assert self._array is not None
         for index, image in zip(indices, np.asarray(images, np.float32), strict=True):
-            self._array[column, index] = image
-            self.sums[column, index] = _checksum(image)
+            self._array[index] = image
+            self.sums[index] = _checksum(image)
 
     def flush(self) -> None:
         """Flushes stored images to the disk."""

@@ -1,8 +1,8 @@
-"""Fates: which stage of which attack broke which example, and the file of them.
+"""Fates: which stage of an attack broke which example, and the file of them.
 
 The file is replaced whole every few seconds during the attack: a killed evaluation
 resumes where the file says. A file that is damaged, or of anything else, is moved
-aside, and its evaluation starts over.
+aside, and its attack starts over.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import pathlib
 import re
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,33 +38,32 @@ _NAMES = ("broken_at", "non_finite")  # of the arrays
 
 
 class Place(NamedTuple):
-    """The next work item: a column, one of its stages, one of the split's examples.
+    """The next work item: a stage of the attack and one of the split's examples.
 
     All examples before that one are through with the stage.
     """
 
-    column: int = 0
     stage: int = 0
     example: int = 0
 
 
 @dataclasses.dataclass
 class Fates:
-    """The fate of every example under every attack.
+    """The fate of every example under an attack.
 
     Attributes:
-      stages: by column, the name of each stage's member, as in `("apgd-ce", "apgd-t",
-        "apgd-t", ...)`: a member has a stage for each of its targets.
-      broken_at: int16 [columns, N] in the order of the split: the stage that broke an
-        example, `STANDING` (-1) where none did, `MISCLASSIFIED` (-2) where it was not
-        right as it was.
-      non_finite: bool [columns, N]: broken by a highest logit that is NaN or infinite.
+      stages: the name of each stage's member, as in `("apgd-ce", "apgd-t", "apgd-t",
+        ...)`: a member has a stage for each of its targets.
+      broken_at: int16 [N] in the order of the split: the stage that broke an example,
+        `STANDING` (-1) where none did, `MISCLASSIFIED` (-2) where it was not right as
+        it was.
+      non_finite: bool [N]: broken by a highest logit that is NaN or infinite.
       place: how far the attack has come.
       provenance: of all processes that contributed, in order.
       path: of the file, if they are stored.
     """
 
-    stages: Mapping[str, Sequence[str]]
+    stages: Sequence[str]
     broken_at: np.ndarray
     non_finite: np.ndarray
     place: Place = dataclasses.field(default_factory=Place)
@@ -72,85 +71,77 @@ class Fates:
     path: pathlib.Path | None = None
 
     @classmethod
-    def fresh(cls, stages: Mapping[str, Sequence[str]], num_examples: int) -> "Fates":
-        """Returns the fates before any attack: all examples stand."""
-        shape = len(stages), num_examples
-        return cls(stages, np.full(shape, STANDING, np.int16), np.zeros(shape, bool))
+    def fresh(cls, stages: Sequence[str], num_examples: int) -> "Fates":
+        """Returns the fates before the attack: all examples stand."""
+        standing = np.full(num_examples, STANDING, np.int16)
+        return cls(stages, standing, np.zeros(num_examples, bool))
+
+    @property
+    def is_begun(self) -> bool:
+        """Says whether any example is through with a stage."""
+        return self.place > Place()
 
     @property
     def is_whole(self) -> bool:
         """Says whether nothing is left to do."""
-        return self.place.column >= len(self.stages)
+        return self.place.stage >= len(self.stages)
 
-    def num_begun(self, place: Place) -> tuple[int, int]:
-        """Returns how many examples its member began with, and the stage there."""
-        row, members = self.broken_at[place.column], list(self.stages.values())
-        first = members[place.column].index(members[place.column][place.stage])
+    def num_begun(self) -> tuple[int, int]:
+        """Returns how many examples the current member began with, and the stage."""
+        stage = self.place.stage
+        first = list(self.stages).index(self.stages[stage])
+        return int(np.sum(self._through(first - 1))), int(
+            np.sum(self._through(stage - 1))
+        )
 
-        def count(stage: int) -> int:
-            return int(np.sum((row == STANDING) | (row >= stage)))
-
-        return count(first), count(place.stage)
+    def num_left(self) -> int:
+        """Returns how many examples the current stage has still to go through."""
+        return int(np.sum(self.correct[self.place.example :]))
 
     def is_possible(self) -> bool:
         """Says whether an evaluation can produce these values."""
-        nums = np.array([len(stages) for stages in self.stages.values()])
-        columns = np.arange(len(nums))
-        begun = np.where(columns == self.place.column, self.place.stage + 1, 0)
-        begun = np.minimum(np.where(columns < self.place.column, nums, begun), nums)
-        broken_at, wrong = self.broken_at, self.broken_at == MISCLASSIFIED
+        begun = min(self.place.stage + 1, len(self.stages))
         return bool(
             min(self.place) >= 0
-            and self.place <= Place(len(nums))
-            and self.place.stage <= max(nums)
-            and self.place.example <= broken_at.shape[1]
-            and np.all(wrong == wrong[0])
-            and np.all((broken_at >= MISCLASSIFIED) & (broken_at < begun[:, None]))
-            and not np.any(self.non_finite & (broken_at < 0))
+            and self.place <= Place(len(self.stages))
+            and self.place.example <= len(self.broken_at)
+            and np.all((self.broken_at >= MISCLASSIFIED) & (self.broken_at < begun))
+            and not np.any(self.non_finite & (self.broken_at < 0))
         )
 
-    def correct(self) -> dict[str, np.ndarray]:
-        """Returns which examples stand, bool [N] by column, `natural` first."""
-        natural = self.broken_at[0] != MISCLASSIFIED
-        columns = zip(self.stages, self.broken_at == STANDING, strict=True)
-        return {"natural": natural, **dict(columns)}
+    def leave_out(self, wrong: np.ndarray) -> None:
+        """Marks examples, bool [N], as misclassified before the attack."""
+        self.broken_at[wrong] = MISCLASSIFIED
+        self.non_finite[wrong] = False
 
-    def num_non_finite(self) -> dict[str, int]:
+    @property
+    def correct(self) -> np.ndarray:
+        """Returns which examples stand, bool [N]."""
+        return self.broken_at == STANDING
+
+    @property
+    def num_non_finite(self) -> int:
         """Returns how many broke by a highest logit that is NaN or infinite."""
-        counts = self.non_finite.sum(axis=1).tolist()
-        return dict(zip(self.stages, counts, strict=True))
+        return int(np.sum(self.non_finite))
 
-    def broken_by(self, column: str) -> np.ndarray:
+    def broken_by(self) -> np.ndarray:
         """Returns the names [N] of what broke each: a member, `natural` or empty."""
-        names = np.array([*self.stages[column], "natural", ""])
-        return names[self.broken_at[list(self.stages).index(column)]]
+        return np.array([*self.stages, "natural", ""])[self.broken_at]
 
-    def after_each(self, column: str) -> dict[str, float]:
+    def after_each(self) -> dict[str, float]:
         """Returns the accuracy in percent that each member left, by name, in order."""
-        row = self.broken_at[list(self.stages).index(column)]
-        left = {}
-        for stage, member in enumerate(self.stages[column]):
-            standing = (row == STANDING) | (row > stage)
-            left[member] = 100 * float(np.mean(standing))
-        return left
-
-    def summary(self) -> dict[str, Any]:
-        """Returns what to report, in JSON's types.
-
-        That is the accuracy after each member, by column; of stored fates also their
-        file, relative to the folder above its own, and the provenance of the process
-        that began them.
-        """
-        path, begun_by = self.path, self.provenance[:1]
         return {
-            "after_each": {name: self.after_each(name) for name in self.stages},
-            **({"outcome": f"{path.parent.name}/{path.name}"} if path else {}),
-            **({"begun_by": begun_by[0]} if begun_by else {}),
+            member: 100 * float(np.mean(self._through(stage)))
+            for stage, member in enumerate(self.stages)
         }
+
+    def _through(self, stage: int) -> np.ndarray:
+        """Returns which examples stand after a stage, bool [N]."""
+        return self.correct | (self.broken_at > stage)
 
 
 class FatesFile:
-    """The file of fates, and of the adversarial images if they are stored.
+    """The file of the fates under an attack, and of its images if they are stored.
 
     Only process 0 touches it.
 
@@ -184,8 +175,7 @@ class FatesFile:
         if self.path is None:
             return None
         if images is not None:
-            where, count = self._examples_path(self.path), len(fresh.stages)
-            self._examples = ExamplesFile(where, images, count)
+            self._examples = ExamplesFile(self._examples_path(self.path), images)
         try:
             return self._read(self.path, fresh)
         except FileNotFoundError:
@@ -247,19 +237,18 @@ class FatesFile:
         )
 
     def put_examples(
-        self, column: int, indices: np.ndarray, images: Array, broken: np.ndarray
+        self, indices: np.ndarray, images: Array, broken: np.ndarray
     ) -> None:
         """Stores the adversarial images that broke examples, if `open` got images.
 
         Args:
-          column: of the attack.
           indices: positions [n] of the examples in the split.
           images: what the attack made of them, [B, ...] with B >= n.
           broken: bool [n].
         """
         if self._examples is not None:
             found = jax.device_get(images)[: len(indices)][broken]
-            self._examples.put(column, indices[broken], found)
+            self._examples.put(indices[broken], found)
 
     def write(self, fates: Fates, *, now: bool) -> None:
         """Replaces the file, if `now` or a few seconds after the last time."""
@@ -270,8 +259,7 @@ class FatesFile:
             "broken_at": fates.broken_at,
             "non_finite": fates.non_finite,
             "place": np.array(fates.place),
-            "columns": np.array(list(fates.stages)),
-            "stages": np.array(json.dumps(dict(fates.stages))),
+            "stages": np.array(list(fates.stages)),
             "about": np.array(self._about),
             "provenance": np.array(json.dumps(fates.provenance)),
         }

@@ -4,6 +4,7 @@ When any misclassified iterate counts (`judge="any"`), an example is settled as 
 it is broken. Here the attack pauses after a few steps and drops what is broken.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from samrobust.data import Split
 from samrobust.evaluation import accuracy
 from samrobust.evaluation.fates import Fates
 from samrobust.evaluation.measure import OnBatch, batch_size_for, to_devices
-from samrobust.evaluation.survivors import Stage, compile_attack, survivors
+from samrobust.evaluation.survivors import Stage, Work, compile_attack, survivors
 from samrobust.types import Array, LogitsFn, PyTree
 
 __all__ = ["make_skip_broken_evaluator"]
@@ -63,17 +64,26 @@ def make_skip_broken_evaluator(
             name: list(_stages(programs[name], pgd, data, iterates))
             for name, pgd in attacks.items()
         }
-        names = {c: [stage.name for stage in each] for c, each in columns.items()}
-        fates = Fates.fresh(names, len(split))
-        size = batch_size_for(len(split), batch_size)
-        batches = survivors(columns, fates, size=lambda *_: size, on_batch=on_batch)
-        for batch in batches:
-            images = jax.device_get(batch.images)
-            iterates[batch.indices] = images[: len(batch.indices)]
+        fates = {
+            name: Fates.fresh([stage.name for stage in stages], len(split))
+            for name, stages in columns.items()
+        }
+        size, work = (
+            batch_size_for(len(split), batch_size),
+            Work(columns, fates, on_batch),
+        )
+        for name, stages in columns.items():
+            tell = functools.partial(work.tell, name)
+            for batch in survivors(
+                stages, fates[name], size=lambda *_: size, tell=tell
+            ):
+                images = jax.device_get(batch.images)
+                iterates[batch.indices] = images[: len(batch.indices)]
         on_batch(len(split), len(split), "done")
         # A misclassified natural image may be classified correctly at every iterate.
-        correct = fates.correct() | {"natural": right}
-        return accuracy.conclude(correct, fates.num_non_finite())
+        correct = {"natural": right} | {n: own.correct for n, own in fates.items()}
+        non_finite = {name: own.num_non_finite for name, own in fates.items()}
+        return accuracy.conclude(correct, non_finite)
 
     return evaluate
 

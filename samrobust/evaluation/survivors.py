@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from samrobust.attacks.losses import is_finite
-from samrobust.evaluation.fates import MISCLASSIFIED, STANDING, Fates, Place
+from samrobust.evaluation.fates import Fates, Place
 from samrobust.evaluation.measure import (
     OnBatch,
     classifier,
@@ -24,7 +24,7 @@ from samrobust.evaluation.measure import (
 )
 from samrobust.types import Array, PyTree
 
-__all__ = ["Attacked", "Stage", "compile_attack", "survivors"]
+__all__ = ["Attacked", "Stage", "Work", "compile_attack", "survivors"]
 
 
 class Stage(NamedTuple):
@@ -47,13 +47,11 @@ class Attacked(NamedTuple):
     """A batch that has been through a stage.
 
     Attributes:
-      column: the number of the attack.
       indices: int32 [n], the examples' positions in the split.
       images: [B, ...] with B >= n, on the devices; those beyond n are padding.
       broken: bool [n].
     """
 
-    column: int
     indices: np.ndarray
     images: Array
     broken: np.ndarray
@@ -93,89 +91,92 @@ def compile_attack(
     return program
 
 
-def survivors(
-    columns: Mapping[str, Sequence[Stage]],
-    fates: Fates,
-    *,
-    size: Callable[[int, int], int],
-    on_batch: OnBatch,
-) -> Iterator[Attacked]:
-    """Runs the rest of all attacks, stage by stage, on the unbroken examples.
+class Work:
+    """The work that attacks have to do, if no more examples break.
 
     Args:
       columns: the stages of each attack, by the names of the columns.
+      fates: under each of them; what is done already is no work.
+      on_batch: is told of the share that is done.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, Sequence[Stage]],
+        fates: Mapping[str, Fates],
+        on_batch: OnBatch,
+    ):
+        self._columns, self._fates, self._on_batch = columns, fates, on_batch
+        self._done = 0.0
+
+    def tell(self, column: str, more: float) -> None:
+        """Tells how far it is, in a column, with `more` forward passes than before."""
+        self._done += more
+        left = sum(map(_work, self._columns.values(), self._fates.values()))
+        fates = self._fates[column]
+        total, standing = len(fates.broken_at), int(np.sum(fates.correct))
+        stage = self._columns[column][fates.place.stage].name
+        doing = f"{column}: {stage}, {standing:,} of {total:,} images survive"
+        share = self._done / (self._done + left)
+        self._on_batch(min(total - 1, int(share * total)), total, doing)
+
+
+def _work(stages: Sequence[Stage], fates: Fates) -> float:
+    """Returns what is left to do in a column, in forward passes."""
+    if fates.is_whole:
+        return 0.0
+    current, *following = stages[fates.place.stage :]
+    later = np.sum(fates.correct) * sum(stage.cost for stage in following)
+    return float(fates.num_left() * current.cost + later)
+
+
+def survivors(
+    stages: Sequence[Stage],
+    fates: Fates,
+    *,
+    size: Callable[[int, int], int],
+    tell: Callable[[float], None],
+) -> Iterator[Attacked]:
+    """Runs the rest of an attack, stage by stage, on the unbroken examples.
+
+    Args:
+      stages: of the attack.
       fates: of the examples; work that is done is not repeated. Updated in place, with
         each batch before it is yielded.
       size: `size(at_first, now) -> int` of the batches of a stage, which the devices
         divide; of how many examples the first stage of its member began with, and it
         does itself, >= 1.
-      on_batch: called after every batch, and during one that takes long, with the share
-        of the expected work that is done.
+      tell: called after every batch with its work in forward passes, and with 0 during
+        one that takes long.
 
     Yields:
-      Every batch after its stage. **Guarantees.** An example goes through the stages of
-      a column in order until it is broken, through each once.
+      Every batch after its stage. **Guarantees.** An example goes through the stages in
+      order until it is broken, through each once.
     """
-    progress = _WorkShare(columns, fates, on_batch)
-    names = list(columns)
     while not fates.is_whole:
-        column, stages = fates.place.column, columns[names[fates.place.column]]
-        while fates.place.stage < len(stages):
-            yield from _pass(stages[fates.place.stage], fates, size, progress)
-            fates.place = Place(column, fates.place.stage + 1)
-        fates.place = Place(column + 1)
+        yield from _pass(stages[fates.place.stage], fates, size, tell)
+        fates.place = Place(fates.place.stage + 1)
 
 
 def _pass(
     stage: Stage,
     fates: Fates,
     size: Callable[[int, int], int],
-    progress: "_WorkShare",
+    tell: Callable[[float], None],
 ) -> Iterator[Attacked]:
     """Runs the stage at `fates.place` on the unbroken examples."""
-    place, row = fates.place, fates.broken_at[fates.place.column]
-    alive = np.flatnonzero(row == STANDING)
+    place = fates.place
+    alive = np.flatnonzero(fates.correct)
     alive = alive[alive >= place.example]
-    left = len(alive)
-    if not left:
+    if not len(alive):
         return
     # By the fates alone: resumed, a stage goes on with batches of the same size.
-    for indices, count in packed(alive, size(*fates.num_begun(place))):
+    for indices, count in packed(alive, size(*fates.num_begun())):
         images, *flags = stage.run(indices)
-        broken, finite = (
-            flag[:count] for flag in fetch(flags, progress.tell, place, left)
-        )
+        broken, finite = (flag[:count] for flag in fetch(flags, tell, 0.0))
         own = indices[:count]
-        row[own[broken]] = place.stage
-        fates.non_finite[place.column, own[broken]] = ~finite[broken]
+        fates.broken_at[own[broken]] = place.stage
+        fates.non_finite[own[broken]] = ~finite[broken]
         fates.place = place._replace(example=int(own[-1]) + 1)
-        yield Attacked(place.column, own, images, broken)
-        left -= count
-        progress.done += count * stage.cost
-        progress.tell(place, left)
-
-
-class _WorkShare:
-    """The share of the expected work that is done, if no more examples break."""
-
-    def __init__(
-        self, columns: Mapping[str, Sequence[Stage]], fates: Fates, on_batch: OnBatch
-    ):
-        self._names, self._stages = list(columns), list(columns.values())
-        self._fates, self._on_batch = fates, on_batch
-        self.done = 0.0
-
-    def tell(self, place: Place, left: int) -> None:
-        """Tells how far it is, with `left` examples before the end of a stage."""
-        broken_at = self._fates.broken_at
-        standing = np.sum(broken_at[place.column] == STANDING)
-        current, *following = self._stages[place.column][place.stage :]
-        work = left * current.cost + standing * sum(s.cost for s in following)
-        right = np.sum(broken_at[-1] != MISCLASSIFIED)
-        for stages in self._stages[place.column + 1 :]:
-            work += right * sum(stage.cost for stage in stages)
-        total = broken_at.shape[1]
-        share = self.done / (self.done + work)
-        doing = f"{self._names[place.column]}: {current.name}, "
-        doing += f"{standing:,} of {total:,} images survive"
-        self._on_batch(min(total - 1, int(share * total)), total, doing)
+        yield Attacked(own, images, broken)
+        tell(count * stage.cost)

@@ -12,14 +12,13 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
 from samrobust.checks import check
 from samrobust.experiments.reporting.names import split_column
 from samrobust.experiments.reporting.render import from_json
-from samrobust.experiments.reporting.results import attacks_version
+from samrobust.experiments.reporting.results import attacks_version, makers
 from samrobust.experiments.reporting.table import Table
 from samrobust.system.files import read_object, write_json
 from samrobust.system.tables import Sheet, TextTable
@@ -177,7 +176,8 @@ def _measured(table: Table, row: str, seed: int, column: str) -> Claim:
     check(len(runs) == 1, "a run of the table", row=row, seed=seed)
     (run,) = runs
     named = {key: run.get(key) for key in ("identity", "step", "images")}
-    made: Mapping[str, Any] = run.get("provenance") or {}
+    by_column = makers(run)
+    made = by_column.get(column, by_column[""])
     named |= {key: made.get(key) for key in ("commit", "device", "command")}
     from samrobust.attacks import ATTACKS_VERSION  # JAX is slow to load
 

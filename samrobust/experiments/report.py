@@ -24,6 +24,7 @@ from samrobust.experiments.reporting.names import (
 from samrobust.experiments.reporting.page import Section, picture, render_page
 from samrobust.experiments.reporting.pictures import write_figure
 from samrobust.experiments.reporting.render import from_json, to_html, write_pictures
+from samrobust.experiments.reporting.results import makers
 from samrobust.experiments.reporting.training import draw_training
 from samrobust.experiments.survey import read_plan
 from samrobust.experiments.workdir import read_evaluations, read_log
@@ -240,7 +241,9 @@ class _Report:
         self.pictures += drawn
 
     def _measured(self, what: str, run: str, fields: Mapping[str, Any]) -> None:
-        self.measured.append((what, run, fields))
+        for column, made in makers(fields).items():
+            named = f"{what}, {column}" if column else what
+            self.measured.append((named, run, {**fields, "provenance": made}))
 
     def _lacks(self, title: str, command: str) -> None:
         self.missing.append((title, f"samrobust {command}"))

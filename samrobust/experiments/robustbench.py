@@ -17,7 +17,7 @@ import numpy as np
 
 from samrobust.attacks import ATTACKS_VERSION
 from samrobust.experiments.building import load_facts
-from samrobust.experiments.reporting.results import attacks_version
+from samrobust.experiments.reporting.results import attacks_version, makers
 from samrobust.experiments.workdir import read_evaluations
 from samrobust.models.torch.files import torch_bytes
 from samrobust.models.torch.weights import Weights
@@ -190,10 +190,12 @@ def _claims_in_words(found: dict[str, Any] | None, which: str, full: int) -> str
             f"Run `{command}` and export again."
         )
     cells = [f"* {name}: {value:.2f} %\n" for name, value in found["accuracy"].items()]
+    how = "{which} {date} on {device}, commit {commit}, by `{command}`."
+    told = [
+        how.format(which=f"{column} was measured" if column else "Measured", **made)
+        for column, made in makers(found).items()
+    ]
     return (
         f"The standard AutoAttack of samrobust, all {full} test images, seed "
-        f"{found['seed']}:\n\n{''.join(cells)}\nMeasured "
-        "{date} on {device}, commit {commit}, by `{command}`.".format_map(
-            found["provenance"]
-        )
+        f"{found['seed']}:\n\n{''.join(cells)}\n{' '.join(told)}"
     )

@@ -81,9 +81,11 @@ class Score(NamedTuple):
       provenance: of the process that ended the evaluation, also where it is only read
         again.
       details: what there is beyond that, in JSON's types. Of AutoAttack, `autoattack`:
-        the accuracy after each member by column, the file with what became of every
+        by column, the accuracy after each member, the file with what became of every
         example, relative to the workdir, and the provenance of the process that began
-        it. `non_finite`: by attack, the images whose highest logit is NaN or infinite.
+        it; and `column_provenance`, of the columns that another process ended than
+        the last. `non_finite`: by attack, the images whose highest logit is NaN or
+        infinite.
       network: its checksum; empty in what older versions stored.
     """
 
@@ -173,7 +175,8 @@ class Scorer:
         """
         if is_reference(network.config.model.name):
             check_alone(self._model, network.variables, self._split.images)
-        archive = Archive(workdir / "autoattack", keep_examples, provenance())
+        now = provenance()
+        archive = Archive(workdir / "autoattack", keep_examples, now)
         key = evaluation_key(network.config)
         claims: list[Claim] = []  # of process 0
         with contextlib.ExitStack() as held:
@@ -193,16 +196,24 @@ class Scorer:
                 archive=archive,
                 on_batch=on_batch,
             )
+        by_column = outcome.ended_by
+        last = max(by_column.values(), key=_date, default=now)
+        others = {c: made for c, made in by_column.items() if made != last}
         return Score(
             accuracy=outcome.accuracy,
             step=network.step,
             identity=network.identity.hash,
             images=fingerprint(self._split),
             attacks_version=ATTACKS_VERSION,
-            provenance=outcome.ended_by or provenance(),
-            details=outcome.details,
+            provenance=last,
+            details=outcome.details | ({"column_provenance": others} if others else {}),
             network=network.checksum(),
         )
+
+
+def _date(made: Mapping[str, Any]) -> str:
+    """Returns the date of a provenance, which sorts as text."""
+    return made.get("date", "")
 
 
 def check_alone(model: nn.Module, variables: Any, images: np.ndarray) -> None:

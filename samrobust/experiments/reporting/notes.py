@@ -6,6 +6,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from samrobust.experiments.reporting.names import column_norm
+from samrobust.experiments.reporting.results import makers
 from samrobust.experiments.reporting.table import LEVEL, Difference, Table
 
 __all__ = [
@@ -149,7 +150,8 @@ def _errors(num_seeds: int) -> float:
 
 def _provenance(table: Table) -> list[str]:
     """Says what the runs ran on, and warns when costs mix devices."""
-    records: list[Any] = [run.get("provenance") or {} for run in table.runs]
+    records = [made for run in table.runs for made in makers(run).values()]
+    records += [run["pgd_provenance"] for run in table.runs if "pgd_provenance" in run]
 
     def values(key: str) -> list[str]:
         return sorted({str(r[key]) for r in records if r.get(key) is not None})

@@ -6,7 +6,8 @@ A result is a dictionary, one finished run: one row of the table and one seed.
      "accuracy": {"natural": 99.4, "linf 16/255": 89.4},    # percentages
      "step_seconds": 0.012,                   # of a training step, or None
      "training_steps": 360,                   # optional, as are these:
-     "training_seconds": 15.1, "provenance": {"commit": ..., ...}}
+     "training_seconds": 15.1, "provenance": {"commit": ..., ...},
+     "column_provenance": {"linf 8/255": {"commit": ..., ...}}}    # where it differs
 
 One table holds runs that are judged alike on the same images. They may have been
 trained on other images, as their labels say.
@@ -24,6 +25,7 @@ __all__ = [
     "attacks_version",
     "check_comparable",
     "check_results",
+    "makers",
     "num_steps",
     "unlike",
 ]
@@ -50,6 +52,19 @@ def num_steps(result: Mapping[str, Any]) -> int:
 def attacks_version(result: Mapping[str, Any]) -> int:
     """Returns the version of the attacks that a run was judged by."""
     return (_EARLIER | dict(result))["attacks_version"]
+
+
+def makers(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Returns the provenance of a run's columns, by column.
+
+    The empty name is for all columns that are not named.
+
+    >>> first, second = {"commit": "a"}, {"commit": "b"}
+    >>> makers({"provenance": second, "column_provenance": {"linf 8/255": first}})
+    {'': {'commit': 'b'}, 'linf 8/255': {'commit': 'a'}}
+    """
+    others = result.get("column_provenance") or {}
+    return {"": result.get("provenance") or {}} | dict(others)
 
 
 def unlike(

@@ -255,7 +255,7 @@ def summarize(
         *("row", "seed", "identity", "step", "network", "images", "attacks_version"),
         "best",
         *("training_steps", "training_seconds", "step_seconds", "provenance"),
-        *("pgd_provenance", "training_provenance"),
+        *("column_provenance", "pgd_provenance", "training_provenance"),
     )
     return Table(
         title=title or results[0]["dataset"],
