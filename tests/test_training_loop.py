@@ -49,6 +49,9 @@ FIELDS = {
 FROZEN = {"training.learning_rate": 1e-30, "training.weight_decay": 0.0}
 
 
+pytestmark = pytest.mark.usefixtures("programs_made_once")
+
+
 @functools.cache
 def trained(row: str = "st", **overrides: Any):
     """A run in a folder of its own: its outcome, the folder, config and data."""
