@@ -53,12 +53,23 @@ TINY = {
 USUAL_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
 
 
-def _share_compiled_programs() -> None:
-    folder = tempfile.mkdtemp(prefix="samrobust-xla-")
-    owner = os.getpid()
+@functools.cache
+def _scratch() -> str:
+    """A folder that goes with this process."""
+    folder, owner = tempfile.mkdtemp(prefix="samrobust-tests-"), os.getpid()
     atexit.register(
         lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True)
     )
+    return folder
+
+
+def lasting_folder() -> pathlib.Path:
+    """A new folder, for what several tests have in common."""
+    return pathlib.Path(tempfile.mkdtemp(dir=_scratch()))
+
+
+def _share_compiled_programs() -> None:
+    folder = str(lasting_folder())
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     jax.config.update("jax_compilation_cache_dir", folder)

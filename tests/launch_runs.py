@@ -4,15 +4,12 @@ A few epochs of a tiny network, in two processes of one CPU device each.
 Which machines they are on, and how often they were stopped, must not change a bit.
 """
 
-import atexit
 import functools
 import json
 import os
 import pathlib
-import shutil
 import socket
 import sys
-import tempfile
 import time
 
 import helpers
@@ -73,8 +70,7 @@ def write_command(folder: pathlib.Path) -> pathlib.Path:
 @functools.cache
 def expected(epochs: int) -> pathlib.Path:
     """The workdir of the run in a single process of two devices, never disturbed."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="samrobust-expected-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = helpers.lasting_folder()
     code, _, errors = helpers.run_command(
         *train(folder, epochs=epochs, checkpoint_minutes=10),
         **environment(),

@@ -3,7 +3,6 @@
 import functools
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -402,7 +401,7 @@ def finished() -> tuple[Path, Any, Any, dict[str, Any]]:
     """A run of standard training that is worth attacking."""
     config = helpers.make_config("st", TRAINED)
     dataset = helpers.load_data(config)
-    workdir = Path(tempfile.mkdtemp(prefix="samrobust-evaluation-"))
+    workdir = helpers.lasting_folder()
     return (
         workdir,
         config,

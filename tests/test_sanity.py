@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -530,7 +529,7 @@ RUN = {
 @functools.cache
 def finished() -> Path:
     """A run of standard training."""
-    workdir = Path(tempfile.mkdtemp(prefix="samrobust-sanity-"))
+    workdir = helpers.lasting_folder()
     config = helpers.make_config("st", RUN)
     run(config, workdir, helpers.Silent(), dataset=helpers.load_data(config))
     return workdir

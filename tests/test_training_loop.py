@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 import statistics
-import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ def trained(row: str = "st", **overrides: Any):
     names = {name.replace("__", "."): value for name, value in overrides.items()}
     config = helpers.make_config(row, names)
     dataset = helpers.load_data(config)
-    workdir = Path(tempfile.mkdtemp(prefix="samrobust-loop-"))
+    workdir = helpers.lasting_folder()
     outcome = train(config, dataset, workdir)
     return outcome, workdir, config, dataset
 
