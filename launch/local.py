@@ -13,9 +13,9 @@ Without, JAX makes the processes into one. Each gets its share of the GPUs, or w
 themselves.
 
 Process 0 keeps the terminal; the others' lines go to stderr with their number in front,
-with --each only those of their stderr. SIGTERM and Ctrl-C reach every process once, as
-SIGTERM: samrobust saves and stops. The second Ctrl-C kills. None outlives this one,
-however it ends (on Linux).
+with --each only those of their stderr. SIGTERM, SIGUSR1, Ctrl-C and a closed terminal
+reach every process once, as SIGTERM: samrobust saves and stops. The second Ctrl-C
+kills. None outlives this one, however it ends (on Linux).
 
 Exit codes: 75 stopped on request, start the same command again; else that of the first
 process that failed, 128 + N if signal N killed it; 130 after a second Ctrl-C.
@@ -199,8 +199,9 @@ class _Group:
         self._unfinished: dict[int, bytes] = {}  # by index, a line without its end
         self._interrupts = 0
         self._asked = self._told = self._killed_by_hand = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._handle)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
+                signal.signal(number, self._handle)  # `nohup` ignores SIGHUP
 
     def start(self, command: Sequence[str], environment: dict[str, str]) -> None:
         """Starts the next process, in a session of its own: Ctrl-C comes from us."""

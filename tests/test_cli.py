@@ -390,7 +390,8 @@ def test_closed_streams_do_not_give_their_numbers_to_a_runs_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)]
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)],
 )
 @pytest.mark.parametrize("when", ["loads", "ends"])
 def test_a_signal_as_it_loads_or_ends_leaves_no_traceback(number, code, when):

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import platform
+import pty
 import re
 import shutil
 import signal
@@ -21,6 +22,7 @@ from samrobust.system import compiler
 from samrobust.system.compiler import add_compiler_options, compiler_options
 from samrobust.system.provenance import commit, provenance
 from samrobust.system.runtime import (
+    EXIT_CODES,
     StopRequest,
     cache_folder,
     enable_compilation_cache,
@@ -289,7 +291,16 @@ def test_what_stays_is_not_looked_through_again_and_again_nor_at_the_end():
     assert in_a_fresh_process(COLLECT).split() == ["0", "True"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.fixture
+def terminal():
+    """SIGHUP as in a terminal, even where `nohup` runs the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("terminal")
+@pytest.mark.parametrize("number", EXIT_CODES)
 def test_a_signal_becomes_a_question_and_the_old_handler_comes_back(number):
     before = signal.getsignal(number)
     with StopRequest().listening() as stop:
@@ -298,6 +309,45 @@ def test_a_signal_becomes_a_question_and_the_old_handler_comes_back(number):
         assert stop()
         assert stop.signal == number
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_closed_terminal_that_nohup_ignores_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest().listening() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+# A command in a terminal; what it shows after the end of that must harm nothing.
+IN_A_TERMINAL = """
+import fcntl, pathlib, signal, sys, termios, time
+from samrobust.system.runtime import StopRequest
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+with StopRequest().listening() as stop:
+    print("now", flush=True)
+    while not stop():
+        time.sleep(0.01)
+    print("stopping", flush=True)
+    print("stopping", file=sys.stderr, flush=True)
+    pathlib.Path(sys.argv[1]).write_text("saved")
+"""
+
+
+def test_a_closed_terminal_leaves_time_to_save(tmp_path):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL, str(tmp_path / "state")],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        start_new_session=True,
+    )
+    os.close(theirs)
+    assert os.read(ours, 100).startswith(b"now")
+    os.close(ours)
+    assert process.wait(60) == 0
+    assert (tmp_path / "state").read_text() == "saved"
 
 
 def test_the_second_ctrl_c_interrupts_at_once():

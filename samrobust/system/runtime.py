@@ -8,6 +8,7 @@ since signals must be handled and messages printed before.
 import atexit
 import contextlib
 import ctypes
+import errno
 import functools
 import gc
 import os
@@ -15,6 +16,7 @@ import pathlib
 import signal
 import stat
 import sys
+import termios
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +32,7 @@ __all__ = [
     "RESUME",
     "OutputError",
     "StopRequest",
+    "answered",
     "cache_folder",
     "collect_garbage_seldom",
     "enable_compilation_cache",
@@ -176,13 +179,16 @@ def _prepare_heap() -> None:
 
 
 FAILED, BAD_INPUT = 1, 2  # exit codes; those of signals:
-EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+EXIT_CODES = {
+    **{signal.SIGTERM: 75, signal.SIGINT: 130},
+    **{signal.SIGHUP: 75, signal.SIGUSR1: 75},  # a closed terminal; some schedulers
+}
 RESUME = "Rerun the same command to resume."
 _UNWINDING = 1.5  # seconds that the second Ctrl-C leaves for an orderly end
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C as a question that a loop can ask: `stop()`.
+    """The signals of `EXIT_CODES` as a question that a loop can ask: `stop()`.
 
     The second Ctrl-C interrupts at once. Python handles a signal between two of its own
     instructions, so not while the device compiles or computes; a thread always receives
@@ -228,6 +234,8 @@ class StopRequest:
         del frame
         if self._event.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            _leave_terminal()
         self.signal = signal.Signals(number)
         self._event.set()
 
@@ -247,10 +255,20 @@ class StopRequest:
                 _end_at_once(number[0])
 
 
+def _leave_terminal() -> None:
+    """Shows nothing any more where the terminal is gone: to write there is an error."""
+    for stream in (0, 1, 2):
+        try:
+            termios.tcgetattr(stream)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:  # not of a file or a pipe
+                os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+
+
 @contextlib.contextmanager
 def _handling(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Sets another handler of both signals, inside the context."""
-    before = {number: signal.signal(number, handler) for number in EXIT_CODES}
+    """Sets another handler of the signals, inside the context."""
+    before = {number: signal.signal(number, handler) for number in answered()}
     try:
         yield
     finally:
@@ -258,13 +276,19 @@ def _handling(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]
             signal.signal(number, previous)
 
 
+def answered() -> list[signal.Signals]:
+    """Returns the signals of `EXIT_CODES`, without SIGHUP where `nohup` ignores it."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [n for n in EXIT_CODES if n != signal.SIGHUP or not ignored]
+
+
 def end_on_signals() -> None:
-    """Makes both signals end the process at once: while it loads, and at its end.
+    """Makes the signals end the process at once: while it loads, and at its end.
 
     Both take seconds in which no work can be lost. While Python shuts down, it cannot
     handle signals: then they are ignored, and the exit code stands.
     """
-    for number in EXIT_CODES:
+    for number in answered():
         signal.signal(number, _end_at_once)
         atexit.register(signal.signal, number, signal.SIG_IGN)  # first in, last out
 

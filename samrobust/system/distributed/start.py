@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from samrobust.checks import check
 from samrobust.system.distributed import environment
-from samrobust.system.runtime import say
+from samrobust.system.runtime import answered, say
 
 __all__ = ["DistributedError", "check_platform", "initialize"]
 
@@ -144,11 +144,11 @@ def _mortality() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in answered()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-        if not jax.distributed.is_initialized():  # else it is JAX's, see `AgreedStop`
-            signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+        if jax.distributed.is_initialized():
+            del before[signal.SIGTERM]  # it is JAX's, see `AgreedStop`
+        for number, handler in before.items():
+            signal.signal(number, handler)
