@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 __all__ = [
+    "BATCH_STATS",
     "LARGEST_COUNT",
     "LARGEST_REAL",
     "LARGEST_SEED",
@@ -48,6 +49,7 @@ LARGEST_REAL = 3e38  # finite in float32
 _READABLE = 240  # characters of a value in a message
 
 NORMS = ("linf", "l2")
+BATCH_STATS = ("first", "second", "both")  # passes that update running statistics
 # A ball of this radius in 1/255 units holds every image: the largest are 32 x 32 x 3.
 _WHOLE_BOX = {"linf": 255.0, "l2": 14134.0}
 # A smaller radius must be in another unit. An l2 ball of 1/255 moves no pixel by more

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import optax
 
 from samrobust.checks import (
+    BATCH_STATS,
     LARGEST_REAL,
     Rule,
     check,
@@ -184,7 +185,7 @@ def section_fields(name: str) -> Mapping[str, Field]:
         if strength is not None:
             end = maybe(functools.partial(check_real, 0, 1e3))
             fields[f"{strength}_end"] = Field(None, end, float)
-        fields["batch_stats"] = Field("both", one_of("first", "second", "both"))
+        fields["batch_stats"] = Field("both", one_of(*BATCH_STATS))
         fields["m"] = Field(0, functools.partial(check_whole, 0))
         if not is_optimizer(name):  # without which there is no training before it
             fields.setdefault("start", START)

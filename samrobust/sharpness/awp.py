@@ -8,7 +8,13 @@ from typing import Any
 import jax
 import optax
 
-from samrobust.checks import LARGEST_REAL, check_real, check_strength, one_of
+from samrobust.checks import (
+    BATCH_STATS,
+    LARGEST_REAL,
+    check_real,
+    check_strength,
+    one_of,
+)
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm, zeros_as
 from samrobust.sharpness.two_pass import Combine, two_pass
@@ -93,6 +99,6 @@ def decay_at_the_moved(weight_decay: float) -> Combine:
 FIELDS = {
     "gamma": check_strength,
     # The authors' code throws the statistics of the first pass away.
-    "batch_stats": Field("second", one_of("first", "second", "both")),
+    "batch_stats": Field("second", one_of(*BATCH_STATS)),
 }
 ENTRY = Entry(awp, "AWP (gamma = {gamma:g})", fields=FIELDS)

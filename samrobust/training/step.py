@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from samrobust.attacks import identity
 from samrobust.attacks.losses import cross_entropy, misclassified
-from samrobust.checks import check, check_choice
+from samrobust.checks import BATCH_STATS, check, check_choice
 from samrobust.sharpness import gradient_point, last_aux, last_metrics
 from samrobust.system.distributed import shard_batch
 from samrobust.training.parts import (
@@ -157,7 +157,7 @@ def make_train_step(
     >>> int(state.step), sorted(metrics)
     (1, ['accuracy', 'gradient_norm', 'loss'])
     """
-    check_choice(("first", "second", "both"), batch_stats=batch_stats)
+    check_choice(BATCH_STATS, batch_stats=batch_stats)
     if not isinstance(objective, Objective):
         check(callable(objective), "a loss of logits and labels", objective=objective)
         objective = Objective(objective)

@@ -20,7 +20,7 @@ import safetensors.numpy
 
 from samrobust.checks import check
 from samrobust.models.torch.files import read_pytorch, torch_bytes
-from samrobust.models.torch.wrapping import Weights, listed, unwrapped
+from samrobust.models.torch.wrapping import MOST_CHANNELS, Weights, listed, unwrapped
 from samrobust.system.files import WorkdirError, read_json, write_bytes, write_json
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
 
 SUFFIXES = {"safetensors": (".safetensors",), "pytorch": (".pth", ".pt")}
 _FIELDS = ("mean", "std", "num_classes", "width", "blocks", "model", "origin")
-_CHANNELS = 16  # more than any image has
 _STORED = ("F16", "BF16", "F32", "F64", "I8", "U8", "I16", "I32", "I64")
 
 
@@ -181,7 +180,7 @@ def _checked(metadata: dict[str, Any]) -> dict[str, Any]:
         values = metadata.get(name, [])
         check(
             isinstance(values, list)
-            and len(values) <= _CHANNELS
+            and len(values) <= MOST_CHANNELS
             and all(type(x) in (int, float) and abs(x) < math.inf for x in values),
             f"a list of numbers for {name} in the file's metadata",
             **{name: str(values)[:200]},

@@ -13,13 +13,13 @@ import numpy as np
 
 from samrobust.checks import check
 
-__all__ = ["Weights", "is_head", "listed", "unwrapped"]
+__all__ = ["MOST_CHANNELS", "Weights", "is_head", "listed", "unwrapped"]
 
+MOST_CHANNELS = 16  # more than any image has
 _HEAD = "linear.weight"  # the only tensor of this name: it reveals the prefix
 _NAMES = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}
 _AVERAGED = "n_averaged"
 _TOLERANCE = 1e-6
-_CHANNELS = 16  # more than any image has
 _NAMED, _LENGTH = 8, 60  # names in a message, and characters of one
 
 
@@ -148,7 +148,7 @@ def _normalization(
     found = [
         name
         for name, tensor in tensors.items()
-        if name.rpartition(".")[2] in _NAMES and tensor.size <= _CHANNELS
+        if name.rpartition(".")[2] in _NAMES and tensor.size <= MOST_CHANNELS
     ]
     by_kind = {
         _NAMES[name.rpartition(".")[2]]: (name, tensors[name].reshape(-1).tolist())
