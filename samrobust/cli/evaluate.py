@@ -2,13 +2,15 @@
 
 import argparse
 import pathlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from samrobust.checks import NORMS, check
 from samrobust.cli import flags
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from samrobust.types import Config
 
 __all__ = ["ABOUT", "add_flags", "run"]
@@ -100,15 +102,9 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
             keep_examples=arguments.save_examples is True,
         )
     show_accuracies(console, config.label, scored.accuracy)
-    if details := scored.details.get("autoattack"):
-        for column, left in details["after_each"].items():
-            cells = ", ".join(f"{member} {value:.2f}" for member, value in left.items())
-            console.print(f"{column} after {cells}")
-            outcome = workdir / details["outcome"][column]
-            console.print(f"What broke which image: {outcome}")
-            if arguments.save_examples:
-                examples = outcome.with_name(f"{outcome.stem}-examples.npy")
-                console.print(f"Adversarial images: {examples}")
+    if of_autoattack := scored.details.get("autoattack"):
+        keeps_examples = arguments.save_examples is True
+        _show_members(console, of_autoattack, workdir, keeps_examples=keeps_examples)
     num_test = len(evaluated_split(config, dataset))
     evaluation = config.evaluation.to_dict()
     console.print(
@@ -132,6 +128,24 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
             should_stop=should_stop,
         )
     return 0
+
+
+def _show_members(
+    console: "Console",
+    of_autoattack: Mapping[str, Any],
+    workdir: pathlib.Path,
+    *,
+    keeps_examples: bool,
+) -> None:
+    """Shows what each member of AutoAttack left, and where the rest is."""
+    for column, left in of_autoattack["after_each"].items():
+        cells = ", ".join(f"{member} {value:.2f}" for member, value in left.items())
+        console.print(f"{column} after {cells}")
+        outcome = workdir / of_autoattack["outcome"][column]
+        console.print(f"What broke which image: {outcome}")
+        if keeps_examples:
+            examples = outcome.with_name(f"{outcome.stem}-examples.npy")
+            console.print(f"Adversarial images: {examples}")
 
 
 def _inputs(
