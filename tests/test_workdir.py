@@ -251,17 +251,40 @@ def make_finished(workdir, *names, **fields):
 
 def test_copies_of_runs_are_no_runs_of_a_table(tmp_path):
     make_finished(tmp_path, "st/seed0", "st/seed1", "st/seed0.bak")
-    assert list(finished_runs(tmp_path)) == ["st/seed0", "st/seed1"]
+    with pytest.warns(
+        UserWarning, match=r"Left out, .* their folders: st/seed0\.bak\."
+    ):
+        assert list(finished_runs(tmp_path)) == ["st/seed0", "st/seed1"]
+
+
+def test_seeds_of_a_row_that_were_trained_otherwise_make_no_table(tmp_path):
+    make_finished(tmp_path, "st/seed0", "sam,rho=0.2/seed1", **{"training.epochs": 3})
+    make_finished(tmp_path, "st/seed1", **{"training.epochs": 9})
+    wanted = r"one row that were trained alike, as st/seed0, got run='st/seed1', "
+    with pytest.raises(ValueError, match=wanted + r"training\.epochs=\(3, 9\)"):
+        finished_runs(tmp_path)
+    assert list(finished_runs(tmp_path, ["sam,rho=0.2"])) == ["sam,rho=0.2/seed1"]
+
+
+def test_what_rows_differ_in_beyond_their_names_is_said(tmp_path):
+    make_finished(tmp_path, "st/seed0", "st/seed1", **{"training.epochs": 3})
+    make_finished(tmp_path, "st,training.epochs=6/seed0", **{"model.width": 4})
+    make_finished(tmp_path, "sam,rho=0.2/seed0", **{"training.epochs": 3})
+    told = r"^The rows differ in more than they say\. model\.width: \[2, 4\]\.$"
+    with pytest.warns(UserWarning, match=told):
+        assert len(finished_runs(tmp_path)) == 4
 
 
 def test_runs_that_are_judged_otherwise_make_no_table(tmp_path):
     make_finished(tmp_path, "st/seed0", "st/seed1", **{"training.epochs": 3})
     make_finished(tmp_path, "sam,rho=0.2/seed0", **{"training.epochs": 9})
-    assert len(finished_runs(tmp_path)) == 3  # a row may train longer
+    with pytest.warns(UserWarning, match=r"training\.epochs: \[9, 3\]"):
+        assert len(finished_runs(tmp_path)) == 3  # a row may train longer
     make_finished(tmp_path, "sam,rho=0.4/seed0", **{"evaluation.num_steps": 7})
     with pytest.raises(ValueError, match=r"judged alike, .*evaluation\.num_steps"):
         finished_runs(tmp_path)
-    assert len(finished_runs(tmp_path, ["st;sam,rho=0.2"])) == 3
+    with pytest.warns(UserWarning, match=r"training\.epochs: \[9, 3\]"):
+        assert len(finished_runs(tmp_path, ["st;sam,rho=0.2"])) == 3
 
 
 def test_rows_without_a_finished_run_are_named_and_others_need_not_be_whole(tmp_path):

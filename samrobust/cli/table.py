@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     share = plan.runs[plan.shard]
     check_seeds_per_program(arguments.seeds_per_program, share)
     distributed.broadcast_from_primary(
-        lambda: refuse_other_configs(plan.workdir, share)
+        lambda: refuse_other_configs(plan.workdir, plan.runs)
     )
     distributed.broadcast_from_primary(lambda: record_plan(plan.workdir, plan.runs))
     failed = _train(share, console, should_stop, arguments.seeds_per_program)

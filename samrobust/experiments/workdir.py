@@ -7,6 +7,8 @@ A workdir holds `config.json`, `metrics.jsonl`, `checkpoints/`, `result.json`;
 
 import contextlib
 import pathlib
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,22 +107,31 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
       rows: only these, several in one string separated by `;`; all where empty.
 
     Directories that are not named by the row and seed of their run, such as copies, are
-    left out.
+    left out, with a warning; another is of rows that differ in more than they say.
 
     Raises:
-      ValueError: if there are none, none of a wanted row, or they are not judged alike.
+      ValueError: if there are none, none of a wanted row, they are not judged alike, or
+        the seeds of a row are not trained alike.
     """
     paths = [p.parent for p in sorted(workdir.glob("*/seed*/result.json"))]
     plan = list(read_plan(workdir))
     names = [path.relative_to(workdir).as_posix() for path in paths]
     names.sort(key=lambda name: plan.index(name) if name in plan else len(plan))
     wanted = [modern_row(row) for text in rows for row in text.split(";") if row]
-    configs = {}
+    configs, misplaced = {}, []
     for name in names:
         if not wanted or modern_row(name.rpartition("/")[0]) in wanted:
             config = config_of_run(workdir / name)
             if workdir / name == run_folder(workdir, config.row, config.seed):
                 configs[name] = config
+            else:
+                misplaced.append(name)
+    if misplaced:
+        names = shorten(", ".join(misplaced))
+        told = (
+            f"Left out, as they are not of the row and seed of their folders: {names}."
+        )
+        warnings.warn(told, stacklevel=2)
     lacking = set(wanted).difference(config.row for config in configs.values())
     condition = "finished runs in --workdir" + (" of all --rows" if wanted else "")
     fix = "It is the directory of a table: `samrobust table`."
@@ -131,7 +142,41 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
     check(found, condition, fix, workdir=str(workdir), **which)
     fields = {name: config.to_dict() for name, config in configs.items()}
     check_comparable(fields, "Choose some with --rows.")
+    _check_seeds(fields)
+    if differs := _untold(fields):
+        told = "; ".join(f"{n}: {shorten(str(each))}" for n, each in differs.items())
+        warnings.warn(f"The rows differ in more than they say. {told}.", stacklevel=2)
     return configs
+
+
+def _check_seeds(runs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses runs of one row whose configs differ in more than the seed."""
+    firsts: dict[str, str] = {}  # of each row
+    for name, fields in runs.items():
+        first = firsts.setdefault(modern_row(fields["row"]), name)
+        changed = changed_fields(runs[first], fields)
+        changed.pop("seed", None)
+        condition = f"seeds of one row that were trained alike, as {first}"
+        fix = "Train it again in another folder, or move one away."
+        check(not changed, condition, fix, run=name, **changed)
+
+
+def _untold(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Returns fields in which rows are trained differently though none names them.
+
+    Returns:
+      The values by dotted names; of data, network and training, as all rows share.
+    """
+    rows = ",".join(fields["row"] for fields in runs.values())
+    named = {part.partition("=")[0] for part in re.split("[,+]", rows)}
+    first, *others = runs.values()
+    found: dict[str, list[Any]] = {}
+    for fields in others:
+        for name, (ours, theirs) in changed_fields(first, fields).items():
+            if name.startswith(("data.", "model.", "training.")) and name not in named:
+                values = found.setdefault(name, [ours])
+                values += [] if theirs in values else [theirs]
+    return found
 
 
 def run_folder(workdir: pathlib.Path, row: str, seed: int) -> pathlib.Path:
