@@ -17,7 +17,7 @@ import pytest
 from flax import linen as nn
 
 import samrobust
-from samrobust.experiments import building, configuration, entries, identity
+from samrobust.experiments import building, configuration, entries, identity, methods
 from samrobust.experiments.scoring import check_alone
 from samrobust.models.torch import read_weights
 
@@ -137,6 +137,40 @@ def test_it_is_trained_with_what_it_remembers_and_its_own_fields(folder):
         == "persistent (radius = 16) + SAM (rho = 0.1) + EMA (decay = 0.5)"
     )
     assert helpers.log_of(workdir)[-1]["accuracy"] > 60
+
+
+NAMES = """
+from samrobust.sharpness import sam as usual
+from samrobust.training import Adversary
+def still(m: int, replays: int, start: float) -> Adversary:
+    assert (m, replays, start) == (4, 3, 0.5)
+    return Adversary(lambda f, images, labels, state, *, key: (images, state))
+def ascent(rho: float, m: float, batch_stats: float, rho_end: float, aux=None):
+    assert (rho, m, batch_stats, rho_end) == (0.1, 2.5, 7.0, 1.0)
+    return usual(rho, aux=aux)
+"""
+
+
+def test_an_own_parameter_is_its_own_though_the_training_has_one_of_that_name(
+    tmp_path, monkeypatch
+):
+    """`m`, `replays`, `start`, `batch_stats`, `rho_end` shape a training elsewhere."""
+    (tmp_path / "names_of_ours.py").write_text(NAMES)
+    monkeypatch.syspath_prepend(tmp_path)
+    still = "names_of_ours:still,m=4,replays=3,start=0.5"
+    ascent = "names_of_ours:ascent,rho=0.1,m=2.5,batch_stats=7,rho_end=1"
+    config = helpers.make_config(f"{still}+{ascent}")
+    assert methods.group_field(config) == ("sam.m", 0)
+    assert methods.replays(config) == 1
+    assert [len(epochs) for epochs in methods.phases_of(config)] == [
+        config.training.epochs
+    ]
+    built = methods.build(config, entries.Given(aux={}))
+    assert built["starts"] == {}
+    assert built["batch_stats"] == "both"
+    assert methods.passes_at(config, 0).total == 2
+    said = {field.name: field.meaning for field in explain(config)}
+    assert said["still.replays"] == said["ascent.m"] == ""
 
 
 def test_a_killed_run_ends_with_the_same_bits(folder):

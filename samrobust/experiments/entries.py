@@ -9,7 +9,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import optax
 
@@ -42,14 +42,16 @@ __all__ = [
     "fields_of_parameters",
     "find",
     "is_optimizer",
+    "of_training",
     "options",
     "renamed",
     "replaces_optimizer",
     "section_fields",
     "section_of",
-    "start_of",
     "strength_of",
 ]
+
+_T = TypeVar("_T")
 
 # In the order of the parts of a row.
 REGISTRIES = (ADVERSARIES, OBJECTIVES, SHARPNESS, AVERAGES)
@@ -184,9 +186,9 @@ def section_fields(name: str) -> Mapping[str, Field]:
         strength = strength_of(name)
         if strength is not None:
             end = maybe(functools.partial(check_real, 0, 1e3))
-            fields[f"{strength}_end"] = Field(None, end, float)
-        fields["batch_stats"] = Field("both", one_of(*BATCH_STATS))
-        fields["m"] = Field(0, functools.partial(check_whole, 0))
+            fields.setdefault(f"{strength}_end", Field(None, end, float))
+        fields.setdefault("batch_stats", Field("both", one_of(*BATCH_STATS)))
+        fields.setdefault("m", Field(0, functools.partial(check_whole, 0)))
         if not is_optimizer(name):  # without which there is no training before it
             fields.setdefault("start", START)
     own = {
@@ -242,15 +244,16 @@ def added_passes(name: str, values: Mapping[str, Any]) -> float:
     return entry.passes(values) if callable(entry.passes) else entry.passes
 
 
-def start_of(name: str, values: Mapping[str, Any]) -> float:
-    """Returns the fraction of the epochs after which a part is on.
+def of_training(name: str, field: str, values: Mapping[str, Any], default: _T) -> _T:
+    """Returns a field that the training reads, as `start`, `m` or `replays`.
 
     Args:
-      name: of the part; a constructor's own parameter `start` is no such field.
-      values: of its section.
+      name: of the part; a parameter of that name is its constructor's own affair.
+      field: of the part's section.
+      values: of the section.
+      default: where the part has no such field.
     """
-    own = "start" in inspect.signature(find(name).make).parameters
-    return 0.0 if own else values.get("start", 0.0)
+    return default if field in _parameters(name) else values.get(field, default)
 
 
 def is_optimizer(name: str) -> bool:

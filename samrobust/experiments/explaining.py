@@ -54,7 +54,10 @@ def explain(config: Config) -> Iterator[ExplainedField]:
     said |= {f"model.{name}": text for name, text in _arguments(make).items()}
     for part in methods.parts_of(config):
         section = entries.section_of(part.name)
-        told = _OF_PARTS | _arguments(entries.find(part.name).make)
+        make = entries.find(part.name).make
+        own = inspect.signature(make).parameters
+        told = {n: text for n, text in _OF_PARTS.items() if n not in own}
+        told |= _arguments(make)
         names = entries.section_fields(part.name)
         said |= {f"{section}.{name}": told.get(name, "") for name in names}
         order.append(section)

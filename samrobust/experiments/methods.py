@@ -68,9 +68,9 @@ def values_of(config: Config, name: str) -> dict[str, Any]:
 def group_field(config: Config) -> tuple[str, int]:
     """Returns the name and the value of the field with the row's m of m-sharpness."""
     for part in parts_of(config):
-        if "m" in entries.section_fields(part.name):
-            section = entries.section_of(part.name)
-            return f"{section}.m", config[section].m
+        m = entries.of_training(part.name, "m", values_of(config, part.name), None)
+        if m is not None:
+            return f"{entries.section_of(part.name)}.m", m
     return "sam.m", 0
 
 
@@ -91,8 +91,11 @@ def chosen(config: Config, batch_size: int) -> int:
 
 def replays(config: Config) -> int:
     """Returns the number of steps in a row that the row takes on each batch."""
-    values = (values_of(config, part.name) for part in parts_of(config))
-    return max((v["replays"] for v in values if "replays" in v), default=1)
+    counts = (
+        entries.of_training(part.name, "replays", values_of(config, part.name), 1)
+        for part in parts_of(config)
+    )
+    return max(counts, default=1)
 
 
 def build(config: Config, given: entries.Given) -> dict[str, Any]:
@@ -116,8 +119,9 @@ def build(config: Config, given: entries.Given) -> dict[str, Any]:
             if start := start_epoch(config, part.name):
                 parts["starts"][slot] = start * given.steps_per_epoch
             if slot == "sharpness":
-                values = values_of(config, part.name)
-                parts["batch_stats"] = values.get("batch_stats", "both")
+                parts["batch_stats"] = entries.of_training(
+                    part.name, "batch_stats", values_of(config, part.name), "both"
+                )
     return parts
 
 
@@ -127,7 +131,7 @@ def start_epoch(config: Config, name: str) -> int:
     Raises:
       ValueError: if there is none.
     """
-    start = entries.start_of(name, values_of(config, name))
+    start = entries.of_training(name, "start", values_of(config, name), 0.0)
     epochs = config.training.epochs
     first = first_epoch(start, epochs)
     field = f"{entries.section_of(name)}.start"
@@ -144,7 +148,7 @@ def _construct(
     late = start_epoch(config, name) * given.steps_per_epoch
     given = given._replace(total_steps=max(1, given.total_steps - late))  # of the part
     section, strength = entries.section_of(name), entries.strength_of(name)
-    end = values.get(f"{strength}_end")
+    end = entries.of_training(name, f"{strength}_end", values, None)
     if strength is not None and end is not None:
         steps = given.total_steps
         values[strength] = optax.linear_schedule(values[strength], end, steps)

@@ -70,7 +70,7 @@ class Part:
         """The name in tables: `SAM (rho = 0.2)`."""
         label = entries.find(self.name).label
         if label:
-            late = entries.start_of(self.name, self.values)
+            late = entries.of_training(self.name, "start", self.values, 0.0)
             since = f" from {late:g} on" if late else ""
             return f"{label.format(**self.values)}{since}"
         name = self.name.rpartition(":")[2]
