@@ -18,6 +18,7 @@ from flax import linen as nn
 
 import samrobust
 from samrobust.experiments import building, configuration, entries, identity, methods
+from samrobust.experiments.explaining import explain
 from samrobust.experiments.scoring import check_alone
 from samrobust.models.torch import read_weights
 
