@@ -18,7 +18,7 @@ from samrobust.experiments import building, methods
 from samrobust.experiments.reporting.notes import overfitting_note
 from samrobust.sharpness import awp, last_metrics, rwp, sam
 from samrobust.training import Method, fit, make_train_step
-from samrobust.training.adversaries.at import at
+from samrobust.training.adversaries.at import at, attack_passes
 from samrobust.training.adversaries.cfa import cfa
 from samrobust.training.adversaries.dynamic import dynamic, first_order_condition
 from samrobust.training.adversaries.fgsm_rs import fgsm_rs
@@ -351,3 +351,40 @@ def test_what_a_method_cannot_mean_is_refused(name):
     make, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_steps": 3},
+        {"num_steps": 1, "judge": "any"},
+        {"num_steps": 3, "judge": "any"},
+        {"num_steps": 3, "restarts": 2},
+        {"num_steps": 1, "restarts": 4, "judge": "any"},
+    ],
+)
+def test_the_cost_of_at_is_what_it_asks_of_the_network(options):
+    """A forward or a backward pass is a third of a pass with weight gradients."""
+    asked = []
+
+    @jax.custom_vjp
+    def pixels(images):
+        jax.debug.callback(lambda: asked.append("forward"))
+        return images
+
+    def backward(_, gradients):
+        jax.debug.callback(lambda: asked.append("backward"))
+        return (gradients,)
+
+    pixels.defvjp(lambda images: (pixels(images), None), backward)
+
+    def logits_fn(images):
+        return pixels(images).reshape(len(images), -1)
+
+    adversary = at("linf", 8, step_size=2, **options)
+    images, labels = jnp.full((2, 2, 2, 1), 0.5), jnp.zeros(2, jnp.int32)
+    jax.jit(lambda key: adversary.perturb(logits_fn, images, labels, (), key=key))(
+        jax.random.key(0)
+    )
+    jax.effects_barrier()
+    assert len(asked) / 3 == pytest.approx(attack_passes(options))

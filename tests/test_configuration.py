@@ -298,6 +298,15 @@ def test_overrides_reach_the_fields():
     assert config.seed == 3
 
 
+def test_of_several_values_of_a_field_the_last_one_counts():
+    config = load(
+        *("evaluation.linf=(16,)", "training.epochs=7"),
+        *("evaluation.linf=(8,)", "training.epochs=2"),
+    )
+    assert tuple(config.evaluation.linf) == (8,)
+    assert config.training.epochs == 2
+
+
 def test_the_step_size_follows_the_rows_radius():
     assert load(row="at,norm=linf,eps=16").attack.step_size == 4.0
     assert load(row="at,norm=l2,eps=128").attack.step_size == 16.0
@@ -443,6 +452,10 @@ def test_a_small_radius_is_accepted(radius):
         (["label=SAM"], "label=ST as the row 'st' says, got label='SAM'"),
         (["row=sam,rho=0.1"], "a config of the row 'st', got row='sam,rho=0.1'"),
         (["training.learning_rate='0.1"], '"\'0.1"$'),
+        (
+            ["training.epochs=2", "model.widht=3", "seed=1"],
+            r"^Expected valid fields and values, got --config\.model\.widht=3: .*width",
+        ),
         (["training.weight_decay=nan"], "0 <= training.weight_decay"),
         (["sam.rho=0.2"], "a row with sam when sam.rho is set, got sam.rho=0.2"),
     ],

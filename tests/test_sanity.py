@@ -482,6 +482,15 @@ def test_a_small_radius_at_which_nothing_breaks_is_no_defect():
     assert verdicts.judge_steps((1, 10, 50), steps, still).verdict == WARNING
 
 
+@pytest.mark.parametrize(("both", "verdict"), [(6, PASSED), (7, PASSED), (12, WARNING)])
+def test_a_finding_is_no_warning_where_too_few_images_could_show_better(both, verdict):
+    """All of 6 or 7 come nearer to a mistake, and 6 of 12."""
+    left = standing(both, total=50)
+    under_attack = np.where(np.arange(50) < (both if both < 12 else 6), 0.0, -2.0)
+    found = verdicts.judge_noise(left, left, (under_attack, np.full(50, -1.0)), 3)
+    assert found.verdict == verdict
+
+
 # The report.
 
 

@@ -295,7 +295,11 @@ def _choose_model(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def _override(config: Config, overrides: Sequence[str]) -> Config:
-    """Sets fields as `ml_collections` does on the command line, types checked."""
+    """Sets fields as `ml_collections` does on the command line, types checked.
+
+    Of several values of a field the last one counts.
+    """
+    overrides = list({item.partition("=")[0]: item for item in overrides}.values())
     for item in overrides:
         field = item.removeprefix("--config.").partition("=")[0]
         section = field.partition(".")[0].partition("[")[0]
@@ -309,6 +313,8 @@ def _override(config: Config, overrides: Sequence[str]) -> Config:
             config_flags.DEFINE_config_dict("config", config, **options)
             values(argv)
     except Exception as error:  # of several kinds, for values that are no literals
+        for item in overrides if len(overrides) > 1 else ():
+            _override(config, [item])  # raises for the one that is wrong
         reason = str(error)
         with contextlib.suppress(ValueError, SyntaxError):  # of a KeyError: quoted
             reason = str(ast.literal_eval(reason))

@@ -16,6 +16,7 @@ __all__ = [
     "WARNING",
     "Finding",
     "allowance",
+    "is_hardly",
     "is_more",
     "is_mostly",
 ]
@@ -85,3 +86,12 @@ def is_mostly(count: int, total: int) -> bool:
     (False, True, False, True)
     """
     return bool(stats.binom.sf(count - 1, total, 0.5) < _LUCK)
+
+
+def is_hardly(count: int, total: int) -> bool:
+    """Tells whether something is not shown for most, of as many as could show it.
+
+    >>> is_hardly(6, 6), is_hardly(4, 7), is_hardly(7, 7)
+    (False, True, False)
+    """
+    return is_mostly(total, total) and not is_mostly(count, total)

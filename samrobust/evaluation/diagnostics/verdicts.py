@@ -17,8 +17,8 @@ from samrobust.evaluation.diagnostics.finding import (
     WARNING,
     Finding,
     allowance,
+    is_hardly,
     is_more,
-    is_mostly,
 )
 
 __all__ = [
@@ -193,7 +193,7 @@ def judge_steps(
     fallen = int(np.sum(standing[:, 0] & ~left))
     climbed = int(np.sum(margins[left, -1] > margins[left, 0]))
     is_weak = is_more(late, total)
-    is_flat = not is_more(fallen, total) and not is_mostly(climbed, num_left)
+    is_flat = not is_more(fallen, total) and is_hardly(climbed, num_left)
     is_flat = is_flat and is_more(num_left, total)
     text = f"Robust accuracy levels off with the number of steps ({told})."
     if is_weak:
@@ -332,7 +332,7 @@ def judge_noise(
     worse = int(np.sum(margins[0][both] > margins[1][both]))
     values = {**_counts(white_box, noise), "both": num_both, "worse": worse}
     beaten, text = _compare(white_box, noise, f"Random noise ({draws} draws)")
-    useless = is_more(num_both, len(both)) and not is_mostly(worse, num_both)
+    useless = is_more(num_both, len(both)) and is_hardly(worse, num_both)
     if beaten:
         text += " An attack that noise beats does not attack."
     elif useless:
