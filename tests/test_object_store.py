@@ -214,6 +214,7 @@ def test_a_second_name_is_given_once_and_time_is_that_of_the_store(store):
 
 
 def test_two_that_add_evaluations_at_once_lose_none(memory, monkeypatch):
+    write_json(memory / "config.json", {})
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: add_evaluation(memory, {"i": i}), range(12)))

@@ -10,6 +10,7 @@ import helpers
 import numpy as np
 import pytest
 
+from samrobust.cli import measuring
 from samrobust.experiments import curves, scoring, turns
 from samrobust.experiments.run import run
 from samrobust.system.claims.lease import claim
@@ -241,6 +242,29 @@ def test_what_another_worker_measured_meanwhile_is_kept_and_not_measured_again(
     content = json.loads((workdir / "curves.json").read_text())
     assert content["runs"].keys() == {"st/seed0", "sam,rho=0.2/seed0"}
     assert {line["row"] for line in content["curves"]} == {"st", "sam,rho=0.2"}
+
+
+@pytest.mark.parametrize("command", ["recheck", "curves"])
+def test_a_workdir_that_is_moved_meanwhile_is_not_made_again(
+    trained, tmp_path, capsys, monkeypatch, command
+):
+    workdir = Path(shutil.copytree(trained, tmp_path / "table"))
+    judge_each = measuring.FinishedRuns.judge_each
+
+    def moving(self, judge, works):
+        def move_then_judge(*arguments):
+            found = judge(*arguments)
+            if workdir.exists():
+                workdir.rename(tmp_path / "elsewhere")
+            return found
+
+        return judge_each(self, move_then_judge, works)
+
+    monkeypatch.setattr(measuring.FinishedRuns, "judge_each", moving)
+    flags = [*FLAGS] if command == "recheck" else ["--linf=8", "--l2=", IMAGES[0]]
+    assert helpers.main(command, f"--workdir={workdir}", *flags) == 69
+    assert "it was removed or moved" in capsys.readouterr().err
+    assert not workdir.exists()
 
 
 def test_a_damaged_result_is_refused_before_any_attack(rechecked, monkeypatch, capsys):

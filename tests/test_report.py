@@ -15,6 +15,8 @@ from samrobust.experiments.reporting import summarize
 from samrobust.experiments.reporting.render import to_json
 from samrobust.system.files import (
     append_json_line,
+    digest,
+    read_sealed,
     write_json,
     write_sealed,
     write_text,
@@ -128,6 +130,35 @@ def leave_flatness(folder: Path) -> None:
     write_sealed(folder / "sharpness.json", content)
     (folder / "sharpness.md").write_text("lambda max of ST is 12.25.")
     (folder / "sharpness.png").write_bytes(PIXEL)
+
+
+def test_flatness_that_is_not_that_of_its_numbers_is_left_out(tmp_path):
+    leave_flatness(tmp_path)
+    leave_table(tmp_path, [result("st", 0)])
+    content = read_sealed(tmp_path / "sharpness.json") or {}
+    written = {n: digest(tmp_path / n) for n in ("sharpness.md", "sharpness.png")}
+    write_sealed(tmp_path / "sharpness.json", content | {"files": written})
+    assert helpers.main("report", f"--workdir={tmp_path}") == 0
+    assert "lambda max of ST" in Page(tmp_path / "report.html").text
+    (tmp_path / "sharpness.md").write_text("lambda max of ST is 99.")
+    assert helpers.main("report", f"--workdir={tmp_path}") == 0
+    text = Page(tmp_path / "report.html").text
+    assert "lambda max of ST" not in text
+    assert "Left out: sharpness.md is not as `samrobust sharpness` wrote it." in text
+
+
+def test_a_conclusion_names_the_runs_that_it_is_of_and_no_others(tmp_path):
+    leave_flatness(tmp_path)
+    leave_table(tmp_path, [result("st", 0)])
+    content = read_sealed(tmp_path / "sharpness.json") or {}
+    (own,) = content["runs"].values()
+    removed = {"st/seed1": own | {"identity": "of-a-removed-run"}}
+    concluded = {"runs": content["runs"] | removed, "concluded": ["st/seed0"]}
+    write_sealed(tmp_path / "sharpness.json", content | concluded)
+    assert helpers.main("report", f"--workdir={tmp_path}") == 0
+    text = Page(tmp_path / "report.html").text
+    assert "of-the-flatness" in text
+    assert "of-a-removed-run" not in text
 
 
 def test_a_page_needs_nothing_but_itself(whole):

@@ -407,8 +407,12 @@ def test_a_signal_is_answered_in_the_midst_of_a_computation_that_may_be_lost(
     assert output == ("done\n" if code == 0 else "")
 
 
-def test_provenance_names_commit_versions_device_and_command():
+def test_provenance_names_commit_versions_device_and_command(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_flag_of_ours=1")
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
     found = provenance()
+    assert found["XLA_FLAGS"] == "--xla_flag_of_ours=1"
+    assert "LIBTPU_INIT_ARGS" not in found
     assert json.loads(json.dumps(found)) == found
     assert found["jax"] == jax.__version__
     assert found["num_devices"] == jax.device_count()

@@ -193,6 +193,16 @@ def test_a_share_without_a_run_says_what_is_missing(copy, capsys):
     assert not (copy / "table.md").exists()
 
 
+def test_runs_of_other_shares_with_another_config_are_refused_too(copy, capsys):
+    other = "--config.training.momentum=0.5"
+    flags = make_arguments(copy, ROWS, "--shard=4/5", other, seeds=2)
+    assert helpers.main(*flags) == 2
+    assert (
+        "4 of the 4 runs of another config: training.momentum"
+        in capsys.readouterr().err
+    )
+
+
 def test_collecting_a_finished_table_equals_making_it(table, copy, capsys):
     assert helpers.main(*make_arguments(copy, ROWS, "--collect", seeds=2)) == 0
     assert "missing" not in capsys.readouterr().out

@@ -1,6 +1,9 @@
 """The files of a run: whole or not at all."""
 
+import concurrent.futures
+import fcntl
 import json
+import time
 
 import helpers
 import pytest
@@ -9,12 +12,14 @@ from samrobust.experiments import configuration
 from samrobust.experiments.identity import identity_of
 from samrobust.experiments.workdir import (
     OtherConfigError,
+    add_evaluation,
     config_of_run,
     finished_runs,
     read_result,
     run_folder,
     settle_config,
 )
+from samrobust.system.claims.lease import ClaimedError
 from samrobust.system.files import (
     WorkdirError,
     append_json_line,
@@ -247,6 +252,26 @@ def make_finished(workdir, *names, **fields):
         overrides = {"seed": int(seed.split(".")[0]), **fields}
         settle_config(folder, helpers.make_config(row, overrides))
         (folder / "result.json").write_text("{}")
+
+
+def test_an_evaluation_of_a_run_that_was_moved_makes_no_new_folder(tmp_path):
+    with pytest.raises(ClaimedError, match="the directory was removed or moved"):
+        add_evaluation(tmp_path / "gone", {"accuracy": {}})
+    assert not (tmp_path / "gone").exists()
+
+
+def test_lines_are_added_by_one_process_at_a_time(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"n": 1}\n{"n": ')
+    with path.open("ab") as other, concurrent.futures.ThreadPoolExecutor() as pool:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        added = pool.submit(append_json_line, path, {"n": 3})
+        time.sleep(0.1)
+        other.write(b"2}\n")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_UN)
+        added.result()
+    assert read_json_lines(path) == [{"n": 1}, {"n": 2}, {"n": 3}]
 
 
 def test_copies_of_runs_are_no_runs_of_a_table(tmp_path):

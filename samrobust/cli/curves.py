@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -91,11 +92,13 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         f"{checkpoints_of(measurements.first)[0]} checkpoint"
     )
     measurements.write(title=title, curves=[dataclasses.asdict(line) for line in lines])
-    pictures = broadcast_from_primary(
-        lambda: write_figure(
-            curves.draw_curves(lines, title), measurements.workdir, "curves"
-        )
-    )
+
+    def draw() -> tuple[pathlib.Path, ...]:
+        with measurements.concluding():
+            figure = curves.draw_curves(lines, title)
+            return write_figure(figure, measurements.workdir, "curves")
+
+    pictures = broadcast_from_primary(draw)
     show_written(measurements.console, measurements.workdir, ["curves.json", *pictures])
     return 0
 

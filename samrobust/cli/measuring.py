@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from flax import linen as nn
@@ -21,11 +21,12 @@ from samrobust.evaluation import OnBatch
 from samrobust.experiments import building, networks, scoring
 from samrobust.experiments.reporting.progress import ProgressDisplay, RunDisplay
 from samrobust.experiments.turns import take_turns
-from samrobust.experiments.workdir import finished_runs
+from samrobust.experiments.workdir import concluding, finished_runs
 from samrobust.system import files
-from samrobust.system.claims.lease import ClaimedError, claim, claim_in_turn
+from samrobust.system.claims.lease import Claim, ClaimedError, claim, claim_in_turn
 from samrobust.system.distributed import broadcast_from_primary
 from samrobust.system.provenance import provenance
+from samrobust.system.storage import ObjectPath
 from samrobust.types import Config, PyTree
 
 __all__ = ["FinishedRuns", "RunMeasurements"]
@@ -42,7 +43,6 @@ class FinishedRuns:
       stop: asked before each batch.
 
     Attributes:
-      should_stop: the same answer in all processes.
       console: of process 0.
       workdir: of the table, in which process 0 can write.
       configs: of the runs, by their folders in the workdir.
@@ -54,7 +54,7 @@ class FinishedRuns:
     """
 
     def __init__(self, arguments: argparse.Namespace, stop: Callable[[], bool]):
-        self.should_stop, self.console = shared.join(stop)
+        self._stop, self.console = shared.join(stop)
         self.workdir: pathlib.Path = arguments.workdir
         self.configs: Mapping[str, Config] = broadcast_from_primary(
             lambda: finished_runs(self.workdir, arguments.rows or ())
@@ -62,6 +62,42 @@ class FinishedRuns:
         self.first = next(iter(self.configs.values()))
         self.load_data = shared.once_per(building.load_data, "data")
         broadcast_from_primary(lambda: files.check_writable(self.workdir))
+        self._opened = broadcast_from_primary(self._identity)
+        self._mine: Claim | None = None  # of process 0, on the run that is judged
+
+    def should_stop(self) -> bool:
+        """Tells whether to stop; the same answer in all processes.
+
+        Raises:
+          ClaimedError: if the workdir was removed or moved meanwhile.
+        """
+        if self._mine is not None:
+            self._mine.check()
+        return self._stop()
+
+    @contextlib.contextmanager
+    def concluding(self) -> Iterator[None]:
+        """Lets one worker at a time write what all have found, in process 0.
+
+        Raises:
+          ClaimedError: if the workdir was removed or moved meanwhile.
+        """
+        self._confirm()
+        with concluding(self.workdir):
+            yield
+
+    def _confirm(self) -> None:
+        if self._identity() != self._opened:
+            raise ClaimedError(f"Lost {self.workdir}: it was removed or moved.")
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Returns what tells the workdir from another of its name; None in a bucket."""
+        if isinstance(self.workdir, ObjectPath):
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            status = self.workdir.stat()
+            return status.st_dev, status.st_ino
+        return 0, 0
 
     def judge_each(
         self, judge: Callable[[str, RunDisplay], _T], works: Mapping[str, float]
@@ -90,12 +126,14 @@ class FinishedRuns:
 
         def judged(folder: str) -> bool:
             shown = display.run(name(folder), 0.0, works[folder])
+            broadcast_from_primary(self._confirm)
             with contextlib.ExitStack() as held:
                 try:
                     broadcast_from_primary(lambda: self._claim(held, folder))
                 except ClaimedError:
                     return False
                 found[folder] = judge(folder, shown)
+                self._mine = None
             return True
 
         def on_wait(held: Sequence[str]) -> None:
@@ -108,7 +146,7 @@ class FinishedRuns:
 
     def _claim(self, held: contextlib.ExitStack, folder: str) -> None:
         # Beside the run and not in it: that may be somebody else's, or in use.
-        held.enter_context(claim(self.workdir / ".judging" / folder))
+        self._mine = held.enter_context(claim(self.workdir / ".judging" / folder))
 
 
 class RunMeasurements(FinishedRuns):
@@ -196,12 +234,14 @@ class RunMeasurements(FinishedRuns):
 
     def write(self, **found: Any) -> None:
         """Writes what is known, and what was found in all of it."""
-        self.runs = broadcast_from_primary(lambda: self._write(found))
+        whole = {"concluded": list(self.configs), **found} if found else {}
+        self.runs = broadcast_from_primary(lambda: self._write(whole))
 
     def _read(self) -> None:
         self.runs = broadcast_from_primary(self._together)
 
     def _write(self, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        self._confirm()
         with self._alone():  # others add theirs to the same file
             runs = self._together()
             content = {"settings": self._as_json, "runs": runs, **found}

@@ -122,8 +122,12 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         }
 
     results = list(opened.judge_each(judge, works).values())
-    paths = broadcast_from_primary(lambda: _conclude(workdir, runs, results, console))
-    shared.show_written(console, workdir, paths)
+
+    def conclude() -> tuple[pathlib.Path, ...]:
+        with opened.concluding():
+            return _conclude(workdir, runs, results, console)
+
+    shared.show_written(console, workdir, broadcast_from_primary(conclude))
     return 0
 
 

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.studies.sharpness.picture import draw_scatter
     from samrobust.studies.sharpness.probe import make_probe
     from samrobust.system.distributed import broadcast_from_primary
-    from samrobust.system.files import write_text
+    from samrobust.system.files import digest, write_text
 
     measurements = RunMeasurements(arguments, stop, _NAME, _settings)
     settings: ProbeSettings = measurements.settings
@@ -107,7 +107,6 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         for folder, config in configs.items()
     ]
     explained = findings.explain(runs, column)
-    measurements.write(**findings.to_json(explained))
     about = (explained, settings, measurements.runs[next(iter(configs))]["num_images"])
     notes = broadcast_from_primary(lambda: _on_autoattack(workdir, explained.columns))
     to_sheet = functools.partial(findings.to_sheet, *about, notes=notes)
@@ -116,13 +115,18 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     title = f"{data}: accuracy at {column} against what may explain it"
     title += ", {} training and {} test images, Spearman's r".format(*about[-1])
 
-    def conclude() -> list[str]:
-        write_text(workdir / f"{_NAME}.md", to_sheet().to_markdown())
-        write_text(workdir / f"{_NAME}.csv", findings.to_csv(explained))
-        write_figure(draw_scatter(explained, title), workdir, _NAME, ("png",))
-        return [f"{_NAME}.{suffix}" for suffix in ("md", "csv", "json", "png")]
+    def conclude() -> dict[str, str]:
+        with measurements.concluding():
+            write_text(workdir / f"{_NAME}.md", to_sheet().to_markdown())
+            write_text(workdir / f"{_NAME}.csv", findings.to_csv(explained))
+            write_figure(draw_scatter(explained, title), workdir, _NAME, ("png",))
+            names = [f"{_NAME}.{suffix}" for suffix in ("md", "csv", "png")]
+            return {name: digest(workdir / name) for name in names}
 
-    show_written(measurements.console, workdir, broadcast_from_primary(conclude))
+    written = broadcast_from_primary(conclude)
+    # Last, with what the other files hold: a kill leaves none beside other numbers.
+    measurements.write(**findings.to_json(explained), files=written)
+    show_written(measurements.console, workdir, [*written, f"{_NAME}.json"])
     return 0
 
 

@@ -204,6 +204,7 @@ def _show(plan: Plan, results: list[dict[str, Any]], console: "Console") -> None
     """Prints and writes the table."""
     from samrobust.cli.shared import passes_of, show_written
     from samrobust.experiments import reporting
+    from samrobust.experiments.workdir import concluding
 
     config = next(iter(plan.configs.values()))
     table = reporting.summarize(
@@ -215,7 +216,9 @@ def _show(plan: Plan, results: list[dict[str, Any]], console: "Console") -> None
         caption=_caption(config) + plan.note,
     )
     console.print(reporting.to_rich(table))
-    show_written(console, plan.workdir, reporting.write_table(table, plan.workdir))
+    with concluding(plan.workdir):
+        paths = reporting.write_table(table, plan.workdir)
+    show_written(console, plan.workdir, paths)
 
 
 def _caption(config: "Config") -> str:

@@ -51,7 +51,7 @@ class Archive(NamedTuple):
     """A folder in which an evaluation stores the fate of every example.
 
     Attributes:
-      folder: receives the files.
+      folder: receives the files; made, in a directory that is there.
       examples: whether the adversarial images are stored too.
       provenance: of the caller, in JSON's types; stored with the outcome if this call
         contributes to it.

@@ -32,7 +32,6 @@ class ExamplesFile:
 
     def create(self) -> None:
         """Writes the natural images."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         shape = self._images.shape
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         with of_file(self.path), self.path.open("wb") as file:

@@ -146,7 +146,8 @@ class FatesFile:
     Only process 0 touches it.
 
     Args:
-      folder: receives `NAME.npz`, with NAME a hash of `identity`; None stores nothing.
+      folder: receives `NAME.npz`, with NAME a hash of `identity`; made in a directory
+        that is there. None stores nothing.
       identity: all that the fates depend on, from `identify`. Another identity has
         another file.
     """
@@ -182,6 +183,7 @@ class FatesFile:
             pass
         except _UnfitError as error:
             self._set_aside(self.path, str(error))
+        self.path.parent.mkdir(exist_ok=True)
         if self._examples is not None:
             self._examples.create()
         self.write(fresh, now=True)  # a folder that cannot be written fails at once
@@ -266,7 +268,6 @@ class FatesFile:
         if self._examples is not None:
             self._examples.flush()
             content["sums"] = self._examples.sums
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         np.savez(buffer, **content)
         write_bytes(self.path, buffer.getvalue())

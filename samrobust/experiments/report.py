@@ -135,8 +135,7 @@ class _Report:
             self._lacks(title, "curves")
             return
         curves = [Curve(**curve) for curve in content["curves"]]
-        for path, run in content["runs"].items():
-            self._measured(title, path, run)
+        self._all_measured(title, content)
         said = content.get("title", "Accuracy against the radius")
         drawn = write_figure(
             draw_curves(curves, said), self.workdir, "curves", ("png",)
@@ -161,8 +160,12 @@ class _Report:
         if content is None or "correlations" not in content or not is_whole:
             self._lacks(title, "sharpness")
             return
-        for path, run in content["runs"].items():
-            self._measured(title, path, run)
+        for name, written in content.get("files", {}).items():
+            if files.digest(self.workdir / name) != written:
+                self.refused.append(f"{name} is not as `samrobust sharpness` wrote it.")
+                self._lacks(title, "sharpness")
+                return
+        self._all_measured(title, content)
         numbers = html.escape(text.read_text(encoding="utf-8"))
         alt = f"accuracy at {content['column']} against what may explain it"
         folded = _folded("The numbers", f"<pre>{numbers}</pre>")
@@ -239,6 +242,12 @@ class _Report:
     def _add(self, title: str, content: str, *drawn: pathlib.Path) -> None:
         self.sections.append(Section(title, content))
         self.pictures += drawn
+
+    def _all_measured(self, what: str, content: Mapping[str, Any]) -> None:
+        """Notes the runs that a conclusion is of; others may be measured too."""
+        runs = content["runs"]
+        for path in content.get("concluded", runs):
+            self._measured(what, path, runs[path])
 
     def _measured(self, what: str, run: str, fields: Mapping[str, Any]) -> None:
         for column, made in makers(fields).items():

@@ -41,7 +41,8 @@ def write_bundle(
     """Writes `model.pt`, `model.py`, `model_info.json` and `README.md`.
 
     Args:
-      folder: made if it is not there; files of these names are replaced.
+      folder: made if it is not there; files of these names are replaced, the claims
+        last: a stopped export leaves none beside the weights of another network.
       weights: with all metadata.
       config: of the run.
       workdir: of the run; its `evaluations.jsonl` holds the numbers.
@@ -67,6 +68,8 @@ def write_bundle(
         by_hand=", ".join(by_hand),
     )
     folder.mkdir(parents=True, exist_ok=True)
+    for claim in ("model_info.json", "README.md"):
+        (folder / claim).unlink(missing_ok=True)
     write_bytes(folder / "model.pt", content)
     write_text(folder / "model.py", code)
     write_json(folder / "model_info.json", info)

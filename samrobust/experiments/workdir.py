@@ -20,7 +20,7 @@ from samrobust.experiments.rows import modern_row
 from samrobust.experiments.survey import read_plan
 from samrobust.experiments.validation import validate
 from samrobust.system import files
-from samrobust.system.claims.lease import claim_in_turn
+from samrobust.system.claims.lease import ClaimedError, claim_in_turn
 from samrobust.system.storage import ObjectPath
 from samrobust.types import Config
 
@@ -28,6 +28,7 @@ __all__ = [
     "EVALUATIONS",
     "OtherConfigError",
     "add_evaluation",
+    "concluding",
     "config_changes",
     "config_of_run",
     "finished_runs",
@@ -179,6 +180,11 @@ def _untold(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
     return found
 
 
+def concluding(workdir: pathlib.Path) -> contextlib.AbstractContextManager[Any]:
+    """Lets one process at a time write a table's files, which belong together."""
+    return claim_in_turn(workdir / ".judging" / "conclusion")
+
+
 def run_folder(workdir: pathlib.Path, row: str, seed: int) -> pathlib.Path:
     """Returns where a table has a run: `ROW/seed0`, the row as its version wrote it."""
     folder = workdir / row / f"seed{seed}"
@@ -216,7 +222,12 @@ def add_evaluation(workdir: pathlib.Path, line: Mapping[str, Any]) -> pathlib.Pa
 
     Returns:
       The path of that file.
+
+    Raises:
+      ClaimedError: if the directory was removed or moved meanwhile.
     """
+    if not (workdir / "config.json").exists():
+        raise ClaimedError(f"Lost {workdir}: the directory was removed or moved.")
     path, line = workdir / EVALUATIONS, files.seal(line)
     with contextlib.ExitStack() as held:
         if isinstance(path, ObjectPath):  # which has no appending

@@ -58,9 +58,10 @@ def msam(
 
     Reference: Becker, Altrock and Risse (2024), arXiv 2401.12033; as the authors' code,
     MarlonBecker/MSAM, for SGD. *Our deviation*: their AdamW moves along its average of
-    gradients, before it is divided by their size; their weights are the moved ones and
-    have to be moved back; no 1e-12 is added to the norm, zero is treated exactly
-    instead.
+    gradients, before it is divided by their size; after an update at a rate of 0, as
+    the first of a cyclic schedule, the gradient is that at w; their weights are the
+    moved ones and have to be moved back; no 1e-12 is added to the norm, zero is treated
+    exactly instead.
     """
     check_rho(rho)
     schedule = rho if callable(rho) else lambda _: rho

@@ -18,6 +18,7 @@ __all__ = [
     "WorkdirError",
     "append_json_line",
     "check_writable",
+    "digest",
     "glance",
     "read_json",
     "read_json_lines",
@@ -51,6 +52,13 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
     if not isinstance(path, storage.ObjectPath) and path.is_dir():
         raise WorkdirError(f"Expected a file {path}, got a folder. Move it away.")
     storage.replace(path, content)
+
+
+def digest(path: pathlib.Path) -> str:
+    """Returns the SHA-256 of a file; empty if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return ""
 
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:

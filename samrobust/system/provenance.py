@@ -19,6 +19,8 @@ from samrobust.types import PyTree
 
 __all__ = ["checksum", "commit", "provenance", "random_bits"]
 
+# Of the environment, where they are set: they change how programs round.
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION")
 _PACKAGES = ("samrobust", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
@@ -29,7 +31,8 @@ def provenance() -> dict[str, Any]:
       `commit` (`+changes` if files differ from it; of an installed wheel the tag of
       its release, as `v0.2.0`; None where git does not answer),
       the versions of the packages, `python`, `device`, `num_devices`, `num_processes`,
-      `platform`, `command` and `date` (UTC, ISO 8601).
+      `platform`, `command` and `date` (UTC, ISO 8601); `XLA_FLAGS` and others of
+      `_FLAGS` that the environment sets.
     """
     device = jax.devices()[0]
     return {
@@ -42,6 +45,7 @@ def provenance() -> dict[str, Any]:
         "platform": platform.platform(),
         "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **{name: os.environ[name] for name in _FLAGS if os.environ.get(name)},
     }
 
 

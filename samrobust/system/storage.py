@@ -19,6 +19,7 @@ as its process, for tests.
 
 import contextlib
 import errno
+import fcntl
 import fnmatch
 import json
 import os
@@ -286,6 +287,9 @@ def append(path: pathlib.Path, line: bytes) -> None:
         return
     is_new = not path.exists()
     with of_file(path), path.open("ab+") as file:
+        with contextlib.suppress(OSError):  # a file server may have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0, os.SEEK_END)
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":

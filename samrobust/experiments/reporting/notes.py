@@ -157,6 +157,7 @@ def _provenance(table: Table) -> list[str]:
         return sorted({str(r[key]) for r in records if r.get(key) is not None})
 
     words = (("at commit", "commit"), ("on", "device"), ("with jax", "jax"))
+    words += (("under XLA_FLAGS", "XLA_FLAGS"),)
     parts = [f"{word} {', '.join(values(key))}" for word, key in words if values(key)]
     said = [f"Measured {' '.join(parts)}."] if parts else []
     if len(values("device")) > 1 and any(row.cost is not None for row in table.rows):
