@@ -156,7 +156,7 @@ def _read_table(path: pathlib.Path) -> Table:
     check(path.is_file(), wanted, fix, path=str(path))
     table = from_json(path.read_text(encoding="utf-8"))
     wanted = "the standard AutoAttack, in float32 and on test images"
-    fix = "Run `samrobust recheck --dtype=float32`."
+    fix = "Run `samrobust recheck --version=standard --dtype=float32` on test images."
     is_standard = bool(_STANDARD.fullmatch(table.caption))
     check(is_standard, wanted, fix, path=str(path), caption=table.caption)
     return table

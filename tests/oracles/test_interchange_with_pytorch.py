@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from samrobust.experiments import configuration
+from samrobust.experiments import configuration, robustbench
 from samrobust.experiments.networks import load_network, save_variables
 from samrobust.models import PreActResNet
 from samrobust.models.torch import (
@@ -423,6 +423,22 @@ def test_a_bundle_has_the_logits_of_the_run_on_plain_pixels(workdir, tmp_path):
     np.testing.assert_allclose(logits_of(model, variables, images), logits, atol=1e-5)
     names = {n.partition(".")[0] for n in network.state_dict()}
     assert names == {"mean", "std", "model"}
+
+
+def test_a_stopped_export_leaves_no_claim_beside_other_weights(
+    workdir, tmp_path, monkeypatch
+):
+    assert export(workdir, "robustbench", tmp_path) == 0
+    before = (tmp_path / "model.pt").read_bytes()
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(robustbench, "write_text", stopped)  # after the weights
+    assert export(workdir, "robustbench", tmp_path) == 130
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"model.pt", "model.py"}
+    assert (tmp_path / "model.pt").read_bytes() == before
 
 
 def bundle_of(workdir, tmp_path, lines):
