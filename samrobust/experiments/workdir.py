@@ -310,8 +310,8 @@ def read_result(workdir: pathlib.Path, identity: Identity) -> dict[str, Any] | N
     unlike = "it does not say of which" if stored is None else stored.unlike(identity)
     if unlike:
         raise files.WorkdirError(
-            f"Expected the result of this run in {path}, got another's: {unlike}. Move "
-            "that file away (the last checkpoint is then evaluated again), or choose "
-            "another --workdir."
+            f"Expected the result of this run in {path}, got another's: {unlike}. "
+            "Choose another --workdir. Where that file alone is another's, move it "
+            "away: the last checkpoint is then evaluated again."
         )
     return {**result, "row": modern_row(str(result.get("row")))}
