@@ -4,6 +4,7 @@ The one place where the parts of an experiment are put together: data, network, 
 schedule, attacks. Out of scope: validation, see `samrobust.experiments.validation`.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
@@ -42,6 +43,7 @@ from samrobust.types import Attack, Config
 
 __all__ = [
     "autoattacks",
+    "check_radii",
     "evaluation_attacks",
     "learning_rate_schedule",
     "load_data",
@@ -75,6 +77,27 @@ def load_facts_or_data(config: Config) -> Dataset | DatasetFacts:
     """
     is_built_in = config.data.name in DATASETS
     return load_facts(config) if is_built_in else load_data(config)
+
+
+def check_radii(config: Config, dataset: Dataset | DatasetFacts) -> None:
+    """Refuses l2 radii, of the evaluation or the row, that hold all of the images.
+
+    Raises:
+      ValueError: see above; names the field, in 1/255 units.
+    """
+    radii = [("evaluation.l2", radius) for radius in config.evaluation.l2]
+    for part in methods.parts_of(config):
+        values = methods.values_of(config, part.name)
+        if part.name in entries.REGISTRY and values.get("norm") == "l2":
+            radii.append(
+                (f"{entries.section_of(part.name)}.epsilon", values["epsilon"])
+            )
+    shape = dataset.image_shape
+    diagonal = 255 * math.sqrt(math.prod(shape))
+    for field, radius in radii:
+        wanted = f"{field} <= {diagonal:.6g}, the diagonal of images {shape}"
+        fix = "Radii are in 1/255 units: a larger ball holds all images."
+        check(radius <= diagonal, wanted, fix, **{field: radius})
 
 
 def make_plan(config: Config, num_examples: int) -> EpochPlan:
