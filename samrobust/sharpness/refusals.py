@@ -82,11 +82,12 @@ def check_present(**values: Any) -> None:
     """Refuses a `None` among the arguments of `update`."""
     lacking = [n for n, v in values.items() if v is None and n not in _IN_ANY_CALL]
     more = "".join(f", {name}={name}" for name in lacking)
+    call = f"Call `tx.update(grads, opt_state, params, grad_fn=grad_fn{more})`"
     for name, value in values.items():
         check(
             value is not None,
             f"{name} in the update",
-            f"Call `tx.update(grads, opt_state, params, grad_fn=grad_fn{more})`.",
+            f"{call}. Flax's `apply_gradients` drops grad_fn.",
             **{name: value},
         )
 
