@@ -5,7 +5,7 @@ schedule, attacks. Out of scope: validation, see `samrobust.experiments.validati
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,7 @@ from samrobust.types import Attack, Config
 
 __all__ = [
     "autoattacks",
+    "check_l2",
     "check_radii",
     "evaluation_attacks",
     "learning_rate_schedule",
@@ -85,18 +86,23 @@ def check_radii(config: Config, dataset: Dataset | DatasetFacts) -> None:
     Raises:
       ValueError: see above; names the field, in 1/255 units.
     """
-    radii = [("evaluation.l2", radius) for radius in config.evaluation.l2]
+    check_l2(dataset, "evaluation.l2", config.evaluation.l2)
     for part in methods.parts_of(config):
         values = methods.values_of(config, part.name)
         if part.name in entries.REGISTRY and values.get("norm") == "l2":
-            radii.append(
-                (f"{entries.section_of(part.name)}.epsilon", values["epsilon"])
-            )
+            field = f"{entries.section_of(part.name)}.epsilon"
+            check_l2(dataset, field, [values["epsilon"]])
+
+
+def check_l2(
+    dataset: Dataset | DatasetFacts, field: str, radii: Iterable[float]
+) -> None:
+    """Refuses radii in 1/255 beyond the diagonal of the images, by their field."""
     shape = dataset.image_shape
     diagonal = 255 * math.sqrt(math.prod(shape))
-    for field, radius in radii:
-        wanted = f"{field} <= {diagonal:.6g}, the diagonal of images {shape}"
-        fix = "Radii are in 1/255 units: a larger ball holds all images."
+    wanted = f"{field} <= {math.floor(diagonal)}, the diagonal of images {shape}"
+    fix = "Radii are in 1/255 units: a larger ball holds all images."
+    for radius in radii:
         check(radius <= diagonal, wanted, fix, **{field: radius})
 
 
