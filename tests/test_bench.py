@@ -425,6 +425,16 @@ def test_a_failed_row_is_reported_and_the_others_stand():
     assert "failed: st step, batch 128, float32: out of memory" in text
 
 
+def test_notes_speak_of_what_was_measured_alone():
+    options = Options(CIFAR, measure=("step",), methods=("st",))
+    outcomes = {task: [fake_step([2.0])] for task in plan(options)}
+    for rates in (True, False):
+        report = summarize(FIRST | outcomes if rates else outcomes, options)
+        text = "\n".join(to_sheet(report).notes)
+        for words in ("TFLOP/s by", "'by FLOPs'", "reach here:"):
+            assert (words in text) == rates
+
+
 def test_a_row_has_the_median_and_the_interquartile_range_of_all_repeats():
     task = Task("step", "st", "st", 128, "float32")
     rounds = [fake_step([1, 2]), fake_step([3, 4, 100])]

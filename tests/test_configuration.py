@@ -638,8 +638,13 @@ def test_rows_that_make_no_table_are_refused(rows, tmp_path):
 def test_a_config_file_without_rows_is_refused_by_name(tmp_path):
     own = tmp_path / "mine.py"
     own.write_text("def get_config(row='st'): ...\n")
-    with pytest.raises(ValueError, match=r"a list ROWS in .*mine.py"):
+    message = r"a list ROWS in .*mine.py, got lists=\[\]\. Define it there\."
+    with pytest.raises(ValueError, match=message):
         configuration.load_rows(str(own))
+    own.write_text("ROWS, FEW = ['st'], ('st',)\nNUMBER = 3\n")
+    message = r"NO in .*mine.py, got lists=\['ROWS', 'FEW'\]\. Name one of these\."
+    with pytest.raises(ValueError, match=message):
+        configuration.load_rows(str(own), "NO")
 
 
 def test_differences_names_changed_missing_and_new_fields():

@@ -157,6 +157,16 @@ def test_a_worker_with_other_settings_is_named_and_nothing_of_it_overwritten(
     assert not list(workdir.glob("curves.json.aside*"))
 
 
+def test_a_radius_that_holds_all_images_is_refused_before_any_attack(
+    table, tmp_path, monkeypatch, capsys
+):
+    workdir = Path(shutil.copytree(table, tmp_path / "table"))
+    monkeypatch.setattr("samrobust.experiments.curves.measure_run", None)
+    assert helpers.main("curves", f"--workdir={workdir}", "--l2=64,2041") == 2
+    assert "Expected --l2 <= 2040, the diagonal of" in capsys.readouterr().err
+    assert not (workdir / "curves.json").exists()
+
+
 def test_a_directory_without_finished_runs_is_refused(tmp_path, capsys):
     assert helpers.main("curves", f"--workdir={tmp_path}") == 2
     assert "Expected finished runs" in capsys.readouterr().err

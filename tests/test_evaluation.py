@@ -507,6 +507,7 @@ def test_more_restarts_never_raise_the_accuracy():
     [
         (["--epsilon=8"], "Expected one --norm with --epsilon"),
         (["--norm=linf", "--epsilon=300"], "Expected evaluation.linf <= 255"),
+        (["--norm=l2", "--epsilon=5000"], "Expected evaluation.l2 <= 2040, the"),
         (["--restarts=0"], "--restarts: Expected 1 <= value"),
         (["--checkpoint=best"], "data.validation_size"),
         (["--config.seed=1"], "evaluate takes no --config"),

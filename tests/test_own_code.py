@@ -248,6 +248,8 @@ MESSAGES = {
     "mine:nothing": r"^Expected a method nothing in .*mine\.py, got .*persistent",
     "mine:persistent": r"^Expected the options radius for mine:persistent, got row=",
     "mine:persistent,radius=x": r"^Expected a number for radius, got row=",
+    "odd:counted,n=1.5,on=True": r"^Expected a whole number for n, got row='odd:count",
+    "odd:counted,n=1,on=yes": r"^Expected True or False for on, got row='odd:counted",
     "other:persistent": r"^Expected a module other with a method, got .* Run in",
     "sam,rho=0.1+mine:stripes": r"^Expected mine:stripes to build one of adversary",
     "odd:data,share=1": r"^Expected another name than data, got part='odd:data'",
@@ -284,6 +286,10 @@ def by_place(share, /):
 
 def called(kind: str, power: float = 1.0, top: int | None = None, on: bool = False):
     return Averaging(lambda variables: variables, lambda average, variables, step: 0)
+
+
+def counted(n: int, on: bool):
+    return called("")
 
 
 class Plain(nn.Module):

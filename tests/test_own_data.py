@@ -457,7 +457,11 @@ def resave(change):
         ),
         (
             lambda path: path.with_suffix(".png.d").mkdir(),
-            r"files, got file='01.png.d'",
+            r"files, got folder='01\.png\.d'\. Move its images up, or move it out of f",
+        ),
+        (
+            lambda path: path.with_name("dead.png").symlink_to("gone.png"),
+            r"files, got broken_link='dead\.png'\. Replace it, or move it out of flow",
         ),
         (
             lambda path: path.parent.rename(path.parent.with_name("d")),
@@ -477,7 +481,7 @@ def resave(change):
         ),
         (
             lambda path: (path.parent.parent.parent / "train/note.txt").write_text(""),
-            r"got odd=\['note\.txt'\]",
+            r"only class folders in flowers/train, got file='note\.txt'\. Move it out",
         ),
     ],
 )
@@ -528,6 +532,24 @@ def test_records_are_decoded_once_and_found_again_by_content(monkeypatch, here):
     assert fingerprint(again.train) == fingerprint(first.train)
 
 
+def test_a_version_of_a_data_set_of_tfds_is_named_as_tfds_does(here):
+    directory = write_tfds(make_arrays())
+    shutil.copytree(directory, directory.with_name("1.10.0"))
+    for name, version in (("shapes", "1.10.0"), ("shapes:1.2.0", "1.2.0")):
+        found = prepared.find_prepared(name, here / "tfds")
+        assert found == here / "tfds" / "shapes" / version
+    named, newest = load_dataset("shapes:1.2.0"), load_dataset("shapes")
+    assert fingerprint(named.train) == fingerprint(newest.train)
+    message = (
+        r"shapes:2\.0\.0 in .*, got shapes:1\..* as array_record, shapes:1\..* Set"
+    )
+    with pytest.raises(DatasetUnavailableError, match=message):
+        load_dataset("shapes:2.0.0")
+    message = r"after a colon, got name='shapes/1\.2\.0'\. Write shapes:1\.2\.0\.$"
+    with pytest.raises(ValueError, match=message):
+        load_dataset("shapes/1.2.0")
+
+
 def drop_test(arrays):
     return {name: arrays[name] for name in ("x_train", "y_train")}
 
@@ -547,7 +569,9 @@ def test_prepared_data_of_another_kind_are_refused_with_what_they_are(case):
         info = write_tfds(arrays) / "dataset_info.json"
         content = json.loads(info.read_text()) | {"fileFormat": "tfrecord"}
         info.write_text(json.dumps(content))
-        message = ".* shapes in .*tfds as TFDS prepares .*, got shapes as tfrecord"
+        message = (
+            ".* shapes in .*tfds as TFDS prepares .*, got shapes:1.2.0 as tfrecord"
+        )
     else:
         path = write_tfds(arrays) / "shapes-train.array_record-00000-of-00001"
         path.write_bytes(path.read_bytes()[:100])

@@ -189,12 +189,29 @@ def check_linen(names):
     assert jnp.abs(moved).max() > 1e-2
 
 
+def check_train_state(names):
+    """One step of SAM, written out."""
+    images, labels = names["images"], names["labels"]
+    begun = names["model"].init(KEY, images)["params"]
+
+    def loss(flat):
+        logits = names["model"].apply({"params": unravel(flat)}, images)
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(8), labels])
+
+    flat, unravel = ravel_pytree(begun)
+    first = jax.grad(loss)(flat)
+    second = jax.grad(loss)(flat + 0.05 * first / jnp.linalg.norm(first))
+    found, _ = ravel_pytree(names["state"].params)
+    np.testing.assert_allclose(found, flat - 0.1 * second, atol=1e-6)
+    assert names["state"].step == 1
+
+
 CHECKS = {
     "README.md": [check_autoattack, check_sam, check_nnx],
     "docs/data.md": [check_flowers],
     "docs/flatness.md": [check_flatness],
     "docs/interchange.md": [check_load, check_as_torch, check_pgd],
-    "docs/library.md": [check_pgd, check_partial, check_linen],
+    "docs/library.md": [check_pgd, check_partial, check_linen, check_train_state],
     "docs/own.md": [check_parts, check_network, check_loop],
     "docs/sharpness.md": [check_family],
     "docs/start.md": [check_npz, check_start],

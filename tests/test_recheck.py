@@ -289,5 +289,7 @@ def test_a_folder_without_runs_and_flags_that_attack_nothing_are_refused(
     nothing = ("--linf=", "--l2=")
     assert helpers.main("recheck", f"--workdir={rechecked}", *nothing) == 2
     assert "Expected radii to attack at" in capsys.readouterr().err
+    assert helpers.main("recheck", f"--workdir={rechecked}", "--l2=5000") == 2
+    assert "Expected evaluation.l2 <= 2040, the diag" in capsys.readouterr().err
     assert helpers.main("recheck", f"--workdir={rechecked}", "--num-examples=0") == 2
     assert "--num-examples: Expected 1 <= value" in capsys.readouterr().err

@@ -848,7 +848,7 @@ def test_gradients_that_are_not_those_of_the_parameters_are_refused(name):
 def test_an_update_without_params_or_grad_fn_says_how_to_call_it():
     tx: Any = sam(RHO)
     w = jnp.asarray(W)
-    fix = r"Call `tx\.update\(grads, opt_state, params, grad_fn=grad_fn\)`"
+    fix = r"Call `tx\.update\(grads, opt_state, params, grad_fn=grad_fn\)`\. Flax's"
     with pytest.raises(ValueError, match=rf"params in the update, .*None\. {fix}"):
         tx.update(gradient(w), tx.init(w), grad_fn=gradient)
     with pytest.raises(ValueError, match=rf"grad_fn in the update, .*None\. {fix}"):

@@ -298,6 +298,32 @@ def test_a_row_whose_batches_cannot_be_cut_is_refused_before_any_work(tmp_path, 
     assert not list(tmp_path.glob("*/seed0/metrics.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["train", "--config=digits:st", "--config.evaluation.l2=(64, 5000)"],
+            "error: Expected evaluation.l2 <= 2040, the diagonal of images (8, 8, 1), "
+            "got evaluation.l2=5000. Radii are in 1/255 units: ",
+        ),
+        (
+            ["train", "--config=digits:trades,norm=l2,eps=2041,beta=6"],
+            "error: Expected trades.epsilon <= 2040, the diagonal of images",
+        ),
+        (
+            ["table", "--config=digits", "--rows=st;at,norm=l2,eps=3000"],
+            "AT (l2, eps = 3000/255): Expected attack.epsilon <= 2040, the diag",
+        ),
+    ],
+)
+def test_a_radius_that_holds_all_images_is_refused_before_any_work(
+    arguments, message, tmp_path, capsys
+):
+    assert helpers.main(*arguments, f"--workdir={tmp_path}") == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
 def test_rows_judged_on_other_images_are_refused_before_any_work(tmp_path, capsys):
     rows = ["st", "st,data.split_seed=1"]  # by which test images are chosen, too
     assert helpers.main(*make_arguments(tmp_path / "new", rows, seeds=1)) == 2

@@ -15,7 +15,7 @@ from flax import linen as nn
 from samrobust.attacks import identity, linf, pgd
 from samrobust.models import BatchNorm
 from samrobust.sharpness import sam
-from samrobust.training import TrainState, as_adversary, make_train_step
+from samrobust.training import Adversary, TrainState, as_adversary, make_train_step
 from samrobust.training.step import metric_names
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, RHO = 0.1, 0.9, 0.05, 0.3
@@ -443,3 +443,87 @@ def test_a_state_is_frozen():
 def test_an_unknown_choice_is_refused_when_the_step_is_made(options, message):
     with pytest.raises(ValueError, match=message):
         make_train_step(model, make_tx(), **options)
+
+
+def half(_logits_fn, images, *_, **_key):
+    return images[:, :4]
+
+
+def coarse(_logits_fn, images, *_, **_key):
+    return images.astype(jnp.bfloat16)
+
+
+def mean_loss(logits, _labels):
+    return jnp.mean(logits)
+
+
+def no_pair(_logits_fn, images, *_, **_key):
+    return images
+
+
+def other_state(_logits_fn, images, *_, **_key):
+    return images, {"images": images}
+
+
+def same_state(_logits_fn, images, _labels, state, **_key):
+    return images, state
+
+
+def learn_another(state, *_):
+    return {"moved": state}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            {"adversary": half},
+            r"Expected an adversary that returns images float32\[8,8,8,1\], as it is "
+            r"given, got \w+\.half='float32\[8,4,8,1\]'\.",
+        ),
+        (
+            {"adversary": coarse},
+            r"got \w+\.coarse='bfloat16\[8,8,8,1\]'\.",
+        ),
+        (
+            {"adversary": Adversary(no_pair)},
+            r"Expected an adversary that returns images and its next state, got "
+            r"\w+\.no_pair='float32\[8,8,8,1\]'\. End with `return images, state`\.",
+        ),
+        (
+            {"adversary": Adversary(other_state)},
+            r"states are all like its first, \(\), got \w+\.other_state=",
+        ),
+        (
+            {"adversary": Adversary(same_state, learn=learn_another)},
+            r"states are all like its first, \(\), got \w+\.learn_another=\{'moved': ",
+        ),
+        (
+            {"objective": mean_loss},
+            r"a loss \[8\] to each example, got \w+\.mean_loss='float32\[\]'\.",
+        ),
+        (
+            {"objective": lambda logits, labels: (labels, logits)},
+            r"got \w+\.<lambda>=\('int32\[8\]', 'float32\[8,10\]'\)\.",
+        ),
+        ({"objective": lambda _, labels: labels}, r"got \w+\.<lambda>='int32\[8\]'\."),
+    ],
+)
+def test_what_a_part_must_not_return_is_refused_by_its_name(parts, message):
+    step = make_train_step(model, make_tx(), **parts).train_step
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(step, make_state(make_tx()), *make_batches(1)[0], KEY)
+
+
+def test_a_network_without_parameters_is_refused():
+    class Bare(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            del train
+            return images.reshape(len(images), -1)
+
+    init = make_train_step(Bare(), make_tx()).init
+    with pytest.raises(
+        ValueError, match="Expected a network Bare with parameters, got"
+    ):
+        init(KEY, jnp.zeros([4, 8, 8, 1]))

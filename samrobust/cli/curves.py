@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.cli.shared import show_written
     from samrobust.data import Dataset, fingerprint
     from samrobust.evaluation.diagnostics import some_of
-    from samrobust.experiments import curves, scoring
+    from samrobust.experiments import building, curves, scoring
     from samrobust.experiments.networks import checkpoints_of
     from samrobust.experiments.reporting.pictures import write_figure
     from samrobust.system.distributed import broadcast_from_primary
@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     )
 
     def prepare(config: "Config", dataset: Dataset) -> tuple[dict[str, Any], Measure]:
+        building.check_l2(dataset, "--l2", settings.radii.get("l2", ()))
         split = scoring.evaluated_split(config, dataset)
         split = some_of(split, settings.num_examples)
 

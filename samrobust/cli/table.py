@@ -134,7 +134,7 @@ def _train(
             dataset = load_data(config)
             with naming(planned.config.label):  # before hours of other rows
                 building.make_plan(config, len(dataset.train))
-            training, judged = work(config, dataset)
+                training, judged = work(config, dataset)
         left = training * first / config.training.epochs
         works[planned.workdir] = training, judged, left
     total = sum(training + judged - left for training, judged, left in works.values())

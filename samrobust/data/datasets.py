@@ -28,6 +28,7 @@ from samrobust.data.prepared import (
     describe_folder,
     find_prepared,
     is_tfds_name,
+    is_version,
     load_prepared,
 )
 from samrobust.system.resolve import failure_of, is_reference, resolve
@@ -118,8 +119,9 @@ def load_dataset(
         - a path of a folder, with a slash in it, as `./flowers`: PNG or JPEG files
           `train/CLASS/*` and `test/CLASS/*`, all of one shape, labels by the sorted
           names of the classes;
-        - a data set that TFDS has prepared in ArrayRecord format, as `mnist` or
-          `imagenet_resized/32x32`, with `image`, `label`, `train` and `test`.
+        - a data set that TFDS has prepared in ArrayRecord format, as `mnist` (its
+          newest version), `mnist:3.0.1` or `imagenet_resized/32x32`, with `image`,
+          `label`, `train` and `test`.
       data_dir: TFDS's directory of prepared data; by default `TFDS_DATA_DIR` or
         ~/tensorflow_datasets, as in TFDS. Prepared data in it are used as they are.
       manual_dir: where the official archive was put, which is not downloaded then; in
@@ -218,6 +220,9 @@ def _read(
         "a folder ./NAME that is there, or the name of a data set in TFDS",
         name=name,
     )
+    stem, _, last = name.rpartition("/")
+    fix = f"Write {stem}:{last}."
+    check(not is_version(last), "a version of a data set after a colon", fix, name=name)
     data_dir = data_dir or default_data_dir()
     prepared = find_prepared(name, data_dir)
     if prepared is None:

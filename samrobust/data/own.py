@@ -66,8 +66,7 @@ def load_images(folder: pathlib.Path, cache_dir: pathlib.Path | None) -> dict[st
         cannot be decoded.
       ValueError: for other files, other classes in `test`, or images of several shapes.
     """
-    classes = _names(folder / "train")
-    found = _names(folder / "test")
+    classes, found = (_classes(folder / split) for split in ("train", "test"))
     fix = "Give both the same class folders; in test some may be empty."
     odd = sorted({*classes} ^ {*found})
     check(not odd, f"the classes of {folder}/train in {folder}/test", fix, odd=odd[:4])
@@ -141,15 +140,33 @@ def _names(folder: pathlib.Path, *, may_be_empty: bool = False) -> list[str]:
     return names
 
 
+def _classes(folder: pathlib.Path) -> list[str]:
+    """Returns the names of the class folders of a split, sorted."""
+    names = _names(folder)
+    for path in (folder / name for name in names):
+        wanted, fix = f"only class folders in {folder}", "Move it out of there."
+        check(path.is_dir(), wanted, fix, **{_kind(path): path.name})
+    return names
+
+
 def _images(folder: pathlib.Path, *, may_be_empty: bool) -> list[pathlib.Path]:
     """Returns the files of a class, sorted by name."""
     names = _names(folder, may_be_empty=may_be_empty)
     paths = [folder / name for name in names]
-    fix = f"Convert it, or move it out of {folder}."
+    fixes = {"file": "Convert it", "folder": "Move its images up"}
     for path in paths:
-        is_image = path.suffix.lower() in _SUFFIXES and path.is_file()
-        check(is_image, f"only {', '.join(_SUFFIXES)} files", fix, file=path.name)
+        kind, is_image = _kind(path), path.suffix.lower() in _SUFFIXES
+        fix = f"{fixes.get(kind, 'Replace it')}, or move it out of {folder}."
+        wanted = f"only {', '.join(_SUFFIXES)} files"
+        check(is_image and path.is_file(), wanted, fix, **{kind: path.name})
     return paths
+
+
+def _kind(path: pathlib.Path) -> str:
+    """Says in a message what is found in a folder."""
+    if path.is_dir():
+        return "folder"
+    return "file" if path.exists() else "broken_link"
 
 
 def _stack(paths: list[pathlib.Path]) -> np.ndarray:

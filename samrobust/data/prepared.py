@@ -25,22 +25,30 @@ __all__ = [
     "file_formats",
     "find_prepared",
     "is_tfds_name",
+    "is_version",
     "load_prepared",
     "read_split",
 ]
 
 _CHUNK = 1000  # records read at a time
+_VERSION = r"\d+\.\d+\.\d+"
 
 logger = logging.getLogger(__name__)
 
 
 def is_tfds_name(name: str) -> bool:
-    """Returns whether this can name a data set of TFDS, or one's configuration.
+    """Returns whether this can name a data set of TFDS: `name/config:version`.
 
-    >>> is_tfds_name("mnist"), is_tfds_name("imagenet_resized/32x32")
+    >>> is_tfds_name("mnist:3.0.1"), is_tfds_name("imagenet_resized/32x32")
     (True, True)
     """
-    return re.fullmatch(r"[a-z]\w*(/[\w.-]+)?", name) is not None
+    form = rf"[a-z]\w*(/[\w.-]+)?(:{_VERSION})?"
+    return re.fullmatch(form, name) is not None
+
+
+def is_version(text: str) -> bool:
+    """Returns whether this is a version of a data set, as TFDS writes it."""
+    return re.fullmatch(_VERSION, text) is not None
 
 
 def find_prepared(
@@ -49,16 +57,17 @@ def find_prepared(
     """Returns the directory of finished ArrayRecord data: preferred, else the newest.
 
     Args:
-      name: of the data set in TFDS.
+      name: of the data set in TFDS; with a version, that one alone.
       data_dir: TFDS's directory.
       preferred: a version.
     """
+    name, _, version = name.partition(":")
 
     def preference(path: pathlib.Path) -> tuple[bool, list[int]]:
         return path.name == preferred, [int(part) for part in path.name.split(".")]
 
     for path in sorted(_versions(data_dir / name), key=preference, reverse=True):
-        if "array_record" in file_formats(path):
+        if version in ("", path.name) and "array_record" in file_formats(path):
             return path
     return None
 
@@ -69,7 +78,7 @@ def _versions(folder: pathlib.Path) -> list[pathlib.Path]:
     TFDS writes into incomplete.XXXXXX_3.0.2 and renames it when all is there.
     """
     paths = folder.glob("*.*.*")
-    return [path for path in paths if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
+    return [path for path in paths if is_version(path.name)]
 
 
 def file_formats(prepared: pathlib.Path) -> list[str]:
@@ -82,9 +91,14 @@ def file_formats(prepared: pathlib.Path) -> list[str]:
 
 def describe_folder(name: str, data_dir: pathlib.Path) -> str:
     """Describes, for a message, what is there instead of prepared data."""
-    versions = _versions(data_dir / name)
-    if formats := [form for path in versions for form in file_formats(path)]:
-        return f"{name} as {', '.join(formats)}"
+    name = name.partition(":")[0]
+    found = [
+        f"{name}:{path.name} as {form}"
+        for path in _versions(data_dir / name)
+        for form in file_formats(path)
+    ]
+    if found:
+        return shorten(", ".join(found))
     paths = [*data_dir.glob("*/*.*.*"), *data_dir.glob("*/*/*.*.*")]
     others = {
         str(path.parent.relative_to(data_dir))

@@ -4,7 +4,8 @@ The one place where the parts of an experiment are put together: data, network, 
 schedule, attacks. Out of scope: validation, see `samrobust.experiments.validation`.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,8 @@ from samrobust.types import Attack, Config
 
 __all__ = [
     "autoattacks",
+    "check_l2",
+    "check_radii",
     "evaluation_attacks",
     "learning_rate_schedule",
     "load_data",
@@ -75,6 +78,32 @@ def load_facts_or_data(config: Config) -> Dataset | DatasetFacts:
     """
     is_built_in = config.data.name in DATASETS
     return load_facts(config) if is_built_in else load_data(config)
+
+
+def check_radii(config: Config, dataset: Dataset | DatasetFacts) -> None:
+    """Refuses l2 radii, of the evaluation or the row, that hold all of the images.
+
+    Raises:
+      ValueError: see above; names the field, in 1/255 units.
+    """
+    check_l2(dataset, "evaluation.l2", config.evaluation.l2)
+    for part in methods.parts_of(config):
+        values = methods.values_of(config, part.name)
+        if part.name in entries.REGISTRY and values.get("norm") == "l2":
+            field = f"{entries.section_of(part.name)}.epsilon"
+            check_l2(dataset, field, [values["epsilon"]])
+
+
+def check_l2(
+    dataset: Dataset | DatasetFacts, field: str, radii: Iterable[float]
+) -> None:
+    """Refuses radii in 1/255 beyond the diagonal of the images, by their field."""
+    shape = dataset.image_shape
+    diagonal = 255 * math.sqrt(math.prod(shape))
+    wanted = f"{field} <= {math.floor(diagonal)}, the diagonal of images {shape}"
+    fix = "Radii are in 1/255 units: a larger ball holds all images."
+    for radius in radii:
+        check(radius <= diagonal, wanted, fix, **{field: radius})
 
 
 def make_plan(config: Config, num_examples: int) -> EpochPlan:

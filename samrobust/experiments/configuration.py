@@ -194,7 +194,11 @@ def load_rows(path: str, name: str = "ROWS") -> list[str]:
       name: of another list in it.
     """
     file = find_config_file(path)
-    named: Any = getattr(_load_module(file), name, None)
+    found = vars(_load_module(file))
+    named: Any = found.get(name)
+    lists = [n for n, x in found.items() if n.isupper() and isinstance(x, list | tuple)]
+    fix = "Name one of these." if lists else "Define it there."
+    check(name in found, f"a list {name} in {file}", fix, lists=lists)
     check(
         isinstance(named, list | tuple) and 0 < len(named) == len(set(map(str, named))),
         f"a list {name} in {file}, its rows all different",

@@ -236,5 +236,6 @@ def _read(given: str, field: Field, option: str, row: str) -> Any:
         return int(given) if kind is int else float(given)
     except ValueError:
         fix = "Radii are in 1/255 units: 8 means 8/255." if option == "eps" else ""
-        check(False, f"a number for {option}", fix, row=row)
+        wanted = {bool: "True or False", int: "a whole number"}.get(kind, "a number")
+        check(False, f"{wanted} for {option}", fix, row=row)
         raise

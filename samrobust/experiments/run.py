@@ -71,6 +71,9 @@ def work(config: Config, dataset: Dataset) -> tuple[float, float]:
     Returns:
       Both in forward and backward passes with weight gradients on one example: a
       forward pass is 1/3, an attack step 2/3.
+
+    Raises:
+      ValueError: as `scoring.evaluation_work`.
     """
     training = len(dataset.train) * methods.training_cost(config)
     return training, scoring.evaluation_work(config, dataset)
@@ -205,11 +208,13 @@ def train(
         and left to them.
 
     Raises:
-      ValueError: if the batches, groups and devices do not fit the data.
+      ValueError: if the batches, groups and devices do not fit the data, or radii the
+        images.
       Further errors: as `samrobust.training.fit`.
     """
     training = config.training
     check_padding(dataset.image_shape, **{"data.padding": config.data.padding})
+    building.check_radii(config, dataset)
     plan = building.make_plan(config, len(dataset.train))
     schedule = building.learning_rate_schedule(config, plan.num_steps)
     log = BranchFolder(

@@ -292,7 +292,12 @@ def passes_to_judge(config: Config, num_classes: int) -> float:
 
 
 def evaluation_work(config: Config, dataset: Dataset) -> float:
-    """Returns the predicted cost of the evaluation, in the unit of `run.work`."""
+    """Returns the predicted cost of the evaluation, in the unit of `run.work`.
+
+    Raises:
+      ValueError: as `building.check_radii`: every command asks before it begins.
+    """
+    building.check_radii(config, dataset)
     count = len(evaluated_split(config, dataset)) * len(checkpoints_of(config))
     return passes_to_judge(config, dataset.num_classes) * count
 

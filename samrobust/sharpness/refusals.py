@@ -27,6 +27,7 @@ __all__ = [
     "check_whole_tree",
     "is_gap",
     "is_off",
+    "kind_of",
 ]
 
 
@@ -74,18 +75,19 @@ def _is_real_scalar(value: Any) -> bool:
 
 def _shown(value: Any) -> Any:
     is_array = isinstance(value, np.ndarray | jax.Array)
-    return _kind(value) if is_array else value
+    return kind_of(value) if is_array else value
 
 
 def check_present(**values: Any) -> None:
     """Refuses a `None` among the arguments of `update`."""
     lacking = [n for n, v in values.items() if v is None and n not in _IN_ANY_CALL]
     more = "".join(f", {name}={name}" for name in lacking)
+    call = f"Call `tx.update(grads, opt_state, params, grad_fn=grad_fn{more})`"
     for name, value in values.items():
         check(
             value is not None,
             f"{name} in the update",
-            f"Call `tx.update(grads, opt_state, params, grad_fn=grad_fn{more})`.",
+            f"{call}. Flax's `apply_gradients` drops grad_fn.",
             **{name: value},
         )
 
@@ -161,8 +163,8 @@ def check_gradients(grads: PyTree, params: PyTree, *, grouped: bool) -> None:
             _WANTED[grouped],
             _FIXES[grouped],
             leaf=_name(path),
-            gradient=_kind(g),
-            parameter=_kind(w),
+            gradient=kind_of(g),
+            parameter=kind_of(w),
         )
 
 
@@ -220,17 +222,17 @@ def check_output(output: Any, grads: PyTree, aux: PyTree) -> tuple[PyTree, PyTre
     found = jax.tree_util.tree_leaves_with_path(pair)
     for (path, leaf), model in zip(found, jax.tree.leaves(expected), strict=True):
         check(
-            _kind(leaf) == _kind(model),
+            kind_of(leaf) == kind_of(model),
             "grad_fn to return the shapes and dtypes of the gradients and of aux",
             leaf=_name(path[1:]),
             of=("gradients", "aux")[path[0].idx],
-            returned=_kind(leaf),
-            expected=_kind(model),
+            returned=kind_of(leaf),
+            expected=kind_of(model),
         )
     return pair
 
 
-def _kind(leaf: Any) -> str:
+def kind_of(leaf: Any) -> str:
     """Returns dtype and shape, `float32[3,4]`; of what is no array, its type."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         dtype, shape = leaf.dtype, leaf.shape

@@ -8,6 +8,7 @@ functions with its configuration closed over and its state passed in and out. Sh
 is an optax transformation, see `samrobust.sharpness`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +22,7 @@ __all__ = [
     "Objective",
     "Perturb",
     "as_adversary",
+    "name_of",
 ]
 
 VIEWS = ("natural", "adversarial")
@@ -128,9 +130,16 @@ class Averaging(NamedTuple):
 def as_adversary(attack: Attack, *, batch_norm: str = "train") -> Adversary:
     """Lifts an attack to an adversary without a memory."""
 
+    @functools.wraps(attack)
     def perturb(
         logits_fn: LogitsFn, images: Array, labels: Array, state: PyTree, *, key: Array
     ) -> tuple[Array, PyTree]:
         return attack(logits_fn, images, labels, key=key), state
 
     return Adversary(perturb, batch_norm=batch_norm)
+
+
+def name_of(function: Any) -> str:
+    """Returns where a function is defined, for messages: `mine.noisy.perturb`."""
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return f"{function.__module__}.{name}".replace(".<locals>", "")

@@ -17,9 +17,10 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from samrobust.checks import check
+from samrobust.sharpness.refusals import kind_of
 from samrobust.sharpness.trees import norm
 from samrobust.system.distributed import map_groups
-from samrobust.training.parts import Objective
+from samrobust.training.parts import Objective, name_of
 from samrobust.types import Array, PyTree
 
 __all__ = ["Pass", "PassFn", "Passes", "Views", "apply_in_training", "make_passes"]
@@ -139,9 +140,10 @@ def make_passes(
         weights = [views["weights"]] if "weights" in views else []
         losses = objective.loss(*logits, labels, *weights)
         check(
-            losses.shape == labels.shape,
+            getattr(losses, "shape", None) == labels.shape
+            and jnp.issubdtype(losses.dtype, jnp.floating),
             f"an objective that gives a loss [{len(labels)}] to each example",
-            shape=losses.shape,
+            **{name_of(objective.loss): jax.tree.map(kind_of, losses)},
         )
         return jnp.mean(losses), (batch_stats, outputs[judged], losses)
 

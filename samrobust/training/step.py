@@ -20,19 +20,22 @@ from jax.sharding import Mesh
 
 from samrobust.attacks import identity
 from samrobust.attacks.losses import cross_entropy, misclassified
-from samrobust.checks import BATCH_STATS, check, check_choice
+from samrobust.checks import BATCH_STATS, check, check_choice, shorten
 from samrobust.sharpness import gradient_point, last_aux, last_metrics
+from samrobust.sharpness.refusals import kind_of
 from samrobust.system.distributed import shard_batch
 from samrobust.training.parts import (
     VIEWS,
     Adversary,
     Averaging,
     Objective,
+    Perturb,
     as_adversary,
+    name_of,
 )
 from samrobust.training.passes import Views, apply_in_training, make_passes
 from samrobust.training.state import TrainState
-from samrobust.types import Array, Attack, LossFn, PyTree
+from samrobust.types import Array, Attack, LogitsFn, LossFn, PyTree
 
 __all__ = ["InitFn", "Method", "TrainStep", "make_train_step", "metric_names"]
 
@@ -131,9 +134,10 @@ def make_train_step(
       each device.
 
     Raises:
-      ValueError: for an unknown choice; in `init`, if the network has other collections
-        of variables than `params` and `batch_stats`; in the step, if images, labels,
-        logits or losses are not of these shapes and kinds, the groups do not divide the
+      ValueError: for an unknown choice; in `init`, if the network has no `params`, or
+        other collections of variables than these and `batch_stats`; in the step, if
+        images, labels, logits or losses are not of these shapes and kinds, nor what the
+        adversary makes, the groups do not divide the
         batch, or the `two_pass` of `tx` does not keep the statistics of its second
         pass although `batch_stats` asks for them.
 
@@ -185,6 +189,8 @@ def make_train_step(
     def init(key: Array, images: Array | jax.ShapeDtypeStruct) -> TrainState:
         zeros = jnp.zeros(images.shape, jnp.float32)
         variables = model.init(key, zeros[:1], train=False)
+        wanted = f"a network {type(model).__name__} with parameters"
+        check("params" in variables, wanted, collections=sorted(variables))
         check(
             variables.keys() <= {"params", "batch_stats"},
             "a network whose variables are params and batch_stats",
@@ -218,8 +224,8 @@ def make_train_step(
             )
             return logits
 
-        adversarial, memory = adversary.perturb(
-            attacked, images, labels, state.adversary, key=key
+        adversarial, memory = _made(
+            adversary.perturb, attacked, images, labels, state.adversary, key=key
         )
         views = {"natural": images, "adversarial": adversarial}
         if adversary.weigh is not None:
@@ -265,6 +271,7 @@ def make_train_step(
             memory = adversary.learn(
                 memory, adversarial, labels, first.image_grads, correct
             )
+            _check_memory(adversary.learn, state.adversary, memory)
         metrics = {
             "loss": first.loss,
             "accuracy": jnp.mean(correct, dtype=jnp.float32),
@@ -290,6 +297,31 @@ def make_train_step(
         return cast(Array, model.apply(state.eval_variables, images, train=False))
 
     return Method(init, train_step, logits)
+
+
+def _made(
+    perturb: Perturb, logits_fn: LogitsFn, images: Array, *arguments: Any, key: Array
+) -> tuple[Array, PyTree]:
+    """Returns the images and the state that an adversary makes, both checked."""
+    made: Any = perturb(logits_fn, images, *arguments, key=key)
+    shown = jax.tree.map(kind_of, made)
+    is_pair = isinstance(made, tuple) and len(made) == 2
+    wanted = "an adversary that returns images and its next state"
+    fix = "End with `return images, state`."
+    check(is_pair, wanted, fix, **{name_of(perturb): shown})
+    wanted = f"an adversary that returns images {kind_of(images)}, as it is given"
+    check(shown[0] == kind_of(images), wanted, **{name_of(perturb): shown[0]})
+    _check_memory(perturb, arguments[-1], made[1])
+    return made
+
+
+def _check_memory(function: Callable[..., Any], before: PyTree, after: PyTree) -> None:
+    """Refuses a state of an adversary that is of another kind than the one before."""
+    old, new = (jax.tree.map(kind_of, state) for state in (before, after))
+    alike = jax.tree.flatten(old) == jax.tree.flatten(new)
+    wanted = f"an adversary whose states are all like its first, {old}"
+    fix = "Let `init` return the first."
+    check(alike, shorten(wanted), fix, **{name_of(function): new})
 
 
 def metric_names(state: TrainState) -> tuple[str, ...]:

@@ -131,19 +131,25 @@ def _notes(report: BenchReport) -> list[str]:
     """Says how to read the tables, a sentence or two each."""
     notes = [
         "ms a step: median ± interquartile range over all repeats of all processes; "
-        "of several seeds a program, the share of one. "
-        "TFLOP/s by XLA's counts of a pass; % matmul and % copy are fractions of "
-        "what a large matrix product, and a copy through memory, reach here:"
+        "of several seeds a program, the share of one."
     ]
+    counted = any("tflops" in row for row in report.rows)
+    notes += ["TFLOP/s by XLA's counts of a pass."] if counted else []
+    if report.ceilings:
+        notes.append(
+            "% matmul and % copy are fractions of what a large matrix product, and a "
+            "copy through memory, reach here:"
+        )
     for precision, ceiling in report.ceilings.items():
         notes.append(
             f"{precision}: matmul {ceiling['matmul'] / 1e12:.3g} TFLOP/s, "
             f"copy {ceiling['copy'] / 1e9:.3g} GB/s."
         )
+    by_flops = "'by FLOPs' counts input gradients alone in the attack; "
     notes.append(
         "cost: time of a step relative to ST, round by round: median (lowest to "
-        "highest); 'by FLOPs' counts input gradients alone in the attack; 'the paper' "
-        "is its claim (SAM +1x, AT with 10 steps +10x)."
+        f"highest); {by_flops if counted else ''}'the paper' is its claim (SAM +1x, AT "
+        "with 10 steps +10x)."
     )
     if any(row["kind"] == "pytorch" for row in report.rows):
         notes.append(
