@@ -257,6 +257,12 @@ def test_a_run_has_a_page_of_its_evaluations(tmp_path, capsys):
     assert "identity-sam,rho=0.2-1" in text
 
 
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert helpers.main("report", f"--workdir={tmp_path / 'file'}") == 2
+    assert "Expected a writable directory, got workdir=" in capsys.readouterr().err
+
+
 def test_an_empty_folder_is_refused(tmp_path, capsys):
     assert helpers.main("report", f"--workdir={tmp_path}") == 2
     assert "Expected a workdir of a table or a run with" in capsys.readouterr().err

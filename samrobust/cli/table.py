@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.experiments.tracking import check_trackers
     from samrobust.experiments.trunks import remove_finished
     from samrobust.system import distributed
+    from samrobust.system.files import check_writable
 
     check(
         not (arguments.collect and arguments.shard),
@@ -84,6 +85,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     distributed.broadcast_from_primary(
         lambda: refuse_other_configs(plan.workdir, plan.runs)
     )
+    distributed.broadcast_from_primary(lambda: check_writable(plan.workdir))
     distributed.broadcast_from_primary(lambda: record_plan(plan.workdir, plan.runs))
     failed = _train(share, console, should_stop, arguments.seeds_per_program)
     shared = [trunk for planned in plan.runs for trunk in planned.shared]

@@ -51,7 +51,10 @@ def write_report(workdir: pathlib.Path) -> tuple[pathlib.Path, ...]:
 
     Raises:
       ValueError: if nothing was measured there.
+      WorkdirError: if it cannot be written.
     """
+    if workdir.exists():
+        files.check_writable(workdir)
     report = _Report(workdir)
     if (workdir / "config.json").exists():
         report.add_result()
