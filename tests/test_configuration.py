@@ -193,6 +193,8 @@ def test_a_rows_label_says_what_it_is(row, label):
             "sam,rho=0.1,sam.m=16+ema,decay=0.9",
             r"the row 'sam,rho=0.1\+ema,decay=0.9,sam.m=16'",
         ),
+        ("ema,decay=0.9+sam,rho=0.2", r"the row 'sam,rho=0.2\+ema,decay=0.9'"),
+        ("sam,rho=0.1+sam,rho=0.2", "each part once"),
         ("st,training.epochs=4,training.epochs=5", "training.epochs once"),
         ("st,training.milestones=(1)", "letters, digits, .* for training.milestones"),
         ("st,evaluation.restarts=2", "no field of evaluation, .* in the config file"),

@@ -155,12 +155,13 @@ def parse_row(row: str) -> Row:
     spellings = [] if method == STANDARD else re.split(r"\+(?=\s*[A-Za-z_])", method)
     parsed = Row(tuple(_parse_part(part, row) for part in spellings), others)
     names = [part.name for part in parsed.parts]
-    known = [n for name in names if (n := _registry_of(name)) is not None]
-    order = "; ".join(", ".join(names) for names in REGISTRIES)
-    in_order = known == sorted(known) and len(set(names)) == len(names)
-    check(in_order, f"parts in the order {order}, each once", row=row)
+    check(len(set(names)) == len(names), "each part once", row=row)
+    known = [part for part in parsed.parts if _registry_of(part.name) is not None]
+    ordered = iter(sorted(known, key=lambda part: _registry_of(part.name) or 0))
+    parts = (next(ordered) if part in known else part for part in parsed.parts)
+    name = Row(tuple(parts), others).name  # with the parts in their order
     fix = "A row has one spelling: directories are named by it."
-    check(row == parsed.name, f"the row {parsed.name!r}", fix, row=row)
+    check(row == name, f"the row {name!r}", fix, row=row)
     return parsed
 
 
