@@ -551,6 +551,30 @@ def test_a_verdict_is_computed_and_not_written_down():
 
 
 @pytest.mark.parametrize(
+    ("grid", "off"),
+    [
+        (Grid(p=(0.7,), eta=(0.5,), d=(1,), rho=(30.0,)), "2.7 %"),
+        (Grid(p=(0.52,), eta=(0.3,), d=(1,), rho=(11.0,)), "0.19 %"),
+    ],
+)
+def test_what_is_near_the_minimum_does_not_hold(grid, off):
+    # Both sides of Theorem 4.5 tend to eta as rho grows.
+    found = study(grid)
+
+    def verdict(statement, **changed):
+        verdicts = judge(found._replace(sam=found.sam.beside(**changed)))
+        (own,) = [v for v in verdicts if v.statement.startswith(statement)]
+        return own.verdict
+
+    radii, weights = "2 + 3/eps_SAM^2", "w_SAM = w* + (2/3)"
+    assert verdict(radii) == f"eps_AT off by up to {off}"
+    assert verdict(radii, attack_radius_printed=found.sam.attack_radius) == "holds"
+    assert verdict(weights, printed=found.sam.w) == "holds"
+    nearly = found.sam.w + 1e-6 * (found.sam.w - found.sam.standard)
+    assert verdict(weights, printed=nearly).startswith("off by up to 0.0001 %; beyond")
+
+
+@pytest.mark.parametrize(
     "grid",
     [
         Grid(p=(0.99,), eta=(0.001,), d=(1,), rho=(0.1,)),  # float64 decides nothing
