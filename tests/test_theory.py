@@ -31,7 +31,7 @@ from samrobust.studies.theory.experiment import (
     experiment,
     plan,
 )
-from samrobust.studies.theory.figures import draw_all
+from samrobust.studies.theory.figures import _draw_bands, _make_panels, draw_all
 from samrobust.studies.theory.logistic import (
     logistic_weight,
     sam_minimax_weight,
@@ -45,7 +45,7 @@ from samrobust.studies.theory.population import (
     sam_all_weights,
     sam_robust_weight,
 )
-from samrobust.studies.theory.report import Findings
+from samrobust.studies.theory.report import Findings, to_json, to_sheet
 from samrobust.studies.theory.study import Grid, study
 from samrobust.studies.theory.training import TrainingEffort, train
 from samrobust.studies.theory.verdicts import judge
@@ -456,9 +456,10 @@ def test_sam_trained_moves_as_its_steps_do_in_expectation():
 
 
 def test_an_experiment_gives_what_was_planned_and_bands_over_seeds(monkeypatch):
-    def made_up(*arguments):
+    def made_up(*arguments, near_bayes):
         effort, radius = arguments[2:]
-        return np.random.default_rng(int(1e4 * radius)).random(effort.seeds)
+        values = np.random.default_rng(int(1e4 * radius)).random(effort.seeds)
+        return values + near_bayes * (0.01 if radius else 0.02)
 
     monkeypatch.setattr("samrobust.studies.theory.experiment.train", made_up)
     effort = TrainingEffort(seeds=3, samples=2000, batch_size=100)
@@ -475,6 +476,10 @@ def test_an_experiment_gives_what_was_planned_and_bands_over_seeds(monkeypatch):
         )
         assert estimate.mean - estimate.half_width == pytest.approx(low)
         assert estimate.mean + estimate.half_width == pytest.approx(high)
+        # That of a shift counts the training without SAM too.
+        left = {"st": 0.02, "at": 0.01}.get(estimate.method.split()[0], 0.03)
+        assert estimate.memory == pytest.approx((left, left))
+        assert 0 < estimate.resolution < 1e-5
     none = TrainingEffort(seeds=0)
     assert list(experiment(grid, none)) == []
     assert plan(grid, none) == []
@@ -496,6 +501,59 @@ def test_an_estimate_agrees_only_where_no_effect_would_not(mean, population, agr
     half_width = 0.1 if mean > 1 else 0.001
     estimate = Estimate("sam", 1.0, "shift", mean, half_width, (), population, None)
     assert estimate.agrees == agrees
+
+
+@pytest.mark.parametrize(
+    ("mean", "population", "memory", "resolution", "agrees"),
+    [
+        (-0.2554, 0.0003, (0.43, 0.53), 1e-3, "not converged"),
+        (0.0, 0.0, (0.1, 0.1), 0.0, "not converged"),  # nothing moved
+        (4.20, 4.20, (0.006, 0.008), 0.0, "not converged"),  # right by chance
+        (4.20, 4.20, (0.004, 0.008), 0.0, "yes"),
+        (4.20, 4.22, (0.004, 0.008), 0.0, "not converged"),
+        (4.20, 4.22, (0.004, 0.004), 0.0, "no"),
+        (4.20, None, (0.004, 0.008), 0.0, "not converged"),
+        (4.20, None, (0.004, 0.004), 0.0, None),
+        (np.nan, 4.20, (np.nan, np.nan), np.nan, "not converged"),
+        (0.05, 0.0, (0.0, 0.0), 0.05, "unresolved"),  # float32 cannot tell
+    ],
+)
+def test_an_estimate_that_remembers_its_start_has_no_verdict(
+    mean, population, memory, resolution, agrees
+):
+    estimate = Estimate(
+        "sam", 1.0, "shift", mean, 0.01, (), population, None, memory, resolution
+    )
+    assert estimate.agrees == agrees
+
+
+@pytest.mark.parametrize(
+    ("world", "radius", "converges"),
+    [
+        (WORLD, 0.02, True),
+        (World(0.99, 0.03, 2), 0.01, False),  # the rate is safe, and far too small
+        (World(0.7, 5.0, 10), 0.3, False),  # no gradient: nothing moves at all
+    ],
+)
+def test_a_training_that_has_not_converged_is_found_out(world, radius, converges):
+    grid = Grid((world.p,), (world.eta,), (world.d,), epsilon=(radius,), rho=(1.0,))
+    effort = TrainingEffort(seeds=5, samples=20_000, batch_size=100)
+    estimates = list(experiment(grid, effort))
+    assert len(estimates) == 5
+    found = [estimate.agrees for estimate in estimates]
+    if converges:
+        assert "not converged" not in found
+    else:
+        assert found[3] == "not converged"  # SAM on w_1
+        assert "no" not in found
+    findings = Findings(grid, effort, study(grid), [], estimates, 0.0)
+    findings = findings._replace(verdicts=judge(findings.study))
+    shown = to_sheet(findings).to_markdown()
+    assert ("not converged" in shown) == (not converges)
+    assert [line["agrees"] for line in to_json(findings)["trained"]] == found
+    (panel,) = _make_panels(1, (2, 2), "")[1]
+    _draw_bands(panel, findings, "sam")
+    assert len(panel.containers) == converges
 
 
 def test_what_sam_on_all_weights_adds_is_known_for_radii_below_a_third_of_sqrt_d():
@@ -548,6 +606,30 @@ def test_a_verdict_is_computed_and_not_written_down():
     assert outcome["w_SAM = w* + (2/3) w* rho^2 + ..."].holds
     attack = outcome["w_AT = ln(p/(1-p)) / (2 (eta-eps)), x_1 left alone"]
     assert attack.verdict == "off by up to 50 %"
+
+
+@pytest.mark.parametrize(
+    ("grid", "off"),
+    [
+        (Grid(p=(0.7,), eta=(0.5,), d=(1,), rho=(30.0,)), "2.7 %"),
+        (Grid(p=(0.52,), eta=(0.3,), d=(1,), rho=(11.0,)), "0.19 %"),
+    ],
+)
+def test_what_is_near_the_minimum_does_not_hold(grid, off):
+    # Both sides of Theorem 4.5 tend to eta as rho grows.
+    found = study(grid)
+
+    def verdict(statement, **changed):
+        verdicts = judge(found._replace(sam=found.sam.beside(**changed)))
+        (own,) = [v for v in verdicts if v.statement.startswith(statement)]
+        return own.verdict
+
+    radii, weights = "2 + 3/eps_SAM^2", "w_SAM = w* + (2/3)"
+    assert verdict(radii) == f"eps_AT off by up to {off}"
+    assert verdict(radii, attack_radius_printed=found.sam.attack_radius) == "holds"
+    assert verdict(weights, printed=found.sam.w) == "holds"
+    nearly = found.sam.w + 1e-6 * (found.sam.w - found.sam.standard)
+    assert verdict(weights, printed=nearly).startswith("off by up to 0.0001 %; beyond")
 
 
 @pytest.mark.parametrize(

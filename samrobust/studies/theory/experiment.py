@@ -15,6 +15,9 @@ from samrobust.studies.theory.world import World
 
 __all__ = ["Estimate", "all_weights_shift", "experiment", "plan"]
 
+# Of a weight, relative: an average of float32 has some dozens of roundings of 1e-7.
+_RESOLUTION = 1e-5
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -32,6 +35,11 @@ class Estimate:
         None for `sam all weights`, where we know of none.
       zero_one: the minimum of the 0-1 loss, which Section 4 is about; infinite where
         x_1 alone is best; None for `sam all weights` where we do not know it.
+      memory: what is at least and at most left of the start, by a 95 % band: by how
+        much the mean differs from that of training on the same samples that starts near
+        the Bayes classifier; for a shift, the sums of both trainings'. 0, 0: nothing,
+        or not measured.
+      resolution: how far float32 may move the mean.
     """
 
     method: str
@@ -42,20 +50,27 @@ class Estimate:
     values: tuple[float, ...]
     population: float | None
     zero_one: float | None
+    memory: tuple[float, float] = (0.0, 0.0)
+    resolution: float = 0.0
 
     @property
     def agrees(self) -> str | None:
         """Tells whether the population value lies in the band widened by half.
 
         `yes`, `no`, or `unresolved` where 0 lies in it too: a training without the
-        effect would agree as well. None where no population value is known.
+        effect would agree as well. `not converged` where the start certainly matters by
+        more than that half; and, if the weight does not agree, where it may. None where
+        no population value is known. The resolution widens all.
         """
-        if self.population is None:
-            return None
-        width = 1.5 * self.half_width
-        if abs(self.mean - self.population) > width:
-            return "no"
-        return "yes" if abs(self.mean) > width else "unresolved"
+        beside_noise = 0.5 * self.half_width + self.resolution
+        width, (least, most) = self.half_width + beside_noise, self.memory
+        if not least <= beside_noise:  # NaN has not converged either
+            return "not converged"
+        if self.population is not None and abs(self.mean - self.population) <= width:
+            return "yes" if abs(self.mean) > width else "unresolved"
+        if most > beside_noise:
+            return "not converged"
+        return None if self.population is None else "no"
 
 
 def plan(grid: Grid, effort: TrainingEffort) -> list[tuple[str, float]]:
@@ -87,7 +102,11 @@ def experiment(
     *,
     on_start: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Estimate]:
-    """Trains as planned, one after the other.
+    """Trains as planned, one after the other, and each a second time from elsewhere.
+
+    Convergence is judged without the population value, which is what a weight that has
+    converged is compared with, and not by whether the weights still move: where
+    gradients vanish they do not.
 
     Args:
       grid: of the plan.
@@ -97,23 +116,30 @@ def experiment(
     unperturbed = {}
     for method, radius in plan(grid, effort):
         on_start(f"training {method}" + (f", radius {radius:g}" if radius else ""))
-        values = train(grid.world, method, effort, radius)
+        values, others = (
+            train(grid.world, method, effort, radius, near_bayes=near)
+            for near in (False, True)
+        )
+        difference, doubt = _mean_with_band(others - values)
+        memory = np.maximum(abs(difference) + np.array([-doubt, doubt]), 0)
+        resolution = _RESOLUTION * abs(float(np.mean(values)))
         if not radius:
-            unperturbed[method] = values
+            unperturbed[method] = values, memory
         is_sam = method.startswith("sam")
         if is_sam and not radius:
             continue
         if is_sam:
-            values = values - unperturbed["sam" if method == "sam" else "st"]
-        error = np.std(values, ddof=1) / np.sqrt(effort.seeds)
+            plain, plain_memory = unperturbed["sam" if method == "sam" else "st"]
+            values, memory = values - plain, memory + plain_memory
         yield Estimate(
             method,
             radius,
             "shift" if is_sam else "w",
-            float(np.mean(values)),
-            float(stdtrit(effort.seeds - 1, 0.975) * error),
+            *_mean_with_band(values),
             tuple(map(float, values)),
             *_optima(grid.world, method, radius, effort.batch_size),
+            (float(memory[0]), float(memory[1])),
+            resolution,
         )
 
 
@@ -131,6 +157,12 @@ def all_weights_shift(world: World, rho: float) -> float | None:
     )
     shift = float(optimum.w - forms.standard_weight(world))
     return shift if optimum.error < 0.01 * abs(shift) else None
+
+
+def _mean_with_band(values: np.ndarray) -> tuple[float, float]:
+    """Returns the mean over seeds [S] and the half-width of its 95 % band."""
+    error = np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(np.mean(values)), float(stdtrit(len(values) - 1, 0.975) * error)
 
 
 def _optima(

@@ -251,8 +251,12 @@ def _make_panels(
 
 
 def _draw_bands(panel: "Axes", found: Findings, method: str, **style: Any) -> None:
-    """Draws trained weights; a band that reaches below 0 has no lower end."""
-    own = [e for e in found.estimates if e.method == method]
+    """Draws weights that converged; a band that reaches below 0 has no lower end."""
+    own = [
+        estimate
+        for estimate in found.estimates
+        if estimate.method == method and estimate.agrees != "not converged"
+    ]
     if own:
         radius, mean, band = zip(
             *((e.radius, e.mean, e.half_width) for e in own), strict=True

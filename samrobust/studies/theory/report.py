@@ -96,7 +96,7 @@ def _trained(estimates: Sequence[Estimate], world: World) -> TextTable:
                 *(found.method, f"{found.radius:g}", f"{found.mean:{sign}.4f}"),
                 *(f"±{found.half_width:.4f}", shown(found.population)),
                 *(shown(found.zero_one), found.agrees or "-"),
-                stands_out=found.agrees == "no",
+                stands_out=found.agrees in ("no", "not converged"),
             )
         )
     return TextTable((*header, "agrees"), rows, title)
@@ -132,6 +132,13 @@ def _notes(report: Findings) -> list[str]:
             "half bands; unresolved: as 0 is, so that no effect would agree too. With "
             "SAM weights are differences to training without it. All rows share their "
             "samples."
+        )
+    if any(estimate.agrees == "not converged" for estimate in report.estimates):
+        notes.append(
+            "not converged: training on the same samples that starts near the Bayes "
+            "classifier ends elsewhere by more than half a band, or may do so and does "
+            "not agree; such a weight tells how far training came, not where it leads. "
+            "More --samples may help."
         )
     return notes
 

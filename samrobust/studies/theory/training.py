@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 from samrobust.attacks import identity, linf, pgd
 from samrobust.checks import check
 from samrobust.sharpness import sam
+from samrobust.studies.theory.closed_forms import standard_weight
 from samrobust.studies.theory.world import World, sample
 from samrobust.training.state import TrainState
 from samrobust.training.step import make_train_step
@@ -64,7 +65,12 @@ class TrainingEffort:
 
 
 def train(
-    world: World, method: str, effort: TrainingEffort, radius: float = 0.0
+    world: World,
+    method: str,
+    effort: TrainingEffort,
+    radius: float = 0.0,
+    *,
+    near_bayes: bool = False,
 ) -> np.ndarray:
     """Trains on fresh samples.
 
@@ -73,6 +79,9 @@ def train(
       method: see the module.
       effort: how much.
       radius: of the attack, > 0, or of SAM, relative to other weights of 1.
+      near_bayes: whether w_1 begins where the Bayes classifier has it and the other
+        weights, if they are trained, at half of theirs (so that w_1 relative to them
+        is not w* if nothing moves); False: all begin at 0.
 
     Returns:
       float64 [seeds]: w_1 relative to the other weights, an average over the second
@@ -87,17 +96,23 @@ def train(
         span, rho = radius / pixel_radius, 0.0
     elif method == "sam all weights":
         rho = 2 * eta * radius  # those of the logistic loss are 2 eta
+    start = np.array(0.0) if method == "sam" else np.zeros(d + 1)
+    if near_bayes and method == "sam":
+        start = standard_weight(world)
+    elif near_bayes:
+        start = np.array([world.log_odds, *[eta] * d])
     keys = jax.random.split(jax.random.key(0), effort.seeds)
-    weights = _train(
+    means = _train(
         World(p, eta, d),
         method,
         effort,
         pixel_radius,
         jnp.float32(span),
         jnp.float32(rho),
+        jnp.asarray(start, jnp.float32),
         keys,
     )
-    return np.asarray(jax.device_get(weights), float)
+    return np.asarray(jax.device_get(means), float)
 
 
 class _Linear(nn.Module):
@@ -107,11 +122,13 @@ class _Linear(nn.Module):
       span: what a pixel's range [0, 1] stands for.
       rounds: whether x_1 is read as its sign, which no small perturbation changes.
       scale: if not 0, w_1 alone is trained, and z = scale * (w_1 x_1 + x_2 + ...).
+      start: what is trained, before the first step: [], or [d + 1].
     """
 
     span: Array
     rounds: bool
     scale: float
+    start: Array
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
@@ -119,13 +136,12 @@ class _Linear(nn.Module):
         features = (images.reshape(len(images), -1) - 0.5) * self.span
         if self.rounds:
             features = features.at[:, 0].set(jnp.sign(features[:, 0]))
-        zeros = nn.initializers.zeros
         if self.scale:
-            robust = self.param("robust", zeros, ())
+            robust = self.param("robust", lambda _: self.start)
             others = jnp.ones(features.shape[1] - 1)
             weights = self.scale * jnp.concatenate([robust[None], others])
         else:
-            weights = self.param("weights", zeros, (features.shape[1],))
+            weights = self.param("weights", lambda _: self.start)
         margin = features @ weights
         return jnp.stack([-margin / 2, margin / 2], axis=-1)
 
@@ -138,10 +154,11 @@ def _train(
     pixel_radius: float,
     span: Array,
     rho: Array,
+    start: Array,
     keys: Array,
 ) -> Array:
     scale = 2 * float(world.eta) if method == "sam" else 0.0
-    model = _Linear(span=span, rounds=method == "at", scale=scale)
+    model = _Linear(span=span, rounds=method == "at", scale=scale, start=start)
     if method == "sam":
         rate = _rate(_curvature_of_one(world, effort.batch_size, rho))
     else:
@@ -196,6 +213,9 @@ def _curvature(world: World, epsilon: Array) -> Array:
 
 def _curvature_of_one(world: World, batch_size: int, rho: Array) -> Array:
     """Bounds that in w_1 alone, where z is 2 eta times its margin, under SAM.
+
+    For p near 1 or a large eta far above the curvature at w*: training may then need
+    more samples than it has, the more the larger rho is.
 
     SAM on one weight steepens the expected gradient where the batch's sign changes: by
     2 rho sqrt(B) phi(0) curvature / sigma, sigma an example's deviation.
