@@ -233,7 +233,8 @@ def test_logits_and_losses_of_other_shapes_are_refused():
         return logits - labels[:, None]
 
     step = make_train_step(Network(), tx, objective=objective).train_step
-    with pytest.raises(ValueError, match=r"^Expected an objective .*\(8, 3\)"):
+    message = r"^Expected an objective .*objective='float32\[8,3\]'"
+    with pytest.raises(ValueError, match=message):
         step(state, IMAGES, LABELS, KEY)
 
 

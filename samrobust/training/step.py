@@ -136,10 +136,10 @@ def make_train_step(
     Raises:
       ValueError: for an unknown choice; in `init`, if the network has no `params`, or
         other collections of variables than these and `batch_stats`; in the step, if
-        images, labels, logits or losses are not of these shapes and kinds, nor what the
-        adversary makes, the groups do not divide the
-        batch, or the `two_pass` of `tx` does not keep the statistics of its second
-        pass although `batch_stats` asks for them.
+        images, labels, logits, losses or what the adversary returns are not of these
+        shapes and kinds, the groups do not divide the batch, or the `two_pass` of `tx`
+        does not keep the statistics of its second pass although `batch_stats` asks for
+        them.
 
     Reference: Wei, Zhu and Zhang (2023), equations (3) and (5). *Our deviation* from
     their code: the attack's forward passes do not update the running statistics.
