@@ -919,7 +919,21 @@ def under_autoattack_in_words(sam: str, fast: str, free: str) -> list[str]:
     strong = [mean(FAMILY_AA, row, f"{far} AA") for row in (single, at[:-2] + "32")]
     on_top = [ahead(FAMILY_AA, smoothed, at, f"{far}{x}") for x in ("", " AA")]
     lost = [ahead(FAMILY_AA, at, mart, f"{far}{x}") for x in ("", " AA")]
+    round_ball, of_ball = "l2 128/255", "at,norm=l2,eps=128"
+    rounded = overstated(FAMILY_AA, round_ball).values()
+    there = f"{round_ball} AA"
+    apart_there = [
+        ahead(FAMILY_AA, *rows, there)
+        for rows in ((of_ball, at), ("nfgsm,eps=16", single))
+    ]
     return [
+        f"At l2 128/255 PGD overestimates all of them, by {min(rounded):.1f} to "
+        f"{max(rounded):.1f} points (rank correlation "
+        f"{agreement(FAMILY_AA, round_ball):.2f})",
+        "Adversarial training in that ball keeps "
+        f"{mean(FAMILY_AA, of_ball, there):.1f} %, {apart_there[0]} points more than "
+        "at l-inf 16/255",
+        f"N-FGSM at l-inf 32/255 keeps {apart_there[1]} less than at 16/255",
         f"PGD orders the {len(over)} almost as AutoAttack does at l-inf 32/255 "
         f"(rank correlation {agreement(FAMILY_AA, far):.2f}), but overestimates label "
         f"smoothing by {ranked[0]:.1f} points, ST by {ranked[1]:.1f} and the others by "
