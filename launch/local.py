@@ -24,6 +24,7 @@ Needs nothing but Python. On a TPU host one process drives all chips, but with -
 """
 
 import argparse
+import contextlib
 import ctypes
 import glob
 import os
@@ -298,9 +299,10 @@ class _Group:
                 self._output.unregister(key.fileobj)
             elif not lines[-1].endswith(b"\n"):
                 self._unfinished[key.data] = lines.pop()
-            for line in lines:
-                sys.stderr.buffer.write(b"[%d] %s\n" % (key.data, line.rstrip()))
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # a terminal that was closed
+                for line in lines:
+                    sys.stderr.buffer.write(b"[%d] %s\n" % (key.data, line.rstrip()))
+                sys.stderr.flush()
         return bool(ready)
 
 

@@ -339,6 +339,19 @@ def test_another_attack_is_made_beside_those_that_are_stored(split, tmp_path):
             np.testing.assert_array_equal(correct, whole.correct[column])
 
 
+def test_what_a_stopped_first_batch_leaves_as_wrong_is_so_for_all(split, tmp_path):
+    """No example is through with a stage then."""
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(split, folder=tmp_path, on_batch=Told(0))
+    stopped = [path for path in tmp_path.iterdir() if path.suffix == ".npz"]
+    assert len(stopped) == len(TOYS)
+    number = 1
+    for path in stopped[:1]:
+        broken(path, -2, number)
+    after = evaluate(split, folder=tmp_path)
+    assert not any(correct[number] for correct in after.correct.values())
+
+
 def test_what_one_stored_attack_has_as_wrong_before_it_is_so_for_all(split, tmp_path):
     """Rounding may decide otherwise on another machine, where the next column is."""
     before: Any = evaluate(split, folder=tmp_path)

@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import pty
 import runpy
 import signal
 import subprocess
@@ -372,3 +373,44 @@ def test_a_run_that_lost_a_process_goes_on_and_stops_as_it_is_told(tmp_path):
     step = helpers.checkpoint_steps(tmp_path)[-1]
     assert step > began_at
     assert f"Stopped at step {step} of" in errors
+
+
+# A process that prints all the time; asked to stop, it shows so, and saves.
+CHATTY = """
+import os, pathlib, signal, sys, time
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+print("ready", flush=True)
+while not asked:
+    time.sleep(0.01)
+for _ in range(20):
+    if int(os.environ["JAX_PROCESS_ID"]):
+        print("stopping", flush=True)
+    time.sleep(0.01)
+pathlib.Path(sys.argv[1], os.environ["JAX_PROCESS_ID"]).write_text("saved")
+sys.exit(75)
+"""
+IN_A_TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def test_a_closed_terminal_stops_all_as_sigterm_does(tmp_path):
+    ours, theirs = pty.openpty()
+    local = (str(LOCAL), "--processes=2", "--cpu", "--")
+    chatty = (sys.executable, "-c", CHATTY, str(tmp_path))
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL, *local, *chatty],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        start_new_session=True,
+    )
+    os.close(theirs)
+    shown = b""
+    while shown.count(b"ready") < 2:
+        shown += os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(60) == 75
+    assert [(tmp_path / name).read_text() for name in "01"] == ["saved"] * 2

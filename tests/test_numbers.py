@@ -1132,6 +1132,7 @@ def theory_in_words() -> list[str]:
         bound = point["w"] * point["radius"] ** 2 / (3 * point["d"])
         assert bound >= shift - 2 * error
     lines = stored("theory/theory.json")["trained"]
+    assert all("memory" in line for line in lines)  # convergence was looked at
     moved = [
         x["radius"] for x in lines if x["method"] == "sam" and x["agrees"] == "yes"
     ]

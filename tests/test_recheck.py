@@ -244,6 +244,27 @@ def test_what_another_worker_measured_meanwhile_is_kept_and_not_measured_again(
     assert {line["row"] for line in content["curves"]} == {"st", "sam,rho=0.2"}
 
 
+def test_a_workdir_that_is_moved_in_an_attack_is_not_made_again(
+    trained, tmp_path, capsys, monkeypatch
+):
+    workdir = Path(shutil.copytree(trained, tmp_path / "table"))
+    until_stopped = scoring.until_stopped
+
+    def moving(on_batch, *rest):
+        def listen(done, total, doing=""):
+            if "apgd-ce" in doing and workdir.exists():
+                workdir.rename(tmp_path / "elsewhere")
+            on_batch(done, total, doing)
+
+        return until_stopped(listen, *rest)
+
+    monkeypatch.setattr(scoring, "until_stopped", moving)
+    flags = ("--linf=20", *FLAGS[1:])  # at which nothing is stored
+    assert helpers.main("recheck", f"--workdir={workdir}", *flags) == 69
+    assert "the directory was removed or moved" in capsys.readouterr().err
+    assert not workdir.exists()
+
+
 @pytest.mark.parametrize("command", ["recheck", "curves"])
 def test_a_workdir_that_is_moved_meanwhile_is_not_made_again(
     trained, tmp_path, capsys, monkeypatch, command
@@ -263,7 +284,7 @@ def test_a_workdir_that_is_moved_meanwhile_is_not_made_again(
     monkeypatch.setattr(measuring.FinishedRuns, "judge_each", moving)
     flags = [*FLAGS] if command == "recheck" else ["--linf=8", "--l2=", IMAGES[0]]
     assert helpers.main(command, f"--workdir={workdir}", *flags) == 69
-    assert "it was removed or moved" in capsys.readouterr().err
+    assert "the directory was removed or moved" in capsys.readouterr().err
     assert not workdir.exists()
 
 

@@ -144,7 +144,9 @@ def test_flatness_that_is_not_that_of_its_numbers_is_left_out(tmp_path):
     assert helpers.main("report", f"--workdir={tmp_path}") == 0
     text = Page(tmp_path / "report.html").text
     assert "lambda max of ST" not in text
-    assert "Left out: sharpness.md is not as `samrobust sharpness` wrote it." in text
+    assert (
+        "Left out: sharpness.md is of another conclusion than sharpness.json." in text
+    )
 
 
 def test_a_conclusion_names_the_runs_that_it_is_of_and_no_others(tmp_path):

@@ -363,14 +363,13 @@ class TestComparison:
         assert said[-1] == "Measured at commit abc123 on CPU with jax 0.10.0."
 
     def test_the_notes_name_whoever_measured_a_column_and_under_which_flags(self):
-        made = {"commit": "abc123", "XLA_FLAGS": "--xla_fast=1"}
+        made = {"commit": "abc123", "flags": {"XLA_FLAGS": "--xla_fast=1"}}
         others = {"linf 1/255": {"commit": "def456"}, "natural": made}
         result = run("st", provenance=made, column_provenance=others)
         result["pgd_provenance"] = {"commit": "fed789"}
         said = notes(summarize([result], rows=ROWS[:1]))
-        assert said[-1] == (
-            "Measured at commit abc123, def456, fed789 under XLA_FLAGS --xla_fast=1."
-        )
+        measured = "Measured at commit abc123, def456, fed789"
+        assert said[-1] == f"{measured}, some under XLA_FLAGS=--xla_fast=1."
 
     def test_costs_of_several_devices_are_doubted(self):
         results = [run("st"), run("sam,rho=0.2", provenance={"device": "TPU"})]

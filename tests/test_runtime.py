@@ -336,18 +336,42 @@ with StopRequest().listening() as stop:
 """
 
 
+# One that nobody tells of the end of its terminal, as after `disown`.
+DISOWNED = """
+import fcntl, os, pathlib, signal, sys, termios, time
+from samrobust.experiments.reporting.console import make_console
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+console = make_console()
+console.print("now")
+while os.isatty(1):
+    time.sleep(0.01)
+console.print("going on")
+console.print("going on")
+pathlib.Path(sys.argv[1]).write_text("saved")
+"""
+
+
+def test_a_console_without_a_terminal_shows_nothing_and_work_goes_on(tmp_path):
+    assert in_a_closed_terminal(DISOWNED, tmp_path / "state") == (0, "saved")
+
+
 def test_a_closed_terminal_leaves_time_to_save(tmp_path):
+    assert in_a_closed_terminal(IN_A_TERMINAL, tmp_path / "state") == (0, "saved")
+
+
+def in_a_closed_terminal(script: str, state: pathlib.Path) -> tuple[int, str]:
+    """Runs a script until it says `now`; its exit code, and what it saved later."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", IN_A_TERMINAL, str(tmp_path / "state")],
+        [sys.executable, "-c", script, str(state)],
         **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
         start_new_session=True,
     )
     os.close(theirs)
     assert os.read(ours, 100).startswith(b"now")
     os.close(ours)
-    assert process.wait(60) == 0
-    assert (tmp_path / "state").read_text() == "saved"
+    return process.wait(60), state.read_text() if state.exists() else ""
 
 
 def test_the_second_ctrl_c_interrupts_at_once():
@@ -411,8 +435,8 @@ def test_provenance_names_commit_versions_device_and_command(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_flag_of_ours=1")
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
     found = provenance()
-    assert found["XLA_FLAGS"] == "--xla_flag_of_ours=1"
-    assert "LIBTPU_INIT_ARGS" not in found
+    assert found["flags"]["XLA_FLAGS"] == "--xla_flag_of_ours=1"
+    assert "LIBTPU_INIT_ARGS" not in found["flags"]
     assert json.loads(json.dumps(found)) == found
     assert found["jax"] == jax.__version__
     assert found["num_devices"] == jax.device_count()

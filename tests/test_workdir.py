@@ -3,7 +3,7 @@
 import concurrent.futures
 import fcntl
 import json
-import time
+import threading
 
 import helpers
 import pytest
@@ -260,16 +260,23 @@ def test_an_evaluation_of_a_run_that_was_moved_makes_no_new_folder(tmp_path):
     assert not (tmp_path / "gone").exists()
 
 
-def test_lines_are_added_by_one_process_at_a_time(tmp_path):
+def test_lines_are_added_by_one_process_at_a_time(tmp_path, monkeypatch):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"n": 1}\n{"n": ')
+    asked, lock = threading.Event(), fcntl.flock
+
+    def telling(file, kind):
+        asked.set()
+        lock(file, kind)
+
     with path.open("ab") as other, concurrent.futures.ThreadPoolExecutor() as pool:
-        fcntl.flock(other, fcntl.LOCK_EX)
+        lock(other, fcntl.LOCK_EX)
+        monkeypatch.setattr("samrobust.system.storage.fcntl.flock", telling)
         added = pool.submit(append_json_line, path, {"n": 3})
-        time.sleep(0.1)
+        assert asked.wait(60)
         other.write(b"2}\n")
         other.flush()
-        fcntl.flock(other, fcntl.LOCK_UN)
+        lock(other, fcntl.LOCK_UN)
         added.result()
     assert read_json_lines(path) == [{"n": 1}, {"n": 2}, {"n": 3}]
 
@@ -298,6 +305,9 @@ def test_what_rows_differ_in_beyond_their_names_is_said(tmp_path):
     told = r"^The rows differ in more than they say\. model\.width: \[2, 4\]\.$"
     with pytest.warns(UserWarning, match=told):
         assert len(finished_runs(tmp_path)) == 4
+    make_finished(tmp_path, "sam,rho=0.4/seed0", **{"training.epochs": 9})
+    with pytest.warns(UserWarning, match=r"training\.epochs: \[3, 9\]"):
+        assert len(finished_runs(tmp_path)) == 5  # although one row names the field
 
 
 def test_runs_that_are_judged_otherwise_make_no_table(tmp_path):

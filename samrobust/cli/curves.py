@@ -55,7 +55,6 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.experiments import building, curves, scoring
     from samrobust.experiments.networks import checkpoints_of
     from samrobust.experiments.reporting.pictures import write_figure
-    from samrobust.system.distributed import broadcast_from_primary
 
     measurements = RunMeasurements(arguments, stop, "curves", _settings)
     settings: CurveSettings = measurements.settings
@@ -92,15 +91,14 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         f"{runs[0][2]['num_images']} {measurements.first.evaluation.split} images, "
         f"{checkpoints_of(measurements.first)[0]} checkpoint"
     )
-    measurements.write(title=title, curves=[dataclasses.asdict(line) for line in lines])
 
     def draw() -> tuple[pathlib.Path, ...]:
-        with measurements.concluding():
-            figure = curves.draw_curves(lines, title)
-            return write_figure(figure, measurements.workdir, "curves")
+        figure = curves.draw_curves(lines, title)
+        return write_figure(figure, measurements.workdir, "curves")
 
-    pictures = broadcast_from_primary(draw)
-    show_written(measurements.console, measurements.workdir, ["curves.json", *pictures])
+    found = [dataclasses.asdict(line) for line in lines]
+    written = measurements.conclude(draw, title=title, curves=found)
+    show_written(measurements.console, measurements.workdir, written)
     return 0
 
 

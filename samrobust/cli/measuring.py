@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from flax import linen as nn
@@ -23,7 +23,13 @@ from samrobust.experiments.reporting.progress import ProgressDisplay, RunDisplay
 from samrobust.experiments.turns import take_turns
 from samrobust.experiments.workdir import concluding, finished_runs
 from samrobust.system import files
-from samrobust.system.claims.lease import Claim, ClaimedError, claim, claim_in_turn
+from samrobust.system.claims.lease import (
+    Claim,
+    ClaimedError,
+    claim,
+    claim_in_turn,
+    lost,
+)
 from samrobust.system.distributed import broadcast_from_primary
 from samrobust.system.provenance import provenance
 from samrobust.system.storage import ObjectPath
@@ -69,7 +75,8 @@ class FinishedRuns:
         """Tells whether to stop; the same answer in all processes.
 
         Raises:
-          ClaimedError: if the workdir was removed or moved meanwhile.
+          ClaimedError: if the workdir was removed or moved meanwhile, or this worker
+            was stalled and another took over.
         """
         if self._mine is not None:
             self._mine.check()
@@ -88,7 +95,7 @@ class FinishedRuns:
 
     def _confirm(self) -> None:
         if self._identity() != self._opened:
-            raise ClaimedError(f"Lost {self.workdir}: it was removed or moved.")
+            raise lost(self.workdir)
 
     def _identity(self) -> tuple[int, int] | None:
         """Returns what tells the workdir from another of its name; None in a bucket."""
@@ -232,10 +239,31 @@ class RunMeasurements(FinishedRuns):
 
         self.judge_each(judge, works)
 
-    def write(self, **found: Any) -> None:
-        """Writes what is known, and what was found in all of it."""
-        whole = {"concluded": list(self.configs), **found} if found else {}
-        self.runs = broadcast_from_primary(lambda: self._write(whole))
+    def write(self) -> None:
+        """Writes what is known."""
+        self.runs = broadcast_from_primary(lambda: self._write({}))
+
+    def conclude(
+        self, draw: Callable[[], Iterable[pathlib.Path]], **found: Any
+    ) -> list[str]:
+        """Writes what was found in all runs: files, and last what tells of them.
+
+        Args:
+          draw: writes the files; called in process 0.
+          **found: for the JSON file, which names the runs and the files' checksums.
+
+        Returns:
+          The names of all files.
+        """
+
+        def together() -> tuple[dict[str, dict[str, Any]], list[str]]:
+            with self.concluding():
+                written = {path.name: files.digest(path) for path in draw()}
+                about = {"concluded": list(self.configs), "files": written}
+                return self._write({**about, **found}), list(written)
+
+        self.runs, names = broadcast_from_primary(together)
+        return [*names, self._path.name]
 
     def _read(self) -> None:
         self.runs = broadcast_from_primary(self._together)

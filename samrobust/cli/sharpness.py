@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.studies.sharpness.picture import draw_scatter
     from samrobust.studies.sharpness.probe import make_probe
     from samrobust.system.distributed import broadcast_from_primary
-    from samrobust.system.files import digest, write_text
+    from samrobust.system.files import write_text
 
     measurements = RunMeasurements(arguments, stop, _NAME, _settings)
     settings: ProbeSettings = measurements.settings
@@ -115,18 +115,15 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     title = f"{data}: accuracy at {column} against what may explain it"
     title += ", {} training and {} test images, Spearman's r".format(*about[-1])
 
-    def conclude() -> dict[str, str]:
-        with measurements.concluding():
-            write_text(workdir / f"{_NAME}.md", to_sheet().to_markdown())
-            write_text(workdir / f"{_NAME}.csv", findings.to_csv(explained))
-            write_figure(draw_scatter(explained, title), workdir, _NAME, ("png",))
-            names = [f"{_NAME}.{suffix}" for suffix in ("md", "csv", "png")]
-            return {name: digest(workdir / name) for name in names}
+    def draw() -> list[pathlib.Path]:
+        paths = [workdir / f"{_NAME}.{suffix}" for suffix in ("md", "csv")]
+        write_text(paths[0], to_sheet().to_markdown())
+        write_text(paths[1], findings.to_csv(explained))
+        figure = draw_scatter(explained, title)
+        return [*paths, *write_figure(figure, workdir, _NAME, ("png",))]
 
-    written = broadcast_from_primary(conclude)
-    # Last, with what the other files hold: a kill leaves none beside other numbers.
-    measurements.write(**findings.to_json(explained), files=written)
-    show_written(measurements.console, workdir, [*written, f"{_NAME}.json"])
+    written = measurements.conclude(draw, **findings.to_json(explained))
+    show_written(measurements.console, workdir, written)
     return 0
 
 

@@ -90,9 +90,11 @@ def make_autoattack_evaluator(
             fates[column] = files[column].open(
                 fresh, split.images if examples else None
             )
-        right = _known_right(list(fates.values()))
-        if right is None:
+        right = np.ones(len(split), bool)
+        if not any(own.is_begun for own in fates.values()):
             right = is_right(variables, split, key, on_batch)
+        for own in fates.values():
+            right = right & (own.broken_at != MISCLASSIFIED)
         for own in fates.values():
             own.leave_out(~right)
         stages = _stages(programs, parts, (*to_devices(variables, split), key))
@@ -108,12 +110,6 @@ def make_autoattack_evaluator(
         return accuracy.conclude(correct, non_finite, fates)
 
     return evaluate
-
-
-def _known_right(stored: Sequence[Fates]) -> np.ndarray | None:
-    """Returns which examples are right before all attacks, if any has been begun."""
-    known = [own.broken_at != MISCLASSIFIED for own in stored if own.is_begun]
-    return np.logical_and.reduce(known) if known else None
 
 
 def _write_down(

@@ -23,6 +23,7 @@ from flax import linen as nn
 from samrobust.attacks import ATTACKS_VERSION
 from samrobust.data import Split, fingerprint
 from samrobust.evaluation.examples import ExamplesFile
+from samrobust.system.claims.lease import lost
 from samrobust.system.distributed import broadcast_from_primary, is_primary
 from samrobust.system.files import set_aside, write_bytes
 from samrobust.system.provenance import checksum, random_bits
@@ -270,7 +271,10 @@ class FatesFile:
             content["sums"] = self._examples.sums
         buffer = io.BytesIO()
         np.savez(buffer, **content)
-        write_bytes(self.path, buffer.getvalue())
+        try:
+            write_bytes(self.path, buffer.getvalue())
+        except FileNotFoundError as error:
+            raise lost(self.path.parent) from error
         self._written = time.monotonic()
 
 

@@ -177,7 +177,8 @@ def _measured(table: Table, row: str, seed: int, column: str) -> Claim:
     (run,) = runs
     named = {key: run.get(key) for key in ("identity", "step", "images")}
     by_column = makers(run)
-    made = by_column.get(column, by_column[""])
+    rest = "best" if column.endswith(" best") else ""
+    made = by_column.get(column, by_column.get(rest, by_column[""]))
     named |= {key: made.get(key) for key in ("commit", "device", "command")}
     from samrobust.attacks import ATTACKS_VERSION  # JAX is slow to load
 

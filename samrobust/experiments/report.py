@@ -165,7 +165,8 @@ class _Report:
             return
         for name, written in content.get("files", {}).items():
             if files.digest(self.workdir / name) != written:
-                self.refused.append(f"{name} is not as `samrobust sharpness` wrote it.")
+                told = f"{name} is of another conclusion than sharpness.json. Run "
+                self.refused.append(f"{told}`samrobust sharpness` again.")
                 self._lacks(title, "sharpness")
                 return
         self._all_measured(title, content)
@@ -287,6 +288,8 @@ def _provenance(measured: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Secti
     for what, run, fields in measured:
         made = fields.get("provenance") or {}
         versions = ", ".join(f"{n} {made[n]}" for n in _VERSIONS if n in made)
+        flags = [f"{n}={value}" for n, value in (made.get("flags") or {}).items()]
+        versions = ", ".join([*filter(None, [versions]), *flags])
         device = f"{made.get('num_devices', 1)} x {made.get('device', _UNKNOWN)}"
         named = (str(made.get(n) or _UNKNOWN) for n in ("commit", "command"))
         commit, command = named

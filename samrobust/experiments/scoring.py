@@ -197,6 +197,9 @@ class Scorer:
                 on_batch=on_batch,
             )
         by_column = outcome.ended_by
+        begun = [own.provenance[0] for own in outcome.fates.values() if own.provenance]
+        if begun:  # by the call that was the first to look at these images
+            by_column["natural"] = min(begun, key=_date)
         last = max(by_column.values(), key=_date, default=now)
         others = {c: made for c, made in by_column.items() if made != last}
         return Score(

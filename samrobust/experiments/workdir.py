@@ -7,7 +7,6 @@ A workdir holds `config.json`, `metrics.jsonl`, `checkpoints/`, `result.json`;
 
 import contextlib
 import pathlib
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from samrobust.experiments.rows import modern_row
 from samrobust.experiments.survey import read_plan
 from samrobust.experiments.validation import validate
 from samrobust.system import files
-from samrobust.system.claims.lease import ClaimedError, claim_in_turn
+from samrobust.system.claims.lease import claim_in_turn, lost
 from samrobust.system.storage import ObjectPath
 from samrobust.types import Config
 
@@ -128,11 +127,8 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
             else:
                 misplaced.append(name)
     if misplaced:
-        names = shorten(", ".join(misplaced))
-        told = (
-            f"Left out, as they are not of the row and seed of their folders: {names}."
-        )
-        warnings.warn(told, stacklevel=2)
+        told = "Left out, as they are not of the row and seed of their folders: "
+        warnings.warn(f"{told}{shorten(', '.join(misplaced))}.", stacklevel=2)
     lacking = set(wanted).difference(config.row for config in configs.values())
     condition = "finished runs in --workdir" + (" of all --rows" if wanted else "")
     fix = "It is the directory of a table: `samrobust table`."
@@ -163,20 +159,22 @@ def _check_seeds(runs: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _untold(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Returns fields in which rows are trained differently though none names them.
+    """Returns fields in which rows differ that do not name them.
 
     Returns:
       The values by dotted names; of data, network and training, as all rows share.
     """
-    rows = ",".join(fields["row"] for fields in runs.values())
-    named = {part.partition("=")[0] for part in re.split("[,+]", rows)}
     first, *others = runs.values()
+    changed = [changed_fields(first, fields) for fields in others]
     found: dict[str, list[Any]] = {}
-    for fields in others:
-        for name, (ours, theirs) in changed_fields(first, fields).items():
-            if name.startswith(("data.", "model.", "training.")) and name not in named:
-                values = found.setdefault(name, [ours])
-                values += [] if theirs in values else [theirs]
+    for name in {name: None for each in changed for name in each}:
+        if name.startswith(("data.", "model.", "training.")):
+            (own,) = {each[name][0] for each in changed if name in each}
+            values = [own, *(each.get(name, (own, own))[1] for each in changed)]
+            told = (f"{name}=" in fields["row"] for fields in runs.values())
+            silent = [v for v, is_told in zip(values, told, strict=True) if not is_told]
+            if len(kinds := list(dict.fromkeys(silent))) > 1:
+                found[name] = kinds
     return found
 
 
@@ -227,7 +225,7 @@ def add_evaluation(workdir: pathlib.Path, line: Mapping[str, Any]) -> pathlib.Pa
       ClaimedError: if the directory was removed or moved meanwhile.
     """
     if not (workdir / "config.json").exists():
-        raise ClaimedError(f"Lost {workdir}: the directory was removed or moved.")
+        raise lost(workdir)
     path, line = workdir / EVALUATIONS, files.seal(line)
     with contextlib.ExitStack() as held:
         if isinstance(path, ObjectPath):  # which has no appending

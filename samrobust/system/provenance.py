@@ -31,10 +31,11 @@ def provenance() -> dict[str, Any]:
       `commit` (`+changes` if files differ from it; of an installed wheel the tag of
       its release, as `v0.2.0`; None where git does not answer),
       the versions of the packages, `python`, `device`, `num_devices`, `num_processes`,
-      `platform`, `command` and `date` (UTC, ISO 8601); `XLA_FLAGS` and others of
-      `_FLAGS` that the environment sets.
+      `platform`, `command` and `date` (UTC, ISO 8601); `flags`, where there are any:
+      the variables of `_FLAGS` that the environment sets.
     """
     device = jax.devices()[0]
+    flags = {name: os.environ[name] for name in _FLAGS if os.environ.get(name)}
     return {
         "commit": commit(),
         **{package: metadata.version(package) for package in _PACKAGES},
@@ -45,7 +46,7 @@ def provenance() -> dict[str, Any]:
         "platform": platform.platform(),
         "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **{name: os.environ[name] for name in _FLAGS if os.environ.get(name)},
+        **({"flags": flags} if flags else {}),
     }
 
 

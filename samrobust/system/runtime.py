@@ -39,6 +39,7 @@ __all__ = [
     "end_on_signals",
     "is_off",
     "keep_freed_memory",
+    "leave_terminal",
     "one_line",
     "say",
     "trusted_cache_folder",
@@ -234,8 +235,7 @@ class StopRequest:
         del frame
         if self._event.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if number == signal.SIGHUP:
-            _leave_terminal()
+        leave_terminal()
         self.signal = signal.Signals(number)
         self._event.set()
 
@@ -255,14 +255,25 @@ class StopRequest:
                 _end_at_once(number[0])
 
 
-def _leave_terminal() -> None:
-    """Shows nothing any more where the terminal is gone: to write there is an error."""
+def leave_terminal() -> bool:
+    """Shows nothing any more where the terminal is gone: to write there is an error.
+
+    Returns:
+      Whether it was gone.
+    """
+    gone = []
     for stream in (0, 1, 2):
         try:
             termios.tcgetattr(stream)
         except termios.error as error:
             if error.args[0] == errno.EIO:  # not of a file or a pipe
-                os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+                gone.append(stream)
+    if gone:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for stream in gone:
+            os.dup2(nowhere, stream)
+        os.close(nowhere)
+    return bool(gone)
 
 
 @contextlib.contextmanager

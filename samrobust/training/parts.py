@@ -8,7 +8,6 @@ functions with its configuration closed over and its state passed in and out. Sh
 is an optax transformation, see `samrobust.sharpness`.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -130,12 +129,14 @@ class Averaging(NamedTuple):
 def as_adversary(attack: Attack, *, batch_norm: str = "train") -> Adversary:
     """Lifts an attack to an adversary without a memory."""
 
-    @functools.wraps(attack)
     def perturb(
         logits_fn: LogitsFn, images: Array, labels: Array, state: PyTree, *, key: Array
     ) -> tuple[Array, PyTree]:
         return attack(logits_fn, images, labels, key=key), state
 
+    function: Any = getattr(attack, "func", attack)  # of a functools.partial
+    perturb.__module__ = function.__module__
+    perturb.__qualname__ = getattr(function, "__qualname__", type(function).__name__)
     return Adversary(perturb, batch_norm=batch_norm)
 
 

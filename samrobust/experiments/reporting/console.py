@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from samrobust.system.runtime import OutputError
+from samrobust.system.runtime import OutputError, leave_terminal
 
 __all__ = ["make_console"]
 
@@ -22,7 +22,8 @@ class _Console(Console):
         try:
             super().print(*objects, **options)
         except OSError as error:
-            raise OutputError(error) from None
+            if not leave_terminal():  # a run goes on without one
+                raise OutputError(error) from None
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError

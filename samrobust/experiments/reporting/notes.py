@@ -151,15 +151,18 @@ def _errors(num_seeds: int) -> float:
 def _provenance(table: Table) -> list[str]:
     """Says what the runs ran on, and warns when costs mix devices."""
     records = [made for run in table.runs for made in makers(run).values()]
-    records += [run["pgd_provenance"] for run in table.runs if "pgd_provenance" in run]
 
     def values(key: str) -> list[str]:
         return sorted({str(r[key]) for r in records if r.get(key) is not None})
 
     words = (("at commit", "commit"), ("on", "device"), ("with jax", "jax"))
-    words += (("under XLA_FLAGS", "XLA_FLAGS"),)
     parts = [f"{word} {', '.join(values(key))}" for word, key in words if values(key)]
-    said = [f"Measured {' '.join(parts)}."] if parts else []
+    under = ""
+    flags = [set((made.get("flags") or {}).items()) for made in records]
+    for name, value in sorted(set().union(*flags)):
+        some = "" if all((name, value) in own for own in flags) else "some "
+        under += f", {some}under {name}={value}"
+    said = [f"Measured {' '.join(parts)}{under}."] if parts else []
     if len(values("device")) > 1 and any(row.cost is not None for row in table.rows):
         said.append("The runs used several devices: the costs may not compare.")
     return said

@@ -57,14 +57,21 @@ def attacks_version(result: Mapping[str, Any]) -> int:
 def makers(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Returns the provenance of a run's columns, by column.
 
-    The empty name is for all columns that are not named.
+    The empty name is for all columns that are not named, `PGD` for those beside
+    AutoAttack's, `best` for those of the best checkpoint.
 
     >>> first, second = {"commit": "a"}, {"commit": "b"}
     >>> makers({"provenance": second, "column_provenance": {"linf 8/255": first}})
     {'': {'commit': 'b'}, 'linf 8/255': {'commit': 'a'}}
+    >>> list(makers({"provenance": first, "best": {"pgd_provenance": second}}))
+    ['', 'best', 'PGD best']
     """
-    others = result.get("column_provenance") or {}
-    return {"": result.get("provenance") or {}} | dict(others)
+    found = {"": result.get("provenance") or {}}
+    if "pgd_provenance" in result:
+        found["PGD"] = result["pgd_provenance"]
+    found |= result.get("column_provenance") or {}
+    best = makers(result["best"]) if "best" in result else {}
+    return found | {f"{name} best".strip(): made for name, made in best.items()}
 
 
 def unlike(

@@ -43,6 +43,11 @@ class ClaimedError(WorkdirError):
     """Another process works in the directory."""
 
 
+def lost(folder: pathlib.Path) -> ClaimedError:
+    """Returns the error over a directory that is not there any more."""
+    return ClaimedError(f"Lost {folder}: the directory was removed or moved.")
+
+
 class Claim:
     """A claim that this process holds; a thread keeps it fresh until it is released."""
 
@@ -85,7 +90,7 @@ class Claim:
     def _loss(self) -> str:
         holder = read_holder(self._workdir)
         if holder is None:
-            return f"Lost {self._workdir}: the directory was removed or moved."
+            return str(lost(self._workdir))
         with contextlib.suppress(OSError):
             if self._is_there():
                 return (
