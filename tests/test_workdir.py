@@ -305,9 +305,13 @@ def test_what_rows_differ_in_beyond_their_names_is_said(tmp_path):
     told = r"^The rows differ in more than they say\. model\.width: \[2, 4\]\.$"
     with pytest.warns(UserWarning, match=told):
         assert len(finished_runs(tmp_path)) == 4
+    fields = {"training.epochs": 3, "model.blocks": (1, 2)}
+    make_finished(tmp_path, "sam,rho=0.1/seed0", **fields)
+    with pytest.warns(UserWarning, match=r"model\.blocks: \[\[1, 2\], \[1\]\]"):
+        finished_runs(tmp_path, ["st", "sam,rho=0.1"])
     make_finished(tmp_path, "sam,rho=0.4/seed0", **{"training.epochs": 9})
     with pytest.warns(UserWarning, match=r"training\.epochs: \[3, 9\]"):
-        assert len(finished_runs(tmp_path)) == 5  # although one row names the field
+        assert len(finished_runs(tmp_path)) == 6  # although one row names the field
 
 
 def test_runs_that_are_judged_otherwise_make_no_table(tmp_path):

@@ -169,11 +169,13 @@ def _untold(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for name in {name: None for each in changed for name in each}:
         if name.startswith(("data.", "model.", "training.")):
-            (own,) = {each[name][0] for each in changed if name in each}
+            own = next(each[name][0] for each in changed if name in each)
             values = [own, *(each.get(name, (own, own))[1] for each in changed)]
-            told = (f"{name}=" in fields["row"] for fields in runs.values())
-            silent = [v for v, is_told in zip(values, told, strict=True) if not is_told]
-            if len(kinds := list(dict.fromkeys(silent))) > 1:
+            kinds: list[Any] = []  # lists among them
+            for fields, value in zip(runs.values(), values, strict=True):
+                if f"{name}=" not in fields["row"] and value not in kinds:
+                    kinds.append(value)
+            if len(kinds) > 1:
                 found[name] = kinds
     return found
 
