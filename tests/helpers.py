@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import pathlib
+import pty
 import re
 import shutil
 import socket
@@ -142,6 +143,26 @@ def programs_made_once() -> Iterator[None]:
         ):
             patch.setattr(module, name, build(getattr(module, name)))
         yield
+
+
+_IN_A_TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def start_in_a_terminal(*arguments: str) -> tuple[subprocess.Popen[Any], int]:
+    """Starts Python in a terminal of its own; that closes with the number returned."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", _IN_A_TERMINAL, *arguments],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        start_new_session=True,
+    )
+    os.close(theirs)
+    return process, ours
 
 
 class Silent:

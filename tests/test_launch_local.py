@@ -3,7 +3,6 @@
 import glob
 import json
 import os
-import pty
 import runpy
 import signal
 import subprocess
@@ -390,24 +389,12 @@ for _ in range(20):
 pathlib.Path(sys.argv[1], os.environ["JAX_PROCESS_ID"]).write_text("saved")
 sys.exit(75)
 """
-IN_A_TERMINAL = """
-import fcntl, os, signal, sys, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-"""
 
 
 def test_a_closed_terminal_stops_all_as_sigterm_does(tmp_path):
-    ours, theirs = pty.openpty()
     local = (str(LOCAL), "--processes=2", "--cpu", "--")
     chatty = (sys.executable, "-c", CHATTY, str(tmp_path))
-    process = subprocess.Popen(
-        [sys.executable, "-c", IN_A_TERMINAL, *local, *chatty],
-        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
-        start_new_session=True,
-    )
-    os.close(theirs)
+    process, ours = helpers.start_in_a_terminal(*local, *chatty)
     shown = b""
     while shown.count(b"ready") < 2:
         shown += os.read(ours, 1000)

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import platform
-import pty
 import re
 import shutil
 import signal
@@ -322,10 +321,8 @@ def test_a_closed_terminal_that_nohup_ignores_stays_ignored():
 
 # A command in a terminal; what it shows after the end of that must harm nothing.
 IN_A_TERMINAL = """
-import fcntl, pathlib, signal, sys, termios, time
+import pathlib, sys, time
 from samrobust.system.runtime import StopRequest
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 with StopRequest().listening() as stop:
     print("now", flush=True)
     while not stop():
@@ -338,9 +335,8 @@ with StopRequest().listening() as stop:
 
 # One that nobody tells of the end of its terminal, as after `disown`.
 DISOWNED = """
-import fcntl, os, pathlib, signal, sys, termios, time
+import os, pathlib, signal, sys, time
 from samrobust.experiments.reporting.console import make_console
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 console = make_console()
 console.print("now")
@@ -362,13 +358,7 @@ def test_a_closed_terminal_leaves_time_to_save(tmp_path):
 
 def in_a_closed_terminal(script: str, state: pathlib.Path) -> tuple[int, str]:
     """Runs a script until it says `now`; its exit code, and what it saved later."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(state)],
-        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
-        start_new_session=True,
-    )
-    os.close(theirs)
+    process, ours = helpers.start_in_a_terminal("-c", script, str(state))
     assert os.read(ours, 100).startswith(b"now")
     os.close(ours)
     return process.wait(60), state.read_text() if state.exists() else ""

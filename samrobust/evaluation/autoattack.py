@@ -64,11 +64,6 @@ def make_autoattack_evaluator(
         for member in attack.members
     }
 
-    balls = {
-        column: [f"l{attack.order:g}", attack.radius, attack.is_random, attack.box]
-        for column, attack in attacks.items()
-    }
-
     def evaluate(
         variables: PyTree,
         split: Split,
@@ -81,15 +76,15 @@ def make_autoattack_evaluator(
         num_classes = _num_classes(model, variables, split)
         parts = {c: list(_parts(each, num_classes)) for c, each in attacks.items()}
         about = identify(model, variables, split, key, examples=examples)
-        files, fates = {}, {}
-        for column, own in parts.items():
-            names = [part.name for part in own]
-            attack = {"column": column, "parts": names, "ball": balls[column]}
-            files[column] = FatesFile(folder, about | attack)
-            fresh = Fates.fresh([part.member.name for part in own], len(split))
-            fates[column] = files[column].open(
-                fresh, split.images if examples else None
-            )
+        files = {
+            column: FatesFile(folder, about | _identify(column, own, attacks[column]))
+            for column, own in parts.items()
+        }
+        images = split.images if examples else None
+        fates = {
+            column: files[column].open(_fresh(own, len(split)), images)
+            for column, own in parts.items()
+        }
         right = np.ones(len(split), bool)
         if not any(own.is_begun for own in fates.values()):
             right = is_right(variables, split, key, on_batch)
@@ -144,6 +139,21 @@ def _parts(attack: AutoAttack, num_classes: int) -> Iterator[_MemberPart]:
         for number in range(num_parts):
             which = f" {number + 1}/{num_parts}" if num_parts > 1 else ""
             yield _MemberPart(member, number, member.name + which)
+
+
+def _identify(
+    column: str, parts: Sequence[_MemberPart], attack: AutoAttack
+) -> dict[str, Any]:
+    """Returns what the fates under an attack depend on, of that, in JSON's types."""
+    return {
+        "column": column,
+        "parts": [part.name for part in parts],
+        "ball": [f"l{attack.order:g}", attack.radius, attack.is_random, attack.box],
+    }
+
+
+def _fresh(parts: Sequence[_MemberPart], num_examples: int) -> Fates:
+    return Fates.fresh([part.member.name for part in parts], num_examples)
 
 
 def _num_classes(model: nn.Module, variables: PyTree, split: Split) -> int:

@@ -91,9 +91,8 @@ class Fates:
         """Returns how many examples the current member began with, and the stage."""
         stage = self.place.stage
         first = list(self.stages).index(self.stages[stage])
-        return int(np.sum(self._through(first - 1))), int(
-            np.sum(self._through(stage - 1))
-        )
+        at_first, now = self._through(first - 1), self._through(stage - 1)
+        return int(np.sum(at_first)), int(np.sum(now))
 
     def num_left(self) -> int:
         """Returns how many examples the current stage has still to go through."""

@@ -68,15 +68,14 @@ def make_skip_broken_evaluator(
             name: Fates.fresh([stage.name for stage in stages], len(split))
             for name, stages in columns.items()
         }
-        size, work = (
-            batch_size_for(len(split), batch_size),
-            Work(columns, fates, on_batch),
-        )
-        for name, stages in columns.items():
+        work = Work(columns, fates, on_batch)
+
+        def size(*_: int) -> int:
+            return batch_size_for(len(split), batch_size)
+
+        for name, own in fates.items():
             tell = functools.partial(work.tell, name)
-            for batch in survivors(
-                stages, fates[name], size=lambda *_: size, tell=tell
-            ):
+            for batch in survivors(columns[name], own, size=size, tell=tell):
                 images = jax.device_get(batch.images)
                 iterates[batch.indices] = images[: len(batch.indices)]
         on_batch(len(split), len(split), "done")

@@ -21,7 +21,13 @@ import safetensors.numpy
 from samrobust.checks import check
 from samrobust.models.torch.files import read_pytorch, torch_bytes
 from samrobust.models.torch.wrapping import MOST_CHANNELS, Weights, listed, unwrapped
-from samrobust.system.files import WorkdirError, read_json, write_bytes, write_json
+from samrobust.system.files import (
+    WorkdirError,
+    digest,
+    read_json,
+    write_bytes,
+    write_json,
+)
 
 __all__ = [
     "SUFFIXES",
@@ -51,9 +57,9 @@ def write_pytorch(path: pathlib.Path, weights: Weights) -> None:
       ValueError: if PyTorch is not installed.
     """
     content = torch_bytes(weights.tensors)
-    digest = hashlib.sha256(content).hexdigest()
     write_bytes(path, content)
-    write_json(path.with_suffix(".json"), {**weights.metadata, "sha256": digest})
+    sha256 = hashlib.sha256(content).hexdigest()
+    write_json(path.with_suffix(".json"), {**weights.metadata, "sha256": sha256})
 
 
 def read_weights(path: pathlib.Path) -> Weights:
@@ -163,13 +169,13 @@ def _metadata_beside(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(message) from error
     if not isinstance(found, dict) or "sha256" not in found:
         return {}
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    sha256 = digest(path)
     check(
-        found["sha256"] == digest,
+        found["sha256"] == sha256,
         f"{beside.name} to belong to {path.name}",
         "Put the file of these weights beside them, or remove it.",
         sha256=str(found["sha256"])[:64],
-        sha256_of_the_weights=digest,
+        sha256_of_the_weights=sha256,
     )
     return {name: found[name] for name in _FIELDS if name in found}
 

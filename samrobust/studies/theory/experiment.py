@@ -59,8 +59,8 @@ class Estimate:
 
         `yes`, `no`, or `unresolved` where 0 lies in it too: a training without the
         effect would agree as well. `not converged` where the start certainly matters by
-        more than that half; and, if the weight does not agree, where it may. None where
-        no population value is known. The resolution widens all.
+        more than that half; and, if the weight does not agree, where it may. Else None
+        where no population value is known. The resolution widens all.
         """
         beside_noise = 0.5 * self.half_width + self.resolution
         width, (least, most) = self.half_width + beside_noise, self.memory
