@@ -98,12 +98,22 @@ def test_a_data_set_with_a_slash_in_its_name_has_a_board(tmp_path):
 
 
 def test_a_table_that_was_edited_is_no_evidence(board):
-    path = board.parent / "digits" / "autoattack.json"
-    path.write_text(path.read_text().replace("50.0", "89.0"))
+    measured = board.parent / "digits" / "autoattack.json"
+    (kept,) = (board / "evidence").iterdir()
+    for path in (measured, kept):
+        path.write_text(path.read_text().replace("50.0", "89.0"))
     with pytest.raises(WorkdirError, match="a damaged file"):
-        add_claims(board, path.parent, "A CNN")
+        add_claims(board, measured.parent, "A CNN")
     with pytest.raises(WorkdirError, match="a damaged file"):
         read_claims(board)
+
+
+def test_a_claim_outlives_the_table_that_it_was_made_of(board, tmp_path):
+    claims = read_claims(board)
+    recheck(tmp_path / "digits", accuracy={"natural": 9.0, "linf 8/255 AA": 1.0})
+    (tmp_path / "elsewhere").mkdir()
+    moved = board.rename(tmp_path / "elsewhere" / "board")
+    assert read_claims(moved) == claims
 
 
 def test_the_most_robust_comes_first(board):

@@ -3,13 +3,13 @@
 RobustBench's boards are at l-inf 8/255; what training without an attack gives shows at
 1/255 and 2/255. A claim is a JSON file with the fields of RobustBench's `model_info`
 and, under `samrobust`, the run and the `autoattack.json` of `samrobust recheck` that it
-rests on. Everything that the measurement decides is read there again whenever the
-board is written; a claim that says anything else is refused.
+rests on, of which the board keeps a copy. Everything that the measurement decides is
+read there again whenever the board is written; a claim that says anything else is
+refused.
 """
 
 import itertools
 import math
-import os
 import pathlib
 import re
 from typing import Any
@@ -20,7 +20,7 @@ from samrobust.experiments.reporting.names import split_column
 from samrobust.experiments.reporting.render import from_json
 from samrobust.experiments.reporting.results import attacks_version, makers
 from samrobust.experiments.reporting.table import Table
-from samrobust.system.files import read_object, write_json
+from samrobust.system.files import digest, read_object, write_bytes, write_json
 from samrobust.system.tables import Sheet, TextTable
 
 __all__ = ["add_claims", "read_claims", "to_sheet"]
@@ -52,22 +52,22 @@ def add_claims(
       ValueError: if there is no such table or no small radius in it, or a measurement
         lacks what a claim rests on.
     """
-    evidence = rechecked / "autoattack.json"
-    real, home = evidence.resolve(), folder.resolve()
-    table = _read_table(evidence)
+    measured = rechecked / "autoattack.json"
+    table = _read_table(measured)
     columns = [f"linf {radius} AA" for radius in _RADII]
     columns = [column for column in columns if column in table.columns]
     wanted = "AutoAttack at l-inf 1/255 or 2/255"
     fix = "Run `samrobust recheck --linf=1,2`."
     check(bool(columns), wanted, fix, columns=list(table.columns))
+    # The next `recheck` replaces its table; a claim still rests on what it was made of.
+    evidence = f"evidence/{digest(measured)[:16]}.json"
+    (folder / "evidence").mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / evidence, measured.read_bytes())
     paths = []
     for row, column in itertools.product(table.rows, columns):
         for seed in row.seeds:
             found = _measured(table, row.name, seed, column)
-            origin = {
-                **found.pop("samrobust"),
-                "evidence": pathlib.Path(os.path.relpath(real, home)).as_posix(),
-            }
+            origin = {**found.pop("samrobust"), "evidence": evidence}
             footnote = f"samrobust's AutoAttack on {table.num_test:,} test images."
             claim = {
                 "link": "",
