@@ -92,11 +92,13 @@ class Entry:
         `ValueError` for other values; and whole fields, of what is no parameter or has
         another default in configs. A parameter without a default has 0 there: off.
       section: of the config; empty: the name.
-      attack_passes: from the section's values to the cost of making the images, or of
-        what else a step does once, in passes with weight gradients.
+      attack_passes: the cost of making the images, or of what else a step does once,
+        in passes with weight gradients, or a function from the section's values to
+        that. None: of a part that makes images, unknown.
       check: of a row's options, by their names; raises `ValueError`.
       passes: how many a sharpness method adds to each pass over the images, or a
-        function from the section's values to that.
+        function from the section's values to that. None: what a `two_pass` says; of any
+        other, unknown.
       chosen: from the section's values and the size of a batch to how many of its
         examples have passes of their own; 0: none.
     """
@@ -108,7 +110,7 @@ class Entry:
         default_factory=dict
     )
     section: str = ""
-    attack_passes: Callable[[Mapping[str, Any]], float] = lambda _: 0.0
+    attack_passes: float | Callable[[Mapping[str, Any]], float] | None = None
     check: Callable[..., None] = lambda **_: None
-    passes: float | Callable[[Mapping[str, Any]], float] = 1.0
+    passes: float | Callable[[Mapping[str, Any]], float] | None = None
     chosen: Callable[[Mapping[str, Any], int], int] = lambda *_: 0

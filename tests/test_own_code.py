@@ -367,8 +367,6 @@ def test_what_it_lacks_is_said_before_any_work(row, own, capsys):
 
 
 OVERRIDES = {
-    "model.name=odd:nothing": r"^Expected odd:nothing to build a Linen module, got",
-    "model.name=odd:breaks": r"^Expected odd:breaks to run, got .*odd\.py, line ",
     "model.name=odd:Plain": r"^Expected a whole number for model\.hidden, got .*None",
     "model.name=odd:nn": r"^Expected the model's constructor, got model\.name=",
     "training.optimizer=odd:nothing": r"^Expected training\.optimizer=odd:nothing to",
@@ -392,6 +390,8 @@ def test_what_a_network_or_an_optimizer_lacks_is_one_line(overrides, own):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("odd:nothing", r"^Expected odd:nothing to build a Linen module, got"),
+        ("odd:breaks", r"^Expected odd:breaks to run, got .*odd\.py, line "),
         ("odd:Six", r"^Expected odd:Six to return logits \(1, 10\), got .*\(1, 6\)"),
         ("odd:NoTrain", "^Expected odd:NoTrain to run, got.* argument 'train'"),
         ("odd:Forgets", "^Expected odd:Forgets to run, got.*batch_stats.*immutable"),

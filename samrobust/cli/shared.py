@@ -94,11 +94,12 @@ def show_notes(console: Console, workdir: pathlib.Path) -> None:
 def passes_of(
     results: Iterable[Mapping[str, Any]], configs: Mapping[str, Config]
 ) -> dict[str, float]:
-    """Returns what the training of each row took, by the runs and configs of rows."""
-    return {
+    """Returns what the training of each row took, where known, by runs and configs."""
+    found = {
         result["row"]: training_passes(configs[result["row"]], num_steps(result))
         for result in results
     }
+    return {row: passes for row, passes in found.items() if passes is not None}
 
 
 def show_written(

@@ -116,6 +116,7 @@ def _train(
     """Trains and attacks a share; returns which runs failed, and why."""
     from samrobust.cli.shared import once_per
     from samrobust.experiments import building
+    from samrobust.experiments.rehearsal import rehearse
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.run import work
     from samrobust.experiments.sweep import run_all
@@ -129,13 +130,16 @@ def _train(
         lambda: [(r.workdir / "result.json").exists() for r in runs]
     )
     works: dict[pathlib.Path, tuple[float, float, float]] = {}
+    rehearsed: set[str] = set()
     given = epochs_given(planned.shared for planned in runs)
     for planned, is_done, first in zip(runs, done, given, strict=True):
         config, training, judged = planned.config, 0.0, 0.0
         if not is_done:
             dataset = load_data(config)
-            with naming(planned.config.label):  # before hours of other rows
-                building.make_plan(config, len(dataset.train))
+            with naming(config.label):  # before hours of other rows
+                if config.row not in rehearsed:
+                    rehearse(config, dataset)
+                rehearsed.add(config.row)
                 training, judged = work(config, dataset)
         left = training * first / config.training.epochs
         works[planned.workdir] = training, judged, left

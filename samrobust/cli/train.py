@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     """
     from samrobust.cli.shared import join, show_accuracies, show_notes, show_written
     from samrobust.experiments import building, configuration
+    from samrobust.experiments.rehearsal import rehearse
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.run import PlannedRun, work
     from samrobust.experiments.run import run as run_row
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         message = f"Stopped while waiting for another process. {RESUME}"
         raise InterruptedRunError(message)
     dataset = building.load_data(config)
+    rehearse(config, dataset)
     works = work(config, dataset)
     display = ProgressDisplay(console, sum(works))
     with display.live():

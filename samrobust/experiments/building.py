@@ -4,9 +4,10 @@ The one place where the parts of an experiment are put together: data, network, 
 schedule, attacks. Out of scope: validation, see `samrobust.experiments.validation`.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from samrobust.experiments import entries, methods
 from samrobust.experiments.components import make_model, make_optimizer
 from samrobust.experiments.reporting.names import column_of
 from samrobust.system.distributed import data_mesh
+from samrobust.system.resolve import is_reference, running
 from samrobust.training import Method, make_train_step
 from samrobust.training.adversaries.at import make_ball
 from samrobust.training.epoch import EpochPlan
@@ -53,6 +55,7 @@ __all__ = [
     "make_earlier",
     "make_method",
     "make_model",
+    "make_parts",
     "make_plan",
     "staged_attacks",
     "validation_attacks",
@@ -166,26 +169,8 @@ def _method_maker(
 ) -> tuple[Callable[[Collection[str]], Method], dict[str, int]]:
     """Returns how to build the method without parts, and the first steps of those."""
     model = make_model(config, dataset)
-    training = config.training
-    variables = _variables_of(model, config.model.name, dataset)
-    learning_rate = learning_rate_schedule(config, steps_per_epoch)
-    links = make_optimizer(config, learning_rate)
-    is_coupled = training.optimizer in ("sgd", "adam")
-    parts = methods.build(
-        config,
-        entries.Given(
-            optimizer=optax.chain(*links),
-            learning_rate=learning_rate,
-            momentum=training.momentum,
-            aux=variables.get("batch_stats", {}),
-            grouped=methods.group_size(config) > 0,
-            # Of the gradient, as it is of SGD's and Adam's; AdamW's is none of it.
-            weight_decay=training.weight_decay if is_coupled else 0.0,
-            num_classes=dataset.num_classes,
-            total_steps=training.epochs * steps_per_epoch,
-            steps_per_epoch=steps_per_epoch,
-        ),
-    )
+    parts = make_parts(config, dataset, steps_per_epoch)
+    links = parts.pop("optimizer")
     starts = parts.pop("starts")
     sharpness = parts.pop("sharpness", optax.identity())
     is_whole = any(entries.is_optimizer(p.name) for p in methods.parts_of(config))
@@ -211,6 +196,49 @@ def _method_maker(
     return make, starts
 
 
+def make_parts(
+    config: Config, dataset: Dataset | DatasetFacts, steps_per_epoch: int
+) -> dict[str, Any]:
+    """Builds the parts of a config's row on its data, as `methods.build` returns them.
+
+    And the links of the `optimizer`.
+    """
+    model, training = make_model(config, dataset), config.training
+    variables = _variables_of(model, config.model.name, dataset)
+    _check_decay(config)
+    learning_rate = learning_rate_schedule(config, steps_per_epoch)
+    links = make_optimizer(config, learning_rate)
+    is_coupled = training.optimizer in ("sgd", "adam")
+    given = entries.Given(
+        optimizer=optax.chain(*links),
+        learning_rate=learning_rate,
+        momentum=training.momentum,
+        aux=variables.get("batch_stats", {}),
+        grouped=methods.group_size(config) > 0,
+        # Of the gradient, as it is of SGD's and Adam's; AdamW's is none of it.
+        weight_decay=training.weight_decay if is_coupled else 0.0,
+        num_classes=dataset.num_classes,
+        total_steps=training.epochs * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+    )
+    return {**methods.build(config, given), "optimizer": links}
+
+
+def _check_decay(config: Config) -> None:
+    """Refuses a part that has to know what the weight decay of an own optimizer is."""
+    training, field = config.training, "training.weight_decay"
+    asks = [
+        part.name
+        for part in methods.parts_of(config)
+        if entries.takes(part.name, "weight_decay")
+        and not entries.replaces_optimizer(part.name)
+    ]
+    holds = training.weight_decay == 0 or not is_reference(training.optimizer)
+    wanted = f"{field}=0 with {training.optimizer} and {', '.join(asks)}"
+    fix = "What they do depends on what decays: the gradient (SGD) or the weights."
+    check(holds or not asks, wanted, fix, **{field: training.weight_decay})
+
+
 def _variables_of(
     model: nn.Module, name: str, dataset: Dataset | DatasetFacts
 ) -> Mapping[str, Any]:
@@ -219,13 +247,25 @@ def _variables_of(
     Traces it as it is initialized and as it is evaluated, and refuses one that cannot
     be, one with logits of another shape, and parameters that have no gradient.
     """
-    images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
+    facts = model, name, dataset.image_shape, dataset.num_classes
+    try:
+        hash(model)
+    except TypeError:  # somebody's own has a field without one
+        return _traced.__wrapped__(*facts)
+    return _traced(*facts)
+
+
+@lru_cache(maxsize=16)
+def _traced(
+    model: nn.Module, name: str, image_shape: tuple[int, ...], num_classes: int
+) -> Mapping[str, Any]:
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    with entries.renamed({}, name):
+    with running(name) if is_reference(name) else contextlib.nullcontext():
         logits, variables = jax.eval_shape(
             lambda k, x: model.init_with_output(k, x, train=False), key, images
         )
-        shape, wanted = getattr(logits, "shape", logits), (1, dataset.num_classes)
+        shape, wanted = getattr(logits, "shape", logits), (1, num_classes)
         fix = "One logit for each class of the data."
         check(shape == wanted, f"{name} to return logits {wanted}", fix, logits=shape)
         # A forgotten `use_running_average=not train` or `deterministic=not train`.

@@ -38,7 +38,6 @@ __all__ = [
     "REGISTRIES",
     "REGISTRY",
     "Given",
-    "added_passes",
     "fields_of_parameters",
     "find",
     "is_optimizer",
@@ -49,6 +48,7 @@ __all__ = [
     "section_fields",
     "section_of",
     "strength_of",
+    "takes",
 ]
 
 _T = TypeVar("_T")
@@ -231,19 +231,6 @@ def renamed(names: Mapping[str, str], maker: str = "") -> Iterator[None]:
         raise failure_of(maker, error) from error
 
 
-def added_passes(name: str, values: Mapping[str, Any]) -> float:
-    """Returns the passes that a part adds to each one over the images.
-
-    Args:
-      name: of the part.
-      values: of its section.
-    """
-    entry = find(name)
-    if not _is_sharpness(entry):
-        return 0.0
-    return entry.passes(values) if callable(entry.passes) else entry.passes
-
-
 def of_training(name: str, field: str, values: Mapping[str, Any], default: _T) -> _T:
     """Returns a field that the training reads, as `start`, `m` or `replays`.
 
@@ -258,12 +245,17 @@ def of_training(name: str, field: str, values: Mapping[str, Any], default: _T) -
 
 def is_optimizer(name: str) -> bool:
     """Returns whether a part wraps the training's optimizer, or is one itself."""
-    return replaces_optimizer(name) or "optimizer" in _parameters(name)
+    return replaces_optimizer(name) or takes(name, "optimizer")
 
 
 def replaces_optimizer(name: str) -> bool:
     """Returns whether a part is an optimizer itself."""
-    return "learning_rate" in _parameters(name)
+    return takes(name, "learning_rate")
+
+
+def takes(name: str, parameter: str) -> bool:
+    """Returns whether a part's constructor has a parameter, such as `weight_decay`."""
+    return parameter in _parameters(name)
 
 
 def _parameters(name: str) -> Collection[str]:

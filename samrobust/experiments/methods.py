@@ -4,7 +4,7 @@ What a constructor returns tells which part it is.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import optax
 from samrobust.checks import check
 from samrobust.experiments import entries
 from samrobust.experiments.rows import STANDARD, Part, parse_row
+from samrobust.sharpness.two_pass import TwoPass
 from samrobust.training.parts import Adversary, Averaging, Objective
 from samrobust.training.phases import first_epoch
 from samrobust.types import Config
@@ -109,7 +110,8 @@ def build(config: Config, given: entries.Given) -> dict[str, Any]:
 
     Raises:
       ValueError: for a value that a constructor refuses, with the field's name; for two
-        parts of one kind, or something else than a part.
+        parts of one kind, something else than a part, or no held-out images for an
+        average that asks for them.
     """
     parts: dict[str, Any] = {"starts": {}}
     for part in parts_of(config):
@@ -122,6 +124,11 @@ def build(config: Config, given: entries.Given) -> dict[str, Any]:
                 parts["batch_stats"] = entries.of_training(
                     part.name, "batch_stats", values_of(config, part.name), "both"
                 )
+    averaging, field = parts.get("averaging"), "data.validation_size"
+    held_out = config.data.validation_size
+    asks = averaging is not None and averaging.admit is not None
+    wanted = f"{field} > 0 with an average that epochs are admitted to"
+    check(held_out > 0 or not asks, wanted, **{field: held_out, "row": config.row})
     return parts
 
 
@@ -159,14 +166,31 @@ def _construct(
     with entries.renamed(fields, name):
         made = entry.make(**arguments)
     is_part = isinstance(made, tuple(_SLOTS.values()))
-    several = isinstance(made, tuple) and not is_part
+    several = isinstance(made, tuple | list) and not is_part
     found = []
     for one in made if several else (made,):
         slots = [slot for slot, kind in _SLOTS.items() if isinstance(one, kind)]
         wanted = f"{name} to build one of {', '.join(_SLOTS)}"
-        check(len(slots) == 1, wanted, built=type(one).__name__)
+        fix = "samrobust.training.as_adversary makes one of an attack."
+        check(len(slots) == 1, wanted, fix, built=type(one).__name__)
+        if isinstance(one, TwoPass):
+            _check_second_pass(name, parameters, given)
         found.append((slots[0], one))
     return found
+
+
+def _check_second_pass(
+    name: str, parameters: Collection[str], given: entries.Given
+) -> None:
+    """Refuses a second pass that would lose the statistics or the groups of its own."""
+    for field, what, is_there in (
+        ("aux", "the network's running statistics leave the second pass", given.aux),
+        ("grouped", "groups have perturbations of their own", given.grouped),
+    ):
+        wanted = f"{name} with a parameter {field} that it hands to two_pass: {what}"
+        fix = f"Write def {name.rpartition(':')[2]}(..., *, aux=None, grouped=False)."
+        got = ", ".join(parameters)
+        check(field in parameters or not is_there, wanted, fix, parameters=got)
 
 
 class StepPasses(NamedTuple):
@@ -178,11 +202,13 @@ class StepPasses(NamedTuple):
       attack: of making the images.
       ascents: that sharpness adds to each pass over the images.
       views: of the images, which the objective sees.
+      is_known: whether that is all, or a part of the user's does not say what it takes.
     """
 
     attack: float
     ascents: float
     views: int
+    is_known: bool = True
 
     @property
     def total(self) -> float:
@@ -203,14 +229,48 @@ def phases_of(config: Config) -> list[range]:
 
 def passes_at(config: Config, epoch: int) -> StepPasses:
     """Counts a step of an epoch: parts that begin later cost nothing yet."""
-    attack, ascents = 0.0, 0.0
+    attack, ascents, views, unknown = 0.0, 0.0, 1, False
     for part in parts_of(config):
-        if start_epoch(config, part.name) <= epoch:
-            values = values_of(config, part.name)
-            attack += entries.find(part.name).attack_passes(values)
-            ascents += entries.added_passes(part.name, values)
-    objective = build(config, entries.Given()).get("objective")
-    return StepPasses(attack, ascents, len(set(objective.views)) if objective else 1)
+        entry, values = entries.find(part.name), values_of(config, part.name)
+        try:
+            built = dict(_construct(config, part.name, _supposed(config)))
+        except ValueError:  # the user's own, which wants the numbers of the data
+            unknown = True
+            continue
+        if objective := built.get("objective"):
+            views = len(set(objective.views))
+        if start_epoch(config, part.name) > epoch:
+            continue
+        for_images: Any = entry.attack_passes
+        added: Any = entry.passes
+        if for_images is None and "adversary" not in built:
+            for_images = 0.0
+        if "sharpness" not in built:
+            added = 0.0
+        elif added is None:
+            added = getattr(built["sharpness"], "passes", None)
+        unknown |= for_images is None or added is None
+        attack += _counted(for_images, values)
+        ascents += _counted(added, values)
+    return StepPasses(attack, ascents, views, not unknown)
+
+
+def _counted(passes: Any, values: Mapping[str, Any]) -> float:
+    """Returns what an entry says of its cost; 0 where it says nothing."""
+    counted: Any = passes(values) if callable(passes) else passes
+    return counted or 0.0
+
+
+def _supposed(config: Config) -> entries.Given:
+    """Returns what is likely given, where nothing is known of the data."""
+    training = config.training
+    return entries.Given(
+        grouped=group_size(config) > 0,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+        total_steps=1000 * training.epochs,
+        steps_per_epoch=1000,
+    )
 
 
 def cost(config: Config) -> float:
@@ -224,11 +284,13 @@ def training_cost(config: Config) -> float:
     return sum(len(epochs) * passes_at(config, epochs[0]).total for epochs in phases)
 
 
-def training_passes(config: Config, num_steps: int) -> float:
-    """Returns the passes of a training over single images.
+def training_passes(config: Config, num_steps: int) -> float | None:
+    """Returns the passes of a training over single images; None where unknown.
 
     Args:
       config: of the training.
       num_steps: that it took. An incomplete batch counts as a whole one.
     """
+    if not all(passes_at(config, e.start).is_known for e in phases_of(config)):
+        return None
     return num_steps * config.training.batch_size * cost(config)

@@ -23,7 +23,7 @@ from samrobust.evaluation import (
     make_evaluator,
     make_skip_broken_evaluator,
 )
-from samrobust.experiments import building, entries, methods
+from samrobust.experiments import building
 from samrobust.experiments.networks import Trained, checkpoints_of
 from samrobust.system.claims.lease import Claim, claim
 from samrobust.system.distributed import (
@@ -330,7 +330,8 @@ def make_validate(
 
 def make_admit(config: Config, dataset: Dataset) -> AfterEpoch | None:
     """Builds what shows each epoch's worst class to an averaging; None if none asks."""
-    averaging = methods.build(config, entries.Given()).get("averaging")
+    steps = building.make_plan(config, len(dataset.train)).num_steps
+    averaging = building.make_parts(config, dataset, steps).get("averaging")
     if averaging is None or averaging.admit is None:
         return None
     judge, labels = _make_judge(config, dataset), dataset.validation.labels

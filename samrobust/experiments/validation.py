@@ -33,6 +33,7 @@ from samrobust.checks import (
 )
 from samrobust.experiments import entries, methods
 from samrobust.experiments.components import check_model, model_fields, takes
+from samrobust.system.resolve import is_reference
 from samrobust.types import Config
 
 __all__ = ["FIELDS", "OF_PGD", "fields_of", "validate"]
@@ -183,14 +184,9 @@ def _validate_methods(config: Config) -> None:
         holds = _read(config, optimizer) == "sgd"
         fix = f"{name} steps by itself, with the momentum and weight decay of SGD."
         _require(config, holds, f"{optimizer}=sgd with {name}", optimizer, fix=fix)
-    if config.row:
-        given = entries.Given(grouped=methods.group_size(config) > 0)
-        averaging = methods.build(config, given).get("averaging")
-        held_out = "data.validation_size"
-        holds = _read(config, held_out) > 0
-        asks = averaging is not None and averaging.admit is not None
-        wanted = f"{held_out} > 0 with an average that epochs are admitted to"
-        _require(config, holds or not asks, wanted, held_out, "row")
+    # The user's own are built with the numbers of the data alone: `rehearsal`.
+    if config.row and not any(map(is_reference, active)):
+        methods.build(config, entries.Given(grouped=methods.group_size(config) > 0))
 
 
 def _validate_groups(config: Config) -> None:

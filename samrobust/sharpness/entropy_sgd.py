@@ -155,4 +155,5 @@ ENTRY = Entry(
         "noise": amount,
         "scoping": amount,
     },
+    passes=0.0,
 )

@@ -101,4 +101,4 @@ def msam(
 
 _METRICS: tuple[str, ...] = ("rho", "applied_rho")
 
-ENTRY = Entry(msam, "MSAM (rho = {rho:g})", fields={"rho": check_strength})
+ENTRY = Entry(msam, "MSAM (rho = {rho:g})", fields={"rho": check_strength}, passes=0.0)

@@ -66,6 +66,7 @@ __all__ = [
     "Choose",
     "Combine",
     "GradFn",
+    "TwoPass",
     "second",
     "two_pass",
 ]
@@ -96,7 +97,7 @@ def two_pass(
     measure: Measure = lambda *_: {},
     aux: PyTree = None,
     grouped: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> "TwoPass":
     """Builds a transformation of g(w) into `combine(g(w), g(w + e), e)`.
 
     Args:
@@ -167,7 +168,7 @@ def two_pass(
     )
     if is_off(rho):
         plain = optax.stateless(mean_of_groups) if grouped else optax.identity()
-        return optax.with_extra_args_support(plain)
+        return _OnePass(*optax.with_extra_args_support(plain))
     schedule = rho if callable(rho) else lambda _: rho
     climber: Any = ascent  # optax's type does not name the extra argument
     if not isinstance(ascent, optax.GradientTransformation):
@@ -265,7 +266,21 @@ def two_pass(
         step = jnp.asarray(optax.safe_increment(state.step))
         return outcome, TwoPassState(step, metrics, new_aux, memory, measured | rises)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return TwoPass(init, update)
+
+
+class TwoPass(optax.GradientTransformationExtraArgs):
+    """Transformation of `two_pass`, which says what it costs.
+
+    Attributes:
+      passes: that it takes in each `update`, over all examples.
+    """
+
+    passes = 1.0
+
+
+class _OnePass(TwoPass):
+    passes = 0.0
 
 
 class _Ascended(NamedTuple):

@@ -222,9 +222,9 @@ def _families(config: Config) -> list[Family]:
 
 def _family(config: Config, epochs: range) -> Family:
     """Returns what decides how long a step of some epochs takes."""
-    training = config.training
+    training, passes = config.training, methods.passes_at(config, epochs.start)
     return (
-        *(methods.passes_at(config, epochs.start), methods.group_size(config)),
+        *(passes, "" if passes.is_known else config.row, methods.group_size(config)),
         *(training.batch_size, training.optimizer, _network(config)),
     )
 

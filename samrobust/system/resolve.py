@@ -18,9 +18,10 @@ import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from samrobust import checks
 from samrobust.checks import check, shorten
 
-__all__ = ["failure_of", "is_reference", "resolve", "sources"]
+__all__ = ["failure_of", "is_reference", "resolve", "running", "sources"]
 
 # Lines in these folders are not where the user's own code went wrong.
 _INSTALLED = (
@@ -96,6 +97,22 @@ def failure_of(what: str, error: BaseException) -> ValueError:
     return ValueError(
         f"Expected {what} to run, got{where}: {type(error).__name__}: {shorten(text)}"
     )
+
+
+@contextlib.contextmanager
+def running(what: str) -> Iterator[None]:
+    """Runs the user's own code: `failure_of` describes what goes wrong in it.
+
+    Args:
+      what: see `failure_of`. What a check of ours refuses is said as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if last.filename == checks.__file__:
+            raise
+        raise failure_of(what, error) from error
 
 
 def sources(references: Iterable[str]) -> dict[str, str]:

@@ -175,6 +175,7 @@ def make_train_step(
     if not isinstance(adversary, Adversary):
         adversary = as_adversary(adversary)
     check_choice(("train", "eval"), batch_norm=adversary.batch_norm)
+    check(bool(objective.views), f"views of {{{', '.join(VIEWS)}}}", views=())
     for view in objective.views:
         check_choice(VIEWS, view=view)
     tx = optax.with_extra_args_support(tx)

@@ -39,6 +39,9 @@ def notes(table: Table) -> tuple[str, ...]:
     return (*sentences, *_provenance(table))
 
 
+_UNKNOWN = ", - where a part of your own does not say what it takes"
+
+
 def legend(
     table: Table, *, std: bool = True, paper: bool = True, passes: bool = True
 ) -> str:
@@ -56,7 +59,9 @@ def legend(
     if table.has_paper and paper:
         parts.append("the paper's number in brackets")
     if any(row.passes is not None for row in table.rows) and passes:
-        parts.append("passes: forward and backward passes of training, counted")
+        said = "passes: forward and backward passes of training, counted"
+        unknown = any(row.passes is None and row.seeds for row in table.rows)
+        parts.append(said + (_UNKNOWN if unknown else ""))
     if any(row.cost is not None for row in table.rows):
         parts.append(_cost_legend(table))
     return "; ".join(parts) + "."

@@ -143,6 +143,8 @@ def _rates(
 ) -> Row:
     """Returns what the hardware did, and how much of what it can."""
     counted = methods.passes_at(config, config.training.epochs - 1)
+    if not counted.is_known:
+        return {}
     # Of three matrix products in a pass a step of the attack has two.
     work = (passes, counted.attack * 3 / 2, counted.views * (1 + counted.ascents))
     wasteful = task.variant in ("reference", "resident")

@@ -68,5 +68,6 @@ ENTRY = Entry(
     options={"eps": "epsilon", "m": "replays"},
     # Steps in a row that a batch is trained on; all batches are full ones then.
     fields={"epsilon": PGD_FIELDS["epsilon"], "replays": Field(8, count)},
+    attack_passes=0.0,
     check=check_options,
 )

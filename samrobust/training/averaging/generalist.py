@@ -134,5 +134,5 @@ ENTRY = Entry(
         "every": count,
     },
     # The natural expert's pass.
-    attack_passes=lambda _: 1.0,
+    attack_passes=1.0,
 )
