@@ -108,7 +108,9 @@ def test_until_its_start_a_late_part_is_not_there_bit_for_bit(tmp_path):
     np.testing.assert_allclose(applied, [0, 0, 0.2, 0.2], rtol=1e-5)
     for line, expected in zip(lines[:2], plain_lines, strict=False):
         assert expected["gradient_norm"] == line["gradient_norm"] > 0
-    assert sharpness_note(lines).startswith("Weights moved in 2 of 4 epochs: ")
+    assert sharpness_note(lines).startswith(
+        "Gradients at moved weights in 2 of 4 epochs: "
+    )
 
 
 def test_two_late_parts_make_three_phases():
@@ -189,8 +191,12 @@ GROUPS = {"METHOD.m": 8, "model.batch_norm_group": 8}
             r"sam\.start that leaves one of 4 epochs, got sam\.start=0\.9",
         ),
         ("st", {"sam.start": 0.5}, "a row with sam when sam.start is set"),
-        ("friendly_sam,rho=0.2", GROUPS, r"without a memory .*friendly_sam\.m=True"),
-        ("esam,rho=0.2", GROUPS, r"no choice of examples .*esam\.m=True"),
+        (
+            "friendly_sam,rho=0.2",
+            GROUPS,
+            r"with friendly_sam, got friendly_sam\.m=True",
+        ),
+        ("esam,rho=0.2", GROUPS, r"with esam, got esam\.m=True"),
     ],
 )
 def test_what_a_method_cannot_do_is_refused_before_any_work(row, overrides, message):
@@ -198,6 +204,12 @@ def test_what_a_method_cannot_do_is_refused_before_any_work(row, overrides, mess
     overrides = {key.replace("METHOD", name): v for key, v in overrides.items()}
     with pytest.raises(ValueError, match=message):
         helpers.make_config(row, overrides)
+
+
+def test_entropy_sgd_is_refused_where_it_would_never_move_the_weights():
+    config = helpers.make_config("entropy_sgd,gamma=0.03", {"training.epochs": 1})
+    with pytest.raises(ValueError, match=r"entropy_sgd\.inner_steps <= 4 updates, got"):
+        building.make_method(config, helpers.load_data(config), 4)
 
 
 def test_entropy_sgd_is_refused_with_an_optimizer_whose_place_it_takes():

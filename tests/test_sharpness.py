@@ -17,6 +17,7 @@ from helpers import in_one_program
 from samrobust.sharpness import (
     TwoPassMetrics,
     TwoPassState,
+    fsam,
     gradient_point,
     last_aux,
     last_metrics,
@@ -25,7 +26,7 @@ from samrobust.sharpness import (
     sam,
     two_pass,
 )
-from samrobust.sharpness.masks import is_bias
+from samrobust.sharpness.masks import is_bias, normalizations
 from samrobust.sharpness.trees import norm
 
 RHO = 0.3
@@ -1000,3 +1001,22 @@ def test_gradients_without_an_axis_of_groups_are_refused():
     )
     with pytest.raises(ValueError, match=message):
         apply_sam(sam(RHO, grouped=True), W)
+
+
+def test_a_layer_with_weights_of_other_shapes_is_no_normalization():
+    vector, kernel = jnp.ones(4), jnp.ones((4, 2))
+    params = {
+        "norm": {"scale": vector, "bias": vector},
+        "own": {"scale": vector, "kernel": kernel},
+        "dense": {"kernel": kernel, "bias": vector},
+    }
+    of = normalizations(params)
+    assert {n: set(layer.values()) for n, layer in of.items()} == {
+        "norm": {True},
+        "own": {False},
+        "dense": {False},
+    }
+    only = {"norm": params["norm"]}
+    tx = fsam(0.1)
+    with pytest.raises(ValueError, match=r"^Expected weights besides biases, .* fsam"):
+        tx.update(only, tx.init(only), only, grad_fn=lambda params: params)

@@ -13,7 +13,11 @@ from samrobust.checks import check
 from samrobust.cli import flags
 from samrobust.experiments.methods import training_passes
 from samrobust.experiments.reporting.console import make_console
-from samrobust.experiments.reporting.notes import overfitting_note, sharpness_note
+from samrobust.experiments.reporting.notes import (
+    averaging_note,
+    overfitting_note,
+    sharpness_note,
+)
 from samrobust.experiments.reporting.results import num_steps
 from samrobust.system import distributed
 from samrobust.system.files import read_json_lines
@@ -83,11 +87,11 @@ def show_accuracies(console: Console, name: str, accuracy: Mapping[str, float]) 
 
 
 def show_notes(console: Console, workdir: pathlib.Path) -> None:
-    """Prints whether a run's sharpness was on, and whether it overfitted at once."""
+    """Prints whether a run's method was on, and whether it overfitted at once."""
     if distributed.is_primary():  # who alone sees the workdir
         lines = read_json_lines(workdir / "metrics.jsonl")
-        for note in (sharpness_note(lines), overfitting_note(lines)):
-            if note:
+        for says in (sharpness_note, averaging_note, overfitting_note):
+            if note := says(lines):
                 console.print(note)
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "replays",
     "sections",
     "start_epoch",
+    "supposed",
     "training_cost",
     "training_passes",
     "values_of",
@@ -233,7 +234,7 @@ def passes_at(config: Config, epoch: int) -> StepPasses:
     for part in parts_of(config):
         entry, values = entries.find(part.name), values_of(config, part.name)
         try:
-            built = dict(_construct(config, part.name, _supposed(config)))
+            built = dict(_construct(config, part.name, supposed(config)))
         except ValueError:  # the user's own, which wants the numbers of the data
             unknown = True
             continue
@@ -261,7 +262,7 @@ def _counted(passes: Any, values: Mapping[str, Any]) -> float:
     return counted or 0.0
 
 
-def _supposed(config: Config) -> entries.Given:
+def supposed(config: Config) -> entries.Given:
     """Returns what is likely given, where nothing is known of the data."""
     training = config.training
     return entries.Given(

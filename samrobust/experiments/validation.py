@@ -186,7 +186,7 @@ def _validate_methods(config: Config) -> None:
         _require(config, holds, f"{optimizer}=sgd with {name}", optimizer, fix=fix)
     # The user's own are built with the numbers of the data alone: `rehearsal`.
     if config.row and not any(map(is_reference, active)):
-        methods.build(config, entries.Given(grouped=methods.group_size(config) > 0))
+        methods.build(config, methods.supposed(config))
 
 
 def _validate_groups(config: Config) -> None:

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samrobust.checks import LARGEST_REAL, amount, below_one, check_real, count
+from samrobust.checks import (
+    LARGEST_REAL,
+    amount,
+    below_one,
+    check,
+    check_real,
+    count,
+)
 from samrobust.sharpness.refusals import check_present, check_whole_tree
 from samrobust.sharpness.state import OffsetState
 from samrobust.sharpness.trees import at_least_float32, norm, normal_like, width, zeros
@@ -34,6 +41,7 @@ def entropy_sgd(
     learning_rate: float | optax.Schedule,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
+    total_steps: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds Entropy-SGD: every L steps w <- w - lr (w - mu), mu the mean nearby.
 
@@ -59,6 +67,8 @@ def entropy_sgd(
         is of another size than SGD's; the authors' begins with 1.
       momentum: of Nesterov's form, in [0, 1), of w'.
       weight_decay: >= 0, at w'.
+      total_steps: updates of the training, of which L or more are wanted, if given; the
+        last ones, less than a round, leave w where it is.
 
     Returns:
       A transformation that is the whole optimizer: nothing follows. `update` wants a
@@ -80,6 +90,9 @@ def entropy_sgd(
         check_real(1e-12, LARGEST_REAL, learning_rate=learning_rate)
     below_one(momentum=momentum)
     count(inner_steps=inner_steps)
+    fix = "Weights move once in inner_steps updates."
+    enough = total_steps is None or inner_steps <= total_steps
+    check(enough, f"inner_steps <= {total_steps} updates", fix, inner_steps=inner_steps)
     outer = learning_rate if callable(learning_rate) else lambda _: learning_rate
     spread = noise / (0.5 * inner_rate) ** 0.5
 

@@ -13,7 +13,7 @@ import optax
 
 from samrobust.checks import check_real, check_strength
 from samrobust.sharpness.masks import live, masked
-from samrobust.sharpness.refusals import check_present
+from samrobust.sharpness.refusals import check_present, check_ungrouped
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
@@ -66,6 +66,7 @@ def esam(
     mean loss in place of one an example, theirs selects nothing.
     """
     _fraction(beta=beta, gamma=gamma)
+    check_ungrouped("esam", grouped=grouped)
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any

@@ -11,6 +11,7 @@ import optax
 
 from samrobust.checks import amount, check_strength, share
 from samrobust.sharpness.masks import restricted, where_given
+from samrobust.sharpness.refusals import check_ungrouped
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
@@ -52,6 +53,7 @@ def friendly_sam(
     """
     amount(sigma=sigma)
     share(lmbda=lmbda)
+    check_ungrouped("friendly_sam", grouped=grouped)
 
     def init(params: PyTree) -> PyTree:
         return jax.tree.map(jnp.zeros_like, params)

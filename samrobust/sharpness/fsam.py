@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samrobust.checks import check_strength, count, share
+from samrobust.checks import check, check_strength, count, share
 from samrobust.sharpness.masks import (
     is_bias,
     largest,
@@ -21,6 +21,7 @@ from samrobust.sharpness.masks import (
     size,
     where_given,
 )
+from samrobust.sharpness.refusals import check_ungrouped
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
@@ -56,7 +57,8 @@ def fsam(
       for bit. The metric `live` is the fraction of all weights that were perturbed.
 
     Raises:
-      ValueError: as `two_pass`; if keep_ratio or every is out of range.
+      ValueError: as `two_pass`; if keep_ratio or every is out of range; in `update`,
+        if there are no other weights than those outside.
 
     Reference: Zhong et al. (2022), arXiv 2210.05497; as `SAM_Mask` in the authors'
     code, WHU-ZQH/FSAM4PLM, for language models. *Our deviation*: no 1e-7 is added to
@@ -65,6 +67,7 @@ def fsam(
     """
     share(keep_ratio=keep_ratio)
     count(every=every)
+    check_ungrouped("fsam", grouped=grouped)
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
@@ -73,6 +76,8 @@ def fsam(
         scores = jax.tree.map(
             lambda g, out: None if out else jnp.abs(g) ** 2, updates, outside
         )
+        wanted = "weights besides biases, embeddings and normalizations, for fsam"
+        check(size(scores) > 0, wanted, weights=size(scores))
 
         def renew() -> PyTree:
             found = largest(scores, int(keep_ratio * size(scores)))

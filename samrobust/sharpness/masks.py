@@ -4,6 +4,7 @@ A gap (None, where a parameter is frozen) stays one. `largest` sorts all entries
 together, which JAX refuses of arrays that are split over an explicit mesh.
 """
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -38,13 +39,19 @@ def is_bias(path: Any) -> bool:
 
 
 def normalizations(params: PyTree) -> PyTree:
-    """Returns which parameters are a normalization's: its `scale` and what is beside.
+    """Returns which parameters are a normalization's: its `scale`, and a shift beside.
+
+    A layer with parameters of other shapes than its `scale` is no normalization.
 
     Returns:
       A Python bool for each parameter.
     """
+    shapes: dict[tuple[str, ...], set[tuple[int, ...]]] = collections.defaultdict(set)
     named = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in named:
+        shapes[_names(path)[:-1]].add(leaf.shape)
     layers = {_names(path)[:-1] for path, _ in named if _names(path)[-1:] == ("scale",)}
+    layers = {layer for layer in layers if len(shapes[layer]) == 1}
     return jax.tree_util.tree_map_with_path(
         lambda path, _: _names(path)[:-1] in layers, params
     )

@@ -60,8 +60,9 @@ def msam(
     MarlonBecker/MSAM, for SGD. *Our deviation*: their AdamW moves along its average of
     gradients, before it is divided by their size; after an update at a rate of 0, as
     the first of a cyclic schedule, the gradient is that at w; their weights are the
-    moved ones and have to be moved back; no 1e-12 is added to the norm, zero is treated
-    exactly instead.
+    moved ones and have to be moved back, and BatchNorm's running statistics stay those
+    at the moved ones, as there; no 1e-12 is added to the norm, zero is treated exactly
+    instead.
     """
     check_rho(rho)
     schedule = rho if callable(rho) else lambda _: rho

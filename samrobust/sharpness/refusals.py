@@ -24,6 +24,7 @@ __all__ = [
     "check_rho",
     "check_scheduled",
     "check_steps",
+    "check_ungrouped",
     "check_whole_tree",
     "is_gap",
     "is_off",
@@ -57,6 +58,12 @@ def check_ascent(memory: PyTree, *, grouped: bool) -> None:
         "Train with the whole batch as one group.",
         grouped=grouped,
     )
+
+
+def check_ungrouped(method: str, *, grouped: bool) -> None:
+    """Refuses groups of examples, by the name of the method that has none."""
+    fix = "Train with the whole batch as one group."
+    check(not grouped, f"no groups of examples with {method}", fix, grouped=grouped)
 
 
 def check_scheduled(rho: Any) -> None:

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samrobust.checks import LARGEST_REAL, amount, check, check_real, count
+from samrobust.checks import LARGEST_REAL, amount, check_real, count
 from samrobust.sharpness.awp import FIELDS, decay_at_the_moved
-from samrobust.sharpness.refusals import check_present
+from samrobust.sharpness.refusals import check_present, check_ungrouped
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm, zeros_as
 from samrobust.sharpness.two_pass import two_pass
@@ -62,8 +62,7 @@ def rwp(
     amount(threshold=threshold)
     count(num_steps=num_steps)
     check_real(0, LARGEST_REAL, weight_decay=weight_decay)
-    fix = "Train with the whole batch as one group."
-    check(not grouped, "no groups of examples with rwp", fix, grouped=grouped)
+    check_ungrouped("rwp", grouped=grouped)
 
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any

@@ -21,7 +21,7 @@ from samrobust.sharpness.masks import (
     size,
     where_given,
 )
-from samrobust.sharpness.refusals import check_present
+from samrobust.sharpness.refusals import check_present, check_ungrouped
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import at_least_float32, norm
 from samrobust.sharpness.two_pass import two_pass
@@ -83,6 +83,7 @@ def ssam(
     treated exactly instead.
     """
     check_choice(("fisher", "dynamic"), mask=mask)
+    check_ungrouped("ssam", grouped=grouped)
     share(sparsity=sparsity, drop_rate=drop_rate)
     counts = {"every": every, "num_samples": num_samples}
     count(**counts, steps_per_epoch=steps_per_epoch, total_steps=total_steps)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import optax
 
+from samrobust.sharpness.trees import norm
 from samrobust.types import Array, PyTree
 
 __all__ = ["TrainState"]
@@ -41,3 +42,11 @@ class TrainState:
     def eval_variables(self) -> dict[str, PyTree]:
         """The evaluated variables: the average where there is one."""
         return {name: (self.average or self.variables)[name] for name in self.variables}
+
+    @property
+    def average_distance(self) -> Array:
+        """The l2 distance of the evaluated parameters from the trained ones."""
+        average = self.eval_variables["params"]
+        return norm(
+            jax.tree.map(lambda a, w: a - w.astype(a.dtype), average, self.params)
+        )

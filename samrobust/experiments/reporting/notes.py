@@ -10,6 +10,7 @@ from samrobust.experiments.reporting.results import makers
 from samrobust.experiments.reporting.table import LEVEL, Difference, Table
 
 __all__ = [
+    "averaging_note",
     "legend",
     "notes",
     "overfitting_note",
@@ -190,16 +191,33 @@ def sharpness_note(lines: Sequence[Mapping[str, Any]]) -> str:
       lines: of `metrics.jsonl`.
 
     >>> sharpness_note([{"applied_rho": 0.0}, {"applied_rho": 0.2, "cosine": 0.9375}])
-    'Weights moved in 1 of 2 epochs: applied_rho 0.2, cosine 0.938 in the last.'
+    'Gradients at moved weights in 1 of 2 epochs: applied_rho 0.2, cosine 0.938 in \
+the last.'
     """
+    moves = next((name for name in _MOVES if lines and name in lines[-1]), None)
+    what = "Gradients at moved weights"
+    return _epochs_note(what, lines, moves, *_TELLS) if moves else ""
+
+
+def averaging_note(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Says whether a run's average was another network; empty for a run without.
+
+    >>> averaging_note([{"average_distance": 0.0}, {"average_distance": 0.25}])
+    'Average away from the weights in 1 of 2 epochs: average_distance 0.25 in the last.'
+    """
+    return _epochs_note("Average away from the weights", lines, "average_distance")
+
+
+def _epochs_note(
+    what: str, lines: Sequence[Mapping[str, Any]], name: str, *others: str
+) -> str:
+    """Says in how many epochs a metric was not 0, and what it was in the last."""
     last = lines[-1] if lines else {}
-    moves = next((name for name in _MOVES if name in last), None)
-    if moves is None:
+    if name not in last:
         return ""
-    count = sum(line.get(moves, 0.0) > 0 for line in lines)
-    told = (f"{n} {last[n]:.3g}" for n in (moves, *_TELLS) if n in last)
-    epochs = f"{count} of {len(lines)} epochs"
-    return f"Weights moved in {epochs}: {', '.join(told)} in the last."
+    count = sum(line.get(name, 0.0) > 0 for line in lines)
+    told = (f"{n} {last[n]:.3g}" for n in (name, *others) if n in last)
+    return f"{what} in {count} of {len(lines)} epochs: {', '.join(told)} in the last."
 
 
 # How far robust accuracy falls within an epoch, in points, that locuslab's
