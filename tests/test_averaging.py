@@ -110,28 +110,16 @@ def states_of(averaging=None, **options):
     return found
 
 
-def flat(params):
-    return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])
-
-
-def test_the_metrics_say_how_far_the_average_is_from_the_weights():
-    method = make_train_step(Small(), optax.sgd(0.3), averaging=ema(0.75))
-    state, step = jax.jit(method.init)(KEY, IMAGES), jax.jit(method.train_step)
-    average, distances = flat(state.params), []
-    for number in range(3):
-        state, metrics = step(state, IMAGES, LABELS, jax.random.key(number))
-        weights, kept = flat(state.params), 0.75 if number else 0.0
-        average = kept * average + (1 - kept) * weights
-        distances.append(np.linalg.norm(average - weights))
-        assert metrics["average_distance"] == pytest.approx(distances[-1], rel=1e-4)
-    assert distances[-1] > 0.01
-
-
-def test_of_a_generalist_it_is_how_far_the_mixture_is_from_the_robust_expert():
-    averaging = generalist(0.5, steps_per_epoch=2, total_steps=6)
-    state, metrics = states_of(averaging)[-1]
-    distance = np.linalg.norm(flat(state.average["params"]) - flat(state.params))
-    assert metrics["average_distance"] == pytest.approx(distance, rel=1e-4)
+def test_the_log_says_how_far_the_average_is_from_the_weights(tmp_path):
+    config = helpers.make_config("ema,decay=0.9", {"data.train_size": 64})
+    outcome = train(config, helpers.load_data(config), tmp_path)
+    pairs = [outcome.state.average["params"], outcome.state.params]
+    average, weights = (
+        np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(x)]) for x in pairs
+    )
+    said = helpers.log_of(tmp_path)[-1]["average_distance"]
+    assert said == pytest.approx(np.linalg.norm(average - weights), rel=1e-4)
+    assert said > 0
 
 
 @pytest.mark.parametrize("make", [swa, generalist])

@@ -38,7 +38,7 @@ from samrobust.training.log import (
     TrainingDivergedError,
 )
 from samrobust.training.phases import Phase, check_total_steps, phase_of
-from samrobust.training.state import TrainState
+from samrobust.training.state import TrainState, measured
 from samrobust.training.step import Method, metric_names
 from samrobust.types import Array
 
@@ -322,11 +322,10 @@ class _Run:
             self._report("training", step)
             if step % self.plan.num_steps:
                 self._pause(carry, step, seconds())
-        scheduled = {
-            name: jnp.asarray(schedule(step - 1))
-            for name, schedule in self.schedules.items()
-        }
-        ended = EndedEpoch(epoch + 1, step, carry.totals, scheduled, seconds)
+        shown = measured(carry.state)
+        for name, schedule in self.schedules.items():
+            shown[name] = jnp.asarray(schedule(step - 1))
+        ended = EndedEpoch(epoch + 1, step, carry.totals, shown, seconds)
         carry = LoopState(carry.state, self._fresh(carry.totals))
         if self.after_epoch is None and self.validate is None:
             self.ended = ended

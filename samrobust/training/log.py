@@ -48,15 +48,15 @@ class EndedEpoch:
       number: of the epoch, from 1.
       step: its last one.
       totals: of the metrics.
-      scheduled: values of the schedules, computed before the next epoch's first chunk
-        has the device.
+      shown: values of the schedules and of the state, computed before the next epoch's
+        first chunk has the device.
       seconds: the time of the epoch so far.
     """
 
     number: int
     step: int
     totals: MetricSums
-    scheduled: dict[str, Array]
+    shown: dict[str, Array]
     seconds: Callable[[], float]
 
 
@@ -147,7 +147,7 @@ class RunLog(contextlib.AbstractContextManager):
         Raises:
           TrainingDivergedError: if a step was not finite.
         """
-        totals, scheduled = jax.device_get((ended.totals, ended.scheduled))
+        totals, shown = jax.device_get((ended.totals, ended.shown))
         self.check_finite(totals)
         seconds, examples = ended.seconds(), float(totals["examples"])
         means = {name: float(v) / examples for name, v in totals["sums"].items()}
@@ -158,7 +158,7 @@ class RunLog(contextlib.AbstractContextManager):
             "epoch": ended.number,
             **means,
             **{name: 100 * means[name] for name in shares},
-            **{name: float(value) for name, value in scheduled.items()},
+            **{name: float(value) for name, value in shown.items()},
             "examples_per_second": examples / seconds,
             "seconds": seconds,
         }

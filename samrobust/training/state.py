@@ -8,7 +8,7 @@ import optax
 from samrobust.sharpness.trees import norm
 from samrobust.types import Array, PyTree
 
-__all__ = ["TrainState"]
+__all__ = ["TrainState", "measured"]
 
 
 @jax.tree_util.register_dataclass
@@ -43,10 +43,20 @@ class TrainState:
         """The evaluated variables: the average where there is one."""
         return {name: (self.average or self.variables)[name] for name in self.variables}
 
-    @property
-    def average_distance(self) -> Array:
-        """The l2 distance of the evaluated parameters from the trained ones."""
-        average = self.eval_variables["params"]
-        return norm(
-            jax.tree.map(lambda a, w: a - w.astype(a.dtype), average, self.params)
-        )
+
+def measured(state: TrainState) -> dict[str, Array]:
+    """Returns what the log says of the state after an epoch; may still be computed.
+
+    Returns:
+      `average_distance`, where there is an average: the l2 distance of the evaluated
+      parameters from the trained ones.
+    """
+    if not state.average:
+        return {}
+    average = state.eval_variables["params"]
+    return {"average_distance": _distance(average, state.params)}
+
+
+@jax.jit
+def _distance(average: PyTree, params: PyTree) -> Array:
+    return norm(jax.tree.map(lambda a, w: a - w.astype(a.dtype), average, params))

@@ -42,7 +42,6 @@ __all__ = ["InitFn", "Method", "TrainStep", "make_train_step", "metric_names"]
 # Folded into a step's key for what is random in the network. The adversary gets the key
 # itself; no split of it and no position in a batch collides with so large a number.
 _NETWORK, _OPTIMIZER = 0xFFFFFFFF, 0xFFFFFFFE
-_AVERAGED = "average_distance"  # a metric
 
 
 class TrainStep(Protocol):
@@ -122,10 +121,9 @@ def make_train_step(
       int32 [B] and a key. The step's key is consumed by the adversary; dropout draws
       from a key that is folded from it, the same in all passes and views (with groups,
       each has its own, and the adversary that of a whole batch). Metrics are float32
-      scalars: `loss` and `accuracy` on the images trained on, `gradient_norm`, with an
-      averaging `average_distance` (see `TrainState`), with two passes also `rho`,
-      `applied_rho`, `perturbed_gradient_norm` and `cosine` (see `TwoPassMetrics`; with
-      groups, all but `rho` are means over them).
+      scalars: `loss` and `accuracy` on the images trained on, `gradient_norm`, and with
+      two passes also `rho`, `applied_rho`, `perturbed_gradient_norm` and `cosine` (see
+      `TwoPassMetrics`; with groups, all but `rho` are means over them).
 
       **Guarantees.** The adversarial images are made once, from fresh gradients, and
       shared by both passes. An attack of radius 0, `sam(0)`, `trades_loss(0)` and
@@ -294,7 +292,6 @@ def make_train_step(
         if averaging is not None:
             average = averaging.update(state.average, following.variables, state.step)
             following = dataclasses.replace(following, average=average)
-            metrics[_AVERAGED] = following.average_distance.astype(jnp.float32)
         return following, metrics
 
     def logits(state: TrainState, images: Array) -> Array:
@@ -335,7 +332,6 @@ def metric_names(state: TrainState) -> tuple[str, ...]:
     has a loss and an accuracy, which begin with its name there.
     """
     names = ["loss", "accuracy", *last_metrics(state.opt_state), "gradient_norm"]
-    names += [_AVERAGED] if state.average else []
     for name, kept in dict(state.average or {}).items():
         if isinstance(kept, TrainState):
             names += [f"{name}_loss", f"{name}_accuracy"]

@@ -106,9 +106,7 @@ def generalist(
             one, other = (_moved_to(average, expert, due) for expert in (one, other))
             memory = {**average, "robust": one.average, "natural": other}
             of_natural = {f"natural_{n}": found[n] for n in ("loss", "accuracy")}
-            one = dataclasses.replace(one, average=memory)
-            moved = one.average_distance.astype(jnp.float32)
-            return one, metrics | of_natural | {"average_distance": moved}
+            return dataclasses.replace(one, average=memory), metrics | of_natural
 
         return Method(init, train_step, robust.logits)
 
