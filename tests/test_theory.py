@@ -537,7 +537,7 @@ def test_an_estimate_that_remembers_its_start_has_no_verdict(
 )
 def test_a_training_that_has_not_converged_is_found_out(world, radius, converges):
     grid = Grid((world.p,), (world.eta,), (world.d,), epsilon=(radius,), rho=(1.0,))
-    effort = TrainingEffort(seeds=5, samples=20_000, batch_size=100)
+    effort = TrainingEffort(seeds=3, samples=10_000, batch_size=100)
     estimates = list(experiment(grid, effort))
     assert len(estimates) == 5
     found = [estimate.agrees for estimate in estimates]

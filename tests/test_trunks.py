@@ -16,7 +16,7 @@ from rich.console import Console
 from samrobust import cli
 from samrobust.cli import table
 from samrobust.cli.planning import make_plan
-from samrobust.experiments import identity, sweep
+from samrobust.experiments import building, identity, sweep
 from samrobust.experiments.configuration import as_dict, load_config
 from samrobust.experiments.run import PlannedRun, train
 from samrobust.experiments.trunks import plan_trunks, remove_finished
@@ -401,7 +401,9 @@ def test_the_eta_of_a_table_counts_epochs_in_common_once(tmp_path, monkeypatch):
         works.extend(observe(planned).work for planned in runs)
 
     monkeypatch.setattr(sweep, "run_all", observe_all)
-    table._train(plan.runs, Console(quiet=True), lambda: False, 1)
+    load_data = building.load_data
+    foreseen = table._foresee(plan.runs, load_data)
+    table._train(plan.runs, foreseen, load_data, Console(quiet=True), lambda: False, 1)
     judged = 30 / 3  # a forward pass an image
     # ST trains the epoch that all begin with: half of the steps are left to SAM.
     assert works == pytest.approx([2 * 64 + judged, *[1.5 * 64 + judged] * 2])

@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from samrobust.checks import check, naming
 from samrobust.cli import flags
@@ -13,6 +13,7 @@ from samrobust.system.runtime import FAILED
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from samrobust.data import Dataset
     from samrobust.experiments.run import PlannedRun
     from samrobust.types import Config
 
@@ -53,7 +54,8 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
       WorkdirError: if the workdir cannot be written; with `--collect` if nothing has
         finished.
     """
-    from samrobust.cli.shared import join
+    from samrobust.cli.shared import join, once_per
+    from samrobust.experiments import building
     from samrobust.experiments.reporting.console import make_console
     from samrobust.experiments.sweep import (
         check_seeds_per_program,
@@ -86,8 +88,11 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         lambda: refuse_other_configs(plan.workdir, plan.runs)
     )
     distributed.broadcast_from_primary(lambda: check_writable(plan.workdir))
+    load_data = once_per(building.load_data, "data")
+    works = _foresee(share, load_data)
     distributed.broadcast_from_primary(lambda: record_plan(plan.workdir, plan.runs))
-    failed = _train(share, console, should_stop, arguments.seeds_per_program)
+    how = console, should_stop, arguments.seeds_per_program
+    failed = _train(share, works, load_data, *how) if share else {}
     shared = [trunk for planned in plan.runs for trunk in planned.shared]
     distributed.broadcast_from_primary(lambda: remove_finished(shared))
     distributed.broadcast_from_primary(
@@ -107,42 +112,54 @@ def _list(plan: Plan) -> int:
     return 0
 
 
-def _train(
-    runs: "Sequence[PlannedRun]",
-    console: "Console",
-    should_stop: Callable[[], bool],
-    seeds_per_program: int,
-) -> dict[pathlib.Path, str]:
-    """Trains and attacks a share; returns which runs failed, and why."""
-    from samrobust.cli.shared import once_per
-    from samrobust.experiments import building
+Works: TypeAlias = dict[pathlib.Path, tuple[float, float, float]]
+
+
+def _foresee(
+    runs: "Sequence[PlannedRun]", load_data: "Callable[[Config], Dataset]"
+) -> Works:
+    """Returns what the training, the judging and the epochs given of each run cost.
+
+    Raises:
+      ValueError: for a row that cannot be trained, before hours of other rows.
+    """
     from samrobust.experiments.rehearsal import rehearse
-    from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.run import work
-    from samrobust.experiments.sweep import run_all
     from samrobust.experiments.trunks import epochs_given
     from samrobust.system.distributed import broadcast_from_primary
 
-    if not runs:
-        return {}
-    load_data = once_per(building.load_data, "data")
     done = broadcast_from_primary(
         lambda: [(r.workdir / "result.json").exists() for r in runs]
     )
-    works: dict[pathlib.Path, tuple[float, float, float]] = {}
+    works: Works = {}
     rehearsed: set[str] = set()
     given = epochs_given(planned.shared for planned in runs)
     for planned, is_done, first in zip(runs, done, given, strict=True):
         config, training, judged = planned.config, 0.0, 0.0
         if not is_done:
             dataset = load_data(config)
-            with naming(config.label):  # before hours of other rows
+            with naming(config.label):
                 if config.row not in rehearsed:
                     rehearse(config, dataset)
                 rehearsed.add(config.row)
                 training, judged = work(config, dataset)
         left = training * first / config.training.epochs
         works[planned.workdir] = training, judged, left
+    return works
+
+
+def _train(
+    runs: "Sequence[PlannedRun]",
+    works: Works,
+    load_data: "Callable[[Config], Dataset]",
+    console: "Console",
+    should_stop: Callable[[], bool],
+    seeds_per_program: int,
+) -> dict[pathlib.Path, str]:
+    """Trains and attacks a share; returns which runs failed, and why."""
+    from samrobust.experiments.reporting.progress import ProgressDisplay
+    from samrobust.experiments.sweep import run_all
+
     total = sum(training + judged - left for training, judged, left in works.values())
     display = ProgressDisplay(console, total)
     failed: dict[pathlib.Path, str] = {}
