@@ -33,8 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "help": "how it is evaluated; default: %(default)s",
     }
     add("--config", **flags.CONFIG | words, default="configs/cifar10.py:st")
-    names = ("cifar10", "cifar100", "digits")
-    add("--dataset", choices=names, help="default: the config's")
+    add("--dataset", **flags.TEXT, help="as of config.data.name; default: the config's")
 
 
 def run(arguments: argparse.Namespace, stop: Any) -> int:

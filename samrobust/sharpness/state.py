@@ -78,7 +78,15 @@ class OffsetState(NamedTuple):
 
 
 def last_metrics(opt_state: PyTree) -> dict[str, Array]:
-    """Returns the metrics of the sharpness method in an optimizer state, or {}."""
+    """Returns the metrics of the sharpness method in an optimizer state, or {}.
+
+    Args:
+      opt_state: the state of a chain that may hold such a method, at any depth.
+
+    Returns:
+      Float32 scalars by name: of a `two_pass` the fields of `TwoPassMetrics`, of others
+      `rho` and `applied_rho` or `distance`, and what else the method measures.
+    """
     if (two_pass := _find(opt_state, TwoPassState)) is not None:
         return two_pass.metrics._asdict() | two_pass.measured
     offset = _find(opt_state, OffsetState)
@@ -106,6 +114,10 @@ def gradient_point(params: PyTree, opt_state: PyTree) -> PyTree:
 
         grads = jax.grad(loss)(gradient_point(params, opt_state))
         updates, opt_state = tx.update(grads, opt_state, params)
+
+    Args:
+      params: the weights, of any tree.
+      opt_state: the state of a chain that may hold such a method, at any depth.
     """
     state = _find(opt_state, OffsetState)
     return params if state is None else shifted(params, state.offset)

@@ -11,6 +11,7 @@ is an optax transformation, see `samrobust.sharpness`.
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+from samrobust.checks import check_choice
 from samrobust.types import Array, Attack, LogitsFn, PyTree
 
 __all__ = [
@@ -127,7 +128,16 @@ class Averaging(NamedTuple):
 
 
 def as_adversary(attack: Attack, *, batch_norm: str = "train") -> Adversary:
-    """Lifts an attack to an adversary without a memory."""
+    """Lifts an attack to an adversary without a memory.
+
+    Args:
+      attack: of `samrobust.attacks`, or any that is called like those.
+      batch_norm: see `Adversary`.
+
+    Raises:
+      ValueError: for a `batch_norm` of another name.
+    """
+    check_choice(("train", "eval"), batch_norm=batch_norm)
 
     def perturb(
         logits_fn: LogitsFn, images: Array, labels: Array, state: PyTree, *, key: Array

@@ -137,8 +137,14 @@ def trades(
       batch_norm: see `Adversary`; `eval` in the authors' code.
       gradient_floor: see `samrobust.attacks.l2`.
 
+    Returns:
+      `kl_pgd`, lifted, and `trades_loss`.
+
     Raises:
       ValueError: for a value out of range.
+
+    Reference: Zhang et al. (2019), arXiv 1901.08573, equation (5) and Algorithm 1, as
+    in their code, yaodongyu/TRADES. *Our deviation*: as of `kl_pgd`.
     """
     check_steps(norm, epsilon, step_size)
     attack = kl_pgd(
