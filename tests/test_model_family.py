@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from samrobust.experiments.components import find_model
 from samrobust.models import MODELS
 
 KEY = jax.random.key(0)
@@ -24,7 +25,7 @@ every = pytest.mark.parametrize("name", MODELS)
 
 
 def small(name: str, **fields: Any) -> Any:
-    return MODELS[name](num_classes=3, **SMALL[name] | fields)
+    return find_model(name)(num_classes=3, **SMALL[name] | fields)
 
 
 def images_of(num: int = 2) -> jax.Array:
@@ -49,13 +50,13 @@ def shapes_of(model: Any, shape: tuple[int, ...] = (1, 32, 32, 3)) -> Any:
     ],
 )
 def test_a_network_has_the_parameters_of_its_paper(name, fields, expected):
-    leaves = jax.tree.leaves(shapes_of(MODELS[name](**fields))["params"])
+    leaves = jax.tree.leaves(shapes_of(find_model(name)(**fields))["params"])
     assert sum(leaf.size for leaf in leaves) == expected
 
 
 @every
 def test_the_fields_of_a_network_are_plain_values(name):
-    fields = dict(inspect.signature(MODELS[name]).parameters)
+    fields = dict(inspect.signature(find_model(name)).parameters)
     for given in ("num_classes", "mean", "std", "dtype", "parent", "name"):
         del fields[given]
     fields.pop("batch_norm_group", None)
@@ -93,14 +94,14 @@ def test_the_fields_of_a_network_are_plain_values(name):
 )
 def test_a_field_out_of_its_range_is_refused_at_construction(name, fields, message):
     with pytest.raises(ValueError, match=f"^Expected {re.escape(message)}") as error:
-        MODELS[name](**fields)
+        find_model(name)(**fields)
     assert "\n" not in str(error.value)
 
 
 def test_a_patch_that_does_not_divide_the_images_is_refused():
     message = r"a patch that divides the images, got patch=3, image=\(32, 32\)\."
     with pytest.raises(ValueError, match=message):
-        shapes_of(MODELS["vit"](patch=3))
+        shapes_of(find_model("vit")(patch=3))
 
 
 @every
@@ -137,7 +138,7 @@ def dtypes_of(model: Any, train: bool) -> set[str]:
 @every
 def test_only_networks_with_batch_norm_have_statistics_and_groups(name):
     collections = shapes_of(small(name), (1, 4, 4, 1))
-    has_groups = "batch_norm_group" in inspect.signature(MODELS[name]).parameters
+    has_groups = "batch_norm_group" in inspect.signature(find_model(name)).parameters
     assert set(collections) == {"params"} | ({"batch_stats"} if has_groups else set())
     assert has_groups == (name != "vit")
 
@@ -177,7 +178,7 @@ def init(model):
 
 def test_the_kernels_of_a_wide_resnet_are_normal_with_the_scale_of_he():
     """N(0, 2 / fan_in), not truncated; the head as PyTorch's, its bias 0."""
-    model = MODELS["wide_resnet"](num_classes=50, depth=10, widen=1)
+    model = find_model("wide_resnet")(num_classes=50, depth=10, widen=1)
     params = init(model)
     drawn = {
         jax.tree_util.keystr(path): leaf / np.sqrt(2 / np.prod(leaf.shape[:-1]))
@@ -196,7 +197,7 @@ def test_the_kernels_of_a_wide_resnet_are_normal_with_the_scale_of_he():
 
 
 def test_the_kernels_of_a_vit_are_a_truncated_normal_and_its_biases_zero():
-    model = MODELS["vit"](patch=2, dim=48, depth=1)
+    model = find_model("vit")(patch=2, dim=48, depth=1)
     params = init(model)
     embedding = params.pop("embedding")
     assert 0 < np.abs(embedding["bias"]).max() <= 4**-0.5

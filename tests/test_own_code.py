@@ -20,6 +20,7 @@ import samrobust
 from samrobust.experiments import building, configuration, entries, identity, methods
 from samrobust.experiments.explaining import explain
 from samrobust.experiments.scoring import check_alone
+from samrobust.models import MODELS
 from samrobust.models.torch import read_weights
 
 MINE = '''
@@ -481,6 +482,24 @@ def test_every_public_name_is_there():
         assert getattr(samrobust, name).__name__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = samrobust.nothing
+
+
+def test_a_name_and_a_line_make_parts_and_a_network_built_in(own, monkeypatch):
+    """What was another package's has a name of one word, a section and fields."""
+    assert own
+    parts = "samrobust.training.adversaries", "ADVERSARIES"
+    names = getattr(importlib.import_module(parts[0]), parts[1])
+    monkeypatch.setitem(names, "persistent", "mine:persistent")
+    monkeypatch.setitem(MODELS, "linear", "mine:Linear")
+    overrides = ["--config.model.name=linear", "--config.model.hidden=4"]
+    row = "persistent,radius=16+sam,rho=0.1"
+    config = configuration.load_config(f"digits.py:{row}", overrides)
+    assert (config.persistent.shrink, config.model.hidden) == (0.9, 4)
+    method = building.make_method(config, building.load_facts(config), 1)
+    images = jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32)
+    state = jax.eval_shape(method.init, jax.random.key(0), images)
+    assert state.adversary.shape == images.shape
+    assert state.params["Dense_0"]["kernel"].shape == (64, 4)
 
 
 @pytest.mark.parametrize(

@@ -39,11 +39,15 @@ _NO_FIELDS = (*_OF_THE_DATA, *_COMMON, "parent", "name")  # the last two are Fla
 
 @functools.cache
 def _find(name: str, field: str) -> Callable[..., Any]:
-    kinds = {_MODEL: ("the model", MODELS), _OPTIMIZER: ("the optimizer", OPTIMIZERS)}
+    kinds: dict[str, tuple[str, Mapping[str, Any]]] = {
+        _MODEL: ("the model", MODELS),
+        _OPTIMIZER: ("the optimizer", OPTIMIZERS),
+    }
     what, registry = kinds[field]
     wanted = f"{field} in {{{', '.join(registry)}}} or package.module:name"
     check(name in registry or is_reference(name), wanted, **{field: name})
-    found = registry[name] if name in registry else resolve(name, what)
+    found: Any = registry.get(name, name)
+    found = resolve(found, what) if isinstance(found, str) else found
     check(callable(found), f"{what}'s constructor", **{field: name})
     return found
 

@@ -4,6 +4,7 @@ A name is one of the registries', or `package.module:name`, a constructor (or an
 `Entry`) outside of this package.
 """
 
+import collections
 import contextlib
 import functools
 import inspect
@@ -55,7 +56,7 @@ _T = TypeVar("_T")
 
 # In the order of the parts of a row.
 REGISTRIES = (ADVERSARIES, OBJECTIVES, SHARPNESS, AVERAGES)
-REGISTRY: dict[str, str] = functools.reduce(lambda a, b: a | b, REGISTRIES)
+REGISTRY: Mapping[str, str] = collections.ChainMap(*reversed(REGISTRIES))
 _PLAIN = (bool, int, float, str, tuple)  # what a field of a config can hold
 
 

@@ -1,9 +1,5 @@
 """Classifiers, by their names in configs, and the layers that they are made of."""
 
-from collections.abc import Callable
-
-import flax.linen as nn
-
 from samrobust.models.batch_norm import BatchNorm
 from samrobust.models.conv import conv2d
 from samrobust.models.preact_resnet import PreActResNet
@@ -21,11 +17,11 @@ __all__ = [
     "conv2d",
 ]
 
-# An entry takes num_classes, mean, std and dtype, where it has BatchNorm also
-# batch_norm_group; its other parameters are plain values, the config's fields.
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "preact_resnet": PreActResNet,
-    "wide_resnet": WideResNet,
-    "resnet18": ResNet,
-    "vit": ViT,
+# By their names in configs. A constructor takes num_classes, mean, std and dtype, where
+# it has BatchNorm also batch_norm_group; its other parameters are the config's fields.
+MODELS = {
+    "preact_resnet": "samrobust.models.preact_resnet:PreActResNet",
+    "wide_resnet": "samrobust.models.wide_resnet:WideResNet",
+    "resnet18": "samrobust.models.resnet:ResNet",
+    "vit": "samrobust.models.vit:ViT",
 }
