@@ -13,7 +13,8 @@ Each row is the method as its authors meant it. So two numbers need not agree wi
 of that code. Its ESAM is given the mean loss of the batch, not one of each example, and
 then chooses none: it is SAM with another forward pass. And one of its evaluations hands
 normalized images to AutoAttack, whose box is that of pixels in [0, 1]; here networks
-normalize inside. Not public and ours are the rates and decays of Adam and of DeiT-tiny.
+normalize inside. Not public and ours are the rates and decays of Adam and of DeiT-tiny,
+and the rows of these two networks, the baseline and SAM.
 """
 
 from samrobust.experiments.configuration import base_config, finish
