@@ -1,8 +1,10 @@
 """Methods of the composition against their authors' steps, written out in PyTorch.
 
-A toy network without BatchNorm in float64, seven steps: what differs is rounding.
+A toy network without running statistics in float64, seven steps: what differs is
+rounding.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -25,6 +27,7 @@ from samrobust.sharpness import (
     friendly_sam,
     fsam,
     gsam,
+    last_metrics,
     looksam,
     msam,
     sam,
@@ -43,15 +46,52 @@ RATE, MOMENTUM, DECAY, STEPS = 0.1, 0.9, 5e-3, 7
 KEY = jax.random.key(0)
 
 
+class Embedded(nn.Module):
+    """An embedding of the places, added."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x + self.param("embedding", nn.initializers.ones, (1, 4), jnp.float64)
+
+
+class Scaled(nn.Module):
+    """What a normalization learns; statistics would tell no more."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale, bias = (
+            self.param(name, nn.initializers.ones, x.shape[1:], jnp.float64)
+            for name in ("scale", "bias")
+        )
+        return scale * x + bias
+
+
 class Toy(nn.Module):
-    """Two dense layers; a convolution would tell no more."""
+    """Two dense layers, and parameters that some methods know by their names."""
 
     @nn.compact
     def __call__(self, images, *, train):
         del train
         dense = functools.partial(nn.Dense, dtype=jnp.float64, param_dtype=jnp.float64)
-        hidden = jnp.tanh(dense(5, name="hidden")(images.reshape(len(images), -1)))
-        return dense(3, name="head")(hidden)
+        pixels = Embedded(name="embed")(images.reshape(len(images), -1))
+        hidden = Scaled(name="norm")(dense(5, name="hidden", use_bias=False)(pixels))
+        return dense(3, name="head")(jnp.tanh(hidden))
+
+
+# The parameters in PyTorch's order and by its names, and where Flax has them.
+NAMES = {
+    "embed.weight": ("embed", "embedding"),
+    "hidden.weight": ("hidden", "kernel"),
+    "norm.weight": ("norm", "scale"),
+    "norm.bias": ("norm", "bias"),
+    "head.weight": ("head", "kernel"),
+    "head.bias": ("head", "bias"),
+}
+
+
+def turned(kind: str, values: Any) -> Any:
+    """A parameter as the other library has it."""
+    return values.T if kind == "kernel" else values
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,13 +102,17 @@ def _in_float64():
 
 def make_weights() -> dict[str, dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
-    shapes = {"hidden": (4, 5), "head": (5, 3)}
     return {
-        name: {
-            "kernel": rng.standard_normal(shape),
-            "bias": 0.1 * rng.standard_normal(shape[1:]),
-        }
-        for name, shape in shapes.items()
+        "embed": {"embedding": 0.1 * rng.standard_normal((1, 4))},
+        "hidden": {"kernel": rng.standard_normal((4, 5))},
+        "norm": {
+            "scale": rng.uniform(0.5, 1.5, 5),
+            "bias": 0.1 * rng.standard_normal(5),
+        },
+        "head": {
+            "kernel": rng.standard_normal((5, 3)),
+            "bias": 0.1 * rng.standard_normal(3),
+        },
     }
 
 
@@ -102,14 +146,13 @@ def train_ours(
     """The states after each step; `tx` takes the place of sharpness and SGD."""
     tx = tx or optax.chain(sharpness or optax.identity(), make_sgd())
     init, _ = make_train_step(Toy(), tx, averaging=averaging)
-    state = init(KEY, jnp.zeros([6, 2, 2, 1]))
+    state = jax.eval_shape(init, KEY, jnp.zeros([6, 2, 2, 1]))
     params = jax.tree.map(jnp.asarray, make_weights())
-    state = type(state)(
-        **{**vars(state), "params": params, "opt_state": tx.init(params)}
+    state = dataclasses.replace(
+        state, step=jnp.zeros([], jnp.int32), params=params, opt_state=tx.init(params)
     )
     if averaging is not None:
-        average = averaging.init(state.variables)
-        state = type(state)(**{**vars(state), "average": average})
+        state = dataclasses.replace(state, average=averaging.init(state.variables))
 
     @jax.jit
     def take(state: Any, images: Any, others: Any, *labels_and_key: Any) -> Any:
@@ -126,42 +169,39 @@ def train_ours(
     return states
 
 
-class Twin:
+class Twin(torch.nn.Module):
     """The toy network in PyTorch, with SGD as the reference code has it."""
 
     def __init__(self) -> None:
-        self.hidden, self.head = (
-            torch.nn.Linear(*shape).double() for shape in ((4, 5), (5, 3))
-        )
+        super().__init__()
+        self.embed = torch.nn.Embedding(1, 4)
+        self.hidden = torch.nn.Linear(4, 5, bias=False)
+        self.head = torch.nn.Linear(5, 3)
+        self.norm = torch.nn.LayerNorm(5)
+        found, weights = dict(self.double().named_parameters()), make_weights()
+        self.named = [(name, found[name]) for name in NAMES]
         with torch.no_grad():
-            for name, values in make_weights().items():
-                layer = getattr(self, name)
-                layer.weight.copy_(torch.from_numpy(values["kernel"].T))
-                layer.bias.copy_(torch.from_numpy(values["bias"]))
-        self.named = [
-            (f"{name}.{kind}", getattr(getattr(self, name), kind))
-            for name in ("hidden", "head")
-            for kind in ("weight", "bias")
-        ]
+            for name, p in self.named:
+                layer, kind = NAMES[name]
+                p.copy_(torch.from_numpy(turned(kind, weights[layer][kind])))
         self.optimizer = torch.optim.SGD(
             [p for _, p in self.named], RATE, MOMENTUM, weight_decay=DECAY
         )
 
-    def __call__(self, images):
-        return self.head(torch.tanh(self.hidden(images.reshape(len(images), -1))))
+    def forward(self, images):
+        hidden = self.hidden(images.reshape(len(images), -1) + self.embed.weight)
+        return self.head(torch.tanh(self.norm.weight * hidden + self.norm.bias))
 
     def backward(self, loss):
         self.optimizer.zero_grad()
         loss.backward()
 
     def params(self):
-        return {
-            name: {
-                "kernel": getattr(self, name).weight.detach().numpy().T.copy(),
-                "bias": getattr(self, name).bias.detach().numpy().copy(),
-            }
-            for name in ("hidden", "head")
-        }
+        tree: dict[str, dict[str, np.ndarray]] = {}
+        for name, p in self.named_parameters():
+            layer, kind = NAMES[name]
+            tree.setdefault(layer, {})[kind] = turned(kind, p.detach().numpy()).copy()
+        return tree
 
 
 def batches():
@@ -230,6 +270,7 @@ def test_awp_is_the_authors_step():
 
 
 RHO = 0.3
+FISHER = 20.0  # eta of Fisher SAM
 
 
 def length(tensors: Any) -> Any:
@@ -261,9 +302,8 @@ def random_numbers(step: int, draw: Any) -> list[Any]:
     key = jax.random.fold_in(jax.random.fold_in(KEY, step), 0xFFFFFFFE)
     drawn = draw(key, make_weights())
     return [
-        torch.from_numpy(np.array(drawn[name][kind]).T.copy()).double()
-        for name in ("hidden", "head")
-        for kind in ("kernel", "bias")
+        torch.from_numpy(turned(kind, np.array(drawn[layer][kind])).copy()).double()
+        for layer, kind in NAMES.values()
     ]
 
 
@@ -277,7 +317,7 @@ def draw_each(keys: Any, draw: Any) -> Any:
         ]
         return jax.tree.unflatten(structure, drawn)
 
-    return tree
+    return jax.jit(tree)
 
 
 def folded(key: Any, count: int) -> Any:
@@ -302,9 +342,23 @@ class Step(NamedTuple):
     memory: dict[str, Any]
 
 
+def measured(grads: Any, second: Any, moves: Any) -> dict[str, Any]:
+    """The metrics of all methods with two passes."""
+    g, e = flat(grads), flat(moves)
+    return {
+        "rho": RHO,
+        "applied_rho": e.norm(),
+        "gradient_norm": g.norm(),
+        "perturbed_gradient_norm": length(second),
+        "cosine": torch.cosine_similarity(g, flat(second), dim=0),
+        "live": (e != 0).double().mean(),
+        "inverse_fisher": (1 / (1 + FISHER * g**2)).mean(),
+    }
+
+
 def train_twin(ascend: Any, combine: Any = None, choose: Any = None) -> Any:
-    """Two passes a step, SGD at the restored weights."""
-    model, memory = Twin(), {}
+    """Two passes a step, SGD at the restored weights; and metrics of the last step."""
+    model, memory, rises, shown = Twin(), {}, {}, {}
     weights = [p for _, p in model.named]
     for number, (_, images, labels) in enumerate(batches()):
         losses = torch.nn.functional.cross_entropy(
@@ -322,17 +376,22 @@ def train_twin(ascend: Any, combine: Any = None, choose: Any = None) -> Any:
                 after = torch.nn.functional.cross_entropy(
                     model(images), labels, reduction="none"
                 )
-                chosen = choose(after - losses)
+                rise = after - losses
+                chosen = choose(rise)
+                rises = {"rise": rise.mean(), "chosen_rise": rise[chosen].mean()}
+                rises["chosen"] = chosen.sum()
         model.backward(cross_entropy(model(images[chosen]), labels[chosen]))
+        second = [p.grad.clone() for p in weights]
+        shown = measured(grads, second, moves) | rises
         with torch.no_grad():
             for p, e in zip(weights, moves, strict=True):
                 p.sub_(e)
             if combine is not None:
-                found = combine(step, [p.grad.clone() for p in weights])
+                found = combine(step, second)
                 for p, g in zip(weights, found, strict=True):
                     p.grad.copy_(g)
         model.optimizer.step()
-    return model
+    return model, shown
 
 
 def decompose(step: Step, second: Any) -> Any:
@@ -363,28 +422,30 @@ def ascend_along_weights(step: Step) -> Any:
     return [p.pow(2) * g * scale for p, g in pairs]
 
 
-def ascend_at_the_head(step: Step) -> Any:
-    """mueller-mp's `SAM_ON`, with the head for the normalization layers."""
-    hidden, head = step.grads[:2], step.grads[2:]
-    return [torch.zeros_like(g) for g in hidden] + along(head)
+def ascend_at_the_normalization(step: Step) -> Any:
+    """mueller-mp's `SAM_ON` with `only_norm`."""
+    pairs = zip(NAMES, step.grads, strict=True)
+    return along([g if "norm" in name else torch.zeros_like(g) for name, g in pairs])
 
 
 def ascend_by_fisher_information(step: Step) -> Any:
     """Kim et al., equation (9), with the diagonal 1 / (1 + eta g^2)."""
-    raised = [g / (1 + 20.0 * g**2) for g in step.grads]
+    raised = [g / (1 + FISHER * g**2) for g in step.grads]
     return [RHO * r / (flat(step.grads) @ flat(raised)).sqrt() for r in raised]
 
 
 def ascend_where_gradients_are_large(step: Step) -> Any:
-    """WHU-ZQH's `SAM_Mask`: biases are outside of the mask."""
-    kernels = step.grads[::2]
+    """WHU-ZQH's `SAM_Mask`: only these are under the mask."""
+    named = dict(zip(NAMES, step.grads, strict=True))
+    kernels = [named[name] for name in ("hidden.weight", "head.weight")]
     if step.number % 3 == 0:
         scores = flat(kernels) ** 2
         mask = mask_of_largest(scores, int(0.4 * len(scores)))
         step.memory["mask"] = split_like(mask, kernels)
-    moves = along(step.grads)
-    moves[::2] = [m * e for m, e in zip(step.memory["mask"], moves[::2], strict=True)]
-    return moves
+    moves = dict(zip(NAMES, along(step.grads), strict=True))
+    moves["hidden.weight"] *= step.memory["mask"][0]
+    moves["head.weight"] *= step.memory["mask"][1]
+    return list(moves.values())
 
 
 def ascend_by_examples(step: Step) -> Any:
@@ -434,7 +495,7 @@ def ascend_with_some_tensors(step: Step) -> Any:
         step.number,
         lambda key, weights: jax.tree.unflatten(
             jax.tree.structure(weights),
-            list(jax.random.uniform(key, (4,), jnp.float32) < beta),
+            list(jax.random.uniform(key, (len(NAMES),), jnp.float32) < beta),
         ),
     )
     grads = [k * g for k, g in zip(kept, step.grads, strict=True)]
@@ -468,16 +529,8 @@ TWINS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "asam_davda": (asam_davda(RHO), (ascend_along_weights,)),
     "gsam": (gsam(RHO, 0.4), (lambda step: along(step.grads), decompose)),
     "friendly_sam": (friendly_sam(RHO, 0.9, 0.6), (ascend_from_common,)),
-    "sam_on": (
-        sam_on(
-            RHO,
-            select=lambda w: {
-                k: jax.tree.map(lambda _, k=k: k == "head", w[k]) for k in w
-            },
-        ),
-        (ascend_at_the_head,),
-    ),
-    "fisher_sam": (fisher_sam(RHO, 20.0), (ascend_by_fisher_information,)),
+    "sam_on": (sam_on(RHO), (ascend_at_the_normalization,)),
+    "fisher_sam": (fisher_sam(RHO, FISHER), (ascend_by_fisher_information,)),
     "fsam": (fsam(RHO, 0.4, 3), (ascend_where_gradients_are_large,)),
     "ssam, fisher": (
         ssam(
@@ -498,10 +551,13 @@ TWINS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_two_passes_are_the_authors(name):
+def test_two_passes_and_their_metrics_are_the_authors(name):
     """What each twin is written after stands with its ascent."""
     ours, twin = TWINS[name]
-    assert_close(train_ours(ours)[-1].params, train_twin(*twin).params(), 1e-11)
+    last, (model, expected) = train_ours(ours)[-1], train_twin(*twin)
+    assert_close(last.params, model.params(), 1e-11)
+    for metric, value in last_metrics(last.opt_state).items():
+        assert float(value) == pytest.approx(float(expected[metric]), rel=1e-6), metric
 
 
 def test_msam_is_the_authors_step():
@@ -529,8 +585,12 @@ def test_msam_is_the_authors_step():
 def test_entropy_sgd_is_the_authors_step():
     """ucla-vision's `entropyoptim.lua`, without its evaluation of f(x) and df/dx."""
     gamma, rounds, rate, noise, scoping, model = 0.3, 3, 0.2, 0.05, 0.1, Twin()
+
+    def schedule(step: Any) -> Any:
+        return 1.0 - 0.1 * step
+
     weights = [p for _, p in model.named]
-    given = list(batches())
+    given, shown = list(batches()), []
     with torch.no_grad():
         for begin in range(0, STEPS - rounds + 1, rounds):
             start = [p.clone() for p in weights]
@@ -548,20 +608,26 @@ def test_entropy_sgd_is_the_authors_step():
                     slope += DECAY * p + noise / math.sqrt(0.5 * rate) * drawn[i]
                     p.sub_(rate * slope)
                     mean[i] = 0.75 * mean[i] + 0.25 * p
+                away = [length(map(torch.sub, t, start)) for t in (weights, mean)]
+                shown.append([float(one) for one in away])
             for p, w, mu in zip(weights, start, mean, strict=True):
-                p.copy_(w - 0.8 * (w - mu))
+                p.copy_(w - schedule(begin + rounds - 1) * (w - mu))
     tx = entropy_sgd(
         gamma,
         rounds,
         rate,
         noise,
         scoping,
-        learning_rate=0.8,
+        learning_rate=schedule,
         momentum=MOMENTUM,
         weight_decay=DECAY,
     )
     states = train_ours(tx=tx)
     assert_close(states[-1].params, model.params())
+    for state, expected in zip(states, shown, strict=False):
+        metrics = last_metrics(state.opt_state)
+        found = [metrics["distance"], metrics["entropy_gradient_norm"]]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
     helpers.assert_same_bits(states[0].params, states[1].params)
 
 
@@ -600,33 +666,29 @@ def test_trades_is_the_authors_step(with_awp):
 def test_ema_is_that_of_torch():
     """`AveragedModel`: the first update copies."""
     decay, model = 0.9, Twin()
-    tree = torch.nn.ModuleDict({"hidden": model.hidden, "head": model.head})
     averaged = torch.optim.swa_utils.AveragedModel(
-        tree, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
     )
     for _, images, labels in batches():
         model.backward(cross_entropy(model(images), labels))
         model.optimizer.step()
-        averaged.update_parameters(tree)
+        averaged.update_parameters(model)
     average = train_ours(averaging=ema(decay))[-1].average["params"]
-    model.hidden, model.head = averaged.module["hidden"], averaged.module["head"]
-    assert_close(average, model.params())
+    assert_close(average, averaged.module.params())
 
 
 def test_swa_is_that_of_torch():
     """`AveragedModel` at the ends of the second epoch of two steps and the third."""
     model = Twin()
-    tree = torch.nn.ModuleDict({"hidden": model.hidden, "head": model.head})
-    averaged = torch.optim.swa_utils.AveragedModel(tree)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
     for number, (_, images, labels) in enumerate(batches()):
         model.backward(cross_entropy(model(images), labels))
         model.optimizer.step()
         if number in (3, 5):
-            averaged.update_parameters(tree)
+            averaged.update_parameters(model)
     states = train_ours(averaging=swa(0.3, steps_per_epoch=2, total_steps=STEPS))
     helpers.assert_same_bits(states[3].average["params"], states[3].params)
-    model.hidden, model.head = averaged.module["hidden"], averaged.module["head"]
-    assert_close(states[-1].average["params"], model.params())
+    assert_close(states[-1].average["params"], averaged.module.params())
 
 
 SAM = {"sharpness": sam(RHO)}
