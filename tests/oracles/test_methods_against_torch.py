@@ -35,6 +35,7 @@ from samrobust.sharpness import (
     ssam,
 )
 from samrobust.training import Objective, make_train_step
+from samrobust.training.adversaries.at import at
 from samrobust.training.averaging.ema import ema
 from samrobust.training.averaging.swa import swa
 from samrobust.training.objectives.trades import trades_loss
@@ -124,6 +125,10 @@ def make_batch(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return images, images + noise, rng.integers(0, 3, 6).astype(np.int32)
 
 
+EPSILON = 32.0  # in 255ths
+FGSM = at("linf", EPSILON, EPSILON, num_steps=1, random_start=False)
+
+
 def given(images: Any) -> Adversary:
     """The adversary that hands these images in."""
 
@@ -141,9 +146,16 @@ def make_sgd():
 
 
 def train_ours(
-    sharpness: Any = None, objective: Any = None, averaging: Any = None, tx: Any = None
+    sharpness: Any = None,
+    objective: Any = None,
+    averaging: Any = None,
+    tx: Any = None,
+    adversary: Any = None,
 ):
-    """The states after each step; `tx` takes the place of sharpness and SGD."""
+    """The states after each step; `tx` takes the place of sharpness and SGD.
+
+    Without an adversary the other images of a batch are those.
+    """
     tx = tx or optax.chain(sharpness or optax.identity(), make_sgd())
     init, _ = make_train_step(Toy(), tx, averaging=averaging)
     state = jax.eval_shape(init, KEY, jnp.zeros([6, 2, 2, 1]))
@@ -158,7 +170,11 @@ def train_ours(
     def take(state: Any, images: Any, others: Any, *labels_and_key: Any) -> Any:
         options = {} if objective is None else {"objective": objective}
         _, step = make_train_step(
-            Toy(), tx, adversary=given(others), averaging=averaging, **options
+            Toy(),
+            tx,
+            adversary=adversary or given(others),
+            averaging=averaging,
+            **options,
         )
         return step(state, images, *labels_and_key)[0]
 
@@ -192,6 +208,13 @@ class Twin(torch.nn.Module):
         hidden = self.hidden(images.reshape(len(images), -1) + self.embed.weight)
         return self.head(torch.tanh(self.norm.weight * hidden + self.norm.bias))
 
+    def attacked(self, images, labels):
+        """Images by FGSM, at the weights of this moment."""
+        with torch.enable_grad():
+            x = images.clone().requires_grad_(True)
+            (slope,) = torch.autograd.grad(cross_entropy(self(x), labels), x)
+        return images + EPSILON / 255 * slope.sign()
+
     def backward(self, loss):
         self.optimizer.zero_grad()
         loss.backward()
@@ -222,35 +245,11 @@ def assert_close(state: Any, expected: Any, tolerance: float = 1e-12) -> None:
     helpers.assert_close(state, expected, atol=tolerance)
 
 
-def test_asam_is_the_authors_step():
-    """SamsungLabs' `asam.py`: T = |w| + eta for weights, 1 for biases."""
-    rho, eta, model = 0.5, 0.01, Twin()
-    for _, images, labels in batches():
-        model.backward(cross_entropy(model(images), labels))
-        with torch.no_grad():
-            scales = {
-                n: p.abs() + eta if "weight" in n else torch.ones_like(p)
-                for n, p in model.named
-            }
-            norm = torch.stack([(scales[n] * p.grad).norm() for n, p in model.named])
-            moves = {
-                n: rho * scales[n] ** 2 * p.grad / (norm.norm() + 1e-16)
-                for n, p in model.named
-            }
-            for n, p in model.named:
-                p.add_(moves[n])
-        model.backward(cross_entropy(model(images), labels))
-        with torch.no_grad():
-            for n, p in model.named:
-                p.sub_(moves[n])
-        model.optimizer.step()
-    assert_close(train_ours(asam(rho, eta))[-1].params, model.params())
-
-
 def test_awp_is_the_authors_step():
     """csdongxian's `utils_awp.py` and training loop: decay acts at w + v."""
     gamma, model = 0.3, Twin()
-    for _, images, labels in batches():
+    for natural, _, labels in batches():
+        images = model.attacked(natural, labels)
         model.backward(cross_entropy(model(images), labels))
         with torch.no_grad():
             moves = {
@@ -265,12 +264,12 @@ def test_awp_is_the_authors_step():
         with torch.no_grad():
             for n, p in model.named:
                 p.sub_(moves.get(n, 0))
-    ours = train_ours(awp(gamma, weight_decay=DECAY))
+    ours = train_ours(awp(gamma, weight_decay=DECAY), adversary=FGSM)
     assert_close(ours[-1].params, model.params())
 
 
 RHO = 0.3
-FISHER = 20.0  # eta of Fisher SAM
+ETA, FISHER = 0.01, 20.0  # eta of ASAM and of Fisher SAM
 
 
 def length(tensors: Any) -> Any:
@@ -357,10 +356,11 @@ def measured(grads: Any, second: Any, moves: Any) -> dict[str, Any]:
 
 
 def train_twin(ascend: Any, combine: Any = None, choose: Any = None) -> Any:
-    """Two passes a step, SGD at the restored weights; and metrics of the last step."""
+    """Two passes a step over the images that the attack made at w, SGD; and metrics."""
     model, memory, rises, shown = Twin(), {}, {}, {}
     weights = [p for _, p in model.named]
-    for number, (_, images, labels) in enumerate(batches()):
+    for number, (natural, _, labels) in enumerate(batches()):
+        images = model.attacked(natural, labels)
         losses = torch.nn.functional.cross_entropy(
             model(images), labels, reduction="none"
         )
@@ -413,6 +413,17 @@ def ascend_from_common(step: Step) -> Any:
     pairs = list(zip(grads, memory["m"], strict=True))
     memory["m"] = [m * lmbda + g * (1 - lmbda) for g, m in pairs]
     return along([g - sigma * m for g, m in pairs])
+
+
+def ascend_by_sizes(step: Step) -> Any:
+    """SamsungLabs' `asam.py`: T = |w| + eta for weights, 1 for biases."""
+    scales = [
+        w.abs() + ETA if "weight" in name else torch.ones_like(w)
+        for name, w in zip(NAMES, step.weights, strict=True)
+    ]
+    pairs = list(zip(scales, step.grads, strict=True))
+    scale = RHO / (length([t * g for t, g in pairs]) + 1e-16)
+    return [scale * t**2 * g for t, g in pairs]
 
 
 def ascend_along_weights(step: Step) -> Any:
@@ -526,6 +537,7 @@ def reuse(step: Step, second: Any) -> Any:
 
 
 TWINS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "asam": (asam(RHO, ETA), (ascend_by_sizes,)),
     "asam_davda": (asam_davda(RHO), (ascend_along_weights,)),
     "gsam": (gsam(RHO, 0.4), (lambda step: along(step.grads), decompose)),
     "friendly_sam": (friendly_sam(RHO, 0.9, 0.6), (ascend_from_common,)),
@@ -554,18 +566,19 @@ TWINS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 def test_two_passes_and_their_metrics_are_the_authors(name):
     """What each twin is written after stands with its ascent."""
     ours, twin = TWINS[name]
-    last, (model, expected) = train_ours(ours)[-1], train_twin(*twin)
+    last, (model, expected) = train_ours(ours, adversary=FGSM)[-1], train_twin(*twin)
     assert_close(last.params, model.params(), 1e-11)
     for metric, value in last_metrics(last.opt_state).items():
         assert float(value) == pytest.approx(float(expected[metric]), rel=1e-6), metric
 
 
 def test_msam_is_the_authors_step():
-    """MarlonBecker's `msam.py`, weights moved back at the end."""
+    """MarlonBecker's `msam.py`, weights moved back at the end, after the attacks."""
     model = Twin()
     weights = [p for _, p in model.named]
     buffers, inverse = [torch.zeros_like(p) for p in weights], 0.0
-    for _, images, labels in batches():
+    for natural, _, labels in batches():
+        images = model.attacked(natural, labels)
         model.backward(cross_entropy(model(images), labels))
         with torch.no_grad():
             for p, v in zip(weights, buffers, strict=True):
@@ -579,7 +592,11 @@ def test_msam_is_the_authors_step():
     with torch.no_grad():
         for p, v in zip(weights, buffers, strict=True):
             p.add_(v, alpha=RHO * inverse)
-    assert_close(train_ours(tx=msam(RHO, make_sgd()))[-1].params, model.params())
+    last = train_ours(tx=msam(RHO, make_sgd()), adversary=FGSM)[-1]
+    assert_close(last.params, model.params())
+    assert last_metrics(last.opt_state) == pytest.approx(
+        {"rho": RHO, "applied_rho": RHO}
+    )
 
 
 def test_entropy_sgd_is_the_authors_step():
@@ -590,14 +607,15 @@ def test_entropy_sgd_is_the_authors_step():
         return 1.0 - 0.1 * step
 
     weights = [p for _, p in model.named]
-    given, shown = list(batches()), []
+    given_batches, shown = list(batches()), []
     with torch.no_grad():
         for begin in range(0, STEPS - rounds + 1, rounds):
             start = [p.clone() for p in weights]
             mean, buffers = ([t.clone() for t in start] for _ in range(2))
             strength = gamma * (1 + scoping) ** (begin // rounds + 1)
             for number in range(begin, begin + rounds):
-                _, images, labels = given[number]
+                natural, _, labels = given_batches[number]
+                images = model.attacked(natural, labels)
                 with torch.enable_grad():
                     model.backward(cross_entropy(model(images), labels))
                 drawn = random_numbers(number, normal)
@@ -622,7 +640,7 @@ def test_entropy_sgd_is_the_authors_step():
         momentum=MOMENTUM,
         weight_decay=DECAY,
     )
-    states = train_ours(tx=tx)
+    states = train_ours(tx=tx, adversary=FGSM)
     assert_close(states[-1].params, model.params())
     for state, expected in zip(states, shown, strict=False):
         metrics = last_metrics(state.opt_state)
