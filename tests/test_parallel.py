@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_sharpness_contract import FAMILY, make_batch, make_params, update
 
 from samrobust.attacks import (
     AutoAttack,
@@ -91,6 +92,7 @@ def work(folder: pathlib.Path) -> None:
     else:
         train(config, dataset, moved)
         np.savez(folder / "outcomes.npz", **outcomes(33))  # pyright: ignore[reportArgumentType]
+        np.savez(folder / "steps.npz", **donated_steps())  # pyright: ignore[reportArgumentType]
     for name, (row, overrides) in UNEVEN.items():
         config = helpers.make_config(
             row, {"training.drop_remainder": False, **overrides}
@@ -150,6 +152,29 @@ def test_a_method_remembers_the_same_on_several_devices(folder, name):
 
 def test_chosen_examples_may_lie_on_any_device(folder):
     assert_equal_runs(folder / "esam 4", folder / "esam 1")
+
+
+def donated_steps() -> dict[str, np.ndarray]:
+    """Two of a method that takes single examples, and of one that skips a pass."""
+    mesh, batch, leaves = data_mesh(), make_batch(8), {}
+
+    def take(method: Any, params: Any, state: Any, batch: Any) -> Any:
+        return update(method, params, state, shard_batch(batch, mesh))
+
+    step = jax.jit(take, static_argnums=0, donate_argnums=(1, 2))
+    for name in ("ssam, fisher", "looksam"):
+        method = FAMILY[name]
+        carry = make_params(), method.tx.init(make_params())
+        for _ in range(2):
+            carry = step(method, *carry, batch)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(carry):
+            leaves[name + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return leaves
+
+
+def test_donated_steps_of_several_devices_are_those_of_one(folder):
+    found = np.load(folder / "steps.npz")
+    helpers.assert_close(dict(found), donated_steps(), atol=1e-6)
 
 
 def test_a_batch_size_that_would_waste_devices_is_refused(folder):
