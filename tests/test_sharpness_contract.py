@@ -31,6 +31,7 @@ from samrobust.sharpness import (
 )
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
+from samrobust.training.checkpoint import Checkpoints
 
 RHO, RATE, ETA, DECAY = 0.3, 0.1, 0.01, 0.05
 
@@ -190,8 +191,13 @@ def gradient_of_groups(params: Any, batch: Any, own: bool = False) -> Any:
     return jax.vmap(gradient, (0 if own else None, 0))(params, halves)
 
 
-def update(method: Any, params: Any, state: Any, batch: Any, sync: Any = None):
-    """One step of the method and SGD; `sync` averages gradients over devices."""
+def update(
+    method: Any, params: Any, state: Any, batch: Any, sync: Any = None, part: Any = None
+):
+    """One step of the method and SGD; `sync` averages gradients over devices.
+
+    Of a micro-batch `part`, if given, with a `grad_fn` over the whole batch.
+    """
     differentiate = gradient_of_groups if method.grouped else gradient
     sync = sync or (lambda grads: grads)
 
@@ -203,7 +209,7 @@ def update(method: Any, params: Any, state: Any, batch: Any, sync: Any = None):
         return (grads, first) if method.aux else grads
 
     point = gradient_point(params, state)
-    grads = sync(differentiate(point, batch))
+    grads = sync(differentiate(point, batch if part is None else part))
     updates, state = method.tx.update(
         grads,
         state,
@@ -235,21 +241,31 @@ def train(method: Method, params: Any, batch: Any, sync: Any = None) -> Any:
     return jax.lax.scan(body, (params, method.tx.init(params)), length=2)[0]
 
 
+train_of = jax.jit(train, static_argnums=0)
+
+
 @functools.cache
 def trained(method: Method) -> Any:
-    return jax.tree.map(np.asarray, jax.jit(train, static_argnums=0)(*three(method)))
+    return jax.tree.map(np.asarray, train_of(*three(method)))
 
 
 def three(method: Method) -> Any:
     return method, make_params(), make_batch()
 
 
+step_of = jax.jit(update, static_argnums=0)
+
+
 @functools.cache
+def stepped(method: Method) -> Any:
+    """The parameters and the state after one step."""
+    params = make_params()
+    return step_of(method, params, method.tx.init(params), make_batch())
+
+
 def moved_once(method: Method) -> Any:
     """The parameters after one step."""
-    params = make_params()
-    step = jax.jit(update, static_argnums=0)
-    return step(method, params, method.tx.init(params), make_batch())[0]
+    return stepped(method)[0]
 
 
 def length_of(tree: Any) -> Any:
@@ -326,7 +342,7 @@ def test_in_float64_its_steps_are_exact(method):
     with jax.enable_x64(True):
         batch, params = make_batch(dtype=np.float64), make_params(np.float64)
         method = method._replace(aux=False)
-        params, state = jax.jit(train, static_argnums=0)(method, params, batch)
+        params, state = train_of(method, params, batch)
         helpers.assert_close(params, by_hand(method), atol=1e-15)
         dtypes = {
             str(leaf.dtype) for leaf in jax.tree.leaves(state._replace(ascent=()))
@@ -412,12 +428,12 @@ def test_vmap_over_parameters_and_radii_takes_each_ones_steps(method):
 
     radii = jnp.array([method.rho, 0.0]) if not callable(method.rho) else scales
     found = jax.jit(jax.vmap(run))(many, radii)
-    for i in range(2):
-        one = jax.tree.map(lambda leaf, i=i: leaf[i], (many, radii))
-        expected = jax.jit(run)(*one)
-        helpers.assert_close(
-            jax.tree.map(lambda leaf, i=i: leaf[i], found), expected, atol=1e-6
-        )
+    sgd = method if callable(method.rho) else Method(0.0, grouped=method.grouped)
+    for i, own in enumerate((method, sgd)):
+        one, moved = jax.tree.map(lambda leaf, i=i: leaf[i], (many, found))
+        expected = train_of(own, one, batch)
+        parts = slice(None if own is method else 1)  # the parameters, and the state
+        helpers.assert_close(moved[parts], expected[parts], atol=1e-6)
 
 
 @every_method
@@ -461,9 +477,8 @@ def test_parameters_may_be_split_over_an_explicit_mesh(method):
         params = jax.tree.map(jax.device_put, make_params(), split)
         inputs, targets = make_batch()
         targets = jax.device_put(targets, PartitionSpec(None, "data"))
-        step = jax.jit(update, static_argnums=0)
         batch = (jax.device_put(inputs, PartitionSpec()), targets)
-        found, _ = step(method, params, method.tx.init(params), batch)
+        found, _ = step_of(method, params, method.tx.init(params), batch)
     expected = by_hand(method, 1) if method.name in ASCENTS else moved_once(method)
     helpers.assert_close(found, expected, atol=1e-6)
 
@@ -534,12 +549,45 @@ def test_in_bfloat16_parameters_and_state_keep_their_dtypes(method):
     assert dtypes_of(found) == dtypes_of((params, state))
 
 
+# With arithmetic of their own.
+HALF = ["gsam", "looksam", "fisher_sam", "esam", "msam", "entropy_sgd"]
+
+
+@pytest.mark.parametrize("name", [*HALF, "awp, schedule, grouped"])
+def test_in_bfloat16_its_steps_are_those_of_float32(name):
+    """To a unit in the last place of 1 and 2, which SGD is twice as far away from."""
+    method, params = ALL[name], make_params(jnp.bfloat16)
+    found, state = params, method.tx.init(params)
+    for _ in range(2):
+        found, state = step_of(method, found, state, make_batch(dtype=jnp.bfloat16))
+    expected, sgd = trained(method)[0], by_hand(Method(0.0))
+    helpers.assert_close(found, expected, atol=0.01)
+    assert max(np.abs(expected[k] - sgd[k]).max() for k in sgd) > 0.02
+
+
 @every_method
 def test_its_state_can_be_donated(method):
     """No buffer of it is there twice."""
     state = method.tx.init(make_params())
     leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.size]
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
+def test_from_a_checkpoint_the_next_step_is_the_same_bit_for_bit(tmp_path):
+    """All methods in one checkpoint, after a step."""
+    kept = {name: stepped(method) for name, method in FAMILY.items()}
+    fresh = {n: (make_params(), m.tx.init(make_params())) for n, m in FAMILY.items()}
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, kept, {})
+        checkpoints.wait()
+        restored: Any = checkpoints.restore_latest(fresh)
+    helpers.assert_same_bits(restored.state, kept)
+    for name, method in FAMILY.items():
+        found, expected = (
+            step_of(method, *at, make_batch())
+            for at in (restored.state[name], kept[name])
+        )
+        helpers.assert_same_bits(found, expected)
 
 
 @pytest.mark.parametrize("method", FAMILY.values(), ids=FAMILY)
@@ -586,17 +634,26 @@ def test_what_a_method_wants_of_an_update_is_in_the_call_that_is_advised(name):
 
 @pytest.mark.parametrize("method", FAMILY.values(), ids=FAMILY)
 def test_within_optax_wrappers_it_takes_the_same_step(method):
-    """A rho that is set between steps; a mask and an accumulation after it."""
+    """A rho that is set between steps, a mask after it, accumulation around both."""
     inner = method.tx
     if method.name != "entropy_sgd":  # whose gamma is no schedule
         inner = optax.inject_hyperparams(lambda rho: method._replace(rho=rho).tx)(RHO)
     frozen = {"kernel": False, "bias": True}
-    after = optax.MultiSteps(optax.identity(), 1).gradient_transformation()
-    tx = optax.chain(inner, optax.masked(optax.set_to_zero(), frozen), after)
-    wrapped = types.SimpleNamespace(**method._asdict(), tx=tx)
+    tx: Any = optax.chain(inner, optax.masked(optax.set_to_zero(), frozen))
     params, batch = make_params(), make_batch()
+    parts = [batch]
+    if not method.grouped:  # gradients of groups are not of the parameters' shapes
+        tx = optax.MultiSteps(tx, 2)
+        parts = [tuple(array[i::2] for array in batch) for i in range(2)]
+    wrapped = types.SimpleNamespace(**method._asdict(), tx=tx)
 
-    found = jax.jit(lambda: update(wrapped, params, tx.init(params), batch)[0])()
+    @jax.jit
+    def step(params: Any, state: Any, part: Any) -> Any:
+        return update(wrapped, params, state, batch, part=part)
+
+    found, state = params, tx.init(params)
+    for part in parts:
+        found, state = step(found, state, part)
     expected = {**moved_once(method), "bias": params["bias"]}
     helpers.assert_close(found, expected, atol=1e-6)
 
@@ -619,7 +676,10 @@ def test_a_grad_fn_that_returns_something_else_is_refused_in_one_line(method, na
 
 
 def test_a_step_of_looksam_with_one_pass_shows_what_the_last_with_two_found():
-    method = FAMILY["looksam"]
-    shown = last_metrics(trained(method)[1])  # of the second step, k is 2
+    method = FAMILY["looksam, grouped, aux"]
+    state = trained(method)[1]  # after the second step, k is 2
+    shown = last_metrics(state)
     assert shown["applied_rho"] == pytest.approx(float(method.rho), rel=1e-5)
     assert 0 < shown["cosine"] < 0.9999
+    # But its own auxiliary output: the weights of its one pass.
+    helpers.assert_close(last_aux(state), moved_once(method), atol=1e-6)
