@@ -21,8 +21,8 @@ workdir. A run of two passes a step takes two minutes of a core.
 from samrobust.experiments.configuration import base_config, finish, load_rows
 from samrobust.types import Config
 
-# Of each method's four settings the first three, for the network underfits: all but SWA,
-# which begins earlier there, do less than with the last.
+# Of each method's four settings the first three, for the network underfits: all but
+# SWA, which begins earlier there, do less than with the last.
 GRID = [
     row
     for index, row in enumerate(load_rows("configs/sharpness.py", "GRID"))
