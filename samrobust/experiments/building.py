@@ -29,6 +29,7 @@ from samrobust.experiments import entries, methods
 from samrobust.experiments.components import make_model, make_optimizer
 from samrobust.experiments.reporting.names import column_of
 from samrobust.system.distributed import data_mesh
+from samrobust.system.jaxprs import abstract_key
 from samrobust.system.resolve import is_reference, running
 from samrobust.training import Method, make_train_step
 from samrobust.training.adversaries.at import make_ball
@@ -260,7 +261,7 @@ def _traced(
     model: nn.Module, name: str, image_shape: tuple[int, ...], num_classes: int
 ) -> Mapping[str, Any]:
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = abstract_key()
     with running(name) if is_reference(name) else contextlib.nullcontext():
         logits, variables = jax.eval_shape(
             lambda k, x: model.init_with_output(k, x, train=False), key, images

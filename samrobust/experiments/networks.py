@@ -21,6 +21,7 @@ from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.workdir import config_of_run, stored_config
 from samrobust.system.distributed import broadcast_from_primary, data_mesh
 from samrobust.system.files import glance
+from samrobust.system.jaxprs import abstract_key
 from samrobust.system.provenance import checksum
 from samrobust.system.storage import to_path
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
@@ -127,7 +128,7 @@ def load_network(
       CheckpointError: if there is none, or if it is damaged or of another run. An older
         one never takes its place.
     """
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = abstract_key()
     like = jax.eval_shape(_make_init(config, dataset), key)
     folder = checkpoint_folder(workdir, which)
     own = broadcast_from_primary(lambda: stored_config(workdir)) or config

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from samrobust.data import Dataset
 from samrobust.experiments import building, methods, scoring
+from samrobust.system.jaxprs import abstract_key
 from samrobust.system.resolve import is_reference, running
 from samrobust.types import Config
 
@@ -36,7 +37,7 @@ def rehearse(config: Config, dataset: Dataset) -> None:
     own = list(filter(is_reference, names))
     if not own:
         return
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = abstract_key()
 
     def images_of(size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, *dataset.image_shape), jnp.float32)

@@ -23,6 +23,7 @@ from samrobust.experiments.configuration import as_dict, with_defaults
 from samrobust.experiments.identity import identity_of
 from samrobust.experiments.rows import Row, parse_row
 from samrobust.system.claims.holder import read_holder
+from samrobust.system.jaxprs import abstract_key
 from samrobust.system.storage import remove_tree
 from samrobust.training.fit import fresh_carry
 from samrobust.training.log import checkpoint_folder
@@ -149,7 +150,7 @@ def _make_trunk(
         method = building.make_method(config, dataset, steps)
         batch_size, shape = config.training.batch_size, dataset.image_shape
         begin = fresh_carry(method, batch_size, shape)
-        return jax.eval_shape(begin, jax.eval_shape(lambda: jax.random.key(0)))
+        return jax.eval_shape(begin, abstract_key())
 
     def is_wanted() -> bool:
         if (workdir / "import.json").exists():  # others begin with weights of their own

@@ -1,11 +1,16 @@
-"""Reading of traced programs."""
+"""Tracing of programs, and reading of what was traced."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-__all__ = ["equations"]
+__all__ = ["abstract_key", "equations"]
+
+
+def abstract_key() -> jax.ShapeDtypeStruct:
+    """Returns the shape and dtype of a key, for `jax.eval_shape`."""
+    return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

@@ -23,6 +23,7 @@ from flax import traverse_util
 from samrobust.checks import check
 from samrobust.models import PreActResNet
 from samrobust.models.torch.wrapping import listed
+from samrobust.system.jaxprs import abstract_key
 from samrobust.types import PyTree
 
 __all__ = ["from_tensors", "infer_architecture", "to_tensors"]
@@ -134,7 +135,7 @@ def from_tensors(
         names it, with both shapes; if a value is not finite, or a variance negative.
     """
     image = jax.ShapeDtypeStruct((1, *image_shape), "float32")
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = abstract_key()
     like = jax.eval_shape(lambda k, x: model.init(k, x, train=False), key, image)
     leaves: Any = traverse_util.flatten_dict(like)
     as_torch = isinstance(model, PreActResNet)

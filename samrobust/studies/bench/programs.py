@@ -28,6 +28,7 @@ from samrobust.evaluation import make_evaluator
 from samrobust.experiments import building
 from samrobust.studies.bench.images import make_dataset
 from samrobust.system.distributed import data_mesh, replicated
+from samrobust.system.jaxprs import abstract_key
 from samrobust.training import Method
 from samrobust.training.checkpoint import Checkpoints
 from samrobust.training.epoch import Chunk, EpochPlan, EpochRunner, LoopState
@@ -114,7 +115,7 @@ def training(
     begin = fresh_carry(method, plan.batch_size, facts.image_shape)
     train_step = method.train_step
     if unroll:
-        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = abstract_key()
         size, shape = plan.batch_size, facts.image_shape
         images = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
         labels = jax.ShapeDtypeStruct((size,), jnp.int32)
