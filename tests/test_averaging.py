@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from samrobust.experiments import methods
+from samrobust.experiments import methods, scoring
 from samrobust.experiments.run import train
 from samrobust.experiments.scoring import make_admit
 from samrobust.models import BatchNorm
@@ -110,7 +110,17 @@ def states_of(averaging=None, **options):
     return found
 
 
-def test_the_log_says_how_far_the_average_is_from_the_weights(tmp_path):
+def halved(state):
+    """What an average may do with the verdict on an epoch."""
+    average = jax.tree.map(lambda x: x / 2, state.average)
+    return dataclasses.replace(state, average=average), {"worst_class": 0.0}
+
+
+@pytest.mark.parametrize("after_epoch", [None, halved])
+def test_the_log_says_how_far_the_average_is_from_the_weights(
+    after_epoch, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(scoring, "make_admit", lambda *_: after_epoch)
     config = helpers.make_config("ema,decay=0.9", {"data.train_size": 64})
     outcome = train(config, helpers.load_data(config), tmp_path)
     pairs = [outcome.state.average["params"], outcome.state.params]

@@ -138,6 +138,12 @@ def lead(name: str, row: str, other: str, column: str) -> tuple[float, float]:
     return statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart))
 
 
+def is_beyond_chance(name: str, apart: float, error: float) -> bool:
+    """Whether a row is ahead of another by more than a t-test lets pass."""
+    (count,) = {len(row.seeds) for row in table(name).rows}
+    return bool(apart > stats.t.ppf(0.975, count - 1) * error > 0)
+
+
 @functools.cache
 def ahead(name: str, row: str, other: str, column: str) -> str:
     return "{:.1f} ± {:.1f}".format(*lead(name, row, other, column))
@@ -774,7 +780,7 @@ def sharpness_in_words() -> list[str]:
         for column in table(name).columns
     }
     compared = len(ahead) - len(table(name).columns)  # SAM with itself
-    ahead = {key: x for key, x in ahead.items() if x[0] > 4.303 * x[1] > 0}
+    ahead = {key: x for key, x in ahead.items() if is_beyond_chance(name, *x)}
     (((awp, column), (by, error)),) = ahead.items()
     assert (awp, column) == ("awp,gamma=0.04", "linf 16/255")
     strengths = runpy.run_path(str(ROOT / "configs/sharpness.py"))["STRENGTHS"]
@@ -848,8 +854,7 @@ def relatives_in_words() -> list[str]:
     for row in table(name).rows:  # "none gains more than SAM beyond chance"
         if not row.name.startswith(("at,", "sam,rho=0.4")):
             for column in (far, "l2 128/255 AA"):
-                apart, error = lead(name, row.name, sam, column)
-                assert apart < 4.303 * error or apart <= 0
+                assert not is_beyond_chance(name, *lead(name, row.name, sam, column))
     at, smooth = "at,norm=linf,eps=4", "label_smoothing,alpha=0.4"
     free = ("st,training.epochs=40", "swa,start=0.75", "ema,decay=0.9")
     little = max(difference(name, row, far).mean for row in free)

@@ -194,9 +194,9 @@ GROUPS = {"METHOD.m": 8, "model.batch_norm_group": 8}
         (
             "friendly_sam,rho=0.2",
             GROUPS,
-            r"with friendly_sam, got friendly_sam\.m=True",
+            r"with friendly_sam, got friendly_sam\.m=8",
         ),
-        ("esam,rho=0.2", GROUPS, r"with esam, got esam\.m=True"),
+        ("esam,rho=0.2", GROUPS, r"with esam, got esam\.m=8"),
     ],
 )
 def test_what_a_method_cannot_do_is_refused_before_any_work(row, overrides, message):
@@ -226,11 +226,10 @@ def test_awp_is_told_of_the_decay_that_its_optimizer_adds_to_gradients(
     optimizer, decay, monkeypatch
 ):
     given, build = [], methods.build
+    fields = {"training.optimizer": optimizer, "training.weight_decay": 0.1}
+    config = helpers.make_config("awp,gamma=0.01", fields)
     monkeypatch.setattr(
         methods, "build", lambda *args: given.append(args[1]) or build(*args)
     )
-    fields = {"training.optimizer": optimizer, "training.weight_decay": 0.1}
-    config = helpers.make_config("awp,gamma=0.01", fields)
-    given.clear()
     building.make_method(config, building.load_facts(config), 1)
     assert [one.weight_decay for one in given] == [decay]

@@ -17,7 +17,7 @@ import optax
 from flax import linen as nn
 
 from samrobust.attacks import linf, pgd
-from samrobust.sharpness import sam, two_pass
+from samrobust.sharpness import esam, sam, two_pass
 from samrobust.training import Adversary, Averaging, Objective, as_adversary
 from samrobust.types import Entry
 
@@ -116,6 +116,33 @@ def ungrouped(rho: float, *, aux=None):
     return sam(rho, aux=aux)
 
 
+def nothing(a: float):
+    return []
+
+
+def judged(a: float):
+    def admit(average, variables, worst):
+        raise KeyError("begun")
+
+    return Averaging(lambda variables: variables, lambda a, w, step: a, admit=admit)
+
+
+def half(rho: float, *, aux=None):
+    return esam(rho, gamma=0.5, aux=aux)
+
+
+def spied(eps: float, *, total_steps: int):
+    assert total_steps == 6, total_steps
+    return attacked(eps)
+
+
+stated = Entry(spied, attack_passes=4 / 3)
+
+
+def plainly(learning_rate, momentum):
+    return optax.sgd(learning_rate, momentum)
+
+
 def clipped(norm: float):
     return optax.clip_by_global_norm(norm)
 
@@ -184,6 +211,33 @@ def test_a_mistake_is_one_line(row, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("row", "overrides", "message"),
+    [
+        (
+            "ours:nothing,a=1",
+            {},
+            r"^Expected ours:nothing to build one of .* built=\[\]",
+        ),
+        ("st", {"data.padding": 4}, r"^Expected 0 <= data\.padding < 4, got data"),
+        (
+            "ours:judged,a=1",
+            {"data.validation_size": 9},
+            r"^Expected ours:judged .* to run, got at .*: KeyError: 'begun'",
+        ),
+    ],
+)
+def test_what_would_fail_between_rows_or_epochs_fails_before(row, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        try_out(row, overrides)
+
+
+def test_what_is_built_in_is_refused_before_the_data_are_known():
+    for row in ("sam,rho=0.1+asam,rho=0.1", "at,norm=linf,eps=8+free,eps=8,m=2"):
+        with pytest.raises(ValueError, match=r"^Expected one (sharpness|adversary)"):
+            config_of(f"{row}+ours:clipped,norm=1")
+
+
 def test_a_network_that_fails_in_training_alone_is_one_line():
     with pytest.raises(
         ValueError, match=r"ours:Normalized to run, got at .*: in train"
@@ -230,9 +284,11 @@ def test_parts_may_be_a_list():
         ("ours:both,eps=8,rho=0.1", None),
         ("ours:attacked,eps=8+sam,rho=0.1", None),
         ("ours:known,eps=8+sam,rho=0.1", 2 + 4 / 3),
+        ("ours:stated,eps=8", 1 + 4 / 3),  # it wants other data than are supposed
+        ("ours:half,rho=0.1", 2 - 1 / 6),
         ("ours:clipped,norm=1", None),
         ("ours:late,begin=1500", 1.0),
-        ("ours:weighted,power=1", None),  # it wants other data than are supposed
+        ("ours:weighted,power=1", None),
         ("free,eps=8,m=2", 1.0),
     ],
 )
@@ -256,6 +312,7 @@ def test_who_has_to_know_what_decays_refuses_an_optimizer_of_ones_own():
         try_out("awp,gamma=0.01", own)
     try_out("sam,rho=0.1", own)
     try_out("awp,gamma=0.01", own | {"training.weight_decay": 0.0})
+    try_out("awp,gamma=0.01", {"training.optimizer": "ours:plainly"})
 
 
 def test_a_network_whose_fields_have_no_hash_is_traced_too():

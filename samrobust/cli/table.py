@@ -89,6 +89,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     )
     distributed.broadcast_from_primary(lambda: check_writable(plan.workdir))
     load_data = once_per(building.load_data, "data")
+    _rehearse(plan.runs, load_data)
     works = _foresee(share, load_data)
     distributed.broadcast_from_primary(lambda: record_plan(plan.workdir, plan.runs))
     how = console, should_stop, arguments.seeds_per_program
@@ -115,37 +116,49 @@ def _list(plan: Plan) -> int:
 Works: TypeAlias = dict[pathlib.Path, tuple[float, float, float]]
 
 
+def _rehearse(
+    runs: "Sequence[PlannedRun]", load_data: "Callable[[Config], Dataset]"
+) -> None:
+    """Refuses a row that cannot be trained, before hours of others, here or elsewhere.
+
+    Raises:
+      ValueError: as `rehearse`, with the row's label before it.
+    """
+    from samrobust.experiments.rehearsal import rehearse
+
+    done = _are_done(runs)
+    left = [planned for planned, is_done in zip(runs, done, strict=True) if not is_done]
+    for planned in {planned.config.row: planned for planned in left}.values():
+        with naming(planned.config.label):
+            rehearse(planned.config, load_data(planned.config))
+
+
 def _foresee(
     runs: "Sequence[PlannedRun]", load_data: "Callable[[Config], Dataset]"
 ) -> Works:
-    """Returns what the training, the judging and the epochs given of each run cost.
-
-    Raises:
-      ValueError: for a row that cannot be trained, before hours of other rows.
-    """
-    from samrobust.experiments.rehearsal import rehearse
+    """Returns what the training, the judging and the epochs given of each run cost."""
     from samrobust.experiments.run import work
     from samrobust.experiments.trunks import epochs_given
-    from samrobust.system.distributed import broadcast_from_primary
 
-    done = broadcast_from_primary(
-        lambda: [(r.workdir / "result.json").exists() for r in runs]
-    )
     works: Works = {}
-    rehearsed: set[str] = set()
     given = epochs_given(planned.shared for planned in runs)
-    for planned, is_done, first in zip(runs, done, given, strict=True):
+    for planned, is_done, first in zip(runs, _are_done(runs), given, strict=True):
         config, training, judged = planned.config, 0.0, 0.0
         if not is_done:
             dataset = load_data(config)
             with naming(config.label):
-                if config.row not in rehearsed:
-                    rehearse(config, dataset)
-                rehearsed.add(config.row)
                 training, judged = work(config, dataset)
         left = training * first / config.training.epochs
         works[planned.workdir] = training, judged, left
     return works
+
+
+def _are_done(runs: "Sequence[PlannedRun]") -> list[bool]:
+    from samrobust.system.distributed import broadcast_from_primary
+
+    return broadcast_from_primary(
+        lambda: [(run.workdir / "result.json").exists() for run in runs]
+    )
 
 
 def _train(

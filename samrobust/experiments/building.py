@@ -22,11 +22,12 @@ from samrobust.data import (
     DATASETS,
     Dataset,
     DatasetFacts,
+    check_padding,
     dataset_facts,
     load_dataset,
 )
 from samrobust.experiments import entries, methods
-from samrobust.experiments.components import make_model, make_optimizer
+from samrobust.experiments.components import make_model, make_optimizer, takes
 from samrobust.experiments.reporting.names import column_of
 from samrobust.system.distributed import data_mesh
 from samrobust.system.jaxprs import abstract_key
@@ -46,6 +47,7 @@ from samrobust.types import Attack, Config
 
 __all__ = [
     "autoattacks",
+    "check_images",
     "check_l2",
     "check_radii",
     "evaluation_attacks",
@@ -96,6 +98,16 @@ def check_radii(config: Config, dataset: Dataset | DatasetFacts) -> None:
         if part.name in entries.REGISTRY and values.get("norm") == "l2":
             field = f"{entries.section_of(part.name)}.epsilon"
             check_l2(dataset, field, [values["epsilon"]])
+
+
+def check_images(config: Config, dataset: Dataset) -> None:
+    """Refuses what does not fit the images: padding, and radii as `check_radii`.
+
+    Raises:
+      ValueError: see above; names the field.
+    """
+    check_padding(dataset.image_shape, **{"data.padding": config.data.padding})
+    check_radii(config, dataset)
 
 
 def check_l2(
@@ -231,10 +243,12 @@ def _check_decay(config: Config) -> None:
     asks = [
         part.name
         for part in methods.parts_of(config)
-        if entries.takes(part.name, "weight_decay")
+        if entries.has_parameter(part.name, "weight_decay")
         and not entries.replaces_optimizer(part.name)
     ]
-    holds = training.weight_decay == 0 or not is_reference(training.optimizer)
+    optimizer = training.optimizer
+    decays = takes(optimizer, "weight_decay", field="training.optimizer")
+    holds = training.weight_decay == 0 or not (is_reference(optimizer) and decays)
     wanted = f"{field}=0 with {training.optimizer} and {', '.join(asks)}"
     fix = "What they do depends on what decays: the gradient (SGD) or the weights."
     check(holds or not asks, wanted, fix, **{field: training.weight_decay})

@@ -41,6 +41,7 @@ __all__ = [
     "Given",
     "fields_of_parameters",
     "find",
+    "has_parameter",
     "is_optimizer",
     "of_training",
     "options",
@@ -49,7 +50,6 @@ __all__ = [
     "section_fields",
     "section_of",
     "strength_of",
-    "takes",
 ]
 
 _T = TypeVar("_T")
@@ -246,15 +246,15 @@ def of_training(name: str, field: str, values: Mapping[str, Any], default: _T) -
 
 def is_optimizer(name: str) -> bool:
     """Returns whether a part wraps the training's optimizer, or is one itself."""
-    return replaces_optimizer(name) or takes(name, "optimizer")
+    return replaces_optimizer(name) or has_parameter(name, "optimizer")
 
 
 def replaces_optimizer(name: str) -> bool:
     """Returns whether a part is an optimizer itself."""
-    return takes(name, "learning_rate")
+    return has_parameter(name, "learning_rate")
 
 
-def takes(name: str, parameter: str) -> bool:
+def has_parameter(name: str, parameter: str) -> bool:
     """Returns whether a part's constructor has a parameter, such as `weight_decay`."""
     return parameter in _parameters(name)
 

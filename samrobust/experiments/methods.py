@@ -4,16 +4,17 @@ What a constructor returns tells which part it is.
 """
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import optax
 
-from samrobust.checks import check
+from samrobust.checks import LARGEST_COUNT, check
 from samrobust.experiments import entries
 from samrobust.experiments.rows import STANDARD, Part, parse_row
 from samrobust.sharpness.two_pass import TwoPass
+from samrobust.system.resolve import is_reference
 from samrobust.training.parts import Adversary, Averaging, Objective
 from samrobust.training.phases import first_epoch
 from samrobust.types import Config
@@ -100,8 +101,15 @@ def replays(config: Config) -> int:
     return max(counts, default=1)
 
 
-def build(config: Config, given: entries.Given) -> dict[str, Any]:
+def build(
+    config: Config, given: entries.Given, *, only: Collection[str] | None = None
+) -> dict[str, Any]:
     """Builds the parts of a config's row.
+
+    Args:
+      config: its fields hold what they may.
+      given: from the training.
+      only: names of the parts to build; None: all.
 
     Returns:
       Those that the row has, by their kinds: `adversary`, `objective`, `sharpness` and
@@ -115,7 +123,10 @@ def build(config: Config, given: entries.Given) -> dict[str, Any]:
         average that asks for them.
     """
     parts: dict[str, Any] = {"starts": {}}
+    names = [part.name for part in parts_of(config)] if only is None else only
     for part in parts_of(config):
+        if part.name not in names:
+            continue
         for slot, built in _construct(config, part.name, given):
             check(slot not in parts, f"one {slot}", row=config.row)
             parts[slot] = built
@@ -162,8 +173,9 @@ def _construct(
         values[strength] = optax.linear_schedule(values[strength], end, steps)
     parameters = inspect.signature(entry.make).parameters
     arguments = {k: v for k, v in (given._asdict() | values).items() if k in parameters}
-    fields = {key: f"{section}.{key}" for key in entries.section_fields(name)}
-    fields["grouped"] = f"{section}.m"
+    field, m = group_field(config)
+    fields = {f"grouped={given.grouped}": f"{field}={m}", "grouped": field}
+    fields |= {key: f"{section}.{key}" for key in entries.section_fields(name)}
     with entries.renamed(fields, name):
         made = entry.make(**arguments)
     is_part = isinstance(made, tuple(_SLOTS.values()))
@@ -173,23 +185,27 @@ def _construct(
         slots = [slot for slot, kind in _SLOTS.items() if isinstance(one, kind)]
         wanted = f"{name} to build one of {', '.join(_SLOTS)}"
         fix = "samrobust.training.as_adversary makes one of an attack."
+        fix = fix if callable(one) else ""
         check(len(slots) == 1, wanted, fix, built=type(one).__name__)
         if isinstance(one, TwoPass):
-            _check_second_pass(name, parameters, given)
+            _check_second_pass(name, entry.make, given)
         found.append((slots[0], one))
+    check(bool(found), f"{name} to build one of {', '.join(_SLOTS)}", built=made)
     return found
 
 
 def _check_second_pass(
-    name: str, parameters: Collection[str], given: entries.Given
+    name: str, make: Callable[..., Any], given: entries.Given
 ) -> None:
     """Refuses a second pass that would lose the statistics or the groups of its own."""
+    parameters = inspect.signature(make).parameters
+    made_by = getattr(make, "__name__", type(make).__name__)
     for field, what, is_there in (
         ("aux", "the network's running statistics leave the second pass", given.aux),
         ("grouped", "groups have perturbations of their own", given.grouped),
     ):
         wanted = f"{name} with a parameter {field} that it hands to two_pass: {what}"
-        fix = f"Write def {name.rpartition(':')[2]}(..., *, aux=None, grouped=False)."
+        fix = f"Write def {made_by}(..., *, aux=None, grouped=False)."
         got = ", ".join(parameters)
         check(field in parameters or not is_there, wanted, fix, parameters=got)
 
@@ -233,11 +249,14 @@ def passes_at(config: Config, epoch: int) -> StepPasses:
     attack, ascents, views, unknown = 0.0, 0.0, 1, False
     for part in parts_of(config):
         entry, values = entries.find(part.name), values_of(config, part.name)
+        is_own = is_reference(part.name)
         try:
-            built = dict(_construct(config, part.name, supposed(config)))
-        except ValueError:  # the user's own, which wants the numbers of the data
-            unknown = True
-            continue
+            built = dict(_construct(config, part.name, supposed(config, own=is_own)))
+        except ValueError:  # it wants the numbers of the data: what its entry says
+            if not is_own:
+                raise
+            built = {}
+            unknown |= entry.attack_passes is None and entry.passes is None
         if objective := built.get("objective"):
             views = len(set(objective.views))
         if start_epoch(config, part.name) > epoch:
@@ -246,10 +265,10 @@ def passes_at(config: Config, epoch: int) -> StepPasses:
         added: Any = entry.passes
         if for_images is None and "adversary" not in built:
             for_images = 0.0
-        if "sharpness" not in built:
-            added = 0.0
-        elif added is None:
+        if added is None and "sharpness" in built:
             added = getattr(built["sharpness"], "passes", None)
+        elif added is None:
+            added = 0.0
         unknown |= for_images is None or added is None
         attack += _counted(for_images, values)
         ascents += _counted(added, values)
@@ -262,15 +281,22 @@ def _counted(passes: Any, values: Mapping[str, Any]) -> float:
     return counted or 0.0
 
 
-def supposed(config: Config) -> entries.Given:
-    """Returns what is likely given, where nothing is known of the data."""
+def supposed(config: Config, *, own: bool = False) -> entries.Given:
+    """Returns what may be given, where nothing is known of the data.
+
+    Args:
+      config: of the training.
+      own: as many steps as are likely; else as many as there can be.
+    """
     training = config.training
+    steps = max(1, LARGEST_COUNT // training.epochs)
+    steps = min(steps, 1000) if own else steps
     return entries.Given(
         grouped=group_size(config) > 0,
         momentum=training.momentum,
         weight_decay=training.weight_decay,
-        total_steps=1000 * training.epochs,
-        steps_per_epoch=1000,
+        total_steps=steps * training.epochs,
+        steps_per_epoch=steps,
     )
 
 

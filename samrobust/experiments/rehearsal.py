@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from samrobust.data import Dataset
-from samrobust.experiments import building, methods, scoring
+from samrobust.experiments import building, methods
 from samrobust.system.jaxprs import abstract_key
 from samrobust.system.resolve import is_reference, running
 from samrobust.types import Config
@@ -24,14 +24,14 @@ def rehearse(config: Config, dataset: Dataset) -> None:
       dataset: that of `config.data`.
 
     Raises:
-      ValueError: as `building.check_radii`, `building.make_plan` and
+      ValueError: as `building.check_images`, `building.make_plan` and
         `building.make_method`; for an error in the user's own code, one line that says
         where.
     """
-    building.check_radii(config, dataset)
+    building.check_images(config, dataset)
     plan = building.make_plan(config, len(dataset.train))
     method = building.make_method(config, dataset, plan.num_steps)
-    scoring.make_admit(config, dataset)
+    averaging = building.make_parts(config, dataset, plan.num_steps).get("averaging")
     parts = [part.name for part in methods.parts_of(config)]
     names = [*parts, config.model.name, config.training.optimizer]
     own = list(filter(is_reference, names))
@@ -49,3 +49,6 @@ def rehearse(config: Config, dataset: Dataset) -> None:
             labels = jax.ShapeDtypeStruct((size,), jnp.int32)
             jax.eval_shape(method.train_step, state, images_of(size), labels, key)
         jax.eval_shape(method.logits, state, images_of(full))
+        if averaging is not None and averaging.admit is not None:
+            worst = jax.ShapeDtypeStruct((), jnp.float32)
+            jax.eval_shape(averaging.admit, state.average, state.variables, worst)

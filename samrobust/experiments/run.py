@@ -16,7 +16,7 @@ import jax
 
 from samrobust.attacks import ATTACKS_VERSION
 from samrobust.checks import check
-from samrobust.data import Dataset, check_padding, fingerprint
+from samrobust.data import Dataset, fingerprint
 from samrobust.experiments import building, methods, scoring, trunks
 from samrobust.experiments.configuration import as_dict
 from samrobust.experiments.identity import Identity, identity_of
@@ -213,8 +213,7 @@ def train(
       Further errors: as `samrobust.training.fit`.
     """
     training = config.training
-    check_padding(dataset.image_shape, **{"data.padding": config.data.padding})
-    building.check_radii(config, dataset)
+    building.check_images(config, dataset)
     plan = building.make_plan(config, len(dataset.train))
     schedule = building.learning_rate_schedule(config, plan.num_steps)
     log = BranchFolder(

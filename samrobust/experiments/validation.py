@@ -184,9 +184,9 @@ def _validate_methods(config: Config) -> None:
         holds = _read(config, optimizer) == "sgd"
         fix = f"{name} steps by itself, with the momentum and weight decay of SGD."
         _require(config, holds, f"{optimizer}=sgd with {name}", optimizer, fix=fix)
-    # The user's own are built with the numbers of the data alone: `rehearsal`.
-    if config.row and not any(map(is_reference, active)):
-        methods.build(config, methods.supposed(config))
+    if config.row:  # the user's own see the numbers of the data alone: `rehearsal`
+        built_in = {name for name in active if not is_reference(name)}
+        methods.build(config, methods.supposed(config), only=built_in)
 
 
 def _validate_groups(config: Config) -> None:

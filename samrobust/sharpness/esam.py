@@ -4,7 +4,6 @@ Reference: Du et al. (2022), arXiv 2110.03141, Algorithm 1.
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -93,15 +92,12 @@ def esam(
         measure=live,
         aux=aux,
         grouped=grouped,
+        passes=1.0 if gamma == 1 else gamma + 1 / 3,
     )
 
 
 def _chosen(gamma: float, batch_size: int) -> int:
     return max(1, int(gamma * batch_size))
-
-
-def _passes(values: Mapping[str, Any]) -> float:
-    return 1.0 if values["gamma"] == 1 else values["gamma"] + 1 / 3
 
 
 ENTRY = Entry(
@@ -112,6 +108,5 @@ ENTRY = Entry(
         "beta": _fraction,
         "gamma": _fraction,
     },
-    passes=_passes,
     chosen=lambda values, size: _chosen(values["gamma"], size),
 )

@@ -3,7 +3,6 @@
 Reference: Yu et al. (2022), arXiv 2205.14826, Algorithm 1.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -90,16 +89,13 @@ def rwp(
         optax.GradientTransformationExtraArgs(optax.identity().init, update),
         combine=decay_at_the_moved(weight_decay),
         aux=aux,
+        passes=num_steps + 1.0,
     )
 
 
 def _of_weights(tree: PyTree) -> PyTree:
     """Returns a tree with zeros in place of biases and other vectors."""
     return jax.tree.map(lambda x: x if x.ndim > 1 else zeros_as(x), tree)
-
-
-def _passes(values: Mapping[str, Any]) -> float:
-    return values["num_steps"] + 1.0
 
 
 ENTRY = Entry(
@@ -110,5 +106,4 @@ ENTRY = Entry(
         "threshold": amount,
         "num_steps": count,
     },
-    passes=_passes,
 )

@@ -97,6 +97,7 @@ def two_pass(
     measure: Measure = lambda *_: {},
     aux: PyTree = None,
     grouped: bool = False,
+    passes: float = 1.0,
 ) -> "TwoPass":
     """Builds a transformation of g(w) into `combine(g(w), g(w + e), e)`.
 
@@ -130,6 +131,8 @@ def two_pass(
         gradients [G, ...] (aux has no such axis: it is kept as it comes). What goes
         down the chain is the mean over the groups, of the parameters' shapes. The
         ascent must have no memory.
+      passes: over all examples, forward and backward, that `update` takes; a forward
+        pass is 1/3. Nothing but a statement: `TwoPass.passes`.
 
     Returns:
       A transformation whose `update` takes the extra argument
@@ -168,7 +171,7 @@ def two_pass(
     )
     if is_off(rho):
         plain = optax.stateless(mean_of_groups) if grouped else optax.identity()
-        return _OnePass(*optax.with_extra_args_support(plain))
+        return _stating(0.0, optax.with_extra_args_support(plain))
     schedule = rho if callable(rho) else lambda _: rho
     climber: Any = ascent  # optax's type does not name the extra argument
     if not isinstance(ascent, optax.GradientTransformation):
@@ -266,7 +269,7 @@ def two_pass(
         step = jnp.asarray(optax.safe_increment(state.step))
         return outcome, TwoPassState(step, metrics, new_aux, memory, measured | rises)
 
-    return TwoPass(init, update)
+    return _stating(passes, optax.GradientTransformationExtraArgs(init, update))
 
 
 class TwoPass(optax.GradientTransformationExtraArgs):
@@ -276,11 +279,15 @@ class TwoPass(optax.GradientTransformationExtraArgs):
       passes: that it takes in each `update`, over all examples.
     """
 
-    passes = 1.0
+    passes: float = 1.0
 
 
-class _OnePass(TwoPass):
-    passes = 0.0
+def _stating(
+    passes: float, transformation: optax.GradientTransformationExtraArgs
+) -> TwoPass:
+    stated = TwoPass(*transformation)
+    stated.passes = passes
+    return stated
 
 
 class _Ascended(NamedTuple):

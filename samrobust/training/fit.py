@@ -270,6 +270,7 @@ class _Run:
         step = int(carry.state.step)
         if step < self.num_steps:
             self._report("compiling", step)
+            jax.block_until_ready(measured(carry.state))
             for phase in range(phase_of(self.earlier, step), self.num_phases):
                 for chunk in dict.fromkeys(self.plan.chunks(phase=phase)):
                     self.runner.compile(chunk, [carry])
@@ -280,11 +281,9 @@ class _Run:
             with contextlib.suppress(Exception):
                 jax.block_until_ready(self.in_flight)
         self.log.save(carry, step, 0.0)
-        seconds = [line["seconds"] for line in self.log.lines]
-        step_seconds = self._epoch_seconds() / self.plan.num_steps
-        return FitResult(
-            carry.state, sum(seconds), step_seconds, step, self.log.identity
-        )
+        seconds = sum(line["seconds"] for line in self.log.lines)
+        each = self._epoch_seconds() / self.plan.num_steps
+        return FitResult(carry.state, seconds, each, step, self.log.identity)
 
     def _epoch_seconds(self) -> float:
         """Returns the mean over the phases, weighted by epochs, of their medians."""
@@ -354,6 +353,7 @@ class _Run:
             state, numbers = self.after_epoch(carry.state)
             found = _finite(numbers, "after_epoch")
             carry = dataclasses.replace(carry, state=state)
+            line |= jax.tree.map(float, measured(state))
         if self.validate is not None:
             self._report("validating", step)
             scores = _finite(self.validate(carry.state), "validate")

@@ -40,7 +40,7 @@ def notes(table: Table) -> tuple[str, ...]:
     return (*sentences, *_provenance(table))
 
 
-_UNKNOWN = ", - where a part of your own does not say what it takes"
+_UNKNOWN = ", - where a part from outside samrobust does not state them"
 
 
 def legend(
