@@ -280,7 +280,9 @@ def test_every_method_is_among_those_that_are_lowered():
 @pytest.mark.parametrize("row", METHODS)
 def test_a_step_of_every_method_lowers_for_gpus_and_tpus(row):
     held_out = {"data.validation_size": 64} if "fawa" in row else {}
-    config = helpers.make_config(row, {"model.dtype": "bfloat16", **held_out})
+    rounds = {"entropy_sgd.inner_steps": 4} if "entropy" in row else {}
+    fields = {"model.dtype": "bfloat16", **held_out, **rounds}
+    config = helpers.make_config(row, fields)
     with compiling_for(jax.devices()[:1]):
         traced, num_steps = aot.step_program(config)
     assert num_steps == 1

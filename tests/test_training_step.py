@@ -435,7 +435,7 @@ def test_a_state_is_frozen():
             r"Expected batch_stats in \{first, second, both\}, got .*='third'\.",
         ),
         (
-            {"adversary": as_adversary(identity, batch_norm="running")},
+            {"adversary": as_adversary(identity)._replace(batch_norm="running")},
             r"Expected batch_norm in \{train, eval\}, got .*='running'\.",
         ),
     ],

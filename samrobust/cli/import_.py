@@ -33,7 +33,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "help": "how it is evaluated; default: %(default)s",
     }
     add("--config", **flags.CONFIG | words, default="configs/cifar10.py:st")
-    add("--dataset", **flags.TEXT, help="as of config.data.name; default: the config's")
+    names = ("cifar10", "cifar100", "digits")
+    other = "default: the config's; any other: --config.data.name"
+    add("--dataset", choices=names, help=other)
 
 
 def run(arguments: argparse.Namespace, stop: Any) -> int:
