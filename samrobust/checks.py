@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 __all__ = [
+    "BATCH_NORM",
     "BATCH_STATS",
     "LARGEST_COUNT",
     "LARGEST_REAL",
@@ -50,6 +51,7 @@ _READABLE = 240  # characters of a value in a message
 
 NORMS = ("linf", "l2")
 BATCH_STATS = ("first", "second", "both")  # passes that update running statistics
+BATCH_NORM = ("train", "eval")  # as which a network behaves that is attacked
 # A ball of this radius in 1/255 units holds every image: the largest are 32 x 32 x 3.
 _WHOLE_BOX = {"linf": 255.0, "l2": 14134.0}
 # A smaller radius must be in another unit. An l2 ball of 1/255 moves no pixel by more

@@ -89,8 +89,11 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     )
     distributed.broadcast_from_primary(lambda: check_writable(plan.workdir))
     load_data = once_per(building.load_data, "data")
-    _rehearse(plan.runs, load_data)
-    works = _foresee(share, load_data)
+    done = distributed.broadcast_from_primary(
+        lambda: [(run.workdir / "result.json").exists() for run in plan.runs]
+    )
+    _rehearse(plan.runs, done, load_data)
+    works = _foresee(share, done[plan.shard], load_data)
     distributed.broadcast_from_primary(lambda: record_plan(plan.workdir, plan.runs))
     how = console, should_stop, arguments.seeds_per_program
     failed = _train(share, works, load_data, *how) if share else {}
@@ -117,7 +120,9 @@ Works: TypeAlias = dict[pathlib.Path, tuple[float, float, float]]
 
 
 def _rehearse(
-    runs: "Sequence[PlannedRun]", load_data: "Callable[[Config], Dataset]"
+    runs: "Sequence[PlannedRun]",
+    done: Sequence[bool],
+    load_data: "Callable[[Config], Dataset]",
 ) -> None:
     """Refuses a row that cannot be trained, before hours of others, here or elsewhere.
 
@@ -126,7 +131,6 @@ def _rehearse(
     """
     from samrobust.experiments.rehearsal import rehearse
 
-    done = _are_done(runs)
     left = [planned for planned, is_done in zip(runs, done, strict=True) if not is_done]
     for planned in {planned.config.row: planned for planned in left}.values():
         with naming(planned.config.label):
@@ -134,7 +138,9 @@ def _rehearse(
 
 
 def _foresee(
-    runs: "Sequence[PlannedRun]", load_data: "Callable[[Config], Dataset]"
+    runs: "Sequence[PlannedRun]",
+    done: Sequence[bool],
+    load_data: "Callable[[Config], Dataset]",
 ) -> Works:
     """Returns what the training, the judging and the epochs given of each run cost."""
     from samrobust.experiments.run import work
@@ -142,7 +148,7 @@ def _foresee(
 
     works: Works = {}
     given = epochs_given(planned.shared for planned in runs)
-    for planned, is_done, first in zip(runs, _are_done(runs), given, strict=True):
+    for planned, is_done, first in zip(runs, done, given, strict=True):
         config, training, judged = planned.config, 0.0, 0.0
         if not is_done:
             dataset = load_data(config)
@@ -151,14 +157,6 @@ def _foresee(
         left = training * first / config.training.epochs
         works[planned.workdir] = training, judged, left
     return works
-
-
-def _are_done(runs: "Sequence[PlannedRun]") -> list[bool]:
-    from samrobust.system.distributed import broadcast_from_primary
-
-    return broadcast_from_primary(
-        lambda: [(run.workdir / "result.json").exists() for run in runs]
-    )
 
 
 def _train(

@@ -31,12 +31,12 @@ def rehearse(config: Config, dataset: Dataset) -> None:
     building.check_images(config, dataset)
     plan = building.make_plan(config, len(dataset.train))
     method = building.make_method(config, dataset, plan.num_steps)
-    averaging = building.make_parts(config, dataset, plan.num_steps).get("averaging")
     parts = [part.name for part in methods.parts_of(config)]
     names = [*parts, config.model.name, config.training.optimizer]
     own = list(filter(is_reference, names))
     if not own:
         return
+    averaging = building.make_parts(config, dataset, plan.num_steps).get("averaging")
     key = abstract_key()
 
     def images_of(size: int) -> jax.ShapeDtypeStruct:

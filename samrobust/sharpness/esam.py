@@ -91,7 +91,6 @@ def esam(
         choose=None if gamma == 1 else choose,
         measure=live,
         aux=aux,
-        grouped=grouped,
         passes=1.0 if gamma == 1 else gamma + 1 / 3,
     )
 

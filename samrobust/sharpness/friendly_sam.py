@@ -77,7 +77,7 @@ def friendly_sam(
         return perturbation, where_given(mix, updates, state)
 
     ascent = optax.GradientTransformationExtraArgs(init, update)
-    return two_pass(rho, ascent, aux=aux, grouped=grouped)
+    return two_pass(rho, ascent, aux=aux)
 
 
 ENTRY = Entry(

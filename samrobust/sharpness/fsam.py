@@ -93,7 +93,7 @@ def fsam(
         return masked(restricted(mask, updates), ascent), mask
 
     ascent = optax.GradientTransformationExtraArgs(nothing, update)
-    return two_pass(rho, ascent, measure=live, aux=aux, grouped=grouped)
+    return two_pass(rho, ascent, measure=live, aux=aux)
 
 
 def _outside(params: PyTree) -> PyTree:

@@ -109,7 +109,7 @@ def ssam(
         return masked(current, ascent), kept
 
     ascent = optax.GradientTransformationExtraArgs(nothing, update)
-    return two_pass(rho, ascent, measure=live, aux=aux, grouped=grouped)
+    return two_pass(rho, ascent, measure=live, aux=aux)
 
 
 # A step of a mask: of the gradients, the mask so far, and what `two_pass` gives.

@@ -11,7 +11,7 @@ is an optax transformation, see `samrobust.sharpness`.
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from samrobust.checks import check_choice
+from samrobust.checks import BATCH_NORM, check_choice
 from samrobust.types import Array, Attack, LogitsFn, PyTree
 
 __all__ = [
@@ -137,7 +137,7 @@ def as_adversary(attack: Attack, *, batch_norm: str = "train") -> Adversary:
     Raises:
       ValueError: for a `batch_norm` of another name.
     """
-    check_choice(("train", "eval"), batch_norm=batch_norm)
+    check_choice(BATCH_NORM, batch_norm=batch_norm)
 
     def perturb(
         logits_fn: LogitsFn, images: Array, labels: Array, state: PyTree, *, key: Array

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from samrobust.attacks import identity
 from samrobust.attacks.losses import cross_entropy, misclassified
-from samrobust.checks import BATCH_STATS, check, check_choice, shorten
+from samrobust.checks import BATCH_NORM, BATCH_STATS, check, check_choice, shorten
 from samrobust.sharpness import gradient_point, last_aux, last_metrics
 from samrobust.sharpness.refusals import kind_of
 from samrobust.system.distributed import shard_batch
@@ -174,7 +174,7 @@ def make_train_step(
     )
     if not isinstance(adversary, Adversary):
         adversary = as_adversary(adversary)
-    check_choice(("train", "eval"), batch_norm=adversary.batch_norm)
+    check_choice(BATCH_NORM, batch_norm=adversary.batch_norm)
     check(bool(objective.views), f"views of {{{', '.join(VIEWS)}}}", views=())
     for view in objective.views:
         check_choice(VIEWS, view=view)

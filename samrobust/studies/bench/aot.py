@@ -34,6 +34,7 @@ from samrobust.studies.bench.plan import Task
 from samrobust.studies.bench.programs import num_train, training
 from samrobust.system.distributed import compiling_for, data_mesh, replicated
 from samrobust.system.files import write_json, write_text
+from samrobust.system.jaxprs import abstract_key
 from samrobust.system.tables import Sheet, TextTable
 from samrobust.types import Config, PyTree
 
@@ -137,14 +138,14 @@ def step_program(config: Config, *, seeds: int = 1) -> tuple[Any, int]:
     images = np.broadcast_to(np.uint8(0), (size, *facts.image_shape))  # no memory
     split = Split(images, np.broadcast_to(np.int32(0), size))
     runner, chunk, begin = training(config, facts, split)
-    carry = _placed(jax.eval_shape(begin, _key()))
+    carry = _placed(jax.eval_shape(begin, abstract_key()))
     return runner.trace(chunk, [carry] * seeds), chunk.num_steps * seeds
 
 
 def evaluation_program(config: Config) -> tuple[Any, int]:
     """Traces the evaluation of one batch: clean and all attacks."""
     facts = building.load_facts(config)
-    model, key = building.make_model(config, facts), _key()
+    model, key = building.make_model(config, facts), abstract_key()
     image = jax.ShapeDtypeStruct((1, *facts.image_shape), jnp.float32)
     init = functools.partial(model.init, train=False)
     variables = jax.eval_shape(init, key, image)
@@ -287,10 +288,6 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of its package
         return False
-
-
-def _key() -> Any:
-    return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def _placed(tree: PyTree) -> PyTree:

@@ -11,6 +11,7 @@ from samrobust import attacks
 from samrobust.attacks import Ball, l2, linf
 from samrobust.attacks.losses import LOSSES
 from samrobust.checks import (
+    BATCH_NORM,
     LARGEST_REAL,
     NORMS,
     Rule,
@@ -66,7 +67,7 @@ PGD_FIELDS: Mapping[str, Field | Rule] = {
     "step_size": _radius,
     "num_steps": count,
     # How the attacked network normalizes: by the batch (train) or running statistics.
-    "batch_norm": one_of("train", "eval"),
+    "batch_norm": one_of(*BATCH_NORM),
     # Added to the norm of an example's gradient in l2 steps; the reference code's
     # 1e-10 on the gradient of the mean loss, times its batch of 128.
     "gradient_floor": _floor,
