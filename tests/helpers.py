@@ -137,8 +137,7 @@ def programs_made_once() -> Iterator[None]:
         patch.setattr(EpochRunner, "compile", compile_once)
         patch.setattr(Scorer, "__init__", begin_scorer_once)
         for module, name in (
-            (building, "make_method"),
-            (building, "make_earlier"),
+            (building, "make_training"),
             (networks, "_make_init"),
         ):
             patch.setattr(module, name, build(getattr(module, name)))

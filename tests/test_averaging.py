@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from samrobust.experiments import methods, scoring
 from samrobust.experiments.run import train
-from samrobust.experiments.scoring import make_admit
+from samrobust.experiments.scoring import make_after_epoch
 from samrobust.models import BatchNorm
 from samrobust.training import InterruptedRunError, make_train_step
 from samrobust.training.averaging.ema import ema
@@ -120,7 +120,7 @@ def halved(state):
 def test_the_log_says_how_far_the_average_is_from_the_weights(
     after_epoch, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(scoring, "make_admit", lambda *_: after_epoch)
+    monkeypatch.setattr(scoring, "make_after_epoch", lambda *_: after_epoch)
     config = helpers.make_config("ema,decay=0.9", {"data.train_size": 64})
     outcome = train(config, helpers.load_data(config), tmp_path)
     pairs = [outcome.state.average["params"], outcome.state.params]
@@ -199,7 +199,7 @@ def test_the_worst_class_is_that_of_the_trained_weights_on_held_out_images():
     variables = helpers.init_variables(helpers.make_model(config, dataset))
     average = fawa(0.5).init(variables)
     state = TrainState(jnp.int32(3), **variables, opt_state=(), average=average)
-    after_epoch = make_admit(config, dataset)
+    after_epoch = make_after_epoch(config, dataset, fawa(0.5).admit)
     assert after_epoch is not None
     _, found = after_epoch(state)
     of_class = []
@@ -215,7 +215,7 @@ def test_the_worst_class_is_that_of_the_trained_weights_on_held_out_images():
         )
         of_class.append(helpers.plain_accuracy(config, part, state.variables))
     assert found == {"worst_class": pytest.approx(min(of_class))}
-    assert make_admit(helpers.make_config("ema,decay=0.5"), dataset) is None
+    assert make_after_epoch(config, dataset, None) is None
 
 
 def test_fawa_without_held_out_images_is_refused_before_any_work():

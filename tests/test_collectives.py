@@ -51,7 +51,7 @@ def count(name: str) -> tuple[float, float]:
     config = helpers.make_config(row, sizes)
     dataset, mesh = helpers.load_data(config), data_mesh()
     plan = building.make_plan(config, len(dataset.train))
-    method = building.make_method(config, dataset, plan.num_steps)
+    method = building.make_training(config, dataset, plan.num_steps).method
     key = jax.random.key(0)
     runner = EpochRunner(
         *(method.train_step, plan, dataset.train),

@@ -404,7 +404,7 @@ def test_a_network_that_cannot_classify_the_data_is_one_line(name, message, own)
     assert own
     config = configuration.load_config("digits.py", [f"--config.model.name={name}"])
     with pytest.raises(ValueError, match=message) as error:
-        building.make_method(config, building.load_facts(config), 1)
+        building.make_training(config, building.load_facts(config), 1)
     assert "\n" not in str(error.value)
 
 
@@ -431,7 +431,7 @@ def test_it_is_given_a_mean_for_each_channel_or_one(own):
     flags = ["--config.model.name=odd:Mean", "--config.model.mean=(0.1, 0.2, 0.3)"]
     config = configuration.load_config("digits.py", flags)
     with pytest.raises(ValueError, match=r"^Expected one model\.mean or one a channel"):
-        building.make_method(config, building.load_facts(config), 1)
+        building.make_training(config, building.load_facts(config), 1)
 
 
 def test_its_options_may_be_of_any_plain_type_and_zero(own):
@@ -495,7 +495,7 @@ def test_a_name_and_a_line_make_parts_and_a_network_built_in(own, monkeypatch):
     row = "persistent,radius=16+sam,rho=0.1"
     config = configuration.load_config(f"digits.py:{row}", overrides)
     assert (config.persistent.shrink, config.model.hidden) == (0.9, 4)
-    method = building.make_method(config, building.load_facts(config), 1)
+    method = building.make_training(config, building.load_facts(config), 1).method
     images = jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32)
     state = jax.eval_shape(method.init, jax.random.key(0), images)
     assert state.adversary.shape == images.shape

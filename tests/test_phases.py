@@ -115,7 +115,7 @@ def test_until_its_start_a_late_part_is_not_there_bit_for_bit(tmp_path):
 
 def test_two_late_parts_make_three_phases():
     config = helpers.make_config(LATE_BOTH)
-    earlier = building.make_earlier(config, helpers.load_data(config), 3)
+    earlier = building.make_training(config, helpers.load_data(config), 3).earlier
     assert [phase.until for phase in earlier] == [3, 6]
     assert [phase_of(earlier, step) for step in (0, 2, 3, 5, 6, 11)] == [
         0,
@@ -209,7 +209,7 @@ def test_what_a_method_cannot_do_is_refused_before_any_work(row, overrides, mess
 def test_entropy_sgd_is_refused_where_it_would_never_move_the_weights():
     config = helpers.make_config("entropy_sgd,gamma=0.03", {"training.epochs": 1})
     with pytest.raises(ValueError, match=r"entropy_sgd\.inner_steps <= 4 updates, got"):
-        building.make_method(config, helpers.load_data(config), 4)
+        building.make_training(config, helpers.load_data(config), 4)
 
 
 def test_entropy_sgd_is_refused_with_an_optimizer_whose_place_it_takes():
@@ -231,5 +231,5 @@ def test_awp_is_told_of_the_decay_that_its_optimizer_adds_to_gradients(
     monkeypatch.setattr(
         methods, "build", lambda *args: given.append(args[1]) or build(*args)
     )
-    building.make_method(config, building.load_facts(config), 1)
+    building.make_training(config, building.load_facts(config), 1)
     assert [one.weight_decay for one in given] == [decay]

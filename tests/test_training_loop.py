@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from samrobust.data import Dataset, Split, epoch_permutation, take_batch
 from samrobust.experiments import building
-from samrobust.experiments.building import make_method, make_plan
+from samrobust.experiments.building import make_plan, make_training
 from samrobust.experiments.components import make_optimizer
 from samrobust.experiments.networks import load_network
 from samrobust.experiments.run import run, train
@@ -217,7 +217,7 @@ def test_examples_chosen_of_a_last_batch_that_do_not_fill_groups_are_refused():
 def lowered_step(config: Any, **options: Any) -> str:
     """The program of a config's step; with options, of the step they make."""
     dataset = helpers.load_data(config)
-    init, step = make_method(config, dataset, 3)
+    init, step = make_training(config, dataset, 3).method
     key = jax.eval_shape(lambda: jax.random.key(0))
     images = jax.ShapeDtypeStruct((32, *dataset.image_shape), "float32")
     state = jax.eval_shape(lambda key: init(key, images), key)
@@ -394,7 +394,7 @@ def make_runner(row, **sizes):
     config = helpers.make_config(row, names)
     dataset = helpers.load_data(config)
     plan = make_plan(config, len(dataset.train))
-    method = make_method(config, dataset, plan.num_steps)
+    method = make_training(config, dataset, plan.num_steps).method
     runner = EpochRunner(
         method.train_step,
         plan,
@@ -436,7 +436,7 @@ def test_the_totals_of_an_epoch_are_read_while_the_next_one_runs(monkeypatch):
 
     config = helpers.make_config()
     dataset = helpers.load_data(config)
-    method = make_method(config, dataset, 3)
+    method = make_training(config, dataset, 3).method
     spy(EpochRunner, "run")
     spy(jax, "device_get")
     spy(RunLog, "append")

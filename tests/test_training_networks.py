@@ -17,7 +17,7 @@ from helpers import in_one_program
 
 from samrobust.attacks import linf, pgd
 from samrobust.attacks.losses import cross_entropy
-from samrobust.experiments.building import make_method, make_plan
+from samrobust.experiments.building import make_plan, make_training
 from samrobust.models import BatchNorm, PreActResNet
 from samrobust.sharpness import sam
 from samrobust.system.distributed import data_mesh
@@ -252,7 +252,7 @@ def tiny_run(x64: bool) -> tuple[Any, ...]:
         config = helpers.make_config("at,norm=l2,eps=128+sam,rho=0.1")
         data = helpers.load_data(config)
         plan = make_plan(config, len(data.train))
-        method = make_method(config, data, plan.num_steps)
+        method = make_training(config, data, plan.num_steps).method
         runner = EpochRunner(
             method.train_step,
             plan,

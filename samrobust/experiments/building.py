@@ -8,7 +8,7 @@ import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,10 @@ from samrobust.training.phases import (
     first_epoch,
     waiting,
 )
-from samrobust.types import Attack, Config
+from samrobust.types import Attack, Config, PyTree
 
 __all__ = [
+    "Training",
     "autoattacks",
     "check_images",
     "check_l2",
@@ -55,11 +56,9 @@ __all__ = [
     "load_data",
     "load_facts",
     "load_facts_or_data",
-    "make_earlier",
-    "make_method",
     "make_model",
-    "make_parts",
     "make_plan",
+    "make_training",
     "staged_attacks",
     "validation_attacks",
 ]
@@ -152,40 +151,36 @@ def make_plan(config: Config, num_examples: int) -> EpochPlan:
     return plan
 
 
-def make_method(
+class Training(NamedTuple):
+    """A config's row, built on its data: what `samrobust.training.fit` takes of it.
+
+    Attributes:
+      method: with all of its parts on.
+      earlier: the phases before they are.
+      admit: as of `Averaging`; None if no average asks for it.
+    """
+
+    method: Method
+    earlier: tuple[Phase, ...]
+    admit: Callable[..., PyTree] | None
+
+
+def make_training(
     config: Config, dataset: Dataset | DatasetFacts, steps_per_epoch: int
-) -> Method:
-    """Builds the training method of a config's row; computes nothing yet.
+) -> Training:
+    """Builds the training of a config's row; computes nothing yet.
 
     Args:
       config: validated.
       dataset: that of `config.data`; its shapes and facts alone count.
       steps_per_epoch: for the schedules.
-
-    Returns:
-      The method with all of its parts on; before that see `make_earlier`.
     """
-    make, _ = _method_maker(config, dataset, steps_per_epoch)
-    return make(())
-
-
-def make_earlier(
-    config: Config, dataset: Dataset | DatasetFacts, steps_per_epoch: int
-) -> tuple[Phase, ...]:
-    """Builds the phases of a row before all of its parts are on; as `make_method`."""
-    make, starts = _method_maker(config, dataset, steps_per_epoch)
-    return earlier_phases(lambda absent: make(absent).train_step, starts)
-
-
-def _method_maker(
-    config: Config, dataset: Dataset | DatasetFacts, steps_per_epoch: int
-) -> tuple[Callable[[Collection[str]], Method], dict[str, int]]:
-    """Returns how to build the method without parts, and the first steps of those."""
     model = make_model(config, dataset)
-    parts = make_parts(config, dataset, steps_per_epoch)
-    links = parts.pop("optimizer")
+    links = make_optimizer(config, learning_rate_schedule(config, steps_per_epoch))
+    parts = _make_parts(config, dataset, steps_per_epoch, optax.chain(*links))
     starts = parts.pop("starts")
     sharpness = parts.pop("sharpness", optax.identity())
+    averaging = parts.get("averaging")
     is_whole = any(entries.is_optimizer(p.name) for p in methods.parts_of(config))
 
     def make(absent: Collection[str]) -> Method:
@@ -200,31 +195,32 @@ def _method_maker(
             options["group_size"] = methods.group_size(config)
         tx, mesh = ascent if is_whole else optax.chain(ascent, *links), data_mesh()
         method = make_train_step(model, tx, **chosen, **options, mesh=mesh)
-        averaging = parts.get("averaging")
         if averaging is None or averaging.join is None:
             return method
         natural = make_train_step(model, optax.chain(*links), averaging=averaging)
         return averaging.join(method, natural)
 
-    return make, starts
+    return Training(
+        method=make(()),
+        earlier=earlier_phases(lambda absent: make(absent).train_step, starts),
+        admit=None if averaging is None else averaging.admit,
+    )
 
 
-def make_parts(
-    config: Config, dataset: Dataset | DatasetFacts, steps_per_epoch: int
+def _make_parts(
+    config: Config,
+    dataset: Dataset | DatasetFacts,
+    steps_per_epoch: int,
+    optimizer: optax.GradientTransformation,
 ) -> dict[str, Any]:
-    """Builds the parts of a config's row on its data, as `methods.build` returns them.
-
-    And the links of the `optimizer`.
-    """
+    """Builds the parts of a config's row on its data; see `methods.build`."""
     model, training = make_model(config, dataset), config.training
     variables = _variables_of(model, config.model.name, dataset)
     _check_decay(config)
-    learning_rate = learning_rate_schedule(config, steps_per_epoch)
-    links = make_optimizer(config, learning_rate)
     is_coupled = training.optimizer in ("sgd", "adam")
     given = entries.Given(
-        optimizer=optax.chain(*links),
-        learning_rate=learning_rate,
+        optimizer=optimizer,
+        learning_rate=learning_rate_schedule(config, steps_per_epoch),
         momentum=training.momentum,
         aux=variables.get("batch_stats", {}),
         grouped=methods.group_size(config) > 0,
@@ -234,7 +230,7 @@ def make_parts(
         total_steps=training.epochs * steps_per_epoch,
         steps_per_epoch=steps_per_epoch,
     )
-    return {**methods.build(config, given), "optimizer": links}
+    return methods.build(config, given)
 
 
 def _check_decay(config: Config) -> None:

@@ -218,5 +218,5 @@ def _make_init(
     config: Config, dataset: Dataset | DatasetFacts
 ) -> Callable[[Array], LoopState]:
     """Returns the function of a key to what a checkpoint of the run holds."""
-    method = building.make_method(config, dataset, steps_per_epoch=1)
+    method = building.make_training(config, dataset, steps_per_epoch=1).method
     return fresh_carry(method, config.training.batch_size, dataset.image_shape)

@@ -25,18 +25,17 @@ def rehearse(config: Config, dataset: Dataset) -> None:
 
     Raises:
       ValueError: as `building.check_images`, `building.make_plan` and
-        `building.make_method`; for an error in the user's own code, one line that says
-        where.
+        `building.make_training`; for an error in the user's own code, one line that
+        says where.
     """
     building.check_images(config, dataset)
     plan = building.make_plan(config, len(dataset.train))
-    method = building.make_method(config, dataset, plan.num_steps)
+    method, _, admit = building.make_training(config, dataset, plan.num_steps)
     parts = [part.name for part in methods.parts_of(config)]
     names = [*parts, config.model.name, config.training.optimizer]
     own = list(filter(is_reference, names))
     if not own:
         return
-    averaging = building.make_parts(config, dataset, plan.num_steps).get("averaging")
     key = abstract_key()
 
     def images_of(size: int) -> jax.ShapeDtypeStruct:
@@ -49,6 +48,6 @@ def rehearse(config: Config, dataset: Dataset) -> None:
             labels = jax.ShapeDtypeStruct((size,), jnp.int32)
             jax.eval_shape(method.train_step, state, images_of(size), labels, key)
         jax.eval_shape(method.logits, state, images_of(full))
-        if averaging is not None and averaging.admit is not None:
+        if admit is not None:
             worst = jax.ShapeDtypeStruct((), jnp.float32)
-            jax.eval_shape(averaging.admit, state.average, state.variables, worst)
+            jax.eval_shape(admit, state.average, state.variables, worst)

@@ -225,13 +225,14 @@ def train(
         clock=time.monotonic if companion is None else companion.clock,
         trunks=trunks.make_trunks(shared, workdir, dataset, plan.num_steps),
     )
+    method, earlier, admit = building.make_training(config, dataset, plan.num_steps)
     return fit(
-        building.make_method(config, dataset, plan.num_steps),
+        method,
         dataset.train,
         epochs=training.epochs,
         batch_size=training.batch_size,
         key=jax.random.key(config.seed),
-        earlier=building.make_earlier(config, dataset, plan.num_steps),
+        earlier=earlier,
         padding=config.data.padding,
         flip=config.data.flip,
         drop_remainder=training.drop_remainder,
@@ -240,7 +241,7 @@ def train(
         deterministic=training.deterministic,
         log=log,
         schedules={"learning_rate": schedule},
-        after_epoch=scoring.make_admit(config, dataset),
+        after_epoch=scoring.make_after_epoch(config, dataset, admit),
         validate=validate or scoring.make_validate(config, dataset),
         on_progress=on_progress,
         should_stop=should_stop,

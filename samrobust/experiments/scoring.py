@@ -47,7 +47,7 @@ __all__ = [
     "evaluated_split",
     "evaluation_key",
     "evaluation_work",
-    "make_admit",
+    "make_after_epoch",
     "make_validate",
     "passes_to_judge",
     "until_stopped",
@@ -328,14 +328,14 @@ def make_validate(
     return validate
 
 
-def make_admit(config: Config, dataset: Dataset) -> AfterEpoch | None:
-    """Builds what shows each epoch's worst class to an averaging; None if none asks."""
-    steps = building.make_plan(config, len(dataset.train)).num_steps
-    averaging = building.make_parts(config, dataset, steps).get("averaging")
-    if averaging is None or averaging.admit is None:
+def make_after_epoch(
+    config: Config, dataset: Dataset, admit: Callable[..., PyTree] | None
+) -> AfterEpoch | None:
+    """Builds what shows each epoch's worst class to `admit`; None if that is."""
+    if admit is None:
         return None
     judge, labels = _make_judge(config, dataset), dataset.validation.labels
-    admit = jax.jit(averaging.admit, out_shardings=replicated(data_mesh()))
+    admit = jax.jit(admit, out_shardings=replicated(data_mesh()))
 
     def after_epoch(state: TrainState) -> tuple[TrainState, dict[str, float]]:
         correct = judge(state.variables).correct

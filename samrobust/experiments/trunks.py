@@ -147,7 +147,7 @@ def _make_trunk(
     config = planned.config
 
     def make_like() -> Any:
-        method = building.make_method(config, dataset, steps)
+        method = building.make_training(config, dataset, steps).method
         batch_size, shape = config.training.batch_size, dataset.image_shape
         begin = fresh_carry(method, batch_size, shape)
         return jax.eval_shape(begin, abstract_key())

@@ -111,7 +111,7 @@ def training(
       unroll: the loop of the attack.
     """
     plan = building.make_plan(config, len(split))
-    method = building.make_method(config, facts, plan.num_steps)
+    method = building.make_training(config, facts, plan.num_steps).method
     begin = fresh_carry(method, plan.batch_size, facts.image_shape)
     train_step = method.train_step
     if unroll:
@@ -194,7 +194,7 @@ def begin(
 ) -> tuple[Dataset, Method, LoopState]:
     """Returns images, the config's method, and the first state, on all devices."""
     dataset = _images(config, num_train, num_test)
-    method = building.make_method(config, dataset, 1)
+    method = building.make_training(config, dataset, 1).method
     fresh = fresh_carry(method, config.training.batch_size, dataset.image_shape)
     everywhere = replicated(data_mesh())
     return dataset, method, jax.jit(fresh, out_shardings=everywhere)(jax.random.key(0))

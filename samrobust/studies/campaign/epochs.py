@@ -50,7 +50,7 @@ def main() -> None:
     facts = building.load_facts(config)
     dataset = make_dataset(data.name, data.train_size or facts.num_train, 1)
     plan = building.make_plan(config, len(dataset.train))
-    method = building.make_method(config, dataset, plan.num_steps)
+    method = building.make_training(config, dataset, plan.num_steps).method
     half = plan.num_steps * arguments.epochs // 2
 
     def on_progress(progress: Progress) -> None:
