@@ -57,7 +57,8 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("mine", None)  # other tests have another one
 
 
 def write_npz(**changes: Any) -> dict[str, Any]:
@@ -142,7 +143,6 @@ def of_a_function():
         "    return 1 / 0\n"
         "number = 3\n"
     )
-    sys.modules.pop("mine", None)
     return "mine:flowers", write_npz()
 
 
