@@ -8,7 +8,7 @@ job.
 
 import contextlib
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ __all__ = [
     "LARGEST_REAL",
     "LARGEST_SEED",
     "NORMS",
+    "CheckError",
     "Rule",
     "amount",
     "below_one",
@@ -52,15 +53,45 @@ _READABLE = 240  # characters of a value in a message
 NORMS = ("linf", "l2")
 BATCH_STATS = ("first", "second", "both")  # passes that update running statistics
 BATCH_NORM = ("train", "eval")  # as which a network behaves that is attacked
-# A ball of this radius in 1/255 units holds every image: the largest are 32 x 32 x 3.
-_WHOLE_BOX = {"linf": 255.0, "l2": 14134.0}
+# A ball of this radius in 1/255 units holds every image, in l2 of 2,000 x 2,000 x 3.
+_WHOLE_BOX = {"linf": 255.0, "l2": 1e6}
 # A smaller radius must be in another unit. An l2 ball of 1/255 moves no pixel by more
 # than one of 255 levels; in linf 1/2 or 1/4 of a level occurs, 1/10 never.
 _SMALLEST = {"linf": 0.1, "l2": 1.0}
 
 
+class CheckError(ValueError):
+    """A condition that does not hold: `Expected <condition>, got <values>. <fix>`."""
+
+    def __init__(self, condition: str, got: str, fix: str = ""):
+        super().__init__(condition, got, fix)
+        self._condition, self._got, self._fix = condition, got, fix
+
+    def __str__(self) -> str:
+        return f"Expected {self._condition}, got {self._got}. {self._fix}".rstrip()
+
+    def renamed(self, names: Mapping[str, str]) -> "CheckError":
+        """Returns it with other names of arguments, such as a config's fields.
+
+        Args:
+          names: as they stand in the condition, before a value, or with it
+            (`grouped=True`), to what is to stand there.
+        """
+
+        def full(text: str, end: str) -> str:
+            for name, other in names.items():
+                after = r"(?=, |$)" if "=" in name else end
+                pattern = rf"(?<![\w.]){re.escape(name)}{after}"
+                text = re.sub(pattern, lambda _, other=other: other, text)
+            return text
+
+        value = r"(?==)"  # other words of a sentence may be the same
+        texts = (self._condition, r"(?=\W|$)"), (self._got, value), (self._fix, value)
+        return CheckError(*(full(*text) for text in texts))
+
+
 def check(holds: bool, condition: str, fix: str = "", /, **values: Any) -> None:
-    """Raises `ValueError` with the field's usual message unless `holds`.
+    """Raises `CheckError`, a `ValueError` with the usual message, unless `holds`.
 
     Args:
       holds: whether the condition is met.
@@ -77,7 +108,7 @@ def check(holds: bool, condition: str, fix: str = "", /, **values: Any) -> None:
     """
     if not holds:
         got = ", ".join(f"{name}={_show(value)}" for name, value in values.items())
-        raise ValueError(f"Expected {condition}, got {got}. {fix}".rstrip())
+        raise CheckError(condition, got, fix)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import pytest
 from samrobust import __version__
 from samrobust.cli import main, running
 from samrobust.data import DatasetUnavailableError
-from samrobust.experiments import configuration
+from samrobust.experiments import config_files, configuration
 from samrobust.experiments.explaining import explain
 from samrobust.experiments.reporting.console import make_console
 from samrobust.experiments.reporting.progress import ProgressDisplay
@@ -96,7 +96,7 @@ def test_no_field_of_a_shipped_config_lacks_a_meaning():
     files = ("cifar10", "sharpness", "adversarial", "sharpness:GRID")
     for name in files:
         file, _, rows = name.partition(":")
-        for row in configuration.load_rows(file, rows or "ROWS"):
+        for row in config_files.load_rows(file, rows or "ROWS"):
             config = configuration.load_config(f"{file}:{row}")
             lacking = [x.name for x in explain(config) if not x.meaning]
             assert lacking == []

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
-from samrobust.experiments import building, configuration, methods
+from samrobust.experiments import building, config_files, configuration, methods
 from samrobust.experiments.identity import changed_fields
 from samrobust.experiments.reporting.results import unlike
+from samrobust.experiments.rows import parse_row
 from samrobust.system.fields import differences
 
 SHIPPED = [
@@ -37,7 +38,7 @@ PAPER_ROWS = [
     ],
 )
 def test_every_row_of_every_config_is_valid_and_locked(name, rows):
-    for row in configuration.load_rows(name, rows):
+    for row in config_files.load_rows(name, rows):
         config = configuration.load_config(f"{name}:{row}")
         assert config.row == row
         assert config.is_locked
@@ -51,7 +52,7 @@ def test_overrides_are_read_without_writing_the_config_out(monkeypatch):
 
 @pytest.mark.parametrize("name", SHIPPED[:2])
 def test_the_paper_tables_have_the_papers_twelve_rows_in_order(name):
-    assert configuration.load_rows(name) == PAPER_ROWS
+    assert config_files.load_rows(name) == PAPER_ROWS
 
 
 def test_the_paper_configs_carry_the_papers_hyper_parameters():
@@ -80,7 +81,7 @@ def test_the_papers_numbers_stand_in_its_configs(name, row, natural, l2_32):
 
 
 def test_rows_at_small_radii_that_the_papers_table_has_are_the_same_runs():
-    rows = configuration.load_rows("configs/small_radius.py")
+    rows = config_files.load_rows("configs/small_radius.py")
     shared = [row for row in rows if row in PAPER_ROWS]
     assert len(shared) == 5
     for row in shared:
@@ -92,7 +93,7 @@ def test_rows_at_small_radii_that_the_papers_table_has_are_the_same_runs():
 
 
 def test_rows_at_small_radii_come_baseline_first_and_long_attacks_last():
-    rows = configuration.load_rows("configs/small_radius.py")
+    rows = config_files.load_rows("configs/small_radius.py")
     configs = [configuration.load_config(f"configs/small_radius.py:{r}") for r in rows]
     costs = [methods.cost(config) for config in configs]
     assert costs[0] == 1
@@ -145,7 +146,7 @@ def test_a_row_outside_the_papers_table_has_no_number_of_the_paper():
     ],
 )
 def test_a_rows_label_says_what_it_is(row, label):
-    assert configuration.parse_row(row).label == label
+    assert parse_row(row).label == label
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_a_rows_label_says_what_it_is(row, label):
         ("sam,rho=nan", "0 <= rho"),
         ("at,norm=linf,eps=nan", "0 <= eps"),
         ("at,norm=linf,eps=256", "eps <= 255, .* 8 means 8/255"),
-        ("at,norm=l2,eps=1e30", "eps <= 14134"),
+        ("at,norm=l2,eps=1e30", "eps <= 1e\\+06"),
         ("at,norm=linf,eps=0.0314", "did you mean 8\\?"),
         ("sgd", "parts in {st, at, .*} or package.*, got row='sgd'"),
         ("sam", "the options rho for sam, got row='sam'"),
@@ -202,7 +203,7 @@ def test_a_rows_label_says_what_it_is(row, label):
 )
 def test_a_wrong_row_is_refused_with_the_reason(row, message):
     with pytest.raises(ValueError, match=message):
-        configuration.parse_row(row)
+        parse_row(row)
 
 
 def test_a_row_sets_fields_of_its_training():
@@ -231,7 +232,7 @@ def test_a_field_of_a_row_that_cannot_be_set_is_refused(row, override, message):
 
 
 def test_a_grid_has_as_many_settings_of_each_method():
-    rows = configuration.load_rows(SHARPNESS, "GRID")
+    rows = config_files.load_rows(SHARPNESS, "GRID")
     assert {configuration.load_config(f"{SHARPNESS}:{row}").row for row in rows} == {
         *rows
     }
@@ -428,7 +429,7 @@ def test_a_small_radius_is_accepted(radius):
         (["data.split_seed=4294967296"], "data.split_seed <= 4294967295"),
         (["training.milestones=(0.5,0.5)"], "increasing fractions"),
         (["evaluation.linf=(1.0,1.0000001)"], "six digits for evaluation.linf"),
-        (["evaluation.l2=(1e30,)"], "evaluation.l2 <= 14134"),
+        (["evaluation.l2=(1e30,)"], "evaluation.l2 <= 1e\\+06"),
         (["evaluation.gradient_floor=1e20"], "evaluation.gradient_floor <= 0.001"),
         (["attack.gradient_floor=1e20"], "attack.gradient_floor <= 0.001"),
         (["evaluation.linf_step=1e20"], "evaluation.linf_step <= 10"),
@@ -552,7 +553,7 @@ def test_a_users_own_config_file_is_used_as_given(tmp_path):
         "    config.training.epochs = 3\n"
         "    return finish(config, row)\n"
     )
-    assert configuration.load_rows(str(own)) == ["st"]
+    assert config_files.load_rows(str(own)) == ["st"]
     assert configuration.load_config(f"{own}:sam,rho=0.1").training.epochs == 3
 
 
@@ -634,7 +635,7 @@ def test_rows_that_make_no_table_are_refused(rows, tmp_path):
     with pytest.raises(
         ValueError, match=r"ROWS in .*mine.py|the name of a row|0 < rho"
     ):
-        configuration.load_rows(str(own))
+        config_files.load_rows(str(own))
 
 
 def test_a_config_file_without_rows_is_refused_by_name(tmp_path):
@@ -642,11 +643,11 @@ def test_a_config_file_without_rows_is_refused_by_name(tmp_path):
     own.write_text("def get_config(row='st'): ...\n")
     message = r"a list ROWS in .*mine.py, got lists=\[\]\. Define it there\."
     with pytest.raises(ValueError, match=message):
-        configuration.load_rows(str(own))
+        config_files.load_rows(str(own))
     own.write_text("ROWS, FEW = ['st'], ('st',)\nNUMBER = 3\n")
     message = r"NO in .*mine.py, got lists=\['ROWS', 'FEW'\]\. Name one of these\."
     with pytest.raises(ValueError, match=message):
-        configuration.load_rows(str(own), "NO")
+        config_files.load_rows(str(own), "NO")
 
 
 def test_differences_names_changed_missing_and_new_fields():

@@ -21,7 +21,7 @@ import pytest
 from scipy import stats
 
 from samrobust.evaluation.diagnostics.finding import allowance
-from samrobust.experiments import configuration
+from samrobust.experiments import config_files, configuration
 from samrobust.experiments.leaderboard import read_claims, to_sheet
 from samrobust.experiments.reporting.render import from_json, to_json, to_markdown
 from samrobust.experiments.reporting.table import Cell, Difference, Table
@@ -152,7 +152,7 @@ def ahead(name: str, row: str, other: str, column: str) -> str:
 def paper(config: str) -> dict[str, dict[str, float]]:
     """The paper's table as the config has it."""
     path = str(ROOT / "configs" / config)
-    rows = configuration.load_rows(path)
+    rows = config_files.load_rows(path)
     return {row: dict(configuration.load_config(f"{path}:{row}").paper) for row in rows}
 
 
@@ -1328,7 +1328,7 @@ def test_the_sharpness_rows_are_the_best_of_their_grid(name, grid, settings):
         max((row.format(value) for value in values[:settings]), key=score)
         for row, values in strengths.items()
     ]
-    chosen = set(configuration.load_rows(str(config)))
+    chosen = set(config_files.load_rows(str(config)))
     assert chosen & tried.keys() - {"st"} == set(best)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from samrobust.experiments import building, methods
-from samrobust.experiments.configuration import parse_row
 from samrobust.experiments.reporting.notes import sharpness_note
+from samrobust.experiments.rows import parse_row
 from samrobust.experiments.run import train
 from samrobust.sharpness import SHARPNESS
 from samrobust.training import InterruptedRunError

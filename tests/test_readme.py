@@ -22,9 +22,8 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from samrobust import cli
-from samrobust.cli.planning import rows_of
 from samrobust.data import from_arrays, load_dataset
-from samrobust.experiments import configuration
+from samrobust.experiments import config_files, configuration
 from samrobust.experiments.components import model_fields
 from samrobust.experiments.entries import section_fields
 from samrobust.models import MODELS
@@ -289,8 +288,7 @@ def of_all_pages(find):
 def accept(arguments):
     """Loads the config that a command names, with all that it overrides in it."""
     for value in getattr(arguments, "rows", None) or ():
-        for row in value.split(";"):
-            assert rows_of(row)
+        assert config_files.rows_named([value])
     if path := getattr(arguments, "config", None):
         assert configuration.load_config(path, arguments.overrides).is_locked
 

@@ -194,7 +194,8 @@ def test_it_is_built_with_the_numbers_of_the_data(row):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("ours:late,begin=6", r"^Expected late\.begin < 6, got late\.begin=6\.$"),
+        ("ours:late,begin=6", r"^Expected ours:late to run, got at .*ours\.py, line 16"
+         r": ValueError: Expected begin < 6, got begin=6\.$"),
         ("ours:unshaped,a=1", r"^Expected ours:unshaped with ours:Maxout to run, got "
          r"at .*ours\.py, line \d+: ValueError: Incompatible shapes"),
         ("ours:full_batches,a=1", r"to run, got at .*ours\.py.*TypeError: "),

@@ -7,7 +7,7 @@ import helpers
 import pytest
 
 from samrobust.system import resolve as resolving
-from samrobust.system.resolve import failure_of, is_reference, resolve, sources
+from samrobust.system.resolve import is_reference, resolve, sources
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_module_that_fails_is_blamed_by_file_and_line(write, text, failure):
 
 def test_an_error_that_arose_nowhere_is_still_told():
     message = "Expected it to run, got: KeyError: 'a'"
-    assert str(failure_of("it", KeyError("a"))) == message
+    assert str(resolving._failure_of("it", KeyError("a"))) == message
 
 
 def test_the_source_of_somebodys_own_code_is_known_as_it_was_imported(

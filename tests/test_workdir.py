@@ -8,8 +8,8 @@ import threading
 import helpers
 import pytest
 
-from samrobust.experiments import configuration
 from samrobust.experiments.identity import identity_of
+from samrobust.experiments.rows import parse_row
 from samrobust.experiments.workdir import (
     OtherConfigError,
     add_evaluation,
@@ -336,7 +336,7 @@ def test_rows_without_a_finished_run_are_named_and_others_need_not_be_whole(tmp_
 
 def test_runs_in_directories_that_an_older_version_named_are_found(tmp_path):
     older = "at+sam,norm=linf,eps=16,rho=0.1"
-    row = configuration.parse_row("at,norm=linf,eps=16+sam,rho=0.1").name
+    row = parse_row("at,norm=linf,eps=16+sam,rho=0.1").name
     folder = helpers.make_folder(tmp_path / older / "seed0")
     config = helpers.make_config(row, {"seed": 0})
     stored = {**json.loads(config.to_json_best_effort()), "row": older}

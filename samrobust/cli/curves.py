@@ -106,8 +106,10 @@ def _settings(config: "Config", arguments: argparse.Namespace) -> "CurveSettings
     """Returns how to measure; by default up to twice the table's largest radius."""
     import numpy as np
 
+    from samrobust.experiments import building
     from samrobust.experiments.curves import CurveSettings
 
+    facts = building.load_facts_or_data(config)
     grids = {}
     for norm in NORMS:
         given = getattr(arguments, norm)
@@ -115,6 +117,7 @@ def _settings(config: "Config", arguments: argparse.Namespace) -> "CurveSettings
         if given:
             grids[norm] = given
         elif given is None and largest:
-            grid = np.linspace(0, min(2 * largest, 255.0), _POINTS + 1)[1:]
+            most = min(2 * largest, building.largest_radius(facts, norm))
+            grid = np.linspace(0, most, _POINTS + 1)[1:]
             grids[norm] = tuple(float(f"{radius:.4g}") for radius in grid)
     return flags.build(CurveSettings, arguments, radii=grids)

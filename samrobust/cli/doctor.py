@@ -134,13 +134,14 @@ def _has_nvidia() -> bool:
 
 
 def _memory() -> str:
-    page = os.sysconf("SC_PAGE_SIZE")
-    total, free = (os.sysconf(f"SC_{kind}PHYS_PAGES") * page for kind in ("", "AV"))
-    with contextlib.suppress(OSError, AttributeError):  # counts what caches give back
+    total = _size(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError):  # of Linux; counts what caches give back
         text = pathlib.Path("/proc/meminfo").read_text(encoding="utf-8")
-        free = 1024 * int(re.search(r"MemAvailable: +(\d+)", text)[1])  # pyright: ignore[reportOptionalSubscript]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "?"
-    return f"{_size(free)} free of {_size(total)}, {cores} cores for this process"
+        if found := re.search(r"MemAvailable: +(\d+)", text):
+            total = f"{_size(1024 * int(found[1]))} free of {total}"
+    affinity = getattr(os, "sched_getaffinity", None)  # of Linux
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    return f"{total}, {cores} cores for this process"
 
 
 def _programs() -> str:

@@ -213,14 +213,15 @@ def _config(workdir: pathlib.Path, arguments: argparse.Namespace) -> "Config":
     radii = {norm: epsilons if norm in norms else () for norm in NORMS}
     config = apply_flags(run_config, vars(arguments) | radii)
     if (step_size := arguments.step_size) is not None:
-        attacked = [r for norm in norms for r in config.evaluation[norm]]
+        attacked = [(norm, r) for norm in norms for r in config.evaluation[norm]]
         check(
             len(attacked) == 1,
             "one --norm and one --epsilon with --step-size",
             step_size=step_size,
-            radii=attacked,
+            radii=[radius for _, radius in attacked],
         )
-        config.evaluation[f"{norms[0]}_step"] = step_size / attacked[0]
+        ((norm, radius),) = attacked
+        config.evaluation[f"{norm}_step"] = step_size / radius
     config.evaluation.checkpoint = checkpoints_of(config)[0]
     validate(config)
     return config

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from samrobust.experiments.run import PlannedRun
     from samrobust.types import Config
 
-__all__ = ["Plan", "add_plan_flags", "make_plan", "rows_of"]
+__all__ = ["Plan", "add_plan_flags", "make_plan"]
 
 
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
       ValueError: for rows, fields or values that are not valid, and for rows that are
         not judged alike.
     """
-    from samrobust.experiments import configuration
+    from samrobust.experiments import config_files, configuration
     from samrobust.experiments.reporting.results import check_comparable
     from samrobust.experiments.run import PlannedRun
     from samrobust.experiments.trunks import plan_trunks
@@ -74,11 +74,10 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 
     name = pathlib.Path(arguments.config).stem
     workdir = arguments.workdir or pathlib.Path("runs", name)
-    texts = ";".join(arguments.rows or ()).split(";")
-    rows = [row for text in texts for row in rows_of(text.strip())]
+    rows = config_files.rows_named(arguments.rows or ())
     configs = {
         row: configuration.load_config(f"{arguments.config}:{row}", arguments.overrides)
-        for row in rows or configuration.load_rows(arguments.config)
+        for row in rows or config_files.load_rows(arguments.config)
     }
     judged = {
         row: {"data": config.data.to_dict(), "evaluation": config.evaluation.to_dict()}
@@ -105,15 +104,6 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     changed = ", ".join(item for item in given if not item.startswith(silent))
     note = f" Changed from {arguments.config}: {changed}." if changed else ""
     return Plan(workdir, configs, runs, _shard(arguments.shard), note)
-
-
-def rows_of(text: str) -> list[str]:
-    """Returns the rows that an item of `--rows` names: one, a list, or none."""
-    from samrobust.experiments import configuration
-
-    if listed := re.fullmatch(r"(.+\.py):([A-Z_][A-Z0-9_]*)", text):
-        return configuration.load_rows(*listed.groups())
-    return [configuration.parse_row(text).name] if text else []
 
 
 def _shard(text: str | None) -> slice:

@@ -90,21 +90,28 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     trained = broadcast_from_primary(
         lambda: {path: training_of(workdir / path) for path in runs}
     )
+
+    def work_of(config: "Config") -> float:
+        return scoring.evaluation_work(config, load_data(config))
+
     works = {
-        path: sum(scoring.evaluation_work(c, load_data(c)) for c in configs.values())
-        for path, configs in runs.items()
+        path: sum(map(work_of, configs.values())) for path, configs in runs.items()
     }
 
     def judge(path: str, shown: "RunDisplay") -> dict[str, Any]:
         configs, folder = runs[path], workdir / path
-        config, scores = configs["pgd"], {}
-        dataset = load_data(config)
-        for which in networks.checkpoints_of(config):
+        config, scores, done = configs["pgd"], {}, 0.0
+        dataset, judged = load_data(config), networks.checkpoints_of(config)
+        for which in judged:
             network = networks.load_network(config, dataset, folder, which)
-            pgd, autoattack = (
-                scorer(configs[attack])(network, folder, shown, opened.should_stop)
-                for attack in _ATTACKS
-            )
+            found = []
+            for attack in _ATTACKS:
+                share = work_of(configs[attack]) / works[path] / len(judged)
+                part = scoring.PartObserver(shown, done, share)
+                score = scorer(configs[attack])
+                found.append(score(network, folder, part, opened.should_stop))
+                done += share
+            pgd, autoattack = found
             details = dict(autoattack.details)
             if "column_provenance" in details:
                 details["column_provenance"] = _named(details["column_provenance"])

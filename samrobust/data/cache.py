@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 import pathlib
-import uuid
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from samrobust.system import storage
 from samrobust.system.runtime import trusted_cache_folder
 
 __all__ = ["Arrays", "cached_arrays", "default_cache_dir"]
@@ -114,13 +115,13 @@ def _read(manifest: pathlib.Path, source: Mapping[str, Any]) -> Arrays:
 def _write(manifest: pathlib.Path, source: Mapping[str, Any], arrays: Arrays) -> Arrays:
     """Writes the arrays, then the manifest; returns the arrays, mapped."""
     manifest.parent.mkdir(parents=True, exist_ok=True)
-    unique = f".{uuid.uuid4().hex}.tmp"
+    storage.remove_left_behind(manifest.parent, time.time())
     mapped, hashes = {}, {}
-    temporary = manifest.with_name(manifest.name + unique)
+    temporary = storage.temporary_beside(manifest)
     try:
         for name, array in arrays.items():
             path = _array_path(manifest, name)
-            temporary = path.with_name(path.name + unique)
+            temporary = storage.temporary_beside(path)
             with temporary.open("xb") as file:
                 np.save(file, array)
             # Mapped before it gets its name, so that it is this file and not the one of
@@ -128,7 +129,7 @@ def _write(manifest: pathlib.Path, source: Mapping[str, Any], arrays: Arrays) ->
             mapped[name] = np.load(temporary, mmap_mode="r")
             hashes[name] = _sha256(temporary)
             temporary.replace(path)
-        temporary = manifest.with_name(manifest.name + unique)
+        temporary = storage.temporary_beside(manifest)
         temporary.write_text(json.dumps({"source": source, "sha256": hashes}, indent=1))
         temporary.replace(manifest)
     finally:

@@ -31,7 +31,7 @@ from samrobust.data.prepared import (
     is_version,
     load_prepared,
 )
-from samrobust.system.resolve import failure_of, is_reference, resolve
+from samrobust.system.resolve import is_reference, resolve, running
 
 __all__ = ["DATASETS", "DatasetEntry", "dataset_facts", "load_dataset"]
 
@@ -242,10 +242,8 @@ def _call(name: str) -> Mapping[str, Any]:
     """Calls the user's function."""
     function = resolve(name, "a data set")
     check(callable(function), "a function", name=name, value=function)
-    try:
+    with running(f"the data set {name}"):
         return function()
-    except Exception as error:
-        raise failure_of(f"the data set {name}", error) from error
 
 
 def _is_count(value: object) -> bool:

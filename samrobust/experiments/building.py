@@ -52,6 +52,7 @@ __all__ = [
     "check_l2",
     "check_radii",
     "evaluation_attacks",
+    "largest_radius",
     "learning_rate_schedule",
     "load_data",
     "load_facts",
@@ -113,12 +114,18 @@ def check_l2(
     dataset: Dataset | DatasetFacts, field: str, radii: Iterable[float]
 ) -> None:
     """Refuses radii in 1/255 beyond the diagonal of the images, by their field."""
-    shape = dataset.image_shape
-    diagonal = 255 * math.sqrt(math.prod(shape))
-    wanted = f"{field} <= {math.floor(diagonal)}, the diagonal of images {shape}"
+    shape, largest = dataset.image_shape, largest_radius(dataset, "l2")
+    wanted = f"{field} <= {largest}, the diagonal of images {shape}"
     fix = "Radii are in 1/255 units: a larger ball holds all images."
     for radius in radii:
-        check(radius <= diagonal, wanted, fix, **{field: radius})
+        check(radius <= largest, wanted, fix, **{field: radius})
+
+
+def largest_radius(dataset: Dataset | DatasetFacts, norm: str) -> int:
+    """Returns the radius in 1/255 of the ball that holds all images, rounded down."""
+    if norm == "linf":
+        return 255
+    return math.isqrt(255**2 * math.prod(dataset.image_shape))
 
 
 def make_plan(config: Config, num_examples: int) -> EpochPlan:

@@ -12,11 +12,8 @@ import contextlib
 import difflib
 import functools
 import json
-import os
 import pathlib
-import types
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import util
 from typing import Any
 
 from absl import flags
@@ -25,21 +22,19 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from samrobust.checks import check, shorten
 from samrobust.experiments import entries, methods, rows
 from samrobust.experiments.components import model_fields, takes
+from samrobust.experiments.config_files import find_config_file, load_module, shipped
 from samrobust.experiments.rows import parse_row
 from samrobust.experiments.validation import OF_PGD, fields_of, validate
 from samrobust.system.fields import differences, flatten
-from samrobust.system.resolve import failure_of
+from samrobust.system.resolve import running
 from samrobust.types import Config, Field
 
 __all__ = [
     "CHANGES_NO_RESULT",
     "as_dict",
     "base_config",
-    "find_config_file",
     "finish",
     "load_config",
-    "load_rows",
-    "parse_row",
     "with_defaults",
 ]
 
@@ -129,17 +124,11 @@ def base_config() -> Config:
 
     Those of the network are added by `finish`, which knows which one it is.
     """
-    file = next(f for folder in _shipped() if (f := folder / "base.py").is_file())
-    config = _load_module(file).get_config()
+    file = next(f for folder in shipped() if (f := folder / "base.py").is_file())
+    config = load_module(file).get_config()
     for section, name in methods.sections().items():
         _add_fields(config, section, entries.section_fields(name))
     return config
-
-
-def _shipped() -> list[pathlib.Path]:
-    """Returns where the package's own config files lie, in a checkout or a wheel."""
-    package = pathlib.Path(__file__).resolve().parents[1]
-    return [package.parent / "configs", package / "_configs"]
 
 
 def with_defaults(stored: dict) -> Config:
@@ -162,49 +151,6 @@ def _defaults() -> str:
 def as_dict(config: Config) -> dict[str, Any]:
     """Returns a config in JSON's types, as `config.json` holds it."""
     return json.loads(config.to_json_best_effort())
-
-
-def find_config_file(path: str) -> pathlib.Path:
-    """Returns the config file of this name: as given, or the package's own.
-
-    A shipped one may be named without folder and `.py`: `cifar10`.
-
-    Raises:
-      ValueError: if there is none; names the shipped ones.
-    """
-    shipped, name = _shipped(), pathlib.Path(path)
-    known = sorted({file.stem for folder in shipped for file in folder.glob("*.py")})
-    own = f"{name}.py" if path and path == name.stem else name.name
-    for candidate in (name, *(folder / own for folder in shipped)):
-        if candidate.suffix == ".py" and os.path.isfile(candidate):
-            return candidate
-    near = difflib.get_close_matches(name.stem, known, 1)
-    fix = f"Did you mean configs/{near[0]}.py? " if near else ""
-    found = ", ".join(f"configs/{stem}.py" for stem in known if stem != "base")
-    fix += f"Shipped with samrobust: {found}."
-    check(False, "an existing config file NAME.py", fix, config=path)
-    raise AssertionError
-
-
-def load_rows(path: str, name: str = "ROWS") -> list[str]:
-    """Returns rows that a config file lists, in order: those of its table.
-
-    Args:
-      path: of the file.
-      name: of another list in it.
-    """
-    file = find_config_file(path)
-    found = vars(_load_module(file))
-    named: Any = found.get(name)
-    lists = [n for n, x in found.items() if n.isupper() and isinstance(x, list | tuple)]
-    fix = "Name one of these." if lists else "Define it there."
-    check(name in found, f"a list {name} in {file}", fix, lists=lists)
-    check(
-        isinstance(named, list | tuple) and 0 < len(named) == len(set(map(str, named))),
-        f"a list {name} in {file}, its rows all different",
-        **{name: named},
-    )
-    return [parse_row(row).name for row in named]
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -238,26 +184,15 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
 def _call_get_config(file: pathlib.Path, row: list[str]) -> Config:
     """Returns what the file's `get_config` does, for a row or for its own choice."""
-    get_config: Any = getattr(_load_module(file), "get_config", None)
+    get_config: Any = getattr(load_module(file), "get_config", None)
     wanted = f"a function get_config(row) in {file}"
     check(callable(get_config), wanted, get_config=get_config)
-    with _blaming(file):
+    with running(f"the config file {file}"):
         config = get_config(*row)
     named = config.get("row") if isinstance(config, ConfigDict) else None
     wanted = f"get_config of {file} to return finish(config, row)"
     check(bool(named), wanted, returned=type(config).__name__, row=named)
     return config
-
-
-@contextlib.contextmanager
-def _blaming(file: pathlib.Path) -> Iterator[None]:
-    """Turns what goes wrong in a config file into one line that says where."""
-    try:
-        yield
-    except ValueError:  # of our own checks
-        raise
-    except Exception as error:
-        raise failure_of(f"the config file {file}", error) from error
 
 
 def _overridden(config: Config, overrides: Sequence[str]) -> Config:
@@ -385,13 +320,3 @@ def _check_row(config: Config, wanted: str) -> None:
     for field, named in said.items():
         wanted = f"{field}={named} as the row {config.row!r} says"
         check(named == found[field], wanted, fix, **{field: found[field]})
-
-
-def _load_module(file: pathlib.Path) -> types.ModuleType:
-    spec = util.spec_from_file_location(f"samrobust_config_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = util.module_from_spec(spec)
-    with _blaming(file):
-        spec.loader.exec_module(module)
-    return module

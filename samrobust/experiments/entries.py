@@ -9,14 +9,16 @@ import contextlib
 import functools
 import inspect
 import re
+import types
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import optax
 
 from samrobust.checks import (
     BATCH_STATS,
     LARGEST_REAL,
+    CheckError,
     Rule,
     check,
     check_real,
@@ -28,7 +30,7 @@ from samrobust.checks import (
     text,
 )
 from samrobust.sharpness import SHARPNESS
-from samrobust.system.resolve import failure_of, is_reference, resolve
+from samrobust.system.resolve import is_reference, resolve, running
 from samrobust.training.adversaries import ADVERSARIES
 from samrobust.training.averaging import AVERAGES
 from samrobust.training.objectives import OBJECTIVES
@@ -110,13 +112,21 @@ def _own_parameters(
     Those that are not provided, and that can be given in a config.
     """
     found = {}
-    for name, parameter in inspect.signature(make).parameters.items():
+    for name, parameter in _parameters_of(make).items():
         default = parameter.default
         plain = default is parameter.empty or isinstance(default, _PLAIN)
         several = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         if name not in provided and (plain or default is None) and not several:
             found[name] = parameter
     return found
+
+
+def _parameters_of(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Returns a constructor's parameters; annotations as types where they can be."""
+    try:
+        return inspect.signature(make, eval_str=True).parameters
+    except (NameError, SyntaxError, TypeError, AttributeError):  # for checkers alone
+        return inspect.signature(make).parameters
 
 
 def options(name: str) -> Mapping[str, str]:
@@ -155,10 +165,17 @@ def _field_of(default: Any, annotation: Any = None) -> Field:
 
 
 def _kind_of(annotation: Any) -> type:
-    """Returns the plain type that an annotation begins with; float for any other."""
-    text = getattr(annotation, "__name__", str(annotation))
-    kinds = {kind.__name__: kind for kind in _PLAIN}
-    return kinds.get(re.split(r"\W", text, maxsplit=1)[0], float)
+    """Returns the plain type that an annotation names first; float if it names none."""
+    if isinstance(annotation, str):  # which could not be evaluated
+        named = re.match(r"\w*", annotation)
+        kinds = {kind.__name__: kind for kind in _PLAIN}
+        return kinds.get(named.group() if named else "", float)
+    kind, inside = get_origin(annotation) or annotation, get_args(annotation)
+    if kind is Literal:
+        return type(inside[0])
+    if kind in (Union, types.UnionType):
+        return _kind_of(next(one for one in inside if one is not types.NoneType))
+    return kind if kind in _PLAIN else float
 
 
 def _rule_of(kind: type) -> Rule:
@@ -173,7 +190,7 @@ def _rule_of(kind: type) -> Rule:
 
 def strength_of(name: str) -> str | None:
     """Returns the field that says how far weights move: the first option, a number."""
-    parameters = inspect.signature(find(name).make).parameters
+    parameters = _parameters_of(find(name).make)
     named = (parameters[field] for field in options(name).values())
     return next((p.name for p in named if _kind_of(p.annotation) is float), None)
 
@@ -212,24 +229,18 @@ def section_of(name: str) -> str:
 
 @contextlib.contextmanager
 def renamed(names: Mapping[str, str], maker: str = "") -> Iterator[None]:
-    """Puts fields' full names into the messages of errors raised inside.
+    """Puts fields' full names into the messages of checks that fail inside.
 
     Args:
-      names: as they stand in messages, to what is to stand there.
-      maker: name of the constructor that runs inside; whatever goes wrong in somebody's
-        own becomes a `ValueError` of one line.
+      names: see `CheckError.renamed`.
+      maker: name of the constructor that runs inside; what goes wrong in somebody's own
+        is said as `running` says it.
     """
     try:
-        yield
-    except ValueError as error:
-        message = str(error)
-        for name, full in names.items():
-            message = re.sub(rf"(?<![\w.]){name}(?=\W|$)", full, message)
-        raise ValueError(message) from error
-    except Exception as error:
-        if not is_reference(maker):
-            raise
-        raise failure_of(maker, error) from error
+        with running(maker) if is_reference(maker) else contextlib.nullcontext():
+            yield
+    except CheckError as error:
+        raise error.renamed(names) from error
 
 
 def of_training(name: str, field: str, values: Mapping[str, Any], default: _T) -> _T:

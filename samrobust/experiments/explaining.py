@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from samrobust.experiments import components, entries, methods
-from samrobust.experiments.configuration import find_config_file
+from samrobust.experiments.config_files import find_config_file
 from samrobust.system.fields import flatten
 from samrobust.types import Config
 

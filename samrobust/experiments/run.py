@@ -126,6 +126,7 @@ def run(
             result = read_result(workdir, identity_of(config, dataset))
             if result is not None:
                 _check_images(result, config, dataset, workdir)
+                (workdir / _SCORES).unlink(missing_ok=True)  # of a kill just before
             return _inputs(config, dataset), result
 
         inputs, result = broadcast_from_primary(begin)
@@ -155,14 +156,16 @@ def run(
             stored = {which: score._asdict() for which, score in scores.items()}
             write_sealed(workdir / _SCORES, stored)
 
-        for which in checkpoints_of(config):
+        judged = checkpoints_of(config)
+        for i, which in enumerate(judged):
+            part = scoring.PartObserver(observer, i / len(judged), 1 / len(judged))
             if which == "last":
                 network = _trained(config, dataset, outcome)
             else:
                 network = load_network(config, dataset, workdir, which)
             known = (score for score in scores.values() if score.is_of(network))
             scores[which] = next(known, None) or evaluate(
-                network, workdir, observer, should_stop
+                network, workdir, part, should_stop
             )
             broadcast_from_primary(keep)
 
@@ -172,9 +175,9 @@ def run(
             if origin := trunks.trained_by(lines):
                 result["provenance"]["trunk"] = origin
             claims[0].confirm()
+            tracking.finish(result["accuracy"])  # first: it may be repeated
             write_sealed(workdir / "result.json", result)
             (workdir / _SCORES).unlink(missing_ok=True)
-            tracking.finish(result["accuracy"])
             return result
 
         return broadcast_from_primary(finish)

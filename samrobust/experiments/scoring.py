@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +26,7 @@ from samrobust.evaluation import (
 )
 from samrobust.experiments import building
 from samrobust.experiments.networks import Trained, checkpoints_of
+from samrobust.experiments.reporting.names import attacked_in_words
 from samrobust.system.claims.lease import Claim, claim
 from samrobust.system.distributed import (
     broadcast_from_primary,
@@ -67,6 +69,27 @@ class Observer(Protocol):
 
     def on_batch(self, done: int, num_examples: int, doing: str = "") -> None:
         """Shows how many examples are evaluated; `doing` may say what was done."""
+
+
+class PartObserver:
+    """Observer of a part of an evaluation, as that part of the whole.
+
+    Args:
+      observer: of the whole.
+      begin: share of the whole that comes before, in [0, 1].
+      share: of the part.
+    """
+
+    def __init__(self, observer: Observer, begin: float, share: float):
+        self._observer, self._begin, self._share = observer, begin, share
+        self.on_progress = observer.on_progress
+
+    def on_batch(self, done: int, num_examples: int, doing: str = "") -> None:
+        """Shows how many examples of the part are evaluated."""
+        whole = math.ceil(num_examples / self._share)
+        before = math.floor(self._begin * whole)
+        doing = doing or attacked_in_words(done, num_examples)
+        self._observer.on_batch(min(before + done, whole), whole, doing)
 
 
 class Score(NamedTuple):
@@ -121,6 +144,7 @@ def as_result(scores: Mapping[str, Score]) -> dict[str, Any]:
     """
     (_, first), *others = scores.items()
     result = first.as_dict()
+    result["accuracy"] = dict(first.accuracy)
     for which, score in others:
         result[which] = score.as_dict()
         columns = result[which].pop("accuracy")
@@ -132,7 +156,8 @@ class Scorer:
     """Evaluation of a config, compiled once for as many networks as come.
 
     Args:
-      config: its `model` and `evaluation` count, and nothing of training.
+      config: its `model` and `evaluation` count, and of training the batch size: groups
+        of BatchNorm that are the batch are none.
       dataset: that of `config.data`.
     """
 

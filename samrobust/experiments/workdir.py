@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from samrobust.checks import check, shorten
+from samrobust.experiments.config_files import rows_named
 from samrobust.experiments.configuration import as_dict, with_defaults
 from samrobust.experiments.identity import Identity, changed_fields
 from samrobust.experiments.reporting.results import check_comparable
@@ -104,7 +105,7 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
 
     Args:
       workdir: of the table.
-      rows: only these, several in one string separated by `;`; all where empty.
+      rows: only these, see `rows_named`; all where empty.
 
     Directories that are not named by the row and seed of their run, such as copies, are
     left out, with a warning; another is of rows that differ in more than they say.
@@ -117,7 +118,7 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
     plan = list(read_plan(workdir))
     names = [path.relative_to(workdir).as_posix() for path in paths]
     names.sort(key=lambda name: plan.index(name) if name in plan else len(plan))
-    wanted = [modern_row(row) for text in rows for row in text.split(";") if row]
+    wanted = rows_named(rows)
     configs, misplaced = {}, []
     for name in names:
         if not wanted or modern_row(name.rpartition("/")[0]) in wanted:

@@ -81,6 +81,8 @@ def check_writable(folder: pathlib.Path, *names: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = storage.temporary_beside(folder / "probe")
         write_bytes(probe, b"probe")
+        if not isinstance(folder, storage.ObjectPath):  # objects are never half written
+            storage.remove_left_behind(folder, storage.modified(probe))
         probe.unlink()
         for name in names:
             path = folder / name

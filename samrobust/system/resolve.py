@@ -18,10 +18,9 @@ import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from samrobust import checks
-from samrobust.checks import check, shorten
+from samrobust.checks import CheckError, check, shorten
 
-__all__ = ["failure_of", "is_reference", "resolve", "running", "sources"]
+__all__ = ["is_reference", "resolve", "running", "sources"]
 
 # Lines in these folders are not where the user's own code went wrong.
 _INSTALLED = (
@@ -79,7 +78,7 @@ the folder that holds mth.py, or add that folder to PYTHONPATH.
     return getattr(found, name)
 
 
-def failure_of(what: str, error: BaseException) -> ValueError:
+def _failure_of(what: str, error: BaseException) -> ValueError:
     """Describes an error in the user's own code in one line: where, which, its text.
 
     Args:
@@ -101,18 +100,20 @@ def failure_of(what: str, error: BaseException) -> ValueError:
 
 @contextlib.contextmanager
 def running(what: str) -> Iterator[None]:
-    """Runs the user's own code: `failure_of` describes what goes wrong in it.
+    """Runs the user's own code, and says in one line what goes wrong in it, and where.
 
     Args:
-      what: see `failure_of`. What a check of ours refuses is said as it is.
+      what: what is run. What a check of ours refuses is said as it is.
+
+    Raises:
+      ValueError: for whatever is raised inside.
     """
     try:
         yield
+    except CheckError:
+        raise
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        if last.filename == checks.__file__:
-            raise
-        raise failure_of(what, error) from error
+        raise _failure_of(what, error) from error
 
 
 def sources(references: Iterable[str]) -> dict[str, str]:
@@ -166,7 +167,7 @@ def _import(module: str, what: str, reference: str) -> types.ModuleType:
                 fix = f"Write it without .py: {reference.replace('.py:', ':')}."
             wanted = f"a module {missing} with {what}"
             check(False, wanted, fix, reference=reference)
-        raise failure_of(f"the module {module} with {what}", error) from error
+        raise _failure_of(f"the module {module} with {what}", error) from error
 
 
 @contextlib.contextmanager

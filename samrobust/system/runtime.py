@@ -53,7 +53,9 @@ _MADV_HUGEPAGE = 14  # from Linux's mman.h
 
 def cache_folder() -> pathlib.Path:
     """Returns `$XDG_CACHE_HOME/samrobust`, by default `~/.cache/samrobust`."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # to be ignored, by the specification
+        base = os.path.expanduser("~/.cache")
     return pathlib.Path(base) / "samrobust"
 
 
@@ -75,6 +77,8 @@ def trusted_cache_folder(name: str = "") -> pathlib.Path | None:
 @functools.cache
 def _private(folder: pathlib.Path) -> pathlib.Path | None:
     try:
+        if not folder.is_absolute():
+            raise FileNotFoundError("there is no home directory")
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -83,6 +87,8 @@ def _private(folder: pathlib.Path) -> pathlib.Path | None:
             problem = f"is owned by user {found.st_uid}. Remove it, or set"
         elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             problem = "can be written by others. Remove it, or set"
+        elif not os.access(folder, os.W_OK):
+            problem = "cannot be written. Set"
         else:
             return folder
     except OSError as error:
@@ -128,7 +134,7 @@ def enable_compilation_cache() -> None:
 
 
 def collect_garbage_seldom() -> None:
-    """Makes Python look for unreachable cycles after 100,000 new objects, not 700.
+    """Makes Python look for unreachable cycles after 100,000 new objects.
 
     Loading JAX and tracing make many objects that stay. Looking through them again and
     again, and three times at the end, is a quarter of the time of a short command. Call

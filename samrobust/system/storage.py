@@ -40,6 +40,7 @@ __all__ = [
     "link",
     "modified",
     "of_file",
+    "remove_left_behind",
     "remove_tree",
     "replace",
     "temporary_beside",
@@ -50,6 +51,7 @@ __all__ = [
 # By protocol, the package that fsspec wants for it; also the extra of ours.
 _PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3"), "memory": ("fsspec", "")}
 _one_at_a_time = threading.Lock()
+_LEFT_BEHIND = 3600.0  # seconds after which a temporary file is nobody's
 
 
 def to_path(place: str | os.PathLike[str]) -> pathlib.Path:
@@ -229,6 +231,17 @@ def _as_os_errors() -> Iterator[None]:
 def temporary_beside(path: pathlib.Path) -> pathlib.Path:
     """Returns a hidden name in the same directory that nobody else uses."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def remove_left_behind(folder: pathlib.Path, now: float) -> None:
+    """Removes such files of killed processes; others may write theirs meanwhile.
+
+    `now` is the time of the folder's file server, in seconds.
+    """
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if now - modified(path) > _LEFT_BEHIND:
+                path.unlink()
 
 
 def replace(path: pathlib.Path, content: bytes, *, durable: bool = True) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.stages import Traced
 
-from samrobust.checks import check
+from samrobust.checks import check, check_whole, count
 from samrobust.data import Split, epoch_permutation, random_crop_and_flip, take_batch
 from samrobust.system.compiler import compiler_options
 from samrobust.system.distributed import data_mesh, replicate, replicated, shard_batch
@@ -143,26 +143,26 @@ def make_plan(
       replays: see `EpochPlan`.
 
     Raises:
-      ValueError: if there is not one batch, the devices do not divide a full one, or an
-        incomplete one would be replayed.
+      ValueError: for a count that is none, if there is not one batch, the devices do
+        not divide a full one, or an incomplete one would be replayed.
     """
+    count(batch_size=batch_size, replays=replays)
+    check_whole(0, steps_per_call=steps_per_call)
     devices = data_mesh().devices
-    full = num_examples // batch_size if batch_size >= 1 else 0
+    full = num_examples // batch_size
     if steps_per_call == 0:
         on_cpu = devices.flat[0].platform == "cpu"
         steps_per_call = 1 if on_cpu else _divisor_near(25, full)
     plan = EpochPlan(num_examples, batch_size, steps_per_call, drop_remainder, replays)
-    check(batch_size >= 1, "1 <= batch_size", batch_size=batch_size)
     check(
         plan.num_steps > 0,
         f"batch_size <= {num_examples}, the training examples",
         "Or keep an incomplete batch: drop_remainder=False." if num_examples else "",
         batch_size=batch_size,
     )
-    count = devices.size
     check(
-        batch_size % count == 0,
-        f"batch_size divisible by the {count} devices",
+        batch_size % devices.size == 0,
+        f"batch_size divisible by the {devices.size} devices",
         "Choose another size: with this one devices would do the same work twice.",
         batch_size=batch_size,
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import optax
 
-from samrobust.checks import LARGEST_COUNT, check, check_real
+from samrobust.checks import LARGEST_COUNT, check, check_real, count
 from samrobust.training.parts import Adversary
 from samrobust.training.step import TrainStep
 from samrobust.types import Field, PyTree
@@ -92,14 +92,15 @@ def phase_of(earlier: Sequence[Phase], step: int) -> int:
 
 
 def check_total_steps(epochs: int, steps_per_epoch: int) -> None:
-    """Refuses more steps than an int32 counts, as optimizers do.
+    """Refuses no steps, and more than an int32 counts, as optimizers do.
 
     Raises:
       ValueError: see above.
     """
+    count(epochs=epochs)
     check(
-        epochs >= 1 and epochs * steps_per_epoch <= LARGEST_COUNT,
-        f"1 <= epochs <= {LARGEST_COUNT // steps_per_epoch}",
+        epochs * steps_per_epoch <= LARGEST_COUNT,
+        f"epochs <= {LARGEST_COUNT // steps_per_epoch}",
         f"An epoch has {steps_per_epoch} steps; they are counted in 32 bits.",
         epochs=epochs,
     )

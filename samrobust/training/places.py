@@ -63,9 +63,11 @@ class DiskPlace:
     def remove(self, step: int) -> None:
         """Removes a step, which no longer counts as finished from the first moment."""
         gone = os.path.join(self.folder, f".{step}.gone")
-        shutil.rmtree(gone, ignore_errors=True)  # left by a kill
-        os.rename(os.path.join(self.folder, str(step)), gone)
         shutil.rmtree(gone, ignore_errors=True)
+        os.rename(os.path.join(self.folder, str(step)), gone)
+        for entry in os.scandir(self.folder):  # others were left by a kill
+            if entry.name.endswith(".gone"):
+                shutil.rmtree(entry.path, ignore_errors=True)
 
     @contextlib.contextmanager
     def opened(self, step: int) -> Iterator[str]:

@@ -13,6 +13,7 @@ from samrobust.checks import NORMS, check
 
 __all__ = [
     "attack_in_words",
+    "attacked_in_words",
     "checkpoint_in_words",
     "column_norm",
     "column_of",
@@ -129,3 +130,12 @@ def short_label(label: str) -> str:
     """
     label = re.sub(r"\w+ *= *", "", label.replace("/255", ""))
     return " ".join(re.sub(r"[(),]", " ", label).split())
+
+
+def attacked_in_words(done: int, num_examples: int) -> str:
+    """Returns how far an evaluation is, for progress.
+
+    >>> attacked_in_words(500, 1000)
+    'attacked 500 of 1,000 images'
+    """
+    return f"attacked {done:,} of {num_examples:,} images"

@@ -16,6 +16,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from samrobust.experiments.reporting.names import attacked_in_words
 from samrobust.experiments.reporting.status import duration
 
 __all__ = ["ProgressDisplay"]
@@ -164,7 +165,7 @@ class RunDisplay:
     def on_batch(self, done: int, num_examples: int, doing: str = "") -> None:
         """Shows how many examples were attacked, or what is being done."""
         work = self._training + done / num_examples * self._evaluation
-        doing = doing or f"attacked {done:,} of {num_examples:,} images"
+        doing = doing or attacked_in_words(done, num_examples)
         self._move(self._training, work, doing)
 
     def _move(self, before: float, done: float, text: str) -> None:

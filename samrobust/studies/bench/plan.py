@@ -7,7 +7,8 @@ from typing import Any
 
 from samrobust.checks import check, check_choice
 from samrobust.evaluation.measure import usual_batch_size
-from samrobust.experiments import configuration
+from samrobust.experiments import config_files, configuration
+from samrobust.experiments.rows import parse_row
 from samrobust.system.compiler import parse_compiler_options
 from samrobust.types import Config
 
@@ -121,8 +122,8 @@ def plan(options: Options) -> list[Task]:
         settings make invalid, for a comparison that cannot be made, or where nothing is
         left to measure; before anything runs.
     """
-    rows = configuration.load_rows(options.config)
-    first = {configuration.parse_row(row).method: row for row in reversed(rows)}
+    rows = config_files.load_rows(options.config)
+    first = {parse_row(row).method: row for row in reversed(rows)}
     for method in options.methods:
         check_choice(tuple(first), method=method)
     chosen = {method: first[method] for method in options.methods}

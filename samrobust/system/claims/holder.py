@@ -62,7 +62,7 @@ class Holder:
     @property
     def is_gone(self) -> bool:
         """Whether the holder's process is known to have ended."""
-        return self.is_here and _start_of(self.pid) != self.started
+        return self.is_here and _start_of(self.pid) not in (self.started, None)
 
     def is_over(self, now: float) -> bool:
         """Tells whether the directory is free at a time of the file server."""
@@ -122,7 +122,7 @@ def myself() -> dict[str, Any]:
         "host": socket.gethostname(),
         "machine": _machine(),
         "pid": pid,
-        "started": _start_of(pid),
+        "started": _start_of(pid) or "",
     }
 
 
@@ -139,11 +139,24 @@ def _machine() -> str:
         return ""
 
 
-def _start_of(pid: int) -> str:
-    """Returns when a process began, in ticks since boot; empty if it has ended."""
+def _start_of(pid: int) -> str | None:
+    """Returns when a process began, in ticks since boot; empty if it has ended.
+
+    None of another user's, where /proc shows each user only their own (`hidepid`).
+    """
     try:
         text = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="latin-1")
     except OSError:
-        return ""
+        return None if _is_alive(pid) else ""
     state, *fields = text.rpartition(")")[2].split()  # the name may hold anything
     return "" if state in "ZX" else fields[18]  # starttime, the 22nd of proc(5)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # it is another user's
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True

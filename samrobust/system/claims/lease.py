@@ -36,7 +36,6 @@ __all__ = [
 _REFRESHES = 12  # in a lease
 _KEPT = 16  # generations before the current one
 _TURN = 0.2  # seconds
-_LEFT_BEHIND = 3600.0  # seconds after which a temporary file is nobody's
 
 
 class ClaimedError(WorkdirError):
@@ -259,8 +258,8 @@ def _acquire(workdir: pathlib.Path) -> tuple[int, str]:
             holder = read_holder(workdir)
             if holder is not None and holder.token == token:
                 _prune(contender.parent, holder.generation)
-                _remove_left_behind(contender.parent, now)
-                _remove_left_behind(workdir, now)
+                storage.remove_left_behind(contender.parent, now)
+                storage.remove_left_behind(workdir, now)
                 return holder.generation, token
             if holder is not None and not _is_over(workdir, holder, now):
                 raise ClaimedError(
@@ -321,14 +320,6 @@ def _prune(folder: pathlib.Path, generation: int) -> None:
     for number in generations(folder):
         if number < generation - _KEPT:
             (folder / f"{number}.json").unlink(missing_ok=True)
-
-
-def _remove_left_behind(folder: pathlib.Path, now: float) -> None:
-    """Removes files that killed processes left half written; others write meanwhile."""
-    for path in folder.glob(".*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if now - storage.modified(path) > _LEFT_BEHIND:
-                path.unlink()
 
 
 def _content(token: str, *, released: bool = False) -> str:
