@@ -1,6 +1,7 @@
 """A run that is judged by its last and its best checkpoint: two columns of each."""
 
 import json
+import shutil
 from pathlib import Path
 
 import helpers
@@ -12,7 +13,7 @@ from samrobust.experiments import reporting
 from samrobust.experiments.networks import checkpoints_of, load, load_network
 from samrobust.experiments.reporting.names import checkpoint_in_words
 from samrobust.experiments.run import run, train
-from samrobust.experiments.scoring import evaluation_work
+from samrobust.experiments.scoring import Score, as_result, evaluation_work
 from samrobust.experiments.workdir import settle_config
 from samrobust.training import InterruptedRunError
 from samrobust.training.checkpoint import CheckpointError
@@ -118,6 +119,22 @@ def test_a_stop_between_both_evaluations_costs_nothing_unless_attacks_change(
     assert result["attacks_version"] == ATTACKS_VERSION
     assert result["accuracy"] == read(workdir, "result.json")["accuracy"]
     assert not (tmp_path / "run" / "scores.json").exists()
+
+
+def test_scores_that_a_kill_left_beside_a_result_are_removed(workdir, tmp_path):
+    copy = Path(shutil.copytree(workdir, tmp_path / "run"))
+    (copy / "scores.json").write_text("{}")
+    assert (
+        run_of(copy, Counting())["accuracy"] == read(workdir, "result.json")["accuracy"]
+    )
+    assert not (copy / "scores.json").exists()
+
+
+def test_the_columns_of_both_leave_each_score_as_it_is():
+    score = Score({"natural": 50.0}, 1, "", "", 1, {}, {})
+    found = as_result({"last": score, "best": score})
+    assert found["accuracy"] == {"natural": 50.0, "natural best": 50.0}
+    assert score.accuracy == {"natural": 50.0}
 
 
 def test_a_last_checkpoint_that_is_the_best_is_judged_once(tmp_path):

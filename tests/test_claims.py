@@ -286,6 +286,32 @@ def test_a_process_with_the_number_of_the_dead_one_is_not_taken_for_it(tmp_path)
         pass
 
 
+def test_a_process_that_proc_does_not_show_lives_if_it_takes_signals(
+    tmp_path, monkeypatch
+):
+    """As another user's does where /proc is mounted with `hidepid`."""
+    with claim(tmp_path):
+        mine = json.loads((tmp_path / ".claim" / "1.json").read_text())
+    write_claim(tmp_path, 2, **{**mine, "started": "1", "released": False})
+    read_text = Path.read_text
+
+    def read_hidden(path, *args, **kwargs):
+        if path.match("/proc/*/stat"):
+            raise FileNotFoundError(path)
+        return read_text(path, *args, **kwargs)
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_text", read_hidden)
+    monkeypatch.setattr(os, "kill", refuse)
+    with pytest.raises(ClaimedError):
+        claim(tmp_path).__enter__()
+    monkeypatch.undo()
+    with claim(tmp_path):
+        pass
+
+
 def test_an_unseen_process_of_another_container_is_judged_by_its_lease(tmp_path):
     with claim(tmp_path):
         mine = json.loads((tmp_path / ".claim" / "1.json").read_text())

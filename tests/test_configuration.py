@@ -588,6 +588,14 @@ def get_config(row="st"):
 """
 
 
+def test_a_config_file_may_define_dataclasses(tmp_path):
+    own = tmp_path / "mine.py"
+    lines = ["from __future__ import annotations", "import dataclasses"]
+    lines += ["@dataclasses.dataclass", "class Sizes:", "    width: int = 4"]
+    own.write_text("\n".join(lines) + '\nROWS = ["st"] * (Sizes().width == 4)\n')
+    assert config_files.load_rows(str(own)) == ["st"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

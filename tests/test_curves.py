@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from samrobust import cli
+from samrobust.cli import curves as curves_command
 from samrobust.evaluation import Outcome
 from samrobust.experiments.curves import (
     Curve,
@@ -165,6 +167,31 @@ def test_a_radius_that_holds_all_images_is_refused_before_any_attack(
     assert helpers.main("curves", f"--workdir={workdir}", "--l2=64,2041") == 2
     assert "Expected --l2 <= 2040, the diagonal of" in capsys.readouterr().err
     assert not (workdir / "curves.json").exists()
+
+
+@pytest.mark.parametrize(("radius", "largest"), [(128.0, 256.0), (1500.0, 2040.0)])
+def test_a_curve_goes_to_twice_the_tables_radius_as_far_as_images_do(radius, largest):
+    config = helpers.make_config("st", {"evaluation.l2": (radius,)})
+    arguments = cli._parse(["curves", "--workdir=none"])
+    radii = curves_command._settings(config, arguments).radii
+    assert (max(radii["l2"]), len(radii["l2"])) == (largest, 8)
+    assert max(radii["linf"]) == 32
+
+
+def test_rows_are_named_as_in_table(table, tmp_path, monkeypatch):
+    workdir = Path(shutil.copytree(table, tmp_path / "table"))
+    (tmp_path / "mine.py").write_text('MINE = ["sam,rho=0.2"]\n')
+    measured = []
+    monkeypatch.setattr(
+        "samrobust.experiments.curves.measure_run",
+        lambda *_, **__: measured.append(1) or {"linf": [50.0, 9.0]},
+    )
+    for rows in (f"{tmp_path}/mine.py:MINE", f" st ; {tmp_path}/mine.py:MINE;"):
+        flags = ("--linf=8", f"--rows={rows}")
+        assert helpers.main("curves", f"--workdir={workdir}", *flags) == 0
+    stored = json.loads((workdir / "curves.json").read_text())["runs"]
+    assert list(stored) == ["sam,rho=0.2/seed0", "st/seed0"]
+    assert len(measured) == 2
 
 
 def test_a_directory_without_finished_runs_is_refused(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -43,6 +44,15 @@ def test_the_second_read_is_mapped_from_the_cache(tmp_path):
     assert decode.calls == 1
     names = {path.name for path in (tmp_path / "new" / "dir").iterdir()}
     assert names == set(FILES)
+
+
+def test_what_a_killed_process_was_writing_is_removed_after_an_hour(tmp_path):
+    left, new = (tmp_path / f".name-images.npy.{name}.tmp" for name in ("a", "b"))
+    for path in (left, new):
+        path.touch()
+    os.utime(left, (0, 0))
+    cached_arrays(tmp_path, "name", {"a": 1}, Decoder())
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, new.name}
 
 
 def flip_a_byte(path):

@@ -1,5 +1,7 @@
 """`samrobust doctor`: a line each, exit code 1 where the main job cannot run."""
 
+import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -35,6 +37,18 @@ def test_it_says_what_is_there_and_asks_no_network(capsys, monkeypatch, tmp_path
     assert "cifar10 not there, 170 MB to be downloaded from https:" in lines["data"]
     assert f"cifar100 not prepared, to be made of {archive}" in lines["data"]
     assert "GB free" in lines["output"]
+
+
+def test_memory_and_cores_are_counted_without_linux(monkeypatch):
+    known = {"SC_PHYS_PAGES": 2**22, "SC_PAGE_SIZE": 2**12}
+    monkeypatch.setattr(os, "sysconf", known.__getitem__)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(pathlib.Path, "read_text", _absent)
+    assert doctor._memory() == f"17.2 GB, {os.cpu_count()} cores for this process"
+
+
+def _absent(*_: object, **__: object) -> str:
+    raise FileNotFoundError
 
 
 def test_versions_other_than_the_tested_ones_are_named(capsys, monkeypatch):

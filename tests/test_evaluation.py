@@ -15,6 +15,7 @@ import pytest
 from flax import linen as nn
 from hypothesis import strategies as st
 
+from samrobust import cli
 from samrobust.attacks import (
     AutoAttack,
     Member,
@@ -25,6 +26,7 @@ from samrobust.attacks import (
     pgd,
     staged_pgd,
 )
+from samrobust.cli import evaluate as command
 from samrobust.data import Split
 from samrobust.evaluation import (
     Archive,
@@ -36,6 +38,7 @@ from samrobust.evaluation import (
 )
 from samrobust.experiments.networks import load_network
 from samrobust.experiments.run import run
+from samrobust.experiments.workdir import settle_config
 from samrobust.system.claims.lease import claim
 from samrobust.system.files import read_sealed
 
@@ -520,6 +523,18 @@ def test_flags_that_make_no_sense_are_refused_with_a_reason(
     assert helpers.main("evaluate", f"--workdir={workdir}", *flags) == 2
     assert message in capsys.readouterr().err
     assert not (workdir / "evaluations.jsonl").exists()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_step_size_is_that_of_the_only_radius_there_is(norm, tmp_path):
+    radii: dict[str, tuple[float, ...]] = {"evaluation.linf": (), "evaluation.l2": ()}
+    config = helpers.make_config("st", radii | {f"evaluation.{norm}": (48.0,)})
+    settle_config(tmp_path, config)
+    flags = ["evaluate", f"--workdir={tmp_path}", "--step-size=3"]
+    found = command._config(tmp_path, cli._parse(flags)).evaluation
+    assert found[f"{norm}_step"] == 3 / 48
+    (other,) = {"linf", "l2"} - {norm}
+    assert found[f"{other}_step"] == config.evaluation[f"{other}_step"]
 
 
 def test_evaluating_what_was_never_trained_is_refused(tmp_path, capsys):

@@ -175,6 +175,58 @@ def test_an_own_parameter_is_its_own_though_the_training_has_one_of_that_name(
     assert said["still.replays"] == said["ascent.m"] == ""
 
 
+TYPED = """
+from typing import Literal, Optional
+from samrobust.training import Adversary
+def typed(
+    share: float, few: Optional[int] = None, some: "int | None" = None,
+    name: Optional[str] = None, which: Literal["a", "b"] = None, unknown: "Gone" = None,
+) -> Adversary:
+    found = few, some, name, which, unknown
+    assert [type(x).__name__ for x in found] == ["int", "int", "str", "str", "float"]
+    return Adversary(lambda f, images, labels, state, *, key: (images, state))
+def counted(share: float) -> Adversary:
+    return typed(share, few=int("x12"))
+def checked(restarts: int, rate: float = 0.1) -> Adversary:
+    from samrobust.checks import check
+    check(False, "restarts > 3", "Without, all restarts are one.", restarts=restarts)
+"""
+
+
+def test_a_field_has_the_type_that_its_parameter_says(tmp_path, monkeypatch):
+    (tmp_path / "typed_of_ours.py").write_text(TYPED)
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = {"few": 5, "some": 6, "name": "x", "which": "b", "unknown": 1}
+    flags = [f"--config.typed.{field}={value}" for field, value in texts.items()]
+    row = "typed_of_ours:typed,share=1"
+    config = configuration.load_config(f"digits.py:{row}", flags)
+    methods.build(config, entries.Given())
+    for wrong in ("few=1.5", "some=a"):
+        with pytest.raises(ValueError, match=rf"typed\.{wrong[:3]}"):
+            configuration.load_config(f"digits.py:{row}", [f"--config.typed.{wrong}"])
+
+
+def test_an_error_of_a_constructor_is_said_with_its_line_and_a_check_by_its_field(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "typed_of_ours.py").write_text(TYPED)
+    monkeypatch.syspath_prepend(tmp_path)
+    for row, message in (
+        (
+            "typed_of_ours:counted,share=1",
+            r"^Expected typed_of_ours:counted to run, got at .*typed_of_ours\.py, line "
+            r"12: ValueError: invalid literal for int\(\) with base 10: 'x12'$",
+        ),
+        (
+            "typed_of_ours:checked,restarts=2",
+            r"^Expected checked\.restarts > 3, got checked\.restarts=2\. Without, all "
+            r"restarts are one\.$",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            methods.build(helpers.make_config(row), entries.Given())
+
+
 def test_a_killed_run_ends_with_the_same_bits(folder):
     killed = folder / "killed"
     flags = [*FLAGS, "--workdir=killed"]

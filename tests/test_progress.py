@@ -8,6 +8,7 @@ from rich.console import Console
 
 from samrobust.experiments.reporting import progress as progress_module
 from samrobust.experiments.reporting.progress import ProgressDisplay
+from samrobust.experiments.scoring import PartObserver
 from samrobust.training import Progress
 
 METRICS = {"epoch": 3, "loss": 0.25, "accuracy": 91.5}
@@ -79,6 +80,18 @@ def test_runs_share_the_bar_in_proportion_to_their_work(monkeypatch):
     lines = [line for line in file.getvalue().splitlines() if "attacked" in line]
     assert lines[0].startswith(" 50%  first: attacked 500 of 500 images")
     assert lines[1].startswith(" 95%  second: attacked 250 of 500 images")
+
+
+def test_an_evaluation_in_parts_goes_on_where_the_part_before_ended():
+    display, _ = make(terminal=False, total=20.0)
+    run, done = display.run("first", 8.0, 2.0), []
+    for begin, share in ((0.0, 0.25), (0.25, 0.75)):
+        part = PartObserver(run, begin, share)
+        for count in (1, 10, 20):
+            part.on_batch(count, 20)
+            done.append(run.done - 8)
+    expected = [0.025, 0.25, 0.5, 0.575, 1.25, 2]
+    assert done == pytest.approx(expected, abs=1e-5)
 
 
 def test_epochs_that_an_earlier_run_leaves_are_no_work_of_a_later_one(monkeypatch):

@@ -69,6 +69,15 @@ def test_the_cache_folder_is_in_the_home_by_default(monkeypatch):
     assert cache_folder() == pathlib.Path("/home/somebody/.cache/samrobust")
 
 
+def test_without_a_home_there_is_no_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # is none, by the specification
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.warns(UserWarning, match="there is no home directory.*XDG_CACHE_HOME"):
+        assert trusted_cache_folder("without a home") is None
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_cache_folder_is_made_for_its_user_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert trusted_cache_folder("xla") == cache_folder() / "xla"
@@ -84,6 +93,7 @@ def test_a_cache_folder_that_others_can_write_to_is_refused_once(tmp_path, monke
         "others": lambda folder: folder.chmod(0o702),
         "inner": lambda folder: (folder / "xla").chmod(0o777),
         "owner": lambda _: monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1),
+        "read-only": lambda _: monkeypatch.setattr(os, "access", lambda *_: False),
         "file": lambda folder: folder.rename(folder.with_suffix(".x")),
     }.items():
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
@@ -95,6 +105,8 @@ def test_a_cache_folder_that_others_can_write_to_is_refused_once(tmp_path, monke
         with pytest.warns(UserWarning, match=f"The cache .*{name}.* is not used: it"):
             enable_compilation_cache()
         assert trusted_cache_folder("xla") is None  # and no second warning
+        if name == "read-only":
+            monkeypatch.setattr(os, "access", lambda *_: True)
 
 
 def test_a_switch_that_is_neither_on_nor_off_names_its_variable(monkeypatch):

@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit, or not at all and with a message."""
 
 import dataclasses
+import logging
 import os
 import pathlib
 import resource
@@ -17,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 
+from samrobust.cli import running
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
 
 
@@ -306,6 +308,13 @@ def test_the_newest_are_kept(tmp_path, keep):
     assert Checkpoints(tmp_path).latest_step() == 11
 
 
+def test_what_a_kill_left_of_a_removed_step_goes_with_the_next(tmp_path):
+    save_all(tmp_path, 5, 8, keep=2)
+    (tmp_path / "5").rename(tmp_path / ".5.gone")
+    save_all(tmp_path, 9, 10, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "9"]
+
+
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="Expected 1 <= keep, got keep=0"):
         Checkpoints(tmp_path, keep=0)
@@ -357,8 +366,10 @@ def full_disk():
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("surfaces_at", ["wait", "save", "restore", "close"])
 def test_a_failed_background_write_surfaces_and_loses_nothing(
-    tmp_path, surfaces_at, full_disk, caplog
+    tmp_path, surfaces_at, full_disk, caplog, monkeypatch
 ):
+    # The command's: the error is said once, and not by Orbax too.
+    monkeypatch.setattr(logging.getLogger("absl"), "filters", [running._is_news])
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, small(1), {"saved": 1}, wait=True)
     full_disk()

@@ -87,6 +87,21 @@ def train_frozen(workdir: Path, **overrides: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps_per_call": -1}, "0 <= steps_per_call, got steps_per_call=-1"),
+        ({"steps_per_call": 1.5}, "a whole number for steps_per_call"),
+        ({"replays": 0}, "1 <= replays, got replays=0"),
+        ({"replays": 1.5}, "a whole number for replays"),
+        ({"batch_size": 0}, "1 <= batch_size, got batch_size=0"),
+    ],
+)
+def test_counts_that_are_none_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        epoch.make_plan(20, **{"batch_size": 8, **fields})
+
+
+@pytest.mark.parametrize(
     ("num_examples", "steps_per_call"),
     [(50_000, 26), (45_000, 27), (49_920, 26), (397 * 128, 25), (128, 25)],
 )

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -59,6 +58,7 @@ __all__ = [
 # split, but every draw of an evaluation has the checksum of a name in its key, and none
 # of a training has: no number is drawn twice.
 _EVALUATION_STREAM, _VALIDATION_STREAM = 1, 2
+_FINE = 10**6  # parts that a whole evaluation is shown in
 
 
 class Observer(Protocol):
@@ -86,10 +86,9 @@ class PartObserver:
 
     def on_batch(self, done: int, num_examples: int, doing: str = "") -> None:
         """Shows how many examples of the part are evaluated."""
-        whole = math.ceil(num_examples / self._share)
-        before = math.floor(self._begin * whole)
+        share = self._begin + self._share * done / num_examples
         doing = doing or attacked_in_words(done, num_examples)
-        self._observer.on_batch(min(before + done, whole), whole, doing)
+        self._observer.on_batch(round(share * _FINE), _FINE, doing)
 
 
 class Score(NamedTuple):

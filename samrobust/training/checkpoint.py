@@ -305,6 +305,7 @@ metadata={'epoch': 2})
             # Made by the first save, for it removes the temporary directories of
             # killed writers: a reader must not do this to a run in progress.
             os.makedirs(self._place.folder, exist_ok=True)
+            self._place.remove_left_behind()
             self._manager = _Manager(
                 self._place.folder,
                 options=ocp.CheckpointManagerOptions(

@@ -65,7 +65,11 @@ class DiskPlace:
         gone = os.path.join(self.folder, f".{step}.gone")
         shutil.rmtree(gone, ignore_errors=True)
         os.rename(os.path.join(self.folder, str(step)), gone)
-        for entry in os.scandir(self.folder):  # others were left by a kill
+        self.remove_left_behind()
+
+    def remove_left_behind(self) -> None:
+        """Removes what is left of removed steps, of killed processes too."""
+        for entry in os.scandir(self.folder):
             if entry.name.endswith(".gone"):
                 shutil.rmtree(entry.path, ignore_errors=True)
 
