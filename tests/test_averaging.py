@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from samrobust.experiments import methods, scoring
 from samrobust.experiments.run import train
-from samrobust.experiments.scoring import make_after_epoch
+from samrobust.experiments.scoring import make_after_epoch, make_judge
 from samrobust.models import BatchNorm
 from samrobust.training import InterruptedRunError, make_train_step
 from samrobust.training.averaging.ema import ema
@@ -199,7 +199,8 @@ def test_the_worst_class_is_that_of_the_trained_weights_on_held_out_images():
     variables = helpers.init_variables(helpers.make_model(config, dataset))
     average = fawa(0.5).init(variables)
     state = TrainState(jnp.int32(3), **variables, opt_state=(), average=average)
-    after_epoch = make_after_epoch(config, dataset, fawa(0.5).admit)
+    judge, labels = make_judge(config, dataset), dataset.validation.labels
+    after_epoch = make_after_epoch(judge, labels, fawa(0.5).admit)
     assert after_epoch is not None
     _, found = after_epoch(state)
     of_class = []
@@ -215,7 +216,7 @@ def test_the_worst_class_is_that_of_the_trained_weights_on_held_out_images():
         )
         of_class.append(helpers.plain_accuracy(config, part, state.variables))
     assert found == {"worst_class": pytest.approx(min(of_class))}
-    assert make_after_epoch(config, dataset, None) is None
+    assert make_after_epoch(judge, labels, None) is None
 
 
 def test_fawa_without_held_out_images_is_refused_before_any_work():

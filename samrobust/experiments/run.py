@@ -228,6 +228,8 @@ def train(
         clock=time.monotonic if companion is None else companion.clock,
         trunks=trunks.make_trunks(shared, workdir, dataset, plan.num_steps),
     )
+    judge = scoring.make_judge(config, dataset)
+    labels = dataset.validation.labels
     method, earlier, admit = building.make_training(config, dataset, plan.num_steps)
     return fit(
         method,
@@ -244,8 +246,8 @@ def train(
         deterministic=training.deterministic,
         log=log,
         schedules={"learning_rate": schedule},
-        after_epoch=scoring.make_after_epoch(config, dataset, admit),
-        validate=validate or scoring.make_validate(config, dataset),
+        after_epoch=scoring.make_after_epoch(judge, labels, admit),
+        validate=validate or scoring.make_validate(judge),
         on_progress=on_progress,
         should_stop=should_stop,
         companion=companion,

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ from samrobust.system.provenance import provenance
 from samrobust.system.resolve import is_reference
 from samrobust.system.runtime import RESUME
 from samrobust.training import InterruptedRunError, Progress, TrainState
-from samrobust.training.fit import AfterEpoch
+from samrobust.training.fit import AfterEpoch, Validate
 from samrobust.types import Config, PyTree
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "evaluation_key",
     "evaluation_work",
     "make_after_epoch",
+    "make_judge",
     "make_validate",
     "passes_to_judge",
     "until_stopped",
@@ -59,6 +60,8 @@ __all__ = [
 # of a training has: no number is drawn twice.
 _EVALUATION_STREAM, _VALIDATION_STREAM = 1, 2
 _FINE = 10**6  # parts that a whole evaluation is shown in
+
+Judge: TypeAlias = Callable[[PyTree], Outcome]  # of a network's variables
 
 
 class Observer(Protocol):
@@ -334,16 +337,29 @@ def evaluated_split(config: Config, dataset: Dataset) -> Split:
     return dataset.test if config.evaluation.split == "test" else dataset.validation
 
 
-def make_validate(
-    config: Config, dataset: Dataset
-) -> Callable[[TrainState], dict[str, float]] | None:
-    """Builds the judge of a state by the held-out images; None without such.
+def make_judge(config: Config, dataset: Dataset) -> Judge | None:
+    """Builds the verdict on a network by the held-out images; None without such.
 
-    Its `score` is robust accuracy in rows with an attack, else natural accuracy.
+    Attacked as `building.validation_attacks` says.
     """
     if len(dataset.validation) == 0:
         return None
-    judge = _make_judge(config, dataset)
+    evaluate = make_evaluator(
+        building.make_model(config, dataset),
+        building.validation_attacks(config),
+        batch_size=config.evaluation.batch_size,
+    )
+    key = _key(config, _VALIDATION_STREAM)
+    return lambda variables: evaluate(variables, dataset.validation, key)
+
+
+def make_validate(judge: Judge | None) -> Validate | None:
+    """Builds the score of a state for `fit`; None without a judge.
+
+    Its `score` is robust accuracy in rows with an attack, else natural accuracy.
+    """
+    if judge is None:
+        return None
 
     def validate(state: TrainState) -> dict[str, float]:
         accuracy = judge(state.eval_variables).accuracy
@@ -353,12 +369,17 @@ def make_validate(
 
 
 def make_after_epoch(
-    config: Config, dataset: Dataset, admit: Callable[..., PyTree] | None
+    judge: Judge | None, labels: np.ndarray, admit: Callable[..., PyTree] | None
 ) -> AfterEpoch | None:
-    """Builds what shows each epoch's worst class to `admit`; None if that is."""
-    if admit is None:
+    """Builds what shows each epoch's worst class to an average; None if none asks.
+
+    Args:
+      judge: there, where an average asks.
+      labels: of its images.
+      admit: as of `samrobust.training.Averaging`.
+    """
+    if judge is None or admit is None:
         return None
-    judge, labels = _make_judge(config, dataset), dataset.validation.labels
     admit = jax.jit(admit, out_shardings=replicated(data_mesh()))
 
     def after_epoch(state: TrainState) -> tuple[TrainState, dict[str, float]]:
@@ -369,14 +390,3 @@ def make_after_epoch(
         return dataclasses.replace(state, average=average), {"worst_class": 100 * worst}
 
     return after_epoch
-
-
-def _make_judge(config: Config, dataset: Dataset) -> Callable[[PyTree], Outcome]:
-    """Builds the verdict on variables by the held-out images."""
-    evaluate = make_evaluator(
-        building.make_model(config, dataset),
-        building.validation_attacks(config),
-        batch_size=config.evaluation.batch_size,
-    )
-    key = _key(config, _VALIDATION_STREAM)
-    return lambda variables: evaluate(variables, dataset.validation, key)
