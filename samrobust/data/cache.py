@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from samrobust.system import storage
+from samrobust.system import files, storage
 from samrobust.system.runtime import trusted_cache_folder
 
 __all__ = ["Arrays", "cached_arrays", "default_cache_dir"]
@@ -106,7 +106,7 @@ def _read(manifest: pathlib.Path, source: Mapping[str, Any]) -> Arrays:
     arrays = {}
     for name, sha256 in content["sha256"].items():
         path = _array_path(manifest, name)
-        if _sha256(path) != sha256:
+        if files.digest(path) != sha256:
             raise ValueError(f"{path.name} is damaged (its hash differs)")
         arrays[name] = np.load(path, mmap_mode="r")
     return arrays
@@ -127,7 +127,7 @@ def _write(manifest: pathlib.Path, source: Mapping[str, Any], arrays: Arrays) ->
             # Mapped before it gets its name, so that it is this file and not the one of
             # another process that is doing the same.
             mapped[name] = np.load(temporary, mmap_mode="r")
-            hashes[name] = _sha256(temporary)
+            hashes[name] = files.digest(temporary)
             temporary.replace(path)
         temporary = storage.temporary_beside(manifest)
         temporary.write_text(json.dumps({"source": source, "sha256": hashes}, indent=1))
@@ -140,9 +140,3 @@ def _write(manifest: pathlib.Path, source: Mapping[str, Any], arrays: Arrays) ->
 def _array_path(manifest: pathlib.Path, name: str) -> pathlib.Path:
     """Returns the file of one array of a manifest."""
     return manifest.with_name(f"{manifest.stem}-{name}.npy")
-
-
-def _sha256(path: pathlib.Path) -> str:
-    """Returns the hash of a file; 150 MB take 0.1 s."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,7 +4,6 @@ Decoded arrays are cached by the content of the records. Nothing is downloaded, 
 is imported without TensorFlow.
 """
 
-import hashlib
 import io
 import logging
 import pathlib
@@ -18,6 +17,7 @@ from samrobust.checks import shorten
 from samrobust.data.cache import Arrays, cached_arrays, default_cache_dir
 from samrobust.data.own import DECODING, one_line, read_image
 from samrobust.data.splits import DatasetUnavailableError
+from samrobust.system import files
 from samrobust.system.files import glance
 
 __all__ = [
@@ -189,8 +189,7 @@ def read_split(
     """
     records = {}
     for path in sorted(prepared.glob(f"*-{split}.array_record*")):
-        with path.open("rb") as file:
-            records[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        records[path.name] = files.digest(path)
     source = {"decoding": DECODING, "records": records}
     stem = f"{prepared.parent.name}-{split}"
     folder = cache_dir or default_cache_dir()

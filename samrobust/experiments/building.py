@@ -27,7 +27,12 @@ from samrobust.data import (
     load_dataset,
 )
 from samrobust.experiments import entries, methods
-from samrobust.experiments.components import make_model, make_optimizer, takes
+from samrobust.experiments.components import (
+    decay_of_gradient,
+    make_model,
+    make_optimizer,
+    takes,
+)
 from samrobust.experiments.reporting.names import column_of
 from samrobust.system.distributed import data_mesh
 from samrobust.system.jaxprs import abstract_key
@@ -224,15 +229,13 @@ def _make_parts(
     model, training = make_model(config, dataset), config.training
     variables = _variables_of(model, config.model.name, dataset)
     _check_decay(config)
-    is_coupled = training.optimizer in ("sgd", "adam")
     given = entries.Given(
         optimizer=optimizer,
         learning_rate=learning_rate_schedule(config, steps_per_epoch),
         momentum=training.momentum,
         aux=variables.get("batch_stats", {}),
         grouped=methods.group_size(config) > 0,
-        # Of the gradient, as it is of SGD's and Adam's; AdamW's is none of it.
-        weight_decay=training.weight_decay if is_coupled else 0.0,
+        weight_decay=decay_of_gradient(config),
         num_classes=dataset.num_classes,
         total_steps=training.epochs * steps_per_epoch,
         steps_per_epoch=steps_per_epoch,

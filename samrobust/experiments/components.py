@@ -23,6 +23,7 @@ from samrobust.types import Config, Field
 
 __all__ = [
     "check_model",
+    "decay_of_gradient",
     "find_model",
     "make_model",
     "make_optimizer",
@@ -158,6 +159,16 @@ OPTIMIZERS: dict[str, Callable[..., Sequence[optax.GradientTransformation]]] = {
         optax.adamw(learning_rate, b1=momentum, weight_decay=weight_decay),
     ),
 }
+
+
+# Whose weight decay is a part of the gradient: AdamW's is none of it.
+_COUPLED = ("sgd", "adam")
+
+
+def decay_of_gradient(config: Config) -> float:
+    """Returns the weight decay that is a part of the gradient; 0 where none is."""
+    training = config.training
+    return training.weight_decay if training.optimizer in _COUPLED else 0.0
 
 
 def make_optimizer(

@@ -12,6 +12,7 @@ import optax
 
 from samrobust.checks import LARGEST_COUNT, check
 from samrobust.experiments import entries
+from samrobust.experiments.components import decay_of_gradient
 from samrobust.experiments.rows import STANDARD, Part, parse_row
 from samrobust.sharpness.two_pass import TwoPass
 from samrobust.system.resolve import is_reference
@@ -294,7 +295,7 @@ def supposed(config: Config, *, own: bool = False) -> entries.Given:
     return entries.Given(
         grouped=group_size(config) > 0,
         momentum=training.momentum,
-        weight_decay=training.weight_decay,
+        weight_decay=decay_of_gradient(config),
         total_steps=steps * training.epochs,
         steps_per_epoch=steps,
     )

@@ -40,7 +40,9 @@ from samrobust.training.fit import AfterEpoch, Validate
 from samrobust.types import Config, PyTree
 
 __all__ = [
+    "Judge",
     "Observer",
+    "PartObserver",
     "Score",
     "Scorer",
     "as_result",

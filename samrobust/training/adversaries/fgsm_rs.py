@@ -3,9 +3,6 @@
 Reference: Wong, Rice and Kolter (2020), arXiv 2001.03994, Algorithm 3.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from samrobust import attacks
 from samrobust.attacks import linf
 from samrobust.checks import check_radius
@@ -14,7 +11,7 @@ from samrobust.training.parts import Adversary, as_adversary
 from samrobust.training.phases import START
 from samrobust.types import Entry
 
-__all__ = ["ENTRY", "ONE_STEP", "fgsm_rs", "one_step"]
+__all__ = ["ENTRY", "ONE_STEP", "fgsm_rs"]
 
 
 def fgsm_rs(
@@ -48,12 +45,6 @@ def fgsm_rs(
     return as_adversary(attack, batch_norm=batch_norm)
 
 
-def one_step(values: Mapping[str, Any]) -> float:
-    """Returns the cost of one attack step, in passes with weight gradients."""
-    del values
-    return 2 / 3
-
-
 ONE_STEP = {
     "epsilon": PGD_FIELDS["epsilon"],
     "alpha": check_alpha,
@@ -65,6 +56,6 @@ ENTRY = Entry(
     "FGSM-RS (eps = {eps:g}/255)",
     options={"eps": "epsilon"},
     fields=ONE_STEP,
-    attack_passes=one_step,
+    attack_passes=2 / 3,
     check=check_options,
 )

@@ -7,7 +7,7 @@ from samrobust import attacks
 from samrobust.attacks import draws, linf
 from samrobust.checks import check_radius
 from samrobust.training.adversaries.at import check_alpha, check_extent, check_options
-from samrobust.training.adversaries.fgsm_rs import ONE_STEP, one_step
+from samrobust.training.adversaries.fgsm_rs import ONE_STEP
 from samrobust.training.parts import Adversary, as_adversary
 from samrobust.types import Array, Entry
 
@@ -55,6 +55,6 @@ ENTRY = Entry(
     "N-FGSM (eps = {eps:g}/255)",
     options={"eps": "epsilon"},
     fields={**ONE_STEP, "noise": check_extent},
-    attack_passes=one_step,
+    attack_passes=2 / 3,
     check=check_options,
 )
