@@ -8,7 +8,7 @@ from rich.console import Console
 
 from samrobust.experiments.reporting import progress as progress_module
 from samrobust.experiments.reporting.progress import ProgressDisplay
-from samrobust.experiments.scoring import PartObserver
+from samrobust.experiments.scoring import in_parts
 from samrobust.training import Progress
 
 METRICS = {"epoch": 3, "loss": 0.25, "accuracy": 91.5}
@@ -85,8 +85,7 @@ def test_runs_share_the_bar_in_proportion_to_their_work(monkeypatch):
 def test_an_evaluation_in_parts_goes_on_where_the_part_before_ended():
     display, _ = make(terminal=False, total=20.0)
     run, done = display.run("first", 8.0, 2.0), []
-    for begin, share in ((0.0, 0.25), (0.25, 0.75)):
-        part = PartObserver(run, begin, share)
+    for part in in_parts(run, [1, 3]):
         for count in (1, 10, 20):
             part.on_batch(count, 20)
             done.append(run.done - 8)

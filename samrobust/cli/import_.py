@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace, stop: Any) -> int:
 
     Raises:
       ValueError: for a file that is not of such a network; names the tensors.
-      Further errors: as `samrobust.experiments.interchange.import_weights`.
+
+    And as `samrobust.experiments.interchange.import_weights`.
     """
     from samrobust.experiments import configuration
     from samrobust.experiments.building import load_facts

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from samrobust.experiments.reporting.progress import RunDisplay
+    from samrobust.experiments.scoring import Score
     from samrobust.types import Config
 
 __all__ = ["ABOUT", "add_flags", "run"]
@@ -64,9 +65,6 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.cli import shared
     from samrobust.cli.measuring import FinishedRuns
     from samrobust.experiments import networks, scoring
-    from samrobust.experiments.identity import identity_of
-    from samrobust.experiments.reporting.results import num_steps
-    from samrobust.experiments.workdir import config_of_run, read_result
     from samrobust.system.distributed import broadcast_from_primary
 
     opened = FinishedRuns(arguments, stop)
@@ -81,44 +79,32 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         lambda c: scoring.Scorer(c, load_data(c)), "data", "model", "evaluation"
     )
 
-    def training_of(folder: pathlib.Path) -> dict[str, Any]:
-        result = read_result(folder, identity_of(config_of_run(folder), None))
-        assert result is not None  # the run is finished
-        made_by = result["provenance"]
-        return {"training_steps": num_steps(result), "training_provenance": made_by}
-
     trained = broadcast_from_primary(
-        lambda: {path: training_of(workdir / path) for path in runs}
+        lambda: {path: _training_of(workdir / path) for path in runs}
     )
 
     def work_of(config: "Config") -> float:
         return scoring.evaluation_work(config, load_data(config))
 
     works = {
-        path: sum(map(work_of, configs.values())) for path, configs in runs.items()
+        path: [work_of(configs[attack]) for attack in _ATTACKS]
+        for path, configs in runs.items()
     }
 
     def judge(path: str, shown: "RunDisplay") -> dict[str, Any]:
-        configs, folder = runs[path], workdir / path
-        config, scores, done = configs["pgd"], {}, 0.0
+        configs, scores = runs[path], {}
+        config = configs["pgd"]
         dataset, judged = load_data(config), networks.checkpoints_of(config)
+        parts = iter(scoring.in_parts(shown, works[path] * len(judged)))
         for which in judged:
-            network = networks.load_network(config, dataset, folder, which)
-            found = []
-            for attack in _ATTACKS:
-                share = work_of(configs[attack]) / works[path] / len(judged)
-                part = scoring.PartObserver(shown, done, share)
-                score = scorer(configs[attack])
-                found.append(score(network, folder, part, opened.should_stop))
-                done += share
-            pgd, autoattack = found
-            details = dict(autoattack.details)
-            if "column_provenance" in details:
-                details["column_provenance"] = _named(details["column_provenance"])
-            scores[which] = autoattack._replace(
-                accuracy=pgd.accuracy | _named(autoattack.accuracy),
-                details={**details, "pgd_provenance": pgd.provenance},
+            network = networks.load_network(config, dataset, workdir / path, which)
+            pgd, autoattack = (
+                scorer(configs[attack])(
+                    network, workdir / path, next(parts), opened.should_stop
+                )
+                for attack in _ATTACKS
             )
+            scores[which] = _beside(pgd, autoattack)
         return {
             **scoring.as_result(scores),
             "dataset": config.data.name,
@@ -128,7 +114,8 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
             **trained[path],
         }
 
-    results = list(opened.judge_each(judge, works).values())
+    total = {path: sum(parts) for path, parts in works.items()}
+    results = list(opened.judge_each(judge, total).values())
 
     def conclude() -> tuple[pathlib.Path, ...]:
         with opened.concluding():
@@ -155,6 +142,29 @@ def _config(config: "Config", attack: str, arguments: argparse.Namespace) -> "Co
     )
     validate(config)
     return config
+
+
+def _training_of(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns what a table says of the training of a finished run."""
+    from samrobust.experiments.identity import identity_of
+    from samrobust.experiments.reporting.results import num_steps
+    from samrobust.experiments.workdir import config_of_run, read_result
+
+    result = read_result(folder, identity_of(config_of_run(folder), None))
+    assert result is not None  # the run is finished
+    made_by = result["provenance"]
+    return {"training_steps": num_steps(result), "training_provenance": made_by}
+
+
+def _beside(pgd: "Score", autoattack: "Score") -> "Score":
+    """Returns AutoAttack's score of a network with PGD's columns beside its own."""
+    details = dict(autoattack.details)
+    if "column_provenance" in details:
+        details["column_provenance"] = _named(details["column_provenance"])
+    return autoattack._replace(
+        accuracy=pgd.accuracy | _named(autoattack.accuracy),
+        details={**details, "pgd_provenance": pgd.provenance},
+    )
 
 
 def _named(under_autoattack: Mapping[str, Any]) -> dict[str, Any]:

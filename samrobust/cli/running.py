@@ -25,7 +25,7 @@ __all__ = ["execute"]
 _TRANSIENT, _CTRL_C = 69, runtime.EXIT_CODES[signal.SIGINT]
 
 # Commands that a signal may end in the middle of a computation, and after how long:
-# their findings are stored as they come, or are found again.
+# their findings are stored as they come, or computed again by a rerun.
 _LOSES_NOTHING = ("evaluate", "recheck", "curves", "sharpness", "theory")
 _PATIENCE = 1.5  # seconds
 _ALONE = ("theory", "export", "import")  # the others look for a device as they join

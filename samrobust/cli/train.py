@@ -28,7 +28,8 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     Raises:
       InterruptedRunError: if it was asked to stop.
-      Further errors: as `samrobust.experiments.run.run`.
+
+    And as `samrobust.experiments.run.run`.
     """
     from samrobust.cli.shared import join, show_accuracies, show_notes, show_written
     from samrobust.experiments import building, configuration

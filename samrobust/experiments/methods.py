@@ -283,7 +283,7 @@ def _counted(passes: Any, values: Mapping[str, Any]) -> float:
 
 
 def supposed(config: Config, *, own: bool = False) -> entries.Given:
-    """Returns what may be given, where nothing is known of the data.
+    """Returns stand-ins for what a training gives, where the data are not known yet.
 
     Args:
       config: of the training.

@@ -53,7 +53,7 @@ _SCORES = "scores.json"  # of the checkpoints judged so far, until there is a re
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-    """A row of a table with a seed, where its files go, and what others have, too."""
+    """A row of a table with a seed: its config, its workdir, the trunks it shares."""
 
     config: Config
     workdir: pathlib.Path
@@ -157,8 +157,8 @@ def run(
             write_sealed(workdir / _SCORES, stored)
 
         judged = checkpoints_of(config)
-        for i, which in enumerate(judged):
-            part = scoring.PartObserver(observer, i / len(judged), 1 / len(judged))
+        parts = scoring.in_parts(observer, [1] * len(judged))
+        for which, part in zip(judged, parts, strict=True):
             if which == "last":
                 network = _trained(config, dataset, outcome)
             else:
@@ -195,7 +195,7 @@ def train(
     companion: Companion | None = None,
     shared: Sequence[trunks.PlannedTrunk] = (),
 ) -> FitResult:
-    """Trains what a config says; of a run that was stopped, what is left.
+    """Trains a row, or the rest of one that was stopped.
 
     Args:
       config: validated.
@@ -213,7 +213,8 @@ def train(
     Raises:
       ValueError: if the batches, groups and devices do not fit the data, or radii the
         images.
-      Further errors: as `samrobust.training.fit`.
+
+    And as `samrobust.training.fit`.
     """
     training = config.training
     building.check_images(config, dataset)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -42,7 +42,6 @@ from samrobust.types import Config, PyTree
 __all__ = [
     "Judge",
     "Observer",
-    "PartObserver",
     "Score",
     "Scorer",
     "as_result",
@@ -50,6 +49,7 @@ __all__ = [
     "evaluated_split",
     "evaluation_key",
     "evaluation_work",
+    "in_parts",
     "make_after_epoch",
     "make_judge",
     "make_validate",
@@ -76,14 +76,20 @@ class Observer(Protocol):
         """Shows how many examples are evaluated; `doing` may say what was done."""
 
 
-class PartObserver:
-    """Observer of a part of an evaluation, as that part of the whole.
+def in_parts(observer: Observer, works: Sequence[float]) -> list[Observer]:
+    """Returns observers of the parts of an evaluation, in their order.
 
     Args:
       observer: of the whole.
-      begin: share of the whole that comes before, in [0, 1].
-      share: of the part.
+      works: predicted costs of the parts, in any unit.
     """
+    shares = np.asarray(works) / sum(works)
+    begins = np.cumsum(shares) - shares
+    return [_PartObserver(observer, *pair) for pair in zip(begins, shares, strict=True)]
+
+
+class _PartObserver:
+    """Observer of a part of an evaluation, which it shows as that part of the whole."""
 
     def __init__(self, observer: Observer, begin: float, share: float):
         self._observer, self._begin, self._share = observer, begin, share
