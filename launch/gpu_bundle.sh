@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Puts into a folder what launch/gpu_measure.sh wants on a machine without a network: this
-# package as a wheel and those it needs beside JAX's, for that machine's Python; CIFAR in
-# pieces below 20 MB, from the data directory of tensorflow-datasets; and with
-# --before=COMMIT another version of the package to compare with.
+# package as a wheel and those it needs beside JAX's (PyTorch's compiler: setuptools), for
+# that machine's Python; CIFAR in pieces below 20 MB, from the data directory of
+# tensorflow-datasets; and with --before=COMMIT another version of the package to compare
+# with, of 28 November 2026 or newer.
 # launch/gpu_bundle.sh --bundle=DIR [--data-dir=DIR] [--data=NAMES] [--python=3.12]
 # [--packages=NAMES] [--before=COMMIT]
 set -euo pipefail
@@ -11,7 +12,7 @@ cd "$(dirname "$0")/.."
 bundle=bundle data_dir="" before="" version=3.12
 data="cifar10 cifar100"
 packages="ml-collections safetensors matplotlib contourpy cycler fonttools kiwisolver
-  packaging pillow pyparsing python-dateutil six"
+  packaging pillow pyparsing python-dateutil setuptools six"
 for option in "$@"; do
   case $option in
     --bundle=*) bundle=${option#*=} ;;
@@ -44,7 +45,7 @@ if [ -n "$before" ]; then
 fi
 
 for name in $data; do
-  [ -e "$bundle/data/$name/facts.npz" ] ||
+  [ -e "$bundle/data/$name/files.txt" ] ||
     "$python" -m samrobust.studies.campaign.pieces pack "$name" "$bundle/data/$name" \
       ${data_dir:+"$data_dir"}
 done

@@ -256,6 +256,32 @@ def test_the_roofline_and_the_counts_come_first_then_each_row_in_each_round():
     ]
 
 
+def test_ceilings_that_are_known_are_not_measured_again(tmp_path):
+    file = tmp_path / "machine.json"
+    known = {"matmul": 8e14, "copy": 4e12}
+    file.write_text(json.dumps({"commit": "abc", "bfloat16": known}))
+    precisions = ("bfloat16", "float32")
+    options = Options(
+        *(DIGITS, (), ("step",), ("st",)), precisions=precisions, ceilings=str(file)
+    )
+    order = schedule(plan(options), options)
+    assert [(t.kind, t.precision) for _, t in order if t.kind == "roofline"] == [
+        ("roofline", "float32")
+    ]
+    assert summarize({}, options).ceilings == {"bfloat16": known}
+    missing = dataclasses.replace(options, ceilings=str(tmp_path / "none.json"))
+    kinds = [task.kind for _, task in schedule(plan(missing), missing)]
+    assert kinds.count("roofline") == 2
+
+
+def test_without_matplotlib_a_bench_has_numbers_and_no_picture(tmp_path, monkeypatch):
+    st = plan(Options(CIFAR, measure=("step",), methods=("st",)))[0]
+    report = summarize({st: [fake_step([1.0])]}, OPTIONS)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    written = write_report(report, tmp_path)
+    assert [path.name for path in written] == ["bench.json", "bench.md"]
+
+
 def test_several_seeds_in_a_program_are_rows_of_steps_alone():
     tasks = plan(Options(CIFAR, methods=("st",), seeds_per_program=(1, 2)))
     found = [(task.kind, task.seeds) for task in tasks]

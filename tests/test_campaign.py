@@ -3,22 +3,42 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 
 import helpers
 import numpy as np
 import pytest
 from test_layering import modules_after
 
+from samrobust import cli
+from samrobust.cli import flags
 from samrobust.data import load_dataset
 from samrobust.data.splits import fingerprint
 from samrobust.studies.bench import plan as bench_plan
-from samrobust.studies.campaign import blocks, pieces, summary, trace
-from samrobust.studies.campaign.blocks import Block, Campaign, Command, plan
+from samrobust.studies.campaign import (
+    __main__,
+    archive,
+    blocks,
+    machine,
+    pieces,
+    summary,
+    trace,
+    wheels,
+)
+from samrobust.studies.campaign import epochs as epochs_module
+from samrobust.studies.campaign.blocks import (
+    Block,
+    Campaign,
+    Command,
+    left_out,
+    plan,
+)
 from samrobust.studies.campaign.runner import run
 from samrobust.system.compiler import parse_compiler_options
 
@@ -33,8 +53,10 @@ def python(script, *arguments, **options):
 
 
 def make_bundle(folder):
-    for name in ("before/samrobust", "data/cifar10", "data/cifar100"):
-        (folder / name).mkdir(parents=True)
+    (folder / "before" / "samrobust").mkdir(parents=True)
+    for name in ("cifar10", "cifar100"):
+        (folder / "data" / name).mkdir(parents=True)
+        (folder / "data" / name / blocks.MANIFEST).touch()
     return folder
 
 
@@ -45,41 +67,58 @@ def names(campaign):
 def test_the_order_is_that_of_what_is_missed_most(tmp_path):
     campaign = Campaign(tmp_path / "out", make_bundle(tmp_path / "bundle"))
     assert names(campaign) == [
-        *("machine", "st", "before-after"),
-        *(f"flag-{name}" for name in blocks.FLAGS),
-        *("deterministic", "methods", "pytorch-st", "pytorch-at", "profile"),
-        *("seeds-alone", "seeds-two-at-once", "seeds-in-one-program"),
-        *(f"flag-{name}" for name in blocks.MORE_FLAGS),
-        *("rows-cifar10-sam", "rows-cifar100-sam", "rows-cifar10-at"),
+        *("install", "machine", "st", "st-carried", "before-after", "flags"),
+        *("methods", "pytorch-st", "pytorch-at", "profile", "seeds-in-one-program"),
+        *("rows-cifar10-sam", "deterministic", "seeds-alone", "seeds-two-at-once"),
+        *("more-st", "more-flags", "rows-cifar100-sam", "rows-cifar10-at"),
     ]
-    last = [block.seconds == float("inf") for block in plan(campaign)]
-    assert last == [False] * (len(last) - 3) + [True] * 3  # as the time allows
+    assert list(left_out(campaign)) == []
 
 
-def test_what_the_bundle_lacks_is_left_out(tmp_path):
-    found = names(Campaign(tmp_path / "out", tmp_path))
-    assert not [
-        name for name in found if name.startswith(("rows", "before", "install"))
+def test_only_rows_may_take_all_the_time_and_the_first_ones_begin_within_half_an_hour(
+    tmp_path,
+):
+    found = plan(Campaign(tmp_path / "out", make_bundle(tmp_path / "bundle")))
+    limits = {block.name: block.seconds for block in found}
+    rows = [name for name, limit in limits.items() if limit == float("inf")]
+    assert rows == [name for name in limits if name.startswith("rows")]
+    before = list(limits)[: list(limits).index(rows[0])]
+    assert sum(limits[name] for name in before) <= 1800  # if all else takes its limit
+    # Each has its whole limit in one command, whose machine ends it after ten minutes.
+    assert max(limits[name] for name in limits if name not in rows) <= 560 - 15
+    assert limits["before-after"] >= 3 * (77 + 20)  # three first compilations
+
+
+def test_the_ceilings_are_measured_once(tmp_path):
+    commands = [b.commands for b in plan(Campaign(tmp_path, tmp_path))]
+    benches = [c.words for each in commands for c in each if "bench" in c.words]
+    file = f"--ceilings={tmp_path / 'machine' / 'machine.json'}"
+    for words in benches:
+        assert ("--no-rates" in words or "--profile" in words) != (file in words)
+
+
+def test_what_the_bundle_lacks_is_left_out_and_said(tmp_path):
+    campaign = Campaign(tmp_path / "out", tmp_path)
+    assert not [n for n in names(campaign) if n.startswith(("rows", "before"))]
+    folder = tmp_path / "data" / "cifar10"
+    folder.mkdir(parents=True)
+    (folder / blocks.MANIFEST).write_text("facts.npz\ntrain-0.webp\n")
+    (folder / "facts.npz").touch()
+    assert "rows-cifar10-sam" not in names(campaign)
+    assert list(left_out(campaign)) == [
+        f"before-after: no folder {tmp_path / 'before'}.",
+        f"rows-cifar10-sam: no train-0.webp in {folder}.",
+        f"rows-cifar100-sam: no files.txt in {tmp_path / 'data' / 'cifar100'}.",
+        f"rows-cifar10-at: no train-0.webp in {folder}.",
     ]
-
-
-def test_the_wheels_of_what_is_missing_alone_are_installed(tmp_path):
-    folder = tmp_path / "wheels"
-    folder.mkdir()
-    for name in ("numpy-9.9-py3-none-any.whl", "no_such_thing-1-py3-none-any.whl"):
-        (folder / name).touch()
-    first = plan(Campaign(tmp_path / "out", tmp_path))[0]
-    assert first.name == "install"
-    words = first.commands[0].words
-    assert [word for word in words if word.endswith(".whl")] == [
-        str(folder / "no_such_thing-1-py3-none-any.whl")
-    ]
+    (folder / "train-0.webp").touch()  # brought later
+    assert "rows-cifar10-sam" in names(campaign)
 
 
 def test_its_flags_rows_and_fields_are_those_of_the_package(tmp_path):
     several = blocks._SIDE_BY_SIDE
-    for flags in (*blocks.FLAGS.values(), *blocks.MORE_FLAGS.values(), several):
-        assert parse_compiler_options(flags)
+    for options in (*blocks.FLAGS, *blocks.MORE_FLAGS, several):
+        assert parse_compiler_options(options)
     campaign = Campaign(tmp_path, make_bundle(tmp_path / "bundle"), trial=True)
     for config, rows in blocks.ROWS:
         path = f"{helpers.ROOT}/configs/{config}.py"
@@ -93,7 +132,8 @@ def test_its_flags_rows_and_fields_are_those_of_the_package(tmp_path):
 
 
 def test_it_begins_with_nothing_but_the_standard_library():
-    loaded = modules_after("import samrobust.studies.campaign.__main__")
+    room = "samrobust.studies.campaign"
+    loaded = modules_after(f"import {room}.__main__, {room}.wheels")
     assert loaded.isdisjoint({"jax", "numpy", "ml_collections", "rich"})
 
 
@@ -102,7 +142,173 @@ def test_the_command_lists_its_blocks():
     command = [str(SCRIPT), "--list"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("machine (at most 90 s)\nst (at most 240 s)\n")
+    assert done.stdout.startswith("install (at most 90 s)\nmachine (at most 60 s)\n")
+
+
+def test_a_trial_on_a_cpu_asks_for_nothing_that_only_a_gpu_has(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    from samrobust.studies.bench.suite import Launcher
+    from samrobust.studies.bench.twin.steps import TwinSpec
+
+    specs = []
+    there = {"platform": "cpu", "num_devices": 1}
+    monkeypatch.setattr(Launcher, "__call__", lambda *_: there)
+    monkeypatch.setattr(Launcher, "_run", lambda _, __, spec: specs.append(spec))
+    campaign = Campaign(tmp_path, make_bundle(tmp_path / "bundle"), True, on_cpu=True)
+    for block in plan(campaign):
+        for command in block.commands:
+            if "bench" not in command.words:
+                continue
+            words = command.words[command.words.index("bench") :]
+            options = flags.build(bench_plan.Options, cli._parse(list(words)))
+            for task in bench_plan.plan(options):
+                if task.kind == "pytorch":
+                    Launcher(options, tmp_path, lambda: False)._pytorch(task)
+    made = [TwinSpec(**{n: v for n, v in s.items() if n != "parity"}) for s in specs]
+    assert [(one.method, one.variant) for one in made] == [
+        *(("st", "tuned"), ("st", "compiled"), ("at", "tuned"), ("at", "compiled")),
+        *(("st", "pure"), ("st", "autotuned")),
+    ]
+
+
+# In place of the package's commands: writes what a command was asked to write.
+STAND_IN = """#!{python}
+import json, os, pathlib, signal, sys
+words = dict(word.partition("=")[::2] for word in sys.argv)
+row = dict(method="st", kind="step", variant="", xla_flags="", step_seconds=0.002,
+           images_per_second=64e3)
+run = dict(step_seconds=0.002, images_per_second=64e3, digest="ab12")
+if "bench" in sys.argv:
+    folder = pathlib.Path(words["--workdir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.json").write_text(json.dumps(dict(rows=[row], failures=[])))
+elif "--kill" in sys.argv:
+    os.kill(os.getpid(), signal.SIGKILL)
+elif "--output" in words:
+    path = pathlib.Path(words["--output"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run))
+"""
+
+
+def test_a_trial_goes_through_all_blocks_and_tells_what_each_found(
+    tmp_path, monkeypatch, capsys
+):
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN.format(python=sys.executable))
+    stand_in.chmod(0o755)
+    workdir, bundle = tmp_path / "out", make_bundle(tmp_path / "bundle")
+    monkeypatch.setattr(blocks.sys, "executable", str(stand_in))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("PYTHONPATH", "")  # it is changed
+    words = ["--trial", f"--workdir={workdir}", f"--bundle={bundle}"]
+    monkeypatch.setattr(sys, "argv", ["gpu_measure.sh", *words])
+    assert __main__.main() == 0
+    found = names(Campaign(workdir, bundle, True, on_cpu=True))
+    assert statuses(workdir) == dict.fromkeys(sorted(found), "done")
+    text = capsys.readouterr().out
+    for name in found:
+        assert f"| {name} | done |" in text
+    assert "| st-carried | st step |  | 2.000 |" in text
+    assert "deterministic, usual: same bits after a kill: yes" in text
+    assert (workdir / "results.tar.gz").exists()
+
+
+# The packages of the bundle.
+
+
+def make_wheel(folder, name, tag="py3-none-any", content=""):
+    path = folder / f"{name}-1.0-{tag}.whl"
+    info = f"{name}-1.0.dist-info"
+    files = {
+        f"{name}/__init__.py": content,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{info}/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n",
+        f"{info}/RECORD": "",
+    }
+    with zipfile.ZipFile(path, "w") as file:
+        for each, text in files.items():
+            file.writestr(each, text)
+    return path.name
+
+
+def install(folder, monkeypatch, *needed):
+    site, file = folder / "site", folder / "install.json"
+    monkeypatch.setattr(wheels, "NEEDED", needed)
+    monkeypatch.setattr(sys, "argv", ["wheels", *map(str, (folder, site, file))])
+    try:
+        wheels.main()
+    except SystemExit as end:
+        return str(end.code), json.loads(file.read_text())
+    return "", json.loads(file.read_text())
+
+
+def test_one_wheel_that_is_refused_stops_no_other(tmp_path, monkeypatch):
+    pure = make_wheel(tmp_path, "of_campaign_pure")
+    foreign = make_wheel(tmp_path, "of_campaign_foreign", "cp27-cp27m-win32")
+    broken = make_wheel(tmp_path, "of_campaign_broken", content="import no_such_module")
+    make_wheel(tmp_path, "numpy")  # is there, in another version
+    complaint, found = install(tmp_path, monkeypatch, "of_campaign_pure")
+    assert (complaint, found["installed"]) == ("", [pure])
+    missing = found["missing"]
+    assert list(missing) == [broken, foreign]
+    assert "No module named 'no_such_module'" in missing[broken]
+    assert "not a supported wheel" in missing[foreign]
+    assert not (tmp_path / "site" / "numpy").exists()
+
+
+def test_a_package_without_which_nothing_runs_is_asked_for(tmp_path, monkeypatch):
+    complaint, found = install(tmp_path, monkeypatch, "of_campaign_no_such")
+    assert complaint.startswith("Expected of_campaign_no_such, which all blocks want")
+    assert "No module named" in found["missing"]["of_campaign_no_such"]
+
+
+def test_packages_are_installed_again_where_their_folder_was_left_behind(
+    tmp_path, monkeypatch
+):
+    wheel = make_wheel(tmp_path, "of_campaign_pure")
+    for _ in range(2):  # on one machine, and from its results on the next
+        assert install(tmp_path, monkeypatch)[1]["installed"] == [wheel]
+        assert install(tmp_path, monkeypatch)[1]["installed"] == []
+        shutil.rmtree(tmp_path / "site")
+
+
+def test_what_is_required_runs_at_every_start_and_without_it_nothing(tmp_path):
+    ready = tmp_path / "ready"
+    script = "import pathlib, sys; sys.exit(not pathlib.Path(sys.argv[1]).exists())"
+    some = [
+        Block("install", 9, (python(script, ready),), required=True),
+        Block("st", 9, (python("1"),)),
+    ]
+    assert run_quickly(some, tmp_path) == {"install": "failed"}
+    ready.touch()
+    assert run_quickly(some, tmp_path) == {"install": "done", "st": "done"}
+    ready.unlink()  # another machine, with the notes of this one
+    assert run_quickly(some, tmp_path) == {"install": "failed", "st": "done"}
+
+
+# The machine.
+
+
+def test_ceilings_are_known_where_the_target_config_is_not(tmp_path, monkeypatch):
+    def fail():
+        raise RuntimeError("no such method")
+
+    ceiling = {"matmul": 8e14, "copy": 4e12}
+    monkeypatch.setattr(machine, "target_config", fail)
+    monkeypatch.setattr(machine, "roofline", lambda *_: ceiling)
+    words = [f"--config={helpers.ROOT}/configs/cifar10.py", f"--workdir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["machine", *words])
+    machine.main()
+    found = json.loads((tmp_path / "machine.json").read_text())
+    assert found["bfloat16"] == found["float32"] == ceiling
+    assert found["target_config"] == "RuntimeError: no such method"
+    (tmp_path / "machine").mkdir()
+    (tmp_path / "machine.json").rename(tmp_path / "machine" / "machine.json")
+    text = summary.write_summary([], tmp_path).read_text()
+    assert "bfloat16: matmul 800 TFLOP/s, copy 4e+03 GB/s." in text
+    assert "No target config: RuntimeError: no such method" in text
 
 
 # Blocks.
@@ -130,7 +336,7 @@ def test_a_block_that_fails_leaves_the_rest_running_and_says_why(tmp_path):
     assert found == {"bad": "failed", "absent": "failed", "good": "done"}
     outcome = json.loads((tmp_path / "blocks" / "bad.json").read_text())
     assert (outcome["codes"], outcome["message"]) == ([1, 0], "no memory")
-    assert (tmp_path / "logs" / "good-0.log").read_text() == "fine\n"
+    assert (tmp_path / "logs" / "good" / "0.log").read_text() == "fine\n"
     assert [len(call) for call in calls] == [1, 2, 3]  # written at once
 
 
@@ -168,18 +374,61 @@ def test_a_second_start_takes_up_what_is_not_done(tmp_path):
         "import sys; print(1, file=open(sys.argv[1], 'a')); sys.exit(int(sys.argv[2]))"
     )
     some = [
-        Block(name, 9, (python(count, tmp_path / name, code),))
+        Block(name, 9, (python(count, tmp_path / f"starts-{name}", code),))
         for name, code in (("done", 0), ("failed", 1))
     ]
     for _ in range(2):
         run_quickly(some, tmp_path)
-    starts = [len((tmp_path / b.name).read_text().splitlines()) for b in some]
+    paths = [tmp_path / f"starts-{block.name}" for block in some]
+    starts = [len(path.read_text().splitlines()) for path in paths]
     assert starts == [1, 2]
+
+
+def test_what_was_never_reached_comes_before_what_failed_and_what_was_cut_short_first(
+    tmp_path,
+):
+    sleep = python("import time; time.sleep(600)")
+    some = {
+        "failed": Block("failed", 60, (python("import sys; sys.exit(1)"),)),
+        "long": Block("long", 0.1, (sleep,)),
+        "killed": Block("killed", 60, (python("1"),)),
+        "cut": Block("cut", 60, (sleep,)),
+        "never": Block("never", 60, (python("1"),)),
+    }
+    (tmp_path / "blocks").mkdir()  # its machine went away in the midst of it
+    (tmp_path / "blocks" / "killed.json").write_text('{"status": "begun"}')
+    found = run_quickly([some["failed"], some["long"]], tmp_path)
+    found |= run_quickly([some["cut"]], tmp_path, budget=1.5)
+    assert found == {"failed": "failed", "long": "out of time", "cut": "stopped"}
+    some["cut"] = Block("cut", 60, (python("1"),))
+    found = run_quickly(list(some.values()), tmp_path)
+    assert list(found) == ["cut", "never", "failed", "long", "killed"]
+
+
+def test_a_second_attempt_leaves_what_the_first_one_measured(tmp_path):
+    write = (
+        "import json, pathlib, sys\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "path.parent.mkdir()\n"
+        "rows = [dict(method='st', kind='pytorch', variant=one, xla_flags='')\n"
+        "        for one in sys.argv[2:]]\n"
+        "path.write_text(json.dumps(dict(rows=rows)))\n"
+        "print(len(rows), 'rows')\n"
+        "sys.exit(1)\n"
+    )
+    path = tmp_path / "st" / "bench.json"
+    for variants in (["graphed", "compiled"], ["graphed"]):
+        some = [Block("st", 9, (python(write, path, *variants),))]
+        run_quickly(some, tmp_path)
+    text = summary.write_summary(some, tmp_path).read_text()
+    assert "| st | st pytorch graphed |" in text
+    assert "| st.aside | st pytorch compiled |" in text
+    assert (tmp_path / "logs" / "st.aside" / "0.log").read_text() == "2 rows\n"
 
 
 def test_no_block_begins_without_time_for_it(tmp_path):
     some = [Block(name, 9, (python("import time; time.sleep(1)"),)) for name in "ab"]
-    assert run_quickly(some, tmp_path, budget=1.5) == {"a": "out of time"}
+    assert run_quickly(some, tmp_path, budget=1.5) == {"a": "stopped"}
 
 
 def test_a_request_to_stop_ends_the_block_and_its_children_and_begins_no_other(
@@ -238,7 +487,10 @@ def test_a_data_set_comes_back_from_its_pieces_bit_for_bit(
     )
     name = str(tmp_path / "own.npz")
     pieces.pack(name, tmp_path / "pieces")
-    assert len(list((tmp_path / "pieces").glob("*.webp"))) == 3
+    there = {path.name for path in (tmp_path / "pieces").iterdir()}
+    assert len([name for name in there if name.endswith(".webp")]) == 3
+    told = (tmp_path / "pieces" / blocks.MANIFEST).read_text().split()
+    assert {*told, blocks.MANIFEST} == there
     copy = tmp_path / "there" / "own.npz"
     pieces.unpack(tmp_path / "pieces", copy)
     own, again = load_dataset(name), load_dataset(str(copy))
@@ -288,6 +540,13 @@ def test_a_run_that_was_killed_ends_at_the_bits_of_one_that_was_not(tmp_path):
     assert whole["images_per_second"] > 0
 
 
+def test_an_older_package_makes_its_method_by_another_name(monkeypatch):
+    monkeypatch.delattr(epochs_module.building, "make_training")
+    make = lambda *arguments: arguments  # noqa: E731
+    monkeypatch.setattr(epochs_module.building, "make_method", make, raising=False)
+    assert epochs_module._make_method("config", "data", 3) == ("config", "data", 3)
+
+
 # What it found.
 
 
@@ -315,7 +574,8 @@ def test_the_summary_has_every_block_and_the_archive_all_that_is_small(tmp_path)
     for path, content in (("st/bench.json", report), ("seeds/0.json", found)):
         (tmp_path / path).parent.mkdir()
         (tmp_path / path).write_text(json.dumps(content))
-    for path in ("cache/autotune/a", "cache/program", "rows/st/checkpoints/1/state"):
+    left = ("cache/program", "rows/st/checkpoints/1/state", "st-carried/cache/program")
+    for path in ("cache/autotune/a", *left):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("content")
     text = summary.write_summary(some, tmp_path).read_text()
@@ -324,8 +584,41 @@ def test_the_summary_has_every_block_and_the_archive_all_that_is_small(tmp_path)
     assert "| st | st step | --xla_a=1 | 1.900 | 67,368 | 1.00 |  |  |  |  |" in text
     assert "failed: sam step: out / of memory" in text
     assert "| seeds/0 | 2.000 | 64,000 | ab12 |" in text
-    summary.write_archive(tmp_path, tmp_path / "results.tar.gz")
-    with tarfile.open(tmp_path / "results.tar.gz") as archive:
-        packed = set(archive.getnames())
+    archive.write_archive(tmp_path, tmp_path / "results.tar.gz")
+    with tarfile.open(tmp_path / "results.tar.gz") as file:
+        packed = set(file.getnames())
     assert {"summary.md", "st/bench.json", "cache/autotune/a"} <= packed
-    assert packed.isdisjoint({"cache/program", "rows/st/checkpoints/1/state"})
+    assert packed.isdisjoint(left)
+
+
+def test_the_summary_says_what_is_left_out_missing_and_whether_bits_are_the_same(
+    tmp_path,
+):
+    ends = {"usual-whole": "ab", "usual-resumed": "cd"}
+    ends |= {"deterministic-whole": "ef", "deterministic-resumed": "ef"}
+    for name, digest in ends.items():
+        run = {"step_seconds": 0.002, "images_per_second": 64_000.0, "digest": digest}
+        (tmp_path / "deterministic").mkdir(exist_ok=True)
+        (tmp_path / "deterministic" / f"{name}.json").write_text(json.dumps(run))
+    (tmp_path / "install").mkdir()
+    missing = {"missing": {"pillow.whl": "not a supported wheel"}}
+    (tmp_path / "install" / "install.json").write_text(json.dumps(missing))
+    some = [Block("deterministic", 9, ())]
+    text = summary.write_summary(some, tmp_path, ["rows: no data."]).read_text()
+    assert "\nLeft out: rows: no data.\n" in text
+    assert "\nMissing: pillow.whl: not a supported wheel\n" in text
+    assert "deterministic, usual: same bits after a kill: no" in text
+    assert "deterministic, deterministic: same bits after a kill: yes" in text
+
+
+def test_of_a_cache_what_the_archive_carries_is_copied(tmp_path, monkeypatch):
+    cache, copy = tmp_path / "cache", tmp_path / "copy"
+    words = ["archive", str(cache), str(copy), "--needed"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="Expected files of autotuning"):
+        archive.main()
+    for path in ("of_autotune/a", "program"):
+        (cache / path).parent.mkdir(parents=True, exist_ok=True)
+        (cache / path).write_text("content")
+    archive.main()
+    assert [p.name for p in copy.rglob("*") if p.is_file()] == ["a"]

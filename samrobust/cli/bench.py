@@ -66,6 +66,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--rounds", **flags.FEW, help="processes per row; default: 2")
     cache = "of compiled programs, kept; default: an empty one, removed afterwards"
     add("--cache", **flags.DIRECTORY, help=cache)
+    before = "rooflines by precision, measured before, as machine.json of a campaign"
+    add("--ceilings", **flags.FILE, help=before)
     rates = "leave out the roofline and the counts of operations"
     add("--no-rates", **flags.SWITCH, help=rates)
     add("--min-seconds", **flags.POSITIVE, help="of a repeat; default: 2")

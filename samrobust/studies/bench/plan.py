@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import itertools
+import pathlib
 from typing import Any
 
 from samrobust.checks import check, check_choice
@@ -10,9 +11,10 @@ from samrobust.evaluation.measure import usual_batch_size
 from samrobust.experiments import config_files, configuration
 from samrobust.experiments.rows import parse_row
 from samrobust.system.compiler import parse_compiler_options
+from samrobust.system.files import glance
 from samrobust.types import Config
 
-__all__ = ["Options", "Task", "config_of", "plan"]
+__all__ = ["Options", "Task", "config_of", "known_ceilings", "plan"]
 
 # Of PyTorch's side: the methods, and the variants by precision.
 _TWIN_METHODS = ("st", "sam", "at")
@@ -45,6 +47,8 @@ class Options:
       repeats: in every process.
       rounds: processes for each row.
       cache: of compiled programs, which is kept; an empty one where it is not given.
+      ceilings: JSON file of rooflines by precision, `{"bfloat16": {"matmul": ...,
+        "copy": ...}}`, measured before; what it lacks is measured.
       no_rates: leave out the roofline and the counts of operations.
       min_seconds: of a repeat.
     """
@@ -66,6 +70,7 @@ class Options:
     repeats: int = 5
     rounds: int = 2
     cache: str | None = None
+    ceilings: str | None = None
     no_rates: bool = False
     min_seconds: float = 2.0
 
@@ -214,6 +219,16 @@ def _overrides_of(task: Task, options: Options) -> tuple[str, ...]:
         steps = 1 if task.kind == "unrolled" else task.steps_per_call
         own.append(f"--config.training.steps_per_call={steps}")
     return (*options.overrides, *own)
+
+
+def known_ceilings(options: Options) -> dict[str, dict[str, float]]:
+    """Returns the rooflines that are not measured, by precision."""
+    found = glance(pathlib.Path(options.ceilings)) if options.ceilings else {}
+    return {
+        precision: {name: found[precision][name] for name in ("matmul", "copy")}
+        for precision in _VARIANTS
+        if precision in found
+    }
 
 
 def config_of(task: Task, options: Options) -> Config:

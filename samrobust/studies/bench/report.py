@@ -24,14 +24,20 @@ _OWN = ("step", "unrolled")
 
 
 def write_report(report: BenchReport, folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
-    """Writes bench.json, bench.md and bench.png, and makes the folder if needed."""
+    """Writes bench.json, bench.md and bench.png, and makes the folder if needed.
+
+    Without Matplotlib there is no picture, and no row is lost for the lack of one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "bench.json", folder / "bench.md"
     write_json(paths[0], report._asdict())
     write_text(paths[1], to_sheet(report).to_markdown())
     if not any(row["kind"] == "step" for row in report.rows):
         return paths
-    return (*paths, *write_figure(draw(report), folder, "bench", ("png",)))
+    try:
+        return (*paths, *write_figure(draw(report), folder, "bench", ("png",)))
+    except ImportError:
+        return paths
 
 
 def to_sheet(report: BenchReport) -> Sheet:

@@ -17,7 +17,7 @@ import numpy as np
 
 from samrobust.experiments import building, methods
 from samrobust.studies.bench.counts import StepCost, step_cost
-from samrobust.studies.bench.plan import Options, Task, config_of
+from samrobust.studies.bench.plan import Options, Task, config_of, known_ceilings
 from samrobust.studies.bench.programs import num_steps
 from samrobust.studies.bench.suite import Outcome
 from samrobust.types import Config
@@ -73,7 +73,8 @@ def summarize(
       out.
     """
     rows: list[Row] = []
-    failures, ceilings, passes, first = [], {}, {}, {}
+    failures, passes, first = [], {}, {}
+    ceilings = known_ceilings(options)
     for task, raws in outcomes.items():
         failures += [(task.name, raw["error"]) for raw in raws if "error" in raw]
         good = [raw for raw in raws if "error" not in raw]

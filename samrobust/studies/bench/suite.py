@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from samrobust.checks import check
 from samrobust.experiments import building
-from samrobust.studies.bench.plan import Options, Task, config_of
+from samrobust.studies.bench.plan import Options, Task, config_of, known_ceilings
 from samrobust.studies.bench.worker import BAD_INPUT
 
 __all__ = ["Launcher", "Outcome", "StoppedError", "schedule"]
@@ -37,8 +37,8 @@ class StoppedError(RuntimeError):
 def schedule(tasks: Sequence[Task], options: Options) -> list[tuple[str, Task]]:
     """Returns what to run, in order, with names for people.
 
-    The roofline of each precision, the counts, then every row once, and once again. Of
-    programs that are counted alone, each once.
+    The roofline of each precision that is not known, the counts, then every row once,
+    and once again. Of programs that are counted alone, each once.
     """
     if options.aot:
         return [(task.name, task) for task in tasks]
@@ -49,10 +49,12 @@ def schedule(tasks: Sequence[Task], options: Options) -> list[tuple[str, Task]]:
     ]
     if options.no_rates:
         return rounds
+    known = known_ceilings(options)
     first = Task("counts", "", tasks[0].row, tasks[0].batch_size, "float32")
     beside = [
         dataclasses.replace(first, kind="roofline", precision=precision)
         for precision in dict.fromkeys(task.precision for task in tasks)
+        if precision not in known
     ]
     return [(task.name, task) for task in (*beside, first)] + rounds
 

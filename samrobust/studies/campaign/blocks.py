@@ -1,58 +1,63 @@
 """The plan of a campaign: what is measured, in which order, for how long at most.
 
-The order is that of what is missed most where the time ends early.
+The order is that of what is missed most where the time ends early. A limit is about
+twice what a block was seen or is expected to take on one H200, so that one that hangs
+leaves time for others: a process begins in 8 s; the first program compiled in 77 s, a
+later one in 15, once its kernels are tuned, and in a few from the cache.
 """
 
 import dataclasses
-import functools
-import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
-from importlib import metadata
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 __all__ = [
     "FLAGS",
+    "MANIFEST",
     "MORE_FLAGS",
+    "MORE_OPPONENTS",
     "OPPONENTS",
     "ROOT",
     "ROWS",
     "Block",
     "Campaign",
     "Command",
-    "missing_wheels",
+    "left_out",
     "plan",
 ]
 
+MANIFEST = "files.txt"  # of a data set's folder: the names of its other files
 ROOT = pathlib.Path(__file__).resolve().parents[3]  # of the checkout
 _STUDY = "samrobust.studies.campaign"
 _CONFIG = "--config=configs/cifar10.py"
 _GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
-# XLA's options that may pay, by a short name. One that this version of XLA does not
-# know fails its own row. A list replaces XLA's default, which `_GRAPHS` is. The others
-# wait until all else but the rows is measured.
-FLAGS = {
-    "graphs-loop": f"--xla_gpu_enable_command_buffer={_GRAPHS},CONVOLUTION,WHILE",
-    "conv-fusion": "--xla_gpu_experimental_enable_conv_fusion=true",
-}
-MORE_FLAGS = {
-    "graphs-convolutions": f"--xla_gpu_enable_command_buffer={_GRAPHS},CONVOLUTION",
-    "graphs-concurrent": f"--xla_gpu_enable_command_buffer={_GRAPHS},CONVOLUTION "
+# XLA's options that may pay. One that this version of XLA does not know fails its own
+# row. A list replaces XLA's default, which `_GRAPHS` is. The others wait until rows are
+# trained.
+FLAGS = (
+    f"--xla_gpu_enable_command_buffer={_GRAPHS},CONVOLUTION,WHILE",
+    "--xla_gpu_experimental_enable_conv_fusion=true",
+)
+MORE_FLAGS = (
+    f"--xla_gpu_enable_command_buffer={_GRAPHS},CONVOLUTION",
+    f"--xla_gpu_enable_command_buffer={_GRAPHS},CONVOLUTION "
     "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
-    "deterministic": "--xla_gpu_deterministic_ops=true",
-    "excluding": "--xla_gpu_exclude_nondeterministic_ops=true",
-    "runtime-fusion": "--xla_gpu_use_runtime_fusion=true",
-}
+    "--xla_gpu_deterministic_ops=true",
+    "--xla_gpu_exclude_nondeterministic_ops=true",
+    "--xla_gpu_use_runtime_fusion=true",
+)
 # The steps of several seeds in one program are independent of each other, but run one
 # after the other unless the whole loop is a graph with branches.
 _SIDE_BY_SIDE = (
     f"--xla_gpu_enable_command_buffer={_GRAPHS},CONVOLUTION,WHILE "
     "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
 )
-# The variants of PyTorch, by method: the one that starts first comes first.
-OPPONENTS = {"st": "graphed,compiled,pure,autotuned", "at": "graphed,compiled"}
+# The variants of PyTorch, by method: the one that starts first comes first. Those that
+# compile longest, or compute in other numbers, wait with XLA's other options.
+OPPONENTS = {"st": "graphed,compiled", "at": "graphed,compiled"}
+MORE_OPPONENTS = {"st": "pure,autotuned"}
 _SAM = ("sam,rho=0.1", "sam,rho=0.2")
 # Rows of the tables that are missed most, by the config and data set of each; those of
 # a table that are done stay in it.
@@ -94,12 +99,14 @@ class Block:
       seconds: that it may take.
       commands: run one after another, each whatever became of the one before.
       at_once: run all of them at the same time instead.
+      required: run at every start; where it is not done, no other block begins.
     """
 
     name: str
     seconds: float
     commands: tuple[Command, ...]
     at_once: bool = False
+    required: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +118,13 @@ class Campaign:
       bundle: of `launch/gpu_bundle.sh`: `wheels/`, `data/NAME/` and, for a comparison,
         `before/`, another version of the package. What is not there is left out.
       trial: everything at the tiniest size, to see whether it runs.
+      on_cpu: no GPU is measured, so what only GPUs have is replaced.
     """
 
     workdir: pathlib.Path
     bundle: pathlib.Path
     trial: bool = False
+    on_cpu: bool = False
 
     @property
     def cached(self) -> tuple[tuple[str, str], ...]:
@@ -136,11 +145,17 @@ class Campaign:
         words += ("--rounds=1", *short, *flags, *self.overrides)
         return Block(name, seconds, (_module("samrobust.cli", *words),))
 
-    def compare(self, flag: tuple[str, str]) -> Block:
-        """Returns a block that times ST without and with XLA's options, by name."""
-        name, flags = flag
-        both = ("--xla-flags=", f"--xla-flags={flags}")
-        return self.bench(f"flag-{name}", 90, "--methods=st", "--no-rates", *both)
+    def compare(self, name: str, seconds: float, several: Iterable[str]) -> Block:
+        """Returns a block that times ST without and with some of XLA's options."""
+        flags = [f"--xla-flags={one}" for one in ("", *several)]
+        return self.bench(name, seconds, "--methods=st", "--no-rates", *flags)
+
+    def opponents(self, name: str, method: str, variants: str) -> Block:
+        """Returns a block that times a method's step in PyTorch beside ours."""
+        if self.on_cpu:
+            variants = variants.replace("graphed", "tuned")  # graphs are CUDA's
+        words = (f"--methods={method}", "--compare=pytorch", f"--variants={variants}")
+        return self.bench(name, 200, *words, "--no-rates")
 
     def epochs(
         self, output: str, *words: str, package: pathlib.Path = ROOT, **options: Any
@@ -169,43 +184,65 @@ def plan(campaign: Campaign) -> list[Block]:
     """Returns the blocks of a campaign, in order."""
     workdir, bench = campaign.workdir, campaign.bench
     words = (_CONFIG, f"--workdir={workdir / 'machine'}", *campaign.overrides)
-    profile = bench("profile", 90, "--methods=st", "--profile")
+    ceilings = f"--ceilings={workdir / 'machine' / 'machine.json'}"
+    profile = bench("profile", 80, "--methods=st", "--profile")
     told = _module(f"{_STUDY}.trace", str(workdir / "profile"))
+    rows = list(_rows(campaign))
     return [
-        *_install(campaign),
-        Block("machine", 90, (_module(f"{_STUDY}.machine", *words),)),
+        _install(campaign),
+        Block("machine", 60, (_module(f"{_STUDY}.machine", *words),)),
         # Twice: compiled into an empty cache, and from there.
-        bench("st", 240, "--methods=st", "--rounds=2"),
+        bench("st", 240, "--methods=st", "--rounds=2", ceilings),
+        _carried(campaign),
         *_before_and_after(campaign),
-        *map(campaign.compare, FLAGS.items()),
-        _bits(campaign),
-        bench("methods", 300, "--methods=st,sam,at", "--no-rates"),
-        *itertools.starmap(functools.partial(_opponents, campaign), OPPONENTS.items()),
+        campaign.compare("flags", 150, FLAGS),
+        bench("methods", 240, "--methods=st,sam,at", "--no-rates"),
+        *(campaign.opponents(f"pytorch-{m}", m, v) for m, v in OPPONENTS.items()),
         dataclasses.replace(profile, commands=(*profile.commands, told)),
-        *(_seeds(campaign, *each) for each in (("alone", 1), ("two-at-once", 2))),
         bench(
-            *("seeds-in-one-program", 180, "--methods=st", "--no-rates"),
-            *(
-                "--seeds-per-program=1,2",
-                "--xla-flags=",
-                f"--xla-flags={_SIDE_BY_SIDE}",
-            ),
+            *("seeds-in-one-program", 120, "--methods=st", "--no-rates"),
+            *("--seeds-per-program=2", "--xla-flags=", f"--xla-flags={_SIDE_BY_SIDE}"),
         ),
-        *map(campaign.compare, MORE_FLAGS.items()),
-        *_rows(campaign),
+        *rows[:1],
+        _bits(campaign),
+        *(_seeds(campaign, *each) for each in (("alone", 1), ("two-at-once", 2))),
+        *(campaign.opponents(f"more-{m}", m, v) for m, v in MORE_OPPONENTS.items()),
+        campaign.compare("more-flags", 240, MORE_FLAGS),
+        *rows[1:],
     ]
+
+
+def left_out(campaign: Campaign) -> Iterator[str]:
+    """Tells what the plan has no blocks for, since the bundle lacks something."""
+    if not (campaign.bundle / "before").is_dir():
+        yield f"before-after: no folder {campaign.bundle / 'before'}."
+    for data, rows in ROWS:
+        folder = campaign.bundle / "data" / data
+        if lacking := _lacking(folder):
+            yield f"{_name(data, rows)}: no {', '.join(lacking)} in {folder}."
 
 
 def _module(name: str, *words: str, **options: Any) -> Command:
     return Command((sys.executable, "-m", name, *words), **options)
 
 
-def _install(campaign: Campaign) -> list[Block]:
+def _install(campaign: Campaign) -> Block:
     """Installs what is missing, into a folder of its own."""
-    wheels = missing_wheels(campaign.bundle / "wheels")
-    target = ("--target", str(campaign.workdir / "site"), *map(str, wheels))
-    words = ("install", "--no-index", "--no-deps", "--no-compile", *target)
-    return [Block("install", 60, (_module("pip", *words),))] if wheels else []
+    places = campaign.bundle / "wheels", campaign.workdir / "site"
+    words = map(str, (*places, campaign.workdir / "install" / "install.json"))
+    return Block("install", 90, (_module(f"{_STUDY}.wheels", *words),), required=True)
+
+
+def _carried(campaign: Campaign) -> Block:
+    """Times ST, compiled with what the archive carries of the cache alone."""
+    cache = campaign.workdir / "st-carried" / "cache"
+    words = [str(campaign.workdir / "cache"), str(cache)]
+    words += [] if campaign.on_cpu else ["--needed"]  # CPUs have nothing to tune
+    copy = _module(f"{_STUDY}.archive", *words)
+    timed = campaign.bench(
+        *("st-carried", 90, "--methods=st", "--no-rates", f"--cache={cache}")
+    )
+    return dataclasses.replace(timed, commands=(copy, *timed.commands))
 
 
 def _before_and_after(campaign: Campaign) -> list[Block]:
@@ -213,7 +250,8 @@ def _before_and_after(campaign: Campaign) -> list[Block]:
     before = campaign.bundle / "before"
     runs = (("now", ROOT), ("before", before), ("again", ROOT))
     commands = [campaign.epochs(f"before-after/{n}", package=p) for n, p in runs]
-    return [Block("before-after", 180, tuple(commands))] if before.is_dir() else []
+    # Two versions share no program, and maybe no cache: three first compilations.
+    return [Block("before-after", 330, tuple(commands))] if before.is_dir() else []
 
 
 def _bits(campaign: Campaign) -> Block:
@@ -230,11 +268,6 @@ def _bits(campaign: Campaign) -> Block:
             campaign.epochs(f"{name}-resumed", *words, kept),
         ]
     return Block("deterministic", 240, tuple(commands))
-
-
-def _opponents(campaign: Campaign, method: str, variants: str) -> Block:
-    words = (f"--methods={method}", "--compare=pytorch", f"--variants={variants}")
-    return campaign.bench(f"pytorch-{method}", 240, *words, "--no-rates")
 
 
 def _seeds(campaign: Campaign, name: str, count: int) -> Block:
@@ -263,23 +296,18 @@ def _rows(campaign: Campaign) -> Iterator[Block]:
             _module(f"{_STUDY}.pieces", "unpack", str(pieces), str(file)),
             _module("samrobust.cli", *words, environment=campaign.cached),
         )
-        if pieces.is_dir():
-            name = f"rows-{data}-{rows[-1].partition(',')[0]}"
-            yield Block(name, float("inf"), commands)
+        if not _lacking(pieces):
+            yield Block(_name(data, rows), float("inf"), commands)
 
 
-def missing_wheels(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the wheels in a folder whose packages are not installed, sorted."""
-    return [
-        path
-        for path in sorted(folder.glob("*.whl"))
-        if not _is_installed(path.name.partition("-")[0])
-    ]
+def _name(data: str, rows: tuple[str, ...]) -> str:
+    return f"rows-{data}-{rows[-1].partition(',')[0]}"
 
 
-def _is_installed(package: str) -> bool:
+def _lacking(folder: pathlib.Path) -> list[str]:
+    """Returns the files of a data set's folder that have not been brought yet."""
     try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+        names = (folder / MANIFEST).read_text(encoding="utf-8").split()
+    except FileNotFoundError:
+        return [MANIFEST]
+    return [name for name in names if not (folder / name).is_file()]

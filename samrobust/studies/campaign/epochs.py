@@ -50,7 +50,7 @@ def main() -> None:
     facts = building.load_facts(config)
     dataset = make_dataset(data.name, data.train_size or facts.num_train, 1)
     plan = building.make_plan(config, len(dataset.train))
-    method = building.make_training(config, dataset, plan.num_steps).method
+    method = _make_method(config, dataset, plan.num_steps)
     half = plan.num_steps * arguments.epochs // 2
 
     def on_progress(progress: Progress) -> None:
@@ -86,6 +86,13 @@ def main() -> None:
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(found, indent=1))
+
+
+def _make_method(*arguments: Any) -> Any:
+    """Makes a method as this version of the package does, or as an older one did."""
+    if hasattr(building, "make_training"):
+        return building.make_training(*arguments).method
+    return getattr(building, "make_method")(*arguments)  # noqa: B009 - not of this one
 
 
 def _digest(state: object) -> str:

@@ -3,7 +3,7 @@
     python -m samrobust.studies.campaign.machine --config=FILE --workdir=DIR
 
 Writes `machine.json`, again with each part that is known, and on a GPU `target.txtpb`,
-which `samrobust bench --aot` reads as a file of `bench/targets`.
+which `samrobust bench --aot` reads as a file of `bench/targets`; or why there is none.
 """
 
 import argparse
@@ -44,8 +44,6 @@ def main() -> None:
     }
     path = folder / "machine.json"
     write_json(path, found)
-    if text := target_config():
-        write_text(folder / "target.txtpb", text)
     timed = functools.partial(
         measure,
         repeats=5,
@@ -57,6 +55,12 @@ def main() -> None:
         own = [*overrides, f"--config.model.dtype={precision}"]
         config = configuration.load_config(f"{arguments.config}:st", own)
         found[precision] = roofline(config, timed)
+        write_json(path, found)
+    try:
+        if text := target_config():
+            write_text(folder / "target.txtpb", text)
+    except Exception as error:  # of XLA's internals: the least of what is wanted here
+        found["target_config"] = f"{type(error).__name__}: {error}"
         write_json(path, found)
 
 

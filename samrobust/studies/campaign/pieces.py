@@ -15,6 +15,7 @@ from PIL import Image
 
 from samrobust.data import load_dataset
 from samrobust.data.own import read_image
+from samrobust.studies.campaign.blocks import MANIFEST
 
 __all__ = ["main", "pack", "unpack"]
 
@@ -40,6 +41,9 @@ def pack(name: str, folder: pathlib.Path, data_dir: str | None = None) -> None:
         np.save(folder / f"{split}.npy", labels)
     facts = {"num_classes": dataset.num_classes, "shape": dataset.image_shape}
     np.savez(folder / "facts.npz", mean=dataset.mean, std=dataset.std, **facts)
+    # The last one, for whoever brings them one by one, and for a pack that is ended.
+    names = sorted({path.name for path in folder.iterdir()} - {MANIFEST})
+    (folder / MANIFEST).write_text("\n".join(names) + "\n", encoding="utf-8")
 
 
 def unpack(folder: pathlib.Path, file: pathlib.Path) -> None:

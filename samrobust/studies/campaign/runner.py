@@ -1,7 +1,8 @@
 """Runs blocks one after another, none longer than it may, and remembers what is done.
 
 A block that fails or takes too long leaves the others as they are. Ended at any moment,
-the next start skips what was finished and takes up the rest again.
+the next start skips what was finished, goes on with what was not reached, and comes to
+what failed last. No attempt writes over an earlier one.
 """
 
 import contextlib
@@ -15,11 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from samrobust.studies.campaign.blocks import Block, Command
-from samrobust.system.files import glance, write_json
+from samrobust.system.files import glance, set_aside, write_json
 
 __all__ = ["DONE", "run"]
 
 DONE = "done"
+_STOPPED = "stopped"
 _GRACE = 15.0  # seconds between SIGTERM, at which a run saves its state, and SIGKILL
 _LEAST = 20.0  # seconds without which no block begins
 _PAUSE = 0.1
@@ -39,7 +41,8 @@ def run(
 
     Args:
       blocks: in order.
-      workdir: receives `blocks/NAME.json`, the outcome of each, and `logs/`.
+      workdir: receives `blocks/NAME.json`, the outcome of each, and `logs/NAME/`. What
+        an earlier attempt left in `NAME/` is set aside there, as `NAME.aside`.
       budget: seconds for all of them, the last SIGKILL included.
       after: called after each block.
       should_stop: asked all the while.
@@ -47,26 +50,35 @@ def run(
       least: seconds without which no block begins.
 
     Returns:
-      What became of each block that was reached: `done`, `failed`, `out of time` or
-      `stopped`.
+      What became of each block that was reached, now or earlier: `done`, `failed`,
+      `out of time`, or `stopped` where the budget or a request ended it.
     """
     end = time.monotonic() + budget
-    found: dict[str, str] = {}
-    for block in blocks:
-        path = workdir / "blocks" / f"{block.name}.json"
-        if glance(path).get("status") == DONE:
-            found[block.name] = DONE
-            continue
+    notes = {block: workdir / "blocks" / f"{block.name}.json" for block in blocks}
+    known = {block: glance(path).get("status") for block, path in notes.items()}
+    todo = [b for b in blocks if b.required or known[b] != DONE]
+    found = {block.name: DONE for block in blocks if block not in todo}
+    # What was stopped may have been cut short by what came before it: it keeps its
+    # place. What failed, or began and left no outcome, had its turn.
+    late = {b for b in todo if not b.required and known[b] not in (None, _STOPPED)}
+    for block in sorted(todo, key=late.__contains__):
         left = end - time.monotonic() - grace
         if left < least or should_stop():
             break
+        path = notes[block]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"status": "begun"})
+        for folder in (workdir / block.name, workdir / "logs" / block.name):
+            if folder.exists() and not block.required:
+                set_aside(folder)
         outcome = _run_block(
             block, workdir, min(block.seconds, left), grace, should_stop
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, outcome)
         found[block.name] = outcome["status"]
         after()
+        if block.required and outcome["status"] != DONE:
+            break
     return found
 
 
@@ -84,7 +96,7 @@ def _run_block(
     messages: list[str] = []
     for wave in waves:
         logs = [
-            workdir / "logs" / f"{block.name}-{len(codes) + i}.log"
+            workdir / "logs" / block.name / f"{len(codes) + i}.log"
             for i in range(len(wave))
         ]
         deadline = started + seconds
@@ -101,7 +113,8 @@ def _run_block(
         for code, one in zip(codes, block.commands, strict=False)
     ]
     if None in codes:
-        status = "stopped" if should_stop() else "out of time"
+        is_cut = seconds < block.seconds or should_stop()
+        status = _STOPPED if is_cut else "out of time"
     else:
         status = DONE if all(good) else "failed"
     bad = [text for text, is_good in zip(messages, good, strict=True) if not is_good]

@@ -1,14 +1,13 @@
-"""What a campaign found, for people; and all that is small in one file."""
+"""What a campaign found, for people: summary.md."""
 
 import pathlib
-import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from samrobust.studies.campaign.blocks import Block
 from samrobust.system.files import glance
 
-__all__ = ["write_archive", "write_summary"]
+__all__ = ["write_summary"]
 
 # Columns: field of a row, factor and form.
 _NUMBERS = {
@@ -20,38 +19,52 @@ _NUMBERS = {
     "compile s": ("compile_cold", 1, ".1f"),
     "cached": ("compile_cached", 1, ".1f"),
 }
-_LARGEST = 4 * 2**20  # bytes of a file that is carried
 
 
-def write_summary(blocks: Sequence[Block], workdir: pathlib.Path) -> pathlib.Path:
-    """Writes summary.md: what became of each block, and its numbers."""
+def write_summary(
+    blocks: Sequence[Block], workdir: pathlib.Path, left_out: Sequence[str] = ()
+) -> pathlib.Path:
+    """Writes summary.md: what became of each block, and its numbers.
+
+    Args:
+      blocks: of the plan.
+      workdir: of the campaign.
+      left_out: what the plan has no blocks for, and why.
+    """
     lines = _head("Blocks", "block", "status", "seconds", "message")
     for block in blocks:
         outcome = glance(workdir / "blocks" / f"{block.name}.json")
         told = (outcome.get(n, "-") for n in ("status", "seconds", "message"))
         lines.append(_line(block.name, *told))
-    machine = glance(workdir / "machine" / "machine.json")
-    for precision in ("bfloat16", "float32"):
-        if ceiling := machine.get(precision):
-            matmul, copy = ceiling["matmul"] / 1e12, ceiling["copy"] / 1e9
-            text = f"{precision}: matmul {matmul:.3g} TFLOP/s, copy {copy:.3g} GB/s."
-            lines += ["", text]
+    lines += _paragraphs(f"Left out: {text}" for text in left_out)
+    missing = glance(workdir / "install" / "install.json").get("missing", {})
+    lines += _paragraphs(f"Missing: {name}: {why}" for name, why in missing.items())
+    lines += _paragraphs(_of_machine(glance(workdir / "machine" / "machine.json")))
+    folders = [
+        folder
+        for block in blocks
+        # Earlier attempts count as well: they may have reached more.
+        for folder in (workdir / block.name, *sorted(workdir.glob(f"{block.name}.*")))
+    ]
     lines += _head("Steps", "block", "row", "flags", *_NUMBERS)
-    for block in blocks:
-        report = glance(workdir / block.name / "bench.json")
-        lines += [_step(block.name, row) for row in report.get("rows", [])]
+    for folder in folders:
+        report = glance(folder / "bench.json")
+        lines += [_step(folder.name, row) for row in report.get("rows", [])]
         lines += [
-            _line(block.name, f"failed: {name}: {complaint}", *[""] * 8)
+            _line(folder.name, f"failed: {name}: {complaint}", *[""] * 8)
             for name, complaint in report.get("failures", [])
         ]
     lines += _head("Epochs", "run", "ms a step", "images/s", "bits at the end")
-    for block in blocks:
-        for path in sorted((workdir / block.name).glob("*.json")):
-            if "digest" in (found := glance(path)):
-                numbers = 1e3 * found["step_seconds"], found["images_per_second"]
-                shown = f"{numbers[0]:.3f}", f"{numbers[1]:,.0f}"
-                name = f"{block.name}/{path.stem}"
-                lines.append(_line(name, *shown, found["digest"]))
+    answers: list[str] = []
+    for folder in folders:
+        found = {path.stem: glance(path) for path in sorted(folder.glob("*.json"))}
+        runs = {name: run for name, run in found.items() if "digest" in run}
+        for name, run in runs.items():
+            numbers = 1e3 * run["step_seconds"], run["images_per_second"]
+            shown = f"{numbers[0]:.3f}", f"{numbers[1]:,.0f}"
+            lines.append(_line(f"{folder.name}/{name}", *shown, run["digest"]))
+        answers += _same_bits(folder.name, runs)
+    lines += _paragraphs(answers)
     for path in sorted(workdir.glob("rows/*/table.md")):
         lines += ["", f"# {path.parent.name}", "", path.read_text(encoding="utf-8")]
     path = workdir / "summary.md"
@@ -59,23 +72,22 @@ def write_summary(blocks: Sequence[Block], workdir: pathlib.Path) -> pathlib.Pat
     return path
 
 
-def write_archive(workdir: pathlib.Path, file: pathlib.Path) -> None:
-    """Packs all that is small into one file: results, logs, XLA's autotuning."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with tarfile.open(temporary, "w:gz") as archive:
-        for path in sorted(workdir.rglob("*")):
-            name = path.relative_to(workdir).as_posix()
-            small = path.is_file() and path.stat().st_size <= _LARGEST
-            if small and path not in (file, temporary) and _is_carried(name):
-                archive.add(path, name)
-    temporary.replace(file)
+def _of_machine(machine: Mapping[str, Any]) -> Iterator[str]:
+    for precision in ("bfloat16", "float32"):
+        if ceiling := machine.get(precision):
+            matmul, copy = ceiling["matmul"] / 1e12, ceiling["copy"] / 1e9
+            yield f"{precision}: matmul {matmul:.3g} TFLOP/s, copy {copy:.3g} GB/s."
+    if complaint := machine.get("target_config"):
+        yield f"No target config: {complaint}"
 
 
-def _is_carried(name: str) -> bool:
-    parts = name.split("/")
-    if parts[0] == "cache":
-        return "autotune" in name
-    return not set(parts) & {"site", "data", "checkpoints", "traces"}
+def _same_bits(folder: str, runs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Says of each run that was killed whether it ended as the one that was not."""
+    for name, run in runs.items():
+        mode, _, end = name.rpartition("-")
+        if end == "resumed" and (whole := runs.get(f"{mode}-whole")):
+            answer = "yes" if run["digest"] == whole["digest"] else "no"
+            yield f"{folder}, {mode}: same bits after a kill: {answer}"
 
 
 def _step(block: str, row: Mapping[str, Any]) -> str:
@@ -90,6 +102,10 @@ def _step(block: str, row: Mapping[str, Any]) -> str:
 
 def _head(title: str, *columns: str) -> list[str]:
     return ["", f"# {title}", "", _line(*columns), _line(*["---"] * len(columns))]
+
+
+def _paragraphs(texts: Iterable[str]) -> list[str]:
+    return [line for text in texts for line in ("", " ".join(text.split()))]
 
 
 def _line(*cells: object) -> str:
