@@ -104,7 +104,7 @@ def check(holds: bool, condition: str, fix: str = "", /, **values: Any) -> None:
 
     >>> check(False, "0 <= rho", rho=-0.1)
     Traceback (most recent call last):
-    ValueError: Expected 0 <= rho, got rho=-0.1.
+    samrobust.checks.CheckError: Expected 0 <= rho, got rho=-0.1.
     """
     if not holds:
         got = ", ".join(f"{name}={_show(value)}" for name, value in values.items())
@@ -148,7 +148,7 @@ def check_choice(choices: Collection[str], /, **values: Any) -> None:
 
     >>> check_choice(("linf", "l2"), norm="l1")
     Traceback (most recent call last):
-    ValueError: Expected norm in {linf, l2}, got norm='l1'.
+    samrobust.checks.CheckError: Expected norm in {linf, l2}, got norm='l1'.
     """
     for name, value in values.items():
         options = ", ".join(choices)
@@ -161,7 +161,7 @@ def check_whole(low: int, high: int = LARGEST_COUNT, /, **values: Any) -> None:
 
     >>> check_whole(1, epochs=2.5)
     Traceback (most recent call last):
-    ValueError: Expected a whole number for epochs, got epochs=2.5.
+    samrobust.checks.CheckError: Expected a whole number for epochs, got epochs=2.5.
     """
     for name, value in values.items():
         is_whole = isinstance(value, int) and not isinstance(value, bool)
@@ -176,7 +176,7 @@ def check_real(low: float, high: float, /, **values: Any) -> None:
 
     >>> check_real(0, 1, momentum=float("nan"))
     Traceback (most recent call last):
-    ValueError: Expected 0 <= momentum, got momentum=nan.
+    samrobust.checks.CheckError: Expected 0 <= momentum, got momentum=nan.
     """
     for name, value in values.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -200,8 +200,8 @@ def check_radius(norm: str, /, **values: Any) -> None:
 
     >>> check_radius("linf", epsilon=0.03137)
     Traceback (most recent call last):
-    ValueError: Expected epsilon in 255ths, 0.1 or more, got epsilon=0.03137. \
-Radii are in 1/255 units: did you mean 8?
+    samrobust.checks.CheckError: Expected epsilon in 255ths, 0.1 or more, got \
+epsilon=0.03137. Radii are in 1/255 units: did you mean 8?
     """
     low, high = _SMALLEST[norm], _WHOLE_BOX[norm]
     units = "Radii are in 1/255 units:"
@@ -237,7 +237,7 @@ def check_path(**values: Any) -> None:
 
     >>> check_path(workdir="")
     Traceback (most recent call last):
-    ValueError: Expected a local path for workdir, got workdir=''.
+    samrobust.checks.CheckError: Expected a local path for workdir, got workdir=''.
     """
     for name, value in values.items():
         holds = (

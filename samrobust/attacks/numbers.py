@@ -22,7 +22,7 @@ def real(**one: Any) -> float:
 
     >>> real(radius="8")
     Traceback (most recent call last):
-    ValueError: Expected a number for radius, got radius='8'.
+    samrobust.checks.CheckError: Expected a number for radius, got radius='8'.
     """
     ((name, value),) = one.items()
     is_real = isinstance(value, (int, float, np.integer, np.floating)) or (
@@ -52,7 +52,8 @@ def whole(least: int, /, **one: Any) -> int:
 
     >>> whole(1, num_steps=10.0)
     Traceback (most recent call last):
-    ValueError: Expected a whole number for num_steps, got num_steps=10.0.
+    samrobust.checks.CheckError: Expected a whole number for num_steps, got \
+num_steps=10.0.
     """
     ((name, value),) = one.items()
     is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -106,7 +106,8 @@ def check_padding(image_shape: tuple[int, int, int], /, **values: int) -> None:
 
     >>> check_padding((8, 6, 1), **{"data.padding": 8})
     Traceback (most recent call last):
-    ValueError: Expected 0 <= data.padding < 6, got data.padding=8. Images are 8x6.
+    samrobust.checks.CheckError: Expected 0 <= data.padding < 6, got data.padding=8. \
+Images are 8x6.
     """
     height, width, _ = image_shape
     shortest = min(height, width)

@@ -27,7 +27,7 @@ def local_folder(name: str, path: PathLike) -> pathlib.Path:
 
     >>> local_folder("data_dir", "gs://bucket/data")
     Traceback (most recent call last):
-    ValueError: Expected a path of the file system as data_dir, got \
+    samrobust.checks.CheckError: Expected a path of the file system as data_dir, got \
 data_dir='gs://bucket/data'. Copy or mount it, and name that folder.
     """
     got = {name: path}

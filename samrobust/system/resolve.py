@@ -60,8 +60,9 @@ def resolve(reference: str, what: str) -> Any:
     6.283185307179586
     >>> resolve("mth:tau", "a number")
     Traceback (most recent call last):
-    ValueError: Expected a module mth with a number, got reference='mth:tau'. Run in \
-the folder that holds mth.py, or add that folder to PYTHONPATH.
+    samrobust.checks.CheckError: Expected a module mth with a number, got \
+reference='mth:tau'. Run in the folder that holds mth.py, or add that folder to \
+PYTHONPATH.
     """
     form = f"{what} as package.module:name"
     check(is_reference(reference), form, reference=reference)
