@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from samrobust.checks import check
 from samrobust.cli import flags
 from samrobust.system.runtime import FAILED
 
@@ -15,7 +16,21 @@ if TYPE_CHECKING:
     from samrobust.studies.bench.plan import Task
     from samrobust.studies.bench.suite import Launcher
 
-__all__ = ["ABOUT", "add_flags", "run"]
+__all__ = ["ABOUT", "add_flags", "check_read", "run"]
+
+_ALWAYS = ("command", "config", "overrides", "workdir")
+_ROWS = (
+    *("measure", "methods", "row", "batch_sizes", "precisions", "devices"),
+    *("steps_per_call", "xla_flags", "seeds_per_program"),
+)
+_TIMES = (*_ROWS, "repeats", "rounds", "min_seconds", "cache")
+# What a bench reads, by the flag that says of which kind it is.
+_READ = {
+    "": (*_TIMES, "ceilings", "no_rates"),
+    "compare": (*_TIMES, "ceilings", "no_rates", "compare", "variants"),
+    "profile": (*_TIMES, "profile"),  # a campaign gives all its benches the same times
+    "aot": (*_ROWS, "aot"),
+}
 
 
 ABOUT = {
@@ -36,8 +51,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     unrolled = "step, evaluation, unrolled (AT's loop); default: the first two"
     add("--measure", **kinds, help=unrolled)
     methods = flags.names_of("st", "sam", "at", "at+sam")
-    add("--methods", **methods, help="of st, sam, at, at+sam; default: st,sam,at")
-    add("--row", **flags.ROWS, help="of any method, instead of --methods; repeatable")
+    trained = parser.add_mutually_exclusive_group().add_argument
+    first = "of st, sam, at, at+sam; default: st,sam,at"
+    trained("--methods", **methods, help=first)
+    instead = "of any method, instead of --methods; repeatable"
+    trained("--row", **flags.ROWS, help=instead)
     add("--batch-sizes", **flags.COUNTS, help="default: the config's")
     precisions = flags.names_of("float32", "bfloat16")
     choices = "of float32, bfloat16; default: the config's"
@@ -74,7 +92,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     aot = "compile for a device that is not there, and count kernels and bytes"
     add("--aot", choices=("h200", "v5e"), help=aot)
     profile = "write Perfetto traces, one per row, instead of measuring"
-    add("--profile", action="store_true", help=profile)
+    add("--profile", **flags.SWITCH, help=profile)
+
+
+def check_read(arguments: argparse.Namespace) -> None:
+    """Refuses flags that the bench would not read; one that `_READ` lacks is one.
+
+    Raises:
+      ValueError: names them.
+    """
+    how = next((n for n in ("aot", "profile", "compare") if getattr(arguments, n)), "")
+    unread = vars(arguments).keys() - {*_ALWAYS, *_READ[how]}
+    given = flags.given(vars(arguments), sorted(unread))
+    named = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
+    with_it = f"with --{how}" if how else "without --compare"
+    check(not named, f"no {', '.join(named)} {with_it}", "It is not read.", **named)
 
 
 def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
@@ -93,12 +125,12 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     from samrobust.studies.bench.suite import Launcher, schedule
     from samrobust.system.files import check_writable
 
+    check_read(arguments)
     options = flags.build(Options, arguments)
     target, workdir = options.aot, pathlib.Path(arguments.workdir)
     if target:
         aot.check_target(target)
     tasks = plan(options)
-    check_writable(workdir)
     console, outcomes = make_console(), {}
 
     def write() -> tuple[pathlib.Path, ...]:
@@ -108,6 +140,8 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
 
     with tempfile.TemporaryDirectory(prefix="samrobust-bench-") as folder:
         launch = Launcher(options, pathlib.Path(folder), should_stop)
+        launch.check_flags(tasks[0])
+        check_writable(workdir)
         if arguments.profile:
             return _profile(tasks, launch, workdir, console)
         order = schedule(tasks, options)
@@ -134,11 +168,9 @@ def _profile(
     """Writes a trace of each row; returns the exit code, 1 if one failed."""
     failed = False
     for task in tasks:
-        if task.kind != "pytorch":
-            place = task.name.replace(", ", "-").replace(" ", "_")
-            traces = workdir / "traces" / place
-            traces.mkdir(parents=True, exist_ok=True)
-            error = launch(task, traces).get("error")
-            console.print(f"{task.name}: {error or traces}")
-            failed |= error is not None
+        traces = workdir / "traces" / task.name.replace(", ", "-").replace(" ", "_")
+        traces.mkdir(parents=True, exist_ok=True)
+        error = launch(task, traces).get("error")
+        console.print(f"{task.name}: {error or traces}")
+        failed |= error is not None
     return FAILED if failed else 0

@@ -6,10 +6,18 @@ What the user has set in the environment takes precedence. JAX is imported late,
 
 import functools
 import os
+from collections.abc import Callable
 
 from samrobust.checks import check
 
-__all__ = ["add_compiler_options", "compiler_options", "parse_compiler_options"]
+__all__ = [
+    "add_compiler_options",
+    "check_compiler_options",
+    "compiler_options",
+    "deterministic_options",
+    "parse_compiler_options",
+    "try_here",
+]
 
 # XLA's CPU compiler passes convolutions to YNNPACK, which at the sizes of this package
 # takes 1.3 to 1.5 times as long as Eigen, its other choice. Reductions stay where they
@@ -50,9 +58,14 @@ def compiler_options(*, deterministic: bool = False) -> dict[str, str | bool]:
 
     platform = jax.default_backend()
     found = _cpu_options() if platform == "cpu" else {}
-    if deterministic and platform == "gpu":
-        found = found | {_DETERMINISTIC_FLAG: True}
+    if deterministic:
+        found = found | deterministic_options(platform)
     return found | _added_options
+
+
+def deterministic_options(platform: str) -> dict[str, str | bool]:
+    """Returns the options of `deterministic`, by JAX's or XLA's name of a platform."""
+    return {_DETERMINISTIC_FLAG: True} if platform in ("gpu", "cuda", "rocm") else {}
 
 
 def add_compiler_options(flags: str) -> None:
@@ -85,6 +98,38 @@ def parse_compiler_options(flags: str) -> dict[str, str | bool]:
     return found
 
 
+def check_compiler_options(
+    flags: str, try_out: Callable[[dict[str, str | bool]], object]
+) -> None:
+    """Refuses options that XLA does not know, or values that it cannot read.
+
+    XLA itself is asked, by a tiny program for the devices that the options are meant
+    for: only the compiler of a TPU knows those of TPUs.
+
+    Args:
+      flags: as of `parse_compiler_options`.
+      try_out: compiles something with them.
+
+    Raises:
+      ValueError: with XLA's complaint.
+    """
+    import jax
+
+    try:
+        try_out(parse_compiler_options(flags))
+    except jax.errors.JaxRuntimeError as error:
+        complaint = str(error).strip().splitlines()[0]
+        given = {"--xla-flags": flags}
+        check(False, "options that XLA knows", f"XLA says: {complaint}", **given)
+
+
+def try_here(options: dict[str, str | bool]) -> None:
+    """Compiles nothing much for this process's devices."""
+    import jax
+
+    jax.jit(lambda: 0, compiler_options=options).lower().compile()
+
+
 def _cpu_options() -> dict[str, str | bool]:
     """Returns those options that XLA knows and the user did not choose."""
     import jax
@@ -104,7 +149,7 @@ def _is_known(name: str, value: str | bool) -> bool:
     import jax
 
     try:
-        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        try_here({name: value})
     except jax.errors.JaxRuntimeError:
         return False
     return True

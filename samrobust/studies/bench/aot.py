@@ -32,6 +32,7 @@ from samrobust.experiments import building
 from samrobust.studies.bench.hlo import KINDS, Kernel, kernels
 from samrobust.studies.bench.plan import Task
 from samrobust.studies.bench.programs import num_train, training
+from samrobust.system import compiler
 from samrobust.system.distributed import compiling_for, data_mesh, replicated
 from samrobust.system.files import write_json, write_text
 from samrobust.system.jaxprs import abstract_key
@@ -41,12 +42,14 @@ from samrobust.types import Config, PyTree
 __all__ = [
     "TARGETS",
     "check_target",
+    "compiler_options",
     "counted",
     "counts_of",
     "devices_of",
     "evaluation_program",
     "step_program",
     "to_sheet",
+    "try_out",
     "write_counts",
 ]
 
@@ -174,8 +177,7 @@ def counted(
       kind: step or evaluation.
       config: of the program.
       name: of `TARGETS`.
-      options: of the compiler; those of GPUs turn off autotuning, which would try
-        kernels on the device.
+      options: of the compiler, beside `compiler_options`.
       seeds: whose steps the program takes.
       devices: over which the batch is split; kernels and bytes are those of one.
 
@@ -188,13 +190,36 @@ def counted(
     with compiling_for(devices_of(name, devices)):
         started = time.perf_counter()
         traced, num_steps = program(config)
-        compiled = traced.lower().compile(TARGETS[name].options | dict(options))
+        chosen = compiler_options(kind, config, name, options)
+        compiled = traced.lower().compile(chosen)
         seconds = time.perf_counter() - started
     return {
         **counts_of(kernels(compiled.as_text()), num_steps),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "compile_seconds": seconds,
     }
+
+
+def compiler_options(
+    kind: str, config: Config, name: str, options: Mapping[str, str | bool]
+) -> dict[str, str | bool]:
+    """Returns XLA's options for a program: the target's, the config's and further ones.
+
+    Those of GPUs turn off autotuning, which would try kernels on the device. As in a
+    run, `training.deterministic` is of steps alone.
+    """
+    target, found = TARGETS[name], {}
+    if kind == "step" and config.training.deterministic:
+        found = compiler.deterministic_options(target.platform)
+    return target.options | found | dict(options)
+
+
+def try_out(name: str, options: Mapping[str, str | bool]) -> None:
+    """Compiles nothing much for a device that is not there, with further options."""
+    with compiling_for(devices_of(name)):
+        number = _placed(jax.ShapeDtypeStruct((), jnp.float32))
+        lowered = jax.jit(lambda x: x).lower(number)
+        lowered.compile(TARGETS[name].options | dict(options))
 
 
 def counts_of(found: Sequence[Kernel], num_steps: int) -> dict[str, Any]:

@@ -4,25 +4,19 @@ import dataclasses
 import importlib.util
 import itertools
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from samrobust.checks import check, check_choice
 from samrobust.evaluation.measure import usual_batch_size
 from samrobust.experiments import config_files, configuration
 from samrobust.experiments.rows import parse_row
+from samrobust.studies.bench import comparison
 from samrobust.system.compiler import parse_compiler_options
 from samrobust.system.files import glance
 from samrobust.types import Config
 
 __all__ = ["Options", "Task", "config_of", "known_ceilings", "plan"]
-
-# Of PyTorch's side: the methods, and the variants by precision.
-_TWIN_METHODS = ("st", "sam", "at")
-_FAST = ("tuned", "graphed", "compiled", "autotuned")
-_VARIANTS = {
-    "float32": ("reference", "resident", *_FAST),
-    "bfloat16": (*_FAST, "pure"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +133,8 @@ def plan(options: Options) -> list[Task]:
         parse_compiler_options(flags)
     if options.aot is not None:
         _check_counts(options)
+    if options.compare is not None:
+        _check_comparison(options, chosen)
     settings: Any = itertools.product(
         options.batch_sizes or (default.training.batch_size,),
         options.precisions or (default.model.dtype,),
@@ -167,8 +163,7 @@ def plan(options: Options) -> list[Task]:
             tasks += [
                 Task("pytorch", name, row, size, precision, variant=variant)
                 for name, row in chosen.items()
-                for variant in options.variants
-                if variant in _VARIANTS[precision]
+                for variant in comparison.fitting(precision, options.variants)
             ]
     tasks = list(dict.fromkeys(tasks))
     check(
@@ -178,9 +173,9 @@ def plan(options: Options) -> list[Task]:
         **{"--measure": options.measure, "--methods": options.methods},
     )
     for task in tasks:
-        config_of(task, options)
-    if options.compare is not None:
-        _check_comparison(options, default)
+        config = config_of(task, options)
+        if task.kind == "pytorch":
+            comparison.check_config(config)
     return tasks
 
 
@@ -194,19 +189,15 @@ def _check_counts(options: Options) -> None:
     )
 
 
-def _check_comparison(options: Options, config: Config) -> None:
-    """Refuses a comparison that cannot be made."""
+def _check_comparison(options: Options, chosen: Mapping[str, str]) -> None:
+    """Refuses a comparison of something else than steps, or without PyTorch."""
     given = {"--compare": options.compare}
     steps = "step" in options.measure
     check(steps, "step in --measure", "Steps are compared.", **given)
-    methods = options.row or options.methods
-    for method in methods:
-        check_choice(_TWIN_METHODS, method=method)
+    flag = {"--row": options.row} if options.row else {"--methods": options.methods}
+    comparison.check_rows([*chosen.values()], **flag)
     has_torch = importlib.util.find_spec("torch") is not None
     check(has_torch, "the package torch", "Install it: pip install torch.", **given)
-    network, fix = config.model.name, "PyTorch's side has no other network."
-    condition = "model.name='preact_resnet'"
-    check(network == "preact_resnet", condition, fix, **given, model=network)
 
 
 def _overrides_of(task: Task, options: Options) -> tuple[str, ...]:
@@ -226,7 +217,7 @@ def known_ceilings(options: Options) -> dict[str, dict[str, float]]:
     found = glance(pathlib.Path(options.ceilings)) if options.ceilings else {}
     return {
         precision: {name: found[precision][name] for name in ("matmul", "copy")}
-        for precision in _VARIANTS
+        for precision in ("float32", "bfloat16")
         if precision in found
     }
 

@@ -21,6 +21,7 @@ _TITLES = {
     "seeds": "seeds a program",
 }
 _OWN = ("step", "unrolled")
+_NOTHING = "-"
 
 
 def write_report(report: BenchReport, folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
@@ -41,15 +42,16 @@ def write_report(report: BenchReport, folder: pathlib.Path) -> tuple[pathlib.Pat
 
 
 def to_sheet(report: BenchReport) -> Sheet:
-    """Returns the tables that have rows, and the notes."""
+    """Returns the tables that have rows, of columns that some row fills, and notes."""
     tables = []
     for title, (kinds, columns) in _TABLES.items():
         rows = [row for row in report.rows if row["kind"] in kinds]
         if title == "Epoch":  # of what was measured before, a step may be a bare one
             rows = [row for row in rows if "epoch_seconds" in row]
-        shown = _settings(rows) | {name: _COLUMNS[name] for name in columns.split(", ")}
+        filled = {n: _COLUMNS[n] for n in columns.split(", ") if _is_filled(n, rows)}
+        shown = _settings(rows) | filled
         cells = [[cell(row) for cell in shown.values()] for row in rows]
-        tables += [TextTable(list(shown), cells, title)] if rows else []
+        tables += [TextTable(list(shown), cells, title)] if filled else []
     return Sheet(tables, _notes(report))
 
 
@@ -66,9 +68,13 @@ def _settings(rows: Sequence[Row]) -> Columns:
     return columns
 
 
+def _is_filled(column: str, rows: Sequence[Row]) -> bool:
+    return any(_COLUMNS[column](row) != _NOTHING for row in rows)
+
+
 def _number(field: str, form: str, factor: float = 1.0) -> Callable[[Row], str]:
     """Returns what shows a field of a row, or a dash."""
-    return lambda row: format(factor * row[field], form) if field in row else "-"
+    return lambda row: format(factor * row[field], form) if field in row else _NOTHING
 
 
 def _milliseconds(row: Row) -> str:
@@ -82,7 +88,7 @@ def _ratio(field: str) -> Callable[[Row], str]:
 
     def shown(row: Row) -> str:
         if field not in row:
-            return "-"
+            return _NOTHING
         ends = (row[f"{field}_{end}"] for end in ("low", "high"))
         return f"{row[field]:.2f} ({' to '.join(f'{end:.2f}' for end in ends)})"
 
@@ -151,12 +157,14 @@ def _notes(report: BenchReport) -> list[str]:
             f"{precision}: matmul {ceiling['matmul'] / 1e12:.3g} TFLOP/s, "
             f"copy {ceiling['copy'] / 1e9:.3g} GB/s."
         )
-    by_flops = "'by FLOPs' counts input gradients alone in the attack; "
-    notes.append(
-        "cost: time of a step relative to ST, round by round: median (lowest to "
-        f"highest); {by_flops if counted else ''}'the paper' is its claim (SAM +1x, AT "
-        "with 10 steps +10x)."
-    )
+    told = {
+        "cost": "cost: time of a step relative to ST, round by round: median (lowest "
+        "to highest)",
+        "flop_cost": "'by FLOPs' counts input gradients alone in the attack",
+        "paper_cost": "'the paper' is its claim (SAM +1x, AT with 10 steps +10x)",
+    }
+    shown = [text for n, text in told.items() if any(n in row for row in report.rows)]
+    notes += [f"{'; '.join(shown)}."] if shown else []
     if any(row["kind"] == "pytorch" for row in report.rows):
         notes.append(
             "PyTorch: reference as the paper's code runs (weight gradients in the "

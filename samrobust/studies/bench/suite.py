@@ -13,11 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from samrobust.checks import check
 from samrobust.experiments import building
+from samrobust.studies.bench import comparison
 from samrobust.studies.bench.plan import Options, Task, config_of, known_ceilings
 from samrobust.studies.bench.worker import BAD_INPUT
 
@@ -104,8 +106,25 @@ class Launcher:
             environment["JAX_PLATFORMS"] = "cpu"
         return self._run(_WORKER, spec, environment)
 
+    def check_flags(self, task: Task) -> None:
+        """Refuses options of XLA that its compiler for the device does not know.
+
+        Without any, no process is started.
+
+        Args:
+          task: any of the bench.
+
+        Raises:
+          ValueError: with XLA's complaint.
+        """
+        if any(self._options.xla_flags) and "error" in (found := self._machine(task)):
+            raise ValueError(found["error"])
+
     def _machine(self, task: Task) -> Outcome:
-        """Returns what a process without any settings finds: platform and devices."""
+        """Returns what a process without any settings finds: platform and devices.
+
+        That process also refuses options of XLA which are not known.
+        """
         if not self._probed:
             probe = dataclasses.replace(task, kind="probe", devices=0, xla_flags="")
             self._probed = self(probe)
@@ -131,41 +150,33 @@ class Launcher:
 
     def _pytorch(self, task: Task) -> Outcome:
         """Runs `twin/reference.py` on weights and batches of ours."""
-        ours = dataclasses.replace(task, kind="parity", row="st", precision="float32")
-        path = self._folder / f"parity-{task.batch_size}.npz"
+        row = comparison.parity_row(task.row)
+        ours = Task("parity", "", row, task.batch_size, "float32")
+        path = self._folder / f"parity-{task.batch_size}-{zlib.crc32(row.encode())}.npz"
         if not path.exists() and "error" in (made := self(ours, path)):
             return made
         config, machine = config_of(task, self._options), self._machine(task)
         facts = building.load_facts(config)
-        training, attack = config_of(ours, self._options).training, config.attack
+        parity = config_of(ours, self._options)
+        fields = comparison.spec_fields(config, parity=parity)
+        fields["network"] |= {
+            "num_classes": facts.num_classes,
+            "in_channels": facts.image_shape[-1],
+        }
         # PyTorch's name for JAX's precision, so that both use TF32 or neither: on GPUs
         # it is JAX's default, and CPUs know no other float32.
         exact = machine.get("matmul_precision") in ("highest", "float32")
         spec = {
             "parity": str(path),
-            **{n: getattr(task, n) for n in ("method", "variant", "batch_size")},
+            **fields,
+            "variant": task.variant,
+            "batch_size": task.batch_size,
             "precision": task.precision,
             "float32_matmul": "highest" if exact else "high",
             "device": "cpu" if machine.get("platform") == "cpu" else "cuda",
-            "network": {
-                "width": config.model.width,
-                "blocks": config.model.blocks,
-                "num_classes": facts.num_classes,
-                "in_channels": facts.image_shape[-1],
-            },
             "mean": facts.mean,
             "std": facts.std,
             "image_shape": facts.image_shape,
-            "norm": attack.norm,
-            "epsilon": attack.epsilon / 255,
-            "step_size": attack.step_size / 255,
-            "num_steps": attack.num_steps,
-            "rho": config.sam.rho,
-            "sgd": {
-                "lr": training.learning_rate,
-                "momentum": training.momentum,
-                "weight_decay": training.weight_decay,
-            },
             "repeats": self._options.repeats,
             "min_seconds": self._options.min_seconds,
         }

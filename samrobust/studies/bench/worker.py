@@ -33,16 +33,19 @@ BAD_INPUT = 2  # the exit code where no row can be measured; the last line says 
 
 
 def main() -> None:
-    """Measures what the command line asks for."""
+    """Measures what the command line asks for; of a probe, asks XLA of all flags."""
     runtime.collect_garbage_seldom()
     runtime.enable_compilation_cache()
     runtime.keep_freed_memory()
+    spec = json.loads(sys.argv[1])
     try:
         check_platform()
+        if spec["task"]["kind"] == "probe":
+            _check_flags(Options(**spec["options"]))
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(BAD_INPUT)
-    print(json.dumps(outcome(json.loads(sys.argv[1]))))
+    print(json.dumps(outcome(spec)))
 
 
 def outcome(spec: dict[str, Any]) -> dict[str, Any]:
@@ -65,19 +68,19 @@ def measured(task: Task, options: Options, path: str) -> dict[str, Any]:
     """Returns the outcome of one measurement.
 
     Args:
-      task: what is measured; the kind `probe` measures nothing.
+      task: what is measured; the kind `probe` measures nothing, see `main`.
       options: of the bench; with `aot` it compiles and counts, and measures nothing.
       path: where `parity` writes its file; the others, if it is not empty, write a
         trace there and measure nothing.
     """
     config, kind = config_of(task, options), task.kind
+    if kind == "probe":
+        return {}
     if options.aot is not None:
         flags = compiler.parse_compiler_options(task.xla_flags)
         setting = {"seeds": task.seeds, "devices": max(1, task.devices)}
         return aot.counted(kind, config, options.aot, flags, **setting)
     compiler.add_compiler_options(task.xla_flags)
-    if kind == "probe":
-        return {}
     if kind == "parity":
         return parity(config, path)
     if kind == "counts":
@@ -93,6 +96,13 @@ def measured(task: Task, options: Options, path: str) -> dict[str, Any]:
     traced = functools.partial(_trace, folder=path)
     several = {"seeds": task.seeds} if kind == "step" else {}
     return getattr(programs, kind)(config, traced if path else timed, **several)
+
+
+def _check_flags(options: Options) -> None:
+    """Refuses options of XLA that the compiler of the bench does not know."""
+    described = options.aot and functools.partial(aot.try_out, options.aot)
+    for flags in filter(None, options.xla_flags):
+        compiler.check_compiler_options(flags, described or compiler.try_here)
 
 
 def _trace(call: Callable[[], Any], folder: str) -> list[float]:

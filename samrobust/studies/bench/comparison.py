@@ -1,0 +1,160 @@
+"""What PyTorch's side of a comparison computes, and which configs it cannot follow.
+
+`CARRIED` says which fields of a config its step is told of, and `spec_fields` tells
+them from there. Of all others that a step depends on, the paper's value is written into
+`twin/steps.py`: a config with another one is refused, also in a field that is newer
+than this module.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from samrobust.checks import check
+from samrobust.experiments import configuration, methods
+from samrobust.experiments.rows import Row, parse_row
+from samrobust.system.fields import differences
+from samrobust.types import Config
+
+__all__ = [
+    "CARRIED",
+    "check_config",
+    "check_rows",
+    "fitting",
+    "parity_row",
+    "spec_fields",
+]
+
+_METHODS = ("st", "sam", "at")
+_FAST = ("tuned", "graphed", "compiled", "autotuned")
+_VARIANTS: Mapping[str, Sequence[str]] = {
+    "float32": ("reference", "resident", *_FAST),
+    "bfloat16": (*_FAST, "pure"),
+}
+_WITH = "with --compare=pytorch"
+# By their names in the spec; radii and steps there are in pixel units.
+CARRIED = {
+    "network": {"width": "model.width", "blocks": "model.blocks"},
+    "sgd": {
+        "lr": "training.learning_rate",
+        "momentum": "training.momentum",
+        "weight_decay": "training.weight_decay",
+    },
+    "attack": {
+        "norm": "attack.norm",
+        "epsilon": "attack.epsilon",
+        "step_size": "attack.step_size",
+        "num_steps": "attack.num_steps",
+    },
+    "sam": {"rho": "sam.rho"},
+}
+_PIXELS = ("attack.epsilon", "attack.step_size")  # in 1/255 units in a config
+# Fields that PyTorch's side has by other ways: of the task; with the network's weights;
+# within the length of a step.
+_TOLD_OTHERWISE = (
+    *("model.dtype", "training.batch_size"),
+    *("model.mean", "model.std"),
+    "attack.relative_step_size.",
+)
+# Of no step by itself: which images there are, how they are drawn, when the training
+# ends, what it is called and how it is judged.
+_OF_NO_STEP = (
+    *configuration.CHANGES_NO_RESULT,
+    *("row", "label", "seed", "data.", "evaluation."),
+    *("training.epochs", "training.drop_remainder"),
+)
+
+
+def check_rows(rows: Sequence[str], **flag: Any) -> None:
+    """Refuses rows of other methods than PyTorch's side has.
+
+    Args:
+      rows: of a config.
+      **flag: the flag that named them, for the message.
+    """
+    known = all(parse_row(row).method in _METHODS for row in rows)
+    check(known, f"rows of {', '.join(_METHODS)} {_WITH}", **flag)
+
+
+def fitting(precision: str, variants: Sequence[str]) -> list[str]:
+    """Returns those of some variants that there are in a precision.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    there = _VARIANTS.get(precision, ())
+    found = [variant for variant in variants if variant in there]
+    given = {"--variants": tuple(variants), "--precisions": precision}
+    wanted = f"one of {', '.join(there)} among the variants in {precision}"
+    check(bool(found), wanted, "PyTorch would have no row.", **given)
+    return found
+
+
+def check_config(config: Config) -> None:
+    """Refuses a config with a step that PyTorch's side does not take.
+
+    Raises:
+      ValueError: names the field, and the value that is written there.
+    """
+    carried = {field for fields in CARRIED.values() for field in fields.values()}
+    base = configuration.as_dict(configuration.base_config())
+    found = differences(base, configuration.as_dict(config))
+    # Those last that the base lacks, which another network brings.
+    for field in sorted(found, key=lambda field: found[field][0] is None):
+        usual, value = found[field]
+        check(
+            _is_among(field, (*carried, *_TOLD_OTHERWISE, *_idle(config))),
+            f"{field}={usual!r}",
+            "PyTorch's side knows no other.",
+            **{"--compare": "pytorch", field: value, "row": config.row},
+        )
+
+
+def spec_fields(config: Config, *, parity: Config) -> dict[str, Any]:
+    """Returns the fields of a `TwinSpec` that come from a config.
+
+    Args:
+      config: of the row.
+      parity: of the standard training whose update the parity file holds.
+    """
+
+    def values(section: str, config: Config) -> dict[str, Any]:
+        return {name: _value(config, field) for name, field in CARRIED[section].items()}
+
+    return {
+        "method": parse_row(config.row).method,
+        "network": values("network", config),
+        "sgd": values("sgd", parity),
+        **values("attack", config),
+        **values("sam", config),
+    }
+
+
+def parity_row(row: str) -> str:
+    """Returns the row of standard training with a row's network and optimizer.
+
+    >>> parity_row("sam,rho=0.2,model.width=8,sam.start=0.5")
+    'st,model.width=8'
+    """
+    others, sections = parse_row(row).others, methods.sections(row)
+    kept = {n: x for n, x in others.items() if n.partition(".")[0] not in sections}
+    return Row(others=kept).name
+
+
+def _value(config: Config, field: str) -> Any:
+    section, name = field.split(".")
+    value = config[section][name]
+    return value / 255 if field in _PIXELS else value
+
+
+def _idle(config: Config) -> list[str]:
+    """Returns what no step of a config's row depends on."""
+    own = {part.name for part in methods.parts_of(config)}
+    others = methods.sections(config.row).items()
+    return [*_OF_NO_STEP, *(f"{name}." for name, part in others if part not in own)]
+
+
+def _is_among(field: str, names: Sequence[str]) -> bool:
+    return any(
+        field == name or (name.endswith(".") and field.startswith(name))
+        for name in names
+    )
