@@ -1,5 +1,6 @@
 """The bench: counts, the plan, processes, rows, and the command."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from samrobust.cli import bench as cli_bench
 from samrobust.data import DatasetUnavailableError, dataset_facts, load_dataset
 from samrobust.experiments import configuration
 from samrobust.models import PreActResNet, ViT
@@ -459,6 +461,23 @@ def test_notes_speak_of_what_was_measured_alone():
             assert (words in text) == rates
 
 
+def test_a_column_that_no_row_fills_is_left_out():
+    options = Options(CIFAR, measure=("step",), methods=("sam",))
+    outcomes = {task: [fake_step([2.0])] for task in plan(options)}
+    outcomes[next(iter(outcomes))][0]["compile_seconds"] = 3.0
+    for rates in (True, False):
+        report = summarize(FIRST | outcomes if rates else outcomes, options)
+        sheet = to_sheet(report)
+        for table in sheet.tables:
+            columns = zip(*table.rows, strict=True)
+            assert all(set(cells) != {"-"} for cells in columns)
+        titles = {title for table in sheet.tables for title in table.header}
+        assert {"ms a step", "the paper", "compile s"} <= titles
+        assert ({"TFLOP/s", "% matmul", "% copy", "by FLOPs"} <= titles) == rates
+        assert not titles & {"cost", "cached"}
+        assert not any(note.startswith("cost: ") for note in sheet.notes)
+
+
 def test_a_row_has_the_median_and_the_interquartile_range_of_all_repeats():
     task = Task("step", "st", "st", 128, "float32")
     rounds = [fake_step([1, 2]), fake_step([3, 4, 100])]
@@ -523,6 +542,45 @@ def test_a_flag_that_xla_does_not_know_fails_its_row_alone(tmp_path):
     launch = launcher(tmp_path, lambda: False)
     unknown = dataclasses.replace(AT, xla_flags="--xla_gpu_nonsense=1")
     assert "xla_gpu_nonsense" in launch(unknown)["error"]
+
+
+def test_flags_that_xla_does_not_know_are_refused_before_any_row(tmp_path, monkeypatch):
+    started = []
+
+    def here(_, __, spec, ___):
+        started.append(spec["task"]["kind"])
+        assert spec["task"]["kind"] == "probe"
+        worker._check_flags(Options(**spec["options"]))
+        return {}
+
+    monkeypatch.setattr(Launcher, "_run", here)
+    good = "--xla_cpu_multi_thread_eigen=true --xla_gpu_autotune_level=0"
+    for flags, said in (
+        (("", good, "--xla_gpu_nonsense=1"), "'--xla_gpu_nonsense=1'. XLA says: "),
+        (("--xla_gpu_autotune_level=high",), "'high' is not a valid int32"),
+    ):
+        options = Options(DIGITS, helpers.make_flags(), xla_flags=flags)
+        launch = Launcher(options, tmp_path, lambda: False)
+        with pytest.raises(ValueError, match=r"^Expected options that XLA") as caught:
+            launch.check_flags(AT)
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+    for flags, processes in (("",), 0), (("", good), 1):
+        started.clear()
+        options = Options(DIGITS, helpers.make_flags(), xla_flags=flags)
+        Launcher(options, tmp_path, lambda: False).check_flags(AT)
+        assert len(started) == processes
+
+
+def test_a_flag_that_xla_does_not_know_is_one_line_and_nothing_is_written(tmp_path):
+    workdir = tmp_path / "new"
+    done = bench(
+        workdir, "--methods=st", "--xla-flags=", "--xla-flags=--xla_gpu_oops=1"
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "got --xla-flags='--xla_gpu_oops=1'" in line
+    assert (done.stdout, workdir.exists()) == ("", False)
 
 
 def test_a_bench_that_is_stopped_ends_its_worker_at_once(tmp_path):
@@ -605,6 +663,47 @@ def test_a_bad_flag_is_refused_in_one_line_before_anything_starts(
     complaint = capsys.readouterr().err
     assert complaint.startswith(f"samrobust: error: argument {name}: ")
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "refused", "how"),
+    [
+        (("--aot=h200", "--profile"), "--profile", "with --aot"),
+        (("--aot=v5e", "--rounds=2"), "--rounds", "with --aot"),
+        (("--aot=v5e", "--repeats=2"), "--repeats", "with --aot"),
+        (("--aot=v5e", "--min-seconds=2"), "--min-seconds", "with --aot"),
+        (("--aot=v5e", "--cache=/tmp/c", "--no-rates"), "--cache, --no-rates", "with"),
+        (("--aot=v5e", "--variants=tuned"), "--variants", "with --aot"),
+        (("--aot=v5e", "--compare=pytorch"), "--compare", "with --aot"),
+        (("--variants=tuned",), "--variants", "without --compare"),
+        (("--profile", "--compare=pytorch"), "--compare", "with --profile"),
+        (("--profile", "--no-rates"), "--no-rates", "with --profile"),
+    ],
+)
+def test_a_flag_that_is_not_read_is_refused_in_one_line(
+    command, refused, how, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(Launcher, "__call__", lambda *_: pytest.fail("it measures"))
+    workdir = tmp_path / "new"
+    flags = (f"--config={DIGITS}", f"--workdir={workdir}")
+    assert helpers.main("bench", *flags, *command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"samrobust: error: Expected no {refused} {how}")
+    assert not workdir.exists()
+
+
+def test_of_each_flag_is_known_which_benches_read_it():
+    parser = argparse.ArgumentParser()
+    cli_bench.add_flags(parser)
+    flags = {action.dest for action in parser._actions} - {"help"}
+    read = {name for names in cli_bench._READ.values() for name in names}
+    assert flags == read | set(cli_bench._ALWAYS) - {"command", "overrides"}
+
+
+def test_rows_are_named_in_one_way(capsys):
+    flags = (f"--config={DIGITS}", "--methods=st", "--row=sam,rho=0.1")
+    assert helpers.main("bench", *flags) == 2
+    assert "not allowed with argument --methods" in capsys.readouterr().err
 
 
 def test_a_bench_without_a_device_is_one_line_and_measures_nothing(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from test_attack_contract import ATTACKS, BALLS
 
 from samrobust.experiments import configuration
 from samrobust.experiments.entries import REGISTRIES
+from samrobust.models import PreActResNet
 from samrobust.studies.bench import aot
 from samrobust.studies.bench.hlo import Shape, kernels
 from samrobust.studies.bench.plan import Options, Task, plan
@@ -218,6 +220,24 @@ def test_rows_of_any_method_are_counted_beside_the_evaluation():
     assert [task.xla_flags for task in tasks] == ["", "--xla_a=1"]
 
 
+def test_a_deterministic_step_is_compiled_as_it_is_run():
+    usual = helpers.make_config("st")
+    config = helpers.make_config("st", {"training.deterministic": True})
+    flag, given = "xla_gpu_deterministic_ops", {"xla_a": True}
+    options = functools.partial(aot.compiler_options, options=given)
+    for kind, of, name, wanted in (
+        ("step", config, "h200", True),
+        ("step", usual, "h200", False),
+        ("step", config, "v5e", False),  # XLA has no other programs for TPUs
+        ("evaluation", config, "h200", False),  # as in a run
+    ):
+        found = options(kind, of, name)
+        assert (found.get(flag, False), found["xla_a"]) == (wanted, True)
+        assert aot.TARGETS[name].options.items() <= found.items()
+    off = aot.compiler_options("step", config, "h200", {flag: False})
+    assert off[flag] is False
+
+
 def test_what_was_counted_is_shown_and_written_and_a_failure_told(tmp_path):
     counts = aot.counts_of(kernels(PROGRAM), num_steps=5)
     found = counts | {"temporary_bytes": 2e9, "compile_seconds": 3.0}
@@ -372,6 +392,41 @@ def compiled_for_h200(name):
     return kernels(compiled.as_text() or ""), num_steps
 
 
+def wide_activations(found):
+    """The float32 results as large as a feature map of PreActResNet-18, in any shape.
+
+    Gradients and updates of kernels may be: what has the size of one is none.
+    """
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    init = functools.partial(PreActResNet().init, train=False)
+    params = jax.eval_shape(init, jax.random.key(0), images)["params"]
+    smallest, sizes = 128 * 4 * 4 * 512, {leaf.size for leaf in jax.tree.leaves(params)}
+    return {
+        shape.dims
+        for kernel in found
+        for shape in kernel.outputs
+        if shape.dtype == "f32" and math.prod(shape.dims) >= smallest
+        if math.prod(shape.dims) not in sizes
+    }
+
+
+def test_an_activation_in_float32_is_seen_whatever_its_shape():
+    (kernel,) = (each for each in kernels(PROGRAM) if each.name == "sums")
+    for dims, is_seen in (
+        ((128, 32, 32, 64), True),
+        ((131072, 64), True),
+        ((128, 512, 4, 4), True),
+        ((64 * 128 * 32 * 32,), True),
+        ((128, 32, 32, 3), False),  # images
+        ((512, 3, 3, 512), False),  # the gradient of a kernel
+        ((128, 10), False),
+    ):
+        for dtype in ("f32", "bf16"):
+            outputs = (Shape(dtype, (3,)), Shape(dtype, dims))
+            found = wide_activations([dataclasses.replace(kernel, outputs=outputs)])
+            assert found == ({dims} if is_seen and dtype == "f32" else set())
+
+
 @has_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CEILINGS)
@@ -388,21 +443,14 @@ def test_a_program_for_an_h200_stays_below_its_ceilings(name):
 
 @has_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["st", "sam", "at"])
+@pytest.mark.parametrize("name", ["st", "sam", "at", "trades"])
 def test_activations_in_bfloat16_stay_so(name):
-    found = {
-        shape.dims[1:]
-        for kernel in compiled_for_h200(name)[0]
-        for shape in kernel.outputs
-        if shape.dtype == "f32" and len(shape.dims) == 4
-        if shape.dims[0] == 128 and shape.dims[1] > 3 and shape.dims[3] > 3
-    }
-    assert found == set()
+    assert wide_activations(compiled_for_h200(name)[0]) == set()
 
 
 @has_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["st", "two seeds", "sam", "at"])
+@pytest.mark.parametrize("name", ["st", "two seeds", "sam", "at", "trades"])
 def test_the_loops_of_a_step_transpose_nothing(name):
     found, _ = compiled_for_h200(name)
     assert [k.name for k in found if k.loop and "transpose" in k.opcodes] == []

@@ -106,7 +106,12 @@ def check_read(arguments: argparse.Namespace) -> None:
     given = flags.given(vars(arguments), sorted(unread))
     named = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
     with_it = f"with --{how}" if how else "without --compare"
-    check(not named, f"no {', '.join(named)} {with_it}", "It is not read.", **named)
+    check(
+        not named,
+        f"no {', '.join(named)} {with_it}",
+        "Leave out what is not read.",
+        **named,
+    )
 
 
 def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
