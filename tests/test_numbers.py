@@ -683,6 +683,7 @@ def speed_in_words() -> list[str]:
         f"takes {loop['ratio']:.2f} ({loop['ratio_low']:.2f} to "
         f"{loop['ratio_high']:.2f}) times as long",
         *attacked_in_evaluation(),
+        *aims_in_words(),
         *gpu_in_words(),
     ]
 
@@ -704,6 +705,26 @@ def attacked_in_evaluation() -> list[str]:
         f"{moved['convolutions']:.2f} of cuDNN's convolutions and "
         f"{moved['loop fusions']:.2f} of elementwise work, of which BatchNorm with its "
         f"ReLU alone takes {least / 1e9:.2f} in 5 activations' worth",
+    ]
+
+
+def aims_in_words() -> list[str]:
+    """Which aims in counts a step of ST, and of AT's attack, meet."""
+    rows = {row["row"]: row for row in stored("bench/aot/after.json")["rows"]}
+    (attack,) = (x for x in rows["at,norm=linf,eps=8"]["bodies"] if x["runs"] == 10)
+    (kernels, size), (attacks, moved) = (
+        (sum(each["kernels"].values()), sum(each["bytes"].values()) / 1e9)
+        for each in (rows["st"], attack)
+    )
+    assert attacks <= 190
+    assert kernels > 230
+    assert size > 2.3
+    assert moved > 1.9
+    return [
+        f"an attack's step, which now moves {moved:.2f}.",
+        f"only that for an attack's kernels is met ({attacks:.0f}).",
+        f"ST takes {kernels:.0f} kernels and {size:.2f} GB, an attack's step "
+        f"{moved:.2f} GB; 2.3 GB would lie below the floor.",
     ]
 
 
