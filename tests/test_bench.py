@@ -559,7 +559,7 @@ def test_flags_that_xla_does_not_know_are_refused_before_any_row(tmp_path, monke
         (("", good, "--xla_gpu_nonsense=1"), "'--xla_gpu_nonsense=1'. XLA says: "),
         (("--xla_gpu_autotune_level=high",), "'high' is not a valid int32"),
     ):
-        options = Options(DIGITS, helpers.make_flags(), xla_flags=flags)
+        options = Options(DIGITS, (*helpers.make_flags(),), xla_flags=flags)
         launch = Launcher(options, tmp_path, lambda: False)
         with pytest.raises(ValueError, match=r"^Expected options that XLA") as caught:
             launch.check_flags(AT)
@@ -567,7 +567,7 @@ def test_flags_that_xla_does_not_know_are_refused_before_any_row(tmp_path, monke
         assert "\n" not in str(caught.value)
     for flags, processes in (("",), 0), (("", good), 1):
         started.clear()
-        options = Options(DIGITS, helpers.make_flags(), xla_flags=flags)
+        options = Options(DIGITS, (*helpers.make_flags(),), xla_flags=flags)
         Launcher(options, tmp_path, lambda: False).check_flags(AT)
         assert len(started) == processes
 
