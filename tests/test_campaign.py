@@ -25,6 +25,7 @@ from samrobust.studies.campaign import (
     __main__,
     archive,
     blocks,
+    known_flags,
     machine,
     pieces,
     summary,
@@ -129,6 +130,28 @@ def test_its_flags_rows_and_fields_are_those_of_the_package(tmp_path):
         )
         options = bench_plan.Options(path, overrides, row=rows, measure=("step",))
         assert len(bench_plan.plan(options)) == len(rows)
+
+
+def test_options_that_xla_does_not_know_are_left_out_and_said(tmp_path, monkeypatch):
+    campaign = Campaign(tmp_path, make_bundle(tmp_path / "bundle"))
+    with_flags = [
+        block.name
+        for block in plan(campaign)
+        if "samrobust.studies.campaign.known_flags" in block.commands[0].words
+    ]
+    assert with_flags == ["flags", "seeds-in-one-program", "more-flags"]
+    known, unknown = "--xla_cpu_enable_fast_math=false", "--xla_no_such_option=1"
+    file = tmp_path / "flags" / blocks.LEFT_OUT
+    words = ["bench", *(f"--xla-flags={flags}" for flags in ("", known, unknown))]
+    became = []
+    monkeypatch.setattr(os, "execv", lambda *them: became.append(them))
+    monkeypatch.setattr(sys, "argv", ["known_flags", str(file), *words])
+    known_flags.main()
+    wanted = [sys.executable, "-m", "samrobust.cli", *words[:-1]]
+    assert became == [(sys.executable, wanted)]
+    text = summary.write_summary(plan(campaign), tmp_path).read_text()
+    assert "| flags | left out: Expected options that XLA knows, got --xla-f" in text
+    assert f"| {unknown} |" in text
 
 
 def test_it_begins_with_nothing_but_the_standard_library():

@@ -28,7 +28,7 @@ _TIMES = (*_ROWS, "repeats", "rounds", "min_seconds", "cache")
 _READ = {
     "": (*_TIMES, "ceilings", "no_rates"),
     "compare": (*_TIMES, "ceilings", "no_rates", "compare", "variants"),
-    "profile": (*_TIMES, "profile"),  # a campaign gives all its benches the same times
+    "profile": (*_ROWS, "cache", "profile"),
     "aot": (*_ROWS, "aot"),
 }
 

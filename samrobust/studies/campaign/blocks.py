@@ -15,6 +15,7 @@ from typing import Any
 
 __all__ = [
     "FLAGS",
+    "LEFT_OUT",
     "MANIFEST",
     "MORE_FLAGS",
     "MORE_OPPONENTS",
@@ -28,13 +29,14 @@ __all__ = [
     "plan",
 ]
 
+LEFT_OUT = "left_out.json"  # of a bench: XLA's options, and why
 MANIFEST = "files.txt"  # of a data set's folder: the names of its other files
 ROOT = pathlib.Path(__file__).resolve().parents[3]  # of the checkout
 _STUDY = "samrobust.studies.campaign"
 _CONFIG = "--config=configs/cifar10.py"
 _GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
-# XLA's options that may pay. One that this version of XLA does not know fails its own
-# row. A list replaces XLA's default, which `_GRAPHS` is. The others wait until rows are
+# XLA's options that may pay; what this version of XLA does not know is left out. A list
+# replaces XLA's default, which `_GRAPHS` is. The others wait until rows are
 # trained.
 FLAGS = (
     f"--xla_gpu_enable_command_buffer={_GRAPHS},CONVOLUTION,WHILE",
@@ -138,12 +140,19 @@ class Campaign:
 
     def bench(self, name: str, seconds: float, *flags: str) -> Block:
         """Returns a block of `samrobust bench`, which times steps in bfloat16."""
-        short = ("--repeats=3", "--min-seconds=1")
-        short = ("--repeats=1", "--min-seconds=0.05") if self.trial else short
+        times = ("--rounds=1", "--repeats=3", "--min-seconds=1")
+        if self.trial:
+            times = ("--rounds=1", "--repeats=1", "--min-seconds=0.05")
+        if "--profile" in flags:
+            times = ()  # it takes a few steps
         words = ("bench", _CONFIG, f"--workdir={self.workdir / name}", "--measure=step")
         words += (f"--cache={self.workdir / 'cache'}", "--precisions=bfloat16")
-        words += ("--rounds=1", *short, *flags, *self.overrides)
-        return Block(name, seconds, (_module("samrobust.cli", *words),))
+        words += (*times, *flags, *self.overrides)
+        command = _module("samrobust.cli", *words)
+        if any(flag.startswith("--xla-flags=") for flag in flags):
+            told = str(self.workdir / name / LEFT_OUT)
+            command = _module(f"{_STUDY}.known_flags", told, *words)
+        return Block(name, seconds, (command,))
 
     def compare(self, name: str, seconds: float, several: Iterable[str]) -> Block:
         """Returns a block that times ST without and with some of XLA's options."""

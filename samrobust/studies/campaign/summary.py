@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from samrobust.studies.campaign.blocks import Block
+from samrobust.studies.campaign.blocks import LEFT_OUT, Block
 from samrobust.system.files import glance
 
 __all__ = ["write_summary"]
@@ -54,6 +54,8 @@ def write_summary(
             _line(folder.name, f"failed: {name}: {complaint}", *[""] * 8)
             for name, complaint in report.get("failures", [])
         ]
+        for flags, why in glance(folder / LEFT_OUT).items():
+            lines.append(_line(folder.name, f"left out: {why}", flags, *[""] * 7))
     lines += _head("Epochs", "run", "ms a step", "images/s", "bits at the end")
     answers: list[str] = []
     for folder in folders:
