@@ -18,7 +18,11 @@ import pytest
 
 from samrobust.models.conv import conv2d
 from samrobust.system import compiler
-from samrobust.system.compiler import add_compiler_options, compiler_options
+from samrobust.system.compiler import (
+    add_compiler_options,
+    compiler_options,
+    deterministic_programs,
+)
 from samrobust.system.provenance import commit, provenance
 from samrobust.system.runtime import (
     EXIT_CODES,
@@ -209,10 +213,13 @@ def test_llvms_first_level_is_enough_unless_jax_is_asked_for_less(is_off, monkey
 def test_a_gpu_alone_needs_another_program_to_give_the_same_bits_again(monkeypatch):
     usual = compiler_options()
     if jax.default_backend() == "cpu":
-        assert compiler_options(deterministic=True) == usual
+        with deterministic_programs(True):
+            assert compiler_options() == usual
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert compiler_options() == {}
-    options = compiler_options(deterministic=True)
+    with deterministic_programs(True), deterministic_programs(False):
+        options = compiler_options()
+    assert compiler_options() == {}
     assert options == {"xla_gpu_deterministic_ops": True}
     jax.jit(lambda: 0, compiler_options=options).lower().compile()  # XLA knows it
 
@@ -222,7 +229,8 @@ def test_options_that_are_added_hold_for_every_program(monkeypatch):
     add_compiler_options("--xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=false")
     added = {"xla_gpu_autotune_level": "0", "xla_gpu_deterministic_ops": False}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert compiler_options(deterministic=True) == added
+    with deterministic_programs(True):
+        assert compiler_options() == added
     for flags in ("xla_a=1", "--xla_a", "--other=1"):
         with pytest.raises(ValueError, match=f"--xla_NAME=VALUE, .* flag='{flags}'"):
             add_compiler_options(flags)

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import strategies as st
 
 from samrobust.data import Dataset, Split, epoch_permutation, take_batch
+from samrobust.evaluation import measure
 from samrobust.experiments import building
 from samrobust.experiments.building import make_plan, make_training
 from samrobust.experiments.components import make_optimizer
@@ -27,6 +28,7 @@ from samrobust.experiments.networks import load_network
 from samrobust.experiments.run import run, train
 from samrobust.experiments.workdir import settle_config
 from samrobust.sharpness import sam
+from samrobust.system import compiler
 from samrobust.system.distributed import data_mesh, replicated
 from samrobust.training import (
     InterruptedRunError,
@@ -120,20 +122,21 @@ def test_on_an_accelerator_the_calls_of_an_epoch_are_one_program_where_they_can_
 
 
 def test_the_programs_of_a_run_are_compiled_as_its_config_says(tmp_path, monkeypatch):
+    """Those that judge held-out images too, for the best checkpoint and an average."""
     asked = []
-    usual = epoch.compiler_options
+    usual = compiler.compiler_options
 
-    def note(**options):
-        asked.append(options)
-        return usual(**options)
+    def note():
+        asked.append(compiler._DETERMINISTIC.get())
+        return usual()
 
-    monkeypatch.setattr(epoch, "compiler_options", note)
+    for module in (epoch, measure):
+        monkeypatch.setattr(module, "compiler_options", note)
     for deterministic in (True, False):
-        workdir = tmp_path / str(deterministic)
-        train_frozen(workdir, training__deterministic=deterministic, training__epochs=1)
-        expected = {"deterministic": deterministic}
-        assert asked
-        assert all(options == expected for options in asked)
+        fields = {"training.deterministic": deterministic, "training.epochs": 1}
+        config = helpers.make_config("st", {"data.validation_size": 32, **fields})
+        train(config, helpers.load_data(config), tmp_path / str(deterministic))
+        assert asked == [deterministic] * 2
         asked.clear()
 
 

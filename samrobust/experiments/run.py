@@ -17,7 +17,7 @@ import jax
 from samrobust.attacks import ATTACKS_VERSION
 from samrobust.checks import check
 from samrobust.data import Dataset, fingerprint
-from samrobust.experiments import building, methods, scoring, trunks
+from samrobust.experiments import building, heldout, methods, scoring, trunks
 from samrobust.experiments.configuration import as_dict
 from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.networks import Trained, checkpoints_of, load_network
@@ -229,7 +229,7 @@ def train(
         clock=time.monotonic if companion is None else companion.clock,
         trunks=trunks.make_trunks(shared, workdir, dataset, plan.num_steps),
     )
-    judge = scoring.make_judge(config, dataset)
+    judge = heldout.make_judge(config, dataset)
     labels = dataset.validation.labels
     method, earlier, admit = building.make_training(config, dataset, plan.num_steps)
     return fit(
@@ -247,8 +247,8 @@ def train(
         deterministic=training.deterministic,
         log=log,
         schedules={"learning_rate": schedule},
-        after_epoch=scoring.make_after_epoch(judge, labels, admit),
-        validate=validate or scoring.make_validate(judge),
+        after_epoch=heldout.make_after_epoch(judge, labels, admit),
+        validate=validate or heldout.make_validate(judge),
         on_progress=on_progress,
         should_stop=should_stop,
         companion=companion,

@@ -4,9 +4,11 @@ What the user has set in the environment takes precedence. JAX is imported late,
 `samrobust.system.runtime`.
 """
 
+import contextlib
+import contextvars
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from samrobust.checks import check
 
@@ -15,6 +17,7 @@ __all__ = [
     "check_compiler_options",
     "compiler_options",
     "deterministic_options",
+    "deterministic_programs",
     "parse_compiler_options",
     "try_here",
 ]
@@ -35,36 +38,49 @@ _CPU_OPTIONS: dict[str, str | bool] = {
     "xla_cpu_experimental_onednn_custom_call": True,
 }
 _DETERMINISTIC_FLAG = "xla_gpu_deterministic_ops"
+_DETERMINISTIC = contextvars.ContextVar("deterministic_programs", default=False)
 _added_options: dict[str, str | bool] = {}
 
 
-def compiler_options(*, deterministic: bool = False) -> dict[str, str | bool]:
+@contextlib.contextmanager
+def deterministic_programs(wanted: bool) -> Iterator[None]:
+    """Adds to `compiler_options` what makes programs give the same bits at every run.
+
+    On GPUs XLA then takes only algorithms that do, and chooses none of them by its
+    time. Programs for CPUs are so anyway, and XLA has no other ones for TPUs.
+
+    Args:
+      wanted: false changes nothing.
+    """
+    token = _DETERMINISTIC.set(_DETERMINISTIC.get() or wanted)
+    try:
+        yield
+    finally:
+        _DETERMINISTIC.reset(token)
+
+
+def compiler_options() -> dict[str, str | bool]:
     """Returns XLA options for a program on this process's devices.
 
     Given with each program (`jax.jit(..., compiler_options=...)`), so that nothing is
     written into the environment, where an option that this version of XLA does not know
     ends the process.
 
-    Args:
-      deterministic: on GPUs take only algorithms that give the same bits at every run,
-        and choose none of them by its time. Programs for CPUs are so anyway, and XLA
-        has no other ones for TPUs.
-
     Returns:
-      What was found to be fastest on the backend and, last, what
-      `add_compiler_options` added.
+      What was found to be fastest on the backend, what `deterministic_programs` wants
+      and, last, what `add_compiler_options` added.
     """
     import jax
 
     platform = jax.default_backend()
     found = _cpu_options() if platform == "cpu" else {}
-    if deterministic:
+    if _DETERMINISTIC.get():
         found = found | deterministic_options(platform)
     return found | _added_options
 
 
 def deterministic_options(platform: str) -> dict[str, str | bool]:
-    """Returns the options of `deterministic`, by JAX's or XLA's name of a platform."""
+    """Returns those of `deterministic_programs`, by the name of a platform."""
     return {_DETERMINISTIC_FLAG: True} if platform in ("gpu", "cuda", "rocm") else {}
 
 

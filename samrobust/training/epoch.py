@@ -227,7 +227,6 @@ class EpochRunner:
       flip: mirror at random.
       mesh: over which batches are split; all else is replicated.
       key: of all batches, augmentations and attacks of the run.
-      deterministic: see `samrobust.system.compiler.compiler_options`.
     """
 
     def __init__(
@@ -240,12 +239,11 @@ class EpochRunner:
         flip: bool,
         mesh: Mesh,
         key: Array,
-        deterministic: bool = False,
     ):
         several = isinstance(train_step, Sequence)
         self._train_steps = train_step if several else (train_step,)
         self._plan, self._mesh = plan, mesh
-        self._deterministic = deterministic
+        self._options = compiler_options()  # of the context that it is built in
         self._augmentation = {"padding": padding, "flip": flip}
         self._placement = replicated(mesh)
         images_and_labels = (split.images, split.labels)
@@ -314,9 +312,8 @@ class EpochRunner:
         name = chunk, len(carries)
         if name not in self._compiled:
             traced = self.trace(chunk, carries)
-            options = compiler_options(deterministic=self._deterministic)
             with jax.enable_x64(False):
-                self._compiled[name] = traced.lower().compile(options)
+                self._compiled[name] = traced.lower().compile(self._options)
         return self._compiled[name]
 
     def trace(self, chunk: Chunk, carries: Sequence[LoopState]) -> Traced:

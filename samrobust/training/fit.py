@@ -20,6 +20,7 @@ import optax
 
 from samrobust.checks import check
 from samrobust.data import Split, check_labels
+from samrobust.system.compiler import deterministic_programs
 from samrobust.system.distributed import data_mesh, replicated
 from samrobust.system.runtime import RESUME
 from samrobust.training.epoch import (
@@ -180,16 +181,16 @@ def fit(
     init_key, run_key = jax.random.split(key)
     mesh = data_mesh()
     make_runner = EpochRunner if companion is None else companion.make_runner
-    runner = make_runner(
-        [*(phase.train_step for phase in earlier), method.train_step],
-        plan,
-        split,
-        padding=padding,
-        flip=flip,
-        mesh=mesh,
-        key=run_key,
-        deterministic=deterministic,
-    )
+    with deterministic_programs(deterministic):
+        runner = make_runner(
+            [*(phase.train_step for phase in earlier), method.train_step],
+            plan,
+            split,
+            padding=padding,
+            flip=flip,
+            mesh=mesh,
+            key=run_key,
+        )
     init = jax.jit(
         fresh_carry(method, batch_size, split.images.shape[1:]),
         out_shardings=replicated(mesh),

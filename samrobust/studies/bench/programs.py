@@ -27,6 +27,7 @@ from samrobust.data import (
 from samrobust.evaluation import make_evaluator
 from samrobust.experiments import building
 from samrobust.studies.bench.images import make_dataset
+from samrobust.system.compiler import deterministic_programs
 from samrobust.system.distributed import data_mesh, replicated
 from samrobust.system.jaxprs import abstract_key
 from samrobust.training import Method
@@ -121,13 +122,13 @@ def training(
         labels = jax.ShapeDtypeStruct((size,), jnp.int32)
         state = jax.eval_shape(begin, key).state
         train_step = _unrolled(train_step, state, images, labels, key)
-    runner = EpochRunner(
-        *(train_step, plan, split),
-        **_augmentation(config),
-        mesh=data_mesh(),
-        key=jax.random.key(1),
-        deterministic=config.training.deterministic,
-    )
+    with deterministic_programs(config.training.deterministic):
+        runner = EpochRunner(
+            *(train_step, plan, split),
+            **_augmentation(config),
+            mesh=data_mesh(),
+            key=jax.random.key(1),
+        )
     return runner, plan.chunks()[0], begin
 
 
