@@ -18,8 +18,7 @@ adds the rows of configs/adversarial.py at radii up to the largest, for the same
 workdir. A run of two passes a step takes two minutes of a core.
 """
 
-from samrobust.experiments.config_files import load_rows
-from samrobust.experiments.configuration import base_config, finish
+from samrobust.experiments.configuration import base_config, finish, load_rows
 from samrobust.types import Config
 
 # Of each method's four settings the first three, for the network underfits: all but

@@ -209,7 +209,7 @@ epsilon=0.03137. Radii are in 1/255 units: did you mean 8?
         check_real(0, float("inf"), **{name: value})
         check(value > 0, f"0 < {name}", **{name: value})
         fix = f"{units} 8 means 8/255."
-        check(value <= high, f"{name} <= {high:g}", fix, **{name: value})
+        check(value <= high, f"{name} <= {high:,.0f}", fix, **{name: value})
         fix = f"{units} did you mean {round(255 * value, 1) or 8:g}?"
         mistaken = value < low or (value < 1 and _is_written_out(value))
         check(not mistaken, f"{name} in 255ths, {low:g} or more", fix, **{name: value})

@@ -92,9 +92,9 @@ class Entry:
         `ValueError` for other values; and whole fields, of what is no parameter or has
         another default in configs. A parameter without a default has 0 there: off.
       section: of the config; empty: the name.
-      attack_passes: the cost of a step beside its passes over the images, such as of
-        making them, in passes with weight gradients, or a function from the section's
-        values to that. None: of a part that makes images, unknown.
+      attack_passes: the cost of a step beside its passes over the images, such as that
+        of attacking them, in passes with weight gradients, or a function from the
+        section's values to that. None: of a part that makes images, unknown.
       check: of a row's options, by their names; raises `ValueError`.
       passes: how many a sharpness method adds to each pass over the images, or a
         function from the section's values to that. None: what a `two_pass` says; of any

@@ -271,9 +271,13 @@ def test_ceilings_that_are_known_are_not_measured_again(tmp_path):
         ("roofline", "float32")
     ]
     assert summarize({}, options).ceilings == {"bfloat16": known}
-    missing = dataclasses.replace(options, ceilings=str(tmp_path / "none.json"))
-    kinds = [task.kind for _, task in schedule(plan(missing), missing)]
-    assert kinds.count("roofline") == 2
+    for content in (None, "{", "[]", '{"bfloat16": {"matmul": 1.0}}'):
+        file.unlink()
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(ValueError, match="a JSON file with the matmul and"):
+            plan(options)
+        file.touch()
 
 
 def test_without_matplotlib_a_bench_has_numbers_and_no_picture(tmp_path, monkeypatch):

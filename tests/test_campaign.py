@@ -18,6 +18,7 @@ from test_layering import modules_after
 
 from samrobust import cli
 from samrobust.cli import flags
+from samrobust.cli.bench import check_read
 from samrobust.data import load_dataset
 from samrobust.data.splits import fingerprint
 from samrobust.studies.bench import plan as bench_plan
@@ -25,7 +26,7 @@ from samrobust.studies.campaign import (
     __main__,
     archive,
     blocks,
-    known_flags,
+    lenient,
     machine,
     pieces,
     summary,
@@ -134,24 +135,37 @@ def test_its_flags_rows_and_fields_are_those_of_the_package(tmp_path):
 
 def test_options_that_xla_does_not_know_are_left_out_and_said(tmp_path, monkeypatch):
     campaign = Campaign(tmp_path, make_bundle(tmp_path / "bundle"))
-    with_flags = [
-        block.name
-        for block in plan(campaign)
-        if "samrobust.studies.campaign.known_flags" in block.commands[0].words
-    ]
-    assert with_flags == ["flags", "seeds-in-one-program", "more-flags"]
     known, unknown = "--xla_cpu_enable_fast_math=false", "--xla_no_such_option=1"
     file = tmp_path / "flags" / blocks.LEFT_OUT
-    words = ["bench", *(f"--xla-flags={flags}" for flags in ("", known, unknown))]
+    ends = "--xla_cpu_enable_fast_math=false --xla_ends_it=1"
+    several = ("", unknown, ends, known)
+    words = ["bench", *(f"--xla-flags={flags}" for flags in several)]
+    words += [f"--ceilings={tmp_path}/none.json"]
+    end = "    if 'ends_it' in flags: __import__('os')._exit(6)\n    try:"
+    monkeypatch.setattr(lenient, "_ASK", lenient._ASK.replace("    try:", end))
     became = []
     monkeypatch.setattr(os, "execv", lambda *them: became.append(them))
-    monkeypatch.setattr(sys, "argv", ["known_flags", str(file), *words])
-    known_flags.main()
-    wanted = [sys.executable, "-m", "samrobust.cli", *words[:-1]]
+    monkeypatch.setattr(sys, "argv", ["lenient", str(file), *words])
+    lenient.main()
+    kept = ["bench", "--xla-flags=", f"--xla-flags={known}"]
+    wanted = [sys.executable, "-m", "samrobust.cli", *kept]
     assert became == [(sys.executable, wanted)]
     text = summary.write_summary(plan(campaign), tmp_path).read_text()
     assert "| flags | left out: Expected options that XLA knows, got --xla-f" in text
-    assert f"| {unknown} |" in text
+    assert f"| --xla-flags={unknown} |" in text
+    assert "| flags | left out: It ends XLA with exit code 6: " in text
+    assert "left out: Nothing wrote any: ceilings are measured again. | --ceil" in text
+
+
+@pytest.mark.parametrize("trial", [True, False])
+def test_a_bench_reads_every_flag_that_it_is_given(tmp_path, trial):
+    campaign = Campaign(tmp_path, make_bundle(tmp_path / "bundle"), trial, trial)
+    commands = [command for block in plan(campaign) for command in block.commands]
+    read = 0
+    for words in (command.words for command in commands if "bench" in command.words):
+        check_read(cli._parse(list(words[words.index("bench") :])))
+        read += 1
+    assert read > 8
 
 
 def test_it_begins_with_nothing_but_the_standard_library():
@@ -178,6 +192,8 @@ def test_a_trial_on_a_cpu_asks_for_nothing_that_only_a_gpu_has(tmp_path, monkeyp
     monkeypatch.setattr(Launcher, "__call__", lambda *_: there)
     monkeypatch.setattr(Launcher, "_run", lambda _, __, spec: specs.append(spec))
     campaign = Campaign(tmp_path, make_bundle(tmp_path / "bundle"), True, on_cpu=True)
+    ceilings = helpers.make_folder(tmp_path / "machine") / "machine.json"
+    ceilings.write_text('{"bfloat16": {"matmul": 1e12, "copy": 1e10}}')
     for block in plan(campaign):
         for command in block.commands:
             if "bench" not in command.words:

@@ -422,7 +422,10 @@ def test_another_workdir_of_the_same_name_is_not_taken_for_its_own(
 
 
 def test_files_left_by_a_kill_are_removed_by_the_holder_alone(tmp_path):
-    left, new = (tmp_path / f".config.json.{name}.tmp" for name in ("abc", "def"))
+    left, new = (storage.temporary_beside(tmp_path / "config.json") for _ in "ab")
+    others = tmp_path / ".editor.tmp"
+    others.touch()
+    os.utime(others, (0, 0))
     with claim(tmp_path):
         left.touch()
         new.touch()
@@ -433,6 +436,7 @@ def test_files_left_by_a_kill_are_removed_by_the_holder_alone(tmp_path):
     with claim(tmp_path):
         assert not left.exists()
         assert new.exists()  # another process may be about to rename it
+        assert others.exists()
 
 
 def test_a_claimed_workdir_is_refused_until_it_is_free(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from samrobust.data.cache import cached_arrays
+from samrobust.system import storage
 
 KEY = hashlib.sha256(b'{"a": 1}').hexdigest()[:16]
 FILES = [f"name-{KEY}.json", f"name-{KEY}-images.npy", f"name-{KEY}-labels.npy"]
@@ -47,7 +48,7 @@ def test_the_second_read_is_mapped_from_the_cache(tmp_path):
 
 
 def test_what_a_killed_process_was_writing_is_removed_after_an_hour(tmp_path):
-    left, new = (tmp_path / f".name-images.npy.{name}.tmp" for name in ("a", "b"))
+    left, new = (storage.temporary_beside(tmp_path / "name-images.npy") for _ in "ab")
     for path in (left, new):
         path.touch()
     os.utime(left, (0, 0))

@@ -180,7 +180,8 @@ from typing import Literal, Optional
 from samrobust.training import Adversary
 def typed(
     share: float, few: Optional[int] = None, some: "int | None" = None,
-    name: Optional[str] = None, which: Literal["a", "b"] = None, unknown: "Gone" = None,
+    name: Optional[str] = None, which: Literal[None, "a"] = None,
+    unknown: "Gone" = None,
 ) -> Adversary:
     found = few, some, name, which, unknown
     assert [type(x).__name__ for x in found] == ["int", "int", "str", "str", "float"]
@@ -196,7 +197,7 @@ def checked(restarts: int, rate: float = 0.1) -> Adversary:
 def test_a_field_has_the_type_that_its_parameter_says(tmp_path, monkeypatch):
     (tmp_path / "typed_of_ours.py").write_text(TYPED)
     monkeypatch.syspath_prepend(tmp_path)
-    texts = {"few": 5, "some": 6, "name": "x", "which": "b", "unknown": 1}
+    texts = {"few": 5, "some": 6, "name": "x", "which": "a", "unknown": 1}
     flags = [f"--config.typed.{field}={value}" for field, value in texts.items()]
     row = "typed_of_ours:typed,share=1"
     config = configuration.load_config(f"digits.py:{row}", flags)
@@ -215,7 +216,7 @@ def test_an_error_of_a_constructor_is_said_with_its_line_and_a_check_by_its_fiel
         (
             "typed_of_ours:counted,share=1",
             r"^Expected typed_of_ours:counted to run, got at .*typed_of_ours\.py, line "
-            r"12: ValueError: invalid literal for int\(\) with base 10: 'x12'$",
+            r"13: ValueError: invalid literal for int\(\) with base 10: 'x12'$",
         ),
         (
             "typed_of_ours:checked,restarts=2",
@@ -225,6 +226,20 @@ def test_an_error_of_a_constructor_is_said_with_its_line_and_a_check_by_its_fiel
     ):
         with pytest.raises(ValueError, match=message):
             methods.build(helpers.make_config(row), entries.Given())
+
+
+@pytest.mark.parametrize("config", ["digits", "adversarial"])  # which calls `digits`
+def test_an_error_in_a_module_is_said_once_by_its_own_line(
+    config, tmp_path, monkeypatch
+):
+    (tmp_path / "broken_of_ours.py").write_text("\n1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = (
+        r"^Expected the module broken_of_ours with a method to run, got at "
+        r".*broken_of_ours\.py, line 2: ZeroDivisionError: division by zero$"
+    )
+    with pytest.raises(ValueError, match=message):
+        configuration.load_config(f"{config}.py:broken_of_ours:thing,a=1")
 
 
 def test_a_killed_run_ends_with_the_same_bits(folder):

@@ -236,6 +236,14 @@ def test_options_that_are_added_hold_for_every_program(monkeypatch):
             add_compiler_options(flags)
 
 
+def test_what_fails_without_options_is_no_fault_of_theirs():
+    def out_of_memory(_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no memory"):
+        compiler.check_compiler_options("--xla_a=1", out_of_memory)
+
+
 COMPILE = """
 import jax, jax.numpy as jnp
 from samrobust.system.runtime import enable_compilation_cache

@@ -96,11 +96,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_read(arguments: argparse.Namespace) -> None:
-    """Refuses flags that the bench would not read; one that `_READ` lacks is one.
+    """Refuses flags that the bench would not read; one missing from `_READ` is unread.
 
     Raises:
       ValueError: names them.
     """
+    rates = {"--ceilings": arguments.ceilings, "--no-rates": arguments.no_rates}
+    check(None in rates.values(), "one of --ceilings and --no-rates", **rates)
     how = next((n for n in ("aot", "profile", "compare") if getattr(arguments, n)), "")
     unread = vars(arguments).keys() - {*_ALWAYS, *_READ[how]}
     given = flags.given(vars(arguments), sorted(unread))

@@ -119,5 +119,5 @@ def _settings(config: "Config", arguments: argparse.Namespace) -> "CurveSettings
         elif given is None and largest:
             most = min(2 * largest, building.largest_radius(facts, norm))
             grid = np.linspace(0, most, _POINTS + 1)[1:]
-            grids[norm] = tuple(float(f"{radius:.4g}") for radius in grid)
+            grids[norm] = tuple(min(float(f"{radius:.4g}"), most) for radius in grid)
     return flags.build(CurveSettings, arguments, radii=grids)

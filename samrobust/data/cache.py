@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import pathlib
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -106,7 +105,10 @@ def _read(manifest: pathlib.Path, source: Mapping[str, Any]) -> Arrays:
     arrays = {}
     for name, sha256 in content["sha256"].items():
         path = _array_path(manifest, name)
-        if files.digest(path) != sha256:
+        found = files.digest(path)
+        if not found:
+            raise FileNotFoundError(f"No such file: {path.name}")
+        if found != sha256:
             raise ValueError(f"{path.name} is damaged (its hash differs)")
         arrays[name] = np.load(path, mmap_mode="r")
     return arrays
@@ -115,7 +117,10 @@ def _read(manifest: pathlib.Path, source: Mapping[str, Any]) -> Arrays:
 def _write(manifest: pathlib.Path, source: Mapping[str, Any], arrays: Arrays) -> Arrays:
     """Writes the arrays, then the manifest; returns the arrays, mapped."""
     manifest.parent.mkdir(parents=True, exist_ok=True)
-    storage.remove_left_behind(manifest.parent, time.time())
+    probe = storage.temporary_beside(manifest)
+    probe.touch()
+    storage.remove_left_behind(manifest.parent, storage.modified(probe))
+    probe.unlink()
     mapped, hashes = {}, {}
     temporary = storage.temporary_beside(manifest)
     try:

@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 import types
+import zlib
 from collections.abc import Sequence
 from importlib import util
 from typing import Any
@@ -87,11 +88,17 @@ def load_module(file: pathlib.Path) -> types.ModuleType:
     Raises:
       ValueError: for whatever goes wrong in it, in one line.
     """
-    spec = util.spec_from_file_location(f"samrobust_config_{file.stem}", file)
+    of_file = zlib.crc32(str(file.resolve()).encode())  # several may be of one name
+    name = f"samrobust_config_{file.stem}_{of_file:x}"
+    spec = util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for their types
-    with running(f"the config file {file}"):
-        spec.loader.exec_module(module)
+    sys.modules[name] = module  # where its dataclasses look for their types
+    try:
+        with running(f"the config file {file}"):
+            spec.loader.exec_module(module)
+    except Exception:
+        del sys.modules[name]
+        raise
     return module

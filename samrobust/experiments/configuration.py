@@ -22,7 +22,12 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from samrobust.checks import check, shorten
 from samrobust.experiments import entries, methods, rows
 from samrobust.experiments.components import model_fields, takes
-from samrobust.experiments.config_files import find_config_file, load_module, shipped
+from samrobust.experiments.config_files import (
+    find_config_file,
+    load_module,
+    load_rows,
+    shipped,
+)
 from samrobust.experiments.rows import parse_row
 from samrobust.experiments.validation import OF_PGD, fields_of, validate
 from samrobust.system.fields import differences, flatten
@@ -35,6 +40,7 @@ __all__ = [
     "base_config",
     "finish",
     "load_config",
+    "load_rows",
     "with_defaults",
 ]
 

@@ -11,7 +11,16 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 import optax
 
@@ -167,12 +176,14 @@ def _field_of(default: Any, annotation: Any = None) -> Field:
 def _kind_of(annotation: Any) -> type:
     """Returns the plain type that an annotation names first; float if it names none."""
     if isinstance(annotation, str):  # which could not be evaluated
-        named = re.match(r"\w*", annotation)
+        named = re.match(r"(?:(?:typing\.)?Optional\[)?(\w*)", annotation)
         kinds = {kind.__name__: kind for kind in _PLAIN}
-        return kinds.get(named.group() if named else "", float)
+        return kinds.get(named[1] if named else "", float)
     kind, inside = get_origin(annotation) or annotation, get_args(annotation)
     if kind is Literal:
-        return type(inside[0])
+        return type(next((one for one in inside if one is not None), 0.0))
+    if kind is Annotated:
+        return _kind_of(inside[0])
     if kind in (Union, types.UnionType):
         return _kind_of(next(one for one in inside if one is not types.NoneType))
     return kind if kind in _PLAIN else float

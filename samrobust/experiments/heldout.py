@@ -59,7 +59,7 @@ def make_after_epoch(
     """Builds what shows each epoch's worst class to an average; None if none asks.
 
     Args:
-      judge: there, where an average asks.
+      judge: None without held-out images.
       labels: of its images.
       admit: as of `samrobust.training.Averaging`.
     """

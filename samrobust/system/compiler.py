@@ -131,8 +131,10 @@ def check_compiler_options(
     """
     import jax
 
+    options = parse_compiler_options(flags)
+    try_out({})  # what goes wrong without them is not theirs
     try:
-        try_out(parse_compiler_options(flags))
+        try_out(options)
     except jax.errors.JaxRuntimeError as error:
         complaint = str(error).strip().splitlines()[0]
         given = {"--xla-flags": flags}
@@ -140,7 +142,7 @@ def check_compiler_options(
 
 
 def try_here(options: dict[str, str | bool]) -> None:
-    """Compiles nothing much for this process's devices."""
+    """Compiles a trivial program for this process's devices."""
     import jax
 
     jax.jit(lambda: 0, compiler_options=options).lower().compile()

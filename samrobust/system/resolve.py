@@ -20,7 +20,7 @@ from typing import Any
 
 from samrobust.checks import CheckError, check, shorten
 
-__all__ = ["is_reference", "resolve", "running", "sources"]
+__all__ = ["OwnCodeError", "is_reference", "resolve", "running", "sources"]
 
 # Lines in these folders are not where the user's own code went wrong.
 _INSTALLED = (
@@ -79,7 +79,11 @@ PYTHONPATH.
     return getattr(found, name)
 
 
-def _failure_of(what: str, error: BaseException) -> ValueError:
+class OwnCodeError(ValueError):
+    """An error in the user's own code, in one line that says where."""
+
+
+def _failure_of(what: str, error: BaseException) -> OwnCodeError:
     """Describes an error in the user's own code in one line: where, which, its text.
 
     Args:
@@ -94,7 +98,7 @@ def _failure_of(what: str, error: BaseException) -> ValueError:
     own = [line for line in lines if not line[0].startswith(_INSTALLED)]
     where = f" at {own[-1][0]}, line {own[-1][1]}" if own else ""
     text = error.msg if isinstance(error, SyntaxError) else str(error)
-    return ValueError(
+    return OwnCodeError(
         f"Expected {what} to run, got{where}: {type(error).__name__}: {shorten(text)}"
     )
 
@@ -107,11 +111,11 @@ def running(what: str) -> Iterator[None]:
       what: what is run. What a check of ours refuses is said as it is.
 
     Raises:
-      ValueError: for whatever is raised inside.
+      OwnCodeError: for whatever is raised inside.
     """
     try:
         yield
-    except CheckError:
+    except (CheckError, OwnCodeError):
         raise
     except Exception as error:
         raise _failure_of(what, error) from error

@@ -24,6 +24,7 @@ import fnmatch
 import json
 import os
 import pathlib
+import re
 import shutil
 import threading
 import uuid
@@ -51,7 +52,8 @@ __all__ = [
 # By protocol, the package that fsspec wants for it; also the extra of ours.
 _PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3"), "memory": ("fsspec", "")}
 _one_at_a_time = threading.Lock()
-_LEFT_BEHIND = 3600.0  # seconds after which a temporary file is nobody's
+_TEMPORARY = re.compile(r"\.(.+\.)?[0-9a-f]{32}\.tmp")
+_LEFT_BEHIND = 3600.0  # seconds after which such a file is nobody's
 
 
 def to_path(place: str | os.PathLike[str]) -> pathlib.Path:
@@ -234,13 +236,11 @@ def temporary_beside(path: pathlib.Path) -> pathlib.Path:
 
 
 def remove_left_behind(folder: pathlib.Path, now: float) -> None:
-    """Removes such files of killed processes; others may write theirs meanwhile.
-
-    `now` is the time of the folder's file server, in seconds.
-    """
+    """Removes old ones of killed processes; `now` is the file server's time."""
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
-            if now - modified(path) > _LEFT_BEHIND:
+            is_ours = _TEMPORARY.fullmatch(path.name)
+            if is_ours and now - modified(path) > _LEFT_BEHIND:
                 path.unlink()
 
 

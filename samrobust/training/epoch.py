@@ -143,8 +143,8 @@ def make_plan(
       replays: see `EpochPlan`.
 
     Raises:
-      ValueError: for a count that is none, if there is not one batch, the devices do
-        not divide a full one, or an incomplete one would be replayed.
+      ValueError: for a size or count below its minimum, if there is not one batch, the
+        devices do not divide a full one, or an incomplete one would be replayed.
     """
     count(batch_size=batch_size, replays=replays)
     check_whole(0, steps_per_call=steps_per_call)

@@ -156,7 +156,7 @@ def fit(
     Returns:
       The final state and how long it took. **Guarantees**: a run that was stopped or
       killed and called again ends bit-identical to one that was not, on CPUs; on GPUs
-      with `deterministic`, if XLA keeps what it says.
+      with `deterministic`, as far as XLA's deterministic kernels are.
 
     Raises:
       ValueError: if there is not one batch, the devices do not divide a batch, there

@@ -92,7 +92,7 @@ def phase_of(earlier: Sequence[Phase], step: int) -> int:
 
 
 def check_total_steps(epochs: int, steps_per_epoch: int) -> None:
-    """Refuses no steps, and more than an int32 counts, as optimizers do.
+    """Refuses no epochs, and more steps than an int32 counts, as optimizers do.
 
     Raises:
       ValueError: see above.

@@ -206,7 +206,8 @@ def compiler_options(
     """Returns XLA's options for a program: the target's, the config's and further ones.
 
     Those of GPUs turn off autotuning, which would try kernels on the device. As in a
-    run, `training.deterministic` is of steps alone.
+    run, `training.deterministic` is not of evaluations; those of held-out images, of
+    which it is, are not counted here.
     """
     target, found = TARGETS[name], {}
     if kind == "step" and config.training.deterministic:
@@ -215,7 +216,7 @@ def compiler_options(
 
 
 def try_out(name: str, options: Mapping[str, str | bool]) -> None:
-    """Compiles nothing much for a device that is not there, with further options."""
+    """Compiles a trivial program for a device that is not there."""
     with compiling_for(devices_of(name)):
         number = _placed(jax.ShapeDtypeStruct((), jnp.float32))
         lowered = jax.jit(lambda x: x).lower(number)

@@ -133,6 +133,7 @@ def plan(options: Options) -> list[Task]:
         parse_compiler_options(flags)
     if options.aot is not None:
         _check_counts(options)
+    _check_ceilings(options)
     if options.compare is not None:
         _check_comparison(options, chosen)
     settings: Any = itertools.product(
@@ -159,7 +160,7 @@ def plan(options: Options) -> list[Task]:
                 Task(kind, name, row, batch, precision, *own)
                 for name, row in of_kind.get(kind, chosen).items()
             ]
-        if options.compare and "step" in options.measure:
+        if options.compare is not None:
             tasks += [
                 Task("pytorch", name, row, size, precision, variant=variant)
                 for name, row in chosen.items()
@@ -179,13 +180,21 @@ def plan(options: Options) -> list[Task]:
     return tasks
 
 
+def _check_ceilings(options: Options) -> None:
+    """Refuses a file without rooflines; one that lacks some is fine."""
+    given = {"--ceilings": options.ceilings}
+    wanted = "a JSON file with the matmul and the copy of a precision"
+    holds = options.ceilings is None or bool(known_ceilings(options))
+    check(holds, wanted, "A campaign's machine.json is one.", **given)
+
+
 def _check_counts(options: Options) -> None:
     """Refuses what cannot be counted on a device that is not there."""
     check(
-        set(options.measure) <= {"step", "evaluation"} and options.compare is None,
-        "--measure in {step, evaluation} and no --compare with --aot",
+        set(options.measure) <= {"step", "evaluation"},
+        "--measure in {step, evaluation} with --aot",
         "Nothing runs.",
-        **{"--measure": options.measure, "--compare": options.compare},
+        **{"--measure": options.measure},
     )
 
 
@@ -214,11 +223,14 @@ def _overrides_of(task: Task, options: Options) -> tuple[str, ...]:
 
 def known_ceilings(options: Options) -> dict[str, dict[str, float]]:
     """Returns the rooflines that are not measured, by precision."""
-    found = glance(pathlib.Path(options.ceilings)) if options.ceilings else {}
+    if options.ceilings is None:
+        return {}
+    stored, names = glance(pathlib.Path(options.ceilings)), ("matmul", "copy")
     return {
-        precision: {name: found[precision][name] for name in ("matmul", "copy")}
+        precision: {name: ceilings[name] for name in names}
         for precision in ("float32", "bfloat16")
-        if precision in found
+        if isinstance(ceilings := stored.get(precision), dict)
+        and all(isinstance(ceilings.get(name), float | int) for name in names)
     }
 
 

@@ -54,8 +54,8 @@ def write_summary(
             _line(folder.name, f"failed: {name}: {complaint}", *[""] * 8)
             for name, complaint in report.get("failures", [])
         ]
-        for flags, why in glance(folder / LEFT_OUT).items():
-            lines.append(_line(folder.name, f"left out: {why}", flags, *[""] * 7))
+        for word, why in glance(folder / LEFT_OUT).items():
+            lines.append(_line(folder.name, f"left out: {why}", word, *[""] * 7))
     lines += _head("Epochs", "run", "ms a step", "images/s", "bits at the end")
     answers: list[str] = []
     for folder in folders:
