@@ -200,7 +200,6 @@ def test_without_a_compiler_for_the_device_the_command_says_what_installs_it(
     ("options", "message"),
     [
         ({"measure": ("unrolled",)}, "--measure"),
-        ({"compare": "pytorch"}, "--compare"),
         ({"row": ("mart,beta=6",)}, "mart"),
     ],
 )
