@@ -117,10 +117,6 @@ def _read(manifest: pathlib.Path, source: Mapping[str, Any]) -> Arrays:
 def _write(manifest: pathlib.Path, source: Mapping[str, Any], arrays: Arrays) -> Arrays:
     """Writes the arrays, then the manifest; returns the arrays, mapped."""
     manifest.parent.mkdir(parents=True, exist_ok=True)
-    probe = storage.temporary_beside(manifest)
-    probe.touch()
-    storage.remove_left_behind(manifest.parent, storage.modified(probe))
-    probe.unlink()
     mapped, hashes = {}, {}
     temporary = storage.temporary_beside(manifest)
     try:
@@ -136,6 +132,7 @@ def _write(manifest: pathlib.Path, source: Mapping[str, Any], arrays: Arrays) ->
             temporary.replace(path)
         temporary = storage.temporary_beside(manifest)
         temporary.write_text(json.dumps({"source": source, "sha256": hashes}, indent=1))
+        storage.remove_left_behind(manifest.parent, storage.modified(temporary))
         temporary.replace(manifest)
     finally:
         temporary.unlink(missing_ok=True)

@@ -187,9 +187,23 @@ def make_training(
       dataset: that of `config.data`; its shapes and facts alone count.
       steps_per_epoch: for the schedules.
     """
-    model = make_model(config, dataset)
-    links = make_optimizer(config, learning_rate_schedule(config, steps_per_epoch))
-    parts = _make_parts(config, dataset, steps_per_epoch, optax.chain(*links))
+    model, training = make_model(config, dataset), config.training
+    variables = _variables_of(model, config.model.name, dataset)
+    _check_decay(config)
+    learning_rate = learning_rate_schedule(config, steps_per_epoch)
+    links = make_optimizer(config, learning_rate)
+    given = entries.Given(
+        optimizer=optax.chain(*links),
+        learning_rate=learning_rate,
+        momentum=training.momentum,
+        aux=variables.get("batch_stats", {}),
+        grouped=methods.group_size(config) > 0,
+        weight_decay=decay_of_gradient(config),
+        num_classes=dataset.num_classes,
+        total_steps=training.epochs * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+    )
+    parts = methods.build(config, given)
     starts = parts.pop("starts")
     sharpness = parts.pop("sharpness", optax.identity())
     averaging = parts.get("averaging")
@@ -217,30 +231,6 @@ def make_training(
         earlier=earlier_phases(lambda absent: make(absent).train_step, starts),
         admit=None if averaging is None else averaging.admit,
     )
-
-
-def _make_parts(
-    config: Config,
-    dataset: Dataset | DatasetFacts,
-    steps_per_epoch: int,
-    optimizer: optax.GradientTransformation,
-) -> dict[str, Any]:
-    """Builds the parts of a config's row on its data; see `methods.build`."""
-    model, training = make_model(config, dataset), config.training
-    variables = _variables_of(model, config.model.name, dataset)
-    _check_decay(config)
-    given = entries.Given(
-        optimizer=optimizer,
-        learning_rate=learning_rate_schedule(config, steps_per_epoch),
-        momentum=training.momentum,
-        aux=variables.get("batch_stats", {}),
-        grouped=methods.group_size(config) > 0,
-        weight_decay=decay_of_gradient(config),
-        num_classes=dataset.num_classes,
-        total_steps=training.epochs * steps_per_epoch,
-        steps_per_epoch=steps_per_epoch,
-    )
-    return methods.build(config, given)
 
 
 def _check_decay(config: Config) -> None:

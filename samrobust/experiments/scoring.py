@@ -25,9 +25,7 @@ from samrobust.experiments import building
 from samrobust.experiments.networks import Trained, checkpoints_of
 from samrobust.experiments.reporting.names import attacked_in_words
 from samrobust.system.claims.lease import Claim, claim
-from samrobust.system.distributed import (
-    broadcast_from_primary,
-)
+from samrobust.system.distributed import broadcast_from_primary
 from samrobust.system.provenance import provenance
 from samrobust.system.resolve import is_reference
 from samrobust.system.runtime import RESUME

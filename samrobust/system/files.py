@@ -56,12 +56,11 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
 
 def digest(path: pathlib.Path) -> str:
     """Returns the SHA-256 of a file, in hex digits; empty if there is none."""
-    if isinstance(path, storage.ObjectPath):
-        with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError):
+        if isinstance(path, storage.ObjectPath):
             return hashlib.sha256(path.read_bytes()).hexdigest()
-        return ""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     return ""
 
 
