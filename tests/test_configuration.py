@@ -112,6 +112,7 @@ def test_rows_at_small_radii_come_baseline_first_and_long_attacks_last():
         ("training.epochs=2", False),
         ("model.width=16", False),
         ("evaluation.num_steps=20", False),
+        ("evaluation.linf_step=0.1", False),
         ("seed=3", True),
         ("model.dtype=bfloat16", True),
         ("checkpoint.minutes=1", True),

@@ -71,6 +71,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     from samrobust.experiments.run import PlannedRun
     from samrobust.experiments.trunks import plan_trunks
     from samrobust.experiments.workdir import run_folder
+    from samrobust.system.fields import is_among
 
     name = pathlib.Path(arguments.config).stem
     workdir = arguments.workdir or pathlib.Path("runs", name)
@@ -101,7 +102,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     given = [item.removeprefix("--config.") for item in arguments.overrides]
     # Nor where to: what changes no number is nothing that a reader has to know.
     silent = configuration.CHANGES_NO_RESULT
-    changed = ", ".join(item for item in given if not item.startswith(silent))
+    told = (item for item in given if not is_among(item.partition("=")[0], silent))
+    changed = ", ".join(told)
     note = f" Changed from {arguments.config}: {changed}." if changed else ""
     return Plan(workdir, configs, runs, _shard(arguments.shard), note)
 

@@ -30,7 +30,7 @@ from samrobust.experiments.config_files import (
 )
 from samrobust.experiments.rows import parse_row
 from samrobust.experiments.validation import OF_PGD, fields_of, validate
-from samrobust.system.fields import differences, flatten
+from samrobust.system.fields import differences, flatten, is_among
 from samrobust.system.resolve import running
 from samrobust.types import Config, Field
 
@@ -44,7 +44,7 @@ __all__ = [
     "with_defaults",
 ]
 
-# What may change between two starts of the same run.
+# What may change between two starts of the same run; see `is_among`.
 CHANGES_NO_RESULT = (
     *("data.data_dir", "data.manual_dir", "training.steps_per_call"),
     *("evaluation.batch_size", "checkpoint.", "paper.", "tracking."),
@@ -181,7 +181,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     _check_fields(config)
     _check_choices(config)
     changed = differences(written, as_dict(config))
-    if not all(field.startswith(_IS_STILL_THE_PAPERS) for field in changed):
+    if not all(is_among(field, _IS_STILL_THE_PAPERS) for field in changed):
         with config.unlocked():
             config.paper = ConfigDict()
     _check_row(config, row if colon else config.row)

@@ -24,7 +24,7 @@ from samrobust.experiments.configuration import (
     with_defaults,
 )
 from samrobust.experiments.methods import parts_of
-from samrobust.system.fields import differences
+from samrobust.system.fields import differences, is_among
 from samrobust.system.provenance import commit, random_bits
 from samrobust.system.resolve import is_reference, sources
 from samrobust.types import Config
@@ -194,7 +194,7 @@ def changed_fields(
     return {
         name: values
         for name, values in differences(*both).items()
-        if not name.startswith(CHANGES_NO_RESULT)
+        if not is_among(name, CHANGES_NO_RESULT)
         and not (name.startswith("source.") and None in values)
     }
 

@@ -1,10 +1,10 @@
 """Fields of configs and results, by dotted names, and in which two of them differ."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
-__all__ = ["differences", "flatten"]
+__all__ = ["differences", "flatten", "is_among"]
 
 
 def flatten(tree: Any, above: str = "") -> Iterator[tuple[str, Any]]:
@@ -28,3 +28,15 @@ def differences(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
     names = sorted(trees[0].keys() | trees[1].keys())
     both = {name: tuple(tree.get(name) for tree in trees) for name in names}
     return {name: (a, b) for name, (a, b) in both.items() if a != b}
+
+
+def is_among(field: str, names: Collection[str]) -> bool:
+    """Returns whether a field is one of these, or below one that ends with a dot.
+
+    >>> [is_among(f, ("seed", "paper.")) for f in ("seed", "seeds", "paper.natural")]
+    [True, False, True]
+    """
+    return any(
+        field == name or (name.endswith(".") and field.startswith(name))
+        for name in names
+    )

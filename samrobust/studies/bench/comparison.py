@@ -12,7 +12,7 @@ from typing import Any
 from samrobust.checks import check
 from samrobust.experiments import configuration, methods
 from samrobust.experiments.rows import Row, parse_row
-from samrobust.system.fields import differences
+from samrobust.system.fields import differences, is_among
 from samrobust.types import Config
 
 __all__ = [
@@ -102,7 +102,7 @@ def check_config(config: Config) -> None:
     for field in sorted(found, key=lambda field: found[field][0] is None):
         usual, value = found[field]
         check(
-            _is_among(field, (*carried, *_TOLD_OTHERWISE, *_idle(config))),
+            is_among(field, (*carried, *_TOLD_OTHERWISE, *_idle(config))),
             f"{field}={usual!r}",
             "PyTorch's side knows no other.",
             **{"--compare": "pytorch", field: value, "row": config.row},
@@ -151,10 +151,3 @@ def _idle(config: Config) -> list[str]:
     own = {part.name for part in methods.parts_of(config)}
     others = methods.sections(config.row).items()
     return [*_OF_NO_STEP, *(f"{name}." for name, part in others if part not in own)]
-
-
-def _is_among(field: str, names: Sequence[str]) -> bool:
-    return any(
-        field == name or (name.endswith(".") and field.startswith(name))
-        for name in names
-    )
