@@ -209,6 +209,7 @@ def test_the_plan_has_a_row_for_every_combination_and_each_method_its_config_row
 
 def test_pytorch_has_all_variants_in_float32_and_the_fast_ones_in_bfloat16():
     precisions = ("float32", "bfloat16")
+    pytest.importorskip("torch")
     options = Options(CIFAR, compare="pytorch", methods=("st",), precisions=precisions)
     variants = [(t.precision, t.variant) for t in plan(options) if t.kind == "pytorch"]
     assert variants == [
@@ -369,6 +370,7 @@ FIRST = {
 
 
 def fake_report():
+    pytest.importorskip("torch")
     tasks = plan(dataclasses.replace(OPTIONS, compare="pytorch"))
     seconds = {"st": 1.0, "sam": 2.1, "at": 8.0, "": 5.0}
     outcomes = dict(FIRST)
