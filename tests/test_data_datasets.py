@@ -21,7 +21,6 @@ import pytest
 import sklearn.datasets
 
 from samrobust.data import (
-    DATASETS,
     DatasetEntry,
     DatasetUnavailableError,
     Split,
@@ -126,7 +125,7 @@ class Place:
 
 def register(monkeypatch, spec):
     entry = DatasetEntry(spec.facts, functools.partial(cifar.load_cifar, spec))
-    monkeypatch.setitem(DATASETS, spec.name, entry)
+    monkeypatch.setattr(cifar, spec.name.upper(), entry)
 
 
 @pytest.fixture
@@ -854,7 +853,7 @@ def test_sizes_out_of_range_are_refused(sizes: Any, message):
 
 
 def test_sizes_are_refused_before_anything_is_read(monkeypatch):
-    monkeypatch.setitem(DATASETS, "cifar10", DATASETS["cifar10"]._replace(load=None))
+    monkeypatch.setattr(cifar, "CIFAR10", cifar.CIFAR10._replace(load=None))
     wrong = {"train_size": 50_001, "test_size": 0, "validation_size": 50_000}
     for name, size in wrong.items():
         sizes: Any = {name: size}

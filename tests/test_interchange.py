@@ -486,8 +486,12 @@ def test_export_and_import_read_no_images(exported, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError
 
-    for name, entry in datasets.DATASETS.items():
-        monkeypatch.setitem(datasets.DATASETS, name, entry._replace(load=refuse))
+    entry_of = datasets.entry_of
+
+    def without_images(name):
+        return entry_of(name)._replace(load=refuse)
+
+    monkeypatch.setattr(datasets, "entry_of", without_images)
     workdir = tmp_path / "imported"
     assert bring(exported, workdir) == 0
     assert export(workdir, tmp_path / "again.safetensors") == 0

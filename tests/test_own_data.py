@@ -17,7 +17,6 @@ from PIL import Image
 
 from samrobust.data import (
     DATASETS,
-    DatasetEntry,
     DatasetUnavailableError,
     check_padding,
     dataset_facts,
@@ -596,13 +595,19 @@ def test_without_the_data_the_error_lists_what_is_prepared_and_what_is_known():
             dataset_facts(name)
 
 
-def test_a_data_set_becomes_known_by_its_line_in_one_dict(monkeypatch):
-    arrays = make_arrays()
-    facts = dataset_facts(of_an_npz_file()[0])._replace(mean=(0.25, 0.5, 0.75))
-    monkeypatch.setitem(DATASETS, "flowers", DatasetEntry(facts, lambda **_: arrays))
+def test_a_data_set_is_one_file_and_a_line_in_one_dict(monkeypatch):
+    write_npz()
+    pathlib.Path("mine.py").write_text(
+        "import numpy as np\n"
+        "from samrobust.data import DatasetEntry, DatasetFacts\n"
+        f"FACTS = DatasetFacts{tuple(dataset_facts('own.npz'))}\n"
+        "FACTS = FACTS._replace(mean=(0.25, 0.5, 0.75))\n"
+        "FLOWERS = DatasetEntry(FACTS, lambda **_: dict(np.load('own.npz')))\n"
+    )
+    monkeypatch.setitem(DATASETS, "flowers", "mine:FLOWERS")
     dataset = load_dataset("flowers", test_size=5)
     assert (dataset.name, dataset.mean) == ("flowers", (0.25, 0.5, 0.75))
-    assert dataset_facts("flowers") is facts
+    assert dataset_facts("flowers").mean == (0.25, 0.5, 0.75)
     with pytest.raises(ValueError, match="flowers, package"):
         load_dataset("-")
 

@@ -11,9 +11,10 @@ from samrobust.data.batches import (
     random_crop_and_flip,
     take_batch,
 )
-from samrobust.data.datasets import DATASETS, DatasetEntry, dataset_facts, load_dataset
+from samrobust.data.datasets import DATASETS, dataset_facts, load_dataset
 from samrobust.data.splits import (
     Dataset,
+    DatasetEntry,
     DatasetFacts,
     DatasetUnavailableError,
     Split,

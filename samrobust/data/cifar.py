@@ -7,19 +7,21 @@ the cache is intact TFDS is not even imported.
 
 import contextlib
 import fcntl
+import functools
 import logging
 import pathlib
 import warnings
 from collections.abc import Iterator
 
+from samrobust.data import official
 from samrobust.data.archive import find_archive
 from samrobust.data.cache import Arrays
 from samrobust.data.folders import default_data_dir
 from samrobust.data.official import VERSION, CifarSpec, check_examples
 from samrobust.data.prepared import file_formats, find_prepared, read_split
-from samrobust.data.splits import DatasetUnavailableError
+from samrobust.data.splits import DatasetEntry, DatasetUnavailableError
 
-__all__ = ["load_cifar", "whereabouts"]
+__all__ = ["CIFAR10", "CIFAR100", "load_cifar", "whereabouts"]
 
 logger = logging.getLogger(__name__)
 
@@ -179,3 +181,10 @@ def _one_process_at_a_time(path: pathlib.Path) -> Iterator[None]:
         except OSError as error:  # some network file systems have no locks
             logger.warning("No lock on %s: %s", path, error)
         yield
+
+
+def _entry(spec: CifarSpec) -> DatasetEntry:
+    return DatasetEntry(spec.facts, functools.partial(load_cifar, spec))
+
+
+CIFAR10, CIFAR100 = map(_entry, (official.CIFAR10, official.CIFAR100))

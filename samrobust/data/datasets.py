@@ -4,25 +4,21 @@ A data set is three splits of NumPy arrays in a fixed order. The official test s
 never touched; a validation split, if any, is taken from the official training split.
 Normalization belongs to the model: images stay uint8, `mean` and `std` travel along.
 
-To add a built-in name, write a module with the facts and a function that loads the
-data, and add a line to `DATASETS`.
+To add a built-in name, write a module with a `DatasetEntry`, the facts and a function
+that loads the data, and add a line to `DATASETS`.
 """
 
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from samrobust.checks import check
 from samrobust.data import splits
-from samrobust.data.cifar import load_cifar
-from samrobust.data.digits import FACTS, load_digits
 from samrobust.data.folders import PathLike, default_data_dir, local_folder
-from samrobust.data.official import CIFAR10, CIFAR100
 from samrobust.data.own import load_images, load_npz
 from samrobust.data.prepared import (
     describe_folder,
@@ -33,29 +29,22 @@ from samrobust.data.prepared import (
 )
 from samrobust.system.resolve import is_reference, resolve, running
 
-__all__ = ["DATASETS", "DatasetEntry", "dataset_facts", "load_dataset"]
+__all__ = ["DATASETS", "dataset_facts", "entry_of", "load_dataset"]
 
 _STREAM_OF_OWN = 0x73616D72  # any number that nobody seeds with
 
 
-class DatasetEntry(NamedTuple):
-    """A built-in data set.
-
-    Attributes:
-      facts: known without reading an image.
-      load: takes `data_dir`, `manual_dir` and `cache_dir`, paths or None, and returns
-        `x_train`, `y_train`, `x_test` and `y_test` as `from_arrays` takes them.
-    """
-
-    facts: splits.DatasetFacts
-    load: Callable[..., Mapping[str, Any]]
-
-
+# Built in: where each name's `DatasetEntry` is.
 DATASETS = {
-    "cifar10": DatasetEntry(CIFAR10.facts, partial(load_cifar, CIFAR10)),
-    "cifar100": DatasetEntry(CIFAR100.facts, partial(load_cifar, CIFAR100)),  # fine
-    "digits": DatasetEntry(FACTS, lambda **_: load_digits()),
+    "cifar10": "samrobust.data.cifar:CIFAR10",
+    "cifar100": "samrobust.data.cifar:CIFAR100",  # its fine labels
+    "digits": "samrobust.data.digits:DIGITS",
 }
+
+
+def entry_of(name: str) -> splits.DatasetEntry:
+    """Returns the facts and the loader of one of `DATASETS`."""
+    return resolve(DATASETS[name], "a data set")
 
 
 def dataset_facts(
@@ -84,7 +73,7 @@ def dataset_facts(
     (8, 8, 1)
     """
     if name in DATASETS:
-        return DATASETS[name].facts
+        return entry_of(name).facts
     full = load_dataset(name, data_dir=data_dir, cache_dir=cache_dir)
     return splits.DatasetFacts(
         num_classes=full.num_classes,
@@ -185,7 +174,8 @@ def load_dataset(
         )
 
     if name in DATASETS:  # what is out of range is refused before a long download
-        choose(DATASETS[name].facts.num_train, DATASETS[name].facts.num_test)
+        facts = entry_of(name).facts
+        choose(facts.num_train, facts.num_test)
     full = splits.from_arrays(name, _read(name, **folders))
     kept, held_out, tested = choose(len(full.train), len(full.test))
     return dataclasses.replace(
@@ -204,7 +194,7 @@ def _read(
 ) -> Mapping[str, Any]:
     """Returns the arrays of a data set by the form of its name; see `load_dataset`."""
     if name in DATASETS:
-        facts, load = DATASETS[name]
+        facts, load = entry_of(name)
         arrays = load(data_dir=data_dir, manual_dir=manual_dir, cache_dir=cache_dir)
         known = {key: getattr(facts, key) for key in ("num_classes", "mean", "std")}
         return {**arrays, **known}

@@ -12,11 +12,11 @@ import pathlib
 
 import numpy as np
 
-from samrobust.data.splits import DatasetFacts
+from samrobust.data.splits import DatasetEntry, DatasetFacts
 
-__all__ = ["FACTS", "load_digits"]
+__all__ = ["DIGITS", "load_digits"]
 
-FACTS = DatasetFacts(
+_FACTS = DatasetFacts(
     num_classes=10,
     image_shape=(8, 8, 1),
     mean=(0.30488547288614753,),
@@ -47,7 +47,7 @@ def load_digits() -> dict[str, np.ndarray]:
         pixels, labels = file["pixels"], file["labels"].astype(np.int32)
     images = np.round(pixels.reshape(-1, 8, 8, 1) * 255.0 / 16).astype(np.uint8)
     is_test = np.zeros(len(labels), bool)
-    is_test[_stratified_choice(labels, FACTS.num_test)] = True
+    is_test[_stratified_choice(labels, _FACTS.num_test)] = True
     return {
         **{"x_train": images[~is_test], "y_train": labels[~is_test]},
         **{"x_test": images[is_test], "y_test": labels[is_test]},
@@ -61,3 +61,6 @@ def _stratified_choice(labels: np.ndarray, size: int) -> np.ndarray:
     by_class = np.lexsort((shuffled, labels))
     evenly_spread = ((2 * np.arange(size) + 1) * len(labels)) // (2 * size)
     return by_class[evenly_spread]
+
+
+DIGITS = DatasetEntry(_FACTS, lambda **_: load_digits())

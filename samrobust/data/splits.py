@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from samrobust.checks import check, naming
 
 __all__ = [
     "Dataset",
+    "DatasetEntry",
     "DatasetFacts",
     "DatasetUnavailableError",
     "Split",
@@ -123,6 +124,19 @@ class DatasetFacts(NamedTuple):
     std: tuple[float, ...]
     num_train: int
     num_test: int
+
+
+class DatasetEntry(NamedTuple):
+    """A built-in data set.
+
+    Attributes:
+      facts: known without reading an image.
+      load: takes `data_dir`, `manual_dir` and `cache_dir`, paths or None, and returns
+        `x_train`, `y_train`, `x_test` and `y_test` as `from_arrays` takes them.
+    """
+
+    facts: DatasetFacts
+    load: Callable[..., Mapping[str, Any]]
 
 
 def spread(available: int, size: int, seed: int = 0) -> np.ndarray:
