@@ -170,11 +170,13 @@ class Training(NamedTuple):
       method: with all of its parts on.
       earlier: the phases before they are.
       admit: as of `Averaging`; None if no average asks for it.
+      learning_rate: its schedule, to be logged.
     """
 
     method: Method
     earlier: tuple[Phase, ...]
     admit: Callable[..., PyTree] | None
+    learning_rate: optax.Schedule
 
 
 def make_training(
@@ -230,6 +232,7 @@ def make_training(
         method=make(()),
         earlier=earlier_phases(lambda absent: make(absent).train_step, starts),
         admit=None if averaging is None else averaging.admit,
+        learning_rate=learning_rate,
     )
 
 

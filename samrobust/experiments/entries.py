@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import (
     Annotated,
     Any,
@@ -148,7 +148,7 @@ def options(name: str) -> Mapping[str, str]:
 
 
 def _is_sharpness(entry: Entry) -> bool:
-    return "aux" in inspect.signature(entry.make).parameters
+    return "aux" in _parameters_of(entry.make)
 
 
 def fields_of_parameters(
@@ -263,7 +263,7 @@ def of_training(name: str, field: str, values: Mapping[str, Any], default: _T) -
       values: of the section.
       default: where the part has no such field.
     """
-    return default if field in _parameters(name) else values.get(field, default)
+    return default if has_parameter(name, field) else values.get(field, default)
 
 
 def is_optimizer(name: str) -> bool:
@@ -278,8 +278,4 @@ def replaces_optimizer(name: str) -> bool:
 
 def has_parameter(name: str, parameter: str) -> bool:
     """Returns whether a part's constructor has a parameter, such as `weight_decay`."""
-    return parameter in _parameters(name)
-
-
-def _parameters(name: str) -> Collection[str]:
-    return inspect.signature(find(name).make).parameters.keys()
+    return parameter in _parameters_of(find(name).make)

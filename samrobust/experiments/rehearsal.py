@@ -30,7 +30,8 @@ def rehearse(config: Config, dataset: Dataset) -> None:
     """
     building.check_images(config, dataset)
     plan = building.make_plan(config, len(dataset.train))
-    method, _, admit = building.make_training(config, dataset, plan.num_steps)
+    built = building.make_training(config, dataset, plan.num_steps)
+    method = built.method
     parts = [part.name for part in methods.parts_of(config)]
     names = [*parts, config.model.name, config.training.optimizer]
     own = list(filter(is_reference, names))
@@ -48,6 +49,6 @@ def rehearse(config: Config, dataset: Dataset) -> None:
             labels = jax.ShapeDtypeStruct((size,), jnp.int32)
             jax.eval_shape(method.train_step, state, images_of(size), labels, key)
         jax.eval_shape(method.logits, state, images_of(full))
-        if admit is not None:
+        if built.admit is not None:
             worst = jax.ShapeDtypeStruct((), jnp.float32)
-            jax.eval_shape(admit, state.average, state.variables, worst)
+            jax.eval_shape(built.admit, state.average, state.variables, worst)

@@ -219,7 +219,6 @@ def train(
     training = config.training
     building.check_images(config, dataset)
     plan = building.make_plan(config, len(dataset.train))
-    schedule = building.learning_rate_schedule(config, plan.num_steps)
     log = BranchFolder(
         workdir,
         minutes=config.checkpoint.minutes,
@@ -231,14 +230,14 @@ def train(
     )
     judge = heldout.make_judge(config, dataset)
     labels = dataset.validation.labels
-    method, earlier, admit = building.make_training(config, dataset, plan.num_steps)
+    built = building.make_training(config, dataset, plan.num_steps)
     return fit(
-        method,
+        built.method,
         dataset.train,
         epochs=training.epochs,
         batch_size=training.batch_size,
         key=jax.random.key(config.seed),
-        earlier=earlier,
+        earlier=built.earlier,
         padding=config.data.padding,
         flip=config.data.flip,
         drop_remainder=training.drop_remainder,
@@ -246,8 +245,8 @@ def train(
         steps_per_call=training.steps_per_call,
         deterministic=training.deterministic,
         log=log,
-        schedules={"learning_rate": schedule},
-        after_epoch=heldout.make_after_epoch(judge, labels, admit),
+        schedules={"learning_rate": built.learning_rate},
+        after_epoch=heldout.make_after_epoch(judge, labels, built.admit),
         validate=validate or heldout.make_validate(judge),
         on_progress=on_progress,
         should_stop=should_stop,
