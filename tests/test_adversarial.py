@@ -18,12 +18,13 @@ from samrobust.experiments import building, methods
 from samrobust.experiments.reporting.notes import overfitting_note
 from samrobust.sharpness import awp, last_metrics, rwp, sam
 from samrobust.training import Method, fit, make_train_step
-from samrobust.training.adversaries.at import at, attack_passes
+from samrobust.training.adversaries.at import at
 from samrobust.training.adversaries.cfa import cfa
 from samrobust.training.adversaries.dynamic import dynamic, first_order_condition
 from samrobust.training.adversaries.fgsm_rs import fgsm_rs
 from samrobust.training.adversaries.free import free
 from samrobust.training.adversaries.nfgsm import nfgsm
+from samrobust.training.adversaries.radii import attack_passes
 from samrobust.training.objectives.cfa_trades import cfa_trades
 from samrobust.training.objectives.label_smoothing import label_smoothing
 from samrobust.training.objectives.mart import mart_loss

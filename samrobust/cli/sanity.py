@@ -22,7 +22,7 @@ from samrobust.experiments.workdir import config_of_run
 from samrobust.system.distributed import broadcast_from_primary
 from samrobust.system.provenance import provenance
 from samrobust.system.storage import to_path
-from samrobust.training.adversaries.at import make_ball
+from samrobust.training.adversaries.radii import make_ball
 from samrobust.types import Config
 
 __all__ = ["check_network", "check_surrogates", "largest_balls"]

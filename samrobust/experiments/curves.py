@@ -19,7 +19,7 @@ from samrobust.data import Split
 from samrobust.evaluation import Evaluator, OnBatch, make_evaluator
 from samrobust.experiments.reporting import pictures
 from samrobust.experiments.reporting.names import column_of
-from samrobust.training.adversaries.at import make_ball
+from samrobust.training.adversaries.radii import make_ball
 from samrobust.types import Array, PyTree
 
 if TYPE_CHECKING:

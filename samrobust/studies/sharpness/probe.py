@@ -38,7 +38,7 @@ from samrobust.studies.sharpness.perturbations import (
     worst_case_sharpness,
 )
 from samrobust.system.distributed import data_mesh, shard_batch
-from samrobust.training.adversaries.at import make_ball
+from samrobust.training.adversaries.radii import make_ball
 from samrobust.types import Array, PyTree
 
 __all__ = ["KINDS", "QUANTITIES", "ProbeSettings", "Quantity", "make_probe"]

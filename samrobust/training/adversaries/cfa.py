@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from samrobust import attacks
 from samrobust.attacks import linf
 from samrobust.checks import check_radius, count, share
-from samrobust.training.adversaries.at import (
+from samrobust.training.adversaries.radii import (
     PGD_FIELDS,
     attack_passes,
     check_alpha,

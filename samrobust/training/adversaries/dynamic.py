@@ -14,7 +14,7 @@ from samrobust.attacks.calls import Call, attack_of
 from samrobust.attacks.losses import cross_entropy
 from samrobust.attacks.per_example import spread
 from samrobust.checks import amount, check_radius, check_real, count
-from samrobust.training.adversaries.at import (
+from samrobust.training.adversaries.radii import (
     PGD_FIELDS,
     attack_passes,
     check_alpha,

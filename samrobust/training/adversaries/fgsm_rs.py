@@ -6,7 +6,7 @@ Reference: Wong, Rice and Kolter (2020), arXiv 2001.03994, Algorithm 3.
 from samrobust import attacks
 from samrobust.attacks import linf
 from samrobust.checks import check_radius
-from samrobust.training.adversaries.at import PGD_FIELDS, check_alpha, check_options
+from samrobust.training.adversaries.radii import PGD_FIELDS, check_alpha, check_options
 from samrobust.training.parts import Adversary, as_adversary
 from samrobust.training.phases import START
 from samrobust.types import Entry

@@ -6,7 +6,7 @@ Reference: Shafahi et al. (2019), arXiv 1904.12843, Algorithm 1.
 import jax.numpy as jnp
 
 from samrobust.checks import check_radius, count
-from samrobust.training.adversaries.at import PGD_FIELDS, check_options
+from samrobust.training.adversaries.radii import PGD_FIELDS, check_options
 from samrobust.training.parts import Adversary
 from samrobust.types import Array, Entry, Field, LogitsFn, PyTree
 

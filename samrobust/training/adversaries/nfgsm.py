@@ -6,8 +6,12 @@ Reference: de Jorge et al. (2022), arXiv 2202.01181, Algorithm 1.
 from samrobust import attacks
 from samrobust.attacks import draws, linf
 from samrobust.checks import check_radius
-from samrobust.training.adversaries.at import check_alpha, check_extent, check_options
 from samrobust.training.adversaries.fgsm_rs import ONE_STEP
+from samrobust.training.adversaries.radii import (
+    check_alpha,
+    check_extent,
+    check_options,
+)
 from samrobust.training.parts import Adversary, as_adversary
 from samrobust.types import Array, Entry
 

@@ -6,13 +6,13 @@ Reference: Wei et al. (2023), arXiv 2303.14460.
 from samrobust.attacks import linf
 from samrobust.attacks.losses import cross_entropy
 from samrobust.checks import amount, check_radius, share
-from samrobust.training.adversaries.at import (
+from samrobust.training.adversaries.cfa import FIELDS, class_wise
+from samrobust.training.adversaries.radii import (
     attack_passes,
     check_alpha,
     check_extent,
     check_options,
 )
-from samrobust.training.adversaries.cfa import FIELDS, class_wise
 from samrobust.training.objectives import trades
 from samrobust.training.parts import Adversary, Objective
 from samrobust.types import Array, Attack, Entry

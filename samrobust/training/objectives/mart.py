@@ -11,7 +11,7 @@ from samrobust import attacks
 from samrobust.attacks.losses import cross_entropy
 from samrobust.checks import amount
 from samrobust.sharpness.trees import at_least_float32
-from samrobust.training.adversaries.at import (
+from samrobust.training.adversaries.radii import (
     attack_passes,
     check_options,
     check_steps,
