@@ -117,6 +117,26 @@ def test_what_the_bundle_lacks_is_left_out_and_said(tmp_path):
     assert "rows-cifar10-sam" in names(campaign)
 
 
+def test_a_row_is_the_same_run_in_a_workdir_of_another_name(tmp_path):
+    bundle = make_bundle(tmp_path / "bundle")
+    commands = [
+        [block.commands[-1] for block in plan(Campaign(tmp_path / name, bundle))]
+        for name in ("one", "other")
+    ]
+    trained = [[c for c in each if "table" in c.words] for each in commands]
+    assert [c.words for c in trained[0]] == [c.words for c in trained[1]]
+    assert {c.folder for c in trained[1]} == {str(tmp_path / "other")}
+    assert len(trained[0]) == len(blocks.ROWS)
+
+
+def test_a_command_runs_in_its_folder(tmp_path):
+    there = helpers.make_folder(tmp_path / "there")
+    write = "import pathlib; pathlib.Path('here').touch()"
+    some = [Block("row", 9, (python(write, folder=str(there)),))]
+    assert run_quickly(some, tmp_path) == {"row": "done"}
+    assert (there / "here").exists()
+
+
 def test_its_flags_rows_and_fields_are_those_of_the_package(tmp_path):
     several = blocks._SIDE_BY_SIDE
     for options in (*blocks.FLAGS, *blocks.MORE_FLAGS, several):

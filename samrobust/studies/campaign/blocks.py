@@ -85,11 +85,13 @@ class Command:
       words: of its command line.
       environment: that it wants beside its parent's.
       killed: whether it is meant to end by SIGKILL.
+      folder: in which it runs; that of the campaign where it is empty.
     """
 
     words: tuple[str, ...]
     environment: tuple[tuple[str, str], ...] = ()
     killed: bool = False
+    folder: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +232,8 @@ def left_out(campaign: Campaign) -> Iterator[str]:
 
 
 def _module(name: str, *words: str, **options: Any) -> Command:
-    return Command((sys.executable, "-m", name, *words), **options)
+    # Found by PYTHONPATH, and not in the folder where it runs.
+    return Command((sys.executable, "-P", "-m", name, *words), **options)
 
 
 def _install(campaign: Campaign) -> Block:
@@ -291,17 +294,22 @@ def _seeds(campaign: Campaign, name: str, count: int) -> Block:
 
 
 def _rows(campaign: Campaign) -> Iterator[Block]:
-    """Trains rows of the tables whose data the bundle has, as long as there is time."""
+    """Trains rows of the tables whose data the bundle has, as long as there is time.
+
+    In the workdir, and by paths from there: the name of the data is part of what a run
+    is, and the next machine may have the workdir in another place.
+    """
     for data, rows in ROWS:
         pieces = campaign.bundle / "data" / data
-        file = campaign.workdir / "data" / f"{data}.npz"
+        file = f"data/{data}.npz"
         words = ("table", f"--config=configs/{data}.py", f"--config.data.name={file}")
-        words += (f"--workdir={campaign.workdir / 'rows' / data}", "--seeds=1")
+        words += (f"--workdir=rows/{data}", "--seeds=1")
         words += ("--config.model.dtype=bfloat16", "--config.checkpoint.minutes=1")
         words += (*(f"--rows={row}" for row in rows), *campaign.overrides)
+        here: dict[str, Any] = {"folder": str(campaign.workdir)}
         commands = (
-            _module(f"{_STUDY}.pieces", "unpack", str(pieces), str(file)),
-            _module("samrobust.cli", *words, environment=campaign.cached),
+            _module(f"{_STUDY}.pieces", "unpack", str(pieces), file, **here),
+            _module("samrobust.cli", *words, environment=campaign.cached, **here),
         )
         if not _lacking(pieces):
             yield Block(_name(data, rows), float("inf"), commands)

@@ -140,6 +140,7 @@ def _start(command: Command, log: pathlib.Path) -> subprocess.Popen[bytes]:
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **dict(command.environment)},
+            cwd=command.folder or None,
             process_group=0,
         )
 
