@@ -202,6 +202,19 @@ def test_the_command_lists_its_blocks():
     assert done.stdout.startswith("install (at most 90 s)\nmachine (at most 60 s)\n")
 
 
+def test_nothing_is_measured_where_jax_finds_no_gpu(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("JAX_PLATFORMS", None)
+    command = [str(SCRIPT), f"--workdir={tmp_path / 'out'}", f"--bundle={tmp_path}"]
+    command.append("--budget=60")  # where it measures after all
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert statuses(tmp_path / "out") == {"install": "failed"}
+    assert (
+        "Expected a device that JAX can use, got JAX_PLATFORMS='cuda,c" in done.stdout
+    )
+
+
 def test_a_trial_on_a_cpu_asks_for_nothing_that_only_a_gpu_has(tmp_path, monkeypatch):
     pytest.importorskip("torch")
     from samrobust.studies.bench.suite import Launcher

@@ -48,6 +48,8 @@ def main() -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if campaign.on_cpu:  # PyTorch's threads would wait for each other busily
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    else:  # by default JAX takes the CPU in silence where it finds no GPU
+        os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu")
     archive = arguments.archive or workdir / "results.tar.gz"
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -35,6 +35,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]  # of the checkout
 _STUDY = "samrobust.studies.campaign"
 _CONFIG = "--config=configs/cifar10.py"
 _GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
+_CHECK = "from samrobust.system.distributed import check_platform; check_platform()"
 # XLA's options that may pay; what this version of XLA does not know is left out. A list
 # replaces XLA's default, which `_GRAPHS` is. The others wait until rows are
 # trained.
@@ -237,10 +238,12 @@ def _module(name: str, *words: str, **options: Any) -> Command:
 
 
 def _install(campaign: Campaign) -> Block:
-    """Installs what is missing, into a folder of its own."""
+    """Installs what is missing, into a folder of its own; refuses JAX without a GPU."""
     places = campaign.bundle / "wheels", campaign.workdir / "site"
     words = map(str, (*places, campaign.workdir / "install" / "install.json"))
-    return Block("install", 90, (_module(f"{_STUDY}.wheels", *words),), required=True)
+    check = Command((sys.executable, "-P", "-c", _CHECK))
+    commands = _module(f"{_STUDY}.wheels", *words), check
+    return Block("install", 90, commands, required=True)
 
 
 def _carried(campaign: Campaign) -> Block:
