@@ -3,7 +3,7 @@
 # package as a wheel and those it needs beside JAX's (PyTorch's compiler: setuptools), for
 # that machine's Python; CIFAR in pieces below 20 MB, from the data directory of
 # tensorflow-datasets; and with --before=COMMIT another version of the package to compare
-# with, of 28 November 2026 or newer.
+# with, dc80837 or newer.
 # launch/gpu_bundle.sh --bundle=DIR [--data-dir=DIR] [--data=NAMES] [--python=3.12]
 # [--packages=NAMES] [--before=COMMIT]
 set -euo pipefail
@@ -42,6 +42,10 @@ if [ -n "$before" ]; then
   rm -rf "$bundle/before"
   mkdir "$bundle/before"
   git archive "$before" samrobust configs | tar -x -C "$bundle/before"
+  git rev-parse --verify "$before^{commit}" >"$bundle/before/COMMIT"
+  # Whether it has what is timed of it.
+  PYTHONPATH="$bundle/before" "$python" -P samrobust/studies/campaign/epochs.py \
+    --help >/dev/null
 fi
 
 for name in $data; do

@@ -610,6 +610,39 @@ def test_a_run_that_was_killed_ends_at_the_bits_of_one_that_was_not(tmp_path):
     assert not (tmp_path / "killed.json").exists()
     assert whole["digest"] == resumed["digest"]
     assert whole["images_per_second"] > 0
+    assert (whole["began_at"], resumed["began_at"] > 0) == (0, True)
+    assert "images_per_second" not in resumed  # it saves after each call
+    assert whole["provenance"].keys() >= {"commit", "device", "jax", "command", "date"}
+
+
+def test_the_commit_of_the_other_version_is_the_one_that_the_bundle_tells(
+    tmp_path, monkeypatch
+):
+    package = helpers.make_folder(tmp_path / "samrobust" / "experiments")
+    monkeypatch.setattr(epochs_module.building, "__file__", str(package / "building"))
+    own = epochs_module._provenance()["commit"]
+    (tmp_path / epochs_module.COMMIT).write_text("ab12\n")
+    assert (own == "ab12", epochs_module._provenance()["commit"]) == (False, "ab12")
+
+
+def test_a_bundle_tells_the_commit_of_the_other_version(tmp_path):
+    git = ["git", "-C", str(helpers.ROOT), "rev-parse", "HEAD"]
+    head = subprocess.run(git, capture_output=True, text=True)
+    if head.returncode:
+        pytest.skip("no checkout")
+    stand_in = tmp_path / "python"  # builds no wheels
+    stand_in.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n')
+    stand_in.chmod(0o755)
+    words = [f"--bundle={tmp_path / 'bundle'}", "--data=", "--before=HEAD"]
+    done = subprocess.run(
+        [str(SCRIPT.with_name("gpu_bundle.sh")), *words],
+        env={**os.environ, "PYTHON": str(stand_in)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    told = (tmp_path / "bundle" / "before" / epochs_module.COMMIT).read_text()
+    assert told == head.stdout
 
 
 def test_an_older_package_makes_its_method_by_another_name(monkeypatch):
@@ -681,6 +714,13 @@ def test_the_summary_says_what_is_left_out_missing_and_whether_bits_are_the_same
     assert "\nMissing: pillow.whl: not a supported wheel\n" in text
     assert "deterministic, usual: same bits after a kill: no" in text
     assert "deterministic, deterministic: same bits after a kill: yes" in text
+    anew = {"digest": "ef", "began_at": 0}  # and no time, as of any with checkpoints
+    (tmp_path / "deterministic" / "deterministic-resumed.json").write_text(
+        json.dumps(anew)
+    )
+    text = summary.write_summary(some, tmp_path).read_text()
+    assert "deterministic: same bits after a kill: not known, it began anew" in text
+    assert "| deterministic/deterministic-resumed |  |  | ef |" in text
 
 
 def test_of_a_cache_what_the_archive_carries_is_copied(tmp_path, monkeypatch):

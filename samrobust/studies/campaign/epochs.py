@@ -22,11 +22,14 @@ import numpy as np
 
 from samrobust.experiments import building, configuration
 from samrobust.studies.bench.images import make_dataset
+from samrobust.system.provenance import provenance
 from samrobust.system.runtime import enable_compilation_cache, keep_freed_memory
 from samrobust.training.fit import Progress, fit
 from samrobust.training.log import RunFolder, RunLog
 
-__all__ = ["main"]
+__all__ = ["COMMIT", "main"]
+
+COMMIT = "COMMIT"  # a file of the bundle, beside another version of the package
 
 
 def main() -> None:
@@ -52,8 +55,10 @@ def main() -> None:
     plan = building.make_plan(config, len(dataset.train))
     method = _make_method(config, dataset, plan.num_steps)
     half = plan.num_steps * arguments.epochs // 2
+    steps: list[int] = []
 
     def on_progress(progress: Progress) -> None:
+        steps.append(progress.step)
         if arguments.kill and progress.step > half:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -77,13 +82,15 @@ def main() -> None:
         on_progress=on_progress,
         **own,
     )
-    rates = [line["examples_per_second"] for line in log.lines[1:]]
-    found = {
-        "step_seconds": result.step_seconds,
-        "images_per_second": statistics.median(rates),
-        "epoch_seconds": [line["seconds"] for line in log.lines],
-        "digest": _digest(result.state),
-    }
+    found: dict[str, Any] = {"digest": _digest(result.state), "began_at": steps[0]}
+    if not arguments.workdir:  # else the time is that of a checkpoint after each call
+        rates = [line["examples_per_second"] for line in log.lines[1:]]
+        found |= {
+            "step_seconds": result.step_seconds,
+            "images_per_second": statistics.median(rates),
+            "epoch_seconds": [line["seconds"] for line in log.lines],
+        }
+    found["provenance"] = _provenance()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(found, indent=1))
 
@@ -93,6 +100,13 @@ def _make_method(*arguments: Any) -> Any:
     if hasattr(building, "make_training"):
         return building.make_training(*arguments).method
     return getattr(building, "make_method")(*arguments)  # noqa: B009 - not of this one
+
+
+def _provenance() -> dict[str, Any]:
+    """Returns the provenance; of a bundle's other version, with its own commit."""
+    told = pathlib.Path(building.__file__).parents[2] / COMMIT
+    own = {"commit": told.read_text().strip()} if told.is_file() else {}
+    return provenance() | own
 
 
 def _digest(state: object) -> str:

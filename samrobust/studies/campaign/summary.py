@@ -62,8 +62,7 @@ def write_summary(
         found = {path.stem: glance(path) for path in sorted(folder.glob("*.json"))}
         runs = {name: run for name, run in found.items() if "digest" in run}
         for name, run in runs.items():
-            numbers = 1e3 * run["step_seconds"], run["images_per_second"]
-            shown = f"{numbers[0]:.3f}", f"{numbers[1]:,.0f}"
+            shown = _numbers(run, "ms", "images/s")
             lines.append(_line(f"{folder.name}/{name}", *shown, run["digest"]))
         answers += _same_bits(folder.name, runs)
     lines += _paragraphs(answers)
@@ -89,17 +88,21 @@ def _same_bits(folder: str, runs: Mapping[str, Mapping[str, Any]]) -> Iterator[s
         mode, _, end = name.rpartition("-")
         if end == "resumed" and (whole := runs.get(f"{mode}-whole")):
             answer = "yes" if run["digest"] == whole["digest"] else "no"
+            if run.get("began_at") == 0:
+                answer = "not known, it began anew and resumed nothing"
             yield f"{folder}, {mode}: same bits after a kill: {answer}"
 
 
 def _step(block: str, row: Mapping[str, Any]) -> str:
     several = f"{row['seeds']} seeds" if row.get("seeds", 1) > 1 else ""
     name = " ".join(filter(None, (row["method"], row["kind"], row["variant"], several)))
-    shown = (
-        f"{factor * row[field]:{form}}" if field in row else ""
-        for field, factor, form in _NUMBERS.values()
-    )
-    return _line(block, name, row["xla_flags"], *shown)
+    return _line(block, name, row["xla_flags"], *_numbers(row, *_NUMBERS))
+
+
+def _numbers(row: Mapping[str, Any], *columns: str) -> Iterator[str]:
+    """Returns the cells of some columns, empty where the row has no such number."""
+    for field, factor, form in map(_NUMBERS.__getitem__, columns):
+        yield f"{factor * row[field]:{form}}" if field in row else ""
 
 
 def _head(title: str, *columns: str) -> list[str]:
