@@ -477,6 +477,19 @@ def test_what_was_never_reached_comes_before_what_failed_and_what_was_cut_short_
     assert list(found) == ["cut", "never", "failed", "long", "killed"]
 
 
+def test_what_no_budget_of_this_length_suffices_for_does_not_keep_the_others_waiting(
+    tmp_path,
+):
+    sleep = python("import time; time.sleep(600)")
+    some = [Block("long", 60, (sleep,)), Block("quick", 60, (python("1"),))]
+    assert run_quickly(some, tmp_path, budget=6.0) == {"long": "stopped"}
+    found = run_quickly(some, tmp_path, budget=6.0)
+    assert list(found.items()) == [("quick", "done"), ("long", "stopped")]
+    row = Block("row", float("inf"), (sleep,))  # goes on from its last checkpoint
+    for _ in range(2):
+        assert run_quickly([row, some[1]], tmp_path / "rows", 6.0) == {"row": "stopped"}
+
+
 def test_a_second_attempt_leaves_what_the_first_one_measured(tmp_path):
     write = (
         "import json, pathlib, sys\n"

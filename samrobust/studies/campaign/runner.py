@@ -7,6 +7,7 @@ what failed last. No attempt writes over an earlier one.
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import signal
@@ -24,6 +25,7 @@ DONE = "done"
 _STOPPED = "stopped"
 _GRACE = 15.0  # seconds between SIGTERM, at which a run saves its state, and SIGKILL
 _LEAST = 20.0  # seconds without which no block begins
+_MOST = 0.8  # of a budget: what one that was stopped after that wants more
 _PAUSE = 0.1
 
 
@@ -55,12 +57,25 @@ def run(
     """
     end = time.monotonic() + budget
     notes = {block: workdir / "blocks" / f"{block.name}.json" for block in blocks}
-    known = {block: glance(path).get("status") for block, path in notes.items()}
+    earlier = {block: glance(path) for block, path in notes.items()}
+    known = {block: note.get("status") for block, note in earlier.items()}
     todo = [b for b in blocks if b.required or known[b] != DONE]
     found = {block.name: DONE for block in blocks if block not in todo}
     # What was stopped may have been cut short by what came before it: it keeps its
-    # place. What failed, or began and left no outcome, had its turn.
-    late = {b for b in todo if not b.required and known[b] not in (None, _STOPPED)}
+    # place, unless it had about as long as there is now: it would be cut short again,
+    # and again, where a row goes on. What failed, or began and left no outcome, had its
+    # turn.
+    enough = {
+        block: block.seconds == math.inf or note.get("seconds", 0.0) < _MOST * budget
+        for block, note in earlier.items()
+    }
+    late = {
+        b
+        for b in todo
+        if not b.required
+        and known[b] is not None
+        and not (known[b] == _STOPPED and enough[b])
+    }
     for block in sorted(todo, key=late.__contains__):
         left = end - time.monotonic() - grace
         if left < least or should_stop():
