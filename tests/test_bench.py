@@ -328,6 +328,18 @@ def test_a_cost_is_the_median_of_the_rounds_with_their_range():
     assert (row["cost"], row["cost_low"], row["cost_high"]) == (2.5, 2.0, 3.0)
 
 
+def test_what_another_bench_left_in_the_cache_is_no_first_compilation():
+    (st,) = plan(Options(CIFAR, measure=("step",), methods=("st",)))
+    rounds = [
+        fake_step([1.0]) | {"compile_seconds": seconds, "from_cache": True}
+        for seconds in (2.0, 4.0)
+    ]
+    for count, cached in ((1, 2.0), (2, 3.0)):
+        row = find(summarize({st: rounds[:count]}, OPTIONS), "step", "st")
+        assert "compile_cold" not in row
+        assert row["compile_cached"] == cached
+
+
 def test_a_round_that_failed_is_compared_with_no_other():
     st, sam = plan(Options(CIFAR, measure=("step",), methods=("st", "sam")))
     failed: dict = {"error": "killed"}

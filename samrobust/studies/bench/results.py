@@ -117,9 +117,12 @@ def _row(task: Task, raws: Sequence[Outcome], config: Config) -> Row:
     told = ("parity", "versions", "float32_matmul")
     row |= {name: raws[0][name] for name in told if name in raws[0]}
     compiled = [raw["compile_seconds"] for raw in raws if "compile_seconds" in raw]
-    # The first round found an empty cache; one that failed left nobody knows what.
-    row |= {"compile_cold": compiled[0]} if compiled and raws[0] is first else {}
-    row |= {"compile_cached": statistics.median(compiled[1:])} if compiled[1:] else {}
+    # The first round found an empty cache, or one with another bench's programs; one
+    # that failed left nobody knows what.
+    if compiled and not raws[0].get("from_cache"):
+        row |= {"compile_cold": compiled[0]} if raws[0] is first else {}
+        del compiled[0]
+    row |= {"compile_cached": statistics.median(compiled)} if compiled else {}
     if task.method in PAPER_COSTS:
         row["paper_cost"] = PAPER_COSTS[task.method]
     facts = building.load_facts(config)
