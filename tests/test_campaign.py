@@ -736,6 +736,24 @@ def test_the_summary_says_what_is_left_out_missing_and_whether_bits_are_the_same
     assert "| deterministic/deterministic-resumed |  |  | ef |" in text
 
 
+def test_the_summary_tells_commit_and_machine_and_what_is_of_another(tmp_path):
+    here = {"commit": "ab12", "device": "NVIDIA H200", "jax": "0.12.0"}
+    there = here | {"commit": "cd34"}
+    for path, content in (
+        ("machine/machine.json", here | {"date": "2026-11-30"}),
+        ("st/bench.json", {"rows": [], "failures": [], "provenance": here}),
+        ("flags/bench.json", {"rows": [], "failures": [], "provenance": there}),
+    ):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_text(json.dumps(content))
+    some = [Block(name, 9, ()) for name in ("machine", "st", "flags")]
+    text = summary.write_summary(some, tmp_path).read_text()
+    told = "on NVIDIA H200 with jax 0.12.0"
+    assert f"\nMeasured at commit ab12 {told}; 2026-11-30.\n" in text
+    assert f"\nBut flags/bench.json at commit cd34 {told}.\n" in text
+    assert "st/bench.json" not in text
+
+
 def test_of_a_cache_what_the_archive_carries_is_copied(tmp_path, monkeypatch):
     cache, copy = tmp_path / "cache", tmp_path / "copy"
     words = ["archive", str(cache), str(copy), "--needed"]

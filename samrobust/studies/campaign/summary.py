@@ -39,13 +39,15 @@ def write_summary(
     lines += _paragraphs(f"Left out: {text}" for text in left_out)
     missing = glance(workdir / "install" / "install.json").get("missing", {})
     lines += _paragraphs(f"Missing: {name}: {why}" for name, why in missing.items())
-    lines += _paragraphs(_of_machine(glance(workdir / "machine" / "machine.json")))
+    machine = glance(workdir / "machine" / "machine.json")
+    lines += _paragraphs(_of_machine(machine))
     folders = [
         folder
         for block in blocks
         # Earlier attempts count as well: they may have reached more.
         for folder in (workdir / block.name, *sorted(workdir.glob(f"{block.name}.*")))
     ]
+    lines += _paragraphs(_of_others(folders, machine))
     lines += _head("Steps", "block", "row", "flags", *_NUMBERS)
     for folder in folders:
         report = glance(folder / "bench.json")
@@ -74,12 +76,29 @@ def write_summary(
 
 
 def _of_machine(machine: Mapping[str, Any]) -> Iterator[str]:
+    if "commit" in machine:
+        yield f"Measured {_origin(machine)}; {machine.get('date')}."
     for precision in ("bfloat16", "float32"):
         if ceiling := machine.get(precision):
             matmul, copy = ceiling["matmul"] / 1e12, ceiling["copy"] / 1e9
             yield f"{precision}: matmul {matmul:.3g} TFLOP/s, copy {copy:.3g} GB/s."
     if complaint := machine.get("target_config"):
         yield f"No target config: {complaint}"
+
+
+def _origin(provenance: Mapping[str, Any]) -> str:
+    commit, device, jax = map(provenance.get, ("commit", "device", "jax"))
+    return f"at commit {commit} on {device} with jax {jax}"
+
+
+def _of_others(
+    folders: Iterable[pathlib.Path], machine: Mapping[str, Any]
+) -> Iterator[str]:
+    """Names what was measured at another commit, elsewhere or with another JAX."""
+    for path in (path for one in folders for path in sorted(one.glob("*.json"))):
+        found = glance(path).get("provenance", {})
+        if "commit" in found and _origin(found) != _origin(machine):
+            yield f"But {path.parent.name}/{path.name} {_origin(found)}."
 
 
 def _same_bits(folder: str, runs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
