@@ -702,8 +702,8 @@ def test_the_summary_has_every_block_and_the_archive_all_that_is_small(tmp_path)
     assert "| st | st step | --xla_a=1 | 1.900 | 67,368 | 1.00 |  |  |  |  |" in text
     assert "failed: sam step: out / of memory" in text
     assert "| seeds/0 | 2.000 | 64,000 | ab12 |" in text
-    archive.write_archive(tmp_path, tmp_path / "results.tar.gz")
-    with tarfile.open(tmp_path / "results.tar.gz") as file:
+    archive.write_archive(tmp_path, tmp_path / "no" / "folder" / "results.tar.gz")
+    with tarfile.open(tmp_path / "no" / "folder" / "results.tar.gz") as file:
         packed = set(file.getnames())
     assert {"summary.md", "st/bench.json", "cache/autotune/a"} <= packed
     assert packed.isdisjoint(left)

@@ -20,6 +20,7 @@ _LEFT = {"site", "data", "checkpoints", "traces"}
 
 def write_archive(workdir: pathlib.Path, file: pathlib.Path) -> None:
     """Packs all that is small below a campaign's folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
     with tarfile.open(temporary, "w:gz") as archive:
         for path in sorted(workdir.rglob("*")):
