@@ -1,5 +1,6 @@
 """A campaign on a borrowed GPU: its plan, its blocks and timeouts, its files."""
 
+import gzip
 import json
 import os
 import re
@@ -89,6 +90,16 @@ def test_only_rows_may_take_all_the_time_and_the_first_ones_begin_within_half_an
     # Each has its whole limit in one command, whose machine ends it after ten minutes.
     assert max(limits[name] for name in limits if name not in rows) <= 560 - 15
     assert limits["before-after"] >= 3 * (77 + 20)  # three first compilations
+
+
+def test_what_is_compiled_cold_begins_with_an_empty_cache(tmp_path):
+    found = plan(Campaign(tmp_path / "out", tmp_path / "bundle"))
+    (block,) = (one for one in found if one.name == "st")
+    cache = tmp_path / "out" / "cache"
+    (cache / "autotune").mkdir(parents=True)
+    for _ in range(2):
+        subprocess.run(block.commands[0].words, check=True)
+        assert not cache.exists()
 
 
 def test_the_ceilings_are_measured_once(tmp_path):
@@ -412,6 +423,15 @@ def test_a_block_that_fails_leaves_the_rest_running_and_says_why(tmp_path):
     assert [len(call) for call in calls] == [1, 2, 3]  # written at once
 
 
+def test_a_summary_that_cannot_be_written_ends_no_campaign(tmp_path, capfd):
+    def after():
+        raise OSError("disk full")
+
+    some = [Block(name, 9, (python("1"),)) for name in ("one", "two")]
+    assert run_quickly(some, tmp_path, after=after) == {"one": "done", "two": "done"}
+    assert capfd.readouterr().err == "After one: disk full\nAfter two: disk full\n"
+
+
 def test_a_block_that_takes_too_long_is_ended(tmp_path):
     some = [
         Block("long", 0.5, (python("import time; time.sleep(600)"), python("1"))),
@@ -420,6 +440,8 @@ def test_a_block_that_takes_too_long_is_ended(tmp_path):
     assert run_quickly(some, tmp_path) == {"long": "out of time", "good": "done"}
     outcome = json.loads((tmp_path / "blocks" / "long.json").read_text())
     assert outcome["codes"] == [None]  # the second command was not begun
+    assert outcome["message"].startswith("command 1 of 2 ended at ")
+    assert outcome["limit"] == 0.5
 
 
 def test_a_process_that_saves_its_state_at_sigterm_has_time_to(tmp_path):
@@ -680,6 +702,17 @@ def test_a_profile_is_summed_by_kernel_on_the_streams_of_a_gpu():
     found = trace.summarize({"traceEvents": [*names_of, *events, event("run", 1, 99)]})
     assert found == [("add", 1, 9.0), ("conv", 2, 5.0)]
     assert trace.summarize({"traceEvents": [event("run", 1, 99)]}) == [("run", 1, 99)]
+
+
+def test_a_profile_tells_where_it_was_measured(tmp_path, monkeypatch):
+    with gzip.open(tmp_path / "perfetto_trace.json.gz", "wt") as file:
+        event = {"ph": "X", "name": "conv", "pid": 1, "tid": 0, "dur": 2.0}
+        json.dump({"traceEvents": [event]}, file)
+    monkeypatch.setattr(sys, "argv", ["trace", str(tmp_path)])
+    trace.main()
+    first, _, *rest = (tmp_path / "profile.md").read_text().splitlines()
+    assert re.fullmatch(r"Measured at commit .+ on .+ with jax [\d.]+\.", first)
+    assert "| conv | 1 | 2 | 100.0 |" in rest
 
 
 def test_the_summary_has_every_block_and_the_archive_all_that_is_small(tmp_path):

@@ -12,6 +12,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,7 +47,7 @@ def run(
       workdir: receives `blocks/NAME.json`, the outcome of each, and `logs/NAME/`. What
         an earlier attempt left in `NAME/` is set aside there, as `NAME.aside`.
       budget: seconds for all of them, the last SIGKILL included.
-      after: called after each block.
+      after: called after each block; an OSError of it is told, and ends nothing.
       should_stop: asked all the while.
       grace: seconds that a process has to end after SIGTERM.
       least: seconds without which no block begins.
@@ -91,7 +92,10 @@ def run(
         )
         write_json(path, outcome)
         found[block.name] = outcome["status"]
-        after()
+        try:
+            after()
+        except OSError as error:  # what comes may be measured all the same
+            print(f"After {block.name}: {error}", file=sys.stderr, flush=True)
         if block.required and outcome["status"] != DONE:
             break
     return found
@@ -132,10 +136,15 @@ def _run_block(
         status = _STOPPED if is_cut else "out of time"
     else:
         status = DONE if all(good) else "failed"
+    took = round(time.monotonic() - started, 1)
     bad = [text for text, is_good in zip(messages, good, strict=True) if not is_good]
+    if None in codes:
+        place = f"command {codes.index(None) + 1} of {len(block.commands)}"
+        bad.insert(0, ": ".join(filter(None, (f"{place} ended at {took:.0f} s", *bad))))
     return {
         **dataclasses.asdict(block),
-        "seconds": round(time.monotonic() - started, 1),
+        "limit": round(seconds, 1),
+        "seconds": took,
         "status": status,
         "codes": codes,
         "message": bad[0] if bad else "",

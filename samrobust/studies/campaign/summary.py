@@ -7,7 +7,7 @@ from typing import Any
 from samrobust.studies.campaign.blocks import LEFT_OUT, Block
 from samrobust.system.files import glance
 
-__all__ = ["write_summary"]
+__all__ = ["origin", "write_summary"]
 
 # Columns: field of a row, factor and form.
 _NUMBERS = {
@@ -77,7 +77,7 @@ def write_summary(
 
 def _of_machine(machine: Mapping[str, Any]) -> Iterator[str]:
     if "commit" in machine:
-        yield f"Measured {_origin(machine)}; {machine.get('date')}."
+        yield f"Measured {origin(machine)}; {machine.get('date')}."
     for precision in ("bfloat16", "float32"):
         if ceiling := machine.get(precision):
             matmul, copy = ceiling["matmul"] / 1e12, ceiling["copy"] / 1e9
@@ -86,7 +86,8 @@ def _of_machine(machine: Mapping[str, Any]) -> Iterator[str]:
         yield f"No target config: {complaint}"
 
 
-def _origin(provenance: Mapping[str, Any]) -> str:
+def origin(provenance: Mapping[str, Any]) -> str:
+    """Names commit, device and JAX's version of a provenance."""
     commit, device, jax = map(provenance.get, ("commit", "device", "jax"))
     return f"at commit {commit} on {device} with jax {jax}"
 
@@ -97,8 +98,8 @@ def _of_others(
     """Names what was measured at another commit, elsewhere or with another JAX."""
     for path in (path for one in folders for path in sorted(one.glob("*.json"))):
         found = glance(path).get("provenance", {})
-        if "commit" in found and _origin(found) != _origin(machine):
-            yield f"But {path.parent.name}/{path.name} {_origin(found)}."
+        if "commit" in found and origin(found) != origin(machine):
+            yield f"But {path.parent.name}/{path.name} {origin(found)}."
 
 
 def _same_bits(folder: str, runs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

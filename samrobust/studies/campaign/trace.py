@@ -14,6 +14,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from samrobust.studies.campaign.summary import origin
+from samrobust.system.provenance import provenance
+
 __all__ = ["main", "summarize"]
 
 _SHOWN = 40  # kernels
@@ -51,7 +54,7 @@ def main() -> None:
     paths = sorted(folder.glob("**/perfetto_trace.json.gz"))
     if not paths:
         sys.exit(f"Expected a Perfetto trace below {folder}, got none.")
-    lines = []
+    lines = [f"Measured {origin(provenance())}.", ""]
     for path in paths:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             found = summarize(json.load(file))
