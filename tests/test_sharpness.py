@@ -17,16 +17,20 @@ from helpers import in_one_program
 from samrobust.sharpness import (
     TwoPassMetrics,
     TwoPassState,
+    esam,
+    friendly_sam,
     fsam,
     gradient_point,
     last_aux,
     last_metrics,
+    looksam,
     msam,
     rwp,
     sam,
+    ssam,
     two_pass,
 )
-from samrobust.sharpness.masks import is_bias, normalizations
+from samrobust.sharpness.masks import is_bias, largest, normalizations
 from samrobust.sharpness.trees import norm
 
 RHO = 0.3
@@ -720,6 +724,9 @@ def test_the_biases_of_asam_are_found_on_the_paths_of_every_library():
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
         found = [is_bias(path) for path in paths]
         assert found == [True, False], paths
+    for attribute in ("value", "raw_value"):  # as versions of Flax name it
+        path = jax.tree_util.DictKey("bias"), jax.tree_util.GetAttrKey(attribute)
+        assert is_bias(path)
     assert not is_bias(())
 
 
@@ -1020,3 +1027,137 @@ def test_a_layer_with_weights_of_other_shapes_is_no_normalization():
     tx = fsam(0.1)
     with pytest.raises(ValueError, match=r"^Expected weights besides biases, .* fsam"):
         tx.update(only, tx.init(only), only, grad_fn=lambda params: params)
+
+
+# Edges of the family
+
+
+@pytest.mark.parametrize(("gamma", "size", "count"), [(0.5, 7, 3), (0.01, 6, 1)])
+def test_esam_passes_again_over_the_whole_part_of_its_share_and_over_one_at_least(
+    gamma, size, count
+):
+    inputs = np.random.default_rng(2).standard_normal((size, 4)).astype(np.float32)
+    tx: Any = esam(RHO, beta=1.0, gamma=gamma)
+    w, seen = jnp.asarray(W), []
+
+    def losses(w):
+        return 0.5 * (inputs @ w) ** 2
+
+    def grad_fn(w, examples):
+        seen.append(np.sort(examples))
+        return jax.grad(lambda w: losses(w)[examples].mean())(w)
+
+    grads = jax.grad(lambda w: losses(w).mean())(w)
+    options = {"grad_fn": grad_fn, "loss_fn": losses, "losses": losses(w)}
+    _, state = tx.update(grads, tx.init(w), w, **options)
+    g = np.asarray(grads, np.float64)
+    moved = W + RHO * g / np.linalg.norm(g)
+    rises = 0.5 * (inputs @ moved) ** 2 - 0.5 * (inputs @ W) ** 2
+    np.testing.assert_array_equal(seen[0], np.sort(np.argsort(-rises)[:count]))
+    assert last_metrics(state)["chosen"] == count
+
+
+def test_friendly_sam_stays_where_the_gradient_is_zero_whatever_it_remembers():
+    tx: Any = friendly_sam(RHO)
+    w, points = jnp.asarray(W), []
+
+    def grad_fn(w):
+        points.append(w)
+        return jnp.full_like(w, jnp.nan)
+
+    _, state = apply_sam(tx, w)
+    updates, state = tx.update(jnp.zeros_like(w), state, w, grad_fn=grad_fn)
+    assert_same_bits(points, [w])
+    np.testing.assert_array_equal(updates, np.zeros(4))
+    np.testing.assert_allclose(state.ascent, 0.9 * gradient(w), rtol=1e-6)
+
+
+def test_a_mask_of_fsam_keeps_the_whole_part_of_its_share():
+    w = {"kernel": jnp.array([[1.0, -5.0, 2.0, 4.0, 3.0]])}
+    tx: Any = fsam(RHO, keep_ratio=0.5)
+    points = []
+    _, state = tx.update(w, tx.init(w), w, grad_fn=lambda w: points.append(w) or w)
+    expected = RHO * np.array([[0.0, -5.0, 0.0, 4.0, 0.0]]) / np.sqrt(55)
+    found = points[0]["kernel"] - w["kernel"]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert last_metrics(state)["live"] == np.float32(2 / 5)
+
+
+def test_looksam_remembers_no_direction_from_a_step_that_did_not_move():
+    """The difference of equal gradients is rounding, and would be made as long."""
+    tx: Any = looksam(lambda step: jnp.where(step == 0, 0.0, RHO), k=2)
+    w = jnp.sin(jnp.arange(1.0, 100.0))
+    state = tx.init(w)
+    for _ in range(2):
+        updates, state = tx.update(w, state, w, grad_fn=lambda w: w)
+        np.testing.assert_array_equal(state.vertical, np.zeros(99))
+        assert_same_bits(updates, w)
+
+
+def test_a_mask_that_ssam_draws_keeps_all_that_its_sparsity_leaves():
+    """Ten times 1 - 0.9 is less than one, of which the whole part is none."""
+    tx: Any = ssam("dynamic", RHO, sparsity=0.9, steps_per_epoch=2, total_steps=4)
+    w = jnp.linspace(1, 2, 10)
+    key = jax.random.key(0)
+    _, state = tx.update(w, tx.init(w), w, grad_fn=lambda w: w, key=key)
+    assert last_metrics(state)["live"] == np.float32(1 / 10)
+
+
+def test_the_fisher_mask_of_a_batch_below_its_samples_counts_each_example_once():
+    slopes = jnp.array([[3.0, 0.0], [0.0, 1.0]])  # of the losses, by example
+    tx: Any = ssam("fisher", RHO, num_samples=16, steps_per_epoch=1, total_steps=2)
+    w, points = jnp.ones(2), []
+
+    def grad_fn(w, examples=slice(None)):
+        points.append(w)
+        return slopes[examples].mean(0)
+
+    state = tx.init(w)
+    for _ in range(2):  # the first mask is made in the second update
+        options = {"grad_fn": grad_fn, "losses": slopes @ w}
+        _, state = tx.update(slopes.mean(0), state, w, **options)
+    expected = [1 + RHO * 3 / np.sqrt(10), 1.0]
+    np.testing.assert_allclose(points[-1], expected, rtol=1e-6)
+
+
+def test_a_loss_at_the_threshold_of_rwp_is_not_below_it():
+    w, points = jnp.array([[2.0, 1.0]]), []
+    tx: Any = rwp(RHO, threshold=2.0, num_steps=1)
+
+    def grad_fn(w):
+        points.append(w)
+        return jnp.ones_like(w)
+
+    options = {"grad_fn": grad_fn, "loss_fn": lambda w: w[0]}
+    tx.update(jnp.ones_like(w), tx.init(w), w, **options)
+    moved = RHO * np.sqrt(5)  # along the gradient of the second loss
+    np.testing.assert_allclose(points[0], [[2.0, 1 + moved]], rtol=1e-6)
+
+
+def test_a_negative_number_from_a_schedule_counts_as_zero():
+    updates, state = apply_sam(sam(lambda _: -RHO), W)
+    assert_same_bits(updates, gradient(jnp.asarray(W)))
+    tx: Any = msam(lambda _: -RHO, optax.sgd(0.1))
+    w = jnp.asarray(W)
+    _, after = tx.update(gradient(w), tx.init(w), w)
+    np.testing.assert_array_equal(after.offset, np.zeros(4))
+    for measured in (state.metrics._asdict(), after.measured):
+        assert (measured["rho"], measured["applied_rho"]) == (0, 0)
+
+
+def test_msam_moves_on_by_what_its_schedule_says_of_the_updates_before():
+    tx: Any = msam(lambda step: 0.1 * (step + 1), optax.sgd(0.1))
+    w = jnp.asarray(W)
+    state = tx.init(w)
+    for radius in (0.1, 0.2):
+        updates, state = tx.update(gradient(w), state, w)
+        expected = radius * updates / np.linalg.norm(updates)
+        np.testing.assert_allclose(state.offset, expected, rtol=1e-6)
+
+
+def test_of_equal_scores_the_first_are_the_largest_and_nan_is_the_smallest():
+    scores = {"a": jnp.array([jnp.nan, 1.0]), "b": jnp.array([2.0, 1.0])}
+    masks = [largest(scores, count) for count in (1, 2, 3)]
+    found = [[*mask["a"].tolist(), *mask["b"].tolist()] for mask in masks]
+    no, yes = False, True
+    assert found == [[no, no, yes, no], [no, yes, yes, no], [no, yes, yes, yes]]
