@@ -168,6 +168,29 @@ def test_groups_need_no_layer_of_ours(layer):
     )
 
 
+def test_the_gradients_of_the_images_are_those_of_the_mean_over_all_groups():
+    model, (images, labels) = Network("LayerNorm"), make_batch()
+    _, state = make_state(model)
+    views = {"natural": images, "adversarial": images}
+
+    @jax.jit
+    def of_images():
+        of_groups = [
+            make_passes(
+                *(model, Objective(cross_entropy)), group_size=m, image_grads=True
+            )
+            for m in (0, 2)
+        ]
+        return [
+            passes.first(state.params, {}, views, labels, KEY).image_grads
+            for passes in of_groups
+        ]
+
+    whole, grouped = of_images()
+    np.testing.assert_allclose(grouped, whole, atol=1e-7)
+    assert np.abs(whole).max() > 1e-3
+
+
 def test_statistics_that_sam_would_lose_are_refused_and_need_not_be_kept():
     model = Network("stock BatchNorm")
     tx, state = make_state(model, sam(RHO))

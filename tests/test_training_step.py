@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from samrobust.attacks import identity, linf, pgd
 from samrobust.models import BatchNorm
-from samrobust.sharpness import sam
+from samrobust.sharpness import msam, sam
 from samrobust.training import Adversary, TrainState, as_adversary, make_train_step
 from samrobust.training.step import metric_names
 
@@ -291,6 +291,35 @@ def test_the_attacked_network_normalizes_as_it_is_told(mode):
     expected = by_batch if mode == "train" else by_running
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert np.abs(by_batch - by_running).max() > 0.01
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_network_is_attacked_at_the_weights_that_the_gradient_is_taken_at(mode):
+    logits = []
+
+    def attack(logits_fn, images, labels, *, key):
+        del labels, key
+        logits.append(logits_fn(images))
+        return images
+
+    tx = msam(RHO, optax.sgd(LEARNING_RATE))
+    step = make_train_step(
+        model, tx, adversary=as_adversary(attack, batch_norm=mode)
+    ).train_step
+
+    @jax.jit
+    def record(state, images, labels):
+        offset = jax.tree.map(lambda w: jnp.full_like(w, 0.1), state.params)
+        opt_state = state.opt_state._replace(offset=offset)
+        step(dataclasses.replace(state, opt_state=opt_state), images, labels, KEY)
+        moved = jax.tree.map(jnp.add, state.params, offset)
+        by_batch, _ = logits_and_stats(moved, state.batch_stats, images)
+        network = {"params": moved, "batch_stats": state.batch_stats}
+        return logits, by_batch, model.apply(network, images, train=False)
+
+    (found,), by_batch, by_running = record(make_state(tx), *make_batches(1)[0])
+    expected = by_batch if mode == "train" else by_running
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
