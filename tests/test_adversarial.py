@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import helpers
@@ -27,7 +28,8 @@ from samrobust.training.adversaries.nfgsm import nfgsm
 from samrobust.training.adversaries.radii import attack_passes
 from samrobust.training.objectives.cfa_trades import cfa_trades
 from samrobust.training.objectives.label_smoothing import label_smoothing
-from samrobust.training.objectives.mart import mart_loss
+from samrobust.training.objectives.mart import mart, mart_loss
+from samrobust.training.objectives.trades import trades
 from samrobust.training.state import TrainState
 from samrobust.training.step import metric_names
 
@@ -95,6 +97,52 @@ def test_incomplete_batches_are_not_replayed():
     assert methods.replays(helpers.make_config("sam,rho=0.1")) == 1
 
 
+def test_a_gradient_of_the_references_floor_takes_half_a_step_in_l2():
+    """Its 1e-10 is of the mean over 128 examples: 128e-10 of each."""
+    slope = np.zeros(4, np.float32)
+    slope[1] = 2 * 128e-10  # of which cross entropy has half, where logits tie
+
+    def faint(images):
+        rise = (images.reshape(len(images), -1) - 0.5) @ slope
+        return jnp.stack([jnp.zeros_like(rise), rise], -1)
+
+    adversary = at("l2", 51.0, 25.5, num_steps=1, random_start=False)
+    images, labels = jnp.full([1, 2, 2, 1], 0.5), jnp.zeros(1, jnp.int32)
+    found, _ = adversary.perturb(faint, images, labels, (), key=KEY)
+    np.testing.assert_allclose(jnp.ravel(found), [0.5, 0.55, 0.5, 0.5], atol=1e-6)
+    for make in (trades, mart):
+        default = inspect.signature(make).parameters["gradient_floor"].default
+        assert default == 128e-10
+
+
+def test_noise_may_reach_beyond_all_images():
+    adversary = nfgsm(64.0, noise=10.0)
+    made, _ = adversary.perturb(logits_fn, IMAGES, LABELS, (), key=KEY)
+    assert (float(jnp.min(made)), float(jnp.max(made))) == (0.0, 1.0)
+
+
+BATCH_NORMS = {
+    "train": [
+        lambda: at("linf", 8.0, 2.0),
+        lambda: fgsm_rs(8.0),
+        lambda: nfgsm(8.0),
+        lambda: dynamic(8.0, **TIMES),
+        lambda: cfa(8.0, **CALIBRATION),
+    ],
+    "eval": [
+        lambda: trades("linf", 8.0, 6.0, 2.0)[0],
+        lambda: mart("linf", 8.0, 6.0, 2.0)[0],
+        lambda: cfa_trades(8.0, 6.0, **CALIBRATION)[0],
+    ],
+}
+
+
+@pytest.mark.parametrize("mode", BATCH_NORMS)
+def test_by_default_the_attacked_network_normalizes_as_in_the_authors_code(mode):
+    for make in BATCH_NORMS[mode]:
+        assert make().batch_norm == mode
+
+
 def test_free_perturbations_stay_in_ball_and_box_and_belong_to_places():
     adversary, radius = free(64.0), np.float32(64 / 255)
     state = adversary.init(jnp.zeros([4, 2, 2, 1]))
@@ -136,6 +184,13 @@ def test_dynamic_training_is_pgd_without_a_bound_and_one_step_with_an_endless_on
     np.testing.assert_array_equal(dynamic_images(c_max=1e6), pgd_images(1))
     # The bound falls to 0 at five sixths of six epochs.
     np.testing.assert_array_equal(dynamic_images(5, c_max=1e6), pgd_images(10))
+
+
+def test_the_bound_of_dynamic_training_falls_linearly_from_epoch_to_epoch():
+    """By a fifth of it in each of five epochs."""
+    late, early = dynamic_images(4, c_max=0.25), dynamic_images(0, c_max=0.05)
+    np.testing.assert_array_equal(late, early)
+    assert np.any(late != pgd_images(10))
 
 
 def test_an_example_stands_still_once_its_attack_has_converged():
@@ -254,6 +309,29 @@ def test_rates_are_those_of_the_classes_in_the_epoch_before():
     state = taught(adversary, answers)
     assert int(state.step) == 5
     np.testing.assert_array_equal(state.seen, [2, 2, 2])
+
+
+def test_a_class_without_an_example_in_an_epoch_keeps_its_rate():
+    adversary = cfa(32.0, **CALIBRATION)
+    assert adversary.learn is not None
+    state = taught(adversary, [[True] * 6, [True] * 3 + [False] * 3])
+    np.testing.assert_allclose(state.rates, 0.75)
+    for _ in range(2):  # of class 0 alone, and right
+        labels, right = jnp.zeros(6, jnp.int32), jnp.ones(6, bool)
+        state = adversary.learn(state, IMAGES, labels, IMAGES, right)
+    np.testing.assert_allclose(state.rates, [1, 0.75, 0.75])
+
+
+def test_no_class_is_attacked_by_its_rate_before_there_are_any():
+    adversary = cfa(32.0, **{**CALIBRATION, "begin": 0.0})
+
+    def length(num_steps):
+        state = taught(adversary, [[True] * 6] * num_steps)
+        made, _ = adversary.perturb(logits_fn, IMAGES, LABELS, state, key=KEY)
+        return helpers.norms("linf", made - IMAGES) * 255
+
+    np.testing.assert_allclose(length(0), 32, rtol=1e-5)
+    np.testing.assert_allclose(length(2), 1.5 * 32, rtol=1e-5)
 
 
 def test_each_class_is_attacked_as_far_as_its_rate_says_from_the_beginning_on():

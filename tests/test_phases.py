@@ -7,6 +7,7 @@ import types
 
 import helpers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,9 +18,10 @@ from samrobust.experiments.run import train
 from samrobust.sharpness import SHARPNESS
 from samrobust.training import InterruptedRunError
 from samrobust.training.adversaries import ADVERSARIES
+from samrobust.training.adversaries.free import free
 from samrobust.training.averaging import AVERAGES
 from samrobust.training.objectives import OBJECTIVES
-from samrobust.training.phases import phase_of
+from samrobust.training.phases import first_epoch, phase_of, waiting
 
 pytestmark = pytest.mark.usefixtures("programs_made_once")
 
@@ -96,6 +98,30 @@ def test_the_page_of_adversarial_training_has_every_method_and_its_cost():
     full = {"attack.num_steps": 10, "data.validation_size": 8}
     for row, cost in found:
         assert round(methods.cost(helpers.make_config(row, full)), 2) == float(cost)
+
+
+@pytest.mark.parametrize("epochs", [3, 20, 100, 120])
+def test_a_fraction_that_is_a_whole_epoch_begins_with_that_epoch(epochs):
+    """0.55 * 100 is a little more than 55 in binary."""
+    fractions = [epoch / epochs for epoch in range(epochs)]
+    fractions += [round(fraction, 8) for fraction in fractions]
+    found = [first_epoch(fraction, epochs) for fraction in fractions]
+    assert found == [*range(epochs)] * 2
+    assert first_epoch(0.5 + 1e-4, 100) == 51
+
+
+def test_an_adversary_that_waits_leaves_images_alone_and_learns_nothing():
+    adversary, images = free(8.0), jnp.full([2, 2, 2, 1], 0.5)
+    memory = jnp.full_like(images, 0.1)
+    late = waiting(adversary)
+    found = late.perturb(never, images, jnp.arange(2), memory, key=jax.random.key(0))
+    helpers.assert_same_bits(found, (images, memory))
+    assert late.learn is None
+    assert late.init is adversary.init
+
+
+def never(images):
+    raise AssertionError(images)
 
 
 def test_until_its_start_a_late_part_is_not_there_bit_for_bit(tmp_path):
