@@ -11,6 +11,9 @@ from helpers import in_one_program
 from scipy import special
 
 from samrobust.attacks.losses import LOSSES, cross_entropy, dlr, margin, targeted_dlr
+from samrobust.training.objectives.label_smoothing import label_smoothing
+from samrobust.training.objectives.mart import mart_loss
+from samrobust.training.objectives.trades import kl_divergence, trades_loss
 
 settings = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 logits_and_labels = st.tuples(
@@ -176,3 +179,54 @@ def test_the_dlr_losses_refuse_too_few_classes():
         dlr(jnp.zeros([1, 2]), labels)
     with pytest.raises(ValueError, match=r"4 classes for the targeted.*got classes=3"):
         targeted_dlr(jnp.zeros([1, 3]), labels, labels)
+
+
+# Objectives of training
+
+
+def numpy_objectives(natural, adversarial, labels):
+    """Label smoothing by 0.2, MART of beta 5 and TRADES of beta 6, in float64."""
+    log_p, log_q = (
+        special.log_softmax(np.asarray(logits, np.float64), -1)
+        for logits in (natural, adversarial)
+    )
+    chosen = np.arange(len(labels)), labels
+    divergence = np.sum(np.exp(log_p) * (log_p - log_q), -1)
+    others = np.exp(log_q)
+    others[chosen] = 0
+    boosted = -log_q[chosen] - np.log(1.0001 - others.max(-1))
+    unsure = 1.0000001 - np.exp(log_p[chosen])
+    return {
+        "label smoothing": -0.8 * log_p[chosen] - 0.2 * log_p.mean(-1),
+        "MART": boosted + 5 * divergence * unsure,
+        "TRADES": -log_p[chosen] + 6 * divergence,
+    }
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_the_objectives_are_float32_and_exact_for_the_logits_given(dtype):
+    keys = jax.random.split(jax.random.key(0))
+    both = [(3 * jax.random.normal(key, [16, 5])).astype(dtype) for key in keys]
+    labels = np.arange(16) % 5
+    found = {
+        "label smoothing": label_smoothing(0.2).loss(both[0], labels),
+        "MART": mart_loss(5.0).loss(*both, labels),
+        "TRADES": trades_loss(6.0).loss(*both, both[0], labels),
+    }
+    for name, expected in numpy_objectives(*both, labels).items():
+        assert found[name].dtype == jnp.float32
+        np.testing.assert_allclose(found[name], expected, rtol=2e-5, err_msg=name)
+
+
+def test_classes_without_a_logit_have_no_part_in_the_divergence():
+    natural, adversarial = np.array([[1.0, 0.0, 2.0]]), np.array([[0.0, 0.0, 0.5]])
+    masked = [
+        jnp.insert(jnp.asarray(logits, jnp.float32), 1, -jnp.inf, axis=1)
+        for logits in (natural, adversarial)
+    ]
+    p, q = (special.softmax(logits, -1) for logits in (natural, adversarial))
+    found, slope = jax.value_and_grad(lambda z: kl_divergence(masked[0], z)[0])(
+        masked[1]
+    )
+    np.testing.assert_allclose(found, np.sum(p * np.log(p / q)), rtol=1e-6)
+    np.testing.assert_allclose(slope, np.insert(q - p, 1, 0, axis=1), atol=1e-6)
