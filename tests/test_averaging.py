@@ -17,7 +17,7 @@ from samrobust.experiments.heldout import make_after_epoch, make_judge
 from samrobust.experiments.run import train
 from samrobust.models import BatchNorm
 from samrobust.training import InterruptedRunError, make_train_step
-from samrobust.training.averaging.ema import ema
+from samrobust.training.averaging.ema import ema, mix
 from samrobust.training.averaging.fawa import fawa
 from samrobust.training.averaging.generalist import generalist
 from samrobust.training.averaging.swa import swa
@@ -77,6 +77,18 @@ def test_an_epoch_that_fails_a_class_leaves_the_average_as_it_was():
     moved = averaging.admit(same, second, 0.3)
     expected = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
     helpers.assert_close({n: moved[n] for n in first}, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [jnp.inf, jnp.nan])
+def test_weights_that_are_not_finite_leave_no_trace_where_they_do_not_count(value):
+    """Nothing times infinity is no number."""
+    good, bad = jnp.ones(3), jnp.full(3, value)
+    helpers.assert_same_bits(mix(good, bad, jnp.float32(1)), good)
+    helpers.assert_same_bits(mix(bad, good, jnp.float32(0)), good)
+    averaging: Any = fawa(0.3)
+    average = averaging.admit(averaging.init({"w": good}), {"w": good}, 0.5)
+    kept = averaging.admit(averaging.update(average, {"w": bad}, 1), {"w": bad}, 0.2)
+    helpers.assert_same_bits(kept["w"], good)
 
 
 class Small(nn.Module):

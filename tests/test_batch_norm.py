@@ -74,6 +74,16 @@ def test_the_fused_batch_norm_keeps_its_digits_where_the_mean_is_1000_deviations
         np.testing.assert_allclose(found, correct, rtol=1e-3, atol=2e-3)
 
 
+def test_the_fused_variance_of_a_constant_is_not_negative_by_rounding():
+    """E[x^2] - E[x]^2 of seven equal numbers far from the shift is not always 0."""
+    inputs = jnp.broadcast_to(jnp.linspace(100, 1000, 64), (7, 64))
+    one, zero = jnp.ones(64), jnp.zeros(64)
+    form = batch_norm._Form(1e-5, False, jnp.float32)
+    outputs, _, var = batch_norm._fused(form, inputs, zero, one, zero)
+    assert np.all(var >= 0)
+    assert np.all(np.isfinite(outputs))
+
+
 def test_the_fused_batch_norm_normalizes_each_group_by_itself():
     with jax.enable_x64(True):
         fused, plain = fused_and_plain(relu=True)
