@@ -23,6 +23,7 @@ from samrobust.attacks import (
 )
 from samrobust.attacks.losses import normalized
 from samrobust.evaluation import Archive, make_autoattack_evaluator, measure
+from samrobust.evaluation.examples import ExamplesFile
 from samrobust.evaluation.fates import identify
 
 KEY = jax.random.key(5)
@@ -247,6 +248,16 @@ def test_every_example_is_charged_to_the_member_that_broke_it(split):
     assert after["first"] == 100 * np.mean((fates == "") | (fates == "second"))
     assert after["second"] == 100 * np.mean(fates == "")
     assert set(outcome.fates["two"].broken_by()) == {"natural", "first", ""}
+
+
+def test_every_member_draws_random_numbers_of_its_own(split):
+    """With those of the first, the second would break nothing that it left."""
+    members = toy("first", 0.5), toy("second", 0.5)
+    pursue = make_autoattack_evaluator(
+        NETWORK, {"a": AutoAttack(members, 0.1, False)}, batch_size=64
+    )
+    outcome = pursue({"threshold": jnp.float32(0.5)}, split, KEY)
+    assert set(outcome.fates["a"].broken_by()) == {"natural", "first", "second", ""}
 
 
 @pytest.mark.parametrize("batch_size", [8, 64])
@@ -618,6 +629,21 @@ def test_images_that_the_outcome_does_not_know_yet_are_no_damage(split, tmp_path
     np.save(kept, np.where(np.load(kept) == examples, examples, 0.3))
     evaluate(split, folder=tmp_path, examples=True)
     np.testing.assert_array_equal(np.load(kept), examples)
+
+
+def test_the_images_of_examples_that_stand_are_the_natural_ones_again(tmp_path):
+    """As after a kill between the file of images and that of fates."""
+    images = np.arange(12, dtype=np.uint8).reshape(3, 2, 2, 1)
+    file = ExamplesFile(tmp_path / "images.npy", images)
+    file.create()
+    file.put(np.array([0, 1]), np.full((2, 2, 2, 1), 0.5))
+    file.flush()
+    again = ExamplesFile(file.path, images)
+    assert again.reopen(np.array([True, False, False]), file.sums) == ""
+    again.flush()
+    expected = images.astype(np.float32) / np.float32(255)
+    expected[0] = 0.5
+    np.testing.assert_array_equal(np.load(file.path), expected)
 
 
 def test_a_network_without_finite_logits_is_refused_and_leaves_no_number(

@@ -131,3 +131,12 @@ def test_the_work_that_is_told_rises_to_all_but_the_last_example():
     standing = np.sum(BREAKS_AT[0] >= 1)
     lines = [line for *_, line in told]
     assert f"column 0: stage 0, {standing} of 29 images survive" in lines
+
+
+def test_what_is_left_out_as_wrong_before_the_attack_was_not_broken_by_it():
+    fates = Fates.fresh(["one"], 3)
+    fates.broken_at[:2], fates.non_finite[:2] = 0, True
+    fates.leave_out(np.array([True, False, False]))
+    assert fates.broken_by().tolist() == ["natural", "one", ""]
+    assert fates.num_non_finite == 1
+    assert fates.is_possible()
