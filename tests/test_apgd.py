@@ -146,6 +146,16 @@ def test_targets_beyond_all_wrong_classes_change_nothing():
     np.testing.assert_array_equal(all_wrong, many)
 
 
+def test_no_target_is_pursued_a_second_time_where_few_are_left():
+    images, labels = batch(200)
+    changes = {"num_steps": 1, "first_target": 3}  # of four wrong classes the last
+    one, many = (
+        attacked("targeted", "linf", images, labels, num_targets=num, **changes)
+        for num in (1, 9)
+    )
+    np.testing.assert_array_equal(one, many)
+
+
 def test_the_best_score_never_falls_and_belongs_to_the_best_images():
     make_ball, radius = BALLS["l2"]
     images, labels = batch()

@@ -36,6 +36,7 @@ from samrobust.data import (
 from samrobust.data.archive import ArchiveFile, ResumingDownloader, find_archive
 from samrobust.data.cache import default_cache_dir
 from samrobust.data.official import OfficialSplit, checksum
+from samrobust.data.splits import spread
 
 PER_FILE = 4
 OFFICIAL = {"cifar10": official.CIFAR10, "cifar100": official.CIFAR100}
@@ -812,6 +813,13 @@ def test_the_test_subset_is_spread_over_the_order_and_depends_on_its_size_only(d
     chosen = [positions[row] for row in rows(alone.test)]
     stretches = [range(500 * i // 120, 500 * (i + 1) // 120) for i in range(120)]
     assert all(c in s for c, s in zip(chosen, stretches, strict=True))
+
+
+def test_every_example_of_a_stretch_is_chosen_by_some_seed():
+    chosen = np.array([spread(11, 4, seed) for seed in range(40)])
+    stretches = [[0, 1], [2, 3, 4], [5, 6, 7], [8, 9, 10]]
+    for places, stretch in zip(chosen.T, stretches, strict=True):
+        np.testing.assert_array_equal(np.unique(places), stretch)
 
 
 def test_the_split_seed_chooses_the_examples_and_nothing_else_does():
