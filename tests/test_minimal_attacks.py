@@ -283,6 +283,18 @@ def test_fab_needs_the_target_that_is_nearest_in_pixels_not_in_logits():
     assert is_wrong(logits_fn, many, labels).all()
 
 
+def test_fab_keeps_what_the_first_run_found_though_others_of_the_batch_go_on():
+    """The likelier class is 0.1 away along one pixel, the other 0.02 along another."""
+
+    def logits_fn(x):
+        likelier, nearer = x[:, 0] - 0.6, 10 * (x[:, 1] - 0.52)
+        return jnp.stack([jnp.zeros_like(likelier), likelier, nearer], -1)
+
+    images, labels = jnp.array([[0.5, 0.5], [0.1, 0.1]]), jnp.zeros(2, jnp.int32)
+    found = run(fab_targeted(l2(0.2), num_steps=5), logits_fn, images, labels)
+    np.testing.assert_allclose(found - images, [[0.1, 0], [0, 0]], atol=0.01)
+
+
 def test_more_targets_and_more_restarts_never_lengthen_what_fab_finds():
     logits_fn, images, labels = problem(seed=1)
 
