@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import optimize
@@ -164,3 +165,11 @@ def test_the_step_lies_on_the_plane_in_many_dimensions_and_another_box(ball):
     gained = np.einsum("bi,bi->b", normal.astype(np.float64), found)
     np.testing.assert_allclose(gained, -excess, rtol=1e-5)
     assert np.abs(points + found).max() <= 1 + 1e-6
+
+
+def test_a_weight_that_underflows_in_the_direction_moves_no_pixel_to_nan():
+    """Where the box misses the plane, the common length is infinite: times 0 NaN."""
+    tiny = float(np.finfo(np.float32).tiny)
+    points, normal = jnp.full([1, 3], 0.5), jnp.array([[1.0, 1.0, tiny]])
+    step = step_onto_hyperplane(l2(1.0), points, normal, jnp.array([10.0]))
+    np.testing.assert_array_equal(step, [[-0.5, -0.5, 0]])
