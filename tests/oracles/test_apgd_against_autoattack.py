@@ -1,6 +1,7 @@
 """Our APGD against the authors' code, on one small network in JAX and in PyTorch.
 
-Both start at the same points. Ours follows an example until it is broken, theirs goes
+Both start at the same points, and compute in float64: in float32 a gradient near zero
+has another sign here and there. Ours follows an example until it is broken, theirs goes
 on, so that the two are compared up to there: to the end for half of the examples.
 """
 
@@ -31,14 +32,20 @@ BALLS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
 @functools.cache
 def weights():
     """Two layers, trained on the digits for a moment: not too sure of themselves."""
     arrays = load_digits()
     images, labels = arrays["x_train"], jnp.asarray(arrays["y_train"])
-    pixels = jnp.asarray(images.reshape(len(images), -1) / 255, jnp.float32)
+    pixels = jnp.asarray(images.reshape(len(images), -1) / 255)
     rng = np.random.default_rng(0)
-    params = [jnp.asarray(rng.normal(0, 0.15, s), jnp.float32) for s in SHAPES]
+    params = [jnp.asarray(rng.normal(0, 0.15, s)) for s in SHAPES]
     tx = optax.adam(0.02)
 
     def step(carry, _):
@@ -69,7 +76,7 @@ class Twin(torch.nn.Module):
         self.scale = scale
 
     def forward(self, images):
-        hidden = torch.tanh(images.flatten(1) @ self.first)
+        hidden = torch.tanh(images.flatten(1).double() @ self.first)
         return hidden @ self.second * self.scale
 
 
@@ -78,15 +85,14 @@ def batch():
     arrays = load_digits()
     images, labels = arrays["x_test"], arrays["y_test"]
     pixels = images.reshape(len(images), -1)[:NUM] / 255
-    return np.asarray(pixels, np.float32), labels[:NUM]
+    return pixels, labels[:NUM]
 
 
 def shared_start(norm, images):
     """The same random step for all images, so that it goes with any part of them."""
     noise = np.random.default_rng(1).standard_normal(images.shape[1])
     noise /= {"Linf": np.abs(noise).max(), "L2": np.linalg.norm(noise)}[norm]
-    noise = (BALLS[norm].radius * noise).astype(np.float32)
-    return (images + noise).clip(0, 1)
+    return (images + BALLS[norm].radius * noise).clip(0, 1)
 
 
 class Recorded:
@@ -99,7 +105,7 @@ class Recorded:
 
     def attack_single_run(self, x, y, x_init=None):
         assert x_init is None
-        start = torch.from_numpy(shared_start(self.norm, x.numpy()))
+        start = torch.from_numpy(shared_start(self.norm, x.numpy())).to(x.dtype)
         self.checkpoints, self.step_sizes = [], []
         return super().attack_single_run(x, y, x_init=start)  # pyright: ignore
 
@@ -203,11 +209,11 @@ def test_a_run_has_the_losses_halvings_flags_and_pixels_of_the_authors_code(
     same_steps = np.isclose(step_sizes[[*before, -1]], theirs, rtol=1e-6).all(0)
     assert theirs[-1, robust].min() < theirs[0, 0]
     shift = np.abs(np.asarray(state.best.images) - best).max(1)
-    close, same = np.abs(gaps) < 1e-4, same_steps & (shift < 1e-3)
+    close, same = np.abs(gaps) < 1e-7, same_steps & (shift < 1e-7)
     assert close[: int(0.6 * num_steps)].all()
-    # Near an optimum two libraries may round a loss differently, and one of them
-    # then halves a step, or keeps another of two iterates that are equally good.
-    share = 0.9 if num_steps == 10 else 0.75
+    # The longest run in l2 ends here and there where two wrong classes are as likely:
+    # rounding decides which of them the loss takes for the third.
+    share = 0.8 if (norm, loss, num_steps) == ("L2", "dlr", 100) else 1.0
     assert np.mean(close.all(0)) >= share
     assert np.mean(same[robust]) >= share
 
