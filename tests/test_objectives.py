@@ -206,14 +206,14 @@ def numpy_objectives(natural, adversarial, labels):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_the_objectives_are_float32_and_exact_for_the_logits_given(dtype):
     keys = jax.random.split(jax.random.key(0))
-    both = [(3 * jax.random.normal(key, [16, 5])).astype(dtype) for key in keys]
+    one, other = ((3 * jax.random.normal(k, [16, 5])).astype(dtype) for k in keys)
     labels = np.arange(16) % 5
     found = {
-        "label smoothing": label_smoothing(0.2).loss(both[0], labels),
-        "MART": mart_loss(5.0).loss(*both, labels),
-        "TRADES": trades_loss(6.0).loss(*both, both[0], labels),
+        "label smoothing": label_smoothing(0.2).loss(one, labels),
+        "MART": mart_loss(5.0).loss(one, other, labels),
+        "TRADES": trades_loss(6.0).loss(one, other, one, labels),
     }
-    for name, expected in numpy_objectives(*both, labels).items():
+    for name, expected in numpy_objectives(one, other, labels).items():
         assert found[name].dtype == jnp.float32
         np.testing.assert_allclose(found[name], expected, rtol=2e-5, err_msg=name)
 
