@@ -765,7 +765,9 @@ def test_the_summary_says_what_is_left_out_missing_and_whether_bits_are_the_same
         json.dumps(anew)
     )
     text = summary.write_summary(some, tmp_path).read_text()
-    assert "deterministic: same bits after a kill: not known, it began anew" in text
+    assert (
+        "deterministic: same bits after a kill: not known, it resumed nothing" in text
+    )
     assert "| deterministic/deterministic-resumed |  |  | ef |" in text
 
 

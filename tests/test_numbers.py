@@ -75,6 +75,7 @@ FAMILY_AA, SHARPNESS_AA = "adversarial/digits/autoattack", "sharpness/digits/aut
 FOUR_AA = "adversarial/digits-four-radii/autoattack"  # the same networks, some rows
 SHARPNESS, FAMILY = "sharpness/digits/table", "adversarial/digits/table"
 REAL = "sharpness/cifar10-small/table"
+REAL_AA = "sharpness/cifar10-small/autoattack"
 CHEAP = "adversarial/cifar10-small/table"
 CHEAP_AA = "adversarial/cifar10-small/autoattack"
 DIGITS, SMALL, FULL = "digits/table", "cifar10-small/table", "h200/cifar10/table"
@@ -330,7 +331,8 @@ def held(page: str) -> tuple[Rows, ...]:
         return (rendered(DIGITS),)
     if page == "docs/sharpness.md":
         strong = plain(SHARPNESS_AA, beside_autoattack("linf 32/255", "l2 128/255"))
-        return rendered(SHARPNESS), strong, rendered(REAL)
+        real = plain(REAL_AA, beside_autoattack("linf 2/255", "l2 32/255"))
+        return rendered(SHARPNESS), strong, rendered(REAL), real
     if page == "docs/adversarial.md":
         return (
             rendered(FAMILY),
@@ -931,6 +933,35 @@ def real_images_in_words() -> list[str]:
         f"{gain(REAL, at, 'natural')} of natural accuracy",
         f"hardly learns at this learning rate ({looksam:.1f} %)",
         f"learns slowly ({esam:.1f} %)",
+        *real_under_autoattack_in_words(*rows, at),
+    ]
+
+
+def real_under_autoattack_in_words(
+    sam: str, swa: str, late: str, smooth: str, at: str
+) -> list[str]:
+    name, far, wide = REAL_AA, "linf 2/255", "l2 32/255"
+    over, in_l2 = overstated(name, far), overstated(name, wide)
+    assert max(over, key=lambda row: over[row]) == smooth
+    assert max(in_l2, key=lambda row: in_l2[row]) == smooth
+    added = [gain(name, row, f"{far} AA") for row in (sam, swa, late, smooth, at)]
+    there = [gain(name, row, f"{wide} AA") for row in (sam, swa, late, smooth, at)]
+    for row in (sam, swa, late, smooth):  # "beyond chance"
+        assert not difference(name, row, f"{wide} AA").significant
+    apart, error = lead(name, swa, sam, f"{far} AA")
+    assert apart > -error  # README: the average "gains as much"
+    natural = [gain(name, row, "natural") for row in (sam, swa, late)]
+    return [
+        f"on {table(name).num_test} of the test images",
+        f"At l-inf 2/255 SAM adds {added[0]} points, SWA {added[1]}, late SAM "
+        f"{added[2]} and label smoothing {added[3]}",
+        f"by {min(over.values()):.1f} to {max(over.values()):.1f} points, label "
+        "smoothing most",
+        f"On these images of natural accuracy SAM adds {natural[0]}, SWA {natural[1]} and late SAM "
+        f"{natural[2]}",
+        f"At l2 32/255 none of the four adds anything beyond chance (SAM {there[0]}, "
+        f"SWA {there[1]}, late SAM {there[2]}, label smoothing {there[3]})",
+        f"adds {added[4]} and {there[4]} there",
     ]
 
 

@@ -136,7 +136,7 @@ def training(
 
 
 def _compiled(compile_it: Callable[[], object]) -> Found:
-    """Compiles; returns the seconds, and whether all of it was in JAX's cache."""
+    """Compiles a program: in how many seconds, and whether JAX's cache had all of it."""
     events: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
     started = time.perf_counter()

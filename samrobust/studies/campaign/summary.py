@@ -109,7 +109,7 @@ def _same_bits(folder: str, runs: Mapping[str, Mapping[str, Any]]) -> Iterator[s
         if end == "resumed" and (whole := runs.get(f"{mode}-whole")):
             answer = "yes" if run["digest"] == whole["digest"] else "no"
             if run.get("began_at") == 0:
-                answer = "not known, it began anew and resumed nothing"
+                answer = "not known, it resumed nothing"
             yield f"{folder}, {mode}: same bits after a kill: {answer}"
 
 
