@@ -957,8 +957,8 @@ def real_under_autoattack_in_words(
         f"{added[2]} and label smoothing {added[3]}",
         f"by {min(over.values()):.1f} to {max(over.values()):.1f} points, label "
         "smoothing most",
-        f"On these images of natural accuracy SAM adds {natural[0]}, SWA {natural[1]} and late SAM "
-        f"{natural[2]}",
+        f"On these images of natural accuracy SAM adds {natural[0]}, SWA {natural[1]} "
+        f"and late SAM {natural[2]}",
         f"At l2 32/255 none of the four adds anything beyond chance (SAM {there[0]}, "
         f"SWA {there[1]}, late SAM {there[2]}, label smoothing {there[3]})",
         f"adds {added[4]} and {there[4]} there",

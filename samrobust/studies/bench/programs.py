@@ -136,7 +136,7 @@ def training(
 
 
 def _compiled(compile_it: Callable[[], object]) -> Found:
-    """Compiles a program: in how many seconds, and whether JAX's cache had all of it."""
+    """Compiles a program: how many seconds it takes, and whether the cache had it."""
     events: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
     started = time.perf_counter()
