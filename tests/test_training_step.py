@@ -267,19 +267,22 @@ def test_both_passes_of_sam_see_the_images_that_were_crafted_once():
         np.testing.assert_array_equal(of_pass, made)
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_the_attacked_network_normalizes_as_it_is_told(mode):
-    logits = []
+def step_that_records(logits, tx, mode):
+    """A step that appends the logits of the network that it attacks."""
 
     def attack(logits_fn, images, labels, *, key):
         del labels, key
         logits.append(logits_fn(images))
         return images
 
-    tx = make_tx()
-    step = make_train_step(
-        model, tx, adversary=as_adversary(attack, batch_norm=mode)
-    ).train_step
+    adversary = as_adversary(attack, batch_norm=mode)
+    return make_train_step(model, tx, adversary=adversary).train_step
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_attacked_network_normalizes_as_it_is_told(mode):
+    tx, logits = make_tx(), []
+    step = step_that_records(logits, tx, mode)
 
     @jax.jit
     def record(state, images, labels):
@@ -295,17 +298,8 @@ def test_the_attacked_network_normalizes_as_it_is_told(mode):
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_the_network_is_attacked_at_the_weights_that_the_gradient_is_taken_at(mode):
-    logits = []
-
-    def attack(logits_fn, images, labels, *, key):
-        del labels, key
-        logits.append(logits_fn(images))
-        return images
-
-    tx = msam(RHO, optax.sgd(LEARNING_RATE))
-    step = make_train_step(
-        model, tx, adversary=as_adversary(attack, batch_norm=mode)
-    ).train_step
+    tx, logits = msam(RHO, optax.sgd(LEARNING_RATE)), []
+    step = step_that_records(logits, tx, mode)
 
     @jax.jit
     def record(state, images, labels):
