@@ -138,10 +138,17 @@ def training(
 def _compiled(compile_it: Callable[[], object]) -> Found:
     """Compiles a program: how many seconds it takes, and whether the cache had it."""
     events: list[str] = []
-    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
-    started = time.perf_counter()
-    compile_it()
-    seconds = time.perf_counter() - started
+
+    def listen(event: str, **_: object) -> None:
+        events.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        started = time.perf_counter()
+        compile_it()
+        seconds = time.perf_counter() - started
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
     found, wanted = events.count(_HIT), events.count(_REQUEST)
     return {"compile_seconds": seconds, "from_cache": found == wanted > 0}
 

@@ -237,19 +237,22 @@ def _module(name: str, *words: str, **options: Any) -> Command:
     return Command((sys.executable, "-P", "-m", name, *words), **options)
 
 
+def _code(code: str, *words: str) -> Command:
+    return Command((sys.executable, "-P", "-c", code, *words))
+
+
 def _install(campaign: Campaign) -> Block:
     """Installs what is missing, into a folder of its own; refuses JAX without a GPU."""
     places = campaign.bundle / "wheels", campaign.workdir / "site"
     words = map(str, (*places, campaign.workdir / "install" / "install.json"))
-    check = Command((sys.executable, "-P", "-c", _CHECK))
-    commands = _module(f"{_STUDY}.wheels", *words), check
+    commands = _module(f"{_STUDY}.wheels", *words), _code(_CHECK)
     return Block("install", 90, commands, required=True)
 
 
 def _first(block: Block, workdir: pathlib.Path) -> Block:
     """Empties the cache before a block: an archive may have brought a full one."""
-    code = "import shutil, sys; shutil.rmtree(sys.argv[1], ignore_errors=True)"
-    empty = Command((sys.executable, "-P", "-c", code, str(workdir / "cache")))
+    remove = "import shutil, sys; shutil.rmtree(sys.argv[1], ignore_errors=True)"
+    empty = _code(remove, str(workdir / "cache"))
     return dataclasses.replace(block, commands=(empty, *block.commands))
 
 

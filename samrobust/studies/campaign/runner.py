@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from samrobust.studies.campaign.blocks import Block, Command
@@ -58,26 +58,10 @@ def run(
     """
     end = time.monotonic() + budget
     notes = {block: workdir / "blocks" / f"{block.name}.json" for block in blocks}
-    earlier = {block: glance(path) for block, path in notes.items()}
-    known = {block: note.get("status") for block, note in earlier.items()}
-    todo = [b for b in blocks if b.required or known[b] != DONE]
+    known = {block: glance(path) for block, path in notes.items()}
+    todo = [b for b in blocks if b.required or known[b].get("status") != DONE]
     found = {block.name: DONE for block in blocks if block not in todo}
-    # What was stopped may have been cut short by what came before it: it keeps its
-    # place, unless it had about as long as there is now: it would be cut short again,
-    # and again, where a row goes on. What failed, or began and left no outcome, had its
-    # turn.
-    enough = {
-        block: block.seconds == math.inf or note.get("seconds", 0.0) < _MOST * budget
-        for block, note in earlier.items()
-    }
-    late = {
-        b
-        for b in todo
-        if not b.required
-        and known[b] is not None
-        and not (known[b] == _STOPPED and enough[b])
-    }
-    for block in sorted(todo, key=late.__contains__):
+    for block in sorted(todo, key=lambda one: _had_its_turn(one, known[one], budget)):
         left = end - time.monotonic() - grace
         if left < least or should_stop():
             break
@@ -99,6 +83,20 @@ def run(
         if block.required and outcome["status"] != DONE:
             break
     return found
+
+
+def _had_its_turn(block: Block, known: Mapping[str, Any], budget: float) -> bool:
+    """Tells whether others come first: it failed, or began and left no outcome.
+
+    What was stopped may have been cut short by what came before it, and keeps its
+    place; unless it had about as long as there is now, so that it would be cut short
+    again, where a row goes on.
+    """
+    if block.required or "status" not in known:
+        return False
+    if known["status"] != _STOPPED:
+        return True
+    return block.seconds < math.inf and known["seconds"] >= _MOST * budget
 
 
 def _run_block(
