@@ -9,48 +9,107 @@ any JAX program. The names below are imported when they are first used.
 >>> attack = samrobust.pgd(samrobust.linf(8 / 255), step_size=2 / 255, num_steps=10)
 """
 
+import ast
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-_HOMES = {
-    "samrobust.attacks": (
-        *("Ball", "apgd", "apgd_targeted", "autoattack", "ddn", "fab_minimal"),
-        *("fab_targeted", "fgsm", "l2", "linf", "noise", "pgd", "square"),
-        *("cross_entropy", "dlr", "margin", "targeted_dlr"),
-    ),
-    "samrobust.data": ("Split",),
-    "samrobust.experiments.networks": ("load",),
-    "samrobust.sharpness": (
-        *("asam", "asam_davda", "awp", "entropy_sgd", "esam", "fisher_sam", "fsam"),
-        *("friendly_sam", "gradient_point", "gsam", "last_aux", "last_metrics"),
-        *("looksam", "msam", "rwp", "sam", "sam_on", "ssam", "two_pass"),
-    ),
-    "samrobust.studies.sharpness": (
-        *("average_sharpness", "boundary_distance", "hessian_eigenvalues"),
-        *("hessian_trace", "input_gradient_norm", "local_linearity_error"),
-        *("logit_gap", "logit_norm", "relative_flatness", "worst_case_sharpness"),
-    ),
-    "samrobust.training": (
-        *("Adversary", "Averaging", "Method", "Objective", "RunFolder", "TrainState"),
-        *("as_adversary", "fit", "make_train_step"),
-    ),
-    "samrobust.training.averaging.ema": ("ema",),
-    "samrobust.training.averaging.fawa": ("fawa",),
-    "samrobust.training.averaging.generalist": ("generalist",),
-    "samrobust.training.averaging.swa": ("swa",),
-    "samrobust.training.objectives.trades": ("trades_loss",),
-}
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+if TYPE_CHECKING:
+    from samrobust.attacks import (
+        Ball as Ball,
+        apgd as apgd,
+        apgd_targeted as apgd_targeted,
+        autoattack as autoattack,
+        cross_entropy as cross_entropy,
+        ddn as ddn,
+        dlr as dlr,
+        fab_minimal as fab_minimal,
+        fab_targeted as fab_targeted,
+        fgsm as fgsm,
+        l2 as l2,
+        linf as linf,
+        margin as margin,
+        noise as noise,
+        pgd as pgd,
+        square as square,
+        targeted_dlr as targeted_dlr,
+    )
+    from samrobust.data import Split as Split
+    from samrobust.experiments.networks import load as load
+    from samrobust.sharpness import (
+        asam as asam,
+        asam_davda as asam_davda,
+        awp as awp,
+        entropy_sgd as entropy_sgd,
+        esam as esam,
+        fisher_sam as fisher_sam,
+        friendly_sam as friendly_sam,
+        fsam as fsam,
+        gradient_point as gradient_point,
+        gsam as gsam,
+        last_aux as last_aux,
+        last_metrics as last_metrics,
+        looksam as looksam,
+        msam as msam,
+        rwp as rwp,
+        sam as sam,
+        sam_on as sam_on,
+        ssam as ssam,
+        two_pass as two_pass,
+    )
+    from samrobust.studies.sharpness import (
+        average_sharpness as average_sharpness,
+        boundary_distance as boundary_distance,
+        hessian_eigenvalues as hessian_eigenvalues,
+        hessian_trace as hessian_trace,
+        input_gradient_norm as input_gradient_norm,
+        local_linearity_error as local_linearity_error,
+        logit_gap as logit_gap,
+        logit_norm as logit_norm,
+        relative_flatness as relative_flatness,
+        worst_case_sharpness as worst_case_sharpness,
+    )
+    from samrobust.training import (
+        Adversary as Adversary,
+        Averaging as Averaging,
+        Method as Method,
+        Objective as Objective,
+        RunFolder as RunFolder,
+        TrainState as TrainState,
+        as_adversary as as_adversary,
+        fit as fit,
+        make_train_step as make_train_step,
+    )
+    from samrobust.training.averaging.ema import ema as ema
+    from samrobust.training.averaging.fawa import fawa as fawa
+    from samrobust.training.averaging.generalist import generalist as generalist
+    from samrobust.training.averaging.swa import swa as swa
+    from samrobust.training.objectives.trades import trades_loss as trades_loss
 
-__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+def _homes() -> dict[str, str]:
+    """Returns the module of each name, from the imports above."""
+    with open(__file__, encoding="utf-8") as file:
+        nodes = ast.walk(ast.parse(file.read()))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {
+        alias.name: node.module
+        for node in imports
+        for alias in node.names
+        if node.module and alias.asname
+    }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'samrobust' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+_HOMES = _homes()
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'samrobust' has no attribute {name!r}")
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

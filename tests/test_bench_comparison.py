@@ -10,8 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from samrobust.experiments import building, configuration
-from samrobust.studies.bench import comparison
-from samrobust.studies.bench import parity as parity_file
+from samrobust.studies.bench import comparison, parity as parity_file
 from samrobust.studies.bench.plan import Options, Task, config_of, plan
 from samrobust.studies.bench.suite import Launcher
 from samrobust.system.fields import flatten

@@ -27,6 +27,7 @@ from samrobust.studies.campaign import (
     __main__,
     archive,
     blocks,
+    epochs as epochs_module,
     lenient,
     machine,
     pieces,
@@ -34,7 +35,6 @@ from samrobust.studies.campaign import (
     trace,
     wheels,
 )
-from samrobust.studies.campaign import epochs as epochs_module
 from samrobust.studies.campaign.blocks import (
     Block,
     Campaign,

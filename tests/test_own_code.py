@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 
 import helpers
 import jax
@@ -22,6 +23,7 @@ from samrobust.experiments.explaining import explain
 from samrobust.experiments.scoring import check_alone
 from samrobust.models import MODELS
 from samrobust.models.torch import read_weights
+from samrobust.system import files
 
 MINE = '''
 """Adversarial training whose perturbations persist, a linear network, and stripes."""
@@ -132,7 +134,7 @@ def test_it_is_trained_with_what_it_remembers_and_its_own_fields(folder):
     assert leaves[kernel].shape == (24, 4)
     average = leaves["state.state.average['params']['Dense_0']['kernel']"]
     assert np.abs(average - leaves[kernel]).max() > 0
-    config = samrobust.system.files.read_json(workdir / "config.json")
+    config = files.read_json(workdir / "config.json")
     assert config["persistent"] == {"radius": 16.0, "shrink": 0.9}
     assert (
         config["label"]
@@ -545,10 +547,12 @@ def test_a_run_from_before_a_parameter_had_its_default(own):
 
 
 def test_every_public_name_is_there():
+    assert len(samrobust.__all__) > 50
     for name in samrobust.__all__:
         assert getattr(samrobust, name).__name__
+    typing.assert_type(samrobust.linf(1), samrobust.Ball)  # a type checker sees it
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = samrobust.nothing
+        _ = samrobust.nothing  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_name_and_a_line_make_parts_and_a_network_built_in(own, monkeypatch):

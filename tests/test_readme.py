@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 from jax.flatten_util import ravel_pytree
 
 from samrobust import cli

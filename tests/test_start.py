@@ -13,8 +13,7 @@ from samrobust.system.distributed.environment import (
     find_settings,
     starts_first,
 )
-from samrobust.system.distributed.start import DistributedError
-from samrobust.system.distributed.start import initialize as start
+from samrobust.system.distributed.start import DistributedError, initialize as start
 
 EXPLICIT = {
     "JAX_COORDINATOR_ADDRESS": "node1:1234",

@@ -35,8 +35,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.experiments import building, configuration
     from samrobust.experiments.rehearsal import rehearse
     from samrobust.experiments.reporting.progress import ProgressDisplay
-    from samrobust.experiments.run import PlannedRun, work
-    from samrobust.experiments.run import run as run_row
+    from samrobust.experiments.run import PlannedRun, run as run_row, work
     from samrobust.experiments.tracking import check_trackers
     from samrobust.system import distributed
     from samrobust.system.claims.lease import await_verdict

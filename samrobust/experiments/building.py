@@ -39,8 +39,7 @@ from samrobust.system.jaxprs import abstract_key
 from samrobust.system.resolve import is_reference, running
 from samrobust.training import Method, make_train_step
 from samrobust.training.adversaries.radii import make_ball
-from samrobust.training.epoch import EpochPlan
-from samrobust.training.epoch import make_plan as cut_epoch
+from samrobust.training.epoch import EpochPlan, make_plan as cut_epoch
 from samrobust.training.phases import (
     Phase,
     check_total_steps,

@@ -17,8 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
-from flax import traverse_util
+from flax import linen as nn, traverse_util
 
 from samrobust.checks import check
 from samrobust.models import PreActResNet
