@@ -135,6 +135,7 @@ def test_it_is_trained_with_what_it_remembers_and_its_own_fields(folder):
     average = leaves["state.state.average['params']['Dense_0']['kernel']"]
     assert np.abs(average - leaves[kernel]).max() > 0
     config = files.read_json(workdir / "config.json")
+    assert config
     assert config["persistent"] == {"radius": 16.0, "shrink": 0.9}
     assert (
         config["label"]
