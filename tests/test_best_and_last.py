@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import helpers
@@ -12,6 +13,7 @@ from samrobust.cli import sharpness
 from samrobust.experiments import reporting
 from samrobust.experiments.networks import checkpoints_of, load, load_network
 from samrobust.experiments.reporting.names import checkpoint_in_words
+from samrobust.experiments.reporting.results import makers
 from samrobust.experiments.run import run, train
 from samrobust.experiments.scoring import Score, as_result, evaluation_work
 from samrobust.experiments.workdir import settle_config
@@ -119,6 +121,24 @@ def test_a_stop_between_both_evaluations_costs_nothing_unless_attacks_change(
     assert result["attacks_version"] == ATTACKS_VERSION
     assert result["accuracy"] == read(workdir, "result.json")["accuracy"]
     assert not (tmp_path / "run" / "scores.json").exists()
+
+
+def test_columns_that_an_earlier_process_judged_name_it(tmp_path, monkeypatch):
+    stopped = Counting(stop_after=3)  # in the evaluation of the best
+    for who, observer in (("first", stopped), ("second", Counting())):
+        for module in ("run", "scoring"):
+            made = lambda who=who: {"commit": who}  # noqa: E731
+            monkeypatch.setattr(f"samrobust.experiments.{module}.provenance", made)
+        expected = (
+            pytest.raises(InterruptedRunError) if who == "first" else nullcontext()
+        )
+        with expected:
+            result = run_of(tmp_path / "run", observer)
+    made = {name: who["commit"] for name, who in makers(result).items()}
+    assert made == {
+        **{"": "second", "best": "second"},
+        **{"natural": "first", "linf 16/255": "first"},
+    }
 
 
 def test_scores_that_a_kill_left_beside_a_result_are_removed(workdir, tmp_path):

@@ -324,12 +324,14 @@ def _describe(
     scores: Mapping[str, scoring.Score],
 ) -> dict[str, Any]:
     """Returns the content of `result.json`."""
+    made = provenance()
     return {
         "dataset": config.data.name,
         "row": config.row,
         "label": config.label,
         "seed": config.seed,
         **scoring.as_result(scores),
+        **_judged_elsewhere(next(iter(scores.values())), made),
         "run": _identity_in(outcome).as_dict(),
         "num_test": len(scoring.evaluated_split(config, dataset)),
         "split": config.evaluation.split,
@@ -337,5 +339,16 @@ def _describe(
         "training_steps": outcome.step,  # `step` is that of the network judged
         "training_seconds": outcome.seconds,
         "step_seconds": outcome.step_seconds,
-        "provenance": provenance() | {"seconds": outcome.seconds},
+        "provenance": made | {"seconds": outcome.seconds},
     }
+
+
+def _judged_elsewhere(score: scoring.Score, made: dict[str, Any]) -> dict[str, Any]:
+    """Returns who judged each column of a score, unless it was as `made` says.
+
+    A stop between two checkpoints, or after AutoAttack, leaves them to another process.
+    """
+    if differences(score.provenance, made).keys() <= {"date"}:
+        return {}
+    columns = dict.fromkeys(score.accuracy, score.provenance)
+    return {"column_provenance": columns | score.details.get("column_provenance", {})}
