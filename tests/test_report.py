@@ -13,6 +13,7 @@ from samrobust.evaluation.diagnostics.report import write_report as write_sanity
 from samrobust.experiments.report import write_report
 from samrobust.experiments.reporting import summarize
 from samrobust.experiments.reporting.render import to_json
+from samrobust.experiments.reporting.training import draw_training
 from samrobust.system.files import (
     append_json_line,
     digest,
@@ -198,6 +199,20 @@ def test_a_damaged_log_is_left_out_and_said(tmp_path):
     text = Page(tmp_path / "report.html").text
     assert f"Left out: Expected a line for each of 2 epochs in {log}, got 1." in text
     assert "identity-st-0" in text
+
+
+def test_a_copy_of_a_run_is_no_other_seed(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "samrobust.experiments.report.draw_training",
+        lambda runs: drawn.update(runs) or draw_training(runs),
+    )
+    for row in ("st", "of-last-week"):
+        leave_run(tmp_path / row / "seed0", result("st", 0))
+    write_report(tmp_path)
+    assert [len(own) for _, own in drawn.values()] == [1]
+    text = Page(tmp_path / "report.html").text
+    assert "Left out: of-last-week/seed0, which is not of the row" in text
 
 
 def test_a_damaged_evaluation_is_no_absent_one(tmp_path):

@@ -27,7 +27,11 @@ from samrobust.experiments.reporting.render import from_json, to_html, write_pic
 from samrobust.experiments.reporting.results import makers
 from samrobust.experiments.reporting.training import draw_training
 from samrobust.experiments.survey import read_plan
-from samrobust.experiments.workdir import read_evaluations, read_log
+from samrobust.experiments.workdir import (
+    read_evaluations,
+    read_log,
+    run_folder,
+)
 from samrobust.system import files
 from samrobust.system.tables import Sheet, TextTable
 
@@ -206,7 +210,10 @@ class _Report:
         for folder, name in self._runs():
             result = self._sealed(f"{name}/result.json".lstrip("/"))
             lines = self._trusted(read_log, folder) or []
-            if result and lines:
+            if result and not self._is_in_place(folder, result):
+                told = f"{name}, which is not of the row and seed of its folder."
+                self.refused.append(told)
+            elif result and lines:
                 label, own = runs.setdefault(result["row"], (result["label"], []))
                 own.append(lines)
                 self._measured(title, f"{label}, seed {result['seed']}", result)
@@ -215,6 +222,11 @@ class _Report:
             return
         drawn = write_figure(draw_training(runs), self.workdir, "training", ("png",))
         self._add(title, picture(drawn[0], "loss and accuracy by epoch"), *drawn)
+
+    def _is_in_place(self, folder: pathlib.Path, result: Mapping[str, Any]) -> bool:
+        """Tells whether a run is no copy, which would count as another seed."""
+        own = run_folder(self.workdir, result["row"], result["seed"])
+        return folder in (self.workdir, own)
 
     def add_sanity(self) -> None:
         """Adds the signs of gradient masking that were looked for."""
