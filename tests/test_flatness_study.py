@@ -352,6 +352,13 @@ def test_autoattack_stands_beside_pgd_where_the_network_is_the_same(
     assert said in (workdir / "sharpness.md").read_text()
 
 
+def test_a_damaged_recheck_is_no_absent_one(table, tmp_path, capsys):
+    workdir = Path(shutil.copytree(table, tmp_path / "table"))
+    (workdir / "autoattack.json").write_text('{"runs": [')
+    assert helpers.main("sharpness", f"--workdir={workdir}") == 2
+    assert "autoattack.json, got a damaged file" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_trained_network_with_batch_norm_is_measured_as_a_whole(table):
     network = load(table / "st" / "seed0")

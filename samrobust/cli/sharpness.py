@@ -152,7 +152,7 @@ def _accuracy(workdir: pathlib.Path, folder: str, config: "Config") -> dict[str,
     from samrobust.experiments.identity import identity_of
     from samrobust.experiments.reporting.results import attacks_version
     from samrobust.experiments.workdir import read_result
-    from samrobust.system.files import glance, unseal
+    from samrobust.system.files import read_object, unseal
 
     result = read_result(workdir / folder, identity_of(config, None))
     assert result is not None  # the run is finished
@@ -160,7 +160,7 @@ def _accuracy(workdir: pathlib.Path, folder: str, config: "Config") -> dict[str,
     own = {name: result[name] for name in names if name in result}
     accuracy = {n: x for n, x in result["accuracy"].items() if not n.endswith(" best")}
     file = workdir / "autoattack.json"
-    rechecked = unseal(glance(file), file, older=True)
+    rechecked = unseal(read_object(file) or {}, file, older=True)
     if not any(
         run.items() >= own.items() and attacks_version(run) == ATTACKS_VERSION
         for run in rechecked.get("runs", ())
