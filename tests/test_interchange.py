@@ -247,6 +247,14 @@ def test_a_workdir_that_holds_a_run_is_refused(run, exported, capsys):
     assert sorted(path.name for path in run[0].iterdir()) == before
 
 
+def test_the_workdir_of_a_table_is_refused(exported, tmp_path, capsys):
+    (tmp_path / "plan.json").write_text("{}")
+    assert bring(exported, tmp_path) == 2
+    assert "without a run, got" in (said := capsys.readouterr().err)
+    assert "plan.json. Choose another." in said
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
 def change(tensors, name, value):
     """Without a tensor, or with another in its place."""
     changed = {n: t for n, t in tensors.items() if n != name}

@@ -28,8 +28,9 @@ from samrobust.types import Config
 
 __all__ = ["describe", "export_weights", "import_weights"]
 
-# Files that training leaves in a workdir, and those of a network's evaluations.
-_OF_TRAINING = ("metrics.jsonl", "result.json", "checkpoints/best")
+# Files that training leaves in a workdir, or a table in its own, and those of a
+# network's evaluations.
+_OF_TRAINING = ("metrics.jsonl", "result.json", "checkpoints/best", "plan.json")
 _OF_EVALUATIONS = ("evaluations.jsonl", "autoattack")
 
 
