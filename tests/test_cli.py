@@ -207,6 +207,27 @@ def test_pgd_may_follow_on_autoattack_of_chosen_members(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "flag"),
+    [
+        (
+            ("attack=autoattack", "version=custom", "members=('square',)"),
+            "--version=standard",
+        ),
+        (("judge=any", "early_stop=True"), "--judge=final"),
+    ],
+)
+def test_a_flag_takes_away_what_its_choice_cannot_have(
+    overrides, flag, tmp_path, capsys
+):
+    config = configuration.load_config(
+        "configs/digits.py:st", [f"--config.evaluation.{item}" for item in overrides]
+    )
+    (tmp_path / "config.json").write_text(config.to_json_best_effort())
+    assert main(["evaluate", flag, f"--workdir={tmp_path}"]) == 1
+    assert "checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["train", "--config=configs/digits.py:st"],

@@ -181,7 +181,7 @@ LOSS: _Kind = {"choices": ("cross_entropy", "margin")}
 PRECISION: _Kind = {"choices": ("float32", "bfloat16")}
 VERSION: _Kind = {
     "choices": ("standard", "rand", "custom"),
-    "help": "of AutoAttack; default: standard; rand: for random logits",
+    "help": "of AutoAttack; default: the run's, else standard; rand: for random logits",
 }
 MEMBERS: _Kind = {
     **names_of("apgd-ce", "apgd-t", "fab-t", "square", "apgd-dlr"),

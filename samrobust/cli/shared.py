@@ -63,6 +63,11 @@ def apply_flags(config: Config, values: Mapping[str, Any]) -> Config:
     )
     if given.get("attack", config.evaluation.attack) == "pgd":
         config.evaluation.update(version="standard", members=())  # AutoAttack's
+    # Without what the run has beside another choice, and no flag takes away.
+    if given.get("version", "custom") != "custom":
+        config.evaluation.members = ()
+    if given.get("judge") == "final":
+        config.evaluation.early_stop = False
     config.update_from_flattened_dict({_FIELDS[n]: v for n, v in given.items()})
     return config
 
