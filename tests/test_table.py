@@ -8,6 +8,7 @@ from pathlib import Path
 import helpers
 import pytest
 
+from samrobust.cli.table import _caption
 from samrobust.data.splits import fingerprint
 from samrobust.experiments.building import load_data
 from samrobust.experiments.configuration import CHANGES_NO_RESULT, load_config
@@ -114,6 +115,15 @@ def test_the_caption_says_what_was_changed_from_the_config(table):
     for flag in helpers.make_flags():
         field = flag.removeprefix("--config.")
         assert (field in text) != field.startswith(CHANGES_NO_RESULT)
+
+
+def test_the_caption_says_nothing_of_a_row_that_its_name_says_of_another():
+    rows = ("st,model.width=8,training.epochs=40", "sam,rho=0.4", "st")
+    configs = [load_config(f"configs/digits.py:{row}") for row in rows]
+    assert "; preact_resnet of width 16, blocks 1-1-1, 20 epochs, float32; " in (
+        _caption(configs)
+    )
+    assert "set; float32; PGD" in _caption(configs[:1])
 
 
 def test_a_second_call_is_quick_and_gives_the_same_table(table, capsys):

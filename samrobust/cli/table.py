@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -240,14 +241,14 @@ def _show(plan: Plan, results: list[dict[str, Any]], console: "Console") -> None
     from samrobust.experiments import reporting
     from samrobust.experiments.workdir import concluding
 
-    config = next(iter(plan.configs.values()))
+    configs = list(plan.configs.values())
     table = reporting.summarize(
         results,
         rows=[(row, c.label) for row, c in plan.configs.items()],
         paper={row: dict(c.paper) for row, c in plan.configs.items() if c.paper},
         passes=passes_of(results, plan.configs),
-        title=f"Natural and robust accuracy on {config.data.name}",
-        caption=_caption(config) + plan.note,
+        title=f"Natural and robust accuracy on {configs[0].data.name}",
+        caption=_caption(configs) + plan.note,
     )
     console.print(reporting.to_rich(table))
     with concluding(plan.workdir):
@@ -255,23 +256,45 @@ def _show(plan: Plan, results: list[dict[str, Any]], console: "Console") -> None
     show_written(console, plan.workdir, paths)
 
 
-def _caption(config: "Config") -> str:
-    from samrobust.experiments.components import model_fields
+def _caption(configs: "Sequence[Config]") -> str:
+    """Returns the training and the judging of all rows that do not name another."""
     from samrobust.experiments.reporting.names import (
         attack_in_words,
         checkpoint_in_words,
     )
 
-    model, evaluation, size = config.model, config.evaluation, config.data.train_size
-    images = f"{size:,} training images, " if size is not None else ""
+    def told(named: str, say: "Callable[[Config], str]") -> str:
+        """Returns what is to say of the rows whose names do not match a pattern."""
+        found = (say(c) for c in configs if not re.search(f",{named}", c.row))
+        return " or ".join(filter(None, dict.fromkeys(found)))
+
+    def images(config: "Config") -> str:
+        size = config.data.train_size
+        return "" if size is None else f"{size:,} training images"
+
+    first = configs[0]
+    data = (
+        first.data.name,
+        told(r"data\.train_size=", images),
+        f"{first.evaluation.split} set",
+    )
+    training = (
+        told(r"model\.(?!dtype=)", _network_in_words),
+        told(r"training\.epochs=", lambda c: f"{c.training.epochs} epochs"),
+        first.model.dtype,
+    )
+    judged = attack_in_words(first.evaluation), checkpoint_in_words(first.evaluation)
+    parts = (", ".join(filter(None, part)) for part in (data, training, judged))
+    return "; ".join(parts) + "."
+
+
+def _network_in_words(config: "Config") -> str:
+    from samrobust.experiments.components import model_fields
+
+    model = config.model
     fields = [
         f"{name} {'-'.join(map(str, v)) if isinstance(v, tuple | list) else v}"
         for name in model_fields(model.name)
         for v in (model[name],)
     ]
-    network = f"{model.name} of {', '.join(fields)}" if fields else model.name
-    return (
-        f"{config.data.name}, {images}{evaluation.split} set; {network}, "
-        f"{config.training.epochs} epochs, {config.model.dtype}; "
-        f"{attack_in_words(evaluation)}, {checkpoint_in_words(evaluation)}."
-    )
+    return f"{model.name} of {', '.join(fields)}" if fields else model.name
