@@ -255,6 +255,12 @@ def test_the_workdir_of_a_table_is_refused(exported, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_another_data_set_has_no_numbers_of_the_paper(exported, tmp_path):
+    flags = (f"--input={exported}", "--config=cifar10:st", "--dataset=digits")
+    assert helpers.main("import", *flags, f"--workdir={tmp_path / 'imported'}") == 0
+    assert json.loads((tmp_path / "imported/config.json").read_text())["paper"] == {}
+
+
 def change(tensors, name, value):
     """Without a tensor, or with another in its place."""
     changed = {n: t for n, t in tensors.items() if n != name}

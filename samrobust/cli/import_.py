@@ -57,15 +57,16 @@ def run(arguments: argparse.Namespace, stop: Any) -> int:
     del stop  # it takes seconds
     source, workdir = pathlib.Path(arguments.input), arguments.workdir
     weights = read_weights(source)
-    config = configuration.load_config(arguments.config, arguments.overrides)
+    overrides = list(arguments.overrides)
+    if arguments.dataset is not None:
+        overrides.append(f"--config.data.name={arguments.dataset}")
+    config = configuration.load_config(arguments.config, overrides)
     origins = {
-        name: _origin(name, config, weights, arguments.overrides)
+        name: _origin(name, config, weights, overrides)
         for name in ("mean", "std")
         if takes(config.model.name, name)
     }
     with config.unlocked():
-        if arguments.dataset is not None:
-            config.data.name = arguments.dataset
         describe(config, weights)
     validate(config)
     done = import_weights(config, weights, source, workdir)
