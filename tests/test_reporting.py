@@ -92,6 +92,17 @@ def line(text, start):
     return next(part for part in text.splitlines() if part.startswith(start))
 
 
+def test_the_baseline_is_st_wherever_it_stands_or_is_named():
+    long = "st,training.epochs=40", "ST with epochs 40"
+    results = [run(row, seed) for row, _ in ROWS[:2] for seed in range(2)]
+    results += [r | {"row": long[0], "step_seconds": 0.04} for r in results[:2]]
+    table = summarize(results, rows=[long, *ROWS[:2]])
+    assert [row.cost for row in table.rows] == [4.0, 1.0, 2.0]
+    text = to_markdown(summarize(results[2:], rows=[long, ROWS[1]]))
+    assert "seconds of training, ST with epochs 40 = 1" in text
+    assert "Difference to ST with epochs 40 in points" in text
+
+
 class TestSummarise:
     def test_mean_and_std_are_those_of_the_statistics_module(self):
         values = [99.2, 98.6, 99.6, 97.0]

@@ -70,7 +70,7 @@ def legend(
 
 def _cost_legend(table: Table) -> str:
     """Says what a cost is, and what a dash in its place means."""
-    said = "cost: seconds of training, ST = 1"
+    said = f"cost: seconds of training, {table.baseline_label} = 1"
     if any(row.cost_spread is not None for row in table.rows):
         said += ", median over seeds ± interquartile range"
     elif any(row.cost is not None and row.family != "ST" for row in table.rows):

@@ -303,7 +303,8 @@ def _legend(panel: "Axes", table: Table) -> list[Any]:
         handles += panel.plot([], [], color=GRAY, **_CROSS, label="the paper's")
     if table.baseline is not None:
         attack = ", AutoAttack" if any(mark.is_hollow for mark in marks) else ""
-        handles += panel.plot([], [], **_BASELINE, label=f"ST{attack}")
+        label = f"{in_symbols(table.baseline_label)}{attack}"
+        handles += panel.plot([], [], **_BASELINE, label=label)
     return handles
 
 

@@ -61,7 +61,7 @@ def draw_prices(table: Table) -> "Figure":
     )
     for panel, column in zip(panels, columns, strict=True):
         _draw_panel(panel, rows, column, height)
-    words = "passes of training, counted, ST = 1"
+    words = f"passes of training, counted, {table.baseline_label} = 1"
     if any(len(cluster) > _CROWD for cluster in _clusters(rows)):
         words += f"; of more than {_CROWD} alike, the best of each family are named"
     panels[-1].set_xlabel(words, fontsize=pictures.TEXT)

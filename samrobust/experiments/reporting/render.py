@@ -152,7 +152,7 @@ def to_markdown(table: Table) -> str:
         "\n".join(f"* {note}" for note in (legend(table), *notes(table))),
     ]
     if compared := _compared(table):
-        blocks += [_FOLDED, compared.to_markdown(), "</details>"]
+        blocks += [_folded(table), compared.to_markdown(), "</details>"]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -162,14 +162,14 @@ def to_html(table: Table) -> str:
     caption = f"<p>{html.escape(table.caption)}</p>" if table.caption else ""
     blocks = [_in_full(table).to_html(), caption, f"<ul>{''.join(said)}</ul>"]
     if compared := _compared(table):
-        blocks += [_FOLDED, compared.to_html(), "</details>"]
+        blocks += [_folded(table), compared.to_html(), "</details>"]
     return "\n".join(filter(None, blocks))
 
 
-_FOLDED = (
-    "<details><summary>Difference to ST in points, paired by seed, ± one standard "
-    "error; bold: significant</summary>"
-)
+def _folded(table: Table) -> str:
+    said = f"Difference to {html.escape(table.baseline_label)} in points"
+    told = "paired by seed, ± one standard error; bold: significant"
+    return f"<details><summary>{said}, {told}</summary>"
 
 
 def _in_full(table: Table) -> TextTable:

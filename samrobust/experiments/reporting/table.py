@@ -1,8 +1,8 @@
 """The table of an experiment: what its finished runs measured, a row a method.
 
-Rows are compared with standard training (ST), the first row named `st`, by seed:
-runs of one seed share their initial weights and their batches, so the difference of
-two such runs varies less than the runs do.
+Rows are compared with standard training, the row `st`, or where there is none the first
+one of it with other fields, by seed: runs of one seed share their initial weights and
+their batches, so the difference of two such runs varies less than the runs do.
 """
 
 import math
@@ -155,9 +155,14 @@ class Table:
 
     @property
     def baseline(self) -> TableRow | None:
-        """The row that others are compared with: the first ST, if it has run."""
-        first = next((row for row in self.rows if row.family == "ST"), None)
-        return first if first and first.seeds else None
+        """The row that others are compared with, if it has run."""
+        name = _baseline_of([row.name for row in self.rows])
+        return next((r for r in self.rows if r.name == name and r.seeds), None)
+
+    @property
+    def baseline_label(self) -> str:
+        """The label of that row, for legends."""
+        return self.baseline.label if self.baseline else "ST"
 
     @property
     def has_paper(self) -> bool:
@@ -223,7 +228,7 @@ def summarize(
     results = sorted(results, key=lambda result: result["seed"])
     runs = {name: [r for r in results if r["row"] == name] for name, _ in rows}
     columns = tuple(sorted(results[0]["accuracy"], key=column_order))
-    baseline = next((name for name, _ in rows if family(name) == "ST"), "")
+    baseline = _baseline_of([name for name, _ in rows])
     compared = {run["seed"]: run for run in runs.get(baseline, ())}
 
     def make_cell(name: str, column: str) -> Cell:
@@ -270,6 +275,12 @@ def summarize(
             for run in own
         ),
     )
+
+
+def _baseline_of(names: Sequence[str]) -> str:
+    """Returns the row that others are compared with; empty if there is no ST."""
+    plain_first = sorted(names, key=lambda name: name != "st")
+    return next((name for name in plain_first if family(name) == "ST"), "")
 
 
 def _mean_std(values: Sequence[float]) -> tuple[float, float | None]:
