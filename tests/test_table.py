@@ -123,7 +123,7 @@ def test_the_caption_says_nothing_of_a_row_that_its_name_says_of_another():
     assert "; preact_resnet of width 16, blocks 1-1-1, 20 epochs, float32; " in (
         _caption(configs)
     )
-    assert "set; float32; PGD" in _caption(configs[:1])
+    assert "of width 8, blocks 1-1-1, 40 epochs, float32" in _caption(configs[:1])
 
 
 def test_a_second_call_is_quick_and_gives_the_same_table(table, capsys):

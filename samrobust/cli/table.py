@@ -264,9 +264,9 @@ def _caption(configs: "Sequence[Config]") -> str:
     )
 
     def told(named: str, say: "Callable[[Config], str]") -> str:
-        """Returns what is to say of the rows whose names do not match a pattern."""
-        found = (say(c) for c in configs if not re.search(f",{named}", c.row))
-        return " or ".join(filter(None, dict.fromkeys(found)))
+        """Returns what is to say of the rows whose names leave it open, or of all."""
+        silent = [c for c in configs if not re.search(f",{named}", c.row)]
+        return " or ".join(filter(None, dict.fromkeys(map(say, silent or configs))))
 
     def images(config: "Config") -> str:
         size = config.data.train_size
