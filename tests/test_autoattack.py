@@ -312,11 +312,10 @@ def test_a_killed_evaluation_goes_on_to_the_same_outcome(split, tmp_path, stop_a
     more = Told()
     resumed = evaluate(split, folder=tmp_path, on_batch=more)
     assert_same_fates(resumed, whole)
-    assert len(more) == len(everything) - stop_after
-    again = evaluate(split, folder=tmp_path, on_batch=more)
+    again = evaluate(split, folder=tmp_path, on_batch=more)  # only reads
     assert_same_fates(again, whole)
     assert more[-1] == (53, 53, "done")
-    assert len(more) == len(everything) - stop_after + 1
+    assert len(more) == len(everything) - stop_after
     assert len(list(tmp_path.iterdir())) == len(TOYS)
 
 

@@ -98,14 +98,33 @@ def test_epochs_that_an_earlier_run_leaves_are_no_work_of_a_later_one(monkeypatc
     for begun, shares in ((5, (" 62%", " 88%")), (0, (" 50%", " 90%"))):
         display, file = make(terminal=False, total=16.0)
         with display.live():
-            display.run("first", 8.0, 2.0).on_progress(Progress("training", 0, 10, {}))
+            first = display.run("first", 8.0, 2.0)
+            first.on_progress(Progress("training", 0, 10, {}))
+            first.on_batch(500, 500)
             run = display.run("second", 8.0, 2.0, 4.0)
             run.on_progress(
                 Progress("compiling", begun, 10, {})
             )  # 0: the trunk is lost
             run.on_progress(Progress("training", 10, 10, {}))
-        _, compiling, training = file.getvalue().splitlines()
+        *_, compiling, training = file.getvalue().splitlines()
         assert (compiling[:4], training[:4]) == shares
+
+
+def test_outcomes_that_are_only_read_promise_no_speed(monkeypatch):
+    """Of a run whose second part, nearly all of its work, an earlier call has done."""
+    now = 0.0
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_LINES", 0.0)
+    display, file = make(terminal=False, total=200.0)
+    with display.live():
+        read, _ = in_parts(display.run("read", 0.0, 100.0), [1, 99])
+        now = 1.0
+        read.on_batch(20, 20)
+        measured, attacked = in_parts(display.run("measured", 0.0, 100.0), [1, 99])
+        measured.on_batch(20, 20)
+        now = 51.0
+        attacked.on_batch(10, 20)
+    assert file.getvalue().splitlines()[-1].endswith("(elapsed 51 s, eta 49 s)")
 
 
 def test_a_run_done_elsewhere_leaves_the_total_and_may_come_again(monkeypatch):

@@ -99,7 +99,8 @@ def make_autoattack_evaluator(
             tell = functools.partial(work.tell, column)
             rest = survivors(stages[column], own, size=size, tell=tell)
             _write_down(rest, own, files[column], provenance)
-        on_batch(len(split), len(split), "done")
+        if work.is_begun:
+            on_batch(len(split), len(split), "done")
         correct = {"natural": right} | {c: own.correct for c, own in fates.items()}
         non_finite = {column: own.num_non_finite for column, own in fates.items()}
         return accuracy.conclude(correct, non_finite, fates)

@@ -109,6 +109,11 @@ class Work:
         self._columns, self._fates, self._on_batch = columns, fates, on_batch
         self._done = 0.0
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether any of it was done."""
+        return self._done > 0
+
     def tell(self, column: str, more: float) -> None:
         """Tells how far it is, in a column, with `more` forward passes than before."""
         self._done += more

@@ -77,7 +77,7 @@ class ProgressDisplay:
             begun = clock()
             self._compiling = lambda: clock() - begun
         for run in self._runs.values():
-            run.done = run.work
+            run.end()
         self._runs[name] = RunDisplay(self.say, name, training, evaluation, given)
         return self._runs[name]
 
@@ -136,8 +136,9 @@ class RunDisplay:
     Attributes:
       work: of the run, less what it is given.
       done: of it.
-      skipped: what an earlier process did beyond what is given, known as soon as the
-        run is told of progress; None before. The ETA must not promise that speed.
+      skipped: what an earlier process did beyond what is given, known in part as soon
+        as the run is told of progress, and whole at its end; None before. The ETA must
+        not promise that speed.
     """
 
     def __init__(
@@ -167,6 +168,12 @@ class RunDisplay:
         work = self._training + done / num_examples * self._evaluation
         doing = doing or attacked_in_words(done, num_examples)
         self._move(self._training, work, doing)
+
+    def end(self) -> None:
+        """Ends the run: the work that it was never told of had been done before."""
+        if self.skipped is not None:
+            self.skipped += self.work - self.done
+            self.done = self.work
 
     def _move(self, before: float, done: float, text: str) -> None:
         if self.skipped is None:
