@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from samrobust.attacks import identity, linf, pgd
 from samrobust.attacks.losses import cross_entropy
 from samrobust.models import BatchNorm, PreActResNet
-from samrobust.sharpness import sam
+from samrobust.sharpness import msam, sam
 from samrobust.system.distributed import data_mesh, replicated, shard_batch
 from samrobust.training import TrainState, make_train_step
 from samrobust.types import Attack
@@ -395,6 +395,24 @@ def test_a_batch_that_the_groups_do_not_divide_is_refused():
 def test_a_negative_group_is_refused_when_the_step_is_made():
     with pytest.raises(ValueError, match="Expected 0 <= group_size, got group_size=-1"):
         make_step(CASES["m=8"], data_mesh(), group_size=-1)
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), msam(0.1, optax.adam(0.1))])
+def test_groups_that_nothing_averages_are_refused(optimizer):
+    """Else the parameters would become as many as there are groups."""
+    case = CASES["m=8"]
+    method = make_train_step(case.model, optimizer, group_size=8)
+    batch = jax.tree.map(lambda x: x[0], make_batches())
+    state = jax.eval_shape(method.init, jax.random.key(0), batch[0])
+    message = r"begins with a two_pass of grouped=True, got group_size=8\."
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(method.train_step, state, *batch, jax.random.key(0))
+
+
+@pytest.mark.parametrize("size", [2.0, True])
+def test_a_group_is_a_whole_number_of_examples(size):
+    with pytest.raises(ValueError, match="a whole number for group_size, got"):
+        make_step(CASES["m=8"], data_mesh(), group_size=size)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from samrobust.checks import check
+from samrobust.checks import check, check_whole
 from samrobust.sharpness.refusals import kind_of
 from samrobust.sharpness.trees import norm
 from samrobust.system.distributed import map_groups
@@ -114,7 +114,7 @@ def make_passes(
       mesh: see there.
       image_grads: whether the first pass gives gradients of the adversarial images.
     """
-    check(group_size >= 0, "0 <= group_size", group_size=group_size)
+    check_whole(0, group_size=group_size)
     judged = "adversarial" if "adversarial" in objective.views else "natural"
 
     def mean_loss(

@@ -137,9 +137,9 @@ def make_train_step(
       ValueError: for an unknown choice; in `init`, if the network has no `params`, or
         other collections of variables than these and `batch_stats`; in the step, if
         images, labels, logits, losses or what the adversary returns are not of these
-        shapes and kinds, the groups do not divide the batch, or the `two_pass` of `tx`
-        does not keep the statistics of its second pass although `batch_stats` asks for
-        them.
+        shapes and kinds, the groups do not divide the batch or reach the weights, or
+        the `two_pass` of `tx` does not keep the statistics of its second pass although
+        `batch_stats` asks for them.
 
     Reference: Wei, Zhu and Zhang (2023), equations (3) and (5). *Our deviation* from
     their code: the attack's forward passes do not update the running statistics.
@@ -262,6 +262,13 @@ def make_train_step(
             losses=first.losses,
             aux=first.batch_stats if keeps_aux else None,
             key=jax.random.fold_in(key, _OPTIMIZER),
+        )
+        shapes, wanted = (jax.tree.map(jnp.shape, t) for t in (updates, state.params))
+        check(
+            group_size == 0 or shapes == wanted,
+            "an optimizer that begins with a two_pass of grouped=True",
+            "Nothing else takes the mean over the groups: or choose group_size=0.",
+            group_size=group_size,
         )
         statistics = first.batch_stats
         if batch_stats != "first":
