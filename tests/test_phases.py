@@ -1,6 +1,7 @@
 """Parts that come in late, and what every method leaves in a run that is stopped."""
 
 import contextlib
+import functools
 import re
 import sys
 import types
@@ -9,14 +10,17 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import linen as nn
 
 from samrobust.experiments import building, methods
 from samrobust.experiments.reporting.notes import sharpness_note
 from samrobust.experiments.rows import parse_row
 from samrobust.experiments.run import train
-from samrobust.sharpness import SHARPNESS
-from samrobust.training import InterruptedRunError
+from samrobust.models import BatchNorm
+from samrobust.sharpness import SHARPNESS, sam
+from samrobust.training import InterruptedRunError, make_train_step
 from samrobust.training.adversaries import ADVERSARIES
 from samrobust.training.adversaries.free import free
 from samrobust.training.averaging import AVERAGES
@@ -118,6 +122,30 @@ def test_an_adversary_that_waits_leaves_images_alone_and_learns_nothing():
     helpers.assert_same_bits(found, (images, memory))
     assert late.learn is None
     assert late.init is adversary.init
+
+
+def test_while_sharpness_waits_the_statistics_are_those_of_the_only_pass():
+    """And not what it keeps of a second pass, which it has yet to take."""
+    key, labels = jax.random.key(0), jnp.array([0, 1, 0, 1])
+    images = jax.random.uniform(key, (4, 2, 2, 1))
+    network = Normalizing()
+    shapes = jax.eval_shape(functools.partial(network.init, train=False), key, images)
+    late = waiting(sam(0.1, aux=shapes["batch_stats"]))
+    found, plain = (
+        method.train_step(method.init(key, images), images, labels, key)[0].variables
+        for tx in (optax.chain(late, optax.sgd(0.1)), optax.sgd(0.1))
+        for method in [make_train_step(network, tx)]
+    )
+    helpers.assert_same_bits(found, plain)
+
+
+class Normalizing(nn.Module):
+    """The least with running statistics."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        flat = images.reshape(len(images), -1)
+        return nn.Dense(2)(BatchNorm()(flat, train=train))
 
 
 def never(images):

@@ -217,7 +217,6 @@ def make_training(
             chosen["adversary"] = waiting(parts["adversary"])
         if "sharpness" in absent:
             ascent = waiting(sharpness)
-            chosen["batch_stats"] = "first"
         else:
             options["group_size"] = methods.group_size(config)
         tx, mesh = ascent if is_whole else optax.chain(ascent, *links), data_mesh()

@@ -233,9 +233,11 @@ def make_train_step(
             views["weights"] = adversary.weigh(memory, labels)
         batch = (views, labels, network_key)
         first = passes.first(weights, state.batch_stats, *batch)
-        keeps_aux = last_aux(state.opt_state) is not None
+        keeps_aux, is_called = last_aux(state.opt_state) is not None, False
 
         def second_pass(params: PyTree, examples: Array | None = None) -> PyTree:
+            nonlocal is_called
+            is_called = True
             wanted = batch_stats != "first" and bool(state.batch_stats)
             check(
                 keeps_aux or not wanted,
@@ -271,7 +273,8 @@ def make_train_step(
             group_size=group_size,
         )
         statistics = first.batch_stats
-        if batch_stats != "first":
+        # A `two_pass` that waits for its start has nothing new to tell.
+        if batch_stats != "first" and is_called:
             statistics = last_aux(opt_state, default=first.batch_stats)
         correct = ~misclassified(first.logits, labels)
         if adversary.learn is not None:
