@@ -420,6 +420,26 @@ BAD = {
         lambda: cfa_trades(8.0, 6.0, base_beta=-1.0, **CALIBRATION),
         "0 <= base_beta, got",
     ),
+    "steps of TRADES": (
+        lambda: trades("linf", 8.0, 6.0, 2.0, num_steps=-1),
+        "num_steps >= 0, got num_steps=-1",
+    ),
+    "steps of CFA": (
+        lambda: cfa(8.0, num_steps=2.5, **CALIBRATION),
+        "a whole number for num_steps, got num_steps=2.5",
+    ),
+    "classes": (
+        lambda: cfa_trades(8.0, 6.0, **CALIBRATION | {"num_classes": 0}),
+        "1 <= num_classes, got num_classes=0",
+    ),
+    "statistics of CFA": (
+        lambda: cfa(8.0, batch_norm="off", **CALIBRATION),
+        "batch_norm in .*, got batch_norm='off'",
+    ),
+    "statistics": (
+        lambda: dynamic(8.0, batch_norm="off", **TIMES),
+        "batch_norm in .*, got batch_norm='off'",
+    ),
     "threshold": (lambda: rwp(0.1, -1.0), "0 <= threshold, got threshold=-1"),
     "groups": (lambda: rwp(0.1, grouped=True), "no groups of examples with rwp"),
 }

@@ -5,14 +5,15 @@ arXiv 2303.14460.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from samrobust import attacks
 from samrobust.attacks import linf
-from samrobust.checks import check_radius, count, share
+from samrobust.checks import BATCH_NORM, check_choice, check_radius, count, share
 from samrobust.training.adversaries.radii import (
     PGD_FIELDS,
     attack_passes,
@@ -45,11 +46,12 @@ class ClassRates(NamedTuple):
 
 
 def class_wise(
-    make_attack: Callable[[Array], Attack],
+    make_attack: Callable[[Any], Attack],
     strength: float,
     *,
     base: float,
     begin: float,
+    batch_norm: str,
     num_classes: int,
     steps_per_epoch: int,
     total_steps: int,
@@ -61,6 +63,7 @@ def class_wise(
       strength: of a class before `begin`; from there on times base + R_k.
       base: >= 0, added to R_k.
       begin: the fraction of the epochs, rounded up to whole ones, 1 at least.
+      batch_norm: see `Adversary`.
       num_classes: K.
       steps_per_epoch: of the training.
       total_steps: of it.
@@ -69,7 +72,10 @@ def class_wise(
       The adversary, with a `ClassRates`; and the function from that, a base and a
       strength to the strength of each class, [K].
     """
+    check_choice(BATCH_NORM, batch_norm=batch_norm)
+    count(num_classes=num_classes)
     count(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    make_attack(np.full(1, strength, np.float32))  # refuses now what it would later
     first = max(1, first_epoch(begin, total_steps // steps_per_epoch))
 
     def of_classes(state: ClassRates, base: float, strength: float) -> Array:
@@ -101,7 +107,7 @@ def class_wise(
         kept = 1.0 - ends
         return ClassRates(rates, kept * right, kept * seen, step)
 
-    return Adversary(perturb, init, learn), of_classes
+    return Adversary(perturb, init, learn, batch_norm=batch_norm), of_classes
 
 
 def cfa(
@@ -157,11 +163,12 @@ def cfa(
         *(make_attack, radius),
         base=base,
         begin=begin,
+        batch_norm=batch_norm,
         num_classes=num_classes,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
     )
-    return adversary._replace(batch_norm=batch_norm)
+    return adversary
 
 
 FIELDS = {

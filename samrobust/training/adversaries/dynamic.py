@@ -13,7 +13,14 @@ from samrobust.attacks.balls import into_set
 from samrobust.attacks.calls import Call, attack_of
 from samrobust.attacks.losses import cross_entropy
 from samrobust.attacks.per_example import spread
-from samrobust.checks import amount, check_radius, check_real, count
+from samrobust.checks import (
+    BATCH_NORM,
+    amount,
+    check_choice,
+    check_radius,
+    check_real,
+    count,
+)
 from samrobust.training.adversaries.radii import (
     PGD_FIELDS,
     attack_passes,
@@ -89,6 +96,7 @@ def dynamic(
     check_alpha(alpha=alpha)
     amount(c_max=c_max)
     _end(end=end)
+    check_choice(BATCH_NORM, batch_norm=batch_norm)
     count(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     radius = epsilon / 255
     ball, step_size = linf(radius), alpha * radius

@@ -90,13 +90,13 @@ def cfa_trades(
         *(make_attack, radius),
         base=base,
         begin=begin,
+        batch_norm=batch_norm,
         num_classes=num_classes,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
     )
     adversary = adversary._replace(
-        weigh=lambda state, labels: of_classes(state, base_beta, beta)[labels],
-        batch_norm=batch_norm,
+        weigh=lambda state, labels: of_classes(state, base_beta, beta)[labels]
     )
     return adversary, Objective(regularized, trades.VIEWS)
 

@@ -3,6 +3,8 @@
 Reference: Zhang et al. (2019), arXiv 1901.08573, equation (5).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -94,11 +96,17 @@ def kl_pgd(ball: Ball, *, step_size: float, num_steps: int) -> Attack:
       step_size: in pixel units.
       num_steps: of PGD, from x + 0.001 N(0, 1).
 
+    Raises:
+      ValueError: as `pgd`.
+
     Reference: Zhang et al. (2019), arXiv 1901.08573, Algorithm 1. *Our deviation*: the
     start lies in the ball and in the box; in l2 steps are normalized as PGD's are,
     where their code has an SGD optimizer.
     """
-    near = beside(ball)
+    ascend = functools.partial(
+        attacks.pgd, beside(ball), step_size=step_size, num_steps=num_steps
+    )
+    ascend()  # refuses now what it would refuse at every call
 
     def attack(
         logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
@@ -109,10 +117,7 @@ def kl_pgd(ball: Ball, *, step_size: float, num_steps: int) -> Attack:
             del labels
             return kl_divergence(natural, logits)
 
-        ascend = attacks.pgd(
-            near, step_size=step_size, num_steps=num_steps, loss=divergence
-        )
-        return ascend(logits_fn, images, labels, key=key)
+        return ascend(loss=divergence)(logits_fn, images, labels, key=key)
 
     return attack
 
