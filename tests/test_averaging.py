@@ -89,6 +89,20 @@ def test_weights_that_are_not_finite_leave_no_trace_where_they_do_not_count(valu
     average = averaging.admit(averaging.init({"w": good}), {"w": good}, 0.5)
     kept = averaging.admit(averaging.update(average, {"w": bad}, 1), {"w": bad}, 0.2)
     helpers.assert_same_bits(kept["w"], good)
+    averaging = swa(0.0, steps_per_epoch=2, total_steps=4)
+    average = averaging.update(averaging.init({"w": bad}), {"w": good}, jnp.int32(1))
+    kept = averaging.update(average, {"w": bad}, jnp.int32(2))  # within an epoch
+    helpers.assert_same_bits(kept["w"], good)
+
+
+def test_before_an_epoch_is_over_swa_is_the_last_weights_even_if_none_ever_is():
+    averaging = swa(0.0, steps_per_epoch=10, total_steps=5)
+    average = averaging.init({"w": jnp.zeros(2)})
+    for step in range(5):
+        average = averaging.update(
+            average, {"w": jnp.full(2, 1.0 * step)}, jnp.int32(step)
+        )
+    helpers.assert_same_bits(average["w"], jnp.full(2, 4.0))
 
 
 class Small(nn.Module):

@@ -41,7 +41,7 @@ def swa(start: float, *, steps_per_epoch: int, total_steps: int) -> Averaging:
     below_one(start=start)
     count(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     epochs = total_steps // steps_per_epoch
-    first = min(first_epoch(start, epochs), epochs - 1)  # that counts
+    first = max(0, min(first_epoch(start, epochs), epochs - 1))  # that counts
 
     def update(average: PyTree, variables: PyTree, step: Array) -> PyTree:
         epoch, place = step // steps_per_epoch, step % steps_per_epoch
@@ -53,9 +53,10 @@ def swa(start: float, *, steps_per_epoch: int, total_steps: int) -> Averaging:
             new = exact(new)
             if not jnp.issubdtype(new.dtype, jnp.inexact):
                 return new
-            share = jnp.where(counts, 1 / (jnp.maximum(before, 0) + 1), 0.0)
+            share = 1 / (jnp.maximum(before, 0) + 1)
             mean = old + share.astype(old.dtype) * (new - old)
-            return jnp.where(copies, new, mean)
+            # Selects, as 0 times infinity is no number.
+            return jnp.where(copies, new, jnp.where(counts, mean, old))
 
         return jax.tree.map(mix, average, variables)
 
