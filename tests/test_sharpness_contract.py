@@ -683,3 +683,13 @@ def test_a_step_of_looksam_with_one_pass_shows_what_the_last_with_two_found():
     assert 0 < shown["cosine"] < 0.9999
     # But its own auxiliary output: the weights of its one pass.
     helpers.assert_close(last_aux(state), moved_once(method), atol=1e-6)
+
+
+def test_a_gradient_norm_of_looksam_over_groups_is_the_mean_of_theirs_in_every_step():
+    tx: Any = sharpness.looksam(0.1, k=2, grouped=True)
+    w, slopes = jnp.ones(2), jnp.array([[3.0, 4.0], [-3.0, -2.9]])
+    state = tx.init(w)
+    for _ in range(2):
+        _, state = tx.update(slopes, state, w, grad_fn=lambda _: slopes)
+        expected = jnp.mean(jnp.linalg.norm(slopes, axis=1))
+        assert last_metrics(state)["gradient_norm"] == pytest.approx(float(expected))

@@ -124,8 +124,9 @@ def looksam(
                 lambda a, b: (at_least_float32(a) + b).astype(a.dtype), g, added
             )
             # The others stay: zeros would make means over steps meaningless.
-            length = length.astype(jnp.float32)
-            metrics = before.metrics._replace(gradient_norm=length)
+            lengths = jax.vmap(norm)(updates) if grouped else length
+            shown = jnp.mean(lengths).astype(jnp.float32)
+            metrics = before.metrics._replace(gradient_norm=shown)
             after = before._replace(
                 step=optax.safe_increment(before.step), metrics=metrics, aux=aux
             )
