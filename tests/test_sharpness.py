@@ -18,6 +18,7 @@ from samrobust.sharpness import (
     TwoPassMetrics,
     TwoPassState,
     esam,
+    fisher_sam,
     friendly_sam,
     fsam,
     gradient_point,
@@ -1092,6 +1093,14 @@ def test_looksam_remembers_no_direction_from_a_step_that_did_not_move():
         updates, state = tx.update(w, state, w, grad_fn=lambda w: w)
         np.testing.assert_array_equal(state.vertical, np.zeros(99))
         assert_same_bits(updates, w)
+
+
+def test_the_metric_of_fisher_sam_is_that_of_its_ascent_in_half_precision():
+    w, slope = jnp.ones(4, jnp.bfloat16), jnp.full(4, 0.05, jnp.bfloat16)
+    tx: Any = fisher_sam(RHO)
+    _, state = tx.update(slope, tx.init(w), w, grad_fn=lambda _: slope)
+    expected = 1 / (1 + float(slope[0]) ** 2)
+    assert last_metrics(state)["inverse_fisher"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_mask_that_ssam_draws_keeps_all_that_its_sparsity_leaves():

@@ -12,7 +12,7 @@ import optax
 from samrobust.checks import check_real, check_strength
 from samrobust.sharpness.masks import size
 from samrobust.sharpness.sam import of_length
-from samrobust.sharpness.trees import norm
+from samrobust.sharpness.trees import at_least_float32, norm
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, Entry, PyTree
 
@@ -67,7 +67,9 @@ def fisher_sam(
 
     def measure(grads: PyTree, perturbation: PyTree) -> dict[str, Array]:
         del perturbation
-        sums = [jnp.sum(inverse(g)) for g in jax.tree.leaves(grads)]
+        # As the ascent takes them: in bfloat16 1 + g^2 is 1.
+        exact = map(at_least_float32, jax.tree.leaves(grads))
+        sums = [jnp.sum(inverse(g)) for g in exact]
         total = sum((one.astype(jnp.float32) for one in sums), jnp.zeros([]))
         return {"inverse_fisher": total / max(size(grads), 1)}
 
