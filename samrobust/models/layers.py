@@ -86,6 +86,8 @@ class ImageClassifier(nn.Module):
             "Set jax_enable_x64 for float64.",
             dtype=jnp.dtype(self.dtype).name,
         )
+        is_real = jnp.issubdtype(self.dtype, jnp.floating)
+        check(is_real, "a floating dtype", dtype=jnp.dtype(self.dtype).name)
         super().__post_init__()
 
     def normalize(self, images: Array) -> Array:
@@ -126,6 +128,7 @@ class StagedClassifier(ImageClassifier):
         check(holds, "a tuple of 1 to 10 numbers of blocks", blocks=self.blocks)
         for count in self.blocks:
             check_whole(1, 1000, blocks=count)
+        check_whole(0, batch_norm_group=self.batch_norm_group)
         super().__post_init__()
 
     @property

@@ -48,6 +48,7 @@ class WideResNet(ImageClassifier):
         check(fits, "depth = 6n + 4", "As 16, 22, 28 and 34 are.", depth=self.depth)
         check_whole(1, 1024, widen=self.widen)
         below_one(dropout=self.dropout)
+        check_whole(0, batch_norm_group=self.batch_norm_group)
         super().__post_init__()
 
     @nn.compact
