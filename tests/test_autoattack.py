@@ -748,3 +748,12 @@ def test_on_two_devices_the_same_images_break(tmp_path):
     assert {-1, 0} <= set(broken_at["1"].flat)
     # Rounding may move an image that is at the edge.
     assert np.sum(broken_at["1"] != broken_at["2"]) <= 1
+
+
+def test_images_that_square_cannot_attack_are_refused_before_any_member_attacks():
+    def never(images):
+        raise AssertionError(images)
+
+    images = jnp.full([2, 4], 0.5)
+    with pytest.raises(ValueError, match=r"Expected images \[B, H, W, C\], got shape"):
+        autoattack(linf(0.1))(never, images, jnp.zeros(2, int), key=jax.random.key(0))

@@ -7,7 +7,7 @@ for a caller that drops broken examples between them: see `samrobust.evaluation`
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -75,8 +75,11 @@ class AutoAttack:
         key: Array,
     ) -> Array:
         """Runs all members in order, each on the whole batch."""
+        # Before the first member, as Square alone needs it, which is the last.
+        ndim = 4 if "square" in [member.name for member in self.members] else None
+        options: Any = {"box": self.box, "is_random": self.is_random, "ndim": ndim}
         logits_fn, images, labels, key = accept(
-            logits_fn, images, labels, key, box=self.box, is_random=self.is_random
+            logits_fn, images, labels, key, **options
         )
         carry = images, filled(images, 0, bool)
 
@@ -142,7 +145,8 @@ def autoattack(
       Probabilities instead of logits draw a warning, unless `jax.jit` hides them.
 
     Raises:
-      ValueError: for other versions or members, and as `pgd` does.
+      ValueError: for other versions or members, and as `pgd` does; when called, with
+        `square` among the members, also unless images are [B, H, W, C].
 
     Reference: Croce and Hein (2020), arXiv 2003.01690, Algorithm 2 and Section 5. *Our
     deviation*: with 3 classes, too few for the targeted DLR loss, `apgd-t` is one run
