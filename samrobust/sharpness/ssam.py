@@ -62,8 +62,8 @@ def ssam(
       grouped: must be False: the mask is that of the batch.
 
     Returns:
-      A transformation with the contract of `two_pass`, whose state holds m. `dynamic`
-      wants a `key` in `update`, `fisher` also `losses` and a `grad_fn` that takes
+      A transformation with the contract of `two_pass`, whose state holds m. In `update`
+      `dynamic` wants a `key`, `fisher` wants `losses` and a `grad_fn` that takes
       examples. Costs one further pass; a new mask costs a sort, a `fisher` one also
       `num_samples` passes over one example. **Guarantees**: with sparsity and drop rate
       0, `dynamic` is `sam` bit for bit. The metric `live` is the fraction of the
