@@ -10,19 +10,26 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import jax
+import jax.typing
+import numpy as np
 
 __all__ = [
     "Array",
+    "ArrayLike",
     "Attack",
+    "CheckedAttack",
     "Config",
     "Entry",
     "Field",
     "LogitsFn",
     "LossFn",
     "PyTree",
+    "RandomLogitsFn",
 ]
 
 Array: TypeAlias = jax.Array
+# A number or an array, of NumPy too.
+ArrayLike: TypeAlias = jax.typing.ArrayLike
 PyTree: TypeAlias = Any
 # An `ml_collections.ConfigDict`; type checkers cannot see its fields.
 Config: TypeAlias = Any
@@ -32,6 +39,14 @@ class LogitsFn(Protocol):
     """A classifier, its parameters closed over: images [B, ...] to logits [B, K]."""
 
     def __call__(self, images: Array, /) -> Array:
+        """Returns the logits [B, K]."""
+        ...
+
+
+class RandomLogitsFn(Protocol):
+    """A classifier with random logits: images [B, ...] and a key to logits [B, K]."""
+
+    def __call__(self, images: Array, /, *, key: Array) -> Array:
         """Returns the logits [B, K]."""
         ...
 
@@ -57,6 +72,25 @@ class Attack(Protocol):
 
     def __call__(
         self, logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
+    ) -> Array:
+        """Returns the adversarial images [B, ...]."""
+        ...
+
+
+class CheckedAttack(Attack, Protocol):
+    """An attack that checks its arguments, as all of `samrobust.attacks` do.
+
+    It takes NumPy's arrays too and, built to draw gradients of random logits, a
+    `RandomLogitsFn`.
+    """
+
+    def __call__(
+        self,
+        logits_fn: LogitsFn | RandomLogitsFn,
+        images: Array | np.ndarray,
+        labels: Array | np.ndarray,
+        *,
+        key: Array,
     ) -> Array:
         """Returns the adversarial images [B, ...]."""
         ...

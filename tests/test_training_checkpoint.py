@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,9 +141,10 @@ def test_metadata_comes_back(tmp_path):
         "names": ["ü", None],
         "nan": float("inf"),
     }
+    odd: Any = {3: ()}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, small(1), metadata)
-        checkpoints.save(2, small(2), {3: ()})
+        checkpoints.save(2, small(2), odd)
     assert restore(tmp_path, small(0)).metadata == {"3": []}
     shutil.rmtree(tmp_path / "2")
     assert restore(tmp_path, small(0)).metadata == metadata

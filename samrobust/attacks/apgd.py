@@ -40,7 +40,7 @@ from samrobust.attacks.per_example import (
     spread,
 )
 from samrobust.checks import check
-from samrobust.types import Array, Attack, LossFn
+from samrobust.types import Array, CheckedAttack, LossFn
 
 __all__ = ["ApgdRun", "ApgdState", "apgd", "apgd_targeted", "windows"]
 
@@ -58,7 +58,7 @@ def apgd(
     rho: float = 0.75,
     eot: int = 1,
     box: tuple[float, float] = (0.0, 1.0),
-) -> Attack:
+) -> CheckedAttack:
     """Builds Auto-PGD within a ball and a box.
 
     Every run starts at a random point of the ball's surface. At a checkpoint an example
@@ -135,7 +135,7 @@ def apgd_targeted(
     rho: float = 0.75,
     eot: int = 1,
     box: tuple[float, float] = (0.0, 1.0),
-) -> Attack:
+) -> CheckedAttack:
     """Builds Auto-PGD on the targeted DLR loss, one target class after the other.
 
     The targets of an example are its most likely wrong classes at the image itself,

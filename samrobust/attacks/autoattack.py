@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from samrobust.attacks import draws
 from samrobust.attacks.apgd import apgd, apgd_targeted
@@ -21,7 +22,7 @@ from samrobust.attacks.numbers import seen
 from samrobust.attacks.per_example import filled, select
 from samrobust.attacks.square import square
 from samrobust.checks import check, check_choice
-from samrobust.types import Array, Attack, LogitsFn
+from samrobust.types import Array, Attack, LogitsFn, RandomLogitsFn
 
 __all__ = ["MEMBERS", "VERSIONS", "AutoAttack", "Member", "autoattack"]
 
@@ -68,9 +69,9 @@ class AutoAttack:
 
     def __call__(
         self,
-        logits_fn: Callable[..., Array],
-        images: Array,
-        labels: Array,
+        logits_fn: LogitsFn | RandomLogitsFn,
+        images: Array | np.ndarray,
+        labels: Array | np.ndarray,
         *,
         key: Array,
     ) -> Array:

@@ -14,7 +14,7 @@ from samrobust.attacks import draws
 from samrobust.attacks.numbers import real, real_or_each, seen
 from samrobust.attacks.per_example import factor
 from samrobust.checks import check
-from samrobust.types import Array
+from samrobust.types import Array, ArrayLike
 
 __all__ = ["Ball", "into_set", "l2", "linf"]
 
@@ -45,7 +45,7 @@ class Ball(NamedTuple):
     order: float
 
 
-def linf(radius: float | Array) -> Ball:
+def linf(radius: ArrayLike) -> Ball:
     """Builds the ball `max_i |d_i| <= radius`; steps follow the gradient's sign.
 
     Args:
@@ -82,7 +82,7 @@ def linf(radius: float | Array) -> Ball:
     return Ball(project, sample, steepest_ascent, norm, radius, float("inf"))
 
 
-def l2(radius: float | Array, *, gradient_floor: float = 0.0) -> Ball:
+def l2(radius: ArrayLike, *, gradient_floor: float = 0.0) -> Ball:
     """Builds the ball `||d||_2 <= radius`; steps follow the normalized gradient.
 
     Args:
@@ -141,7 +141,7 @@ def into_set(
     return jnp.clip(images + ball.project(candidates - images), *box)
 
 
-def _checked(radius: float | Array) -> float | Array:
+def _checked(radius: ArrayLike) -> float | Array:
     radius = real_or_each(radius=radius)
     numbers = seen(radius)
     check(

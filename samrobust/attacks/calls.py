@@ -20,7 +20,7 @@ from samrobust.attacks.draws import check_key, one_an_example
 from samrobust.attacks.numbers import real, seen
 from samrobust.attacks.per_example import filled, select
 from samrobust.checks import check
-from samrobust.types import Array, Attack, LogitsFn, LossFn
+from samrobust.types import Array, CheckedAttack, LogitsFn, LossFn, RandomLogitsFn
 
 __all__ = [
     "PROBABILITIES",
@@ -63,7 +63,7 @@ def attack_of(
     is_random: bool = False,
     ndim: int | None = None,
     is_minimal: bool = False,
-) -> Attack:
+) -> CheckedAttack:
     """Builds the attack that checks a call and passes it to the function.
 
     No gradient flows through the result. Where the radius of the ball is 0 the images
@@ -84,7 +84,11 @@ def attack_of(
     bound = None if is_minimal else ball
 
     def attack(
-        logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
+        logits_fn: LogitsFn | RandomLogitsFn,
+        images: Array | np.ndarray,
+        labels: Array | np.ndarray,
+        *,
+        key: Array,
     ) -> Array:
         call = accept(logits_fn, images, labels, key, **options)
         if bound is not None and is_point(bound):
@@ -164,9 +168,9 @@ def check_losses(loss: LossFn) -> LossFn:
 
 
 def accept(
-    logits_fn: Callable[..., Array],
-    images: Array,
-    labels: Array,
+    logits_fn: LogitsFn | RandomLogitsFn,
+    images: Array | np.ndarray,
+    labels: Array | np.ndarray,
     key: Array,
     *,
     box: tuple[float, float],

@@ -20,7 +20,7 @@ from samrobust.attacks.losses import cross_entropy, misclassified
 from samrobust.attacks.numbers import real, whole
 from samrobust.attacks.per_example import BestSoFar, select, spread
 from samrobust.checks import check
-from samrobust.types import Array, Attack
+from samrobust.types import Array, CheckedAttack
 
 __all__ = ["ddn"]
 
@@ -34,7 +34,7 @@ def ddn(
     init_epsilon: float = 1.0,
     gamma: float = 0.05,
     box: tuple[float, float] = (0.0, 1.0),
-) -> Attack:
+) -> CheckedAttack:
     """Builds the DDN attack: small l2 perturbations that are misclassified.
 
         d    <-  d + step_size * g / ||g||      with g the gradient of the cross entropy

@@ -38,7 +38,7 @@ from samrobust.attacks.per_example import (
     unseen,
 )
 from samrobust.checks import check
-from samrobust.types import Array, Attack, LogitsFn
+from samrobust.types import Array, CheckedAttack, LogitsFn
 
 __all__ = ["fab_minimal", "fab_targeted"]
 
@@ -56,7 +56,7 @@ def fab_targeted(
     eta: float = 1.05,
     beta: float = 0.9,
     box: tuple[float, float] = (0.0, 1.0),
-) -> Attack:
+) -> CheckedAttack:
     """Builds FAB-T, the third attack of AutoAttack: what it finds within a ball.
 
     With `z` the logits, `y` the label and `t` a target class, a step from `x` is
@@ -135,7 +135,7 @@ def fab_minimal(
     eta: float = 1.05,
     beta: float = 0.9,
     box: tuple[float, float] = (0.0, 1.0),
-) -> Attack:
+) -> CheckedAttack:
     """Builds FAB-T without a radius: to measure how far the boundary is.
 
     Args:

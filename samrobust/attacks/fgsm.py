@@ -4,7 +4,7 @@ from samrobust.attacks.balls import Ball
 from samrobust.attacks.losses import cross_entropy
 from samrobust.attacks.pgd import pgd
 from samrobust.checks import check
-from samrobust.types import Attack, LossFn
+from samrobust.types import CheckedAttack, LossFn
 
 __all__ = ["fgsm"]
 
@@ -14,7 +14,7 @@ def fgsm(
     *,
     loss: LossFn = cross_entropy,
     box: tuple[float, float] = (0.0, 1.0),
-) -> Attack:
+) -> CheckedAttack:
     """Builds the fast gradient sign method, and its l2 form.
 
     `x + radius * steepest_ascent(grad loss(x))`, clipped to the box: with `linf` the

@@ -20,7 +20,7 @@ from samrobust.attacks.per_example import (
     repeat_while,
     score,
 )
-from samrobust.types import Array, Attack
+from samrobust.types import Array, CheckedAttack
 
 __all__ = ["noise"]
 
@@ -30,7 +30,7 @@ def noise(
     *,
     num_draws: int = 10,
     box: tuple[float, float] = (0.0, 1.0),
-) -> Attack:
+) -> CheckedAttack:
     """Builds random points at the full radius; any misclassified one counts.
 
     A draw is `clip(x0 + radius * a)`, with `a` the ball's steepest ascent of a random

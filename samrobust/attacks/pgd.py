@@ -42,7 +42,7 @@ from samrobust.attacks.per_example import (
     unseen,
 )
 from samrobust.checks import check, check_choice
-from samrobust.types import Array, Attack, LogitsFn, LossFn
+from samrobust.types import Array, ArrayLike, CheckedAttack, LogitsFn, LossFn
 
 __all__ = ["JUDGES", "StagedPgd", "identity", "pgd", "staged_pgd"]
 
@@ -58,14 +58,14 @@ def identity(logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array) -
 def pgd(
     ball: Ball,
     *,
-    step_size: float | Array,
+    step_size: ArrayLike,
     num_steps: int,
     random_start: bool = True,
     restarts: int = 1,
     loss: LossFn = cross_entropy,
     judge: str = "final",
     box: tuple[float, float] = (0.0, 1.0),
-) -> Attack:
+) -> CheckedAttack:
     """Builds projected gradient descent on `loss` within a ball and a box.
 
     Args:
@@ -159,7 +159,7 @@ class StagedPgd(NamedTuple):
 def staged_pgd(
     ball: Ball,
     *,
-    step_size: float | Array,
+    step_size: ArrayLike,
     num_steps: int,
     random_start: bool = True,
     restarts: int = 1,
@@ -179,7 +179,7 @@ def staged_pgd(
     def start(
         images: Array, labels: Array, restart: Array | int, *, key: Array
     ) -> Array:
-        call = accept(identity, images, labels, key, box=box, ball=ball)
+        call = accept(lambda images: images, images, labels, key, box=box, ball=ball)
         if is_point(ball):
             return call.images
         run = make_run(*call[:3])
@@ -281,7 +281,7 @@ class _PgdRun(NamedTuple):
 
 def _run_maker(
     ball: Ball,
-    step_size: float | Array,
+    step_size: ArrayLike,
     num_steps: int,
     random_start: bool,
     restarts: int,

@@ -33,7 +33,7 @@ from samrobust.attacks.per_example import (
     select,
 )
 from samrobust.checks import check
-from samrobust.types import Array, Attack, LogitsFn, LossFn
+from samrobust.types import Array, CheckedAttack, LogitsFn, LossFn
 
 __all__ = ["L2Moves", "LinfMoves", "pulse", "pulses", "square", "window_sizes"]
 
@@ -52,7 +52,7 @@ def square(
     restarts: int = 1,
     loss: LossFn = margin,
     box: tuple[float, float] = (0.0, 1.0),
-) -> Attack:
+) -> CheckedAttack:
     """Builds the Square attack: random search over square windows, no gradients.
 
     A query changes a window of side `sqrt(p H W)` at a random place, another one in

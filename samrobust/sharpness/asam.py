@@ -15,13 +15,13 @@ from samrobust.sharpness.masks import is_bias
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, PyTree
+from samrobust.types import Array, ArrayLike, Entry, PyTree
 
 __all__ = ["ENTRY", "asam"]
 
 
 def asam(
-    rho: float | Array | optax.Schedule,
+    rho: ArrayLike | optax.Schedule,
     eta: float = 0.01,
     *,
     is_fixed: Callable[[Any], bool] = is_bias,

@@ -7,13 +7,13 @@ import optax
 
 from samrobust.checks import check_strength
 from samrobust.sharpness.asam import asam
-from samrobust.types import Array, Entry, PyTree
+from samrobust.types import ArrayLike, Entry, PyTree
 
 __all__ = ["ENTRY", "asam_davda"]
 
 
 def asam_davda(
-    rho: float | Array | optax.Schedule, *, aux: PyTree = None, grouped: bool = False
+    rho: ArrayLike | optax.Schedule, *, aux: PyTree = None, grouped: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the gradient at w + rho w^2 g / || |w| g ||_2, biases scaled too.
 

@@ -18,13 +18,13 @@ from samrobust.checks import (
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm, zeros_as
 from samrobust.sharpness.two_pass import Combine, two_pass
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, ArrayLike, Entry, Field, PyTree
 
 __all__ = ["ENTRY", "FIELDS", "awp", "decay_at_the_moved"]
 
 
 def awp(
-    gamma: float | Array | optax.Schedule,
+    gamma: ArrayLike | optax.Schedule,
     weight_decay: float = 0.0,
     *,
     aux: PyTree = None,

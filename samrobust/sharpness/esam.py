@@ -16,7 +16,7 @@ from samrobust.sharpness.refusals import check_present, check_ungrouped
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, PyTree
+from samrobust.types import Array, ArrayLike, Entry, PyTree
 
 __all__ = ["ENTRY", "esam"]
 
@@ -25,7 +25,7 @@ _fraction = functools.partial(check_real, 0.01, 1)
 
 
 def esam(
-    rho: float | Array | optax.Schedule,
+    rho: ArrayLike | optax.Schedule,
     beta: float = 0.6,
     gamma: float = 0.5,
     *,

@@ -14,7 +14,7 @@ from samrobust.sharpness.masks import size
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import at_least_float32, norm
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, PyTree
+from samrobust.types import Array, ArrayLike, Entry, PyTree
 
 __all__ = ["ENTRY", "fisher_sam"]
 
@@ -23,7 +23,7 @@ _eta = functools.partial(check_real, 0, 1e30)
 
 
 def fisher_sam(
-    rho: float | Array | optax.Schedule,
+    rho: ArrayLike | optax.Schedule,
     eta: float = 1.0,
     *,
     aux: PyTree = None,

@@ -15,13 +15,13 @@ from samrobust.sharpness.refusals import check_ungrouped
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, PyTree
+from samrobust.types import Array, ArrayLike, Entry, PyTree
 
 __all__ = ["ENTRY", "friendly_sam"]
 
 
 def friendly_sam(
-    rho: float | Array | optax.Schedule,
+    rho: ArrayLike | optax.Schedule,
     sigma: float = 1.0,
     lmbda: float = 0.9,
     *,

@@ -25,13 +25,13 @@ from samrobust.sharpness.refusals import check_ungrouped
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, PyTree
+from samrobust.types import Array, ArrayLike, Entry, PyTree
 
 __all__ = ["ENTRY", "fsam"]
 
 
 def fsam(
-    rho: float | Array | optax.Schedule,
+    rho: ArrayLike | optax.Schedule,
     keep_ratio: float = 0.1,
     every: int = 100,
     *,

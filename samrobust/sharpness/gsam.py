@@ -10,13 +10,13 @@ from samrobust.checks import amount, check_strength
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import cosine, norm
 from samrobust.sharpness.two_pass import second, two_pass
-from samrobust.types import Array, Entry, PyTree
+from samrobust.types import Array, ArrayLike, Entry, PyTree
 
 __all__ = ["ENTRY", "gsam"]
 
 
 def gsam(
-    rho: float | Array | optax.Schedule,
+    rho: ArrayLike | optax.Schedule,
     alpha: float = 0.4,
     *,
     aux: PyTree = None,

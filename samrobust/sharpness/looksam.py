@@ -21,7 +21,7 @@ from samrobust.sharpness.refusals import (
 from samrobust.sharpness.sam import of_length, sam
 from samrobust.sharpness.state import last_metrics
 from samrobust.sharpness.trees import at_least_float32, cosine, mean_of_groups, norm
-from samrobust.types import Array, Entry, PyTree
+from samrobust.types import Array, ArrayLike, Entry, PyTree
 
 __all__ = ["ENTRY", "LookSamState", "looksam"]
 
@@ -40,7 +40,7 @@ class LookSamState(NamedTuple):
 
 
 def looksam(
-    rho: float | Array | optax.Schedule,
+    rho: ArrayLike | optax.Schedule,
     k: int = 10,
     alpha: float = 0.7,
     *,

@@ -20,13 +20,13 @@ from samrobust.sharpness.refusals import (
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.state import OffsetState, shifted
 from samrobust.sharpness.trees import at_least_float32, norm, width, zeros
-from samrobust.types import Array, Entry, PyTree
+from samrobust.types import ArrayLike, Entry, PyTree
 
 __all__ = ["ENTRY", "msam"]
 
 
 def msam(
-    rho: float | Array | optax.Schedule, optimizer: optax.GradientTransformation
+    rho: ArrayLike | optax.Schedule, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
     """Builds MSAM: the gradient at w - rho v / ||v||_2, v the momentum.
 

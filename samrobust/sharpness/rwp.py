@@ -15,13 +15,13 @@ from samrobust.sharpness.refusals import check_present, check_ungrouped
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm, zeros_as
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, PyTree
+from samrobust.types import Array, ArrayLike, Entry, PyTree
 
 __all__ = ["ENTRY", "rwp"]
 
 
 def rwp(
-    gamma: float | Array | optax.Schedule,
+    gamma: ArrayLike | optax.Schedule,
     threshold: float = 1.7,
     num_steps: int = 10,
     weight_decay: float = 0.0,

@@ -10,13 +10,13 @@ import optax
 from samrobust.checks import check_strength
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, PyTree
+from samrobust.types import Array, ArrayLike, Entry, PyTree
 
 __all__ = ["ENTRY", "of_length", "sam"]
 
 
 def sam(
-    rho: float | Array | optax.Schedule, *, aux: PyTree = None, grouped: bool = False
+    rho: ArrayLike | optax.Schedule, *, aux: PyTree = None, grouped: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """Builds SAM: the gradient at w + rho g / ||g||_2 in place of the gradient g at w.
 

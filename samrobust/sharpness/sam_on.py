@@ -13,13 +13,13 @@ from samrobust.sharpness.masks import live, masked, normalizations, restricted
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import norm
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, PyTree
+from samrobust.types import Array, ArrayLike, Entry, PyTree
 
 __all__ = ["ENTRY", "sam_on"]
 
 
 def sam_on(
-    rho: float | Array | optax.Schedule,
+    rho: ArrayLike | optax.Schedule,
     *,
     select: Callable[[PyTree], PyTree] = normalizations,
     aux: PyTree = None,

@@ -25,14 +25,14 @@ from samrobust.sharpness.refusals import check_present, check_ungrouped
 from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.trees import at_least_float32, norm
 from samrobust.sharpness.two_pass import two_pass
-from samrobust.types import Array, Entry, Field, PyTree
+from samrobust.types import Array, ArrayLike, Entry, Field, PyTree
 
 __all__ = ["ENTRY", "ssam"]
 
 
 def ssam(
     mask: str,
-    rho: float | Array | optax.Schedule,
+    rho: ArrayLike | optax.Schedule,
     sparsity: float = 0.5,
     every: int = 1,
     num_samples: int = 16,

@@ -77,6 +77,9 @@ class OffsetState(NamedTuple):
     measured: dict[str, Array]
 
 
+_Params = TypeVar("_Params")  # any tree
+
+
 def last_metrics(opt_state: PyTree) -> dict[str, Array]:
     """Returns the metrics of the sharpness method in an optimizer state, or {}.
 
@@ -107,7 +110,7 @@ def last_aux(opt_state: PyTree, default: PyTree = None) -> PyTree:
     return default if state is None or state.aux is None else state.aux
 
 
-def gradient_point(params: PyTree, opt_state: PyTree) -> PyTree:
+def gradient_point(params: _Params, opt_state: PyTree) -> _Params:
     """Returns the weights at which the next gradient is to be taken.
 
     Those of a method that looks ahead of the weights, such as `msam`; else `params`.
@@ -123,7 +126,7 @@ def gradient_point(params: PyTree, opt_state: PyTree) -> PyTree:
     return params if state is None else shifted(params, state.offset)
 
 
-def shifted(params: PyTree, offset: PyTree) -> PyTree:
+def shifted(params: _Params, offset: PyTree) -> _Params:
     """Returns the sum, rounded once to the parameters' dtypes."""
     return jax.tree.map(
         lambda w, e: (at_least_float32(w) + e).astype(w.dtype), params, offset

@@ -59,7 +59,7 @@ from samrobust.sharpness.trees import (
     width,
     zeros,
 )
-from samrobust.types import Array, PyTree
+from samrobust.types import Array, ArrayLike, PyTree
 
 __all__ = [
     "Ascent",
@@ -89,7 +89,7 @@ def second(first: PyTree, second: PyTree, perturbation: PyTree) -> PyTree:
 
 
 def two_pass(
-    rho: float | Array | optax.Schedule,
+    rho: ArrayLike | optax.Schedule,
     ascent: Ascent | optax.GradientTransformationExtraArgs,
     *,
     combine: Combine = second,

@@ -55,7 +55,7 @@ class Restored:
     metadata: dict[str, Any]
 
 
-class Checkpoints(contextlib.AbstractContextManager):
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The checkpoints of one run in one directory; a context manager.
 
     **Guarantees**: what `restore_latest` returns is bit for bit what was saved at its

@@ -12,7 +12,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 from jax.sharding import Mesh
@@ -116,7 +116,7 @@ def checkpoint_metadata(
     }
 
 
-class RunLog(contextlib.AbstractContextManager):
+class RunLog:
     """Log of a training run in memory, without checkpoints; a context manager.
 
     Attributes:
@@ -130,6 +130,9 @@ class RunLog(contextlib.AbstractContextManager):
     def __init__(self) -> None:
         self.earlier_seconds = 0.0
         self.lines: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, error_type: type[BaseException] | None, *exc_info: object

@@ -84,7 +84,7 @@ class Method:
 
 def make_train_step(
     model: nn.Module,
-    tx: optax.GradientTransformationExtraArgs,
+    tx: optax.GradientTransformation,
     *,
     adversary: Adversary | Attack = identity,
     objective: Objective | LossFn = cross_entropy,

@@ -175,7 +175,7 @@ def _pgd(look: Look, ball: Ball, loss: LossFn = attacks.cross_entropy) -> Attack
     )
 
 
-def _attacked(look: Look, by_name: dict[str, Attack]) -> dict[str, np.ndarray]:
+def _attacked(look: Look, by_name: Mapping[str, Attack]) -> dict[str, np.ndarray]:
     """Measures the network on images of its own making."""
     return _crafted(look, {n: Craft(a, look.model) for n, a in by_name.items()}, {})
 
