@@ -425,7 +425,7 @@ BAD = {
         "num_steps >= 0, got num_steps=-1",
     ),
     "steps of CFA": (
-        lambda: cfa(8.0, num_steps=2.5, **CALIBRATION),
+        lambda: cfa(8.0, **CALIBRATION | {"num_steps": 2.5}),
         "a whole number for num_steps, got num_steps=2.5",
     ),
     "classes": (
