@@ -134,9 +134,7 @@ class RunLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, error_type: type[BaseException] | None, *exc_info: object
-    ) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         pass
 
     def restore(self, fresh: LoopState, mesh: Mesh, num_steps: int) -> LoopState:
