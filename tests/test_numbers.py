@@ -73,6 +73,7 @@ WORDS = {
 }
 FAMILY_AA, SHARPNESS_AA = "adversarial/digits/autoattack", "sharpness/digits/autoattack"
 FOUR_AA = "adversarial/digits-four-radii/autoattack"  # the same networks, some rows
+NEAR_AA = "sharpness/digits-small-radii/autoattack"  # other networks
 SHARPNESS, FAMILY = "sharpness/digits/table", "adversarial/digits/table"
 REAL = "sharpness/cifar10-small/table"
 REAL_AA = "sharpness/cifar10-small/autoattack"
@@ -839,6 +840,7 @@ def sharpness_in_words() -> list[str]:
         f"adds {over_st('sam,rho=1.6,start=0.8')} there at 1.2 times the passes, but "
         f"{over_st('sam,rho=1.6,start=0.8', 'linf 16/255')} at l-inf 16/255",
         *sharpness_under_autoattack_in_words(sam, smooth),
+        *small_radii_in_words(sam, smooth),
     ]
 
 
@@ -868,6 +870,36 @@ def sharpness_under_autoattack_in_words(sam: str, smooth: str) -> list[str]:
         f"{max(in_l2.values()):.1f} points, SAM {gain(name, sam, f'{wide} AA')} and "
         f"label smoothing {gain(name, smooth, f'{wide} AA')}; there PGD overestimates "
         f"all rows, by {min(beyond):.1f} to {max(beyond):.1f} points",
+    ]
+
+
+def small_radii_in_words(sam: str, smooth: str) -> list[str]:
+    name, near, narrow = NEAR_AA, "linf 16/255", "l2 64/255"
+    at, fisher = "at,norm=linf,eps=4", "fisher_sam,rho=0.4"
+    added = [
+        [difference(name, row, f"{column} AA").mean for row in two_pass()]
+        for column in (near, narrow)
+    ]
+    for row in table(name).rows[1:]:
+        is_sure = difference(name, row.name, f"{near} AA").significant
+        assert is_sure == (row.name in (at, fisher))
+        assert not difference(name, row.name, f"{narrow} AA").significant
+        for column in (near, narrow):  # "no row is ahead of SAM"
+            apart = lead(name, row.name, sam, f"{column} AA")
+            assert not is_beyond_chance(name, *apart)
+    over = [max(overstated(name, column).values()) for column in (near, narrow)]
+    return [
+        f"At half these radii on {table(name).num_test} images",
+        f"the two-pass methods add {min(added[0]):.1f} to {max(added[0]):.1f} points "
+        f"at l-inf 16/255 (SAM {gain(name, sam, f'{near} AA')}) and "
+        f"{min(added[1]):.1f} to {max(added[1]):.1f} at l2 64/255 (SAM "
+        f"{gain(name, sam, f'{narrow} AA')}), label smoothing "
+        f"{gain(name, smooth, f'{near} AA')} and {gain(name, smooth, f'{narrow} AA')}, "
+        f"adversarial training {gain(name, at, f'{near} AA')} and "
+        f"{gain(name, at, f'{narrow} AA')}",
+        f"adversarial training's and Fisher SAM's {gain(name, fisher, f'{near} AA')}",
+        f"PGD overestimates no row by more than {over[0]:.1f} points at l-inf 16/255 "
+        f"and {over[1]:.1f} at l2 64/255",
     ]
 
 
