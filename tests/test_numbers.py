@@ -77,6 +77,7 @@ NEAR_AA = "sharpness/digits-small-radii/autoattack"  # other networks
 SHARPNESS, FAMILY = "sharpness/digits/table", "adversarial/digits/table"
 REAL = "sharpness/cifar10-small/table"
 REAL_AA = "sharpness/cifar10-small/autoattack"
+REAL_COLUMNS = "linf 2/255", "l2 16/255", "l2 32/255"
 CHEAP = "adversarial/cifar10-small/table"
 CHEAP_AA = "adversarial/cifar10-small/autoattack"
 DIGITS, SMALL, FULL = "digits/table", "cifar10-small/table", "h200/cifar10/table"
@@ -332,7 +333,7 @@ def held(page: str) -> tuple[Rows, ...]:
         return (rendered(DIGITS),)
     if page == "docs/sharpness.md":
         strong = plain(SHARPNESS_AA, beside_autoattack("linf 32/255", "l2 128/255"))
-        real = plain(REAL_AA, beside_autoattack("linf 2/255", "l2 32/255"))
+        real = plain(REAL_AA, beside_autoattack(*REAL_COLUMNS))
         return rendered(SHARPNESS), strong, rendered(REAL), real
     if page == "docs/adversarial.md":
         return (
@@ -983,6 +984,10 @@ def real_under_autoattack_in_words(
     apart, error = lead(name, swa, sam, f"{far} AA")
     assert apart > -error  # README: the average "gains as much"
     natural = [gain(name, row, "natural") for row in (sam, swa, late)]
+    narrow = "l2 16/255 AA"
+    for row in (sam, swa, late, smooth, at):
+        assert not difference(name, row, narrow).significant
+    small = [gain(name, row, narrow) for row in (sam, swa, late, smooth, at)]
     return [
         f"on {table(name).num_test} of the test images",
         f"At l-inf 2/255 SAM adds {added[0]} points, SWA {added[1]}, late SAM "
@@ -994,6 +999,8 @@ def real_under_autoattack_in_words(
         f"At l2 32/255 none of the four adds anything beyond chance (SAM {there[0]}, "
         f"SWA {there[1]}, late SAM {there[2]}, label smoothing {there[3]})",
         f"adds {added[4]} and {there[4]} there",
+        f"beyond chance (SAM {small[0]}, SWA {small[1]}, late SAM {small[2]}, label "
+        f"smoothing {small[3]}, adversarial training {small[4]})",
     ]
 
 
