@@ -92,12 +92,12 @@ def _homes() -> dict[str, str]:
     """Returns the module of each name, from the imports above."""
     with open(__file__, encoding="utf-8") as file:
         nodes = ast.walk(ast.parse(file.read()))
-    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
     return {
         alias.name: node.module
-        for node in imports
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
-        if node.module and alias.asname
+        if alias.asname
     }
 
 

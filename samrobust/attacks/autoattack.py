@@ -7,7 +7,7 @@ for a caller that drops broken examples between them: see `samrobust.evaluation`
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -77,10 +77,12 @@ class AutoAttack:
     ) -> Array:
         """Runs all members in order, each on the whole batch."""
         # Before the first member, as Square alone needs it, which is the last.
-        ndim = 4 if "square" in [member.name for member in self.members] else None
-        options: Any = {"box": self.box, "is_random": self.is_random, "ndim": ndim}
+        has_square = any(member.name == "square" for member in self.members)
         logits_fn, images, labels, key = accept(
-            logits_fn, images, labels, key, **options
+            *(logits_fn, images, labels, key),
+            box=self.box,
+            is_random=self.is_random,
+            ndim=4 if has_square else None,
         )
         carry = images, filled(images, 0, bool)
 

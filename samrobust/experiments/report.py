@@ -27,11 +27,7 @@ from samrobust.experiments.reporting.render import from_json, to_html, write_pic
 from samrobust.experiments.reporting.results import makers
 from samrobust.experiments.reporting.training import draw_training
 from samrobust.experiments.survey import read_plan
-from samrobust.experiments.workdir import (
-    read_evaluations,
-    read_log,
-    run_folder,
-)
+from samrobust.experiments.workdir import read_evaluations, read_log, run_folder
 from samrobust.system import files
 from samrobust.system.tables import Sheet, TextTable
 

@@ -20,7 +20,13 @@ from samrobust.sharpness.refusals import (
 )
 from samrobust.sharpness.sam import of_length, sam
 from samrobust.sharpness.state import last_metrics
-from samrobust.sharpness.trees import at_least_float32, cosine, mean_of_groups, norm
+from samrobust.sharpness.trees import (
+    at_least_float32,
+    cosine,
+    mean_norm_of_groups,
+    mean_of_groups,
+    norm,
+)
 from samrobust.types import Array, ArrayLike, Entry, PyTree
 
 __all__ = ["ENTRY", "LookSamState", "looksam"]
@@ -124,9 +130,8 @@ def looksam(
                 lambda a, b: (at_least_float32(a) + b).astype(a.dtype), g, added
             )
             # The others stay: zeros would make means over steps meaningless.
-            lengths = jax.vmap(norm)(updates) if grouped else length
-            shown = jnp.mean(lengths).astype(jnp.float32)
-            metrics = before.metrics._replace(gradient_norm=shown)
+            shown = mean_norm_of_groups(updates) if grouped else length
+            metrics = before.metrics._replace(gradient_norm=shown.astype(jnp.float32))
             after = before._replace(
                 step=optax.safe_increment(before.step), metrics=metrics, aux=aux
             )

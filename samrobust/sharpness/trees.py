@@ -18,6 +18,7 @@ from samrobust.types import Array, PyTree
 __all__ = [
     "at_least_float32",
     "cosine",
+    "mean_norm_of_groups",
     "mean_of_groups",
     "norm",
     "normal_like",
@@ -134,6 +135,11 @@ def mean_of_groups(grads: PyTree, params: PyTree = None) -> PyTree:
     return jax.tree.map(
         lambda g: jnp.mean(at_least_float32(g), axis=0).astype(g.dtype), grads
     )
+
+
+def mean_norm_of_groups(grads: PyTree) -> Array:
+    """Returns the mean over the groups, the first axis of every leaf, of `norm`."""
+    return jnp.mean(jax.vmap(norm)(grads))
 
 
 def zeros_as(leaf: Array) -> Array:

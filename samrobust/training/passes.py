@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from samrobust.checks import check, check_whole
 from samrobust.sharpness.refusals import kind_of
-from samrobust.sharpness.trees import norm
+from samrobust.sharpness.trees import mean_norm_of_groups, norm
 from samrobust.system.distributed import map_groups
 from samrobust.training.parts import Objective, name_of
 from samrobust.types import Array, PyTree
@@ -204,7 +204,7 @@ def make_passes(
         shared, own = {"batch_stats": batch_stats}, {"params": params}
         return over_groups(whole, shared, own, *batch_and_key)
 
-    return Passes(first, second, losses, _mean_norm)
+    return Passes(first, second, losses, mean_norm_of_groups)
 
 
 def _count(batch_size: int, group_size: int) -> int:
@@ -234,7 +234,3 @@ def _merge(groups: Pass) -> Pass:
         grads=groups.grads,
         image_grads=image_grads,
     )
-
-
-def _mean_norm(grads: PyTree) -> Array:
-    return jnp.mean(jax.vmap(norm)(grads))
