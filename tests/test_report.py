@@ -259,12 +259,20 @@ def test_a_run_has_a_page_of_its_evaluations(tmp_path, capsys):
     line |= {"num_test": 1000, "identity": "of-the-evaluation", "provenance": MADE}
     evaluation |= {"checkpoint": "best", "split": "validation"}
     line |= {"step": 33, "dtype": "float32"}
-    (folder / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+    pgd = helpers.make_config().evaluation.to_dict()
+    own = [
+        line | {"evaluation": pgd | {"linf_step": 0.1}},
+        line | {"evaluation": pgd | {"random_start": False}, "seed": 7},
+    ]
+    lines = [json.dumps(each) + "\n" for each in (line, *own)]
+    (folder / "evaluations.jsonl").write_text("".join(lines))
     assert helpers.main("report", f"--workdir={folder}") == 0
     assert "report.html, training.png" in capsys.readouterr().out
     text = Page(folder / "report.html").text
     for said in ("AutoAttack, standard", "12.35", "61.50", "PGD-"):
         assert said in text
+    for said in ("judged, linf_step 0.1last", "judged, random_start False, seed 7last"):
+        assert said in text  # what sets an evaluation apart
     networks = ("best checkpoint, step 33float321,000 validation",)
     networks += ("last checkpoint, step 77bfloat16500 test",)
     for said in networks:  # cells one after the other

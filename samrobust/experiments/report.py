@@ -189,6 +189,8 @@ class _Report:
         for line in found:
             evaluation = config["evaluation"] | line.get("evaluation", {})
             name, accuracy = attack_in_words(evaluation), line["accuracy"]
+            if line.get("seed", config["seed"]) != config["seed"]:
+                name = f"{name}, seed {line['seed']}"
             self._measured(title, f"{config['label']}, {name}", line)
             cells = (f"{accuracy[c]:.2f}" if c in accuracy else "-" for c in columns)
             judged = f"{checkpoint_in_words(evaluation)}, step {line.get('step')}"

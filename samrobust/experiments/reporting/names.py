@@ -26,6 +26,7 @@ __all__ = [
 
 _COLUMN = re.compile(r"(natural|(\w+) (\d+(?:\.\d+)?)/255)(?: (\S.*))?")
 _ORDER = ("natural", *NORMS)
+_OF_PGD = ("linf_step", "l2_step", "random_start", "gradient_floor")
 
 
 def family(row: str) -> str:
@@ -95,15 +96,25 @@ def column_order(column: str) -> tuple[int, str, float, str]:
 
 
 def attack_in_words(evaluation: Mapping[str, Any]) -> str:
-    """Names the attack of a config: `PGD-20 on the margin loss, any iterate judged`."""
+    """Names the attack of a config: `PGD-20 on the margin loss, any iterate judged`.
+
+    Steps and starts are named where they are not those of the paper.
+    """
+    from samrobust.experiments.configuration import base_config
+
     if evaluation["attack"] == "autoattack":
         members = ", ".join(evaluation["members"])
         return f"AutoAttack, {evaluation['version']}" + (members and f" ({members})")
     several = evaluation["restarts"] > 1
     restarts = f" x {evaluation['restarts']}" if several else ""
-    return (
-        f"PGD-{evaluation['num_steps']}{restarts} on the {evaluation['loss']} loss, "
-        f"{evaluation['judge']} iterate judged"
+    usual = base_config().evaluation
+    own = [name for name in _OF_PGD if evaluation[name] != usual[name]]
+    return ", ".join(
+        [
+            f"PGD-{evaluation['num_steps']}{restarts} on the {evaluation['loss']} loss",
+            f"{evaluation['judge']} iterate judged",
+            *(f"{name} {evaluation[name]}" for name in own),
+        ]
     )
 
 
