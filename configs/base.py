@@ -49,6 +49,8 @@ def get_config() -> ConfigDict:
     # Augmentation: reflect-pad by this many pixels and crop at random; 0: none.
     config.data.padding = 4
     config.data.flip = True  # augmentation: mirror left-right at random
+    # Further augmentation, `package.module:function` (images, *, key); empty: none.
+    config.data.augmentation = ""
 
     config.model = ConfigDict()
     # A name in `samrobust.models.MODELS`, or `package.module:name`. The network's own

@@ -1,11 +1,12 @@
-"""A method and a network of your own, trained like those of the package.
+"""A method, a network and an augmentation of your own, trained like the package's.
 
     samrobust table --config=digits --seeds=1 --config.training.epochs=5 \
         --config.model.name=own_method:MLP --workdir=runs/own \
+        --config.data.augmentation=own_method:cutout \
         '--rows=st;own_method:smoothed,share=0.1;own_method:noisy,std=0.1+sam,rho=0.2'
 
-in the folder of this file. Each function below is another kind of part; join them by
-`+` with each other and with the package's own. docs/own.md explains them.
+in the folder of this file. Each function up to the network is another kind of part;
+join them by `+` with each other and with the package's own. docs/own.md explains them.
 """
 
 import jax
@@ -64,3 +65,15 @@ class MLP(nn.Module):
     def __call__(self, images, *, train):
         hidden = nn.relu(nn.Dense(self.hidden)(images.reshape(len(images), -1)))
         return nn.Dense(self.num_classes)(hidden)
+
+
+def cutout(images, *, key, size=3):
+    """Blackens a square at a random place of each image (DeVries and Taylor, 2017)."""
+
+    def near(key, length):
+        center = jax.random.randint(key, [len(images), 1], 0, length)
+        return jnp.abs(jnp.arange(length) - center) <= size // 2
+
+    row_key, column_key = jax.random.split(key)
+    rows, columns = near(row_key, images.shape[1]), near(column_key, images.shape[2])
+    return jnp.where(rows[:, :, None, None] & columns[:, None, :, None], 0, images)

@@ -17,6 +17,7 @@ __all__ = [
     "Array",
     "ArrayLike",
     "Attack",
+    "Augmentation",
     "CheckedAttack",
     "Config",
     "Entry",
@@ -74,6 +75,18 @@ class Attack(Protocol):
         self, logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array
     ) -> Array:
         """Returns the adversarial images [B, ...]."""
+        ...
+
+
+class Augmentation(Protocol):
+    """A random change of training images [B, H, W, C] that keeps shape and dtype.
+
+    A function of the images and `key` alone, for the inside of jit. Labels stay as they
+    are, pixels in [0, 1].
+    """
+
+    def __call__(self, images: Array, /, *, key: Array) -> Array:
+        """Returns the changed images [B, H, W, C]."""
         ...
 
 

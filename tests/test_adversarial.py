@@ -71,15 +71,19 @@ def record(num_steps: int) -> Method:
     return Method(init, step, lambda _, images: jnp.zeros([len(images), 10]))
 
 
-def noted(replays: int, epochs: int) -> dict[str, np.ndarray]:
-    options = {"epochs": epochs, "batch_size": 4, "key": KEY, "padding": 2}
-    split = helpers.make_split(8)
-    outcome = fit(record(2 * epochs), split, **options, flip=True, replays=replays)
+def noted(replays: int, epochs: int, **options: Any) -> dict[str, np.ndarray]:
+    options |= {"epochs": epochs, "batch_size": 4, "key": KEY, "flip": True}
+    outcome = fit(record(2 * epochs), helpers.make_split(8), **options, replays=replays)
     return {name: np.asarray(note) for name, note in outcome.state.params.items()}
 
 
-def test_a_batch_is_replayed_with_the_same_crop_and_other_random_numbers():
-    plain, replayed = noted(1, epochs=2), noted(3, epochs=4)
+def dimmed(images, *, key):
+    return images * jax.random.uniform(key, [len(images), 1, 1, 1])
+
+
+@pytest.mark.parametrize("options", [{"padding": 2}, {"augment": dimmed}])
+def test_a_batch_is_replayed_with_the_same_crop_and_other_random_numbers(options):
+    plain, replayed = noted(1, epochs=2, **options), noted(3, epochs=4, **options)
     assert len(set(plain["pixels"])) == 4
     # The data of the first epoch in the steps of three, and two of the second's.
     expected = np.repeat(plain["pixels"], 3)[:8]

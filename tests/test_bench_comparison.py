@@ -56,6 +56,7 @@ def refused(field, value, row, **others):
         (ROWS[0], "training.schedule", "cosine"),
         (ROWS[0], "training.deterministic", True),
         (ROWS[0], "model.name", "vit"),
+        (ROWS[0], "data.augmentation", "optax:sgd"),
     ],
 )
 def test_a_step_that_pytorch_does_not_take_is_refused_by_its_field(row, field, value):
@@ -74,6 +75,7 @@ def test_groups_of_a_batch_are_refused():
     [
         *((row, name) for row in ROWS for name in ("model.dropout", "training.clip")),
         *((ROWS[1], "sam.floor"), (ROWS[2], "attack.momentum"), (ROWS[0], "news.on")),
+        (ROWS[0], "data.noise"),
     ],
 )
 def test_a_field_that_nobody_has_thought_of_is_refused(row, field):

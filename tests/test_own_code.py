@@ -28,11 +28,16 @@ from samrobust.system import files
 MINE = '''
 """Adversarial training whose perturbations persist, a linear network, and stripes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from samrobust.training import Adversary
+
+
+def dimmed(images, *, key):
+    return images * jax.random.uniform(key, (len(images), 1, 1, 1), minval=0.5)
 
 
 def persistent(radius: float, shrink: float = 0.9) -> Adversary:
@@ -76,6 +81,7 @@ ROW = "mine:persistent,radius=16+sam,rho=0.1+ema,decay=0.5"
 FLAGS = [
     "--config.data.name=mine:stripes",
     "--config.data.padding=1",
+    "--config.data.augmentation=mine:dimmed",
     "--config.model.name=mine:Linear",
     "--config.model.hidden=4",
     "--config.training.batch_size=16",

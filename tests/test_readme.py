@@ -141,6 +141,20 @@ def check_network(names):
     assert model.apply(variables, images, train=True).shape == (2, 10)
 
 
+def check_cutout(names):
+    """Each image loses one square that is not larger than it says."""
+    images = jnp.ones([40, 8, 6, 2])
+    found = np.asarray(names["cutout"](images, key=jax.random.key(0)))
+    rows, columns = np.any(found == 0, (2, 3)), np.any(found == 0, (1, 3))
+    for image, row, column in zip(found, rows, columns, strict=True):
+        assert 2 <= row.sum() <= 3
+        assert 2 <= column.sum() <= 3
+        assert np.ptp(np.flatnonzero(row)) < row.sum()
+        assert np.ptp(np.flatnonzero(column)) < column.sum()
+        assert (image == 0).sum() == 2 * row.sum() * column.sum()
+    assert len({image.tobytes() for image in found}) > 20
+
+
 def check_loop(names):
     assert int(names["outcome"].state.step) == len(names["data"].train) // 64
 
@@ -210,7 +224,7 @@ CHECKS = {
     "docs/flatness.md": [check_flatness],
     "docs/interchange.md": [check_load, check_as_torch, check_pgd],
     "docs/library.md": [check_pgd, check_partial, check_linen, check_train_state],
-    "docs/own.md": [check_parts, check_network, check_loop],
+    "docs/own.md": [check_parts, check_network, check_cutout, check_loop],
     "docs/sharpness.md": [check_family],
     "docs/start.md": [check_npz, check_start],
 }

@@ -150,6 +150,35 @@ def clipped(norm: float):
 def decayed(learning_rate, momentum, weight_decay):
     decay = optax.add_decayed_weights(weight_decay)
     return optax.chain(decay, optax.sgd(learning_rate, momentum))
+
+
+def fine(images, *, key):
+    noise = jax.random.uniform(key, images.shape)
+    return (images + noise) / 2
+
+
+def impure(images, *, key):
+    return images * np.float32(np.random.default_rng().random())
+
+
+def mixed(images, *, key):
+    return (images + images[::-1]) / 2
+
+
+def bright(images, *, key):
+    return images + 1
+
+
+def narrow(images, *, key):
+    return images[:, 1:]
+
+
+def full(images, *, key):
+    return images * jnp.ones([16, 1, 1, 1])
+
+
+def lost(images, *, key):
+    return images / 0
 """
 SMALL = {
     "data.name": "ours:three",
@@ -276,6 +305,31 @@ def test_without_statistics_or_groups_it_needs_no_parameter_for_them():
 
 def test_parts_may_be_a_list():
     try_out("ours:both,eps=8,rho=0.1", NETWORK)
+
+
+def test_an_augmentation_is_of_each_image_and_the_key():
+    try_out("st", {"data.augmentation": "ours:fine"})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("impure", r"^Expected an augmentation that is a function of images and key, g"
+         r"ot data\.augmentation='ours:impure'\. Draw random numbers from the key\.$"),
+        ("mixed", r"^Expected an augmentation of each image by itself, got data\."),
+        ("bright", r"^Expected ours:bright to return pixels in \[0, 1\], got least=1"),
+        ("lost", r"^Expected ours:lost to return pixels in \[0, 1\], got least=nan"),
+        ("narrow", r"return float32\[36, 4, 4, 1\], got .* shape=\(36, 3, 4, 1\)"),
+        ("full", r"^Expected ours:full .*to run, got at .*ours\.py, line \d+: "),
+        ("keyless", r"^Expected ours:keyless to run, got: TypeError: "),
+        ("known", r"^Expected a function of images and a key, got data\.augmentation="),
+        ("there", r"^Expected an augmentation there in .*ours\.py, got reference="),
+    ],
+)  # fmt: skip
+def test_what_is_no_augmentation_is_refused_before_any_work(name, message):
+    with pytest.raises(ValueError, match=message) as error:
+        try_out("st", {"data.augmentation": f"ours:{name}"})
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

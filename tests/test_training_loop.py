@@ -406,6 +406,20 @@ def test_a_run_compiles_in_its_first_epoch_and_never_again(tmp_path):
     assert at_end_of_epoch[4] == at_end_of_epoch[1]
 
 
+def test_an_augmentation_is_applied_to_every_batch():
+    """Images that lie upside down from the start train to the same bits."""
+    config = helpers.make_config()
+    dataset = helpers.load_data(config)
+    method = make_training(config, dataset, 3).method
+    options = {"epochs": 1, "batch_size": 64, "key": jax.random.key(0)}
+    split = dataset.train
+    turned = fit(method, Split(split.images[:, ::-1], split.labels), **options)
+    augmented = fit(method, split, augment=lambda x, **_: x[:, ::-1], **options)
+    helpers.assert_same_bits(turned.state.params, augmented.state.params)
+    with pytest.raises(ValueError, match=r"^Expected the augmentation to return float"):
+        fit(method, split, augment=lambda x, **_: x > 0.5, **options)
+
+
 def make_runner(row, **sizes):
     """A runner of epochs, its plan, and what its first call takes."""
     names = {name.replace("__", "."): value for name, value in sizes.items()}

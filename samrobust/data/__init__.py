@@ -1,11 +1,12 @@
 """Image datasets as uint8 arrays, and the random access and augmentation of them.
 
-`load_dataset` gives NumPy arrays in a fixed order; `take_batch`, `epoch_permutation`
-and `random_crop_and_flip` are pure functions for the inside of a compiled step.
-Images are `[N, H, W, C]`: uint8 at rest, float32 in [0, 1] in a batch.
+`load_dataset` gives NumPy arrays in a fixed order; `take_batch`, `epoch_permutation`,
+`random_crop_and_flip` and `augmented` are pure functions for the inside of a compiled
+step. Images are `[N, H, W, C]`: uint8 at rest, float32 in [0, 1] in a batch.
 """
 
 from samrobust.data.batches import (
+    augmented,
     check_padding,
     epoch_permutation,
     random_crop_and_flip,
@@ -30,6 +31,7 @@ __all__ = [
     "DatasetFacts",
     "DatasetUnavailableError",
     "Split",
+    "augmented",
     "check_labels",
     "check_padding",
     "dataset_facts",

@@ -2,8 +2,8 @@
 
 A data set lies on the device as uint8; a training step takes its batch out of it
 inside jit with `take_batch`, along the epoch's permutation, and may cut and mirror it
-at random. Every choice is a pure function of (key, epoch, step): a run that is stopped
-and resumed sees the same batches.
+at random, or change it by a function of the user's. Every choice is a pure function of
+(key, epoch, step): a run that is stopped and resumed sees the same batches.
 """
 
 import jax
@@ -12,8 +12,10 @@ import numpy as np
 from jax import lax
 
 from samrobust.checks import check
+from samrobust.types import Augmentation
 
 __all__ = [
+    "augmented",
     "check_padding",
     "epoch_permutation",
     "random_crop_and_flip",
@@ -114,6 +116,42 @@ Images are 8x6.
     for name, padding in values.items():
         condition, fix = f"0 <= {name} < {shortest}", f"Images are {height}x{width}."
         check(0 <= padding < shortest, condition, fix, **{name: padding})
+
+
+def augmented(
+    images: jax.Array,
+    *,
+    padding: int,
+    flip: bool,
+    augment: Augmentation | None = None,
+    key: jax.Array,
+) -> jax.Array:
+    """Cuts and mirrors images at random, then augments them by a function.
+
+    Args:
+      images: float32 `[B, H, W, C]`.
+      padding: see `random_crop_and_flip`.
+      flip: see there.
+      augment: called as `augment(images, key=key)`; None: nothing more.
+      key: is consumed.
+
+    Returns:
+      An array of the same shape and dtype.
+
+    Raises:
+      ValueError: if `augment` returns anything else, or as `random_crop_and_flip`.
+    """
+    crop_and_flip = {"padding": padding, "flip": flip}
+    if augment is None:
+        return random_crop_and_flip(images, **crop_and_flip, key=key)
+    crop_key, own_key = jax.random.split(key)
+    images = random_crop_and_flip(images, **crop_and_flip, key=crop_key)
+    found = augment(images, key=own_key)
+    wanted = f"the augmentation to return {images.dtype}{list(images.shape)}"
+    shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", None)
+    holds = (shape, dtype) == (images.shape, images.dtype)
+    check(holds, wanted, dtype=str(dtype), shape=shape)
+    return found
 
 
 def random_crop_and_flip(

@@ -28,6 +28,7 @@ from samrobust.data import (
 )
 from samrobust.experiments import entries, methods
 from samrobust.experiments.components import (
+    augmentation,
     decay_of_gradient,
     make_model,
     make_optimizer,
@@ -51,6 +52,7 @@ from samrobust.types import Attack, Config, PyTree
 
 __all__ = [
     "Training",
+    "augmentation",
     "autoattacks",
     "check_images",
     "check_l2",

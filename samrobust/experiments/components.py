@@ -1,8 +1,9 @@
-"""Networks and optimizers by their names in configs.
+"""Networks, optimizers and augmentations by their names in configs.
 
-A name is one of the registries', or `package.module:name`, somebody's own. A network's
-constructor gets what the data set and the config's common fields say, as far as it has
-parameters of these names; its other parameters are fields of `config.model`.
+A name is one of the registries', or `package.module:name`, somebody's own, as every
+augmentation is. A network's constructor gets what the data set and the config's common
+fields say, as far as it has parameters of these names; its other parameters are fields
+of `config.model`.
 """
 
 import functools
@@ -19,9 +20,10 @@ from samrobust.data import Dataset, DatasetFacts
 from samrobust.experiments.entries import fields_of_parameters, renamed
 from samrobust.models import MODELS
 from samrobust.system.resolve import is_reference, resolve
-from samrobust.types import Config, Field
+from samrobust.types import Augmentation, Config, Field
 
 __all__ = [
+    "augmentation",
     "check_model",
     "decay_of_gradient",
     "find_model",
@@ -128,12 +130,12 @@ def _check_taken(config: Config) -> None:
 
 
 def check_model(config: Config) -> None:
-    """Builds the network and the optimizer of a config, for whatever data.
+    """Builds a config's network, optimizer and augmentation, for whatever data.
 
     A network of the user's may be made for some data alone, and is only looked up.
 
     Raises:
-      ValueError: as `make_model` and `make_optimizer`.
+      ValueError: as `make_model`, `make_optimizer` and `augmentation`.
     """
     channels = max(len(config.model.mean or ()), len(config.model.std or ()), 1)
     facts = DatasetFacts(10, (32, 32, channels), (0.0,), (1.0,), 1, 1)
@@ -141,6 +143,7 @@ def check_model(config: Config) -> None:
     if not is_reference(config.model.name):
         make_model(config, facts)
     make_optimizer(config, optax.constant_schedule(0.1))
+    augmentation(config)
 
 
 OPTIMIZERS: dict[str, Callable[..., Sequence[optax.GradientTransformation]]] = {
@@ -159,6 +162,20 @@ OPTIMIZERS: dict[str, Callable[..., Sequence[optax.GradientTransformation]]] = {
         optax.adamw(learning_rate, b1=momentum, weight_decay=weight_decay),
     ),
 }
+
+
+def augmentation(config: Config) -> dict[str, Any]:
+    """Returns how `config.data` augments, as `samrobust.data.augmented` takes it.
+
+    Raises:
+      ValueError: if there is no such function.
+    """
+    data, augment = config.data, None
+    if data.augmentation:
+        augment: Augmentation | None = resolve(data.augmentation, "an augmentation")
+        named = {"data.augmentation": data.augmentation}
+        check(callable(augment), "a function of images and a key", **named)
+    return {"padding": data.padding, "flip": data.flip, "augment": augment}
 
 
 # Whose weight decay is a part of the gradient: AdamW's is none of it.

@@ -23,10 +23,10 @@ from samrobust.experiments.configuration import (
     as_dict,
     with_defaults,
 )
-from samrobust.experiments.methods import parts_of
+from samrobust.experiments.methods import own_code
 from samrobust.system.fields import differences, is_among
 from samrobust.system.provenance import commit, random_bits
-from samrobust.system.resolve import is_reference, sources
+from samrobust.system.resolve import sources
 from samrobust.types import Config
 
 __all__ = ["Identity", "changed_fields", "identity_of"]
@@ -45,8 +45,8 @@ class Identity:
     """The identity of a run.
 
     Attributes:
-      config: of the run, as JSON holds it; with parts, a network or an optimizer of
-        somebody's own also `source`, the SHA-256 of their files.
+      config: of the run, as JSON holds it; with `own_code` also `source`, the SHA-256
+        of its files.
       data: fingerprint of the training and held-out examples; of an imported network
         the digest of its file; None where nothing is known. With the mean and the
         deviation by which the network normalizes, where the name of the data does not
@@ -162,9 +162,7 @@ def identity_of(
         facts or one without test images where no image is at hand.
       digest: SHA-256 of the file that the network was imported from, if it was.
     """
-    names = [part.name for part in parts_of(config)]
-    names += [config.model.name, config.training.optimizer]
-    source = sources(filter(is_reference, names))
+    source = sources(own_code(config))
     data = None if digest is None else f"{_IMPORTED}{digest}"
     if data is None and isinstance(dataset, Dataset) and len(dataset.test):
         data = f"{fingerprint(dataset.train)}+{fingerprint(dataset.validation)}"

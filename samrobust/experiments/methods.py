@@ -27,6 +27,7 @@ __all__ = [
     "cost",
     "group_field",
     "group_size",
+    "own_code",
     "parts_of",
     "passes_at",
     "phases_of",
@@ -51,6 +52,13 @@ _SLOTS: Mapping[str, type] = {
 def parts_of(config: Config) -> tuple[Part, ...]:
     """Returns the parts of a config's row; none where it is of no row yet."""
     return parse_row(config.row or STANDARD).parts
+
+
+def own_code(config: Config) -> list[str]:
+    """Returns the references to the user's own code in a config, but to its data's."""
+    names = [part.name for part in parts_of(config)]
+    names += [config.model.name, config.training.optimizer, config.data.augmentation]
+    return list(filter(is_reference, names))
 
 
 def sections(row: str = "") -> dict[str, str]:

@@ -75,6 +75,7 @@ FIELDS: dict[str, Rule] = {
     "data.split_seed": _seed,
     "data.padding": partial(check_whole, 0, 4096),  # less than the images' side
     "data.flip": switch,
+    "data.augmentation": text,
     "model.name": text,
     "model.dtype": one_of("float32", "bfloat16"),
     "model.batch_norm_group": _size,

@@ -17,13 +17,13 @@ from jax.sharding import Mesh
 from jax.stages import Traced
 
 from samrobust.checks import check, check_whole, count
-from samrobust.data import Split, epoch_permutation, random_crop_and_flip, take_batch
+from samrobust.data import Split, augmented, epoch_permutation, take_batch
 from samrobust.system.compiler import compiler_options
 from samrobust.system.distributed import data_mesh, replicate, replicated, shard_batch
 from samrobust.training.repeating import repeat
 from samrobust.training.state import TrainState
 from samrobust.training.step import TrainStep
-from samrobust.types import Array, PyTree
+from samrobust.types import Array, Augmentation, PyTree
 
 __all__ = [
     "Chunk",
@@ -225,6 +225,7 @@ class EpochRunner:
       split: the training images, copied to every device once.
       padding: of the random crop, in pixels.
       flip: mirror at random.
+      augment: applied thereafter; None: nothing more.
       mesh: over which batches are split; all else is replicated.
       key: of all batches, augmentations and attacks of the run.
     """
@@ -237,6 +238,7 @@ class EpochRunner:
         *,
         padding: int,
         flip: bool,
+        augment: Augmentation | None = None,
         mesh: Mesh,
         key: Array,
     ):
@@ -244,7 +246,8 @@ class EpochRunner:
         self._train_steps = train_step if several else (train_step,)
         self._plan, self._mesh = plan, mesh
         self._options = compiler_options()  # of the context that it is built in
-        self._augmentation = {"padding": padding, "flip": flip}
+        self._augmentation: dict[str, Any] = {"padding": padding, "flip": flip}
+        self._augmentation["augment"] = augment
         self._placement = replicated(mesh)
         images_and_labels = (split.images, split.labels)
         self._data = replicate(images_and_labels, mesh)
@@ -346,9 +349,7 @@ class EpochRunner:
             crop_key, attack_key = jax.random.split(jax.random.fold_in(key, step))
             if self._plan.replays > 1:  # replays of a batch are cropped alike
                 crop_key, _ = jax.random.split(jax.random.fold_in(key, number))
-            batch_images = random_crop_and_flip(
-                batch_images, **self._augmentation, key=crop_key
-            )
+            batch_images = augmented(batch_images, **self._augmentation, key=crop_key)
             train_step = self._train_steps[chunk.phase]
             state, metrics = train_step(
                 carry.state, batch_images, batch_labels, attack_key

@@ -41,7 +41,7 @@ from samrobust.training.log import (
 from samrobust.training.phases import Phase, check_total_steps, phase_of
 from samrobust.training.state import TrainState, measured
 from samrobust.training.step import Method, metric_names
-from samrobust.types import Array
+from samrobust.types import Array, Augmentation
 
 __all__ = [
     "FitResult",
@@ -107,6 +107,7 @@ def fit(
     earlier: Sequence[Phase] = (),
     padding: int = 0,
     flip: bool = False,
+    augment: Augmentation | None = None,
     drop_remainder: bool = False,
     replays: int = 1,
     steps_per_call: int = 0,
@@ -132,6 +133,7 @@ def fit(
         taken; see `samrobust.training.phases`.
       padding: reflect-pad by this many pixels and crop at random; 0: none.
       flip: mirror left-right at random.
+      augment: applied to each batch thereafter; None: nothing more.
       drop_remainder: whether an incomplete last batch of an epoch is left out.
       replays: steps in a row on each batch, for `free` adversarial training; the number
         of all steps stays.
@@ -161,8 +163,8 @@ def fit(
     Raises:
       ValueError: if there is not one batch, the devices do not divide a batch, there
         are more steps than an int32 counts, or `after_epoch` or `validate` returns a
-        number that is not finite, or the latter no score; for a label that the
-        network has no logit for.
+        number that is not finite, or the latter no score; for a label without a
+        logit of the network, or an `augment` that changes shape or dtype.
       TrainingDivergedError: with the step and the last good checkpoint.
       InterruptedRunError: after `should_stop`.
       CheckpointError: if there are checkpoints and none is intact, or the newest intact
@@ -188,6 +190,7 @@ def fit(
             split,
             padding=padding,
             flip=flip,
+            augment=augment,
             mesh=mesh,
             key=run_key,
         )
@@ -259,10 +262,6 @@ class _Run:
     in_flight: Array | None = None  # ready when the last chunk is done
 
     @property
-    def num_phases(self) -> int:
-        return len(self.earlier) + 1
-
-    @property
     def num_steps(self) -> int:
         return self.plan.num_steps * self.epochs
 
@@ -272,7 +271,7 @@ class _Run:
         if step < self.num_steps:
             self._report("compiling", step)
             jax.block_until_ready(measured(carry.state))
-            for phase in range(phase_of(self.earlier, step), self.num_phases):
+            for phase in range(phase_of(self.earlier, step), len(self.earlier) + 1):
                 for chunk in dict.fromkeys(self.plan.chunks(phase=phase)):
                     self.runner.compile(chunk, [carry])
         try:

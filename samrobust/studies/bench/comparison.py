@@ -59,7 +59,9 @@ _TOLD_OTHERWISE = (
 # ends, what it is called and how it is judged.
 _OF_NO_STEP = (
     *configuration.CHANGES_NO_RESULT,
-    *("row", "label", "seed", "data.", "evaluation."),
+    *("row", "label", "seed", "evaluation.", "data.name", "data.padding", "data.flip"),
+    *(f"data.{size}" for size in ("train_size", "test_size", "validation_size")),
+    "data.split_seed",
     *("training.epochs", "training.drop_remainder"),
 )
 

@@ -21,7 +21,7 @@ from samrobust.data import (
     Dataset,
     DatasetFacts,
     Split,
-    random_crop_and_flip,
+    augmented,
     take_batch,
 )
 from samrobust.evaluation import make_evaluator
@@ -87,7 +87,7 @@ def step(
     @jax.jit
     def draw(images: Array, labels: Array, order: Array, key: Array) -> Any:
         batch, labels = take_batch(images, labels, order, 0, chunk.batch_size)
-        return random_crop_and_flip(batch, **_augmentation(config), key=key), labels
+        return augmented(batch, **building.augmentation(config), key=key), labels
 
     data = jax.device_put((split.images, split.labels))
     drawing = measure(
@@ -128,7 +128,7 @@ def training(
     with deterministic_programs(config.training.deterministic):
         runner = EpochRunner(
             *(train_step, plan, split),
-            **_augmentation(config),
+            **building.augmentation(config),
             mesh=data_mesh(),
             key=jax.random.key(1),
         )
@@ -151,10 +151,6 @@ def _compiled(compile_it: Callable[[], object]) -> Found:
         jax.monitoring.unregister_event_listener(listen)
     found, wanted = events.count(_HIT), events.count(_REQUEST)
     return {"compile_seconds": seconds, "from_cache": found == wanted > 0}
-
-
-def _augmentation(config: Config) -> Any:
-    return {"padding": config.data.padding, "flip": config.data.flip}
 
 
 def num_train(config: Config, facts: DatasetFacts) -> int:
