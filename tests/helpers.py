@@ -29,7 +29,7 @@ import pytest
 
 from samrobust import cli
 from samrobust.data import Dataset, Split
-from samrobust.experiments import building, configuration, networks
+from samrobust.experiments import building, configuration
 from samrobust.experiments.run import run
 from samrobust.experiments.scoring import Scorer
 from samrobust.experiments.validation import validate
@@ -107,12 +107,11 @@ def programs_made_once() -> Iterator[None]:
         fields = {**config.to_dict(), "seed": None}
         return repr(fields), dataset.image_shape, dataset.num_classes
 
-    def build(make: Callable[..., Any]) -> Callable[..., Any]:
-        def build_once(config: Any, dataset: Any, *steps: Any, **named: Any) -> Any:
-            key = make, *facts(config, dataset), *steps, *named.values()
-            return once(key, lambda: make(config, dataset, *steps, **named))
+    build = building.make_training
 
-        return build_once
+    def build_once(config: Any, dataset: Any, steps_per_epoch: int) -> Any:
+        key = *facts(config, dataset), steps_per_epoch
+        return once(key, lambda: build(config, dataset, steps_per_epoch))
 
     compile_chunk = EpochRunner.compile
 
@@ -136,11 +135,7 @@ def programs_made_once() -> Iterator[None]:
         patch.setattr(fit, "fresh_carry", functools.cache(fit.fresh_carry))
         patch.setattr(EpochRunner, "compile", compile_once)
         patch.setattr(Scorer, "__init__", begin_scorer_once)
-        for module, name in (
-            (building, "make_training"),
-            (networks, "_make_init"),
-        ):
-            patch.setattr(module, name, build(getattr(module, name)))
+        patch.setattr(building, "make_training", build_once)
         yield
 
 

@@ -24,7 +24,6 @@ from samrobust.studies.bench.hlo import kernels
 from samrobust.system.distributed import data_mesh, replicated, sharded
 from samrobust.training import log
 from samrobust.training.epoch import EpochRunner
-from samrobust.training.fit import fresh_carry
 
 BATCH, DEVICES = 16, 8
 LOCAL = BATCH // DEVICES
@@ -51,17 +50,16 @@ def count(name: str) -> tuple[float, float]:
     config = helpers.make_config(row, sizes)
     dataset, mesh = helpers.load_data(config), data_mesh()
     plan = building.make_plan(config, len(dataset.train))
-    method = building.make_training(config, dataset, plan.num_steps).method
+    built = building.make_training(config, dataset, plan.num_steps)
     key = jax.random.key(0)
     runner = EpochRunner(
-        *(method.train_step, plan, dataset.train),
+        *(built.method.train_step, plan, dataset.train),
         padding=0,
         flip=False,
         mesh=mesh,
         key=key,
     )
-    begin = fresh_carry(method, BATCH, dataset.image_shape)
-    carry = jax.jit(begin, out_shardings=replicated(mesh))(key)
+    carry = jax.jit(built.begin, out_shardings=replicated(mesh))(key)
     program = runner.compile(plan.chunks()[0], [carry])
     text = program.as_text()  # pyright: ignore[reportFunctionMemberAccess]
     found = [each for each in kernels(text) if each.kind == "collectives"]

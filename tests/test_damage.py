@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from samrobust.experiments import networks
+from samrobust.experiments.building import make_training
 from samrobust.experiments.identity import identity_of
 from samrobust.experiments.networks import load_network
 from samrobust.experiments.run import run, train
@@ -177,7 +177,7 @@ def each_damaged(made: Made, damage: str, tmp_path: pathlib.Path, inside: str):
 def go_on(made: Made, workdir: pathlib.Path) -> tuple[LoopState, int, list[Any]]:
     """The state that a training would go on from, the step, and the log so far."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    like = jax.eval_shape(networks._make_init(made.config, made.dataset), key)
+    like = jax.eval_shape(make_training(made.config, made.dataset, 1).begin, key)
     fresh = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
     identity = identity_of(made.config, made.dataset)
     with RunFolder(workdir, identity=identity) as history:

@@ -38,7 +38,7 @@ from samrobust.training import (
 )
 from samrobust.training.checkpoint import Checkpoints
 from samrobust.training.epoch import Chunk, EpochPlan, EpochRunner, LoopState
-from samrobust.training.fit import fit, fresh_carry
+from samrobust.training.fit import fit
 from samrobust.training.log import EndedEpoch, RunFolder, RunLog
 from samrobust.training.state import TrainState
 
@@ -426,9 +426,9 @@ def make_runner(row, **sizes):
     config = helpers.make_config(row, names)
     dataset = helpers.load_data(config)
     plan = make_plan(config, len(dataset.train))
-    method = make_training(config, dataset, plan.num_steps).method
+    built = make_training(config, dataset, plan.num_steps)
     runner = EpochRunner(
-        method.train_step,
+        built.method.train_step,
         plan,
         dataset.train,
         padding=1,
@@ -436,8 +436,8 @@ def make_runner(row, **sizes):
         mesh=data_mesh(),
         key=jax.random.key(1),
     )
-    begin = fresh_carry(method, 40, dataset.image_shape)
-    carry = jax.device_put(jax.jit(begin)(jax.random.key(0)), replicated(data_mesh()))
+    init = jax.jit(built.begin)
+    carry = jax.device_put(init(jax.random.key(0)), replicated(data_mesh()))
     return runner, plan, carry
 
 

@@ -24,7 +24,6 @@ from samrobust.system.distributed import data_mesh
 from samrobust.training import Objective, as_adversary, make_train_step
 from samrobust.training.checkpoint import Checkpoints
 from samrobust.training.epoch import Chunk, EpochRunner
-from samrobust.training.fit import fresh_carry
 from samrobust.training.passes import apply_in_training, make_passes
 
 KEY = jax.random.key(0)
@@ -275,9 +274,9 @@ def tiny_run(x64: bool) -> tuple[Any, ...]:
         config = helpers.make_config("at,norm=l2,eps=128+sam,rho=0.1")
         data = helpers.load_data(config)
         plan = make_plan(config, len(data.train))
-        method = make_training(config, data, plan.num_steps).method
+        built = make_training(config, data, plan.num_steps)
         runner = EpochRunner(
-            method.train_step,
+            built.method.train_step,
             plan,
             data.train,
             padding=1,
@@ -286,7 +285,7 @@ def tiny_run(x64: bool) -> tuple[Any, ...]:
             key=KEY,
         )
 
-        carry = jax.jit(fresh_carry(method, 32, data.image_shape))(KEY)
+        carry = jax.jit(built.begin)(KEY)
         start, order = jax.tree.map(np.asarray, carry), runner.permutation(1)
         call = Chunk(1, 32)
         for _ in range(2):

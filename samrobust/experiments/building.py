@@ -40,7 +40,8 @@ from samrobust.system.jaxprs import abstract_key
 from samrobust.system.resolve import is_reference, running
 from samrobust.training import Method, make_train_step
 from samrobust.training.adversaries.radii import make_ball
-from samrobust.training.epoch import EpochPlan, make_plan as cut_epoch
+from samrobust.training.epoch import EpochPlan, LoopState, make_plan as cut_epoch
+from samrobust.training.fit import fresh_carry
 from samrobust.training.phases import (
     Phase,
     check_total_steps,
@@ -48,7 +49,7 @@ from samrobust.training.phases import (
     first_epoch,
     waiting,
 )
-from samrobust.types import Attack, Config, PyTree
+from samrobust.types import Array, Attack, Config, PyTree
 
 __all__ = [
     "Training",
@@ -169,12 +170,14 @@ class Training(NamedTuple):
 
     Attributes:
       method: with all of its parts on.
+      begin: from a key to what a run begins with, and its checkpoints hold.
       earlier: the phases before they are.
       admit: as of `Averaging`; None if no average asks for it.
       learning_rate: its schedule, to be logged.
     """
 
     method: Method
+    begin: Callable[[Array], LoopState]
     earlier: tuple[Phase, ...]
     admit: Callable[..., PyTree] | None
     learning_rate: optax.Schedule
@@ -228,8 +231,10 @@ def make_training(
         natural = make_train_step(model, optax.chain(*links), averaging=averaging)
         return averaging.join(method, natural)
 
+    method = make(())
     return Training(
-        method=make(()),
+        method=method,
+        begin=fresh_carry(method, training.batch_size, dataset.image_shape),
         earlier=earlier_phases(lambda absent: make(absent).train_step, starts),
         admit=None if averaging is None else averaging.admit,
         learning_rate=learning_rate,

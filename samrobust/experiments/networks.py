@@ -7,7 +7,6 @@ far and what else a training that goes on must know.
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -26,7 +25,6 @@ from samrobust.system.provenance import checksum
 from samrobust.system.storage import to_path
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
 from samrobust.training.epoch import LoopState
-from samrobust.training.fit import fresh_carry
 from samrobust.training.log import checkpoint_folder, checkpoint_metadata
 from samrobust.training.restoring import read_and_spread
 from samrobust.types import Array, Config, PyTree
@@ -129,7 +127,8 @@ def load_network(
         one never takes its place.
     """
     key = abstract_key()
-    like = jax.eval_shape(_make_init(config, dataset), key)
+    begin = building.make_training(config, dataset, steps_per_epoch=1).begin
+    like = jax.eval_shape(begin, key)
     folder = checkpoint_folder(workdir, which)
     own = broadcast_from_primary(lambda: stored_config(workdir)) or config
     digest = broadcast_from_primary(
@@ -192,14 +191,14 @@ def save_variables(
     Raises:
       CheckpointError: if it cannot be written.
     """
-    init = _make_init(config, dataset)
+    begin = building.make_training(config, dataset, steps_per_epoch=1).begin
 
     def cast(variables: PyTree, like: PyTree) -> PyTree:
         return jax.tree.map(lambda x, old: jnp.array(x, old.dtype), variables, like)
 
     @jax.jit
     def make(key: Array, variables: dict[str, PyTree]) -> LoopState:
-        carry = init(key)
+        carry = begin(key)
         fresh = {name: carry.state.variables[name] for name in variables}
         state = dataclasses.replace(carry.state, **cast(variables, fresh))
         if state.average:
@@ -212,11 +211,3 @@ def save_variables(
     metadata = checkpoint_metadata(identity_of(config, known, digest))
     with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
         checkpoints.save(0, carry, metadata, wait=True)
-
-
-def _make_init(
-    config: Config, dataset: Dataset | DatasetFacts
-) -> Callable[[Array], LoopState]:
-    """Returns the function of a key to what a checkpoint of the run holds."""
-    method = building.make_training(config, dataset, steps_per_epoch=1).method
-    return fresh_carry(method, config.training.batch_size, dataset.image_shape)

@@ -25,7 +25,6 @@ from samrobust.experiments.rows import Row, parse_row
 from samrobust.system.claims.holder import read_holder
 from samrobust.system.jaxprs import abstract_key
 from samrobust.system.storage import remove_tree
-from samrobust.training.fit import fresh_carry
 from samrobust.training.log import checkpoint_folder
 from samrobust.training.trunks import TRAINED_BY, Trunk
 from samrobust.types import Config
@@ -147,9 +146,7 @@ def _make_trunk(
     config = planned.config
 
     def make_like() -> Any:
-        method = building.make_training(config, dataset, steps).method
-        batch_size, shape = config.training.batch_size, dataset.image_shape
-        begin = fresh_carry(method, batch_size, shape)
+        begin = building.make_training(config, dataset, steps).begin
         return jax.eval_shape(begin, abstract_key())
 
     def is_wanted() -> bool:

@@ -33,7 +33,6 @@ from samrobust.system.jaxprs import abstract_key
 from samrobust.training import Method
 from samrobust.training.checkpoint import Checkpoints
 from samrobust.training.epoch import Chunk, EpochPlan, EpochRunner, LoopState
-from samrobust.training.fit import fresh_carry
 from samrobust.types import Array, Config
 
 __all__ = [
@@ -115,15 +114,14 @@ def training(
       unroll: the loop of the attack.
     """
     plan = building.make_plan(config, len(split))
-    method = building.make_training(config, facts, plan.num_steps).method
-    begin = fresh_carry(method, plan.batch_size, facts.image_shape)
-    train_step = method.train_step
+    built = building.make_training(config, facts, plan.num_steps)
+    train_step = built.method.train_step
     if unroll:
         key = abstract_key()
         size, shape = plan.batch_size, facts.image_shape
         images = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
         labels = jax.ShapeDtypeStruct((size,), jnp.int32)
-        state = jax.eval_shape(begin, key).state
+        state = jax.eval_shape(built.begin, key).state
         train_step = _unrolled(train_step, state, images, labels, key)
     with deterministic_programs(config.training.deterministic):
         runner = EpochRunner(
@@ -132,7 +130,7 @@ def training(
             mesh=data_mesh(),
             key=jax.random.key(1),
         )
-    return runner, plan.chunks()[0], begin
+    return runner, plan.chunks()[0], built.begin
 
 
 def _compiled(compile_it: Callable[[], object]) -> Found:
@@ -212,10 +210,9 @@ def begin(
 ) -> tuple[Dataset, Method, LoopState]:
     """Returns images, the config's method, and the first state, on all devices."""
     dataset = _images(config, num_train, num_test)
-    method = building.make_training(config, dataset, 1).method
-    fresh = fresh_carry(method, config.training.batch_size, dataset.image_shape)
-    everywhere = replicated(data_mesh())
-    return dataset, method, jax.jit(fresh, out_shardings=everywhere)(jax.random.key(0))
+    built = building.make_training(config, dataset, 1)
+    init = jax.jit(built.begin, out_shardings=replicated(data_mesh()))
+    return dataset, built.method, init(jax.random.key(0))
 
 
 def _images(config: Config, num_train: int, num_test: int) -> Dataset:
