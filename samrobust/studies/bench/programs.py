@@ -196,8 +196,14 @@ def roofline(config: Config, measure: Measure) -> Found:
     numbers = jnp.ones((128 if on_cpu else 1024) * 2**18, jnp.float32)
 
     def fastest(function: Callable[[Array], Array], start: Array) -> float:
-        apply = jax.jit(function, donate_argnums=0)
-        return min(measure(_repeated(apply, jnp.copy(start))))
+        apply, state = jax.jit(function, donate_argnums=0), jnp.copy(start)
+
+        def call() -> Array:
+            nonlocal state
+            state = apply(state)
+            return state
+
+        return min(measure(call))
 
     return {
         "matmul": 2 * size**3 / fastest(lambda x: matrix @ x, matrix),
@@ -241,19 +247,6 @@ def _with_unrolled_scans(program: Any) -> Any:
             params["unroll"] = params["length"]
         equations.append(equation.replace(params=params))
     return program.replace(eqns=equations)
-
-
-def _repeated(
-    function: Callable[..., Any], state: Any, *rest: Any
-) -> Callable[[], Any]:
-    """Returns a call of `state <- function(state, *rest)`; the state may be donated."""
-
-    def call() -> Any:
-        nonlocal state
-        state = function(state, *rest)
-        return state
-
-    return call
 
 
 def _checkpoint_seconds(carry: LoopState) -> float:
