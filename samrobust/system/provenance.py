@@ -17,7 +17,7 @@ import numpy as np
 
 from samrobust.types import PyTree
 
-__all__ = ["checksum", "commit", "provenance", "random_bits"]
+__all__ = ["checksum", "command", "commit", "provenance", "random_bits"]
 
 # Of the environment, where they are set: they change how programs round.
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION")
@@ -44,10 +44,15 @@ def provenance() -> dict[str, Any]:
         "num_devices": jax.device_count(),
         "num_processes": jax.process_count(),
         "platform": platform.platform(),
-        "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **({"flags": flags} if flags else {}),
     }
+
+
+def command() -> str:
+    """Returns the command line of this process, its program without the folder."""
+    return shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 @functools.cache

@@ -5,10 +5,7 @@ No device is asked for, since this process would then hold memory of it.
 
 import dataclasses
 import math
-import pathlib
-import shlex
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,6 +17,7 @@ from samrobust.studies.bench.counts import StepCost, step_cost
 from samrobust.studies.bench.plan import Options, Task, config_of, known_ceilings
 from samrobust.studies.bench.programs import num_steps
 from samrobust.studies.bench.suite import Outcome
+from samrobust.system.provenance import command
 from samrobust.types import Config
 
 __all__ = ["PAPER_COSTS", "BenchReport", "Row", "summarize"]
@@ -94,10 +92,9 @@ def summarize(
             rows[-1] |= _rates(rows[-1], task, config, passes, ceiling)
     for row in rows:
         row |= _compared(row, rows)
-    command = shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
     provenance = first.get("provenance", {}) | {
         "matmul_precision": first.get("matmul_precision"),
-        "command": command,
+        "command": command(),
     }
     return BenchReport(rows, ceilings, failures, provenance)
 
