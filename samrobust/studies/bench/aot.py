@@ -33,11 +33,11 @@ from samrobust.studies.bench.hlo import KINDS, Kernel, kernels
 from samrobust.studies.bench.plan import Task
 from samrobust.studies.bench.programs import num_train, training
 from samrobust.system import compiler
-from samrobust.system.distributed import compiling_for, data_mesh, replicated
+from samrobust.system.distributed import compiling_for, data_mesh, replicate
 from samrobust.system.files import write_json, write_text
 from samrobust.system.jaxprs import abstract_key
 from samrobust.system.tables import Sheet, TextTable
-from samrobust.types import Config, PyTree
+from samrobust.types import Config
 
 __all__ = [
     "TARGETS",
@@ -141,12 +141,12 @@ def step_program(config: Config, *, seeds: int = 1) -> tuple[Any, int]:
     images = np.broadcast_to(np.uint8(0), (size, *facts.image_shape))  # no memory
     split = Split(images, np.broadcast_to(np.int32(0), size))
     runner, chunk, begin = training(config, facts, split)
-    carry = _placed(jax.eval_shape(begin, abstract_key()))
+    carry = replicate(jax.eval_shape(begin, abstract_key()), data_mesh())
     return runner.trace(chunk, [carry] * seeds), chunk.num_steps * seeds
 
 
 def evaluation_program(config: Config) -> tuple[Any, int]:
-    """Traces the evaluation of one batch: clean and all attacks."""
+    """Traces the evaluation of one batch, clean and all attacks, as `step_program`."""
     facts = building.load_facts(config)
     model, key = building.make_model(config, facts), abstract_key()
     image = jax.ShapeDtypeStruct((1, *facts.image_shape), jnp.float32)
@@ -159,7 +159,8 @@ def evaluation_program(config: Config) -> tuple[Any, int]:
     )
     indices = jax.ShapeDtypeStruct((size,), jnp.int32)
     of_batch: Any = batch_program(judge_by(model, building.evaluation_attacks(config)))
-    return of_batch.trace(*_placed((variables, *split, indices, key))), 1
+    arguments = replicate((variables, *split, indices, key), data_mesh())
+    return of_batch.trace(*arguments), 1
 
 
 def counted(
@@ -218,7 +219,7 @@ def compiler_options(
 def try_out(name: str, options: Mapping[str, str | bool]) -> None:
     """Compiles a trivial program for a device that is not there."""
     with compiling_for(devices_of(name)):
-        number = _placed(jax.ShapeDtypeStruct((), jnp.float32))
+        number = replicate(jax.ShapeDtypeStruct((), jnp.float32), data_mesh())
         lowered = jax.jit(lambda x: x).lower(number)
         lowered.compile(TARGETS[name].options | dict(options))
 
@@ -314,11 +315,3 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of its package
         return False
-
-
-def _placed(tree: PyTree) -> PyTree:
-    """Returns shapes that lie on all devices of the mesh."""
-    place = replicated(data_mesh())
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
-    )
