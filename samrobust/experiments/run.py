@@ -226,7 +226,10 @@ def train(
         identity=identity_of(config, dataset),
         may_write=may_write,
         clock=time.monotonic if companion is None else companion.clock,
-        trunks=trunks.make_trunks(shared, workdir, dataset, plan.num_steps),
+        trunks=[
+            trunks.make_trunk(planned, workdir, dataset, plan.num_steps)
+            for planned in shared
+        ],
     )
     judge = heldout.make_judge(config, dataset)
     labels = dataset.validation.labels

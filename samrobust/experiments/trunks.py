@@ -33,7 +33,7 @@ __all__ = [
     "PlannedTrunk",
     "epochs_given",
     "in_the_making",
-    "make_trunks",
+    "make_trunk",
     "plan_trunks",
     "remove_finished",
     "trained_by",
@@ -126,23 +126,17 @@ def epochs_given(shared: Iterable[Iterable[PlannedTrunk]]) -> list[int]:
     return found
 
 
-def make_trunks(
-    planned: Iterable[PlannedTrunk], workdir: pathlib.Path, dataset: Dataset, steps: int
-) -> list[Trunk]:
-    """Builds what the training takes of the trunks of a run.
+def make_trunk(
+    planned: PlannedTrunk, workdir: pathlib.Path, dataset: Dataset, steps: int
+) -> Trunk:
+    """Builds what the training takes of a trunk.
 
     Args:
-      planned: those that the run passes through.
+      planned: one that the run passes through.
       workdir: of the run.
       dataset: of the table.
       steps: in an epoch.
     """
-    return [_make_trunk(trunk, workdir, dataset, steps) for trunk in planned]
-
-
-def _make_trunk(
-    planned: PlannedTrunk, workdir: pathlib.Path, dataset: Dataset, steps: int
-) -> Trunk:
     config = planned.config
 
     def make_like() -> Any:
