@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     plan, console = make_plan(arguments), make_console()
     share = plan.runs[plan.shard]
-    runs = [r for r in share if not (r.workdir / "result.json").exists()]
+    runs = [planned for planned in share if not planned.has_result]
     if not runs:
         console.print(f"All {len(share)} runs have finished.")
         return 0

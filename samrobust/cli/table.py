@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     distributed.broadcast_from_primary(lambda: check_writable(plan.workdir))
     load_data = once_per(building.load_data, "data")
     done = distributed.broadcast_from_primary(
-        lambda: [(run.workdir / "result.json").exists() for run in plan.runs]
+        lambda: [planned.has_result for planned in plan.runs]
     )
     _rehearse(plan.runs, done, load_data)
     works = _foresee(share, done[plan.shard], load_data)
@@ -219,8 +219,7 @@ def _conclude(
     told = [  # of training it was said why a run has no result, but not of one that has
         (planned.name, why)
         for planned, why in missing
-        if planned.workdir not in failed
-        and (arguments.collect or (planned.workdir / "result.json").exists())
+        if planned.workdir not in failed and (arguments.collect or planned.has_result)
     ]
     for why in dict.fromkeys(why for _, why in told):
         names = "; ".join(name for name, its in told if its == why)

@@ -64,6 +64,11 @@ class PlannedRun:
         """For messages: `SAM (rho = 0.2), seed 1`."""
         return f"{self.config.label}, seed {self.config.seed}"
 
+    @property
+    def has_result(self) -> bool:
+        """Says whether there is a result, of whatever config: the file alone counts."""
+        return (self.workdir / "result.json").exists()
+
 
 def work(config: Config, dataset: Dataset) -> tuple[float, float]:
     """Returns the predicted cost of training and of evaluation, for an ETA.

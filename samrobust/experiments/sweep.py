@@ -110,8 +110,8 @@ def run_all(
     def attempt_all(left: Sequence[PlannedRun]) -> list[PlannedRun]:
         held = []
         for group in _groups(left, seeds_per_program):
-            fresh = [p for p in group if p.workdir not in put_off]
-            if broadcast_from_primary(functools.partial(_any_in_the_making, fresh)):
+            fresh = [t for p in group if p.workdir not in put_off for t in p.shared]
+            if broadcast_from_primary(functools.partial(in_the_making, fresh)):
                 put_off.update(planned.workdir for planned in group)
                 held += group
                 continue
@@ -164,21 +164,12 @@ def _groups(runs: Sequence[PlannedRun], size: int) -> Iterator[list[PlannedRun]]
     left = list(runs)
     while left:
         alike = left[:1]
-        if size > 1 and not _is_done(left[0]):
-            alike += [
-                p for p in left[1:] if _is_sibling(p, left[0]) and not _is_done(p)
-            ]
+        if size > 1 and not left[0].has_result:
+            siblings = (p for p in left[1:] if _is_sibling(p, left[0]))
+            alike += [p for p in siblings if not p.has_result]
         group = alike[:size]
         left = [p for p in left if not any(p is taken for taken in group)]
         yield group
-
-
-def _any_in_the_making(runs: Sequence[PlannedRun]) -> bool:
-    return any(in_the_making(planned.shared) for planned in runs)
-
-
-def _is_done(planned: PlannedRun) -> bool:
-    return (planned.workdir / "result.json").exists()
 
 
 def _is_sibling(planned: PlannedRun, other: PlannedRun) -> bool:
