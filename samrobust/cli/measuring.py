@@ -235,13 +235,9 @@ class RunMeasurements(FinishedRuns):
             found = measure(network.variables, on_batch)
             measured["provenance"] = provenance()
             self._measured[folder] = self.runs[folder] = {**found, **measured}
-            self.write()
+            self.runs = broadcast_from_primary(lambda: self._write({}))
 
         self.judge_each(judge, works)
-
-    def write(self) -> None:
-        """Writes what is known."""
-        self.runs = broadcast_from_primary(lambda: self._write({}))
 
     def conclude(
         self, draw: Callable[[], Iterable[pathlib.Path]], **found: Any
