@@ -17,7 +17,13 @@ from importlib import metadata
 
 from samrobust import __version__
 from samrobust.checks import check, shorten
-from samrobust.system.runtime import FAILED, is_off, one_line, trusted_cache_folder
+from samrobust.system.runtime import (
+    FAILED,
+    is_off,
+    one_line,
+    trusted_cache_folder,
+    usable_cores,
+)
 
 __all__ = ["ABOUT", "EXTRAS", "add_flags", "run"]
 
@@ -139,9 +145,7 @@ def _memory() -> str:
         text = pathlib.Path("/proc/meminfo").read_text(encoding="utf-8")
         if found := re.search(r"MemAvailable: +(\d+)", text):
             total = f"{_size(1024 * int(found[1]))} free of {total}"
-    affinity = getattr(os, "sched_getaffinity", None)  # of Linux
-    cores = len(affinity(0)) if affinity else os.cpu_count()
-    return f"{total}, {cores} cores for this process"
+    return f"{total}, {usable_cores()} cores for this process"
 
 
 def _programs() -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from samrobust.system.runtime import usable_cores
 from samrobust.types import PyTree
 
 __all__ = ["checksum", "command", "commit", "provenance", "random_bits"]
@@ -102,10 +103,4 @@ def _processor() -> str:
             x.partition(":")[2].strip() for x in lines if x.startswith("model name")
         ]
         model = names[0] if names else model
-    return f"{model} ({_cores()} cores)"
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return f"{model} ({usable_cores()} cores)"

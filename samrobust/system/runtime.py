@@ -43,12 +43,19 @@ __all__ = [
     "one_line",
     "say",
     "trusted_cache_folder",
+    "usable_cores",
 ]
 
 # mallopt's parameters, from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _RESERVE, _HUGE_PAGE = 2**32, 2**21  # bytes; huge pages as on x86-64
 _MADV_HUGEPAGE = 14  # from Linux's mman.h
+
+
+def usable_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # of Linux
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def cache_folder() -> pathlib.Path:
