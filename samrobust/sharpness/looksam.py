@@ -3,7 +3,6 @@
 Reference: Liu et al. (2022), arXiv 2203.02714, Algorithm 1.
 """
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -145,17 +144,9 @@ def looksam(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _passes(values: Mapping[str, Any]) -> float:
-    return 1 / values["k"]
-
-
 ENTRY = Entry(
     looksam,
     "LookSAM (rho = {rho:g})",
-    fields={
-        "rho": check_strength,
-        "k": count,
-        "alpha": amount,
-    },
-    passes=_passes,
+    fields={"rho": check_strength, "k": count, "alpha": amount},
+    passes=lambda values: 1 / values["k"],
 )

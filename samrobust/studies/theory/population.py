@@ -99,18 +99,16 @@ def adversarial(world: World, epsilon: Floats, *, moves_robust: bool) -> Objecti
     return objective
 
 
-def sam_robust_weight(
-    world: World, rho: Floats, *, num_candidates: int = 33
-) -> Objective:
+def sam_robust_weight(world: World, rho: Floats) -> Objective:
     """Builds SAM's loss, equation (11), where the perturbation moves w_1 alone.
 
-    The worst of `num_candidates` weights from w_1 - rho to w_1 + rho, both included: no
-    property of the loss is used to choose among them.
+    The worst of 33 weights from w_1 - rho to w_1 + rho, both included: no property of
+    the loss is used to choose among them.
     """
     plain = natural(world)
 
     def objective(w: np.ndarray) -> Value:
-        return _worst(plain(w + rho * _leading(np.linspace(-1, 1, num_candidates), w)))
+        return _worst(plain(w + rho * _leading(np.linspace(-1, 1, 33), w)))
 
     return objective
 

@@ -101,16 +101,11 @@ def cfa_trades(
     return adversary, Objective(regularized, trades.VIEWS)
 
 
-_FIELDS = {
-    **FIELDS,
-    "beta": trades.FIELDS["beta"],
-    "base_beta": check_extent,
-}
 ENTRY = Entry(
     cfa_trades,
     "CFA with TRADES (eps = {eps:g}/255, beta = {beta:g})",
     options={"eps": "epsilon", "beta": "beta"},
-    fields=_FIELDS,
+    fields=FIELDS | {"beta": amount, "base_beta": check_extent},
     attack_passes=lambda values: attack_passes(values) + 1 / 3,
     check=check_options,
 )
