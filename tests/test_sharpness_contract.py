@@ -29,8 +29,7 @@ from samrobust.sharpness import (
     sam,
     two_pass,
 )
-from samrobust.sharpness.sam import of_length
-from samrobust.sharpness.trees import norm
+from samrobust.sharpness.trees import norm, of_length
 from samrobust.training.checkpoint import Checkpoints
 
 RHO, RATE, ETA, DECAY = 0.3, 0.1, 0.01, 0.05

@@ -12,8 +12,7 @@ import optax
 
 from samrobust.checks import amount, check, check_strength
 from samrobust.sharpness.masks import is_bias
-from samrobust.sharpness.sam import of_length
-from samrobust.sharpness.trees import norm
+from samrobust.sharpness.trees import norm, of_length
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, ArrayLike, Entry, PyTree
 

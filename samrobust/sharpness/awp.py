@@ -15,8 +15,7 @@ from samrobust.checks import (
     check_strength,
     one_of,
 )
-from samrobust.sharpness.sam import of_length
-from samrobust.sharpness.trees import norm, zeros_as
+from samrobust.sharpness.trees import norm, of_length, zeros_as
 from samrobust.sharpness.two_pass import Combine, two_pass
 from samrobust.types import Array, ArrayLike, Entry, Field, PyTree
 

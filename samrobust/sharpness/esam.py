@@ -13,8 +13,7 @@ import optax
 from samrobust.checks import check_real, check_strength
 from samrobust.sharpness.masks import live, masked
 from samrobust.sharpness.refusals import check_present, check_ungrouped
-from samrobust.sharpness.sam import of_length
-from samrobust.sharpness.trees import norm
+from samrobust.sharpness.trees import norm, of_length
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, ArrayLike, Entry, PyTree
 

@@ -11,8 +11,7 @@ import optax
 
 from samrobust.checks import check_real, check_strength
 from samrobust.sharpness.masks import size
-from samrobust.sharpness.sam import of_length
-from samrobust.sharpness.trees import at_least_float32, norm
+from samrobust.sharpness.trees import at_least_float32, norm, of_length
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, ArrayLike, Entry, PyTree
 

@@ -12,8 +12,7 @@ import optax
 from samrobust.checks import amount, check_strength, share
 from samrobust.sharpness.masks import restricted, where_given
 from samrobust.sharpness.refusals import check_ungrouped
-from samrobust.sharpness.sam import of_length
-from samrobust.sharpness.trees import norm
+from samrobust.sharpness.trees import norm, of_length
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, ArrayLike, Entry, PyTree
 

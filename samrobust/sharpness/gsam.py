@@ -7,8 +7,7 @@ import jax
 import optax
 
 from samrobust.checks import amount, check_strength
-from samrobust.sharpness.sam import of_length
-from samrobust.sharpness.trees import cosine, norm
+from samrobust.sharpness.trees import cosine, norm, of_length
 from samrobust.sharpness.two_pass import second, two_pass
 from samrobust.types import Array, ArrayLike, Entry, PyTree
 

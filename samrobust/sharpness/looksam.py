@@ -17,7 +17,7 @@ from samrobust.sharpness.refusals import (
     check_present,
     is_off,
 )
-from samrobust.sharpness.sam import of_length, sam
+from samrobust.sharpness.sam import sam
 from samrobust.sharpness.state import last_metrics
 from samrobust.sharpness.trees import (
     at_least_float32,
@@ -25,6 +25,7 @@ from samrobust.sharpness.trees import (
     mean_norm_of_groups,
     mean_of_groups,
     norm,
+    of_length,
 )
 from samrobust.types import Array, ArrayLike, Entry, PyTree
 

@@ -17,9 +17,8 @@ from samrobust.sharpness.refusals import (
     check_steps,
     check_whole_tree,
 )
-from samrobust.sharpness.sam import of_length
 from samrobust.sharpness.state import OffsetState, shifted
-from samrobust.sharpness.trees import at_least_float32, norm, width, zeros
+from samrobust.sharpness.trees import at_least_float32, norm, of_length, width, zeros
 from samrobust.types import ArrayLike, Entry, PyTree
 
 __all__ = ["ENTRY", "msam"]

@@ -12,8 +12,7 @@ import optax
 from samrobust.checks import LARGEST_REAL, amount, check_real, count
 from samrobust.sharpness.awp import FIELDS, decay_at_the_moved
 from samrobust.sharpness.refusals import check_present, check_ungrouped
-from samrobust.sharpness.sam import of_length
-from samrobust.sharpness.trees import norm, zeros_as
+from samrobust.sharpness.trees import norm, of_length, zeros_as
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, ArrayLike, Entry, PyTree
 

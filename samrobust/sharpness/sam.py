@@ -3,16 +3,14 @@
 Reference: Foret et al. (2021), arXiv 2010.01412, equations (2) and (3).
 """
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from samrobust.checks import check_strength
-from samrobust.sharpness.trees import norm
+from samrobust.sharpness.trees import norm, of_length
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, ArrayLike, Entry, PyTree
 
-__all__ = ["ENTRY", "of_length", "sam"]
+__all__ = ["ENTRY", "sam"]
 
 
 def sam(
@@ -40,6 +38,8 @@ def sam(
     in both gradients, and clips the mean gradient to norm 5. `grad_fn` and the updates
     may hold that term, and `optax.clip_by_global_norm(5.0)` may follow.
 
+    >>> import jax
+    >>> import jax.numpy as jnp
     >>> loss = lambda w: jnp.sum(w**2)
     >>> w = jnp.array([3.0, 4.0])
     >>> tx = optax.chain(sam(rho=0.5), optax.sgd(0.1))
@@ -54,15 +54,6 @@ def sam(
         return of_length(rho, grads, norm(grads))
 
     return two_pass(rho, ascend, aux=aux, grouped=grouped)
-
-
-def of_length(rho: Array, tree: PyTree, length: Array) -> PyTree:
-    """Returns rho / length times a tree; zeros where the length or rho is zero."""
-    moves = (length != 0) & (rho != 0)  # NaN moves: it must not pass for "off"
-    scale = jnp.where(moves, rho / jnp.where(moves, length, 1.0), 0.0)
-    return jax.tree.map(
-        lambda leaf: scale.astype(jnp.finfo(leaf.dtype).dtype) * leaf, tree
-    )
 
 
 ENTRY = Entry(sam, "SAM (rho = {rho:g})", fields={"rho": check_strength})

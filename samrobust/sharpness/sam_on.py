@@ -10,8 +10,7 @@ import optax
 
 from samrobust.checks import check, check_strength
 from samrobust.sharpness.masks import live, masked, normalizations, restricted
-from samrobust.sharpness.sam import of_length
-from samrobust.sharpness.trees import norm
+from samrobust.sharpness.trees import norm, of_length
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, ArrayLike, Entry, PyTree
 

@@ -22,8 +22,7 @@ from samrobust.sharpness.masks import (
     where_given,
 )
 from samrobust.sharpness.refusals import check_present, check_ungrouped
-from samrobust.sharpness.sam import of_length
-from samrobust.sharpness.trees import at_least_float32, norm
+from samrobust.sharpness.trees import at_least_float32, norm, of_length
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, ArrayLike, Entry, Field, PyTree
 

@@ -22,6 +22,7 @@ __all__ = [
     "mean_of_groups",
     "norm",
     "normal_like",
+    "of_length",
     "width",
     "zeros",
     "zeros_as",
@@ -98,6 +99,15 @@ def _root(square: Array) -> Array:
     """Returns the square root, whose derivative is 0 at 0."""
     is_zero = square == 0
     return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
+
+
+def of_length(rho: Array, tree: PyTree, length: Array) -> PyTree:
+    """Returns rho / length times a tree; zeros where the length or rho is zero."""
+    moves = (length != 0) & (rho != 0)  # NaN moves: it must not pass for "off"
+    scale = jnp.where(moves, rho / jnp.where(moves, length, 1.0), 0.0)
+    return jax.tree.map(
+        lambda leaf: scale.astype(jnp.finfo(leaf.dtype).dtype) * leaf, tree
+    )
 
 
 def cosine(first: PyTree, second: PyTree, norms: tuple[Array, Array]) -> Array:
