@@ -7,7 +7,7 @@ import jax
 import optax
 
 from samrobust.checks import amount, check_strength
-from samrobust.sharpness.trees import cosine, norm, of_length
+from samrobust.sharpness.trees import norm, of_length, projection
 from samrobust.sharpness.two_pass import second, two_pass
 from samrobust.types import Array, ArrayLike, Entry, PyTree
 
@@ -50,10 +50,7 @@ def gsam(
 
     def combine(first: PyTree, second: PyTree, perturbation: PyTree) -> PyTree:
         del perturbation
-        lengths = norm(first), norm(second)
-        # proj_{g_p} g = ||g|| cos(g, g_p) g_p / ||g_p||
-        share = cosine(first, second, lengths) * lengths[0]
-        along = of_length(share, second, lengths[1])
+        along = projection(first, second)
         return jax.tree.map(
             lambda g, p, a: p - (alpha * (g - a)).astype(p.dtype), first, second, along
         )

@@ -21,11 +21,11 @@ from samrobust.sharpness.sam import sam
 from samrobust.sharpness.state import last_metrics
 from samrobust.sharpness.trees import (
     at_least_float32,
-    cosine,
     mean_norm_of_groups,
     mean_of_groups,
     norm,
     of_length,
+    projection,
 )
 from samrobust.types import Array, ArrayLike, Entry, PyTree
 
@@ -104,9 +104,7 @@ def looksam(
             g, g_s = (
                 jax.tree.map(at_least_float32, tree) for tree in (mean(), outcome)
             )
-            lengths = norm(g), norm(g_s)
-            share = cosine(g, g_s, lengths) * lengths[1]
-            along = of_length(share, g, lengths[0])
+            along = projection(g_s, g)
             # Where SAM did not move, the difference is rounding alone.
             moved = last_metrics(after)["applied_rho"] != 0
 

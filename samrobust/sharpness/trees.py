@@ -23,6 +23,7 @@ __all__ = [
     "norm",
     "normal_like",
     "of_length",
+    "projection",
     "width",
     "zeros",
     "zeros_as",
@@ -108,6 +109,12 @@ def of_length(rho: Array, tree: PyTree, length: Array) -> PyTree:
     return jax.tree.map(
         lambda leaf: scale.astype(jnp.finfo(leaf.dtype).dtype) * leaf, tree
     )
+
+
+def projection(tree: PyTree, onto: PyTree) -> PyTree:
+    """Returns proj_b a = ||a|| cos(a, b) b / ||b||; zeros if either is zero."""
+    norms = norm(tree), norm(onto)
+    return of_length(cosine(tree, onto, norms) * norms[0], onto, norms[1])
 
 
 def cosine(first: PyTree, second: PyTree, norms: tuple[Array, Array]) -> Array:
