@@ -123,12 +123,12 @@ metadata={'epoch': 2})
         """
         check(step >= 0, "0 <= step", step=step)
         self.wait()
-        if step in self._steps() and self._is_intact(step):
+        if step in self._place.steps() and self._is_intact(step):
             return
         leaves = jax.device_get(named_leaves(state))
         leaves = {name: np.asarray(leaf) for name, leaf in leaves.items()}
         manifest = make_manifest(step, leaves, metadata or {})
-        later = [other for other in self._steps() if other > step]
+        later = [other for other in self._place.steps() if other > step]
         if later:
             warnings.warn(
                 f"Steps {later} in {self._place.name} are later than step {step}, "
@@ -175,7 +175,7 @@ metadata={'epoch': 2})
             cast.
         """
         self.wait()
-        steps = self._steps()
+        steps = self._place.steps()
         with Reader() as reader:
             for step in reversed(steps):
                 try:
@@ -210,7 +210,7 @@ metadata={'epoch': 2})
             or is refused.
         """
         self.wait()
-        while steps := self._steps():
+        while steps := self._place.steps():
             wanted = steps[-1] if step is None else step
             if wanted not in steps:
                 break
@@ -218,17 +218,17 @@ metadata={'epoch': 2})
                 try:
                     return self._read(reader, wanted, like, refuse)
                 except DamagedError as error:
-                    if wanted not in self._steps():  # its writer has gone on
+                    if wanted not in self._place.steps():  # its writer has gone on
                         continue
                     raise CheckpointError(
                         f"Expected an intact checkpoint {self._path(wanted)}, got a "
                         f"damaged one: {str(error).rstrip('.')}. Steps beside it: "
                         f"{steps}; another one is used only where --step names it."
                     ) from error
-        fix = "Choose one of these." if self._steps() else "Run `samrobust train`."
+        fix = "Choose one of these." if steps else "Run `samrobust train`."
         raise CheckpointError(
             f"Expected a checkpoint{'' if step is None else f' of step {step}'} in "
-            f"{self._place.name}, got {self._steps() or 'none'}. {fix}"
+            f"{self._place.name}, got {steps or 'none'}. {fix}"
         )
 
     def _read(
@@ -268,13 +268,13 @@ metadata={'epoch': 2})
     def retain(self, wanted: Callable[[int], bool]) -> None:
         """Removes the finished checkpoints of all other steps."""
         self.wait()
-        for step in self._steps():
+        for step in self._place.steps():
             if not wanted(step):
                 self._place.remove(step)
 
     def latest_step(self) -> int | None:
         """Returns the newest finished step on disk, not verified, or None."""
-        return max(self._steps(), default=None)
+        return max(self._place.steps(), default=None)
 
     def wait(self) -> None:
         """Waits for the pending write; raises `CheckpointError` if it failed."""
@@ -295,9 +295,6 @@ metadata={'epoch': 2})
 
     def _path(self, step: int) -> str:
         return os.path.join(self._place.name, str(step))
-
-    def _steps(self) -> list[int]:
-        return self._place.steps()
 
     def _open_manager(self) -> ocp.CheckpointManager:
         """Returns the writer, with its list of steps read again from the disk."""
