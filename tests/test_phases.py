@@ -15,6 +15,7 @@ import pytest
 from flax import linen as nn
 
 from samrobust.experiments import building, methods
+from samrobust.experiments.networks import load_network
 from samrobust.experiments.reporting.notes import sharpness_note
 from samrobust.experiments.rows import parse_row
 from samrobust.experiments.run import train
@@ -264,6 +265,17 @@ def test_entropy_sgd_is_refused_where_it_would_never_move_the_weights():
     config = helpers.make_config("entropy_sgd,gamma=0.03", {"training.epochs": 1})
     with pytest.raises(ValueError, match=r"entropy_sgd\.inner_steps <= 4 updates, got"):
         building.make_training(config, helpers.load_data(config), 4)
+
+
+def test_a_network_of_entropy_sgd_is_read_whose_rounds_are_longer_than_its_epochs(
+    tmp_path,
+):
+    longer = {"entropy_sgd.inner_steps": 6, "training.epochs": 2}
+    config = helpers.make_config("entropy_sgd,gamma=0.03", longer)
+    dataset = helpers.load_data(config)
+    state = train(config, dataset, tmp_path).state
+    network = load_network(config, dataset, tmp_path, "last")
+    helpers.assert_same_bits(network.variables, state.eval_variables)
 
 
 def test_entropy_sgd_is_refused_with_an_optimizer_whose_place_it_takes():

@@ -7,6 +7,7 @@ far and what else a training that goes on must know.
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -15,13 +16,14 @@ from flax import linen as nn
 
 from samrobust.checks import check_choice
 from samrobust.data import Dataset, DatasetFacts
-from samrobust.experiments import building
+from samrobust.experiments import building, methods
 from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.workdir import config_of_run, stored_config
 from samrobust.system.distributed import broadcast_from_primary, data_mesh
 from samrobust.system.files import glance
 from samrobust.system.jaxprs import abstract_key
 from samrobust.system.provenance import checksum
+from samrobust.system.resolve import is_reference
 from samrobust.system.storage import to_path
 from samrobust.training.checkpoint import CheckpointError, Checkpoints, Restored
 from samrobust.training.epoch import LoopState
@@ -127,8 +129,7 @@ def load_network(
         one never takes its place.
     """
     key = abstract_key()
-    begin = building.make_training(config, dataset, steps_per_epoch=1).begin
-    like = jax.eval_shape(begin, key)
+    like = jax.eval_shape(_begin(config, dataset), key)
     folder = checkpoint_folder(workdir, which)
     own = broadcast_from_primary(lambda: stored_config(workdir)) or config
     digest = broadcast_from_primary(
@@ -191,7 +192,7 @@ def save_variables(
     Raises:
       CheckpointError: if it cannot be written.
     """
-    begin = building.make_training(config, dataset, steps_per_epoch=1).begin
+    begin = _begin(config, dataset)
 
     def cast(variables: PyTree, like: PyTree) -> PyTree:
         return jax.tree.map(lambda x, old: jnp.array(x, old.dtype), variables, like)
@@ -211,3 +212,13 @@ def save_variables(
     metadata = checkpoint_metadata(identity_of(config, known, digest))
     with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
         checkpoints.save(0, carry, metadata, wait=True)
+
+
+def _begin(
+    config: Config, dataset: Dataset | DatasetFacts
+) -> Callable[[Array], LoopState]:
+    """Returns the function of a key to what a checkpoint of the run holds."""
+    # The shapes depend on no number of steps; a part may refuse a number that is small.
+    own = any(is_reference(part.name) for part in methods.parts_of(config))
+    steps = methods.supposed(config, own=own).steps_per_epoch
+    return building.make_training(config, dataset, steps).begin
