@@ -132,6 +132,14 @@ def test_the_images_are_like_those_of_the_data_set_in_the_configs_own_folder(tmp
         programs.begin(config, 1)
 
 
+def test_a_network_is_timed_whose_rounds_are_longer_than_its_epochs():
+    """As many steps as an epoch has: Entropy-SGD is refused with fewer than a round."""
+    longer = {"entropy_sgd.inner_steps": 6, "training.epochs": 2}
+    config = helpers.make_config("entropy_sgd,gamma=0.03", longer)
+    _, _, carry = programs.begin(config, 1)
+    assert int(carry.state.step) == 0
+
+
 # Timing.
 
 

@@ -216,7 +216,8 @@ def begin(
 ) -> tuple[Dataset, Method, LoopState]:
     """Returns images, the config's method, and the first state, on all devices."""
     dataset = _images(config, num_train, num_test)
-    built = building.make_training(config, dataset, 1)
+    steps = max(1, num_steps(config, building.load_facts(config)))
+    built = building.make_training(config, dataset, steps)
     init = jax.jit(built.begin, out_shardings=replicated(data_mesh()))
     return dataset, built.method, init(jax.random.key(0))
 
