@@ -631,6 +631,27 @@ def test_what_a_method_wants_of_an_update_is_in_the_call_that_is_advised(name):
         method.tx.update(grads, method.tx.init(params), params, grad_fn=lambda _: grads)
 
 
+@pytest.mark.parametrize("name", ["esam", "rwp", "ssam, fisher"])
+def test_a_mean_in_place_of_the_losses_of_examples_is_refused(name):
+    """It would broadcast: ESAM would choose the examples of the smallest losses."""
+    method, params, batch = FAMILY[name], make_params(), make_batch()
+    wanted = what_else_it_takes(method, params, params, batch)
+    if name == "ssam, fisher":
+        wanted["losses"] = wanted["losses"].mean()
+    else:
+        wanted["loss_fn"] = lambda params: loss(params, batch)
+    with pytest.raises(ValueError, match=r"^Expected a loss of each.*='float32\[\]'"):
+        method.tx.update(
+            gradient(params, batch),
+            method.tx.init(params),
+            params,
+            grad_fn=lambda params, examples=slice(None): gradient(
+                params, tuple(array[examples] for array in batch)
+            ),
+            **wanted,
+        )
+
+
 @pytest.mark.parametrize("method", FAMILY.values(), ids=FAMILY)
 def test_within_optax_wrappers_it_takes_the_same_step(method):
     """A rho that is set between steps, a mask after it, accumulation around both."""

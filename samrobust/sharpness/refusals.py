@@ -19,6 +19,7 @@ __all__ = [
     "as_template",
     "check_ascent",
     "check_gradients",
+    "check_losses",
     "check_output",
     "check_present",
     "check_rho",
@@ -100,6 +101,14 @@ def check_present(**values: Any) -> None:
 
 
 _IN_ANY_CALL = ("params", "grad_fn")
+
+
+def check_losses(**values: Any) -> None:
+    """Refuses what is not a loss of each example; a mean would broadcast unnoticed."""
+    shapes = {getattr(value, "shape", ()) for value in values.values()}
+    holds = len(shapes) == 1 and len(*shapes) == 1
+    kinds = {name: kind_of(value) for name, value in values.items()}
+    check(holds, "a loss of each example, [B], and not their mean", **kinds)
 
 
 def check_whole_tree(updates: PyTree, params: PyTree) -> None:

@@ -21,7 +21,7 @@ from samrobust.sharpness.masks import (
     size,
     where_given,
 )
-from samrobust.sharpness.refusals import check_present, check_ungrouped
+from samrobust.sharpness.refusals import check_losses, check_present, check_ungrouped
 from samrobust.sharpness.trees import at_least_float32, norm, of_length
 from samrobust.sharpness.two_pass import two_pass
 from samrobust.types import Array, ArrayLike, Entry, Field, PyTree
@@ -133,6 +133,7 @@ def _fisher(sparsity: float, period: int, num_samples: int) -> _Mask:
         **_: Any,
     ) -> PyTree:
         check_present(losses=losses)
+        check_losses(losses=losses)
         count = min(num_samples, len(losses))
 
         def add(sums: PyTree, number: Array) -> tuple[PyTree, None]:

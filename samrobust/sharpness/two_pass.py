@@ -43,6 +43,7 @@ from samrobust.sharpness.refusals import (
     as_template,
     check_ascent,
     check_gradients,
+    check_losses,
     check_output,
     check_present,
     check_rho,
@@ -158,8 +159,8 @@ def two_pass(
     Raises:
       ValueError: if rho is none of these, or a grouped ascent has a memory; in
         `update`, if `params` or `grad_fn` is missing, the updates are not gradients of
-        the parameters (of groups, with `grouped`), or `grad_fn` returns something else
-        than said.
+        the parameters (of groups, with `grouped`), or `grad_fn` or `loss_fn` returns
+        something else than said.
     """
     check_rho(rho)
     template = as_template(aux)
@@ -245,11 +246,16 @@ def two_pass(
                 (updates, template),
             )
 
+        def losses_after(e: PyTree) -> Array:
+            losses = loss_fn(_move(params, updates, e).params)
+            check_losses(loss_fn=losses)
+            return losses
+
         extra_args |= {
             "rho": radius,
             "step": state.step,
             "example_grads": lambda examples: gradients(params, examples)[0],
-            "losses_after": lambda e: loss_fn(_move(params, updates, e).params),
+            "losses_after": losses_after,
         }
         # Equation (2): w + e(w); then equation (3): the gradient there.
         climb_with = functools.partial(climb, **extra_args)
@@ -366,7 +372,9 @@ def _chosen(
     check_present(losses=losses, loss_fn=loss_fn)
     assert losses is not None  # for the type checker
     assert loss_fn is not None
-    rises = loss_fn(params) - losses
+    after = loss_fn(params)
+    check_losses(losses=losses, loss_fn=after)
+    rises = after - losses
     chosen = choose(rises)
     count = jnp.zeros_like(rises[0]) + len(chosen)
     shown = (count, rises.mean(), rises[chosen].mean())
