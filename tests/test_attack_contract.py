@@ -18,6 +18,7 @@ from samrobust.attacks import (
     apgd,
     apgd_targeted,
     autoattack,
+    cross_entropy,
     ddn,
     dlr,
     draws,
@@ -27,10 +28,12 @@ from samrobust.attacks import (
     identity,
     l2,
     linf,
+    margin,
     noise,
     pgd,
     square,
     staged_pgd,
+    targeted_dlr,
 )
 from samrobust.attacks.ddn import _direction
 from samrobust.attacks.losses import misclassified
@@ -680,6 +683,18 @@ def test_a_loss_that_is_not_one_an_example_is_refused():
     attack = pgd(BALLS["l2"], step_size=0.1, num_steps=1, loss=lambda z, _: jnp.mean(z))
     with pytest.raises(ValueError, match=r"a loss \[B\] of each.*loss_shape=\(\)"):
         attack(logits_fn, *make_problem(), key=KEYS)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, margin, dlr, targeted_dlr])
+@pytest.mark.parametrize("shape", [(5, 1), (1,)])
+def test_a_loss_of_labels_that_would_broadcast_is_refused(loss, shape):
+    right, wrong = np.zeros(5, np.int32), np.zeros(shape, np.int32)
+    cases = [("labels", [wrong, right])]
+    cases += [("targets", [right, wrong])] if loss is targeted_dlr else []
+    for name, (labels, targets) in cases:
+        rest = (targets,) if loss is targeted_dlr else ()
+        with pytest.raises(ValueError, match=rf"^Expected {name} \[B\] of.*=\(5, 4\)"):
+            loss(jnp.zeros([5, CLASSES]), labels, *rest)
 
 
 @pytest.mark.parametrize("make", [apgd_targeted, fab_targeted])

@@ -36,10 +36,13 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     Returns:
       float32 [B], not negative.
 
+    Raises:
+      ValueError: unless there is one label an example.
+
     >>> cross_entropy(jnp.zeros([1, 4]), jnp.array([2])).round(4)
     Array([1.3863], dtype=float32)
     """
-    logits = _precise(logits)
+    logits = _precise(logits, labels=labels)
     # A gather, and not `logit_of`: the gradient has the bits that optax's has.
     of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - of_label
@@ -102,12 +105,15 @@ def margin(logits: Array, labels: Array) -> Array:
     Returns:
       float32 [B].
 
+    Raises:
+      ValueError: unless there is one label an example.
+
     Reference: Carlini and Wagner (2017), arXiv 1608.04644, f_6 with kappa = inf.
 
     >>> margin(jnp.array([[1.0, 3.0, 2.0]]), jnp.array([0]))
     Array([2.], dtype=float32)
     """
-    logits = _precise(logits)
+    logits = _precise(logits, labels=labels)
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     others = jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)  # max_{k != y} z_k
     return others - logit_of(logits, labels)
@@ -133,7 +139,7 @@ def dlr(logits: Array, labels: Array) -> Array:
       float32 [B].
 
     Raises:
-      ValueError: if K < 3.
+      ValueError: if K < 3, or unless there is one label an example.
 
     Reference: Croce and Hein (2020), arXiv 2003.01690, equation (4); 1e-12 is added to
     the denominator as in the authors' code.
@@ -162,7 +168,7 @@ def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
       float32 [B].
 
     Raises:
-      ValueError: if K < 4.
+      ValueError: if K < 4, or unless there is one label and target an example.
 
     Reference: Croce and Hein (2020), arXiv 2003.01690, equation (5); 1e-12 is added to
     the denominator as in the authors' code.
@@ -172,14 +178,21 @@ def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
     Array([-0.6667], dtype=float32)
     """
     _check_classes(logits, 4, "the targeted DLR loss", "`dlr` needs 3, `margin` 2.")
-    logits = _precise(logits)
+    logits = _precise(logits, labels=labels, targets=targets)
     top = _largest(logits, 4)
     rise = logit_of(logits, targets) - logit_of(logits, labels)
     return rise / (top[0] - 0.5 * (top[2] + top[3]) + _DLR_FLOOR)
 
 
-def _precise(logits: Array) -> Array:
-    """Returns the logits in float32, or in float64 if they are float64."""
+def _precise(logits: Array, **classes: Array) -> Array:
+    """Returns the logits in float32, or in float64 if they are float64.
+
+    Raises:
+      ValueError: unless there is one class an example; others would broadcast.
+    """
+    for name, one in classes.items():
+        shapes = {f"{name}_shape": jnp.shape(one), "logits_shape": logits.shape}
+        check(jnp.shape(one) == logits.shape[:-1], f"{name} [B] of logits", **shapes)
     return logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)
 
 
