@@ -69,7 +69,7 @@ def test_a_slope_whose_square_underflows_is_measured(order):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_radius_of_each_image_may_be_wider_than_the_images(dtype):
-    images = np.full([2, 1], 0.5, np.float32)
+    images = np.full([2, 2], 0.5, np.float32)
     found = in_one_program(
         local_linearity_error,
         *(lambda x: x**2, images, np.array([0, 0])),
@@ -177,6 +177,16 @@ def test_a_loss_that_only_falls_has_no_worst_case_above_it():
     loss = lambda w: -jnp.sum(w**2)  # noqa: E731
     found = in_one_program(worst_case_sharpness, loss, jnp.zeros(3), rho=0.2, key=KEY)
     assert found == 0
+
+
+def test_the_worst_case_of_complex_weights_is_uphill():
+    def loss(w):
+        return jnp.sum(jnp.abs(w - 1) ** 2)
+
+    found = in_one_program(
+        worst_case_sharpness, loss, np.array([1 + 3j]), rho=0.1, key=KEY
+    )
+    np.testing.assert_allclose(found, 3.1**2 - 3**2, rtol=1e-9)
 
 
 def test_radius_zero_is_no_sharpness():
@@ -356,7 +366,7 @@ def test_the_linearity_error_of_a_quadratic_is_its_largest_curvature(ball, curva
     values = np.array([1.0, 2.0, 4.0])
     found = in_one_program(
         local_linearity_error,
-        lambda x: (x**2 @ values)[:, None] / 2,
+        lambda x: x**2 @ np.stack([values, values], axis=1) / 2,
         *(np.full([2, 3], 0.4), np.array([0, 0])),
         ball=ball,
         num_steps=40,
@@ -369,7 +379,7 @@ def test_the_linearity_error_of_a_quadratic_is_its_largest_curvature(ball, curva
 def test_the_linearity_error_stays_in_the_box_and_vanishes_with_the_radius():
     square = functools.partial(
         local_linearity_error,
-        *(lambda x: x**2, jnp.array([[0.98]]), jnp.array([0])),
+        *(lambda x: x**2, jnp.array([[0.98, 0.98]]), jnp.array([0])),
         loss=lambda logits, _: logits[:, 0],
         key=KEY,
     )
@@ -398,6 +408,43 @@ def test_the_linearity_error_stays_in_the_box_and_vanishes_with_the_radius():
 def test_what_measures_nothing_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(lambda w: w)
+
+
+IMAGES, LABELS = np.full([2, 3], 0.5), np.array([0, 2])
+NOT_AROUND = {
+    "bytes": (lambda of: of(IMAGES * 255, LABELS), "pixels in the box"),
+    "a column of labels": (lambda of: of(IMAGES, LABELS[:, None]), r"labels \[B\]"),
+    "no classes": (lambda of: of(IMAGES, LABELS + 1), r"labels in 0 \.\. K-1"),
+    "a mean": (
+        lambda of: of(IMAGES, LABELS, loss=lambda z, y: cross_entropy(z, y).mean()),
+        r"a loss \[B\] of each",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_AROUND)
+def test_what_is_measured_around_images_is_refused_as_an_attack_refuses_it(case):
+    call, message = NOT_AROUND[case]
+    slope = functools.partial(input_gradient_norm, lambda x: x, order=1)
+    error = functools.partial(
+        local_linearity_error, lambda x: x, ball=linf(0.1), key=KEY
+    )
+    for measure in (slope, error):
+        with pytest.raises(ValueError, match=f"^Expected .*{message}"):
+            call(measure)
+
+
+def test_a_radius_in_other_units_is_refused():
+    with pytest.raises(ValueError, match="did you mean 8 / 255"):
+        local_linearity_error(lambda x: x, IMAGES, LABELS, ball=linf(8.0), key=KEY)
+
+
+@pytest.mark.parametrize(
+    "shapes", [([1, 4], [4, 3]), ([2, 2], [4, 3]), ([2, 4], [3, 4])]
+)
+def test_a_relative_flatness_of_shapes_that_do_not_fit_is_refused(shapes):
+    with pytest.raises(ValueError, match=r"^Expected shapes \[B, K\] of logits"):
+        relative_flatness(jnp.zeros([2, 3]), *map(jnp.zeros, shapes))
 
 
 def test_float32_weights_are_measured_in_float32():

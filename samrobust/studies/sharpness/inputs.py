@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from samrobust.attacks import Ball, cross_entropy, l2
 from samrobust.attacks.balls import into_set
+from samrobust.attacks.calls import accept, check_losses, check_set
 from samrobust.attacks.losses import misclassified
 from samrobust.attacks.per_example import factor
 from samrobust.checks import check, check_whole
@@ -45,7 +46,8 @@ def input_gradient_norm(
       [B], in the unit of the loss per pixel unit.
 
     Raises:
-      ValueError: for another order.
+      ValueError: for another order; and for images, labels, logits and losses as an
+        attack does.
 
     >>> logits_fn = lambda x: jnp.stack([3 * x[:, 0] - 4 * x[:, 1], 0 * x[:, 0]], -1)
     >>> slope = lambda logits, labels: logits[:, 0]
@@ -54,6 +56,8 @@ def input_gradient_norm(
     Array([7.], dtype=float32)
     """
     check(order in (1, 2), "order in {1, 2}", order=order)
+    key = jax.random.key(0)  # nothing is drawn
+    logits_fn, images, labels, _ = accept(logits_fn, images, labels, key, box=_BOX)
     _, gradient = _losses_and_gradient(logits_fn, images, labels, loss)
     if order == 1:
         return jnp.sum(jnp.abs(gradient), axis=tuple(range(1, gradient.ndim)))
@@ -91,7 +95,7 @@ def local_linearity_error(
       steps, at most the maximum, 0 for a radius of 0.
 
     Raises:
-      ValueError: if num_steps < 0.
+      ValueError: if num_steps < 0; and for the others as an attack does.
 
     Reference: Qin et al. (2019), "Adversarial Robustness through Local Linearization",
     arXiv 1907.02610, their gamma(epsilon, x). *Our deviation*: images stay in the box.
@@ -99,11 +103,14 @@ def local_linearity_error(
     >>> from samrobust.attacks import linf
     >>> bowl = lambda logits, labels: logits[:, 0]
     >>> local_linearity_error(
-    ...     lambda x: x**2, jnp.full([1, 1], 0.5), jnp.array([0]), ball=linf(0.1),
+    ...     lambda x: x**2, jnp.full([1, 2], 0.5), jnp.array([0]), ball=linf(0.1),
     ...     loss=bowl, key=jax.random.key(0)).round(4)
     Array([0.01], dtype=float32)
     """
     check_whole(0, num_steps=num_steps)
+    check_set(ball, _BOX)
+    call = accept(logits_fn, images, labels, key, box=_BOX, ball=ball)
+    logits_fn, images, labels, _ = call
     start, gradient = _losses_and_gradient(logits_fn, images, labels, loss)
 
     def errors(moved: Array) -> Array:
@@ -163,5 +170,6 @@ def _losses_and_gradient(
     logits_fn: LogitsFn, images: Array, labels: Array, loss: LossFn
 ) -> tuple[Array, Array]:
     """Returns the losses [B] and their gradients in the images [B, ...]."""
+    loss = check_losses(loss)
     losses, pull = jax.vjp(lambda x: loss(logits_fn(x), labels), images)
     return losses, pull(jnp.ones_like(losses))[0]

@@ -6,6 +6,7 @@ Each is of one example, [B]; the measure of a network is their mean.
 import jax
 import jax.numpy as jnp
 
+from samrobust.checks import check
 from samrobust.sharpness.trees import at_least_float32
 from samrobust.types import Array
 
@@ -71,6 +72,9 @@ def relative_flatness(logits: Array, features: Array, kernel: Array) -> Array:
     Returns:
       [B], float32 or wider, not negative; its mean is kappa.
 
+    Raises:
+      ValueError: for other shapes.
+
     Reference: Petzka, Kamp, Adilova, Sminchisescu and Boley (2021), "Relative Flatness
     and Generalization", arXiv 2001.00939. The sum over pairs is ours: a variance
     written as it is has no cancellation where a network is sure.
@@ -79,6 +83,14 @@ def relative_flatness(logits: Array, features: Array, kernel: Array) -> Array:
     Array([12.5], dtype=float32)
     """
     logits, features, kernel = map(at_least_float32, (logits, features, kernel))
+    shapes = {"logits": logits.shape, "features": features.shape}
+    check(
+        features.shape[:1] + kernel.shape[1:] == logits.shape
+        and features.shape[1:] == kernel.shape[:1],
+        "shapes [B, K] of logits, [B, M] of features and [M, K] of a kernel",
+        **shapes,
+        kernel=kernel.shape,
+    )
     gram = kernel.T @ kernel
     squares = jnp.diag(gram)
     apart = jnp.maximum(squares[:, None] + squares - 2 * gram, 0.0)

@@ -70,7 +70,8 @@ def worst_case_sharpness(
 
     def uphill(grads: PyTree, otherwise: PyTree) -> PyTree:
         """Returns u = c g / ||c g||, the unit direction in which c u rises fastest."""
-        scaled = jax.tree.map(lambda c, g: c * g, scale, grads)
+        # Of complex weights, too, of which JAX gives the conjugate.
+        scaled = jax.tree.map(lambda c, g: c * jnp.conj(g), scale, grads)
         length = norm(scaled)
         return jax.tree.map(
             lambda s, o: jnp.where(length > 0, s / jnp.where(length > 0, length, 1), o),
