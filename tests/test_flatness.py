@@ -410,7 +410,7 @@ def test_what_measures_nothing_is_refused(call, message):
         call(lambda w: w)
 
 
-IMAGES, LABELS = np.full([2, 3], 0.5), np.array([0, 2])
+IMAGES, LABELS = jnp.full([2, 3], 0.5), jnp.array([0, 2])
 NOT_AROUND = {
     "bytes": (lambda of: of(IMAGES * 255, LABELS), "pixels in the box"),
     "a column of labels": (lambda of: of(IMAGES, LABELS[:, None]), r"labels \[B\]"),
