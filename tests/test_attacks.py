@@ -791,6 +791,10 @@ BAD = {
         {"step_size": float("nan")},
         "0 < step_size < inf, got step_size=nan",
     ),
+    "a step in 255ths": (
+        {"step_size": 2.0},
+        "an l-inf step_size within.*step_size=2.0, box.*did you mean 2 / 255",
+    ),
     "no run": ({"restarts": 0}, r"restarts >= 1, got restarts=0\."),
     "equal restarts": (
         {"restarts": 2, "random_start": False},
@@ -810,4 +814,9 @@ def test_pgd_rejects(case):
 
 def test_any_step_size_will_do_where_no_step_is_taken():
     pgd(linf(0.0), step_size=0.0, num_steps=3)
+    pgd(linf(0.0), step_size=2.0, num_steps=3)
     pgd(linf(0.1), step_size=0.0, num_steps=0)
+
+
+def test_a_step_out_of_the_box_is_in_its_units_where_the_radius_is_as_large():
+    pgd(linf(1.0), step_size=1.25, num_steps=1)  # FGSM-RS at 255/255

@@ -31,6 +31,7 @@ __all__ = [
     "check_losses",
     "check_set",
     "check_target",
+    "check_units",
     "is_point",
     "keep_still",
     "warn_of_probabilities",
@@ -43,7 +44,7 @@ PROBABILITIES = (
 )
 
 _ROUNDING = 1e-6  # how far a pixel may lie outside the box, as a share of it
-_UNITS = "Radii are in pixel units: did you mean {:g} / 255?"
+_UNITS = "Radii and steps are in pixel units: did you mean {:g} / 255?"
 
 
 class Call(NamedTuple):
@@ -138,16 +139,26 @@ def check_set(ball: Ball, box: tuple[float, float]) -> tuple[float, float]:
         units than the box's.
     """
     check(isinstance(ball, Ball), "a ball from `linf` or `l2`", ball=ball)
-    low, high = check_box(box)
-    largest = _largest_radius(ball)
+    box = check_box(box)
+    check_units(ball, box, radius=ball.radius)
+    return box
+
+
+def check_units(ball: Ball, box: tuple[float, float], **one: Any) -> None:
+    """Refuses a length in an l-inf ball in other units than the box's.
+
+    Raises:
+      ValueError: see above.
+    """
+    ((name, lengths),) = one.items()
+    largest = float(np.max(seen(lengths), initial=0.0))
     check(
-        ball.order == 2 or largest <= _grown(high - low),
-        "an l-inf radius within the range of the box",
+        ball.order == 2 or largest <= _grown(box[1] - box[0]),
+        f"an l-inf {name} within the range of the box",
         _UNITS.format(largest),
-        radius=largest,
+        **{name: largest},
         box=box,
     )
-    return low, high
 
 
 def check_losses(loss: LossFn) -> LossFn:
@@ -286,7 +297,7 @@ def _check_radius(ball: Ball, images: Array, box: tuple[float, float]) -> None:
         images_shape=images.shape,
     )
     diagonal = (box[1] - box[0]) * math.sqrt(math.prod(images.shape[1:]))
-    largest = _largest_radius(ball)
+    largest = float(np.max(seen(ball.radius), initial=0.0))
     check(
         ball.order != 2 or len(images) == 0 or largest <= _grown(diagonal),
         "an l2 radius within the diagonal of the box",
@@ -349,11 +360,6 @@ def _varying(images: Array, labels: Array, key: Array) -> Array:
     numbers = jax.random.key_data(key)
     always = jnp.all(labels == labels) & jnp.all(numbers == numbers)
     return jnp.where(always, images, images)
-
-
-def _largest_radius(ball: Ball) -> float:
-    """Returns the largest concrete radius, 0 if none is."""
-    return float(np.max(seen(ball.radius), initial=0.0))
 
 
 def _grown(length: float) -> float:

@@ -26,6 +26,7 @@ from samrobust.attacks.calls import (
     attack_of,
     check_losses,
     check_set,
+    check_units,
     is_point,
     keep_still,
 )
@@ -95,11 +96,12 @@ def pgd(
       that more restarts never raise the accuracy. No gradient flows through the result.
 
     Raises:
-      ValueError: if an argument is outside its range, or the radius in other units than
-        the box's. When called, for images of another dtype (bfloat16 cannot tell 8/255
-        from 9/255) or outside the box, for labels that are not int [B] or not classes,
-        for logits that are not [B, K]; values are checked where they are concrete,
-        ranks and dtypes inside `jax.jit` too.
+      ValueError: if an argument is outside its range, or the radius, or an l-inf step
+        of more than ten radii, in other units than the box's. When called, for images
+        of another dtype (bfloat16 cannot tell 8/255 from 9/255) or outside the box, for
+        labels that are not int [B] or not classes, for logits that are not [B, K];
+        values are checked where they are concrete, ranks and dtypes inside `jax.jit`
+        too.
 
     Reference: Madry et al. (2018), arXiv 1706.06083. *Our deviation* from the paper's
     code: the gradient is that of the sum of the losses, so that an example's steps do
@@ -295,11 +297,13 @@ def _run_maker(
     lengths = seen(step_size)
     # Among many an example's step may be 0, as its radius may be.
     is_long = lengths > 0 if isinstance(step_size, float) else lengths >= 0
-    check(
-        bool(np.all(is_long & (lengths < np.inf))) or num_steps == 0 or is_point(ball),
-        "0 < step_size < inf",
-        step_size=step_size,
-    )
+    if num_steps > 0 and not is_point(ball):
+        holds = bool(np.all(is_long & (lengths < np.inf)))
+        check(holds, "0 < step_size < inf", step_size=step_size)
+        # Beyond ten radii steps only jump between the faces of the ball.
+        is_beyond = 10 * seen(ball.radius) < np.max(lengths, initial=0.0)
+        if is_beyond.size and is_beyond.all():
+            check_units(ball, box, step_size=step_size)
     check(
         restarts == 1 or random_start,
         "random_start when restarts > 1",
