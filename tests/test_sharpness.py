@@ -28,6 +28,7 @@ from samrobust.sharpness import (
     msam,
     rwp,
     sam,
+    sam_on,
     ssam,
     two_pass,
 )
@@ -1028,6 +1029,14 @@ def test_a_layer_with_weights_of_other_shapes_is_no_normalization():
     tx = fsam(0.1)
     with pytest.raises(ValueError, match=r"^Expected weights besides biases, .* fsam"):
         tx.update(only, tx.init(only), only, grad_fn=lambda params: params)
+
+
+def test_where_no_layer_has_a_scale_sam_on_asks_which_are_meant():
+    """As in Equinox, whose LayerNorm has a weight and a bias."""
+    params = {"norm": {"weight": jnp.ones(4), "bias": jnp.ones(4)}}
+    tx = sam_on(0.1)
+    with pytest.raises(ValueError, match=r"^Expected .* normal.*say.* by `select`"):
+        tx.update(params, tx.init(params), params, grad_fn=lambda params: params)
 
 
 # Edges of the family

@@ -40,7 +40,8 @@ def fsam(
     """Builds FSAM: the gradient at w + m rho g / ||g||_2, m a mask of large g^2.
 
     m keeps the largest g_i^2 of the batch at which it is made, the empirical Fisher
-    information. Biases, embeddings and normalization layers stand outside: there m = 1.
+    information. Biases, embeddings and normalization layers (known by a `scale`) stand
+    outside: there m = 1.
 
     Args:
       rho: as of `sam`; the norm is that of the whole gradient, so that less of it is

@@ -53,7 +53,7 @@ def sam_on(
         check(
             any(jax.tree.leaves(mask)),
             "a network with normalization layers for SAM-ON",
-            "Choose another model, or sam.",
+            "Choose another model, or sam; or say which they are by `select`.",
             parameters=[jax.tree_util.keystr(path) for path, _ in named],
         )
         chosen = masked(mask, grads)
