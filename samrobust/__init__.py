@@ -3,7 +3,7 @@
 Standard training, sharpness-aware minimization and PGD adversarial training, what grew
 out of them and their combinations, and the honest measurement of what they are worth.
 `samrobust.attacks` and `samrobust.sharpness` are libraries of their own: they work in
-any JAX program. The names below are imported when they are first used.
+any JAX program. The names below are imported when they are first used, packages too.
 
 >>> import samrobust
 >>> attack = samrobust.pgd(samrobust.linf(8 / 255), step_size=2 / 255, num_steps=10)
@@ -16,6 +16,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
+    from samrobust import (
+        attacks as attacks,
+        data as data,
+        models as models,
+        sharpness as sharpness,
+        training as training,
+    )
     from samrobust.attacks import (
         Ball as Ball,
         apgd as apgd,
@@ -109,7 +116,10 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:
             raise AttributeError(f"module 'samrobust' has no attribute {name!r}")
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        home = _HOMES[name]
+        if home == __name__:  # a package of this one
+            return importlib.import_module(f"{home}.{name}")
+        return getattr(importlib.import_module(home), name)
 
 
 def __dir__() -> list[str]:

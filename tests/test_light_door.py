@@ -29,12 +29,14 @@ def others():
 
 USES = {
     "attacks": """
-        import jax, jax.numpy as jnp
+        import jax, jax.numpy as jnp, samrobust
+        noise = samrobust.attacks.noise  # before another name has imported the package
         from samrobust import autoattack, l2, linf, pgd
         images, labels = jnp.full([4, 4, 4, 1], 0.5), jnp.arange(4)
         logits_fn = lambda images: images.reshape(len(images), -1)[:, :10]
         strong = autoattack(l2(0.5), version="custom", members=["apgd-ce", "square"])
-        for attack in (pgd(linf(0.1), step_size=0.05, num_steps=2), strong):
+        step = pgd(linf(0.1), step_size=0.05, num_steps=2)
+        for attack in (noise(linf(0.1)), step, strong):
             moved = attack(logits_fn, images, labels, key=jax.random.key(0)) - images
             assert jnp.abs(moved).max() > 0
     """,
