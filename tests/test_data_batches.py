@@ -147,7 +147,7 @@ def test_pixels_are_correctly_rounded_multiples_of_one_255th(compiled):
 def test_batches_follow_the_permutation_inside_jit_without_recompiling():
     rng = np.random.default_rng(3)
     images = rng.integers(0, 256, (20, 4, 3, 2)).astype(np.uint8)
-    labels = rng.integers(0, 10, 20)
+    labels = rng.integers(0, 10, 20).astype(np.uint8)
     order = rng.permutation(20).astype(np.int32)
     traces = []
 

@@ -108,7 +108,7 @@ IMAGES, LABELS = np.zeros([3, 4, 4, 1], np.uint8), np.arange(3, dtype=np.int32)
         (IMAGES, LABELS[:, None], r"integer labels \[3\]"),
         (IMAGES, LABELS / 1, "integer labels .* dtype='float64'"),
         (IMAGES, LABELS > 0, "integer labels .* dtype='bool'"),
-        (IMAGES, LABELS - 5, "0 <= labels, got least=-5"),
+        (IMAGES, LABELS - 1, "0 <= labels, got least=-1"),
         (IMAGES, [0, 1, 2], "an array of labels, got type='list'"),
     ],
 )

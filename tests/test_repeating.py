@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from samrobust.training.repeating import repeat
 
@@ -69,14 +70,17 @@ def test_the_loop_carries_one_small_array_and_each_cast_once():
     assert sorted(carried) == sorted([*cast, *others])
 
 
-def test_nothing_is_joined_for_a_step_with_a_loop_in_it():
+@pytest.mark.parametrize("loop", ["scan", "while"])
+def test_nothing_is_joined_for_a_step_with_a_loop_in_it(loop):
     def looping(carry):
-        grown = jax.lax.fori_loop(0, 2, lambda _, x: x + carry["scale"], carry["bias"])
+        end = 2 if loop == "scan" else carry["step"]
+        add = lambda _, x: x + carry["scale"]  # noqa: E731
+        grown = jax.lax.fori_loop(0, end, add, carry["bias"])
         return {**step(carry), "bias": grown}
 
     jaxpr = jax.make_jaxpr(lambda carry: repeat(looping, carry, 3))(CARRY)
-    (loop,) = (one for one in jaxpr.eqns if one.primitive.name == "scan")
-    carried = [str(x.aval) for x in loop.outvars[: loop.params["num_carry"]]]
+    (outer,) = (one for one in jaxpr.eqns if one.primitive.name == "scan")
+    carried = [str(x.aval) for x in outer.outvars[: outer.params["num_carry"]]]
     assert "float32[]" in carried
     assert "float32[4]" in carried
     assert "bfloat16[3,4]" in carried

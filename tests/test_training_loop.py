@@ -105,7 +105,14 @@ def test_counts_that_are_none_are_refused(fields, message):
 
 @pytest.mark.parametrize(
     ("num_examples", "steps_per_call"),
-    [(50_000, 26), (45_000, 27), (49_920, 26), (397 * 128, 25), (128, 25)],
+    [
+        (50_000, 26),
+        (45_000, 27),
+        (49_920, 26),
+        (397 * 128, 25),
+        (12 * 53 * 128, 25),
+        (128, 25),
+    ],
 )
 def test_on_an_accelerator_the_calls_of_an_epoch_are_one_program_where_they_can_be(
     num_examples, steps_per_call, monkeypatch
@@ -193,8 +200,9 @@ def test_the_calls_from_any_step_are_the_rest_of_the_epoch(drop_remainder):
 
 
 def test_the_calls_of_an_epoch_are_as_long_as_allowed():
-    calls = EpochPlan(29, 4, 3, drop_remainder=False).chunks()
-    assert calls == [Chunk(3, 4), Chunk(3, 4), Chunk(1, 4), Chunk(1, 1)]
+    calls = EpochPlan(29, 4, 3, drop_remainder=False).chunks(phase=1)
+    sizes = [(3, 4), (3, 4), (1, 4), (1, 1)]
+    assert calls == [Chunk(*size, phase=1) for size in sizes]
 
 
 GROUPS = {"sam.m": 8, "model.batch_norm_group": 4}

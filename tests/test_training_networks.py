@@ -140,6 +140,18 @@ def test_both_passes_of_sam_drop_the_same_units_and_every_step_others(layer):
     assert float(one["loss"]) == float(again["loss"]) != float(other["loss"])
 
 
+def test_dropout_and_other_draws_of_a_layer_have_keys_of_their_own():
+    class Drawing(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            del images, train
+            keys = map(self.make_rng, ("dropout", "noise"))
+            return jnp.stack([jax.random.normal(key, [3]) for key in keys])
+
+    logits, _ = apply_in_training(Drawing(), {}, {}, jnp.zeros([2, 1]), KEY)
+    assert not np.array_equal(*logits)
+
+
 def test_every_group_drops_units_of_its_own_in_both_passes():
     model = Network("dropout")
     images, labels = make_batch(4)

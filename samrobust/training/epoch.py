@@ -183,7 +183,7 @@ def _divisor_near(size: int, number: int) -> int:
     (26, 23, 25)
     """
     near = range(size // 2 + 1, 2 * size + 1)
-    divisors = [n for n in near if number and number % n == 0]
+    divisors = [n for n in near if number % n == 0]
     return min(divisors, key=lambda n: abs(n - size), default=size)
 
 
