@@ -14,7 +14,7 @@ import pytest
 
 from samrobust.system import storage
 from samrobust.system.claims import lease
-from samrobust.system.claims.holder import Holder, read_holder
+from samrobust.system.claims.holder import Holder, myself, read_holder
 from samrobust.system.claims.lease import ClaimedError, await_verdict, claim
 from samrobust.system.files import WorkdirError
 
@@ -278,12 +278,14 @@ def test_a_released_claim_is_free_on_any_machine(tmp_path):
     assert (holder.generation, holder.released) == (2, True)
 
 
-def test_a_process_with_the_number_of_the_dead_one_is_not_taken_for_it(tmp_path):
-    with claim(tmp_path):
-        mine = json.loads((tmp_path / ".claim" / "1.json").read_text())
-    write_claim(tmp_path, 2, **{**mine, "started": "1", "released": False})
-    with claim(tmp_path):
-        pass
+def test_a_process_with_the_number_of_the_dead_one_is_not_taken_for_it(tmp_path, start):
+    holder = start(HOLD, tmp_path)
+    assert holder.hear() == "held"
+    dead = json.loads((tmp_path / ".claim" / "1.json").read_text())
+    for generation, pid in ((2, os.getpid()), (4, 10**30)):
+        write_claim(tmp_path, generation, **{**dead, "pid": pid})
+        with claim(tmp_path):
+            pass
 
 
 def test_a_process_that_proc_does_not_show_lives_if_it_takes_signals(
@@ -315,10 +317,29 @@ def test_a_process_that_proc_does_not_show_lives_if_it_takes_signals(
 def test_an_unseen_process_of_another_container_is_judged_by_its_lease(tmp_path):
     with claim(tmp_path):
         mine = json.loads((tmp_path / ".claim" / "1.json").read_text())
-    machine = mine["machine"].replace("pid:[", "pid:[9")
-    assert machine != mine["machine"]
-    there = {**mine, "machine": machine, "pid": 2**22 + 1, "released": False}
-    write_claim(tmp_path, 2, **there)
+    names = mine["machine"].split()  # host, boot, namespace of processes
+    for i in range(3):
+        machine = " ".join([*names[:i], "another", *names[i + 1 :]])
+        there = {**mine, "machine": machine, "pid": 2**22 + 1, "released": False}
+        write_claim(tmp_path, 2 + i, **there)
+        with pytest.raises(ClaimedError):
+            claim(tmp_path).__enter__()
+    assert len(names) == 3
+
+
+def test_the_name_of_a_process_may_hold_anything():
+    name = Path("/proc/self/comm")
+    mine, usual = myself(), name.read_text()
+    try:
+        name.write_text("a) Z 1")
+        assert myself() == mine
+    finally:
+        name.write_text(usual)
+
+
+def test_without_proc_the_lease_alone_decides(tmp_path, monkeypatch):
+    monkeypatch.setattr("samrobust.system.claims.holder._machine", lambda: "")
+    write_claim(tmp_path, 1, machine="", pid=2**22 + 1, lease=60.0)
     with pytest.raises(ClaimedError):
         claim(tmp_path).__enter__()
 
@@ -404,6 +425,21 @@ def test_a_removed_workdir_is_lost(tmp_path, monkeypatch):
             held.check()
 
 
+def test_a_file_that_is_gone_is_lost_and_one_on_a_server_that_is_away_is_not(
+    tmp_path, monkeypatch
+):
+    def read_bytes(_):
+        raise error
+
+    with claim(tmp_path) as held, monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read_bytes)
+        error = ConnectionError()
+        held.confirm()
+        error = FileNotFoundError()
+        with pytest.raises(ClaimedError):
+            held.confirm()
+
+
 def test_another_workdir_of_the_same_name_is_not_taken_for_its_own(
     tmp_path, monkeypatch
 ):
@@ -461,6 +497,7 @@ def test_a_claim_ends_with_an_error(tmp_path):
 def test_a_file_in_place_of_the_workdir_is_refused(tmp_path):
     path = tmp_path / "file"
     path.touch()
+    assert read_holder(path) is None
     message = "Expected a writable directory, got workdir=.*file"
     with pytest.raises(WorkdirError, match=message), claim(path):
         pass
@@ -546,6 +583,23 @@ def test_what_no_claim_would_say_of_its_holder_counts_as_unknown(tmp_path, conte
     make_older(tmp_path / ".claim" / "1.json", 200.0)
     with claim(tmp_path):
         pass
+
+
+def test_a_claim_that_is_pruned_as_it_is_read_is_looked_for_again(
+    tmp_path, monkeypatch
+):
+    path = write_claim(tmp_path, 1)
+
+    def too_late(_):
+        monkeypatch.undo()
+        write_claim(tmp_path, 2)
+        path.unlink()
+        return storage.modified(path)
+
+    monkeypatch.setattr("samrobust.system.claims.holder.modified", too_late)
+    holder = read_holder(tmp_path)
+    assert holder is not None
+    assert holder.generation == 2
 
 
 def test_names_that_no_claim_has_are_no_claims(tmp_path):

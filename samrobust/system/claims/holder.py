@@ -87,9 +87,8 @@ def read_holder(workdir: pathlib.Path) -> Holder | None:
 
 def _believable(content: dict[str, Any]) -> dict[str, Any]:
     """Keeps what a claim may say of its holder; all else counts as unknown."""
-    kinds = {f.name: {type(f.default)} for f in dataclasses.fields(Holder)}
-    kinds["lease"].add(int)
-    known = {n: v for n, v in content.items() if type(v) in kinds.get(n, ())}
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(Holder)}
+    known = {n: v for n, v in content.items() if type(v) is kinds.get(n)}
     if not is_lease(known.get("lease", LEASE)):
         del known["lease"]
     return known
