@@ -64,9 +64,11 @@ def make_run(
 
 
 def test_a_run_without_a_file_has_not_started(tmp_path):
-    planned = {"label": "AT", "seed": 3, "epochs": 20, "work": "0:7.5"}
-    run = survey_run(tmp_path / "absent", planned)
-    assert run == RunStatus("AT, seed 3", "not started", epochs=20, work=7.5)
+    for work in ("0:7.5", 7.5):  # older versions planned a number
+        planned = {"label": "AT", "seed": 3, "epochs": 20, "work": work}
+        run = survey_run(tmp_path / "absent", planned)
+        assert run == RunStatus("AT, seed 3", "not started", epochs=20, work=7.5)
+    assert survey_run(tmp_path / "absent", planned | {"epochs": 0}).work is None
 
 
 def test_a_run_at_work_names_its_host_and_its_last_epoch(tmp_path):
@@ -79,10 +81,12 @@ def test_a_run_at_work_names_its_host_and_its_last_epoch(tmp_path):
 
 def test_epochs_that_are_left_are_as_long_as_their_phase_costs(tmp_path):
     """Four of eight epochs at 30 s; the last two cost seven times as much."""
-    planned = {"epochs": 8, "work": "0:1.0 6:7.0"}
+    planned = {"epochs": 80, "work": "0:1.0 6:7.0"}  # the config's 8 are the run's
     run = survey_run(make_run(tmp_path / "run", epochs=4, age=5.0), planned)
     assert (run.epoch_seconds, run.work) == (120.0, 4.0)
     assert remaining([run]) == [2 * 30.0 + 2 * 7 * 30.0]
+    run = survey_run(make_run(tmp_path / "next", epochs=1), {"work": "0:1 1:7 9:5"})
+    assert run.epoch_seconds == 7 * 999.0
 
 
 def test_a_run_of_this_machine_is_at_work_until_its_process_is_gone(tmp_path):
@@ -103,6 +107,13 @@ def test_a_run_whose_worker_fell_silent_is_stale(tmp_path):
 
 def test_a_run_that_was_stopped_is_waiting(tmp_path):
     assert survey_run(make_run(tmp_path / "run", epochs=1)).description == "waiting"
+    for name in ("config.json", "metrics.jsonl"):  # each alone says that it began
+        folder = make_run(tmp_path / name, epochs=1)
+        (folder / name).unlink()
+        assert survey_run(folder).description == "waiting"
+    with claim(tmp_path / "claimed"):  # and stopped before it wrote anything
+        pass
+    assert survey_run(tmp_path / "claimed").description == "waiting"
 
 
 def test_a_failed_run_says_why(tmp_path):
@@ -162,6 +173,7 @@ def table(tmp_path) -> Path:
 
 
 def test_a_table_shows_planned_runs_in_order_and_then_what_else_is_there(table):
+    make_run(table / "st" / "copy of seed0")
     runs = survey(table)
     assert [run.state for run in runs] == [
         *("done", "running", "stale", "waiting", "failed"),
@@ -174,6 +186,9 @@ def test_a_table_shows_planned_runs_in_order_and_then_what_else_is_there(table):
 def test_the_workdir_of_one_run_shows_that_run(table):
     (run,) = survey(table / "st" / "seed1")
     assert run.description == "running on node7"
+    for name in ("config.json", "metrics.jsonl", "result.json", ".claim"):
+        (table / "new" / name / name).mkdir(parents=True)
+        assert len(survey(table / "new" / name)) == 1
 
 
 def test_what_is_left_is_epochs_times_seconds_predicted_where_unknown():
@@ -190,7 +205,10 @@ def test_what_is_left_is_epochs_times_seconds_predicted_where_unknown():
     long = RunStatus("f", "waiting", epochs=10, epoch_seconds=50.0)
     assert remaining_together([known, known, long]) == 500.0  # one run, one worker
     assert remaining_together([other, done]) is None  # nobody at work
-    assert remaining_together([known, RunStatus("g", "not started")]) is None
+    for unknown in (RunStatus("g", "waiting"), RunStatus("h", "", epoch_seconds=5.0)):
+        assert remaining_together([known, unknown]) is None
+    longer = RunStatus("i", "running", epoch=11, epochs=10, epoch_seconds=5.0)
+    assert remaining([longer]) == [0.0]
 
 
 def render(runs, width=100) -> str:
@@ -253,7 +271,7 @@ def test_the_command_loads_no_jax_and_changes_nothing(table):
 
 HOSTILE = [
     *(b"", b"\x00\xff\xfe", b"\x89PNG\r\n" * 99, b"{", b"null", b"3", b"[]", b'"a"'),
-    *(b"NaN", b"[" * 99_999, b"9" * 5000, b'{"runs": {}}', b'{"training": [1]}'),
+    *(b"NaN", b"[" * 99_999, b"9" * 5000, b'{"runs": 3}', b'{"training": [1]}'),
     *(b'{"runs": [1, null, [], {"path": 3}, {"path": "/etc"}, {"path": "../x"}]}',),
 ]
 VALUES = [None, True, -1, 0, 1e308, 10**400, float("nan"), float("inf"), "x\x1b[31m\n"]
@@ -324,7 +342,7 @@ def test_what_may_not_be_read_counts_as_absent_or_is_said(table, monkeypatch, ca
 def test_what_a_damaged_plan_still_says_is_kept_as_it_is_planned_again(tmp_path):
     known = {"path": "at/seed3", "label": "AT", "seed": 3}
     bad = {"work": float("nan"), "epochs": 10**400, "row": [], "more": {}}
-    runs = [{**known, **bad}, {"path": "/x"}, 3]
+    runs = [{**known, **bad}, {"path": "/x"}, {"path": "a/../../x"}, {"path": ""}, 3]
     (tmp_path / "plan.json").write_text(json.dumps({"runs": runs}))
     assert read_plan(tmp_path) == {"at/seed3": known}
 

@@ -113,7 +113,7 @@ def read_plan(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 def _is_plain(value: Any) -> bool:
     """Tells whether it is a text or a number, to be written again and compared."""
-    return isinstance(value, str | bool) or _number(value) is not None
+    return isinstance(value, str) or _number(value) is not None
 
 
 def _is_below(path: Any) -> bool:
