@@ -392,6 +392,15 @@ def test_without_hard_links_one_still_wins(tmp_path, monkeypatch):
     with claim(tmp_path):
         assert numbers(tmp_path) == [1, 2]
 
+    def link_too_late(_, path):
+        if not path.exists():
+            write_claim(tmp_path, 3, lease=60.0)
+        link()
+
+    monkeypatch.setattr(os, "link", link_too_late)
+    with pytest.raises(ClaimedError):
+        claim(tmp_path).__enter__()
+
 
 def test_a_link_that_was_made_and_reported_as_failed_counts(tmp_path, monkeypatch):
     link = os.link
@@ -459,18 +468,21 @@ def test_another_workdir_of_the_same_name_is_not_taken_for_its_own(
 
 def test_files_left_by_a_kill_are_removed_by_the_holder_alone(tmp_path):
     left, new = (storage.temporary_beside(tmp_path / "config.json") for _ in "ab")
+    contender = storage.temporary_beside(tmp_path / ".claim" / "1.json")
     others = tmp_path / ".editor.tmp"
     others.touch()
     os.utime(others, (0, 0))
     with claim(tmp_path):
-        left.touch()
         new.touch()
-        os.utime(left, (0, 0))
+        for path in (left, contender):
+            path.touch()
+            os.utime(path, (0, 0))
         with pytest.raises(ClaimedError):
             claim(tmp_path).__enter__()
         assert left.exists()
     with claim(tmp_path):
         assert not left.exists()
+        assert not contender.exists()
         assert new.exists()  # another process may be about to rename it
         assert others.exists()
 
@@ -509,6 +521,9 @@ def test_a_lease_must_be_seconds(tmp_path, monkeypatch, lease):
     message = f"seconds > 0, at most 3600, got SAMROBUST_CLAIM_LEASE='{lease}'"
     with pytest.raises(ValueError, match=message):
         claim(tmp_path).__enter__()
+    monkeypatch.setenv("SAMROBUST_CLAIM_LEASE", "")  # as if there were none
+    with claim(tmp_path):
+        pass
 
 
 # A job that was killed and starts again elsewhere.
@@ -521,12 +536,19 @@ def wait(workdir: Path, stop: Callable[[], bool] = lambda: False) -> list[str]:
     return said
 
 
-def test_nothing_is_awaited_where_the_case_is_clear(tmp_path):
+def test_nothing_is_awaited_where_the_case_is_clear(tmp_path, monkeypatch):
     assert wait(tmp_path / "absent") == []
     write_claim(tmp_path / "old", 1, age=10.0)
     assert wait(tmp_path / "old") == []
     with claim(tmp_path / "mine"):
         assert wait(tmp_path / "mine") == []
+
+    def refuse(*_, **__):
+        raise PermissionError
+
+    write_claim(tmp_path / "read-only", 1, lease=60.0)
+    monkeypatch.setattr(storage, "replace", refuse)
+    assert wait(tmp_path / "read-only", stop=lambda: True) == []
 
 
 def test_a_silent_holder_elsewhere_is_awaited_until_its_lease_is_over(

@@ -3,6 +3,7 @@
 import concurrent.futures
 import fcntl
 import json
+import os
 import threading
 
 import helpers
@@ -23,6 +24,7 @@ from samrobust.system.claims.lease import ClaimedError
 from samrobust.system.files import (
     WorkdirError,
     append_json_line,
+    check_writable,
     glance,
     read_json,
     read_json_lines,
@@ -104,6 +106,19 @@ def test_a_file_without_an_object_is_refused_by_name(tmp_path, content):
 def test_a_folder_in_the_place_of_a_json_file_is_refused(tmp_path):
     with pytest.raises(WorkdirError, match="got a damaged file"):
         read_json(tmp_path)
+    with pytest.raises(WorkdirError, match="got a folder"):
+        write_json(tmp_path, {})
+
+
+def test_whether_a_folder_can_be_written_leaves_nothing_there(tmp_path):
+    left = temporary_beside(tmp_path / "config.json")
+    left.touch()
+    os.utime(left, (0, 0))  # by a process that was killed long ago
+    check_writable(tmp_path, "evaluations.jsonl")
+    assert names(tmp_path) == []
+    (tmp_path / "evaluations.jsonl").mkdir()
+    with pytest.raises(WorkdirError, match="Expected a writable directory"):
+        check_writable(tmp_path, "evaluations.jsonl")
 
 
 def test_a_sealed_file_comes_back_and_any_changed_character_is_noticed(tmp_path):
