@@ -247,12 +247,15 @@ def test_a_workdir_that_holds_a_run_is_refused(run, exported, capsys):
     assert sorted(path.name for path in run[0].iterdir()) == before
 
 
-def test_the_workdir_of_a_table_is_refused(exported, tmp_path, capsys):
-    (tmp_path / "plan.json").write_text("{}")
+@pytest.mark.parametrize(
+    "name", ["plan.json", "result.json", "checkpoints/best", "autoattack"]
+)
+def test_what_a_table_or_a_run_has_left_is_refused(name, exported, tmp_path, capsys):
+    (tmp_path / name).mkdir(parents=True)
     assert bring(exported, tmp_path) == 2
     assert "without a run, got" in (said := capsys.readouterr().err)
-    assert "plan.json. Choose another." in said
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert name in said.partition(" with ")[2]
+    assert [path.name for path in tmp_path.iterdir()] == [name.partition("/")[0]]
 
 
 def test_another_data_set_has_no_numbers_of_the_paper(exported, tmp_path):
@@ -380,6 +383,8 @@ def test_a_run_without_the_checkpoint_is_refused(run, tmp_path, capsys):
     path = tmp_path / "weights.safetensors"
     assert export(run[0], path, "safetensors", "--checkpoint=best") == 1
     assert "Expected a checkpoint" in capsys.readouterr().err
+    assert export(run[0], path, "safetensors", "--step=7") == 1
+    assert "a checkpoint of step 7 in" in capsys.readouterr().err
     assert export(tmp_path / "nowhere", path) == 2
     assert "Expected a run's --workdir" in capsys.readouterr().err
     assert not path.exists()
