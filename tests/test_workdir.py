@@ -125,6 +125,8 @@ def test_a_sealed_file_comes_back_and_any_changed_character_is_noticed(tmp_path)
     path, value = tmp_path / "x.json", {"accuracy": {"natural": 97.25}, "seed": 3}
     write_sealed(path, value)
     assert read_sealed(path) == value
+    write_json(path, dict(reversed(json.loads(path.read_text()).items())))
+    assert read_sealed(path) == value
     text = path.read_text()
     for index, character in enumerate(text):
         other = "1" if character == "2" else "2"
@@ -145,6 +147,10 @@ def test_lines_that_hold_no_object_are_left_out(tmp_path):
     assert read_json_lines(path) == []
     path.write_bytes(b'{"a": 1}\n{"a": \n[]\n\n{"b": 2}\n{"a": "\xc3')
     assert read_json_lines(path) == [{"a": 1}, {"b": 2}]
+    with pytest.raises(WorkdirError, match="see line 2"):
+        read_json_lines(path, whole=True)
+    path.write_bytes(b'{"a": 1}\n{"b": ')  # a kill may cut the last one off
+    assert read_json_lines(path, whole=True) == [{"a": 1}]
 
 
 def test_lines_are_appended(tmp_path):
