@@ -1,6 +1,7 @@
 """The files of a run: whole or not at all."""
 
 import concurrent.futures
+import errno
 import fcntl
 import json
 import os
@@ -153,7 +154,13 @@ def test_lines_that_hold_no_object_are_left_out(tmp_path):
     assert read_json_lines(path, whole=True) == [{"a": 1}]
 
 
-def test_lines_are_appended(tmp_path):
+@pytest.mark.parametrize("locks", [True, False])  # a file server may have none
+def test_lines_are_appended(locks, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if not locks:
+        monkeypatch.setattr("samrobust.system.storage.fcntl.flock", refuse)
     for i in range(3):
         append_json_line(tmp_path / "x.jsonl", {"i": i})
     assert helpers.read_lines(tmp_path / "x.jsonl") == [{"i": i} for i in range(3)]
