@@ -84,6 +84,14 @@ def test_the_fused_variance_of_a_constant_is_not_negative_by_rounding():
     assert np.all(np.isfinite(outputs))
 
 
+def test_a_relu_in_batch_norm_has_no_gradient_at_zero():
+    zero, one = jnp.zeros(2), jnp.ones(2)
+    cotangents = jnp.ones((4, 2)), zero, zero
+    for form in fused_and_plain(relu=True, dtype=jnp.float32):
+        _, gradients = form(jnp.zeros((4, 2)), zero, one, zero, cotangents)
+        assert not any(np.any(gradient) for gradient in gradients)
+
+
 def test_the_fused_batch_norm_normalizes_each_group_by_itself():
     with jax.enable_x64(True):
         fused, plain = fused_and_plain(relu=True)
