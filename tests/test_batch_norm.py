@@ -84,6 +84,18 @@ def test_the_fused_variance_of_a_constant_is_not_negative_by_rounding():
     assert np.all(np.isfinite(outputs))
 
 
+def test_the_gradient_of_inputs_in_bfloat16_is_in_bfloat16():
+    inputs, *others, (of_outputs, *of_statistics) = arguments_of(
+        (6, 5), dtype=jnp.float32
+    )
+    inputs, of_outputs = (x.astype(jnp.bfloat16) for x in (inputs, of_outputs))
+    for form in fused_and_plain(relu=True, dtype=jnp.bfloat16):
+        cotangents = of_outputs, *of_statistics
+        _, gradients = jax.eval_shape(form, inputs, *others, cotangents)
+        names = [gradient.dtype.name for gradient in gradients]
+        assert names == ["bfloat16", "float32", "float32"]
+
+
 def test_a_relu_in_batch_norm_has_no_gradient_at_zero():
     zero, one = jnp.zeros(2), jnp.ones(2)
     cotangents = jnp.ones((4, 2)), zero, zero

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from samrobust.experiments.components import find_model
 from samrobust.models import MODELS
@@ -171,6 +172,20 @@ def test_dropout_draws_from_its_own_key_in_training_alone(name):
     assert np.abs(first - other).max() > 1e-3
     assert np.abs(first - whole).max() > 1e-3
     np.testing.assert_array_equal(evaluated, plain_evaluated)
+
+
+def test_a_vit_drops_behind_positions_attention_and_both_layers_of_the_mlp():
+    model, dropped = small("vit", dropout=0.5), []
+
+    def note(function, args, kwargs, context):
+        if isinstance(context.module, nn.Dropout):
+            dropped.append((context.module.rate, args[0].shape))
+        return function(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        shapes_of(model, (2, 4, 4, 1))
+    tokens, wide = (2, 5, 6), (2, 5, 4 * 6)
+    assert dropped == [(0.5, shape) for shape in (tokens, tokens, wide, tokens)]
 
 
 def init(model):
