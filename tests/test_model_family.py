@@ -1,5 +1,6 @@
 """Every network of `MODELS`: its size, its fields, its dtypes and its dropout."""
 
+import functools
 import inspect
 import re
 from typing import Any
@@ -103,9 +104,10 @@ def test_a_field_out_of_its_range_is_refused_at_construction(name, fields, messa
 
 
 def test_a_patch_that_does_not_divide_the_images_is_refused():
-    message = r"a patch that divides the images, got patch=3, image=\(32, 32\)\."
-    with pytest.raises(ValueError, match=message):
-        shapes_of(find_model("vit")(patch=3))
+    for height, width in ((33, 32), (32, 33)):
+        message = rf"divides the images, got patch=3, image=\({height}, {width}\)\."
+        with pytest.raises(ValueError, match=message):
+            shapes_of(find_model("vit")(patch=3), (1, height, width, 3))
 
 
 @every
@@ -145,6 +147,10 @@ def test_only_networks_with_batch_norm_have_statistics_and_groups(name):
     has_groups = "batch_norm_group" in inspect.signature(find_model(name)).parameters
     assert set(collections) == {"params"} | ({"batch_stats"} if has_groups else set())
     assert has_groups == (name != "vit")
+    if has_groups:
+        apply = functools.partial(small(name, batch_norm_group=2).apply, train=True)
+        with pytest.raises(ValueError, match="a batch divisible by batch_norm_group"):
+            jax.eval_shape(apply, collections, images_of(3))
 
 
 @pytest.mark.parametrize("name", WITH_DROPOUT)
