@@ -402,7 +402,7 @@ def test_an_upload_that_was_cut_off_is_no_checkpoint_and_is_removed(
         with pytest.raises(CheckpointError, match="step 2 to memory://") as error:
             checkpoints.save(2, state(2), wait=True)
         assert is_transient(error.value)
-        assert (memory / "2").is_dir()
+        assert (memory / "2" / "state").is_dir()  # the manifest comes last
         assert checkpoints.latest_step() == 1
         monkeypatch.setattr(ObjectPath, "upload", upload)
         checkpoints.save(3, state(3), wait=True)
@@ -441,8 +441,12 @@ def test_a_damaged_checkpoint_is_skipped_and_replaced(memory):
             restored = checkpoints.restore_latest(state(0))
         assert restored is not None
         assert restored.step == 1
+        for name in ("2/left", "notes"):
+            storage.replace(memory / name, b"")
         checkpoints.save(2, state(5), wait=True)
         helpers.assert_same_bits(checkpoints.restore(2, state(0)).state, state(5))
+        assert not (memory / "2" / "left").exists()
+        assert (memory / "notes").exists()
 
 
 def test_what_is_brought_to_a_store_leaves_nothing_here(memory, tmp_path, monkeypatch):
