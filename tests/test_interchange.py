@@ -20,7 +20,7 @@ from samrobust.experiments.robustbench import find_evaluation
 from samrobust.experiments.workdir import config_of_run
 from samrobust.models import PreActResNet
 from samrobust.models.torch import Weights, read_weights, to_tensors, write_safetensors
-from samrobust.training.checkpoint import CheckpointError
+from samrobust.training.checkpoint import CheckpointError, Checkpoints
 
 pytestmark = pytest.mark.usefixtures("programs_made_once")
 
@@ -499,6 +499,11 @@ def test_a_repeated_import_is_done_and_anything_else_there_is_refused(
     for name in ("config.json", "import.json"):
         (tmp_path / name).rename(workdir / name)
     assert {path: path.read_bytes() for path in workdir.glob("*.json")} == before
+    (workdir / "evaluations.jsonl").unlink()
+    with Checkpoints(workdir / "checkpoints" / "last") as checkpoints:
+        checkpoints.save(3, {"trained": jnp.zeros(1)}, wait=True)
+    assert bring(exported, workdir) == 2
+    assert "with a checkpoint of step 3. Choose another" in capsys.readouterr().err
 
 
 def test_export_and_import_read_no_images(exported, tmp_path, monkeypatch):

@@ -193,7 +193,7 @@ def _is_done(workdir: pathlib.Path, digest: str, config: Config) -> bool:
         )
     if changed := config_changes(workdir, config):
         raise OtherConfigError.over(workdir, "this file's import", changed)
-    return is_whole and step == 0 and _is_intact(workdir, config)
+    return is_whole and _is_intact(workdir, config)
 
 
 def _is_intact(workdir: pathlib.Path, config: Config) -> bool:
