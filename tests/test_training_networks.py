@@ -179,27 +179,25 @@ def test_groups_need_no_layer_of_ours(layer):
     )
 
 
-def test_the_gradients_of_the_images_are_those_of_the_mean_over_all_groups():
+def test_the_outcome_over_groups_is_that_of_the_batch_in_its_order():
     model, (images, labels) = Network("LayerNorm"), make_batch()
     _, state = make_state(model)
     views = {"natural": images, "adversarial": images}
 
     @jax.jit
-    def of_images():
+    def outcomes():
         of_groups = [
             make_passes(
                 *(model, Objective(cross_entropy)), group_size=m, image_grads=True
             )
             for m in (0, 2)
         ]
-        return [
-            passes.first(state.params, {}, views, labels, KEY).image_grads
-            for passes in of_groups
-        ]
+        found = [p.first(state.params, {}, views, labels, KEY) for p in of_groups]
+        return [(x.image_grads, x.losses, x.logits) for x in found]
 
-    whole, grouped = of_images()
-    np.testing.assert_allclose(grouped, whole, atol=1e-7)
-    assert np.abs(whole).max() > 1e-3
+    whole, grouped = outcomes()
+    helpers.assert_close(grouped, whole, atol=1e-6)
+    assert np.abs(whole[0]).max() > 1e-3
 
 
 def test_statistics_that_sam_would_lose_are_refused_and_need_not_be_kept():
@@ -263,13 +261,14 @@ def test_logits_and_losses_of_other_shapes_are_refused():
         make_train_step(Column(), tx).train_step(state, IMAGES, LABELS, KEY)
     tx, state = make_state(Network())
 
-    def objective(logits, labels):
-        return logits - labels[:, None]
-
-    step = make_train_step(Network(), tx, objective=objective).train_step
-    message = r"^Expected an objective .*objective='float32\[8,3\]'"
-    with pytest.raises(ValueError, match=message):
-        step(state, IMAGES, LABELS, KEY)
+    for objective, kind in (
+        (lambda logits, labels: logits - labels[:, None], r"float32\[8,3\]"),
+        (lambda logits, labels: logits.argmax(1) - labels, r"int32\[8\]"),
+    ):
+        step = make_train_step(Network(), tx, objective=objective).train_step
+        message = rf"^Expected an objective .*<lambda>='{kind}'"
+        with pytest.raises(ValueError, match=message):
+            step(state, IMAGES, LABELS, KEY)
 
 
 # Precision
