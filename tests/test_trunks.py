@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("programs_made_once")
 SAM, LATER_SAM = "sam,rho=0.2,start=0.5", "sam,rho=0.2,start=0.75"
 AT = "at,norm=linf,eps=16,start=0.5"
 BOTH = "at,norm=linf,eps=16,start=0.25+sam,rho=0.2,start=0.5"
+SAM_4, AT_SAM = "sam,rho=0.4,start=0.5", "at,norm=linf,eps=16+sam,rho=0.2,start=0.25"
 EMA, SAM_EMA = "ema,decay=0.9", f"{SAM}+ema,decay=0.9"
 PER_EPOCH = 3
 HELD_OUT = {"data.validation_size": 48}
@@ -293,6 +294,7 @@ PLANS = {
         LATER_SAM: ["st 2", "st 3"],
     },
     ("st", "sam,rho=0.2", EMA): {"st": [], "sam,rho=0.2": [], EMA: []},
+    (SAM, SAM_4, AT_SAM): {SAM: ["st 2"], SAM_4: ["st 2"], AT_SAM: []},
     (SAM, "st,training.momentum=0.5"): {SAM: [], "st,training.momentum=0.5": []},
     (BOTH, "st", "at,norm=linf,eps=16,start=0.25"): {
         BOTH: ["st 1", "at,norm=linf,eps=16,start=0.25 2"],
@@ -318,6 +320,14 @@ def test_runs_share_what_they_are_before_their_late_parts_begin(rows, tmp_path):
         for row, run in planned.items()
     }
     assert found == PLANS[rows]
+
+
+def test_numbers_of_the_paper_keep_no_runs_apart(tmp_path):
+    configs = {
+        tmp_path / row: load_config(f"configs/cifar10.py:{row}") for row in ("st", SAM)
+    }
+    assert configs[tmp_path / "st"].paper
+    assert all(plan_trunks(tmp_path, configs).values())
 
 
 def test_a_field_of_a_late_part_is_no_field_of_the_trunk(tmp_path):
@@ -351,6 +361,8 @@ def test_a_worker_first_does_what_does_not_begin_as_a_run_at_work(
         (trunk,) = planned["st"].shared
         helpers.make_folder(trunk.folder / "checkpoints" / "last")
         assert follow() == [SAM, "sam,rho=0.2"]
+    shutil.rmtree(trunk.folder)
+    assert follow() == [SAM, "sam,rho=0.2"]  # nobody makes it any more
 
 
 def test_a_trunk_is_removed_when_all_of_its_runs_have_finished(tmp_path):
