@@ -238,7 +238,10 @@ X, Y = make_arrays()["x_train"], make_arrays()["y_train"]
         ({"x_train": X / 255}, r"x_train uint8 .* np.round\(255 \* x_train\).astype"),
         ({"x_test": X[:6, ..., 0]}, r"x_test .* Add the channel axis: x_test\[..., No"),
         ({"x_train": X.astype(np.int64)}, r"dtype='int64'\. .*x_train\.astype\(np\.u"),
-        ({"x_train": X.transpose(0, 3, 1, 2)}, r"x_train.transpose\(0, 2, 3, 1\)"),
+        *(
+            ({"x_train": x.transpose(0, 3, 1, 2)}, r"x_train.transpose\(0, 2, 3, 1\)")
+            for x in (X, X[..., :1])
+        ),
         ({"x_train": X[:0], "y_train": Y[:0]}, r"images in x_train, got shape=\(0, 4,"),
         ({"x_test": X[:6, :3]}, r"images of shape \(4, 6, 3\) in x_test as in x_train"),
         ({"y_train": Y[1:]}, r"integer y_train \[9\], one an image, got shape=\(8,\)"),

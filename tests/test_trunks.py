@@ -19,7 +19,7 @@ from samrobust.cli.planning import make_plan
 from samrobust.experiments import building, identity, sweep
 from samrobust.experiments.configuration import as_dict, load_config
 from samrobust.experiments.run import PlannedRun, train
-from samrobust.experiments.trunks import plan_trunks, remove_finished
+from samrobust.experiments.trunks import plan_trunks, remove_finished, trained_by
 from samrobust.system.claims.lease import claim
 from samrobust.training import InterruptedRunError
 from samrobust.training.checkpoint import Checkpoints
@@ -377,6 +377,11 @@ def test_a_trunk_is_removed_when_all_of_its_runs_have_finished(tmp_path):
         remove_finished([trunk])
     assert [path.name for path in (tmp_path / "trunks").iterdir()] == ["another"]
     remove_finished([trunk])
+
+
+def test_of_several_trunks_the_last_is_what_a_run_went_on_from():
+    lines = [{"step": step, "trained_by": f"run {step}"} for step in (3, 6)]
+    assert trained_by([*lines, {"step": 9}]) == {"identity": "run 6", "step": 6}
 
 
 def test_a_result_of_a_table_names_the_run_that_it_went_on_from(tmp_path):
