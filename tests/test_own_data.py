@@ -385,10 +385,21 @@ def test_images_are_decoded_once_and_found_again_by_content(channels, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(own, "read_image", None)
         check_same(load_dataset("./copy"), by_class(arrays))
+        patch.setattr(own, "DECODING", own.DECODING + 1)
+        with pytest.raises(DatasetUnavailableError, match="not callable"):
+            load_dataset("./copy")
     Image.fromarray(arrays["x_train"][1].squeeze()).save("copy/train/a/00.png")
     assert not np.array_equal(
         load_dataset("./copy").train.images[0], arrays["x_train"][0]
     )
+
+
+def test_the_arrays_of_the_caller_can_still_be_written():
+    arrays = make_arrays()
+    arrays |= {name: arrays[name].astype(np.int32) for name in ("y_train", "y_test")}
+    from_arrays("flowers", arrays)
+    for name in ("x_train", "y_train", "x_test", "y_test"):
+        arrays[name][:] = 0
 
 
 def test_names_and_suffixes_order_the_images_and_hidden_files_are_left_out():
