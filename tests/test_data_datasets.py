@@ -690,14 +690,30 @@ def test_a_refusal_ends_the_download_at_once(server, tmp_path):
     assert len(server.ranges) == 1
 
 
+def test_attempts_that_bring_something_are_not_counted(server, tmp_path):
+    server.drop_after = [100_000, 100_000]
+    downloader = ResumingDownloader(tmp_path / "part", max_attempts=2, backoff=0.0)
+    downloader(server.url, str(tmp_path / "file"), None)
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_a_manual_directory_comes_before_that_of_all_data(server, tmp_path):
+    for folder, content in (("data/manual", b"another file"), ("mine", CONTENT)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file.bin").write_bytes(content)
+    found = find_archive(served(server), tmp_path / "data", tmp_path / "mine")
+    assert found == tmp_path / "mine" / "file.bin"
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 503])
 def test_the_download_gives_up_after_attempts_that_bring_nothing(
-    server, tmp_path, monkeypatch
+    status, server, tmp_path, monkeypatch
 ):
     pauses = []
     monkeypatch.setattr(archive.time, "sleep", pauses.append)
-    server.status = 503
+    server.status = status
     downloader = ResumingDownloader(tmp_path / "part", max_attempts=4, backoff=0.5)
-    with pytest.raises(ConnectionError, match="503"):
+    with pytest.raises(ConnectionError, match=f"{status}"):
         downloader(server.url, str(tmp_path / "file"), None)
     assert len(server.ranges) == 4
     assert pauses == [0.5, 1.0, 2.0]
