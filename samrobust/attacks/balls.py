@@ -34,6 +34,7 @@ class Ball(NamedTuple):
         the loss fastest; a gradient of zero or NaN gives a zero direction.
       norm: perturbations [B, ...] to their norms [B].
       radius: the radius, in pixel units: a float, or an array that is traced or [B].
+        The functions hold it themselves: for another one, build another ball.
       order: of the norm, `inf` or 2, for attacks that are made for one norm.
     """
 
