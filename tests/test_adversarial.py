@@ -326,6 +326,14 @@ def test_a_class_without_an_example_in_an_epoch_keeps_its_rate():
     np.testing.assert_allclose(state.rates, [1, 0.75, 0.75])
 
 
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_classes_that_are_not_the_networks_are_refused(num_classes):
+    adversary = cfa(32.0, **{**CALIBRATION, "num_classes": num_classes})
+    state = adversary.init(IMAGES)
+    with pytest.raises(ValueError, match=r"^Expected num_classes=3, of the network's"):
+        adversary.perturb(logits_fn, IMAGES, LABELS, state, key=KEY)
+
+
 def test_no_class_is_attacked_by_its_rate_before_there_are_any():
     adversary = cfa(32.0, **{**CALIBRATION, "begin": 0.0})
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from samrobust import attacks
 from samrobust.attacks import linf
-from samrobust.checks import BATCH_NORM, check_choice, check_radius, count, share
+from samrobust.checks import BATCH_NORM, check, check_choice, check_radius, count, share
 from samrobust.training.adversaries.radii import (
     PGD_FIELDS,
     attack_passes,
@@ -64,7 +64,7 @@ def class_wise(
       base: >= 0, added to R_k.
       begin: the fraction of the epochs, rounded up to whole ones, 1 at least.
       batch_norm: see `Adversary`.
-      num_classes: K.
+      num_classes: K; with a network of another number, `perturb` raises `ValueError`.
       steps_per_epoch: of the training.
       total_steps: of it.
 
@@ -90,6 +90,9 @@ def class_wise(
     def perturb(
         logits_fn: LogitsFn, images: Array, labels: Array, state: PyTree, *, key: Array
     ) -> tuple[Array, PyTree]:
+        logits = jax.eval_shape(logits_fn, images)
+        wanted = f"num_classes={logits.shape[-1]}, of the network's logits"
+        check(logits.shape[-1] == num_classes, wanted, num_classes=num_classes)
         attack = make_attack(of_classes(state, base, strength)[labels])
         return attack(logits_fn, images, labels, key=key), state
 
