@@ -172,8 +172,10 @@ def augmentation(config: Config) -> dict[str, Any]:
     """
     data, augment = config.data, None
     if data.augmentation:
-        augment: Augmentation | None = resolve(data.augmentation, "an augmentation")
         named = {"data.augmentation": data.augmentation}
+        wanted = "data.augmentation as package.module:name"
+        check(is_reference(data.augmentation), wanted, **named)
+        augment: Augmentation | None = resolve(data.augmentation, "an augmentation")
         check(callable(augment), "a function of images and a key", **named)
     return {"padding": data.padding, "flip": data.flip, "augment": augment}
 
