@@ -71,8 +71,9 @@ def cutout(images, *, key, size=3):
     """Blackens a square at a random place of each image (DeVries and Taylor, 2017)."""
 
     def near(key, length):
-        center = jax.random.randint(key, [len(images), 1], 0, length)
-        return jnp.abs(jnp.arange(length) - center) <= size // 2
+        first = jax.random.randint(key, [len(images), 1], 0, length) - size // 2
+        place = jnp.arange(length)
+        return (first <= place) & (place < first + size)
 
     row_key, column_key = jax.random.split(key)
     rows, columns = near(row_key, images.shape[1]), near(column_key, images.shape[2])
