@@ -12,6 +12,7 @@ from samrobust.evaluation.diagnostics.finding import PASSED, Finding
 from samrobust.evaluation.diagnostics.report import write_report as write_sanity
 from samrobust.experiments.report import write_report
 from samrobust.experiments.reporting import summarize
+from samrobust.experiments.reporting.names import attack_in_words
 from samrobust.experiments.reporting.render import to_json
 from samrobust.experiments.reporting.training import draw_training
 from samrobust.system.files import (
@@ -280,6 +281,12 @@ def test_a_run_has_a_page_of_its_evaluations(tmp_path, capsys):
     assert "Report: SAM (rho = 0.2) <b>, seed 1" in text
     assert "of-the-evaluation" in text
     assert "identity-sam,rho=0.2-1" in text
+
+
+def test_an_attack_is_named_from_before_it_had_all_its_fields():
+    evaluation = helpers.make_config().evaluation.to_dict()
+    earlier = {n: x for n, x in evaluation.items() if n != "gradient_floor"}
+    assert attack_in_words(earlier) == attack_in_words(evaluation)
 
 
 def test_a_file_in_place_of_a_folder_is_refused(tmp_path, capsys):

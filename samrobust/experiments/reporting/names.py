@@ -100,15 +100,15 @@ def attack_in_words(evaluation: Mapping[str, Any]) -> str:
 
     Steps and starts are named where they are not those of the paper.
     """
-    from samrobust.experiments.configuration import base_config
-
     if evaluation["attack"] == "autoattack":
         members = ", ".join(evaluation["members"])
         return f"AutoAttack, {evaluation['version']}" + (members and f" ({members})")
     several = evaluation["restarts"] > 1
     restarts = f" x {evaluation['restarts']}" if several else ""
+    from samrobust.experiments.configuration import base_config
+
     usual = base_config().evaluation
-    own = [name for name in _OF_PGD if evaluation[name] != usual[name]]
+    own = [n for n in _OF_PGD if evaluation.get(n, usual[n]) != usual[n]]
     return ", ".join(
         [
             f"PGD-{evaluation['num_steps']}{restarts} on the {evaluation['loss']} loss",
