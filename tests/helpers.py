@@ -117,7 +117,7 @@ def programs_made_once() -> Iterator[None]:
 
     def compile_once(self: Any, chunk: Any, carries: Any) -> Any:
         split = tuple(array.shape for array in self._data)
-        step = tuple(self._train_steps), tuple(self._augmentation.items())
+        step = tuple(self._train_steps), tuple(self._augment.keywords.items())
         made_for = tuple(self._options.items()), self._plan, split, chunk, len(carries)
         key = *step, *made_for
         program = once(key, lambda: compile_chunk(self, chunk, carries))

@@ -15,7 +15,7 @@ from samrobust.data import Dataset, augmented
 from samrobust.experiments import building, methods
 from samrobust.system.jaxprs import abstract_key
 from samrobust.system.resolve import running
-from samrobust.types import Config
+from samrobust.types import Augmentation, Config
 
 __all__ = ["rehearse"]
 
@@ -41,15 +41,15 @@ def rehearse(config: Config, dataset: Dataset) -> None:
     own = methods.own_code(config)
     if not own:
         return
+    augment = partial(augmented, **building.augmentation(config))
     if config.data.augmentation:
-        _check_augmentation(config, dataset)
+        _check_augmentation(config.data.augmentation, augment, dataset)
     key = abstract_key()
 
     def images_of(size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, *dataset.image_shape), jnp.float32)
 
     full = config.training.batch_size
-    augment = partial(augmented, **building.augmentation(config))
     with running(" with ".join(own)):
         state = jax.eval_shape(method.init, key, images_of(full))
         for size in {full, plan.remainder} - {0}:
@@ -62,10 +62,8 @@ def rehearse(config: Config, dataset: Dataset) -> None:
             jax.eval_shape(built.admit, state.average, state.variables, worst)
 
 
-def _check_augmentation(config: Config, dataset: Dataset) -> None:
+def _check_augmentation(name: str, augment: Augmentation, dataset: Dataset) -> None:
     """Augments some images, and refuses what is no `samrobust.types.Augmentation`."""
-    name = config.data.augmentation
-    augment = partial(augmented, **building.augmentation(config))
     images = jnp.asarray(dataset.train.images[:_NUM_TRIED], jnp.float32) / 255
     half = len(images) // 2
     others = images.at[half:].set(1 - images[half:])

@@ -7,6 +7,7 @@ can resume at any step as if it had never stopped.
 
 import copy
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -246,8 +247,8 @@ class EpochRunner:
         self._train_steps = train_step if several else (train_step,)
         self._plan, self._mesh = plan, mesh
         self._options = compiler_options()  # of the context that it is built in
-        self._augmentation: dict[str, Any] = {"padding": padding, "flip": flip}
-        self._augmentation["augment"] = augment
+        options: dict[str, Any] = {"padding": padding, "flip": flip, "augment": augment}
+        self._augment = functools.partial(augmented, **options)
         self._placement = replicated(mesh)
         images_and_labels = (split.images, split.labels)
         self._data = replicate(images_and_labels, mesh)
@@ -349,7 +350,7 @@ class EpochRunner:
             crop_key, attack_key = jax.random.split(jax.random.fold_in(key, step))
             if self._plan.replays > 1:  # replays of a batch are cropped alike
                 crop_key, _ = jax.random.split(jax.random.fold_in(key, number))
-            batch_images = augmented(batch_images, **self._augmentation, key=crop_key)
+            batch_images = self._augment(batch_images, key=crop_key)
             train_step = self._train_steps[chunk.phase]
             state, metrics = train_step(
                 carry.state, batch_images, batch_labels, attack_key
