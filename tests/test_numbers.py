@@ -76,7 +76,8 @@ FOUR_AA = "adversarial/digits-four-radii/autoattack"  # the same networks, some 
 NEAR_AA = "sharpness/digits-small-radii/autoattack"  # other networks
 SHARPNESS, FAMILY = "sharpness/digits/table", "adversarial/digits/table"
 REAL = "sharpness/cifar10-small/table"
-REAL_AA = "sharpness/cifar10-small/autoattack"
+REAL_AGAIN = "sharpness/cifar10-small-again/table"  # other networks
+REAL_AA = "sharpness/cifar10-small-again/autoattack"
 REAL_COLUMNS = "linf 2/255", "l2 16/255", "l2 32/255"
 CHEAP = "adversarial/cifar10-small/table"
 CHEAP_AA = "adversarial/cifar10-small/autoattack"
@@ -966,7 +967,22 @@ def real_images_in_words() -> list[str]:
         f"{gain(REAL, at, 'natural')} of natural accuracy",
         f"hardly learns at this learning rate ({looksam:.1f} %)",
         f"learns slowly ({esam:.1f} %)",
+        *real_again_in_words(*rows, longer, at),
         *real_under_autoattack_in_words(*rows, at),
+    ]
+
+
+def real_again_in_words(*rows: str) -> list[str]:
+    far, natural = (
+        [gain(REAL_AGAIN, row, column) for row in rows]
+        for column in ("linf 2/255", "natural")
+    )
+    sam, swa, late, smooth, longer, at = zip(far, natural, strict=True)
+    return [
+        f"SAM adds {sam[0]} points at l-inf 2/255 and {sam[1]} of natural accuracy, "
+        f"SWA {swa[0]} and {swa[1]}, late SAM {late[0]} and {late[1]}, label smoothing "
+        f"{smooth[0]} and {smooth[1]}, twice the epochs {longer[0]} and {longer[1]}, "
+        f"adversarial training {at[0]} and {at[1]}",
     ]
 
 
@@ -1171,7 +1187,10 @@ def cheap_in_words() -> list[str]:
         100 * difference(CHEAP, row, far).mean / difference(CHEAP, at, far).mean
         for row in (fast["0.5"], sam)
     ]
-    smooth = [gain(name, "label_smoothing,alpha=0.2", far) for name in (REAL, CHEAP)]
+    there, again, here = (
+        gain(name, "label_smoothing,alpha=0.2", far)
+        for name in (REAL, REAL_AGAIN, CHEAP)
+    )
     free = mean(CHEAP, "free,eps=1,m=4", "natural")
     return [
         f"SAM adds {own[0]} points at l-inf 1/255, {own[1]} at 2/255 and {own[2]} of "
@@ -1185,7 +1204,8 @@ def cheap_in_words() -> list[str]:
         f"{passes['trades,norm=linf,eps=1,beta=1']:g}",
         f"FGSM-RS has {shares[0]:.0f} % and SAM {shares[1]:.0f} %",
         f"learns too little ({free:.1f} % natural)",
-        f"adds {smooth[0]} at l-inf 2/255 there and {smooth[1]} here",
+        f"adds {there} at l-inf 2/255 there, {again} when trained again, and {here} "
+        "here",
         *larger_radii_in_words(at),
         *cheap_under_autoattack_in_words(fast["0.5"], sam),
     ]
