@@ -14,6 +14,7 @@ from samrobust.cli import measuring
 from samrobust.experiments import curves, scoring, turns
 from samrobust.experiments.run import run
 from samrobust.system.claims.lease import claim
+from samrobust.system.files import read_sealed
 
 pytestmark = pytest.mark.usefixtures("programs_made_once")
 
@@ -286,6 +287,28 @@ def test_a_workdir_that_is_moved_meanwhile_is_not_made_again(
     assert helpers.main(command, f"--workdir={workdir}", *flags) == 69
     assert "the directory was removed or moved" in capsys.readouterr().err
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize("command", ["recheck", "curves"])
+def test_a_run_whose_network_cannot_be_read_stops_no_other(
+    trained, tmp_path, capsys, command
+):
+    workdir = Path(shutil.copytree(trained, tmp_path / "table"))
+    flags = [*FLAGS] if command == "recheck" else ["--linf=8", "--l2=", IMAGES[0]]
+    arguments = (command, f"--workdir={workdir}", *flags)
+    shutil.rmtree(workdir / "st" / "seed0" / "checkpoints")
+    assert helpers.main(*arguments) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "failed ST, seed 0: Expected" in said
+    if command == "recheck":
+        assert accuracies(workdir).keys() == {"sam,rho=0.2"}
+        assert '"ST' not in (workdir / "autoattack.csv").read_text()
+    else:
+        content = read_sealed(workdir / "curves.json") or {}
+        assert content["concluded"] == ["sam,rho=0.2/seed0"]
+    shutil.rmtree(workdir / "sam,rho=0.2" / "seed0" / "checkpoints")
+    assert helpers.main(*arguments) == 1
+    assert "error: Expected a checkpoint in" in capsys.readouterr().err
 
 
 def test_a_damaged_result_is_refused_before_any_attack(rechecked, monkeypatch, capsys):

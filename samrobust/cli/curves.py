@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     Raises:
       ValueError: for flags out of range, or a directory without finished runs.
+      CheckpointError: if no run has a network that can be read.
       InterruptedRunError: if it was asked to stop.
     """
     from samrobust.cli.measuring import Measure, RunMeasurements
@@ -99,7 +100,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     found = [dataclasses.asdict(line) for line in lines]
     written = measurements.conclude(draw, title=title, curves=found)
     show_written(measurements.console, measurements.workdir, written)
-    return 0
+    return measurements.exit_code
 
 
 def _settings(config: "Config", arguments: argparse.Namespace) -> "CurveSettings":

@@ -30,15 +30,26 @@ from samrobust.system.claims.lease import (
     claim_in_turn,
     lost,
 )
-from samrobust.system.distributed import broadcast_from_primary
+from samrobust.system.distributed import broadcast_from_primary, met_by_all
+from samrobust.system.failures import describe, is_transient
 from samrobust.system.provenance import provenance
+from samrobust.system.runtime import FAILED
 from samrobust.system.storage import ObjectPath
+from samrobust.training.checkpoint import CheckpointError
 from samrobust.types import Config, PyTree
 
 __all__ = ["FinishedRuns", "RunMeasurements"]
 
 _T = TypeVar("_T")
 Measure: TypeAlias = Callable[[PyTree, OnBatch], dict[str, Any]]
+
+
+class _UnreadableError(RuntimeError):
+    """The network of a run cannot be read, for this reason."""
+
+    def __init__(self, reason: Exception):
+        super().__init__(describe(reason))
+        self.reason = reason
 
 
 class FinishedRuns:
@@ -51,8 +62,10 @@ class FinishedRuns:
     Attributes:
       console: of process 0.
       workdir: of the table, in which process 0 can write.
-      configs: of the runs, by their folders in the workdir.
+      configs: of the runs, by their folders in the workdir; after `judge_each` without
+        those that have no network to be read.
       first: the first of them.
+      exit_code: of the command; not 0 where there were such runs.
       load_data: of a config; once for equal data.
 
     Raises:
@@ -66,6 +79,7 @@ class FinishedRuns:
             lambda: finished_runs(self.workdir, arguments.rows or ())
         )
         self.first = next(iter(self.configs.values()))
+        self.exit_code = 0
         self.load_data = shared.once_per(building.load_data, "data")
         broadcast_from_primary(lambda: files.check_writable(self.workdir))
         self._opened = broadcast_from_primary(self._identity)
@@ -106,10 +120,31 @@ class FinishedRuns:
             return status.st_dev, status.st_ino
         return 0, 0
 
+    def load_network(
+        self, folder: str, which: str, config: Config | None = None
+    ) -> networks.Trained:
+        """Returns a network of a run, inside a `judge` of `judge_each`.
+
+        Args:
+          folder: of the run.
+          which: of its checkpoints.
+          config: of the run, with flags in it; None: as it was trained.
+        """
+        config = config or self.configs[folder]
+        dataset, place = self.load_data(config), self.workdir / folder
+        try:
+            return networks.load_network(config, dataset, place, which)
+        except (CheckpointError, files.WorkdirError, ValueError) as error:
+            if not met_by_all(error) or is_transient(error):
+                raise
+            raise _UnreadableError(error) from error
+
     def judge_each(
         self, judge: Callable[[str, RunDisplay], _T], works: Mapping[str, float]
     ) -> dict[str, _T]:
         """Judges every run, each while no other worker does.
+
+        A run whose network cannot be read stops no other; it is named at the end.
 
         Args:
           judge: of the run's folder and its display, while the run is this worker's.
@@ -119,9 +154,11 @@ class FinishedRuns:
           What was found of each run, by its folder, in the order of `configs`.
 
         Raises:
+          CheckpointError: if no run has a network that can be read.
           InterruptedRunError: if it was asked to stop while others held the last runs.
         """
         found: dict[str, _T] = {}
+        unreadable: dict[str, _UnreadableError] = {}
         display = ProgressDisplay(self.console, sum(works.values()))
 
         def name(folder: str) -> str:
@@ -139,7 +176,10 @@ class FinishedRuns:
                     broadcast_from_primary(lambda: self._claim(held, folder))
                 except ClaimedError:
                     return False
-                found[folder] = judge(folder, shown)
+                try:
+                    found[folder] = judge(folder, shown)
+                except _UnreadableError as error:
+                    unreadable[folder] = error
                 self._mine = None
             return True
 
@@ -149,6 +189,12 @@ class FinishedRuns:
         everything, should_stop = list(self.configs), self.should_stop
         with display.live():
             take_turns(everything, attempt, on_wait=on_wait, should_stop=should_stop)
+        if not found:
+            raise next(iter(unreadable.values())).reason
+        why = {name(folder): str(error) for folder, error in unreadable.items()}
+        shared.show_failures(self.console, why)
+        self.exit_code = FAILED if unreadable else 0
+        self.configs = {f: c for f, c in self.configs.items() if f in found}
         return {folder: found[folder] for folder in self.configs}
 
     def _claim(self, held: contextlib.ExitStack, folder: str) -> None:
@@ -208,17 +254,15 @@ class RunMeasurements(FinishedRuns):
             the images, and what measures, of the run's variables.
 
         Raises:
-          CheckpointError: if a run has no intact checkpoint.
+          CheckpointError: if no run has a network that can be read.
           InterruptedRunError: if it was asked to stop.
         """
         works = {folder: float(folder not in self.runs) for folder in self.configs}
 
         def judge(folder: str, shown: RunDisplay) -> None:
             config = self.configs[folder]
-            dataset, where = self.load_data(config), self.workdir / folder
-            which = networks.checkpoints_of(config)[0]
-            network = networks.load_network(config, dataset, where, which)
-            images, measure = prepare(config, dataset)
+            network = self.load_network(folder, networks.checkpoints_of(config)[0])
+            images, measure = prepare(config, self.load_data(config))
             measured = {
                 "identity": network.identity.hash,
                 "step": network.step,

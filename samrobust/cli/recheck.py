@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     Raises:
       ValueError: for flags out of range, or a directory without finished runs.
-      CheckpointError: if a run has no intact checkpoint.
+      CheckpointError: if no run has a network that can be read.
       InterruptedRunError: if it was asked to stop.
     """
     from samrobust.cli import shared
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         dataset, judged = load_data(config), networks.checkpoints_of(config)
         parts = iter(scoring.in_parts(shown, works[path] * len(judged)))
         for which in judged:
-            network = networks.load_network(config, dataset, workdir / path, which)
+            network = opened.load_network(path, which, config)
             pgd, autoattack = (
                 scorer(configs[attack])(
                     network, workdir / path, next(parts), opened.should_stop
@@ -118,11 +118,12 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     results = list(opened.judge_each(judge, total).values())
 
     def conclude() -> tuple[pathlib.Path, ...]:
+        readable = {path: runs[path] for path in opened.configs}
         with opened.concluding():
-            return _conclude(workdir, runs, results, console)
+            return _conclude(workdir, readable, results, console)
 
     shared.show_written(console, workdir, broadcast_from_primary(conclude))
-    return 0
+    return opened.exit_code
 
 
 def _config(config: "Config", attack: str, arguments: argparse.Namespace) -> "Config":

@@ -30,6 +30,7 @@ __all__ = [
     "once_per",
     "passes_of",
     "show_accuracies",
+    "show_failures",
     "show_notes",
     "show_written",
 ]
@@ -89,6 +90,13 @@ def show_accuracies(console: Console, name: str, accuracy: Mapping[str, float]) 
     """Prints a line with the accuracy of every column."""
     cells = ", ".join(f"{column} {value:.2f}" for column, value in accuracy.items())
     console.print(f"{name}: {cells} (accuracy in %)")
+
+
+def show_failures(console: Console, failures: Mapping[str, str]) -> None:
+    """Prints a line for each run that failed: what it is called, and why."""
+    for name, why in failures.items():
+        console.print("failed", style="red", end=" ")
+        console.print(f"{name}: {why}")
 
 
 def show_notes(console: Console, workdir: pathlib.Path) -> None:

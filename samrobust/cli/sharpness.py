@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     Raises:
       ValueError: for flags out of range, or a directory without finished runs.
-      CheckpointError: if a run has no intact checkpoint.
+      CheckpointError: if no run has a network that can be read.
       InterruptedRunError: if it was asked to stop.
     """
     import jax
@@ -75,9 +75,9 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     measurements = RunMeasurements(arguments, stop, _NAME, _settings)
     settings: ProbeSettings = measurements.settings
-    workdir, configs = measurements.workdir, measurements.configs
+    workdir = measurements.workdir
     accuracies = broadcast_from_primary(
-        lambda: {folder: _accuracy(workdir, folder, c) for folder, c in configs.items()}
+        lambda: {f: _accuracy(workdir, f, c) for f, c in measurements.configs.items()}
     )
     column = findings.choose_column(accuracies.values(), arguments.column)
 
@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         return {**images, "num_images": [len(train), len(test)]}, measure
 
     measurements.measure(prepare)
+    configs = measurements.configs
     runs = [
         findings.MeasuredRun(
             *(config.row, config.label, config.seed),
@@ -124,7 +125,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     written = measurements.conclude(draw, **findings.to_json(explained))
     show_written(measurements.console, workdir, written)
-    return 0
+    return measurements.exit_code
 
 
 def _settings(config: "Config", arguments: argparse.Namespace) -> "ProbeSettings":

@@ -169,6 +169,7 @@ def _train(
     seeds_per_program: int,
 ) -> dict[pathlib.Path, str]:
     """Trains and attacks a share; returns which runs failed, and why."""
+    from samrobust.cli.shared import show_failures
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.sweep import run_all
 
@@ -189,10 +190,8 @@ def _train(
             should_stop=should_stop,
             seeds_per_program=seeds_per_program,
         )
-    for planned in runs:
-        if planned.workdir in failed:
-            console.print("failed", style="red", end=" ")
-            console.print(f"{planned.name}: {failed[planned.workdir]}")
+    names = {planned.workdir: planned.name for planned in runs}
+    show_failures(console, {names[folder]: why for folder, why in failed.items()})
     return failed
 
 
