@@ -655,6 +655,12 @@ def test_msam_outside_of_accumulation_is_refused():
         msam(RHO, inner).init(jnp.asarray(W))
 
 
+def test_a_constructor_in_place_of_an_optimizer_is_refused():
+    constructor: Any = optax.sgd
+    with pytest.raises(ValueError, match=r"transformation, got optimizer=<.*sgd\(0\.1"):
+        msam(RHO, constructor)
+
+
 def test_jit_does_not_change_the_step_and_traces_it_once():
     tx: Any = full_chain(aux=AUX)
     traces = []

@@ -468,6 +468,12 @@ def test_an_unknown_choice_is_refused_when_the_step_is_made(options, message):
         make_train_step(model, make_tx(), **options)
 
 
+def test_a_constructor_in_place_of_an_optimizer_is_refused():
+    constructor: Any = optax.sgd
+    with pytest.raises(ValueError, match=r"transformation, got tx=<function sgd"):
+        make_train_step(model, constructor)
+
+
 def half(_logits_fn, images, *_, **_key):
     return images[:, :4]
 

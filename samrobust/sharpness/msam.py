@@ -11,6 +11,7 @@ import optax
 
 from samrobust.checks import check_strength
 from samrobust.sharpness.refusals import (
+    as_transformation,
     check_present,
     check_rho,
     check_scheduled,
@@ -52,8 +53,9 @@ def msam(
       next offset.
 
     Raises:
-      ValueError: unless rho is as for `sam`; in `init`, if the optimizer accumulates
-        gradients by `optax.MultiSteps`; in `update`, without `params`.
+      ValueError: unless rho is as for `sam` and the optimizer an optax transformation;
+        in `init`, if it accumulates gradients by `optax.MultiSteps`; in `update`,
+        without `params`.
 
     Reference: Becker, Altrock and Risse (2024), arXiv 2401.12033; as the authors' code,
     MarlonBecker/MSAM, for SGD. *Our deviation*: their AdamW moves along its average of
@@ -65,7 +67,7 @@ def msam(
     """
     check_rho(rho)
     schedule = rho if callable(rho) else lambda _: rho
-    inner = optax.with_extra_args_support(optimizer)
+    inner = as_transformation(optimizer=optimizer)
 
     def init(params: PyTree) -> OffsetState:
         exact = jax.tree.map(at_least_float32, params)

@@ -17,6 +17,7 @@ from samrobust.types import PyTree
 
 __all__ = [
     "as_template",
+    "as_transformation",
     "check_ascent",
     "check_gradients",
     "check_losses",
@@ -109,6 +110,19 @@ def check_losses(**values: Any) -> None:
     holds = len(shapes) == 1 and len(*shapes) == 1
     kinds = {name: kind_of(value) for name, value in values.items()}
     check(holds, "a loss of each example, [B], and not their mean", **kinds)
+
+
+def as_transformation(**one: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns an optimizer as one that takes extra arguments.
+
+    Raises:
+      ValueError: for what is no optax transformation, such as a constructor of one.
+    """
+    ((name, tx),) = one.items()
+    is_one = all(callable(getattr(tx, part, None)) for part in ("init", "update"))
+    fix = "A constructor is called first: `optax.sgd(0.1)`."
+    check(is_one, "an optax transformation", fix, **{name: tx})
+    return optax.with_extra_args_support(tx)
 
 
 def check_whole_tree(updates: PyTree, params: PyTree) -> None:

@@ -22,7 +22,7 @@ from samrobust.attacks import identity
 from samrobust.attacks.losses import cross_entropy, misclassified
 from samrobust.checks import BATCH_NORM, BATCH_STATS, check, check_choice, shorten
 from samrobust.sharpness import gradient_point, last_aux, last_metrics
-from samrobust.sharpness.refusals import kind_of
+from samrobust.sharpness.refusals import as_transformation, kind_of
 from samrobust.system.distributed import shard_batch
 from samrobust.training.parts import (
     VIEWS,
@@ -134,12 +134,12 @@ def make_train_step(
       each device.
 
     Raises:
-      ValueError: for an unknown choice; in `init`, if the network has no `params`, or
-        other collections of variables than these and `batch_stats`; in the step, if
-        images, labels, logits, losses or what the adversary returns are not of these
-        shapes and kinds, the groups do not divide the batch or reach the weights, or
-        the `two_pass` of `tx` does not keep the statistics of its second pass although
-        `batch_stats` asks for them.
+      ValueError: for an unknown choice, or a `tx` that is no transformation; in `init`,
+        if the network has no `params`, or other collections of variables than these
+        and `batch_stats`; in the step, if images, labels, logits, losses or what the
+        adversary returns are not of these shapes and kinds, the groups do not divide
+        the batch or reach the weights, or the `two_pass` of `tx` does not keep the
+        statistics of its second pass although `batch_stats` asks for them.
 
     Reference: Wei, Zhu and Zhang (2023), equations (3) and (5). *Our deviation* from
     their code: the attack's forward passes do not update the running statistics.
@@ -178,7 +178,7 @@ def make_train_step(
     check(bool(objective.views), f"views of {{{', '.join(VIEWS)}}}", views=())
     for view in objective.views:
         check_choice(VIEWS, view=view)
-    tx = optax.with_extra_args_support(tx)
+    tx = as_transformation(tx=tx)
     passes = make_passes(
         model,
         objective,
