@@ -45,9 +45,11 @@ from samrobust.attacks.per_example import (
 from samrobust.checks import check, check_choice
 from samrobust.types import Array, ArrayLike, CheckedAttack, LogitsFn, LossFn
 
-__all__ = ["JUDGES", "StagedPgd", "identity", "pgd", "staged_pgd"]
+__all__ = ["JUDGES", "LONGEST_STEP", "StagedPgd", "identity", "pgd", "staged_pgd"]
 
 JUDGES = ("final", "any")
+# In radii; longer steps only jump between the faces of the ball.
+LONGEST_STEP = 10.0
 
 
 def identity(logits_fn: LogitsFn, images: Array, labels: Array, *, key: Array) -> Array:
@@ -300,8 +302,8 @@ def _run_maker(
     if num_steps > 0 and not is_point(ball):
         holds = bool(np.all(is_long & (lengths < np.inf)))
         check(holds, "0 < step_size < inf", step_size=step_size)
-        # Beyond ten radii steps only jump between the faces of the ball.
-        is_beyond = 10 * seen(ball.radius) < np.max(lengths, initial=0.0)
+        longest = LONGEST_STEP * seen(ball.radius)
+        is_beyond = longest < np.max(lengths, initial=0.0)
         if is_beyond.size and is_beyond.all():
             check_units(ball, box, step_size=step_size)
     check(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from samrobust.attacks import Ball, l2, linf
+from samrobust.attacks.pgd import LONGEST_STEP
 from samrobust.checks import (
     BATCH_NORM,
     LARGEST_REAL,
@@ -32,9 +33,8 @@ __all__ = [
     "make_ball",
 ]
 
-# Range of step size / radius. Beyond ten radii steps only jump between the faces of the
-# ball; below this fraction a step is lost in float32's rounding of pixels.
-STEP = (1e-4, 10.0)
+# Range of step size / radius. Shorter ones are lost in float32's rounding of pixels.
+STEP = (1e-4, LONGEST_STEP)
 _radius = functools.partial(check_real, 0, LARGEST_REAL)
 # The reference code's 1e-10, times a batch below 1e7.
 _floor = functools.partial(check_real, 0, 1e-3)
@@ -47,7 +47,7 @@ def check_alpha(**values: Any) -> None:
 
 def check_extent(**values: Any) -> None:
     """Refuses a length, in radii, that is negative or leaves every ball."""
-    check_real(0, STEP[1], **values)
+    check_real(0, LONGEST_STEP, **values)
 
 
 # The fields of every attack by PGD in training; radii and steps in 1/255 units.
