@@ -345,6 +345,13 @@ def test_the_plans_of_all_calls_are_kept_each_run_once(tmp_path):
     ]
 
 
+def test_a_call_that_plans_all_rows_says_in_which_order(tmp_path):
+    rows = ["st", "sam,rho=0.2", "at,norm=linf,eps=16"]
+    for call in (rows[::2], rows):
+        sweep.record_plan(tmp_path, make_runs(tmp_path, call))
+    assert list(read_plan(tmp_path)) == [f"{row}/seed0" for row in rows]
+
+
 def test_a_table_is_not_made_in_the_directory_of_a_run(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(

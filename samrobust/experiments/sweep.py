@@ -290,7 +290,9 @@ def refuse_other_configs(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> N
 
 
 def record_plan(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> None:
-    """Adds the runs to the table's `plan.json`, for `samrobust status`.
+    """Adds the runs to the table's `plan.json`; in their order, if that is all of it.
+
+    `samrobust status`, and whatever measures finished runs, takes its order from there.
 
     Raises:
       WorkdirError: if the directory cannot be written.
@@ -310,13 +312,18 @@ def record_plan(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> None:
                 for epochs in methods.phases_of(config)
             ),
         }
+
+    def together() -> list[dict[str, Any]]:
+        theirs = read_plan(workdir)
+        is_all = theirs.keys() <= ours.keys()
+        return list((ours if is_all else theirs | ours).values())
+
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if (plan := read_plan(workdir)) == plan | ours:
+        if list(read_plan(workdir).values()) == together():
             return
         with claim_in_turn(workdir / ".planning"):  # others may be adding theirs
-            together = read_plan(workdir) | ours
-            write_json(workdir / "plan.json", {"runs": list(together.values())})
+            write_json(workdir / "plan.json", {"runs": together()})
     except OSError as error:
         what = f"Expected a writable directory, got workdir={str(workdir)!r}: {error}."
         raise WorkdirError(what) from error
