@@ -786,10 +786,10 @@ def gpu_in_words() -> list[str]:
     ]
 
 
-def two_pass() -> list[str]:
+def two_pass(name: str = SHARPNESS) -> list[str]:
     return [
         row.name
-        for row in table(SHARPNESS).rows
+        for row in table(name).rows
         if 1.5 < (row.passes or 0) < 2.5 and row.family != "ST"
     ]
 
@@ -991,9 +991,8 @@ def real_under_autoattack_in_words(
 ) -> list[str]:
     name, far = REAL_AA, "linf 2/255"
     esam, awp, longer = "esam,rho=0.1", "awp,gamma=0.005", "st,training.epochs=20"
-    rows = {row.name: row for row in table(name).rows}
-    relatives = [row for row, own in rows.items() if own.passes == 2]
-    relatives = [row for row in relatives if row not in (sam, longer)]
+    rows = [row.name for row in table(name).rows]
+    relatives = [row for row in two_pass(name) if row not in (sam, esam)]
     added = {row: difference(name, row, f"{far} AA").mean for row in relatives}
     assert max(added, key=lambda row: added[row]) == awp
     lost = [difference(name, row, "natural").mean for row in relatives]

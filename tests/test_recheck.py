@@ -302,7 +302,7 @@ def test_a_run_whose_network_cannot_be_read_stops_no_other(
     assert "failed ST, seed 0: Expected" in said
     if command == "recheck":
         assert accuracies(workdir).keys() == {"sam,rho=0.2"}
-        assert '"ST' not in (workdir / "autoattack.csv").read_text()
+        assert "st,ST," not in (workdir / "autoattack.csv").read_text()
     else:
         content = read_sealed(workdir / "curves.json") or {}
         assert content["concluded"] == ["sam,rho=0.2/seed0"]

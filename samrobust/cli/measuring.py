@@ -120,17 +120,14 @@ class FinishedRuns:
             return status.st_dev, status.st_ino
         return 0, 0
 
-    def load_network(
-        self, folder: str, which: str, config: Config | None = None
-    ) -> networks.Trained:
+    def load_network(self, folder: str, config: Config, which: str) -> networks.Trained:
         """Returns a network of a run, inside a `judge` of `judge_each`.
 
         Args:
           folder: of the run.
+          config: of the run, perhaps with flags in it.
           which: of its checkpoints.
-          config: of the run, with flags in it; None: as it was trained.
         """
-        config = config or self.configs[folder]
         dataset, place = self.load_data(config), self.workdir / folder
         try:
             return networks.load_network(config, dataset, place, which)
@@ -261,7 +258,8 @@ class RunMeasurements(FinishedRuns):
 
         def judge(folder: str, shown: RunDisplay) -> None:
             config = self.configs[folder]
-            network = self.load_network(folder, networks.checkpoints_of(config)[0])
+            which = networks.checkpoints_of(config)[0]
+            network = self.load_network(folder, config, which)
             images, measure = prepare(config, self.load_data(config))
             measured = {
                 "identity": network.identity.hash,

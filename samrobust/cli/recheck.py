@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         dataset, judged = load_data(config), networks.checkpoints_of(config)
         parts = iter(scoring.in_parts(shown, works[path] * len(judged)))
         for which in judged:
-            network = opened.load_network(path, which, config)
+            network = opened.load_network(path, config, which)
             pgd, autoattack = (
                 scorer(configs[attack])(
                     network, workdir / path, next(parts), opened.should_stop

@@ -190,8 +190,8 @@ def _train(
             should_stop=should_stop,
             seeds_per_program=seeds_per_program,
         )
-    names = {planned.workdir: planned.name for planned in runs}
-    show_failures(console, {names[folder]: why for folder, why in failed.items()})
+    in_order = [planned for planned in runs if planned.workdir in failed]
+    show_failures(console, {p.name: failed[p.workdir] for p in in_order})
     return failed
 
 

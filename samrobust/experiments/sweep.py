@@ -313,17 +313,17 @@ def record_plan(workdir: pathlib.Path, runs: Sequence[PlannedRun]) -> None:
             ),
         }
 
-    def together() -> list[dict[str, Any]]:
-        theirs = read_plan(workdir)
+    def together(theirs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         is_all = theirs.keys() <= ours.keys()
         return list((ours if is_all else theirs | ours).values())
 
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if list(read_plan(workdir).values()) == together():
+        if list((known := read_plan(workdir)).values()) == together(known):
             return
         with claim_in_turn(workdir / ".planning"):  # others may be adding theirs
-            write_json(workdir / "plan.json", {"runs": together()})
+            plan = together(read_plan(workdir))
+            write_json(workdir / "plan.json", {"runs": plan})
     except OSError as error:
         what = f"Expected a writable directory, got workdir={str(workdir)!r}: {error}."
         raise WorkdirError(what) from error
