@@ -334,7 +334,7 @@ def held(page: str) -> tuple[Rows, ...]:
         return (rendered(DIGITS),)
     if page == "docs/sharpness.md":
         strong = plain(SHARPNESS_AA, beside_autoattack("linf 32/255", "l2 128/255"))
-        real = plain(REAL_AA, beside_autoattack("linf 2/255"))
+        real = plain(REAL_AA, beside_autoattack("linf 2/255", "l2 32/255"))
         return rendered(SHARPNESS), strong, rendered(REAL), real
     if page == "docs/adversarial.md":
         return (
@@ -1027,23 +1027,52 @@ def real_under_autoattack_in_words(
         f"late SAM {natural[2]} and the other methods of two passes {min(lost):.1f} to "
         f"{max(lost):.1f}",
         *real_in_l2_in_words(sam, swa, late, smooth, at),
+        *real_at_l2_16_in_words(sam, swa, late, smooth, at),
     ]
 
 
-def real_in_l2_in_words(*rows: str) -> list[str]:
-    wide, narrow = (
-        [gain(REAL_L2, row, f"{column} AA") for row in rows]
-        for column in ("l2 32/255", "l2 16/255")
-    )
-    for row in rows:  # "beyond chance"
-        assert not difference(REAL_L2, row, "l2 16/255 AA").significant
-        assert not difference(REAL_L2, row, "l2 32/255 AA").significant
+def real_in_l2_in_words(sam: str, *others: str) -> list[str]:
+    name, column = REAL_AA, "l2 32/255"
+    gains = [gain(name, row, f"{column} AA") for row in (sam, *others)]
+    relatives = [row for row in two_pass(name) if row not in (sam, "esam,rho=0.1")]
+    added = [difference(name, row, f"{column} AA").mean for row in relatives]
+    rows = [row.name for row in table(name).rows if row.differences]
+    found = {row: difference(name, row, f"{column} AA") for row in rows}
+    beyond = {row for row in rows if found[row].significant and found[row].mean > 0}
+    masked, on = "ssam,mask=dynamic,rho=0.1", "sam_on,rho=0.25"
+    assert beyond == {masked, on}
+    for row in (sam, others[0]):  # README: under AutoAttack "neither gains in l2"
+        assert found[row].mean < 0
+    at = others[-1]
+    for row in rows:  # "alone"
+        if row != sam:
+            apart, error = lead(name, row, sam, f"{column} AA")
+            is_ahead = apart > 0 and is_beyond_chance(name, apart, error)
+            assert is_ahead == (row == at)
+    over = overstated(name, column).values()
     return [
-        f"In l2, measured for {COUNTS[len(table(REAL_L2).rows)]} of the rows",
-        f"at 32/255 (SAM {wide[0]}, SWA {wide[1]}, late SAM {wide[2]}, label smoothing "
-        f"{wide[3]}, adversarial training {wide[4]})",
-        f"at 16/255 (SAM {narrow[0]}, SWA {narrow[1]}, late SAM {narrow[2]}, label "
-        f"smoothing {narrow[3]}, adversarial training {narrow[4]})",
+        f"SAM adds {gains[0]} points, SWA {gains[1]}, late SAM {gains[2]}, label "
+        f"smoothing {gains[3]} and the other methods of two passes {min(added):.1f} to "
+        f"{max(added):.1f}",
+        f"SSAM with a dynamic mask ({gain(name, masked, f'{column} AA')}) and SAM-ON "
+        f"({gain(name, on, f'{column} AA')}) gain beyond chance, two of {len(rows)} "
+        "comparisons",
+        f"adds {gains[4]}, and it alone is ahead of SAM beyond chance, by "
+        f"{ahead(name, at, sam, f'{column} AA')}",
+        f"overestimates the rows by {min(over):.1f} to {max(over):.1f} points (rank "
+        f"correlation {agreement(name, column):.2f})",
+    ]
+
+
+def real_at_l2_16_in_words(*rows: str) -> list[str]:
+    column = "l2 16/255 AA"
+    gains = [gain(REAL_L2, row, column) for row in rows]
+    for row in rows:  # "beyond chance"
+        assert not difference(REAL_L2, row, column).significant
+    return [
+        f"At l2 16/255, measured for {COUNTS[len(table(REAL_L2).rows)]} of the rows",
+        f"SAM {gains[0]}, SWA {gains[1]}, late SAM {gains[2]}, label smoothing "
+        f"{gains[3]}, adversarial training {gains[4]}",
     ]
 
 

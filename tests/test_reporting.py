@@ -695,6 +695,27 @@ class TestPrices:
         low, high = panel.get_ylim()
         assert low <= heights[0] < heights[-1] <= high
 
+    def test_names_end_before_the_dots_of_costlier_methods(self):
+        labels = {
+            "st,training.weight_decay=0.002": ("ST with weight decay 0.002", 1.0),
+            "sam,rho=0.8,start=0.8": ("SAM (rho = 0.8) from 0.8 on", 1.2),
+            "esam,rho=0.1": ("ESAM (rho = 0.1)", 1.83),
+            "sam,rho=0.2": ("SAM (rho = 0.2)", 2.0),
+            "at,norm=linf,eps=0.25": ("AT (linf, eps = 0.25/255)", 7.67),
+        }
+        passes = {"st": 1.0} | {name: cost for name, (_, cost) in labels.items()}
+        rows = [("st", "ST"), *((name, label) for name, (label, _) in labels.items())]
+        accuracy = {"natural": 99.0, "linf 1/255": 50.0}
+        runs = [run("st", accuracy=accuracy) | {"row": name} for name, _ in rows]
+        figure = draw_prices(summarize(runs, rows=rows, passes=passes))
+        figure.draw_without_rendering()
+        (panel,) = figure.axes
+        place = panel.transData.transform
+        dots = [place((math.log2(cost), 50.0))[0] for cost in passes.values()]
+        for text in panel.texts:
+            box = text.get_window_extent()
+            assert not [dot for dot in dots if box.x0 <= dot <= box.x1 + 3], text
+
     def test_in_a_crowd_the_best_of_a_family_is_named(self):
         panel = self.draw_sams(31)
         assert [text.get_text() for text in panel.texts] == ["ST", "SAM 30"]

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_prices", "has_prices"]
 
-_WIDTH, _LEAST, _LINE = 8.0, 1.8, 0.105  # inches: of a panel, and between two names
+_WIDTH, _LEAST, _LINE = 9.0, 1.8, 0.105  # inches: of a panel, and between two names
 _AROUND = 0.45  # inches above and below a panel
 _NEAR = 0.3  # doublings of the cost within which names stand in one column
 _MARGIN = 0.06  # doublings between points and names
-_LETTER = 0.022  # doublings that a letter of a name takes
+_LETTER = 0.0195  # doublings that a letter of a name takes
 _OTHERS = re.compile(r",\w+\.\w")  # in the name of a row: other fields of its config
 _DOT = {"marker": "o", "markersize": 3.5, "linestyle": "none", "elinewidth": 0.8}
 _STAIRS = {"drawstyle": "steps-post", "color": pictures.PALE, "linewidth": 2.5}
