@@ -119,14 +119,16 @@ def _share_devices(options: argparse.Namespace) -> list[dict[str, str]]:
     """For each process, the settings that tell it its devices.
 
     JAX_LOCAL_DEVICE_IDS counts within CUDA_VISIBLE_DEVICES, which stays as it is:
-    processes that see each other's GPUs exchange data without the host.
+    processes that see each other's GPUs exchange data without the host. A process by
+    itself would not read it, and sees its GPUs alone.
     """
     count, each = options.processes or 2, options.devices_per_process
     if options.each:
         return _one_device_each(options.each, cpu=options.cpu)
     if options.cpu:
         return [_CPU | {"JAX_NUM_CPU_DEVICES": str(each or 1)}] * count
-    num_gpus = len(_gpus())
+    gpus = _gpus()
+    num_gpus = len(gpus)
     each = each or max(num_gpus // count, 1)
     if count * each > num_gpus:
         message = (
@@ -134,6 +136,8 @@ def _share_devices(options: argparse.Namespace) -> list[dict[str, str]]:
             "processes or devices, or for --cpu."
         )
         raise ValueError(message)
+    if count == 1:
+        return [_CUDA | {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:each])}]
     return [
         _CUDA | {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(first, first + each)))}
         for first in range(0, count * each, each)

@@ -93,6 +93,22 @@ def test_a_missing_array_is_rebuilt_and_a_missing_manifest_too(tmp_path):
     assert decode.calls == 3
 
 
+def test_an_array_that_another_process_wrote_meanwhile_is_not_replaced(tmp_path):
+    # It may be mapped on another machine, where a file that is replaced is lost.
+    cached_arrays(tmp_path, "name", {"a": 1}, Decoder())
+    before = {name: (tmp_path / name).stat().st_ino for name in FILES[1:]}
+
+    def decode_slowly():
+        cached_arrays(tmp_path, "name", {"a": 1}, Decoder())
+        return Decoder()()
+
+    for name in (FILES[0], FILES[1]):
+        (tmp_path / name).unlink()
+    check_arrays(cached_arrays(tmp_path, "name", {"a": 1}, decode_slowly))
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert (tmp_path / FILES[2]).stat().st_ino == before[FILES[2]]
+
+
 def test_each_source_has_its_own_cache(tmp_path):
     decode = Decoder()
     with warnings.catch_warnings():

@@ -350,6 +350,25 @@ def test_two_directories_of_the_same_data_share_a_cache(place, monkeypatch):
             place.check(place.load(data_dir=place.root / name))
 
 
+def test_records_of_another_template_have_caches_of_their_own(place):
+    def rename(folder):
+        info = json.loads((folder / "dataset_info.json").read_text())
+        for split in info["splits"]:
+            split["filepathTemplate"] = "{SPLIT}-{SHARD_X_OF_Y}.{FILEFORMAT}"
+        (folder / "dataset_info.json").write_text(json.dumps(info))
+        for path in folder.glob("*.array_record*"):
+            split, shard = path.name.partition("-")[2].split(".array_record-")
+            path.rename(folder / f"{split}-{shard}.array_record")
+
+    place.prepare()
+    other = write_other(place, "test", repaint)
+    for root in (place.root / "data", other):
+        rename(root / "cifar10" / "3.0.2")
+    place.check(place.load())
+    with pytest.warns(UserWarning, match="not those of CIFAR-10"):
+        place.load(data_dir=other)
+
+
 def test_directories_of_different_data_do_not_rebuild_each_others_cache(
     place, monkeypatch
 ):
@@ -703,6 +722,20 @@ def test_a_manual_directory_comes_before_that_of_all_data(server, tmp_path):
         (tmp_path / folder / "file.bin").write_bytes(content)
     found = find_archive(served(server), tmp_path / "data", tmp_path / "mine")
     assert found == tmp_path / "mine" / "file.bin"
+
+
+def test_with_a_manual_directory_a_damaged_download_is_refused_and_kept(
+    server, tmp_path
+):
+    (tmp_path / "mine").mkdir()
+    damaged = tmp_path / "data" / "file.bin"
+    damaged.parent.mkdir()
+    damaged.write_bytes(CONTENT[:-1])
+    with pytest.raises(DatasetUnavailableError, match=r"sha256=.* of .*data/file\.bin"):
+        find_archive(served(server), tmp_path / "data", tmp_path / "mine")
+    assert damaged.read_bytes() == CONTENT[:-1]
+    damaged.write_bytes(CONTENT)
+    assert find_archive(served(server), damaged.parent, tmp_path / "mine") == damaged
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 503])

@@ -130,6 +130,13 @@ def test_the_gpus_are_shared_out_and_stay_visible_to_all(tmp_path, options, expe
     assert {own["JAX_PLATFORMS"] for own in told} == {"cuda,cpu"}
 
 
+def test_a_process_by_itself_sees_no_more_gpus_than_it_was_given(tmp_path):
+    options = ("--processes=1", "--devices-per-process=2")
+    (own,) = environments(tmp_path, *options, CUDA_VISIBLE_DEVICES="4,5,6,7")
+    assert own["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert "JAX_LOCAL_DEVICE_IDS" not in own
+
+
 def test_the_gpus_are_counted_by_the_driver(tmp_path):
     listing = tmp_path / "bin" / "nvidia-smi"
     listing.parent.mkdir()

@@ -53,11 +53,12 @@ def find_archive(
 
     Raises:
       DatasetUnavailableError: if a file of that name in one of the first two
-        directories has another hash or cannot be read; or the archive is in none of the
-        three, and a manual_dir is given or it cannot be downloaded. Says what was found
-        instead.
+        directories, with a manual_dir of all three, has another hash or cannot be read;
+        or the archive is in none of them, and a manual_dir is given or it cannot be
+        downloaded. Says what was found instead.
     """
-    for directory in (manual_dir, downloads / "manual"):
+    here = downloads if manual_dir is not None else None  # else pooch looks there
+    for directory in (manual_dir, downloads / "manual", here):
         if directory is not None and (directory / archive.name).is_file():
             _verify(archive, directory / archive.name)
             return directory / archive.name
@@ -65,7 +66,7 @@ def find_archive(
         f"{archive.name} ({archive.num_bytes} bytes, sha256 {archive.sha256}) from "
         f"{archive.url}"
     )
-    if manual_dir is not None and not (downloads / archive.name).is_file():
+    if manual_dir is not None:
         raise DatasetUnavailableError(
             f"Expected {archive.name} in manual_dir, got "
             f"{_found(archive, manual_dir)}. "

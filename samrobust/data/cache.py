@@ -129,7 +129,13 @@ def _write(manifest: pathlib.Path, source: Mapping[str, Any], arrays: Arrays) ->
             # another process that is doing the same.
             mapped[name] = np.load(temporary, mmap_mode="r")
             hashes[name] = files.digest(temporary)
-            temporary.replace(path)
+            if files.digest(path) == hashes[name]:
+                # Another has been quicker. On a file server a file that is replaced is
+                # lost to the machines that have mapped it.
+                mapped[name] = np.load(path, mmap_mode="r")
+                temporary.unlink()
+            else:
+                temporary.replace(path)
         temporary = storage.temporary_beside(manifest)
         temporary.write_text(json.dumps({"source": source, "sha256": hashes}, indent=1))
         storage.remove_left_behind(manifest.parent, storage.modified(temporary))
