@@ -367,6 +367,45 @@ def test_watching_goes_on_until_all_is_done(table, monkeypatch, capsys):
     assert "1 run: 1 done." in capsys.readouterr().out
 
 
+def test_watching_outlasts_a_network_that_is_away(table, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise ConnectionError("503 Service Unavailable")
+
+    def sleep(_):
+        patch.undo()
+        write_json(run / "result.json", RESULT)
+
+    run = table / "st" / "seed1"
+    said = "samrobust: error: Expected a directory to look at, got "
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", refuse)
+        assert cli.main(["status", f"--workdir={run}"]) == 69
+        assert capsys.readouterr().err.startswith(said)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", refuse)
+        monkeypatch.setattr(status.time, "sleep", sleep)
+        assert cli.main(["status", f"--workdir={run}", "--watch"]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith(said)
+    assert err.count("\n") == 1
+    assert "1 run: 1 done." in out
+
+
+def test_a_result_that_cannot_be_looked_at_counts_as_absent(table, monkeypatch, capsys):
+    for error in (PermissionError(13, "Permission denied"), ConnectionError("503")):
+
+        def refuse(path, *, error=error):
+            if path.name == "result.json":
+                raise error
+            return os.path.isfile(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "is_file", refuse)
+            assert cli.main(["status", f"--workdir={table}"]) == 0
+        out, err = capsys.readouterr()
+        assert (err, "8 runs: " in out) == ("", True)
+
+
 def test_ctrl_c_ends_watching_without_a_word(table, monkeypatch, capsys):
     def interrupt(_):
         raise KeyboardInterrupt

@@ -21,8 +21,7 @@ from samrobust.training.checkpoint import CheckpointError
 
 __all__ = ["execute"]
 
-# The former for what may well be gone at the next attempt: launchers start it again.
-_TRANSIENT, _CTRL_C = 69, runtime.EXIT_CODES[signal.SIGINT]
+_CTRL_C = runtime.EXIT_CODES[signal.SIGINT]
 
 # Commands that a signal may end in the middle of a computation, and after how long:
 # their findings are stored as they come, or computed again by a rerun.
@@ -94,7 +93,7 @@ def _code_of(error: Exception) -> int | None:
     """Returns the exit code of an error that the user can fix; None for any other."""
     elsewhere = isinstance(error, ClaimedError | distributed.DistributedError)
     if elsewhere or distributed.lost_a_peer(error) or is_transient(error):
-        return _TRANSIENT
+        return runtime.TRANSIENT
     if isinstance(error, WorkdirError | DatasetUnavailableError):
         return runtime.BAD_INPUT
     if isinstance(error, TrainingDivergedError | CheckpointError):

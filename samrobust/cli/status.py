@@ -8,8 +8,9 @@ import signal
 import time
 
 from samrobust.cli import flags
+from samrobust.system.failures import is_transient
 from samrobust.system.files import WorkdirError
-from samrobust.system.runtime import BAD_INPUT, EXIT_CODES, say
+from samrobust.system.runtime import BAD_INPUT, EXIT_CODES, TRANSIENT, say
 
 __all__ = ["ABOUT", "add_flags", "run"]
 
@@ -31,7 +32,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Shows the states once, or until all runs are done; returns the exit code."""
+    """Shows the states once, or until all runs are done; returns the exit code.
+
+    Watching outlasts a disk or a network that is away for a while.
+    """
     from samrobust.experiments.reporting.console import make_console
     from samrobust.experiments.reporting.status import status_to_rich
     from samrobust.experiments.survey import survey
@@ -39,15 +43,20 @@ def run(arguments: argparse.Namespace) -> int:
     console = make_console()
     try:
         while True:
-            runs = survey(arguments.workdir)
-            if arguments.watch:
-                console.clear()  # does nothing where there is no terminal
-            console.print(status_to_rich(runs))
-            if not arguments.watch or all(run.state == "done" for run in runs):
-                return 0
+            try:
+                runs = survey(arguments.workdir)
+            except WorkdirError as error:
+                say(f"error: {error}")
+                if not is_transient(error):
+                    return BAD_INPUT
+                if not arguments.watch:
+                    return TRANSIENT
+            else:
+                if arguments.watch:
+                    console.clear()  # does nothing where there is no terminal
+                console.print(status_to_rich(runs))
+                if not arguments.watch or all(run.state == "done" for run in runs):
+                    return 0
             time.sleep(_REFRESH)
-    except WorkdirError as error:
-        say(f"error: {error}")
-        return BAD_INPUT
     except KeyboardInterrupt:  # where a caller left Python's own handler
         return EXIT_CODES[signal.SIGINT]

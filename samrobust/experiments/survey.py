@@ -157,8 +157,9 @@ def survey_run(
         and (end := _count(line.get("epoch")))
     ]
     message = _text((read_failure(folder) or {}).get("message"))
-    if state not in ("done", "running") and (folder / "result.json").is_file():
-        state, message = "failed", "result.json is damaged. Restore it from a copy."
+    with contextlib.suppress(OSError):
+        if state not in ("done", "running") and (folder / "result.json").is_file():
+            state, message = "failed", "result.json is damaged. Restore it from a copy."
     return RunStatus(
         name=one_line(f"{label}, seed {seed}" if label else folder.name),
         state=state,

@@ -30,6 +30,7 @@ __all__ = [
     "EXIT_CODES",
     "FAILED",
     "RESUME",
+    "TRANSIENT",
     "OutputError",
     "StopRequest",
     "answered",
@@ -192,7 +193,9 @@ def _prepare_heap() -> None:
         libc.free(block)
 
 
-FAILED, BAD_INPUT = 1, 2  # exit codes; those of signals:
+# Exit codes; the last for what may well be gone at the next attempt: launchers start
+# it again. Those of signals:
+FAILED, BAD_INPUT, TRANSIENT = 1, 2, 69
 EXIT_CODES = {
     **{signal.SIGTERM: 75, signal.SIGINT: 130},
     **{signal.SIGHUP: 75, signal.SIGUSR1: 75},  # a closed terminal; some schedulers
