@@ -525,3 +525,17 @@ def norms(ball: str, delta: Any) -> np.ndarray:
     order = {"linf": np.inf, "l2": 2}[ball]
     flat = np.asarray(delta, np.float64).reshape(len(delta), -1)
     return np.linalg.norm(flat, order, axis=1)
+
+
+def oscillating(num: int) -> tuple[Callable[..., Any], Any, Any]:
+    """A network with many small regions, images [num, 6] and its labels of them."""
+    first, second, pixels = (
+        jax.random.normal(jax.random.key(seed), shape)
+        for seed, shape in enumerate(([6, 32], [32, 5], [num, 6]))
+    )
+
+    def logits_fn(images: Any) -> Any:
+        return jnp.sin(images @ (2 * first)) @ second
+
+    images = jax.scipy.stats.norm.cdf(pixels)
+    return logits_fn, images, jnp.argmax(logits_fn(images), -1)

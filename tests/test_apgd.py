@@ -118,7 +118,6 @@ def broken_of_many(name, ball, **changes):
     ("name", "ball", "changes"),
     [
         ("dlr", "l2", {"num_steps": 1}),
-        # The keys of further targets move with the restarts: only one target.
         ("targeted", "linf", {"num_steps": 1, "num_targets": 1}),
     ],
 )
@@ -127,6 +126,21 @@ def test_more_restarts_break_every_example_that_fewer_do(name, ball, changes):
     more = broken_of_many(name, ball, restarts=3, **changes)
     assert np.all(more >= one)
     assert more.sum() > one.sum()
+
+
+def test_more_restarts_toward_several_targets_break_every_example_that_fewer_do():
+    logits_fn, images, labels = helpers.oscillating(2000)
+
+    def broken(restarts):
+        attack = apgd_targeted(
+            linf(0.05), num_targets=4, num_steps=1, restarts=restarts
+        )
+        attacked = jax.jit(lambda key: attack(logits_fn, images, labels, key=key))
+        return np.asarray(jnp.argmax(logits_fn(attacked(KEY)), -1) != labels)
+
+    one, two = broken(1), broken(2)
+    assert np.all(two >= one)
+    assert two.sum() > one.sum()
 
 
 def test_further_targets_break_every_example_that_fewer_do_and_some_more():

@@ -319,6 +319,19 @@ def test_a_killed_evaluation_goes_on_to_the_same_outcome(split, tmp_path, stop_a
     assert len(list(tmp_path.iterdir())) == len(TOYS)
 
 
+def test_a_slower_process_does_not_replace_what_another_has_finished(split, tmp_path):
+    def overtake(*report):
+        if report[2] != "natural":
+            evaluate(split, folder=tmp_path)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(split, folder=tmp_path, on_batch=overtake)
+    told = Told()
+    assert_same_fates(evaluate(split, folder=tmp_path, on_batch=told), evaluate(split))
+    assert told == []  # nothing was left to do
+
+
 @pytest.mark.parametrize("batch_size", [5, 64])
 def test_what_breaks_depends_neither_on_the_batch_size_nor_on_changing_it(
     split, tmp_path, batch_size

@@ -310,6 +310,20 @@ def test_more_targets_and_more_restarts_never_lengthen_what_fab_finds():
     assert targets.sum() < one.sum() - 0.01
 
 
+def test_a_third_restart_never_lengthens_what_two_find():
+    logits_fn, images, labels = helpers.oscillating(500)
+
+    def lengths(restarts):
+        attack = fab_minimal(l2(0.3), num_targets=4, num_steps=5, restarts=restarts)
+        found = run(attack, logits_fn, images, labels)
+        wrong = is_wrong(logits_fn, found, labels)
+        return np.where(wrong, helpers.norms("l2", found - images), np.inf)
+
+    two, three = lengths(2), lengths(3)
+    assert np.all(three <= two + 1e-6)
+    assert np.any(three < two - 1e-3)
+
+
 def test_only_a_restart_leaves_a_point_without_gradient():
     images, labels = jnp.full([8, 3], 0.5), jnp.zeros(8, jnp.int32)
 

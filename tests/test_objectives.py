@@ -90,6 +90,15 @@ def test_the_losses_do_not_change_when_all_logits_shift(name):
     np.testing.assert_allclose(compiled[name](logits, labels), shifted, rtol=5e-6)
 
 
+def test_a_small_cross_entropy_is_exact_however_large_the_logits_are():
+    logits = np.array([[20, 5, 4, 3], [25, 9.5, 0, 0], [0, -12, -13, -14]], np.float32)
+    labels = np.zeros(3, np.int32)
+    exact = reference("cross_entropy", logits.astype(np.float64), labels)
+    for shift in (0, 32, 4096):
+        found = compiled["cross_entropy"](logits + np.float32(shift), labels)
+        np.testing.assert_allclose(found, exact, rtol=0, atol=1.2e-7)  # of 1, a unit
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_losses_and_their_gradients_are_finite_for_huge_logits(name):
     logits = np.array([[1e30, -1e30, 0.0], [0.0, 3e4, -3e4]], np.float32)

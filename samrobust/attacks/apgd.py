@@ -88,9 +88,10 @@ def apgd(
       box, and in the ball up to a few units in the last place. Images at radius 0, and
       those that are misclassified as they are, return unchanged. Of every other example
       the result is the first misclassified iterate, starts included, or else the one of
-      highest loss, so that more steps and restarts never raise the accuracy. Up to
-      rounding, and where the logits are not random, its outcome does not depend on the
-      batch it is in. No gradient flows through the result.
+      highest loss, so that more restarts never raise the accuracy; more steps are
+      another schedule, and may. Up to rounding, and where the logits are not random,
+      its outcome does not depend on the batch it is in. No gradient flows through the
+      result.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of
@@ -120,7 +121,7 @@ def apgd(
         run = make_run(loss, *call[:3])
         logits = run.logits(call.images, first_key)
         first = judged_first(call.images, logits, call.labels)
-        return _worst_of(restarts, lambda _: run, first, runs_key)
+        return _worst_of(restarts, 1, restarts, lambda _: run, first, runs_key)
 
     return attack_of(attacked, box=box, ball=ball, is_random=eot > 1)
 
@@ -188,7 +189,8 @@ def apgd_targeted(
 
         num_left = jnp.minimum(num_targets, classes.shape[1] - first_target)
         first = judged_first(call.images, logits, call.labels)
-        return _worst_of(num_left * restarts, toward, first, runs_key)
+        num_runs, most = num_left * restarts, classes.shape[1]
+        return _worst_of(num_runs, most, restarts, toward, first, runs_key)
 
     return attack_of(attacked, box=box, ball=ball, is_random=eot > 1)
 
@@ -386,6 +388,8 @@ def _run_maker(
 
 def _worst_of(
     num_runs: int | Array,
+    num_targets: int,
+    restarts: int,
     run_of: Callable[[Array], ApgdRun],
     first: BestSoFar,
     key: Array,
@@ -393,7 +397,8 @@ def _worst_of(
     """Returns the worst images that the runs find, until no example is left."""
 
     def pursue(index: Array, best: BestSoFar) -> BestSoFar:
-        found = run_of(index).outcome(best.score, draws.fold_in(key, index))
+        own_key = draws.of_run(key, index, restarts, num_targets)
+        found = run_of(index).outcome(best.score, own_key)
         return better(best, found)
 
     return repeat_while(any_is_left, num_runs, pursue, first).images

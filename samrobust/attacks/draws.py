@@ -23,6 +23,7 @@ __all__ = [
     "coins",
     "fold_in",
     "normal",
+    "of_run",
     "one_an_example",
     "split",
     "uniform",
@@ -59,6 +60,18 @@ def one_an_example(key: Array, images: Array) -> Array:
 def fold_in(key: Array, number: Array | int) -> Array:
     """Folds a number into the key, or into each example's."""
     return _map(lambda own: jax.random.fold_in(own, number), key)
+
+
+def of_run(key: Array, index: Array, restarts: int, num_targets: int) -> Array:
+    """Returns the key of a run: the same whatever number of restarts there are.
+
+    Args:
+      key: one, or one an example.
+      index: of the run, all restarts toward a target before the next target.
+      restarts: toward each target.
+      num_targets: at most.
+    """
+    return fold_in(key, index // restarts + index % restarts * num_targets)
 
 
 def split(key: Array) -> tuple[Array, Array]:

@@ -303,7 +303,8 @@ def _search(
 
     def pursue(index: Array, best: BestSoFar) -> BestSoFar:
         # All restarts toward a target before the next target: a run's number is both.
-        start = run.start(index % run.restarts, draws.fold_in(call.key, index))
+        own_key = draws.of_run(call.key, index, run.restarts, classes.shape[1])
+        start = run.start(index % run.restarts, own_key)
         found = run.outcome(start, classes[:, first_target + index // run.restarts])
         closer = (found.score > best.score) & (-found.score <= limit)
         return select(closer & is_sought(best), found, best)

@@ -43,9 +43,12 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     Array([1.3863], dtype=float32)
     """
     logits = _precise(logits, labels=labels)
+    # Beside the highest logit: a small loss is exact however large the logits are.
+    highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    logits -= jnp.where(jnp.isfinite(highest), highest, 0.0)
     # A gather, and not `logit_of`: the gradient has the bits that optax's has.
     of_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - of_label
+    return jnp.log(jnp.sum(jnp.exp(logits), axis=-1)) - of_label
 
 
 def is_finite(logits: Array) -> Array:

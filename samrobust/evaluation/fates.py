@@ -257,6 +257,8 @@ class FatesFile:
         is_time = time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES
         if self.path is None or not is_primary() or not (now or is_time):
             return
+        if self._is_behind(fates):
+            return
         content: dict[str, Any] = {
             "broken_at": fates.broken_at,
             "non_finite": fates.non_finite,
@@ -275,6 +277,17 @@ class FatesFile:
         except FileNotFoundError as error:
             raise lost(self.path.parent) from error
         self._written = time.monotonic()
+
+
+    def _is_behind(self, fates: Fates) -> bool:
+        """Says whether another process has come further; its file is to stay."""
+        assert self.path is not None
+        if self._examples is not None:  # one process at a time has their file
+            return False
+        try:
+            return self._read(self.path, fates).place > fates.place
+        except (FileNotFoundError, _UnfitError):
+            return False
 
 
 class _UnfitError(Exception):
