@@ -2,11 +2,13 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from importlib import util
@@ -410,6 +412,30 @@ def test_an_upload_that_was_cut_off_is_no_checkpoint_and_is_removed(
     # On a disk it is a checkpoint as Orbax writes it there.
     with Checkpoints(copied(memory, tmp_path)) as here:
         helpers.assert_same_bits(here.restore(3, state(0)).state, state(3))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EMFILE])
+def test_a_full_disk_here_is_no_damage_there(memory, monkeypatch, number):
+    def fail(path, file):
+        del path
+        raise OSError(number, os.strerror(number), str(file))
+
+    with Checkpoints(memory) as checkpoints:
+        checkpoints.save(1, state(1), wait=True)
+        monkeypatch.setattr(ObjectPath, "download", fail)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            checkpoints.restore_latest(state(0))
+        with pytest.raises(OSError, match=os.strerror(number)):
+            checkpoints.save(1, state(1))
+        assert checkpoints.latest_step() == 1
+
+
+def test_a_folder_for_temporary_files_that_looks_like_a_pattern_is_refused(
+    memory, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "pbs.12[3].server"))
+    with pytest.raises(ValueError, match=r"path='.*\[3\]\.server'. Set TMPDIR to"):
+        Checkpoints(memory)
 
 
 def test_of_a_removal_that_was_cut_off_nothing_counts(memory, monkeypatch):

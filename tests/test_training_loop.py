@@ -29,6 +29,7 @@ from samrobust.experiments.run import run, train
 from samrobust.experiments.workdir import settle_config
 from samrobust.sharpness import sam
 from samrobust.system import compiler
+from samrobust.system.claims.lease import ClaimedError
 from samrobust.system.distributed import data_mesh, replicated
 from samrobust.training import (
     InterruptedRunError,
@@ -618,6 +619,23 @@ def test_the_best_network_of_a_killed_run_is_not_taken_for_that_of_the_next(
         found = checkpoints.restore(None, jax.tree.map(np.asarray, like))
     assert found.metadata["validation"] == {"score": 50.0}
     assert not np.any(found.state.state.params["w"])
+
+
+def test_a_run_that_another_took_over_meanwhile_removes_no_best_checkpoint(tmp_path):
+    def refuse():
+        if (tmp_path / "checkpoints/last/7").is_dir():  # taken over after that write
+            raise ClaimedError("another worker")
+
+    with RunFolder(tmp_path, may_write=refuse) as log:
+        log.restore(state_after(0), data_mesh(), 100)
+        for step in (1, 2):
+            log.keep_best(state_after(step), step, {"score": float(step)})
+            log.begin_to_save(state_after(step), step, 0.0)
+        with Checkpoints(tmp_path / "checkpoints" / "best", keep=9) as theirs:
+            theirs.save(6, state_after(6), wait=True)
+        with pytest.raises(ClaimedError):
+            log.save(state_after(7), 7, 0.0)
+    assert 6 in helpers.checkpoint_steps(tmp_path, "best")
 
 
 def test_the_best_of_every_checkpoint_that_is_kept_is_kept(tmp_path):

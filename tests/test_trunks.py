@@ -1,5 +1,6 @@
 """Runs that differ in late parts alone: their common part is trained once."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,6 +10,7 @@ from typing import Any
 
 import helpers
 import jax
+import numpy as np
 import pytest
 from flax import linen as nn
 from rich.console import Console
@@ -21,8 +23,12 @@ from samrobust.experiments.configuration import as_dict, load_config
 from samrobust.experiments.run import PlannedRun, train
 from samrobust.experiments.trunks import plan_trunks, remove_finished, trained_by
 from samrobust.system.claims.lease import claim
+from samrobust.system.distributed import data_mesh
 from samrobust.training import InterruptedRunError
 from samrobust.training.checkpoint import Checkpoints
+from samrobust.training.epoch import LoopState
+from samrobust.training.state import TrainState
+from samrobust.training.trunks import BranchFolder, Trunk
 
 pytestmark = pytest.mark.usefixtures("programs_made_once")
 
@@ -239,6 +245,52 @@ def test_a_damaged_trunk_is_told_and_not_used_and_written_again(tmp_path):
         table.stop(SAM, 7)
     shutil.rmtree(table.workdir(SAM))
     assert table.stop(SAM, 7) == 6
+
+
+class AnyRun:
+    """The identity of runs that are all taken for one."""
+
+    hash = "any"
+
+    def refuse(self, _):
+        return ""
+
+    def resumed(self, _):
+        return self
+
+    branched = resumed
+
+    def as_dict(self):
+        return {}
+
+
+@pytest.mark.parametrize(("first", "second"), [(5, 7), (5, 3)])
+def test_a_trunk_that_two_runs_leave_has_the_best_that_its_last_names(
+    tmp_path, first, second
+):
+    """Each trained the common part, and rounding led them to other best epochs."""
+
+    def at(step):
+        count: Any = np.int32(step)
+        state = TrainState(count, {"w": np.ones(1, np.float32)}, {}, ())
+        totals = {"examples": np.float32(0), "first_bad_step": np.int32(-1), "sums": {}}
+        return LoopState(state, totals)
+
+    identity: Any = AnyRun()
+    mesh = data_mesh()
+    trunk = Trunk(tmp_path / "trunk", 8, identity, lambda: at(0), lambda: True)
+    with contextlib.ExitStack() as both:  # that began before the trunk was there
+        for name, best in (("a", first), ("b", second)):
+            folder = BranchFolder(tmp_path / name, identity=identity, trunks=[trunk])
+            both.enter_context(folder).restore(at(0), mesh, 20)
+            folder.keep_best(at(best), best, {"score": 0.9})
+            both.callback(folder.pass_on, at(8), 8)
+    with BranchFolder(tmp_path / "c", identity=identity, trunks=[trunk]) as third:
+        assert third.restore(at(0), mesh, 20).state.step == 8
+        third.keep_best(at(12), 12, {"score": 0.5})
+        third.save(at(20), 20, 0.0)
+    (kept,) = helpers.checkpoint_steps(tmp_path / "c", "best")
+    assert kept in (first, second)
 
 
 def test_a_trunk_of_another_run_is_told_and_not_used(tmp_path):

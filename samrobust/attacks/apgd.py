@@ -88,10 +88,9 @@ def apgd(
       box, and in the ball up to a few units in the last place. Images at radius 0, and
       those that are misclassified as they are, return unchanged. Of every other example
       the result is the first misclassified iterate, starts included, or else the one of
-      highest loss, so that more restarts never raise the accuracy; more steps are
-      another schedule, and may. Up to rounding, and where the logits are not random,
-      its outcome does not depend on the batch it is in. No gradient flows through the
-      result.
+      highest loss, so that more restarts never raise the accuracy; more steps, another
+      schedule, may. Up to rounding, and where the logits are not random, its outcome
+      does not depend on the batch it is in. No gradient flows through the result.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of
@@ -121,7 +120,8 @@ def apgd(
         run = make_run(loss, *call[:3])
         logits = run.logits(call.images, first_key)
         first = judged_first(call.images, logits, call.labels)
-        return _worst_of(restarts, 1, restarts, lambda _: run, first, runs_key)
+        key_of = functools.partial(draws.of_run, runs_key, restarts, 1)
+        return _worst_of(restarts, lambda _: run, key_of, first)
 
     return attack_of(attacked, box=box, ball=ball, is_random=eot > 1)
 
@@ -188,9 +188,9 @@ def apgd_targeted(
             return run._replace(loss=lambda z, y: targeted_dlr(z, y, targets))
 
         num_left = jnp.minimum(num_targets, classes.shape[1] - first_target)
+        key_of = functools.partial(draws.of_run, runs_key, restarts, classes.shape[1])
         first = judged_first(call.images, logits, call.labels)
-        num_runs, most = num_left * restarts, classes.shape[1]
-        return _worst_of(num_runs, most, restarts, toward, first, runs_key)
+        return _worst_of(num_left * restarts, toward, key_of, first)
 
     return attack_of(attacked, box=box, ball=ball, is_random=eot > 1)
 
@@ -388,17 +388,13 @@ def _run_maker(
 
 def _worst_of(
     num_runs: int | Array,
-    num_targets: int,
-    restarts: int,
     run_of: Callable[[Array], ApgdRun],
+    key_of: Callable[[Array], Array],
     first: BestSoFar,
-    key: Array,
 ) -> Array:
     """Returns the worst images that the runs find, until no example is left."""
 
     def pursue(index: Array, best: BestSoFar) -> BestSoFar:
-        own_key = draws.of_run(key, index, restarts, num_targets)
-        found = run_of(index).outcome(best.score, own_key)
-        return better(best, found)
+        return better(best, run_of(index).outcome(best.score, key_of(index)))
 
     return repeat_while(any_is_left, num_runs, pursue, first).images

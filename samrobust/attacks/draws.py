@@ -62,14 +62,14 @@ def fold_in(key: Array, number: Array | int) -> Array:
     return _map(lambda own: jax.random.fold_in(own, number), key)
 
 
-def of_run(key: Array, index: Array, restarts: int, num_targets: int) -> Array:
+def of_run(key: Array, restarts: int, num_targets: int, index: Array) -> Array:
     """Returns the key of a run: the same whatever number of restarts there are.
 
     Args:
       key: one, or one an example.
-      index: of the run, all restarts toward a target before the next target.
       restarts: toward each target.
       num_targets: at most.
+      index: of the run, all restarts toward a target before the next target.
     """
     return fold_in(key, index // restarts + index % restarts * num_targets)
 

@@ -303,7 +303,7 @@ def _search(
 
     def pursue(index: Array, best: BestSoFar) -> BestSoFar:
         # All restarts toward a target before the next target: a run's number is both.
-        own_key = draws.of_run(call.key, index, run.restarts, classes.shape[1])
+        own_key = draws.of_run(call.key, run.restarts, classes.shape[1], index)
         start = run.start(index % run.restarts, own_key)
         found = run.outcome(start, classes[:, first_target + index // run.restarts])
         closer = (found.score > best.score) & (-found.score <= limit)

@@ -278,7 +278,6 @@ class FatesFile:
             raise lost(self.path.parent) from error
         self._written = time.monotonic()
 
-
     def _is_behind(self, fates: Fates) -> bool:
         """Says whether another process has come further; its file is to stay."""
         assert self.path is not None

@@ -17,6 +17,7 @@ out of scope: save `jax.random.key_data(key)`.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import os
 import warnings
@@ -40,6 +41,11 @@ from samrobust.training.reader import ALONE, DamagedError, Reader
 from samrobust.types import PyTree
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored"]
+
+# No space, no more files, no memory: what is read from a store is copied here first.
+_EXHAUSTED = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+}
 
 
 class CheckpointError(RuntimeError):
@@ -248,8 +254,7 @@ metadata={'epoch': 2})
                 wanted = not (reason or mismatch)
                 leaves = reader.read_leaves(folder, manifest) if wanted else {}
         except Exception as error:  # Orbax raises many kinds on damaged files
-            if is_transient(error):
-                raise
+            _pass_on(error)
             raise DamagedError(_summary(error)) from error
         if reason:
             raise CheckpointError(
@@ -340,7 +345,8 @@ metadata={'epoch': 2})
             try:
                 with self._place.opened(step) as folder:
                     reader.read_leaves(folder, reader.read_manifest(folder, step))
-            except Exception:  # Orbax raises many kinds on damaged files
+            except Exception as error:  # Orbax raises many kinds on damaged files
+                _pass_on(error)
                 return False
         return True
 
@@ -379,6 +385,13 @@ class _KeepNewest:
         steps = [checkpoint.step for checkpoint in checkpoints]
         outdated = self.outdated(steps[-1], steps)  # Orbax appends the one just saved
         return [step not in outdated for step in steps]
+
+
+def _pass_on(error: Exception) -> None:
+    """Raises an error that tells of this machine, and nothing of a checkpoint."""
+    exhausted = getattr(error, "errno", None) in _EXHAUSTED
+    if exhausted or isinstance(error, MemoryError) or is_transient(error):
+        raise error
 
 
 def _summary(error: Exception) -> str:

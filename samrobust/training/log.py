@@ -332,6 +332,7 @@ class RunFolder(RunLog):
             self.begin_to_save(carry, step, epoch_seconds)
             self._checkpoints.wait()
             if self._best_step is not None:
+                self._may_write()
                 self._best.retain(self._named.__contains__)
 
         broadcast_from_primary(write)

@@ -97,7 +97,8 @@ class Objective(NamedTuple):
         weights)`.
       views: `natural` or `adversarial`, each one forward pass; BatchNorm's running
         statistics are updated by all of them, in order. A repeated view updates the
-        statistics again and costs nothing else.
+        statistics again. On CPUs that is all it costs; elsewhere it is a forward pass
+        more, since BatchNorm's sums there start from the statistics of the moment.
     """
 
     loss: Callable[..., Array]

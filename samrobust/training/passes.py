@@ -129,7 +129,8 @@ def make_passes(
         outputs: dict[str, Array] = {}
         for view in objective.views:
             # A repeated view updates the statistics again, but needs no backward pass
-            # of its own, and XLA computes its forward pass once.
+            # of its own. On CPUs XLA computes its forward pass once; elsewhere it
+            # rounds otherwise, for BatchNorm's sums start from the statistics.
             again = view in outputs
             at = jax.lax.stop_gradient(params) if again else params
             found, batch_stats = apply_in_training(

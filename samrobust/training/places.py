@@ -30,15 +30,18 @@ def open_place(directory: str | os.PathLike[str]) -> "DiskPlace":
 
     Raises:
       ValueError: for a path on a disk in which Orbax would see a pattern: it would find
-        none of the files that it writes, and call such a checkpoint finished.
+        none of the files that it writes, and call such a checkpoint finished. Of an
+        object store that path is of the folder for temporary files.
     """
     path = to_path(directory)
     if isinstance(path, ObjectPath):
-        return StorePlace(path)
-    place = DiskPlace(str(path))
-    fix = "Rename the folder, or choose another --workdir."
-    holds = not {*"[]\\"} & {*place.folder}
-    check(holds, "a path for checkpoints without [, ] and \\", fix, path=place.folder)
+        place, folder = StorePlace(path), tempfile.gettempdir()
+        fix = "Set TMPDIR to another folder."
+    else:
+        place = DiskPlace(str(path))
+        folder, fix = place.folder, "Rename the folder, or choose another --workdir."
+    holds = not {*"[]\\"} & {*folder}
+    check(holds, "a path for checkpoints without [, ] and \\", fix, path=folder)
     return place
 
 

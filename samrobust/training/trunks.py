@@ -105,7 +105,17 @@ class BranchFolder(RunFolder):
             warnings.warn(message, stacklevel=2)
 
     def _write(self, trunk: Trunk, carry: LoopState) -> None:
-        like = trunk.make_like()
+        like, there = trunk.make_like(), checkpoint_folder(trunk.folder, "last")
+
+        def read(which: str, step: int | None) -> Restored | None:
+            with Checkpoints(checkpoint_folder(trunk.folder, which)) as checkpoints:
+                return _restore(checkpoints, step, like, trunk.identity)
+
+        if there.is_dir():
+            if _pair(read, trunk.step):  # another run has left it meanwhile
+                return
+            with Checkpoints(there) as checkpoints:  # no best of ours beside its last
+                checkpoints.retain(lambda _: False)
         late = carry.totals["sums"].keys() - like.totals["sums"].keys()
         identity = trunk.identity.branched(self.identity.as_dict()).as_dict()
 
@@ -146,18 +156,14 @@ class BranchFolder(RunFolder):
             )
             return restored and self._as_own(restored, fresh)
 
-        last = read("last", trunk.step)
-        if last is None or last.metadata["best_score"] is None:
-            return last
-        best = read("best", None)
-        if best is None:
-            return None
+        last, best = _pair(read, trunk.step) or (None, None)
 
-        def keep() -> None:
+        def keep(best: Restored) -> None:
             self._may_write()
             self._best.save(best.step, best.state, best.metadata, wait=True)
 
-        broadcast_from_primary(keep)
+        if best is not None:
+            broadcast_from_primary(lambda: keep(best))
         return last
 
     def _as_own(self, restored: Restored, fresh: LoopState) -> Restored:
@@ -170,6 +176,20 @@ class BranchFolder(RunFolder):
             "lines": [{**shown, **line} for line in restored.metadata["lines"]],
         }
         return Restored(restored.step, _with(fresh, restored.state), metadata)
+
+
+def _pair(
+    read: Callable[[str, int | None], Restored | None], step: int
+) -> tuple[Restored, Restored | None] | None:
+    """Returns a trunk's last checkpoint and the best one that it names, if any.
+
+    None where one of them is missing: the best one may be of another run.
+    """
+    last = read("last", step)
+    if last is None or last.metadata["best_score"] is None:
+        return last and (last, None)
+    best = read("best", last.metadata.get("best_step"))  # of older versions the newest
+    return best and (last, best)
 
 
 def _restore(
