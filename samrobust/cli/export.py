@@ -33,8 +33,8 @@ def run(arguments: argparse.Namespace, stop: Any) -> int:
     """Writes the network of a run as other tools read it.
 
     Raises:
-      ValueError: for a workdir without a run, an output of another suffix, or where
-        PyTorch is needed and not installed.
+      ValueError: for a workdir without a run, an output of another suffix or beside
+        whose name another JSON file lies, or where PyTorch is needed and not installed.
       CheckpointError: if the run has no intact checkpoint of that kind.
     """
     from samrobust.experiments.interchange import export_weights
@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace, stop: Any) -> int:
     from samrobust.models.torch.files import import_torch
     from samrobust.models.torch.weights import (
         SUFFIXES,
+        is_metadata,
         write_pytorch,
         write_safetensors,
     )
@@ -60,6 +61,13 @@ def run(arguments: argparse.Namespace, stop: Any) -> int:
         wanted = f"--output=NAME{' or NAME'.join(suffixes)} with --format={kind}"
         fits = output.suffix in suffixes and not output.is_dir()
     check(fits, wanted, output=str(output))
+    beside = output.with_suffix(".json")
+    check(
+        kind != "pytorch" or not beside.exists() or is_metadata(beside),
+        "no other JSON file where the weights' is written",
+        "Choose another --output.",
+        file=str(beside),
+    )
     config = config_of_run(workdir)
     is_ours = config.model.name == "preact_resnet"
     check(

@@ -322,6 +322,16 @@ def test_a_run_goes_to_a_pytorch_file_and_comes_back_to_the_bit(workdir, tmp_pat
     assert model_again == model
 
 
+def test_an_export_replaces_no_json_file_but_its_own(workdir, tmp_path, capsys):
+    before = (workdir / "config.json").read_bytes()
+    assert export(workdir, "pytorch", workdir / "config.pth") == 2
+    assert "Expected no other JSON file" in capsys.readouterr().err
+    assert (workdir / "config.json").read_bytes() == before
+    assert not (workdir / "config.pth").exists()
+    for _ in range(2):
+        assert export(workdir, "pytorch", tmp_path / "again.pth") == 0
+
+
 def test_a_whole_preactresnet_18_goes_here_and_back_by_command(tmp_path):
     """As others save it: 11 million weights, in parallel, behind a normalization."""
     torch.manual_seed(0)

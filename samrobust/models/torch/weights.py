@@ -24,6 +24,7 @@ from samrobust.models.torch.wrapping import MOST_CHANNELS, Weights, listed, unwr
 from samrobust.system.files import (
     WorkdirError,
     digest,
+    glance,
     read_json,
     write_bytes,
     write_json,
@@ -32,6 +33,7 @@ from samrobust.system.files import (
 __all__ = [
     "SUFFIXES",
     "Weights",
+    "is_metadata",
     "read_weights",
     "write_pytorch",
     "write_safetensors",
@@ -60,6 +62,11 @@ def write_pytorch(path: pathlib.Path, weights: Weights) -> None:
     write_bytes(path, content)
     sha256 = hashlib.sha256(content).hexdigest()
     write_json(path.with_suffix(".json"), {**weights.metadata, "sha256": sha256})
+
+
+def is_metadata(path: pathlib.Path) -> bool:
+    """Returns whether a JSON file is of what `write_pytorch` writes beside weights."""
+    return {"sha256", "origin"} <= glance(path).keys()
 
 
 def read_weights(path: pathlib.Path) -> Weights:
