@@ -224,6 +224,17 @@ def test_a_row_sets_fields_of_its_training():
         ("st,training.epoch=4", None, 'Did you mean "epochs"'),
         ("st,training.epochs=a", None, "training.epochs=a: invalid literal"),
         ("st,sam.rho=0.1", None, "a row with sam when sam.rho is set"),
+        ("st,attack.loss=margin", None, "a row with at when .* attack.loss='margin'"),
+        (
+            "trades,norm=linf,eps=16,beta=6,attack.num_steps=20",
+            None,
+            "a row with at when attack.num_steps is set, got attack.num_steps=20, row=",
+        ),
+        (
+            "st,sam.batch_stats=first",
+            "sam.batch_stats=first",
+            "a row with sam when sam.batch_stats is set",
+        ),
         ("st,training.epochs=4", "training.epochs=5", "training.epochs=4 as the row"),
         ("sam,rho=0.2,sam.rho=0.3", None, "sam.rho=0.2 as the row"),
     ],

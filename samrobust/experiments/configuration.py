@@ -91,7 +91,7 @@ def _complete(config: Config) -> None:
 
 
 def _check_sections(row: rows.Row) -> None:
-    """Refuses names of somebody's own parts that would share a section of a config."""
+    """Refuses own parts that share a section, and fields of parts the row lacks."""
     own = [part for part in row.parts if part.name not in entries.REGISTRY]
     taken = set(base_config()) if own else set()
     for part in own:
@@ -100,6 +100,13 @@ def _check_sections(row: rows.Row) -> None:
         wanted = f"another name than {section}"
         check(section not in taken, wanted, fix, part=part.name)
         taken.add(section)
+    names = {part.name for part in row.parts}
+    lacking = {s: name for s, name in methods.sections().items() if name not in names}
+    for field, value in row.others.items():
+        name = lacking.get(field.partition(".")[0])
+        fix = "The row lacks that part, and would ignore the field: leave it out."
+        condition = f"a row with {name} when {field} is set"
+        check(name is None, condition, fix, **{field: value}, row=row.name)
 
 
 def _add_fields(config: Config, section: str, fields: Mapping[str, Field]) -> None:

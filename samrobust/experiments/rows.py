@@ -13,7 +13,7 @@ FGSM-RS, N-FGSM and sharpness, is the fraction of the epochs after which the par
     sam,rho=0.4,start=0.8    at,norm=linf,eps=8,start=0.8
 
 Other fields of a config that a row changes stand at its end, by their full names in the
-order of the alphabet:
+order of the alphabet; those of a part that it lacks are refused:
 
     st,training.epochs=40    sam,rho=0.2,sam.m=16,training.schedule=cosine
 """
