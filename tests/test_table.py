@@ -334,12 +334,21 @@ def test_a_radius_that_holds_all_images_is_refused_before_any_work(
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
-def test_rows_judged_on_other_images_are_refused_before_any_work(tmp_path, capsys):
-    rows = ["st", "st,data.split_seed=1"]  # by which test images are chosen, too
+@pytest.mark.parametrize(
+    ("field", "value", "others"),
+    [
+        ("data.split_seed", "1", "(1, 0)"),  # by which test images are chosen, too
+        ("model.dtype", "bfloat16", "('bfloat16', 'float32')"),
+    ],
+)
+def test_rows_that_are_not_judged_alike_are_refused_before_any_work(
+    field, value, others, tmp_path, capsys
+):
+    rows = ["st", f"st,{field}={value}"]
     assert helpers.main(*make_arguments(tmp_path / "new", rows, seeds=1)) == 2
     said = capsys.readouterr().err
-    assert "judged alike, as st, got run='st,data.split_seed=1'" in said
-    assert "data.split_seed=(1, 0). Make one table for each." in said
+    assert f"judged alike, as st, got run='st,{field}={value}'" in said
+    assert f"{field}={others}. Make one table for each." in said
     assert not (tmp_path / "new").exists()
 
 
