@@ -354,6 +354,15 @@ def test_runs_that_are_judged_otherwise_make_no_table(tmp_path):
         assert len(finished_runs(tmp_path, ["st;sam,rho=0.2"])) == 3
 
 
+def test_runs_that_were_judged_in_batches_of_other_sizes_make_a_table(tmp_path):
+    make_finished(tmp_path, "st/seed0", **{"evaluation.batch_size": 500})
+    others = {"evaluation.batch_size": 250}
+    make_finished(tmp_path, "st/seed1", "sam,rho=0.2/seed0", **others)
+    configs = finished_runs(tmp_path)
+    sizes = {name: config.evaluation.batch_size for name, config in configs.items()}
+    assert sizes == {"sam,rho=0.2/seed0": 250, "st/seed0": 500, "st/seed1": 250}
+
+
 def test_rows_without_a_finished_run_are_named_and_others_need_not_be_whole(tmp_path):
     make_finished(tmp_path, "st/seed0", "sam,rho=0.2/seed0")
     (tmp_path / "sam,rho=0.2" / "seed0" / "config.json").write_text("{")

@@ -71,7 +71,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     from samrobust.experiments.run import PlannedRun
     from samrobust.experiments.trunks import plan_trunks
     from samrobust.experiments.workdir import run_folder
-    from samrobust.system.fields import flatten, is_among
+    from samrobust.system.fields import is_among
 
     name = pathlib.Path(arguments.config).stem
     workdir = arguments.workdir or pathlib.Path("runs", name)
@@ -80,8 +80,8 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         row: configuration.load_config(f"{arguments.config}:{row}", arguments.overrides)
         for row in rows or config_files.load_rows(arguments.config)
     }
-    fields = {row: dict(flatten(config)) for row, config in configs.items()}
-    check_comparable(fields, "Make one table for each.")
+    shaping = {row: configuration.shaping_fields(c) for row, c in configs.items()}
+    check_comparable(shaping, "Make one table for each.")
 
     def seeded(row: str, seed: int) -> "Config":
         check_whole(0, LARGEST_SEED, seed=seed)

@@ -41,6 +41,7 @@ __all__ = [
     "finish",
     "load_config",
     "load_rows",
+    "shaping_fields",
     "with_defaults",
 ]
 
@@ -164,6 +165,12 @@ def _defaults() -> str:
 def as_dict(config: Config) -> dict[str, Any]:
     """Returns a config in JSON's types, as `config.json` holds it."""
     return json.loads(config.to_json_best_effort())
+
+
+def shaping_fields(config: Config) -> dict[str, Any]:
+    """Returns the fields of a config that shape a result, by their full names."""
+    fields = flatten(config)
+    return {n: value for n, value in fields if not is_among(n, CHANGES_NO_RESULT)}
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:

@@ -19,12 +19,12 @@ from typing import Any
 
 from samrobust.data import DATASETS, Dataset, DatasetFacts, fingerprint
 from samrobust.experiments.configuration import (
-    CHANGES_NO_RESULT,
     as_dict,
+    shaping_fields,
     with_defaults,
 )
 from samrobust.experiments.methods import own_code
-from samrobust.system.fields import differences, is_among
+from samrobust.system.fields import differences
 from samrobust.system.provenance import commit, random_bits
 from samrobust.system.resolve import sources
 from samrobust.types import Config
@@ -188,12 +188,11 @@ def changed_fields(
       Both values by dotted names. A field that one lacks has the base's value; a source
       that one does not know is not compared.
     """
-    both = (with_defaults(dict(fields)).to_dict() for fields in (stored, config))
+    both = (shaping_fields(with_defaults(dict(side))) for side in (stored, config))
     return {
         name: values
         for name, values in differences(*both).items()
-        if not is_among(name, CHANGES_NO_RESULT)
-        and not (name.startswith("source.") and None in values)
+        if not (name.startswith("source.") and None in values)
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from samrobust.checks import check, shorten
 from samrobust.experiments.config_files import rows_named
-from samrobust.experiments.configuration import as_dict, with_defaults
+from samrobust.experiments.configuration import as_dict, shaping_fields, with_defaults
 from samrobust.experiments.identity import Identity, changed_fields
 from samrobust.experiments.reporting.results import check_comparable
 from samrobust.experiments.rows import modern_row
@@ -138,8 +138,9 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
     which = {"rows_without": sorted(lacking)} if wanted else {}
     found = bool(configs) and not lacking
     check(found, condition, fix, workdir=str(workdir), **which)
+    shaping = {name: shaping_fields(config) for name, config in configs.items()}
+    check_comparable(shaping, "Choose some with --rows.")
     fields = {name: config.to_dict() for name, config in configs.items()}
-    check_comparable(fields, "Choose some with --rows.")
     _check_seeds(fields)
     if differs := _untold(fields):
         told = "; ".join(f"{n}: {shorten(str(each))}" for n, each in differs.items())

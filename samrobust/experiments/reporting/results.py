@@ -80,7 +80,7 @@ def unlike(
     """Returns in what a run differs from another and must not, to stand beside it.
 
     Args:
-      run: its config, or its result, as nested dictionaries.
+      run: its result, or its config, nested or by dotted names.
       first: that of the other run.
 
     Returns:
