@@ -107,6 +107,14 @@ def test_no_field_of_a_shipped_config_lacks_a_meaning():
         assert [x.name for x in explain(config) if not x.meaning] == []
 
 
+def test_fields_are_explained_by_the_packages_own_base_config(tmp_path, monkeypatch):
+    config = configuration.load_config("digits:st")
+    said = list(explain(config))
+    (helpers.make_folder(tmp_path / "configs") / "base.py").write_text("LR = 3")
+    monkeypatch.chdir(tmp_path)
+    assert list(explain(config)) == said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -15,10 +15,15 @@ from samrobust.checks import check
 from samrobust.experiments.rows import modern_row, parse_row
 from samrobust.system.resolve import running
 
-__all__ = ["find_config_file", "load_module", "load_rows", "rows_named", "shipped"]
+__all__ = ["base_file", "find_config_file", "load_module", "load_rows", "rows_named"]
 
 
-def shipped() -> list[pathlib.Path]:
+def base_file() -> pathlib.Path:
+    """Returns the package's own `configs/base.py`, whatever lies where one works."""
+    return next(f for folder in _shipped() if (f := folder / "base.py").is_file())
+
+
+def _shipped() -> list[pathlib.Path]:
     """Returns where the package's own config files lie, in a checkout or a wheel."""
     package = pathlib.Path(__file__).resolve().parents[1]
     return [package.parent / "configs", package / "_configs"]
@@ -32,7 +37,7 @@ def find_config_file(path: str) -> pathlib.Path:
     Raises:
       ValueError: if there is none; names the shipped ones.
     """
-    folders, name = shipped(), pathlib.Path(path)
+    folders, name = _shipped(), pathlib.Path(path)
     known = sorted({file.stem for folder in folders for file in folder.glob("*.py")})
     own = f"{name}.py" if path and path == name.stem else name.name
     for candidate in (name, *(folder / own for folder in folders)):

@@ -23,10 +23,10 @@ from samrobust.checks import check, shorten
 from samrobust.experiments import entries, methods, rows
 from samrobust.experiments.components import model_fields, takes
 from samrobust.experiments.config_files import (
+    base_file,
     find_config_file,
     load_module,
     load_rows,
-    shipped,
 )
 from samrobust.experiments.rows import parse_row
 from samrobust.experiments.validation import OF_PGD, fields_of, validate
@@ -138,8 +138,7 @@ def base_config() -> Config:
 
     Those of the network are added by `finish`, which knows which one it is.
     """
-    file = next(f for folder in shipped() if (f := folder / "base.py").is_file())
-    config = load_module(file).get_config()
+    config = load_module(base_file()).get_config()
     for section, name in methods.sections().items():
         _add_fields(config, section, entries.section_fields(name))
     return config

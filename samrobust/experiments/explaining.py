@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from samrobust.experiments import components, entries, methods
-from samrobust.experiments.config_files import find_config_file
+from samrobust.experiments.config_files import base_file
 from samrobust.system.fields import flatten
 from samrobust.types import Config
 
@@ -80,7 +80,7 @@ def _comments() -> Iterator[tuple[str, str]]:
     """
     above: list[str] = []
     fresh = True  # whether the comment has had no field yet
-    for line in find_config_file("configs/base.py").read_text("utf-8").splitlines():
+    for line in base_file().read_text("utf-8").splitlines():
         if comment := re.fullmatch(r"\s+# (.*)", line):
             above = [*above, comment[1]] if fresh else [comment[1]]
             fresh = True
