@@ -216,6 +216,36 @@ def test_a_copy_of_a_run_is_no_other_seed(tmp_path, monkeypatch):
     assert "Left out: of-last-week/seed0, which is not of the row" in text
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[:-3], "Expected JSON in {}, got a damaged file"),
+        (lambda _: "[]", "Expected a JSON object in {}, got a damaged file (a list)"),
+        (
+            lambda text: text.replace('"evaluation"', '"evaluatiom"'),
+            "Expected what `samrobust train` writes in {}, got KeyError: 'evaluation'.",
+        ),
+        (
+            lambda text: text.replace('"dtype"', '"dtypf"'),
+            "Expected what `samrobust train` writes in {}, got KeyError: 'dtype'.",
+        ),
+    ],
+)
+def test_a_damaged_config_is_left_out_and_said(damage, said, tmp_path):
+    folder = tmp_path / "run"
+    leave_run(folder, result("st", 0))
+    path = folder / "config.json"
+    path.write_text(damage(path.read_text()))
+    write_report(folder)
+    text = Page(folder / "report.html").text
+    assert f"Left out: {said.format(path)}" in text
+    assert "identity-st-0" in text  # of the training
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="Expected a workdir of") as error:
+        write_report(folder)
+    assert said.format(path) in str(error.value)
+
+
 def test_a_damaged_evaluation_is_no_absent_one(tmp_path):
     folder = tmp_path / "run"
     leave_run(folder, result("st", 0))

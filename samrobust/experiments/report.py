@@ -66,6 +66,7 @@ def write_report(workdir: pathlib.Path) -> tuple[pathlib.Path, ...]:
     report.add_training()
     report.add_sanity()
     fix = "Run `samrobust table` or `samrobust train` with it first."
+    fix = " ".join(report.refused) or fix
     wanted = "a workdir of a table or a run with results"
     check(bool(report.sections), wanted, fix, workdir=str(workdir))
     path = workdir / "report.html"
@@ -120,8 +121,7 @@ class _Report:
         try:
             table = from_json(path.read_text(encoding="utf-8"))
         except _UNFIT as error:
-            reason = f"Expected what `samrobust {command}` writes in {path}, got"
-            self.refused.append(f"{reason} {type(error).__name__}: {error}.")
+            self._refuse(command, path, error)
             return
         drawn = write_pictures(table, self.workdir, name)
         labels = {row.name: row.label for row in table.rows}
@@ -178,24 +178,24 @@ class _Report:
     def add_result(self) -> None:
         """Adds the accuracies of a run, by all of its evaluations."""
         title, result = "Accuracy", self._sealed("result.json")
-        config = files.glance(self.workdir / "config.json")
+        path = self.workdir / "config.json"
+        config = self._trusted(files.read_object, path)
         lines = self._trusted(read_evaluations, self.workdir) or []
         found = [line for line in (result, *lines) if line]
-        if not found:
+        if not found or config is None:
             self._lacks(title, "train")
             return
         columns = list(dict.fromkeys(c for line in found for c in line["accuracy"]))
+        try:
+            told = [_circumstances(config, line) for line in found]
+        except _UNFIT as error:
+            self._refuse("train", path, error)
+            return
         rows = []
-        for line in found:
-            evaluation = config["evaluation"] | line.get("evaluation", {})
-            name, accuracy = attack_in_words(evaluation), line["accuracy"]
-            if line.get("seed", config["seed"]) != config["seed"]:
-                name = f"{name}, seed {line['seed']}"
-            self._measured(title, f"{config['label']}, {name}", line)
+        for line, (name, judged, precision, split) in zip(found, told, strict=True):
+            self._measured(title, f"{config.get('label')}, {name}", line)
+            accuracy, images = line["accuracy"], f"{line['num_test']:,} {split}"
             cells = (f"{accuracy[c]:.2f}" if c in accuracy else "-" for c in columns)
-            judged = f"{checkpoint_in_words(evaluation)}, step {line.get('step')}"
-            precision = line.get("dtype", config["model"]["dtype"])
-            images = f"{line['num_test']:,} {evaluation['split']}"
             rows.append((name, judged, precision, images, *cells))
         header = ("attack", "network", "precision", "images", *columns)
         shown = TextTable(header, rows, words=4).to_html()
@@ -271,6 +271,10 @@ class _Report:
     def _lacks(self, title: str, command: str) -> None:
         self.missing.append((title, f"samrobust {command}"))
 
+    def _refuse(self, command: str, path: pathlib.Path, error: Exception) -> None:
+        reason = f"Expected what `samrobust {command}` writes in {path}, got"
+        self.refused.append(f"{reason} {type(error).__name__}: {error}.")
+
     def _sealed(self, name: str) -> dict[str, Any] | None:
         """Returns what a sealed file holds; None where it cannot be trusted."""
         return self._trusted(files.read_sealed, self.workdir / name)
@@ -285,6 +289,19 @@ class _Report:
             if str(error) not in self.refused:
                 self.refused.append(str(error))
             return None
+
+
+def _circumstances(
+    config: Mapping[str, Any], line: Mapping[str, Any]
+) -> tuple[str, str, str, str]:
+    """Returns the attack, network, precision and split of an evaluation of a run."""
+    evaluation = config["evaluation"] | line.get("evaluation", {})
+    name = attack_in_words(evaluation)
+    if line.get("seed", config["seed"]) != config["seed"]:
+        name = f"{name}, seed {line['seed']}"
+    judged = f"{checkpoint_in_words(evaluation)}, step {line.get('step')}"
+    precision = line.get("dtype", config["model"]["dtype"])
+    return name, judged, precision, evaluation["split"]
 
 
 def _folded(summary: str, content: str) -> str:
