@@ -299,9 +299,10 @@ def amount(**values: Any) -> None:
 
 
 def text(**values: Any) -> None:
-    """Raises `ValueError` unless every value is a string."""
+    """Raises `ValueError` unless every value is a string, and can be printed."""
     for name, value in values.items():
-        check(isinstance(value, str), f"text for {name}", **{name: value})
+        holds = isinstance(value, str) and value.isprintable()
+        check(holds, f"printable text for {name}", **{name: value})
 
 
 def switch(**values: Any) -> None:

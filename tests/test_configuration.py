@@ -314,6 +314,10 @@ def test_overrides_reach_the_fields():
     assert config.seed == 3
 
 
+def test_a_name_may_have_any_letters():
+    assert load("data.name=données/café 猫.npz").data.name == "données/café 猫.npz"
+
+
 def test_of_several_values_of_a_field_the_last_one_counts():
     config = load(
         *("evaluation.linf=(16,)", "training.epochs=7"),
@@ -465,6 +469,11 @@ def test_a_small_radius_is_accepted(radius):
             ["evaluation.attack=autoattack", "evaluation.linf_step=0.1"],
             "evaluation.attack=pgd when evaluation.linf_step is set",
         ),
+        (
+            ["data.name=caf\udce9.npz"],  # Latin-1, as Python reads it from a shell
+            r"printable text for data\.name, got data\.name='caf\\udce9\.npz'",
+        ),
+        (["tracking.wandb=a\tb"], "printable text for tracking.wandb"),
         (["label=SAM"], "label=ST as the row 'st' says, got label='SAM'"),
         (["row=sam,rho=0.1"], "a config of the row 'st', got row='sam,rho=0.1'"),
         (["training.learning_rate='0.1"], '"\'0.1"$'),
