@@ -8,7 +8,8 @@ import pytest
 
 from samrobust.experiments.leaderboard import add_claims, read_claims, to_sheet
 from samrobust.experiments.reporting import summarize
-from samrobust.experiments.reporting.render import to_json
+from samrobust.experiments.reporting.notes import notes
+from samrobust.experiments.reporting.render import from_json, to_json
 from samrobust.system.files import WorkdirError
 
 MADE = {"commit": "abc", "device": "CPU", "command": "samrobust recheck"}
@@ -124,6 +125,20 @@ def test_the_most_robust_comes_first(board):
     assert first.startswith("| SAM (rho = 0.2), seed 0 | A CNN | 400 | 90.00 | 60.25 |")
     assert second.startswith("| ST, seed 0 | A CNN | 400 | 90.00 | 50.00 |")
     assert "±2.5 points" in text  # 100 sqrt(0.5 * 0.5 / 400)
+
+
+@pytest.mark.parametrize(
+    ("natural", "robust", "error"),
+    [(100.0, 0.0, "0.18"), (60.0, 2.0, "2.4")],  # 100 sqrt(0.6 * 0.4 / 400)
+)
+def test_the_sampling_error_is_that_of_a_tables_cells(natural, robust, error, tmp_path):
+    accuracy = {"natural": natural, f"linf {AT} AA": robust}
+    rechecked = recheck(tmp_path / "digits", accuracy=accuracy)
+    add_claims(tmp_path / "board", rechecked, "A CNN")
+    said = f"leave up to ±{error} points (one standard error)"
+    assert said in to_sheet(read_claims(tmp_path / "board")).notes[0]
+    table = from_json((rechecked / "autoattack.json").read_text())
+    assert said in " ".join(notes(table))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ refused.
 """
 
 import itertools
-import math
 import pathlib
 import re
 from typing import Any
@@ -17,6 +16,7 @@ from urllib.parse import quote
 
 from samrobust.checks import check
 from samrobust.experiments.reporting.names import split_column
+from samrobust.experiments.reporting.notes import standard_error
 from samrobust.experiments.reporting.render import from_json
 from samrobust.experiments.reporting.results import attacks_version, makers
 from samrobust.experiments.reporting.table import Table
@@ -223,9 +223,9 @@ def to_sheet(claims: list[Claim]) -> Sheet:
         ]
         tables.append(TextTable(header, rows, f"{dataset}, linf {radius}", words=2))
     errors = [
-        100 * math.sqrt(p * (1 - p) / claim["samrobust"]["num_test"])
+        standard_error(float(claim[column]), claim["samrobust"]["num_test"])
         for claim in claims
-        for p in [float(claim["autoattack_acc"]) / 100]
+        for column in ("clean_acc", "autoattack_acc")
     ]
     notes = [
         "Accuracy in %, one network a line; the standard AutoAttack in float32 on as "

@@ -17,6 +17,7 @@ __all__ = [
     "sampling_error",
     "sharpness_note",
     "signed",
+    "standard_error",
 ]
 
 
@@ -80,19 +81,21 @@ def _cost_legend(table: Table) -> str:
 
 
 def sampling_error(table: Table) -> float:
-    """Returns the largest standard error of a cell due to the finite test set.
-
-    100 sqrt(p (1 - p) / num_test) points, for an accuracy of 100 p percent; p is kept
-    half an image away from 0 and 1, since neither is certain.
-    """
+    """Returns the largest standard error of a cell due to the finite test set."""
     cells = [row.cells[column] for row in table.rows for column in table.columns]
-    edge = 0.5 / table.num_test
-    shares = [
-        min(max(cell.mean / 100, edge), 1 - edge)
-        for cell in cells
-        if cell.mean is not None
-    ]
-    return max(100 * math.sqrt(p * (1 - p) / table.num_test) for p in shares)
+    means = [cell.mean for cell in cells if cell.mean is not None]
+    return max(standard_error(mean, table.num_test) for mean in means)
+
+
+def standard_error(accuracy: float, num_test: int) -> float:
+    """Returns the standard error of an accuracy due to the finite test set, in points.
+
+    100 sqrt(p (1 - p) / num_test), for an accuracy of 100 p percent; p is kept half an
+    image away from 0 and 1, since neither is certain.
+    """
+    edge = 0.5 / num_test
+    p = min(max(accuracy / 100, edge), 1 - edge)
+    return 100 * math.sqrt(p * (1 - p) / num_test)
 
 
 def signed(difference: Difference) -> str:
