@@ -191,6 +191,7 @@ def test_a_config_settles_and_stays(tmp_path):
         ({"seed": 1}, r"seed was 0, is 1\."),
         ({"sam.batch_stats": "first"}, r"sam\.batch_stats was 'both', is 'first'\."),
         ({"data.validation_size": 9}, r"data\.validation_size was 0, is 9\."),
+        ({"data.name": "b/own.npz"}, r"data\.name was 'digits', is 'b/own\.npz'\."),
         ({"seed": 1, "data.padding": 3}, r"data\.padding .*; seed was 0, is 1\."),
     ],
 )
