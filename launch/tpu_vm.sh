@@ -29,7 +29,7 @@ SSH_FLAGS=${SSH_FLAGS:-}                # as --internal-ip, or --tunnel-through-
 PYTHON=${PYTHON:-3.12}                  # that of the image
 LOG_SECONDS=${LOG_SECONDS:-60}          # between two copies of the logs
 POLL_SECONDS=${POLL_SECONDS:-30}
-MAX_FAILURES=${MAX_FAILURES:-20} # in a row: no connection, crashes
+MAX_FAILURES=${MAX_FAILURES:-20} # of calls in a row, or crashes in all
 # ---
 
 say() { echo "tpu_vm.sh: $*" >&2; }
@@ -136,9 +136,9 @@ progress() {
 }
 
 up() {
-  local failures=0 is words
+  local failures=0 crashes=0 is words
   export END_VM=yes
-  while [ "$failures" -lt "$MAX_FAILURES" ]; do
+  while [ "$failures" -lt "$MAX_FAILURES" ] && [ "$crashes" -lt "$MAX_FAILURES" ]; do
     is=$(state)
     if [ "$is" = READY ]; then is=$(progress); fi
     if [ -z "$is" ]; then is=$(ended "$@"); fi
@@ -166,14 +166,15 @@ up() {
         failures=$((failures + 1))
         ;;
       [0-9]*) # it crashed
-        failures=$((failures + 1))
-        "$0" run "$@" || true
+        crashes=$((crashes + 1))
+        [ "$crashes" -ge "$MAX_FAILURES" ] || "$0" run "$@" || failures=$((failures + 1))
         ;;
       unreachable) failures=$((failures + 1)) ;;
     esac
     sleep "$POLL_SECONDS"
   done
-  say "error: $failures failures in a row. The VM may still be there: see status, delete."
+  say "error: $failures failures in a row, $crashes crashes." \
+    "The VM may still be there: see status, delete."
   exit 1
 }
 

@@ -303,7 +303,7 @@ def test_up_gives_up_in_the_end(cloud):
     (cloud.folder / "refusal").write_text("Internal error")
     code, _, errors = cloud.call("up", *RUN)
     assert code == 1
-    assert "error: 3 failures in a row." in errors
+    assert "error: 3 failures in a row, 0 crashes." in errors
 
 
 @pytest.mark.parametrize(
@@ -368,6 +368,26 @@ def test_a_run_that_stopped_or_crashed_is_started_again(cloud, code):
     assert code == 0, errors
     starts = cloud.read("bucket/sam/a/starts").splitlines()
     assert starts == ["started after ", "started after 10"]
+
+
+def test_a_run_that_crashes_again_and_again_is_given_up(cloud):
+    """However long it worked each time."""
+    crash = """#!/bin/sh
+    until [ "$JAX_PROCESS_ID" != 0 ] || rm "$GCLOUD_STAND_IN/go"; do sleep 0.04; done
+    exit 134
+    """
+    (cloud.folder / "bin" / "command").write_text(crash)
+    process = cloud.start("up", *RUN)
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        if "sam: running" in line and "sam: running" not in seen[-1]:
+            assert sum("sam: 134" in before for before in seen) < 3
+            cloud.let_go()
+        seen.append(line)
+    assert process.wait(LONGEST) == 1
+    assert "3 crashes" in seen[-1]
+    assert sum("sam: 134" in line for line in seen) == 3
 
 
 @pytest.mark.parametrize(
