@@ -329,11 +329,18 @@ def test_the_coefficient_of_sam_on_all_weights_changes_its_sign(world, coefficie
 # The logistic loss.
 
 
-@pytest.mark.parametrize("world", [WORLD, World(0.95, 0.5, 100), World(0.6, 0.3, 1)])
+# In the last ones the decision boundary is far out, where the normal is steep.
+@pytest.mark.parametrize(
+    "world",
+    [
+        *(WORLD, World(0.95, 0.5, 100), World(0.6, 0.3, 1), World(0.7, 2, 1000)),
+        *(World(0.7, 2, 10_000), World(0.7, 100, 1000), World(0.7, 1e3, 1e6)),
+    ],
+)
 def test_logistic_regression_is_well_specified(world):
     start = float(standard_weight(world))
     assert logistic_weight(world) == pytest.approx(start, rel=1e-9)
-    epsilon = 0.4 * float(world.eta)
+    epsilon = 0.4 * min(float(world.eta), 1)
     printed = float(adversarial_weight(world, epsilon))
     assert logistic_weight(world, epsilon) == pytest.approx(printed, rel=1e-9)
 
@@ -378,25 +385,37 @@ def test_sam_with_the_logistic_loss_starts_at_the_same_minimum():
     assert np.all(shifts[-1] < 0.1 * shift)
 
 
-def test_sam_with_the_logistic_loss_rests_where_both_ends_are_equally_bad():
-    w, rho = float(sam_minimax_weight(WORLD, 2.0)), 2.0
+@pytest.mark.parametrize(
+    ("world", "rho"),
+    [(WORLD, 2.0), (World(0.9, 2, 1000), 1.0), (World(0.9, 1e3, 1), 0.1)],
+)
+def test_sam_with_the_logistic_loss_rests_where_both_ends_are_equally_bad(world, rho):
+    w, root = float(sam_minimax_weight(world, rho)), np.sqrt(world.d)
+    mean, end = root * world.eta, min(12, 40 / (root * world.eta) + 2 * rho / root)
 
     def loss(w):
-        def integrand(z, sign):
-            margin = 0.2 * (sign * w + 1 + np.sqrt(10) * z)
-            return stats.norm.pdf(z) * np.logaddexp(0, -margin)
+        """A factor too large, since the density is e^-1000 in the second world."""
+
+        def integrand(v, sign):
+            margin = 2 * world.eta * (sign * w + root * v)
+            return np.exp(mean * v - v**2 / 2) * np.logaddexp(0, -margin)
 
         right, wrong = (
-            integrate.quad(integrand, -12, 12, args=(sign,), epsabs=1e-13)[0]
+            integrate.quad(
+                integrand, -end, end, args=(sign,), points=(-sign * w / root,)
+            )
             for sign in (1, -1)
         )
-        return 0.7 * right + 0.3 * wrong
+        return world.p * right[0] + (1 - world.p) * wrong[0]
 
-    assert loss(w - rho) == pytest.approx(loss(w + rho), abs=1e-12)
+    assert loss(w - rho) == pytest.approx(loss(w + rho), rel=1e-7)
+    assert loss(w - 0.99 * rho) != pytest.approx(loss(w + rho), rel=1e-4)
 
 
 def test_where_gradients_vanish_in_float64_no_weight_is_made_up():
     assert np.isnan(sam_step_weight(World(0.99, 1e3, 1), 0.1, 1000))
+    weights = sam_minimax_weight(World(0.99, 1e3, 1), np.array([0.1, 10.0]))
+    assert np.isfinite(weights).tolist() == [True, False]
 
 
 def test_the_expected_gradient_of_a_sam_step_is_zero_where_we_say():
@@ -638,6 +657,7 @@ def test_what_is_near_the_minimum_does_not_hold(grid, off):
         Grid(p=(0.99,), eta=(0.001,), d=(1,), rho=(0.1,)),  # float64 decides nothing
         Grid(p=(0.55,), eta=(2.0,), d=(3,), rho=(0.1, 10.0)),
         Grid(p=(0.99,), eta=(3.0,), d=(1,), rho=(0.1, 50.0), epsilon=(0.5,)),
+        Grid(p=(0.9,), eta=(1e3,), d=(1000,), rho=(10.0,), epsilon=(0.5,)),
     ],
 )
 def test_unusual_worlds_get_verdicts_and_pictures(tmp_path, grid, monkeypatch):

@@ -36,7 +36,7 @@ def logistic_weight(
     """Finds w_1 relative to the other weights at the minimum of the adversarial loss.
 
     Newton's method on the two weights, in float64, with the trapezoidal rule for the
-    normal, which converges exponentially and reaches beyond the decision boundary.
+    normal, which converges exponentially, over what lies near the decision boundary.
 
     Args:
       world: the data.
@@ -79,14 +79,19 @@ def sam_minimax_weight(world: World, rho: Floats) -> np.ndarray:
     Returns:
       [...]; NaN where the loss is too flat for float64.
     """
-    log_mass, others = _quadrature(world)
+    # The exponents of the probabilities are no larger than these.
+    exponents = 45 + world.log_odds + 2 * world.eta * np.asarray(rho, float)
+    fits = np.minimum(exponents, world.d * world.eta**2 / 2) < 700
+    farthest = 2 * np.max(rho, where=fits, initial=0)
+    log_mass, others = _quadrature(world, farthest=farthest)
     mass, scale = np.exp(log_mass), 2 * world.eta
 
     def loss(w: np.ndarray) -> np.ndarray:
         margin = scale * (_SIGN * w[..., None, None] + others)
         return np.sum(mass * np.logaddexp(0, -margin), axis=(-2, -1))
 
-    return _root(world, rho, 1, lambda w, rho: loss(w + rho) - loss(w - rho))
+    w = _root(world, rho, 1, lambda w, rho: loss(w + rho) - loss(w - rho))
+    return np.where(fits, w, np.nan)
 
 
 def sam_step_weight(world: World, rho: Floats, batch_size: int) -> np.ndarray:
@@ -107,8 +112,9 @@ def sam_step_weight(world: World, rho: Floats, batch_size: int) -> np.ndarray:
     Returns:
       [...]; NaN where gradients are too small for float64.
     """
-    log_mass, others = _quadrature(world)
-    mass, scale, root = np.exp(log_mass), 2 * world.eta, np.sqrt(batch_size)
+    log_mass, others = _quadrature(world, farthest=5 * np.max(rho))
+    mass = np.exp(log_mass - world.d * world.eta**2 / 2)
+    scale, root = 2 * world.eta, np.sqrt(batch_size)
 
     def gradients(w: np.ndarray) -> np.ndarray:
         margin = scale * (_SIGN * w[..., None, None] + others)
@@ -131,18 +137,30 @@ def sam_step_weight(world: World, rho: Floats, batch_size: int) -> np.ndarray:
         return _root(world, rho, 4, expected)
 
 
-def _quadrature(world: World, epsilon: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def _quadrature(
+    world: World, epsilon: float = 0.0, farthest: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns log-probabilities [2, N] of nodes, and x_2 + ... + x_{d+1} [N] there.
 
-    By the trapezoidal rule for a standard normal, beside both signs of x_1; epsilon is
-    what an attack takes off each x_i.
+    By the trapezoidal rule for a normal, beside both signs of x_1. With m and v the
+    mean and the value of that sum in units of its standard deviation, and v_0 the
+    decision boundary, density times gradient is proportional to exp(-v^2/2) / cosh(m (v
+    - v_0)). The nodes cover that peak and no more, since it is the narrower the larger
+    m is. The probabilities lack the factor exp(-m^2/2).
+
+    Args:
+      world: the data.
+      epsilon: what an attack takes off each x_i.
+      farthest: how far w_1 may lie from w*.
     """
-    end = 10 + np.sqrt(world.d) * world.eta
+    mean = np.sqrt(world.d) * (world.eta - epsilon)
+    boundary = world.log_odds / mean + farthest / np.sqrt(world.d)
+    end = min(10 + mean, boundary + 45 / mean)
     nodes = np.linspace(-end, end, _NUM_NODES)
-    log_density = np.log((nodes[1] - nodes[0]) / np.sqrt(2 * np.pi)) - nodes**2 / 2
+    log_density = np.log((nodes[1] - nodes[0]) / np.sqrt(2 * np.pi))
+    log_density = log_density + mean * nodes - nodes**2 / 2
     log_chance = np.log(np.array([[world.p], [1 - world.p]]))
-    others = world.d * (world.eta - epsilon) + np.sqrt(world.d) * nodes
-    return log_chance + log_density, others
+    return log_chance + log_density, np.sqrt(world.d) * nodes
 
 
 def _root(
