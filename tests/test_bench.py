@@ -429,6 +429,21 @@ def test_a_row_has_rates_fractions_and_costs(monkeypatch):
     assert (row["compile_cold"], row["compile_cached"]) == (10.0, 1.5)
 
 
+def test_what_all_devices_did_is_compared_with_what_one_of_them_can():
+    options = dataclasses.replace(OPTIONS, measure=("step",), methods=("st",))
+    (task,) = plan(options)
+    pytorch = dataclasses.replace(task, kind="pytorch", variant="reference")
+    for num_devices in (1, 4):
+        own = fake_step([1.0]) | {"num_devices": num_devices}
+        outcomes = {**FIRST, task: [own], pytorch: [fake([1.0])]}
+        row, other = summarize(outcomes, options).rows
+        total = row["tflops"] * 1e12
+        assert row["matmul_fraction"] == pytest.approx(total / 2e11 / num_devices)
+        assert other["matmul_fraction"] == pytest.approx(total / 2e11)
+        # PyTorch is on one.
+        assert ("ratio" in other) == (num_devices == 1)
+
+
 def test_the_ratios_to_pytorch_are_taken_round_by_round():
     row = find(fake_report(), "pytorch", "sam", "tuned")
     assert row["ratio"] == pytest.approx(2.0)
@@ -447,7 +462,9 @@ def test_what_is_compared_was_measured_alike():
 
     def step(seconds, precision="float32", **setting: Any):
         return {
-            Task("step", "st", "st", 64, precision, **setting): [fake_step([seconds])]
+            Task("step", "st", "st", 64, precision, **setting): [
+                fake_step([seconds]) | {"num_devices": setting.get("devices", 1)}
+            ]
         }
 
     def judging(seconds, precision):
@@ -662,6 +679,18 @@ def test_several_devices_and_steps_per_call_are_rows_of_their_own(tmp_path):
         assert len(row["seconds"]) == 1
         assert row["compile_cold"] > 0
     assert report["provenance"]["command"].startswith("samrobust bench")
+
+
+def test_an_evaluation_on_all_devices_has_the_batch_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    flags = ("--repeats=1", "--rounds=1", "--min-seconds=0.01", "--no-rates")
+    own = ("--config.evaluation.num_steps=1", "--config.evaluation.batch_size=0")
+    done = bench(tmp_path, "--measure=evaluation", *flags, *own)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert (row["num_devices"], row["batch_size"]) == (2, 1000)
+    (seconds,) = row["seconds"][0]
+    assert row["images_per_second"] == pytest.approx(1000 / seconds)
 
 
 def test_a_profile_is_a_perfetto_trace_and_no_measurement(tmp_path):

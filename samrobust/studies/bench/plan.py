@@ -78,7 +78,8 @@ class Task:
         counts, parity or probe.
       method: st, sam, at, at+sam, or a row; "" where a method makes no difference.
       row: of the config.
-      batch_size: over all devices.
+      batch_size: over all devices; of an evaluation on all there are, without a size
+        in the config, that of one.
       precision: dtype of the network.
       devices: how many; 0: all; of a target one.
       steps_per_call: 0: the default.
@@ -212,9 +213,7 @@ def _check_comparison(options: Options, chosen: Mapping[str, str]) -> None:
 def _overrides_of(task: Task, options: Options) -> tuple[str, ...]:
     """Returns the overrides of a task's config."""
     own = [f"--config.model.dtype={task.precision}"]
-    if task.kind == "evaluation":
-        own.append(f"--config.evaluation.batch_size={task.batch_size}")
-    else:
+    if task.kind != "evaluation":
         own.append(f"--config.training.batch_size={task.batch_size}")
         steps = 1 if task.kind == "unrolled" else task.steps_per_call
         own.append(f"--config.training.steps_per_call={steps}")

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from samrobust.checks import LARGEST_COUNT
 from samrobust.data import (
     Dataset,
     DatasetFacts,
@@ -25,6 +26,7 @@ from samrobust.data import (
     take_batch,
 )
 from samrobust.evaluation import make_evaluator
+from samrobust.evaluation.measure import batch_size_for
 from samrobust.experiments import building
 from samrobust.studies.bench.images import make_dataset
 from samrobust.system.compiler import deterministic_programs
@@ -165,7 +167,7 @@ def num_steps(config: Config, facts: DatasetFacts) -> int:
 
 def evaluation(config: Config, measure: Measure) -> Found:
     """Measures clean accuracy and all attacks of the config, on one batch."""
-    batch_size = config.evaluation.batch_size
+    batch_size = batch_size_for(LARGEST_COUNT, config.evaluation.batch_size)
     dataset, _, carry = begin(config, 1, batch_size)
     model = building.make_model(config, dataset)
     attacks = building.evaluation_attacks(config)
@@ -176,7 +178,12 @@ def evaluation(config: Config, measure: Measure) -> Found:
     first = time.perf_counter() - started
     seconds = measure(lambda: evaluate(*arguments))
     steady = statistics.median(seconds or [first])
-    return {"seconds": seconds, "compile_seconds": max(0.0, first - steady)}
+    compiling = max(0.0, first - steady)
+    return {
+        "seconds": seconds,
+        "compile_seconds": compiling,
+        "batch_size": batch_size,
+    }
 
 
 def roofline(config: Config, measure: Measure) -> Found:

@@ -4,7 +4,6 @@ No device is asked for, since this process would then hold memory of it.
 """
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -60,15 +59,15 @@ def summarize(
       options: of the bench.
 
     Returns:
-      A report, whose rows have the fields of their `Task` and: `seconds` (a list a
-      round, of a step; of a batch for evaluations), `step_seconds`, `step_iqr`,
-      `images_per_second`, `tflops`, `matmul_fraction`, `copy_fraction`,
-      `compile_cold`, `compile_cached`, `peak_memory`, `epoch_seconds`,
-      `pipeline_share`, `cost` and `flop_cost` relative to ST, `paper_cost`; of a
-      PyTorch row its `parity` (deviations from ours), `versions`, `float32_matmul`, and
-      `ratio` of its time to ours. `cost` and `ratio` are medians of the rounds' ratios
-      of medians, with `_low` and `_high` over the rounds. What does not apply is left
-      out.
+      A report, whose rows have the fields of their `Task` and: `num_devices` that it
+      ran on, `seconds` (a list a round, of a step; of a batch for evaluations),
+      `step_seconds`, `step_iqr`, `images_per_second`, `tflops`, `matmul_fraction`,
+      `copy_fraction`, `compile_cold`, `compile_cached`, `peak_memory`,
+      `epoch_seconds`, `pipeline_share`, `cost` and `flop_cost` relative to ST,
+      `paper_cost`; of a PyTorch row its `parity` (deviations from ours), `versions`,
+      `float32_matmul`, and `ratio` of its time to ours on one device. `cost` and
+      `ratio` are medians of the rounds' ratios of medians, with `_low` and `_high` over
+      the rounds. What does not apply is left out.
     """
     rows: list[Row] = []
     failures, passes, first = [], {}, {}
@@ -104,11 +103,14 @@ def _row(task: Task, raws: Sequence[Outcome], config: Config) -> Row:
     seconds = [raw.get("seconds", []) for raw in raws]
     first, raws = raws[0], [raw for raw in raws if "error" not in raw]
     low, median, high = np.percentile(np.concatenate(seconds), (25, 50, 75)).tolist()
+    batch_size = raws[0].get("batch_size", task.batch_size)
     row = dataclasses.asdict(task) | {
+        "batch_size": batch_size,
+        "num_devices": raws[0].get("num_devices", 1),  # PyTorch has one
         "seconds": seconds,
         "step_seconds": median,
         "step_iqr": high - low,
-        "images_per_second": task.batch_size / median,
+        "images_per_second": batch_size / median,
         "peak_memory": max(raw["peak_memory"] for raw in raws),
     }
     told = ("parity", "versions", "float32_matmul")
@@ -125,7 +127,7 @@ def _row(task: Task, raws: Sequence[Outcome], config: Config) -> Row:
     facts = building.load_facts(config)
     if task.kind == "evaluation":
         row["num_test"] = facts.num_test
-        row["test_set_seconds"] = median / task.batch_size * facts.num_test
+        row["test_set_seconds"] = median / batch_size * facts.num_test
     if task.kind == "step":
         saving = statistics.median(raw["checkpoint_seconds"] for raw in raws)
         pipeline = statistics.median(raw["pipeline_seconds"] for raw in raws)
@@ -153,7 +155,7 @@ def _rates(
     rate, st = row["images_per_second"], step_cost(passes)
     found = {"tflops": rate * flops / 1e12, "flop_cost": flops / st.flops}
     if ceiling:
-        devices = max(1, task.devices)
+        devices = row["num_devices"]
         traffic = step_cost(*work).elements * jnp.dtype(task.precision).itemsize
         found["matmul_fraction"] = rate * flops / ceiling["matmul"] / devices
         found["copy_fraction"] = rate * traffic / ceiling["copy"] / devices
@@ -163,12 +165,11 @@ def _rates(
 def _compared(row: Row, rows: Sequence[Row]) -> Row:
     """Returns the cost relative to ST, and the time relative to our own step's."""
 
-    def plainness(other: Row) -> tuple:  # PyTorch's are on one device, by themselves
-        devices = other["devices"] or math.inf
+    def plainness(other: Row) -> tuple:
         own = other["seeds"], other["steps_per_call"]
-        return bool(other["xla_flags"]), devices, *own
+        return bool(other["xla_flags"]), other["num_devices"], *own
 
-    def other(*alike: str, **wanted: str) -> Row | None:
+    def other(*alike: str, **wanted: Any) -> Row | None:
         wanted |= {name: row[name] for name in alike}
         found = (r for r in rows if wanted.items() <= r.items())
         return min(found, key=plainness, default=None)
@@ -176,7 +177,10 @@ def _compared(row: Row, rows: Sequence[Row]) -> Row:
     found = {}
     if row["method"] and (st := other("kind", "variant", *_SETTING, method="st")):
         found |= _ratio("cost", row, st)
-    alike = {"pytorch": ("batch_size", "precision"), "unrolled": _SETTING}
+    alike = {
+        "pytorch": ("batch_size", "precision", "num_devices"),
+        "unrolled": _SETTING,
+    }
     names = alike.get(row["kind"])
     if names and (ours := other("method", *names, kind="step")):
         found |= _ratio("ratio", row, ours)
