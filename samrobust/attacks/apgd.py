@@ -88,9 +88,10 @@ def apgd(
       box, and in the ball up to a few units in the last place. Images at radius 0, and
       those that are misclassified as they are, return unchanged. Of every other example
       the result is the first misclassified iterate, starts included, or else the one of
-      highest loss, so that more restarts never raise the accuracy; more steps, another
-      schedule, may. Up to rounding, and where the logits are not random, its outcome
-      does not depend on the batch it is in. No gradient flows through the result.
+      highest loss: more restarts never raise the accuracy; more steps, another schedule,
+      may. With a key for each example and logits that are not random, the outcome does
+      not depend on the batch, up to rounding; with one key it depends on the place
+      there. No gradient flows through the result.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of
@@ -338,8 +339,7 @@ class ApgdRun(NamedTuple):
             gradient, (losses, scores) = gradient_of(current, own_key)
             return carry[0] + gradient, losses, scores
 
-        none = filled(current, 0)
-        nothing = (jnp.zeros_like(current), none, none)
+        nothing = (jnp.zeros_like(current), *[filled(current, 0)] * 2)
         gradient, losses, scores = jax.lax.fori_loop(0, self.eot, draw, nothing)
         return gradient / self.eot, losses, scores  # EOT: the mean over the draws
 

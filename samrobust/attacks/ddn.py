@@ -60,7 +60,8 @@ def ddn(
       is returned as its smallest misclassified iterate, so that the norm of the change
       is an upper bound of the distance to the boundary, and unchanged where there is
       none or where it is misclassified already. An example's outcome does not depend on
-      the others of its batch. No gradient flows through the result.
+      the others of its batch; with one key for all, a random direction depends on its
+      place there. No gradient flows through the result.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of

@@ -92,10 +92,11 @@ def fab_targeted(
       misclassified perturbation of the first run that found one within the radius, and
       else unchanged, as are images that are misclassified already and all images if
       the radius is 0. It lies in the box, and in the ball as `ball.norm` measures it.
-      An example's outcome does not depend on the others of its batch. Runs end once
-      every example of the batch is broken. No gradient flows through the result. What
-      is found lies close to the boundary, so another program may judge it differently
-      where the logits tie up to rounding.
+      An example's outcome does not depend on the others of its batch; with one key for
+      all it depends on its place there. Runs end once every example of the batch is
+      broken. No gradient flows through the result. What is found lies close to the
+      boundary, so another program may judge it differently where the logits tie up to
+      rounding.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of

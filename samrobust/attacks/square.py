@@ -81,8 +81,9 @@ def square(
       **Guarantees.** Shape and dtype of the images are kept. The result lies in the
       box, and in the ball up to the rounding of a norm. Radius 0 and misclassified
       images return unchanged. The result is misclassified wherever a query found such
-      an image, else it is the one of highest loss seen, the original included. An
-      example's outcome does not depend on its batch. No gradient flows through it.
+      an image, else it is the one of highest loss seen, the original included. With a
+      key for each example, its outcome does not depend on the batch it is in; with one
+      key it depends on its place there. No gradient flows through the result.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of
