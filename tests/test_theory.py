@@ -575,6 +575,17 @@ def test_a_training_that_has_not_converged_is_found_out(world, radius, converges
     assert len(panel.containers) == converges
 
 
+def test_the_radii_that_are_not_trained_are_told_with_their_limit():
+    grid = Grid((0.7,), (5.0,), (10,), epsilon=(0.5, 0.9), rho=(1.0,))
+    effort = TrainingEffort(seeds=2, samples=1000, batch_size=100)
+    assert {radius for method, radius in plan(grid, effort) if method == "at"} == {0.5}
+    found = study(grid)
+    trained = Estimate("at", 0.5, "w", 0.1, 0.01, (), 0.1, 0.1)
+    findings = Findings(grid, effort, found, judge(found), [trained], 0.0)
+    shown = to_sheet(findings).to_markdown()
+    assert "AT is not trained at 0.9, beyond 0.6 min(eta, 1)" in shown
+
+
 def test_what_sam_on_all_weights_adds_is_known_for_radii_below_a_third_of_sqrt_d():
     start = float(standard_weight(WORLD))
     small = all_weights_shift(WORLD, 0.05)

@@ -122,8 +122,9 @@ def _notes(report: Findings) -> list[str]:
         radii = report.grid.attack_radii(float(report.grid.world.eta))
         if left := [f"{radius:g}" for radius in radii if radius not in trained]:
             notes.append(
-                f"AT is not trained at {', '.join(left)}: beyond 0.6 eta weights grow "
-                "without bound."
+                f"AT is not trained at {', '.join(left)}, beyond 0.6 min(eta, 1): "
+                "towards eta weights grow without bound, and from 1 on an attack can "
+                "change the sign of x_1."
             )
         notes.append(
             f"trained: {effort.seeds} seeds of {effort.samples:,} fresh samples, batch "
