@@ -164,10 +164,11 @@ def parity(spec: TwinSpec, arrays: Arrays) -> dict[str, float]:
 
     Args:
       spec: method and precision do not count: standard training in float32.
-      arrays: `params/...` and `batch_stats/...` by Flax's paths; `images`
-        [B, H, W, C] in [0, 1] and `labels` [B]; in train mode `logits` [B, K] and
-        `image_gradient` [B, H, W, C] of the summed cross entropy; `updated/...`, the
-        parameters after one step of the spec's SGD.
+      arrays: `network/model....`, weights and statistics by PyTorch's names, with the
+        normalization `network/mean` and `network/std`; `images` [B, H, W, C] in [0, 1]
+        and `labels` [B]; in train mode `logits` [B, K] and `image_gradient`
+        [B, H, W, C] of the summed cross entropy; `updated/model....`, the parameters
+        after one step of the spec's SGD.
 
     Returns:
       The deviations of `logits`, `image_gradient` and `update`.
