@@ -2,7 +2,7 @@
 
 Counted in the programs that XLA makes for eight virtual devices, by this file as a
 script. They have the form that accelerators run: on CPUs BatchNorm is differentiated as
-its formulas stand, with about twice as many sums. What is said of PreActResNet-18 in
+its formulas stand, with more than twice as many. What is said of PreActResNet-18 in
 docs/scaling.md is held to the counts in results/, compiled for GPUs.
 """
 

@@ -130,9 +130,9 @@ def _notes(report: Findings) -> list[str]:
             f"trained: {effort.seeds} seeds of {effort.samples:,} fresh samples, batch "
             f"{effort.batch_size:,}; population: what the logistic loss leads to (for "
             "SAM on w_1, SAM's own steps on such batches); agrees: within one and a "
-            "half bands; unresolved: as 0 is, so that no effect would agree too. With "
-            "SAM weights are differences to training without it. All rows share their "
-            "samples."
+            "half bands; unresolved: these also contain 0, so a training without any "
+            "effect would pass as well. With SAM weights are differences to training "
+            "without it. All rows share their samples."
         )
     if any(estimate.agrees == "not converged" for estimate in report.estimates):
         notes.append(
