@@ -76,7 +76,7 @@ class Estimate:
 def plan(grid: Grid, effort: TrainingEffort) -> list[tuple[str, float]]:
     """Lists the trainings of the grid's first world, as methods with radii.
 
-    Radii of the attack are those up to 0.6 min(eta, 1): towards eta the weights grow
+    Radii of the attack are those up to 0.6 min(eta, 1): near eta the weights grow
     without bound, and from 1 on an attack can change the sign of x_1. SAM on w_1 comes
     without a radius too, to compare with.
     """

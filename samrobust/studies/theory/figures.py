@@ -123,7 +123,7 @@ def _draw_sam(panel: "Axes", found: Findings) -> None:
     label = "trained, 95 % band"
     _draw_bands(panel, found, "sam", color=_BLUE, marker="s", label=label)
     panel.set(xscale="log", yscale="log", ylabel="$w_1 - w^*$")
-    lowest = np.fmin(minimax[0], forms.sam_weight(world, rho[0]) - start)
+    lowest = float(np.fmin(minimax, forms.sam_weight(world, rho) - start)[0])
     panel.set_ylim(0.3 * lowest, 4 * (rho[-1] + start * rho[-1] ** 2))
     panel.set_xlabel("radius of SAM $\\rho$ on $w_1$")
     panel.legend(loc="upper left")

@@ -123,7 +123,7 @@ def _notes(report: Findings) -> list[str]:
         if left := [f"{radius:g}" for radius in radii if radius not in trained]:
             notes.append(
                 f"AT is not trained at {', '.join(left)}, beyond 0.6 min(eta, 1): "
-                "towards eta weights grow without bound, and from 1 on an attack can "
+                "near eta weights grow without bound, and from 1 on an attack can "
                 "change the sign of x_1."
             )
         notes.append(
