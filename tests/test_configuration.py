@@ -145,6 +145,10 @@ def test_a_row_outside_the_papers_table_has_no_number_of_the_paper():
             "sam,rho=0.2,sam.m=16,training.weight_decay=0.002",
             "SAM (rho = 0.2) with m 16, weight decay 0.002",
         ),
+        (
+            "at,norm=linf,eps=8+sam,rho=0.1,sam.start=0.5",
+            "AT (linf, eps = 8/255) + SAM (rho = 0.1) with sam start 0.5",
+        ),
     ],
 )
 def test_a_rows_label_says_what_it_is(row, label):

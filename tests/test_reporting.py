@@ -27,6 +27,7 @@ from samrobust.experiments.reporting.render import (
     write_table,
 )
 from samrobust.experiments.reporting.table import Difference, summarize
+from samrobust.system.tables import Sheet, TextTable
 
 ROWS = [
     ("st", "ST"),
@@ -647,6 +648,31 @@ class TestPlot:
     def test_the_legend_names_what_is_drawn(self, accuracies, options, labels):
         (legend,) = self.drawn(*accuracies, **options).legends
         assert [text.get_text() for text in legend.get_texts()] == labels
+
+
+def test_no_text_becomes_markup_in_markdown():
+    cell = "<b>x</b> [y](http://z) `q` ~~s~~ <!-- a|b *c* _d_ \\ [1, 1] < 3"
+    shown = r"\<b>x\</b> [y\](http://z) \`q\` \~~s\~~ \<!-- "
+    shown += r"a\|b \*c\* \_d\_ \\ [1, 1] < 3"
+    sheet = Sheet([TextTable(("h",), [(cell,)], title="<i>")], ["of <script> and < 3"])
+    text = sheet.to_markdown()
+    assert f"| {shown} |" in text
+    assert r"**\<i>**" in text
+    assert text.endswith("of \\<script> and < 3\n")
+
+
+class TestCosts:
+    def test_a_step_of_smaller_batches_may_be_faster_than_sts(self):
+        name = "st,training.batch_size=64"
+        runs = [
+            run("st", seed, step_seconds=0.010, training_steps=360) for seed in (0, 1)
+        ]
+        runs += [
+            run("st", seed, step_seconds=0.005, training_steps=720) | {"row": name}
+            for seed in (0, 1)
+        ]
+        table = summarize(runs, rows=[("st", "ST"), (name, "ST with batch size 64")])
+        assert [row.shown_cost() for row in table.rows] == ["1.0x", "1.0x"]
 
 
 class TestPrices:

@@ -211,6 +211,18 @@ def test_what_is_left_is_epochs_times_seconds_predicted_where_unknown():
     assert remaining([longer]) == [0.0]
 
 
+def test_seeds_of_one_program_share_the_time_of_one_worker(tmp_path):
+    """The seconds of their epochs are a third of those on the wall, each."""
+    for seed in range(3):
+        run = make_run(tmp_path / "st" / f"seed{seed}", epochs=4, seconds=10.0, age=5.0)
+        claim = {"host": "node7", "machine": "x", "pid": 42, "lease": 60.0}
+        write_json(run / ".claim" / "1.json", claim)
+    make_run(tmp_path / "st" / "seed3", epochs=4, seconds=10.0)
+    runs = survey(tmp_path)
+    assert remaining(runs) == [120.0, 120.0, 120.0, 40.0]
+    assert remaining_together(runs) == 160.0
+
+
 def render(runs, width=100) -> str:
     console = Console(width=width, color_system=None)
     with console.capture() as capture:

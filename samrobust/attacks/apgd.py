@@ -88,10 +88,10 @@ def apgd(
       box, and in the ball up to a few units in the last place. Images at radius 0, and
       those that are misclassified as they are, return unchanged. Of every other example
       the result is the first misclassified iterate, starts included, or else the one of
-      highest loss: more restarts never raise the accuracy; more steps, another schedule,
-      may. With a key for each example and logits that are not random, the outcome does
-      not depend on the batch, up to rounding; with one key it depends on the place
-      there. No gradient flows through the result.
+      highest loss: more restarts never raise the accuracy; more steps, as another
+      schedule, may. With a key for each example and logits that are not random, the
+      outcome does not depend on the batch, up to rounding; with one key it depends on
+      the place there. No gradient flows through the result.
 
     Raises:
       ValueError: if an argument is outside its range; when called, if the images are of

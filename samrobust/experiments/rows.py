@@ -115,10 +115,16 @@ class Row:
         """The name in tables, as in the paper: `SAM (rho = 0.2)`."""
         label = " + ".join(part.label for part in self.parts) or "ST"
         others = [
-            f"{name.rpartition('.')[2].replace('_', ' ')} {_shown(value)}"
+            f"{self._in_words(name)} {_shown(value)}"
             for name, value in self.others.items()
         ]
         return f"{label} with {', '.join(others)}" if others else label
+
+    def _in_words(self, field: str) -> str:
+        """Returns the name of a field, with its section where several parts have it."""
+        section, _, name = field.rpartition(".")
+        having = [p for p in self.parts if name in entries.section_fields(p.name)]
+        return (f"{section} {name}" if len(having) > 1 else name).replace("_", " ")
 
 
 def _options(name: str, given: Mapping[str, Any]) -> Mapping[str, str]:

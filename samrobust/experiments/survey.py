@@ -14,6 +14,7 @@ import pathlib
 import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -47,6 +48,7 @@ class RunStatus:
       state: `done`; `running`; `stale` (its worker died, the next one takes it over);
         `waiting` (started and stopped, nobody works on it); `not started`; `failed`.
       host: the machine of the worker, where `running` or `stale`; else empty.
+      worker: tells it from others, where `running`; else empty.
       epoch: finished ones.
       epochs: of the whole training; None if unknown.
       loss: of the last epoch; None before.
@@ -61,6 +63,7 @@ class RunStatus:
     name: str
     state: str
     host: str = ""
+    worker: str = ""
     epoch: int = 0
     epochs: int | None = None
     loss: float | None = None
@@ -145,6 +148,7 @@ def survey_run(
     label = _text(planned.get("label")) or _text(config.get("label"))
     seed = _count(planned.get("seed"), config.get("seed"))
     seed = "?" if seed is None else seed
+    at_work = holder if state == "running" else None
     of_config = training.get("epochs") if isinstance(training, dict) else None
     epoch = _count(last.get("epoch")) or 0
     epochs = _count(of_config, planned.get("epochs"))
@@ -164,6 +168,9 @@ def survey_run(
         name=one_line(f"{label}, seed {seed}" if label else folder.name),
         state=state,
         host=one_line(holder.host) if holder and state in ("running", "stale") else "",
+        worker=str(holder.process)
+        if holder and holder.pid and state == "running"
+        else "",
         epoch=epoch,
         epochs=epochs,
         loss=_number(last.get("loss")),
@@ -233,6 +240,15 @@ def remaining(runs: Sequence[RunStatus]) -> list[float | None]:
     the others and the cost of its row. None where nothing is known, or nothing will be
     done: failed runs.
     """
+    # Runs of one worker, seeds in one program, share its time.
+    company = Counter(run.worker for run in runs)
+    company[""] = 1
+    shares = zip(runs, _shares(runs), strict=True)
+    return [x if x is None else company[run.worker] * x for run, x in shares]
+
+
+def _shares(runs: Sequence[RunStatus]) -> list[float | None]:
+    """Returns the seconds of a worker by itself that each run has left."""
     rates = [r.epoch_seconds / r.work for r in runs if r.epoch_seconds and r.work]
     rate = statistics.fmean(rates) if rates else None
 
@@ -253,10 +269,13 @@ def remaining_together(runs: Sequence[RunStatus]) -> float | None:
 
     None without a worker, or where a run's own time is unknown.
     """
-    at_work = sum(run.state == "running" for run in runs)
-    left = [x for x in remaining(runs) if x is not None]
-    unknown = len(left) < sum(run.state != "failed" for run in runs)
-    return None if unknown or not at_work else max(sum(left) / at_work, *left)
+    running = [run for run in runs if run.state == "running"]
+    at_work = len({run.worker or number for number, run in enumerate(running)})
+    shares = [x for x in _shares(runs) if x is not None]
+    unknown = len(shares) < sum(run.state != "failed" for run in runs)
+    if unknown or not at_work:
+        return None
+    return max(sum(shares) / at_work, *(x for x in remaining(runs) if x is not None))
 
 
 def _is_run(folder: pathlib.Path) -> bool:

@@ -65,7 +65,7 @@ class TextTable(NamedTuple):
         body = [map(_in_markdown, row) for row in self.rows if row]
         lines = [map(_in_markdown, self.header), sides, *body]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"**{self.title}**\n\n{table}" if self.title else table
+        return f"**{_in_markdown(self.title)}**\n\n{table}" if self.title else table
 
     def to_html(self) -> str:
         """Returns the table in HTML, in a box that scrolls where a screen is narrow.
@@ -112,7 +112,8 @@ class Sheet(NamedTuple):
 
     def to_markdown(self) -> str:
         """Returns the sheet as GitHub Markdown."""
-        parts = [*(table.to_markdown() for table in self.tables), *self.notes]
+        notes = (re.sub(_TAG, r"\\\g<0>", note) for note in self.notes)
+        parts = [*(table.to_markdown() for table in self.tables), *notes]
         return "\n\n".join(parts) + "\n"
 
     def to_html(self) -> str:
@@ -122,6 +123,9 @@ class Sheet(NamedTuple):
 
 
 _GAP = "</tbody><tbody>"
+# Of GitHub Markdown in a line: emphasis and cells, code, tags and comments, links.
+_TAG = r"<(?=[A-Za-z/!?])"
+_MARKUP = re.compile(rf"[\\|*_`]|{_TAG}|\](?=[(\[])|~(?=~)")
 
 
 def _html_row(tag: str, cells: Sequence[str | Text], words: int) -> str:
@@ -146,7 +150,7 @@ def _in_markdown(cell: str | Text) -> str:
     """Returns a cell on one line, in which nothing but what is bold is markup."""
     shown = ""
     for plain, is_bold in _pieces(cell):
-        escaped = re.sub(r"[|*_]", r"\\\g<0>", plain)
+        escaped = _MARKUP.sub(r"\\\g<0>", plain)
         shown += f"**{escaped}**" if is_bold else escaped
     return " ".join(shown.split())
 

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 _COLUMN = re.compile(r"(natural|(\w+) (\d+(?:\.\d+)?)/255)(?: (\S.*))?")
+_FIELD = re.compile(r",\w+(?:\.\w+)+=[^,]*")  # in a row: another one of its config
 _ORDER = ("natural", *NORMS)
 _OF_PGD = ("linf_step", "l2_step", "random_start", "gradient_floor")
 
@@ -36,10 +37,13 @@ def family(row: str) -> str:
     ['ST', 'SAM', 'AT linf']
     >>> family("at,norm=l2,eps=64+awp,gamma=0.01"), family("mine:lookahead,k=5")
     ('AT+AWP l2', 'lookahead')
+    >>> family("st,model.norm=group"), family("mine:clipped,clip_norm=1")
+    ('ST', 'clipped')
     """
-    names = re.findall(r"(?:^|\+)([A-Za-z_][\w.:]*)", row)
+    method = _FIELD.sub("", row)
+    names = re.findall(r"(?:^|\+)([A-Za-z_][\w.:]*)", method)
     own = [name.rpartition(":")[2] if ":" in name else name.upper() for name in names]
-    return " ".join(["+".join(own), *re.findall(r"norm=(\w+)", row)])
+    return " ".join(["+".join(own), *re.findall(r",norm=(\w+)", method)])
 
 
 def column_of(norm: str, radius: float) -> str:

@@ -6,6 +6,7 @@ their batches, so the difference of two such runs varies less than the runs do.
 """
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -253,7 +254,8 @@ def summarize(
         counted = None
         if name in passes and baseline in passes:
             counted = passes[name] / passes[baseline]
-        cost = _cost(runs[name], compared)
+        alike = _of_a_step(name) == _of_a_step(baseline)
+        cost = _cost(runs[name], compared, takes_it_too=alike)
         return TableRow(name, label, seeds, cells, counted, *cost)
 
     kept = (
@@ -289,16 +291,24 @@ def _mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), std
 
 
+def _of_a_step(row: str) -> list[str]:
+    """Returns what a row says of the batch and the network of its steps."""
+    return re.findall(r",(?:training\.batch_size|model\.\w+)=[^,]*", row)
+
+
 def _cost(
-    runs: Sequence[Mapping[str, Any]], compared: Mapping[int, Mapping[str, Any]]
+    runs: Sequence[Mapping[str, Any]],
+    compared: Mapping[int, Mapping[str, Any]],
+    *,
+    takes_it_too: bool,
 ) -> tuple[float | None, float | None]:
     """Returns the cost relative to ST and its spread, over the shared seeds.
 
     Runs of one seed are trained one after the other, on a machine as busy; the median
     leaves a run alone that had company. No cost is better than a wrong one: where a
-    step took clearly less than ST's (every method takes it, and more), or half of the
-    ratios differ by more than half of their median, what was timed is the machine's
-    other work.
+    step took clearly less than ST's although it takes that one, and more, as every
+    method does on equal batches and networks, or half of the ratios differ by more than
+    half of their median, what was timed is the machine's other work.
     """
     pairs = [(run, compared[run["seed"]]) for run in runs if run["seed"] in compared]
     timed = [pair for pair in pairs if all(run.get("step_seconds") for run in pair)]
@@ -311,6 +321,6 @@ def _cost(
     if len(costs) > 1:
         low, _, high = statistics.quantiles(costs, n=4, method="inclusive")
         spread = high - low
-    faster = statistics.median(ratios) < _LEAST_RATIO
+    faster = takes_it_too and statistics.median(ratios) < _LEAST_RATIO
     meaningless = faster or (spread or 0.0) > cost / 2
     return (None, None) if meaningless else (cost, spread)

@@ -55,6 +55,11 @@ class Holder:
         return f"host {self.host}, pid {self.pid}"
 
     @property
+    def process(self) -> tuple[str, int, str]:
+        """What tells it from other processes."""
+        return self.machine or self.host, self.pid, self.started
+
+    @property
     def is_here(self) -> bool:
         """Whether the holder is, or was, a process that this one can see."""
         return bool(self.machine) and self.machine == _machine()
