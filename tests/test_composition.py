@@ -15,7 +15,13 @@ from samrobust.attacks.losses import cross_entropy
 from samrobust.data import Split
 from samrobust.models import BatchNorm
 from samrobust.sharpness import sam
-from samrobust.training import Adversary, Objective, fit, make_train_step
+from samrobust.training import (
+    Adversary,
+    InterruptedRunError,
+    Objective,
+    fit,
+    make_train_step,
+)
 from samrobust.training.averaging.ema import ema
 from samrobust.training.objectives.mart import mart_loss
 from samrobust.training.objectives.trades import kl_divergence, kl_pgd, trades_loss
@@ -182,6 +188,31 @@ def test_labels_that_the_network_has_no_logit_for_are_refused(labels, message):
         fit(method, Split(images, np.asarray(labels)), **options)
     with pytest.raises(ValueError, match=r"^Expected a samrobust\.data\.Split"):
         fit(method, (images, np.asarray(LABELS)), **options)  # pyright: ignore
+
+
+def test_without_a_log_nothing_is_said_to_be_saved():
+    images = np.asarray(255 * IMAGES).astype(np.uint8)
+    method = make_train_step(Network(), optax.sgd(0.1))
+    options: Any = {"epochs": 2, "batch_size": 8, "key": KEY}
+    with pytest.raises(
+        InterruptedRunError, match=r"^Stopped at step 1 of 2; it had no"
+    ):
+        fit(method, Split(images, LABELS), should_stop=lambda: True, **options)
+
+
+def test_weights_in_64_bits_are_refused_by_name():
+    class Wide(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            del train
+            flat = images.reshape(len(images), -1)
+            return nn.Dense(3, param_dtype=jnp.float64)(flat)
+
+    images = np.asarray(255 * IMAGES).astype(np.uint8)
+    options: Any = {"epochs": 1, "batch_size": 8, "key": KEY}
+    wanted = r"at most 32 bits, got params\['Dense_0'\]\['bias'\]='float64'"
+    with jax.enable_x64(True), pytest.raises(ValueError, match=wanted):
+        fit(make_train_step(Wide(), optax.sgd(0.1)), Split(images, LABELS), **options)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64])

@@ -5,6 +5,7 @@ import functools
 import re
 import sys
 import types
+from typing import Any
 
 import helpers
 import jax
@@ -26,7 +27,13 @@ from samrobust.training.adversaries import ADVERSARIES
 from samrobust.training.adversaries.free import free
 from samrobust.training.averaging import AVERAGES
 from samrobust.training.objectives import OBJECTIVES
-from samrobust.training.phases import first_epoch, phase_of, waiting
+from samrobust.training.phases import (
+    Phase,
+    check_phases,
+    first_epoch,
+    phase_of,
+    waiting,
+)
 
 pytestmark = pytest.mark.usefixtures("programs_made_once")
 
@@ -213,6 +220,13 @@ WRONG = {
     "trades,norm=linf,eps=8,beta=6,start=0.5": "the options norm, eps, beta for trades",
     "msam,rho=0.2,start=0.5": "the options rho for msam",
 }
+
+
+@pytest.mark.parametrize("ends", [(2,), (6, 3), (3, 4)])
+def test_phases_that_do_not_end_with_an_epoch_in_order_are_refused(ends):
+    step: Any = None
+    with pytest.raises(ValueError, match=r"end with an epoch, of 3 steps, got until="):
+        check_phases([Phase(end, step) for end in ends], 3)
 
 
 @pytest.mark.parametrize("row", WRONG)

@@ -648,6 +648,71 @@ def test_msam_inside_of_accumulation_takes_all_gradients_at_the_moved_weights():
     np.testing.assert_allclose(gradient_point(found, state), w + e, rtol=1e-5)
 
 
+def far_from_one(params: Any) -> Any:
+    return sum(jnp.sum(jnp.square(leaf - 1)) for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("wrap", ["masked", "partition"])
+def test_a_method_that_looks_ahead_leaves_frozen_weights_where_they_are(wrap):
+    params: Any = {"a": jnp.arange(3.0), "b": jnp.ones(2) * 5}
+    method: Any = msam(RHO, optax.sgd(0.1, momentum=0.9))
+    if wrap == "masked":
+        trained, frozen = {"a": True, "b": False}, {"a": False, "b": True}
+        tx: Any = optax.chain(
+            optax.masked(method, trained), optax.masked(optax.set_to_zero(), frozen)
+        )
+    else:
+        kinds: Any = {"x": method, "y": optax.set_to_zero()}
+        tx = optax.partition(kinds, {"a": "x", "b": "y"})
+    alone, state, alone_state = params["a"], tx.init(params), method.init(params["a"])
+    for _ in range(3):
+        point = gradient_point(params, state)
+        updates, state = tx.update(jax.grad(far_from_one)(point), state, params)
+        params = optax.apply_updates(params, updates)
+        grad = jax.grad(far_from_one)(gradient_point(alone, alone_state))
+        update, alone_state = method.update(grad, alone_state, alone)
+        alone = optax.apply_updates(alone, update)
+    np.testing.assert_array_equal(params["a"], alone)
+    np.testing.assert_array_equal(params["b"], 5)
+
+
+def test_a_method_that_looks_ahead_works_in_flax_nnx_and_with_leaves_of_any_kind():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    method: Any = msam(RHO, optax.sgd(0.1, momentum=0.9))
+    optimizer = nnx.Optimizer(model, method, wrt=nnx.Param)
+    for _ in range(2):
+        optimizer.update(model, nnx.grad(lambda m: jnp.sum(m.kernel[...] ** 2))(model))
+    point = gradient_point(nnx.state(model, nnx.Param), optimizer.opt_state)
+    moved = (
+        jax.tree.leaves(point)[-1] - jax.tree.leaves(nnx.state(model, nnx.Param))[-1]
+    )
+    np.testing.assert_allclose(jnp.linalg.norm(moved), RHO, rtol=1e-5)
+
+    weights: Any = {"w": jnp.ones(2), "activation": jnp.tanh}
+    arrays: Any = {"w": weights["w"], "activation": None}
+    state = method.init(arrays)
+    _, state = method.update(arrays, state, arrays)
+    point = gradient_point(weights, state)
+    assert point["activation"] is jnp.tanh
+    assert np.all(point["w"] != weights["w"])
+
+
+def test_an_ascent_may_have_a_memory_of_named_parameters():
+    def init(params):
+        return jnp.zeros_like(params["a"])
+
+    def update(updates, state, _=None, **extra_args):
+        return jax.tree.map(lambda g: extra_args["rho"] * g, updates), state + 1
+
+    advance: Any = update
+    ascent: Any = optax.GradientTransformationExtraArgs(init, advance)
+    params = {"a": jnp.ones(3)}
+    tx: Any = two_pass(0.1, ascent)
+    grad = jax.grad(far_from_one)
+    _, state = tx.update(grad(params), tx.init(params), params, grad_fn=grad)
+    np.testing.assert_array_equal(state.ascent, 1)
+
+
 def test_msam_outside_of_accumulation_is_refused():
     steps = optax.MultiSteps(descent(), every_k_schedule=2)
     inner = optax.chain(optax.clip(1.0), steps.gradient_transformation())

@@ -12,9 +12,9 @@ import optax
 import pytest
 from flax import linen as nn
 
-from samrobust.attacks import identity, linf, pgd
+from samrobust.attacks import cross_entropy, identity, linf, pgd
 from samrobust.models import BatchNorm
-from samrobust.sharpness import msam, sam
+from samrobust.sharpness import entropy_sgd, msam, sam
 from samrobust.training import Adversary, TrainState, as_adversary, make_train_step
 from samrobust.training.step import metric_names
 
@@ -224,6 +224,35 @@ def test_the_running_statistics_are_those_of_the_chosen_passes_of_sam(passes):
     for other in expected.keys() - {passes}:  # they differ: the choice is visible
         with pytest.raises(AssertionError):
             helpers.assert_close(batch_stats, expected[other], atol=1e-4)
+
+
+@pytest.mark.parametrize("wrap", ["conditionally_transform", "apply_if_finite"])
+def test_a_second_pass_that_the_optimizer_left_out_moves_no_statistics(wrap):
+    """The statistics are those of the only pass: not what none has given yet."""
+    images, labels = make_batches()[0]
+    options: dict[str, Any] = {}
+    if wrap == "apply_if_finite":
+        tx = optax.apply_if_finite(make_tx(make_sam()), 5)
+        options["objective"] = lambda z, y: jnp.nan * cross_entropy(z, y)
+    else:
+        never: Any = lambda step: step >= 100  # noqa: E731
+        tx = make_tx(optax.conditionally_transform(make_sam(), never))
+    step = jax.jit(make_train_step(model, tx, **options).train_step)
+    state = make_state(tx)
+    found, _ = step(state, images, labels, KEY)
+    first = batch_statistics(state.params, images)
+    expected = moved_toward(state.batch_stats, first)
+    helpers.assert_close(found.batch_stats, expected, atol=1e-6)
+
+
+def test_accumulation_of_gradients_is_given_what_the_step_gives():
+    images, labels = make_batches()[0]
+    tx: Any = optax.MultiSteps(entropy_sgd(0.1, 2, learning_rate=1.0), 2)
+    method = make_train_step(model, tx)
+    state = method.init(KEY, images)
+    for _ in range(2):
+        state, _ = method.train_step(state, images, labels, KEY)
+    assert int(state.step) == 2
 
 
 def test_which_pass_updates_the_statistics_does_not_touch_the_parameters():

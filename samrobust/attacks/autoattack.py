@@ -36,6 +36,7 @@ class Member(NamedTuple):
 
     Attributes:
       name: as in the authors' code: `apgd-ce`, `apgd-t`, `fab-t`, `square`, `apgd-dlr`.
+        Stored outcomes know a member by it: give one of your own another.
       num_parts: `num_parts(num_classes) -> int`, >= 1: one for each target class, if
         the member has targets.
       part: `part(logits_fn, images, labels, number, *, key) -> images`: an `Attack` for

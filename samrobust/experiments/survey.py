@@ -168,9 +168,7 @@ def survey_run(
         name=one_line(f"{label}, seed {seed}" if label else folder.name),
         state=state,
         host=one_line(holder.host) if holder and state in ("running", "stale") else "",
-        worker=str(holder.process)
-        if holder and holder.pid and state == "running"
-        else "",
+        worker=str(at_work.process) if at_work and at_work.pid else "",
         epoch=epoch,
         epochs=epochs,
         loss=_number(last.get("loss")),

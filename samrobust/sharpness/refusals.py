@@ -52,10 +52,15 @@ def check_rho(rho: Any) -> None:
         check(0 <= value < float("inf"), "0 <= rho < inf", rho=value)
 
 
-def check_ascent(memory: PyTree, *, grouped: bool) -> None:
+def check_ascent(
+    ascent: optax.GradientTransformationExtraArgs, *, grouped: bool
+) -> None:
     """Refuses groups of an ascent that has a memory, as each would need its own."""
+    memory: PyTree = ()
+    if grouped:
+        memory = jax.eval_shape(ascent.init, jax.ShapeDtypeStruct((), jnp.float32))
     check(
-        not (grouped and jax.tree.leaves(memory)),
+        not jax.tree.leaves(memory),
         "an ascent without a memory for groups of examples",
         "Train with the whole batch as one group.",
         grouped=grouped,
@@ -122,6 +127,9 @@ def as_transformation(**one: Any) -> optax.GradientTransformationExtraArgs:
     is_one = all(callable(getattr(tx, part, None)) for part in ("init", "update"))
     fix = "A constructor is called first: `optax.sgd(0.1)`."
     check(is_one, "an optax transformation", fix, **{name: tx})
+    if isinstance(tx, optax.MultiSteps):  # whose `update` passes all arguments on
+        update: Any = tx.update
+        return optax.GradientTransformationExtraArgs(tx.init, update)
     return optax.with_extra_args_support(tx)
 
 

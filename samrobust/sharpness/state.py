@@ -6,7 +6,9 @@ The readers find these states in a chain at any depth.
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 
+from samrobust.sharpness.refusals import is_gap
 from samrobust.sharpness.trees import at_least_float32
 from samrobust.types import Array, PyTree
 
@@ -14,6 +16,7 @@ __all__ = [
     "OffsetState",
     "TwoPassMetrics",
     "TwoPassState",
+    "fresh_aux",
     "gradient_point",
     "last_aux",
     "last_metrics",
@@ -110,6 +113,28 @@ def last_aux(opt_state: PyTree, default: PyTree = None) -> PyTree:
     return default if state is None or state.aux is None else state.aux
 
 
+def fresh_aux(
+    opt_state: PyTree, before: PyTree, traced: PyTree, default: PyTree
+) -> PyTree:
+    """Returns the auxiliary output of a second pass in the last update, if it took one.
+
+    Args:
+      opt_state: the state of a chain after the update.
+      before: its state before.
+      traced: what `grad_fn` returned as its second value when it was traced.
+      default: returned where no `two_pass` took part, as under optax's
+        `conditionally_transform` or `apply_if_finite`; of the structure of the output.
+    """
+    now, then = _find(opt_state, TwoPassState), _find(before, TwoPassState)
+    if now is None or then is None or now.aux is None:
+        return default
+    pairs = zip(jax.tree.leaves(now.aux), jax.tree.leaves(traced), strict=True)
+    if all(kept is found for kept, found in pairs):  # inside no `lax.cond`
+        return now.aux
+    took_part = now.step != then.step
+    return jax.tree.map(lambda a, b: jnp.where(took_part, a, b), now.aux, default)
+
+
 def gradient_point(params: _Params, opt_state: PyTree) -> _Params:
     """Returns the weights at which the next gradient is to be taken.
 
@@ -119,11 +144,22 @@ def gradient_point(params: _Params, opt_state: PyTree) -> _Params:
         updates, opt_state = tx.update(grads, opt_state, params)
 
     Args:
-      params: the weights, of any tree.
+      params: the weights, of any tree. What the method knows nothing of, as inside
+        `optax.masked`, and what is no array, stays as it is.
       opt_state: the state of a chain that may hold such a method, at any depth.
     """
     state = _find(opt_state, OffsetState)
-    return params if state is None else shifted(params, state.offset)
+    if state is None:
+        return params
+    offset, structure = state.offset, jax.tree.structure(params)
+    leaves = jax.tree.leaves(offset)
+    if len(leaves) == structure.num_leaves:  # Flax NNX has variables of its own there
+        return shifted(params, jax.tree.unflatten(structure, leaves))
+
+    def shift(e: Array | None, w: Any) -> Any:
+        return w if is_gap(e) else shifted(w, e)
+
+    return jax.tree.map(shift, offset, params, is_leaf=is_gap)
 
 
 def shifted(params: _Params, offset: PyTree) -> _Params:

@@ -177,8 +177,7 @@ def two_pass(
     climber: Any = ascent  # optax's type does not name the extra argument
     if not isinstance(ascent, optax.GradientTransformation):
         climber = _without_memory(ascent)
-    memory = jax.eval_shape(climber.init, jax.ShapeDtypeStruct((), jnp.float32))
-    check_ascent(memory, grouped=grouped)
+    check_ascent(climber, grouped=grouped)
 
     def climb(
         params: PyTree, grads: PyTree, state: PyTree, **extra_args: Any

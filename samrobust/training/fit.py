@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from samrobust.checks import check
-from samrobust.data import Split, check_labels
+from samrobust.data import Split
 from samrobust.system.compiler import deterministic_programs
 from samrobust.system.distributed import data_mesh, replicated
 from samrobust.system.runtime import RESUME
@@ -38,9 +38,9 @@ from samrobust.training.log import (
     RunLog,
     TrainingDivergedError,
 )
-from samrobust.training.phases import Phase, check_total_steps, phase_of
+from samrobust.training.phases import Phase, check_phases, check_total_steps, phase_of
 from samrobust.training.state import TrainState, measured
-from samrobust.training.step import Method, metric_names
+from samrobust.training.step import Method, check_fits, metric_names
 from samrobust.types import Array, Augmentation
 
 __all__ = [
@@ -57,7 +57,7 @@ AfterEpoch = Callable[[TrainState], tuple[TrainState, dict[str, float]]]
 
 
 class InterruptedRunError(RuntimeError):
-    """The run was asked to stop and saved its state; a rerun resumes from there."""
+    """The run was asked to stop; where it has a log, a rerun resumes from there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +150,8 @@ def fit(
       validate: called thereafter with the state, to which that applies, too; its
         `score` (higher is better) decides which state is kept as the best one.
       on_progress: called after each call of the device.
-      should_stop: called then, too; if true, the state is saved and the run stops. It
-        must return the same in all processes, see `AgreedStop`.
+      should_stop: called then, too; if true, the log saves the state and the run stops.
+        It must return the same in all processes, see `AgreedStop`.
       companion: of a `Lockstep`, for a run whose calls are taken together with others;
         `should_stop` is then its own.
 
@@ -162,9 +162,10 @@ def fit(
 
     Raises:
       ValueError: if there is not one batch, the devices do not divide a batch, there
-        are more steps than an int32 counts, or `after_epoch` or `validate` returns a
-        number that is not finite, or the latter no score; for a label without a
-        logit of the network, or an `augment` that changes shape or dtype.
+        are more steps than an int32 counts, a phase does not end with an epoch, or
+        `after_epoch` or `validate` returns a number that is not finite, or the latter
+        no score; for a label without a logit of the network, weights in float64, or an
+        `augment` that changes shape or dtype.
       TrainingDivergedError: with the step and the last good checkpoint.
       InterruptedRunError: after `should_stop`.
       CheckpointError: if there are checkpoints and none is intact, or the newest intact
@@ -180,6 +181,7 @@ def fit(
         replays=replays,
     )
     check_total_steps(epochs, plan.num_steps)
+    check_phases(earlier, plan.num_steps)
     init_key, run_key = jax.random.split(key)
     mesh = data_mesh()
     make_runner = EpochRunner if companion is None else companion.make_runner
@@ -199,7 +201,7 @@ def fit(
         out_shardings=replicated(mesh),
     )
     fresh = init(init_key)
-    _check_labels(method, fresh.state, split)
+    check_fits(method, fresh.state, split)
     zeros = jax.tree.map(jnp.copy, fresh.totals)  # fresh itself is donated
     with log or RunLog() as kept:
         carry = kept.restore(fresh, mesh, plan.num_steps * epochs)
@@ -208,14 +210,6 @@ def fit(
             *(after_epoch, validate, on_progress, should_stop),
         )
         return run.to_the_end(carry)
-
-
-def _check_labels(method: Method, state: TrainState, split: Split) -> None:
-    """Refuses labels that the network has no logit for."""
-    if len(split):
-        images = jax.ShapeDtypeStruct((1, *split.images.shape[1:]), jnp.float32)
-        num_classes = jax.eval_shape(method.logits, state, images).shape[-1]
-        check_labels(num_classes, labels=split.labels)
 
 
 def fresh_carry(
@@ -377,9 +371,12 @@ class _Run:
             self._settle()
             self.log.save(carry, step, epoch_seconds)
             if step < self.num_steps:
+                is_saved = type(self.log) is not RunLog
+                saved = (
+                    f"the state is saved. {RESUME}" if is_saved else "it had no log."
+                )
                 raise InterruptedRunError(
-                    f"Stopped at step {step} of {self.num_steps}; the state is saved. "
-                    f"{RESUME}"
+                    f"Stopped at step {step} of {self.num_steps}; {saved}"
                 )
         elif self.log.may_save(carry):
             self._settle()

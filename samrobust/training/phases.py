@@ -19,6 +19,7 @@ from samrobust.types import Field, PyTree
 __all__ = [
     "START",
     "Phase",
+    "check_phases",
     "check_total_steps",
     "earlier_phases",
     "first_epoch",
@@ -89,6 +90,20 @@ def earlier_phases(
 def phase_of(earlier: Sequence[Phase], step: int) -> int:
     """Returns the number of the phase that a step belongs to, from 0."""
     return sum(step >= phase.until for phase in earlier)
+
+
+def check_phases(earlier: Sequence[Phase], steps_per_epoch: int) -> None:
+    """Refuses phases out of order, or of which one does not end with an epoch.
+
+    Raises:
+      ValueError: see above.
+    """
+    ends = [phase.until for phase in earlier]
+    check(
+        ends == sorted(ends) and not any(end % steps_per_epoch for end in ends),
+        f"phases in order that end with an epoch, of {steps_per_epoch} steps",
+        until=ends,
+    )
 
 
 def check_total_steps(epochs: int, steps_per_epoch: int) -> None:

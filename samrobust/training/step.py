@@ -21,8 +21,10 @@ from jax.sharding import Mesh
 from samrobust.attacks import identity
 from samrobust.attacks.losses import cross_entropy, misclassified
 from samrobust.checks import BATCH_NORM, BATCH_STATS, check, check_choice, shorten
+from samrobust.data import Split, check_labels
 from samrobust.sharpness import gradient_point, last_aux, last_metrics
 from samrobust.sharpness.refusals import as_transformation, kind_of
+from samrobust.sharpness.state import fresh_aux
 from samrobust.system.distributed import shard_batch
 from samrobust.training.parts import (
     VIEWS,
@@ -37,7 +39,14 @@ from samrobust.training.passes import Views, apply_in_training, make_passes
 from samrobust.training.state import TrainState
 from samrobust.types import Array, Attack, LogitsFn, LossFn, PyTree
 
-__all__ = ["InitFn", "Method", "TrainStep", "make_train_step", "metric_names"]
+__all__ = [
+    "InitFn",
+    "Method",
+    "TrainStep",
+    "check_fits",
+    "make_train_step",
+    "metric_names",
+]
 
 # Folded into a step's key for what is random in the network. The adversary gets the key
 # itself; no split of it and no position in a batch collides with so large a number.
@@ -233,11 +242,11 @@ def make_train_step(
             views["weights"] = adversary.weigh(memory, labels)
         batch = (views, labels, network_key)
         first = passes.first(weights, state.batch_stats, *batch)
-        keeps_aux, is_called = last_aux(state.opt_state) is not None, False
+        keeps_aux = last_aux(state.opt_state) is not None
+        traced: PyTree = None  # the statistics of a second pass, where one is traced
 
         def second_pass(params: PyTree, examples: Array | None = None) -> PyTree:
-            nonlocal is_called
-            is_called = True
+            nonlocal traced
             wanted = batch_stats != "first" and bool(state.batch_stats)
             check(
                 keeps_aux or not wanted,
@@ -249,6 +258,7 @@ def make_train_step(
             # "both": the second pass updates what the first has updated.
             start = first.batch_stats if batch_stats == "both" else state.batch_stats
             second = passes.second(params, start, *_of(examples, *batch, mesh))
+            traced = second.batch_stats
             return (second.grads, second.batch_stats) if keeps_aux else second.grads
 
         def losses_at(params: PyTree) -> Array:
@@ -273,9 +283,10 @@ def make_train_step(
             group_size=group_size,
         )
         statistics = first.batch_stats
-        # A `two_pass` that waits for its start has nothing new to tell.
-        if batch_stats != "first" and is_called:
-            statistics = last_aux(opt_state, default=first.batch_stats)
+        # One that waits for its start, or in a `lax.cond` not taken, has nothing new.
+        if batch_stats != "first" and traced is not None:
+            states = opt_state, state.opt_state
+            statistics = fresh_aux(*states, traced, first.batch_stats)
         correct = ~misclassified(first.logits, labels)
         if adversary.learn is not None:
             assert first.image_grads is not None  # for type checkers
@@ -333,6 +344,21 @@ def _check_memory(function: Callable[..., Any], before: PyTree, after: PyTree) -
     wanted = f"an adversary whose states are all like its first, {old}"
     fix = "Let `init` return the first."
     check(alike, shorten(wanted), fix, **{name_of(function): new})
+
+
+def check_fits(method: Method, state: TrainState, split: Split) -> None:
+    """Refuses labels that the network has no logit for, and weights in 64 bits."""
+    wide = {
+        "params" + jax.tree_util.keystr(path): str(leaf.dtype)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+        if leaf.dtype in (jnp.float64, jnp.complex128)
+    }
+    fix = "For others write a loop around `make_train_step`."
+    check(not wide, "weights of at most 32 bits", fix, **dict(list(wide.items())[:3]))
+    if len(split):
+        images = jax.ShapeDtypeStruct((1, *split.images.shape[1:]), jnp.float32)
+        num_classes = jax.eval_shape(method.logits, state, images).shape[-1]
+        check_labels(num_classes, labels=split.labels)
 
 
 def metric_names(state: TrainState) -> tuple[str, ...]:
