@@ -23,6 +23,7 @@ from samrobust.training import (
     make_train_step,
 )
 from samrobust.training.averaging.ema import ema
+from samrobust.training.log import RunFolder
 from samrobust.training.objectives.mart import mart_loss
 from samrobust.training.objectives.trades import kl_divergence, kl_pgd, trades_loss
 
@@ -198,6 +199,15 @@ def test_without_a_log_nothing_is_said_to_be_saved():
         InterruptedRunError, match=r"^Stopped at step 1 of 2; it had no"
     ):
         fit(method, Split(images, LABELS), should_stop=lambda: True, **options)
+
+
+def test_a_state_that_no_checkpoint_can_keep_is_refused_before_any_step(tmp_path):
+    images = np.asarray(255 * IMAGES).astype(np.uint8)
+    method = make_train_step(Network(), optax.noisy_sgd(0.1, key=0))
+    options: Any = {"epochs": 1, "batch_size": 8, "key": KEY}
+    with pytest.raises(ValueError, match=r"no typed PRNG key.*rng_key"):
+        fit(method, Split(images, LABELS), log=RunFolder(tmp_path), **options)
+    fit(method, Split(images, LABELS), **options)
 
 
 def test_weights_in_64_bits_are_refused_by_name():

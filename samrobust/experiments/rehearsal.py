@@ -15,6 +15,7 @@ from samrobust.data import Dataset, augmented
 from samrobust.experiments import building, methods
 from samrobust.system.jaxprs import abstract_key
 from samrobust.system.resolve import running
+from samrobust.training.manifest import named_leaves
 from samrobust.types import Augmentation, Config
 
 __all__ = ["rehearse"]
@@ -52,6 +53,7 @@ def rehearse(config: Config, dataset: Dataset) -> None:
     full = config.training.batch_size
     with running(" with ".join(own)):
         state = jax.eval_shape(method.init, key, images_of(full))
+        named_leaves(state)  # that a checkpoint can keep
         for size in {full, plan.remainder} - {0}:
             labels = jax.ShapeDtypeStruct((size,), jnp.int32)
             jax.eval_shape(lambda x, k: augment(x, key=k), images_of(size), key)

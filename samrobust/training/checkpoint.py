@@ -43,9 +43,7 @@ from samrobust.types import PyTree
 __all__ = ["CheckpointError", "Checkpoints", "Restored"]
 
 # No space, no more files, no memory: what is read from a store is copied here first.
-_EXHAUSTED = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
-}
+_EXHAUSTED = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 class CheckpointError(RuntimeError):
@@ -124,8 +122,8 @@ metadata={'epoch': 2})
 
         Raises:
           CheckpointError: if this write, or the one before it, failed.
-          TypeError: if a leaf is not an array or JSON cannot hold the metadata.
-          ValueError: if `step` is negative.
+          TypeError: if JSON cannot hold the metadata.
+          ValueError: if `step` is negative or a leaf no array that can be kept.
         """
         check(step >= 0, "0 <= step", step=step)
         self.wait()
@@ -181,6 +179,7 @@ metadata={'epoch': 2})
             cast.
         """
         self.wait()
+        named_leaves(like)  # refused before there is anything to restore, too
         steps = self._place.steps()
         with Reader() as reader:
             for step in reversed(steps):

@@ -26,14 +26,18 @@ __all__ = [
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Returns the leaves by path; refuses what would not be restored unchanged."""
+    """Returns the leaves by path.
+
+    Raises:
+      ValueError: for what would not be restored unchanged.
+    """
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = "state" + jax.tree_util.keystr(path)
         dtype = getattr(leaf, "dtype", None)
         is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
         if dtype is None or is_key or jax.dtypes.canonicalize_dtype(dtype) != dtype:
-            raise TypeError(
+            raise ValueError(
                 "Expected an array that is no typed PRNG key, and of 64 bits only with "
                 f"jax_enable_x64, got {name}={leaf!r}. Convert it with `jnp.asarray` "
                 "or `jax.random.key_data`."
