@@ -109,6 +109,17 @@ def test_a_table_that_was_edited_is_no_evidence(board):
         read_claims(board)
 
 
+def test_evidence_that_was_edited_is_refused_without_its_checksum_too(board):
+    (kept,) = (board / "evidence").iterdir()
+    content = json.loads(kept.read_text().replace("50.0", "89.0"))
+    del content["checksum"]
+    kept.write_text(json.dumps(content))
+    path = place(board, "st")
+    path.write_text(path.read_text().replace('"50.00"', '"89.00"'))
+    with pytest.raises(ValueError, match="evidence as it was added"):
+        read_claims(board)
+
+
 def test_a_claim_outlives_the_table_that_it_was_made_of(board, tmp_path):
     claims = read_claims(board)
     recheck(tmp_path / "digits", accuracy={"natural": 9.0, "linf 8/255 AA": 1.0})

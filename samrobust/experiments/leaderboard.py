@@ -8,6 +8,7 @@ read there again whenever the board is written; a claim that says anything else 
 refused.
 """
 
+import hashlib
 import itertools
 import pathlib
 import re
@@ -20,7 +21,7 @@ from samrobust.experiments.reporting.notes import standard_error
 from samrobust.experiments.reporting.render import from_json
 from samrobust.experiments.reporting.results import attacks_version, makers
 from samrobust.experiments.reporting.table import Table
-from samrobust.system.files import digest, read_object, write_bytes, write_json
+from samrobust.system.files import read_object, write_bytes, write_json
 from samrobust.system.tables import Sheet, TextTable
 
 __all__ = ["add_claims", "read_claims", "to_sheet"]
@@ -52,17 +53,16 @@ def add_claims(
       ValueError: if there is no such table or no small radius in it, or a measurement
         lacks what a claim rests on.
     """
-    measured = rechecked / "autoattack.json"
-    table = _read_table(measured)
+    table, content = _read_table(rechecked / "autoattack.json")
     columns = [f"linf {radius} AA" for radius in _RADII]
     columns = [column for column in columns if column in table.columns]
     wanted = "AutoAttack at l-inf 1/255 or 2/255"
     fix = "Run `samrobust recheck --linf=1,2`."
     check(bool(columns), wanted, fix, columns=list(table.columns))
     # The next `recheck` replaces its table; a claim still rests on what it was made of.
-    evidence = f"evidence/{digest(measured)[:16]}.json"
+    evidence = f"evidence/{_digest(content)}.json"
     (folder / "evidence").mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / evidence, measured.read_bytes())
+    write_bytes(folder / evidence, content)
     paths = []
     for row, column in itertools.product(table.rows, columns):
         for seed in row.seeds:
@@ -122,7 +122,11 @@ def _check_claim(claim: Claim, folder: pathlib.Path, name: str) -> None:
     check(known, "a claim with samrobust.evidence, row and seed", claim=name)
     assert isinstance(origin, dict)
     column = f"linf {claim.get('eps')} AA"
-    table = _read_table(folder / str(origin["evidence"]))
+    path = folder / str(origin["evidence"])
+    table, content = _read_table(path)
+    wanted = "evidence as it was added, which is named by its digest"
+    own = _digest(content)
+    check(path.stem == own, wanted, claim=name, evidence=path.name, digest=own)
     found = _measured(table, origin["row"], origin["seed"], column)
     fields = {*_BY_HAND, *found}
     lacking, more = sorted(fields - claim.keys()), sorted(claim.keys() - fields)
@@ -150,16 +154,22 @@ def _check_claim(claim: Claim, folder: pathlib.Path, name: str) -> None:
         check(claim[field] == value, wanted, claim=name, **{field: claim[field]})
 
 
-def _read_table(path: pathlib.Path) -> Table:
-    """Reads a table that a claim may rest on."""
+def _digest(content: bytes) -> str:
+    """Returns the digest that evidence is named by."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _read_table(path: pathlib.Path) -> tuple[Table, bytes]:
+    """Reads a table that a claim may rest on, and the bytes of its file."""
     wanted, fix = "the autoattack.json of `samrobust recheck`", "Run it first."
     check(path.is_file(), wanted, fix, path=str(path))
-    table = from_json(path.read_text(encoding="utf-8"))
+    content = path.read_bytes()
+    table = from_json(content.decode())
     wanted = "the standard AutoAttack, in float32 and on test images"
     fix = "Run `samrobust recheck --version=standard --dtype=float32` on test images."
     is_standard = bool(_STANDARD.fullmatch(table.caption))
     check(is_standard, wanted, fix, path=str(path), caption=table.caption)
-    return table
+    return table, content
 
 
 def _measured(table: Table, row: str, seed: int, column: str) -> Claim:
