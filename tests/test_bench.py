@@ -562,6 +562,18 @@ def test_the_files_of_a_report_are_complete_and_say_what_was_measured(tmp_path):
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_of_another_bench_does_not_stay(tmp_path, monkeypatch):
+    (st,) = plan(Options(CIFAR, measure=("step",), methods=("st",)))
+    report = summarize({st: [fake_step([1.0])]}, OPTIONS)
+    assert write_report(report, tmp_path)[-1].name == "bench.png"
+    write_report(report._replace(rows=[]), tmp_path)
+    assert not (tmp_path / "bench.png").exists()
+    write_report(report, tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    write_report(report, tmp_path)
+    assert not (tmp_path / "bench.png").exists()
+
+
 # Processes and the command.
 
 
@@ -665,6 +677,28 @@ def test_the_command_measures_writes_and_shows(tmp_path, monkeypatch, capsys):
     assert 0 < rows["at step"]["matmul_fraction"] < 1
     assert 0 < rows["at step"]["pipeline_share"] < 1
     assert len(caches) == 1  # a second round would find the programs of the first
+
+
+def test_an_earlier_bench_is_replaced_by_rows_alone(tmp_path, monkeypatch):
+    outcomes = {"roofline": ROOFLINE, "counts": {"passes": PASSES}}
+    outcomes["step"] = {"error": "out of memory"}
+
+    def launch(_, task):
+        if task.kind not in outcomes:
+            raise StoppedError("Stopped.")
+        return outcomes[task.kind]
+
+    monkeypatch.setattr(Launcher, "__call__", launch)
+    command = ("bench", f"--config={DIGITS}", f"--workdir={tmp_path}", "--methods=st")
+    (tmp_path / "bench.json").write_text("earlier")
+    assert helpers.main(*command, "--measure=step,evaluation") == 75
+    assert (tmp_path / "bench.json").read_text() == "earlier"
+    outcomes["step"] = fake_step([1.0])
+    assert helpers.main(*command, "--measure=step,evaluation") == 75
+    assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 1
+    outcomes["step"] = {"error": "out of memory"}  # of all rows: that is told
+    assert helpers.main(*command, "--measure=step") == 1
+    assert json.loads((tmp_path / "bench.json").read_text())["failures"]
 
 
 def test_several_devices_and_steps_per_call_are_rows_of_their_own(tmp_path):

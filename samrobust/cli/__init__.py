@@ -3,7 +3,7 @@
 Exit codes: 0 done; 1 a run failed, or is missing from a collected table, or the output
 could not be written; 2 bad input; 69 another process of this run died, or works in the
 directory, or a disk or network is away; 75 stopped by SIGTERM, 130 by Ctrl-C. After the
-last three, rerun the same command to resume.
+last three, rerun the same command to resume; `bench` begins again.
 """
 
 import argparse

@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     """Runs the bench of a command line; returns the exit code, 1 if a row failed.
 
     What is measured is written after every process, so that nothing is lost when the
-    bench is stopped.
+    bench is stopped. A rerun begins again, and its first row replaces what was written.
     """
     from samrobust.cli.shared import show_written
     from samrobust.experiments.reporting.console import make_console
@@ -140,10 +140,11 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     tasks = plan(options)
     console, outcomes = make_console(), {}
 
-    def write() -> tuple[pathlib.Path, ...]:
+    def write(*, is_done: bool = False) -> tuple[pathlib.Path, ...]:
         if target:
             return aot.write_counts(outcomes, target, workdir)
-        return write_report(summarize(outcomes, options), workdir)
+        report = summarize(outcomes, options)
+        return write_report(report, workdir) if report.rows or is_done else ()
 
     with tempfile.TemporaryDirectory(prefix="samrobust-bench-") as folder:
         launch = Launcher(options, pathlib.Path(folder), should_stop)
@@ -161,7 +162,7 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     counts = target and aot.to_sheet(outcomes, target)
     sheet = counts or to_sheet(summarize(outcomes, options))
     console.print(sheet.to_rich())
-    show_written(console, workdir, write())
+    show_written(console, workdir, write(is_done=True))
     failed = any("error" in one for each in outcomes.values() for one in each)
     return FAILED if failed else 0
 

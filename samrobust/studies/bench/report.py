@@ -1,5 +1,6 @@
 """A bench for people: tables for the terminal and Markdown, a picture, JSON."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -33,12 +34,11 @@ def write_report(report: BenchReport, folder: pathlib.Path) -> tuple[pathlib.Pat
     paths = folder / "bench.json", folder / "bench.md"
     write_json(paths[0], report._asdict())
     write_text(paths[1], to_sheet(report).to_markdown())
-    if not any(row["kind"] == "step" for row in report.rows):
-        return paths
-    try:
-        return (*paths, *write_figure(draw(report), folder, "bench", ("png",)))
-    except ImportError:
-        return paths
+    with contextlib.suppress(ImportError):
+        if any(row["kind"] == "step" for row in report.rows):
+            return (*paths, *write_figure(draw(report), folder, "bench", ("png",)))
+    (folder / "bench.png").unlink(missing_ok=True)  # of another bench
+    return paths
 
 
 def to_sheet(report: BenchReport) -> Sheet:

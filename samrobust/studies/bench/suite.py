@@ -205,7 +205,10 @@ class Launcher:
             try:
                 while child.poll() is None:
                     if self._should_stop():
-                        raise StoppedError("Stopped; what was measured so far is kept.")
+                        raise StoppedError(
+                            "Stopped. What was measured is kept until a rerun, which "
+                            "begins again, has measured its first row."
+                        )
                     time.sleep(0.1)
             finally:
                 child.kill()  # does nothing to one that has ended
