@@ -15,6 +15,7 @@ import scipy.stats
 from flax import linen as nn
 
 from samrobust.attacks import cross_entropy
+from samrobust.cli.measuring import RunMeasurements
 from samrobust.experiments.networks import load
 from samrobust.studies.sharpness import (
     hessian_trace,
@@ -350,6 +351,22 @@ def test_autoattack_stands_beside_pgd_where_the_network_is_the_same(
         "AA: by `samrobust recheck` on 17 images: digits, test images. AA: AutoAttack"
     )
     assert said in (workdir / "sharpness.md").read_text()
+
+    class Meanwhile(RunMeasurements):
+        """`recheck` ends while the runs are measured."""
+
+        def measure(self, prepare):
+            super().measure(prepare)
+            for row in content["rows"]:
+                row["cells"] = {"linf 16/255 AA": {"values": [5.0]}}
+            again = content | {"num_test": 18}
+            (workdir / "autoattack.json").write_text(json.dumps(again))
+
+    monkeypatch.setattr("samrobust.cli.measuring.RunMeasurements", Meanwhile)
+    assert helpers.main("sharpness", f"--workdir={workdir}") == 0
+    accuracy = json.loads((workdir / "sharpness.json").read_text())["accuracy"]
+    assert accuracy["sam,rho=0.2/seed0"]["linf 16/255 AA"] == 5.0
+    assert "on 18 images" in (workdir / "sharpness.md").read_text()
 
 
 def test_a_damaged_recheck_is_no_absent_one(table, tmp_path, capsys):

@@ -8,7 +8,7 @@ import argparse
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from samrobust.checks import NORMS, check
@@ -76,10 +76,18 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     measurements = RunMeasurements(arguments, stop, _NAME, _settings)
     settings: ProbeSettings = measurements.settings
     workdir = measurements.workdir
-    accuracies = broadcast_from_primary(
-        lambda: {f: _accuracy(workdir, f, c) for f, c in measurements.configs.items()}
+    results = broadcast_from_primary(
+        lambda: {f: _result(workdir / f, c) for f, c in measurements.configs.items()}
     )
-    column = findings.choose_column(accuracies.values(), arguments.column)
+
+    def accuracies() -> tuple[dict[str, dict[str, float]], list[str]]:
+        with measurements.concluding():
+            rechecked = _rechecked(workdir)
+        own = {f: _accuracy(results[f], rechecked) for f in measurements.configs}
+        return own, _on_autoattack(rechecked, own.values())
+
+    by_run, _ = broadcast_from_primary(accuracies)
+    findings.choose_column(by_run.values(), arguments.column)
 
     probe_of = measurements.once(
         lambda model, size: make_probe(model, settings, batch_size=size)
@@ -99,17 +107,18 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         return {**images, "num_images": [len(train), len(test)]}, measure
 
     measurements.measure(prepare)
+    by_run, notes = broadcast_from_primary(accuracies)  # as they are by now
+    column = findings.choose_column(by_run.values(), arguments.column)
     configs = measurements.configs
     runs = [
         findings.MeasuredRun(
             *(config.row, config.label, config.seed),
-            *(measurements.runs[folder]["values"], accuracies[folder]),
+            *(measurements.runs[folder]["values"], by_run[folder]),
         )
         for folder, config in configs.items()
     ]
     explained = findings.explain(runs, column)
     about = (explained, settings, measurements.runs[next(iter(configs))]["num_images"])
-    notes = broadcast_from_primary(lambda: _on_autoattack(workdir, explained.columns))
     to_sheet = functools.partial(findings.to_sheet, *about, notes=notes)
     measurements.console.print(to_sheet(short=True).to_rich())
     column, data = explained.column, measurements.first.data.name
@@ -144,31 +153,44 @@ def _settings(config: "Config", arguments: argparse.Namespace) -> "ProbeSettings
     return flags.build(ProbeSettings, arguments, **ball)
 
 
-def _accuracy(workdir: pathlib.Path, folder: str, config: "Config") -> dict[str, float]:
+def _result(folder: pathlib.Path, config: "Config") -> dict[str, Any]:
+    """Returns the result of a finished run."""
+    from samrobust.experiments.identity import identity_of
+    from samrobust.experiments.workdir import read_result
+
+    result = read_result(folder, identity_of(config, None))
+    assert result is not None  # the run is finished
+    return result
+
+
+def _rechecked(workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns the table of `samrobust recheck`; empty where there is none."""
+    from samrobust.system.files import read_object, unseal
+
+    file = workdir / "autoattack.json"
+    return unseal(read_object(file) or {}, file, older=True)
+
+
+def _accuracy(
+    result: Mapping[str, Any], rechecked: Mapping[str, Any]
+) -> dict[str, float]:
     """Returns a run's accuracies in percent: its result's, and AutoAttack's.
 
     Of two checkpoints those of the last, whose network is measured.
     """
     from samrobust.attacks import ATTACKS_VERSION
-    from samrobust.experiments.identity import identity_of
     from samrobust.experiments.reporting.results import attacks_version
-    from samrobust.experiments.workdir import read_result
-    from samrobust.system.files import read_object, unseal
 
-    result = read_result(workdir / folder, identity_of(config, None))
-    assert result is not None  # the run is finished
     names = ("row", "seed", "identity", "step", "network")
     own = {name: result[name] for name in names if name in result}
     accuracy = {n: x for n, x in result["accuracy"].items() if not n.endswith(" best")}
-    file = workdir / "autoattack.json"
-    rechecked = unseal(read_object(file) or {}, file, older=True)
     if not any(
         run.items() >= own.items() and attacks_version(run) == ATTACKS_VERSION
         for run in rechecked.get("runs", ())
     ):
         return accuracy
-    (row,) = [row for row in rechecked["rows"] if row["name"] == config.row]
-    number = row["seeds"].index(config.seed)
+    (row,) = [row for row in rechecked["rows"] if row["name"] == result["row"]]
+    number = row["seeds"].index(result["seed"])
     return accuracy | {
         column: cell["values"][number]
         for column, cell in row["cells"].items()
@@ -176,12 +198,11 @@ def _accuracy(workdir: pathlib.Path, folder: str, config: "Config") -> dict[str,
     }
 
 
-def _on_autoattack(workdir: pathlib.Path, columns: Sequence[str]) -> list[str]:
+def _on_autoattack(
+    rechecked: Mapping[str, Any], accuracies: Iterable[Mapping[str, float]]
+) -> list[str]:
     """Says how AutoAttack's columns were measured; nothing where there are none."""
-    from samrobust.system.files import glance
-
-    if not any(column.endswith(" AA") for column in columns):
+    if not any(column.endswith(" AA") for own in accuracies for column in own):
         return []
-    rechecked = glance(workdir / "autoattack.json")
     count, caption = rechecked.get("num_test"), rechecked.get("caption")
     return [f"AA: by `samrobust recheck` on {count} images: {caption}"]
