@@ -570,6 +570,17 @@ def test_the_command_checks_a_run_and_writes_what_it_found(
     assert len(helpers.read_lines(workdir / "evaluations.jsonl")) == 1
 
 
+def test_a_surrogate_that_cannot_be_read_is_refused_before_the_evaluation(
+    tmp_path, capsys
+):
+    workdir = Path(shutil.copytree(finished(), tmp_path / "run"))
+    other = Path(shutil.copytree(finished(), tmp_path / "other"))
+    shutil.rmtree(other / "checkpoints")
+    assert evaluate(workdir, "--sanity", f"--transfer-from={other}") == 1
+    assert str(other) in capsys.readouterr().err
+    assert not (workdir / "evaluations.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

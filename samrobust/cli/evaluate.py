@@ -66,10 +66,11 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     Raises:
       ValueError: for flags that do not go together, or values out of range.
-      CheckpointError: if the run has no intact checkpoint of that kind.
+      CheckpointError: if the run has no intact checkpoint of that kind, or a run to
+        transfer from has none.
       InterruptedRunError: if it was asked to stop.
     """
-    from samrobust.cli.sanity import check_network
+    from samrobust.cli.sanity import check_network, load_surrogates
     from samrobust.cli.shared import join, show_accuracies
     from samrobust.experiments import building
     from samrobust.experiments.networks import load_network
@@ -82,11 +83,12 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     workdir = arguments.workdir
     should_stop, console = join(stop)
-    config, surrogates = distributed.broadcast_from_primary(
+    config, others = distributed.broadcast_from_primary(
         lambda: _inputs(workdir, arguments)
     )
     dataset, which = building.load_data(config), config.evaluation.checkpoint
     network = load_network(config, dataset, workdir, which, step=arguments.step)
+    surrogates = load_surrogates(config, dataset, others)
     work = evaluation_work(config, dataset)
     if arguments.save_examples:
         await_verdict(

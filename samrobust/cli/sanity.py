@@ -25,7 +25,7 @@ from samrobust.system.storage import to_path
 from samrobust.training.adversaries.radii import make_ball
 from samrobust.types import Config
 
-__all__ = ["check_network", "check_surrogates", "largest_balls"]
+__all__ = ["check_network", "check_surrogates", "largest_balls", "load_surrogates"]
 
 _SANITY_STREAM = 3  # another branch of the evaluation's key
 
@@ -36,7 +36,7 @@ def check_network(
     workdir: pathlib.Path,
     console: Console,
     *,
-    surrogates: Mapping[str, Config],
+    surrogates: Mapping[str, Surrogate],
     num_examples: int,
     should_stop: Callable[[], bool],
 ) -> None:
@@ -48,12 +48,11 @@ def check_network(
       dataset: of the run.
       workdir: of the run.
       console: for the report.
-      surrogates: of `check_surrogates`.
+      surrogates: of `load_surrogates`.
       num_examples: images to look at.
       should_stop: asked after every batch.
 
     Raises:
-      CheckpointError: if a surrogate has no intact checkpoint.
       InterruptedRunError: after `should_stop`.
     """
     config = network.config
@@ -64,16 +63,10 @@ def check_network(
     def show(done: int, total: int, _: str) -> None:
         shown.on_batch(done, total, f"{done / total:.0%}")
 
-    def surrogate(folder: str, other: Config) -> Surrogate:
-        same = other.data.to_dict() == config.data.to_dict()
-        images = dataset if same else building.load_data(other)
-        which = checkpoints_of(other)[0]
-        return Surrogate(*load_network(other, images, to_path(folder), which)[:2])
-
     with display.live():
         findings = run_sanity(
             *(network.model, network.variables, split, largest_balls(config)),
-            transfer={name: surrogate(name, c) for name, c in surrogates.items()},
+            transfer=surrogates,
             num_examples=num_examples,
             batch_size=config.evaluation.batch_size,
             key=jax.random.fold_in(evaluation_key(config), _SANITY_STREAM),
@@ -110,6 +103,29 @@ def check_surrogates(config: Config, folders: Iterable[str]) -> dict[str, Config
             **{"transfer_from": folder, "data.name": other.data.name},
         )
     return found
+
+
+def load_surrogates(
+    config: Config, dataset: Dataset, configs: Mapping[str, Config]
+) -> dict[str, Surrogate]:
+    """Loads the networks of other runs, by folder.
+
+    Args:
+      config: of the run whose images they are attacked on.
+      dataset: of that run.
+      configs: of `check_surrogates`.
+
+    Raises:
+      CheckpointError: if one has no intact checkpoint.
+    """
+
+    def load(folder: str, other: Config) -> Surrogate:
+        same = other.data.to_dict() == config.data.to_dict()
+        images = dataset if same else building.load_data(other)
+        which = checkpoints_of(other)[0]
+        return Surrogate(*load_network(other, images, to_path(folder), which)[:2])
+
+    return {folder: load(folder, other) for folder, other in configs.items()}
 
 
 def largest_balls(config: Config) -> dict[str, Ball]:
