@@ -116,6 +116,23 @@ def test_what_autoattack_found_is_not_looked_for_again(rechecked, tmp_path):
     assert all(row[COLUMNS[2]] == 0 for row in accuracies(workdir).values())
 
 
+def test_what_is_stored_of_a_run_does_not_depend_on_the_rows_beside_it(tmp_path):
+    """Groups of BatchNorm that are one row's batch are none in its network alone."""
+    rows = {"st": 20, "st,training.batch_size=40": 40}
+    for row, size in rows.items():
+        fields = {"training.batch_size": size, "model.batch_norm_group": 20}
+        config = helpers.make_config(row, {"training.epochs": 1, **fields})
+        data = helpers.load_data(config)
+        run(config, tmp_path / row / "seed0", helpers.Silent(), dataset=data)
+    command = ("recheck", f"--workdir={tmp_path}", *FLAGS)
+    stored = []
+    for others in (["--rows=st,training.batch_size=40"], []):
+        assert helpers.main(*command, *others) == 0
+        folder = tmp_path / "st,training.batch_size=40/seed0/autoattack"
+        stored.append(sorted(path.name for path in folder.glob("*.npz")))
+    assert stored[0] == stored[1]
+
+
 def test_every_run_names_its_network_and_who_made_what(
     rechecked, tmp_path, monkeypatch
 ):

@@ -76,7 +76,8 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         }
     )
     scorer = shared.once_per(
-        lambda c: scoring.Scorer(c, load_data(c)), "data", "model", "evaluation"
+        lambda c: scoring.Scorer(c, load_data(c)),
+        *("data", "model", "evaluation", "training"),  # of that its batch size
     )
 
     trained = broadcast_from_primary(
