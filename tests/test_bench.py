@@ -701,6 +701,42 @@ def test_an_earlier_bench_is_replaced_by_rows_alone(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "bench.json").read_text())["failures"]
 
 
+def test_ceilings_of_another_device_are_measured_again(tmp_path, monkeypatch):
+    known, launched = {"matmul": 8e14, "copy": 4e12}, []
+    outcomes = {
+        "probe": {"provenance": {"device": "this one"}},
+        "roofline": ROOFLINE,
+        "counts": {"passes": PASSES},
+        "step": fake_step([1.0]),
+    }
+
+    def launch(_, task):
+        launched.append(task.kind)
+        return outcomes[task.kind]
+
+    def bench_with(**of_file):
+        launched.clear()
+        file = tmp_path / "machine.json"
+        file.write_text(json.dumps({**of_file, "float32": known}))
+        command = ("bench", f"--config={DIGITS}", f"--workdir={tmp_path}")
+        flags = ("--methods=st", "--measure=step", f"--ceilings={file}")
+        assert helpers.main(*command, *flags, "--rounds=1") == 0
+        return json.loads((tmp_path / "bench.json").read_text())["ceilings"]["float32"]
+
+    monkeypatch.setattr(Launcher, "__call__", launch)
+    assert bench_with() == known
+    assert launched == ["counts", "step"]
+    assert bench_with(device="this one") == known
+    assert launched == ["probe", "counts", "step"]
+    with pytest.warns(UserWarning, match=r"machine\.json is not known to be of"):
+        found = bench_with(device="another")
+    assert found == {name: ROOFLINE[name] for name in known}
+    outcomes["probe"] = {"error": "killed"}
+    with pytest.warns(UserWarning, match="measured again"):
+        bench_with(device="this one")
+    assert launched == ["probe", "roofline", "counts", "step"]
+
+
 def test_several_devices_and_steps_per_call_are_rows_of_their_own(tmp_path):
     flags = ("--repeats=1", "--rounds=1", "--min-seconds=0.01", "--methods=st")
     flags += ("--measure=step", "--no-rates")

@@ -1,8 +1,10 @@
 """`samrobust bench`: plans, measures, shows and writes as it goes."""
 
 import argparse
+import dataclasses
 import pathlib
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -84,7 +86,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--rounds", **flags.FEW, help="processes per row; default: 2")
     cache = "of compiled programs, kept; default: an empty one, removed afterwards"
     add("--cache", **flags.DIRECTORY, help=cache)
-    before = "rooflines by precision, measured before, as machine.json of a campaign"
+    before = "rooflines of this device, measured before: a campaign's machine.json"
     add("--ceilings", **flags.FILE, help=before)
     rates = "leave out the roofline and the counts of operations"
     add("--no-rates", **flags.SWITCH, help=rates)
@@ -149,6 +151,10 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     with tempfile.TemporaryDirectory(prefix="samrobust-bench-") as folder:
         launch = Launcher(options, pathlib.Path(folder), should_stop)
         launch.check_flags(tasks[0])
+        if not launch.takes_ceilings(tasks[0]):
+            about = "is not known to be of this device: ceilings are measured again."
+            warnings.warn(f"{options.ceilings} {about}", stacklevel=2)
+            options = dataclasses.replace(options, ceilings=None)
         check_writable(workdir)
         if arguments.profile:
             return _profile(tasks, launch, workdir, console)

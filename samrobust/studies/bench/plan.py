@@ -16,7 +16,14 @@ from samrobust.system.compiler import parse_compiler_options
 from samrobust.system.files import glance
 from samrobust.types import Config
 
-__all__ = ["Options", "Task", "config_of", "known_ceilings", "plan"]
+__all__ = [
+    "Options",
+    "Task",
+    "config_of",
+    "device_of_ceilings",
+    "known_ceilings",
+    "plan",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +49,8 @@ class Options:
       rounds: processes for each row.
       cache: of compiled programs, which is kept; an empty one where it is not given.
       ceilings: JSON file of rooflines by precision, `{"bfloat16": {"matmul": ...,
-        "copy": ...}}`, measured before; what it lacks is measured.
+        "copy": ...}}`, measured before; what it lacks is measured, and all where its
+        `device` is another.
       no_rates: leave out the roofline and the counts of operations.
       min_seconds: of a repeat.
     """
@@ -231,6 +239,11 @@ def known_ceilings(options: Options) -> dict[str, dict[str, float]]:
         if isinstance(ceilings := stored.get(precision), dict)
         and all(isinstance(ceilings.get(name), float | int) for name in names)
     }
+
+
+def device_of_ceilings(options: Options) -> str | None:
+    """Returns on which device the known rooflines were measured; None if not known."""
+    return glance(pathlib.Path(options.ceilings or "")).get("device")
 
 
 def config_of(task: Task, options: Options) -> Config:

@@ -20,7 +20,13 @@ from typing import Any, TypeAlias
 from samrobust.checks import check
 from samrobust.experiments import building
 from samrobust.studies.bench import comparison
-from samrobust.studies.bench.plan import Options, Task, config_of, known_ceilings
+from samrobust.studies.bench.plan import (
+    Options,
+    Task,
+    config_of,
+    device_of_ceilings,
+    known_ceilings,
+)
 from samrobust.studies.bench.worker import BAD_INPUT
 
 __all__ = ["Launcher", "Outcome", "StoppedError", "schedule"]
@@ -119,6 +125,18 @@ class Launcher:
         """
         if any(self._options.xla_flags):
             self._machine(task)
+
+    def takes_ceilings(self, task: Task) -> bool:
+        """Returns whether the known ceilings may be those of this device.
+
+        Unless they name a device, no process is started.
+
+        Args:
+          task: any of the bench.
+        """
+        device = device_of_ceilings(self._options)
+        here = self._machine(task).get("provenance", {}) if device else {}
+        return device == here.get("device")
 
     def _machine(self, task: Task) -> Outcome:
         """Returns what a process without any settings finds: platform and devices.
