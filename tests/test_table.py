@@ -10,9 +10,11 @@ import pytest
 
 from samrobust.cli.table import _caption
 from samrobust.data.splits import fingerprint
+from samrobust.experiments import sweep
 from samrobust.experiments.building import load_data
 from samrobust.experiments.configuration import CHANGES_NO_RESULT, load_config
 from samrobust.experiments.workdir import settle_config
+from samrobust.system.claims.lease import lost
 from samrobust.system.files import read_sealed, write_sealed
 
 ROWS = ["st", "sam,rho=0.2"]
@@ -372,3 +374,26 @@ def test_a_row_that_fails_does_not_stop_the_others(
     output = " ".join(capsys.readouterr().out.split())
     assert "5 runs: 4 done, 1 failed." in output
     assert "SAM (rho = 0.4), seed 0: The loss, a gradient or" in output
+
+
+@pytest.mark.parametrize("when", ["in a run", "after the last run"])
+def test_a_table_that_is_moved_meanwhile_is_not_begun_again(
+    tmp_path, capsys, monkeypatch, when
+):
+    workdir, run, begun = tmp_path / "table", sweep.run, []
+
+    def moving(config, *arguments, **options):
+        begun.append(config.row)
+        if config.row == ROWS[-1] and when == "in a run":
+            workdir.rename(tmp_path / "elsewhere")
+            raise lost(workdir)
+        result = run(config, *arguments, **options)
+        if config.row == ROWS[-1]:
+            workdir.rename(tmp_path / "elsewhere")
+        return result
+
+    monkeypatch.setattr(sweep, "run", moving)
+    assert helpers.main(*make_arguments(workdir, ROWS, seeds=1)) == 69
+    assert "the directory was removed or moved" in capsys.readouterr().err
+    assert begun == ROWS
+    assert not workdir.exists()

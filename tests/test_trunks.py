@@ -472,7 +472,8 @@ def test_the_eta_of_a_table_counts_epochs_in_common_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "run_all", observe_all)
     load_data = building.load_data
     foreseen = table._foresee(plan.runs, [False] * len(plan.runs), load_data)
-    table._train(plan.runs, foreseen, load_data, Console(quiet=True), lambda: False, 1)
+    how = Console(quiet=True), lambda: False, 1, lambda: None
+    table._train(plan.runs, foreseen, load_data, *how)
     judged = 30 / 3  # a forward pass an image
     # ST trains the epoch that all begin with: half of the steps are left to SAM.
     assert works == pytest.approx([2 * 64 + judged, *[1.5 * 64 + judged] * 2])

@@ -21,20 +21,18 @@ from samrobust.evaluation import OnBatch
 from samrobust.experiments import building, networks, scoring
 from samrobust.experiments.reporting.progress import ProgressDisplay, RunDisplay
 from samrobust.experiments.turns import take_turns
-from samrobust.experiments.workdir import concluding, finished_runs
-from samrobust.system import files
-from samrobust.system.claims.lease import (
-    Claim,
-    ClaimedError,
-    claim,
-    claim_in_turn,
-    lost,
+from samrobust.experiments.workdir import (
+    concluding,
+    finished_runs,
+    inode_of,
+    refuse_moved,
 )
+from samrobust.system import files
+from samrobust.system.claims.lease import Claim, ClaimedError, claim, claim_in_turn
 from samrobust.system.distributed import broadcast_from_primary, met_by_all
 from samrobust.system.failures import describe, is_transient
 from samrobust.system.provenance import provenance
 from samrobust.system.runtime import FAILED
-from samrobust.system.storage import ObjectPath
 from samrobust.training.checkpoint import CheckpointError
 from samrobust.types import Config, PyTree
 
@@ -82,7 +80,7 @@ class FinishedRuns:
         self.exit_code = 0
         self.load_data = shared.once_per(building.load_data, "data")
         broadcast_from_primary(lambda: files.check_writable(self.workdir))
-        self._opened = broadcast_from_primary(self._identity)
+        self._opened = broadcast_from_primary(lambda: inode_of(self.workdir))
         self._mine: Claim | None = None  # of process 0, on the run that is judged
 
     def should_stop(self) -> bool:
@@ -108,17 +106,7 @@ class FinishedRuns:
             yield
 
     def _confirm(self) -> None:
-        if self._identity() != self._opened:
-            raise lost(self.workdir)
-
-    def _identity(self) -> tuple[int, int] | None:
-        """Returns what tells the workdir from another of its name; None in a bucket."""
-        if isinstance(self.workdir, ObjectPath):
-            return None
-        with contextlib.suppress(FileNotFoundError):
-            status = self.workdir.stat()
-            return status.st_dev, status.st_ino
-        return 0, 0
+        refuse_moved(self.workdir, self._opened)
 
     def load_network(self, folder: str, config: Config, which: str) -> networks.Trained:
         """Returns a network of a run, inside a `judge` of `judge_each`.

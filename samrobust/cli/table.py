@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from samrobust.data import Dataset
+    from samrobust.experiments.reporting.progress import RunDisplay
     from samrobust.experiments.run import PlannedRun
     from samrobust.types import Config
 
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
       ValueError: for flags, rows, fields or values that are not valid.
       WorkdirError: if the workdir cannot be written; with `--collect` if nothing has
         finished.
+      ClaimedError: if the workdir was removed or moved meanwhile.
     """
     from samrobust.cli.shared import join, once_per
     from samrobust.experiments import building
@@ -65,6 +67,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     )
     from samrobust.experiments.tracking import check_trackers
     from samrobust.experiments.trunks import remove_finished
+    from samrobust.experiments.workdir import inode_of, refuse_moved
     from samrobust.system import distributed
     from samrobust.system.files import check_writable
 
@@ -89,15 +92,22 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         lambda: refuse_other_configs(plan.workdir, plan.runs)
     )
     distributed.broadcast_from_primary(lambda: check_writable(plan.workdir))
+    opened = distributed.broadcast_from_primary(lambda: inode_of(plan.workdir))
+
+    def confirm() -> None:
+        distributed.broadcast_from_primary(lambda: refuse_moved(plan.workdir, opened))
+
     load_data = once_per(building.load_data, "data")
     done = distributed.broadcast_from_primary(
         lambda: [planned.has_result for planned in plan.runs]
     )
     _rehearse(plan.runs, done, load_data)
     works = _foresee(share, done[plan.shard], load_data)
+    confirm()
     distributed.broadcast_from_primary(lambda: record_plan(plan.workdir, plan.runs))
-    how = console, should_stop, arguments.seeds_per_program
+    how = console, should_stop, arguments.seeds_per_program, confirm
     failed = _train(share, works, load_data, *how) if share else {}
+    confirm()
     shared = [trunk for planned in plan.runs for trunk in planned.shared]
     distributed.broadcast_from_primary(lambda: remove_finished(shared))
     distributed.broadcast_from_primary(
@@ -167,8 +177,12 @@ def _train(
     console: "Console",
     should_stop: Callable[[], bool],
     seeds_per_program: int,
+    confirm: Callable[[], None],
 ) -> dict[pathlib.Path, str]:
-    """Trains and attacks a share; returns which runs failed, and why."""
+    """Trains and attacks a share; returns which runs failed, and why.
+
+    Calls `confirm` before each attempt at a run: it raises if the workdir is gone.
+    """
     from samrobust.cli.shared import show_failures
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.sweep import run_all
@@ -177,6 +191,10 @@ def _train(
     display = ProgressDisplay(console, total)
     failed: dict[pathlib.Path, str] = {}
 
+    def observe(planned: "PlannedRun") -> "RunDisplay":
+        confirm()
+        return display.run(planned.name, *works[planned.workdir])
+
     def on_wait(held: "Sequence[PlannedRun]") -> None:
         display.wait_for(planned.name for planned in held)
 
@@ -184,7 +202,7 @@ def _train(
         run_all(
             runs,
             load_data,
-            lambda planned: display.run(planned.name, *works[planned.workdir]),
+            observe,
             on_failure=lambda planned, why: failed.update({planned.workdir: why}),
             on_wait=on_wait,
             should_stop=should_stop,

@@ -75,7 +75,8 @@ def run_all(
     Args:
       runs: with a workdir of its own each.
       load_data: of a run's config, again and again.
-      observe: gives the observer of a run that is about to be tried.
+      observe: gives the observer of a run that is about to be tried; what it raises
+        ends all.
       on_failure: is told of a run that failed, and why, here or at another worker
         meanwhile. A run that had failed before is tried again.
       on_wait: is told now and then which runs others hold, when only those are left.

@@ -32,9 +32,11 @@ __all__ = [
     "config_changes",
     "config_of_run",
     "finished_runs",
+    "inode_of",
     "read_evaluations",
     "read_log",
     "read_result",
+    "refuse_moved",
     "run_folder",
     "settle_config",
     "stored_config",
@@ -217,6 +219,30 @@ def config_changes(
 
 def _left_by_a_run(workdir: pathlib.Path) -> list[str]:
     return [name for name in _LEFT_BY_A_RUN if (workdir / name).exists()]
+
+
+def inode_of(workdir: pathlib.Path) -> tuple[int, int] | None:
+    """Returns device and inode of a directory, zeros without one; None in a bucket."""
+    if isinstance(workdir, ObjectPath):
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        status = workdir.stat()
+        return status.st_dev, status.st_ino
+    return 0, 0
+
+
+def refuse_moved(workdir: pathlib.Path, opened: tuple[int, int] | None) -> None:
+    """Refuses a directory that is not the one of this name that was opened.
+
+    Args:
+      workdir: a write there would make it again.
+      opened: its `inode_of` then.
+
+    Raises:
+      ClaimedError: if it was removed or moved meanwhile.
+    """
+    if inode_of(workdir) != opened:
+        raise lost(workdir)
 
 
 def add_evaluation(workdir: pathlib.Path, line: Mapping[str, Any]) -> pathlib.Path:
