@@ -148,6 +148,7 @@ def survey_run(
     label = _text(planned.get("label")) or _text(config.get("label"))
     seed = _count(planned.get("seed"), config.get("seed"))
     seed = "?" if seed is None else seed
+    at_work = holder if state == "running" else None
     of_config = training.get("epochs") if isinstance(training, dict) else None
     epoch = _count(last.get("epoch")) or 0
     epochs = _count(of_config, planned.get("epochs"))
