@@ -245,6 +245,34 @@ def test_a_run_that_fails_elsewhere_meanwhile_is_reported_and_not_tried_again(fo
     assert order == NAMES
 
 
+def finish_elsewhere(workdir: Path) -> None:
+    """Another worker tries the run again, and finishes it."""
+    write_json(workdir / "result.json", {})
+    (workdir / "failure.json").unlink()
+
+
+def fail_here(workdir: Path) -> None:
+    with recording_failure(workdir):
+        raise MemoryError
+
+
+@pytest.mark.parametrize("fail", [fail_elsewhere, fail_here])
+def test_a_run_that_was_finished_since_it_failed_is_no_failure(follow, tmp_path, fail):
+    (tmp_path / "a").mkdir()
+    later = [ClaimedError(), lambda _: finish_elsewhere(tmp_path / "a")]
+    results, failures, order = follow({"a": [fail, None], "c": later})
+    assert (results, failures) == (NAMES, [])
+    assert order == [*NAMES, "c", "a"]
+
+
+def test_a_run_with_a_result_that_fails_here_alone_is_a_failure(follow, tmp_path):
+    helpers.make_folder(tmp_path / "a")
+    write_json(tmp_path / "a" / "result.json", {})
+    results, failures, _ = follow({"a": [OSError(28, "No space left")] * 2})
+    assert results == ["b", "c"]
+    assert failures == [("a", "OSError: [Errno 28] No space left")]
+
+
 def test_a_run_that_failed_before_is_tried_again(follow, tmp_path):
     fail_elsewhere(tmp_path / "a")
     results, failures, _ = follow({})

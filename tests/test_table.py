@@ -14,7 +14,7 @@ from samrobust.experiments import sweep
 from samrobust.experiments.building import load_data
 from samrobust.experiments.configuration import CHANGES_NO_RESULT, load_config
 from samrobust.experiments.workdir import settle_config
-from samrobust.system.claims.lease import lost
+from samrobust.system.claims.lease import ClaimedError, lost
 from samrobust.system.files import read_sealed, write_sealed
 
 ROWS = ["st", "sam,rho=0.2"]
@@ -374,6 +374,32 @@ def test_a_row_that_fails_does_not_stop_the_others(
     output = " ".join(capsys.readouterr().out.split())
     assert "5 runs: 4 done, 1 failed." in output
     assert "SAM (rho = 0.4), seed 0: The loss, a gradient or" in output
+
+
+def test_a_run_that_failed_elsewhere_and_was_finished_since_is_in_the_table(
+    copy, capsys, monkeypatch
+):
+    first, run, begun = copy / ROWS[0] / "seed0", sweep.run, []
+    result, failure = first / "result.json", first / "failure.json"
+    content = result.read_bytes()
+    result.unlink()
+
+    def among_others(config, *arguments, **options):
+        begun.append(config.row)
+        if len(begun) == 1:  # another worker is at it, and fails
+            failure.write_text('{"message": "MemoryError", "host": "node7"}')
+        if len(begun) <= 2:
+            raise ClaimedError
+        if len(begun) == 3:  # restarted, it finishes
+            result.write_bytes(content)
+            failure.unlink()
+        return run(config, *arguments, **options)
+
+    monkeypatch.setattr(sweep, "run", among_others)
+    assert helpers.main(*make_arguments(copy, ROWS, seeds=1)) == 0
+    assert begun == [*ROWS, ROWS[1], ROWS[0]]
+    assert "failed ST" not in capsys.readouterr().out
+    assert "| ST |" in (copy / "table.md").read_text()
 
 
 @pytest.mark.parametrize("when", ["in a run", "after the last run"])

@@ -77,8 +77,9 @@ def run_all(
       load_data: of a run's config, again and again.
       observe: gives the observer of a run that is about to be tried; what it raises
         ends all.
-      on_failure: is told of a run that failed, and why, here or at another worker
-        meanwhile. A run that had failed before is tried again.
+      on_failure: is told at the end of each run that failed, and why, here or at
+        another worker meanwhile, unless one has finished it since. A run that had
+        failed before is tried again.
       on_wait: is told now and then which runs others hold, when only those are left.
       should_stop: asked now and then.
       seeds_per_program: how many seeds of a row are trained at a time, by one program;
@@ -106,6 +107,7 @@ def run_all(
         return outcome
 
     results: dict[pathlib.Path, dict[str, Any]] = {}
+    failed: dict[pathlib.Path, str] = {}
     put_off: set[pathlib.Path] = set()
 
     def attempt_all(left: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -121,12 +123,22 @@ def run_all(
                 if outcome is None:
                     held.append(planned)
                 elif isinstance(outcome, str):
-                    on_failure(planned, outcome)
+                    failed[planned.workdir] = outcome
                 else:
                     results[planned.workdir] = outcome
         return held
 
+    def finished_since() -> set[pathlib.Path]:
+        ended = {p.workdir for p in runs if p.workdir in failed and p.has_result}
+        return {workdir for workdir in ended if read_failure(workdir) is None}
+
     take_turns(runs, attempt_all, on_wait=on_wait, should_stop=should_stop)
+    since = broadcast_from_primary(finished_since)
+    again = [planned for planned in runs if planned.workdir in since]
+    take_turns(again, attempt_all, on_wait=on_wait, should_stop=should_stop)
+    for planned in runs:
+        if planned.workdir in failed and planned.workdir not in results:
+            on_failure(planned, failed[planned.workdir])
     return [results[p.workdir] for p in runs if p.workdir in results]
 
 
