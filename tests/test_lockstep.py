@@ -22,6 +22,7 @@ from flax import linen as nn
 from samrobust import sharpness
 from samrobust.attacks import linf, pgd
 from samrobust.experiments import sweep, tracking
+from samrobust.experiments.reporting import progress
 from samrobust.experiments.run import PlannedRun
 from samrobust.training import (
     InterruptedRunError,
@@ -344,6 +345,21 @@ def make_arguments(workdir: Path, *others: str) -> list[str]:
         *("table", "--config=configs/digits.py", f"--workdir={workdir}", "--rows=st"),
         *("--seeds=3", *others, *helpers.make_flags({"training.epochs": 2})),
     ]
+
+
+def test_the_progress_of_several_seeds_in_a_program_goes_forward(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    assert helpers.main(*make_arguments(tmp_path, "--seeds-per-program=3")) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if ", eta " in line]
+    shares = [int(line.partition("%")[0]) for line in lines]
+    assert shares[0] == 0
+    assert shares == sorted(shares)
+    assert shares[-1] == 100
+    for seed in range(3):
+        assert any(f"seed {seed}: training" in line for line in lines)
+    assert not any("eta -" in line for line in lines if not line.startswith("  0%"))
 
 
 def test_a_table_of_several_seeds_in_a_program_is_that_of_lone_runs(tmp_path, calls):

@@ -136,7 +136,7 @@ def test_a_run_done_elsewhere_leaves_the_total_and_may_come_again(monkeypatch):
         mine.on_progress(Progress("training", 0, 10, {}))
         mine.on_batch(500, 500)
         display.run("held too", 8.0, 2.0)
-        display.say("waiting for other workers: held, held too")
+        display.wait_for(["held", "held too"])
         again = display.run("held", 8.0, 2.0)
         again.on_progress(Progress("training", 0, 10, {}))
         again.on_batch(250, 500)
@@ -145,6 +145,23 @@ def test_a_run_done_elsewhere_leaves_the_total_and_may_come_again(monkeypatch):
     assert waiting.startswith("100%  waiting for other workers: held, held too")
     assert training.startswith(" 50%  held: training")
     assert last.startswith(" 95%  held: attacked")
+
+
+def test_runs_that_go_on_together_share_the_bar(monkeypatch):
+    monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_LINES", 0.0)
+    display, file = make(terminal=False, total=40.0)
+    work = 8.0, 2.0, 0.0
+    with display.live():
+        runs = display.run_together({"first": work, "second": work})
+        for step in (0, 5, 10):
+            for run in runs:
+                run.on_progress(Progress("training", step, 10, {}))
+        for run in runs:
+            run.on_batch(500, 500)
+        for run in display.run_together({"third": work, "fourth": work}):
+            run.on_progress(Progress("training", 0, 10, {}))
+    shares = [int(line.partition("%")[0]) for line in file.getvalue().splitlines()]
+    assert shares == [0, 0, 10, 20, 30, 40, 45, 50, 50, 50]
 
 
 def test_where_nothing_is_left_to_do_here_waiting_is_shown(monkeypatch):

@@ -54,7 +54,7 @@ folder = pathlib.Path(sys.argv[1])
 runs = [Planned(folder / str(i)) for i in range(16)]
 print("ready", flush=True)
 sys.stdin.readline()
-results = sweep.run_all(runs, lambda _: None, lambda _: None, on_failure=print)
+results = sweep.run_all(runs, lambda _: None, lambda _: [None], on_failure=print)
 print(len(results))
 """
 
@@ -141,7 +141,7 @@ def follow(tmp_path, monkeypatch):
         results = sweep.run_all(
             runs,
             lambda _: None,  # type: ignore[arg-type,return-value]
-            lambda _: helpers.Silent(),
+            lambda group: [helpers.Silent()] * len(group),
             on_failure=lambda planned, text: failures.append(
                 (planned.workdir.name, text)
             ),

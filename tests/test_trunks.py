@@ -403,7 +403,7 @@ def test_a_worker_first_does_what_does_not_begin_as_a_run_at_work(
         sweep.run_all(
             list(planned.values())[1:],
             lambda _: None,  # type: ignore[arg-type,return-value]
-            lambda _: helpers.Silent(),
+            lambda group: [helpers.Silent()] * len(group),
             on_failure=lambda *failure: pytest.fail(str(failure)),
         )
         return done
@@ -467,7 +467,7 @@ def test_the_eta_of_a_table_counts_epochs_in_common_once(tmp_path, monkeypatch):
     works = []
 
     def observe_all(runs, _, observe, **__):
-        works.extend(observe(planned).work for planned in runs)
+        works.extend(shown.work for shown in observe(runs))
 
     monkeypatch.setattr(sweep, "run_all", observe_all)
     load_data = building.load_data

@@ -191,9 +191,9 @@ def _train(
     display = ProgressDisplay(console, total)
     failed: dict[pathlib.Path, str] = {}
 
-    def observe(planned: "PlannedRun") -> "RunDisplay":
+    def observe(group: "Sequence[PlannedRun]") -> "list[RunDisplay]":
         confirm()
-        return display.run(planned.name, *works[planned.workdir])
+        return display.run_together({p.name: works[p.workdir] for p in group})
 
     def on_wait(held: "Sequence[PlannedRun]") -> None:
         display.wait_for(planned.name for planned in held)

@@ -59,7 +59,7 @@ Outcome: TypeAlias = dict[str, Any] | str | None
 def run_all(
     runs: Sequence[PlannedRun],
     load_data: Callable[[Config], Dataset],
-    observe: Callable[[PlannedRun], Observer],
+    observe: Callable[[Sequence[PlannedRun]], Sequence[Observer]],
     *,
     on_failure: Callable[[PlannedRun, str], None],
     on_wait: Callable[[Sequence[PlannedRun]], None] = lambda _: None,
@@ -75,8 +75,8 @@ def run_all(
     Args:
       runs: with a workdir of its own each.
       load_data: of a run's config, again and again.
-      observe: gives the observer of a run that is about to be tried; what it raises
-        ends all.
+      observe: gives the observers of runs that are about to be tried together; what it
+        raises ends all.
       on_failure: is told at the end of each run that failed, and why, here or at
         another worker meanwhile, unless one has finished it since. A run that had
         failed before is tried again.
@@ -95,13 +95,13 @@ def run_all(
         lambda: {p.workdir: read_failure(p.workdir) for p in runs}
     )
 
-    def attempt(planned: PlannedRun, **how: Any) -> Outcome:
+    def attempt(planned: PlannedRun, observer: Observer, **how: Any) -> Outcome:
         failure = broadcast_from_primary(
             functools.partial(read_failure, planned.workdir)
         )
         if failure is not None and failure != before[planned.workdir]:
             return f"{failure.get('message')} (on {failure.get('host')})"
-        outcome = _attempt(planned, load_data, observe(planned), **how)
+        outcome = _attempt(planned, load_data, observer, **how)
         if isinstance(outcome, str):
             gc.collect()  # its error held what the run had on the device
         return outcome
@@ -118,7 +118,11 @@ def run_all(
                 put_off.update(planned.workdir for planned in group)
                 held += group
                 continue
-            outcomes = _attempt_together(group, attempt, should_stop)
+            attempts = [
+                functools.partial(attempt, planned, observer)
+                for planned, observer in zip(group, observe(group), strict=True)
+            ]
+            outcomes = _attempt_together(attempts, should_stop)
             for planned, outcome in zip(group, outcomes, strict=True):
                 if outcome is None:
                     held.append(planned)
@@ -195,22 +199,20 @@ def _is_sibling(planned: PlannedRun, other: PlannedRun) -> bool:
 
 
 def _attempt_together(
-    group: Sequence[PlannedRun],
-    attempt: Callable[..., Outcome],
+    attempts: Sequence[Callable[..., Outcome]],
     should_stop: Callable[[], bool],
 ) -> list[Outcome]:
     """Returns the outcomes of runs whose steps are taken by one program."""
-    if len(group) == 1:
-        return [attempt(group[0], should_stop=should_stop)]
-    lockstep = Lockstep(len(group), should_stop)
+    if len(attempts) == 1:
+        return [attempts[0](should_stop=should_stop)]
+    lockstep = Lockstep(len(attempts), should_stop)
 
-    def join(planned: PlannedRun) -> Outcome:
+    def join(attempt: Callable[..., Outcome]) -> Outcome:
         with lockstep.joined() as companion:
-            how = {"should_stop": companion.should_stop, "companion": companion}
-            return attempt(planned, **how)
+            return attempt(should_stop=companion.should_stop, companion=companion)
 
-    with concurrent.futures.ThreadPoolExecutor(len(group)) as pool:
-        return list(pool.map(join, group))
+    with concurrent.futures.ThreadPoolExecutor(len(attempts)) as pool:
+        return list(pool.map(join, attempts))
 
 
 def _attempt(

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -65,34 +65,48 @@ class ProgressDisplay:
     def run(
         self, name: str, training: float, evaluation: float, given: float = 0.0
     ) -> "RunDisplay":
-        """Returns the display of the next run; the runs' work adds up to the total.
+        """Returns the display of the next run; see `run_together`."""
+        (shown,) = self.run_together({name: (training, evaluation, given)})
+        return shown
 
-        Of the training `given` is what an earlier run leaves, which counts for nothing.
+    def run_together(
+        self, works: Mapping[str, tuple[float, float, float]]
+    ) -> list["RunDisplay"]:
+        """Returns displays of the next runs; those before have ended.
 
         A run that is never told of progress is done elsewhere: it is left out, and
         may come again.
+
+        Args:
+          works: by their names the work of the training, of the evaluation, and what
+            of the training an earlier run leaves, which counts for nothing. That of all
+            runs adds up to the total.
         """
         if not self._runs:
             clock = _compilation_clock()
             begun = clock()
             self._compiling = lambda: clock() - begun
-        for run in self._runs.values():
-            run.end()
-        self._runs[name] = RunDisplay(self.say, name, training, evaluation, given)
-        return self._runs[name]
+        self._end_all()
+        shown = {
+            name: RunDisplay(self.say, name, *work) for name, work in works.items()
+        }
+        self._runs |= shown
+        return list(shown.values())
 
     def say(self, text: str) -> None:
         """Says what is going on, or why nothing moves."""
         runs = self._runs.values()
-        absent = sum(run.work for run in runs if run.skipped is None)
-        known = [(run.done, run.skipped) for run in runs if run.skipped is not None]
-        skipped = sum(skipped for _, skipped in known)
-        done = sum(done for done, _ in known) - skipped
-        self.show(text, done, self._total - absent - skipped)
+        skipped = sum(run.skipped or 0.0 for run in runs)
+        self.show(text, sum(run.done for run in runs) - skipped, self._total - skipped)
 
     def wait_for(self, names: Iterable[str]) -> None:
         """Says that other workers have the last runs, by their names."""
+        self._end_all()
         self.say(f"waiting for other workers: {', '.join(names)}")
+
+    def _end_all(self) -> None:
+        for run in self._runs.values():
+            run.end()
 
     def show(self, text: str, done: float, total: float | None = None) -> None:
         """Moves the bar to `done` units of work and says what is going on."""
@@ -136,9 +150,9 @@ class RunDisplay:
     Attributes:
       work: of the run, less what it is given.
       done: of it.
-      skipped: what an earlier process did beyond what is given, known in part as soon
-        as the run is told of progress, and whole at its end; None before. The ETA must
-        not promise that speed.
+      skipped: what other processes did beyond what is given, known in part as soon as
+        the run is told of progress, and whole at its end; None before. The ETA must not
+        promise that speed.
     """
 
     def __init__(
@@ -170,10 +184,9 @@ class RunDisplay:
         self._move(self._training, work, doing)
 
     def end(self) -> None:
-        """Ends the run: the work that it was never told of had been done before."""
-        if self.skipped is not None:
-            self.skipped += self.work - self.done
-            self.done = self.work
+        """Ends the run: the work that it was never told of is done elsewhere."""
+        self.skipped = (self.skipped or 0.0) + self.work - self.done
+        self.done = self.work
 
     def _move(self, before: float, done: float, text: str) -> None:
         if self.skipped is None:
