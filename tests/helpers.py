@@ -50,6 +50,8 @@ TINY = {
     "evaluation.l2": (),
     "evaluation.batch_size": 48,
 }
+# What a collective operation says in every process once a connection is gone.
+BROKEN_CONNECTION = "UNKNOWN: Gloo AllGather failed: Connection closed by peer"
 # Environment of processes whose programs are compiled as those of a user.
 USUAL_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
 

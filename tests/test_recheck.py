@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from samrobust.cli import measuring
-from samrobust.experiments import curves, scoring, turns
+from samrobust.experiments import curves, networks, scoring, turns
 from samrobust.experiments.run import run
 from samrobust.system.claims.lease import claim
+from samrobust.system.distributed import ending
 from samrobust.system.files import read_sealed
 
 pytestmark = pytest.mark.usefixtures("programs_made_once")
@@ -326,6 +327,27 @@ def test_a_run_whose_network_cannot_be_read_stops_no_other(
     shutil.rmtree(workdir / "sam,rho=0.2" / "seed0" / "checkpoints")
     assert helpers.main(*arguments) == 1
     assert "error: Expected a checkpoint in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["recheck", "curves"])
+def test_a_broken_connection_leaves_no_run_out(
+    trained, tmp_path, capsys, monkeypatch, command
+):
+    """All processes meet it alike; it is no fault of the run's network."""
+    workdir = Path(shutil.copytree(trained, tmp_path / "table"))
+    flags = [*FLAGS] if command == "recheck" else ["--linf=8", "--l2=", IMAGES[0]]
+
+    load_network = networks.load_network
+
+    def fail_last(config, *arguments):
+        if config.row == "st":
+            return load_network(config, *arguments)
+        monkeypatch.setattr(ending, "is_joined", lambda: True)
+        raise ValueError(helpers.BROKEN_CONNECTION)
+
+    monkeypatch.setattr(networks, "load_network", fail_last)
+    assert helpers.main(command, f"--workdir={workdir}", *flags) == 69
+    assert "Another process of this run died" in capsys.readouterr().err
 
 
 def test_a_damaged_result_is_refused_before_any_attack(rechecked, monkeypatch, capsys):

@@ -23,6 +23,7 @@ from samrobust.experiments.run import PlannedRun
 from samrobust.experiments.survey import read_plan
 from samrobust.experiments.workdir import settle_config
 from samrobust.system.claims.lease import ClaimedError, claim
+from samrobust.system.distributed import ending
 from samrobust.system.failures import read_failure, recording_failure
 from samrobust.system.files import WorkdirError, write_json, write_sealed
 from samrobust.training import InterruptedRunError, TrainingDivergedError
@@ -180,6 +181,15 @@ def test_whatever_fails_the_others_go_on(follow, error, text):
 def test_a_stop_stops_all(follow, error):
     with pytest.raises(type(error)):
         follow({"b": [error]})
+
+
+def test_a_broken_connection_stops_all_though_all_processes_meet_it(
+    follow, monkeypatch
+):
+    """Every later collective operation would fail too."""
+    monkeypatch.setattr(ending, "is_joined", lambda: True)
+    with pytest.raises(ValueError, match="Gloo"):
+        follow({"b": [ValueError(helpers.BROKEN_CONNECTION)]})
 
 
 def test_what_a_failed_run_held_is_free_before_the_next_one(follow):

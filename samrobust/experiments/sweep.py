@@ -70,7 +70,7 @@ def run_all(
 
     With several processes that holds for what they all meet alike; what one of them
     meets alone, such as a lack of memory, is raised and ends them all. So is what
-    passes by, such as a file server that is away (`is_transient`): no run failed then.
+    passes by, such as a file server or a process that is gone: no run failed then.
 
     Args:
       runs: with a workdir of its own each.

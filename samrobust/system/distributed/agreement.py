@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from samrobust.system.distributed.ending import watch_for_failures
+from samrobust.system.distributed.ending import lost_a_peer, watch_for_failures
 from samrobust.system.distributed.mesh import replicate
 from samrobust.system.distributed.start import initialize
 from samrobust.system.distributed.store import is_joined, is_primary, wait_for
@@ -75,8 +75,11 @@ def is_shared(error: BaseException) -> bool:
 def met_by_all(error: Exception) -> bool:
     """Tells whether all processes met an error at the same place, so are still in step.
 
-    All processes that met one must call this. It takes ten seconds to return False.
+    All processes that met one must call this. It may take ten seconds to return False.
+    A broken connection to another process never counts: what follows would meet it too.
     """
+    if lost_a_peer(error):
+        return False
     if not is_joined() or is_shared(error):
         return True
     try:
