@@ -12,6 +12,7 @@ import pytest
 
 import samrobust
 from samrobust.data import Split
+from samrobust.experiments import identity
 from samrobust.experiments.identity import Identity, identity_of
 from samrobust.experiments.interchange import export_weights
 from samrobust.experiments.networks import load, load_network
@@ -105,6 +106,23 @@ def test_checkpoints_of_another_run_are_refused_by_what_differs(
     with pytest.raises(CheckpointError, match=message):
         train(config, dataset, first)
     with pytest.raises(CheckpointError, match=message):
+        load_network(config, dataset, first, "last")
+
+
+@pytest.mark.parametrize("name", ["config.source.mine", "data", "random", "test"])
+def test_a_process_whose_inputs_are_not_those_of_process_0_is_refused(
+    first, dataset, monkeypatch, name
+):
+    """Also where the run has finished, and nothing is trained."""
+    monkeypatch.setattr(identity, "is_joined", lambda: True)
+    of_primary = {name: "another"}
+    monkeypatch.setattr(
+        identity, "broadcast_from_primary", lambda inputs: inputs() | of_primary
+    )
+    config, message = config_of_first(), f"in all processes, got .*'{name}': .'another"
+    with pytest.raises(ValueError, match=message):
+        run(config, first, helpers.Silent(), dataset=dataset)
+    with pytest.raises(ValueError, match=message):
         load_network(config, dataset, first, "last")
 
 

@@ -8,12 +8,15 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from typing import NamedTuple
 
 import helpers
+import numpy as np
 import pytest
 
+from samrobust.experiments.run import run
 from samrobust.system.claims.lease import ClaimedError, claim
 
 ST = "st"  # how processes end does not depend on what they do
@@ -208,6 +211,39 @@ def test_processes_that_were_started_differently_are_refused(tmp_path, cache):
     assert [code for code, *_ in outcomes] == [2, 2], outcomes
     assert "the same config and the same data in all processes" in outcomes[1][2]
     assert "momentum" in outcomes[1][2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["evaluate", "curves"])
+def test_a_finished_run_is_not_judged_on_two_data_sets(
+    tmp_path, monkeypatch, cache, command
+):
+    folders = [helpers.make_folder(tmp_path / name) for name in ("one", "other")]
+    images = helpers.make_split(32).images
+    for labels, folder in enumerate(folders):
+        y = (np.arange(32) + labels) % 4
+        arrays = {"x_train": images, "y_train": y, "x_test": images, "y_test": y}
+        np.savez(folder / "data.npz", **arrays)
+    whole = {"data.train_size": None, "data.test_size": None}
+    config = helpers.make_config(
+        ST, {"data.name": "data.npz", "training.epochs": 1, **whole}
+    )
+    monkeypatch.chdir(folders[0])
+    workdir = tmp_path / "table" / ST / "seed0"
+    run(config, workdir, helpers.Silent(), dataset=helpers.load_data(config))
+    arguments = {
+        "evaluate": [f"--workdir={workdir}"],
+        "curves": [f"--workdir={tmp_path / 'table'}", "--linf=8", "--l2="],
+    }
+    program = [sys.executable, "-m", "samrobust.cli", command, *arguments[command]]
+    group = helpers.start_group(
+        [["env", f"--chdir={folder}", *program] for folder in folders],
+        **cache,
+        PYTHONPATH=str(helpers.ROOT),
+    )
+    outcomes = helpers.finish_group(group)
+    assert [code for code, *_ in outcomes] == [2, 2], outcomes
+    assert "the same data in all processes, got differences" in outcomes[1][2]
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+from samrobust.checks import check
 from samrobust.data import DATASETS, Dataset, DatasetFacts, fingerprint
 from samrobust.experiments.configuration import (
     as_dict,
@@ -24,12 +25,13 @@ from samrobust.experiments.configuration import (
     with_defaults,
 )
 from samrobust.experiments.methods import own_code
+from samrobust.system.distributed import broadcast_from_primary, is_joined
 from samrobust.system.fields import differences
 from samrobust.system.provenance import commit, random_bits
 from samrobust.system.resolve import sources
 from samrobust.types import Config
 
-__all__ = ["Identity", "changed_fields", "identity_of"]
+__all__ = ["Identity", "changed_fields", "check_alike", "identity_of"]
 
 # To be raised when a config and a seed come to mean other numbers, beyond rounding.
 FORMAT = 1
@@ -37,6 +39,8 @@ FORMAT = 1
 _PACKAGES = ("samrobust", "jax", "jaxlib", "flax", "optax")
 _IMPORTED = "import "  # begins the `data` of a network from a file
 _NORMALIZED = " mean "  # begins what follows the fingerprint of data of one's own
+# What the processes of a run may have each to itself.
+_OWN_FIELDS = ("config.data.data_dir", "config.data.manual_dir")
 _LENGTH = 16  # of a hash, in hexadecimal digits
 
 
@@ -177,6 +181,31 @@ def identity_of(
         random=random_bits(),
         versions=(_versions(),),
     )
+
+
+def check_alike(config: Config, dataset: Dataset | DatasetFacts) -> None:
+    """Refuses, in any other process, what is not as in process 0; all must call it.
+
+    Args:
+      config: of the run.
+      dataset: that of `config.data`, or facts, without images to compare.
+
+    Raises:
+      ValueError: if the config, own code, data or JAX's random numbers differ.
+    """
+    if not is_joined():
+        return
+    own = identity_of(config, dataset)
+    ours = {"config": own.config, "data": own.data, "random": own.random}
+    if isinstance(dataset, Dataset):
+        ours["test"] = fingerprint(dataset.test)
+    changed = differences(broadcast_from_primary(lambda: ours), ours)
+    changed = {n: v for n, v in changed.items() if not n.startswith(_OWN_FIELDS)}
+    wanted = "the same config and the same data in all processes"
+    fix = (
+        "Start all of them with the same command, code and settings, on the same data."
+    )
+    check(not changed, wanted, fix, differences=changed)
 
 
 def changed_fields(

@@ -17,7 +17,7 @@ from flax import linen as nn
 from samrobust.checks import check_choice
 from samrobust.data import Dataset, DatasetFacts
 from samrobust.experiments import building, methods
-from samrobust.experiments.identity import Identity, identity_of
+from samrobust.experiments.identity import Identity, check_alike, identity_of
 from samrobust.experiments.workdir import config_of_run, stored_config
 from samrobust.system.distributed import broadcast_from_primary, data_mesh
 from samrobust.system.files import glance
@@ -124,10 +124,14 @@ def load_network(
       which: `last`, or `best` on the validation images.
       step: of the checkpoint; None for the newest.
 
+    Of several processes all must call this.
+
     Raises:
+      ValueError: if the processes have different configs, code or data.
       CheckpointError: if there is none, or if it is damaged or of another run. An older
         one never takes its place.
     """
+    check_alike(config, dataset)
     key = abstract_key()
     like = jax.eval_shape(_begin(config, dataset), key)
     folder = checkpoint_folder(workdir, which)

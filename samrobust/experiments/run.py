@@ -15,11 +15,9 @@ from typing import Any
 import jax
 
 from samrobust.attacks import ATTACKS_VERSION
-from samrobust.checks import check
 from samrobust.data import Dataset, fingerprint
 from samrobust.experiments import building, heldout, methods, scoring, trunks
-from samrobust.experiments.configuration import as_dict
-from samrobust.experiments.identity import Identity, identity_of
+from samrobust.experiments.identity import Identity, check_alike, identity_of
 from samrobust.experiments.networks import Trained, checkpoints_of, load_network
 from samrobust.experiments.tracking import Tracking
 from samrobust.experiments.workdir import (
@@ -46,8 +44,6 @@ from samrobust.types import Config
 
 __all__ = ["PlannedRun", "run", "train", "work"]
 
-# What the processes of a run may have each to itself.
-_OWN_FIELDS = ("config.data.data_dir", "config.data.manual_dir")
 _SCORES = "scores.json"  # of the checkpoints judged so far, until there is a result
 
 
@@ -123,7 +119,7 @@ def run(
     tracking = Tracking(config, workdir)
     with contextlib.ExitStack() as held:
 
-        def begin() -> tuple[dict[str, Any], dict[str, Any] | None]:
+        def begin() -> dict[str, Any] | None:
             claims.append(held.enter_context(claim(workdir)))
             held.enter_context(recording_failure(workdir, is_failure=_is_failure))
             held.enter_context(contextlib.closing(tracking))
@@ -132,10 +128,10 @@ def run(
             if result is not None:
                 _check_images(result, config, dataset, workdir)
                 (workdir / _SCORES).unlink(missing_ok=True)  # of a kill just before
-            return _inputs(config, dataset), result
+            return result
 
-        inputs, result = broadcast_from_primary(begin)
-        _check_same(inputs, _inputs(config, dataset))
+        result = broadcast_from_primary(begin)
+        check_alike(config, dataset)
         if result is not None:
             return result
         on_progress = observer.on_progress
@@ -295,14 +291,6 @@ def _is_failure(error: Exception) -> bool:
     return not (isinstance(error, others) or passes)
 
 
-def _inputs(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """Returns what all processes of a run must have alike; data by their hashes."""
-    data = {}
-    if jax.process_count() > 1:
-        data = {"train": fingerprint(dataset.train), "test": fingerprint(dataset.test)}
-    return {"config": as_dict(config), "data": data}
-
-
 def _check_images(
     result: dict[str, Any], config: Config, dataset: Dataset, workdir: pathlib.Path
 ) -> None:
@@ -314,14 +302,6 @@ def _check_images(
             f"{workdir}, got one on others: {result['images']}, not {images}. Restore "
             "the data, or choose another --workdir."
         )
-
-
-def _check_same(of_primary: dict[str, Any], ours: dict[str, Any]) -> None:
-    changed = differences(of_primary, ours)
-    changed = {n: v for n, v in changed.items() if not n.startswith(_OWN_FIELDS)}
-    wanted = "the same config and the same data in all processes"
-    fix = "Start all of them with the same command, and on the same data."
-    check(not changed, wanted, fix, differences=changed)
 
 
 def _describe(
