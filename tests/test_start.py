@@ -2,12 +2,14 @@
 
 import signal
 import socket
+import sys
 
 import helpers
 import jax
 import pytest
 from jax._src import hardware_utils
 
+from samrobust.system.distributed import start as meeting
 from samrobust.system.distributed.environment import (
     Settings,
     find_settings,
@@ -219,6 +221,36 @@ def test_a_missing_driver_is_an_error_and_no_run_on_the_cpu(tmp_path, platforms)
     assert code == 2
     assert "Expected a device that JAX can use, got JAX_PLATFORMS=" in errors
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_without_a_device_ends_all_soon(tmp_path, victim):
+    """The others wait for its devices, two minutes by JAX."""
+    if hardware_utils.has_visible_nvidia_gpu():
+        pytest.skip("there is a driver")
+    program = [sys.executable, "-m", "samrobust.cli", "train"]
+    program += ["--config=configs/digits.py:st", f"--workdir={tmp_path / 'run'}"]
+    platforms = ["cuda" if number == victim else "cpu" for number in range(2)]
+    outcomes = helpers.finish_group(
+        helpers.start_group(
+            [["env", f"JAX_PLATFORMS={p}", *program] for p in platforms]
+        )
+    )
+    assert [code for code, *_ in outcomes] == [2, 2], outcomes
+    assert "error: Expected a device that JAX can use" in outcomes[victim][2]
+    assert f"process {victim} failed: Expected a device" in outcomes[1 - victim][2]
+
+
+def test_devices_that_another_process_does_not_name_are_no_bad_input(monkeypatch):
+    def fail():
+        raise RuntimeError("Getting local topologies failed: GetKeyValue() timed out")
+
+    monkeypatch.setattr(jax, "default_backend", fail)
+    monkeypatch.setattr(meeting, "is_joined", lambda: True)
+    with pytest.raises(
+        DistributedError, match="devices of all processes, got: Getting"
+    ):
+        meeting.check_platform()
 
 
 def test_what_one_process_does_alone_is_done_by_process_0():

@@ -117,7 +117,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def _say(text: str, error: BaseException) -> None:
     """Says something once, where all processes have the same to say."""
-    if not distributed.is_joined() or distributed.is_primary():
+    if not distributed.is_joined() or distributed.process_number() == 0:
         runtime.say(text)
     elif not (distributed.is_shared(error) or isinstance(error, InterruptedRunError)):
-        runtime.say(f"(process {jax.process_index()}) {text}")
+        runtime.say(f"(process {distributed.process_number()}) {text}")

@@ -2,7 +2,8 @@
 
 - The coordination service's store: `jax.distributed` joins processes and offers them no
   place to leave a value; Orbax takes the client from the same object. The number of
-  processes stands there too: `jax.process_count` would ask for a device first.
+  processes and of this one stand there too: `jax.process_count` and `process_index`
+  would ask for a device first.
 - Whether this is a Cloud TPU VM: JAX knows as it is imported, without a device.
 - The logger of errors in callbacks, which has the name of its module.
 - What XLA's compiler knows of a device: `jax.experimental.topologies` takes such a
@@ -19,6 +20,7 @@ __all__ = [
     "CALLBACK_LOGGER",
     "in_cloud_tpu_vm",
     "joined_processes",
+    "process_number",
     "store",
     "target_config",
 ]
@@ -34,6 +36,11 @@ def store() -> Any:
 def joined_processes() -> int:
     """Returns the number of processes that have joined; asks JAX for no device."""
     return distributed.global_state.num_processes
+
+
+def process_number() -> int:
+    """Returns which of them this process is; asks JAX for no device."""
+    return distributed.global_state.process_id
 
 
 def target_config() -> str:

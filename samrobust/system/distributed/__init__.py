@@ -25,6 +25,7 @@ from samrobust.system.distributed.start import (
     initialize,
 )
 from samrobust.system.distributed.store import is_joined, is_primary
+from samrobust.system.jax_internals import process_number
 
 __all__ = [
     "AgreedStop",
@@ -43,6 +44,7 @@ __all__ = [
     "lost_a_peer",
     "map_groups",
     "met_by_all",
+    "process_number",
     "replicate",
     "replicated",
     "shard_batch",

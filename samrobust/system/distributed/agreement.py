@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from samrobust.system.distributed.ending import lost_a_peer, watch_for_failures
+from samrobust.system.distributed.ending import lost_a_peer
 from samrobust.system.distributed.mesh import replicate
 from samrobust.system.distributed.start import initialize
 from samrobust.system.distributed.store import is_joined, is_primary, wait_for
@@ -149,9 +149,6 @@ class AgreedStop:
 def join(stop: Callable[[], bool]) -> AgreedStop:
     """Joins the other processes of the run, if there are any; see `initialize`.
 
-    From then on this process ends soon after another one reports a failure, instead of
-    waiting for it until the heartbeat's timeout.
-
     Args:
       stop: whether this process was asked to stop.
 
@@ -159,7 +156,6 @@ def join(stop: Callable[[], bool]) -> AgreedStop:
       The same question, with the same answer in all processes.
     """
     initialize()
-    watch_for_failures()
     return AgreedStop(stop)
 
 

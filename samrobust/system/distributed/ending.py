@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 import jax
 
-from samrobust.system.distributed.store import is_joined, is_primary, look_for
-from samrobust.system.jax_internals import store
+from samrobust.system.distributed.store import is_joined, look_for
+from samrobust.system.jax_internals import process_number, store
 from samrobust.system.runtime import say
 
 __all__ = ["abort", "lost_a_peer", "shut_down", "watch_for_failures"]
@@ -53,10 +53,10 @@ def abort(code: int, reason: str) -> NoReturn:
       code: exit code, of the others too.
       reason: in a few words.
     """
-    failure = {"process": jax.process_index(), "code": code, "reason": reason}
+    failure = {"process": process_number(), "code": code, "reason": reason}
     with contextlib.suppress(Exception):  # another told before, or the store is gone
         store().key_value_set(_FAILURE, json.dumps(failure))
-    if is_primary():  # the store ends with this process: let the others read
+    if process_number() == 0:  # the store ends with this process: let the others read
         time.sleep(_GRACE_SECONDS)
     _exit(code)
 
@@ -90,7 +90,7 @@ class _Watcher:
             except jax.errors.JaxRuntimeError:  # the store is gone, and with it process
                 return  # 0: JAX ends this process too
             failure = {} if told is None else json.loads(told)
-            if failure and failure["process"] != jax.process_index():
+            if failure and failure["process"] != process_number():
                 self._follow(failure)
 
     def _follow(self, failure: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ class _Watcher:
             return
         say(
             f"process {failure['process']} failed: {failure['reason']} "
-            f"Process {jax.process_index()} stops too."
+            f"Process {process_number()} stops too."
         )
         _exit(failure["code"])
 

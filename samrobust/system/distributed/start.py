@@ -14,6 +14,8 @@ from jax.experimental import multihost_utils
 
 from samrobust.checks import check
 from samrobust.system.distributed import environment
+from samrobust.system.distributed.ending import watch_for_failures
+from samrobust.system.distributed.store import is_joined
 from samrobust.system.runtime import answered, say
 
 __all__ = ["DistributedError", "check_platform", "initialize"]
@@ -30,7 +32,8 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
     A second call does nothing. `SAMROBUST_HEARTBEAT_SECONDS` (default 100) is how long
     a process may be silent before the others consider it dead,
     `SAMROBUST_MEETING_SECONDS` (default 600) how long they wait for each other here;
-    JAX then ends the process, after our message about what to check.
+    JAX then ends the process, after our message about what to check. Once joined, this
+    process ends soon after another one reports a failure.
 
     Args:
       environ: the environment variables, see
@@ -66,6 +69,7 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
     except (RuntimeError, OSError) as error:
         message = f"Expected to meet the other processes of the run{at}, got: {error} "
         raise DistributedError(message + _REMEDY) from error
+    watch_for_failures()  # a process may find no device, and the others wait for it
     check_platform()
     if jax.distributed.is_initialized():
         _connect_devices()
@@ -79,12 +83,16 @@ def check_platform() -> None:
 
     Raises:
       ValueError: with JAX's reason, before any work.
+      DistributedError: if another process did not name its devices in time.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     wanted = platforms.partition(",")[0]
     try:
         found, problem = jax.default_backend(), ""
     except (RuntimeError, AssertionError) as error:  # JAX's own, without a message
+        if is_joined() and "topologies" in str(error):
+            message = f"Expected the devices of all processes, got: {error} {_REMEDY}"
+            raise DistributedError(message) from error
         found, problem = "", f"{error} "
     check(
         found not in ("", "cpu") or (found == "cpu" and wanted in ("", "cpu")),
