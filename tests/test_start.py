@@ -210,6 +210,12 @@ def test_a_port_that_is_taken_is_named_before_jax_ends_without_a_word():
             start({**environ, "JAX_PROCESS_ID": "0"})
 
 
+def test_own_code_that_computes_while_it_is_imported_is_no_late_process():
+    jax.devices()  # as an array at the top of a module does
+    with pytest.raises(ValueError, match="Own code must not compute with JAX"):
+        start(EXPLICIT)
+
+
 @pytest.mark.parametrize("platforms", ["cuda,cpu", "cuda"])
 def test_a_missing_driver_is_an_error_and_no_run_on_the_cpu(tmp_path, platforms):
     if hardware_utils.has_visible_nvidia_gpu():

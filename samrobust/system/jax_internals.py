@@ -4,6 +4,7 @@
   place to leave a value; Orbax takes the client from the same object. The number of
   processes and of this one stand there too: `jax.process_count` and `process_index`
   would ask for a device first.
+- Whether JAX has looked for devices already, after which processes cannot join.
 - Whether this is a Cloud TPU VM: JAX knows as it is imported, without a device.
 - The logger of errors in callbacks, which has the name of its module.
 - What XLA's compiler knows of a device: `jax.experimental.topologies` takes such a
@@ -13,11 +14,12 @@
 from typing import Any
 
 import jax
-from jax._src import cloud_tpu_init, distributed
+from jax._src import cloud_tpu_init, distributed, xla_bridge
 from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
 __all__ = [
     "CALLBACK_LOGGER",
+    "has_backend",
     "in_cloud_tpu_vm",
     "joined_processes",
     "process_number",
@@ -41,6 +43,11 @@ def joined_processes() -> int:
 def process_number() -> int:
     """Returns which of them this process is; asks JAX for no device."""
     return distributed.global_state.process_id
+
+
+def has_backend() -> bool:
+    """Returns whether JAX has looked for devices; asks it for none."""
+    return xla_bridge.backends_are_initialized()
 
 
 def target_config() -> str:

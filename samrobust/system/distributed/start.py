@@ -16,6 +16,7 @@ from samrobust.checks import check
 from samrobust.system.distributed import environment
 from samrobust.system.distributed.ending import watch_for_failures
 from samrobust.system.distributed.store import is_joined
+from samrobust.system.jax_internals import has_backend
 from samrobust.system.runtime import answered, say
 
 __all__ = ["DistributedError", "check_platform", "initialize"]
@@ -40,8 +41,8 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
         `samrobust.system.distributed.environment`.
 
     Raises:
-      ValueError: if the variables contradict each other, or the processes have
-        different numbers of devices.
+      ValueError: if the variables contradict each other, JAX has computed something
+        before, or the processes have different numbers of devices.
       DistributedError: if the others cannot be reached, as far as JAX says so.
     """
     if jax.distributed.is_initialized():
@@ -63,8 +64,10 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
                 # connects CPUs, tells them apart by their order alone.
                 jax.config.update("jax_cpu_enable_async_dispatch", False)
                 _check_port(settings)
+                _check_nothing_computed()
                 join(*settings, cluster_detection_method="deactivate")
             elif environment.on_cloud_tpu(environ):
+                _check_nothing_computed()
                 join()
     except (RuntimeError, OSError) as error:
         message = f"Expected to meet the other processes of the run{at}, got: {error} "
@@ -131,6 +134,18 @@ def _check_port(settings: environment.Settings) -> None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
+
+
+def _check_nothing_computed() -> None:
+    """Refuses a JAX that has its devices already: those of others cannot join them."""
+    computed = has_backend()
+    check(
+        not computed,
+        "processes that meet before JAX computes anything",
+        "Own code must not compute with JAX while it is imported: build its arrays "
+        "inside the functions that use them, or with NumPy.",
+        computed=computed,
+    )
 
 
 @contextlib.contextmanager
