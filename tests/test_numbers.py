@@ -1041,7 +1041,7 @@ def real_in_l2_in_words(sam: str, *others: str) -> list[str]:
     beyond = {row for row in rows if found[row].significant and found[row].mean > 0}
     masked, on = "ssam,mask=dynamic,rho=0.1", "sam_on,rho=0.25"
     assert beyond == {masked, on}
-    for row in (sam, others[0]):  # README: under AutoAttack "neither gains in l2"
+    for row in (sam, others[0]):  # README: "leaves neither a gain in l2"
         assert found[row].mean < 0
     at = others[-1]
     for row in rows:  # "alone"
