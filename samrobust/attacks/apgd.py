@@ -339,7 +339,7 @@ class ApgdRun(NamedTuple):
             gradient, (losses, scores) = gradient_of(current, own_key)
             return carry[0] + gradient, losses, scores
 
-        nothing = (jnp.zeros_like(current), *[filled(current, 0)] * 2)
+        nothing = (jnp.zeros_like(current), filled(current, 0), filled(current, 0))
         gradient, losses, scores = jax.lax.fori_loop(0, self.eot, draw, nothing)
         return gradient / self.eot, losses, scores  # EOT: the mean over the draws
 

@@ -34,6 +34,7 @@ from samrobust.training.epoch import (
 from samrobust.training.lockstep import Companion
 from samrobust.training.log import (
     EndedEpoch,
+    RunFolder,
     RunIdentity,
     RunLog,
     TrainingDivergedError,
@@ -371,10 +372,9 @@ class _Run:
             self._settle()
             self.log.save(carry, step, epoch_seconds)
             if step < self.num_steps:
-                is_saved = type(self.log) is not RunLog
-                saved = (
-                    f"the state is saved. {RESUME}" if is_saved else "it had no log."
-                )
+                saved = "it had no log."
+                if isinstance(self.log, RunFolder):
+                    saved = f"the state is saved. {RESUME}"
                 raise InterruptedRunError(
                     f"Stopped at step {step} of {self.num_steps}; {saved}"
                 )
