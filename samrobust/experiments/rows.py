@@ -29,6 +29,7 @@ from typing import Any
 from samrobust.checks import check
 from samrobust.experiments import entries
 from samrobust.experiments.entries import REGISTRIES, REGISTRY
+from samrobust.system.fields import split_fields
 from samrobust.system.resolve import is_reference
 from samrobust.types import Field
 
@@ -40,7 +41,6 @@ _EXAMPLES = (
 )
 
 
-_OTHER = re.compile(r",(\w+(?:\.\w+)+)=([^,+]*)")  # a field of a config, in a row
 # Sections of a config that say how a table is made and judged, not what is trained.
 _SHARED = ("evaluation", "checkpoint", "tracking", "paper")
 
@@ -183,8 +183,9 @@ def modern_row(row: str) -> str:
 
 def _split_others(row: str) -> tuple[str, dict[str, Any]]:
     """Returns a row without its fields of a config, and these with their values."""
+    method, fields = split_fields(row)
     others = {}
-    for name, value in _OTHER.findall(row):
+    for name, value in fields:
         plain = re.fullmatch(r"[\w.-]+", value) is not None
         check(plain, f"letters, digits, _, . and - for {name}", row=row)
         check(name not in others, f"{name} once", row=row)
@@ -194,7 +195,7 @@ def _split_others(row: str) -> tuple[str, dict[str, Any]]:
         others[name] = value
         with contextlib.suppress(ValueError, SyntaxError):  # of words
             others[name] = ast.literal_eval(value)
-    return _OTHER.sub("", row), dict(sorted(others.items()))
+    return method, dict(sorted(others.items()))
 
 
 def _parse_part(spelling: str, row: str) -> Part:

@@ -1,10 +1,13 @@
 """Fields of configs and results, by dotted names, and in which two of them differ."""
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-__all__ = ["differences", "flatten", "is_among"]
+__all__ = ["differences", "flatten", "is_among", "split_fields"]
+
+_IN_A_ROW = re.compile(r",(\w+(?:\.\w+)+)=([^,+]*)")
 
 
 def flatten(tree: Any, above: str = "") -> Iterator[tuple[str, Any]]:
@@ -40,3 +43,12 @@ def is_among(field: str, names: Collection[str]) -> bool:
         field == name or (name.endswith(".") and field.startswith(name))
         for name in names
     )
+
+
+def split_fields(row: str) -> tuple[str, list[tuple[str, str]]]:
+    """Returns the name of a row without its fields of a config, and these, as text.
+
+    >>> split_fields("sam,rho=0.2,training.epochs=40")
+    ('sam,rho=0.2', [('training.epochs', '40')])
+    """
+    return _IN_A_ROW.sub("", row), _IN_A_ROW.findall(row)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from samrobust.checks import NORMS, check
+from samrobust.system.fields import split_fields
 
 __all__ = [
     "attack_in_words",
@@ -25,7 +26,6 @@ __all__ = [
 ]
 
 _COLUMN = re.compile(r"(natural|(\w+) (\d+(?:\.\d+)?)/255)(?: (\S.*))?")
-_FIELD = re.compile(r",\w+(?:\.\w+)+=[^,]*")  # in a row: another one of its config
 _ORDER = ("natural", *NORMS)
 _OF_PGD = ("linf_step", "l2_step", "random_start", "gradient_floor")
 
@@ -40,7 +40,7 @@ def family(row: str) -> str:
     >>> family("st,model.norm=group"), family("mine:clipped,clip_norm=1")
     ('ST', 'clipped')
     """
-    method = _FIELD.sub("", row)
+    method, _ = split_fields(row)
     names = re.findall(r"(?:^|\+)([A-Za-z_][\w.:]*)", method)
     own = [name.rpartition(":")[2] if ":" in name else name.upper() for name in names]
     return " ".join(["+".join(own), *re.findall(r",norm=(\w+)", method)])

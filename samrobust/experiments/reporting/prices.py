@@ -9,7 +9,6 @@ named.
 import collections
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from samrobust.experiments.reporting.names import (
     short_label,
 )
 from samrobust.experiments.reporting.table import Table, TableRow
+from samrobust.system.fields import split_fields
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,6 @@ _AROUND = 0.45  # inches above and below a panel
 _NEAR = 0.3  # doublings of the cost within which names stand in one column
 _MARGIN = 0.06  # doublings between points and names
 _LETTER = 0.0195  # doublings that a letter of a name takes
-_OTHERS = re.compile(r",\w+\.\w")  # in the name of a row: other fields of its config
 _DOT = {"marker": "o", "markersize": 3.5, "linestyle": "none", "elinewidth": 0.8}
 _STAIRS = {"drawstyle": "steps-post", "color": pictures.PALE, "linewidth": 2.5}
 _CROWD = 30  # names in a column, beyond which most are left out
@@ -147,7 +146,7 @@ def _names(rows: Sequence[TableRow]) -> dict[str, str]:
     """Returns short labels, without the other fields of a row where none needs them."""
     full = {row.name: short_label(row.label) for row in rows}
     brief = {
-        name: label.rpartition(" with ")[0] if _OTHERS.search(name) else label
+        name: label.rpartition(" with ")[0] if split_fields(name)[1] else label
         for name, label in full.items()
     }
     counts = collections.Counter(brief.values())

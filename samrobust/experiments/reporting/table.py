@@ -6,7 +6,6 @@ their batches, so the difference of two such runs varies less than the runs do.
 """
 
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from samrobust.experiments.reporting.names import column_order, family
 from samrobust.experiments.reporting.results import check_results, num_steps
+from samrobust.system.fields import is_among, split_fields
 
 __all__ = ["LEVEL", "Cell", "Difference", "Table", "TableRow", "summarize"]
 
@@ -291,9 +291,10 @@ def _mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), std
 
 
-def _of_a_step(row: str) -> list[str]:
-    """Returns what a row says of the batch and the network of its steps."""
-    return re.findall(r",(?:training\.batch_size|model\.\w+)=[^,]*", row)
+def _of_a_step(row: str) -> list[tuple[str, str]]:
+    """Returns the fields of a row that say of what batch and network its steps are."""
+    _, fields = split_fields(row)
+    return [f for f in fields if is_among(f[0], ("training.batch_size", "model."))]
 
 
 def _cost(
