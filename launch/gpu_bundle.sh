@@ -44,13 +44,13 @@ if [ -n "$before" ]; then
   git archive "$before" samrobust configs | tar -x -C "$bundle/before"
   git rev-parse --verify "$before^{commit}" >"$bundle/before/COMMIT"
   # Whether it has what is timed of it.
-  PYTHONPATH="$bundle/before" "$python" -P samrobust/studies/campaign/epochs.py \
+  PYTHONPATH="$bundle/before" "$python" -P launch/gpu_measure/epochs.py \
     --help >/dev/null
 fi
 
 for name in $data; do
   [ -e "$bundle/data/$name/files.txt" ] ||
-    "$python" -m samrobust.studies.campaign.pieces pack "$name" "$bundle/data/$name" \
+    "$python" -m launch.gpu_measure.pieces pack "$name" "$bundle/data/$name" \
       ${data_dir:+"$data_dir"}
 done
 du -sh "$bundle"/*

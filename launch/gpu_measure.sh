@@ -8,4 +8,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" -m samrobust.studies.campaign "$@"
+exec "${PYTHON:-python3}" -m launch.gpu_measure "$@"

@@ -17,13 +17,7 @@ import numpy as np
 import pytest
 from test_layering import modules_after
 
-from samrobust import cli
-from samrobust.cli import flags
-from samrobust.cli.bench import check_read
-from samrobust.data import load_dataset
-from samrobust.data.splits import fingerprint
-from samrobust.studies.bench import plan as bench_plan
-from samrobust.studies.campaign import (
+from launch.gpu_measure import (
     __main__,
     archive,
     blocks,
@@ -35,14 +29,20 @@ from samrobust.studies.campaign import (
     trace,
     wheels,
 )
-from samrobust.studies.campaign.blocks import (
+from launch.gpu_measure.blocks import (
     Block,
     Campaign,
     Command,
     left_out,
     plan,
 )
-from samrobust.studies.campaign.runner import run
+from launch.gpu_measure.runner import run
+from samrobust import cli
+from samrobust.cli import flags
+from samrobust.cli.bench import check_read
+from samrobust.data import load_dataset
+from samrobust.data.splits import fingerprint
+from samrobust.studies.bench import plan as bench_plan
 from samrobust.system.compiler import parse_compiler_options
 
 SCRIPT = helpers.ROOT / "launch" / "gpu_measure.sh"
@@ -200,7 +200,7 @@ def test_a_bench_reads_every_flag_that_it_is_given(tmp_path, trial):
 
 
 def test_it_begins_with_nothing_but_the_standard_library():
-    room = "samrobust.studies.campaign"
+    room = "launch.gpu_measure"
     loaded = modules_after(f"import {room}.__main__, {room}.wheels")
     assert loaded.isdisjoint({"jax", "numpy", "ml_collections", "rich"})
 
@@ -615,7 +615,7 @@ TINY = {name: v for name, v in TINY.items() if not name.startswith("attack")}
 
 
 def epochs(output, *flags):
-    script = helpers.ROOT / "samrobust" / "studies" / "campaign" / "epochs.py"
+    script = helpers.ROOT / "launch" / "gpu_measure" / "epochs.py"
     config = f"--config={helpers.ROOT}/configs/digits.py:st"
     own = [f"--config.{name}={value}" for name, value in TINY.items()]
     command = [sys.executable, "-P", str(script), config, "--epochs=2"]

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 import samrobust
 
 ROOT = pathlib.Path(samrobust.__file__).parent
-MODULES = sorted(ROOT.rglob("*.py"))
+MODULES = sorted([*ROOT.rglob("*.py"), *ROOT.parent.glob("launch/gpu_measure/*.py")])
 TWIN = ROOT / "studies" / "bench" / "twin"  # named after what it mirrors
 PAGES = MODULES + [
     page
     for folder in ("configs", "docs", "examples", "launch")
     for page in sorted((ROOT.parent / folder).rglob("*"))
-    if page.suffix in (".ipynb", ".md", ".py")
+    if page.suffix in (".ipynb", ".md", ".py") and page not in MODULES
 ]
 PAGES += [ROOT.parent / name for name in ("README.md", "CONTRIBUTING.md")]
 

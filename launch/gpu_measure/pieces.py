@@ -1,7 +1,7 @@
 """A data set in pieces that are small enough to be carried, and back.
 
-    python -m samrobust.studies.campaign.pieces pack NAME FOLDER [DATA_DIR]
-    python -m samrobust.studies.campaign.pieces unpack FOLDER FILE.npz
+    python -m launch.gpu_measure.pieces pack NAME FOLDER [DATA_DIR]
+    python -m launch.gpu_measure.pieces unpack FOLDER FILE.npz
 
 Lossless WebP, each file a column of images, 10,000 at most: CIFAR-10 takes 105 MB in
 six files, where its archive has 170.
@@ -13,9 +13,9 @@ import sys
 import numpy as np
 from PIL import Image
 
+from launch.gpu_measure.blocks import MANIFEST
 from samrobust.data import load_dataset
 from samrobust.data.own import read_image
-from samrobust.studies.campaign.blocks import MANIFEST
 
 __all__ = ["main", "pack", "unpack"]
 

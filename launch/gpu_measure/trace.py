@@ -1,6 +1,6 @@
 """The time of a profile by kernel: sums over a Perfetto trace, for people.
 
-    python -m samrobust.studies.campaign.trace FOLDER
+    python -m launch.gpu_measure.trace FOLDER
 
 Reads the traces that `samrobust bench --profile` wrote below a folder, and writes
 `profile.md` into it.
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from samrobust.studies.campaign.summary import origin
+from launch.gpu_measure.summary import origin
 from samrobust.system.provenance import provenance
 
 __all__ = ["main", "summarize"]

@@ -1,6 +1,6 @@
 """The machine: versions, what XLA knows of the device, and the most that it can do.
 
-    python -m samrobust.studies.campaign.machine --config=FILE --workdir=DIR
+    python -m launch.gpu_measure.machine --config=FILE --workdir=DIR
 
 Writes `machine.json`, again with each part that is known, and on a GPU `target.txtpb`,
 which `samrobust bench --aot` reads as a file of `bench/targets`; or why there is none.

@@ -1,6 +1,6 @@
 """The packages that a campaign's bundle brings, installed where they are missing.
 
-    python -m samrobust.studies.campaign.wheels WHEELS SITE FILE
+    python -m launch.gpu_measure.wheels WHEELS SITE FILE
 
 What imports and has a version decides, not what was noted at an earlier start, whose
 SITE may have been left behind on another machine. Each wheel is installed by itself,

@@ -1,6 +1,6 @@
 """Epochs of a row, as a run takes them, timed; and the bits at which they end.
 
-    python samrobust/studies/campaign/epochs.py --config=FILE:ROW --output=FILE
+    python launch/gpu_measure/epochs.py --config=FILE:ROW --output=FILE
 
 By `samrobust.training.fit`, on made-up images, in memory alone unless there is a
 workdir. It uses little of the package, so that with `PYTHONPATH` an older one is

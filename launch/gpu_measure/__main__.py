@@ -1,4 +1,4 @@
-"""`python -m samrobust.studies.campaign`: see `launch/gpu_measure.sh`."""
+"""`python -m launch.gpu_measure`: see `launch/gpu_measure.sh`."""
 
 import argparse
 import os
@@ -8,10 +8,10 @@ import signal
 import sys
 import threading
 
-from samrobust.studies.campaign.archive import write_archive
-from samrobust.studies.campaign.blocks import Campaign, left_out, plan
-from samrobust.studies.campaign.runner import DONE, run
-from samrobust.studies.campaign.summary import write_summary
+from launch.gpu_measure.archive import write_archive
+from launch.gpu_measure.blocks import Campaign, left_out, plan
+from launch.gpu_measure.runner import DONE, run
+from launch.gpu_measure.summary import write_summary
 
 __all__ = ["main"]
 

@@ -1,6 +1,6 @@
 """All that is small in one file: results, logs, XLA's autotuning.
 
-    python -m samrobust.studies.campaign.archive CACHE FOLDER [--needed]
+    python -m launch.gpu_measure.archive CACHE FOLDER [--needed]
 
 copies what the archive carries of a cache of compiled programs: the files of autotuning
 alone, with which another machine of the kind compiles sooner.

@@ -31,8 +31,8 @@ __all__ = [
 
 LEFT_OUT = "left_out.json"  # of a bench: its words, and why
 MANIFEST = "files.txt"  # of a data set's folder: the names of its other files
-ROOT = pathlib.Path(__file__).resolve().parents[3]  # of the checkout
-_STUDY = "samrobust.studies.campaign"
+ROOT = pathlib.Path(__file__).resolve().parents[2]  # of the checkout
+_STUDY = "launch.gpu_measure"
 _CONFIG = "--config=configs/cifar10.py"
 _GRAPHS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
 _CHECK = "from samrobust.system.distributed import check_platform; check_platform()"

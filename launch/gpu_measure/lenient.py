@@ -1,6 +1,6 @@
 """`samrobust bench` without what is not there: it would refuse all of its rows.
 
-    python -m samrobust.studies.campaign.lenient FILE bench --xla-flags=... ...
+    python -m launch.gpu_measure.lenient FILE bench --xla-flags=... ...
 
 XLA's options that this version does not know are left out, and a file of `--ceilings`
 that nothing wrote. FILE, `left_out.json`, says what, and why.

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from samrobust.studies.campaign.blocks import LEFT_OUT, Block
+from launch.gpu_measure.blocks import LEFT_OUT, Block
 from samrobust.system.files import glance
 
 __all__ = ["origin", "write_summary"]

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from samrobust.studies.campaign.blocks import Block, Command
+from launch.gpu_measure.blocks import Block, Command
 from samrobust.system.files import glance, set_aside, write_json
 
 __all__ = ["DONE", "run"]
