@@ -10,7 +10,7 @@ import html
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from samrobust import __version__
 from samrobust.checks import check
@@ -21,7 +21,7 @@ from samrobust.experiments.reporting.names import (
     attack_in_words,
     checkpoint_in_words,
 )
-from samrobust.experiments.reporting.page import Section, picture, render_page
+from samrobust.experiments.reporting.page import picture, render_page
 from samrobust.experiments.reporting.pictures import write_figure
 from samrobust.experiments.reporting.render import from_json, to_html, write_pictures
 from samrobust.experiments.reporting.results import makers
@@ -30,6 +30,9 @@ from samrobust.experiments.survey import read_plan
 from samrobust.experiments.workdir import read_evaluations, read_log, run_folder
 from samrobust.system import files
 from samrobust.system.tables import Sheet, TextTable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["write_report"]
 
@@ -56,21 +59,23 @@ def write_report(workdir: pathlib.Path) -> tuple[pathlib.Path, ...]:
     if workdir.exists():
         files.check_writable(workdir)
     report = _Report(workdir)
-    if (workdir / "config.json").exists():
-        report.add_result()
-    else:
-        report.add_table("table", "Natural and robust accuracy", "table")
-        report.add_table("autoattack", "AutoAttack", "recheck")
-        report.add_curves()
-        report.add_flatness()
-    report.add_training()
-    report.add_sanity()
+    sections, missing = {}, []
+    for title, command, name, find in report.parts():
+        path = workdir / name
+        try:
+            if content := find(title, path):
+                sections[title] = content
+            else:
+                missing.append(f"{title} (samrobust {command})")
+        except _UNFIT as error:
+            reason = f"Expected what `samrobust {command}` writes in {path}, got"
+            report.refused.append(f"{reason} {type(error).__name__}: {error}.")
     fix = "Run `samrobust table` or `samrobust train` with it first."
     fix = " ".join(report.refused) or fix
     wanted = "a workdir of a table or a run with results"
-    check(bool(report.sections), wanted, fix, workdir=str(workdir))
+    check(bool(sections), wanted, fix, workdir=str(workdir))
     path = workdir / "report.html"
-    files.write_text(path, report.render())
+    files.write_text(path, report.render(sections, missing))
     return (path, *report.pictures)
 
 
@@ -80,69 +85,74 @@ class _Report:
 
     Attributes:
       workdir: see `write_report`.
-      sections: so far.
       pictures: files that were drawn.
-      missing: titles of parts that are not there, and the commands that measure them.
       refused: what is there and cannot be trusted, a sentence each.
       measured: what a measurement was of, which run, its fields.
     """
 
     workdir: pathlib.Path
-    sections: list[Section] = dataclasses.field(default_factory=list)
     pictures: list[pathlib.Path] = dataclasses.field(default_factory=list)
-    missing: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     refused: list[str] = dataclasses.field(default_factory=list)
     measured: list[tuple[str, str, Mapping[str, Any]]] = dataclasses.field(
         default_factory=list
     )
 
-    def render(self) -> str:
+    def parts(self) -> list[tuple[str, str, str, Callable[..., str]]]:
+        """Returns what a report can have, in order.
+
+        Returns:
+          Of each part the title, the command that measures it, its file, and what makes
+          HTML of title and path, empty where it is not there.
+        """
+        own = [("Accuracy", "train", "config.json", self.result)]
+        if not (self.workdir / "config.json").exists():
+            title = "Natural and robust accuracy"
+            own = [
+                (title, "table", "table.json", self.table),
+                ("AutoAttack", "recheck", "autoattack.json", self.table),
+                ("Robustness curves", "curves", "curves.json", self.curves),
+                ("Flatness", "sharpness", "sharpness.json", self.flatness),
+            ]
+        sanity = "Signs of gradient masking", "evaluate --sanity", "", self.sanity
+        return [*own, ("Training", "train", "", self.training), sanity]
+
+    def render(self, sections: Mapping[str, str], missing: Sequence[str]) -> str:
         """Returns the page."""
         config = files.glance(self.workdir / "config.json")
         label = f"{config.get('label')}, seed {config.get('seed')}"
         name = label if config else self.workdir.resolve().name
-        sections = [*self.sections, _provenance(self.measured)]
-        missing = "; ".join(f"{title} ({command})" for title, command in self.missing)
         notes = [
             f"Written by samrobust {__version__} from the files of this folder. "
             "Accuracies are percentages; the last section names the runs, by which "
             "command and on which hardware they were measured.",
-            *([f"Not measured here: {missing}."] if missing else []),
+            *([f"Not measured here: {'; '.join(missing)}."] if missing else []),
             *(f"Left out: {reason}" for reason in self.refused),
         ]
+        sections = {**sections, "Provenance": _provenance(self.measured)}
         return render_page(f"Report: {name}", notes, sections)
 
-    def add_table(self, name: str, title: str, command: str) -> None:
-        """Adds what `table` or `recheck` found."""
-        path = self.workdir / f"{name}.json"
+    def table(self, title: str, path: pathlib.Path) -> str:
+        """Returns what `table` or `recheck` found."""
         if not path.exists():
-            self._lacks(title, command)
-            return
-        try:
-            table = from_json(path.read_text(encoding="utf-8"))
-        except _UNFIT as error:
-            self._refuse(command, path, error)
-            return
-        drawn = write_pictures(table, self.workdir, name)
+            return ""
+        table = from_json(path.read_text(encoding="utf-8"))
+        drawn = write_pictures(table, self.workdir, path.stem)
         labels = {row.name: row.label for row in table.rows}
         for run in table.runs:
             self._measured(title, f"{labels[run['row']]}, seed {run['seed']}", run)
+        self.pictures += drawn
         alts = (table.title, f"{table.title}, against the cost of training")
         shown = [picture(*pair) for pair in zip(drawn, alts, strict=False)]
-        self._add(title, "\n".join([to_html(table), *shown]), *drawn)
+        return "\n".join([to_html(table), *shown])
 
-    def add_curves(self) -> None:
-        """Adds what `curves` found."""
-        title, content = "Robustness curves", self._sealed("curves.json")
+    def curves(self, title: str, path: pathlib.Path) -> str:
+        """Returns what `curves` found."""
+        content = self._trusted(files.read_sealed, path)
         if content is None or "curves" not in content:  # not all runs are measured yet
-            self._lacks(title, "curves")
-            return
+            return ""
         curves = [Curve(**curve) for curve in content["curves"]]
         self._all_measured(title, content)
         said = content.get("title", "Accuracy against the radius")
-        drawn = write_figure(
-            draw_curves(curves, said), self.workdir, "curves", ("png",)
-        )
         tables = [
             TextTable(
                 ("radius in 1/255", *(f"{radius:g}" for radius in own[0].radii)),
@@ -153,44 +163,36 @@ class _Report:
             if (own := [curve for curve in curves if curve.norm == norm])
         ]
         numbers = _folded("The means", Sheet(tables, []).to_html())
-        self._add(title, f"{picture(drawn[0], said)}\n{numbers}", *drawn)
+        return f"{self._drawn(draw_curves(curves, said), 'curves', said)}\n{numbers}"
 
-    def add_flatness(self) -> None:
-        """Adds what `sharpness` found, as it was drawn and written then."""
-        title, content = "Flatness", self._sealed("sharpness.json")
-        drawn, text = (self.workdir / f"sharpness.{kind}" for kind in ("png", "md"))
+    def flatness(self, title: str, path: pathlib.Path) -> str:
+        """Returns what `sharpness` found, as it was drawn and written then."""
+        content = self._trusted(files.read_sealed, path)
+        drawn, text = (path.with_suffix(suffix) for suffix in (".png", ".md"))
         is_whole = drawn.exists() and text.exists()
         if content is None or "correlations" not in content or not is_whole:
-            self._lacks(title, "sharpness")
-            return
+            return ""
         for name, written in content.get("files", {}).items():
             if files.digest(self.workdir / name) != written:
-                told = f"{name} is of another conclusion than sharpness.json. Run "
+                told = f"{name} is of another conclusion than {path.name}. Run "
                 self.refused.append(f"{told}`samrobust sharpness` again.")
-                self._lacks(title, "sharpness")
-                return
+                return ""
         self._all_measured(title, content)
         numbers = html.escape(text.read_text(encoding="utf-8"))
         alt = f"accuracy at {content['column']} against what may explain it"
         folded = _folded("The numbers", f"<pre>{numbers}</pre>")
-        self._add(title, f"{picture(drawn, alt)}\n{folded}")
+        return f"{picture(drawn, alt)}\n{folded}"
 
-    def add_result(self) -> None:
-        """Adds the accuracies of a run, by all of its evaluations."""
-        title, result = "Accuracy", self._sealed("result.json")
-        path = self.workdir / "config.json"
+    def result(self, title: str, path: pathlib.Path) -> str:
+        """Returns the accuracies of a run, by all of its evaluations."""
+        result = self._trusted(files.read_sealed, path.with_name("result.json"))
         config = self._trusted(files.read_object, path)
         lines = self._trusted(read_evaluations, self.workdir) or []
         found = [line for line in (result, *lines) if line]
         if not found or config is None:
-            self._lacks(title, "train")
-            return
+            return ""
         columns = list(dict.fromkeys(c for line in found for c in line["accuracy"]))
-        try:
-            told = [_circumstances(config, line) for line in found]
-        except _UNFIT as error:
-            self._refuse("train", path, error)
-            return
+        told = [_circumstances(config, line) for line in found]
         rows = []
         for line, (name, judged, precision, split) in zip(found, told, strict=True):
             self._measured(title, f"{config.get('label')}, {name}", line)
@@ -200,47 +202,42 @@ class _Report:
         header = ("attack", "network", "precision", "images", *columns)
         shown = TextTable(header, rows, words=4).to_html()
         text = html.escape(json.dumps(config, indent=2))
-        self._add(title, f"{shown}\n{_folded('The config', f'<pre>{text}</pre>')}")
+        return f"{shown}\n{_folded('The config', f'<pre>{text}</pre>')}"
 
-    def add_training(self) -> None:
-        """Adds loss and accuracy by epoch, of runs that have a result."""
-        title, runs = "Training", {}
+    def training(self, title: str, table: pathlib.Path) -> str:
+        """Returns loss and accuracy by epoch, of runs that have a result."""
+        runs: dict[str, tuple[str, list]] = {}
         for folder, name in self._runs():
-            result = self._sealed(f"{name}/result.json".lstrip("/"))
+            result = self._trusted(files.read_sealed, folder / "result.json")
             lines = self._trusted(read_log, folder) or []
-            if result and not self._is_in_place(folder, result):
+            if not result:
+                continue
+            row, seed = result["row"], result["seed"]
+            # A copy would count as another seed.
+            if folder not in (table, run_folder(table, row, seed)):
                 told = f"{name}, which is not of the row and seed of its folder."
                 self.refused.append(told)
-            elif result and lines:
-                label, own = runs.setdefault(result["row"], (result["label"], []))
+            elif lines:
+                label, own = runs.setdefault(row, (result["label"], []))
                 own.append(lines)
-                self._measured(title, f"{label}, seed {result['seed']}", result)
+                self._measured(title, f"{label}, seed {seed}", result)
         if not runs:
-            self._lacks(title, "train")
-            return
-        drawn = write_figure(draw_training(runs), self.workdir, "training", ("png",))
-        self._add(title, picture(drawn[0], "loss and accuracy by epoch"), *drawn)
+            return ""
+        said = "loss and accuracy by epoch"
+        return self._drawn(draw_training(runs), "training", said)
 
-    def _is_in_place(self, folder: pathlib.Path, result: Mapping[str, Any]) -> bool:
-        """Tells whether a run is no copy, which would count as another seed."""
-        own = run_folder(self.workdir, result["row"], result["seed"])
-        return folder in (self.workdir, own)
-
-    def add_sanity(self) -> None:
-        """Adds the signs of gradient masking that were looked for."""
-        title, parts = "Signs of gradient masking", []
-        for _, name in self._runs():
-            content = self._sealed(f"{name}/sanity.json".lstrip("/"))
+    def sanity(self, title: str, _: pathlib.Path) -> str:
+        """Returns the signs of gradient masking that were looked for."""
+        parts = []
+        for folder, name in self._runs():
+            content = self._trusted(files.read_sealed, folder / "sanity.json")
             if content:
                 said = name or "this run"
                 self._measured(title, said, content)
                 findings = [Finding.from_dict(found) for found in content["findings"]]
                 sheet = to_sheet(findings, f"{content['num_examples']} images.")
                 parts.append(f"<h3>{html.escape(said)}</h3>\n{sheet.to_html()}")
-        if parts:
-            self._add(title, "\n".join(parts))
-        else:
-            self._lacks(title, "evaluate --sanity")
+        return "\n".join(parts)
 
     def _runs(self) -> Iterator[tuple[pathlib.Path, str]]:
         """Yields the folders of the runs in order, and names; a lone run has none."""
@@ -253,9 +250,10 @@ class _Report:
             name = path.parent.relative_to(self.workdir).as_posix()
             yield path.parent, name.removeprefix(".")
 
-    def _add(self, title: str, content: str, *drawn: pathlib.Path) -> None:
-        self.sections.append(Section(title, content))
-        self.pictures += drawn
+    def _drawn(self, figure: "Figure", name: str, alt: str) -> str:
+        """Draws a picture in the folder, and returns it as a part of the page."""
+        self.pictures += write_figure(figure, self.workdir, name, ("png",))
+        return picture(self.pictures[-1], alt)
 
     def _all_measured(self, what: str, content: Mapping[str, Any]) -> None:
         """Notes the runs that a conclusion is of; others may be measured too."""
@@ -267,17 +265,6 @@ class _Report:
         for column, made in makers(fields).items():
             named = f"{what}, {column}" if column else what
             self.measured.append((named, run, {**fields, "provenance": made}))
-
-    def _lacks(self, title: str, command: str) -> None:
-        self.missing.append((title, f"samrobust {command}"))
-
-    def _refuse(self, command: str, path: pathlib.Path, error: Exception) -> None:
-        reason = f"Expected what `samrobust {command}` writes in {path}, got"
-        self.refused.append(f"{reason} {type(error).__name__}: {error}.")
-
-    def _sealed(self, name: str) -> dict[str, Any] | None:
-        """Returns what a sealed file holds; None where it cannot be trusted."""
-        return self._trusted(files.read_sealed, self.workdir / name)
 
     def _trusted(
         self, read: Callable[[pathlib.Path], _T], path: pathlib.Path
@@ -308,7 +295,7 @@ def _folded(summary: str, content: str) -> str:
     return f"<details><summary>{summary}</summary>{content}</details>"
 
 
-def _provenance(measured: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Section:
+def _provenance(measured: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
     """Returns which run each number is of, and how and on what it was measured."""
     ways: dict[tuple[str, ...], int] = {}
     runs = []
@@ -333,4 +320,4 @@ def _provenance(measured: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Secti
         "An identity names a run by its config, its data and the libraries that it was "
         "begun with; the step is that of the network."
     )
-    return Section("Provenance", Sheet(tables, [note]).to_html())
+    return Sheet(tables, [note]).to_html()

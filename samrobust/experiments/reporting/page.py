@@ -8,22 +8,14 @@ is wider than the page scrolls by itself.
 import base64
 import html
 import pathlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
-__all__ = ["Section", "picture", "render_page"]
+__all__ = ["picture", "render_page"]
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = pathlib.Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 _PNG_SIZE = slice(16, 24)  # width and height, four bytes each
 _SCALE = 1.5  # dots of a picture beside each other in a pixel of the page
-
-
-class Section(NamedTuple):
-    """Part of a page: a title, and HTML."""
-
-    title: str
-    content: str
 
 
 def picture(path: pathlib.Path, alt: str) -> str:
@@ -38,22 +30,22 @@ def picture(path: pathlib.Path, alt: str) -> str:
     )
 
 
-def render_page(title: str, notes: Sequence[str], sections: Sequence[Section]) -> str:
+def render_page(title: str, notes: Sequence[str], sections: Mapping[str, str]) -> str:
     """Returns the page.
 
     Args:
       title: plain text.
       notes: what is said before the sections, plain text.
-      sections: in order; each has a link at the top.
+      sections: HTML by titles, in order; each has a link at the top.
     """
     links = [
-        f'<a href="#part{number}">{html.escape(section.title)}</a>'
-        for number, section in enumerate(sections)
+        f'<a href="#part{number}">{html.escape(name)}</a>'
+        for number, name in enumerate(sections)
     ]
     parts = [
-        f'<section id="part{number}">\n<h2>{html.escape(section.title)}</h2>\n'
-        f"{section.content}\n</section>"
-        for number, section in enumerate(sections)
+        f'<section id="part{number}">\n<h2>{html.escape(name)}</h2>\n'
+        f"{content}\n</section>"
+        for number, (name, content) in enumerate(sections.items())
     ]
     said = [f"<p>{html.escape(note)}</p>" for note in notes]
     body = [f"<h1>{html.escape(title)}</h1>", *said, f"<nav>{' '.join(links)}</nav>"]
