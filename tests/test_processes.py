@@ -55,7 +55,9 @@ def work(folder: pathlib.Path, layout: str) -> None:
     dataset = helpers.load_data(config)
     workdir = folder / layout / AT
     network = load_network(config, dataset, workdir, "last")
-    accuracy = Scorer(config, dataset)(network, workdir, helpers.Silent()).accuracy
+    accuracy = Scorer(config, dataset)(
+        network, workdir, helpers.Silent().on_batch
+    ).accuracy
     values = distributed.broadcast_from_primary(lambda: {"who": 0, "layout": layout})
     assert values == {"who": 0, "layout": layout}
     try:

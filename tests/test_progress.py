@@ -85,9 +85,9 @@ def test_runs_share_the_bar_in_proportion_to_their_work(monkeypatch):
 def test_an_evaluation_in_parts_goes_on_where_the_part_before_ended():
     display, _ = make(terminal=False, total=20.0)
     run, done = display.run("first", 8.0, 2.0), []
-    for part in in_parts(run, [1, 3]):
+    for part in in_parts(run.on_batch, [1, 3]):
         for count in (1, 10, 20):
-            part.on_batch(count, 20)
+            part(count, 20)
             done.append(run.done - 8)
     expected = [0.025, 0.25, 0.5, 0.575, 1.25, 2]
     assert done == pytest.approx(expected, abs=1e-5)
@@ -117,13 +117,14 @@ def test_outcomes_that_are_only_read_promise_no_speed(monkeypatch):
     monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_LINES", 0.0)
     display, file = make(terminal=False, total=200.0)
     with display.live():
-        read, _ = in_parts(display.run("read", 0.0, 100.0), [1, 99])
+        read, _ = in_parts(display.run("read", 0.0, 100.0).on_batch, [1, 99])
         now = 1.0
-        read.on_batch(20, 20)
-        measured, attacked = in_parts(display.run("measured", 0.0, 100.0), [1, 99])
-        measured.on_batch(20, 20)
+        read(20, 20)
+        run = display.run("measured", 0.0, 100.0)
+        measured, attacked = in_parts(run.on_batch, [1, 99])
+        measured(20, 20)
         now = 51.0
-        attacked.on_batch(10, 20)
+        attacked(10, 20)
     assert file.getvalue().splitlines()[-1].endswith("(elapsed 51 s, eta 49 s)")
 
 

@@ -99,8 +99,9 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         )
     display = ProgressDisplay(console, work)
     with display.live():
+        on_batch = display.run(config.label, 0.0, work).on_batch
         scored = Scorer(config, dataset)(
-            *(network, workdir, display.run(config.label, 0.0, work), should_stop),
+            *(network, workdir, on_batch, should_stop),
             keep_examples=arguments.save_examples is True,
         )
     show_accuracies(console, config.label, scored.accuracy)

@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         configs, scores = runs[path], {}
         config = configs["pgd"]
         dataset, judged = load_data(config), networks.checkpoints_of(config)
-        parts = iter(scoring.in_parts(shown, works[path] * len(judged)))
+        parts = iter(scoring.in_parts(shown.on_batch, works[path] * len(judged)))
         for which in judged:
             network = opened.load_network(path, config, which)
             pgd, autoattack = (

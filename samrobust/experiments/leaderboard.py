@@ -16,7 +16,6 @@ from typing import Any
 from urllib.parse import quote
 
 from samrobust.checks import check
-from samrobust.experiments.reporting.names import split_column
 from samrobust.experiments.reporting.notes import standard_error
 from samrobust.experiments.reporting.render import from_json
 from samrobust.experiments.reporting.results import attacks_version, makers
@@ -27,8 +26,12 @@ from samrobust.system.tables import Sheet, TextTable
 __all__ = ["add_claims", "read_claims", "to_sheet"]
 
 _RADII = ("1/255", "2/255")  # of l-inf
-_TEXTS = ("link", "name", "authors", "venue", "architecture", "footnote")
-_BY_HAND = {*_TEXTS, "additional_data", "number_forward_passes"}  # RobustBench's
+# RobustBench's fields that no measurement decides, and what each is.
+_BY_HAND: dict[str, type] = {
+    **dict.fromkeys(("link", "name", "authors", "venue"), str),
+    **dict.fromkeys(("architecture", "footnote"), str),
+    "additional_data": bool,
+}
 _KEPT = ("link", "name", "authors", "venue", "additional_data")
 # What `recheck` says of a table that both attacks judged; the bundle is float32 too.
 _STANDARD = re.compile(r".*, test images, .*float32\. AA: AutoAttack, standard;.*")
@@ -54,19 +57,18 @@ def add_claims(
         lacks what a claim rests on.
     """
     table, content = _read_table(rechecked / "autoattack.json")
-    columns = [f"linf {radius} AA" for radius in _RADII]
-    columns = [column for column in columns if column in table.columns]
+    radii = [radius for radius in _RADII if f"linf {radius} AA" in table.columns]
     wanted = "AutoAttack at l-inf 1/255 or 2/255"
     fix = "Run `samrobust recheck --linf=1,2`."
-    check(bool(columns), wanted, fix, columns=list(table.columns))
+    check(bool(radii), wanted, fix, columns=list(table.columns))
     # The next `recheck` replaces its table; a claim still rests on what it was made of.
     evidence = f"evidence/{_digest(content)}.json"
     (folder / "evidence").mkdir(parents=True, exist_ok=True)
     write_bytes(folder / evidence, content)
     paths = []
-    for row, column in itertools.product(table.rows, columns):
+    for row, radius in itertools.product(table.rows, radii):
         for seed in row.seeds:
-            found = _measured(table, row.name, seed, column)
+            found = _measured(table, row.name, seed, radius)
             origin = {**found.pop("samrobust"), "evidence": evidence}
             footnote = f"samrobust's AutoAttack on {table.num_test:,} test images."
             claim = {
@@ -121,33 +123,22 @@ def _check_claim(claim: Claim, folder: pathlib.Path, name: str) -> None:
     known = isinstance(origin, dict) and {"evidence", "row", "seed"} <= origin.keys()
     check(known, "a claim with samrobust.evidence, row and seed", claim=name)
     assert isinstance(origin, dict)
-    column = f"linf {claim.get('eps')} AA"
     path = folder / str(origin["evidence"])
     table, content = _read_table(path)
     wanted = "evidence as it was added, which is named by its digest"
     own = _digest(content)
     check(path.stem == own, wanted, claim=name, evidence=path.name, digest=own)
-    found = _measured(table, origin["row"], origin["seed"], column)
+    found = _measured(table, origin["row"], origin["seed"], claim.get("eps"))
     fields = {*_BY_HAND, *found}
     lacking, more = sorted(fields - claim.keys()), sorted(claim.keys() - fields)
-    check(
-        not (lacking or more),
-        "RobustBench's fields",
-        claim=name,
-        lacking=lacking,
-        more=more,
-    )
-    for field in _TEXTS:
-        check(isinstance(claim[field], str), f"a text in {field}", claim=name)
+    wanted = "RobustBench's fields"
+    check(not (lacking or more), wanted, claim=name, lacking=lacking, more=more)
+    for field, kind in _BY_HAND.items():
+        wanted = f"{'a text' if kind is str else 'true or false'} in {field}"
+        holds = isinstance(claim[field], kind)
+        check(holds, wanted, claim=name, **{field: claim[field]})
     said = claim["name"] and claim["architecture"]
     check(bool(said), "a name and an architecture", claim=name)
-    check(
-        isinstance(claim["additional_data"], bool),
-        "additional_data=true or false",
-        claim=name,
-    )
-    passes = claim["number_forward_passes"]
-    check(passes == 1, "number_forward_passes=1", claim=name, got=passes)
     found["samrobust"]["evidence"] = origin["evidence"]
     for field, value in found.items():
         wanted = f"{field}={value} as in {origin['evidence']}"
@@ -172,23 +163,22 @@ def _read_table(path: pathlib.Path) -> tuple[Table, bytes]:
     return table, content
 
 
-def _measured(table: Table, row: str, seed: int, column: str) -> Claim:
+def _measured(table: Table, row: str, seed: int, radius: Any) -> Claim:
     """Returns the fields that a measurement decides.
 
     Raises:
-      ValueError: if the table has no such run or column, or does not say which network
+      ValueError: if the table has no such run or radius, or does not say which network
         was measured, on which images and how.
     """
-    radius = split_column(column)[0].removeprefix("linf ")
     check(radius in _RADII, f"eps in {list(_RADII)}", eps=radius)
+    column = f"linf {radius} AA"
     check(column in table.columns, f"a column {column}", columns=list(table.columns))
     runs = [run for run in table.runs if (run["row"], run["seed"]) == (row, seed)]
     check(len(runs) == 1, "a run of the table", row=row, seed=seed)
     (run,) = runs
     named = {key: run.get(key) for key in ("identity", "step", "images")}
     by_column = makers(run)
-    rest = "best" if column.endswith(" best") else ""
-    made = by_column.get(column, by_column.get(rest, by_column[""]))
+    made = by_column.get(column, by_column[""])
     named |= {key: made.get(key) for key in ("commit", "device", "command")}
     from samrobust.attacks import ATTACKS_VERSION  # JAX is slow to load
 
@@ -203,6 +193,7 @@ def _measured(table: Table, row: str, seed: int, column: str) -> Claim:
     number = cells.seeds.index(seed)
     natural, robust = (cells.cells[c].values[number] for c in ("natural", column))
     return {
+        "number_forward_passes": 1,
         "dataset": table.dataset,
         "eps": radius,
         "clean_acc": f"{natural:.2f}",

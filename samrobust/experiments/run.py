@@ -158,7 +158,7 @@ def run(
             write_sealed(workdir / _SCORES, stored)
 
         judged = checkpoints_of(config)
-        parts = scoring.in_parts(observer, [1] * len(judged))
+        parts = scoring.in_parts(observer.on_batch, [1] * len(judged))
         for which, part in zip(judged, parts, strict=True):
             if which == "last":
                 network = _trained(config, dataset, outcome)

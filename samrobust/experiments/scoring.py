@@ -64,30 +64,25 @@ class Observer(Protocol):
         """Shows how many examples are evaluated; `doing` may say what was done."""
 
 
-def in_parts(observer: Observer, works: Sequence[float]) -> list[Observer]:
-    """Returns observers of the parts of an evaluation, in their order.
+def in_parts(on_batch: OnBatch, works: Sequence[float]) -> list[OnBatch]:
+    """Returns listeners to the parts of an evaluation, in their order.
 
     Args:
-      observer: of the whole.
+      on_batch: listens to the whole.
       works: predicted costs of the parts, in any unit.
     """
     shares = np.asarray(works) / sum(works)
     begins = np.cumsum(shares) - shares
-    return [_PartObserver(observer, *pair) for pair in zip(begins, shares, strict=True)]
 
-
-class _PartObserver:
-    """Observer of a part of an evaluation, which it shows as that part of the whole."""
-
-    def __init__(self, observer: Observer, begin: float, share: float):
-        self._observer, self._begin, self._share = observer, begin, share
-        self.on_progress = observer.on_progress
-
-    def on_batch(self, done: int, num_examples: int, doing: str = "") -> None:
-        """Shows how many examples of the part are evaluated."""
-        share = self._begin + self._share * done / num_examples
+    def listen(
+        begin: float, share: float, done: int, num_examples: int, doing: str = ""
+    ) -> None:
         doing = doing or attacked_in_words(done, num_examples)
-        self._observer.on_batch(round(share * _FINE), _FINE, doing)
+        on_batch(round((begin + share * done / num_examples) * _FINE), _FINE, doing)
+
+    return [
+        functools.partial(listen, *pair) for pair in zip(begins, shares, strict=True)
+    ]
 
 
 class Score(NamedTuple):
@@ -176,7 +171,7 @@ class Scorer:
         self,
         network: Trained,
         workdir: pathlib.Path,
-        observer: Observer,
+        on_batch: OnBatch,
         should_stop: Callable[[], bool] = lambda: False,
         *,
         keep_examples: bool = False,
@@ -186,7 +181,7 @@ class Scorer:
         Args:
           network: as `load_network` gives it; its config's seed draws the numbers.
           workdir: where AutoAttack keeps what became of every example.
-          observer: is told of progress.
+          on_batch: is told of progress.
           should_stop: asked after every batch.
           keep_examples: keep AutoAttack's adversarial images too.
 
@@ -211,13 +206,10 @@ class Scorer:
                 broadcast_from_primary(hold)
             for mine in claims:
                 should_stop = mine.guard(should_stop)
-            on_batch = until_stopped(
-                observer.on_batch, should_stop, "during evaluation"
-            )
             outcome = self._evaluate(
                 *(network.variables, self._split, key),
                 archive=archive,
-                on_batch=on_batch,
+                on_batch=until_stopped(on_batch, should_stop, "during evaluation"),
             )
         by_column = outcome.ended_by
         begun = [own.provenance[0] for own in outcome.fates.values() if own.provenance]

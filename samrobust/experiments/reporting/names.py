@@ -25,7 +25,7 @@ __all__ = [
     "split_column",
 ]
 
-_COLUMN = re.compile(r"(natural|(\w+) (\d+(?:\.\d+)?)/255)(?: (\S.*))?")
+_COLUMN = re.compile(r"(natural|\w+ \d+(?:\.\d+)?/255)(?: (\S.*))?")
 _ORDER = ("natural", *NORMS)
 _OF_PGD = ("linf_step", "l2_step", "random_start", "gradient_floor")
 
@@ -55,23 +55,22 @@ def column_of(norm: str, radius: float) -> str:
     return f"{norm} {radius:g}/255"
 
 
-def _match(column: str) -> re.Match[str]:
-    condition = "a column named 'natural' or '<norm> <radius>/255'"
-    fix = "Name it as in 'linf 8/255', or 'linf 8/255 AA' with the attack."
-    match = _COLUMN.fullmatch(column)
-    check(match is not None, condition, fix, column=column)
-    assert match is not None
-    return match
-
-
 def split_column(column: str) -> tuple[str, str]:
     """Returns a column's perturbation, and the attack and checkpoint if it names them.
 
     >>> split_column("linf 8/255 AA best"), split_column("natural")
     (('linf 8/255', 'AA best'), ('natural', ''))
+
+    Raises:
+      ValueError: unless the column is `natural` or `<norm> <radius>/255`, and what
+        follows either, such as ` AA`, is set off by a space.
     """
-    match = _match(column)
-    return match[1], match[4] or ""
+    condition = "a column named 'natural' or '<norm> <radius>/255'"
+    fix = "Name it as in 'linf 8/255', or 'linf 8/255 AA' with the attack."
+    match = _COLUMN.fullmatch(column)
+    check(match is not None, condition, fix, column=column)
+    assert match is not None
+    return match[1], match[2] or ""
 
 
 def column_norm(column: str) -> str:
@@ -80,8 +79,7 @@ def column_norm(column: str) -> str:
     >>> column_norm("linf 8/255")
     'linf'
     """
-    match = _match(column)
-    return match[2] or match[1]
+    return column.partition(" ")[0]
 
 
 def column_order(column: str) -> tuple[int, str, float, str]:
@@ -91,12 +89,12 @@ def column_order(column: str) -> tuple[int, str, float, str]:
     ['natural', 'l2 4/255', 'l2 4/255 AA', 'l2 32/255']
 
     Raises:
-      ValueError: unless the column is `natural` or `<norm> <radius>/255`, and what
-        follows either, such as ` AA`, is set off by a space.
+      ValueError: as `split_column`.
     """
-    norm, (_, rest) = column_norm(column), split_column(column)
+    ball, rest = split_column(column)
+    norm, _, radius = ball.removesuffix("/255").partition(" ")
     rank = _ORDER.index(norm) if norm in _ORDER else len(_ORDER)
-    return rank, norm, float(_match(column)[3] or 0), rest
+    return rank, norm, float(radius or 0), rest
 
 
 def attack_in_words(evaluation: Mapping[str, Any]) -> str:

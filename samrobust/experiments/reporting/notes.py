@@ -127,9 +127,12 @@ def _comparisons(table: Table) -> list[str]:
         for _, columns in groupby(table.columns, key=column_norm)
     ]
     if num_seeds > 1:
+        from scipy.special import stdtrit  # slow to load, and not for every command
+
+        errors = stdtrit(num_seeds - 1, 1 - LEVEL / 2)
         sentences.append(
             "Differences are paired by seed, ± one standard error; significant: p < "
-            f"{LEVEL:g} in a t-test, {_errors(num_seeds):.1f} standard errors with "
+            f"{LEVEL:g} in a t-test, {errors:.1f} standard errors with "
             f"{num_seeds} seeds, rounding to whole images included."
         )
     return sentences
@@ -148,13 +151,6 @@ def _sentence(differences: Mapping[str, Difference]) -> str:
     else:
         verdict = f"only {', '.join(beyond)} significant"
     return f"{shown}; {verdict}."
-
-
-def _errors(num_seeds: int) -> float:
-    """Returns how many standard errors from 0 a mean over seeds is significant."""
-    from scipy.special import stdtrit  # slow to load, and not for every command
-
-    return float(stdtrit(num_seeds - 1, 1 - LEVEL / 2))
 
 
 def _provenance(table: Table) -> list[str]:
@@ -197,9 +193,8 @@ def sharpness_note(lines: Sequence[Mapping[str, Any]]) -> str:
     'Gradients at moved weights in 1 of 2 epochs: applied_rho 0.2, cosine 0.938 in \
 the last.'
     """
-    moves = next((name for name in _MOVES if lines and name in lines[-1]), None)
-    what = "Gradients at moved weights"
-    return _epochs_note(what, lines, moves, *_TELLS) if moves else ""
+    moves = next((name for name in _MOVES if lines and name in lines[-1]), "")
+    return _epochs_note("Gradients at moved weights", lines, moves, *_TELLS)
 
 
 def averaging_note(lines: Sequence[Mapping[str, Any]]) -> str:

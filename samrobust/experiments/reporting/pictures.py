@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from samrobust.experiments.reporting.names import column_norm, family, split_column
-from samrobust.experiments.reporting.table import Table, TableRow
+from samrobust.experiments.reporting.table import Table
 from samrobust.system.files import write_bytes
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "SMALL",
     "TEXT",
     "add_legend",
+    "column_in_symbols",
     "draw_table",
     "family_colors",
     "in_symbols",
@@ -84,6 +85,15 @@ def in_symbols(label: str) -> str:
     words = label.replace("(", "( ").replace(",", " ,").split()
     text = " ".join(_SYMBOLS.get(word, word) for word in words)
     return text.replace("( ", "(").replace(" ,", ",").replace("$", r"\$")
+
+
+def column_in_symbols(column: str) -> str:
+    """Returns a column's ball in symbols, and its attack if it names one."""
+    ball, rest = split_column(column)
+    norm, _, radius = ball.partition(" ")
+    attack = rest.replace("AA", "AutoAttack")
+    words = (in_symbols(norm), radius and f"ε = {radius}", attack)
+    return ", ".join(filter(None, words))
 
 
 def over_seeds(counts: Iterable[int]) -> str:
@@ -171,7 +181,11 @@ def draw_table(table: Table) -> "Figure":
     attack beside it hollow, the last checkpoint a dot and the best one a diamond. The
     dotted line is ST, under AutoAttack where it was run; a cross is the paper's number.
     """
-    labels, heights = [_row_label(row) for row in table.rows], _heights(table)
+    labels = [
+        in_symbols(row.label) + ("" if row.seeds else ", no run yet")
+        for row in table.rows
+    ]
+    heights = _heights(table)
     panels_of = {
         ball: list(columns)
         for ball, columns in itertools.groupby(
@@ -186,7 +200,7 @@ def draw_table(table: Table) -> "Figure":
     for panel, (ball, columns) in zip(panels, panels_of.items(), strict=True):
         _draw_panel(panel, table, columns, colors)
         panel.set_xlim(*limits[column_norm(ball)])
-        panel.set_title(_panel_title(ball), fontsize=TEXT)
+        panel.set_title(column_in_symbols(ball), fontsize=TEXT)
     panels[0].set_yticks(heights, labels, fontsize=TEXT)
     panels[0].set_ylim(heights[-1] + 0.6, -0.6)
     for tick, row in zip(panels[0].get_yticklabels(), table.rows, strict=True):
@@ -306,17 +320,3 @@ def _legend(panel: "Axes", table: Table) -> list[Any]:
         label = f"{in_symbols(table.baseline_label)}{attack}"
         handles += panel.plot([], [], **_BASELINE, label=label)
     return handles
-
-
-def _panel_title(ball: str) -> str:
-    """Returns a ball's name in symbols."""
-    if ball == "natural":
-        return "natural"
-    norm, radius = ball.split(" ")
-    return f"{in_symbols(norm)}, ε = {radius}"
-
-
-def _row_label(row: TableRow) -> str:
-    """Returns a row's label in symbols."""
-    label = in_symbols(row.label)
-    return label if row.seeds else f"{label}, no run yet"

@@ -137,7 +137,7 @@ def _draw_panel(
     doublings = range(math.floor(min(places.values())), math.floor(right) + 1)
     panel.set_xticks(list(doublings), [f"{2.0**n:g}x" for n in doublings])
     panel.set_xlim(min(places.values()) - 0.15, right)
-    panel.set_title(_title(column), fontsize=pictures.TEXT)
+    panel.set_title(pictures.column_in_symbols(column), fontsize=pictures.TEXT)
     panel.set_ylabel("accuracy in %", fontsize=pictures.TEXT)
     panel.tick_params(labelsize=pictures.SMALL, length=2)
 
@@ -153,12 +153,6 @@ def _names(rows: Sequence[TableRow]) -> dict[str, str]:
     return {
         n: brief[n] if counts[brief[n]] == 1 else label for n, label in full.items()
     }
-
-
-def _title(column: str) -> str:
-    norm, radius, *attack = column.split(" ", 2)
-    words = ["AutoAttack" if word == "AA" else word for word in attack]
-    return ", ".join([pictures.in_symbols(norm), f"ε = {radius}", *words])
 
 
 def _place(row: TableRow) -> float:

@@ -196,10 +196,14 @@ def _lay_out(table: Table, layout: _Layout, sign: str, with_seeds: bool) -> Text
         name = "n" if layout.short else "seeds"
         columns[name] = [str(len(row.seeds)) for row in table.rows]
     for column in table.columns:
-        name = _two_lines(column) if layout.short else column
+        name = column
+        if layout.short:  # that of attack and checkpoint on its own line
+            parts = map(names.short_column, names.split_column(column))
+            name = "\n".join(filter(None, parts))
         columns[name] = _cells(table, column, layout, sign)
     if not layout.short and any(row.passes is not None for row in table.rows):
-        columns["passes"] = [_count(row.passes) for row in table.rows]
+        passes = [row.passes for row in table.rows]
+        columns["passes"] = ["-" if x is None else f"{x:.2f}x" for x in passes]
     if any(row.cost is not None for row in table.rows):
         spread = layout.std and not layout.tight
         costs = [row.shown_cost(spread=spread) for row in table.rows]
@@ -210,15 +214,6 @@ def _lay_out(table: Table, layout: _Layout, sign: str, with_seeds: bool) -> Text
         rows += [()] if before not in (None, group) else []
         rows.append([Text(style="" if row.seeds else "dim") + cell for cell in cells])
     return TextTable(list(columns), rows)
-
-
-def _count(passes: float | None) -> str:
-    return "-" if passes is None else f"{passes:.2f}x"
-
-
-def _two_lines(column: str) -> str:
-    """Returns a column's short name, that of attack and checkpoint on its own line."""
-    return "\n".join(filter(None, map(names.short_column, names.split_column(column))))
 
 
 def _cells(table: Table, column: str, layout: _Layout, sign: str) -> list[Text]:

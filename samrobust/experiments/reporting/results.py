@@ -147,7 +147,16 @@ def check_results(
         for key in _KEYS:
             check(key in result, f"a result with the key {key!r}", keys=list(result))
         where = {"row": result["row"], "seed": result["seed"]}
-        _check_run(result, rows, where)
+        row, accuracy = result["row"], result["accuracy"]
+        fix = "Add it to the table's rows."
+        check(row in rows, f"a row of {list(rows)}", fix, row=row)
+        condition = "at least one accuracy"
+        check(bool(accuracy), condition, **where, accuracy=accuracy)
+        _check_percentages(accuracy, **where)
+        seconds = result.get("step_seconds")
+        condition = "step_seconds to be None or 0 < step_seconds < inf"
+        holds = seconds is None or 0 < seconds < math.inf
+        check(holds, condition, **where, step_seconds=seconds)
         run = "{row}/seed{seed}".format_map(where)
         fix = "Give each finished run once."
         check(run not in runs, "one run a row and seed", fix, run=run)
@@ -155,20 +164,6 @@ def check_results(
     check_comparable(runs, "Make one table for each.")
     for name, numbers in paper.items():
         _check_percentages(numbers, paper=name)
-
-
-def _check_run(
-    result: Mapping[str, Any], rows: Sequence[str], where: Mapping[str, Any]
-) -> None:
-    """Refuses a run of no row of the table, and numbers that cannot be."""
-    row, accuracy = result["row"], result["accuracy"]
-    check(row in rows, f"a row of {list(rows)}", "Add it to the table's rows.", row=row)
-    check(bool(accuracy), "at least one accuracy", **where, accuracy=accuracy)
-    _check_percentages(accuracy, **where)
-    seconds = result.get("step_seconds")
-    condition = "step_seconds to be None or 0 < step_seconds < inf"
-    holds = seconds is None or 0 < seconds < math.inf
-    check(holds, condition, **where, step_seconds=seconds)
 
 
 def _check_percentages(accuracy: Mapping[str, float], **where: Any) -> None:
