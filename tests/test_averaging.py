@@ -12,9 +12,9 @@ import optax
 import pytest
 from flax import linen as nn
 
-from samrobust.experiments import heldout, methods
-from samrobust.experiments.heldout import make_after_epoch, make_judge
+from samrobust.experiments import methods, scoring
 from samrobust.experiments.run import train
+from samrobust.experiments.scoring import make_after_epoch, make_judge
 from samrobust.models import BatchNorm
 from samrobust.training import InterruptedRunError, make_train_step
 from samrobust.training.averaging.ema import ema, mix
@@ -146,7 +146,7 @@ def halved(state):
 def test_the_log_says_how_far_the_average_is_from_the_weights(
     after_epoch, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(heldout, "make_after_epoch", lambda *_: after_epoch)
+    monkeypatch.setattr(scoring, "make_after_epoch", lambda *_: after_epoch)
     config = helpers.make_config("ema,decay=0.9", {"data.train_size": 64})
     outcome = train(config, helpers.load_data(config), tmp_path)
     pairs = [outcome.state.average["params"], outcome.state.params]

@@ -405,11 +405,11 @@ def test_a_claim_is_made_of_the_largest_float32_evaluation():
     coarse = line(10_000, 49.0, dtype="bfloat16")
     few = line(100, 51.0, dtype="float32")
     unnamed = line(10_000, 48.0)
-    assert find_evaluation([full, coarse, few], "last", "float32") is full
-    assert find_evaluation([full, unnamed], "last", "float32") is unnamed
-    assert find_evaluation([full, unnamed], "last", "bfloat16") is full
-    assert find_evaluation([coarse], "last", "float32") is None
-    assert find_evaluation([full], "best", "float32") is None
+    assert find_evaluation([full, coarse, few], "last", "float32", {}) is full
+    assert find_evaluation([full, unnamed], "last", "float32", {}) is unnamed
+    assert find_evaluation([full, unnamed], "last", "bfloat16", {}) is full
+    assert find_evaluation([coarse], "last", "float32", {}) is None
+    assert find_evaluation([full], "best", "float32", {}) is None
 
 
 class Killed(BaseException):

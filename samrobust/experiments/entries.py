@@ -113,23 +113,6 @@ def find(name: str) -> Entry:
     return Entry(found)
 
 
-def _own_parameters(
-    make: Callable[..., Any], provided: tuple[str, ...]
-) -> dict[str, inspect.Parameter]:
-    """Returns a constructor's parameters that are fields of a config.
-
-    Those that are not provided, and that can be given in a config.
-    """
-    found = {}
-    for name, parameter in _parameters_of(make).items():
-        default = parameter.default
-        plain = default is parameter.empty or isinstance(default, _PLAIN)
-        several = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        if name not in provided and (plain or default is None) and not several:
-            found[name] = parameter
-    return found
-
-
 def _parameters_of(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """Returns a constructor's parameters; annotations as types where they can be."""
     try:
@@ -143,34 +126,33 @@ def options(name: str) -> Mapping[str, str]:
     entry = find(name)
     if entry.options is not None:
         return entry.options
-    parameters = _own_parameters(entry.make, Given._fields)
-    return {n: n for n, p in parameters.items() if p.default is p.empty}
-
-
-def _is_sharpness(entry: Entry) -> bool:
-    return "aux" in _parameters_of(entry.make)
+    parameters = _parameters_of(entry.make)
+    fields = fields_of_parameters(entry.make, Given._fields)
+    return {n: n for n in fields if parameters[n].default is parameters[n].empty}
 
 
 def fields_of_parameters(
     make: Callable[..., Any], provided: tuple[str, ...]
 ) -> dict[str, Field]:
-    """Returns the fields that `_own_parameters` are, by their defaults and types."""
-    return {
-        name: _field_of(parameter.default, parameter.annotation)
-        for name, parameter in _own_parameters(make, provided).items()
-    }
+    """Returns a constructor's parameters as fields of a config, by default and type.
 
-
-def _field_of(default: Any, annotation: Any = None) -> Field:
-    """Returns a field by the type of its default: the constructor checks the rest.
-
-    One without a default has to be given a value.
+    Those that are not provided, and that can be given in a config; one without a
+    default has to be given a value. The constructor checks the rest.
     """
-    if default in (None, inspect.Parameter.empty):
-        kind = _kind_of(annotation)
-        rule = _rule_of(kind)
-        return Field(None, maybe(rule) if default is None else rule, kind)
-    return Field(default, _rule_of(type(default)))
+    fields = {}
+    for name, parameter in _parameters_of(make).items():
+        default = parameter.default
+        several = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if name in provided or several:
+            continue
+        if default in (None, parameter.empty):
+            kind = _kind_of(parameter.annotation)
+            rule = _rule_of(kind)
+            rule = maybe(rule) if default is None else rule
+            fields[name] = Field(None, rule, kind)
+        elif isinstance(default, _PLAIN):
+            fields[name] = Field(default, _rule_of(type(default)))
+    return fields
 
 
 def _kind_of(annotation: Any) -> type:
@@ -211,7 +193,7 @@ def section_fields(name: str) -> Mapping[str, Field]:
     """Returns the fields of a part's config section, by dotted names."""
     entry = find(name)
     fields = fields_of_parameters(entry.make, Given._fields)
-    if _is_sharpness(entry):  # what its fields mean: `...explaining`
+    if has_parameter(name, "aux"):  # sharpness; `explaining` says what these mean
         strength = strength_of(name)
         if strength is not None:
             end = maybe(functools.partial(check_real, 0, 1e3))

@@ -170,22 +170,18 @@ def _is_done(workdir: pathlib.Path, digest: str, config: Config) -> bool:
     Raises:
       WorkdirError: if it holds another run, or what one has left.
     """
-
-    def found(*names: str) -> list[str]:
-        return [name for name in names if (workdir / name).exists()]
-
     with Checkpoints(checkpoint_folder(workdir, "last")) as checkpoints:
         step = checkpoints.latest_step()
     imported = glance(workdir / "import.json").get("sha256")
     is_whole = (workdir / "config.json").exists()
-    others = found(*_OF_TRAINING)
+    strange = list(_OF_TRAINING)
+    if not is_whole:
+        strange += [*_OF_EVALUATIONS, *(() if imported else ("checkpoints",))]
+    elif imported != digest:
+        strange += ["config.json", "import.json", "checkpoints"]
+    others = [name for name in strange if (workdir / name).exists()]
     if step:
         others.append(f"a checkpoint of step {step}")
-    if not is_whole:
-        strange = () if imported else ("checkpoints",)
-        others += found(*_OF_EVALUATIONS, *strange)
-    elif imported != digest:
-        others += found("config.json", "import.json", "checkpoints")
     if others:
         raise WorkdirError(
             f"Expected a --workdir without a run, got workdir={str(workdir)!r} with "

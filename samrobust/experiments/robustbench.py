@@ -10,7 +10,6 @@ test images were attacked.
 import pathlib
 from collections.abc import Mapping
 from importlib import resources
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -125,7 +124,7 @@ def find_evaluation(
     lines: list[dict[str, Any]],
     which: str,
     dtype: str,
-    origin: Mapping[str, Any] = MappingProxyType({}),
+    origin: Mapping[str, Any],
 ) -> dict[str, Any] | None:
     """Returns the evaluation of this checkpoint by the standard AutoAttack; or None.
 

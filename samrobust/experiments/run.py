@@ -16,7 +16,7 @@ import jax
 
 from samrobust.attacks import ATTACKS_VERSION
 from samrobust.data import Dataset, fingerprint
-from samrobust.experiments import building, heldout, methods, scoring, trunks
+from samrobust.experiments import building, methods, scoring, trunks
 from samrobust.experiments.identity import Identity, check_alike, identity_of
 from samrobust.experiments.networks import Trained, checkpoints_of, load_network
 from samrobust.experiments.tracking import Tracking
@@ -232,7 +232,7 @@ def train(
             for planned in shared
         ],
     )
-    judge = heldout.make_judge(config, dataset)
+    judge = scoring.make_judge(config, dataset)
     labels = dataset.validation.labels
     built = building.make_training(config, dataset, plan.num_steps)
     return fit(
@@ -249,8 +249,8 @@ def train(
         deterministic=training.deterministic,
         log=log,
         schedules={"learning_rate": built.learning_rate},
-        after_epoch=heldout.make_after_epoch(judge, labels, built.admit),
-        validate=validate or heldout.make_validate(judge),
+        after_epoch=scoring.make_after_epoch(judge, labels, built.admit),
+        validate=validate or scoring.make_validate(judge),
         on_progress=on_progress,
         should_stop=should_stop,
         companion=companion,

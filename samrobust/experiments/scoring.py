@@ -1,10 +1,11 @@
-"""Evaluation of a run's network, by the attacks of its config."""
+"""Evaluation of a run's network by its config's attacks, and by held-out images."""
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from samrobust.evaluation import (
     Archive,
     Evaluator,
     OnBatch,
+    Outcome,
     make_autoattack_evaluator,
     make_evaluator,
     make_skip_broken_evaluator,
@@ -25,12 +27,18 @@ from samrobust.experiments import building
 from samrobust.experiments.networks import Trained, checkpoints_of
 from samrobust.experiments.reporting.names import attacked_in_words
 from samrobust.system.claims.lease import Claim, claim
-from samrobust.system.distributed import broadcast_from_primary
+from samrobust.system.compiler import deterministic_programs
+from samrobust.system.distributed import (
+    broadcast_from_primary,
+    data_mesh,
+    replicated,
+)
 from samrobust.system.provenance import provenance
 from samrobust.system.resolve import is_reference
 from samrobust.system.runtime import RESUME
-from samrobust.training import InterruptedRunError, Progress
-from samrobust.types import Config
+from samrobust.training import InterruptedRunError, Progress, TrainState
+from samrobust.training.fit import AfterEpoch, Validate
+from samrobust.types import Config, PyTree
 
 __all__ = [
     "Observer",
@@ -42,9 +50,11 @@ __all__ = [
     "evaluation_key",
     "evaluation_work",
     "in_parts",
+    "make_after_epoch",
+    "make_judge",
+    "make_validate",
     "passes_to_judge",
     "until_stopped",
-    "validation_key",
 ]
 
 # Folded into the key that training splits. `fold_in(key, 1)` is the second half of the
@@ -52,6 +62,8 @@ __all__ = [
 # of a training has: no number is drawn twice.
 _EVALUATION_STREAM, _VALIDATION_STREAM = 1, 2
 _FINE = 10**6  # parts that a whole evaluation is shown in
+
+Judge: TypeAlias = Callable[[PyTree], Outcome]  # of a network's variables
 
 
 class Observer(Protocol):
@@ -286,11 +298,6 @@ def evaluation_key(config: Config) -> jax.Array:
     return _key(config, _EVALUATION_STREAM)
 
 
-def validation_key(config: Config) -> jax.Array:
-    """Returns the key of the random numbers in a verdict by held-out images."""
-    return _key(config, _VALIDATION_STREAM)
-
-
 def _key(config: Config, stream: int) -> jax.Array:
     """Returns a key of threefry, which gives each example numbers of its own."""
     return jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), stream)
@@ -328,3 +335,59 @@ def evaluation_work(config: Config, dataset: Dataset) -> float:
 def evaluated_split(config: Config, dataset: Dataset) -> Split:
     """Returns the split that `config.evaluation.split` names."""
     return dataset.test if config.evaluation.split == "test" else dataset.validation
+
+
+def make_judge(config: Config, dataset: Dataset) -> Judge | None:
+    """Builds the verdict on a network by the held-out images; None without such.
+
+    Attacked as `building.validation_attacks` says.
+    """
+    if len(dataset.validation) == 0:
+        return None
+    with deterministic_programs(config.training.deterministic):  # a part of it
+        evaluate = make_evaluator(
+            building.make_model(config, dataset),
+            building.validation_attacks(config),
+            batch_size=config.evaluation.batch_size,
+        )
+    key = _key(config, _VALIDATION_STREAM)
+    return lambda variables: evaluate(variables, dataset.validation, key)
+
+
+def make_validate(judge: Judge | None) -> Validate | None:
+    """Builds the score of a state for `fit`; None without a judge.
+
+    Its `score` is robust accuracy in rows with an attack, else natural accuracy.
+    """
+    if judge is None:
+        return None
+
+    def validate(state: TrainState) -> dict[str, float]:
+        accuracy = judge(state.eval_variables).accuracy
+        return {**accuracy, "score": accuracy.get("robust", accuracy["natural"])}
+
+    return validate
+
+
+def make_after_epoch(
+    judge: Judge | None, labels: np.ndarray, admit: Callable[..., PyTree] | None
+) -> AfterEpoch | None:
+    """Builds what shows each epoch's worst class to an average; None if none asks.
+
+    Args:
+      judge: None without held-out images.
+      labels: of its images.
+      admit: as of `samrobust.training.Averaging`.
+    """
+    if judge is None or admit is None:
+        return None
+    admit = jax.jit(admit, out_shardings=replicated(data_mesh()))
+
+    def after_epoch(state: TrainState) -> tuple[TrainState, dict[str, float]]:
+        correct = judge(state.variables).correct
+        right = correct.get("robust", correct["natural"])
+        worst = min(float(np.mean(right[labels == k])) for k in np.unique(labels))
+        average = admit(state.average, state.variables, worst)
+        return dataclasses.replace(state, average=average), {"worst_class": 100 * worst}
+
+    return after_epoch

@@ -21,6 +21,7 @@ from samrobust.experiments.survey import read_plan
 from samrobust.experiments.validation import validate
 from samrobust.system import files
 from samrobust.system.claims.lease import claim_in_turn, lost
+from samrobust.system.fields import differences
 from samrobust.system.storage import ObjectPath
 from samrobust.types import Config
 
@@ -140,11 +141,10 @@ def finished_runs(workdir: pathlib.Path, rows: Sequence[str] = ()) -> dict[str, 
     which = {"rows_without": sorted(lacking)} if wanted else {}
     found = bool(configs) and not lacking
     check(found, condition, fix, workdir=str(workdir), **which)
-    shaping = {name: shaping_fields(config) for name, config in configs.items()}
+    shaping = {name: shaping_fields(as_dict(c)) for name, c in configs.items()}
     check_comparable(shaping, "Choose some with --rows.")
-    fields = {name: config.to_dict() for name, config in configs.items()}
-    _check_seeds(fields)
-    if differs := _untold(fields):
+    _check_seeds(shaping)
+    if differs := _untold(shaping):
         told = "; ".join(f"{n}: {shorten(str(each))}" for n, each in differs.items())
         warnings.warn(f"The rows differ in more than they say. {told}.", stacklevel=2)
     return configs
@@ -154,8 +154,8 @@ def _check_seeds(runs: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuses runs of one row whose configs differ in more than the seed."""
     firsts: dict[str, str] = {}  # of each row
     for name, fields in runs.items():
-        first = firsts.setdefault(modern_row(fields["row"]), name)
-        changed = changed_fields(runs[first], fields)
+        first = firsts.setdefault(fields["row"], name)
+        changed = differences(runs[first], fields)
         changed.pop("seed", None)
         condition = f"seeds of one row that were trained alike, as {first}"
         fix = "Train it again in another folder, or move one away."
@@ -168,15 +168,12 @@ def _untold(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
     Returns:
       The values by dotted names; of data, network and training, as all rows share.
     """
-    first, *others = runs.values()
-    changed = [changed_fields(first, fields) for fields in others]
-    found: dict[str, list[Any]] = {}
-    for name in {name: None for each in changed for name in each}:
+    found = {}
+    for name in sorted({name for fields in runs.values() for name in fields}):
         if name.startswith(("data.", "model.", "training.")):
-            own = next(each[name][0] for each in changed if name in each)
-            values = [own, *(each.get(name, (own, own))[1] for each in changed)]
             kinds: list[Any] = []  # lists among them
-            for fields, value in zip(runs.values(), values, strict=True):
+            for fields in runs.values():
+                value = fields.get(name)
                 if f"{name}=" not in fields["row"] and value not in kinds:
                     kinds.append(value)
             if len(kinds) > 1:
