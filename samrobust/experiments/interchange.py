@@ -189,12 +189,9 @@ def _is_done(workdir: pathlib.Path, digest: str, config: Config) -> bool:
         )
     if changed := config_changes(workdir, config):
         raise OtherConfigError.over(workdir, "this file's import", changed)
-    return is_whole and _is_intact(workdir, config)
-
-
-def _is_intact(workdir: pathlib.Path, config: Config) -> bool:
-    """Tells whether the network is there that `import.json` names."""
-    try:
+    if not is_whole:
+        return False
+    try:  # whether the network is there that `import.json` names
         load_network(config, building.load_facts(config), workdir, "last")
     except CheckpointError:
         return False

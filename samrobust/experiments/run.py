@@ -161,7 +161,12 @@ def run(
         parts = scoring.in_parts(observer.on_batch, [1] * len(judged))
         for which, part in zip(judged, parts, strict=True):
             if which == "last":
-                network = _trained(config, dataset, outcome)
+                model = building.make_model(config, dataset)
+                variables, identity = (
+                    outcome.state.eval_variables,
+                    _identity_in(outcome),
+                )
+                network = Trained(model, variables, config, outcome.step, identity)
             else:
                 network = load_network(config, dataset, workdir, which)
             known = (score for score in scores.values() if score.is_of(network))
@@ -255,13 +260,6 @@ def train(
         should_stop=should_stop,
         companion=companion,
     )
-
-
-def _trained(config: Config, dataset: Dataset, outcome: FitResult) -> Trained:
-    """Returns the network that the training ended with."""
-    model = building.make_model(config, dataset)
-    variables, identity = outcome.state.eval_variables, _identity_in(outcome)
-    return Trained(model, variables, config, outcome.step, identity)
 
 
 def _read_scores(workdir: pathlib.Path, images: str) -> dict[str, scoring.Score]:

@@ -101,13 +101,21 @@ def run_all(
         )
         if failure is not None and failure != before[planned.workdir]:
             return f"{failure.get('message')} (on {failure.get('host')})"
-        outcome = _attempt(planned, load_data, observer, **how)
-        if isinstance(outcome, str):
-            gc.collect()  # its error held what the run had on the device
-        return outcome
+        try:
+            how |= {"dataset": load_data(planned.config), "shared": planned.shared}
+            return run(planned.config, planned.workdir, observer, **how)
+        except InterruptedRunError:
+            raise
+        except Exception as error:  # a bug in one row must not stop the others
+            if not met_by_all(error) or is_transient(error):
+                raise  # these processes are out of step, or all rows would fail
+            if isinstance(error, ClaimedError):
+                return None
+            why = describe(error)
+        gc.collect()  # the error held what the run had on the device
+        return why
 
-    results: dict[pathlib.Path, dict[str, Any]] = {}
-    failed: dict[pathlib.Path, str] = {}
+    outcomes: dict[pathlib.Path, dict[str, Any] | str] = {}
     put_off: set[pathlib.Path] = set()
 
     def attempt_all(left: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -122,17 +130,16 @@ def run_all(
                 functools.partial(attempt, planned, observer)
                 for planned, observer in zip(group, observe(group), strict=True)
             ]
-            outcomes = _attempt_together(attempts, should_stop)
-            for planned, outcome in zip(group, outcomes, strict=True):
+            found = _attempt_together(attempts, should_stop)
+            for planned, outcome in zip(group, found, strict=True):
                 if outcome is None:
                     held.append(planned)
-                elif isinstance(outcome, str):
-                    failed[planned.workdir] = outcome
                 else:
-                    results[planned.workdir] = outcome
+                    outcomes[planned.workdir] = outcome
         return held
 
     def finished_since() -> set[pathlib.Path]:
+        failed = {w for w, outcome in outcomes.items() if isinstance(outcome, str)}
         ended = {p.workdir for p in runs if p.workdir in failed and p.has_result}
         return {workdir for workdir in ended if read_failure(workdir) is None}
 
@@ -141,9 +148,10 @@ def run_all(
     again = [planned for planned in runs if planned.workdir in since]
     take_turns(again, attempt_all, on_wait=on_wait, should_stop=should_stop)
     for planned in runs:
-        if planned.workdir in failed and planned.workdir not in results:
-            on_failure(planned, failed[planned.workdir])
-    return [results[p.workdir] for p in runs if p.workdir in results]
+        if isinstance(why := outcomes.get(planned.workdir), str):
+            on_failure(planned, why)
+    found = (outcomes.get(planned.workdir) for planned in runs)
+    return [outcome for outcome in found if isinstance(outcome, dict)]
 
 
 def check_seeds_per_program(count: int, runs: Sequence[PlannedRun]) -> None:
@@ -213,24 +221,6 @@ def _attempt_together(
 
     with concurrent.futures.ThreadPoolExecutor(len(attempts)) as pool:
         return list(pool.map(join, attempts))
-
-
-def _attempt(
-    planned: PlannedRun,
-    load_data: Callable[[Config], Dataset],
-    observer: Observer,
-    **how: Any,
-) -> Outcome:
-    """Returns what came of a run, which may be interrupted; `how` as of `run`."""
-    try:
-        how |= {"dataset": load_data(planned.config), "shared": planned.shared}
-        return run(planned.config, planned.workdir, observer, **how)
-    except InterruptedRunError:
-        raise
-    except Exception as error:  # a bug in one row must not stop the others
-        if not met_by_all(error) or is_transient(error):
-            raise  # these processes are out of step, or the other rows would fail too
-        return None if isinstance(error, ClaimedError) else describe(error)
 
 
 def finished(planned: PlannedRun) -> dict[str, Any] | None:
