@@ -32,7 +32,7 @@ from samrobust.experiments.components import (
     decay_of_gradient,
     make_model,
     make_optimizer,
-    takes,
+    optimizer_takes,
 )
 from samrobust.experiments.reporting.names import column_of
 from samrobust.system.distributed import data_mesh
@@ -251,7 +251,7 @@ def _check_decay(config: Config) -> None:
         and not entries.replaces_optimizer(part.name)
     ]
     optimizer = training.optimizer
-    decays = takes(optimizer, "weight_decay", field="training.optimizer")
+    decays = optimizer_takes(optimizer, "weight_decay")
     holds = training.weight_decay == 0 or not (is_reference(optimizer) and decays)
     wanted = f"{field}=0 with {training.optimizer} and {', '.join(asks)}"
     fix = "What they do depends on what decays: the gradient (SGD) or the weights."

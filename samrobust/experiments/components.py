@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from samrobust.checks import check
 from samrobust.data import Dataset, DatasetFacts
-from samrobust.experiments.entries import fields_of_parameters, renamed
+from samrobust.experiments.entries import fields_of_parameters, look_up, renamed
 from samrobust.models import MODELS
 from samrobust.system.resolve import is_reference, resolve
 from samrobust.types import Augmentation, Config, Field
@@ -30,38 +30,29 @@ __all__ = [
     "make_model",
     "make_optimizer",
     "model_fields",
+    "optimizer_takes",
     "takes",
 ]
 
 # Given to a network's constructor where it has such a parameter.
 _OF_THE_DATA = ("num_classes", "mean", "std")
 _COMMON = ("dtype", "batch_norm_group")
-_MODEL, _OPTIMIZER = "model.name", "training.optimizer"
 _NO_FIELDS = (*_OF_THE_DATA, *_COMMON, "parent", "name")  # the last two are Flax's
 
 
 @functools.cache
-def _find(name: str, field: str) -> Callable[..., Any]:
-    kinds: dict[str, tuple[str, Mapping[str, Any]]] = {
-        _MODEL: ("the model", MODELS),
-        _OPTIMIZER: ("the optimizer", OPTIMIZERS),
-    }
-    what, registry = kinds[field]
-    wanted = f"{field} in {{{', '.join(registry)}}} or package.module:name"
-    check(name in registry or is_reference(name), wanted, **{field: name})
-    found: Any = registry.get(name, name)
-    found = resolve(found, what) if isinstance(found, str) else found
-    check(callable(found), f"{what}'s constructor", **{field: name})
-    return found
-
-
 def find_model(name: str) -> Callable[..., Any]:
     """Returns the constructor of a network.
 
     Raises:
       ValueError: if there is none of this name.
     """
-    return _find(name, _MODEL)
+    return look_up(name, MODELS, "the model", "model.name")
+
+
+@functools.cache
+def _find_optimizer(name: str) -> Callable[..., Any]:
+    return look_up(name, OPTIMIZERS, "the optimizer", "training.optimizer")
 
 
 @functools.cache
@@ -71,16 +62,17 @@ def model_fields(name: str) -> Mapping[str, Field]:
     Raises:
       ValueError: if there is no such network.
     """
-    make = _find(name, _MODEL)
-    return fields_of_parameters(make, _NO_FIELDS)
+    return fields_of_parameters(find_model(name), _NO_FIELDS)
 
 
-def takes(name: str, parameter: str, *, field: str = _MODEL) -> bool:
-    """Returns whether a network's constructor has a parameter, such as `mean`.
+def takes(name: str, parameter: str) -> bool:
+    """Returns whether a network's constructor has a parameter, such as `mean`."""
+    return parameter in inspect.signature(find_model(name)).parameters
 
-    Or an optimizer's, with `field="training.optimizer"`.
-    """
-    return parameter in inspect.signature(_find(name, field)).parameters
+
+def optimizer_takes(name: str, parameter: str) -> bool:
+    """Returns whether an optimizer's constructor has a parameter, as `momentum`."""
+    return parameter in inspect.signature(_find_optimizer(name)).parameters
 
 
 def make_model(config: Config, dataset: Dataset | DatasetFacts) -> nn.Module:
@@ -94,7 +86,6 @@ def make_model(config: Config, dataset: Dataset | DatasetFacts) -> nn.Module:
     """
     _check_taken(config)
     section, name = config.model, config.model.name
-    make = _find(name, _MODEL)
     group = section.batch_norm_group
     given = {
         "num_classes": dataset.num_classes,
@@ -113,7 +104,9 @@ def make_model(config: Config, dataset: Dataset | DatasetFacts) -> nn.Module:
     fields |= {key: tuple(x) for key, x in fields.items() if isinstance(x, list)}
     names = {key: f"model.{key}" for key in (*fields, *_OF_THE_DATA, *_COMMON)}
     with renamed(names, name):
-        made = make(**fields, **{k: v for k, v in given.items() if takes(name, k)})
+        made = find_model(name)(
+            **fields, **{k: v for k, v in given.items() if takes(name, k)}
+        )
     shown = type(made).__name__
     check(isinstance(made, nn.Module), f"{name} to build a Linen module", built=shown)
     return made
@@ -202,15 +195,15 @@ def make_optimizer(
       ValueError: if there is none of the name, or it builds something else.
     """
     training = config.training
-    make = _find(training.optimizer, _OPTIMIZER)
-    parameters = inspect.signature(make).parameters
+    name = training.optimizer
     given = {"momentum": training.momentum, "weight_decay": training.weight_decay}
     names = {key: f"training.{key}" for key in given}
-    with renamed(names, training.optimizer):
-        made = make(learning_rate, **{k: given[k] for k in given if k in parameters})
+    taken = {key: given[key] for key in given if optimizer_takes(name, key)}
+    with renamed(names, name):
+        made = _find_optimizer(name)(learning_rate, **taken)
     links = tuple(made) if type(made) in (tuple, list) else (made,)
     for link in links:
         holds = isinstance(link, optax.GradientTransformation)
-        wanted = f"{_OPTIMIZER}={training.optimizer} to build an optax transformation"
+        wanted = f"training.optimizer={name} to build an optax transformation"
         check(holds, wanted, built=type(link).__name__)
     return links

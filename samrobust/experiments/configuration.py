@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 
 from samrobust.checks import check, shorten
 from samrobust.experiments import entries, methods, rows
-from samrobust.experiments.components import model_fields, takes
+from samrobust.experiments.components import model_fields, optimizer_takes
 from samrobust.experiments.config_files import (
     base_file,
     find_config_file,
@@ -320,7 +320,7 @@ def _check_choices(config: Config) -> None:
             check(holds, f"{choice}={value} when {field} is set", **given)
         if field in ("training.momentum", "training.weight_decay"):
             parameter = field.rpartition(".")[2]
-            holds = takes(found[optimizer], parameter, field=optimizer)
+            holds = optimizer_takes(found[optimizer], parameter)
             wanted = f"an optimizer with a parameter {parameter} when {field} is set"
             given = {field: found[field], optimizer: found[optimizer]}
             check(holds, wanted, **given)

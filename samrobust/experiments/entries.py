@@ -54,6 +54,7 @@ __all__ = [
     "find",
     "has_parameter",
     "is_optimizer",
+    "look_up",
     "of_training",
     "options",
     "renamed",
@@ -97,20 +98,36 @@ class Given(NamedTuple):
     steps_per_epoch: int = 1
 
 
+def look_up(name: str, registry: Mapping[str, Any], what: str, field: str) -> Any:
+    """Returns the constructor, or the `Entry`, that a name stands for.
+
+    Args:
+      name: one of the registry's, or `package.module:name`.
+      registry: constructors, or where they are.
+      what: is looked for, for messages, as in `the model`.
+      field: that holds the name.
+
+    Raises:
+      ValueError: if there is none, or it is not a constructor.
+    """
+    wanted = f"{field} in {{{', '.join(registry)}}} or package.module:name"
+    check(name in registry or is_reference(name), wanted, **{field: name})
+    found: Any = registry.get(name, name)
+    found = resolve(found, what) if isinstance(found, str) else found
+    holds = callable(found) or isinstance(found, Entry)
+    check(holds, f"{what}'s constructor", **{field: name})
+    return found
+
+
 @functools.cache
 def find(name: str) -> Entry:
     """Returns the entry of a name in rows.
 
     Raises:
-      ValueError: if there is none, or it is not a constructor.
+      ValueError: as `look_up`.
     """
-    known = is_reference(name) or name in REGISTRY
-    check(known, "the name of a method", method=name)
-    found = resolve(REGISTRY.get(name, name), "a method")
-    if isinstance(found, Entry):
-        return found
-    check(callable(found), "a method's constructor", method=name)
-    return Entry(found)
+    found = look_up(name, REGISTRY, "a method", "method")
+    return found if isinstance(found, Entry) else Entry(found)
 
 
 def _parameters_of(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

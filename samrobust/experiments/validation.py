@@ -129,8 +129,7 @@ def validate(config: Config) -> None:
     for field, rule in FIELDS.items():
         rule(**{field: _read(config, field)})
     for field, rule in fields_of(config).items():  # known now that names are texts
-        if field not in FIELDS:
-            rule(**{field: _read(config, field)})
+        rule(**{field: _read(config, field)})
     _validate_training(config)
     _validate_methods(config)
     check_model(config)

@@ -1,6 +1,7 @@
 """A live progress bar over a grid of runs; plain lines where there is no terminal."""
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -144,29 +145,28 @@ def _fixed(width: int) -> Column:
     return Column(no_wrap=True, min_width=width)
 
 
+@dataclasses.dataclass(eq=False)
 class RunDisplay:
     """Part of one run in a `ProgressDisplay`.
 
     Attributes:
-      work: of the run, less what it is given.
-      done: of it.
+      say: shows a text.
+      name: of the run.
+      training, evaluation: their work.
+      given: what of the training an earlier run leaves.
+      done: work, without what is given.
       skipped: what other processes did beyond what is given, known in part as soon as
         the run is told of progress, and whole at its end; None before. The ETA must not
         promise that speed.
     """
 
-    def __init__(
-        self,
-        say: Callable[[str], None],
-        name: str,
-        training: float,
-        evaluation: float,
-        given: float = 0.0,
-    ):
-        self._say, self._name, self._given = say, name, given
-        self._training, self._evaluation = training, evaluation
-        self.work, self.done = training + evaluation - given, 0.0
-        self.skipped: float | None = None
+    say: Callable[[str], None]
+    name: str
+    training: float
+    evaluation: float
+    given: float = 0.0
+    done: float = 0.0
+    skipped: float | None = None
 
     def on_progress(self, progress: Any) -> None:
         """Shows a `samrobust.training.Progress`."""
@@ -175,21 +175,22 @@ class RunDisplay:
         if progress.metrics:
             loss, accuracy = progress.metrics["loss"], progress.metrics["accuracy"]
             text += f", loss {loss:.3f}, accuracy {accuracy:.1f} %"
-        self._move(share * self._training, share * self._training, text)
+        self._move(share * self.training, share * self.training, text)
 
     def on_batch(self, done: int, num_examples: int, doing: str = "") -> None:
         """Shows how many examples were attacked, or what is being done."""
-        work = self._training + done / num_examples * self._evaluation
+        work = self.training + done / num_examples * self.evaluation
         doing = doing or attacked_in_words(done, num_examples)
-        self._move(self._training, work, doing)
+        self._move(self.training, work, doing)
 
     def end(self) -> None:
         """Ends the run: the work that it was never told of is done elsewhere."""
-        self.skipped = (self.skipped or 0.0) + self.work - self.done
-        self.done = self.work
+        work = self.training + self.evaluation - self.given
+        self.skipped = (self.skipped or 0.0) + work - self.done
+        self.done = work
 
     def _move(self, before: float, done: float, text: str) -> None:
         if self.skipped is None:
-            self.skipped = before - self._given
-        self.done = done - self._given
-        self._say(f"{self._name}: {text}")
+            self.skipped = before - self.given
+        self.done = done - self.given
+        self.say(f"{self.name}: {text}")
