@@ -10,11 +10,10 @@ import pytest
 
 from samrobust.evaluation.diagnostics.finding import PASSED, Finding
 from samrobust.evaluation.diagnostics.report import write_report as write_sanity
-from samrobust.experiments.report import write_report
+from samrobust.experiments.report import draw_training, write_report
 from samrobust.experiments.reporting import summarize
 from samrobust.experiments.reporting.names import attack_in_words
 from samrobust.experiments.reporting.render import to_json
-from samrobust.experiments.reporting.training import draw_training
 from samrobust.system.files import (
     append_json_line,
     digest,

@@ -178,8 +178,7 @@ def draw_curves(curves: Sequence[Curve], title: str) -> "Figure":
         panel.tick_params(labelsize=pictures.TEXT - 1)
         panel.grid(axis="y", color=pictures.PALE, linewidth=0.6)
     panels[0].set_ylabel("accuracy in %", fontsize=pictures.TEXT)
-    over = pictures.over_seeds(curve.seeds for curve in curves)
-    if over != "one seed":
-        over = f"mean and band of one standard deviation over {over}"
+    what = "mean and band of one standard deviation"
+    over = pictures.over_seeds(what, (curve.seeds for curve in curves))
     pictures.add_legend(figure, panels[0].get_lines(), over, columns=4)
     return figure

@@ -9,23 +9,23 @@ import dataclasses
 import html
 import json
 import pathlib
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from samrobust import __version__
 from samrobust.checks import check
 from samrobust.evaluation.diagnostics.finding import Finding
 from samrobust.evaluation.diagnostics.report import to_sheet
 from samrobust.experiments.curves import Curve, draw_curves
+from samrobust.experiments.reporting import pictures
 from samrobust.experiments.reporting.names import (
     attack_in_words,
     checkpoint_in_words,
 )
 from samrobust.experiments.reporting.page import picture, render_page
-from samrobust.experiments.reporting.pictures import write_figure
 from samrobust.experiments.reporting.render import from_json, to_html, write_pictures
 from samrobust.experiments.reporting.results import makers
-from samrobust.experiments.reporting.training import draw_training
 from samrobust.experiments.survey import read_plan
 from samrobust.experiments.workdir import read_evaluations, read_log, run_folder
 from samrobust.system import files
@@ -34,12 +34,20 @@ from samrobust.system.tables import Sheet, TextTable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["write_report"]
+__all__ = ["draw_training", "write_report"]
 
 _T = TypeVar("_T")
 # What reading a file may raise that is no table.
 _UNFIT = (ValueError, KeyError, TypeError, AttributeError, files.WorkdirError)
 _UNKNOWN = "not recorded"
+_PANELS = {  # of a line in `metrics.jsonl`
+    "loss": "loss of training",
+    "accuracy": "accuracy on what it trains on, %",
+    "validation_natural": "held-out natural, %",
+    "validation_robust": "held-out robust, %",
+}
+_WIDTH = 2.6  # inches, of a panel
+_Lines: TypeAlias = Sequence[Mapping[str, Any]]
 _VERSIONS = ("samrobust", "jax", "jaxlib", "flax", "optax", "python")
 
 
@@ -252,7 +260,7 @@ class _Report:
 
     def _drawn(self, figure: "Figure", name: str, alt: str) -> str:
         """Draws a picture in the folder, and returns it as a part of the page."""
-        self.pictures += write_figure(figure, self.workdir, name, ("png",))
+        self.pictures += pictures.write_figure(figure, self.workdir, name, ("png",))
         return picture(self.pictures[-1], alt)
 
     def _all_measured(self, what: str, content: Mapping[str, Any]) -> None:
@@ -305,8 +313,9 @@ def _provenance(measured: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
         flags = [f"{n}={value}" for n, value in (made.get("flags") or {}).items()]
         versions = ", ".join([*filter(None, [versions]), *flags])
         device = f"{made.get('num_devices', 1)} x {made.get('device', _UNKNOWN)}"
-        named = (str(made.get(n) or _UNKNOWN) for n in ("commit", "command"))
-        commit, command = named
+        commit, command = (
+            str(made.get(name) or _UNKNOWN) for name in ("commit", "command")
+        )
         way = (command, commit, device, versions or _UNKNOWN)
         number = ways.setdefault(way, len(ways) + 1)
         known = (str(fields.get(name) or _UNKNOWN) for name in ("identity", "step"))
@@ -321,3 +330,41 @@ def _provenance(measured: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
         "begun with; the step is that of the network."
     )
     return Sheet(tables, [note]).to_html()
+
+
+def draw_training(runs: Mapping[str, tuple[str, Sequence[_Lines]]]) -> "Figure":
+    """Draws the epochs of finished runs, means over seeds.
+
+    Args:
+      runs: by row, its label and the lines of `metrics.jsonl` of each of its runs.
+    """
+    known = {
+        key for _, own in runs.values() for lines in own for x in lines for key in x
+    }
+    shown = [key for key in _PANELS if key in known]
+    size = (max(6.0, 0.6 + _WIDTH * len(shown)), 2.9 + 0.07 * len(runs))
+    figure, panels = pictures.make_panels(
+        len(shown), size, "Training, by epoch", 75, sharey=False
+    )
+    looks = pictures.row_looks(runs)
+    for panel, key in zip(panels, shown, strict=True):
+        for row, (label, own) in runs.items():
+            look: dict[str, Any] = looks[row] | {"marker": ""}
+            means = _means(own, key)
+            panel.plot(*means, **look, label=pictures.in_symbols(label))
+        panel.set_title(_PANELS[key], fontsize=pictures.TEXT)
+        panel.tick_params(labelsize=pictures.SMALL, length=2)
+        panel.grid(axis="y", color=pictures.PALE, linewidth=0.6)
+        panel.locator_params(axis="x", integer=True)
+    said = pictures.over_seeds("mean", (len(own) for _, own in runs.values()))
+    said += "; adversarial training trains on attacked images"
+    columns = 4 if len(shown) > 2 else 3
+    pictures.add_legend(figure, panels[0].get_lines(), said, columns=columns)
+    return figure
+
+
+def _means(runs: Sequence[_Lines], key: str) -> tuple[list[int], list[float]]:
+    """Returns the epochs that all runs of a row have, and the means of a number."""
+    values = [{x["epoch"]: x[key] for x in lines if key in x} for lines in runs]
+    epochs = sorted(set.intersection(*(set(own) for own in values)))
+    return epochs, [statistics.fmean(own[epoch] for own in values) for epoch in epochs]

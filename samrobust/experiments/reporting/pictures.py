@@ -96,12 +96,16 @@ def column_in_symbols(column: str) -> str:
     return ", ".join(filter(None, words))
 
 
-def over_seeds(counts: Iterable[int]) -> str:
-    """Returns over how many seeds means are: `one seed`, `3 seeds`, `up to 3 seeds`."""
+def over_seeds(what: str, counts: Iterable[int]) -> str:
+    """Returns over how many seeds something is, such as `mean ± std`.
+
+    >>> over_seeds("mean", [3, 3]), over_seeds("mean", [1, 3]), over_seeds("mean", [1])
+    ('mean over 3 seeds', 'mean over up to 3 seeds', 'one seed')
+    """
     known = sorted({count for count in counts if count})
     if known[-1] == 1:
         return "one seed"
-    return f"{'up to ' if len(known) > 1 else ''}{known[-1]} seeds"
+    return f"{what} over {'up to ' if len(known) > 1 else ''}{known[-1]} seeds"
 
 
 def make_panels(
@@ -205,8 +209,7 @@ def draw_table(table: Table) -> "Figure":
     panels[0].set_ylim(heights[-1] + 0.6, -0.6)
     for tick, row in zip(panels[0].get_yticklabels(), table.rows, strict=True):
         tick.set_color(colors[row.family] if row.seeds else GRAY)
-    over = over_seeds(len(row.seeds) for row in table.rows)
-    shown = over if over == "one seed" else f"mean ± std over {over}"
+    shown = over_seeds("mean ± std", (len(row.seeds) for row in table.rows))
     said = f"accuracy in % on {table.num_test:,} images, {shown}"
     add_legend(figure, _legend(panels[0], table), said, columns=4)
     return figure

@@ -64,9 +64,8 @@ def draw_prices(table: Table) -> "Figure":
     if any(len(cluster) > _CROWD for cluster in _clusters(rows)):
         words += f"; of more than {_CROWD} alike, the best of each family are named"
     panels[-1].set_xlabel(words, fontsize=pictures.TEXT)
-    over = pictures.over_seeds(len(row.seeds) for row in rows)
-    mean = over if over == "one seed" else f"mean ± std over {over}"
-    bar = {"yerr": None if over == "one seed" else [], **_DOT}
+    mean = pictures.over_seeds("mean ± std", (len(row.seeds) for row in rows))
+    bar = {"yerr": None if mean == "one seed" else [], **_DOT}
     handles = [panels[0].errorbar([], [], color=pictures.GRAY, label=mean, **bar)]
     said = "not beaten at this cost or less"
     handles += panels[0].plot([], [], **_STAIRS, label=said)
