@@ -33,7 +33,7 @@ from samrobust.data import (
     official,
     prepared,
 )
-from samrobust.data.archive import ArchiveFile, ResumingDownloader, find_archive
+from samrobust.data.archive import ArchiveFile, find_archive
 from samrobust.data.cache import default_cache_dir
 from samrobust.data.official import OfficialSplit, checksum
 from samrobust.data.splits import spread
@@ -484,7 +484,7 @@ def test_an_archive_that_cannot_be_read_is_named(place, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(archive.hashlib, "file_digest", refuse)
+    monkeypatch.setattr(archive, "digest", refuse)
     with pytest.raises(DatasetUnavailableError, match=r"read .*gz, got: .*Permission"):
         place.prepare()
 
@@ -709,11 +709,10 @@ def test_a_refusal_ends_the_download_at_once(server, tmp_path):
     assert len(server.ranges) == 1
 
 
-def test_attempts_that_bring_something_are_not_counted(server, tmp_path):
+def test_attempts_that_bring_something_are_not_counted(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "_MAX_ATTEMPTS", 2)
     server.drop_after = [100_000, 100_000]
-    downloader = ResumingDownloader(tmp_path / "part", max_attempts=2, backoff=0.0)
-    downloader(server.url, str(tmp_path / "file"), None)
-    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert find_archive(served(server), tmp_path).read_bytes() == CONTENT
 
 
 def test_a_manual_directory_comes_before_that_of_all_data(server, tmp_path):
@@ -745,18 +744,11 @@ def test_the_download_gives_up_after_attempts_that_bring_nothing(
     pauses = []
     monkeypatch.setattr(archive.time, "sleep", pauses.append)
     server.status = status
-    downloader = ResumingDownloader(tmp_path / "part", max_attempts=4, backoff=0.5)
-    with pytest.raises(ConnectionError, match=f"{status}"):
-        downloader(server.url, str(tmp_path / "file"), None)
-    assert len(server.ranges) == 4
-    assert pauses == [0.5, 1.0, 2.0]
-
-
-def test_a_downloader_without_attempts_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"Expected 1 <= max_attempts, got max_attempts=0"
-    ):
-        ResumingDownloader(tmp_path / "part", max_attempts=0)
+    with pytest.raises(DatasetUnavailableError, match=f"{status}") as error:
+        find_archive(served(server), tmp_path)
+    assert isinstance(error.value.__cause__, ConnectionError)
+    assert len(server.ranges) == 5
+    assert pauses == [1.0, 2.0, 4.0, 8.0]
 
 
 def test_a_cached_data_set_is_not_decoded_again(place, monkeypatch):

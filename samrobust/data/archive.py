@@ -5,17 +5,19 @@ it broke, in this process or a later one.
 """
 
 import dataclasses
-import hashlib
 import logging
 import pathlib
 import time
 
-from samrobust.checks import check
 from samrobust.data.splits import DatasetUnavailableError
+from samrobust.system.files import digest
 
-__all__ = ["ArchiveFile", "ResumingDownloader", "find_archive"]
+__all__ = ["ArchiveFile", "find_archive"]
 
 _MAX_NAMES = 4  # in a message
+_MAX_ATTEMPTS = 5  # in a row that may bring no byte before we give up
+_BACKOFF = 1.0  # seconds before the second of them; doubled for each further one
+_TIMEOUT = 30.0  # seconds of silence after which the connection counts as broken
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ def find_archive(
         or the archive is in none of them, and a manual_dir is given or it cannot be
         downloaded. Says what was found instead.
     """
-    here = downloads if manual_dir is not None else None  # else pooch looks there
+    here = downloads if manual_dir is not None else None  # else `_download` looks
     for directory in (manual_dir, downloads / "manual", here):
         if directory is not None and (directory / archive.name).is_file():
             _verify(archive, directory / archive.name)
@@ -103,8 +105,7 @@ def _found(archive: ArchiveFile, directory: pathlib.Path) -> str:
 def _verify(archive: ArchiveFile, path: pathlib.Path) -> None:
     """Refuses a file with another hash than the archive's."""
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = digest(path)
     except OSError as error:
         raise DatasetUnavailableError(
             f"Expected to read {path}, got: {error}"
@@ -119,120 +120,80 @@ def _verify(archive: ArchiveFile, path: pathlib.Path) -> None:
 
 def _download(archive: ArchiveFile, downloads: pathlib.Path) -> pathlib.Path:
     """Downloads the archive unless it is there already; verified either way."""
-    import pooch  # with requests, a third of a second to import
-
-    registry = pooch.create(
-        path=downloads,
-        base_url="",
-        registry={archive.name: f"sha256:{archive.sha256}"},
-        urls={archive.name: archive.url},
-        retry_if_failed=1,  # after a wrong hash: what was resumed may have been damaged
-    )
-    downloader = ResumingDownloader(downloads / f"{archive.name}.part")
-    fetched = registry.fetch(
-        archive.name,
-        downloader=downloader,  # pyright: ignore[reportArgumentType] - misnamed in pooch
-    )
-    return pathlib.Path(fetched)
+    path = downloads / archive.name
+    if digest(path) == archive.sha256:
+        return path
+    downloads.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.part")
+    for _ in range(2):  # what was resumed may have been damaged
+        _complete(archive.url, partial)
+        if digest(partial) == archive.sha256:
+            return partial.replace(path)
+        partial.unlink()
+    raise ValueError(f"what {archive.url} sends does not match the known hash.")
 
 
-class ResumingDownloader:
-    """A pooch downloader that resumes a broken download.
+def _complete(url: str, partial: pathlib.Path) -> None:
+    """Downloads the rest of a file, which outlives a broken line and the process.
 
-    The bytes gather in a file of their own, which outlives the call and the process.
-    Each attempt asks for the rest with an HTTP Range header; a server that ignores the
-    header sends everything again, and so we take it.
+    Raises:
+      ConnectionError: if too many attempts bring nothing.
+      OSError: if the server refuses.
     """
+    import requests
 
-    def __init__(
-        self,
-        partial: pathlib.Path,
-        *,
-        max_attempts: int = 5,
-        backoff: float = 1.0,
-        timeout: float = 30.0,
-    ):
-        """Configures the downloader.
+    failures = 0
+    while True:
+        size = _size(partial)
+        try:
+            return _fetch_rest(url, partial, size)
+        except requests.RequestException as error:
+            failures = 1 if _size(partial) > size else failures + 1
+            if _is_final(error.response):
+                raise
+            if failures >= _MAX_ATTEMPTS:
+                raise ConnectionError(str(error)) from error
+            logger.warning("The download failed and is tried again: %s", error)
+            time.sleep(_BACKOFF * 2 ** (failures - 1))
 
-        Args:
-          partial: the file in which the bytes gather.
-          max_attempts: attempts in a row that may bring no byte before we give up.
-          backoff: seconds before the second of them; doubled for each further one.
-          timeout: seconds of silence after which the connection counts as broken.
-        """
-        check(max_attempts >= 1, "1 <= max_attempts", max_attempts=max_attempts)
-        self.partial = partial
-        self.max_attempts = max_attempts
-        self.backoff = backoff
-        self.timeout = timeout
 
-    def __call__(
-        self,
-        url: str,
-        output_file: str,
-        pooch: object,  # noqa: ARG002 - the signature of a pooch downloader
-    ) -> None:
-        """Downloads the address into output_file.
+def _size(path: pathlib.Path) -> int:
+    """Returns how many bytes there are by now."""
+    return path.stat().st_size if path.exists() else 0
 
-        Raises:
-          ConnectionError: if too many attempts bring nothing.
-          OSError: if the server refuses.
-        """
-        import requests
 
-        failures = 0
-        while True:
-            size_before = self._size()
-            try:
-                self._fetch_rest(url)
-                break
-            except requests.RequestException as error:
-                failures = 1 if self._size() > size_before else failures + 1
-                # A requests error would make pooch call us again.
-                if _is_final(error.response):
-                    raise OSError(str(error)) from None
-                if failures >= self.max_attempts:
-                    raise ConnectionError(str(error)) from error
-                logger.warning("The download failed and is tried again: %s", error)
-                time.sleep(self.backoff * 2 ** (failures - 1))
-        self.partial.replace(output_file)
+def _fetch_rest(url: str, partial: pathlib.Path, size: int) -> None:
+    """Appends what is missing after `size` bytes, by an HTTP Range header.
 
-    def _size(self) -> int:
-        """Returns how many bytes there are by now."""
-        return self.partial.stat().st_size if self.partial.exists() else 0
+    A server that ignores the header sends everything again, and so we take it.
+    """
+    import requests
+    import tqdm
 
-    def _fetch_rest(self, url: str) -> None:
-        """Appends what is missing, or raises when the connection breaks."""
-        import requests
-        import tqdm
-
-        size = self._size()
-        headers = {"Accept-Encoding": "identity"}
-        if size:
-            headers["Range"] = f"bytes={size}-"
-        with requests.get(
-            url, headers=headers, stream=True, timeout=self.timeout
-        ) as response:
-            if response.status_code == requests.codes.requested_range_not_satisfiable:
-                return  # nothing is missing; if that is wrong, the hash will tell
-            response.raise_for_status()
-            resumed = response.status_code == requests.codes.partial_content
-            start = size if resumed else 0
-            length = int(response.headers.get("Content-Length", 0))
-            with (
-                self.partial.open("ab" if resumed else "wb") as file,
-                tqdm.tqdm(
-                    total=start + length or None,
-                    initial=start,
-                    unit="B",
-                    unit_scale=True,
-                    desc=pathlib.Path(url).name,
-                    disable=None,  # where there is no terminal
-                ) as progress,
-            ):
-                for chunk in response.iter_content(1 << 16):
-                    file.write(chunk)
-                    progress.update(len(chunk))
+    headers = {"Accept-Encoding": "identity"}
+    if size:
+        headers["Range"] = f"bytes={size}-"
+    with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
+        if response.status_code == requests.codes.requested_range_not_satisfiable:
+            return  # nothing is missing; if that is wrong, the hash will tell
+        response.raise_for_status()
+        resumed = response.status_code == requests.codes.partial_content
+        start = size if resumed else 0
+        length = int(response.headers.get("Content-Length", 0))
+        with (
+            partial.open("ab" if resumed else "wb") as file,
+            tqdm.tqdm(
+                total=start + length or None,
+                initial=start,
+                unit="B",
+                unit_scale=True,
+                desc=pathlib.Path(url).name,
+                disable=None,  # where there is no terminal
+            ) as progress,
+        ):
+            for chunk in response.iter_content(1 << 16):
+                file.write(chunk)
+                progress.update(len(chunk))
 
 
 def _is_final(response) -> bool:
