@@ -18,7 +18,6 @@ out of scope: save `jax.random.key_data(key)`.
 import contextlib
 import dataclasses
 import errno
-import functools
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -31,13 +30,15 @@ import orbax.checkpoint as ocp
 from samrobust.checks import check
 from samrobust.system.failures import is_transient
 from samrobust.training.manifest import (
+    ALONE,
+    DamagedError,
+    Reader,
     find_mismatch,
     make_manifest,
     named_leaves,
     place,
 )
 from samrobust.training.places import open_place
-from samrobust.training.reader import ALONE, DamagedError, Reader
 from samrobust.types import PyTree
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored"]
@@ -88,7 +89,7 @@ metadata={'epoch': 2})
     def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2):
         check(keep >= 1, "1 <= keep", "Keep at least one checkpoint.", keep=keep)
         self._place = open_place(directory)
-        self._policy = _KeepNewest(keep)
+        self._keep = keep
         self._manager: ocp.CheckpointManager | None = None
         self._last_step: int | None = None
 
@@ -139,8 +140,14 @@ metadata={'epoch': 2})
                 "which is being saved; they are removed when it is committed.",
                 stacklevel=2,
             )
-        self._last_step = step
-        self._policy.later, self._policy.needed = frozenset(later), frozenset(needed)
+        self._last_step, stay = step, frozenset(needed)
+
+        def outdated(steps: Sequence[int]) -> list[int]:
+            # Another that is later is of a process that took the run over meanwhile.
+            earlier = [other for other in steps if other <= step][: -self._keep]
+            gone = {*earlier} - stay | {*later}
+            return [other for other in steps if other in gone]
+
         with self._reporting_errors():
             manager = self._open_manager()
             if step in manager.all_steps():
@@ -153,7 +160,6 @@ metadata={'epoch': 2})
                 metadata=ocp.args.JsonSave(manifest),
             )
             manager.save(step, args=items, force=True)
-            outdated = functools.partial(self._policy.outdated, step)
             self._place.publish(step, manager.wait_until_finished, outdated)
         if wait:
             self.wait()
@@ -285,7 +291,6 @@ metadata={'epoch': 2})
         if self._manager is not None:
             with self._reporting_errors():
                 self._place.wait()
-                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the pending write, then frees the threads; may be called again."""
@@ -312,7 +317,6 @@ metadata={'epoch': 2})
                 options=ocp.CheckpointManagerOptions(
                     create=False,
                     multiprocessing_options=ALONE,
-                    preservation_policy=self._policy,
                     cleanup_tmp_directories=True,
                     lightweight_initialize=True,
                     async_options=ocp.AsyncOptions(
@@ -356,34 +360,6 @@ class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
         del step
         return False
-
-
-@dataclasses.dataclass
-class _KeepNewest:
-    """Policy to keep the step just saved and the `keep - 1` before it.
-
-    Attributes:
-      keep: how many.
-      later: steps to remove although they are later; any other is not ours, but that of
-        a process that took the run over while we wrote.
-      needed: steps that stay although they are earlier.
-    """
-
-    keep: int
-    later: frozenset[int] = frozenset()
-    needed: frozenset[int] = frozenset()
-
-    def outdated(self, saved: int, steps: Sequence[int]) -> list[int]:
-        """Returns the steps to remove once one is saved."""
-        newest = sorted(step for step in steps if step <= saved)[-self.keep :]
-        kept = {*newest, *self.needed}
-        return [s for s in steps if s in self.later or (s <= saved and s not in kept)]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any):
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        outdated = self.outdated(steps[-1], steps)  # Orbax appends the one just saved
-        return [step not in outdated for step in steps]
 
 
 def _pass_on(error: Exception) -> None:

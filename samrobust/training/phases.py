@@ -7,14 +7,15 @@ begins, a step is the one without it bit for bit, and costs no more.
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import optax
 
+from samrobust.attacks import identity
 from samrobust.checks import LARGEST_COUNT, check, check_real, count
-from samrobust.training.parts import Adversary
+from samrobust.training.parts import Adversary, as_adversary
 from samrobust.training.step import TrainStep
-from samrobust.types import Field, PyTree
+from samrobust.types import Field
 
 __all__ = [
     "START",
@@ -56,20 +57,9 @@ def first_epoch(fraction: float, epochs: int) -> int:
 def waiting(part: _Part) -> _Part:
     """Returns a part that does nothing, with the state of the one that it waits for."""
     if isinstance(part, Adversary):
-        return part._replace(perturb=_leave_images, learn=None)
-    return optax.GradientTransformationExtraArgs(part.init, _leave_gradients)
-
-
-def _leave_images(logits_fn: Any, images: Any, labels: Any, state: PyTree, *, key: Any):
-    del logits_fn, labels, key
-    return images, state
-
-
-def _leave_gradients(
-    updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any
-) -> tuple[PyTree, PyTree]:
-    del params, extra_args
-    return updates, state
+        return part._replace(perturb=as_adversary(identity).perturb, learn=None)
+    nothing = optax.with_extra_args_support(optax.identity())
+    return nothing._replace(init=part.init)
 
 
 def earlier_phases(

@@ -53,6 +53,8 @@ class DiskPlace:
       folder: where Orbax writes.
     """
 
+    _pending: concurrent.futures.Future[None] | None = None
+
     def __init__(self, folder: str):
         self.name = self.folder = os.path.abspath(folder)
 
@@ -94,10 +96,23 @@ class DiskPlace:
           written: returns once it is complete in `folder`.
           outdated: of all finished steps there, those to remove then.
         """
-        # Orbax does all that here.
+
+        def bring() -> None:
+            written()
+            self._bring(step)
+            for other in outdated(self.steps()):
+                self.remove(other)
+
+        self._pending = concurrent.futures.ThreadPoolExecutor(1).submit(bring)
+
+    def _bring(self, step: int) -> None:
+        """Does nothing: the folder is the place."""
 
     def wait(self) -> None:
         """Waits until all is published; raises what went wrong."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def close(self) -> None:
         """Frees what it took of this machine."""
@@ -109,8 +124,6 @@ class StorePlace(DiskPlace):
     def __init__(self, path: ObjectPath):
         self.name, self._path = str(path), path
         self._held = contextlib.ExitStack()
-        self._pool = concurrent.futures.ThreadPoolExecutor(1)  # its thread comes later
-        self._pending: concurrent.futures.Future[None] | None = None
 
     @property
     def folder(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -141,32 +154,17 @@ class StorePlace(DiskPlace):
                 path.download(here)
             yield os.path.join(name, str(step))
 
-    def publish(
-        self,
-        step: int,
-        written: Callable[[], None],
-        outdated: Callable[[list[int]], list[int]],
-    ) -> None:
-        """Uploads a step, then removes the outdated ones."""
-
-        def bring() -> None:
-            written()
-            self.remove(step)
-            self._upload(step)
-            finished = self.steps()
-            left_by_a_kill = set(self._steps(finished=False)) - set(finished)
-            for other in {*left_by_a_kill, *outdated(finished)}:
-                self.remove(other)
-
-        self._pending = self._pool.submit(bring)
-
-    def _upload(self, step: int) -> None:
+    def _bring(self, step: int) -> None:
+        """Uploads a step, then removes what a kill has left of others."""
+        self.remove(step)
         folder = pathlib.Path(self.folder, str(step))
         files = {path.relative_to(folder).parts: path for path in folder.rglob("*")}
         for name in sorted(files, key=lambda name: (name == _MANIFEST, name)):
             if files[name].is_file():
                 self._path.joinpath(folder.name, *name).upload(files[name])
         shutil.rmtree(folder)
+        for other in set(self._steps(finished=False)) - set(self.steps()):
+            self.remove(other)
 
     def remove(self, step: int) -> None:
         """Removes a step, its manifest first."""
@@ -176,13 +174,6 @@ class StorePlace(DiskPlace):
         for path in sorted(files, key=lambda path: path != manifest):
             path.unlink(missing_ok=True)
 
-    def wait(self) -> None:
-        """Waits for the upload."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
     def close(self) -> None:
         """Removes the temporary folder."""
-        self._pool.shutdown()
         self._held.close()
