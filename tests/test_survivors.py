@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from samrobust.evaluation.fates import Fates
-from samrobust.evaluation.survivors import Stage, Work, survivors
+from samrobust.evaluation.survivors import Stage, survivors, telling
 
 NUM_EXAMPLES, NUM_STAGES = 29, (3, 2)
 # The stage that breaks an example, by column; beyond the last one none does.
@@ -45,9 +45,9 @@ def fresh(columns: dict[str, list[Stage]]) -> dict[str, Fates]:
 def pursue(columns, fates, size, on_batch=lambda *_: None):
     """Attacks in all columns; yields batches with the number of their column."""
     chosen: Any = size if callable(size) else lambda *_: size
-    work = Work(columns, fates, on_batch)
+    tell_of = telling(columns, fates, on_batch)
     for number, (name, stages) in enumerate(columns.items()):
-        tell = functools.partial(work.tell, name)
+        tell = functools.partial(tell_of, name)
         for batch in survivors(stages, fates[name], size=chosen, tell=tell):
             yield number, batch
 

@@ -6,7 +6,7 @@ evaluation resumes where it was, and another radius is attacked beside those bef
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,15 @@ from samrobust.evaluation.measure import OnBatch, batch_size_for, to_devices
 from samrobust.evaluation.survivors import (
     Attacked,
     Stage,
-    Work,
     compile_attack,
     survivors,
+    telling,
 )
 from samrobust.types import Array, LogitsFn, PyTree
 
 __all__ = ["make_autoattack_evaluator"]
+
+_MemberPart = tuple[Member, int, str]
 
 
 def make_autoattack_evaluator(
@@ -82,7 +84,9 @@ def make_autoattack_evaluator(
         }
         images = split.images if examples else None
         fates = {
-            column: files[column].open(_fresh(own, len(split)), images)
+            column: files[column].open(
+                Fates.fresh([member.name for member, _, _ in own], len(split)), images
+            )
             for column, own in parts.items()
         }
         right = np.ones(len(split), bool)
@@ -94,12 +98,13 @@ def make_autoattack_evaluator(
             own.leave_out(~right)
         stages = _stages(programs, parts, (*to_devices(variables, split), key))
         size = functools.partial(_batch_size, batch_size_for(len(split), batch_size))
-        work = Work(stages, fates, on_batch)
+        tell_of = telling(stages, fates, on_batch)
+        is_stored = all(own.is_whole for own in fates.values())
         for column, own in fates.items():
-            tell = functools.partial(work.tell, column)
+            tell = functools.partial(tell_of, column)
             rest = survivors(stages[column], own, size=size, tell=tell)
             _write_down(rest, own, files[column], provenance)
-        if work.is_begun:
+        if not is_stored:
             on_batch(len(split), len(split), "done")
         correct = {"natural": right} | {c: own.correct for c, own in fates.items()}
         non_finite = {column: own.num_non_finite for column, own in fates.items()}
@@ -126,20 +131,13 @@ def _write_down(
         file.write(fates, now=True)
 
 
-class _MemberPart(NamedTuple):
-    """A part of a member, which is a stage of its column."""
-
-    member: Member
-    number: int
-    name: str
-
-
 def _parts(attack: AutoAttack, num_classes: int) -> Iterator[_MemberPart]:
+    """Yields the members' parts, which are the stages of a column: number and name."""
     for member in attack.members:
         num_parts = member.num_parts(num_classes)
         for number in range(num_parts):
             which = f" {number + 1}/{num_parts}" if num_parts > 1 else ""
-            yield _MemberPart(member, number, member.name + which)
+            yield member, number, member.name + which
 
 
 def _identify(
@@ -148,13 +146,9 @@ def _identify(
     """Returns what the fates under an attack depend on, of that, in JSON's types."""
     return {
         "column": column,
-        "parts": [part.name for part in parts],
+        "parts": [name for _, _, name in parts],
         "ball": [f"l{attack.order:g}", attack.radius, attack.is_random, attack.box],
     }
-
-
-def _fresh(parts: Sequence[_MemberPart], num_examples: int) -> Fates:
-    return Fates.fresh([part.member.name for part in parts], num_examples)
 
 
 def _num_classes(model: nn.Module, variables: PyTree, split: Split) -> int:
@@ -191,14 +185,15 @@ def _stages(
 ) -> dict[str, list[Stage]]:
     """Returns the parts as stages on the network and the split in `data`."""
 
-    def stage(column: str, number: int, part: _MemberPart) -> Stage:
-        program = programs[column, part.member.name]
-        numbers = np.int32(number), np.int32(part.number)
+    def stage(column: str, stage_number: int, part: _MemberPart) -> Stage:
+        member, number, name = part
+        program = programs[column, member.name]
+        numbers = np.int32(stage_number), np.int32(number)
 
         def run(indices: np.ndarray) -> tuple[Array, Array, Array]:
             return program(*data, indices, *numbers)
 
-        return Stage(part.name, part.member.cost, run)
+        return Stage(name, member.cost, run)
 
     return {
         column: [stage(column, number, part) for number, part in enumerate(each)]

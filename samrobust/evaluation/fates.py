@@ -94,10 +94,6 @@ class Fates:
         at_first, now = self._through(first - 1), self._through(stage - 1)
         return int(np.sum(at_first)), int(np.sum(now))
 
-    def num_left(self) -> int:
-        """Returns how many examples the current stage has still to go through."""
-        return int(np.sum(self.correct[self.place.example :]))
-
     def is_possible(self) -> bool:
         """Says whether an evaluation can produce these values."""
         begun = min(self.place.stage + 1, len(self.stages))

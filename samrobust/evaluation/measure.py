@@ -33,7 +33,6 @@ __all__ = [
     "OnBatch",
     "batch_program",
     "batch_size_for",
-    "check_batch_size",
     "classifier",
     "examples_of",
     "fetch",
@@ -101,7 +100,7 @@ def make_measure(batch_fn: BatchFn, *, batch_size: int) -> Measure:
     Raises:
       ValueError: if batch_size < 0 or, when called, the split is empty.
     """
-    check_batch_size(batch_size)
+    check(batch_size >= 0, "batch_size >= 0", batch_size=batch_size)
     of_batch = batch_program(batch_fn)
 
     def measure(
@@ -229,11 +228,6 @@ def classifier(model: nn.Module, variables: PyTree) -> LogitsFn:
         return cast(Array, model.apply(variables, images, train=False))
 
     return logits_fn
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Refuses a size below 0, which stands for 500 examples for each device."""
-    check(batch_size >= 0, "batch_size >= 0", batch_size=batch_size)
 
 
 def packed(positions: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:

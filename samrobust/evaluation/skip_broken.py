@@ -18,7 +18,7 @@ from samrobust.data import Split
 from samrobust.evaluation import accuracy
 from samrobust.evaluation.fates import Fates
 from samrobust.evaluation.measure import OnBatch, batch_size_for, to_devices
-from samrobust.evaluation.survivors import Stage, Work, compile_attack, survivors
+from samrobust.evaluation.survivors import Stage, compile_attack, survivors, telling
 from samrobust.types import Array, LogitsFn, PyTree
 
 __all__ = ["make_skip_broken_evaluator"]
@@ -68,13 +68,13 @@ def make_skip_broken_evaluator(
             name: Fates.fresh([stage.name for stage in stages], len(split))
             for name, stages in columns.items()
         }
-        work = Work(columns, fates, on_batch)
+        tell_of = telling(columns, fates, on_batch)
 
         def size(*_: int) -> int:
             return batch_size_for(len(split), batch_size)
 
         for name, own in fates.items():
-            tell = functools.partial(work.tell, name)
+            tell = functools.partial(tell_of, name)
             for batch in survivors(columns[name], own, size=size, tell=tell):
                 images = jax.device_get(batch.images)
                 iterates[batch.indices] = images[: len(batch.indices)]

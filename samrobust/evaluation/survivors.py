@@ -24,7 +24,7 @@ from samrobust.evaluation.measure import (
 )
 from samrobust.types import Array, PyTree
 
-__all__ = ["Attacked", "Stage", "Work", "compile_attack", "survivors"]
+__all__ = ["Attacked", "Stage", "compile_attack", "survivors", "telling"]
 
 
 class Stage(NamedTuple):
@@ -91,39 +91,36 @@ def compile_attack(
     return program
 
 
-class Work:
-    """The work that attacks have to do, if no more examples break.
+def telling(
+    columns: Mapping[str, Sequence[Stage]],
+    fates: Mapping[str, Fates],
+    on_batch: OnBatch,
+) -> Callable[[str, float], None]:
+    """Returns a function that tells which share of all the work is done.
+
+    The work is what attacks have to do if no more examples break.
 
     Args:
       columns: the stages of each attack, by the names of the columns.
       fates: under each of them; what is done already is no work.
-      on_batch: is told of the share that is done.
+      on_batch: is told of the share.
+
+    Returns:
+      `tell(column, more)`, called in a column after `more` forward passes.
     """
+    done = 0.0
 
-    def __init__(
-        self,
-        columns: Mapping[str, Sequence[Stage]],
-        fates: Mapping[str, Fates],
-        on_batch: OnBatch,
-    ):
-        self._columns, self._fates, self._on_batch = columns, fates, on_batch
-        self._done = 0.0
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether any of it was done."""
-        return self._done > 0
-
-    def tell(self, column: str, more: float) -> None:
-        """Tells how far it is, in a column, with `more` forward passes than before."""
-        self._done += more
-        left = sum(map(_work, self._columns.values(), self._fates.values()))
-        fates = self._fates[column]
-        total, standing = len(fates.broken_at), int(np.sum(fates.correct))
-        stage = self._columns[column][fates.place.stage].name
+    def tell(column: str, more: float) -> None:
+        nonlocal done
+        done += more
+        left = sum(map(_work, columns.values(), fates.values()))
+        own = fates[column]
+        total, standing = len(own.broken_at), int(np.sum(own.correct))
+        stage = columns[column][own.place.stage].name
         doing = f"{column}: {stage}, {standing:,} of {total:,} images survive"
-        share = self._done / (self._done + left)
-        self._on_batch(min(total - 1, int(share * total)), total, doing)
+        on_batch(min(total - 1, int(done / (done + left) * total)), total, doing)
+
+    return tell
 
 
 def _work(stages: Sequence[Stage], fates: Fates) -> float:
@@ -132,7 +129,8 @@ def _work(stages: Sequence[Stage], fates: Fates) -> float:
         return 0.0
     current, *following = stages[fates.place.stage :]
     later = np.sum(fates.correct) * sum(stage.cost for stage in following)
-    return float(fates.num_left() * current.cost + later)
+    rest = np.sum(fates.correct[fates.place.example :])
+    return float(rest * current.cost + later)
 
 
 def survivors(

@@ -7,7 +7,12 @@
 docs/sanity.md explains what each check looks for, and its threshold.
 """
 
-from samrobust.evaluation.diagnostics.checks import run_sanity
+from samrobust.evaluation.diagnostics.checks import (
+    Effort,
+    Surrogate,
+    run_sanity,
+    some_of,
+)
 from samrobust.evaluation.diagnostics.finding import (
     PASSED,
     UNDECIDED,
@@ -15,7 +20,6 @@ from samrobust.evaluation.diagnostics.finding import (
     Finding,
     allowance,
 )
-from samrobust.evaluation.diagnostics.look import Effort, Surrogate, some_of
 from samrobust.evaluation.diagnostics.report import to_json, to_sheet, write_report
 
 __all__ = [

@@ -9,9 +9,12 @@ these images are too few.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -20,10 +23,10 @@ from samrobust import attacks
 from samrobust.attacks import Ball
 from samrobust.checks import check
 from samrobust.data import Split
-from samrobust.evaluation import check_finite
+from samrobust.data.splits import spread
+from samrobust.evaluation import BatchFn, check_finite, make_measure
 from samrobust.evaluation.diagnostics import verdicts
 from samrobust.evaluation.diagnostics.finding import Finding
-from samrobust.evaluation.diagnostics.look import Effort, Look, Surrogate, some_of
 from samrobust.evaluation.diagnostics.measures import (
     Craft,
     count_products,
@@ -36,7 +39,101 @@ from samrobust.evaluation.diagnostics.measures import (
 )
 from samrobust.types import Array, Attack, LossFn, PyTree
 
-__all__ = ["run_sanity"]
+__all__ = ["Effort", "Surrogate", "run_sanity", "some_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """The effort of the checks; the default is for a verdict, less is for tests.
+
+    Attributes:
+      steps: numbers of PGD steps whose curve is looked at, rising, at least two.
+      restarts: numbers of restarts, likewise.
+      restart_steps: steps of each of these restarts, and of PGD elsewhere.
+      apgd_steps: of APGD on the cross entropy and on DLR, the white-box attack.
+      queries: of Square.
+      radii: how many, from the ball's to that of the whole box.
+      draws: of random noise.
+    """
+
+    steps: tuple[int, ...] = (1, 10, 20, 50, 100)
+    restarts: tuple[int, ...] = (1, 5, 10)
+    restart_steps: int = 20
+    apgd_steps: int = 100
+    queries: int = 1000
+    radii: int = 5
+    draws: int = 10
+
+    def __post_init__(self):
+        for name in ("steps", "restarts"):
+            values = getattr(self, name)
+            rising = all(a < b for a, b in itertools.pairwise(values))
+            check(
+                len(values) >= 2 and rising and values[0] >= 1,
+                f"two or more rising numbers >= 1 for {name}",
+                **{name: values},
+            )
+        check(self.radii >= 2, "radii >= 2", radii=self.radii)
+
+
+class Surrogate(NamedTuple):
+    """Another trained network, whose adversarial images are tried on this one."""
+
+    model: nn.Module
+    variables: PyTree
+
+
+@dataclasses.dataclass
+class _Look:
+    """A network under examination, and the measuring of it.
+
+    Attributes:
+      model, variables: the network.
+      transfer: others, by name.
+      split: the images.
+      effort: how hard to try.
+      batch_size: as `make_measure` takes it.
+      num_measures: how often `measure` will be called.
+      key: the randomness of all measurements.
+      on_batch: called with the progress, see `run_sanity`.
+      num_measured: how often `measure` was called.
+    """
+
+    model: nn.Module
+    variables: PyTree
+    transfer: Mapping[str, Surrogate]
+    split: Split
+    effort: Effort
+    batch_size: int
+    num_measures: int
+    key: Array
+    on_batch: Callable[[int, int], None]
+    num_measured: int = 0
+
+    def measure(
+        self, batch_fn: BatchFn, variables: PyTree | None = None
+    ) -> dict[str, np.ndarray]:
+        """Measures something on all images, by default of the network itself."""
+        return self.measuring(batch_fn)(variables)
+
+    def measuring(
+        self, batch_fn: BatchFn
+    ) -> Callable[[PyTree | None], dict[str, np.ndarray]]:
+        """Returns `measure` of one thing, which compiles once."""
+        measure = make_measure(batch_fn, batch_size=self.batch_size)
+
+        def on_batch(done: int, num_examples: int) -> None:
+            total = self.num_measures * num_examples
+            self.on_batch(self.num_measured * num_examples + done, total)
+
+        def measured(variables: PyTree | None = None) -> dict[str, np.ndarray]:
+            variables = self.variables if variables is None else variables
+            own_key = jax.random.fold_in(self.key, self.num_measured)
+            outcome = measure(variables, self.split, own_key, on_batch=on_batch)
+            self.num_measured += 1
+            return outcome
+
+        return measured
 
 
 def run_sanity(
@@ -86,7 +183,7 @@ def run_sanity(
     # How often `_on_network` and `_on_ball` measure, for an accurate progress bar.
     has_copy = float32_copy(model) is not None
     num_measures = 3 + has_copy + (5 + bool(transfer) + has_copy) * len(balls)
-    look = Look(
+    look = _Look(
         model,
         variables,
         transfer,
@@ -104,7 +201,19 @@ def run_sanity(
     return findings
 
 
-def _on_network(look: Look) -> tuple[list[Finding], list[np.ndarray]]:
+def some_of(split: Split, num_examples: int) -> Split:
+    """Selects at most `num_examples` of a split, evenly spread, in order.
+
+    >>> split = Split(np.zeros([10, 1, 1, 1], np.uint8), np.arange(10, dtype=np.int32))
+    >>> some_of(split, 4).labels.tolist()
+    [1, 3, 5, 9]
+    """
+    count = min(num_examples, len(split))
+    indices = spread(len(split), count)
+    return Split(split.images[indices], split.labels[indices])
+
+
+def _on_network(look: _Look) -> tuple[list[Finding], list[np.ndarray]]:
     """Judges whether it gives logits, gradients, and in two passes the same.
 
     Returns:
@@ -127,7 +236,7 @@ def _on_network(look: Look) -> tuple[list[Finding], list[np.ndarray]]:
     ], [logits, *(each["logits"] for each in exact)]
 
 
-def _on_ball(look: Look, ball: Ball, logits: list[np.ndarray]) -> list[Finding]:
+def _on_ball(look: _Look, ball: Ball, logits: list[np.ndarray]) -> list[Finding]:
     """Runs all checks on the attack within one ball."""
     pgd, effort = _pgd(look, ball), look.effort
     # The ascent on this loss does not change with a factor of the logits.
@@ -165,7 +274,7 @@ def _on_ball(look: Look, ball: Ball, logits: list[np.ndarray]) -> list[Finding]:
     ]
 
 
-def _pgd(look: Look, ball: Ball, loss: LossFn = attacks.cross_entropy) -> Attack:
+def _pgd(look: _Look, ball: Ball, loss: LossFn = attacks.cross_entropy) -> Attack:
     return attacks.pgd(
         ball,
         step_size=ball.radius / 4,
@@ -175,32 +284,32 @@ def _pgd(look: Look, ball: Ball, loss: LossFn = attacks.cross_entropy) -> Attack
     )
 
 
-def _attacked(look: Look, by_name: Mapping[str, Attack]) -> dict[str, np.ndarray]:
+def _attacked(look: _Look, by_name: Mapping[str, Attack]) -> dict[str, np.ndarray]:
     """Measures the network on images of its own making."""
     return _crafted(look, {n: Craft(a, look.model) for n, a in by_name.items()}, {})
 
 
 def _crafted(
-    look: Look, crafts: dict[str, Craft], others: dict[str, PyTree]
+    look: _Look, crafts: dict[str, Craft], others: dict[str, PyTree]
 ) -> dict[str, np.ndarray]:
     variables = {"": look.variables, **others}
     return look.measure(measure_crafts(look.model, crafts), variables)
 
 
-def _steps(look: Look, ball: Ball) -> Finding:
+def _steps(look: _Look, ball: Ball) -> Finding:
     stages = look.effort.steps
     found = look.measure(measure_steps(look.model, ball, stages, 1))
     return verdicts.judge_steps(stages, found["standing"][:, 0], found["margin"][:, 0])
 
 
-def _restarts(look: Look, ball: Ball) -> Finding:
+def _restarts(look: _Look, ball: Ball) -> Finding:
     numbers, steps = look.effort.restarts, (look.effort.restart_steps,)
     outcome = look.measure(measure_steps(look.model, ball, steps, numbers[-1]))
     after_each = np.logical_and.accumulate(outcome["standing"][:, :, 0], axis=1)
     return verdicts.judge_restarts(numbers, after_each[:, np.array(numbers) - 1])
 
 
-def _radii(look: Look, ball: Ball) -> Finding:
+def _radii(look: _Look, ball: Ball) -> Finding:
     """Tries radii up to where the ball around any image of the box is the whole box."""
     is_linf = math.isinf(ball.order)
     whole = 1.0 if is_linf else math.sqrt(math.prod(look.split.images.shape[1:]))
@@ -213,7 +322,7 @@ def _radii(look: Look, ball: Ball) -> Finding:
     return verdicts.judge_radii({255 * r: outcome[f"{r}"] for r in radii})
 
 
-def _transfer(look: Look, ball: Ball, white_box: np.ndarray) -> Finding:
+def _transfer(look: _Look, ball: Ball, white_box: np.ndarray) -> Finding:
     if not look.transfer:
         return verdicts.judge_transfer(white_box, {})
     attack = attacks.apgd(ball, num_steps=look.effort.apgd_steps)
@@ -224,7 +333,7 @@ def _transfer(look: Look, ball: Ball, white_box: np.ndarray) -> Finding:
 
 
 def _precision(
-    look: Look, logits: list[np.ndarray], own: np.ndarray, pgd: Attack
+    look: _Look, logits: list[np.ndarray], own: np.ndarray, pgd: Attack
 ) -> Finding:
     dtype = str(jnp.dtype(getattr(look.model, "dtype", None) or jnp.float32))
     shape = look.split.images.shape[1:]
