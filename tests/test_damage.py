@@ -24,7 +24,6 @@ from samrobust.experiments.networks import load_network
 from samrobust.experiments.run import run, train
 from samrobust.experiments.survey import survey_run
 from samrobust.experiments.workdir import config_of_run, read_result, settle_config
-from samrobust.system.distributed import data_mesh
 from samrobust.system.files import WorkdirError, append_json_line
 from samrobust.training import InterruptedRunError
 from samrobust.training.checkpoint import CheckpointError
@@ -181,7 +180,7 @@ def go_on(made: Made, workdir: pathlib.Path) -> tuple[LoopState, int, list[Any]]
     fresh = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
     identity = identity_of(made.config, made.dataset)
     with RunFolder(workdir, identity=identity) as history:
-        carry = history.restore(fresh, data_mesh(), 12)
+        carry = history.restore(fresh, 12)
         return carry, int(carry.state.step), history.lines
 
 

@@ -579,14 +579,14 @@ def test_a_run_that_goes_on_knows_the_best_as_of_where_it_goes_on(
         log.keep_best(state_after(step), step, {"score": score})
 
     with RunFolder(tmp_path) as killed:
-        killed.restore(state_after(0), data_mesh(), 100)
+        killed.restore(state_after(0), 100)
         keep(killed, 5, 40.0)
         keep(killed, 10, 50.0)
         killed.save(state_after(15), 15, 0.0)
         keep(killed, 20, 60.0)
     assert helpers.checkpoint_steps(tmp_path, "best") == [10, 20]
     with RunFolder(tmp_path) as log:
-        assert log.restore(state_after(0), data_mesh(), 100).state.step == 15
+        assert log.restore(state_after(0), 100).state.step == 15
         assert helpers.checkpoint_steps(tmp_path, "best") == [10]
         # Rounding leads elsewhere now: the same step has another score.
         keep(log, 20, score)
@@ -603,12 +603,12 @@ def test_the_best_network_of_a_killed_run_is_not_taken_for_that_of_the_next(
 ):
     """A kill comes after the first best network is saved, and before its checkpoint."""
     with RunFolder(tmp_path) as killed:
-        killed.restore(state_after(0), data_mesh(), 100)
+        killed.restore(state_after(0), 100)
         if goes_on:
             killed.save(state_after(5), 5, 0.0)
         killed.keep_best(state_after(10), 10, {"score": 60.0})
     with RunFolder(tmp_path) as log:
-        log.restore(state_after(0), data_mesh(), 100)
+        log.restore(state_after(0), 100)
         assert helpers.checkpoint_steps(tmp_path, "best") == []
         zeros = {"w": np.zeros(1, np.float32)}
         other = dataclasses.replace(state_after(10).state, params=zeros)
@@ -627,7 +627,7 @@ def test_a_run_that_another_took_over_meanwhile_removes_no_best_checkpoint(tmp_p
             raise ClaimedError("another worker")
 
     with RunFolder(tmp_path, may_write=refuse) as log:
-        log.restore(state_after(0), data_mesh(), 100)
+        log.restore(state_after(0), 100)
         for step in (1, 2):
             log.keep_best(state_after(step), step, {"score": float(step)})
             log.begin_to_save(state_after(step), step, 0.0)
@@ -640,7 +640,7 @@ def test_a_run_that_another_took_over_meanwhile_removes_no_best_checkpoint(tmp_p
 
 def test_the_best_of_every_checkpoint_that_is_kept_is_kept(tmp_path):
     with RunFolder(tmp_path, keep=2) as log:
-        log.restore(state_after(0), data_mesh(), 100)
+        log.restore(state_after(0), 100)
         for step in range(1, 7):
             log.keep_best(state_after(step), step, {"score": float(step)})
             log.begin_to_save(state_after(step), step, 0.0)

@@ -23,7 +23,6 @@ from samrobust.experiments.configuration import as_dict, load_config
 from samrobust.experiments.run import PlannedRun, train
 from samrobust.experiments.trunks import plan_trunks, remove_finished, trained_by
 from samrobust.system.claims.lease import claim
-from samrobust.system.distributed import data_mesh
 from samrobust.training import InterruptedRunError
 from samrobust.training.checkpoint import Checkpoints
 from samrobust.training.epoch import LoopState
@@ -277,16 +276,15 @@ def test_a_trunk_that_two_runs_leave_has_the_best_that_its_last_names(
         return LoopState(state, totals)
 
     identity: Any = AnyRun()
-    mesh = data_mesh()
     trunk = Trunk(tmp_path / "trunk", 8, identity, lambda: at(0), lambda: True)
     with contextlib.ExitStack() as both:  # that began before the trunk was there
         for name, best in (("a", first), ("b", second)):
             folder = BranchFolder(tmp_path / name, identity=identity, trunks=[trunk])
-            both.enter_context(folder).restore(at(0), mesh, 20)
+            both.enter_context(folder).restore(at(0), 20)
             folder.keep_best(at(best), best, {"score": 0.9})
             both.callback(folder.pass_on, at(8), 8)
     with BranchFolder(tmp_path / "c", identity=identity, trunks=[trunk]) as third:
-        assert third.restore(at(0), mesh, 20).state.step == 8
+        assert third.restore(at(0), 20).state.step == 8
         third.keep_best(at(12), 12, {"score": 0.5})
         third.save(at(20), 20, 0.0)
     (kept,) = helpers.checkpoint_steps(tmp_path / "c", "best")

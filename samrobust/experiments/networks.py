@@ -19,7 +19,7 @@ from samrobust.data import Dataset, DatasetFacts
 from samrobust.experiments import building, methods
 from samrobust.experiments.identity import Identity, check_alike, identity_of
 from samrobust.experiments.workdir import config_of_run, stored_config
-from samrobust.system.distributed import broadcast_from_primary, data_mesh
+from samrobust.system.distributed import broadcast_from_primary
 from samrobust.system.files import glance
 from samrobust.system.jaxprs import abstract_key
 from samrobust.system.provenance import checksum
@@ -145,7 +145,7 @@ def load_network(
         return expected.refuse(metadata.get("identity"), draws=False)
 
     restored = read_and_spread(
-        folder, like, data_mesh(), lambda c: c.restore(step, like, refuse=refuse)
+        folder, like, lambda c: c.restore(step, like, refuse=refuse)
     )
     assert restored is not None  # `Checkpoints.restore` raises
     if step is None:

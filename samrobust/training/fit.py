@@ -205,7 +205,7 @@ def fit(
     check_fits(method, fresh.state, split)
     zeros = jax.tree.map(jnp.copy, fresh.totals)  # fresh itself is donated
     with log or RunLog() as kept:
-        carry = kept.restore(fresh, mesh, plan.num_steps * epochs)
+        carry = kept.restore(fresh, plan.num_steps * epochs)
         run = _Run(
             *(earlier, epochs, plan, runner, zeros, kept, schedules or {}),
             *(after_epoch, validate, on_progress, should_stop),
@@ -325,7 +325,7 @@ class _Run:
             self.ended = ended
         else:
             carry = self._between(ended, carry)
-        if step == self.num_steps or self.log.passes_on(step):
+        if step == self.num_steps or step in self.log.trunk_steps:
             self._settle()
             self.runner.rest()
         self.log.pass_on(carry, step)

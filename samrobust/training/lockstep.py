@@ -48,7 +48,7 @@ class Lockstep:
     """
 
     def __init__(self, size: int, should_stop: Callable[[], bool] = lambda: False):
-        self._size, self._should_stop = size, should_stop
+        self._size, self.should_stop = size, should_stop
         self._turn = threading.Condition()  # held by the run that works
         self._runner: EpochRunner | None = None
         self._requests: dict[Companion, _Request] = {}
@@ -85,10 +85,6 @@ class Lockstep:
         for companion in self._served if self._trains else ():
             companion.spent += (self._noted_at - noted_at) / len(self._served)
         self._trains = self._trains if trains is None else trains
-
-    def should_stop(self) -> bool:
-        """Asks whether to stop."""
-        return self._should_stop()
 
     def runner_of(self, key: Array, make: Callable[..., EpochRunner]) -> EpochRunner:
         """Returns a run's own runner; all have the programs and data of the first."""
@@ -128,7 +124,7 @@ class Lockstep:
                 answers = [*self._runner.run_each(chunk, turns)]
         except Exception as error:
             answers = [error] * len(turns)
-        self._called_at, stop = time.monotonic(), self._should_stop()
+        self._called_at, stop = time.monotonic(), self.should_stop()
         for companion in served:
             companion.stop = stop
         self._answers |= zip(served, answers, strict=True)

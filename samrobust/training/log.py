@@ -11,11 +11,10 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol, Self
 
 import jax
-from jax.sharding import Mesh
 
 from samrobust.system.distributed import broadcast_from_primary, is_primary
 from samrobust.system.files import append_json_line, write_text
@@ -121,11 +120,13 @@ class RunLog:
 
     Attributes:
       identity: of the run as it was begun, with the libraries that took part.
+      trunk_steps: after which `pass_on` has something to do.
       earlier_seconds: of the current epoch, spent before this process.
       lines: of the epochs, one each.
     """
 
     identity: RunIdentity | None = None
+    trunk_steps: Collection[int] = ()
 
     def __init__(self) -> None:
         self.earlier_seconds = 0.0
@@ -137,9 +138,9 @@ class RunLog:
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         pass
 
-    def restore(self, fresh: LoopState, mesh: Mesh, num_steps: int) -> LoopState:
+    def restore(self, fresh: LoopState, num_steps: int) -> LoopState:
         """Returns the state that the run resumes from."""
-        del mesh, num_steps
+        del num_steps
         return fresh
 
     def line_of(self, ended: EndedEpoch) -> dict[str, Any]:
@@ -167,11 +168,6 @@ class RunLog:
     def append(self, line: dict[str, Any]) -> None:
         """Adds an epoch."""
         self.lines.append(line)
-
-    def passes_on(self, step: int) -> bool:
-        """Says whether `pass_on` has something to do after a step."""
-        del step
-        return False
 
     def pass_on(self, carry: LoopState, step: int) -> None:
         """Leaves the state at the end of an epoch to runs that begin alike."""
@@ -256,7 +252,7 @@ class RunFolder(RunLog):
         with contextlib.suppress(*hidden), self._checkpoints, self._best:
             pass  # waits for both
 
-    def restore(self, fresh: LoopState, mesh: Mesh, num_steps: int) -> LoopState:
+    def restore(self, fresh: LoopState, num_steps: int) -> LoopState:
         """Returns the newest intact state, or the fresh one, and restores the log.
 
         The log is written again from the checkpoint, which holds it: a lost file, or
@@ -265,7 +261,7 @@ class RunFolder(RunLog):
         Raises:
           CheckpointError: if the state is not of this run, or beyond `num_steps`.
         """
-        restored, own = self._find(fresh, mesh), self.identity
+        restored, own = self._find(fresh), self.identity
         if restored is None:  # a best one is left of a run that was killed
             broadcast_from_primary(lambda: self._best.retain(lambda _: False))
         else:
@@ -298,7 +294,7 @@ class RunFolder(RunLog):
             newest = -1 if best is None else best
             broadcast_from_primary(lambda: self._best.retain(lambda s: s <= newest))
 
-    def _find(self, fresh: LoopState, mesh: Mesh) -> Restored | None:
+    def _find(self, fresh: LoopState) -> Restored | None:
         """Returns the checkpoint that the run resumes from; None for a new run."""
         like, own = abstract(fresh), self.identity
 
@@ -306,7 +302,7 @@ class RunFolder(RunLog):
             return "" if own is None else own.refuse(metadata.get("identity"))
 
         restored = read_and_spread(
-            self._folder, like, mesh, lambda c: c.restore_latest(like, refuse=refuse)
+            self._folder, like, lambda c: c.restore_latest(like, refuse=refuse)
         )
         if restored is not None:
             self._saved_step = restored.step

@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from samrobust.system.distributed import broadcast, broadcast_from_primary
+from samrobust.system.distributed import broadcast, broadcast_from_primary, data_mesh
 from samrobust.training.checkpoint import Checkpoints, Restored
 from samrobust.types import PyTree
 
@@ -18,15 +17,13 @@ __all__ = ["abstract", "read_and_spread"]
 def read_and_spread(
     folder: pathlib.Path,
     like: PyTree,
-    mesh: Mesh,
     read: Callable[[Checkpoints], Restored | None],
 ) -> Restored | None:
-    """Returns what process 0 reads, replicated over all devices.
+    """Returns what process 0 reads, replicated over all devices there are now.
 
     Args:
       folder: of the checkpoints; process 0 alone needs to see it.
       like: the structure, shapes and dtypes of the state.
-      mesh: of all devices, whatever their number was when the state was saved.
       read: of the checkpoints there.
 
     Raises:
@@ -44,7 +41,7 @@ def read_and_spread(
     if known is None:
         return None
     state = found[0].state if found else jax.tree.map(_zeros, like)
-    return Restored(known[0], broadcast(state, mesh), known[1])
+    return Restored(known[0], broadcast(state, data_mesh()), known[1])
 
 
 def _zeros(model: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from samrobust.sharpness import last_metrics
 from samrobust.system.claims.lease import ClaimedError, claim
@@ -80,10 +79,7 @@ class BranchFolder(RunFolder):
     ):
         super().__init__(workdir, identity=identity, **options)
         self._trunks = sorted(trunks, key=lambda trunk: -trunk.step)
-
-    def passes_on(self, step: int) -> bool:
-        """Says whether a trunk ends with this step."""
-        return any(trunk.step == step for trunk in self._trunks)
+        self.trunk_steps = [trunk.step for trunk in self._trunks]
 
     def pass_on(self, carry: LoopState, step: int) -> None:
         """Leaves the trunk that ends with this step, unless nobody wants it."""
@@ -134,25 +130,25 @@ class BranchFolder(RunFolder):
             write("best", best.step, best.state, best.metadata)
         write("last", trunk.step, carry, self._metadata())  # now there is a trunk
 
-    def _find(self, fresh: LoopState, mesh: Mesh) -> Restored | None:
+    def _find(self, fresh: LoopState) -> Restored | None:
         """Returns the run's own checkpoint, or else the longest trunk."""
-        found = super()._find(fresh, mesh)
+        found = super()._find(fresh)
         for trunk in self._trunks if found is None else ():
             there = checkpoint_folder(trunk.folder, "last")
             if broadcast_from_primary(there.is_dir):
-                found = self._take(trunk, fresh, mesh)
+                found = self._take(trunk, fresh)
             if found is not None:
                 break
         return found
 
-    def _take(self, trunk: Trunk, fresh: LoopState, mesh: Mesh) -> Restored | None:
+    def _take(self, trunk: Trunk, fresh: LoopState) -> Restored | None:
         """Returns the trunk as a checkpoint of this run; None where it is none."""
         like = trunk.make_like()
 
         def read(which: str, step: int | None) -> Restored | None:
             folder = checkpoint_folder(trunk.folder, which)
             restored = read_and_spread(
-                *(folder, like, mesh), lambda c: _restore(c, step, like, trunk.identity)
+                folder, like, lambda c: _restore(c, step, like, trunk.identity)
             )
             return restored and self._as_own(restored, fresh)
 
