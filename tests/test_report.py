@@ -8,8 +8,11 @@ from pathlib import Path
 import helpers
 import pytest
 
-from samrobust.evaluation.diagnostics.finding import PASSED, Finding
-from samrobust.evaluation.diagnostics.report import write_report as write_sanity
+from samrobust.evaluation.diagnostics.finding import (
+    PASSED,
+    Finding,
+    write_report as write_sanity,
+)
 from samrobust.experiments.report import draw_training, write_report
 from samrobust.experiments.reporting import summarize
 from samrobust.experiments.reporting.names import attack_in_words

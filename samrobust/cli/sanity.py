@@ -11,7 +11,7 @@ from samrobust.checks import NORMS, check
 from samrobust.cli.shared import show_written
 from samrobust.data import Dataset
 from samrobust.evaluation.diagnostics.checks import Surrogate, run_sanity, some_of
-from samrobust.evaluation.diagnostics.report import to_sheet, write_report
+from samrobust.evaluation.diagnostics.finding import to_sheet, write_report
 from samrobust.experiments import building
 from samrobust.experiments.networks import Trained, checkpoints_of, load_network
 from samrobust.experiments.reporting.names import column_of

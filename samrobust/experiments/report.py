@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from samrobust import __version__
 from samrobust.checks import check
-from samrobust.evaluation.diagnostics.finding import Finding
-from samrobust.evaluation.diagnostics.report import to_sheet
+from samrobust.evaluation.diagnostics.finding import Finding, to_sheet
 from samrobust.experiments.curves import Curve, draw_curves
 from samrobust.experiments.reporting import pictures
 from samrobust.experiments.reporting.names import (

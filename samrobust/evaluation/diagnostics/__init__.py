@@ -19,8 +19,10 @@ from samrobust.evaluation.diagnostics.finding import (
     WARNING,
     Finding,
     allowance,
+    to_json,
+    to_sheet,
+    write_report,
 )
-from samrobust.evaluation.diagnostics.report import to_json, to_sheet, write_report
 
 __all__ = [
     "PASSED",
