@@ -57,14 +57,12 @@ def load_cifar(
     if prepared is None:
         prepared = _prepare(spec, data_dir, manual_dir)
     arrays: Arrays = {}
+    other = []
     for split in ("train", "test"):
         found = _load_split(spec, prepared, split, cache_dir)
         arrays[f"x_{split}"], arrays[f"y_{split}"] = found["images"], found["labels"]
-    other = [
-        split
-        for split in ("train", "test")
-        if not spec.official[split].has_images(arrays[f"x_{split}"])
-    ]
+        if not spec.official[split].has_images(found["images"]):
+            other.append(split)
     if other:
         warnings.warn(
             f"The {' and '.join(other)} images in {prepared} are not those of "

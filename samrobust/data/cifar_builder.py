@@ -7,7 +7,7 @@ as ArrayRecord, so that `tfds.data_source` reads it. Importing this module impor
 import io
 import pathlib
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -74,7 +74,7 @@ class CifarBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager: object) -> dict[str, Iterator]:
         """Reads the archive, takes the class names from it, and makes both splits."""
         del dl_manager  # the archive is here already
-        files = _read_members(self._archive, self._spec.members)
+        files = _read_members(self._archive)
         features = cast("tfds.features.FeaturesDict", self.info.features)
         for key, member, _ in self._spec.labels:
             names = files[member].decode().split()
@@ -109,11 +109,8 @@ def _encode_png(image: np.ndarray) -> io.BytesIO:
     return file
 
 
-def _read_members(path: pathlib.Path, names: Iterable[str]) -> Mapping[str, bytes]:
-    """Returns the contents of files of a .tar.gz by name, in one pass over it."""
-    wanted, contents = set(names), {}
+def _read_members(path: pathlib.Path) -> dict[str, bytes]:
+    """Returns the contents of the files of a .tar.gz by name, in one pass over it."""
     with tarfile.open(path, "r|gz") as tar:
-        for member in tar:
-            if member.name in wanted and (file := tar.extractfile(member)) is not None:
-                contents[member.name] = file.read()
-    return contents
+        files = ((member.name, tar.extractfile(member)) for member in tar)
+        return {name: file.read() for name, file in files if file is not None}

@@ -84,14 +84,6 @@ class CifarSpec:
     std: tuple[float, ...]
 
     @property
-    def members(self) -> list[str]:
-        """The files of the archive that we need."""
-        names = [member for _, member, _ in self.labels]
-        return names + [
-            member for members in self.splits.values() for member in members
-        ]
-
-    @property
     def facts(self) -> DatasetFacts:
         """The facts that are known without the images."""
         train, test = self.official["train"], self.official["test"]

@@ -320,7 +320,10 @@ class _Run:
         for name, schedule in self.schedules.items():
             shown[name] = jnp.asarray(schedule(step - 1))
         ended = EndedEpoch(epoch + 1, step, carry.totals, shown, seconds)
-        carry = LoopState(carry.state, self._fresh(carry.totals))
+        zeros = jax.tree.map(jnp.copy, self.zero_sums)
+        # Kept, so that no state is saved after a step that was not finite.
+        zeros["first_bad_step"] = jnp.copy(carry.totals["first_bad_step"])
+        carry = LoopState(carry.state, zeros)
         if self.after_epoch is None and self.validate is None:
             self.ended = ended
         else:
@@ -332,12 +335,6 @@ class _Run:
         self._report("training", step)
         self._pause(carry, step, 0.0)
         return carry, step
-
-    def _fresh(self, totals: MetricSums) -> MetricSums:
-        """Returns the sums that an epoch begins with, after one with these totals."""
-        zeros = jax.tree.map(jnp.copy, self.zero_sums)
-        # Kept, so that no state is saved after a step that was not finite.
-        return zeros | {"first_bad_step": jnp.copy(totals["first_bad_step"])}
 
     def _between(self, ended: EndedEpoch, carry: LoopState) -> LoopState:
         """Does what is done between epochs, and writes the line of the last one."""

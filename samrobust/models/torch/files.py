@@ -186,8 +186,6 @@ def _check_kinds(tensors: Mapping[str, Any], size: int, torch: Any) -> None:
 def _problem(tensor: Any, size: int, torch: Any) -> str:
     if tensor.is_nested or tensor.layout is not torch.strided:
         return str(tensor.layout).removeprefix("torch.")
-    if tensor.is_quantized:
-        return "quantized"
     if tensor.device.type != "cpu":
         return f"on the device {tensor.device.type}, without values"
     if tensor.numel() * tensor.element_size() > size:
