@@ -144,7 +144,7 @@ def to_sheet(
 
     def of_kinds(*kinds: str) -> dict[str, str]:
         return {
-            name: one.short if short else one.label
+            name: name.replace("_", "\n") if short else one.label
             for name, one in QUANTITIES.items()
             if one.kind in kinds
         }

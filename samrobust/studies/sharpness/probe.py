@@ -7,6 +7,7 @@ images on test images.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -25,18 +26,8 @@ from samrobust.evaluation.measure import (
     jit_for_all,
     to_devices,
 )
-from samrobust.studies.sharpness import inputs
-from samrobust.studies.sharpness.hessian import hessian_eigenvalues, hessian_trace
-from samrobust.studies.sharpness.outputs import (
-    logit_gap,
-    logit_norm,
-    relative_flatness,
-)
-from samrobust.studies.sharpness.perturbations import (
-    ParamsLoss,
-    average_sharpness,
-    worst_case_sharpness,
-)
+from samrobust.studies import sharpness
+from samrobust.studies.sharpness.perturbations import ParamsLoss
 from samrobust.system.distributed import data_mesh, shard_batch
 from samrobust.training.adversaries.radii import make_ball
 from samrobust.types import Array, PyTree
@@ -52,44 +43,30 @@ class Quantity(NamedTuple):
     Attributes:
       kind: one of `KINDS`: what it would explain robustness by.
       label: its name.
-      short: its name in a narrow table, of one or two lines.
       unit: of its numbers.
     """
 
     kind: str
     label: str
-    short: str
     unit: str
 
 
 _LOSS, _CURVATURE = "rise of the loss", "loss / weight²"
 QUANTITIES = {
-    "worst": Quantity("flatness", "worst-case sharpness", "worst", _LOSS),
-    "worst_adaptive": Quantity(
-        "flatness", "adaptive worst-case", "worst\nadaptive", _LOSS
-    ),
-    "average": Quantity("flatness", "average sharpness", "average", _LOSS),
-    "average_adaptive": Quantity(
-        "flatness", "adaptive average", "average\nadaptive", _LOSS
-    ),
-    "lambda_max": Quantity("flatness", "lambda max", "lambda\nmax", _CURVATURE),
-    "trace": Quantity("flatness", "trace", "trace", _CURVATURE),
-    "relative_flatness": Quantity(
-        "flatness", "relative flatness", "relative\nflatness", "loss"
-    ),
-    "logit_norm": Quantity("confidence", "logit norm", "logit\nnorm", "logits"),
-    "logit_gap": Quantity("confidence", "logit gap", "logit\ngap", "logits"),
-    "gradient_l1": Quantity(
-        "margin", "l1 input gradient", "gradient\nl1", "loss / pixel"
-    ),
-    "gradient_l2": Quantity(
-        "margin", "l2 input gradient", "gradient\nl2", "loss / pixel"
-    ),
-    "linearity_error": Quantity(
-        "margin", "linearity error", "linearity\nerror", "loss"
-    ),
-    "distance_linf": Quantity("margin", "linf distance", "distance\nlinf", "1/255"),
-    "distance_l2": Quantity("margin", "l2 distance", "distance\nl2", "1/255"),
+    "worst": Quantity("flatness", "worst-case sharpness", _LOSS),
+    "worst_adaptive": Quantity("flatness", "adaptive worst-case", _LOSS),
+    "average": Quantity("flatness", "average sharpness", _LOSS),
+    "average_adaptive": Quantity("flatness", "adaptive average", _LOSS),
+    "lambda_max": Quantity("flatness", "lambda max", _CURVATURE),
+    "trace": Quantity("flatness", "trace", _CURVATURE),
+    "relative_flatness": Quantity("flatness", "relative flatness", "loss"),
+    "logit_norm": Quantity("confidence", "logit norm", "logits"),
+    "logit_gap": Quantity("confidence", "logit gap", "logits"),
+    "gradient_l1": Quantity("margin", "l1 input gradient", "loss / pixel"),
+    "gradient_l2": Quantity("margin", "l2 input gradient", "loss / pixel"),
+    "linearity_error": Quantity("margin", "linearity error", "loss"),
+    "distance_linf": Quantity("margin", "linf distance", "1/255"),
+    "distance_l2": Quantity("margin", "l2 distance", "1/255"),
 }
 
 
@@ -180,13 +157,11 @@ def make_probe(
         variables: PyTree, train: Split, test: Split, key: Array, *, on_batch: OnBatch
     ) -> Found:
         found, done = dict.fromkeys(QUANTITIES, float("nan")), 0.0
+
+        def tell(share: float) -> None:
+            on_batch(int(done + share * part.cost), int(total), part.doing)
+
         for number, part in enumerate(parts):
-
-            def tell(
-                share: float, done: float = done, part: Measurement = part
-            ) -> None:
-                on_batch(int(done + share * part.cost), int(total), part.doing)
-
             tell(0.0)
             own_key = jax.random.fold_in(key, number)
             found |= part.measure(variables, train, test, own_key, tell)
@@ -201,49 +176,21 @@ def _weights_parts(
     model: nn.Module, settings: ProbeSettings, batch_size: int
 ) -> list[Measurement]:
     """Returns the parts that perturb weights, on training images."""
+    steps, draws = settings.ascent_steps, settings.noise_draws
+    worst = partial(sharpness.worst_case_sharpness, num_steps=steps)
+    average = partial(sharpness.average_sharpness, num_samples=draws)
+    trace = partial(sharpness.hessian_trace, num_samples=settings.trace_draws)
 
-    def worst(loss: ParamsLoss, params: PyTree, key: Array) -> dict[str, Array]:
-        pairs = {"worst": settings.rho, "worst_adaptive": settings.rho_adaptive}
-        return {
-            name: worst_case_sharpness(
-                *(loss, params),
-                rho=rho,
-                num_steps=settings.ascent_steps,
-                adaptive="adaptive" in name,
-                key=key,
-            )
-            for name, rho in pairs.items()
-        }
+    def lambda_max(loss: ParamsLoss, params: PyTree, *, key: Array) -> Array:
+        count = settings.lanczos_steps
+        return sharpness.hessian_eigenvalues(loss, params, num_steps=count, key=key)[-1]
 
-    def average(loss: ParamsLoss, params: PyTree, key: Array) -> dict[str, Array]:
-        pairs = {"average": settings.sigma, "average_adaptive": settings.sigma_adaptive}
-        return {
-            name: average_sharpness(
-                *(loss, params),
-                sigma=sigma,
-                num_samples=settings.noise_draws,
-                adaptive="adaptive" in name,
-                key=key,
-            )
-            for name, sigma in pairs.items()
-        }
-
-    def lambda_max(loss: ParamsLoss, params: PyTree, key: Array) -> dict[str, Array]:
-        steps = settings.lanczos_steps
-        values = hessian_eigenvalues(loss, params, num_steps=steps, key=key)
-        return {"lambda_max": values[-1]}
-
-    def trace(loss: ParamsLoss, params: PyTree, key: Array) -> dict[str, Array]:
-        draws = settings.trace_draws
-        return {"trace": hessian_trace(loss, params, num_samples=draws, key=key)}
-
-    def part(
-        doing: str, cost: float, measure: Callable[..., dict[str, Array]]
-    ) -> Measurement:
+    def part(doing: str, cost: float, **measures: Callable[..., Array]) -> Measurement:
         @jit_for_all
         def program(variables: PyTree, images: Array, labels: Array, key: Array) -> Any:
             loss = _sample_loss(model, variables, images, labels, batch_size)
-            return measure(loss, variables["params"], key)
+            params = variables["params"]
+            return {n: of(loss, params, key=key) for n, of in measures.items()}
 
         def run(
             variables: PyTree, train: Split, _: Split, key: Array, tell: Any
@@ -254,10 +201,20 @@ def _weights_parts(
         return Measurement(doing, cost, run)
 
     return [
-        part("worst-case sharpness", 2.7 * (settings.ascent_steps + 1), worst),
-        part("average sharpness", 1.3 * settings.noise_draws, average),
-        part("lambda max", 4.0 * settings.lanczos_steps, lambda_max),
-        part("trace of the Hessian", 4.0 * settings.trace_draws, trace),
+        part(
+            *("worst-case sharpness", 2.7 * (steps + 1)),
+            worst=partial(worst, rho=settings.rho),
+            worst_adaptive=partial(worst, rho=settings.rho_adaptive, adaptive=True),
+        ),
+        part(
+            *("average sharpness", 1.3 * draws),
+            average=partial(average, sigma=settings.sigma),
+            average_adaptive=partial(
+                average, sigma=settings.sigma_adaptive, adaptive=True
+            ),
+        ),
+        part("lambda max", 4.0 * settings.lanczos_steps, lambda_max=lambda_max),
+        part("trace of the Hessian", 4.0 * settings.trace_draws, trace=trace),
     ]
 
 
@@ -298,22 +255,25 @@ def _images_parts(
 ) -> list[Measurement]:
     """Returns the parts that look at images one by one."""
     ball = make_ball(settings.linearity_norm, settings.linearity_radius)
-    steps, effort = settings.ascent_steps, settings.num_targets * settings.fab_steps
+    steps, targets = settings.ascent_steps, settings.num_targets
+    effort = targets * settings.fab_steps
 
     def flatness(variables: PyTree, images: Array, *_: Array, key: Array) -> Any:
         del key
         head = _head(model, variables, images)
-        return {} if head is None else {"relative_flatness": relative_flatness(*head)}
+        if head is None:
+            return {}
+        return {"relative_flatness": sharpness.relative_flatness(*head)}
 
     def slopes(variables: PyTree, images: Array, labels: Array, *, key: Array) -> Any:
         logits_fn = logits_of(model, variables)
         example = (logits_fn, images, labels)
         return {
-            "logit_norm": logit_norm(logits_fn(images)),
-            "logit_gap": logit_gap(logits_fn(images)),
-            "gradient_l1": inputs.input_gradient_norm(*example, order=1),
-            "gradient_l2": inputs.input_gradient_norm(*example, order=2),
-            "linearity_error": inputs.local_linearity_error(
+            "logit_norm": sharpness.logit_norm(logits_fn(images)),
+            "logit_gap": sharpness.logit_gap(logits_fn(images)),
+            "gradient_l1": sharpness.input_gradient_norm(*example, order=1),
+            "gradient_l2": sharpness.input_gradient_norm(*example, order=2),
+            "linearity_error": sharpness.local_linearity_error(
                 *example, ball=ball, num_steps=steps, key=key
             ),
         }
@@ -325,42 +285,43 @@ def _images_parts(
         for norm in NORMS:
             around = make_ball(norm, 1.0)  # the radius plays no part
             attack = fab_minimal(
-                around, num_targets=settings.num_targets, num_steps=settings.fab_steps
+                around, num_targets=targets, num_steps=settings.fab_steps
             )
-            found[f"distance_{norm}"] = 255 * inputs.boundary_distance(
+            found[f"distance_{norm}"] = 255 * sharpness.boundary_distance(
                 *(logits_fn, images, labels), attack=attack, ball=around, key=key
             )
         return {**found, "correct": is_correct(logits_fn(images), labels)}
 
-    def mean(values: Mapping[str, np.ndarray]) -> Found:
-        return {name: float(np.mean(value)) for name, value in values.items()}
-
-    def median_of_correct(values: Mapping[str, np.ndarray]) -> Found:
-        values = dict(values)
-        correct = values.pop("correct")
-        if not correct.any():
-            return {}
-        return {n: float(np.median(value[correct])) for n, value in values.items()}
-
     def part(
-        doing: str, cost: float, batch_fn: Any, which: int, reduce: Callable[..., Found]
+        doing: str, cost: float, batch_fn: Any, *, on_train: bool = False
     ) -> Measurement:
         measure = make_measure(batch_fn, batch_size=batch_size)
 
         def run(
             variables: PyTree, train: Split, test: Split, key: Array, tell: Any
         ) -> Found:
-            split = (train, test)[which]
+            split = train if on_train else test
             told = lambda done, total: tell(done / total)  # noqa: E731
-            return reduce(measure(variables, split, key, on_batch=told))
+            return _summary(measure(variables, split, key, on_batch=told))
 
         return Measurement(doing, cost, run)
 
     return [
-        part("relative flatness", 0.3, flatness, 0, mean),
-        part("logits and input gradients", 3.0 + steps, slopes, 1, mean),
-        part("distance to the boundary", 2.7 * effort, distances, 1, median_of_correct),
+        part("relative flatness", 0.3, flatness, on_train=True),
+        part("logits and input gradients", 3.0 + steps, slopes),
+        part("distance to the boundary", 2.7 * effort, distances),
     ]
+
+
+def _summary(values: Mapping[str, np.ndarray]) -> Found:
+    """Returns means over images; medians over those that are `correct`, if told."""
+    correct = values.get("correct")
+    if correct is None:
+        return {name: float(np.mean(value)) for name, value in values.items()}
+    if not correct.any():
+        return {}
+    distances = {n: value[correct] for n, value in values.items() if n != "correct"}
+    return {name: float(np.median(value)) for name, value in distances.items()}
 
 
 def _head(
