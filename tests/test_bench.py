@@ -26,8 +26,9 @@ from samrobust.studies.bench.images import make_dataset
 from samrobust.studies.bench.plan import Options, Task, plan
 from samrobust.studies.bench.report import to_sheet, write_report
 from samrobust.studies.bench.results import summarize
-from samrobust.studies.bench.suite import Launcher, StoppedError, schedule
+from samrobust.studies.bench.suite import Launcher, schedule
 from samrobust.studies.bench.timing import measure
+from samrobust.training import InterruptedRunError
 
 DIGITS = f"{helpers.ROOT}/configs/digits.py"
 CIFAR = f"{helpers.ROOT}/configs/cifar10.py"
@@ -641,7 +642,7 @@ def test_a_flag_that_xla_does_not_know_is_one_line_and_nothing_is_written(tmp_pa
 def test_a_bench_that_is_stopped_ends_its_worker_at_once(tmp_path):
     answers = iter([False])
     launch = launcher(tmp_path, lambda: next(answers, True))
-    with pytest.raises(StoppedError, match="kept"):
+    with pytest.raises(InterruptedRunError, match="kept"):
         launch(AT)
 
 
@@ -685,7 +686,7 @@ def test_an_earlier_bench_is_replaced_by_rows_alone(tmp_path, monkeypatch):
 
     def launch(_, task):
         if task.kind not in outcomes:
-            raise StoppedError("Stopped.")
+            raise InterruptedRunError("Stopped.")
         return outcomes[task.kind]
 
     monkeypatch.setattr(Launcher, "__call__", launch)

@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from samrobust.checks import check
@@ -13,10 +13,8 @@ from samrobust.cli import flags
 from samrobust.system.runtime import FAILED
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from samrobust.studies.bench.plan import Task
-    from samrobust.studies.bench.suite import Launcher
+    from samrobust.studies.bench.suite import Outcome
 
 __all__ = ["ABOUT", "add_flags", "check_read", "run"]
 
@@ -157,7 +155,13 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
             options = dataclasses.replace(options, ceilings=None)
         check_writable(workdir)
         if arguments.profile:
-            return _profile(tasks, launch, workdir, console)
+            for task in tasks:
+                name = task.name.replace(", ", "-").replace(" ", "_")
+                traces = workdir / "traces" / name
+                traces.mkdir(parents=True, exist_ok=True)
+                outcomes[task] = [launch(task, traces)]
+                console.print(f"{task.name}: {outcomes[task][0].get('error', traces)}")
+            return _exit_code(outcomes)
         order = schedule(tasks, options)
         display = ProgressDisplay(console, len(order))
         with display.live():
@@ -169,22 +173,9 @@ def run(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
     sheet = counts or to_sheet(summarize(outcomes, options))
     console.print(sheet.to_rich())
     show_written(console, workdir, write(is_done=True))
+    return _exit_code(outcomes)
+
+
+def _exit_code(outcomes: "Mapping[Task, Sequence[Outcome]]") -> int:
     failed = any("error" in one for each in outcomes.values() for one in each)
-    return FAILED if failed else 0
-
-
-def _profile(
-    tasks: "Sequence[Task]",
-    launch: "Launcher",
-    workdir: pathlib.Path,
-    console: "Console",
-) -> int:
-    """Writes a trace of each row; returns the exit code, 1 if one failed."""
-    failed = False
-    for task in tasks:
-        traces = workdir / "traces" / task.name.replace(", ", "-").replace(" ", "_")
-        traces.mkdir(parents=True, exist_ok=True)
-        error = launch(task, traces).get("error")
-        console.print(f"{task.name}: {error or traces}")
-        failed |= error is not None
     return FAILED if failed else 0

@@ -44,11 +44,10 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     Raises:
       ValueError: for flags, rows, fields or values that are not valid.
-      StoppedError: if it was asked to stop.
+      InterruptedRunError: if it was asked to stop.
     """
     from samrobust.experiments.reporting.console import make_console
     from samrobust.experiments.reporting.progress import ProgressDisplay
-    from samrobust.studies.bench.suite import StoppedError
     from samrobust.studies.estimate import estimate, tasks_of, time_tasks
 
     plan, console = make_plan(arguments), make_console()
@@ -64,14 +63,11 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     )
     display = ProgressDisplay(console, len(tasks))
     with display.live(), tempfile.TemporaryDirectory(prefix="samrobust-") as folder:
-        try:
-            outcomes = time_tasks(
-                *(tasks, arguments.config, arguments.overrides, pathlib.Path(folder)),
-                on_task=lambda number, name: display.show(name, float(number)),
-                should_stop=stop,
-            )
-        except StoppedError:
-            raise StoppedError("Stopped; nothing is kept.") from None
+        outcomes = time_tasks(
+            *(tasks, arguments.config, arguments.overrides, pathlib.Path(folder)),
+            on_task=lambda number, name: display.show(name, float(number)),
+            should_stop=stop,
+        )
     found = estimate(runs, tasks, outcomes, workers=arguments.devices or 1)
     sheet = _to_sheet(found, len(share) - len(runs), arguments.price_per_hour)
     console.print(sheet.to_rich(), soft_wrap=True)

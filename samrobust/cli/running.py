@@ -11,7 +11,6 @@ from typing import TypeAlias
 import jax
 
 from samrobust.data import DatasetUnavailableError
-from samrobust.studies.bench.suite import StoppedError
 from samrobust.system import distributed, runtime
 from samrobust.system.claims.lease import ClaimedError, lease_seconds
 from samrobust.system.failures import is_transient
@@ -57,7 +56,7 @@ def _run(run: Run, arguments: argparse.Namespace, stop: runtime.StopRequest) -> 
         if arguments.command in _ALONE:
             distributed.check_platform()
         return run(arguments, stop)
-    except (InterruptedRunError, StoppedError) as error:
+    except InterruptedRunError as error:
         _say(str(error), error)
         return runtime.EXIT_CODES[stop.signal or signal.SIGTERM]
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ import argparse
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from samrobust.checks import NORMS, check
@@ -66,25 +66,35 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.data import Dataset, fingerprint
     from samrobust.evaluation.diagnostics import some_of
     from samrobust.experiments import scoring
+    from samrobust.experiments.identity import identity_of
     from samrobust.experiments.reporting.pictures import write_figure
+    from samrobust.experiments.workdir import read_result
     from samrobust.studies.sharpness import findings
     from samrobust.studies.sharpness.picture import draw_scatter
     from samrobust.studies.sharpness.probe import make_probe
     from samrobust.system.distributed import broadcast_from_primary
-    from samrobust.system.files import write_text
+    from samrobust.system.files import read_object, unseal, write_text
 
     measurements = RunMeasurements(arguments, stop, _NAME, _settings)
     settings: ProbeSettings = measurements.settings
     workdir = measurements.workdir
-    results = broadcast_from_primary(
-        lambda: {f: _result(workdir / f, c) for f, c in measurements.configs.items()}
+    results: dict[str, Any] = broadcast_from_primary(
+        lambda: {
+            folder: read_result(workdir / folder, identity_of(config, None))
+            for folder, config in measurements.configs.items()
+        }
     )
 
     def accuracies() -> tuple[dict[str, dict[str, float]], list[str]]:
+        """Returns those of each run in percent, and how AutoAttack's were measured."""
+        file = workdir / "autoattack.json"  # of `samrobust recheck`, if it was run
         with measurements.concluding():
-            rechecked = _rechecked(workdir)
+            rechecked = unseal(read_object(file) or {}, file, older=True)
         own = {f: _accuracy(results[f], rechecked) for f in measurements.configs}
-        return own, _on_autoattack(rechecked, own.values())
+        if not any(column.endswith(" AA") for each in own.values() for column in each):
+            return own, []
+        count, caption = rechecked.get("num_test"), rechecked.get("caption")
+        return own, [f"AA: by `samrobust recheck` on {count} images: {caption}"]
 
     by_run, _ = broadcast_from_primary(accuracies)
     findings.choose_column(by_run.values(), arguments.column)
@@ -153,24 +163,6 @@ def _settings(config: "Config", arguments: argparse.Namespace) -> "ProbeSettings
     return flags.build(ProbeSettings, arguments, **ball)
 
 
-def _result(folder: pathlib.Path, config: "Config") -> dict[str, Any]:
-    """Returns the result of a finished run."""
-    from samrobust.experiments.identity import identity_of
-    from samrobust.experiments.workdir import read_result
-
-    result = read_result(folder, identity_of(config, None))
-    assert result is not None  # the run is finished
-    return result
-
-
-def _rechecked(workdir: pathlib.Path) -> dict[str, Any]:
-    """Returns the table of `samrobust recheck`; empty where there is none."""
-    from samrobust.system.files import read_object, unseal
-
-    file = workdir / "autoattack.json"
-    return unseal(read_object(file) or {}, file, older=True)
-
-
 def _accuracy(
     result: Mapping[str, Any], rechecked: Mapping[str, Any]
 ) -> dict[str, float]:
@@ -196,13 +188,3 @@ def _accuracy(
         for column, cell in row["cells"].items()
         if column.endswith(" AA")
     }
-
-
-def _on_autoattack(
-    rechecked: Mapping[str, Any], accuracies: Iterable[Mapping[str, float]]
-) -> list[str]:
-    """Says how AutoAttack's columns were measured; nothing where there are none."""
-    if not any(column.endswith(" AA") for own in accuracies for column in own):
-        return []
-    count, caption = rechecked.get("num_test"), rechecked.get("caption")
-    return [f"AA: by `samrobust recheck` on {count} images: {caption}"]

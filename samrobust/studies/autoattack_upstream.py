@@ -13,13 +13,13 @@ the first lines show. A line of JSON for each run.
 
 import argparse
 import concurrent.futures
+import functools
 import io
 import json
 import logging
 import multiprocessing
 import pathlib
 import time
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -45,7 +45,7 @@ from samrobust.types import Config
 __all__ = ["main"]
 
 _NORMS: dict[str, Literal["Linf", "L2"]] = {"linf": "Linf", "l2": "L2"}
-_evaluators: dict[str, Any] = {}  # of our process: compiled once for networks alike
+_evaluators: dict[Any, Any] = {}  # by networks, of our process: each compiled once
 
 
 def main() -> None:
@@ -59,7 +59,11 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, required=True, metavar="FILE")
     arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with _process(keep_freed_memory) as our_process, _process() as their_process:
+    process = functools.partial(
+        concurrent.futures.ProcessPoolExecutor,
+        *(1, multiprocessing.get_context("spawn")),
+    )
+    with process(keep_freed_memory) as our_process, process() as their_process:
         sides = [("ours", our_process, _ours), ("upstream", their_process, _theirs)]
         for number, run in enumerate(arguments.runs):
             found = {
@@ -67,28 +71,19 @@ def main() -> None:
                 for name, process, attack in sides[:: 1 if number % 2 == 0 else -1]
             }
             line = _line(run, arguments, found)
-            append_json_line(arguments.output, line)
-            print(json.dumps({k: v for k, v in line.items() if k != "provenance"}))
-
-
-def _process(
-    initializer: Callable[[], Any] | None = None,
-) -> concurrent.futures.ProcessPoolExecutor:
-    return concurrent.futures.ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), initializer
-    )
+            append_json_line(arguments.output, line | {"provenance": provenance()})
+            print(json.dumps(line))
 
 
 def _ours(run: pathlib.Path, arguments: argparse.Namespace) -> tuple[np.ndarray, float]:
     """Returns which images are still right, and the seconds that took."""
     config, dataset = _load(run, arguments)
     network = load_network(config, dataset, run, checkpoints_of(config)[0])
-    shared = json.dumps([config.model.to_dict(), config.data.to_dict()], default=str)
-    if shared not in _evaluators:
+    if network.model not in _evaluators:
         attacks, size = building.autoattacks(config), arguments.batch_size
         made = make_autoattack_evaluator(network.model, attacks, batch_size=size)
-        _evaluators[shared] = made
-    evaluate = _evaluators[shared]
+        _evaluators[network.model] = made
+    evaluate = _evaluators[network.model]
     start = time.monotonic()
     outcome = evaluate(network.variables, dataset.test, jax.random.key(config.seed))
     (correct,) = list(outcome.correct.values())[1:]
@@ -136,7 +131,6 @@ def _line(
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "torch_device": _device(),
-        "provenance": provenance(),
     }
 
 

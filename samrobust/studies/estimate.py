@@ -8,7 +8,6 @@ too, are counted by their passes.
 """
 
 import collections
-import dataclasses
 import heapq
 import json
 import operator
@@ -97,20 +96,18 @@ def tasks_of(
       seeds_per_program: see `samrobust table`.
     """
     tasks: dict[Family, Task] = {}
-    for planned in runs:
-        config = planned.config
+    for config in _by_row(runs).values():
         dtype, training = config.model.dtype, config.training
-        for epochs in methods.phases_of(config):
-            family = _family(config, epochs)
-            if family not in tasks:
-                row = until(config, epochs.stop).row
-                size, steps = training.batch_size, training.steps_per_call
-                setting = {"steps_per_call": steps, "seeds": seeds_per_program}
-                tasks[family] = Task("step", row, row, size, dtype, devices, **setting)
-        if _judged(config) not in tasks:
-            size = _one_attack(config)["batch_size"]
-            task = Task("evaluation", config.row, config.row, size, dtype, devices)
-            tasks[_judged(config)] = task
+        size, steps = training.batch_size, training.steps_per_call
+        setting = {"steps_per_call": steps, "seeds": seeds_per_program}
+        *families, judged = _families(config)
+        for family, epochs in zip(families, methods.phases_of(config), strict=True):
+            row = until(config, epochs.stop).row
+            task = Task("step", row, row, size, dtype, devices, **setting)
+            tasks.setdefault(family, task)
+        size = _one_attack(config)["batch_size"]
+        task = Task("evaluation", config.row, config.row, size, dtype, devices)
+        tasks.setdefault(judged, task)
     return tasks
 
 
@@ -133,7 +130,6 @@ def time_tasks(
       on_task: is told the number and name of each before it begins.
       should_stop: asked while waiting.
     """
-    options = Options(path, tuple(overrides), repeats=2, min_seconds=1.0, no_rates=True)
     found = {}
     for number, (family, task) in enumerate(tasks.items()):
         on_task(number, task.name)
@@ -141,7 +137,8 @@ def time_tasks(
         if task.kind == "evaluation":
             config = configuration.load_config(f"{path}:{task.row}", overrides)
             given = _with_one_attack(config, overrides)
-        options = dataclasses.replace(options, overrides=tuple(given))
+        effort = {"repeats": 2, "min_seconds": 1.0, "no_rates": True}
+        options = Options(path, tuple(given), **effort)
         found[family] = Launcher(options, folder, should_stop)(task)
     return found
 
@@ -163,13 +160,29 @@ def estimate(
     """
     facts = building.load_facts(runs[0].config)
     good = {family: raw for family, raw in outcomes.items() if "error" not in raw}
-    configs = {planned.config.row: planned.config for planned in runs}
     counts = collections.Counter(planned.config.row for planned in runs)
-    rows = {
-        row: _row(config, facts, counts[row], tasks, good)
-        for row, config in configs.items()
-        if {*_families(config)} <= good.keys()
-    }
+    rows: dict[str, RowEstimate] = {}
+    for row, config in _by_row(runs).items():
+        *families, judged = _families(config)
+        if not {*families, judged} <= good.keys():
+            continue
+        programs = [good[family] for family in families]
+        steps = num_steps(config, facts)
+        seconds = [
+            steps * statistics.median(program["seconds"])
+            + program["checkpoint_seconds"]
+            for program in programs
+        ]
+        programs.append(good[judged])
+        rows[row] = RowEstimate(
+            label=config.label,
+            runs=counts[row],
+            timed=tuple(tasks[family].row for family in families),
+            phases=list(zip(methods.phases_of(config), seconds, strict=True)),
+            evaluation=_evaluation_seconds(config, facts, good[judged]),
+            compilation=sum(program["compile_seconds"] for program in programs),
+            memory=max(program["peak_memory"] for program in programs),
+        )
     timed, ends = [run for run in runs if run.config.row in rows], [0.0] * workers
     given = epochs_given(planned.shared for planned in timed)
     for planned, first in zip(timed, given, strict=True):
@@ -192,50 +205,21 @@ def estimate(
     )
 
 
-def _row(
-    config: Config,
-    facts: DatasetFacts,
-    runs: int,
-    tasks: Mapping[Family, Task],
-    good: Mapping[Family, Outcome],
-) -> RowEstimate:
-    *families, judged = _families(config)
-    programs = [good[family] for family in families]
-    seconds = [_epoch_seconds(config, facts, program) for program in programs]
-    programs.append(good[judged])
-    return RowEstimate(
-        label=config.label,
-        runs=runs,
-        timed=tuple(tasks[family].row for family in families),
-        phases=list(zip(methods.phases_of(config), seconds, strict=True)),
-        evaluation=_evaluation_seconds(config, facts, good[judged]),
-        compilation=sum(program["compile_seconds"] for program in programs),
-        memory=max(program["peak_memory"] for program in programs),
-    )
+def _by_row(runs: Sequence[PlannedRun]) -> dict[str, Config]:
+    """Returns the config of each row, as one of its seeds has it."""
+    return {planned.config.row: planned.config for planned in runs}
 
 
 def _families(config: Config) -> list[Family]:
-    """Returns the families of a run's phases, and last that of its evaluation."""
-    phases = methods.phases_of(config)
-    return [*(_family(config, epochs) for epochs in phases), _judged(config)]
-
-
-def _family(config: Config, epochs: range) -> Family:
-    """Returns what decides how long a step of some epochs takes."""
-    training, passes = config.training, methods.passes_at(config, epochs.start)
-    return (
-        *(passes, "" if passes.is_known else config.row, methods.group_size(config)),
-        *(training.batch_size, training.optimizer, _network(config)),
-    )
-
-
-def _judged(config: Config) -> Family:
-    """Returns what decides how long an image takes to be judged."""
-    return "evaluation", _network(config), _one_attack(config)["batch_size"]
-
-
-def _network(config: Config) -> str:
-    return json.dumps(configuration.as_dict(config)["model"], sort_keys=True)
+    """Returns what decides how long each phase's steps take, and last an evaluation."""
+    network = json.dumps(configuration.as_dict(config)["model"], sort_keys=True)
+    training, families = config.training, []
+    for epochs in methods.phases_of(config):
+        passes = methods.passes_at(config, epochs.start)
+        own = "" if passes.is_known else config.row, methods.group_size(config)
+        of_step = training.batch_size, training.optimizer, network
+        families.append((passes, *own, *of_step))
+    return [*families, ("evaluation", network, _one_attack(config)["batch_size"])]
 
 
 def _one_attack(config: Config) -> dict[str, Any]:
@@ -260,11 +244,6 @@ def _with_one_attack(config: Config, overrides: Sequence[str]) -> list[str]:
     own = [f"--config.evaluation.{name}={value}" for name, value in values.items()]
     named = {item.partition("=")[0] for item in own}  # of tuples, both would count
     return [item for item in overrides if item.partition("=")[0] not in named] + own
-
-
-def _epoch_seconds(config: Config, facts: DatasetFacts, timed: Outcome) -> float:
-    seconds = num_steps(config, facts) * statistics.median(timed["seconds"])
-    return seconds + timed["checkpoint_seconds"]
 
 
 def _evaluation_seconds(config: Config, facts: DatasetFacts, timed: Outcome) -> float:

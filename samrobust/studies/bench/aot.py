@@ -232,24 +232,21 @@ def counts_of(found: Sequence[Kernel], num_steps: int) -> dict[str, Any]:
       loop's body, without the loops in it, with its `runs` a step; the outermost first.
     """
 
-    def by_kind(some: Sequence[Kernel], *, once: bool) -> dict[str, dict[str, float]]:
-        numbers = {kind: [0.0, 0.0] for kind in KINDS}
+    def by_kind(some: Sequence[Kernel], times: int) -> dict[str, dict[str, float]]:
+        zeros: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+        numbers = {"kernels": {**zeros}, "bytes": {**zeros}}
         for kernel in some:
-            weight = 1 if once else kernel.runs / num_steps
-            numbers[kernel.kind][0] += weight
-            numbers[kernel.kind][1] += weight * kernel.num_bytes
-        return {
-            "kernels": {kind: count for kind, (count, _) in numbers.items()},
-            "bytes": {kind: size for kind, (_, size) in numbers.items()},
-        }
+            numbers["kernels"][kernel.kind] += kernel.runs / times
+            numbers["bytes"][kernel.kind] += kernel.runs / times * kernel.num_bytes
+        return numbers
 
     bodies = collections.defaultdict(list)
     for kernel in found:
         bodies[kernel.runs, kernel.loop].append(kernel)
     return {
-        **by_kind(found, once=False),
+        **by_kind(found, num_steps),
         "bodies": [
-            {"runs": runs / num_steps, **by_kind(some, once=True)}
+            {"runs": runs / num_steps, **by_kind(some, runs)}
             for (runs, loop), some in sorted(bodies.items())
             if loop
         ],

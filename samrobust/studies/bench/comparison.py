@@ -15,22 +15,13 @@ from samrobust.experiments.rows import Row, parse_row
 from samrobust.system.fields import differences, is_among
 from samrobust.types import Config
 
-__all__ = [
-    "CARRIED",
-    "check_config",
-    "check_rows",
-    "fitting",
-    "parity_row",
-    "spec_fields",
-]
+__all__ = ["CARRIED", "check_config", "fitting", "parity_row", "spec_fields"]
 
-_METHODS = ("st", "sam", "at")
 _FAST = ("tuned", "graphed", "compiled", "autotuned")
 _VARIANTS: Mapping[str, Sequence[str]] = {
     "float32": ("reference", "resident", *_FAST),
     "bfloat16": (*_FAST, "pure"),
 }
-_WITH = "with --compare=pytorch"
 # By their names in the spec; radii and steps there are in pixel units.
 CARRIED = {
     "network": {"width": "model.width", "blocks": "model.blocks"},
@@ -64,17 +55,6 @@ _OF_NO_STEP = (
     "data.split_seed",
     *("training.epochs", "training.drop_remainder"),
 )
-
-
-def check_rows(rows: Sequence[str], **flag: Any) -> None:
-    """Refuses rows of other methods than PyTorch's side has.
-
-    Args:
-      rows: of a config.
-      **flag: the flag that named them, for the message.
-    """
-    known = all(parse_row(row).method in _METHODS for row in rows)
-    check(known, f"rows of {', '.join(_METHODS)} {_WITH}", **flag)
 
 
 def fitting(precision: str, variants: Sequence[str]) -> list[str]:
@@ -111,23 +91,22 @@ def check_config(config: Config) -> None:
         )
 
 
-def spec_fields(config: Config, *, parity: Config) -> dict[str, Any]:
-    """Returns the fields of a `TwinSpec` that come from a config.
+def spec_fields(config: Config) -> dict[str, Any]:
+    """Returns the fields of a `TwinSpec` that come from a row's config."""
 
-    Args:
-      config: of the row.
-      parity: of the standard training whose update the parity file holds.
-    """
+    def value(field: str) -> Any:
+        section, name = field.split(".")
+        found = config[section][name]
+        return found / 255 if field in _PIXELS else found
 
-    def values(section: str, config: Config) -> dict[str, Any]:
-        return {name: _value(config, field) for name, field in CARRIED[section].items()}
+    def values(section: str) -> dict[str, Any]:
+        return {name: value(field) for name, field in CARRIED[section].items()}
 
     return {
         "method": parse_row(config.row).method,
-        "network": values("network", config),
-        "sgd": values("sgd", parity),
-        **values("attack", config),
-        **values("sam", config),
+        **{section: values(section) for section in ("network", "sgd")},
+        **values("attack"),
+        **values("sam"),
     }
 
 
@@ -140,12 +119,6 @@ def parity_row(row: str) -> str:
     others, sections = parse_row(row).others, methods.sections(row)
     kept = {n: x for n, x in others.items() if n.partition(".")[0] not in sections}
     return Row(others=kept).name
-
-
-def _value(config: Config, field: str) -> Any:
-    section, name = field.split(".")
-    value = config[section][name]
-    return value / 255 if field in _PIXELS else value
 
 
 def _idle(config: Config) -> list[str]:

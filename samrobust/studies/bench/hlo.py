@@ -1,10 +1,10 @@
 """Kernels of a compiled program, counted in its optimized HLO, as XLA prints it.
 
 A kernel is an instruction that the device runs: a fusion, a library call, a copy; not
-what only names memory (`tuple`, `bitcast`, `parameter`). Its bytes are those of its
-operands and results: what passes through memory if nothing stays in a cache. Of a
-buffer that a fusion only slices or updates in place, the slice alone counts; of a
-collective operation what each device brings, its operands.
+what only names memory (`tuple`, `bitcast`, `parameter`) or waits (`copy-done`). Its
+bytes are those of its operands and results: what passes through memory if nothing stays
+in a cache. Of a buffer that a fusion only slices or updates in place, the slice alone
+counts; of a collective operation what each device brings, its operands.
 
 A loop's body counts as often as it runs, and once where that hangs on the data: XLA
 notes how often, or the condition compares a counter, from 0, with a constant. Of a
@@ -89,11 +89,10 @@ _OPCODE = re.compile(r"(?:^|\s)([a-z][a-z0-9\-]*)\(")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _NO_KERNEL = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
-    *("opt-barrier", "partition-id", "replica-id", "copy-done", "async-done"),
-    *("async-update", "add-dependency"),
+    *("opt-barrier", "partition-id", "replica-id", "async-update", "add-dependency"),
 }
 _COLLECTIVE = re.compile(
-    r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-\w+)(-start|-done)?"
+    r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-\w+)(-start)?"
 )
 
 _Computations = dict[str, list[_Instruction]]
@@ -183,7 +182,7 @@ def _walk(
                 for branch in each.named(*fields)
             ]
             yield from max(branches, key=lambda found: sum(k.num_bytes for k in found))
-        elif each.opcode not in _NO_KERNEL and not _is_end(each.opcode):
+        elif each.opcode not in _NO_KERNEL and not each.opcode.endswith("-done"):
             yield _kernel(computations, by_name, each, runs, loop)
 
 
@@ -228,12 +227,6 @@ def _kernel(
         outputs,
         opcodes,
     )
-
-
-def _is_end(opcode: str) -> bool:
-    """Says whether an instruction only waits for a collective operation."""
-    found = _COLLECTIVE.fullmatch(opcode)
-    return found is not None and found[2] == "-done"
 
 
 def _kind(each: _Instruction, opcodes: frozenset[str]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from samrobust.experiments.reporting.pictures import make_panels
+from samrobust.experiments.reporting import pictures
 from samrobust.studies.bench.results import BenchReport, Row
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def draw(report: BenchReport) -> "Figure":
             groups.setdefault(name, []).append(row)
     title = f"Training speed, {report.provenance.get('device', '')}"
     size = (8, 1.6 + 0.55 * len(groups))
-    figure, (speed, cost) = make_panels(2, size, title, 110)
+    figure, (speed, cost) = pictures.make_panels(2, size, title, 110)
     for y, rows in enumerate(groups.values()):
         for number, row in enumerate(rows):
             _draw_row(speed, cost, y, 0.13 * (number - (len(rows) - 1) / 2), row)
@@ -74,20 +74,13 @@ def draw(report: BenchReport) -> "Figure":
         panel.tick_params(labelsize=_TEXT, length=2)
         panel.tick_params(axis="y", length=0)
         panel.spines["left"].set_visible(False)
-        panel.grid(axis="y", color="#E4E4E4", linewidth=0.6)
+        panel.grid(axis="y", color=pictures.PALE, linewidth=0.6)
         panel.set_axisbelow(True)
     speed.set_xlim(ticks[0], ticks[-1])
     low, high = cost.get_xlim()
     cost.set_xlim(low / 1.1, high * 1.1)  # marks at the edge are drawn whole
     handles = _handles(speed) | _handles(cost)
-    figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside lower center",
-        ncols=3,
-        fontsize=_TEXT - 1,
-        frameon=False,
-    )
+    pictures.add_legend(figure, [*handles.values()], "", columns=3)
     return figure
 
 

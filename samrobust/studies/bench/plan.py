@@ -16,14 +16,7 @@ from samrobust.system.compiler import parse_compiler_options
 from samrobust.system.files import glance
 from samrobust.types import Config
 
-__all__ = [
-    "Options",
-    "Task",
-    "config_of",
-    "device_of_ceilings",
-    "known_ceilings",
-    "plan",
-]
+__all__ = ["Options", "Task", "config_of", "known_ceilings", "plan"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +133,13 @@ def plan(options: Options) -> list[Task]:
     default = configuration.load_config(f"{options.config}:{row}", options.overrides)
     for flags in options.xla_flags:
         parse_compiler_options(flags)
-    if options.aot is not None:
-        _check_counts(options)
-    _check_ceilings(options)
+    counted = options.aot is None or {"step", "evaluation"} >= {*options.measure}
+    wanted = "--measure in {step, evaluation} with --aot"
+    check(counted, wanted, "Nothing runs.", **{"--measure": options.measure})
+    known = options.ceilings is None or bool(known_ceilings(options))
+    wanted = "a JSON file with the matmul and the copy of a precision"
+    fix = "A campaign's machine.json is one."
+    check(known, wanted, fix, **{"--ceilings": options.ceilings})
     if options.compare is not None:
         _check_comparison(options, chosen)
     settings: Any = itertools.product(
@@ -189,50 +186,21 @@ def plan(options: Options) -> list[Task]:
     return tasks
 
 
-def _check_ceilings(options: Options) -> None:
-    """Refuses a file without rooflines; one that lacks some is fine."""
-    given = {"--ceilings": options.ceilings}
-    wanted = "a JSON file with the matmul and the copy of a precision"
-    holds = options.ceilings is None or bool(known_ceilings(options))
-    check(holds, wanted, "A campaign's machine.json is one.", **given)
-
-
-def _check_counts(options: Options) -> None:
-    """Refuses what cannot be counted on a device that is not there."""
-    check(
-        set(options.measure) <= {"step", "evaluation"},
-        "--measure in {step, evaluation} with --aot",
-        "Nothing runs.",
-        **{"--measure": options.measure},
-    )
-
-
 def _check_comparison(options: Options, chosen: Mapping[str, str]) -> None:
     """Refuses a comparison of something else than steps, or without PyTorch."""
     given = {"--compare": options.compare}
     steps = "step" in options.measure
     check(steps, "step in --measure", "Steps are compared.", **given)
     flag = {"--row": options.row} if options.row else {"--methods": options.methods}
-    comparison.check_rows([*chosen.values()], **flag)
+    known = all(parse_row(row).method in ("st", "sam", "at") for row in chosen.values())
+    check(known, "rows of st, sam, at with --compare=pytorch", **flag)
     has_torch = importlib.util.find_spec("torch") is not None
     check(has_torch, "the package torch", "Install it: pip install torch.", **given)
 
 
-def _overrides_of(task: Task, options: Options) -> tuple[str, ...]:
-    """Returns the overrides of a task's config."""
-    own = [f"--config.model.dtype={task.precision}"]
-    if task.kind != "evaluation":
-        own.append(f"--config.training.batch_size={task.batch_size}")
-        steps = 1 if task.kind == "unrolled" else task.steps_per_call
-        own.append(f"--config.training.steps_per_call={steps}")
-    return (*options.overrides, *own)
-
-
 def known_ceilings(options: Options) -> dict[str, dict[str, float]]:
     """Returns the rooflines that are not measured, by precision."""
-    if options.ceilings is None:
-        return {}
-    stored, names = glance(pathlib.Path(options.ceilings)), ("matmul", "copy")
+    stored, names = glance(pathlib.Path(options.ceilings or "")), ("matmul", "copy")
     return {
         precision: {name: ceilings[name] for name in names}
         for precision in ("float32", "bfloat16")
@@ -241,16 +209,16 @@ def known_ceilings(options: Options) -> dict[str, dict[str, float]]:
     }
 
 
-def device_of_ceilings(options: Options) -> str | None:
-    """Returns on which device the known rooflines were measured; None if not known."""
-    return glance(pathlib.Path(options.ceilings or "")).get("device")
-
-
 def config_of(task: Task, options: Options) -> Config:
     """Returns the config of a task.
 
     Raises:
       ValueError: for one that is not valid.
     """
+    own = [f"--config.model.dtype={task.precision}"]
+    if task.kind != "evaluation":
+        own.append(f"--config.training.batch_size={task.batch_size}")
+        steps = 1 if task.kind == "unrolled" else task.steps_per_call
+        own.append(f"--config.training.steps_per_call={steps}")
     path = f"{options.config}:{task.row}"
-    return configuration.load_config(path, _overrides_of(task, options))
+    return configuration.load_config(path, (*options.overrides, *own))

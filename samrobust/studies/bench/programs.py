@@ -18,13 +18,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from samrobust.checks import LARGEST_COUNT
-from samrobust.data import (
-    Dataset,
-    DatasetFacts,
-    Split,
-    augmented,
-    take_batch,
-)
+from samrobust.data import Dataset, DatasetFacts, Split, augmented, take_batch
 from samrobust.evaluation import make_evaluator
 from samrobust.evaluation.measure import batch_size_for
 from samrobust.experiments import building
@@ -178,10 +172,9 @@ def evaluation(config: Config, measure: Measure) -> Found:
     first = time.perf_counter() - started
     seconds = measure(lambda: evaluate(*arguments))
     steady = statistics.median(seconds or [first])
-    compiling = max(0.0, first - steady)
     return {
         "seconds": seconds,
-        "compile_seconds": compiling,
+        "compile_seconds": max(0.0, first - steady),
         "batch_size": batch_size,
     }
 

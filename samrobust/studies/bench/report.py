@@ -48,7 +48,11 @@ def to_sheet(report: BenchReport) -> Sheet:
         rows = [row for row in report.rows if row["kind"] in kinds]
         if title == "Epoch":  # of what was measured before, a step may be a bare one
             rows = [row for row in rows if "epoch_seconds" in row]
-        filled = {n: _COLUMNS[n] for n in columns.split(", ") if _is_filled(n, rows)}
+        filled = {
+            name: _COLUMNS[name]
+            for name in columns.split(", ")
+            if any(_COLUMNS[name](row) != _NOTHING for row in rows)
+        }
         shown = _settings(rows) | filled
         cells = [[cell(row) for cell in shown.values()] for row in rows]
         tables += [TextTable(list(shown), cells, title)] if filled else []
@@ -66,10 +70,6 @@ def _settings(rows: Sequence[Row]) -> Columns:
             title = _TITLES.get(field, field)
             columns[title] = lambda row, field=field: str(row.get(field) or "default")
     return columns
-
-
-def _is_filled(column: str, rows: Sequence[Row]) -> bool:
-    return any(_COLUMNS[column](row) != _NOTHING for row in rows)
 
 
 def _number(field: str, form: str, factor: float = 1.0) -> Callable[[Row], str]:

@@ -20,26 +20,18 @@ from typing import Any, TypeAlias
 from samrobust.checks import check
 from samrobust.experiments import building
 from samrobust.studies.bench import comparison
-from samrobust.studies.bench.plan import (
-    Options,
-    Task,
-    config_of,
-    device_of_ceilings,
-    known_ceilings,
-)
+from samrobust.studies.bench.plan import Options, Task, config_of, known_ceilings
 from samrobust.studies.bench.worker import BAD_INPUT
+from samrobust.system.files import glance
+from samrobust.training import InterruptedRunError
 
-__all__ = ["Launcher", "Outcome", "StoppedError", "schedule"]
+__all__ = ["Launcher", "Outcome", "schedule"]
 
 # What a process found, or {"error": its complaint}.
 Outcome: TypeAlias = dict[str, Any]
 
 _WORKER = "samrobust.studies.bench.worker"
 _TWIN = "samrobust.studies.bench.twin.reference"
-
-
-class StoppedError(RuntimeError):
-    """A request to stop the bench; what was measured is kept."""
 
 
 def schedule(tasks: Sequence[Task], options: Options) -> list[tuple[str, Task]]:
@@ -75,7 +67,7 @@ class Launcher:
       folder: for the parity files, and the compilation cache that the tasks share
         unless the options name one.
       should_stop: asked while waiting; where true, the process is ended and
-        `StoppedError` raised.
+        `InterruptedRunError` raised.
     """
 
     def __init__(
@@ -93,7 +85,7 @@ class Launcher:
           path: for its trace, instead of a measurement, or for its parity file.
 
         Raises:
-          StoppedError: when asked to stop.
+          InterruptedRunError: when asked to stop.
           ValueError: where the machine cannot run any row.
         """
         if task.kind == "pytorch":
@@ -134,7 +126,7 @@ class Launcher:
         Args:
           task: any of the bench.
         """
-        device = device_of_ceilings(self._options)
+        device = glance(pathlib.Path(self._options.ceilings or "")).get("device")
         here = self._machine(task).get("provenance", {}) if device else {}
         return device == here.get("device")
 
@@ -177,9 +169,7 @@ class Launcher:
         if not path.exists() and "error" in (made := self(ours, path)):
             return made
         config, machine = config_of(task, self._options), self._machine(task)
-        facts = building.load_facts(config)
-        parity = config_of(ours, self._options)
-        fields = comparison.spec_fields(config, parity=parity)
+        facts, fields = building.load_facts(config), comparison.spec_fields(config)
         fields["network"] |= {
             "num_classes": facts.num_classes,
             "in_channels": facts.image_shape[-1],
@@ -223,8 +213,8 @@ class Launcher:
             try:
                 while child.poll() is None:
                     if self._should_stop():
-                        raise StoppedError(
-                            "Stopped. What was measured is kept until a rerun, which "
+                        raise InterruptedRunError(
+                            "Stopped. What was written is kept until a rerun, which "
                             "begins again, has measured its first row."
                         )
                     time.sleep(0.1)

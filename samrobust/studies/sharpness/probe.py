@@ -8,7 +8,7 @@ images on test images.
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -112,22 +112,11 @@ class ProbeSettings:
             check_whole(1, **{name: getattr(self, name)})
 
 
-Found = dict[str, float]
-
-
-class Measurement(NamedTuple):
-    """A measurement of some of the quantities.
-
-    Attributes:
-      doing: what is measured, in words.
-      cost: of an image, in gradients; predicted.
-      measure: `measure(variables, train, test, key, tell) -> {name: value}`;
-        `tell(share)` is told of progress.
-    """
-
-    doing: str
-    cost: float
-    measure: Callable[..., Found]
+Found: TypeAlias = dict[str, float]
+# Some of the quantities: what is measured, in words; the predicted cost of an image, in
+# gradients; whether it is one of training; and `measure(variables, split, key, tell) ->
+# {name: value}`, where `tell(share)` is told of progress.
+Measurement: TypeAlias = tuple[str, float, bool, Callable[..., Found]]
 
 
 def make_probe(
@@ -151,21 +140,25 @@ def make_probe(
         *_weights_parts(model, settings, batch_size),
         *_images_parts(model, settings, batch_size),
     ]
-    total = sum(part.cost for part in parts)
+    total = sum(cost for _, cost, *_ in parts)
 
     def probe(
         variables: PyTree, train: Split, test: Split, key: Array, *, on_batch: OnBatch
     ) -> Found:
         found, done = dict.fromkeys(QUANTITIES, float("nan")), 0.0
 
-        def tell(share: float) -> None:
-            on_batch(int(done + share * part.cost), int(total), part.doing)
+        def tell(doing: str, before: float, cost: float, share: float) -> None:
+            on_batch(int(before + share * cost), int(total), doing)
 
-        for number, part in enumerate(parts):
-            tell(0.0)
-            own_key = jax.random.fold_in(key, number)
-            found |= part.measure(variables, train, test, own_key, tell)
-            done += part.cost
+        for number, (doing, cost, on_train, measure) in enumerate(parts):
+            told = partial(tell, doing, done, cost)
+            told(0.0)
+            split, own_key = (
+                train if on_train else test,
+                jax.random.fold_in(key, number),
+            )
+            found |= measure(variables, split, own_key, told)
+            done += cost
         on_batch(int(total), int(total), "measured")
         return found
 
@@ -192,13 +185,11 @@ def _weights_parts(
             params = variables["params"]
             return {n: of(loss, params, key=key) for n, of in measures.items()}
 
-        def run(
-            variables: PyTree, train: Split, _: Split, key: Array, tell: Any
-        ) -> Found:
-            values = fetch(program(*to_devices(variables, train), key), tell, 0.0)
+        def run(variables: PyTree, split: Split, key: Array, tell: Any) -> Found:
+            values = fetch(program(*to_devices(variables, split), key), tell, 0.0)
             return {name: float(value) for name, value in values.items()}
 
-        return Measurement(doing, cost, run)
+        return doing, cost, True, run
 
     return [
         part(
@@ -297,14 +288,11 @@ def _images_parts(
     ) -> Measurement:
         measure = make_measure(batch_fn, batch_size=batch_size)
 
-        def run(
-            variables: PyTree, train: Split, test: Split, key: Array, tell: Any
-        ) -> Found:
-            split = train if on_train else test
+        def run(variables: PyTree, split: Split, key: Array, tell: Any) -> Found:
             told = lambda done, total: tell(done / total)  # noqa: E731
             return _summary(measure(variables, split, key, on_batch=told))
 
-        return Measurement(doing, cost, run)
+        return doing, cost, on_train, run
 
     return [
         part("relative flatness", 0.3, flatness, on_train=True),

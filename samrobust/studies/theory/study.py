@@ -9,15 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from samrobust.checks import check
-from samrobust.studies.theory import closed_forms as forms
+from samrobust.studies.theory import closed_forms as forms, population
 from samrobust.studies.theory.logistic import logistic_weight
-from samrobust.studies.theory.population import (
-    adversarial,
-    minimize,
-    natural,
-    sam_all_weights,
-    sam_robust_weight,
-)
 from samrobust.studies.theory.world import World, check_attack_radius, check_sam_radius
 
 __all__ = ["Grid", "Points", "Study", "study"]
@@ -122,7 +115,8 @@ def study(grid: Grid, *, on_part: Callable[[str], None] = lambda _: None) -> Stu
     on_part("standard training")
     worlds = _points(grid, lambda _: [np.nan])
     world = worlds.world
-    standard = worlds.beside(**minimize(natural(world), world)._asdict())
+    optimum = population.minimize(population.natural(world), world)
+    standard = worlds.beside(**optimum._asdict())
     on_part("adversarial training")
     attacks = _points(grid, grid.attack_radii)
     attack, attack_all = (
@@ -148,17 +142,16 @@ def _points(grid: Grid, radii: Callable[[float], Iterable[float]]) -> Points:
 
 def _attack(points: Points, *, moves_robust: bool) -> Points:
     world, epsilon = points.world, points.radius
-    objective = adversarial(world, epsilon, moves_robust=moves_robust)
+    objective = population.adversarial(world, epsilon, moves_robust=moves_robust)
     printed = forms.adversarial_weight(world, epsilon)
     whole = forms.adversarial_weight_all_features(world, epsilon)
+    worlds = map(World, points.p, points.eta, points.d)
     logistic = [
-        logistic_weight(World(p, eta, d), radius, moves_robust=moves_robust)
-        for p, eta, d, radius in zip(
-            points.p, points.eta, points.d, epsilon, strict=True
-        )
+        logistic_weight(one, radius, moves_robust=moves_robust)
+        for one, radius in zip(worlds, epsilon, strict=True)
     ]
     return points.beside(
-        **minimize(objective, world)._asdict(),
+        **population.minimize(objective, world)._asdict(),
         printed=printed,
         formula=whole if moves_robust else printed,
         logistic=np.array(logistic),
@@ -167,7 +160,8 @@ def _attack(points: Points, *, moves_robust: bool) -> Points:
 
 def _sam(points: Points) -> Points:
     world, rho = points.world, points.radius
-    optimum = minimize(sam_robust_weight(world, rho), world, has_kink=True)
+    objective = population.sam_robust_weight(world, rho)
+    optimum = population.minimize(objective, world, has_kink=True)
     formula = forms.sam_weight(world, rho)
     lower, upper = forms.sam_weight_bounds(world, rho, formula)
     return points.beside(
@@ -189,8 +183,8 @@ def _sam_all(points: Points) -> Points:
     # Beside the margins' deviation; and what across (1, ..., 1) costs less, w*^2 / d.
     scale = 1 / (root * points.eta + (1 + start) / root)
     rho = _SMALL * np.minimum(scale, 10 * start**2 / points.d)
-    optimum = minimize(
-        sam_all_weights(world, rho),
+    optimum = population.minimize(
+        population.sam_all_weights(world, rho),
         world,
         has_kink=True,
         num_scanned=24,

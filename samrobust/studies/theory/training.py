@@ -102,16 +102,9 @@ def train(
     elif near_bayes:
         start = np.array([world.log_odds, *[eta] * d])
     keys = jax.random.split(jax.random.key(0), effort.seeds)
-    means = _train(
-        World(p, eta, d),
-        method,
-        effort,
-        pixel_radius,
-        jnp.float32(span),
-        jnp.float32(rho),
-        jnp.asarray(start, jnp.float32),
-        keys,
-    )
+    static = World(p, eta, d), method, effort, pixel_radius
+    traced = jnp.float32(span), jnp.float32(rho), jnp.asarray(start, jnp.float32)
+    means = _train(*static, *traced, keys)
     return np.asarray(jax.device_get(means), float)
 
 

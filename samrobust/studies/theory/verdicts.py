@@ -111,10 +111,9 @@ def _sam(points: Points) -> list[Verdict]:
     start, radius, error = known.standard, known.radius, known.error
     shift, beyond = known.w - start, np.sum(known.printed - start > known.upper)
     between = (shift >= known.lower - error) & (shift <= known.upper + error)
-    exact = np.abs((known.formula - start) / shift - 1)
+    exact = (known.formula - start) / shift
     holds = _equal(known.formula, known.w, error, 1e-13 * known.w)
-    words = "holds" if holds else f"off by up to {_percent(exact)}"
-    fixed_point = _Comparison(words, holds, len(known), exact, error / shift)
+    fixed_point = _factor(exact, holds, "off by {}", error / shift)
     holds = _equal(known.printed, known.w, error, 1e-13 * known.w)
     words = f"off by {{}}; beyond the proven bounds at {beyond} points"
     printed = _factor((known.printed - start) / shift, holds, words, error / shift)
