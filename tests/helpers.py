@@ -34,6 +34,7 @@ from samrobust.experiments.run import run
 from samrobust.experiments.scoring import Scorer
 from samrobust.experiments.validation import validate
 from samrobust.models import PreActResNet
+from samrobust.system.distributed import compiling_for, data_mesh
 from samrobust.training.epoch import EpochRunner
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -54,6 +55,12 @@ TINY = {
 BROKEN_CONNECTION = "UNKNOWN: Gloo AllGather failed: Connection closed by peer"
 # Environment of processes whose programs are compiled as those of a user.
 USUAL_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+
+
+def mesh_of(count: int) -> jax.sharding.Mesh:
+    """A mesh over the first devices."""
+    with compiling_for(jax.devices()[:count]):
+        return data_mesh()
 
 
 @functools.cache

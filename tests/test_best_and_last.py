@@ -179,7 +179,7 @@ def test_one_network_of_such_a_run_is_the_last_unless_the_best_is_asked_for(work
 
 def test_what_explains_robustness_is_measured_on_the_last_checkpoint(workdir):
     result = read(workdir, "result.json")
-    found = sharpness._accuracy(result, sharpness._rechecked(workdir.parents[1]))
+    found = sharpness._accuracy(result, {})
     accuracy = result["accuracy"]
     assert {"natural", "linf 16/255"} <= found.keys()
     assert not [name for name in found if name.endswith(" best")]

@@ -145,7 +145,7 @@ def make_step(case: Case, mesh: Any, *, rho: float = RHO, group_size: int) -> An
 @functools.cache
 def trained(case: Case, count: int = 1, **options: Any) -> dict[str, np.ndarray]:
     """Parameters, running statistics and metrics after three steps on some devices."""
-    mesh = data_mesh(count)
+    mesh = helpers.mesh_of(count)
     options = {"group_size": case.m} | options
     step, state, traces = make_step(case, mesh, **options)
 
@@ -167,7 +167,7 @@ def trained(case: Case, count: int = 1, **options: Any) -> dict[str, np.ndarray]
 
 def convolution_shapes(case: Case, count: int) -> set[str]:
     """The shapes of the convolutions that a device computes images with."""
-    mesh = data_mesh(count)
+    mesh = helpers.mesh_of(count)
     step, state, _ = make_step(case, mesh, group_size=case.m)
     batch = jax.tree.map(lambda leaf: leaf[0], make_batches())
     jitted = jax.jit(step, out_shardings=replicated(mesh))
@@ -271,7 +271,7 @@ def by_google(model: Any, count: int) -> dict[str, np.ndarray]:
     keeps its own running statistics, of the first pass, to be averaged at the end. Left
     out are its weight decay inside the loss and its clipping of the final gradient.
     """
-    mesh = data_mesh(count)
+    mesh = helpers.mesh_of(count)
     tx: Any = descent()
     gradient = gradient_of(model)
 

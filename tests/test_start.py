@@ -1,21 +1,19 @@
 """In which environments a process is one of several, and which one."""
 
+import os
 import signal
 import socket
 import sys
+from unittest import mock
 
 import helpers
 import jax
 import pytest
 from jax._src import hardware_utils
 
-from samrobust.system.distributed import start as meeting
-from samrobust.system.distributed.environment import (
-    Settings,
-    find_settings,
-    starts_first,
-)
-from samrobust.system.distributed.start import DistributedError, initialize as start
+from samrobust.system.distributed import environment, start as meeting
+from samrobust.system.distributed.environment import Settings
+from samrobust.system.distributed.start import DistributedError
 
 EXPLICIT = {
     "JAX_COORDINATOR_ADDRESS": "node1:1234",
@@ -49,6 +47,21 @@ XPK = {
     "NNODES": "2",
     "NODE_RANK": "1",
 }
+
+
+def find_settings(environ: dict[str, str]) -> Settings | None:
+    with mock.patch.dict(os.environ, environ, clear=True):
+        return environment.find_settings()
+
+
+def starts_first(environ: dict[str, str]) -> bool:
+    with mock.patch.dict(os.environ, environ, clear=True):
+        return environment.starts_first()
+
+
+def start(environ: dict[str, str]) -> None:
+    with mock.patch.dict(os.environ, environ, clear=True):
+        meeting.initialize()
 
 
 @pytest.mark.parametrize(

@@ -47,14 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
       argv: of the subcommand; by default the process's own, which then ends with it.
     """
-    if argv is not None:
-        with _whole_output():
-            return _run(list(argv))
-    _open_streams()
-    with _whole_output():
+    if argv is None:
+        argv = sys.argv[1:]
+        _open_streams()
         end_on_signals()
         collect_garbage_seldom()
-        return _run(sys.argv[1:])
+    with _whole_output():
+        return _run(list(argv))
 
 
 def _run(argv: list[str]) -> int:
@@ -141,11 +140,6 @@ class _Parser(argparse.ArgumentParser):
             2, f"samrobust: error: {shorten(message, 600)} (see `{self.prog} --help`)\n"
         )
 
-    @property
-    def flags(self) -> list[str]:
-        """The names of its flags."""
-        return [flag for action in self._actions for flag in action.option_strings]
-
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Parses a command line; `overrides` are its flags `--config.FIELD=VALUE`.
@@ -163,8 +157,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     for item in unknown:
         if not item.startswith("--config."):
             own = commands[arguments.command]
-            fix = _meant(item.partition("=")[0], own.flags)
-            if not fix and "--config" in own.flags:
+            flags = [flag for each in own._actions for flag in each.option_strings]
+            fix = _meant(item.partition("=")[0], flags)
+            if not fix and "--config" in flags:
                 fix = " Fields of the config are flags --config.SECTION.NAME=VALUE"
                 fix = fix if item.startswith("-") else f" Did you mean --config={item}?"
             own.error(f"unknown argument {item!r}.{fix}")

@@ -20,11 +20,8 @@ ABOUT = {
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
-    parser.add_argument(
-        "--config",
-        **{**flags.CONFIG, "metavar": "FILE:ROW"},
-        default="configs/digits.py",
-    )
+    add, words = parser.add_argument, "default: %(default)s"
+    add("--config", **flags.ONE_ROW, default="configs/digits.py", help=words)
 
 
 def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:

@@ -50,7 +50,6 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
       InterruptedRunError: if it was asked to stop.
     """
     from samrobust.cli.measuring import Measure, RunMeasurements
-    from samrobust.cli.shared import show_written
     from samrobust.data import Dataset, fingerprint
     from samrobust.evaluation.diagnostics import some_of
     from samrobust.experiments import building, curves, scoring
@@ -98,8 +97,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         return write_figure(figure, measurements.workdir, "curves")
 
     found = [dataclasses.asdict(line) for line in lines]
-    written = measurements.conclude(draw, title=title, curves=found)
-    show_written(measurements.console, measurements.workdir, written)
+    measurements.conclude(draw, title=title, curves=found)
     return measurements.exit_code
 
 

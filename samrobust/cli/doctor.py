@@ -40,6 +40,8 @@ EXTRAS = {
 }
 
 
+_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+
 ABOUT = {
     "help": "devices, packages, caches and data of this machine",
     "description": "Checks this machine: packages against the tested versions, "
@@ -68,9 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _python() -> str:
-    place = pathlib.Path(__file__).resolve().parents[1]
     return (
-        f"samrobust {__version__} in {place}, Python {platform.python_version()}, "
+        f"samrobust {__version__} in {_PACKAGE}, Python {platform.python_version()}, "
         f"{platform.platform()}"
     )
 
@@ -107,8 +108,8 @@ def _version(name: str) -> str:
 
 def _lock() -> str:
     """Returns the lock file of the checkout or the wheel."""
-    package = pathlib.Path(__file__).resolve().parents[1]
-    files = (folder / "requirements.lock" for folder in (package.parent, package))
+    folders = _PACKAGE.parent, _PACKAGE
+    files = (folder / "requirements.lock" for folder in folders)
     return next(file for file in files if file.is_file()).read_text(encoding="utf-8")
 
 
@@ -130,13 +131,10 @@ def _devices() -> str:
     platforms = os.environ.get("JAX_PLATFORMS")
     chosen = "the first of TPU, GPU and CPU that works (JAX_PLATFORMS is not set)"
     chosen = f"all that JAX_PLATFORMS={platforms} allows" if platforms else chosen
-    idle = not platforms and jax.default_backend() == "cpu" and _has_nvidia()
+    on_cpu = not platforms and jax.default_backend() == "cpu"
+    idle = on_cpu and os.path.exists("/dev/nvidia0")
     fix = ' An NVIDIA GPU is there and not used: pip install "samrobust[cuda13]".'
     return f"{found}{each}, {chosen}.{fix if idle else ''}"
-
-
-def _has_nvidia() -> bool:
-    return os.path.exists("/dev/nvidia0")
 
 
 def _memory() -> str:
@@ -150,22 +148,20 @@ def _memory() -> str:
 
 def _programs() -> str:
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if not folder and is_off(os.environ, "SAMROBUST_COMPILATION_CACHE"):
+    if not folder and is_off("SAMROBUST_COMPILATION_CACHE"):
         return "compiled programs are not kept (SAMROBUST_COMPILATION_CACHE)"
-    return (
-        f"compiled programs: {_cache('xla', pathlib.Path(folder) if folder else None)}"
-    )
+    return f"compiled programs: {_cache('xla', folder)}"
 
 
 def _images() -> str:
     return f"decoded images: {_cache('data')}"
 
 
-def _cache(name: str, folder: pathlib.Path | None = None) -> str:
-    """Says what a cache holds, or why it is not used."""
+def _cache(name: str, other: str | None = None) -> str:
+    """Says what a cache holds, perhaps in another folder, or why it is not used."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        folder = folder or trusted_cache_folder(name)
+        folder = pathlib.Path(other) if other else trusted_cache_folder(name)
     if folder is None:
         return "; ".join(str(warning.message) for warning in said) or "not used"
     files = [path for path in folder.rglob("*") if path.is_file()]

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
       InterruptedRunError: if it was asked to stop.
     """
     from samrobust.cli.sanity import check_network, load_surrogates
-    from samrobust.cli.shared import join, show_accuracies
+    from samrobust.cli.shared import await_holder, join, show_accuracies
     from samrobust.experiments import building
     from samrobust.experiments.networks import load_network
     from samrobust.experiments.reporting.names import attack_in_words
@@ -79,7 +79,6 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.experiments.scoring import Scorer, evaluated_split, evaluation_work
     from samrobust.experiments.workdir import add_evaluation
     from samrobust.system import distributed
-    from samrobust.system.claims.lease import await_verdict
 
     workdir = arguments.workdir
     should_stop, console = join(stop)
@@ -90,24 +89,19 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     network = load_network(config, dataset, workdir, which, step=arguments.step)
     surrogates = load_surrogates(config, dataset, others)
     work = evaluation_work(config, dataset)
-    if arguments.save_examples:
-        await_verdict(
-            workdir / "autoattack",
-            should_stop=should_stop,
-            on_wait=console.print,
-            agree=distributed.broadcast_from_primary,
-        )
+    keeps_examples = bool(arguments.save_examples)
+    if keeps_examples:
+        await_holder(workdir / "autoattack", console, should_stop)
     display = ProgressDisplay(console, work)
     with display.live():
         on_batch = display.run(config.label, 0.0, work).on_batch
         scored = Scorer(config, dataset)(
             *(network, workdir, on_batch, should_stop),
-            keep_examples=arguments.save_examples is True,
+            keep_examples=keeps_examples,
         )
     show_accuracies(console, config.label, scored.accuracy)
     if of_autoattack := scored.details.get("autoattack"):
-        keeps_examples = arguments.save_examples is True
-        _show_members(console, of_autoattack, workdir, keeps_examples=keeps_examples)
+        _show_members(console, of_autoattack, workdir, keeps_examples)
     num_test = len(evaluated_split(config, dataset))
     evaluation = config.evaluation.to_dict()
     console.print(
@@ -137,7 +131,6 @@ def _show_members(
     console: "Console",
     of_autoattack: Mapping[str, Any],
     workdir: pathlib.Path,
-    *,
     keeps_examples: bool,
 ) -> None:
     """Shows what each member of AutoAttack left, and where the rest is."""
@@ -153,19 +146,18 @@ def _show_members(
 
 def _inputs(
     workdir: pathlib.Path, arguments: argparse.Namespace
-) -> "tuple[Config, dict[str, Config]]":
+) -> "tuple[Config, dict[pathlib.Path, Config]]":
     """Returns the run's config, and those of the runs to transfer from."""
     from samrobust.cli.sanity import check_surrogates, largest_balls
     from samrobust.experiments.workdir import EVALUATIONS
     from samrobust.system.files import check_writable
     from samrobust.system.storage import ObjectPath
 
-    number = arguments.sanity_examples
-    others = list(map(str, arguments.transfer_from or ()))
+    number, others = arguments.sanity_examples, arguments.transfer_from or []
     check(
         arguments.sanity or not (others or number is not None),
         "--sanity with --transfer-from and --sanity-examples",
-        transfer_from=others,
+        transfer_from=list(map(str, others)),
         sanity_examples=number,
     )
     check(

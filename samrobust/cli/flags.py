@@ -30,6 +30,7 @@ __all__ = [
     "FOLDER",
     "LOSS",
     "MEMBERS",
+    "ONE_ROW",
     "POSITIVE",
     "PRECISION",
     "REALS",
@@ -170,6 +171,7 @@ REALS = _kind(_each(_real(-1e30, 1e30)), "X,...")
 SWITCH: _Kind = {"action": "store_const", "const": True}  # None where it is not given
 COLUMN = _kind(_column, "COLUMN")
 CONFIG: _Kind = {**_kind(_name, "FILE"), "help": "default: %(default)s"}
+ONE_ROW = _kind(_name, "FILE:ROW")
 ROWS: _Kind = {**_kind(_name, "ROW"), "action": "append"}
 TEXT = _kind(_name, "TEXT")  # on one line
 CHECKPOINT: _Kind = {

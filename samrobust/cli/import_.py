@@ -28,11 +28,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     tensors = "only its tensors are read; none of its code runs"
     add("--input", **flags.FILE, required=True, help=tensors)
     add("--workdir", **flags.WORKDIR, required=True, help="a new one")
-    words: dict = {
-        "metavar": "FILE:ROW",
-        "help": "how it is evaluated; default: %(default)s",
-    }
-    add("--config", **flags.CONFIG | words, default="configs/cifar10.py:st")
+    judged = "how it is evaluated; default: %(default)s"
+    add("--config", **flags.ONE_ROW, default="configs/cifar10.py:st", help=judged)
     names = ("cifar10", "cifar100", "digits")
     other = "default: the config's; any other: --config.data.name"
     add("--dataset", choices=names, help=other)

@@ -19,14 +19,10 @@ from samrobust.cli import shared
 from samrobust.data import Dataset
 from samrobust.evaluation import OnBatch
 from samrobust.experiments import building, networks, scoring
+from samrobust.experiments.identity import identity_of
 from samrobust.experiments.reporting.progress import ProgressDisplay, RunDisplay
 from samrobust.experiments.turns import take_turns
-from samrobust.experiments.workdir import (
-    concluding,
-    finished_runs,
-    inode_of,
-    refuse_moved,
-)
+from samrobust.experiments.workdir import concluding, finished_runs, read_result
 from samrobust.system import files
 from samrobust.system.claims.lease import Claim, ClaimedError, claim, claim_in_turn
 from samrobust.system.distributed import broadcast_from_primary, met_by_all
@@ -43,11 +39,7 @@ Measure: TypeAlias = Callable[[PyTree, OnBatch], dict[str, Any]]
 
 
 class _UnreadableError(RuntimeError):
-    """The network of a run cannot be read, for this reason."""
-
-    def __init__(self, reason: Exception):
-        super().__init__(describe(reason))
-        self.reason = reason
+    """The network of a run cannot be read; its argument is the error that says why."""
 
 
 class FinishedRuns:
@@ -79,8 +71,7 @@ class FinishedRuns:
         self.first = next(iter(self.configs.values()))
         self.exit_code = 0
         self.load_data = shared.once_per(building.load_data, "data")
-        broadcast_from_primary(lambda: files.check_writable(self.workdir))
-        self._opened = broadcast_from_primary(lambda: inode_of(self.workdir))
+        self._confirm = shared.open_workdir(self.workdir)
         self._mine: Claim | None = None  # of process 0, on the run that is judged
 
     def should_stop(self) -> bool:
@@ -105,8 +96,20 @@ class FinishedRuns:
         with concluding(self.workdir):
             yield
 
-    def _confirm(self) -> None:
-        refuse_moved(self.workdir, self._opened)
+    def read_results(self) -> dict[str, dict[str, Any]]:
+        """Returns the results of the runs, by their folders.
+
+        Raises:
+          WorkdirError: if one is damaged.
+        """
+
+        def read() -> dict[str, Any]:
+            return {
+                folder: read_result(self.workdir / folder, identity_of(config, None))
+                for folder, config in self.configs.items()
+            }
+
+        return broadcast_from_primary(read)
 
     def load_network(self, folder: str, config: Config, which: str) -> networks.Trained:
         """Returns a network of a run, inside a `judge` of `judge_each`.
@@ -143,7 +146,7 @@ class FinishedRuns:
           InterruptedRunError: if it was asked to stop while others held the last runs.
         """
         found: dict[str, _T] = {}
-        unreadable: dict[str, _UnreadableError] = {}
+        unreadable: dict[str, Exception] = {}
         display = ProgressDisplay(self.console, sum(works.values()))
 
         def name(folder: str) -> str:
@@ -164,7 +167,7 @@ class FinishedRuns:
                 try:
                     found[folder] = judge(folder, shown)
                 except _UnreadableError as error:
-                    unreadable[folder] = error
+                    (unreadable[folder],) = error.args
                 self._mine = None
             return True
 
@@ -175,8 +178,8 @@ class FinishedRuns:
         with display.live():
             take_turns(everything, attempt, on_wait=on_wait, should_stop=should_stop)
         if not found:
-            raise next(iter(unreadable.values())).reason
-        why = {name(folder): str(error) for folder, error in unreadable.items()}
+            raise next(iter(unreadable.values()))
+        why = {name(folder): describe(error) for folder, error in unreadable.items()}
         shared.show_failures(self.console, why)
         self.exit_code = FAILED if unreadable else 0
         self.configs = {f: c for f, c in self.configs.items() if f in found}
@@ -271,15 +274,14 @@ class RunMeasurements(FinishedRuns):
 
     def conclude(
         self, draw: Callable[[], Iterable[pathlib.Path]], **found: Any
-    ) -> list[str]:
+    ) -> None:
         """Writes what was found in all runs: files, and last what tells of them.
+
+        Says which.
 
         Args:
           draw: writes the files; called in process 0.
           **found: for the JSON file, which names the runs and the files' checksums.
-
-        Returns:
-          The names of all files.
         """
 
         def together() -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -289,7 +291,7 @@ class RunMeasurements(FinishedRuns):
                 return self._write({**about, **found}), list(written)
 
         self.runs, names = broadcast_from_primary(together)
-        return [*names, self._path.name]
+        shared.show_written(self.console, self.workdir, [*names, self._path.name])
 
     def _read(self) -> None:
         self.runs = broadcast_from_primary(self._together)

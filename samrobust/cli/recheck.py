@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.cli import shared
     from samrobust.cli.measuring import FinishedRuns
     from samrobust.experiments import networks, scoring
+    from samrobust.experiments.reporting.results import num_steps
     from samrobust.system.distributed import broadcast_from_primary
 
     opened = FinishedRuns(arguments, stop)
@@ -79,10 +80,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         lambda c: scoring.Scorer(c, load_data(c)),
         *("data", "model", "evaluation", "training"),  # of that its batch size
     )
-
-    trained = broadcast_from_primary(
-        lambda: {path: _training_of(workdir / path) for path in runs}
-    )
+    trained = opened.read_results()
 
     def work_of(config: "Config") -> float:
         return scoring.evaluation_work(config, load_data(config))
@@ -112,7 +110,8 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
             "row": config.row,
             "seed": config.seed,
             "num_test": len(scoring.evaluated_split(config, dataset)),
-            **trained[path],
+            "training_steps": num_steps(trained[path]),
+            "training_provenance": trained[path]["provenance"],
         }
 
     total = {path: sum(parts) for path, parts in works.items()}
@@ -144,18 +143,6 @@ def _config(config: "Config", attack: str, arguments: argparse.Namespace) -> "Co
     )
     validate(config)
     return config
-
-
-def _training_of(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns what a table says of the training of a finished run."""
-    from samrobust.experiments.identity import identity_of
-    from samrobust.experiments.reporting.results import num_steps
-    from samrobust.experiments.workdir import config_of_run, read_result
-
-    result = read_result(folder, identity_of(config_of_run(folder), None))
-    assert result is not None  # the run is finished
-    made_by = result["provenance"]
-    return {"training_steps": num_steps(result), "training_provenance": made_by}
 
 
 def _beside(pgd: "Score", autoattack: "Score") -> "Score":

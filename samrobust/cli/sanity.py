@@ -20,7 +20,6 @@ from samrobust.experiments.scoring import evaluated_split, evaluation_key, until
 from samrobust.experiments.workdir import config_of_run
 from samrobust.system.distributed import broadcast_from_primary
 from samrobust.system.provenance import provenance
-from samrobust.system.storage import to_path
 from samrobust.training.adversaries.radii import make_ball
 from samrobust.types import Config
 
@@ -88,24 +87,26 @@ def check_network(
     show_written(console, workdir, paths)
 
 
-def check_surrogates(config: Config, folders: Iterable[str]) -> dict[str, Config]:
+def check_surrogates(
+    config: Config, folders: Iterable[pathlib.Path]
+) -> dict[pathlib.Path, Config]:
     """Reads the configs of other runs, by folder; process 0 alone sees them.
 
     Raises:
       ValueError: if a folder holds no run, or one on other images.
     """
-    found = {folder: config_of_run(to_path(folder)) for folder in folders}
+    found = {folder: config_of_run(folder) for folder in folders}
     for folder, other in found.items():
         check(
             other.data.name == config.data.name,
             f"a run on {config.data.name} for --transfer-from",
-            **{"transfer_from": folder, "data.name": other.data.name},
+            **{"transfer_from": str(folder), "data.name": other.data.name},
         )
     return found
 
 
 def load_surrogates(
-    config: Config, dataset: Dataset, configs: Mapping[str, Config]
+    config: Config, dataset: Dataset, configs: Mapping[pathlib.Path, Config]
 ) -> dict[str, Surrogate]:
     """Loads the networks of other runs, by folder.
 
@@ -118,13 +119,13 @@ def load_surrogates(
       CheckpointError: if one has no intact checkpoint.
     """
 
-    def load(folder: str, other: Config) -> Surrogate:
+    def load(folder: pathlib.Path, other: Config) -> Surrogate:
         same = other.data.to_dict() == config.data.to_dict()
         images = dataset if same else building.load_data(other)
         which = checkpoints_of(other)[0]
-        return Surrogate(*load_network(other, images, to_path(folder), which)[:2])
+        return Surrogate(*load_network(other, images, folder, which)[:2])
 
-    return {folder: load(folder, other) for folder, other in configs.items()}
+    return {str(folder): load(folder, other) for folder, other in configs.items()}
 
 
 def largest_balls(config: Config) -> dict[str, Ball]:

@@ -3,6 +3,7 @@
 With JAX: commands import it inside `run`.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -19,15 +20,21 @@ from samrobust.experiments.reporting.notes import (
     sharpness_note,
 )
 from samrobust.experiments.reporting.results import num_steps
+from samrobust.experiments.workdir import inode_of, refuse_moved
 from samrobust.system import distributed
-from samrobust.system.files import read_json_lines
+from samrobust.system.claims.lease import await_verdict
+from samrobust.system.files import check_writable, read_json_lines
 from samrobust.system.provenance import commit
+from samrobust.system.runtime import RESUME
+from samrobust.training import InterruptedRunError
 from samrobust.types import Config
 
 __all__ = [
     "apply_flags",
+    "await_holder",
     "join",
     "once_per",
+    "open_workdir",
     "passes_of",
     "show_accuracies",
     "show_failures",
@@ -51,6 +58,44 @@ def join(stop: Callable[[], bool]) -> tuple[Callable[[], bool], Console]:
     commit()  # of the code that runs now
     should_stop = distributed.join(stop)
     return should_stop, make_console(quiet=not distributed.is_primary())
+
+
+def open_workdir(workdir: pathlib.Path) -> Callable[[], None]:
+    """Makes a table's directory, in which process 0 can write.
+
+    Returns:
+      What refuses, in process 0, a directory that is not this one any more, with a
+      `ClaimedError`: it was removed or moved meanwhile.
+
+    Raises:
+      WorkdirError: if it cannot be written.
+    """
+
+    def opened() -> tuple[int, int] | None:
+        check_writable(workdir)
+        return inode_of(workdir)
+
+    inode = distributed.broadcast_from_primary(opened)
+    return functools.partial(refuse_moved, workdir, inode)
+
+
+def await_holder(
+    folder: pathlib.Path, console: Console, should_stop: Callable[[], bool]
+) -> None:
+    """Waits, in all processes, as `await_verdict`.
+
+    Raises:
+      InterruptedRunError: after `should_stop`.
+    """
+    await_verdict(
+        folder,
+        should_stop=should_stop,
+        on_wait=console.print,
+        agree=distributed.broadcast_from_primary,
+    )
+    if should_stop():
+        message = f"Stopped while waiting for another process. {RESUME}"
+        raise InterruptedRunError(message)
 
 
 def apply_flags(config: Config, values: Mapping[str, Any]) -> Config:

@@ -62,13 +62,10 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     import jax
 
     from samrobust.cli.measuring import Measure, RunMeasurements
-    from samrobust.cli.shared import show_written
     from samrobust.data import Dataset, fingerprint
     from samrobust.evaluation.diagnostics import some_of
     from samrobust.experiments import scoring
-    from samrobust.experiments.identity import identity_of
     from samrobust.experiments.reporting.pictures import write_figure
-    from samrobust.experiments.workdir import read_result
     from samrobust.studies.sharpness import findings
     from samrobust.studies.sharpness.picture import draw_scatter
     from samrobust.studies.sharpness.probe import make_probe
@@ -78,12 +75,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     measurements = RunMeasurements(arguments, stop, _NAME, _settings)
     settings: ProbeSettings = measurements.settings
     workdir = measurements.workdir
-    results: dict[str, Any] = broadcast_from_primary(
-        lambda: {
-            folder: read_result(workdir / folder, identity_of(config, None))
-            for folder, config in measurements.configs.items()
-        }
-    )
+    results = measurements.read_results()
 
     def accuracies() -> tuple[dict[str, dict[str, float]], list[str]]:
         """Returns those of each run in percent, and how AutoAttack's were measured."""
@@ -142,8 +134,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         figure = draw_scatter(explained, title)
         return [*paths, *write_figure(figure, workdir, _NAME, ("png",))]
 
-    written = measurements.conclude(draw, **findings.to_json(explained))
-    show_written(measurements.console, workdir, written)
+    measurements.conclude(draw, **findings.to_json(explained))
     return measurements.exit_code
 
 

@@ -57,8 +57,9 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         finished.
       ClaimedError: if the workdir was removed or moved meanwhile.
     """
-    from samrobust.cli.shared import join, once_per
+    from samrobust.cli.shared import join, once_per, open_workdir
     from samrobust.experiments import building
+    from samrobust.experiments.rehearsal import rehearse
     from samrobust.experiments.reporting.console import make_console
     from samrobust.experiments.sweep import (
         check_seeds_per_program,
@@ -67,9 +68,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     )
     from samrobust.experiments.tracking import check_trackers
     from samrobust.experiments.trunks import remove_finished
-    from samrobust.experiments.workdir import inode_of, refuse_moved
     from samrobust.system import distributed
-    from samrobust.system.files import check_writable
 
     check(
         not (arguments.collect and arguments.shard),
@@ -91,23 +90,21 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     distributed.broadcast_from_primary(
         lambda: refuse_other_configs(plan.workdir, plan.runs)
     )
-    distributed.broadcast_from_primary(lambda: check_writable(plan.workdir))
-    opened = distributed.broadcast_from_primary(lambda: inode_of(plan.workdir))
-
-    def confirm() -> None:
-        distributed.broadcast_from_primary(lambda: refuse_moved(plan.workdir, opened))
-
+    confirm = open_workdir(plan.workdir)
     load_data = once_per(building.load_data, "data")
     done = distributed.broadcast_from_primary(
         lambda: [planned.has_result for planned in plan.runs]
     )
-    _rehearse(plan.runs, done, load_data)
+    left = [p for p, is_done in zip(plan.runs, done, strict=True) if not is_done]
+    for planned in {planned.config.row: planned for planned in left}.values():
+        with naming(planned.config.label):  # before hours of others, here or elsewhere
+            rehearse(planned.config, load_data(planned.config))
     works = _foresee(share, done[plan.shard], load_data)
-    confirm()
+    distributed.broadcast_from_primary(confirm)
     distributed.broadcast_from_primary(lambda: record_plan(plan.workdir, plan.runs))
     how = console, should_stop, arguments.seeds_per_program, confirm
     failed = _train(share, works, load_data, *how) if share else {}
-    confirm()
+    distributed.broadcast_from_primary(confirm)
     shared = [trunk for planned in plan.runs for trunk in planned.shared]
     distributed.broadcast_from_primary(lambda: remove_finished(shared))
     distributed.broadcast_from_primary(
@@ -128,24 +125,6 @@ def _list(plan: Plan) -> int:
 
 
 Works: TypeAlias = dict[pathlib.Path, tuple[float, float, float]]
-
-
-def _rehearse(
-    runs: "Sequence[PlannedRun]",
-    done: Sequence[bool],
-    load_data: "Callable[[Config], Dataset]",
-) -> None:
-    """Refuses a row that cannot be trained, before hours of others, here or elsewhere.
-
-    Raises:
-      ValueError: as `rehearse`, with the row's label before it.
-    """
-    from samrobust.experiments.rehearsal import rehearse
-
-    left = [planned for planned, is_done in zip(runs, done, strict=True) if not is_done]
-    for planned in {planned.config.row: planned for planned in left}.values():
-        with naming(planned.config.label):
-            rehearse(planned.config, load_data(planned.config))
 
 
 def _foresee(
@@ -181,18 +160,19 @@ def _train(
 ) -> dict[pathlib.Path, str]:
     """Trains and attacks a share; returns which runs failed, and why.
 
-    Calls `confirm` before each attempt at a run: it raises if the workdir is gone.
+    Process 0 calls `confirm` before each attempt: it raises if the workdir is gone.
     """
     from samrobust.cli.shared import show_failures
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.sweep import run_all
+    from samrobust.system.distributed import broadcast_from_primary
 
     total = sum(training + judged - left for training, judged, left in works.values())
     display = ProgressDisplay(console, total)
     failed: dict[pathlib.Path, str] = {}
 
     def observe(group: "Sequence[PlannedRun]") -> "list[RunDisplay]":
-        confirm()
+        broadcast_from_primary(confirm)
         return display.run_together({p.name: works[p.workdir] for p in group})
 
     def on_wait(held: "Sequence[PlannedRun]") -> None:
@@ -208,8 +188,8 @@ def _train(
             should_stop=should_stop,
             seeds_per_program=seeds_per_program,
         )
-    in_order = [planned for planned in runs if planned.workdir in failed]
-    show_failures(console, {p.name: failed[p.workdir] for p in in_order})
+    why = {p.name: failed[p.workdir] for p in runs if p.workdir in failed}
+    show_failures(console, why)
     return failed
 
 

@@ -18,9 +18,9 @@ ABOUT = {
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
-    words = {"metavar": "FILE:ROW", "help": "configs/digits.py:st"}
-    parser.add_argument("--config", **flags.CONFIG | words, required=True)
-    parser.add_argument("--workdir", **flags.WORKDIR, required=True, help="of this run")
+    add = parser.add_argument
+    add("--config", **flags.ONE_ROW, required=True, help="configs/digits.py:st")
+    add("--workdir", **flags.WORKDIR, required=True, help="of this run")
 
 
 def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
@@ -31,29 +31,24 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     And as `samrobust.experiments.run.run`.
     """
-    from samrobust.cli.shared import join, show_accuracies, show_notes, show_written
+    from samrobust.cli.shared import (
+        await_holder,
+        join,
+        show_accuracies,
+        show_notes,
+        show_written,
+    )
     from samrobust.experiments import building, configuration
     from samrobust.experiments.rehearsal import rehearse
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.run import PlannedRun, run as run_row, work
     from samrobust.experiments.tracking import check_trackers
-    from samrobust.system import distributed
-    from samrobust.system.claims.lease import await_verdict
-    from samrobust.training import InterruptedRunError
 
     config = configuration.load_config(arguments.config, arguments.overrides)
     check_trackers(config, arguments.workdir)
     should_stop, console = join(stop)
     planned = PlannedRun(config, arguments.workdir)
-    await_verdict(
-        planned.workdir,
-        should_stop=should_stop,
-        on_wait=console.print,
-        agree=distributed.broadcast_from_primary,
-    )
-    if should_stop():
-        message = f"Stopped while waiting for another process. {RESUME}"
-        raise InterruptedRunError(message)
+    await_holder(planned.workdir, console, should_stop)
     dataset = building.load_data(config)
     rehearse(config, dataset)
     works = work(config, dataset)

@@ -21,7 +21,8 @@ __all__ = [
     "CALLBACK_LOGGER",
     "has_backend",
     "in_cloud_tpu_vm",
-    "joined_processes",
+    "is_joined",
+    "look_for",
     "process_number",
     "store",
     "target_config",
@@ -35,9 +36,20 @@ def store() -> Any:
     return distributed.global_state.client
 
 
-def joined_processes() -> int:
-    """Returns the number of processes that have joined; asks JAX for no device."""
-    return distributed.global_state.num_processes
+def look_for(key: str) -> bytes | None:
+    """Returns the value of a key in the store; None if no process has set it."""
+    # Not the blocking call: one that times out stays with the service forever.
+    try:
+        return store().key_value_try_get_bytes(key)
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" in str(error):
+            return None
+        raise
+
+
+def is_joined() -> bool:
+    """Tells whether this process has joined others; asks JAX for no device."""
+    return distributed.global_state.num_processes > 1
 
 
 def process_number() -> int:

@@ -19,11 +19,11 @@ import sys
 import termios
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from samrobust.checks import check_choice
+from samrobust.checks import check_choice, shorten
 
 __all__ = [
     "BAD_INPUT",
@@ -106,13 +106,13 @@ def _private(folder: pathlib.Path) -> pathlib.Path | None:
     return None
 
 
-def is_off(environ: Mapping[str, str], name: str) -> bool:
+def is_off(name: str) -> bool:
     """Tells whether a variable of the environment switches something off.
 
     Raises:
       ValueError: if it is neither on nor off.
     """
-    wanted = environ.get(name, "").lower() or "on"
+    wanted = os.environ.get(name, "").lower() or "on"
     check_choice(("on", "off", "1", "0"), **{name: wanted})
     return wanted in ("off", "0")
 
@@ -129,7 +129,7 @@ def enable_compilation_cache() -> None:
     Raises:
       ValueError: if `SAMROBUST_COMPILATION_CACHE` is neither on nor off.
     """
-    unwanted = is_off(os.environ, "SAMROBUST_COMPILATION_CACHE")
+    unwanted = is_off("SAMROBUST_COMPILATION_CACHE")
     unwritten = "Error writing persistent compilation cache entry .*: std::bad_alloc"
     warnings.filterwarnings("ignore", unwritten)
     if unwanted or "JAX_COMPILATION_CACHE_DIR" in os.environ:
@@ -238,10 +238,14 @@ class StopRequest:
         thread = threading.Thread(target=self._watch, args=(heard,), daemon=True)
         thread.start()
         before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        handlers = {
+            number: signal.signal(number, self._handle) for number in answered()
+        }
         try:
-            with _handling(self._handle):
-                yield self
+            yield self
         finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             self._left.set()
             signal.set_wakeup_fd(before)
             os.close(told)
@@ -290,17 +294,6 @@ def leave_terminal() -> bool:
             os.dup2(nowhere, stream)
         os.close(nowhere)
     return bool(gone)
-
-
-@contextlib.contextmanager
-def _handling(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Sets another handler of the signals, inside the context."""
-    before = {number: signal.signal(number, handler) for number in answered()}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
 
 
 def answered() -> list[signal.Signals]:
@@ -354,9 +347,4 @@ def one_line(text: str) -> str:
     >>> one_line("a\n  b\x1b[31m")
     'a b\\x1b[31m'
     """
-    words = " ".join(text.split())
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
-    return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]} ..."
-
-
-_LONGEST = 2000  # characters of a line
+    return shorten(" ".join(text.split()), most=2000)

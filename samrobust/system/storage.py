@@ -353,12 +353,11 @@ def modified(path: pathlib.Path) -> float:
     if isinstance(path, ObjectPath):
         return path.call("modified").timestamp()
     # Opening makes NFS ask for the newest time; a pipe does not block.
-    with open(path, "rb", opener=_open_at_once) as file:
-        return os.fstat(file.fileno()).st_mtime
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        return os.fstat(descriptor).st_mtime
+    finally:
+        os.close(descriptor)
 
 
 def touch(path: pathlib.Path) -> float:

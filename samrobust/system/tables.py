@@ -8,7 +8,7 @@ import csv
 import html
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from rich import box
@@ -137,27 +137,21 @@ def _html_row(tag: str, cells: Sequence[str | Text], words: int) -> str:
     return f"<tr>{''.join(shown)}</tr>"
 
 
-def _pieces(cell: str | Text) -> Iterator[tuple[str, bool]]:
-    """Returns the parts of a cell, and of each whether it is bold."""
-    text = Text() + cell
+def _shown(cell: str | Text, escape: Callable[[str], str], begin: str, end: str) -> str:
+    """Returns a cell on one line, in which nothing but what is bold is markup."""
+    text, shown = Text() + cell, ""
     edges = {edge for span in text.spans for edge in (span.start, span.end)}
     for piece in text.divide(sorted(edges)):
-        is_bold = any("bold" in str(span.style) for span in piece.spans)
-        yield piece.plain, is_bold and bool(piece.plain)
+        escaped = escape(piece.plain)
+        if escaped and any("bold" in str(span.style) for span in piece.spans):
+            escaped = f"{begin}{escaped}{end}"
+        shown += escaped
+    return " ".join(shown.split())
 
 
 def _in_markdown(cell: str | Text) -> str:
-    """Returns a cell on one line, in which nothing but what is bold is markup."""
-    shown = ""
-    for plain, is_bold in _pieces(cell):
-        escaped = _MARKUP.sub(r"\\\g<0>", plain)
-        shown += f"**{escaped}**" if is_bold else escaped
-    return " ".join(shown.split())
+    return _shown(cell, lambda text: _MARKUP.sub(r"\\\g<0>", text), "**", "**")
 
 
 def _in_html(cell: str | Text) -> str:
-    shown = ""
-    for plain, is_bold in _pieces(cell):
-        escaped = html.escape(plain)
-        shown += f"<b>{escaped}</b>" if is_bold else escaped
-    return " ".join(shown.split())
+    return _shown(cell, html.escape, "<b>", "</b>")

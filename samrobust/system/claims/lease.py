@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TypeAlias
 
 from samrobust.checks import check
 from samrobust.system import storage
@@ -69,7 +69,7 @@ class Claim:
         if time.monotonic() - self._refreshed > self._lease / 2:
             self._refresh()  # after a stall we may wake before the thread does
         if self._lost.is_set():
-            raise ClaimedError(self._loss())
+            raise self._loss()
 
     def confirm(self) -> None:
         """Does as `check`, and looks; before anything is written."""
@@ -86,21 +86,16 @@ class Claim:
 
         return ask
 
-    def _loss(self) -> str:
+    def _loss(self) -> ClaimedError:
         holder = read_holder(self._workdir)
-        if holder is None:
-            return str(lost(self._workdir))
         with contextlib.suppress(OSError):
-            if self._is_there():
-                return (
+            if holder is not None and self._is_there():
+                return ClaimedError(
                     f"Another process ({holder}) took over {self._workdir}: this one "
                     f"gave no sign of life for longer than {self._lease:g} s. Let that "
                     "one go on."
                 )
-        return (
-            f"Lost {self._workdir}: the directory was removed or moved, and another "
-            f"process ({holder}) began one of that name."
-        )
+        return lost(self._workdir)
 
     def release(self) -> None:
         """Frees the directory, unless it was lost."""
@@ -108,16 +103,13 @@ class Claim:
         self._thread.join()
         with contextlib.suppress(OSError):
             if self._is_ours():
-                self._mark_released()
-
-    def _mark_released(self) -> None:
-        try:
-            content = _content(self._token, released=True)
-            storage.replace(self._path, content.encode(), durable=False)
-        except OSError:
-            if isinstance(self._path, storage.ObjectPath):
-                raise
-            os.utime(self._path, (0, 0))  # a full disk: that needs no space
+                try:
+                    content = _content(self._token, released=True)
+                    storage.replace(self._path, content, durable=False)
+                except OSError:
+                    if isinstance(self._path, storage.ObjectPath):
+                        raise
+                    os.utime(self._path, (0, 0))  # a full disk: that needs no space
 
     def _is_ours(self) -> bool:
         """Tells whether the newest claim is this one; in a new directory it is not."""
@@ -186,11 +178,8 @@ def claim_in_turn(workdir: pathlib.Path) -> Iterator[Claim]:
         yield mine
 
 
-class Pending(NamedTuple):
-    """Reason to wait, and the seconds until the next look."""
-
-    reason: str
-    pause: float
+# A reason to wait, and the seconds until the next look.
+Pending: TypeAlias = tuple[str, float]
 
 
 def await_verdict(
@@ -214,39 +203,35 @@ def await_verdict(
       on_wait: called once, with what is waited for.
       agree: calls a look on behalf of several processes that wait together.
     """
-    suspense, told = _Suspense(workdir), False
-    while (pending := agree(suspense.look)) is not None:
-        if not told:
-            on_wait(pending.reason)
-            told = True
-        if should_stop():
-            return
-        time.sleep(pending.pause)
+    first: Holder | None = None
 
-
-class _Suspense:
-    """A wait until it is certain whether a holder on another machine is alive."""
-
-    def __init__(self, workdir: pathlib.Path):
-        self._workdir = workdir
-        self._first: Holder | None = None
-
-    def look(self) -> Pending | None:
-        holder = read_holder(self._workdir)
-        self._first = self._first or holder
-        if holder is None or holder.is_here or holder != self._first:
+    def look() -> Pending | None:
+        nonlocal first
+        holder = read_holder(workdir)
+        first = first or holder
+        if holder is None or holder.is_here or holder != first:
             return None
         try:
-            with _contender(self._workdir, "") as contender:
-                if _is_over(self._workdir, holder, storage.touch(contender)):
+            with _contender(workdir, "") as contender:
+                if _is_over(workdir, holder, storage.touch(contender)):
                     return None
         except OSError:  # read-only: `claim` will say so
             return None
-        return Pending(
-            f"{self._workdir} was claimed by another process ({holder}). Waiting up to "
-            f"{holder.lease:g} s for a sign of life.",
-            min(1.0, holder.lease / _REFRESHES),
+        reason = (
+            f"{workdir} was claimed by another process ({holder}). Waiting up to "
+            f"{holder.lease:g} s for a sign of life."
         )
+        return reason, min(1.0, holder.lease / _REFRESHES)
+
+    told = False
+    while (pending := agree(look)) is not None:
+        reason, pause = pending
+        if not told:
+            on_wait(reason)
+            told = True
+        if should_stop():
+            return
+        time.sleep(pause)
 
 
 def _acquire(workdir: pathlib.Path) -> tuple[int, str]:
@@ -293,7 +278,7 @@ def _contender(workdir: pathlib.Path, token: str) -> Iterator[pathlib.Path]:
     """Yields a complete file in `.claim`, which can be linked as a generation."""
     path = workdir / ".claim" / f".{uuid.uuid4().hex}.tmp"
     try:
-        storage.replace(path, _content(token).encode(), durable=False)
+        storage.replace(path, _content(token), durable=False)
         yield path
     finally:
         with contextlib.suppress(OSError):
@@ -302,17 +287,16 @@ def _contender(workdir: pathlib.Path, token: str) -> Iterator[pathlib.Path]:
 
 def _create(contender: pathlib.Path, path: pathlib.Path) -> None:
     """Gives the file a second name, unless that is taken."""
-    with contextlib.suppress(FileExistsError):
-        try:
-            storage.link(contender, path)
-        except FileExistsError:
+    try:
+        storage.link(contender, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        if isinstance(path, storage.ObjectPath) or storage.fuse_mount(path):
             raise
-        except OSError:
-            if isinstance(path, storage.ObjectPath) or storage.fuse_mount(path):
-                raise
-            # No hard links on this disk: exclusive creation is as good.
-            with path.open("x", encoding="utf-8") as file:
-                file.write(contender.read_text(encoding="utf-8"))
+        # No hard links on this disk: exclusive creation is as good.
+        with contextlib.suppress(FileExistsError), path.open("xb") as file:
+            file.write(contender.read_bytes())
 
 
 def _prune(folder: pathlib.Path, generation: int) -> None:
@@ -322,14 +306,9 @@ def _prune(folder: pathlib.Path, generation: int) -> None:
             (folder / f"{number}.json").unlink(missing_ok=True)
 
 
-def _content(token: str, *, released: bool = False) -> str:
-    content = {
-        "token": token,
-        **myself(),
-        "lease": lease_seconds(),
-        "released": released,
-    }
-    return json.dumps(content) + "\n"
+def _content(token: str, *, released: bool = False) -> bytes:
+    lease = {"lease": lease_seconds(), "released": released}
+    return (json.dumps({"token": token, **myself(), **lease}) + "\n").encode()
 
 
 def lease_seconds() -> float:

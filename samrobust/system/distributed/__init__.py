@@ -1,9 +1,9 @@
 """Many devices, many processes: the data mesh, and agreement among processes."""
 
 from samrobust.system.distributed.agreement import (
-    AgreedStop,
     broadcast,
     broadcast_from_primary,
+    is_primary,
     is_shared,
     join,
     met_by_all,
@@ -22,13 +22,10 @@ from samrobust.system.distributed.mesh import (
 from samrobust.system.distributed.start import (
     DistributedError,
     check_platform,
-    initialize,
 )
-from samrobust.system.distributed.store import is_joined, is_primary
-from samrobust.system.jax_internals import process_number
+from samrobust.system.jax_internals import is_joined, process_number
 
 __all__ = [
-    "AgreedStop",
     "DistributedError",
     "abort",
     "broadcast",
@@ -36,7 +33,6 @@ __all__ = [
     "check_platform",
     "compiling_for",
     "data_mesh",
-    "initialize",
     "is_joined",
     "is_primary",
     "is_shared",

@@ -1,14 +1,18 @@
 """Agreement among the processes of a run: on values, arrays, stops.
 
 All processes run the same program in step. Only process 0 reads and writes the files of
-a run; `broadcast_from_primary` and `broadcast` give the others what it finds. A request
-to stop one process stops all at the same step (`AgreedStop`). With a single process
-everything here is a plain call.
+a run; `broadcast_from_primary` and `broadcast` give the others what it finds. Small
+values go through the coordination service that the processes met at, so that a process
+waits for another on the host, and not inside a collective operation. A request to stop
+one process stops all at the same step (`AgreedStop`). With a single process everything
+here is a plain call.
 """
 
+import collections
 import os
 import pickle
 import signal
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,15 +24,15 @@ from jax.sharding import Mesh
 from samrobust.system.distributed.ending import lost_a_peer
 from samrobust.system.distributed.mesh import replicate
 from samrobust.system.distributed.start import initialize
-from samrobust.system.distributed.store import is_joined, is_primary, wait_for
 from samrobust.system.failures import is_transient
-from samrobust.system.jax_internals import store
+from samrobust.system.jax_internals import is_joined, look_for, store
 from samrobust.types import PyTree
 
 __all__ = [
     "AgreedStop",
     "broadcast",
     "broadcast_from_primary",
+    "is_primary",
     "is_shared",
     "join",
     "met_by_all",
@@ -37,6 +41,13 @@ __all__ = [
 T = TypeVar("T")
 
 _BARRIER_MILLISECONDS = 10_000
+_LONGEST_PAUSE = 0.2  # seconds between two looks for a value
+_calls: collections.Counter[str] = collections.Counter()  # the same in all processes
+
+
+def is_primary() -> bool:
+    """Tells whether this is process 0, which reads and writes the run's files."""
+    return jax.process_index() == 0
 
 
 def broadcast_from_primary(function: Callable[[], T]) -> T:
@@ -54,9 +65,10 @@ def broadcast_from_primary(function: Callable[[], T]) -> T:
     """
     if not is_joined():
         return function()
-    key = f"samrobust/value/{_calls.count()}"
+    _calls["broadcast"] += 1
+    key = f"samrobust/value/{_calls['broadcast']}"
     if not is_primary():
-        return _unpack(wait_for(key))
+        return _unpack(_wait_for(key))
     try:
         value = function()
     except Exception as error:
@@ -64,6 +76,15 @@ def broadcast_from_primary(function: Callable[[], T]) -> T:
         error._samrobust_is_shared = True  # type: ignore[attr-defined]
         raise
     store().key_value_set_bytes(key, _pack(value, None))
+    return value
+
+
+def _wait_for(key: str) -> bytes:
+    """Returns the value of a key, as soon as another process has set it."""
+    pause = 0.001
+    while (value := look_for(key)) is None:
+        time.sleep(pause)  # signals are handled meanwhile
+        pause = min(2 * pause, _LONGEST_PAUSE)
     return value
 
 
@@ -83,7 +104,7 @@ def met_by_all(error: Exception) -> bool:
     if not is_joined() or is_shared(error):
         return True
     try:
-        name = f"samrobust/met/{_calls.so_far}"
+        name = f"samrobust/met/{_calls['broadcast']}"
         store().wait_at_barrier(name, _BARRIER_MILLISECONDS)
     except jax.errors.JaxRuntimeError:
         return False
@@ -157,20 +178,6 @@ def join(stop: Callable[[], bool]) -> AgreedStop:
     """
     initialize()
     return AgreedStop(stop)
-
-
-class _Calls:
-    """Counter of calls of `broadcast_from_primary`, the same in all processes."""
-
-    def __init__(self) -> None:
-        self.so_far = 0
-
-    def count(self) -> int:
-        self.so_far += 1
-        return self.so_far
-
-
-_calls = _Calls()
 
 
 def _pack(value: Any, error: Exception | None) -> bytes:

@@ -7,12 +7,11 @@ import sys
 import threading
 import time
 import warnings
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 
-from samrobust.system.distributed.store import is_joined, look_for
-from samrobust.system.jax_internals import process_number, store
+from samrobust.system.jax_internals import is_joined, look_for, process_number, store
 from samrobust.system.runtime import say
 
 __all__ = ["abort", "lost_a_peer", "shut_down", "watch_for_failures"]
@@ -36,7 +35,9 @@ def watch_for_failures() -> None:
 
 def shut_down() -> None:
     """Waits until all processes are here: the orderly end. See `abort`."""
-    _watcher.stop()
+    _left.set()
+    if _watcher.is_alive():  # it would hang in a call of a store that is gone
+        _watcher.join()
     if jax.distributed.is_initialized():
         try:
             jax.distributed.shutdown()
@@ -67,43 +68,26 @@ def lost_a_peer(error: BaseException) -> bool:
     return is_joined() and any(sign in str(error) for sign in signs)
 
 
-class _Watcher:
-    """A thread that looks now and then whether another process has failed."""
-
-    def __init__(self) -> None:
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stops the thread, which would hang in a call of a store that is gone."""
-        self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stopped.wait(_WATCH_SECONDS):
-            try:
-                told = look_for(_FAILURE)
-            except jax.errors.JaxRuntimeError:  # the store is gone, and with it process
-                return  # 0: JAX ends this process too
-            failure = {} if told is None else json.loads(told)
-            if failure and failure["process"] != process_number():
-                self._follow(failure)
-
-    def _follow(self, failure: dict[str, Any]) -> None:
-        if self._stopped.wait(_OWN_SECONDS):
-            return
-        say(
-            f"process {failure['process']} failed: {failure['reason']} "
-            f"Process {process_number()} stops too."
-        )
-        _exit(failure["code"])
+def _watch() -> None:
+    """Looks now and then whether another process has failed, until this one leaves."""
+    while not _left.wait(_WATCH_SECONDS):
+        try:
+            told = look_for(_FAILURE)
+        except jax.errors.JaxRuntimeError:  # the store is gone, and with it process 0:
+            return  # JAX ends this process too
+        failure = {} if told is None else json.loads(told)
+        if failure.get("process") in (None, process_number()):
+            continue
+        if not _left.wait(_OWN_SECONDS):
+            say(
+                f"process {failure['process']} failed: {failure['reason']} "
+                f"Process {process_number()} stops too."
+            )
+            _exit(failure["code"])
 
 
-_watcher = _Watcher()
+_left = threading.Event()
+_watcher = threading.Thread(target=_watch, daemon=True)
 
 
 def _exit(code: int) -> NoReturn:

@@ -18,7 +18,6 @@ Anything else, or `SAMROBUST_DISTRIBUTED=off`, is a single process.
 
 import os
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from samrobust.checks import check
@@ -52,32 +51,29 @@ class Settings(NamedTuple):
     local_device_ids: tuple[int, ...] | None
 
 
-def find_settings(environ: Mapping[str, str]) -> Settings | None:
+def find_settings() -> Settings | None:
     """Finds how to join the others; None for a single process, or where JAX finds out.
 
     Raises:
       ValueError: if the variables contradict each other.
-
-    >>> find_settings({"JAX_COORDINATOR_ADDRESS": "node1:1234",
-    ...                "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"})
-    Settings(address='node1:1234', num_processes=2, process_id=1, local_device_ids=None)
     """
-    if is_off(environ, "SAMROBUST_DISTRIBUTED"):
+    if is_off("SAMROBUST_DISTRIBUTED"):
         return None
-    given = [name for name in _EXPLICIT if environ.get(name)]
+    given = [name for name in _EXPLICIT if os.environ.get(name)]
     if given and given != [_EXPLICIT[0]]:
         check(given == list(_EXPLICIT), f"all of {', '.join(_EXPLICIT)}", given=given)
-        return _settings(environ, *_EXPLICIT[1:], _device_ids(environ))
-    if all(environ.get(name) for name in _OPEN_MPI):
-        return _settings(environ, *_OPEN_MPI, _open_mpi_device_ids(environ))
-    if all(name in environ for name in _SLURM):
-        return _slurm(environ)
-    if all(environ.get(name) for name in _SKYPILOT) and not on_cloud_tpu(environ):
-        first, *_ = environ["SKYPILOT_NODE_IPS"].split()
-        ids = _device_ids(environ)
-        return _settings(environ, *_SKYPILOT[:2], ids, host=first, port=_PORT)
-    if all(environ.get(name) for name in _XPK):
-        return _settings(environ, *_XPK[1:], _device_ids(environ))
+        return _settings(*_EXPLICIT[1:])
+    if all(os.environ.get(name) for name in _OPEN_MPI):
+        local = _integer("OMPI_COMM_WORLD_LOCAL_RANK", "0")
+        tasks = _integer("OMPI_COMM_WORLD_LOCAL_SIZE", "1")
+        return _settings(*_OPEN_MPI, share=_share(local, tasks))
+    if all(name in os.environ for name in _SLURM):
+        return _slurm()
+    if all(os.environ.get(name) for name in _SKYPILOT) and not on_cloud_tpu():
+        first, *_ = os.environ["SKYPILOT_NODE_IPS"].split()
+        return _settings(*_SKYPILOT[:2], host=first, port=_PORT)
+    if all(os.environ.get(name) for name in _XPK):
+        return _settings(*_XPK[1:])
     check(
         not given,
         f"all of {', '.join(_EXPLICIT)}, or none outside a SLURM step",
@@ -86,29 +82,29 @@ def find_settings(environ: Mapping[str, str]) -> Settings | None:
     return None
 
 
-def starts_first(environ: Mapping[str, str] = os.environ) -> bool:
+def starts_first() -> bool:
     """Tells whether this process is alone or will be process 0, as far as is known.
 
     For work that one process does without joining the others.
     """
-    settings = find_settings(environ)
+    settings = find_settings()
     return settings is None or settings.process_id == 0
 
 
-def on_cloud_tpu(environ: Mapping[str, str]) -> bool:
+def on_cloud_tpu() -> bool:
     """Tells whether JAX runs on a TPU VM, alone or of several; asks for no device."""
-    platforms = environ.get("JAX_PLATFORMS", "")
+    platforms = os.environ.get("JAX_PLATFORMS", "")
     wanted = not platforms or "tpu" in platforms
-    return in_cloud_tpu_vm() and wanted and not is_off(environ, "SAMROBUST_DISTRIBUTED")
+    return in_cloud_tpu_vm() and wanted and not is_off("SAMROBUST_DISTRIBUTED")
 
 
-def read_seconds(environ: Mapping[str, str], name: str, default: str) -> int:
+def read_seconds(name: str, default: str) -> int:
     """Reads a whole number of seconds, at least 1 and at most a week.
 
     Raises:
       ValueError: if it is none.
     """
-    seconds = _integer(environ, name, default)
+    seconds = _integer(name, default)
     check(1 <= seconds <= _WEEK, f"1 <= {name} <= {_WEEK}", **{name: seconds})
     return seconds
 
@@ -116,48 +112,54 @@ def read_seconds(environ: Mapping[str, str], name: str, default: str) -> int:
 _WEEK = 7 * 86400
 
 
-def _slurm(environ: Mapping[str, str]) -> Settings | None:
+def _slurm() -> Settings | None:
     """Reads the settings of a SLURM task; an interactive shell is one task."""
     step = "SLURM_STEP_NUM_TASKS"
-    tasks = step if environ.get(step) else "SLURM_NTASKS"
+    tasks = step if os.environ.get(step) else "SLURM_NTASKS"
     # The same on all nodes, another one for the next job: of the ephemeral range.
-    port = str(61440 + _integer(environ, "SLURM_JOB_ID") % 4096)
-    host = _first_host(environ["SLURM_STEP_NODELIST"])
-    ids = _device_ids(environ) or _slurm_device_ids(environ)
-    return _settings(environ, tasks, "SLURM_PROCID", ids, host=host, port=port)
+    port = str(61440 + _integer("SLURM_JOB_ID") % 4096)
+    host = _first_host(os.environ["SLURM_STEP_NODELIST"])
+    share = _share(_integer("SLURM_LOCALID"), _tasks_here())
+    names = tasks, "SLURM_PROCID"
+    return _settings(*names, share=share, host=host, port=port)
 
 
 def _settings(
-    environ: Mapping[str, str],
     count_name: str,
     index_name: str,
-    local: tuple[int, ...] | None,
     *,
+    share: tuple[int, ...] | None = None,
     host: str = "",
     port: str = "",
 ) -> Settings | None:
     """Reads the settings from variables of these names; None for a single process.
 
     Args:
-      environ: the environment.
       count_name: of the number of processes.
       index_name: of the number of this one.
-      local: its devices.
+      share: its devices, without `JAX_LOCAL_DEVICE_IDS`.
       host: where the processes meet, without `JAX_COORDINATOR_ADDRESS`.
       port: that goes with it.
     """
-    count, index = _integer(environ, count_name, "1"), _integer(environ, index_name)
+    ids = os.environ.get("JAX_LOCAL_DEVICE_IDS", "")
+    check(
+        re.fullmatch(r"(\d+(,\d+)*)?", ids) is not None,
+        "numbers separated by commas",
+        JAX_LOCAL_DEVICE_IDS=ids,
+    )
+    local = tuple(map(int, ids.split(","))) if ids else share
+    count, index = _integer(count_name, "1"), _integer(index_name)
     check(
         0 <= index < count, "0 <= process < processes", process=index, processes=count
     )
     if count == 1:
         return None
-    return Settings(_address(environ, host, port), count, index, local)
+    return Settings(_address(host, port), count, index, local)
 
 
-def _address(environ: Mapping[str, str], host: str, port: str) -> str:
-    given = environ.get("JAX_COORDINATOR_ADDRESS", "")
-    own_port = environ.get("JAX_COORDINATOR_PORT", "")
+def _address(host: str, port: str) -> str:
+    given = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    own_port = os.environ.get("JAX_COORDINATOR_PORT", "")
     address = given or f"{host}:{own_port or port}"
     if ":" not in address and own_port:
         address = f"{address}:{own_port}"
@@ -186,58 +188,35 @@ def _first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
-def _slurm_device_ids(environ: Mapping[str, str]) -> tuple[int, ...] | None:
+def _share(local: int, tasks: int) -> tuple[int, ...] | None:
     """Returns a task's GPUs: all of the node for its only task, else an even share.
 
-    The numbers count the devices that SLURM lets this task see: where it binds one
-    GPU to each task (`--gpus-per-task`), that is number 0 in all of them.
+    The numbers count the devices that this task may see: where SLURM binds one GPU to
+    each task (`--gpus-per-task`), that is number 0 in all of them.
     """
-    return _share(environ, _integer(environ, "SLURM_LOCALID"), _tasks_here(environ))
-
-
-def _open_mpi_device_ids(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    local, tasks = "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
-    return _device_ids(environ) or _share(
-        environ, _integer(environ, local, "0"), _integer(environ, tasks, "1")
-    )
-
-
-def _share(
-    environ: Mapping[str, str], local: int, tasks: int
-) -> tuple[int, ...] | None:
     if tasks == 1:
         return None
-    visible = [x for x in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]
+    visible = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]
     if len(visible) == 1:
         return (0,)
     share = len(visible) // tasks if len(visible) % tasks == 0 else 0
     return tuple(range(local * share, (local + 1) * share)) if share else (local,)
 
 
-def _tasks_here(environ: Mapping[str, str]) -> int:
+def _tasks_here() -> int:
     """Counts the tasks of the step on this node, from a list such as `2(x3),1`."""
-    text = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get(
+    text = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get(
         "SLURM_TASKS_PER_NODE", "1"
     )
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(times or 1)
-    node = _integer(environ, "SLURM_NODEID", "0")
+    node = _integer("SLURM_NODEID", "0")
     return counts[node] if node < len(counts) else counts[-1]
 
 
-def _device_ids(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    text = environ.get("JAX_LOCAL_DEVICE_IDS", "")
-    check(
-        re.fullmatch(r"(\d+(,\d+)*)?", text) is not None,
-        "numbers separated by commas",
-        JAX_LOCAL_DEVICE_IDS=text,
-    )
-    return tuple(map(int, text.split(","))) if text else None
-
-
-def _integer(environ: Mapping[str, str], name: str, default: str = "") -> int:
-    text = environ.get(name) or default
+def _integer(name: str, default: str = "") -> int:
+    text = os.environ.get(name) or default
     check(
         re.fullmatch("[0-9]{1,18}", text) is not None, "a whole number", **{name: text}
     )

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from samrobust.checks import check
 from samrobust.types import PyTree
 
 __all__ = [
@@ -46,17 +45,11 @@ def compiling_for(devices: Sequence[Any]) -> Iterator[None]:
         _DESCRIBED.reset(token)
 
 
-def data_mesh(num_devices: int | None = None) -> Mesh:
-    """Returns a mesh over the first `num_devices` devices; all of them by default."""
+def data_mesh() -> Mesh:
+    """Returns a mesh over all devices of all processes."""
     devices = _DESCRIBED.get() or jax.devices()
-    count = len(devices) if num_devices is None else num_devices
-    check(
-        1 <= count <= len(devices),
-        f"1 <= num_devices <= {len(devices)} (the devices JAX sees)",
-        num_devices=count,
-    )
     return jax.make_mesh(
-        (count,), (_AXIS,), devices=devices[:count], axis_types=(AxisType.Auto,)
+        (len(devices),), (_AXIS,), devices=devices, axis_types=(AxisType.Auto,)
     )
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -15,8 +15,7 @@ from jax.experimental import multihost_utils
 from samrobust.checks import check
 from samrobust.system.distributed import environment
 from samrobust.system.distributed.ending import watch_for_failures
-from samrobust.system.distributed.store import is_joined
-from samrobust.system.jax_internals import has_backend
+from samrobust.system.jax_internals import has_backend, is_joined
 from samrobust.system.runtime import answered, say
 
 __all__ = ["DistributedError", "check_platform", "initialize"]
@@ -26,7 +25,7 @@ class DistributedError(RuntimeError):
     """The processes of a run did not find each other."""
 
 
-def initialize(environ: Mapping[str, str] = os.environ) -> None:
+def initialize() -> None:
     """Joins the other processes of the run; does nothing where there are none.
 
     Call it once the arguments are checked and before anything asks JAX for a device.
@@ -34,11 +33,8 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
     a process may be silent before the others consider it dead,
     `SAMROBUST_MEETING_SECONDS` (default 600) how long they wait for each other here;
     JAX then ends the process, after our message about what to check. Once joined, this
-    process ends soon after another one reports a failure.
-
-    Args:
-      environ: the environment variables, see
-        `samrobust.system.distributed.environment`.
+    process ends soon after another one reports a failure. All variables are told by
+    `samrobust.system.distributed.environment`.
 
     Raises:
       ValueError: if the variables contradict each other, JAX has computed something
@@ -47,9 +43,18 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
     """
     if jax.distributed.is_initialized():
         return
-    heartbeat = environment.read_seconds(environ, "SAMROBUST_HEARTBEAT_SECONDS", "100")
-    meeting = environment.read_seconds(environ, "SAMROBUST_MEETING_SECONDS", "600")
-    settings = environment.find_settings(environ)
+    heartbeat = environment.read_seconds("SAMROBUST_HEARTBEAT_SECONDS", "100")
+    meeting = environment.read_seconds("SAMROBUST_MEETING_SECONDS", "600")
+    settings = environment.find_settings()
+    meets = settings is not None or environment.on_cloud_tpu()
+    computed = meets and has_backend()  # devices of others cannot join those
+    check(
+        not computed,
+        "processes that meet before JAX computes anything",
+        "Own code must not compute with JAX while it is imported: build its arrays "
+        "inside the functions that use them, or with NumPy.",
+        computed=computed,
+    )
     join = functools.partial(
         jax.distributed.initialize,
         initialization_timeout=meeting,
@@ -64,10 +69,8 @@ def initialize(environ: Mapping[str, str] = os.environ) -> None:
                 # connects CPUs, tells them apart by their order alone.
                 jax.config.update("jax_cpu_enable_async_dispatch", False)
                 _check_port(settings)
-                _check_nothing_computed()
                 join(*settings, cluster_detection_method="deactivate")
-            elif environment.on_cloud_tpu(environ):
-                _check_nothing_computed()
+            elif meets:
                 join()
     except (RuntimeError, OSError) as error:
         message = f"Expected to meet the other processes of the run{at}, got: {error} "
@@ -134,18 +137,6 @@ def _check_port(settings: environment.Settings) -> None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
-
-
-def _check_nothing_computed() -> None:
-    """Refuses a JAX that has its devices already: those of others cannot join them."""
-    computed = has_backend()
-    check(
-        not computed,
-        "processes that meet before JAX computes anything",
-        "Own code must not compute with JAX while it is imported: build its arrays "
-        "inside the functions that use them, or with NumPy.",
-        computed=computed,
-    )
 
 
 @contextlib.contextmanager
