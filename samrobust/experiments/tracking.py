@@ -16,7 +16,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from importlib import util
-from typing import Any
+from typing import Any, TypeAlias
 
 from samrobust.checks import check
 from samrobust.system.files import glance, read_json_lines, write_json
@@ -54,8 +54,7 @@ def check_trackers(config: Config, workdir: pathlib.Path) -> None:
 class Tracking:
     """Trackers of a run, as its config says: `tracking.tensorboard` and `.wandb`.
 
-    Opens nothing before the first epoch's line; to be closed. A tracker is built when
-    it is opened; its methods are `add`, `conclude` and `close`.
+    Opens nothing before the first epoch's line; to be closed.
 
     Args:
       config: of the run.
@@ -66,12 +65,12 @@ class Tracking:
         self._log = workdir / "metrics.jsonl"
         self._seen = -1
         self._finished = False
-        self._unopened: list[Callable[[], Any]] = []
+        self._unopened: list[Callable[[], _Tracker]] = []
         if config.tracking.tensorboard:
             self._unopened.append(lambda: _TensorBoard(workdir))
         if config.tracking.wandb:
             self._unopened.append(lambda: _WandB(config, workdir))
-        self._open: list[Any] = []
+        self._open: list[_Tracker] = []
 
     def following(self, on_progress: Callable[[Any], None]) -> Callable[[Any], None]:
         """Returns an `on_progress` that also passes on the lines new by then."""
@@ -109,7 +108,7 @@ class Tracking:
                 scalars = {n: v for n, v in line.items() if isinstance(v, int | float)}
                 self._each(lambda t, scalars=scalars: t.add(scalars, self._seen))
 
-    def _each(self, act: Callable[[Any], None]) -> None:
+    def _each(self, act: "Callable[[_Tracker], None]") -> None:
         """Does it with all; one that fails is closed and left out from now on."""
         for tracker in list(self._open):
             with _warning_once():
@@ -208,6 +207,9 @@ class _WandB:
             raise TimeoutError(message)
         if errors:
             raise errors[0]
+
+
+_Tracker: TypeAlias = _TensorBoard | _WandB
 
 
 @contextlib.contextmanager

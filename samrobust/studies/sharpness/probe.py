@@ -113,10 +113,23 @@ class ProbeSettings:
 
 
 Found: TypeAlias = dict[str, float]
-# Some of the quantities: what is measured, in words; the predicted cost of an image, in
-# gradients; whether it is one of training; and `measure(variables, split, key, tell) ->
-# {name: value}`, where `tell(share)` is told of progress.
-Measurement: TypeAlias = tuple[str, float, bool, Callable[..., Found]]
+
+
+class Measurement(NamedTuple):
+    """A measurement of some of the quantities.
+
+    Attributes:
+      doing: what is measured, in words.
+      cost: of an image, in gradients; predicted.
+      on_train: whether it is one of training.
+      measure: `measure(variables, split, key, tell) -> {name: value}`; `tell(share)` is
+        told of progress.
+    """
+
+    doing: str
+    cost: float
+    on_train: bool
+    measure: Callable[..., Found]
 
 
 def make_probe(
@@ -140,25 +153,22 @@ def make_probe(
         *_weights_parts(model, settings, batch_size),
         *_images_parts(model, settings, batch_size),
     ]
-    total = sum(cost for _, cost, *_ in parts)
+    total = sum(part.cost for part in parts)
 
     def probe(
         variables: PyTree, train: Split, test: Split, key: Array, *, on_batch: OnBatch
     ) -> Found:
         found, done = dict.fromkeys(QUANTITIES, float("nan")), 0.0
 
-        def tell(doing: str, before: float, cost: float, share: float) -> None:
-            on_batch(int(before + share * cost), int(total), doing)
+        def tell(share: float) -> None:
+            on_batch(int(done + share * part.cost), int(total), part.doing)
 
-        for number, (doing, cost, on_train, measure) in enumerate(parts):
-            told = partial(tell, doing, done, cost)
-            told(0.0)
-            split, own_key = (
-                train if on_train else test,
-                jax.random.fold_in(key, number),
-            )
-            found |= measure(variables, split, own_key, told)
-            done += cost
+        for number, part in enumerate(parts):
+            tell(0.0)
+            split = train if part.on_train else test
+            own_key = jax.random.fold_in(key, number)
+            found |= part.measure(variables, split, own_key, tell)
+            done += part.cost
         on_batch(int(total), int(total), "measured")
         return found
 
@@ -189,7 +199,7 @@ def _weights_parts(
             values = fetch(program(*to_devices(variables, split), key), tell, 0.0)
             return {name: float(value) for name, value in values.items()}
 
-        return doing, cost, True, run
+        return Measurement(doing, cost, True, run)
 
     return [
         part(
@@ -292,7 +302,7 @@ def _images_parts(
             told = lambda done, total: tell(done / total)  # noqa: E731
             return _summary(measure(variables, split, key, on_batch=told))
 
-        return doing, cost, on_train, run
+        return Measurement(doing, cost, on_train, run)
 
     return [
         part("relative flatness", 0.3, flatness, on_train=True),
