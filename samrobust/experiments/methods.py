@@ -270,17 +270,23 @@ def passes_at(config: Config, epoch: int) -> StepPasses:
             views = len(set(objective.views))
         if start_epoch(config, part.name) > epoch:
             continue
-        counts: list[Any] = [entry.attack_passes, entry.passes]
-        if counts[0] is None and "adversary" not in built:
-            counts[0] = 0.0
-        if counts[1] is None:
-            counts[1] = 0.0
-            if "sharpness" in built:
-                counts[1] = getattr(built["sharpness"], "passes", None)
-        counts = [x(values) if callable(x) else x for x in counts]
-        unknown |= None in counts
-        attack, ascents = attack + (counts[0] or 0.0), ascents + (counts[1] or 0.0)
+        for_images: Any = entry.attack_passes
+        added: Any = entry.passes
+        if for_images is None and "adversary" not in built:
+            for_images = 0.0
+        if added is None:
+            none = 0.0 if "sharpness" not in built else None
+            added = getattr(built.get("sharpness"), "passes", none)
+        unknown |= for_images is None or added is None
+        attack += _counted(for_images, values)
+        ascents += _counted(added, values)
     return StepPasses(attack, ascents, views, not unknown)
+
+
+def _counted(passes: Any, values: Mapping[str, Any]) -> float:
+    """Returns what an entry says of its cost; 0 where it says nothing."""
+    counted: Any = passes(values) if callable(passes) else passes
+    return counted or 0.0
 
 
 def supposed(config: Config, *, own: bool = False) -> entries.Given:

@@ -69,7 +69,8 @@ class DiskPlace:
         """Removes a step, which no longer counts as finished from the first moment."""
         gone = os.path.join(self.folder, f".{step}.gone")
         shutil.rmtree(gone, ignore_errors=True)
-        os.rename(os.path.join(self.folder, str(step)), gone)
+        with contextlib.suppress(FileNotFoundError):  # by a process that took over
+            os.rename(os.path.join(self.folder, str(step)), gone)
         self.remove_left_behind()
 
     def remove_left_behind(self) -> None:
