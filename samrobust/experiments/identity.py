@@ -19,11 +19,7 @@ from typing import Any
 
 from samrobust.checks import check
 from samrobust.data import DATASETS, Dataset, DatasetFacts, fingerprint
-from samrobust.experiments.configuration import (
-    as_dict,
-    shaping_fields,
-    with_defaults,
-)
+from samrobust.experiments.configuration import as_dict, shaping_fields, with_defaults
 from samrobust.experiments.methods import own_code
 from samrobust.system.distributed import broadcast_from_primary, is_joined
 from samrobust.system.fields import differences

@@ -18,10 +18,7 @@ from samrobust.checks import check
 from samrobust.evaluation.diagnostics.finding import Finding, to_sheet
 from samrobust.experiments.curves import Curve, draw_curves
 from samrobust.experiments.reporting import pictures
-from samrobust.experiments.reporting.names import (
-    attack_in_words,
-    checkpoint_in_words,
-)
+from samrobust.experiments.reporting.names import attack_in_words, checkpoint_in_words
 from samrobust.experiments.reporting.page import picture, render_page
 from samrobust.experiments.reporting.render import from_json, to_html, write_pictures
 from samrobust.experiments.reporting.results import makers

@@ -121,10 +121,7 @@ def model_info(
 
 
 def find_evaluation(
-    lines: list[dict[str, Any]],
-    which: str,
-    dtype: str,
-    origin: Mapping[str, Any],
+    lines: list[dict[str, Any]], which: str, dtype: str, origin: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """Returns the evaluation of this checkpoint by the standard AutoAttack; or None.
 

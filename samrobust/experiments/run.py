@@ -20,11 +20,7 @@ from samrobust.experiments import building, methods, scoring, trunks
 from samrobust.experiments.identity import Identity, check_alike, identity_of
 from samrobust.experiments.networks import Trained, checkpoints_of, load_network
 from samrobust.experiments.tracking import Tracking
-from samrobust.experiments.workdir import (
-    OtherConfigError,
-    read_result,
-    settle_config,
-)
+from samrobust.experiments.workdir import OtherConfigError, read_result, settle_config
 from samrobust.system.claims.lease import Claim, ClaimedError, claim
 from samrobust.system.distributed import broadcast_from_primary, lost_a_peer
 from samrobust.system.failures import is_transient, recording_failure

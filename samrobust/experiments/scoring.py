@@ -28,11 +28,7 @@ from samrobust.experiments.networks import Trained, checkpoints_of
 from samrobust.experiments.reporting.names import attacked_in_words
 from samrobust.system.claims.lease import Claim, claim
 from samrobust.system.compiler import deterministic_programs
-from samrobust.system.distributed import (
-    broadcast_from_primary,
-    data_mesh,
-    replicated,
-)
+from samrobust.system.distributed import broadcast_from_primary, data_mesh, replicated
 from samrobust.system.provenance import provenance
 from samrobust.system.resolve import is_reference
 from samrobust.system.runtime import RESUME

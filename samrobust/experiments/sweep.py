@@ -30,11 +30,7 @@ from samrobust.experiments.scoring import Observer
 from samrobust.experiments.survey import read_plan, survey_run
 from samrobust.experiments.trunks import in_the_making
 from samrobust.experiments.turns import take_turns
-from samrobust.experiments.workdir import (
-    OtherConfigError,
-    config_changes,
-    read_result,
-)
+from samrobust.experiments.workdir import OtherConfigError, config_changes, read_result
 from samrobust.system.claims.lease import ClaimedError, claim_in_turn
 from samrobust.system.distributed import broadcast_from_primary, met_by_all
 from samrobust.system.failures import describe, is_transient, read_failure
@@ -207,8 +203,7 @@ def _is_sibling(planned: PlannedRun, other: PlannedRun) -> bool:
 
 
 def _attempt_together(
-    attempts: Sequence[Callable[..., Outcome]],
-    should_stop: Callable[[], bool],
+    attempts: Sequence[Callable[..., Outcome]], should_stop: Callable[[], bool]
 ) -> list[Outcome]:
     """Returns the outcomes of runs whose steps are taken by one program."""
     if len(attempts) == 1:

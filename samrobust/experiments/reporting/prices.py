@@ -15,11 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from samrobust.experiments.reporting import pictures
-from samrobust.experiments.reporting.names import (
-    column_norm,
-    column_order,
-    short_label,
-)
+from samrobust.experiments.reporting.names import column_norm, column_order, short_label
 from samrobust.experiments.reporting.table import Table, TableRow
 from samrobust.system.fields import split_fields
 
