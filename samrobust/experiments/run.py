@@ -144,6 +144,8 @@ def run(
             companion=companion,
             shared=shared,
         )
+        identity = outcome.identity
+        assert isinstance(identity, Identity)  # it was given to the log
         evaluate = scoring.Scorer(config, dataset)
         images = fingerprint(scoring.evaluated_split(config, dataset))
         scores = broadcast_from_primary(lambda: _read_scores(workdir, images))
@@ -158,10 +160,7 @@ def run(
         for which, part in zip(judged, parts, strict=True):
             if which == "last":
                 model = building.make_model(config, dataset)
-                variables, identity = (
-                    outcome.state.eval_variables,
-                    _identity_in(outcome),
-                )
+                variables = outcome.state.eval_variables
                 network = Trained(model, variables, config, outcome.step, identity)
             else:
                 network = load_network(config, dataset, workdir, which)
@@ -172,7 +171,7 @@ def run(
             broadcast_from_primary(keep)
 
         def finish() -> dict[str, Any]:
-            result = _describe(config, dataset, outcome, scores)
+            result = _describe(config, dataset, outcome, identity, scores)
             lines = read_json_lines(workdir / "metrics.jsonl")
             if origin := trunks.trained_by(lines):
                 result["provenance"]["trunk"] = origin
@@ -273,11 +272,6 @@ def _read_scores(workdir: pathlib.Path, images: str) -> dict[str, scoring.Score]
     }
 
 
-def _identity_in(outcome: FitResult) -> Identity:
-    assert isinstance(outcome.identity, Identity)  # it was given to the log
-    return outcome.identity
-
-
 def _is_failure(error: Exception) -> bool:
     """Tells whether what ends a run is its failure, not that of its surroundings."""
     others = (InterruptedRunError, ClaimedError, OtherConfigError)
@@ -302,6 +296,7 @@ def _describe(
     config: Config,
     dataset: Dataset,
     outcome: FitResult,
+    identity: Identity,
     scores: Mapping[str, scoring.Score],
 ) -> dict[str, Any]:
     """Returns the content of `result.json`."""
@@ -313,7 +308,7 @@ def _describe(
         "seed": config.seed,
         **scoring.as_result(scores),
         **_judged_elsewhere(next(iter(scores.values())), made),
-        "run": _identity_in(outcome).as_dict(),
+        "run": identity.as_dict(),
         "num_test": len(scoring.evaluated_split(config, dataset)),
         "split": config.evaluation.split,
         "checkpoint": config.evaluation.checkpoint,

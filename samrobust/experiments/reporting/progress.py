@@ -4,11 +4,11 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
 from samrobust.experiments.reporting.names import attacked_in_words
@@ -49,13 +49,11 @@ class ProgressDisplay:
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task: TaskID = self._progress.add_task("", total=total_work, eta="-")
+        self._task = self._progress.add_task("", total=total_work, eta="-")
 
-    @contextlib.contextmanager
-    def live(self) -> Iterator["ProgressDisplay"]:
-        """Shows the bar inside the context."""
-        with self._progress:
-            yield self
+    def live(self) -> contextlib.AbstractContextManager[object]:
+        """Returns the context in which the bar is shown."""
+        return self._progress
 
     def run(
         self, name: str, training: float, evaluation: float, given: float = 0.0
