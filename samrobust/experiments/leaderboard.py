@@ -26,13 +26,10 @@ from samrobust.system.tables import Sheet, TextTable
 __all__ = ["add_claims", "read_claims", "to_sheet"]
 
 _RADII = ("1/255", "2/255")  # of l-inf
-# RobustBench's fields that no measurement decides, and what each is.
-_BY_HAND: dict[str, type] = {
-    **dict.fromkeys(("link", "name", "authors", "venue"), str),
-    **dict.fromkeys(("architecture", "footnote"), str),
-    "additional_data": bool,
-}
+# RobustBench's fields that no measurement decides: those that a claim keeps when it is
+# added again, and all.
 _KEPT = ("link", "name", "authors", "venue", "additional_data")
+_BY_HAND = (*_KEPT, "architecture", "footnote")
 # What `recheck` says of a table that both attacks judged; the bundle is float32 too.
 _STANDARD = re.compile(r".*, test images, .*float32\. AA: AutoAttack, standard;.*")
 
@@ -133,9 +130,10 @@ def _check_claim(claim: Claim, folder: pathlib.Path, name: str) -> None:
     lacking, more = sorted(fields - claim.keys()), sorted(claim.keys() - fields)
     wanted = "RobustBench's fields"
     check(not (lacking or more), wanted, claim=name, lacking=lacking, more=more)
-    for field, kind in _BY_HAND.items():
-        wanted = f"{'a text' if kind is str else 'true or false'} in {field}"
-        holds = isinstance(claim[field], kind)
+    for field in _BY_HAND:
+        is_flag = field == "additional_data"
+        wanted = f"{'true or false' if is_flag else 'a text'} in {field}"
+        holds = isinstance(claim[field], bool if is_flag else str)
         check(holds, wanted, claim=name, **{field: claim[field]})
     said = claim["name"] and claim["architecture"]
     check(bool(said), "a name and an architecture", claim=name)
