@@ -138,11 +138,6 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _registry_of(name: str) -> int | None:
-    """Returns the number of a name's registry; None for somebody's own."""
-    return next((i for i, names in enumerate(REGISTRIES) if name in names), None)
-
-
 def parse_row(row: str) -> Row:
     """Reads a row's name.
 
@@ -162,9 +157,8 @@ def parse_row(row: str) -> Row:
     parsed = Row(tuple(_parse_part(part, row) for part in spellings), others)
     names = [part.name for part in parsed.parts]
     check(len(set(names)) == len(names), "each part once", row=row)
-    known = [part for part in parsed.parts if _registry_of(part.name) is not None]
-    ordered = iter(sorted(known, key=lambda part: _registry_of(part.name) or 0))
-    parts = (next(ordered) if part in known else part for part in parsed.parts)
+    ordered = (p for names in REGISTRIES for p in parsed.parts if p.name in names)
+    parts = (next(ordered) if p.name in REGISTRY else p for p in parsed.parts)
     name = Row(tuple(parts), others).name  # with the parts in their order
     fix = "A row has one spelling: directories are named by it."
     check(row == name, f"the row {name!r}", fix, row=row)
