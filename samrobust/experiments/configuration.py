@@ -78,8 +78,11 @@ def finish(config: Config, row: str) -> Config:
     _complete(config)
     for part in parsed.parts:
         config.update_from_flattened_dict(part.fields)
-    for section in methods.sections(row):
-        _link_steps(config[section])
+    for name in methods.sections(row):
+        section = config[name]
+        if "relative_step_size" in section:
+            relative = section.relative_step_size.get_ref(section.norm)
+            section.step_size = section.get_ref("epsilon") * relative
     others = [f"--config.{name}={value}" for name, value in parsed.others.items()]
     return _overridden(config.lock(), others)
 
@@ -125,12 +128,6 @@ def _add_fields(config: Config, section: str, fields: Mapping[str, Field]) -> No
             holder[last] = field.default
             if field.default is None and field.kind is not None:
                 holder[last] = config_dict.placeholder(field.kind)
-
-
-def _link_steps(section: Config) -> None:
-    if "relative_step_size" in section:
-        relative = section.relative_step_size.get_ref(section.norm)
-        section.step_size = section.get_ref("epsilon") * relative
 
 
 def base_config() -> Config:

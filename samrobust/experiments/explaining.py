@@ -62,9 +62,8 @@ def explain(config: Config) -> Iterator[ExplainedField]:
         said |= {f"{section}.{name}": told.get(name, "") for name in names}
         order.append(section)
     fields = [field for field in flatten(config) if _section(field[0]) in order]
-    for name, value in sorted(
-        fields, key=lambda field: order.index(_section(field[0]))
-    ):
+    fields.sort(key=lambda field: order.index(_section(field[0])))
+    for name, value in fields:
         yield ExplainedField(name, value, said.get(name, ""))
 
 

@@ -198,11 +198,10 @@ def _mean_cost(work: Any, begin: int, epochs: int | None) -> float | None:
     begin = begin if begin < epochs else 0
     phases = [item.split(":") for item in work.split()]
     starts = [min(max(int(start), begin), epochs) for start, _ in phases]
+    spans = pairwise([*starts, epochs])
     costs = [
         (end - start) / (epochs - begin) * float(cost)
-        for (start, end), (_, cost) in zip(
-            pairwise([*starts, epochs]), phases, strict=True
-        )
+        for (start, end), (_, cost) in zip(spans, phases, strict=True)
     ]
     return _positive(sum(costs))
 
