@@ -301,6 +301,10 @@ def _folded(summary: str, content: str) -> str:
 
 def _provenance(measured: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
     """Returns which run each number is of, and how and on what it was measured."""
+
+    def told(of: Mapping[str, Any], name: str) -> str:
+        return str(of.get(name) or _UNKNOWN)
+
     ways: dict[tuple[str, ...], int] = {}
     runs = []
     for what, run, fields in measured:
@@ -309,14 +313,11 @@ def _provenance(measured: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
         flags = [f"{n}={value}" for n, value in (made.get("flags") or {}).items()]
         versions = ", ".join([*filter(None, [versions]), *flags])
         device = f"{made.get('num_devices', 1)} x {made.get('device', _UNKNOWN)}"
-        commit, command = (
-            str(made.get(name) or _UNKNOWN) for name in ("commit", "command")
-        )
+        commit, command = told(made, "commit"), told(made, "command")
         way = (command, commit, device, versions or _UNKNOWN)
         number = ways.setdefault(way, len(ways) + 1)
-        known = (str(fields.get(name) or _UNKNOWN) for name in ("identity", "step"))
-        date = str(made.get("date") or _UNKNOWN)
-        runs.append((what, run, *known, f"[{number}]", date))
+        identity, step = told(fields, "identity"), told(fields, "step")
+        runs.append((what, run, identity, step, f"[{number}]", told(made, "date")))
     header = ("", "command", "commit", "hardware", "versions")
     how = [(f"[{number}]", *way) for way, number in ways.items()]
     listed = ("what", "run", "identity", "step", "how", "when")
