@@ -103,10 +103,9 @@ def make_model(config: Config, dataset: Dataset | DatasetFacts) -> nn.Module:
     fields = {key: section[key] for key in model_fields(name)}
     fields |= {key: tuple(x) for key, x in fields.items() if isinstance(x, list)}
     names = {key: f"model.{key}" for key in (*fields, *_OF_THE_DATA, *_COMMON)}
+    taken = {key: given[key] for key in given if takes(name, key)}
     with renamed(names, name):
-        made = find_model(name)(
-            **fields, **{k: v for k, v in given.items() if takes(name, k)}
-        )
+        made = find_model(name)(**fields, **taken)
     shown = type(made).__name__
     check(isinstance(made, nn.Module), f"{name} to build a Linen module", built=shown)
     return made

@@ -169,9 +169,8 @@ def draw_curves(curves: Sequence[Curve], title: str) -> "Figure":
             band = np.clip([mean - std, mean + std], 0, 100)
             color = look["color"]
             panel.fill_between(curve.radii, *band, color=color, alpha=0.15, linewidth=0)
-        panel.set_title(
-            f"{pictures.in_symbols(norm)} attack", fontsize=pictures.TEXT + 1
-        )
+        attack = f"{pictures.in_symbols(norm)} attack"
+        panel.set_title(attack, fontsize=pictures.TEXT + 1)
         panel.set_xlabel("radius ε in 1/255", fontsize=pictures.TEXT)
         panel.set_xlim(left=0)
         panel.set_ylim(-1, 101)

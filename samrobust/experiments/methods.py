@@ -132,9 +132,8 @@ def build(
         average that asks for them.
     """
     parts: dict[str, Any] = {"starts": {}}
-    names = [part.name for part in parts_of(config)] if only is None else only
     for part in parts_of(config):
-        if part.name not in names:
+        if only is not None and part.name not in only:
             continue
         for slot, built in _construct(config, part.name, given):
             check(slot not in parts, f"one {slot}", row=config.row)
@@ -248,9 +247,8 @@ def phases_of(config: Config) -> list[range]:
     All epochs, in one range where no part begins late.
     """
     late = (start_epoch(config, part.name) for part in parts_of(config))
-    return [
-        range(*ends) for ends in pairwise(sorted({0, *late, config.training.epochs}))
-    ]
+    bounds = sorted({0, *late, config.training.epochs})
+    return [range(*ends) for ends in pairwise(bounds)]
 
 
 def passes_at(config: Config, epoch: int) -> StepPasses:

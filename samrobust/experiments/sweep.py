@@ -92,9 +92,8 @@ def run_all(
     )
 
     def attempt(planned: PlannedRun, observer: Observer, **how: Any) -> Outcome:
-        failure = broadcast_from_primary(
-            functools.partial(read_failure, planned.workdir)
-        )
+        look = functools.partial(read_failure, planned.workdir)
+        failure = broadcast_from_primary(look)
         if failure is not None and failure != before[planned.workdir]:
             return f"{failure.get('message')} (on {failure.get('host')})"
         try:

@@ -59,8 +59,7 @@ _BASELINE = {"color": GRAY, "linewidth": 0.8, "linestyle": ":"}
 def family_colors(families: Iterable[str]) -> dict[str, str]:
     """Returns a color for every family, and for those that the paper has."""
     others = [f for f in dict.fromkeys(families) if f not in _COLORS]
-    cycle = {f: _OTHER_COLORS[i % 3] for i, f in enumerate(others)}
-    return _COLORS | cycle
+    return _COLORS | dict(zip(others, itertools.cycle(_OTHER_COLORS), strict=False))
 
 
 def row_looks(rows: Iterable[str]) -> dict[str, dict[str, Any]]:
