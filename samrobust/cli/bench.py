@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from samrobust.checks import check
 from samrobust.cli import flags
+from samrobust.studies.bench.twin.variants import VARIANTS
 from samrobust.system.runtime import FAILED
 
 if TYPE_CHECKING:
@@ -69,17 +70,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--seeds-per-program", **flags.COUNTS, help=several)
     compare = "interleave the same steps in PyTorch; needs torch"
     add("--compare", choices=("pytorch",), help=compare)
-    known = (
-        "reference",
-        "resident",
-        "tuned",
-        "graphed",
-        "compiled",
-        "autotuned",
-        "pure",
-    )
-    every = f"of PyTorch: {', '.join(known)}; default: the first three and compiled"
-    add("--variants", **flags.names_of(*known), help=every)
+    every = f"of PyTorch: {', '.join(VARIANTS)}; default: the first three and compiled"
+    add("--variants", **flags.names_of(*VARIANTS), help=every)
     add("--repeats", **flags.FEW, help="of each process; default: 5")
     add("--rounds", **flags.FEW, help="processes per row; default: 2")
     cache = "of compiled programs, kept; default: an empty one, removed afterwards"

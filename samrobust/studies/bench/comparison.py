@@ -6,22 +6,18 @@ them from there. Of all others that a step depends on, the paper's value is writ
 than this module.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from samrobust.checks import check
 from samrobust.experiments import configuration, methods
 from samrobust.experiments.rows import Row, parse_row
+from samrobust.studies.bench.twin.variants import VARIANTS
 from samrobust.system.fields import differences, is_among
 from samrobust.types import Config
 
 __all__ = ["CARRIED", "check_config", "fitting", "parity_row", "spec_fields"]
 
-_FAST = ("tuned", "graphed", "compiled", "autotuned")
-_VARIANTS: Mapping[str, Sequence[str]] = {
-    "float32": ("reference", "resident", *_FAST),
-    "bfloat16": (*_FAST, "pure"),
-}
 # By their names in the spec; radii and steps there are in pixel units.
 CARRIED = {
     "network": {"width": "model.width", "blocks": "model.blocks"},
@@ -30,13 +26,13 @@ CARRIED = {
         "momentum": "training.momentum",
         "weight_decay": "training.weight_decay",
     },
-    "attack": {
+    "step": {
         "norm": "attack.norm",
         "epsilon": "attack.epsilon",
         "step_size": "attack.step_size",
         "num_steps": "attack.num_steps",
+        "rho": "sam.rho",
     },
-    "sam": {"rho": "sam.rho"},
 }
 _PIXELS = ("attack.epsilon", "attack.step_size")  # in 1/255 units in a config
 # Fields that PyTorch's side has by other ways: of the task; with the network's weights;
@@ -63,7 +59,7 @@ def fitting(precision: str, variants: Sequence[str]) -> list[str]:
     Raises:
       ValueError: if there is none.
     """
-    there = _VARIANTS.get(precision, ())
+    there = [name for name, one in VARIANTS.items() if precision in one.precisions]
     found = [variant for variant in variants if variant in there]
     given = {"--variants": tuple(variants), "--precisions": precision}
     wanted = f"one of {', '.join(there)} among the variants in {precision}"
@@ -99,14 +95,14 @@ def spec_fields(config: Config) -> dict[str, Any]:
         found = config[section][name]
         return found / 255 if field in _PIXELS else found
 
-    def values(section: str) -> dict[str, Any]:
-        return {name: value(field) for name, field in CARRIED[section].items()}
+    def values(group: str) -> dict[str, Any]:
+        return {name: value(field) for name, field in CARRIED[group].items()}
 
     return {
         "method": parse_row(config.row).method,
-        **{section: values(section) for section in ("network", "sgd")},
-        **values("attack"),
-        **values("sam"),
+        "network": values("network"),
+        "sgd": values("sgd"),
+        **values("step"),
     }
 
 

@@ -16,6 +16,7 @@ from samrobust.studies.bench.counts import StepCost, step_cost
 from samrobust.studies.bench.plan import Options, Task, config_of, known_ceilings
 from samrobust.studies.bench.programs import num_steps
 from samrobust.studies.bench.suite import Outcome
+from samrobust.studies.bench.twin.variants import VARIANTS
 from samrobust.system.provenance import command
 from samrobust.types import Config
 
@@ -150,7 +151,7 @@ def _rates(
         return {}
     # Of three matrix products in a pass a step of the attack has two.
     work = (passes, counted.attack * 3 / 2, counted.views * (1 + counted.ascents))
-    wasteful = task.variant in ("reference", "resident")
+    wasteful = task.kind == "pytorch" and not VARIANTS[task.variant].is_tuned
     flops = step_cost(*work, attack_weight_gradients=wasteful).flops
     rate, st = row["images_per_second"], step_cost(passes)
     found = {"tflops": rate * flops / 1e12, "flop_cost": flops / st.flops}

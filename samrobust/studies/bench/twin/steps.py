@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from samrobust.checks import check, check_choice
 from samrobust.experiments.robustbench_model import NormalizedPreActResNet
+from samrobust.studies.bench.twin.variants import VARIANTS
 
 __all__ = [
-    "VARIANTS",
     "ReferenceTrainer",
     "Step",
     "TunedTrainer",
@@ -40,20 +40,6 @@ __all__ = [
 Outcome = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, Tensor], Outcome]
 Tensors = list[Tensor]
-
-# The mode of each variant's `torch.compile`, or None where nothing is compiled. Of
-# "max-autotune" all but its graphs, which would replay the network alone: `capture`
-# takes one graph of the whole step.
-VARIANTS: dict[str, str | None] = {
-    "reference": None,
-    "resident": None,
-    "tuned": "default",
-    "graphed": None,
-    "compiled": "default",
-    "autotuned": "max-autotune-no-cudagraphs",
-    "pure": "default",
-}
-_PUBLISHED = ("reference", "resident")
 
 SAM_FLOOR = 1e-12  # davda54/sam adds it to the norm of the gradient
 L2_FLOOR = 1e-10  # the reference adds it to the norm of the mean loss's gradient
@@ -130,7 +116,7 @@ class TwinSpec:
     @property
     def is_tuned(self) -> bool:
         """Returns whether the step is written for speed, and not as the reference's."""
-        return self.variant not in _PUBLISHED
+        return VARIANTS[self.variant].is_tuned
 
     @property
     def is_graphed(self) -> bool:
@@ -140,8 +126,9 @@ class TwinSpec:
     @property
     def compiler_mode(self) -> str | None:
         """Returns the mode of `torch.compile`; None: the network is not compiled."""
-        on_cpu_too = self.variant in ("compiled", "autotuned", "pure")
-        return VARIANTS[self.variant] if on_cpu_too or self.device == "cuda" else None
+        variant = VARIANTS[self.variant]
+        compiles = variant.compiles_on_cpu or self.device == "cuda"
+        return variant.mode if compiles else None
 
     @property
     def dtype(self) -> torch.dtype:
