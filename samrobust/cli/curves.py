@@ -58,12 +58,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     measurements = RunMeasurements(arguments, stop, "curves", _settings)
     settings: CurveSettings = measurements.settings
-
-    evaluator = measurements.once(
-        lambda model, size: curves.make_curve_evaluator(
-            model, settings, batch_size=size
-        )
-    )
+    evaluator = measurements.once(curves.make_curve_evaluator)
 
     def prepare(config: "Config", dataset: Dataset) -> tuple[dict[str, Any], Measure]:
         building.check_l2(dataset, "--l2", settings.radii.get("l2", ()))

@@ -12,8 +12,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from flax import linen as nn
-
 from samrobust.attacks import ATTACKS_VERSION
 from samrobust.cli import shared
 from samrobust.data import Dataset
@@ -223,12 +221,17 @@ class RunMeasurements(FinishedRuns):
         broadcast_from_primary(self._set_aside_what_is_of_no_use)
         self._read()
 
-    def once(self, make: Callable[[nn.Module, int], _T]) -> Callable[[Config], _T]:
-        """Returns what is made of a network and its batch size, once for equal ones."""
+    def once(self, make: Callable[..., _T]) -> Callable[[Config], _T]:
+        """Returns what is made for a run's network, once for equal ones.
+
+        Args:
+          make: `make(model, settings, batch_size=...)`.
+        """
 
         def of_run(config: Config) -> _T:
             model = building.make_model(config, self.load_data(config))
-            return make(model, config.evaluation.batch_size)
+            size = config.evaluation.batch_size
+            return make(model, self.settings, batch_size=size)
 
         return shared.once_per(of_run, "data", "model", "evaluation")
 

@@ -90,10 +90,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     by_run, _ = broadcast_from_primary(accuracies)
     findings.choose_column(by_run.values(), arguments.column)
-
-    probe_of = measurements.once(
-        lambda model, size: make_probe(model, settings, batch_size=size)
-    )
+    probe_of = measurements.once(make_probe)
 
     def prepare(config: "Config", dataset: Dataset) -> tuple[dict[str, Any], Measure]:
         splits = dataset.train, scoring.evaluated_split(config, dataset)
