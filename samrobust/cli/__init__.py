@@ -18,14 +18,7 @@ from typing import IO, Any, NoReturn
 
 from samrobust import __version__
 from samrobust.checks import shorten
-from samrobust.system.runtime import (
-    BAD_INPUT,
-    FAILED,
-    OutputError,
-    collect_garbage_seldom,
-    end_on_signals,
-    say,
-)
+from samrobust.system import runtime
 
 __all__ = ["COMMANDS", "main"]
 
@@ -50,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
         _open_streams()
-        end_on_signals()
-        collect_garbage_seldom()
+        runtime.end_on_signals()
+        runtime.collect_garbage_seldom()
     with _whole_output():
         return _run(list(argv))
 
@@ -66,17 +59,17 @@ def _run(argv: list[str]) -> int:
             import jax  # noqa: F401
         except (ImportError, RuntimeError, ValueError) as error:
             # As of JAX_ENABLE_X64=maybe, or a jaxlib of another version.
-            say(f"error: Expected a JAX that loads, got: {error}")
-            return BAD_INPUT
+            runtime.say(f"error: Expected a JAX that loads, got: {error}")
+            return runtime.BAD_INPUT
         from samrobust.cli.running import execute
 
         return execute(command.run, arguments)
     except ModuleNotFoundError as error:  # after `pip install --no-deps samrobust`
-        say(
+        runtime.say(
             f"error: Expected the package {error.name} for `samrobust "
             f"{arguments.command}`, got none. Install all: pip install samrobust"
         )
-        return BAD_INPUT
+        return runtime.BAD_INPUT
 
 
 def _open_streams() -> None:
@@ -99,15 +92,15 @@ def _whole_output() -> Iterator[None]:
         yield
     except OSError as error:  # of `print`: commands handle all others
         problem = error
-    except OutputError as error:
+    except runtime.OutputError as error:
         problem = error.problem
     finally:
         _flush(sys.stderr)
         problem = _flush(sys.stdout) or problem
         if problem is not None:
             if not isinstance(problem, BrokenPipeError):  # `| head` has read enough
-                say(f"error: standard output cannot be written: {problem}")
-            raise SystemExit(FAILED) from None
+                runtime.say(f"error: standard output cannot be written: {problem}")
+            raise SystemExit(runtime.FAILED) from None
 
 
 def _flush(stream: IO[str] | None) -> OSError | None:

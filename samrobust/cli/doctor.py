@@ -17,13 +17,7 @@ from importlib import metadata
 
 from samrobust import __version__
 from samrobust.checks import check, shorten
-from samrobust.system.runtime import (
-    FAILED,
-    is_off,
-    one_line,
-    trusted_cache_folder,
-    usable_cores,
-)
+from samrobust.system import runtime
 
 __all__ = ["ABOUT", "EXTRAS", "add_flags", "run"]
 
@@ -64,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             found, mark = look(), "ok"
         except Exception as error:  # a broken installation raises anything
-            found, mark, code = str(error) or type(error).__name__, "!!", FAILED
-        print(f"{mark}  {name:<9} {one_line(found)}")
+            found, mark, code = str(error) or type(error).__name__, "!!", runtime.FAILED
+        print(f"{mark}  {name:<9} {runtime.one_line(found)}")
     return code
 
 
@@ -143,12 +137,12 @@ def _memory() -> str:
         text = pathlib.Path("/proc/meminfo").read_text(encoding="utf-8")
         if found := re.search(r"MemAvailable: +(\d+)", text):
             total = f"{_size(1024 * int(found[1]))} free of {total}"
-    return f"{total}, {usable_cores()} cores for this process"
+    return f"{total}, {runtime.usable_cores()} cores for this process"
 
 
 def _programs() -> str:
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if not folder and is_off("SAMROBUST_COMPILATION_CACHE"):
+    if not folder and runtime.is_off("SAMROBUST_COMPILATION_CACHE"):
         return "compiled programs are not kept (SAMROBUST_COMPILATION_CACHE)"
     return f"compiled programs: {_cache('xla', folder)}"
 
@@ -161,7 +155,7 @@ def _cache(name: str, other: str | None = None) -> str:
     """Says what a cache holds, perhaps in another folder, or why it is not used."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        folder = pathlib.Path(other) if other else trusted_cache_folder(name)
+        folder = pathlib.Path(other) if other else runtime.trusted_cache_folder(name)
     if folder is None:
         return "; ".join(str(warning.message) for warning in said) or "not used"
     files = [path for path in folder.rglob("*") if path.is_file()]

@@ -78,13 +78,11 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     from samrobust.experiments.reporting.progress import ProgressDisplay
     from samrobust.experiments.scoring import Scorer, evaluated_split, evaluation_work
     from samrobust.experiments.workdir import add_evaluation
-    from samrobust.system import distributed
+    from samrobust.system.distributed import broadcast_from_primary
 
     workdir = arguments.workdir
     should_stop, console = join(stop)
-    config, others = distributed.broadcast_from_primary(
-        lambda: _inputs(workdir, arguments)
-    )
+    config, others = broadcast_from_primary(lambda: _inputs(workdir, arguments))
     dataset, which = building.load_data(config), config.evaluation.checkpoint
     network = load_network(config, dataset, workdir, which, step=arguments.step)
     surrogates = load_surrogates(config, dataset, others)
@@ -115,7 +113,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
         "num_test": num_test,
         "seed": config.seed,
     }
-    path = distributed.broadcast_from_primary(lambda: add_evaluation(workdir, line))
+    path = broadcast_from_primary(lambda: add_evaluation(workdir, line))
     console.print(f"Added to {path}")
     if arguments.sanity:
         check_network(

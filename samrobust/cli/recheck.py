@@ -82,12 +82,9 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     )
     trained = opened.read_results()
 
-    def work_of(config: "Config") -> float:
-        return scoring.evaluation_work(config, load_data(config))
-
     works = {
-        path: [work_of(configs[attack]) for attack in _ATTACKS]
-        for path, configs in runs.items()
+        path: [scoring.evaluation_work(c, load_data(c)) for c in by_attack.values()]
+        for path, by_attack in runs.items()
     }
 
     def judge(path: str, shown: "RunDisplay") -> dict[str, Any]:
@@ -175,10 +172,7 @@ def _conclude(
     """Shows and writes the table."""
     from samrobust.cli.shared import passes_of
     from samrobust.experiments import reporting
-    from samrobust.experiments.reporting.names import (
-        attack_in_words,
-        checkpoint_in_words,
-    )
+    from samrobust.experiments.reporting import names
 
     configs = [by_attack["pgd"] for by_attack in runs.values()]
     by_row = {config.row: config for config in configs}
@@ -189,9 +183,9 @@ def _conclude(
         rows=[(row, config.label) for row, config in by_row.items()],
         passes=passes_of(results, by_row),
         title=f"PGD and AutoAttack on {name}",
-        caption=f"{name}, {pgd.split} images, {checkpoint_in_words(pgd)}, "
-        f"{first.model.dtype}. AA: {attack_in_words(autoattack)}; the columns beside "
-        f"it: {attack_in_words(pgd)}.",
+        caption=f"{name}, {pgd.split} images, {names.checkpoint_in_words(pgd)}, "
+        f"{first.model.dtype}. AA: {names.attack_in_words(autoattack)}; the columns "
+        f"beside it: {names.attack_in_words(pgd)}.",
     )
     console.print(reporting.to_rich(table))
     return reporting.write_table(table, workdir, _NAME)

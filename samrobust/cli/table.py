@@ -58,17 +58,12 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
       ClaimedError: if the workdir was removed or moved meanwhile.
     """
     from samrobust.cli.shared import join, once_per, open_workdir
-    from samrobust.experiments import building
+    from samrobust.experiments import building, sweep
     from samrobust.experiments.rehearsal import rehearse
     from samrobust.experiments.reporting.console import make_console
-    from samrobust.experiments.sweep import (
-        check_seeds_per_program,
-        record_plan,
-        refuse_other_configs,
-    )
     from samrobust.experiments.tracking import check_trackers
     from samrobust.experiments.trunks import remove_finished
-    from samrobust.system import distributed
+    from samrobust.system.distributed import broadcast_from_primary, starts_first
 
     check(
         not (arguments.collect and arguments.shard),
@@ -78,7 +73,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     )
     plan = make_plan(arguments)
     if arguments.list or arguments.collect:
-        if not distributed.starts_first():
+        if not starts_first():
             return 0
         if arguments.list:
             return _list(plan)
@@ -86,30 +81,24 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
     check_trackers(plan.runs[0].config, plan.workdir)
     should_stop, console = join(stop)
     share = plan.runs[plan.shard]
-    check_seeds_per_program(arguments.seeds_per_program, share)
-    distributed.broadcast_from_primary(
-        lambda: refuse_other_configs(plan.workdir, plan.runs)
-    )
+    sweep.check_seeds_per_program(arguments.seeds_per_program, share)
+    broadcast_from_primary(lambda: sweep.refuse_other_configs(plan.workdir, plan.runs))
     confirm = open_workdir(plan.workdir)
     load_data = once_per(building.load_data, "data")
-    done = distributed.broadcast_from_primary(
-        lambda: [planned.has_result for planned in plan.runs]
-    )
+    done = broadcast_from_primary(lambda: [planned.has_result for planned in plan.runs])
     left = [p for p, is_done in zip(plan.runs, done, strict=True) if not is_done]
     for planned in {planned.config.row: planned for planned in left}.values():
         with naming(planned.config.label):  # before hours of others, here or elsewhere
             rehearse(planned.config, load_data(planned.config))
     works = _foresee(share, done[plan.shard], load_data)
-    distributed.broadcast_from_primary(confirm)
-    distributed.broadcast_from_primary(lambda: record_plan(plan.workdir, plan.runs))
+    broadcast_from_primary(confirm)
+    broadcast_from_primary(lambda: sweep.record_plan(plan.workdir, plan.runs))
     how = console, should_stop, arguments.seeds_per_program, confirm
     failed = _train(share, works, load_data, *how) if share else {}
-    distributed.broadcast_from_primary(confirm)
+    broadcast_from_primary(confirm)
     shared = [trunk for planned in plan.runs for trunk in planned.shared]
-    distributed.broadcast_from_primary(lambda: remove_finished(shared))
-    distributed.broadcast_from_primary(
-        lambda: _conclude(plan, arguments, console, failed)
-    )
+    broadcast_from_primary(lambda: remove_finished(shared))
+    broadcast_from_primary(lambda: _conclude(plan, arguments, console, failed))
     return FAILED if failed else 0
 
 
@@ -254,10 +243,7 @@ def _show(plan: Plan, results: list[dict[str, Any]], console: "Console") -> None
 
 def _caption(configs: "Sequence[Config]") -> str:
     """Returns the training and the judging of all rows that do not name another."""
-    from samrobust.experiments.reporting.names import (
-        attack_in_words,
-        checkpoint_in_words,
-    )
+    from samrobust.experiments.reporting import names
 
     def told(named: str, say: "Callable[[Config], str]") -> str:
         """Returns what is to say of the rows whose names leave it open, or of all."""
@@ -268,18 +254,18 @@ def _caption(configs: "Sequence[Config]") -> str:
         size = config.data.train_size
         return "" if size is None else f"{size:,} training images"
 
-    first = configs[0]
+    first, evaluation = configs[0], configs[0].evaluation
     data = (
         first.data.name,
         told(r"data\.train_size=", images),
-        f"{first.evaluation.split} set",
+        f"{evaluation.split} set",
     )
     training = (
         told(r"model\.(?!dtype=)", _network_in_words),
         told(r"training\.epochs=", lambda c: f"{c.training.epochs} epochs"),
         first.model.dtype,
     )
-    judged = attack_in_words(first.evaluation), checkpoint_in_words(first.evaluation)
+    judged = names.attack_in_words(evaluation), names.checkpoint_in_words(evaluation)
     parts = (", ".join(filter(None, part)) for part in (data, training, judged))
     return "; ".join(parts) + "."
 

@@ -31,13 +31,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     And as `samrobust.experiments.run.run`.
     """
-    from samrobust.cli.shared import (
-        await_holder,
-        join,
-        show_accuracies,
-        show_notes,
-        show_written,
-    )
+    from samrobust.cli import shared
     from samrobust.experiments import building, configuration
     from samrobust.experiments.rehearsal import rehearse
     from samrobust.experiments.reporting.progress import ProgressDisplay
@@ -46,9 +40,9 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
 
     config = configuration.load_config(arguments.config, arguments.overrides)
     check_trackers(config, arguments.workdir)
-    should_stop, console = join(stop)
+    should_stop, console = shared.join(stop)
     planned = PlannedRun(config, arguments.workdir)
-    await_holder(planned.workdir, console, should_stop)
+    shared.await_holder(planned.workdir, console, should_stop)
     dataset = building.load_data(config)
     rehearse(config, dataset)
     works = work(config, dataset)
@@ -61,7 +55,7 @@ def run(arguments: argparse.Namespace, stop: Callable[[], bool]) -> int:
             dataset=dataset,
             should_stop=should_stop,
         )
-    show_accuracies(console, planned.name, result["accuracy"])
-    show_notes(console, planned.workdir)
-    show_written(console, planned.workdir, ["result.json"])
+    shared.show_accuracies(console, planned.name, result["accuracy"])
+    shared.show_notes(console, planned.workdir)
+    shared.show_written(console, planned.workdir, ["result.json"])
     return 0
