@@ -98,24 +98,18 @@ def _draw_sam(panel: "Axes", found: Findings) -> None:
     start = float(forms.standard_weight(world))
     here = _of_world(found.study.sam, world)
     rho = np.geomspace(0.7 * here.radius.min(), 1.4 * here.radius.max(), 60)
+    printed = forms.sam_weight_printed(world, rho)
+    exact = forms.sam_weight(world, rho)
+    corrected = forms.sam_weight_corrected(world, rho)
     minimax = sam_minimax_weight(world, rho) - start
+    steps = sam_step_weight(world, rho, batch_size)
     for w, color, style, label in (
-        (forms.sam_weight_printed(world, rho), _ORANGE, "--", "Theorem 4.4 as printed"),
+        (printed, _ORANGE, "--", "Theorem 4.4 as printed"),
         (start + rho, _GRAY, ":", "bound: $\\rho$"),
-        (forms.sam_weight(world, rho), _RED, "-", "exact, 0-1 loss: our fixed point"),
-        (
-            forms.sam_weight_corrected(world, rho),
-            _BLACK,
-            ":",
-            "Theorem 4.4 corrected: $w^* \\rho^2/(3d)$",
-        ),
+        (exact, _RED, "-", "exact, 0-1 loss: our fixed point"),
+        (corrected, _BLACK, ":", "Theorem 4.4 corrected: $w^* \\rho^2/(3d)$"),
         (start + minimax, _GREEN, "-.", "eq. (11), logistic loss"),
-        (
-            sam_step_weight(world, rho, batch_size),
-            _BLUE,
-            (0, (5, 1)),
-            f"SAM's steps, logistic loss, batch {batch_size}",
-        ),
+        (steps, _BLUE, (0, (5, 1)), f"SAM's steps, logistic loss, batch {batch_size}"),
     ):
         panel.plot(rho, w - start, color=color, linestyle=style, label=label)
     label = "direct minimum, 0-1 loss"
@@ -123,7 +117,7 @@ def _draw_sam(panel: "Axes", found: Findings) -> None:
     label = "trained, 95 % band"
     _draw_bands(panel, found, "sam", color=_BLUE, marker="s", label=label)
     panel.set(xscale="log", yscale="log", ylabel="$w_1 - w^*$")
-    lowest = float(np.fmin(minimax, forms.sam_weight(world, rho) - start)[0])
+    lowest = float(np.fmin(minimax, exact - start)[0])
     panel.set_ylim(0.3 * lowest, 4 * (rho[-1] + start * rho[-1] ** 2))
     panel.set_xlabel("radius of SAM $\\rho$ on $w_1$")
     panel.legend(loc="upper left")
@@ -175,10 +169,8 @@ def _all_weights(found: Findings) -> "Figure":
     panel.plot(edge, d, color=_BLACK, label="$w^{*2} = 2d$: $K = 0$")
     points = found.study.sam_all.resolved()
     up, down = points.w > points.standard, points.w <= points.standard
-    for mask, word, color, marker in (
-        (up, "raises", _RED, "^"),
-        (down, "lowers", _BLUE, "v"),
-    ):
+    sides = (up, "raises", _RED, "^"), (down, "lowers", _BLUE, "v")
+    for mask, word, color, marker in sides:
         style = {**_MARK, "color": color, "marker": marker}
         some, label = points.where(mask), f"direct minimum: SAM {word} $w_1$"
         panel.plot(some.standard, some.d, **style, label=label)

@@ -137,16 +137,12 @@ def _equal_weights(points: Points) -> list[Verdict]:
     error = known.error * known.eta * known.standard / known.w**2
     holds = _equal(printed, exact, error, 1e-13 * exact)
     printed = _factor(printed / exact, holds, "eps_AT off by {}")
-    corrected = (known.attack_radius_corrected / exact)[_is_small(known)]
+    corrected = _expansion((known.attack_radius_corrected / exact)[_is_small(known)])
     less = _every((exact < known.radius)[_is_stated(known)])
     return _verdicts(
         len(points) - len(known),
         ("2 + 3/eps_SAM^2 = 2 eta/eps_AT at equal w_1", "4.5", printed),
-        (
-            "1 + 3d/eps_SAM^2 = eta/eps_AT at equal w_1",
-            "4.5 corrected",
-            _expansion(corrected),
-        ),
+        ("1 + 3d/eps_SAM^2 = eta/eps_AT at equal w_1", "4.5 corrected", corrected),
         ("eps_SAM > eps_AT at equal w_1, eta <= sqrt(3d)", "4.5", less),
     )
 
