@@ -150,11 +150,11 @@ def to_sheet(
         }
 
     def correlations() -> TextTable:
-        columns = (found.column,) if short else found.columns
-        body = [
-            [one.label, *(_in_bold(found.correlations[name][c]) for c in columns)]
-            for name, one in QUANTITIES.items()
-        ]
+        columns, body = (found.column,) if short else found.columns, []
+        for name, one in QUANTITIES.items():
+            own = [found.correlations[name][column] for column in columns]
+            cells = [Text(str(known), "bold" if known.is_sure else "") for known in own]
+            body.append([one.label, *cells])
         header = ["", *map(short_column, columns)]
         return TextTable(header, body, "Rank correlation with accuracy, over runs")
 
@@ -173,11 +173,6 @@ def _name(column: str, *, short: bool) -> str:
     """Returns a column's name; in short that of the attack on a second line."""
     name = short_column(column)
     return name.replace(" AA", "\nAA") if short else name
-
-
-def _in_bold(known: RankCorrelation) -> Text:
-    """Returns a correlation, bold where its interval leaves out 0."""
-    return Text(str(known), "bold" if known.is_sure else "")
 
 
 def _answers(found: Explanation) -> list[str]:

@@ -103,13 +103,12 @@ class ProbeSettings:
 
     def __post_init__(self):
         check_choice(NORMS, linearity_norm=self.linearity_norm)
-        for name in ("linearity_radius", "rho", "rho_adaptive", "sigma"):
-            check_real(0, float("inf"), **{name: getattr(self, name)})
-        check_real(0, float("inf"), sigma_adaptive=self.sigma_adaptive)
-        for name in ("num_examples", "ascent_steps", "noise_draws", "lanczos_steps"):
-            check_whole(1, **{name: getattr(self, name)})
-        for name in ("trace_draws", "num_targets", "fab_steps"):
-            check_whole(1, **{name: getattr(self, name)})
+        for field in dataclasses.fields(self):
+            value = {field.name: getattr(self, field.name)}
+            if field.type is float:
+                check_real(0, float("inf"), **value)
+            elif field.type is int:
+                check_whole(1, **value)
 
 
 Found: TypeAlias = dict[str, float]
