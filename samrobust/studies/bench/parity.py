@@ -33,9 +33,8 @@ def parity(config: Config, path: str) -> dict[str, Any]:
     dataset, method, carry = begin(config, size)
     model = building.make_model(config, dataset)
     state = dataclasses.replace(carry.state, params=_off_kinks(carry.state.params))
-    images, labels = take_batch(
-        dataset.train.images, dataset.train.labels, np.arange(size), 0, size
-    )
+    train = dataset.train
+    images, labels = take_batch(train.images, train.labels, np.arange(size), 0, size)
 
     def logits_fn(images: Array) -> Any:
         return model.apply(state.variables, images, train=True)
@@ -44,9 +43,8 @@ def parity(config: Config, path: str) -> dict[str, Any]:
         return jnp.sum(cross_entropy(logits_fn(images), labels))
 
     with jax.default_matmul_precision("highest"):
-        updated, _ = jax.jit(method.train_step)(
-            state, images, labels, jax.random.key(1)
-        )
+        step, key = jax.jit(method.train_step), jax.random.key(1)
+        updated, _ = step(state, images, labels, key)
         logits = jax.jit(logits_fn)(images)
         image_gradient = jax.jit(jax.grad(loss))(images)
     tensors = to_tensors(state.variables, model)

@@ -3,6 +3,7 @@
 Matplotlib is imported when a picture is drawn, and its global state is left alone.
 """
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,13 +58,7 @@ def draw(report: BenchReport) -> "Figure":
     speed.set_ylim(len(groups) - 0.5, -0.5)
     speed.set_xlabel("images per second (log)", fontsize=_TEXT)
     cost.set_xlabel("time of a step relative to ST (log)", fontsize=_TEXT)
-    rates = [
-        row["batch_size"] / seconds
-        for rows in groups.values()
-        for row in rows
-        for repeats in row["seconds"]
-        for seconds in repeats
-    ]
+    rates = [rate for rows in groups.values() for row in rows for rate in _rates(row)]
     first = np.searchsorted(_ROUND, min(rates), "right") - 1
     last = np.searchsorted(_ROUND, max(rates))
     ticks = _ROUND[first : last + 1]
@@ -92,9 +87,8 @@ def _draw_row(speed: "Axes", cost: "Axes", y: int, shift: float, row: Row) -> No
     series = row["variant"] or row["kind"]
     height = y + shift
     style = _style(*_SERIES[series], 5)
-    rate, size = row["images_per_second"], row["batch_size"]
-    repeats = [value for values in row["seconds"] for value in values]
-    ends = rate - size / max(repeats), size / min(repeats) - rate
+    rate, rates = row["images_per_second"], _rates(row)
+    ends = rate - min(rates), max(rates) - rate
     reach = np.maximum(0.0, ends)[:, None]
     speed.errorbar(rate, height, xerr=reach, elinewidth=1, **style)
     if "cost" in row:
@@ -102,6 +96,11 @@ def _draw_row(speed: "Axes", cost: "Axes", y: int, shift: float, row: Row) -> No
     for field in _CLAIMS if series == "step" else ():
         if field in row:
             cost.plot(row[field], y, **_style(*_CLAIMS[field], 9), zorder=4)
+
+
+def _rates(row: Row) -> list[float]:
+    """Returns the images per second of all repeats of all rounds."""
+    return [row["batch_size"] / seconds for seconds in chain(*row["seconds"])]
 
 
 def _style(label: str, color: str, marker: str, size: int) -> dict[str, Any]:

@@ -180,6 +180,4 @@ def _notes(report: BenchReport) -> list[str]:
     if "device" in report.provenance:
         form = "{device}, {num_devices} device(s), jax {jax}, commit {commit}, {date}."
         notes.append(form.format(**report.provenance))
-    return notes + [
-        f"failed: {name}: {complaint}" for name, complaint in report.failures
-    ]
+    return notes + [f"failed: {name}: {why}" for name, why in report.failures]
