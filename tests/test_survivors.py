@@ -1,6 +1,5 @@
 """The loop over attacks in stages: each example once a stage, until it breaks."""
 
-import functools
 import itertools
 from collections import Counter
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from samrobust.evaluation.fates import Fates
-from samrobust.evaluation.survivors import Stage, survivors, telling
+from samrobust.evaluation.survivors import Stage, survivors
 
 NUM_EXAMPLES, NUM_STAGES = 29, (3, 2)
 # The stage that breaks an example, by column; beyond the last one none does.
@@ -45,10 +44,9 @@ def fresh(columns: dict[str, list[Stage]]) -> dict[str, Fates]:
 def pursue(columns, fates, size, on_batch=lambda *_: None):
     """Attacks in all columns; yields batches with the number of their column."""
     chosen: Any = size if callable(size) else lambda *_: size
-    tell_of = telling(columns, fates, on_batch)
-    for number, (name, stages) in enumerate(columns.items()):
-        tell = functools.partial(tell_of, name)
-        for batch in survivors(stages, fates[name], size=chosen, tell=tell):
+    rests = survivors(columns, fates, size=chosen, on_batch=on_batch)
+    for number, (_, rest) in enumerate(rests):
+        for batch in rest:
             yield number, batch
 
 

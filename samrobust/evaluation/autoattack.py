@@ -23,7 +23,6 @@ from samrobust.evaluation.survivors import (
     Stage,
     compile_attack,
     survivors,
-    telling,
 )
 from samrobust.types import Array, LogitsFn, PyTree
 
@@ -98,12 +97,9 @@ def make_autoattack_evaluator(
             own.leave_out(~right)
         stages = _stages(programs, parts, (*to_devices(variables, split), key))
         size = functools.partial(_batch_size, batch_size_for(len(split), batch_size))
-        tell_of = telling(stages, fates, on_batch)
         is_stored = all(own.is_whole for own in fates.values())
-        for column, own in fates.items():
-            tell = functools.partial(tell_of, column)
-            rest = survivors(stages[column], own, size=size, tell=tell)
-            _write_down(rest, own, files[column], provenance)
+        for column, rest in survivors(stages, fates, size=size, on_batch=on_batch):
+            _write_down(rest, fates[column], files[column], provenance)
         if not is_stored:
             on_batch(len(split), len(split), "done")
         correct = {"natural": right} | {c: own.correct for c, own in fates.items()}

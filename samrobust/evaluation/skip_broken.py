@@ -4,7 +4,6 @@ When any misclassified iterate counts (`judge="any"`), an example is settled as 
 it is broken. Here the attack pauses after a few steps and drops what is broken.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from samrobust.data import Split
 from samrobust.evaluation import accuracy
 from samrobust.evaluation.fates import Fates
 from samrobust.evaluation.measure import OnBatch, batch_size_for, to_devices
-from samrobust.evaluation.survivors import Stage, compile_attack, survivors, telling
+from samrobust.evaluation.survivors import Stage, compile_attack, survivors
 from samrobust.types import Array, LogitsFn, PyTree
 
 __all__ = ["make_skip_broken_evaluator"]
@@ -68,14 +67,12 @@ def make_skip_broken_evaluator(
             name: Fates.fresh([stage.name for stage in stages], len(split))
             for name, stages in columns.items()
         }
-        tell_of = telling(columns, fates, on_batch)
 
         def size(*_: int) -> int:
             return batch_size_for(len(split), batch_size)
 
-        for name, own in fates.items():
-            tell = functools.partial(tell_of, name)
-            for batch in survivors(columns[name], own, size=size, tell=tell):
+        for _, rest in survivors(columns, fates, size=size, on_batch=on_batch):
+            for batch in rest:
                 images = jax.device_get(batch.images)
                 iterates[batch.indices] = images[: len(batch.indices)]
         on_batch(len(split), len(split), "done")

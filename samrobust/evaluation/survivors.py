@@ -4,6 +4,7 @@ After each stage the survivors of the whole split are packed into batches again.
 network that breaks easily, most of the attack is skipped.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from samrobust.evaluation.measure import (
 )
 from samrobust.types import Array, PyTree
 
-__all__ = ["Attacked", "Stage", "compile_attack", "survivors", "telling"]
+__all__ = ["Attacked", "Stage", "compile_attack", "survivors"]
 
 
 class Stage(NamedTuple):
@@ -91,26 +92,34 @@ def compile_attack(
     return program
 
 
-def telling(
+def survivors(
     columns: Mapping[str, Sequence[Stage]],
     fates: Mapping[str, Fates],
+    *,
+    size: Callable[[int, int], int],
     on_batch: OnBatch,
-) -> Callable[[str, float], None]:
-    """Returns a function that tells which share of all the work is done.
-
-    The work is what attacks have to do if no more examples break.
+) -> Iterator[tuple[str, Iterator[Attacked]]]:
+    """Runs the rest of each attack, stage by stage, on the unbroken examples.
 
     Args:
       columns: the stages of each attack, by the names of the columns.
-      fates: under each of them; what is done already is no work.
-      on_batch: is told of the share.
+      fates: of the examples under each of them; work that is done is not repeated.
+        Updated in place, with each batch before it is yielded.
+      size: `size(at_first, now) -> int` of the batches of a stage, which the devices
+        divide; of how many examples the first stage of its member began with, and it
+        does itself, >= 1.
+      on_batch: called after every batch, and during one that takes long, with the share
+        that is done of what all attacks have to do if no more examples break.
 
-    Returns:
-      `tell(column, more)`, called in a column after `more` forward passes.
+    Yields:
+      For each column its name and every batch after its stage. **Guarantees.** An
+      example goes through the stages of an attack in order until it is broken, through
+      each once.
     """
     done = 0.0
 
     def tell(column: str, more: float) -> None:
+        """Tells the share of the work, after more forward passes in a column."""
         nonlocal done
         done += more
         left = sum(map(_work, columns.values(), fates.values()))
@@ -120,7 +129,15 @@ def telling(
         doing = f"{column}: {stage}, {standing:,} of {total:,} images survive"
         on_batch(min(total - 1, int(done / (done + left) * total)), total, doing)
 
-    return tell
+    def batches(column: str) -> Iterator[Attacked]:
+        own, tell_own = fates[column], functools.partial(tell, column)
+        while not own.is_whole:
+            stage = columns[column][own.place.stage]
+            yield from _pass(stage, own, size, tell_own)
+            own.place = Place(own.place.stage + 1)
+
+    for column in columns:
+        yield column, batches(column)
 
 
 def _work(stages: Sequence[Stage], fates: Fates) -> float:
@@ -131,34 +148,6 @@ def _work(stages: Sequence[Stage], fates: Fates) -> float:
     later = np.sum(fates.correct) * sum(stage.cost for stage in following)
     rest = np.sum(fates.correct[fates.place.example :])
     return float(rest * current.cost + later)
-
-
-def survivors(
-    stages: Sequence[Stage],
-    fates: Fates,
-    *,
-    size: Callable[[int, int], int],
-    tell: Callable[[float], None],
-) -> Iterator[Attacked]:
-    """Runs the rest of an attack, stage by stage, on the unbroken examples.
-
-    Args:
-      stages: of the attack.
-      fates: of the examples; work that is done is not repeated. Updated in place, with
-        each batch before it is yielded.
-      size: `size(at_first, now) -> int` of the batches of a stage, which the devices
-        divide; of how many examples the first stage of its member began with, and it
-        does itself, >= 1.
-      tell: called after every batch with its work in forward passes, and with 0 during
-        one that takes long.
-
-    Yields:
-      Every batch after its stage. **Guarantees.** An example goes through the stages in
-      order until it is broken, through each once.
-    """
-    while not fates.is_whole:
-        yield from _pass(stages[fates.place.stage], fates, size, tell)
-        fates.place = Place(fates.place.stage + 1)
 
 
 def _pass(
