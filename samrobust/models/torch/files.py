@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from samrobust.models.torch.wrapping import is_head, listed
+from samrobust.models.torch.wrapping import first_of, is_head, listed
 
 __all__ = ["import_torch", "read_pytorch", "torch_bytes"]
 
@@ -36,11 +36,10 @@ def import_torch(purpose: str) -> Any:
     try:
         import torch
     except ImportError:
-        message = (
+        raise ValueError(
             f"Expected PyTorch, to {purpose}, got no package torch. Run `pip install "
             "torch`; or use safetensors files, which do not need it."
-        )
-        raise ValueError(message) from None
+        ) from None
     return torch
 
 
@@ -100,12 +99,11 @@ def _load(path: pathlib.Path, torch: Any) -> Any:
             warnings.simplefilter("ignore")  # of old protocols; what counts is raised
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # PyTorch raises many kinds on damaged files
-        message = (
+        raise ValueError(
             f"Expected a PyTorch file of tensors alone, got path={str(path)!r}, which "
             f"is damaged or holds other objects ({_reason(error)}). Nothing in it was "
             "run. Save `model.state_dict()` where you trust the file, and import that."
-        )
-        raise ValueError(message) from None  # its own advice is to load it unsafely
+        ) from None  # its own advice is to load it unsafely
 
 
 def _reason(error: Exception) -> str:
@@ -132,21 +130,19 @@ def _only_network(
         return found[0]
     if found:
         entries = listed(place or "the file itself" for place, _ in found)
-        message = (
+        raise ValueError(
             f"Expected one network in the file, got path={str(path)!r} with "
             f"{len(found)}: {entries}. Save the one that is meant in a file of its own."
         )
-        raise ValueError(message)
     if isinstance(loaded, Mapping):
         what = f"the keys {listed(loaded)}" if loaded else "no key"
     else:
         what = f"a {type(loaded).__name__}"
-    message = (
+    raise ValueError(
         "Expected a state dict, or a checkpoint with one, with a tensor linear.weight, "
         f"got path={str(path)!r} with {what}. Is it a pre-activation ResNet, with the "
         "names of the paper's code?"
     )
-    raise ValueError(message)
 
 
 def _networks(loaded: Any, torch: Any) -> list[tuple[str, Mapping[str, Any]]]:
@@ -175,12 +171,10 @@ def _check_kinds(tensors: Mapping[str, Any], size: int, torch: Any) -> None:
     problems = {name: _problem(tensor, size, torch) for name, tensor in tensors.items()}
     wrong = [f"{listed([n])} is {what}" for n, what in problems.items() if what]
     if wrong:
-        message = (
-            f"Expected plain tensors of floats, got {'; '.join(wrong[:5])}"
-            f"{f'; and {len(wrong) - 5} more' if len(wrong) > 5 else ''}. Convert the "
+        raise ValueError(
+            f"Expected plain tensors of floats, got {first_of(wrong)}. Convert the "
             "file first."
         )
-        raise ValueError(message)
 
 
 def _problem(tensor: Any, size: int, torch: Any) -> str:

@@ -21,7 +21,7 @@ from flax import linen as nn, traverse_util
 
 from samrobust.checks import check
 from samrobust.models import PreActResNet
-from samrobust.models.torch.wrapping import listed
+from samrobust.models.torch.wrapping import first_of, listed
 from samrobust.system.jaxprs import abstract_key
 from samrobust.types import PyTree
 
@@ -47,13 +47,9 @@ _LEAVES = {
     "var": "running_var",
 }
 _COUNTER = "num_batches_tracked"  # PyTorch's; without effect at its usual momentum
-_TO_TORCH = {
-    4: (3, 2, 0, 1),
-    2: (1, 0),
-    1: (0,),
-}  # HWIO -> OIHW, [in, out] -> [out, in]
+# HWIO -> OIHW, [in, out] -> [out, in]
+_TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 _FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
-_NAMED_AT_ONCE = 5  # in a message
 
 
 def to_tensors(variables: PyTree, model: nn.Module) -> Tensors:
@@ -169,15 +165,11 @@ def _check_fit(
         elif tensor.dtype != np.float32:
             problems.append(f"{has} of {tensor.dtype} instead of float32")
     if problems:
-        more = len(problems) - _NAMED_AT_ONCE
-        named = "; ".join(problems[:_NAMED_AT_ONCE])
-        named += f"; and {more} more" if more > 0 else ""
-        message = (
-            f"Expected the tensors of this {kind}, got {named}. Nothing was "
-            "written. Is it another network, or are its classes or channels not those "
-            "of the data set?"
+        raise ValueError(
+            f"Expected the tensors of this {kind}, got {first_of(problems)}. Nothing "
+            "was written. Is it another network, or are its classes or channels not "
+            "those of the data set?"
         )
-        raise ValueError(message)
 
 
 def _check_values(tensors: Mapping[str, np.ndarray]) -> None:
@@ -190,11 +182,10 @@ def _check_values(tensors: Mapping[str, np.ndarray]) -> None:
         elif name.endswith((".running_var", ".var")) and tensor.min() < 0:
             problems.append(f"{name} with the variance {tensor.min():g}")
     if problems:
-        message = (
+        raise ValueError(
             f"Expected finite weights and variances >= 0, got {listed(problems)}. "
             "Nothing was written. The network diverged, or the file is damaged."
         )
-        raise ValueError(message)
 
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -169,11 +169,10 @@ def _metadata_beside(path: pathlib.Path) -> dict[str, Any]:
     try:
         found = read_json(beside)
     except (OSError, RecursionError, WorkdirError) as error:
-        message = (
+        raise ValueError(
             f"Expected JSON in the file beside the weights, got {beside} "
             f"({' '.join(str(error).split())[:200]}). Restore it or move it away."
-        )
-        raise ValueError(message) from error
+        ) from error
     if not isinstance(found, dict) or "sha256" not in found:
         return {}
     sha256 = digest(path)

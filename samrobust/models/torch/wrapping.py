@@ -6,14 +6,14 @@ An average of weights (`torch.optim.swa_utils.AveragedModel`) has an `n_averaged
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from samrobust.checks import check
 
-__all__ = ["MOST_CHANNELS", "Weights", "is_head", "listed", "unwrapped"]
+__all__ = ["MOST_CHANNELS", "Weights", "first_of", "is_head", "listed", "unwrapped"]
 
 MOST_CHANNELS = 16  # more than any image has
 _HEAD = "linear.weight"  # the only tensor of this name: it reveals the prefix
@@ -49,10 +49,17 @@ def listed(names: Iterable[object]) -> str:
     >>> listed(["conv1.weight", 3, "x" * 80])[:40]
     'conv1.weight, 3, xxxxxxxxxxxxxxxxxxxxxxx'
     """
-    every = list(names)
-    first = [_readable(name) for name in every[:_NAMED]]
-    more = [f"and {len(every) - _NAMED} more"] if len(every) > _NAMED else []
-    return ", ".join([*first, *more])
+    return first_of([_readable(name) for name in names], _NAMED, ", ")
+
+
+def first_of(texts: Sequence[str], most: int = 5, between: str = "; ") -> str:
+    """Joins the first few texts, and says how many more there are.
+
+    >>> first_of(["a", "b", "c"], most=2)
+    'a; b; and 1 more'
+    """
+    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return between.join([*texts[:most], *more])
 
 
 def _readable(name: object) -> str:
