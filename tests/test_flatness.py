@@ -14,15 +14,21 @@ import scipy.special
 from helpers import in_one_program
 from jax.flatten_util import ravel_pytree
 
-from samrobust.attacks import cross_entropy, fab_minimal, l2, linf, margin
-from samrobust.models import PreActResNet
-from samrobust.studies.sharpness import (
-    average_sharpness,
+from samrobust.attacks import (
     boundary_distance,
+    cross_entropy,
+    fab_minimal,
+    input_gradient_norm,
+    l2,
+    linf,
+    local_linearity_error,
+    margin,
+)
+from samrobust.models import PreActResNet
+from samrobust.sharpness.measures import (
+    average_sharpness,
     hessian_eigenvalues,
     hessian_trace,
-    input_gradient_norm,
-    local_linearity_error,
     logit_gap,
     logit_norm,
     relative_flatness,

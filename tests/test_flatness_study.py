@@ -17,12 +17,8 @@ from flax import linen as nn
 from samrobust.attacks import cross_entropy
 from samrobust.cli.measuring import RunMeasurements
 from samrobust.experiments.networks import load
-from samrobust.studies.sharpness import (
-    hessian_trace,
-    logit_gap,
-    ranks,
-    relative_flatness,
-)
+from samrobust.sharpness.measures import hessian_trace, logit_gap, relative_flatness
+from samrobust.studies.sharpness import ranks
 from samrobust.studies.sharpness.findings import (
     MeasuredRun,
     choose_column,

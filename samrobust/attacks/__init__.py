@@ -12,7 +12,7 @@ count as a mistake. Normalization belongs in `logits_fn`. Out of scope: training
 sets, accuracy (see `samrobust.evaluation`).
 
 One file is one algorithm; what all of them share is in `balls`, `calls`, `draws`,
-`numbers` and `per_example`.
+`numbers` and `per_example`. `margins` measures a network around its images.
 """
 
 from samrobust.attacks.apgd import apgd, apgd_targeted
@@ -29,6 +29,11 @@ from samrobust.attacks.fab import fab_minimal, fab_targeted
 from samrobust.attacks.fgsm import fgsm
 from samrobust.attacks.hyperplanes import step_onto_hyperplane
 from samrobust.attacks.losses import cross_entropy, dlr, margin, targeted_dlr
+from samrobust.attacks.margins import (
+    boundary_distance,
+    input_gradient_norm,
+    local_linearity_error,
+)
 from samrobust.attacks.noise import noise
 from samrobust.attacks.pgd import JUDGES, StagedPgd, identity, pgd, staged_pgd
 from samrobust.attacks.square import square
@@ -45,6 +50,7 @@ __all__ = [
     "apgd",
     "apgd_targeted",
     "autoattack",
+    "boundary_distance",
     "cross_entropy",
     "ddn",
     "dlr",
@@ -52,8 +58,10 @@ __all__ = [
     "fab_targeted",
     "fgsm",
     "identity",
+    "input_gradient_norm",
     "l2",
     "linf",
+    "local_linearity_error",
     "margin",
     "noise",
     "pgd",

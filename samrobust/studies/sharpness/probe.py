@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from samrobust.attacks import cross_entropy, fab_minimal
+from samrobust.attacks import cross_entropy, fab_minimal, margins
 from samrobust.checks import NORMS, check_choice, check_real, check_whole
 from samrobust.data import Split, take_batch
 from samrobust.evaluation import OnBatch, is_correct, make_measure
@@ -26,8 +26,8 @@ from samrobust.evaluation.measure import (
     jit_for_all,
     to_devices,
 )
-from samrobust.studies import sharpness
-from samrobust.studies.sharpness.perturbations import ParamsLoss
+from samrobust.sharpness import measures
+from samrobust.sharpness.measures import ParamsLoss
 from samrobust.system.distributed import data_mesh, shard_batch
 from samrobust.training.adversaries.radii import make_ball
 from samrobust.types import Array, PyTree
@@ -179,13 +179,13 @@ def _weights_parts(
 ) -> list[Measurement]:
     """Returns the parts that perturb weights, on training images."""
     steps, draws = settings.ascent_steps, settings.noise_draws
-    worst = partial(sharpness.worst_case_sharpness, num_steps=steps)
-    average = partial(sharpness.average_sharpness, num_samples=draws)
-    trace = partial(sharpness.hessian_trace, num_samples=settings.trace_draws)
+    worst = partial(measures.worst_case_sharpness, num_steps=steps)
+    average = partial(measures.average_sharpness, num_samples=draws)
+    trace = partial(measures.hessian_trace, num_samples=settings.trace_draws)
 
     def lambda_max(loss: ParamsLoss, params: PyTree, *, key: Array) -> Array:
         count = settings.lanczos_steps
-        return sharpness.hessian_eigenvalues(loss, params, num_steps=count, key=key)[-1]
+        return measures.hessian_eigenvalues(loss, params, num_steps=count, key=key)[-1]
 
     def part(doing: str, cost: float, **measures: Callable[..., Array]) -> Measurement:
         @jit_for_all
@@ -263,17 +263,17 @@ def _images_parts(
         head = _head(model, variables, images)
         if head is None:
             return {}
-        return {"relative_flatness": sharpness.relative_flatness(*head)}
+        return {"relative_flatness": measures.relative_flatness(*head)}
 
     def slopes(variables: PyTree, images: Array, labels: Array, *, key: Array) -> Any:
         logits_fn = logits_of(model, variables)
         example = (logits_fn, images, labels)
         return {
-            "logit_norm": sharpness.logit_norm(logits_fn(images)),
-            "logit_gap": sharpness.logit_gap(logits_fn(images)),
-            "gradient_l1": sharpness.input_gradient_norm(*example, order=1),
-            "gradient_l2": sharpness.input_gradient_norm(*example, order=2),
-            "linearity_error": sharpness.local_linearity_error(
+            "logit_norm": measures.logit_norm(logits_fn(images)),
+            "logit_gap": measures.logit_gap(logits_fn(images)),
+            "gradient_l1": margins.input_gradient_norm(*example, order=1),
+            "gradient_l2": margins.input_gradient_norm(*example, order=2),
+            "linearity_error": margins.local_linearity_error(
                 *example, ball=ball, num_steps=steps, key=key
             ),
         }
@@ -287,7 +287,7 @@ def _images_parts(
             attack = fab_minimal(
                 around, num_targets=targets, num_steps=settings.fab_steps
             )
-            found[f"distance_{norm}"] = 255 * sharpness.boundary_distance(
+            found[f"distance_{norm}"] = 255 * margins.boundary_distance(
                 *(logits_fn, images, labels), attack=attack, ball=around, key=key
             )
         return {**found, "correct": is_correct(logits_fn(images), labels)}

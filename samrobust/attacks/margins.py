@@ -9,10 +9,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from samrobust.attacks import Ball, cross_entropy, l2
-from samrobust.attacks.balls import into_set
+from samrobust.attacks.balls import Ball, into_set, l2
 from samrobust.attacks.calls import accept, check_losses, check_set
-from samrobust.attacks.losses import misclassified
+from samrobust.attacks.losses import cross_entropy, misclassified
 from samrobust.attacks.per_example import factor
 from samrobust.checks import check, check_whole
 from samrobust.types import Array, Attack, LogitsFn, LossFn

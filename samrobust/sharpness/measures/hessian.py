@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from samrobust.checks import check_whole
+from samrobust.sharpness.measures.perturbations import ParamsLoss
 from samrobust.sharpness.trees import at_least_float32, norm
-from samrobust.studies.sharpness.perturbations import ParamsLoss
 from samrobust.types import Array, PyTree
 
 __all__ = ["hessian_eigenvalues", "hessian_trace"]
