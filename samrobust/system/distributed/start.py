@@ -46,15 +46,6 @@ def initialize() -> None:
     heartbeat = environment.read_seconds("SAMROBUST_HEARTBEAT_SECONDS", "100")
     meeting = environment.read_seconds("SAMROBUST_MEETING_SECONDS", "600")
     settings = environment.find_settings()
-    meets = settings is not None or environment.on_cloud_tpu()
-    computed = meets and has_backend()  # devices of others cannot join those
-    check(
-        not computed,
-        "processes that meet before JAX computes anything",
-        "Own code must not compute with JAX while it is imported: build its arrays "
-        "inside the functions that use them, or with NumPy.",
-        computed=computed,
-    )
     join = functools.partial(
         jax.distributed.initialize,
         initialization_timeout=meeting,
@@ -69,8 +60,10 @@ def initialize() -> None:
                 # connects CPUs, tells them apart by their order alone.
                 jax.config.update("jax_cpu_enable_async_dispatch", False)
                 _check_port(settings)
+                _check_nothing_computed()
                 join(*settings, cluster_detection_method="deactivate")
-            elif meets:
+            elif environment.on_cloud_tpu():
+                _check_nothing_computed()
                 join()
     except (RuntimeError, OSError) as error:
         message = f"Expected to meet the other processes of the run{at}, got: {error} "
@@ -137,6 +130,18 @@ def _check_port(settings: environment.Settings) -> None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
+
+
+def _check_nothing_computed() -> None:
+    """Refuses a JAX that has its devices already: those of others cannot join them."""
+    computed = has_backend()
+    check(
+        not computed,
+        "processes that meet before JAX computes anything",
+        "Own code must not compute with JAX while it is imported: build its arrays "
+        "inside the functions that use them, or with NumPy.",
+        computed=computed,
+    )
 
 
 @contextlib.contextmanager
