@@ -54,15 +54,41 @@ FROZEN = {"training.learning_rate": 1e-30, "training.weight_decay": 0.0}
 pytestmark = pytest.mark.usefixtures("programs_made_once")
 
 
+# An attack, a method of two passes, and seven steps an epoch.
+AT_SAM = "at,norm=linf,eps=16+sam,rho=0.2"
+SEVEN = {"data__train_size": 56, "training__batch_size": 8}
+
+
 @functools.cache
 def trained(row: str = "st", **overrides: Any):
     """A run in a folder of its own: its outcome, the folder, config and data."""
+    return trained_and_watched(row, **overrides)[:4]
+
+
+@functools.cache
+def trained_and_watched(row: str, **overrides: Any):
+    """As `trained`; and how much was compiled until the end of each epoch."""
     names = {name.replace("__", "."): value for name, value in overrides.items()}
     config = helpers.make_config(row, names)
     dataset = helpers.load_data(config)
     workdir = helpers.lasting_folder()
-    outcome = train(config, dataset, workdir)
-    return outcome, workdir, config, dataset
+    compilations, at_end_of_epoch = 0, {}
+
+    def on_event(event: str, duration_secs: float, **kwargs: Any) -> None:
+        nonlocal compilations
+        del duration_secs, kwargs
+        compilations += event == "/jax/core/compile/backend_compile_duration"
+
+    def on_progress(progress: Any) -> None:
+        if progress.metrics and progress.phase == "training":
+            at_end_of_epoch[progress.metrics["epoch"]] = compilations
+
+    jax.monitoring.register_event_duration_secs_listener(on_event)
+    try:
+        outcome = train(config, dataset, workdir, on_progress=on_progress)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(on_event)
+    return outcome, workdir, config, dataset, at_end_of_epoch
 
 
 def ten_equal_images() -> Dataset:
@@ -318,7 +344,7 @@ def test_the_log_has_a_line_an_epoch_with_the_promised_fields():
 
 
 def test_the_log_of_sam_says_that_it_is_on():
-    _, workdir, _, _ = trained("sam,rho=0.2")
+    _, workdir, _, _ = trained(AT_SAM, **SEVEN, training__steps_per_call=1)
     for line in helpers.read_lines(workdir / "metrics.jsonl"):
         assert line["rho"] == pytest.approx(0.2)
         assert -1 <= line["cosine"] < 1
@@ -369,18 +395,12 @@ def test_the_cosine_schedule_falls_to_zero(tmp_path):
 # Ways to the same parameters, and to others.
 
 
-@pytest.mark.parametrize("row", ["st", "at,norm=linf,eps=16+sam,rho=0.4"])
-def test_several_steps_a_call_end_at_the_same_parameters(row, tmp_path):
+def test_several_steps_a_call_end_at_the_same_parameters():
     """Seven steps an epoch in calls of 3, 3 and 1; on CPUs bit for bit."""
-    outcomes = []
-    for steps_per_call in (1, 3):
-        sizes = {"data.train_size": 56, "training.batch_size": 8}
-        config = helpers.make_config(
-            row, {**sizes, "training.steps_per_call": steps_per_call}
-        )
-        workdir = tmp_path / str(steps_per_call)
-        outcomes.append(train(config, helpers.load_data(config), workdir).state)
-    one, three = outcomes
+    one, three = (
+        trained(AT_SAM, **SEVEN, training__steps_per_call=count)[0].state
+        for count in (1, 3)
+    )
     assert int(one.step) == int(three.step) == 28
     if jax.default_backend() == "cpu":
         helpers.assert_same_bits(three, one)
@@ -391,25 +411,11 @@ def test_several_steps_a_call_end_at_the_same_parameters(row, tmp_path):
 # What must not get slow.
 
 
-def test_a_run_compiles_in_its_first_epoch_and_never_again(tmp_path):
-    compilations, at_end_of_epoch = 0, {}
-
-    def on_event(event: str, duration_secs: float, **kwargs: Any) -> None:
-        nonlocal compilations
-        del duration_secs, kwargs
-        compilations += event == "/jax/core/compile/backend_compile_duration"
-
-    def on_progress(progress: Any) -> None:
-        if progress.metrics and progress.phase == "training":
-            at_end_of_epoch[progress.metrics["epoch"]] = compilations
-
-    config = helpers.make_config("at,norm=linf,eps=16+sam,rho=0.1", {"seed": 17})
-    dataset = helpers.load_data(config)
-    jax.monitoring.register_event_duration_secs_listener(on_event)
-    try:
-        train(config, dataset, tmp_path, on_progress=on_progress)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(on_event)
+def test_a_run_compiles_in_its_first_epoch_and_never_again():
+    """Whatever calls its epochs are made of."""
+    *_, at_end_of_epoch = trained_and_watched(
+        AT_SAM, **SEVEN, training__steps_per_call=3
+    )
     assert sorted(at_end_of_epoch) == [1, 2, 3, 4]
     assert at_end_of_epoch[1] > 0
     assert at_end_of_epoch[4] == at_end_of_epoch[1]
@@ -420,7 +426,7 @@ def test_an_augmentation_is_applied_to_every_batch():
     config = helpers.make_config()
     dataset = helpers.load_data(config)
     method = make_training(config, dataset, 3).method
-    options = {"epochs": 1, "batch_size": 64, "key": jax.random.key(0)}
+    options = {"epochs": 1, "batch_size": 96, "key": jax.random.key(0)}
     split = dataset.train
     turned = fit(method, Split(split.images[:, ::-1], split.labels), **options)
     augmented = fit(method, split, augment=lambda x, **_: x[:, ::-1], **options)
@@ -452,7 +458,7 @@ def make_runner(row, **sizes):
 
 def test_nothing_travels_between_host_and_device_within_an_epoch():
     sizes = {"training__batch_size": 40, "training__drop_remainder": False}
-    runner, plan, carry = make_runner("at,norm=linf,eps=16", **sizes)
+    runner, plan, carry = make_runner("st", **sizes)
     assert plan.remainder > 0
     permutation = runner.permutation(0)
     for chunk in plan.chunks():
@@ -514,24 +520,26 @@ def test_the_same_config_gives_the_same_bits_and_another_seed_does_not(tmp_path)
 
 
 def test_bfloat16_trains_with_parameters_and_statistics_in_float32():
-    row = "at,norm=l2,eps=32+sam,rho=0.1"
-    outcome, workdir, _, _ = trained(row, model__dtype="bfloat16")
-    state = outcome.state
+    state, losses = trained_in("bfloat16")
     leaves = jax.tree.leaves((state.params, state.batch_stats))
     assert {str(leaf.dtype) for leaf in leaves} == {"float32"}
-    losses = [line["loss"] for line in helpers.read_lines(workdir / "metrics.jsonl")]
     assert all(1 < loss < 4 for loss in losses)
 
 
 def test_bfloat16_is_near_float32_but_not_the_same():
-    losses = {
-        dtype: helpers.read_lines(trained(model__dtype=dtype)[1] / "metrics.jsonl")[0][
-            "loss"
-        ]
-        for dtype in ("float32", "bfloat16")
-    }
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
-    assert losses["bfloat16"] != losses["float32"]
+    exact, rounded = (trained_in(dtype)[1][0] for dtype in ("float32", "bfloat16"))
+    assert rounded == pytest.approx(exact, rel=0.05)
+    assert rounded != exact
+
+
+def trained_in(dtype: str) -> tuple[TrainState, list[float]]:
+    """The state after a run in a precision, and the losses of its epochs."""
+    settings = {"training__steps_per_call": 1, "model__dtype": dtype}
+    if dtype == "float32":  # as `trained` has it already
+        del settings["model__dtype"]
+    outcome, workdir, _, _ = trained(AT_SAM, **SEVEN, **settings)
+    lines = helpers.read_lines(workdir / "metrics.jsonl")
+    return outcome.state, [line["loss"] for line in lines]
 
 
 # The best state.
@@ -700,7 +708,7 @@ def test_the_best_checkpoint_is_evaluated_where_the_config_says_so(tmp_path):
     overrides = {
         "data.validation_size": 40,
         "training.learning_rate": 0.3,
-        "training.epochs": 12,
+        "training.epochs": 6,
     }
     last = helpers.make_config("st", {**overrides, "evaluation.checkpoint": "last"})
     best = helpers.make_config("st", {**overrides, "evaluation.checkpoint": "best"})
@@ -710,7 +718,7 @@ def test_the_best_checkpoint_is_evaluated_where_the_config_says_so(tmp_path):
         workdir = helpers.make_folder(tmp_path / name)
         settle_config(workdir, config)
         # The first epoch is the best, says this judge; then evaluate the run.
-        train(config, dataset, workdir, validate=Judge(*range(12, 0, -1)))
+        train(config, dataset, workdir, validate=Judge(*range(6, 0, -1)))
         results.append(run(config, workdir, helpers.Silent(), dataset=dataset))
     assert [result["checkpoint"] for result in results] == ["last", "best"]
     for result, which in zip(results, ("last", "best"), strict=True):
