@@ -5,7 +5,6 @@ import dataclasses
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 import types
 from typing import Any
@@ -596,7 +595,8 @@ def test_a_worker_that_fails_leaves_its_complaint(tmp_path):
 
 def test_a_flag_that_xla_does_not_know_fails_its_row_alone(tmp_path):
     launch = launcher(tmp_path, lambda: False)
-    unknown = dataclasses.replace(AT, xla_flags="--xla_gpu_nonsense=1")
+    st = {"method": "st", "row": "st"}
+    unknown = dataclasses.replace(AT, **st, xla_flags="--xla_gpu_nonsense=1")
     assert "xla_gpu_nonsense" in launch(unknown)["error"]
 
 
@@ -628,15 +628,17 @@ def test_flags_that_xla_does_not_know_are_refused_before_any_row(tmp_path, monke
         assert len(started) == processes
 
 
-def test_a_flag_that_xla_does_not_know_is_one_line_and_nothing_is_written(tmp_path):
+def test_a_flag_that_xla_does_not_know_is_one_line_and_nothing_is_written(
+    tmp_path, bench
+):
     workdir = tmp_path / "new"
     done = bench(
         workdir, "--methods=st", "--xla-flags=", "--xla-flags=--xla_gpu_oops=1"
     )
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+    (line,) = done.err.splitlines()
     assert "got --xla-flags='--xla_gpu_oops=1'" in line
-    assert (done.stdout, workdir.exists()) == ("", False)
+    assert (done.out, workdir.exists()) == ("", False)
 
 
 def test_a_bench_that_is_stopped_ends_its_worker_at_once(tmp_path):
@@ -646,10 +648,23 @@ def test_a_bench_that_is_stopped_ends_its_worker_at_once(tmp_path):
         launch(AT)
 
 
-def bench(tmp_path, *flags):
-    command = [sys.executable, "-m", "samrobust.cli", "bench", f"--config={DIGITS}"]
-    command += [f"--workdir={tmp_path}", *helpers.make_flags(), *flags]
-    return subprocess.run(command, capture_output=True, text=True)
+def command_of(workdir, *flags):
+    own = (f"--config={DIGITS}", f"--workdir={workdir}")
+    return ("bench", *own, *helpers.make_flags(), *flags)
+
+
+@pytest.fixture
+def bench(capsys):
+    """The command in this process, which measures nothing itself: its code and words.
+
+    What it measures, it measures in processes of its own.
+    """
+
+    def run(workdir, *flags):
+        code = helpers.main(*command_of(workdir, *flags))
+        return types.SimpleNamespace(returncode=code, **capsys.readouterr()._asdict())
+
+    return run
 
 
 def test_the_command_measures_writes_and_shows(tmp_path, monkeypatch, capsys):
@@ -660,7 +675,12 @@ def test_the_command_measures_writes_and_shows(tmp_path, monkeypatch, capsys):
         caches.add(environment["JAX_COMPILATION_CACHE_DIR"])
         return worker.outcome(spec)
 
+    def without_much_warmup(call: Any, **options: Any):
+        fewer: Any = options | {"warmup_calls": 1}
+        return measure(call, **fewer)
+
     monkeypatch.setattr(Launcher, "_run", run_here)
+    monkeypatch.setattr(worker, "measure", without_much_warmup)
     flags = ("--repeats=2", "--rounds=1", "--min-seconds=0.01", "--methods=st,at")
     measured = ("--measure=step,evaluation,unrolled", *helpers.make_flags())
     command = ("bench", f"--config={DIGITS}", f"--workdir={tmp_path}")
@@ -741,8 +761,9 @@ def test_ceilings_of_another_device_are_measured_again(tmp_path, monkeypatch):
 def test_several_devices_and_steps_per_call_are_rows_of_their_own(tmp_path):
     flags = ("--repeats=1", "--rounds=1", "--min-seconds=0.01", "--methods=st")
     flags += ("--measure=step", "--no-rates")
-    done = bench(tmp_path, *flags, "--devices=1,2", "--steps-per-call=3")
-    assert done.returncode == 0, done.stderr
+    flags += ("--devices=1,2", "--steps-per-call=3")
+    code, _, errors = helpers.run_command(*command_of(tmp_path, *flags))
+    assert code == 0, errors
     report = json.loads((tmp_path / "bench.json").read_text())
     settings = [(r["devices"], r["steps_per_call"]) for r in report["rows"]]
     assert settings == [(1, 3), (2, 3)]
@@ -752,21 +773,23 @@ def test_several_devices_and_steps_per_call_are_rows_of_their_own(tmp_path):
     assert report["provenance"]["command"].startswith("samrobust bench")
 
 
-def test_an_evaluation_on_all_devices_has_the_batch_of_a_run(tmp_path, monkeypatch):
+def test_an_evaluation_on_all_devices_has_the_batch_of_a_run(
+    tmp_path, bench, monkeypatch
+):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
     flags = ("--repeats=1", "--rounds=1", "--min-seconds=0.01", "--no-rates")
     own = ("--config.evaluation.num_steps=1", "--config.evaluation.batch_size=0")
     done = bench(tmp_path, "--measure=evaluation", *flags, *own)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.err
     (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert (row["num_devices"], row["batch_size"]) == (2, 1000)
     (seconds,) = row["seconds"][0]
     assert row["images_per_second"] == pytest.approx(1000 / seconds)
 
 
-def test_a_profile_is_a_perfetto_trace_and_no_measurement(tmp_path):
+def test_a_profile_is_a_perfetto_trace_and_no_measurement(tmp_path, bench):
     done = bench(tmp_path, "--profile", "--methods=st", "--measure=step")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.err
     assert list(tmp_path.glob("traces/st_step*/**/perfetto_trace.json.gz"))
     assert not (tmp_path / "bench.json").exists()
 
@@ -833,14 +856,14 @@ def test_rows_are_named_in_one_way(capsys):
 
 
 def test_a_bench_without_a_device_is_one_line_and_measures_nothing(
-    tmp_path, monkeypatch
+    tmp_path, bench, monkeypatch
 ):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     done = bench(tmp_path, "--methods=st", "--measure=step")
     assert done.returncode == 2
-    assert done.stdout.count("\n") <= 1  # the progress
-    assert done.stderr.startswith("samrobust: error: Expected a device that JAX can")
-    assert done.stderr.count("\n") == 1
+    assert done.out.count("\n") <= 1  # the progress
+    assert done.err.startswith("samrobust: error: Expected a device that JAX can")
+    assert done.err.count("\n") == 1
     assert not (tmp_path / "bench.json").exists()
 
 
