@@ -26,8 +26,9 @@ import jax
 import numpy as np
 import torch
 from pyautoattack import AutoAttack
+from torch import nn
 
-from samrobust.data import Dataset
+from samrobust.data import Dataset, Split
 from samrobust.evaluation import make_autoattack_evaluator
 from samrobust.experiments import building
 from samrobust.experiments.interchange import export_weights
@@ -96,25 +97,9 @@ def _theirs(
     config, dataset = _load(run, arguments)
     weights = export_weights(config, run, checkpoints_of(config)[0])
     model = load_model(io.BytesIO(torch_bytes(with_normalization(weights))))
-    logging.disable(logging.CRITICAL)
     start = time.monotonic()
-    model = model.to(_device())
-    attack = AutoAttack(
-        model,
-        norm=_NORMS[arguments.norm],
-        eps=arguments.epsilon / 255,
-        seed=config.seed,
-        device=_device(),
-    )
-    pixels = dataset.test.images.astype(np.float32) / np.float32(255)
-    images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-    labels = torch.from_numpy(dataset.test.labels.astype(np.int64))
-    size = arguments.batch_size
-    attacked, _ = attack.run_standard_evaluation(images, labels, batch_size=size)
-    with torch.no_grad():
-        batches = (batch.to(_device()) for batch in attacked.split(size))
-        found = [model(batch).argmax(1).cpu() for batch in batches]
-    return (torch.cat(found) == labels).numpy(), time.monotonic() - start
+    correct = _upstream(model.to(_device()), dataset.test, arguments, config.seed)
+    return correct, time.monotonic() - start
 
 
 def _load(run: pathlib.Path, arguments: argparse.Namespace) -> tuple[Config, Dataset]:
@@ -152,6 +137,30 @@ def _line(
 def _device() -> str:
     """Returns PyTorch's name for the device that JAX computes on."""
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def _upstream(
+    model: nn.Module, split: Split, arguments: argparse.Namespace, seed: int
+) -> np.ndarray:
+    logging.disable(logging.CRITICAL)
+    attack = AutoAttack(
+        model,
+        norm=_NORMS[arguments.norm],
+        eps=arguments.epsilon / 255,
+        seed=seed,
+        device=_device(),
+    )
+    pixels = split.images.astype(np.float32) / np.float32(255)
+    images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    labels = torch.from_numpy(split.labels.astype(np.int64))
+    attacked = attack.run_standard_evaluation(
+        images, labels, batch_size=arguments.batch_size
+    )
+    attacked = attacked[0] if isinstance(attacked, tuple) else attacked
+    batches = attacked.split(arguments.batch_size)
+    with torch.no_grad():
+        found = [model(batch.to(_device())).argmax(1).cpu() for batch in batches]
+    return (torch.cat(found) == labels).numpy()
 
 
 if __name__ == "__main__":
