@@ -465,7 +465,7 @@ def test_the_eta_of_a_table_counts_epochs_in_common_once(tmp_path, monkeypatch):
     works = []
 
     def observe_all(runs, _, observe, **__):
-        works.extend(shown.work for shown in observe(runs))
+        works.extend(d.training + d.evaluation - d.given for d in observe(runs))
 
     monkeypatch.setattr(sweep, "run_all", observe_all)
     load_data = building.load_data

@@ -88,14 +88,19 @@ class Claim:
 
     def _loss(self) -> ClaimedError:
         holder = read_holder(self._workdir)
+        if holder is None:
+            return lost(self._workdir)
         with contextlib.suppress(OSError):
-            if holder is not None and self._is_there():
+            if self._is_there():
                 return ClaimedError(
                     f"Another process ({holder}) took over {self._workdir}: this one "
                     f"gave no sign of life for longer than {self._lease:g} s. Let that "
                     "one go on."
                 )
-        return lost(self._workdir)
+        return ClaimedError(
+            f"Lost {self._workdir}: the directory was removed or moved, and another "
+            f"process ({holder}) began one of that name."
+        )
 
     def release(self) -> None:
         """Frees the directory, unless it was lost."""
