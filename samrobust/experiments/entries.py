@@ -162,7 +162,7 @@ def fields_of_parameters(
         several = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         if name in provided or several:
             continue
-        if default in (None, parameter.empty):
+        if default is None or default is parameter.empty:
             kind = _kind_of(parameter.annotation)
             rule = _rule_of(kind)
             rule = maybe(rule) if default is None else rule
